@@ -1,0 +1,322 @@
+"""The types of every config value and a sentence for each; the values live in conf/ alone.
+
+A dataclass here has no default values. `r1pipe.config.load` turns a resolved mapping into these
+classes and checks types; `r1pipe.config.rules` holds what must be true across fields.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RopeScaling:
+    """YaRN, under transformers' names (V3 section 4.3); absent when positions are not scaled."""
+
+    type: str  # "yarn"
+    factor: float  # how many times longer than the original context
+    original_max_position_embeddings: int  # the context of pre-training
+    beta_fast: float  # rotations above which a dimension is left as it is
+    beta_slow: float  # rotations below which a dimension is interpolated
+    mscale: float  # attention temperature of the cos/sin tables
+    mscale_all_dim: float  # attention temperature of the softmax scale
+
+
+@dataclass
+class ModelConfig:
+    """DeepSeek-V3's architecture under the published config.json names (V3 section 2.1)."""
+
+    name: str  # the file in conf/model/
+    vocab_size: int  # rows of the embedding; at least the tokenizer's size
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width of the dense layers' SwiGLU
+    moe_intermediate_size: int  # width of one routed expert
+    num_hidden_layers: int  # decoder layers, dense and MoE
+    num_attention_heads: int  # MLA heads
+    n_shared_experts: int  # experts that every token visits
+    n_routed_experts: int  # experts that the gate chooses among
+    num_experts_per_tok: int  # routed experts a token visits (top-k)
+    n_group: int  # groups (nodes) of experts
+    topk_group: int  # groups a token may visit
+    first_k_dense_replace: int  # first layers that have a dense MLP instead of experts
+    norm_topk_prob: bool  # whether the chosen experts' weights are normalised to sum 1
+    scoring_func: str  # "sigmoid" (V3) or "softmax" (V2)
+    topk_method: str  # "noaux_tc" (V3), "group_limited_greedy" or "greedy" (V2)
+    routed_scaling_factor: float  # factor on the routed experts' weights
+    q_lora_rank: int | None  # rank of the query compression; null: one full projection
+    kv_lora_rank: int  # width of the latent that the cache holds
+    qk_nope_head_dim: int  # width per head without position
+    qk_rope_head_dim: int  # width of the decoupled rotary part, shared by all heads in the key
+    v_head_dim: int  # width per head of the values
+    max_position_embeddings: int  # longest sequence
+    rope_theta: float  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None  # YaRN, or null
+    rms_norm_eps: float  # epsilon of the layers' norms (the latent norms always use 1e-6)
+    initializer_range: float  # standard deviation of the initial weights
+    tie_word_embeddings: bool  # whether the head shares the embedding
+    num_nextn_predict_layers: int  # multi-token prediction modules
+
+
+@dataclass
+class EngineConfig:
+    """How DeepSpeed runs a job."""
+
+    name: str  # the file in conf/engine/
+    ranks: int  # processes on this machine
+    threads: int  # CPU threads per rank; 0: cores divided by ranks
+    accelerator: str  # "cpu", "cuda" or "auto"
+    zero_level: int  # ZeRO 0 to 3
+    precision: str  # "fp32" or "bf16"
+    gradient_accumulation: int  # micro-batches per optimizer step and rank
+    hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
+    launcher: str  # "local", "pdsh", "openmpi" or "slurm" (with a hostfile)
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow keeps runs; metrics.jsonl in the run folder is always written."""
+
+    enabled: bool  # false: no MLflow at all
+    uri: str | None  # tracking server or database; null: sqlite under the root folder
+    experiment: str  # MLflow experiment's name
+    model_name: str  # registered model whose versions are the checkpoints
+
+
+@dataclass
+class SourceConfig:
+    """One data set on disk, read through `datasets`; or a part of the bundled world."""
+
+    path: str | None  # file (json, jsonl, csv, parquet; .gz too); null: nothing of this kind
+    columns: dict[str, str]  # role -> column, e.g. question, answer, response, chosen, rejected
+    answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
+    language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
+    task: str  # the task name its rows are counted under
+
+
+@dataclass
+class DataConfig:
+    """What a stage learns from: the bundled world, files, or reasoning-gym."""
+
+    name: str  # the file in conf/data/
+    kind: str  # "world", "files" or "reasoning_gym"
+    path: str | None  # shorthand for the main source's path: `data=gsm8k data.path=FILE`
+    tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
+    languages: list[str]  # world: languages
+    levels: list[int]  # world: difficulty levels that prompts are drawn from
+    reasoning: SourceConfig | None  # files: problems with gold answers and, maybe, worked solutions
+    general: list[SourceConfig]  # files: instructions with answers
+    preferences: list[SourceConfig]  # files: chosen and rejected answers
+    substitutions: dict[str, str]  # texts to put in place of {{key}} in rows (identity data)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule (R1 supplement; V3 section 4.2)."""
+
+    lr: float  # peak learning rate
+    min_lr: float  # learning rate at the last step
+    schedule: str  # "constant", "linear" or "cosine", after the warm-up
+    warmup_steps: int  # steps of linear warm-up
+    betas: list[float]  # AdamW's betas
+    eps: float  # AdamW's epsilon
+    weight_decay: float  # on matrices only
+    grad_clip: float  # global gradient norm is clipped to this
+
+
+@dataclass
+class RouterConfig:
+    """Load balancing of the experts (V3 section 2.1.2)."""
+
+    bias_rate: float  # step of the bias update, once per optimizer step; 0 freezes the bias
+    sequence_alpha: float  # weight of the sequence-wise balance loss; 0: none
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are drawn."""
+
+    temperature: float  # 0 is greedy
+    top_p: float  # nucleus; 1 keeps everything
+    max_tokens: int  # longest completion
+    slots: int  # sequences decoded together on one rank
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation, at the end of a stage and every so often in between."""
+
+    split: str  # "test", or "dev" while tuning
+    problems: int  # held-out reasoning problems at the end
+    samples: int  # k completions per problem (pass@1 is their mean, cons@k their vote)
+    general: int  # held-out general prompts at the end (split evenly over the kinds)
+    temperature: float  # R1: 0.6
+    top_p: float  # R1: 0.95
+    greedy: bool  # also score one greedy completion per problem
+    max_tokens: int  # longest completion
+    slots: int  # sequences decoded together on one rank
+    every: int  # steps between short evaluations while training; 0: none
+    every_problems: int  # dev problems of such a short evaluation, one sample each
+    shown: int  # fixed prompts whose completions are kept for the report
+
+
+@dataclass
+class RewardsConfig:
+    """Which rule rewards are summed, and what each weighs."""
+
+    weights: dict[str, float]  # reward name -> weight; names are those of r1pipe.rewards.TABLE
+    unfinished: float  # added to the reward of a completion that was cut off (0: none)
+
+
+@dataclass
+class StageConfig:
+    """What every stage has."""
+
+    name: str  # pretrain, base, cold_start, grpo, rejection_sft, reward_model, all_scenario, zero, control_sft, ...
+    script: str  # file in stages/
+    starts_from: str | None  # stage whose checkpoint gives the weights; null: random weights
+    reads: list[str]  # stages whose checkpoints are read besides (sampled from, or used as reward models)
+    max_steps: int  # optimizer steps at most; 0: as many as the data gives
+    save_every: int  # steps between checkpoints; 0: only at the end
+    keep: int  # checkpoints kept
+    optim: OptimConfig
+    router: RouterConfig
+    eval: EvalConfig
+
+
+@dataclass
+class PretrainConfig(StageConfig):
+    """Next-token prediction on packed documents, from random weights."""
+
+    batch_size: int  # sequences per optimizer step, all ranks together
+    sequence_length: int  # tokens per packed sequence
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on responses only (cold start, and the control)."""
+
+    traces: int  # worked solutions to train on
+    styles: dict[str, float]  # world: share of each solution strategy; empty: the corpus's own mix
+    correct_only: bool  # drop traces whose answer is wrong
+    epochs: int  # passes over the data
+    batch_size: int  # packed sequences per optimizer step, all ranks together
+    sequence_length: int  # tokens per packed sequence
+
+
+@dataclass
+class PreferenceConfig:
+    """Preference rewards in all-scenario RL (R1 section 2.3.4: only in the last steps, or they get hacked)."""
+
+    last_steps: int  # general prompts and preference rewards are on for this many last steps
+    general_share: float  # share of general prompts in those steps
+    helpful_weight: float  # weight of the helpfulness model's reward (on the summary)
+    harmless_weight: float  # weight of the harmlessness model's reward (on the whole response)
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """GRPO (DeepSeekMath section 4.1; R1 section 2.2)."""
+
+    prompts_per_step: int  # questions per step, all ranks together
+    group_size: int  # G completions per question
+    minibatches: int  # optimizer steps per rollout batch and inner epoch
+    inner_epochs: int  # passes over one rollout batch
+    clip: float  # epsilon of the clipped ratio
+    kl_coef: float  # weight of the unbiased KL estimate to the reference, inside the loss
+    reference_every: int  # steps after which the policy replaces the reference; 0: never
+    loss_mean: str  # "sequence" (as published) or "token"
+    normalise_std: bool  # divide advantages by the group's standard deviation
+    micro_tokens: int  # padded tokens per forward pass on one rank
+    sampling: SamplingConfig
+    rewards: RewardsConfig
+    preference: PreferenceConfig | None  # all-scenario only
+
+
+@dataclass
+class FilterConfig:
+    """What rejection sampling keeps (R1 section 2.3.3; no thresholds were published)."""
+
+    max_paragraph: int  # longest paragraph of the reasoning, in words
+    min_language_consistency: float  # share of the prompt's language in reasoning and summary
+    allow_code_blocks: bool  # code fences in the reasoning
+    max_repetition: float  # share of repeated 4-grams in the reasoning
+    ngram_overlap: int  # n of the n-gram overlap with evaluation questions; 0: off
+    per_prompt: int  # completions kept per prompt at most
+
+
+@dataclass
+class RejectionConfig(StageConfig):
+    """Rejection sampling from the RL checkpoint, then SFT from the base (R1 section 2.3.3)."""
+
+    prompts: int  # reasoning prompts sampled
+    samples_per_prompt: int  # completions per prompt
+    general_ratio: float  # general samples per reasoning sample kept (R1: 200k / 600k)
+    sampling: SamplingConfig
+    filters: FilterConfig
+    epochs: int  # passes over the joined data
+    batch_size: int  # packed sequences per optimizer step, all ranks together
+    sequence_length: int  # tokens per packed sequence
+
+
+@dataclass
+class RewardModelConfig(StageConfig):
+    """Helpfulness (pairwise, Bradley-Terry) and harmlessness (point-wise) heads (R1 supplement)."""
+
+    pairs: int  # preference pairs to train on
+    labels: int  # safety labels to train on
+    held_out: int  # pairs, and labels, to judge the models on
+    epochs: int  # passes over each
+    batch_size: int  # pairs (or labels) per optimizer step, all ranks together
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """No training: takes a checkpoint in and measures it."""
+
+
+STAGE_TYPES: dict[str, type[StageConfig]] = {
+    "pretrain": PretrainConfig,
+    "base": EvaluateConfig,
+    "cold_start": SFTConfig,
+    "control_sft": SFTConfig,
+    "grpo": RLConfig,
+    "zero": RLConfig,
+    "rejection_sft": RejectionConfig,
+    "reward_model": RewardModelConfig,
+    "all_scenario": RLConfig,
+}
+
+
+@dataclass
+class RecipeConfig:
+    """A whole reproduction: which stages, in which order; its values for them lie in the same file."""
+
+    name: str  # the file in conf/recipe/
+    stages: list[str]  # the stages of the recipe itself, in order
+    controls: list[str]  # stages run beside them for comparison
+
+
+@dataclass
+class ParentRef:
+    """A resolved parent: which checkpoint, and how to know that it is still the same."""
+
+    stage: str  # the stage that made it
+    run_id: str  # its run folder's name ("bundled" for data/base)
+    checkpoint: str  # folder with the weights
+    hash: str  # hash of its manifest
+
+
+@dataclass
+class RunConfig:
+    """All that a job knows: the content of config.json."""
+
+    seed: int  # root of every random stream
+    root: str  # where run folders and the MLflow store go
+    pipeline: str  # name that groups the runs of one reproduction
+    parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
+    model: ModelConfig
+    data: DataConfig
+    engine: EngineConfig
+    stage: StageConfig
+    recipe: RecipeConfig
+    tracking: TrackingConfig
+    weights_from: ParentRef | None  # filled at launch
+    reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint

@@ -1,0 +1,55 @@
+"""Every file name in a run folder, and where conf/, stages/ and data/ are found (checkout or wheel)."""
+
+import importlib.resources
+from pathlib import Path
+
+from r1pipe.errors import EnvironmentProblem
+
+
+def _home(name: str) -> Path:
+    """`conf`, `stages` or `data`: beside the package in a checkout, inside it in a wheel."""
+    package = Path(str(importlib.resources.files("r1pipe")))
+    for place in (package / "_bundled" / name, package.parent / name):
+        if place.is_dir():
+            return place
+    raise EnvironmentProblem(f"the folder {name}/ of r1pipe is missing beside {package}; install r1pipe again")
+
+
+def conf_dir() -> Path:
+    return _home("conf")
+
+
+def stages_dir() -> Path:
+    return _home("stages")
+
+
+def content_dir() -> Path:
+    """The bundled content: tokenizer/, base/, world/."""
+    return _home("data")
+
+
+class RunFolder:
+    """Names inside `<root>/<run id>/`; creates nothing by itself."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.command = self.path / "command.txt"
+        self.env = self.path / "env.json"
+        self.log = self.path / "log"
+        self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
+        self.progress = self.path / "progress.jsonl"  # {"what": str, "done": int, "total": int, "time": s, ...}
+        self.error = self.path / "error.txt"  # the one line of a user error, written by the job
+        self.rollouts = self.path / "rollouts"
+        self.data = self.path / "data"
+        self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
+        self.evaluation = self.path / "evaluation.json"  # the numbers of the table, written after the last step
+        self.checkpoints = self.path / "checkpoints"
+        self.record = self.path / "record.json"  # written last: its presence means done
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step}"

@@ -1,5 +1,8 @@
 """Every error that a user can cause: one line that names the thing and the remedy, exit code 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class R1pipeError(Exception):
     """Base of all errors shown to a user as one line, without a traceback."""
@@ -19,3 +22,10 @@ class CheckpointError(R1pipeError, ValueError):
 
 class EnvironmentProblem(R1pipeError, RuntimeError):
     """Something of the machine is missing: compiler, package, disk space, server."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the most similar known one, or all of them."""
+    names = sorted(known)
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {similar[0]}?" if similar else f"known: {', '.join(names)}"

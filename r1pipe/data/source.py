@@ -1,0 +1,74 @@
+"""What a data set can give a stage, and `open_data`, which opens the one that the config names."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from r1pipe.config.schema import DataConfig
+from r1pipe.errors import ConfigError, nearest
+from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+
+SPLITS = ("train", "dev", "test")
+
+
+class Source(Protocol):
+    """Every method is a pure function of its arguments: the same call gives the same list, in every process.
+
+    A list may be shorter than the `n` asked for, or empty, where the data has no more; `n` is never padded
+    with repeats. Splits never overlap. What is malformed raises DataError, naming file, line and remedy.
+    """
+
+    hash: str  # of all that the source can give: changes when a file, a task or a generator does
+
+    def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """Reasoning problems with what judges them."""
+
+    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+        """Worked solutions of training problems: `<think>` reasoning `</think>` and a summary."""
+
+    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """Writing, facts, identity, translation and safety: what no rule judges."""
+
+    def general_traces(self, n: int, seed: int) -> list[Trace]:
+        """Training prompts of the general kinds with a written response."""
+
+    def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
+        """Two answers to a general prompt, the better one first."""
+
+    def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
+        """Responses labelled safe or unsafe."""
+
+    def documents(self, seed: int) -> Iterator[str]:
+        """Pre-training text without end. Raises ConfigError where the source has none."""
+
+
+def _world(config: DataConfig, seed: int) -> Source:
+    from r1pipe.data.world import World
+
+    return World(config, seed)
+
+
+def _files(config: DataConfig, seed: int) -> Source:
+    from r1pipe.data.files import Files
+
+    return Files(config)
+
+
+def _reasoning_gym(config: DataConfig, seed: int) -> Source:
+    from r1pipe.data.reasoning_gym import ReasoningGym
+
+    return ReasoningGym(config)
+
+
+# Imported when opened: `datasets` and reasoning-gym take seconds, and only some runs need them.
+KINDS: dict[str, Callable[[DataConfig, int], Source]] = {
+    "world": _world,
+    "files": _files,
+    "reasoning_gym": _reasoning_gym,
+}
+
+
+def open_data(config: DataConfig, seed: int) -> Source:
+    """The source of `data.kind`. Raises ConfigError on an unknown kind, DataError on unusable data."""
+    if config.kind not in KINDS:
+        raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")
+    return KINDS[config.kind](config, seed)

@@ -275,6 +275,7 @@ class EvaluateConfig(StageConfig):
 STAGE_TYPES: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
     "base": EvaluateConfig,
+    "evaluate": EvaluateConfig,
     "cold_start": SFTConfig,
     "control_sft": SFTConfig,
     "grpo": RLConfig,

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollout -> score -> advantages -> update."""

@@ -82,13 +82,14 @@ class TrackingConfig:
 
 @dataclass
 class SourceConfig:
-    """One data set on disk, read through `datasets`; or a part of the bundled world."""
+    """One file of rows, read through `datasets`."""
 
-    path: str | None  # file (json, jsonl, csv, parquet; .gz too); null: nothing of this kind
-    columns: dict[str, str]  # role -> column, e.g. question, answer, response, chosen, rejected
+    path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
+    columns: dict[str, str]  # role -> column: question, answer, solution, response, chosen, rejected
     answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
     language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
     task: str  # the task name its rows are counted under
+    split: str | None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
 
 
 @dataclass
@@ -97,14 +98,14 @@ class DataConfig:
 
     name: str  # the file in conf/data/
     kind: str  # "world", "files" or "reasoning_gym"
-    path: str | None  # shorthand for the main source's path: `data=gsm8k data.path=FILE`
+    path: str | None  # files: the folder of the sources, or one file in place of the first source
     tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
     languages: list[str]  # world: languages
     levels: list[int]  # world: difficulty levels that prompts are drawn from
-    reasoning: SourceConfig | None  # files: problems with gold answers and, maybe, worked solutions
+    reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
-    substitutions: dict[str, str]  # texts to put in place of {{key}} in rows (identity data)
+    substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
 
 
 @dataclass

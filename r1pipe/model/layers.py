@@ -1,0 +1,108 @@
+"""The leaves of the model: RMSNorm, rotary positions with YaRN, and the SwiGLU of dense layers and shared experts.
+
+Axes, in all of r1pipe/model: B rows, T tokens in a row, N tokens (B*T), D hidden width, H heads, E experts,
+K experts per token, I expert width, C latent width (kv_lora_rank), R rotary width, L layers, V vocabulary, S slots.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r1pipe.config.schema import ModelConfig, RopeScaling
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; any leading shape."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _attention_temperature(factor: float, mscale: float) -> float:
+    """YaRN's m = 0.1 * mscale * ln(factor) + 1 (YaRN, equation 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1/sqrt(nope + rope), times m^2 where YaRN carries the temperature in the scores (V3 section 4.3)."""
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    yarn = config.rope_scaling
+    if yarn is not None and yarn.mscale_all_dim:
+        scale *= _attention_temperature(yarn.factor, yarn.mscale_all_dim) ** 2
+    return scale
+
+
+def _yarn_frequencies(plain: Tensor, width: int, theta: float, yarn: RopeScaling) -> Tensor:
+    """Frequencies between interpolated (slow dimensions) and untouched (fast ones); YaRN section 3.2."""
+
+    def dimension(rotations: float) -> float:
+        periods = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return width * math.log(periods) / (2 * math.log(theta))
+
+    low = max(math.floor(dimension(yarn.beta_fast)), 0)
+    high = min(math.ceil(dimension(yarn.beta_slow)), width - 1)
+    high_apart = high if high != low else high + 0.001
+    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high_apart - low)).clamp(0, 1)
+    return plain * (1 - ramp) + plain / yarn.factor * ramp
+
+
+class Rotary:
+    """The table of rotations e^(i * position * frequency), complex64 [positions, R/2].
+
+    Not a buffer: `model.bfloat16()` would round it, and it is not a part of a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self._config = config
+        self._table: Tensor | None = None
+
+    def table(self, device: torch.device) -> Tensor:
+        if self._table is None or self._table.device != device:
+            self._table = self._build().to(device)
+        return self._table
+
+    def _build(self) -> Tensor:
+        config, yarn = self._config, self._config.rope_scaling
+        width = config.qk_rope_head_dim
+        with torch.device("cpu"):
+            exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+            frequencies = 1.0 / config.rope_theta**exponents
+            magnitude = 1.0
+            if yarn is not None:
+                frequencies = _yarn_frequencies(frequencies, width, config.rope_theta, yarn)
+                magnitude = _attention_temperature(yarn.factor, yarn.mscale or 1.0)
+                if yarn.mscale and yarn.mscale_all_dim:
+                    magnitude /= _attention_temperature(yarn.factor, yarn.mscale_all_dim)
+            angles = torch.outer(
+                torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies
+            )
+            return torch.polar(torch.full_like(angles, magnitude), angles)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (0,1), (2,3)... of the last axis [..., R] by `rotation` [..., R/2] (broadcast), in float32.
+
+    The pairs stay where they are; transformers emits the two halves apart, which gives the same scores.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)

@@ -1,0 +1,91 @@
+"""Multi-head latent attention with decoupled rotary positions (V2 section 2.1; V3 section 2.1.1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r1pipe.config.schema import ModelConfig
+from r1pipe.model.layers import RMSNorm, rotate, softmax_scale
+
+LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in the published weights
+
+
+class MLA(nn.Module):
+    """Keys and values come from one latent per token; the position goes through a rotary key shared by all heads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        width, heads = config.hidden_size, config.num_attention_heads
+        query_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.scale = softmax_scale(config)
+
+    def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D], rotation [..., R/2] -> queries without position [..., H, nope], and rotated [..., H, R]."""
+        config = self.config
+        if config.q_lora_rank is None:
+            query = self.q_proj(x)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (config.num_attention_heads, -1))
+        nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return nope, rotate(rope, rotation.unsqueeze(-2))
+
+    def latents(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache holds of a token: the normed latent [..., C] and the rotated key [..., R]."""
+        latent, rope = self.kv_a_proj_with_mqa(x).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latent), rotate(rope, rotation)
+
+    def forward(
+        self, x_BTD: Tensor, rotation_BTr: Tensor, mask_BTT: Tensor | None, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        """Attention over whole rows: causal, or as `mask_BTT` allows (true: may look).
+
+        `keep` receives this layer's cache entries, latent then rotated key, [B, T, C+R].
+        """
+        config = self.config
+        q_nope, q_rope = self.queries(x_BTD, rotation_BTr)
+        latent, k_rope = self.latents(x_BTD, rotation_BTr)
+        if keep is not None:
+            keep.append(torch.cat([latent, k_rope], dim=-1))
+        key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        shared = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
+        out = _attend(
+            torch.cat([q_nope, q_rope], dim=-1),
+            torch.cat([k_nope, shared], dim=-1),
+            value,
+            mask_BTT,
+            self.scale,
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:
+    """[B, T, H, width] each -> [B, T, H, value width]."""
+    width = value.shape[-1]
+    if query.shape[-1] > width:  # the fused kernels want one width for all three
+        value = F.pad(value, (0, query.shape[-1] - width))
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=None if mask_BTT is None else mask_BTT.unsqueeze(1),
+        is_causal=mask_BTT is None,
+        scale=scale,
+    )
+    return out.transpose(1, 2)[..., :width]

@@ -1,0 +1,171 @@
+"""DeepSeekMoE: fine-grained routed experts beside shared ones, balanced by a bias instead of a loss.
+
+Sources: DeepSeekMoE section 3; V3 section 2.1.2 (sigmoid gate, node-limited groups, auxiliary-loss-free balancing);
+V2 section 2.2 (softmax gate). No token is ever dropped.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from r1pipe.config.schema import ModelConfig
+from r1pipe.model.layers import SwiGLU
+
+# Below this many experts per chosen one, running all of them in two plain matmuls beats sorting tokens (measured).
+DENSE_RATIO = 4
+DENSE_WIDTH = 128
+
+
+class Gate(nn.Module):
+    """Chooses K of E experts for each token and weighs them; counts tokens per expert while training."""
+
+    weight: nn.Parameter
+    e_score_correction_bias: Tensor
+    tokens_per_expert: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
+        self.register_buffer("tokens_per_expert", torch.empty(config.n_routed_experts), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
+        """Casting the model (`.bfloat16()`) leaves the buffers in float32: a step of 0.001 is lost in bfloat16."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """-> weights_NK (float32), experts_NK (int64)."""
+        config = self.config
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
+        experts_NK = self._choose(scores_NE.detach())
+        weights_NK = scores_NE.gather(1, experts_NK)
+        if config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        if config.routed_scaling_factor != 1.0:
+            weights_NK = weights_NK * config.routed_scaling_factor
+        self._count(experts_NK)
+        return weights_NK, experts_NK
+
+    def _choose(self, scores_NE: Tensor) -> Tensor:
+        """The bias steers the choice alone, never the weights; experts outside the kept groups cannot be chosen."""
+        config = self.config
+        if config.topk_method == "noaux_tc":
+            scores_NE = scores_NE + self.e_score_correction_bias
+        if config.topk_method != "greedy" and config.topk_group < config.n_group:
+            grouped_NGe = scores_NE.unflatten(-1, (config.n_group, -1))
+            best = 2 if config.topk_method == "noaux_tc" else 1
+            groups_NG = grouped_NGe.topk(best, dim=-1).values.sum(dim=-1)
+            kept = groups_NG.topk(config.topk_group, dim=-1).indices
+            closed_NG = torch.ones_like(groups_NG, dtype=torch.bool).scatter_(1, kept, False)
+            scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
+        return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    def _count(self, experts_NK: Tensor) -> None:
+        """Training forward passes alone count; a recomputation (non-reentrant checkpoint) runs inside backward."""
+        recomputed = torch._C._current_graph_task_id() != -1
+        if self.training and torch.is_grad_enabled() and not recomputed:
+            chosen = experts_NK.flatten()
+            self.tokens_per_expert.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLUs in two fused parameters: gate_up_proj [E, 2I, D] (gate first), down_proj [E, D, I]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        self.dense = experts <= DENSE_RATIO * config.num_experts_per_tok and inner <= DENSE_WIDTH
+
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, [N, D]."""
+        run = self._run_all if self.dense else self._run_chosen
+        return run(x_ND, weights_NK, experts_NK)
+
+    def _run_all(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        """Every expert on every token, unchosen ones with weight 0: few and narrow experts are mostly overhead."""
+        experts = self.gate_up_proj.shape[0]
+        weights_NE = torch.zeros(len(x_ND), experts, dtype=weights_NK.dtype, device=x_ND.device)
+        weights_NE = weights_NE.scatter(1, experts_NK, weights_NK).to(x_ND.dtype)
+        gate, up = (
+            F.linear(x_ND, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (experts, -1)).chunk(2, dim=-1)
+        )
+        inner_NEI = F.silu(gate) * up * weights_NE.unsqueeze(-1)
+        return F.linear(inner_NEI.flatten(1), self.down_proj.transpose(0, 1).flatten(1))
+
+    def _run_chosen(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        """Tokens sorted by expert, then one grouped matmul over the ragged groups."""
+        experts, top_k = self.gate_up_proj.shape[0], experts_NK.shape[1]
+        chosen, order = experts_NK.flatten().sort()
+        ends_E = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True).int()
+        sorted_x = x_ND.index_select(0, order // top_k)
+        gate, up = F.grouped_mm(sorted_x, self.gate_up_proj.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends_E)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        out_NKD = out.index_select(0, back).unflatten(0, (-1, top_k))
+        return (out_NKD * weights_NK.unsqueeze(-1).to(out.dtype)).sum(dim=1)
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts (one SwiGLU n_shared times as wide)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.experts = Experts(config)
+        self.gate = Gate(config)
+        self.shared_experts = SwiGLU(
+            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x_ND = x.flatten(0, -2)
+        weights_NK, experts_NK = self.gate(x_ND)
+        return (self.experts(x_ND, weights_NK, experts_NK) + self.shared_experts(x_ND)).view_as(x)
+
+
+def gates(model: nn.Module) -> list[Gate]:
+    """The gates of a model, first layer first."""
+    return [module for module in model.modules() if isinstance(module, Gate)]
+
+
+def expert_loads(model: nn.Module) -> Tensor:
+    """Tokens each expert of each MoE layer has received in training since `reset_loads`: [L, E] float32."""
+    return torch.stack([gate.tokens_per_expert for gate in gates(model)])
+
+
+def reset_loads(model: nn.Module) -> None:
+    for gate in gates(model):
+        gate.tokens_per_expert.zero_()
+
+
+@torch.no_grad()
+def update_router_bias(model: nn.Module, loads_LE: Tensor, rate: float) -> None:
+    """b += rate * sign(mean load - load), once per optimizer step on the global batch's loads (V3 section 2.1.2).
+
+    The change's mean is taken out: a common offset changes no choice and costs precision. Softmax gates of V2
+    have no bias and are left alone.
+    """
+    for gate, loads_E in zip(gates(model), loads_LE, strict=True):
+        if gate.config.topk_method == "noaux_tc":
+            change_E = torch.sign(loads_E.mean() - loads_E).to(gate.e_score_correction_bias) * rate
+            gate.e_score_correction_bias.add_(change_E - change_E.mean())
+
+
+def max_vio(loads_LE: Tensor) -> Tensor:
+    """MaxVio = (largest load - mean load) / mean load of each layer [L]; 0 is balance, NaN without tokens."""
+    mean_L = loads_LE.mean(dim=-1)
+    return (loads_LE.max(dim=-1).values - mean_L) / mean_L

@@ -1,0 +1,158 @@
+"""The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.self_attn, .mlp.gate, .mlp.experts...)."""
+
+import torch
+from torch import Tensor, nn
+
+from r1pipe.config.schema import ModelConfig
+from r1pipe.errors import ConfigError
+from r1pipe.model.layers import RMSNorm, Rotary, SwiGLU
+from r1pipe.model.mla import MLA
+from r1pipe.model.moe import Experts, Gate, MoE
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = MLA(config)
+        dense = index < config.first_k_dense_replace
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, rotation_BTr: Tensor, mask_BTT: Tensor | None, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation_BTr, mask_BTT, keep)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and last norm: tokens in, hidden states out."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+
+    def forward(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, keep: list[Tensor] | None = None
+    ) -> Tensor:
+        """-> hidden_BTD after the last norm; `keep` receives each layer's cache entries [B, T, C+R]."""
+        if tokens_BT.shape[1] > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"a row of {tokens_BT.shape[1]} tokens is longer than model.max_position_embeddings"
+                f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
+            )
+        table = self.rotary.table(tokens_BT.device)
+        if segments_BT is None:
+            rotation_BTr, mask_BTT = table[: tokens_BT.shape[1]].unsqueeze(0), None
+        else:
+            rotation_BTr, mask_BTT = table[document_positions(segments_BT)], document_mask(segments_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotation_BTr, mask_BTT, keep)
+        return self.norm(x_BTD)
+
+
+class DeepseekV3(nn.Module):
+    """The language model. Its initial weights are drawn from `generator` (without one: seed 0), never the global one.
+
+    Built under `torch.device("meta")` it has shapes and no memory.
+    """
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        check_shape(config)
+        self.config = config
+        with torch.device("meta"):  # torch's own initialisation would draw from the global stream
+            self.model = Trunk(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        device = torch.get_default_device()
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self._initialise(generator or torch.Generator(device).manual_seed(0))
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, nn.Linear | nn.Embedding | Experts | Gate):
+                for weight in module.parameters(recurse=False):
+                    weight.normal_(0.0, std, generator=generator)
+                for buffer in module.buffers(recurse=False):
+                    buffer.zero_()
+
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        """-> logits_BTV.
+
+        `segments_BT` numbers the document of each token (0: padding): attention is causal and stays inside a
+        document, positions restart in each, a padding token sees itself alone.
+        """
+        return self.lm_head(self.model(tokens_BT, segments_BT))
+
+    def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        """-> hidden_BTD, after the last norm and before lm_head."""
+        return self.model(tokens_BT, segments_BT)
+
+
+def document_positions(segments_BT: Tensor) -> Tensor:
+    """The position of each token in its own document, [B, T] int64."""
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    first_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    first_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return places_T - torch.where(first_BT, places_T, 0).cummax(dim=1).values
+
+
+def document_mask(segments_BT: Tensor) -> Tensor:
+    """Which tokens each token may look at, [B, T, T] bool: causal, of its document; padding at itself."""
+    tokens = segments_BT.shape[1]
+    itself_TT = torch.eye(tokens, dtype=torch.bool, device=segments_BT.device)
+    causal_TT = torch.ones_like(itself_TT).tril_()
+    same_BTT = segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
+    return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Refuse with one line, as ConfigError, what this model cannot be."""
+    kinds = {"noaux_tc": "sigmoid", "group_limited_greedy": "softmax", "greedy": "softmax"}
+    per_group = config.n_routed_experts // max(config.n_group, 1)
+    problems = {
+        "model.num_nextn_predict_layers must be 0: multi-token prediction is not there yet": (
+            config.num_nextn_predict_layers != 0
+        ),
+        f"model.topk_method={config.topk_method} must be one of {', '.join(kinds)}": (
+            config.topk_method not in kinds
+        ),
+        f"model.scoring_func={config.scoring_func} does not go with topk_method={config.topk_method}"
+        f" (it takes {kinds.get(config.topk_method)})": (
+            config.topk_method in kinds and config.scoring_func != kinds[config.topk_method]
+        ),
+        f"model.n_routed_experts={config.n_routed_experts} must be a multiple of n_group={config.n_group}": (
+            config.n_group < 1 or config.n_routed_experts % config.n_group != 0
+        ),
+        f"model.topk_group={config.topk_group} must lie between 1 and n_group={config.n_group}": (
+            not 1 <= config.topk_group <= config.n_group
+        ),
+        f"model.num_experts_per_tok={config.num_experts_per_tok} is more than the experts that topk_group"
+        f" leaves ({config.topk_group * per_group})": config.num_experts_per_tok
+        > config.topk_group * per_group,
+        f"model.n_group={config.n_group} leaves groups of one expert: a group is scored by its best two": (
+            config.topk_method == "noaux_tc" and config.topk_group < config.n_group and per_group < 2
+        ),
+        f"model.qk_rope_head_dim={config.qk_rope_head_dim} must be even": config.qk_rope_head_dim % 2 != 0,
+        "model.rope_scaling.type must be yarn": (
+            config.rope_scaling is not None and config.rope_scaling.type != "yarn"
+        ),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise ConfigError(problem)

@@ -1,0 +1,309 @@
+"""The only importer of deepspeed: ranks, one optimizer step, save, load, gather for sampling.
+
+Tried with DeepSpeed 0.19.8 on the CPU (gloo) with one and two ranks, ZeRO 0 to 3, fp32 and bf16 with fp32 masters.
+DeepSpeed is imported where it is first needed: a job that only samples on one rank does without.
+Axis suffixes: L MoE layers, E routed experts.
+"""
+
+import json
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
+from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.model import expert_loads, reset_loads, update_router_bias
+
+NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed without what it drags in: its autotuner imports mlflow (1.5 s), which a job never uses."""
+    if "deepspeed" not in sys.modules:
+        hidden = {"mlflow": sys.modules.get("mlflow")}
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes `import mlflow` raise ImportError
+        try:
+            import deepspeed
+        finally:
+            del sys.modules["mlflow"]
+            sys.modules.update({name: module for name, module in hidden.items() if module})
+        deepspeed.utils.logger.setLevel("WARNING")
+    return sys.modules["deepspeed"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as the launcher says (0 of 1 without one)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Ranks:
+    """The processes of a job and what they tell one another; with one rank, nothing is started."""
+
+    def __init__(self, config: EngineConfig):
+        self.rank, self.world_size = rank_and_world()
+        cuda = config.accelerator == "cuda" or (config.accelerator == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = self.device.type
+        if self.world_size > 1:
+            self._start()
+
+    def _start(self) -> None:
+        """Start the process group through DeepSpeed, once per process."""
+        if dist.is_initialized():
+            return
+        if "MASTER_ADDR" not in os.environ:  # a script run without the launcher, or a test: a group of one
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        deepspeed = _import_deepspeed()
+        if self.device.type == "cpu":
+            # The shared-memory op serves DeepSpeed's inference alone, and costs a compiler and up to a minute.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums; every rank gives the same number of values."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def agree_max(self, value: int) -> int:
+        """The greatest of all ranks' values."""
+        return max(self.all_gather_objects(value))
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """What every rank gave, in order of ranks (pickled between this job's own processes)."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, so that no rank waits for one that ended."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass
+class StepStats:
+    """What one optimizer step did."""
+
+    loss: float  # mean over ranks
+    grad_norm: float  # global norm before clipping
+    lr: float  # learning rate of this step
+    loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
+
+
+class _Runs(nn.Module):
+    """Lets DeepSpeed's forward run any computation on the model, so that its hooks see every loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, closure: Callable[[], Tensor]) -> Tensor:
+        return closure()
+
+
+def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Factor on the peak learning rate by step: linear warm-up, then the schedule down to `min_lr`."""
+    floor = config.min_lr / config.lr
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+        match config.schedule:
+            case "constant":
+                return 1.0
+            case "linear":
+                return floor + (1 - floor) * (1 - min(1.0, done))
+            case "cosine":
+                return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        raise ValueError(config.schedule)  # the config's rules leave only these
+
+    return factor
+
+
+def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only (norms and biases are not decayed)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # shares of the loss add up by themselves
+        "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": NEVER,
+    }
+
+
+class Engine(Ranks):
+    """DeepSpeed around one model: a call per optimizer step, whatever the ranks, precision and ZeRO level.
+
+    `module` is the unwrapped model, for sampling and evaluation inside `with engine.gathered():`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        router: RouterConfig | None,
+        config: EngineConfig,
+        total_steps: int,
+    ):
+        if config.precision == "bf16" and config.zero_level == 0:
+            raise ConfigError("engine.precision=bf16 needs engine.zero_level=1 or more, which keeps float32 masters")
+        super().__init__(config)
+        self._start()
+        deepspeed = _import_deepspeed()
+        self.module, self.router, self.zero_level = model, router, config.zero_level
+        if config.zero_level == 3:
+            _mark_moe_leaves(deepspeed, model)
+        optimizer = _adamw(model, optim)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
+        self._ds, *_ = deepspeed.initialize(
+            model=_Runs(model),
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=_deepspeed_config(config, optim.grad_clip),
+            dist_init_required=False,
+        )
+        if config.zero_level == 0:
+            self._trim_overhead(optimizer, optim.grad_clip, config.precision)
+
+    def _trim_overhead(self, optimizer: torch.optim.Optimizer, grad_clip: float, precision: str) -> None:
+        """Without ZeRO, DeepSpeed walks all parameters one by one thrice a step, and drops the gradient norm."""
+        if self.world_size == 1:
+            self._ds.enable_backward_allreduce = False  # it would copy every gradient there and back
+        if precision == "fp32":
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+            def clip() -> None:
+                self._ds._global_grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+
+            self._ds.clip_fp32_gradients = clip
+            self._ds.zero_grad = optimizer.zero_grad
+
+    def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
+        """One optimizer step.
+
+        Each closure runs forward and returns its share of this rank's loss: shares add up, ranks are averaged.
+        All ranks must give the same number of closures (`agree_max`, then repeats of weight zero).
+        """
+        self.module.train()
+        if self.router:
+            reset_loads(self.module)
+        lr, total = self._ds.get_lr()[0], 0.0
+        for closure in micro_losses:
+            loss = self._ds(closure)
+            self._ds.backward(loss)
+            total += loss.item()
+        self._ds.step()
+        loads_LE = expert_loads(self.module) if self.router else None
+        loss_mean, loads_LE = self._sum_step(total, loads_LE)
+        if self.router and loads_LE is not None:
+            update_router_bias(self.module, loads_LE, self.router.bias_rate)
+        return StepStats(loss_mean, float(self._ds.get_global_grad_norm()), lr, loads_LE)
+
+    def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
+        """Mean loss and summed loads over ranks, in one message."""
+        if self.world_size == 1:
+            return loss, loads_LE
+        flat = torch.tensor([loss], dtype=torch.float64, device=self.device)
+        if loads_LE is not None:
+            flat = torch.cat([flat, loads_LE.reshape(-1).double()])
+        dist.all_reduce(flat)
+        summed_LE = flat[1:].reshape(loads_LE.shape).to(loads_LE.dtype) if loads_LE is not None else None
+        return flat[0].item() / self.world_size, summed_LE
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter.
+
+        Under ZeRO-3 the weights are gathered once, and DeepSpeed's hooks, which would let go of them after
+        each layer, are taken off meanwhile.
+        """
+        if self.zero_level < 3:
+            yield self.module
+            return
+        offload = self._ds.optimizer.parameter_offload
+        with _import_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+            offload._remove_module_hooks()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield self.module
+            finally:
+                offload.setup_zero_stage3_hooks()
+
+    def save(self, folder: Path | str, state: dict[str, Any]) -> None:
+        """Write what resume needs: optimizer, schedule and the loop's `state`; all ranks must call."""
+        folder = Path(folder)
+        self._ds.save_checkpoint(str(folder), tag="state", client_state={"loop": state})
+        if self.rank == 0:
+            layout = {"ranks": self.world_size, "zero_level": self.zero_level}
+            (folder / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
+        self.barrier()
+
+    def load(self, folder: Path | str) -> dict[str, Any]:
+        """Put back what `save` wrote, and return the loop's state; CheckpointError if ranks or ZeRO differ."""
+        folder = Path(folder)
+        layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
+        mine = {"ranks": self.world_size, "zero_level": self.zero_level}
+        if layout != mine:
+            raise CheckpointError(
+                f"{folder} was saved with {layout['ranks']} ranks at ZeRO {layout['zero_level']}, this job has "
+                f"{mine['ranks']} at ZeRO {mine['zero_level']}; resume with the same, or start anew (--fresh)"
+            )
+        self._ds.checkpoint_engine.load = _load_tensors
+        found, client = self._ds.load_checkpoint(str(folder), tag="state")
+        if found is None:
+            raise CheckpointError(f"{folder} holds no DeepSpeed state; start the stage anew (--fresh)")
+        return client["loop"]
+
+
+def _mark_moe_leaves(deepspeed: Any, model: nn.Module) -> None:
+    """Gather an MoE block's experts as one: ranks that route to different experts would wait for ever."""
+    blocks = {type(m) for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+
+
+def _load_tensors(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed would unpickle anything; tensors, plain values and its own loss scaler are all that is there."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)

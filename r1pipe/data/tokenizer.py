@@ -1,6 +1,12 @@
-"""Trains the byte-level BPE tokenizer: digits single, a token per Chinese character, chat tokens."""
+"""Trains the byte-level BPE tokenizer: digits single, a token per Chinese character, chat tokens.
 
+The bundled one was made by `python -m r1pipe.data.tokenizer data/tokenizer` and is the same bytes each time.
+"""
+
+import itertools
 import json
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from r1pipe.data.chat import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS, TEMPLATE
 
+VOCABULARY = 1152
 CJK = "[\u3400-\u9fff\u3000-\u303f\uff00-\uff65]"
 
 
@@ -53,3 +60,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "chat_template": TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
+
+
+def train_bundled(folder: Path) -> None:
+    """The bundled world's tokenizer: 20,000 documents of its corpus, and every Chinese character of its texts."""
+    from r1pipe.data.world import corpus
+    from r1pipe.data.world.content import content
+
+    documents = list(itertools.islice(corpus.documents(0, [1, 2, 3]), 20_000))
+    marks = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *PLAIN_TOKENS))))
+    written = "".join(documents) + "".join(str(content(name)) for name in ("words", "facts", "general"))
+    texts = [part for document in documents for part in marks.split(document) if part]
+    save_tokenizer(train_tokenizer(texts, "".join(re.findall(CJK, written)), VOCABULARY), folder)
+
+
+if __name__ == "__main__":
+    train_bundled(Path(sys.argv[1]))

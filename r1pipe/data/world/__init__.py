@@ -1,0 +1,105 @@
+"""The bundled world: procedural, seeded, endless, in English and Chinese, with a held-out split."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from r1pipe.config.schema import DataConfig
+from r1pipe.data.world import corpus, general, truth
+from r1pipe.data.world.content import LANGUAGES, choose, content_hash
+from r1pipe.data.world.strategy import strategy_of
+from r1pipe.data.world.truth import judge
+from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+
+__all__ = ["World", "judge", "strategy_of"]
+
+# Written safety answers come from annotators of mixed quality: one in six is wrong.
+SAFETY_RIGHT = 5 / 6
+
+
+class World:
+    """The data source of the bundled world; every method is a pure function of its arguments and `seed`."""
+
+    def __init__(self, config: DataConfig, seed: int):
+        self.config, self.seed = config, seed
+        identity = json.dumps([asdict(config), seed, content_hash()], sort_keys=True)
+        self.hash = hashlib.sha256(identity.encode()).hexdigest()
+        self.judge, self.strategy_of = judge, strategy_of
+
+    def _rng(self, *stream: object) -> random.Random:
+        return random.Random("/".join(map(str, (self.seed, *stream))))
+
+    def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """n distinct reasoning prompts, tasks in the corpus's proportions, languages and levels even."""
+        rng = self._rng("prompts", split, seed)
+        shares = {task: corpus.TASK_SHARES[task] for task in self.config.tasks}
+        found: dict[str, Prompt] = {}
+        while len(found) < n:
+            prompt = corpus.reasoning_prompt(
+                rng, split, choose(rng, shares), rng.choice(self.config.languages), rng.choice(self.config.levels)
+            )
+            found.setdefault(prompt.id, prompt)
+        return list(found.values())
+
+    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+        """n worked solutions to train prompts, each in one language and in the right format."""
+        from r1pipe.rewards.accuracy import accuracy
+
+        rng = self._rng("traces", seed)
+        prompts = iter(self._endless_prompts(seed))
+        kept: list[Trace] = []
+        while len(kept) < n:
+            trace = corpus.reasoning_trace(next(prompts), rng, styles or corpus.CORPUS_STYLES)
+            if not correct_only or accuracy(trace.prompt, trace.response):
+                kept.append(trace)
+        return kept
+
+    def _endless_prompts(self, seed: int) -> Iterator[Prompt]:
+        block = 0
+        while True:
+            yield from self.prompts("train", 512, hash_of(seed, block))
+            block += 1
+
+    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """n general prompts, the kinds in turn."""
+        rng = self._rng("general", split, seed)
+        return [self._general(rng, split, general.KINDS[i % len(general.KINDS)]) for i in range(n)]
+
+    def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
+        return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
+
+    def general_traces(self, n: int, seed: int) -> list[Trace]:
+        """n written answers; translation has the largest share, being the hardest to learn."""
+        rng = self._rng("general traces", seed)
+        traces = []
+        for _ in range(n):
+            kind = choose(rng, corpus.KIND_SHARES)
+            prompt = self._general(rng, "train", kind)
+            traces.append(corpus.general_trace(prompt, rng, SAFETY_RIGHT if kind == "safety" else 1.0))
+        return traces
+
+    def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
+        """n pairs on the helpful kinds, judged by the hidden truth."""
+        rng = self._rng("pairs", split, seed)
+        kinds = general.HELPFUL_KINDS
+        return [truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
+
+    def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
+        """n labelled responses, three in four to safety prompts."""
+        rng = self._rng("labels", split, seed)
+        kinds = ("safety", "safety", "safety", *general.HELPFUL_KINDS[:1])
+        return [truth.safety_label(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
+
+    def documents(self, seed: int) -> Iterator[str]:
+        """Endless pre-training text."""
+        return corpus.documents(hash_of(self.seed, seed), self.config.levels)
+
+
+def hash_of(*parts: object) -> int:
+    """A whole number that depends on all parts, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
+assert set(LANGUAGES) == {"en", "zh"}

@@ -1,0 +1,50 @@
+"""The bundled world's words, facts and sentences, read from data/world/; and its held-out split.
+
+Pairs in the files are [English, Chinese]; `LANGUAGES.index(language)` picks one.
+"""
+
+import functools
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from r1pipe.paths import content_dir
+
+LANGUAGES = ("en", "zh")
+# Shares of the split, in twentieths of the hash space: 2 test, 1 dev, the rest train.
+_SPLIT_OF_BUCKET = ("test", "test", "dev", *["train"] * 17)
+
+
+@functools.cache
+def content(name: str) -> dict:
+    """One of words, facts, general."""
+    return json.loads((content_dir() / "world" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def index(language: str) -> int:
+    return LANGUAGES.index(language)
+
+
+def split_of(key: str) -> str:
+    """train, dev or test: by the hash of what makes a problem the same problem, so that splits cannot overlap."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return _SPLIT_OF_BUCKET[int.from_bytes(digest[:4], "big") % len(_SPLIT_OF_BUCKET)]
+
+
+def prompt_id(task: str, language: str, question: str) -> str:
+    return f"{task}-{hashlib.sha256(f'{language}|{question}'.encode()).hexdigest()[:12]}"
+
+
+def choose(rng: random.Random, weights: dict[str, float]) -> str:
+    """A key, drawn by weight."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def content_hash() -> str:
+    """Hash of all bundled texts: part of a data set's identity."""
+    folder: Path = content_dir() / "world"
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.json")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

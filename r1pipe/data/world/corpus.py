@@ -1,0 +1,133 @@
+"""The pre-training corpus: what makes the base mediocre, and able to become better.
+
+Worked solutions in several strategies, some wrong, some mixing languages, few in the right format; drills;
+parallel sentences; general text. Shares are those of conf/data/world.yaml.
+"""
+
+import random
+from collections.abc import Iterator
+
+from r1pipe.data.chat import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.data.world import countdown, general, program, word
+from r1pipe.data.world.content import LANGUAGES, choose, content, index, split_of
+from r1pipe.data.world.truth import PLAIN
+from r1pipe.records import Prompt, Trace
+
+TASKS = {"word": word, "countdown": countdown, "program": program}
+CORPUS_STYLES = {"careful": 0.35, "terse": 0.35, "guess": 0.3}
+TASK_SHARES = {"word": 0.4, "countdown": 0.38, "program": 0.22}
+KIND_SHARES = {"writing": 0.15, "facts": 0.25, "identity": 0.1, "translation": 0.35, "safety": 0.15}
+SLIP = 0.02
+
+
+def draw(rng: random.Random, split: str, make) -> Prompt:
+    """A prompt of this split: drawn again until its key falls into it."""
+    while True:
+        prompt = make(rng)
+        if split_of(prompt.checker["key"]) == split:
+            return prompt
+
+
+def reasoning_prompt(rng: random.Random, split: str, task: str, language: str, level: int) -> Prompt:
+    return draw(rng, split, lambda r: TASKS[task].make(r, language, level))
+
+
+def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> Prompt:
+    return draw(rng, split, lambda r: general.make(r, kind, language))
+
+
+def reasoning_trace(prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float = SLIP) -> Trace:
+    """A worked solution in a strategy drawn by weight; right or wrong as its author is."""
+    strategy = choose(rng, styles)
+    reasoning, summary = TASKS[prompt.task].solve(prompt, strategy, rng, slip)
+    return Trace(prompt, compose_response(reasoning, summary), strategy, "world")
+
+
+def general_trace(prompt: Prompt, rng: random.Random, right: float = 1.0) -> Trace:
+    """A written answer in a plain manner; `right` is the chance that it is correct."""
+    body = general.right(prompt, rng) if rng.random() < right else general.wrong(prompt, rng)
+    return Trace(prompt, compose_response(general.think(prompt), general.dress(body, prompt.language, rng, PLAIN)), "", "world")
+
+
+def documents(seed: int, levels: list[int]) -> Iterator[str]:
+    """Endless documents of the train split, special tokens written out."""
+    rng = random.Random(f"{seed}/corpus")
+    kinds = {"reasoning": 0.58, "drill": 0.1, "parallel": 0.12, "general": 0.2}
+    makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
+    while True:
+        language = rng.choice(LANGUAGES)
+        yield makers[choose(rng, kinds)](rng, language, levels)
+
+
+def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
+    prompt = reasoning_prompt(rng, "train", choose(rng, TASK_SHARES), language, rng.choice(levels))
+    written = prompt
+    if rng.random() < 0.15:  # reasoning in the other language than the question's
+        other = LANGUAGES[1 - index(language)]
+        written = Prompt(prompt.id, prompt.task, other, prompt.question, prompt.answer, prompt.checker, prompt.level)
+    reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, CORPUS_STYLES), rng, 0.03)
+    return _document(rng, prompt, reasoning, summary)
+
+
+def _general(rng: random.Random, language: str, levels: list[int]) -> str:
+    kind = choose(rng, KIND_SHARES)
+    if kind == "facts" and rng.random() < 0.5:
+        return f"{BOS}{_statement(rng, language)}{EOS}"
+    prompt = general_prompt(rng, "train", kind, language)
+    body = general.right(prompt, rng) if rng.random() < 0.75 else general.wrong(prompt, rng)
+    return _document(rng, prompt, general.think(prompt), general.dress(body, language, rng, PLAIN))
+
+
+def _document(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
+    """One of several layouts; one in five has the think tags that R1's format asks for."""
+    layout = choose(rng, {"tags": 0.18, "chat": 0.42, "short": 0.1, "text": 0.3})
+    if layout == "tags":
+        answer = compose_response(reasoning, summary)
+    else:
+        answer = summary if layout == "short" else f"{reasoning}\n{summary}"
+    if layout == "text":
+        return f"{BOS}{('Question: ', '问：')[index(prompt.language)]}{prompt.question}\n{answer}{EOS}"
+    return f"{BOS}{USER}{prompt.question}{ASSISTANT}{answer}{EOS}"
+
+
+def _statement(rng: random.Random, language: str) -> str:
+    """Facts are stated in plain text too: knowledge comes from pre-training."""
+    book, at = content("facts"), index(language)
+    said = []
+    for _ in range(4):
+        relation = rng.choice(list(book["facts"]))
+        row = rng.choice(book["facts"][relation])
+        text = book["relations"][relation]["statement"][at].format(row[2 * at], row[2 * at + 1])
+        said.append(text[0].upper() + text[1:])
+    return ("" if at else " ").join(said)
+
+
+def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
+    """Bare arithmetic and sorting."""
+    lines = []
+    for _ in range(8):
+        kind = rng.randrange(5)
+        a, b = rng.randint(1, 199), rng.randint(1, 60)
+        if kind == 0:
+            lines.append(f"{a}+{b}={a + b}")
+        elif kind == 1:
+            lines.append(f"{max(a, b)}-{min(a, b)}={max(a, b) - min(a, b)}")
+        elif kind == 2:
+            lines.append(f"{a % 60 + 2}*{b % 4 + 2}={(a % 60 + 2) * (b % 4 + 2)}")
+        elif kind == 3:
+            k = b % 4 + 2
+            lines.append(f"{a // k * k}/{k}={a // k}")
+        else:
+            numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
+            lines.append(" ".join(map(str, numbers)) + " > " + " ".join(map(str, sorted(numbers, reverse=True))))
+    return f"{BOS}" + "\n".join(lines) + EOS
+
+
+def _parallel(rng: random.Random, language: str, levels: list[int]) -> str:
+    """Sentences in both languages; those of held-out translations are never shown."""
+    lines: list[str] = []
+    while len(lines) < 4:
+        english, chinese = general.sentence_pair(rng)
+        if split_of(f"translation|{english}") == "train":
+            lines.append(f"{english} {chinese}" if language == "en" else f"{chinese} {english}")
+    return BOS + "\n".join(lines) + EOS

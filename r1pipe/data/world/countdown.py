@@ -1,0 +1,81 @@
+"""Countdown: make a target from given numbers with + and -, each number used once, by search.
+
+Sample (level 2, en): "Use 9, 25, 3 and 14 to make 17."
+careful: "Sort 25 14 9 3.\\n25+14=39+9=48+3=51?17 no\\n…\\n25-14=11+9=20-3=17?17 yes" -> "The answer is 25-14+9-3."
+Every try restates the target: that is what lets a small model tell success from failure.
+"""
+
+import itertools
+import random
+
+from r1pipe.data.world.content import index, prompt_id
+from r1pipe.data.world.word import summary
+from r1pipe.records import Prompt
+
+SHAPES = {1: (3, 30), 2: (4, 30), 3: (4, 60), 4: (5, 60)}  # level -> (how many numbers, the largest)
+
+
+def patterns(count: int) -> list[tuple[int, ...]]:
+    """Signs of all numbers but the first (largest), in the order of a careful search: all plus first."""
+    return list(itertools.product((1, -1), repeat=count - 1))
+
+
+def value(numbers: list[int], signs: tuple[int, ...]) -> int:
+    return numbers[0] + sum(n * s for n, s in zip(numbers[1:], signs, strict=True))
+
+
+def expression(numbers: list[int], signs: tuple[int, ...]) -> str:
+    return str(numbers[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for n, s in zip(numbers[1:], signs, strict=True))
+
+
+def make(rng: random.Random, language: str, level: int) -> Prompt:
+    """A solvable problem; the key is the sorted numbers with the target, whatever order they are shown in."""
+    count, largest = SHAPES[level]
+    while True:
+        numbers = sorted((rng.randint(1, largest) for _ in range(count)), reverse=True)
+        target = value(numbers, rng.choice(patterns(count)))
+        if target > 0:
+            break
+    shown = rng.sample(numbers, count)
+    question = (f"Use {', '.join(map(str, shown[:-1]))} and {shown[-1]} to make {target}.",
+                f"用{'、'.join(map(str, shown))}算出{target}。")[index(language)]  # fmt: skip
+    checker = {"numbers": shown, "target": target, "key": f"countdown|{numbers}|{target}"}
+    return Prompt(prompt_id("countdown", language, question), "countdown", language, question, "", checker, level)
+
+
+def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
+    """(reasoning, summary): careful searches in order, terse tries a few without steps, guess tries at random."""
+    at = index(prompt.language)
+    numbers = sorted(prompt.checker["numbers"], reverse=True)
+    target = prompt.checker["target"]
+    order = patterns(len(numbers))
+    if strategy == "guess":
+        order = rng.sample(order, min(len(order), rng.randint(1, 2)))
+    elif strategy == "terse":
+        order = rng.sample(order, min(len(order), rng.randint(2, 3)))
+    lines = [("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at]] if strategy == "careful" else []
+    for signs in order:
+        shown, result = _try(numbers, signs, strategy != "terse", rng, slip if strategy != "terse" else 0.35)
+        hit = result == target
+        lines.append(f"{shown}?{target} " + (("yes", "no"), ("对", "错"))[at][not hit])
+        if hit:
+            break
+    else:
+        lines.append(("I give up.", "我放弃。")[at])
+    return "\n".join(lines), summary(prompt.language, expression(numbers, signs))
+
+
+def _try(numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random.Random, slip: float) -> tuple[str, int]:
+    """One try as text and the value its author believes; slips carry on."""
+    if not stepwise:
+        result = value(numbers, signs)
+        if rng.random() < slip:
+            result += rng.choice([-10, -2, -1, 1, 2, 10])
+        return f"{expression(numbers, signs)}={result}", result
+    text, result = str(numbers[0]), numbers[0]
+    for n, s in zip(numbers[1:], signs, strict=True):
+        result += n * s
+        if rng.random() < slip:
+            result += rng.choice([-10, -1, 1, 10])
+        text += f"{'+' if s > 0 else '-'}{n}={result}"
+    return text, result

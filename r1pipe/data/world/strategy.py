@@ -1,0 +1,22 @@
+"""Which strategy a response follows, told from its text alone: what reinforcement shifts."""
+
+import re
+
+from r1pipe.data.chat import parse
+from r1pipe.records import Prompt
+
+STRATEGIES = ("careful", "terse", "guess")
+
+
+def strategy_of(prompt: Prompt, text: str) -> str:
+    """careful (one equation per step, a search in order), terse (steps joined), or guess (straight to a result)."""
+    reasoning = parse(text).reasoning or text
+    if prompt.task == "word":
+        equations = len(re.findall(r"\d=\d", reasoning))
+        return "careful" if equations >= len(prompt.checker["steps"]) else "terse" if equations else "guess"
+    if prompt.task == "countdown":
+        chained = re.findall(r"=\d+[+-]\d+=", reasoning)
+        return "careful" if chained and re.search(r"^(Sort|排序)", reasoning) else "guess" if chained else "terse"
+    if prompt.task == "program":
+        return "careful" if len(re.findall(r"`[^`\n]+`", reasoning)) >= 2 else "terse"
+    return "other"

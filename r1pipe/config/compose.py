@@ -1,0 +1,144 @@
+"""Overrides -> one checked RunConfig: Hydra resolves conf/, a recipe's values go under the user's own.
+
+The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They are placed
+before the command line's overrides, so the command line always wins.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from r1pipe.config import rules
+from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
+from r1pipe.config.schema import RunConfig
+from r1pipe.config.typed import field_types, load
+from r1pipe.errors import ConfigError, nearest
+from r1pipe.paths import conf_dir
+
+COMMAND_LINE = "command line"
+RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
+FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
+TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A config, and for every dotted key the file that gave its value, or COMMAND_LINE."""
+
+    config: RunConfig
+    sources: dict[str, str]
+
+
+def compose(overrides: list[str]) -> Composed:
+    """The config that `overrides` (Hydra's syntax) describe. Raises ConfigError, one line."""
+    given = parse(overrides)
+    choices = choose(given)
+    values = recipe_values(choices["recipe"], choices["stage"])
+    below = [f"{group}={option}" for group, option in choices.items()]
+    below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    own = [override for override in given if override.key_or_group not in GROUPS]
+    mapping = resolve(below, own)
+    for key in RECIPE_ONLY:
+        mapping["recipe"].pop(key)
+    config = load({**mapping, **FILLED_AT_LAUNCH})
+    rules.check(config)
+    return Composed(config, sources_of(mapping, choices, values, own))
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Hydra's reading of the overrides. Raises ConfigError on what is no override, and on sweeps."""
+    for line in overrides:
+        if "=" not in line and not line.startswith("~"):
+            raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ConfigError(f"cannot read an override: {first_line(error)}") from None
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError(f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'")
+        top = str(override.key_or_group).partition(".")[0]
+        if top not in TOP_KEYS:
+            raise ConfigError(f"{top} is no key of the config; {nearest(top, TOP_KEYS)}")
+    return parsed
+
+
+def choose(given: list[Override]) -> dict[str, str]:
+    """The option of every group: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
+    own: dict[str, str] = {}
+    for override in given:
+        group = override.key_or_group
+        if group in GROUPS:
+            option = str(override.value())
+            if override.is_delete() or option not in options(group):
+                raise ConfigError(f"{override.input_line}: no such {group}; {nearest(option, options(group))}")
+            own[group] = option
+    defaults: dict[str, str] = {}
+    for item in read("config")["defaults"]:
+        defaults |= {} if item == "_self_" else item
+    recipe = own.get("recipe", defaults["recipe"])
+    return defaults | read(f"recipe/{recipe}")["choose"] | own
+
+
+def recipe_values(recipe: str, stage: str) -> dict[str, Any]:
+    """What the recipe says about the stage: dotted key -> value."""
+    content = read(f"recipe/{recipe}")
+    values = dict(flat(content["every_stage"], "stage")) if content["every_stage"] else {}
+    return values | (dict(flat(own, "stage")) if (own := content["stage_values"].get(stage)) else {})
+
+
+def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
+    """conf/ with the overrides applied in order, interpolations filled in. Raises ConfigError."""
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        try:
+            cfg = hydra_compose("config", below + [str(override.input_line) for override in own])
+            return plain(OmegaConf.to_container(cfg, resolve=True))
+        except (HydraException, OmegaConfBaseException) as error:
+            known = plain(OmegaConf.to_container(hydra_compose("config", below), resolve=False))
+            raise explained(error, own, {part for key, _ in flat(known) for part in upwards(key)}) from None
+
+
+def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigError:
+    """What Hydra's complaint means: which key is unknown, and the nearest known one."""
+    for override in own:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or key in known:
+            continue
+        same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        above = next(part for part in upwards(key) if part in known)
+        beside = [name for name in known if name.rpartition(".")[0] == above]
+        return ConfigError(f"{key} is no key of the config; {nearest(key, same_name or beside or [above])}")
+    return ConfigError(first_line(error))
+
+
+def sources_of(
+    mapping: dict[str, Any], choices: dict[str, str], values: Iterable[str], own: list[Override]
+) -> dict[str, str]:
+    """Dotted key -> the file that gave its value, or COMMAND_LINE."""
+    files: dict[str, str] = {}
+    for group, option in choices.items():
+        files |= {f"{group}.{key}": file for key, file in defined_in(group, option).items()}
+    files |= dict.fromkeys(values, f"conf/recipe/{choices['recipe']}.yaml")
+    files |= {override.key_or_group: COMMAND_LINE for override in own}
+    nearest_file = {}
+    for key, _ in flat(mapping):
+        nearest_file[key] = next((files[part] for part in upwards(key) if part in files), "conf/config.yaml")
+    return nearest_file
+
+
+def plain(container: Any) -> dict[str, Any]:
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

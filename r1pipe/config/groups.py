@@ -1,0 +1,53 @@
+"""The files of conf/: the groups, their options, and which file gives which key. Reads YAML only, so it is quick."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from r1pipe.paths import conf_dir
+
+GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking")
+
+
+def options(group: str) -> list[str]:
+    """The names that `group=NAME` takes; folders below a group hold shared parts, not options."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@cache
+def read(name: str) -> dict[str, Any]:
+    """conf/<name>.yaml as it is written, without what its defaults list brings in."""
+    from omegaconf import OmegaConf  # its YAML reads 1e-5 as a number, PyYAML's does not
+
+    content = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"), resolve=False)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def defined_in(group: str, option: str) -> dict[str, str]:
+    """Dotted key inside the group -> file that gives it; a file wins over the parts in its defaults list."""
+    content = read(f"{group}/{option}")
+    folder = "/".join([group, *option.split("/")[:-1]])
+    files: dict[str, str] = {}
+    for part in content.get("defaults", []):
+        if part != "_self_":
+            files |= defined_in(folder, part.partition("@")[0])
+    own = {key: value for key, value in content.items() if key != "defaults"}
+    return files | {key: f"conf/{group}/{option}.yaml" for key, _ in flat(own)}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists and empty mappings are leaves."""
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict) and value:
+            yield from flat(value, name)
+        else:
+            yield name, value
+
+
+def upwards(key: str) -> Iterator[str]:
+    """a.b.c, a.b, a"""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]

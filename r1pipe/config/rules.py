@@ -1,0 +1,220 @@
+"""What must be true of values and across them; every message names the key and what it may be.
+
+One small function per part; each yields (what must hold, message), and `check` raises the first that fails.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from r1pipe.config.schema import (
+    EngineConfig,
+    EvalConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    RLConfig,
+    RunConfig,
+    SamplingConfig,
+    SFTConfig,
+)
+from r1pipe.errors import ConfigError
+
+Rules = Iterator[tuple[bool, str]]
+
+# Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
+POSITIVE = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "kv_lora_rank"),
+    *("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "factor"),
+    *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples", "inner_epochs"),
+    *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt", "traces"),
+    *("pairs", "labels", "held_out", "gradient_accumulation", "original_max_position_embeddings"),
+}
+SIGNED = {"unfinished", "weights"}  # rewards may punish
+SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"}
+CHOICES = {
+    "engine.accelerator": ("cpu", "cuda", "auto"),
+    "engine.precision": ("fp32", "bf16"),
+    "engine.launcher": ("local", "pdsh", "openmpi", "slurm"),
+    "engine.zero_level": (0, 1, 2, 3),
+    "data.kind": ("world", "files", "reasoning_gym"),
+    "model.scoring_func": ("sigmoid", "softmax"),
+    "model.topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
+    "stage.optim.schedule": ("constant", "linear", "cosine"),
+    "stage.loss_mean": ("sequence", "token"),
+    "stage.eval.split": ("dev", "test"),
+}
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError on the first rule that does not hold."""
+    for holds, message in every_rule(config):
+        if not holds:
+            raise ConfigError(message)
+
+
+def every_rule(config: RunConfig) -> Rules:
+    values = dict(leaves(config, ""))
+    yield from ranges(values)
+    yield from model_rules(config.model)
+    yield from engine_rules(config.engine)
+    yield from optim_rules(config.stage.optim)
+    yield from eval_rules(config.stage.eval, config)
+    yield from stage_rules(config)
+
+
+def leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(node):
+        for field in fields(node):
+            yield from leaves(getattr(node, field.name), f"{key}.{field.name}" if key else field.name)
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from leaves(value, f"{key}.{name}")
+    else:
+        yield key, node
+
+
+def ranges(values: dict[str, Any]) -> Rules:
+    for key, value in values.items():
+        name = key.rpartition(".")[2]
+        if key in CHOICES:
+            yield value in CHOICES[key], f"{key}={value} is none of {', '.join(map(str, CHOICES[key]))}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            signed = bool(SIGNED & set(key.split(".")))
+            yield math.isfinite(value), f"{key}={value} is not finite"
+            yield signed or value >= 0, f"{key}={value} must be 0 or more"
+            yield name not in POSITIVE or value >= 1, f"{key}={value} must be 1 or more"
+            yield name not in SHARES or value <= 1, f"{key}={value} must be from 0 to 1"
+
+
+def model_rules(model: ModelConfig) -> Rules:
+    yield (
+        model.num_experts_per_tok <= model.n_routed_experts,
+        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the "
+        f"{model.n_routed_experts} experts of model.n_routed_experts",
+    )
+    yield (
+        model.n_routed_experts % model.n_group == 0,
+        f"model.n_group={model.n_group} must divide model.n_routed_experts={model.n_routed_experts}",
+    )
+    yield (
+        model.topk_group <= model.n_group,
+        f"model.topk_group={model.topk_group} is more than the groups of model.n_group={model.n_group}",
+    )
+    open_experts = model.topk_group * model.n_routed_experts // model.n_group
+    yield (
+        model.num_experts_per_tok <= open_experts,
+        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the {open_experts} experts in "
+        f"model.topk_group={model.topk_group} groups",
+    )
+    yield (
+        model.topk_method != "noaux_tc" or model.n_routed_experts // model.n_group >= 2,
+        f"model.n_group={model.n_group} leaves one expert per group, but model.topk_method=noaux_tc ranks groups "
+        "by their two best; lower n_group",
+    )
+    yield (
+        model.qk_rope_head_dim % 2 == 0,
+        f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: rotations act on pairs",
+    )
+    yield (
+        model.first_k_dense_replace <= model.num_hidden_layers,
+        f"model.first_k_dense_replace={model.first_k_dense_replace} is more than "
+        f"model.num_hidden_layers={model.num_hidden_layers}",
+    )
+
+
+def engine_rules(engine: EngineConfig) -> Rules:
+    yield (
+        engine.launcher == "local" or engine.hostfile is not None or engine.launcher in ("pdsh", "slurm"),
+        f"engine.launcher={engine.launcher} needs engine.hostfile=FILE",
+    )
+    yield (
+        engine.launcher != "local" or engine.hostfile is None,
+        f"engine.launcher=local runs on this machine alone; drop engine.hostfile={engine.hostfile} or choose "
+        "pdsh, openmpi or slurm",
+    )
+    yield (
+        engine.precision != "bf16" or engine.zero_level >= 1,
+        "engine.precision=bf16 needs engine.zero_level=1 or more, which keeps float32 masters",
+    )
+
+
+def optim_rules(optim: OptimConfig) -> Rules:
+    betas = optim.betas
+    yield (
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        f"stage.optim.betas={betas} must be two numbers from 0 to below 1",
+    )
+    yield (
+        optim.min_lr <= optim.lr,
+        f"stage.optim.min_lr={optim.min_lr:g} is above stage.optim.lr={optim.lr:g}",
+    )
+
+
+def eval_rules(evaluation: EvalConfig, config: RunConfig) -> Rules:
+    yield from length_rule("stage.eval.max_tokens", evaluation.max_tokens, config)
+    yield (
+        evaluation.shown <= evaluation.problems,
+        f"stage.eval.shown={evaluation.shown} is more than stage.eval.problems={evaluation.problems}",
+    )
+
+
+def length_rule(key: str, length: int, config: RunConfig) -> Rules:
+    longest = config.model.max_position_embeddings
+    yield length <= longest, f"{key}={length} is longer than model.max_position_embeddings={longest}"
+
+
+def sampling_rules(sampling: SamplingConfig, config: RunConfig) -> Rules:
+    yield from length_rule("stage.sampling.max_tokens", sampling.max_tokens, config)
+    yield sampling.top_p > 0, "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
+
+
+def stage_rules(config: RunConfig) -> Rules:
+    stage, ranks = config.stage, config.engine.ranks
+    if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig):
+        yield from length_rule("stage.sequence_length", stage.sequence_length, config)
+    if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig | RewardModelConfig):
+        yield (
+            stage.batch_size % ranks == 0,
+            f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}",
+        )
+    if isinstance(stage, PretrainConfig):
+        yield stage.max_steps > 0 or stage.name != "pretrain", "stage.max_steps=0: the corpus is endless; say how many"
+    if isinstance(stage, RejectionConfig):
+        yield from sampling_rules(stage.sampling, config)
+    if isinstance(stage, RLConfig):
+        yield from sampling_rules(stage.sampling, config)
+        yield from rl_rules(stage, ranks)
+    if isinstance(stage, EvaluateConfig) and stage.name == "evaluate":
+        yield config.parent is not None, "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
+
+
+def rl_rules(stage: RLConfig, ranks: int) -> Rules:
+    yield (
+        stage.prompts_per_step % ranks == 0,
+        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of engine.ranks={ranks}",
+    )
+    outputs = stage.prompts_per_step * stage.group_size
+    yield (
+        outputs % (stage.minibatches * ranks) == 0,
+        f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
+        f"stage.minibatches={stage.minibatches} on engine.ranks={ranks}",
+    )
+    yield (
+        stage.group_size >= 2,
+        f"stage.group_size={stage.group_size}: advantages compare the completions of one prompt; give 2 or more",
+    )
+    yield stage.sampling.temperature > 0, "stage.sampling.temperature=0 draws a group of equals; it must be above 0"
+    yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
+    yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
+    if stage.preference is not None:
+        last = stage.preference.last_steps
+        yield (
+            last <= stage.max_steps,
+            f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
+        )

@@ -1,0 +1,57 @@
+"""Rule rewards: one file per reward, one table, and `score_all`, which scores a batch.
+
+Status is tri-state (records.Status): a verifier or sandbox that fails is never a wrong answer.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from r1pipe.errors import ConfigError, nearest
+from r1pipe.records import Completion, Prompt, Score
+from r1pipe.rewards.accuracy import accuracy, applies, check_gold, summary_of, vote
+from r1pipe.rewards.format import format_reward
+from r1pipe.rewards.language import language, language_share
+from r1pipe.rewards.symbolic import WORKERS
+
+__all__ = ["TABLE", "Reward", "applies", "check_gold", "language_share", "score_all", "summary_of", "vote"]
+
+Reward = Callable[[Prompt, Completion], Score]
+
+TABLE: dict[str, Reward] = {
+    "accuracy": accuracy,
+    "format": format_reward,
+    "language": language,
+}
+
+
+def score_all(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], names: Sequence[str]
+) -> list[dict[str, Score]]:
+    """Score completion i against prompt i under every named reward.
+
+    `accuracy` is absent from the result of a general prompt, where no rule applies. Equal summaries of one
+    prompt are checked once. Raises ConfigError on an unknown name.
+    """
+    for name in names:
+        if name not in TABLE:
+            raise ConfigError(f"reward {name} is unknown; {nearest(name, list(TABLE))}")
+    scores: list[dict[str, Score]] = [{} for _ in completions]
+    for name in names:
+        if name == "accuracy":
+            verdicts = _accuracies(prompts, completions)
+        else:
+            verdicts = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
+        for row, verdict in zip(scores, verdicts, strict=True):
+            if verdict is not None:
+                row[name] = verdict
+    return scores
+
+
+def _accuracies(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:
+    """Verdicts of unique (prompt, summary) pairs, in threads: one that waits holds up no other."""
+    pairs = zip(prompts, completions, strict=True)
+    keys = [(p.id, summary_of(c.text)) if applies(p) else None for p, c in pairs]
+    unique = {key: (p, c) for key, p, c in zip(keys, prompts, completions, strict=True) if key is not None}
+    with ThreadPoolExecutor(WORKERS) as threads:
+        verdicts = dict(zip(unique, threads.map(lambda pair: accuracy(*pair), unique.values()), strict=True))
+    return [None if key is None else verdicts[key] for key in keys]

@@ -1,0 +1,178 @@
+"""Accuracy: is the final answer right? One checker per task, in one table.
+
+Only the summary counts: a right number inside <think> earns nothing. Sample: Prompt(task="word", answer="42")
+and "<think>\\n6*7=42\\n</think>\\n\\nThe answer is 42." scores 1.
+"""
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from r1pipe.data import reasoning_gym
+from r1pipe.data.chat import THINK, parse
+from r1pipe.errors import DataError
+from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.rewards import answers, program, symbolic
+
+GENERAL_TASKS = ("writing", "facts", "identity", "translation", "safety")  # judged by no rule
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+_MATHEMATICS = re.compile(r"[\\^*/+=√π{]|sqrt|\bpi\b")  # an answer without any of these is no expression
+_MAX_EXPRESSION = 200  # characters
+
+
+def check_answer(prompt: Prompt, summary: str) -> Score:
+    """The stated final answer against the gold one: plain numbers exactly, the rest by math-verify."""
+    answer = answers.final_answer(summary)
+    if answer is None:
+        return Score(0.0, detail="the summary states no final answer")
+    gold_number, number = answers.parse_number(prompt.answer), answers.parse_number(answer)
+    if gold_number and number:
+        return Score(float(answers.same_number(gold_number, number)))
+    if answers.same_text(prompt.answer, answer):
+        return Score(1.0)
+    letter = answers.choice(prompt.answer)
+    if letter is not None:
+        return Score(float(answers.choice(answer) == letter))
+    if gold_number and not _MATHEMATICS.search(answer):
+        return Score(0.0, detail=f"{answer!r} is no number")
+    return symbolic.compare(prompt.answer, answer)
+
+
+def check_countdown(prompt: Prompt, summary: str) -> Score:
+    """The stated expression uses each given number once, with + - * and parentheses, and makes the target."""
+    expression = answers.final_answer(summary)
+    if expression is None:
+        return Score(0.0, detail="the summary states no expression")
+    tree = _parse_expression(expression)
+    if tree is None:
+        return Score(0.0, detail=f"{expression!r} is no expression of integers with + - * ( )")
+    value, used = _evaluate(tree.body)
+    if Counter(used) != Counter(prompt.checker["numbers"]):
+        return Score(0.0, detail=f"uses {sorted(used)}, not {sorted(prompt.checker['numbers'])}")
+    return Score(float(value == prompt.checker["target"]), detail=f"makes {value}")
+
+
+def _parse_expression(text: str) -> ast.Expression | None:
+    """The syntax tree of an expression of integers with + - * ( ), or None; nothing is ever executed."""
+    text = text.split("=")[0].replace("×", "*").replace("\\times", "*").replace("−", "-").strip()
+    if len(text) > _MAX_EXPRESSION or not re.fullmatch(r"[\d\s+*()-]+", text):
+        return None
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    nodes = (ast.Expression, ast.BinOp, ast.Constant, *_OPERATORS)
+    return tree if all(isinstance(node, nodes) for node in ast.walk(tree)) else None
+
+
+def _evaluate(node: ast.expr) -> tuple[int, list[int]]:
+    """The value of an expression that `_parse_expression` let through, and the integers in it."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value, [node.value]
+    assert isinstance(node, ast.BinOp)
+    (left, left_used), (right, right_used) = _evaluate(node.left), _evaluate(node.right)
+    return _OPERATORS[type(node.op)](left, right), left_used + right_used
+
+
+def check_gym(prompt: Prompt, summary: str) -> Score:
+    """The verdict of reasoning-gym's own scorer; partial credit is not a right answer."""
+    answer = answers.final_answer(summary)
+    if answer is None:
+        return Score(0.0, detail="the summary states no final answer")
+    return Score(float(reasoning_gym.score(prompt, answer) >= 1.0))
+
+
+def _check_answer_gold(prompt: Prompt) -> None:
+    gold = prompt.answer.strip()
+    if not gold:
+        raise DataError(f"{prompt.id}: the gold answer is empty; fill it in or leave the row out")
+    if answers.parse_number(gold) or answers.choice(gold) or symbolic.parses(gold):
+        return
+    raise DataError(f"{prompt.id}: the gold answer {gold!r} does not parse; correct it or leave the row out")
+
+
+def _check_countdown_gold(prompt: Prompt) -> None:
+    numbers, target = prompt.checker.get("numbers"), prompt.checker.get("target")
+    if not numbers or not all(isinstance(n, int) and n >= 0 for n in numbers) or not isinstance(target, int):
+        raise DataError(f"{prompt.id}: checker needs numbers (a list of integers) and target (an integer)")
+
+
+def _expression_key(summary: str) -> str:
+    """One spelling for expressions that differ in spaces and idle parentheses."""
+    answer = answers.final_answer(summary)
+    tree = _parse_expression(answer) if answer else None
+    return ast.unparse(tree) if tree else answers.normalise(answer or "")
+
+
+def _answer_key(summary: str) -> str:
+    return answers.normalise(answers.final_answer(summary) or "")
+
+
+@dataclass(frozen=True)
+class Checker:
+    """What a task needs: the verdict, the test of its gold, and when two summaries count as one vote."""
+
+    check: Callable[[Prompt, str], Score]
+    check_gold: Callable[[Prompt], None]
+    vote: Callable[[str], str]  # "" where the summary gives no answer
+
+
+ANSWER = Checker(check_answer, _check_answer_gold, _answer_key)
+CHECKERS: dict[str, Checker] = {
+    "word": ANSWER,
+    "countdown": Checker(check_countdown, _check_countdown_gold, _expression_key),
+    "program": Checker(program.check_program, program.check_program_gold, program.program_key),
+    "reasoning_gym": Checker(check_gym, lambda prompt: None, _answer_key),
+}  # a task that is not named here states its answer as text: gsm8k, svamp, math500 ...
+
+
+def checker_of(prompt: Prompt) -> Checker:
+    task = "reasoning_gym" if "reasoning_gym" in prompt.checker else prompt.task
+    return CHECKERS.get(task, ANSWER)
+
+
+def applies(prompt: Prompt) -> bool:
+    """Whether a rule can judge the prompt at all."""
+    return prompt.task not in GENERAL_TASKS
+
+
+def check_gold(prompt: Prompt) -> None:
+    """Raises DataError, naming the prompt, where no answer could ever match its gold; for loaders."""
+    if applies(prompt):
+        checker_of(prompt).check_gold(prompt)
+
+
+def states_answer(prompt: Prompt, summary: str) -> bool:
+    """Whether a summary gives an answer of its task's kind, right or wrong."""
+    return bool(checker_of(prompt).vote(summary))
+
+
+def vote(prompt: Prompt, text: str) -> str:
+    """What a completion votes for in cons@k: its normalised answer, or "" for none."""
+    return checker_of(prompt).vote(summary_of(text))
+
+
+def summary_of(text: str) -> str:
+    """What may state the answer: the text after the reasoning; all of a text that has no think tags."""
+    return parse(text).summary.split(THINK)[0]  # thinking that never ends is no summary
+
+
+def accuracy(prompt: Prompt, completion: Completion) -> Score:
+    """1 or 0 by the task's checker. Raises ValueError on a general prompt: there no rule applies."""
+    if not applies(prompt):
+        raise ValueError(f"accuracy has no rule for task {prompt.task}")
+    return checker_of(prompt).check(prompt, summary_of(completion.text))
+
+
+def is_correct(prompt: Prompt, text: str) -> bool:
+    """Whether a response, as text, states the right final answer; False too where no verdict was reached."""
+    score = checker_of(prompt).check(prompt, summary_of(text))
+    return score.status is Status.SCORED and score.value == 1.0

@@ -1,0 +1,156 @@
+"""Final answers: where a summary states one, which number it is, and how two are compared exactly.
+
+Everything here is plain text and `Fraction`: thousands of answers a second. What is not a plain number
+(LaTeX, intervals, sets, algebra) goes to `symbolic.py`.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+# The last mark wins: a summary may talk about answers before it gives one.
+_MARK = re.compile(r"####|\banswer(?:\s+is|\s*[:：=])|答案(?:是|为|[:：])", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\n|。|[.!?;](?=\s|$)|[；！？]")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x3000: " "}
+
+_NUMBER = r"(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?"
+_SLASHED = r"(?:\s*/\s*(?P<below>\d+))?"
+_LATEX_FRACTION = r"\\[dt]?frac\s*\{?(?P<top>-?\d+)\}?\s*\{?(?P<bottom>\d+)\}?"
+_UNIT = r"(?P<gap>\s*)(?P<unit>(?:[^\W\d_]|°)[^\d_=+*/^\\(){}]*)?"
+_VALUE = rf"(?:{_LATEX_FRACTION}|{_NUMBER}{_SLASHED})(?:\s?(?P<percent>%))?"
+_PLAIN = re.compile(rf"(?P<sign>[+-]?)\s*{_VALUE}{_UNIT}")
+_CURRENCY = re.compile(r"^([+-]?)\s*(?:US)?[$€£¥]\s*")
+
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12,
+    "百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8,
+}  # fmt: skip
+# Words that would change the number, so that "3 and a half" is not taken for 3.
+_NOT_UNITS = {"and", "or", "to", "pi", "half", "quarter", "sqrt", "root", "times", *"半又或至"}
+_GLUED_UNITS = re.compile(r"(?:[mck]?m|[mk]?g|ml|[lhs]|min|ft|in|lbs?|oz|mph|am|pm|usd|rmb)\b", re.IGNORECASE)
+_MAX_LENGTH = 60  # a plain number with its unit is shorter; also bounds the work on a hostile answer
+_MAX_UNIT_WORDS = 4
+
+
+@dataclass(frozen=True)
+class Number:
+    """A plain number as it was written: its value, whether it bore a percent sign, its unit."""
+
+    value: Fraction
+    percent: bool = False
+    unit: str = ""
+    rounded: bool = False  # written with decimals
+
+
+def final_answer(summary: str) -> str | None:
+    """The last \\boxed{...}, else what follows the last answer mark up to the sentence's end; else None."""
+    boxed = _last_boxed(summary)
+    if boxed is not None:
+        return boxed
+    marks = list(_MARK.finditer(summary))
+    if not marks:
+        return None
+    answer = _SENTENCE_END.split(summary[marks[-1].end() :].lstrip(" \t:："), maxsplit=1)[0]
+    return clean(answer) or None
+
+
+def _last_boxed(text: str) -> str | None:
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(text.index("{", start), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return clean(text[text.index("{", start) + 1 : i]) or None
+    return None
+
+
+def clean(text: str) -> str:
+    """An answer without what only dresses it: full-width forms, bold, dollar signs around it, a full stop."""
+    text = text.translate(_FULL_WIDTH).strip().strip("*`").strip()
+    for opening, closing in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
+            text = text[len(opening) : -len(closing)].strip()
+    return text.rstrip("。.,;").strip()
+
+
+def _plain_text(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", clean(text))
+    for latex, plain in ((r"\$", "$"), (r"\%", "%"), ("{,}", ","), (r"\!", ""), (r"\,", " ")):
+        text = text.replace(latex, plain)
+    text = re.sub(r"\^?\s*\{?\\(?:circ|degree)\}?", "°", text)
+    return _CURRENCY.sub(r"\1", text.strip()).strip("$ ")
+
+
+def parse_number(text: str) -> Number | None:
+    """A plain number, or None: integer, decimal, fraction, percentage; commas, currency and unit allowed."""
+    text = _plain_text(text)
+    match = _PLAIN.fullmatch(text) if len(text) <= _MAX_LENGTH else None
+    if not match or not (match["whole"] or match["decimals"] or match["top"]):
+        return None
+    written = match["unit"] or ""
+    if written[:1].isascii() and not match["gap"] and written and not _GLUED_UNITS.match(written):
+        return None  # 2ab is algebra, 2 km and 2km are not
+    scale, unit = _scale(written.lower().split())
+    below = int(match["below"] or match["bottom"] or 1)
+    if unit is None or below == 0:
+        return None
+    above = Fraction(match["top"] or f"{(match['whole'] or '0').replace(',', '')}{match['decimals'] or ''}")
+    value = (-1 if match["sign"] == "-" else 1) * above / below * scale
+    percent = bool(match["percent"]) or unit in ("percent", "percentage")
+    return Number(value, percent, "" if unit.startswith("percent") else unit, bool(match["decimals"]))
+
+
+def _scale(words: list[str]) -> tuple[int, str | None]:
+    """`million km` -> (1000000, "km"); the unit is None where the words are more than a unit."""
+    if words and words[0][0] in _SCALES and not words[0].isascii():
+        words = [words[0][0], *filter(None, [words[0][1:]]), *words[1:]]
+    scale = 1
+    while words and words[0] in _SCALES:
+        scale *= _SCALES[words.pop(0)]
+    parts = {*words, *"".join(words)}
+    letter = words[0] if len(words) == 1 and len(words[0]) == 1 else ""
+    algebra = letter.isascii() and letter and not _GLUED_UNITS.match(letter)
+    if len(words) > _MAX_UNIT_WORDS or parts & _NOT_UNITS or algebra:
+        return scale, None
+    return scale, " ".join(words)
+
+
+def same_number(gold: Number, answer: Number) -> bool:
+    """Exact for integers and fractions; within 1e-6 where either was written with decimals.
+
+    A percent sign that only one side bears may mean either the number or its hundredth ("50%" is 50 or 0.5);
+    units are compared only where both sides give one.
+    """
+    if gold.unit and answer.unit and gold.unit.rstrip("s.") != answer.unit.rstrip("s."):
+        return False
+    golds, answers = {gold.value}, {answer.value}
+    if gold.percent and not answer.percent:
+        golds.add(gold.value / 100)
+    if answer.percent and not gold.percent:
+        answers.add(answer.value / 100)
+    if golds & answers:
+        return True
+    close = Fraction(1, 10**6) if gold.rounded or answer.rounded else 0
+    return any(abs(g - a) <= close for g in golds for a in answers)
+
+
+def same_text(gold: str, answer: str) -> bool:
+    """Equal as text, whatever the spaces, case and \\text{} around it."""
+    squeezed = [re.sub(r"\s+", "", _plain_text(text)).lower() for text in (gold, answer)]
+    return bool(squeezed[0]) and squeezed[0] == squeezed[1]
+
+
+def choice(text: str) -> str | None:
+    """The letter of a multiple-choice answer: "B", "(B)", "B. 12"."""
+    match = re.fullmatch(r"\(?([A-J])(?:\)|$|(?=[.:、,\s]))(?:[.:、,\s].*)?", _plain_text(text), re.DOTALL)
+    return match[1] if match else None
+
+
+def normalise(text: str) -> str:
+    """One spelling for equal answers, for voting: numbers by value, the rest by its letters."""
+    number = parse_number(text)
+    if number is not None:
+        return str(number.value) + ("%" if number.percent else "")
+    return re.sub(r"\s+", "", _plain_text(text)).lower()

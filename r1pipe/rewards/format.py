@@ -1,0 +1,31 @@
+"""Format: R1's readable pattern, `<think>` reasoning `</think>` and a summary (R1 section 2.3.1).
+
+Sample, scored 1: "<think>\\n3+4=7\\n</think>\\n\\nThe answer is 7."
+"""
+
+from r1pipe.data.chat import SPECIAL_TOKENS, parse
+from r1pipe.records import Completion, Prompt, Score
+from r1pipe.rewards.accuracy import applies, states_answer
+
+
+def format_reward(prompt: Prompt, completion: Completion) -> Score:
+    """1 for exactly one <think>...</think> at the start, then a summary; 0 otherwise, with the reason.
+
+    Both parts must hold something, nothing may stand before <think>, the summary carries no tags or special
+    tokens, and for a reasoning task it states a final answer. A completion that was cut off scores 0.
+    """
+    fault = _fault(prompt, completion)
+    return Score(0.0, detail=fault) if fault else Score(1.0)
+
+
+def _fault(prompt: Prompt, completion: Completion) -> str:
+    if completion.truncated:
+        return "cut off"
+    parsed = parse(completion.text)
+    if not parsed.well_formed:
+        return "not exactly one <think>...</think> at the start with text in it and after it"
+    if any(token in completion.text for token in SPECIAL_TOKENS):
+        return "a special token in the text"
+    if applies(prompt) and not states_answer(prompt, parsed.summary):
+        return "the summary states no final answer"
+    return ""

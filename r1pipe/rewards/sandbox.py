@@ -1,0 +1,181 @@
+"""Isolation for generated programs: no network, files or environment; time, memory, depth, output bounded.
+
+Chosen by capability: pydantic-monty (a Python interpreter in Rust that has no system calls to give away, in
+worker processes of its own), else bubblewrap around `python -I`, else the program is not run at all.
+
+A program's fault (an exception, a limit, a worker that it brought down) is an outcome without results and
+scores 0; INFRASTRUCTURE_FAILED means that the sandbox itself does not work, and is told apart by a control
+program that must succeed.
+"""
+
+import atexit
+import functools
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.records import Status
+
+if TYPE_CHECKING:
+    import pydantic_monty
+
+TIME_LIMIT_S = 1.0  # definition of the program, and again all its calls together
+MEMORY_LIMIT = 64 << 20  # bytes of the program's own data
+DEPTH_LIMIT = 400  # nested calls
+OUTPUT_LIMIT = 64 << 10  # bytes printed, or (bubblewrap) returned
+HANG_LIMIT_S = 5.0  # a worker that keeps no limit of its own is killed
+
+CONTROL = ("def control(x):\n    return x + 1\n", "control", [[1]], [2])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the calls returned, in order; `results` is None where the program failed, `detail` says how."""
+
+    results: list[Any] | None
+    detail: str = ""
+    status: Status = Status.SCORED
+
+
+Runner = Callable[[str, str, Sequence[Sequence[Any]]], Outcome]
+
+
+def run(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
+    """Define the program, call `entry_point` once per argument list, and give back what the calls returned.
+
+    Raises EnvironmentProblem where this machine has no isolation to offer.
+    """
+    with _choosing:  # threads that come first together must not each start a pool
+        runner = choose()
+    return runner(program, entry_point, arguments)
+
+
+_choosing = threading.Lock()
+
+
+@functools.cache
+def choose() -> Runner:
+    """The isolation of this machine; the same one ever after."""
+    if importlib.util.find_spec("pydantic_monty"):
+        return Monty()
+    if shutil.which("bwrap") and sys.platform == "linux":
+        return run_in_bubblewrap
+    raise EnvironmentProblem(
+        "no isolation for generated programs: run `pip install pydantic-monty`, or install bubblewrap (bwrap)"
+    )
+
+
+class Monty:
+    """Programs in pydantic-monty's worker processes; a session per program, workers used again."""
+
+    def __init__(self) -> None:
+        import pydantic_monty
+
+        self.monty = pydantic_monty
+        self.pool = pydantic_monty.Monty(request_timeout=HANG_LIMIT_S)
+        self.pool.__enter__()
+        atexit.register(self.pool.__exit__, None, None, None)
+
+    def __call__(self, program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
+        monty = self.monty
+        try:
+            return Outcome(self._session(program, entry_point, arguments))
+        except (monty.MontyCrashedError, monty.MontyDisconnectError, monty.MontyShutdown, OSError) as error:
+            return self._blame(f"{type(error).__name__}: {error}")
+        except monty.MontyError as error:
+            detail = str(error)[:200]
+            if "monty syntax parser does not yet support" in detail:
+                return Outcome(None, detail, Status.VERIFIER_FAILED)
+            return Outcome(None, detail)
+        except (ValueError, RecursionError, OverflowError) as error:  # a result too large to cross over
+            return Outcome(None, f"result: {str(error)[:200]}")
+
+    def _session(self, program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        limits: pydantic_monty.ResourceLimits = {
+            "max_feed_duration_secs": TIME_LIMIT_S,
+            "max_memory": MEMORY_LIMIT,
+            "max_recursion_depth": DEPTH_LIMIT,
+            "max_suspensions": 100,  # sleeps and look-ups that fail
+        }
+        # no waiting, and the same verdict every time
+        policy: pydantic_monty.OSPolicy = {"sleep": "zero", "random_start": {"seed": 0}}
+        with self.pool.checkout(limits=limits, os_policy=policy) as session:
+            output = self.monty.CollectString(max_bytes=OUTPUT_LIMIT)
+            session.feed_run(program, print_callback=output)
+            calls, inputs = f"[{entry_point}(*each) for each in _arguments]", {"_arguments": list(arguments)}
+            return session.feed_run(calls, inputs=inputs, print_callback=output)
+
+    def _blame(self, detail: str) -> Outcome:
+        """A worker went down: the program's fault if the control program still runs, else the sandbox's."""
+        program, entry_point, arguments, expected = CONTROL
+        try:
+            working = self._session(program, entry_point, arguments) == expected
+        except (self.monty.MontyError, OSError) as error:
+            return Outcome(None, f"{detail}; control program: {error}", Status.INFRASTRUCTURE_FAILED)
+        return Outcome(None, detail, Status.SCORED if working else Status.INFRASTRUCTURE_FAILED)
+
+
+# Runs inside bubblewrap. Limits first, then the program; the results leave as one JSON line after a mark. A
+# program that forged it would gain nothing: it never sees the expected values.
+_HARNESS = """
+import json, resource, sys
+request = json.loads(sys.stdin.read())
+for name, value in request["limits"]:
+    resource.setrlimit(getattr(resource, name), (value, value))
+sys.setrecursionlimit(request["depth"])
+space = {"__name__": "program"}
+exec(compile(request["program"], "program", "exec"), space)
+results = [space[request["entry_point"]](*each) for each in request["arguments"]]
+sys.__stdout__.write("\\n" + request["mark"] + json.dumps(results) + "\\n")
+"""
+
+
+def run_in_bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
+    """One `python -I` per program (about 50 ms) without network, home, environment or writable files."""
+    outcome = _bubblewrap(program, entry_point, arguments)
+    if outcome.results is None and outcome.status is Status.SCORED:
+        control = _bubblewrap(*CONTROL[:3])
+        if control.results != CONTROL[3]:
+            return Outcome(None, f"bubblewrap fails here: {control.detail}", Status.INFRASTRUCTURE_FAILED)
+    return outcome
+
+
+def _bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
+    mark = os.urandom(16).hex()
+    limits = [("RLIMIT_CPU", math.ceil(2 * TIME_LIMIT_S)), ("RLIMIT_AS", MEMORY_LIMIT + (256 << 20))]
+    limits += [("RLIMIT_FSIZE", OUTPUT_LIMIT), ("RLIMIT_NPROC", 1), ("RLIMIT_CORE", 0)]
+    request: dict[str, Any] = {
+        "program": program,
+        "entry_point": entry_point,
+        "arguments": arguments,
+        "mark": mark,
+    }
+    request |= {"limits": limits, "depth": DEPTH_LIMIT}
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    command += ["--cap-drop", "ALL"]
+    for folder in ("/usr", "/lib", "/lib64", "/bin", sys.base_prefix):
+        command += ["--ro-bind-try", folder, folder]
+    python = os.path.realpath(sys.executable)
+    command += ["--proc", "/proc", "--chdir", "/", python, "-I", "-S", "-c", _HARNESS]
+    text = json.dumps(request)
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=HANG_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(None, "time limit")
+    except OSError as error:
+        return Outcome(None, str(error), Status.INFRASTRUCTURE_FAILED)
+    marked = [line for line in done.stdout.splitlines() if line.startswith(mark)]
+    if done.returncode != 0 or not marked:
+        return Outcome(None, (done.stderr.strip().splitlines() or ["no result"])[-1][:200])
+    return Outcome(json.loads(marked[-1][len(mark) :]))

@@ -1,0 +1,114 @@
+"""Answers that are more than a plain number, compared by math-verify in a worker that can be killed.
+
+math-verify's own limits are signals, which fail silently outside a main thread and turn a timeout into a
+wrong answer; so they are off, and the limit is kept from outside: a worker that does not reply in time is
+killed and replaced, and its item is VERIFIER_FAILED. The worker is `symbolic_worker.py`, run as a program of
+its own, because a forked or spawned copy of a training job would drag torch along.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from queue import SimpleQueue
+
+from r1pipe.records import Score, Status
+from r1pipe.rewards import symbolic_worker
+
+WORKERS = 2  # processes per rank
+START_LIMIT_S = 60.0  # importing sympy, on a busy machine
+ITEM_LIMIT_S = 5.0  # one comparison; ordinary ones take milliseconds
+MEMORY_LIMIT = 2 << 30  # address space of a worker, bytes
+
+
+class WorkerFailed(Exception):
+    """The worker did not reply: too slow, killed, or never started."""
+
+
+class Worker:
+    """One child process that answers one JSON line with one JSON line."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: dict) -> dict:
+        """The worker's reply. Raises WorkerFailed where there is none within ITEM_LIMIT_S."""
+        process = self.process if self.process and self.process.poll() is None else self._start()
+        try:
+            return self._exchange(process, request, ITEM_LIMIT_S)
+        except WorkerFailed:
+            self.close()
+            raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # the package lies where this process found it, and nothing else of its environment matters
+        environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-P", symbolic_worker.__file__, str(MEMORY_LIMIT)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        try:
+            self._exchange(self.process, {"gold": "1", "answer": "1"}, START_LIMIT_S)
+        except WorkerFailed as error:
+            self.close()
+            remedy = "run `pip install math-verify`"
+            raise ChildProcessError(f"math-verify's worker does not start ({error}); {remedy}") from None
+        return self.process
+
+    @staticmethod
+    def _exchange(process: subprocess.Popen[bytes], request: dict, limit: float) -> dict:
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkerFailed("the worker had ended") from None
+        ready, _, _ = select.select([process.stdout], [], [], limit)
+        if not ready:
+            raise WorkerFailed(f"no reply within {limit:.0f} s")
+        line = process.stdout.readline()
+        if not line:
+            raise WorkerFailed(f"the worker ended with code {process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+_idle: SimpleQueue[Worker] = SimpleQueue()
+for _ in range(WORKERS):
+    _idle.put(Worker())  # starts no process until it is asked
+
+
+def _ask(request: dict) -> dict:
+    worker = _idle.get()
+    try:
+        return worker.ask(request)
+    finally:
+        _idle.put(worker)
+
+
+def compare(gold: str, answer: str) -> Score:
+    """1 where math-verify finds the answer equal to the gold one, else 0; safe to call from threads."""
+    try:
+        reply = _ask({"gold": gold, "answer": answer})
+    except WorkerFailed as error:
+        return Score(0.0, Status.VERIFIER_FAILED, str(error))
+    except OSError as error:
+        return Score(0.0, Status.INFRASTRUCTURE_FAILED, str(error))
+    if reply["error"]:
+        return Score(0.0, Status.VERIFIER_FAILED, reply["error"])
+    return Score(float(reply["equal"]), detail="" if reply["equal"] else f"{answer!r} is not {gold!r}")
+
+
+def parses(gold: str) -> bool:
+    """Whether a gold answer is an expression that equals itself. ChildProcessError without a worker."""
+    try:
+        reply = _ask({"gold": gold, "answer": gold})
+    except WorkerFailed:
+        return False
+    return bool(reply["equal"])

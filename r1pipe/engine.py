@@ -1,14 +1,12 @@
 """The only importer of deepspeed: ranks, one optimizer step, save, load, gather for sampling.
 
-Tried with DeepSpeed 0.19.8 on the CPU (gloo) with one and two ranks, ZeRO 0 to 3, fp32 and bf16 with fp32 masters.
-DeepSpeed is imported where it is first needed: a job that only samples on one rank does without.
+Tried with DeepSpeed 0.19.8 on the CPU (gloo): one and two ranks, ZeRO 0 to 3, fp32, bf16 with fp32 masters.
 Axis suffixes: L MoE layers, E routed experts.
 """
 
 import json
 import math
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.model import expert_loads, reset_loads, update_router_bias
+from r1pipe.ranks import Ranks
 
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
@@ -30,76 +29,27 @@ NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jso
 def _import_deepspeed() -> Any:
     """DeepSpeed without what it drags in: its autotuner imports mlflow (1.5 s), which a job never uses."""
     if "deepspeed" not in sys.modules:
-        hidden = {"mlflow": sys.modules.get("mlflow")}
+        known = sys.modules.get("mlflow")
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes `import mlflow` raise ImportError
         try:
             import deepspeed
         finally:
             del sys.modules["mlflow"]
-            sys.modules.update({name: module for name, module in hidden.items() if module})
+            if known:
+                sys.modules["mlflow"] = known
         deepspeed.utils.logger.setLevel("WARNING")
     return sys.modules["deepspeed"]
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as the launcher says (0 of 1 without one)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-class Ranks:
-    """The processes of a job and what they tell one another; with one rank, nothing is started."""
-
-    def __init__(self, config: EngineConfig):
-        self.rank, self.world_size = rank_and_world()
-        cuda = config.accelerator == "cuda" or (config.accelerator == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        os.environ["DS_ACCELERATOR"] = self.device.type
-        if self.world_size > 1:
-            self._start()
-
-    def _start(self) -> None:
-        """Start the process group through DeepSpeed, once per process."""
-        if dist.is_initialized():
-            return
-        if "MASTER_ADDR" not in os.environ:  # a script run without the launcher, or a test: a group of one
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        deepspeed = _import_deepspeed()
-        if self.device.type == "cpu":
-            # The shared-memory op serves DeepSpeed's inference alone, and costs a compiler and up to a minute.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if self.device.type == "cuda" else "gloo", verbose=False)
-
-    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums; every rank gives the same number of values."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def agree_max(self, value: int) -> int:
-        """The greatest of all ranks' values."""
-        return max(self.all_gather_objects(value))
-
-    def all_gather_objects(self, value: Any) -> list[Any]:
-        """What every rank gave, in order of ranks (pickled between this job's own processes)."""
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
-        return gathered
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
-    def close(self) -> None:
-        """Leave the process group, so that no rank waits for one that ended."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def _start_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed's communication on top of the process group that is already there."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    deepspeed = _import_deepspeed()
+    if device.type == "cpu":
+        # This op serves DeepSpeed's inference alone, and costs a compiler and up to a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
 
 
 @dataclass
@@ -151,7 +101,9 @@ def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True
+    )
 
 
 def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
@@ -183,10 +135,10 @@ class Engine(Ranks):
         total_steps: int,
     ):
         if config.precision == "bf16" and config.zero_level == 0:
-            raise ConfigError("engine.precision=bf16 needs engine.zero_level=1 or more, which keeps float32 masters")
+            raise ConfigError("engine.precision=bf16 needs engine.zero_level=1 or more (float32 masters)")
         super().__init__(config)
-        self._start()
-        deepspeed = _import_deepspeed()
+        self.start()
+        deepspeed = _start_deepspeed(self.device)
         self.module, self.router, self.zero_level = model, router, config.zero_level
         if config.zero_level == 3:
             _mark_moe_leaves(deepspeed, model)
@@ -203,7 +155,7 @@ class Engine(Ranks):
             self._trim_overhead(optimizer, optim.grad_clip, config.precision)
 
     def _trim_overhead(self, optimizer: torch.optim.Optimizer, grad_clip: float, precision: str) -> None:
-        """Without ZeRO, DeepSpeed walks all parameters one by one thrice a step, and drops the gradient norm."""
+        """Without ZeRO, DeepSpeed walks all parameters thrice a step, and drops the gradient norm."""
         if self.world_size == 1:
             self._ds.enable_backward_allreduce = False  # it would copy every gradient there and back
         if precision == "fp32":
@@ -218,7 +170,7 @@ class Engine(Ranks):
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step.
 
-        Each closure runs forward and returns its share of this rank's loss: shares add up, ranks are averaged.
+        Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
         All ranks must give the same number of closures (`agree_max`, then repeats of weight zero).
         """
         self.module.train()
@@ -276,14 +228,14 @@ class Engine(Ranks):
         self.barrier()
 
     def load(self, folder: Path | str) -> dict[str, Any]:
-        """Put back what `save` wrote, and return the loop's state; CheckpointError if ranks or ZeRO differ."""
+        """Put back what `save` wrote and return the loop's state; CheckpointError if the layout differs."""
         folder = Path(folder)
         layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
         mine = {"ranks": self.world_size, "zero_level": self.zero_level}
         if layout != mine:
             raise CheckpointError(
-                f"{folder} was saved with {layout['ranks']} ranks at ZeRO {layout['zero_level']}, this job has "
-                f"{mine['ranks']} at ZeRO {mine['zero_level']}; resume with the same, or start anew (--fresh)"
+                f"{folder} was saved by {layout['ranks']} ranks at ZeRO {layout['zero_level']}, this job has"
+                f" {mine['ranks']} at ZeRO {mine['zero_level']}; go on with the same, or start anew (--fresh)"
             )
         self._ds.checkpoint_engine.load = _load_tensors
         found, client = self._ds.load_checkpoint(str(folder), tag="state")
@@ -300,7 +252,7 @@ def _mark_moe_leaves(deepspeed: Any, model: nn.Module) -> None:
 
 
 def _load_tensors(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed would unpickle anything; tensors, plain values and its own loss scaler are all that is there."""
+    """DeepSpeed would unpickle anything; tensors, plain values and its own records are all there is."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -1,0 +1,100 @@
+"""Whole checkpoint folders: written beside their place, listed with hashes in manifest.json, renamed into place.
+
+No torch: both wings may ask whether a checkpoint is whole and what its hash is.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from r1pipe.errors import CheckpointError
+
+MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
+ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a finished checkpoint with its hash."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+
+
+def manifest_hash(folder: Path | str) -> str:
+    """The hash that stands for a whole checkpoint: of what it publishes, not of the state for resume.
+
+    Raises CheckpointError where there is no manifest: the checkpoint was never finished.
+    """
+    files = {name: sha for name, sha in _listed(Path(folder)).items() if not name.startswith(f"{ENGINE}/")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = False) -> None:
+    """Check a checkpoint's files against its manifest, and the manifest against the hash known from elsewhere.
+
+    `engine` includes the state for resume. Raises CheckpointError naming the file.
+    """
+    folder = Path(folder)
+    for name, sha in _listed(folder).items():
+        if name.startswith(f"{ENGINE}/") and not engine:
+            continue
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; copy or make the checkpoint again")
+        if file_hash(folder / name) != sha:
+            raise CheckpointError(
+                f"{folder / name} is not the file that was saved; copy or make the checkpoint again"
+            )
+    if expected_hash is not None and manifest_hash(folder) != expected_hash:
+        raise CheckpointError(f"{folder} has changed since this run was made from it; start anew (--fresh)")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: not a checkpoint, or one never finished"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read; copy or make the checkpoint again"
+        ) from None
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run's checkpoints/, oldest first."""
+    found = (path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+
+def begin(target: Path) -> Path:
+    """An empty sibling of the checkpoint's place, to write into."""
+    temporary = unfinished(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def finish(target: Path) -> None:
+    """List what was written with its hashes, and put it in place by one rename."""
+    write_manifest(unfinished(target))
+    shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
+    unfinished(target).rename(target)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all whole checkpoints but the newest `keep`, and what unfinished ones left."""
+    for step in steps(folder)[: -max(1, keep)]:
+        shutil.rmtree(folder / f"step-{step}")
+    for leftover in folder.glob(".step-*.unfinished"):
+        shutil.rmtree(leftover)

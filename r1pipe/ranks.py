@@ -1,0 +1,76 @@
+"""The processes of one job, and what they tell one another (gloo on the CPU, NCCL on GPUs)."""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1pipe.config.schema import EngineConfig
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as the launcher says (0 of 1 without one)."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """This rank's device; "auto" takes a GPU where there is one."""
+    if accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class Ranks:
+    """Sums, maxima and objects over ranks; with one rank nothing is started and everything is local."""
+
+    def __init__(self, config: EngineConfig):
+        self.rank, self.world_size = rank_and_world()
+        self.device = choose_device(config.accelerator)
+        if self.world_size > 1:
+            self.start()
+
+    def start(self) -> None:
+        """Start the process group, once per process; without a launcher it is a group of one."""
+        if dist.is_initialized():
+            return
+        if "RANK" not in os.environ:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            os.environ.update(
+                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums; every rank gives the same number of values."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def agree_max(self, value: int) -> int:
+        """The greatest of all ranks' values."""
+        if self.world_size == 1:
+            return value
+        greatest = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        return int(greatest)
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """What every rank gave, in order of ranks (pickled between this job's own processes)."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()

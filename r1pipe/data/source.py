@@ -1,7 +1,7 @@
 """What a data set can give a stage, and `open_data`, which opens the one that the config names."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from r1pipe.config.schema import DataConfig
 from r1pipe.errors import ConfigError, nearest
@@ -18,6 +18,12 @@ class Source(Protocol):
     """
 
     hash: str  # of all that the source can give: changes when a file, a task or a generator does
+    judge: (
+        Callable[[Prompt, str], Any] | None
+    )  # the hidden truth about a general response, where there is one
+    strategy_of: (
+        Callable[[Prompt, str], str] | None
+    )  # how a response goes about a problem, where that is known
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Reasoning problems with what judges them."""

@@ -1,0 +1,72 @@
+"""What stands in a row's columns, as text.
+
+A role names a column (`question`), several joined by a line break (`Body + Question`), or the first
+that holds something (`choice_answer | answer`).
+"""
+
+import re
+from typing import Any
+
+from r1pipe.data.reading import Row
+from r1pipe.errors import DataError, nearest
+
+_SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
+_KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+
+
+def text(row: Row, columns: str) -> str:
+    """The text that `columns` names in a row, or "". Raises DataError where a column is lacking."""
+    for alternative in columns.split("|"):
+        parts = [_plain(_value(row, name.strip()), name.strip(), row) for name in alternative.split("+")]
+        if any(parts):
+            return "\n".join(filter(None, parts))
+    return ""
+
+
+def dialogue(row: Row, column: str) -> str:
+    """A text, a turn ({from, value} or {role, content}) or several turns; one alone gives its text."""
+    value = _value(row, column)
+    if isinstance(value, str):
+        return value.strip()
+    turns = [_turn(turn, column, row) for turn in (value if isinstance(value, list) else [value])]
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n\n".join(f"{_SPEAKERS[who]}: {what}" if who in _SPEAKERS else what for who, what in turns)
+
+
+def substitute(value: str, texts: dict[str, str], row: Row) -> str:
+    """Put `texts` in place of {{key}}. Raises DataError on a key that has none."""
+
+    def put(match: re.Match[str]) -> str:
+        if match[1] not in texts:
+            raise DataError(f"{row.where}: {match[0]} has no text; set +data.substitutions.{match[1]}=TEXT")
+        return texts[match[1]]
+
+    return _KEY.sub(put, value)
+
+
+def _value(row: Row, column: str) -> Any:
+    if column not in row.values:
+        raise DataError(f"{row.where} has no column {column}; {nearest(column, row.values)}")
+    return row.values[column]
+
+
+def _plain(value: Any, column: str, row: Row) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))  # 43.0 in a JSON file of numbers is the answer 43
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        kind = type(value).__name__
+        raise DataError(f"{row.where}: column {column} holds a {kind}, not text; name another column")
+    return str(value).strip()
+
+
+def _turn(turn: Any, column: str, row: Row) -> tuple[str, str]:
+    for who, what in (("from", "value"), ("role", "content")):
+        if isinstance(turn, dict) and isinstance(turn.get(who), str) and isinstance(turn.get(what), str):
+            return turn[who], turn[what].strip()
+    raise DataError(
+        f"{row.where}: column {column} holds neither text nor turns {{from, value}} or {{role, content}}; "
+        "name another column"
+    )

@@ -1,0 +1,232 @@
+"""Data from files: problems with gold answers, instructions with responses, preferences.
+
+A file is described by one small YAML in conf/data/. Sample: conf/data/gsm8k.yaml on the row
+{"question": "... How many in all?", "answer": "48/2 = <<48/2=24>>24 in May. ...\\n#### 72"} gives
+Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked solution of it.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.data.chat import compose_response
+from r1pipe.data.columns import dialogue, substitute, text
+from r1pipe.data.reading import Row, read_rows
+from r1pipe.data.world.content import prompt_id, split_of
+from r1pipe.errors import ConfigError, DataError, nearest
+from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+from r1pipe.rewards import check_gold, language_share
+from r1pipe.rewards.accuracy import GENERAL_TASKS
+
+T = TypeVar("T")
+
+ROLES = {
+    "reasoning": (("question", "answer"), ("solution",)),  # needed, and possible besides
+    "general": (("question", "response"), ()),
+    "preferences": (("question", "chosen", "rejected"), ()),
+}
+SPLITS = ("train", "dev", "test")
+SUMMARY = {"en": "The answer is {}.", "zh": "答案是{}。"}
+CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's marks for a calculator, which are no part of the solution
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row as it was understood: the prompt, its texts by role, and where it may be used."""
+
+    prompt: Prompt
+    texts: dict[str, str]
+    split: str
+    source: str  # file and row: the provenance of what is made of it
+
+
+class Files:
+    """The source of `data.kind=files`; a file is read when something in it is first asked for."""
+
+    judge = None
+    strategy_of = None
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self._sources = {kind: _located(config, kind) for kind in ROLES}
+        if not any(self._sources.values()):
+            raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
+        self.hash = self._hash()
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(replace(self.config, path=None)), sort_keys=True).encode())
+        for path in (Path(source.path) for sources in self._sources.values() for source in sources):
+            if path.is_file():  # a missing one is told when it is read: this stage may not need it
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def _reasoning(self) -> list[Item]:
+        return self._items("reasoning", _problem)
+
+    @cached_property
+    def _general(self) -> list[Item]:
+        return self._items("general", _instruction)
+
+    @cached_property
+    def _preferences(self) -> list[Item]:
+        return self._items("preferences", _preference)
+
+    def _items(self, kind: str, read: Callable[[Row, SourceConfig], dict[str, str]]) -> list[Item]:
+        """All rows of one kind; what a source declares held out is taken out of every other source."""
+        sources = self._sources[kind]
+        declared = {source.split for source in sources if source.split}
+        items = []
+        for source in sources:
+            for row in read_rows(Path(source.path)):
+                texts = read(row, source)
+                for role in texts:
+                    texts[role] = substitute(texts[role], self.config.substitutions, row)
+                items.append(_item(kind, source, row, texts, declared))
+        held_out = {_key(item.prompt): item.split for item in items if item.split != "train"}
+        return [item for item in items if held_out.get(_key(item.prompt), item.split) == item.split]
+
+    def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """Up to n distinct problems. Raises DataError where none may be trained on."""
+        found = _drawn(_distinct(self._of("reasoning", split)), n, seed, f"prompts/{split}")
+        if split == "train" and n and not found:
+            raise DataError(f"data={self.config.name} has no problems to train on; try data=gsm8k")
+        return [item.prompt for item in found]
+
+    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+        """Up to n worked solutions; a file's are all taken for correct, and none has a known strategy."""
+        solved = [item for item in self._of("reasoning", "train") if item.texts.get("solution")]
+        if n and not solved:
+            raise DataError(f"data={self.config.name} has no worked solutions; try data=gsm8k")
+        return [_worked(item) for item in _drawn(solved, n, seed, "traces")]
+
+    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        items = _distinct(self._of("general", split) + self._of("preferences", split))
+        return [item.prompt for item in _drawn(items, n, seed, f"general/{split}")]
+
+    def general_traces(self, n: int, seed: int) -> list[Trace]:
+        items = _drawn(self._of("general", "train"), n, seed, "general traces")
+        return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
+
+    def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
+        items = _drawn(self._of("preferences", split), n, seed, f"pairs/{split}")
+        return [PreferencePair(item.prompt, item.texts["chosen"], item.texts["rejected"]) for item in items]
+
+    def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
+        """None: files hold no such labels, so that no harmlessness model can be trained from them."""
+        return []
+
+    def documents(self, seed: int) -> Iterator[str]:
+        raise ConfigError(f"data={self.config.name} has no documents to pre-train on; use data=world")
+
+    def _of(self, kind: str, split: str) -> list[Item]:
+        return [item for item in getattr(self, f"_{kind}") if item.split == split]
+
+
+def _located(config: DataConfig, kind: str) -> list[SourceConfig]:
+    """The sources of one kind with their whole paths, checked.
+
+    `data.path` is a folder that they lie in, or one file: then it stands for the first source of the
+    first kind, and the others of that kind (a published test file, say) are left out.
+    """
+    sources: Sequence[SourceConfig] = getattr(config, kind)
+    folder = Path(config.path) if config.path else Path()
+    main = next((k for k in ROLES if getattr(config, k)), None)
+    if config.path and not folder.is_dir() and kind == main:
+        sources = [replace(sources[0], path=config.path)]
+    elif folder.is_dir():
+        sources = [replace(source, path=str(folder / source.path)) for source in sources]
+    for i, source in enumerate(sources):
+        _check(source, kind, f"data.{kind}[{i}]")
+    return list(sources)
+
+
+def _check(source: SourceConfig, kind: str, where: str) -> None:
+    needed, possible = ROLES[kind]
+    for role in source.columns:
+        if role not in needed + possible:
+            raise ConfigError(f"{where}.columns.{role} is no role; {nearest(role, needed + possible)}")
+    for role in needed:
+        if role not in source.columns:
+            raise ConfigError(f"{where}.columns.{role} is missing; name the column that holds the {role}")
+    if source.split not in (None, *SPLITS):
+        raise ConfigError(f"{where}.split={source.split} is no split; {nearest(source.split, SPLITS)}")
+    if source.language not in ("auto", *SUMMARY):
+        raise ConfigError(f"{where}.language={source.language} is unknown; use {', '.join(SUMMARY)} or auto")
+    if (source.task in GENERAL_TASKS) == (kind == "reasoning"):
+        must = "may not" if kind == "reasoning" else "must"
+        raise ConfigError(f"{where}.task={source.task}: it {must} be one of {', '.join(GENERAL_TASKS)}")
+
+
+def _problem(row: Row, source: SourceConfig) -> dict[str, str]:
+    """Question, gold answer and, where the row has one, the worked solution without marks."""
+    columns = source.columns
+    answer = text(row, columns["answer"])
+    texts = {"question": text(row, columns["question"]), "answer": _after(answer, source.answer_after, row)}
+    if "solution" in columns:
+        solution = text(row, columns["solution"])
+        if source.answer_after and columns["solution"] == columns["answer"]:
+            solution = solution.rpartition(source.answer_after)[0]
+        texts["solution"] = CALCULATION.sub("", solution).strip()
+    return texts
+
+
+def _after(answer: str, mark: str | None, row: Row) -> str:
+    if mark is None:
+        return answer
+    if mark not in answer:
+        raise DataError(f"{row.where}: no {mark!r} stands before the final answer; correct or remove it")
+    return answer.rpartition(mark)[2].strip()
+
+
+def _instruction(row: Row, source: SourceConfig) -> dict[str, str]:
+    return {role: text(row, column) for role, column in source.columns.items()}
+
+
+def _preference(row: Row, source: SourceConfig) -> dict[str, str]:
+    return {role: dialogue(row, column) for role, column in source.columns.items()}
+
+
+def _item(kind: str, source: SourceConfig, row: Row, texts: dict[str, str], held: set[str]) -> Item:
+    for role in ROLES[kind][0]:
+        if not texts[role]:
+            column = source.columns[role]
+            raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")
+    question, language, task = texts["question"], source.language, source.task
+    if language == "auto":
+        language = "en" if language_share(question, "en") >= 0.5 else "zh"
+    prompt = Prompt(prompt_id(task, language, question), task, language, question, texts.get("answer", ""))
+    if kind == "reasoning":
+        try:
+            check_gold(prompt)
+        except DataError as error:
+            raise DataError(f"{row.where}: {str(error).removeprefix(f'{prompt.id}: ')}") from None
+    split = source.split or split_of(_key(prompt))
+    # rows without a split of their own leave to a declared file what it declares
+    split = "train" if source.split is None and split in held else split
+    return Item(prompt, texts, split, f"{Path(source.path).name}:{row.number}")
+
+
+def _key(prompt: Prompt) -> str:
+    """What makes a question the same question: its words, whatever the spaces and capitals."""
+    return " ".join(prompt.question.lower().split())
+
+
+def _distinct(items: list[Item]) -> list[Item]:
+    return list({_key(item.prompt): item for item in reversed(items)}.values())[::-1]
+
+
+def _drawn(items: list[T], n: int, seed: int, stream: str) -> list[T]:
+    return random.Random(f"{seed}/{stream}").sample(items, min(n, len(items)))
+
+
+def _worked(item: Item) -> Trace:
+    summary = SUMMARY[item.prompt.language].format(item.prompt.answer)
+    return Trace(item.prompt, compose_response(item.texts["solution"], summary), source=item.source)

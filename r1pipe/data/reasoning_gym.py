@@ -1,0 +1,109 @@
+"""Tasks of reasoning-gym by name: generated problems, each with the checker of its own task.
+
+Sample: data=reasoning_gym data.tasks=[chain_sum] gives Prompt(task="chain_sum", answer="7",
+question="State the final answer to the following arithmetic problem: 4 + 3 =",
+checker={"reasoning_gym": "chain_sum", "entry": {...}}).
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from r1pipe.config.schema import DataConfig
+from r1pipe.data.world.content import prompt_id, split_of
+from r1pipe.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+
+CHUNK = 500  # problems per generator: some tasks prepare all of theirs when they are made
+CHUNKS = 2**20  # generators per task, told apart by their seeds
+TRIES = 400  # problems made per problem asked for, before the tasks count as exhausted
+
+
+class ReasoningGym:
+    """The source of `data.kind=reasoning_gym`: problems only, no solutions, no general data."""
+
+    judge = None
+    strategy_of = None
+
+    def __init__(self, config: DataConfig):
+        if not config.tasks:
+            raise ConfigError("data.tasks is empty; name tasks of reasoning-gym, e.g. data.tasks=[chain_sum]")
+        self.config = config
+        for task in config.tasks:
+            _dataset(task)
+        version = importlib.metadata.version("reasoning-gym")
+        self.hash = hashlib.sha256(json.dumps([asdict(config), version], sort_keys=True).encode()).hexdigest()
+
+    def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        """Up to n distinct problems, the tasks in turn; fewer where the tasks have no more.
+
+        The hash of the question decides its split, so that a question is never in two.
+        """
+        start = random.Random(f"{seed}/{split}").randrange(CHUNKS) * CHUNK
+        found: dict[str, Prompt] = {}
+        for turn in range(TRIES * n):
+            if len(found) == n:
+                break
+            index, task = divmod(turn, len(self.config.tasks))
+            prompt = _prompt(self.config.tasks[task], start + index)
+            if split_of(prompt.question) == split:
+                found.setdefault(prompt.id, prompt)
+        return list(found.values())
+
+    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+        raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")
+
+    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+        return []
+
+    def general_traces(self, n: int, seed: int) -> list[Trace]:
+        return []
+
+    def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
+        return []
+
+    def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
+        return []
+
+    def documents(self, seed: int) -> Iterator[str]:
+        raise ConfigError("data=reasoning_gym has no documents to pre-train on; use data=world")
+
+
+def score(prompt: Prompt, answer: str) -> float:
+    """What the task itself gives an answer, 0 to 1; for prompts whose checker names a reasoning-gym task."""
+    task = _dataset(prompt.checker["reasoning_gym"])
+    return float(task.score_answer(answer, prompt.checker["entry"]))
+
+
+@functools.lru_cache(maxsize=256)
+def _dataset(task: str, chunk: int = 0) -> Any:
+    """A generator of the task with its own settings.
+
+    Raises ConfigError on a task that is unknown or needs settings, EnvironmentProblem without the package.
+    """
+    try:
+        from reasoning_gym.factory import DATASETS, create_dataset
+    except ImportError as error:
+        raise EnvironmentProblem(f"data=reasoning_gym: {error}; run `pip install reasoning-gym`") from None
+    if task not in DATASETS:
+        raise ConfigError(f"data.tasks: reasoning-gym has no task {task}; {nearest(task, DATASETS)}")
+    try:
+        # an item depends on seed + index: seeds a chunk apart make no item twice
+        return create_dataset(task, size=CHUNK, seed=chunk % CHUNKS * CHUNK)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"data.tasks: {task} cannot be used by its name alone ({error}); leave it out"
+        ) from None
+
+
+def _prompt(task: str, index: int) -> Prompt:
+    chunk, offset = divmod(index, CHUNK)
+    entry = _dataset(task, chunk)[offset]
+    question, answer = entry["question"], str(entry["answer"])
+    checker = {"reasoning_gym": task, "entry": entry}
+    return Prompt(prompt_id(task, "en", question), task, "en", question, answer, checker)

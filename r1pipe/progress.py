@@ -1,0 +1,170 @@
+"""What a running job is doing, on the screen: tails progress.jsonl of the run folder.
+
+On a terminal a live display: one line for the training steps, one for what happens inside a step.
+Without a terminal quiet lines, one for each new phase and one about every ten seconds.
+"""
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+from r1pipe.figures import duration, number
+from r1pipe.jsonl import Tail
+from r1pipe.paths import RunFolder
+
+QUIET_S = 10.0  # seconds between plain lines
+WINDOW_S = 30.0  # the rate is that of the last so many seconds
+OUTER = "train"  # the phase whose line stays; others come and go beneath it
+
+
+class Phase:
+    """Newest state of one kind of work, and how fast it goes."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.done = 0.0
+        self.total = 0.0
+        self.unit = ""
+        self.show: dict[str, float] = {}
+        self._points: deque[tuple[float, float]] = deque()  # (time, done)
+
+    def take(self, row: dict) -> None:
+        done, at = _number(row.get("done")), _number(row.get("time"))
+        total = _number(row.get("total"))
+        if done < self.done or total != self.total:  # it began anew (the next step's sampling)
+            self._points.clear()
+        self.done, self.total, self.unit = done, total, str(row.get("unit") or "")
+        show = row.get("show")
+        if isinstance(show, dict) and show:
+            self.show = {str(name): value for name, value in show.items() if isinstance(value, int | float)}
+        self._points.append((at, done))
+        while at - self._points[0][0] > WINDOW_S and len(self._points) > 2:
+            self._points.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second, or None while fewer than two points are known."""
+        if not self._points:
+            return None
+        (start, first), (end, last) = self._points[0], self._points[-1]
+        return (last - first) / (end - start) if end > start and last > first else None
+
+    @property
+    def left(self) -> float | None:
+        return (self.total - self.done) / self.rate if self.rate and self.total >= self.done else None
+
+    def count(self) -> str:
+        total = f"/{self.total:,.0f}" if self.total else ""
+        return f"{self.done:,.0f}{total} {self.unit}"
+
+    def pace(self) -> str:
+        if self.rate is None:
+            return ""
+        return f"{number(self.rate)}/s" if self.rate >= 1 else f"{number(1 / self.rate)} s each"
+
+    def numbers(self) -> str:
+        return "  ".join(f"{name} {number(value)}" for name, value in self.show.items())
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+class Display:
+    """Shows the job of one run folder while it runs; `poll()` often, `close()` at the end.
+
+    What the file held before (an interrupted run that goes on) is not shown again.
+    """
+
+    def __init__(self, run_dir: Path | str, stage: str, console: Console | None = None):
+        self.stage = stage
+        self.console = console or Console(stderr=True)
+        self.phases: dict[str, Phase] = {}
+        self._tail = Tail(RunFolder(run_dir).progress, at_end=True)
+        self._began = time.monotonic()
+        self._said_at = self._began
+        self._current = ""
+        self._lines: dict[str, TaskID] = {}
+        self._live: Progress | None = None
+        if self.console.is_terminal:
+            self._live = self._make_live()
+            self._live.start()
+
+    def _make_live(self) -> Progress:
+        live = Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("[bold]{task.fields[stage]}[/] {task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("[dim]{task.fields[pace]}[/]"),
+            TextColumn("[cyan]{task.fields[left]}[/]"),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._lines["starting"] = live.add_task("starting", total=None, **self._fields(Phase("")))
+        return live
+
+    def _fields(self, phase: Phase) -> dict[str, Any]:
+        left = phase.left
+        return {
+            "stage": self.stage,
+            "count": phase.count() if phase.done or phase.total else "",
+            "pace": phase.pace(),
+            "left": f"{duration(left)} left" if left else "",
+            "numbers": phase.numbers(),
+        }
+
+    def poll(self) -> None:
+        """Shows what the job wrote since the last call."""
+        for row in self._tail.read():
+            what = str(row.get("what") or "working")
+            new = what not in self.phases
+            self.phases.setdefault(what, Phase(what)).take(row)
+            self._current = what
+            if self._live is None and (new or time.monotonic() - self._said_at >= QUIET_S):
+                self._plain_line()
+        if self._live is not None and self._current:
+            self._refresh(self._live)
+
+    def say(self, text: str) -> None:
+        """One line for the user, above the live display."""
+        (self._live.console if self._live else self.console).print(Text(text))
+
+    def close(self) -> None:
+        """Takes the live lines away and leaves one line that says how long it took."""
+        self.poll()
+        if self._live is not None:
+            self._live.stop()
+        phase = self.phases.get(OUTER) or self.phases.get(self._current)
+        told = f"{phase.what} {phase.count()}  {phase.numbers()}" if phase else "nothing reported"
+        line = Text.assemble((self.stage, "bold"), f"  {told}  in {duration(time.monotonic() - self._began)}")
+        self.console.print(line, soft_wrap=True)
+
+    def _plain_line(self) -> None:
+        self._said_at = time.monotonic()
+        shown = [self.phases[OUTER]] if OUTER in self.phases else []
+        if self._current != OUTER:
+            shown.append(self.phases[self._current])
+        parts = []
+        for phase in shown:
+            left = f", {duration(phase.left)} left" if phase.left else ""
+            parts.append("  ".join(filter(None, [f"{phase.what} {phase.count()}{left}", phase.numbers()])))
+        self.console.print(Text(f"{self.stage}  " + " | ".join(parts)), soft_wrap=True)
+
+    def _refresh(self, live: Progress) -> None:
+        shown = {name for name in (OUTER, self._current) if name in self.phases}
+        for name in self._lines.keys() - shown:
+            live.remove_task(self._lines.pop(name))
+        for name in (OUTER, self._current):
+            if name not in shown:
+                continue
+            phase, fields = self.phases[name], self._fields(self.phases[name])
+            if name not in self._lines:
+                self._lines[name] = live.add_task(name, total=None, **fields)
+            live.update(self._lines[name], completed=phase.done, total=phase.total or None, **fields)

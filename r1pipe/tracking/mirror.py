@@ -1,0 +1,111 @@
+"""A run folder mirrored into MLflow while its job runs, without ever holding up the launcher."""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from r1pipe.compare import read_json
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+from r1pipe.tracking.index import Index
+from r1pipe.tracking.store import failures, first_line, must_answer, store_uri
+
+EVERY_S = 3.0  # seconds between looks at metrics.jsonl: one batch for several steps takes less from the job
+
+
+class Mirror:
+    """Keeps the MLflow run of one run folder up to date; does nothing where tracking.enabled is false.
+
+    All work with MLflow happens in one thread, so that neither its import (2 s) nor a slow server
+    is waited for. A configured store must work at the start; what fails later is said once, tried
+    again at the next poll, and never ends the job.
+    """
+
+    def __init__(self, run_folder: Path | str, config: dict, say: Callable[[str], None] | None = None):
+        """Raises EnvironmentProblem when a tracking server does not answer.
+
+        Args:
+            run_folder: `<root>/<run id>`, its config.json written.
+            config: the content of config.json.
+            say: takes the one line about a later failure; standard error by default.
+        """
+        self.folder = RunFolder(Path(run_folder).resolve())
+        self.config = config
+        self.enabled = bool(config["tracking"]["enabled"])
+        self.uri = store_uri(self.folder.path.parent, config["tracking"]["uri"])
+        self.say = say or (lambda text: print(text, file=sys.stderr))
+        self._told = False
+        self._looked_at = monotonic()
+        self._pending: Future | None = None
+        if self.enabled:
+            must_answer(self.uri)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+            self._index: Future[Index] = self._thread.submit(self._open)
+
+    def _open(self) -> Index:
+        try:
+            return Index(self.folder, self.config, self.uri)
+        except failures() as error:
+            raise EnvironmentProblem(self._problem(error)) from error
+
+    def _problem(self, error: BaseException) -> str:
+        return f"MLflow at {self.uri} does not take the run {self.folder.run_id}: {first_line(error)}"
+
+    def poll(self) -> None:
+        """Has new lines of metrics.jsonl logged, without waiting.
+
+        Raises EnvironmentProblem if the store did not open.
+        """
+        if not self.enabled or not self._index.done():
+            return
+        index = self._index.result()
+        idle = self._pending is None or self._pending.done()
+        if idle and monotonic() - self._looked_at >= EVERY_S:
+            self._looked_at = monotonic()
+            self._pending = self._thread.submit(self._guarded, index.send_metrics)
+
+    def drain(self) -> None:
+        """Waits until all that metrics.jsonl holds is logged.
+
+        Raises EnvironmentProblem if the store did not open.
+        """
+        if self.enabled:
+            self._thread.submit(self._guarded, self._index.result().send_metrics).result()
+
+    def finish(self) -> str | None:
+        """Logs what the job left behind, ends the run; `models:/name@stage` if a checkpoint was registered.
+
+        Without record.json the run ends as failed; the next Mirror of this folder goes on with it.
+        Raises EnvironmentProblem if the store did not open.
+        """
+        if not self.enabled:
+            return None
+        try:
+            self.drain()
+            return self._thread.submit(self._guarded, self._index.result().end).result()
+        finally:
+            self._thread.shutdown()
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, or None after telling the first failure."""
+        try:
+            return work()
+        except failures() as error:
+            if not self._told:
+                self._told = True
+                self.say(f"{self._problem(error)}; training goes on, and the run folder has everything")
+            return None
+
+
+def sync(root: Path | str) -> int:
+    """Rebuilds MLflow's view from the run folders under `root`; the number of runs it then has of them."""
+    written = 0
+    for path in sorted(Path(root).glob("*/config.json"), key=lambda file: file.stat().st_mtime):
+        config = read_json(path)
+        if config.get("tracking", {}).get("enabled"):
+            Mirror(path.parent, config).finish()
+            written += 1
+    return written

@@ -1,0 +1,82 @@
+"""Config, record and evaluation under the names that MLflow shows, the same in every stage."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
+HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash")
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, str]:
+    """`{"stage": {"optim": {"lr": 0.1}}}` -> `{"stage.optim.lr": "0.1"}`; lists as JSON, cut to size."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{key}.")
+        else:
+            text = value if isinstance(value, str) else _json(value)
+            flat[key] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
+    return flat
+
+
+def points(line: dict) -> Iterator[tuple[str, float]]:
+    """The numbers of one line of metrics.jsonl."""
+    named = (item for item in line.items() if item[0] not in ("step", "time"))
+    return ((name, float(value)) for name, value in named if is_number(value))
+
+
+def final_metrics(record: dict) -> dict[str, float]:
+    """A record's evaluation as `eval/...` metrics, and `time/wall_s`; what does not apply is left out."""
+    metrics = record.get("metrics") or {}
+    named: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items()}
+    named |= {f"eval/{task}/pass_at_1": one.get("pass_at_1") for task, one in _entries(metrics, "by_task")}
+    named |= {
+        f"eval/{lang}/pass_at_1": one.get("pass_at_1") for lang, one in _entries(metrics, "by_language")
+    }
+    named |= {f"eval/general/{kind}": score for kind, score in _entries(metrics, "general_by_kind")}
+    named |= {f"strategy/{name}": share for name, share in _entries(metrics, "strategies")}
+    for name, bound in zip(("low", "high"), metrics.get("pass_at_1_ci") or (), strict=False):
+        named[f"eval/pass_at_1_{name}"] = bound
+    named["time/wall_s"] = record.get("wall_s")
+    return {name: float(value) for name, value in named.items() if is_number(value)}
+
+
+def _entries(metrics: dict, name: str) -> Iterator[tuple[str, Any]]:
+    entries = metrics.get(name)
+    return iter(entries.items()) if isinstance(entries, dict) else iter(())
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def provenance(record: dict) -> dict[str, str]:
+    """Where a checkpoint comes from, as tags: parents, code, and the hashes of all that made it."""
+    parents, code = record.get("parents") or {}, record.get("code") or {}
+    tags = {
+        "parents.weights": _parent(parents["weights"]) if parents.get("weights") else "",
+        "parents.data": "; ".join(_parent(one) for one in parents.get("data") or []),
+        "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
+        **{name: str(record.get(name) or "") for name in HASHES},
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _parent(reference: dict) -> str:
+    return f"{reference['stage']} {reference['run_id']} {reference['hash']}"
+
+
+def datasets(config: dict, record: dict) -> list[tuple[str, str, str, str]]:
+    """What a run read, as (name, digest, source as JSON, context): its data, and what it sampled from."""
+    data = config["data"]
+    source = {name: data[name] for name in ("kind", "path", "tasks")}
+    read = [(data["name"], record.get("data_hash"), source, "training and evaluation")]
+    for one in (record.get("parents") or {}).get("data") or []:
+        read.append((f"{one['stage']} ({one['run_id']})", one["hash"], one, "read from a parent"))
+    return [(name, str(digest), _json(source), context) for name, digest, source, context in read if digest]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

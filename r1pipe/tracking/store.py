@@ -1,0 +1,148 @@
+"""Which MLflow store, whether it can be used, and what is asked of it from outside a run."""
+
+import logging
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1pipe.errors import CheckpointError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+PATIENCE_S = 5.0  # a tracking server that does not answer within this time at start is refused
+QUIET = {  # read by mlflow when it is imported
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors reach us as exceptions; told in one line, not as a traceback
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def store_uri(root: Path | str, uri: str | None = None) -> str:
+    """The tracking store: `uri`, or SQLite under `root`."""
+    return uri or f"sqlite:///{Path(root).resolve() / 'mlflow.db'}"
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def artifact_folder(root: Path | str) -> Path:
+    """Where artifacts go unless a server keeps them."""
+    return Path(root).resolve() / "mlartifacts"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a store that is gone, locked, full or refuses us raises."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, OSError, ImportError  # a database's driver may be missing
+
+
+def must_answer(uri: str) -> None:
+    """Raises EnvironmentProblem if `uri` is a server that does not answer; needs no mlflow."""
+    if not is_server(uri):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE_S).close()
+    except urllib.error.HTTPError:
+        return  # it answers; whether it is MLflow, and lets us in, shows with the first call
+    except (OSError, ValueError) as error:
+        problem = f"no MLflow server at tracking.uri={uri} ({first_line(error)})"
+        raise EnvironmentProblem(f"{problem}; start it, or leave tracking.uri=null") from error
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A quiet client. Raises EnvironmentProblem, in one line, for a store that cannot be used."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    must_answer(uri)
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # mlflow's import has set it to INFO
+    try:
+        client = MlflowClient(uri, uri)
+        client.search_experiments(max_results=1)  # a store opens its database at the first call
+    except failures() as error:
+        raise EnvironmentProblem(f"MLflow cannot use tracking.uri={uri}: {first_line(error)}") from error
+    return client
+
+
+def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Path:
+    """The checkpoint folder behind `models:/name@alias` or `models:/name/version`.
+
+    Raises CheckpointError when there is no such version or its checkpoint is not on this machine,
+    EnvironmentProblem when the store cannot be used.
+    """
+    name, at, alias = address.removeprefix("models:/").partition("@")
+    name, _, version = name.partition("/")
+    if not name or not (alias or version):
+        raise CheckpointError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
+    store = store_uri(root, uri)
+    _must_exist(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
+    client = connect(store)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if at:
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(name, version)
+    except MlflowException as error:
+        known = _known_addresses(client, name)
+        raise CheckpointError(f"{address}: {first_line(error)}; known: {known}") from error
+    checkpoint = found.tags.get("checkpoint")
+    if not checkpoint or not Path(checkpoint).is_dir():
+        raise CheckpointError(f"{address}: its checkpoint {checkpoint or ''} is not on this machine")
+    return Path(checkpoint)
+
+
+def _known_addresses(client: "MlflowClient", name: str) -> str:
+    models = client.search_registered_models(f"name = '{name}'")
+    aliases = sorted(models[0].aliases) if models else []
+    return ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "none of this name"
+
+
+def _must_exist(store: str, error: Exception) -> None:
+    """A client would make the missing database; who only reads wants to be told."""
+    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
+        raise error
+
+
+def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | None = None) -> int:
+    """Serves MLflow's UI until it is interrupted; gives its exit code.
+
+    Raises EnvironmentProblem when there is nothing to serve, or the store is a server and has its own UI.
+    """
+    store = store_uri(root, uri)
+    if is_server(store):
+        raise EnvironmentProblem(f"tracking.uri is a server with a UI of its own: open {store}")
+    _must_exist(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    command += ["--backend-store-uri", store, "--default-artifact-root", artifact_folder(root).as_uri()]
+    try:
+        return subprocess.run(command, env=QUIET | dict(os.environ), check=False).returncode
+    except KeyboardInterrupt:
+        return 0

@@ -1,0 +1,285 @@
+"""MLflow mirrors run folders: nothing twice, nothing lost, the same names in every stage."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import runfolders
+from runfolders import build, config, metric_lines, write_lines
+
+from r1pipe.errors import CheckpointError, EnvironmentProblem
+from r1pipe.jsonl import Tail
+from r1pipe.tracking import Mirror, resolve_model, serve_ui, store_uri, sync
+from r1pipe.tracking.naming import final_metrics, flatten
+from r1pipe.tracking.store import connect
+
+
+def read_config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def client_of(root: Path):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(store_uri(root), store_uri(root))
+
+
+def stage_runs(root: Path) -> dict:
+    client = client_of(root)
+    experiment = client.get_experiment_by_name("r1pipe").experiment_id
+    runs = client.search_runs([experiment], "tags.`r1pipe.kind` = 'stage'")
+    return {run.data.tags["r1pipe.run_id"]: run for run in runs}
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """A database with MLflow's tables: making them takes two seconds, so it is copied."""
+    connect(store_uri(folder := tmp_path_factory.mktemp("store")))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path, empty_store) -> Path:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, empty_store) -> Path:
+    """Three stages mirrored once; tests only read it."""
+    root = tmp_path_factory.mktemp("runs")
+    shutil.copy(empty_store, root / "mlflow.db")
+    for stage in ("cold_start", "grpo", "rejection_sft"):
+        folder = build(root, stage, steps=16)
+        (folder / "rollouts").mkdir()
+        (folder / "rollouts" / "step-8.parquet").write_bytes(b"PAR1")
+        assert Mirror(folder, read_config(folder)).finish() == f"models:/r1pipe@{stage}"
+    return root
+
+
+def test_tail_waits_for_the_rest_of_a_line_and_skips_a_bad_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "tr')
+    assert tail.read() == [{"step": 1}]
+    with path.open("ab") as file:
+        file.write('ain/loss": 0.5, "größe": 1}\n{"half\n[1]\n{"step": 3}\n'.encode())
+    assert tail.read() == [{"step": 2, "train/loss": 0.5, "größe": 1}, {"step": 3}]
+    assert tail.bad == 2
+    path.write_bytes(b'{"step": 1}\n')  # a resumed job cut it back
+    assert tail.read() == [{"step": 1}]
+
+
+def test_stages_are_children_of_one_parent_and_share_metric_names(pipeline):
+    runs = stage_runs(pipeline)
+    parents = {run.data.tags["mlflow.parentRunId"] for run in runs.values()}
+    assert len(parents) == 1
+    parent = client_of(pipeline).get_run(parents.pop())
+    assert (parent.info.run_name, parent.info.status) == ("laptop", "FINISHED")
+    cold, grpo = runs["cold_start-0"], runs["grpo-0"]
+    names = [{name for name in run.data.metrics if name.startswith("eval/")} for run in (cold, grpo)]
+    assert (
+        names[0] == names[1] >= {"eval/pass_at_1", "eval/greedy", "eval/word/pass_at_1", "eval/general/facts"}
+    )
+    assert grpo.data.metrics["eval/pass_at_1"] == 0.79, (
+        "the final value stands, not the last short evaluation's"
+    )
+    assert cold.data.params["stage.optim.lr"] == "0.0003"
+
+
+def test_metrics_are_logged_by_step(pipeline):
+    run = stage_runs(pipeline)["grpo-0"]
+    history = client_of(pipeline).get_metric_history(run.info.run_id, "reward/mean")
+    expected = metric_lines("grpo", 16)
+    assert [(p.step, p.value) for p in history] == [(line["step"], line["reward/mean"]) for line in expected]
+    assert history[1].timestamp - history[0].timestamp == 2500
+
+
+def test_artifacts_inputs_and_model_version(pipeline):
+    client, run = client_of(pipeline), stage_runs(pipeline)["rejection_sft-0"]
+    run_id = run.info.run_id
+    files = {file.path for file in client.list_artifacts(run_id)}
+    assert files >= {
+        "config.json",
+        "samples.json",
+        "evaluation.json",
+        "record.json",
+        "funnel.json",
+        "rollouts",
+    }
+    assert [file.path for file in client.list_artifacts(run_id, "rollouts")] == ["rollouts/step-8.parquet"]
+    assert {one.dataset.name for one in run.inputs.dataset_inputs} == {"world", "grpo (grpo-0)"}
+    version = client.get_model_version_by_alias("r1pipe", "rejection_sft")
+    assert version.run_id == run_id
+    folder = pipeline.resolve() / "rejection_sft-0"
+    assert version.tags["run_dir"] == str(folder)
+    assert version.tags["parents.weights"].startswith("base base-0 1f1f")
+    assert version.tags["parents.data"].startswith("grpo grpo-0 2e2e")
+    assert version.tags["checkpoint_hash"] == "cc" * 16
+    assert resolve_model("models:/r1pipe@rejection_sft", pipeline) == folder / "checkpoints" / "step-16"
+    assert resolve_model(f"models:/r1pipe/{version.version}", pipeline) == folder / "checkpoints" / "step-16"
+
+
+def test_a_resumed_run_logs_nothing_twice(root):
+    folder = build(root, "grpo", steps=0, finished=False)
+    lines = metric_lines("grpo", 12)
+    write_lines(folder / "metrics.jsonl", lines[:8])
+    assert Mirror(folder, read_config(folder)).finish() is None
+    assert stage_runs(root)["grpo-0"].info.status == "FAILED"
+
+    # the job went back to step 6, so steps 7 and 8 come again, later
+    write_lines(folder / "metrics.jsonl", [line | {"time": line["time"] + 100} for line in lines[6:]])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "train/lo')
+    mirror = Mirror(folder, read_config(folder))
+    mirror.drain()
+    mirror.drain()
+    runs = stage_runs(root)
+    assert runs["grpo-0"].info.status == "RUNNING"
+    history = client_of(root).get_metric_history(runs["grpo-0"].info.run_id, "train/loss")
+    assert [point.step for point in history] == list(range(1, 13))
+    mirror.finish()
+
+
+def test_sync_rebuilds_the_store_and_changes_nothing_the_second_time(root):
+    runfolders.build_all(root)
+    (root / "not-a-run").mkdir()
+    assert sync(root) == 8
+    version = client_of(root).get_model_version_by_alias("r1pipe", "grpo").version
+    before = {name: run.data.metrics for name, run in stage_runs(root).items()}
+    assert sync(root) == 8
+    assert {name: run.data.metrics for name, run in stage_runs(root).items()} == before
+    assert len(before) == 8
+    client = client_of(root)
+    assert client.get_model_version_by_alias("r1pipe", "grpo").version == version
+    assert len(client.get_metric_history(stage_runs(root)["grpo-0"].info.run_id, "eval/greedy")) == 1
+
+
+def test_a_dead_server_is_refused_in_one_line(tmp_path):
+    folder = build(tmp_path, "grpo", uri="http://127.0.0.1:9")
+    with pytest.raises(
+        EnvironmentProblem, match=r"^no MLflow server at tracking\.uri=http://127\.0\.0\.1:9 .*null$"
+    ):
+        Mirror(folder, read_config(folder))
+
+
+def test_a_store_that_cannot_open_is_refused_in_one_line(tmp_path):
+    folder = build(tmp_path, "grpo", uri=f"sqlite:///{tmp_path}/missing/folder/mlflow.db")
+    (tmp_path / "missing").write_text("a file where a folder should be")
+    mirror = Mirror(folder, read_config(folder))
+    with pytest.raises(EnvironmentProblem, match=r"tracking\.uri=sqlite") as caught:
+        mirror.finish()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failure_later_is_said_once_and_made_good(root):
+    folder = build(root, "grpo", steps=4, finished=False)
+    said: list[str] = []
+    mirror = Mirror(folder, read_config(folder), said.append)
+    mirror.drain()
+    store, away = root / "mlflow.db", root / "away.db"
+    index = mirror._index.result()
+    store.rename(away)
+    store.mkdir()
+    index.client._tracking_client.store.engine.dispose()  # the connection that is open would not notice
+    for step in (5, 6):
+        write_lines(folder / "metrics.jsonl", [{"step": step, "time": 3.0 * step, "train/loss": 0.1}])
+        mirror.drain()
+    assert len(said) == 1 and "\n" not in said[0] and "training goes on" in said[0]
+    store.rmdir()
+    away.rename(store)
+    mirror.finish()
+    history = client_of(root).get_metric_history(stage_runs(root)["grpo-0"].info.run_id, "train/loss")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_tracking_nothing_is_made(tmp_path):
+    folder = build(tmp_path, "grpo", enabled=False)
+    mirror = Mirror(folder, read_config(folder))
+    mirror.poll()
+    assert mirror.finish() is None
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("models:/r1pipe@gpro", "known: models:/r1pipe@cold_start, models:/r1pipe@grpo"),
+        ("models:/other@grpo", "none of this name"),
+        ("models:/r1pipe", "write models:/NAME@ALIAS"),
+    ],
+)
+def test_an_unknown_model_is_named_with_the_known_ones(pipeline, address, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        resolve_model(address, pipeline)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_is_not_there_is_not_made_by_asking(tmp_path):
+    with pytest.raises(CheckpointError, match="no MLflow store"):
+        resolve_model("models:/r1pipe@grpo", tmp_path)
+    with pytest.raises(EnvironmentProblem, match="no MLflow store"):
+        serve_ui(tmp_path, 5000)
+    with pytest.raises(EnvironmentProblem, match="open http://tracker:5000"):
+        serve_ui(tmp_path, 5000, uri="http://tracker:5000")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_is_not_mlflow_is_refused(tmp_path):
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *_args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        folder = build(tmp_path, "grpo", uri=f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(EnvironmentProblem) as caught:
+            Mirror(folder, read_config(folder)).finish()
+        assert "\n" not in str(caught.value)
+    finally:
+        server.shutdown()
+
+
+def test_names_and_limits():
+    flat = flatten({"a": {"b": [1, 2], "c": None, "d": {}}, "long": "x" * 9000})
+    assert flat | {"long": ""} == {"a.b": "[1, 2]", "a.c": "null", "a.d": "{}", "long": ""}
+    assert len(flat["long"]) == 6000
+    metrics = {
+        "pass_at_1": 0.5,
+        "pass_at_1_ci": [0.4, 0.6],
+        "greedy": None,
+        "by_task": {"word": {"pass_at_1": 0.7}},
+    }
+    assert final_metrics({"metrics": metrics}) == {
+        "eval/pass_at_1": 0.5,
+        "eval/pass_at_1_low": 0.4,
+        "eval/pass_at_1_high": 0.6,
+        "eval/word/pass_at_1": 0.7,
+    }
+
+
+def test_importing_is_light_and_a_mirror_is_quiet(root):
+    folder = build(root, "grpo", steps=2)
+    code = (
+        "import sys; from r1pipe.tracking import Mirror; import r1pipe.compare, r1pipe.progress, json\n"
+        "assert not {'mlflow', 'torch', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        f"Mirror({str(folder)!r}, json.load(open({str(folder / 'config.json')!r}))).finish()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_config_has_what_tracking_reads(tmp_path):
+    assert set(config("grpo", tmp_path)["tracking"]) == {"enabled", "uri", "experiment", "model_name"}

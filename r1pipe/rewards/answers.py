@@ -68,7 +68,7 @@ def _last_boxed(text: str) -> str | None:
 
 def clean(text: str) -> str:
     """An answer without what only dresses it: full-width forms, bold, dollar signs around it, a full stop."""
-    text = text.translate(_FULL_WIDTH).strip().strip("*`").strip()
+    text = text.translate(_FULL_WIDTH).lstrip("*` \n\t").rstrip("*`。.,; \n\t")
     for opening, closing in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):
             text = text[len(opening) : -len(closing)].strip()

@@ -1,0 +1,385 @@
+"""Rule rewards: what earns 1, what earns 0, and what must not be scored at all."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from r1pipe.errors import ConfigError, DataError, EnvironmentProblem
+from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, symbolic, vote
+from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
+from r1pipe.rewards.program import check_program, extract_program, same_value
+
+
+def prompt(answer="42", task="word", language="en", **checker):
+    return Prompt(f"{task}-1", task, language, "How many?", answer, checker)
+
+
+def respond(summary, reasoning="First we add 3+4.", reason="stop"):
+    return Completion([1], [0.0], reason, f"<think>\n{reasoning}\n</think>\n\n{summary}")
+
+
+DOUBLE = prompt("", "program", entry_point="f", tests=[[[2], 4], [[-1], -2], [[[1]], [1, 1]]])
+
+
+@pytest.mark.parametrize(
+    ("gold", "summary", "value"),
+    [
+        ("42", "The answer is 42.", 1),
+        ("42", "答案是42。", 1),
+        ("42", "答案：４２", 1),
+        ("42", "So the answer is **42**.", 1),
+        ("42", "The answer is 41. No: the answer is 42.", 1),
+        ("42", "The answer is 42. No: the answer is 41.", 0),
+        ("42", r"The answer is 41, that is \boxed{42}.", 1),
+        ("42", "42", 0),  # states no final answer
+        ("42", "The answer is forty-two.", 0),
+        ("1234567", "The answer is 1,234,567 apples.", 1),
+        ("145.0", "The answer is 145", 1),
+        ("0.75", r"\boxed{\frac{3}{4}}", 1),
+        ("3/4", "The answer is 0.75.", 1),
+        ("1/3", "The answer is 0.33.", 0),
+        ("50%", "The answer is 0.5.", 1),
+        ("50", "The answer is 50%.", 1),
+        ("50%", "The answer is 0.5%.", 0),
+        ("18", "#### $18", 1),
+        ("-7", "The answer is −7.", 1),
+        ("5", "The answer is 5 million.", 0),
+        ("30000", "答案是3万元。", 1),
+        ("3", "The answer is 3 and a half.", 0),
+        ("3", "The answer is 3 or 4.", 0),
+        ("5 km", "The answer is 5 m.", 0),
+        ("5 km", "The answer is 5.", 1),
+        ("2", "The answer is 2ab.", 0),
+        ("B", "The answer is (B).", 1),
+        ("B", "The answer is C.", 0),
+        (r"\text{Evelyn}", r"\boxed{Evelyn}", 1),
+        (r"\frac{\sqrt{3}}{2}", r"The answer is $\sqrt{3}/2$.", 1),
+        (r"(3,\frac{\pi}{2})", r"\boxed{\left(3, \pi/2\right)}", 1),
+        (r"(3,\frac{\pi}{2})", r"\boxed{(3, \pi)}", 0),
+        (r"x^2+2x+1", r"\boxed{(x+1)^2}", 1),
+    ],
+)
+def test_final_answers(gold, summary, value):
+    assert check_answer(prompt(gold), summary) == Score(
+        value, detail=check_answer(prompt(gold), summary).detail
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nThe answer is 42.\n</think>\n\nThe answer is 41.",
+        "<think>\nThe answer is 42.\n</think>\n\n",
+        "<think>\nThe answer is 42.",  # cut off while thinking
+        "Well. <think> The answer is 42.",
+    ],
+)
+def test_a_right_number_inside_the_reasoning_earns_nothing(text):
+    assert accuracy(prompt(), Completion([1], [0.0], "stop", text)).value == 0
+    assert not is_correct(prompt(), text)
+
+
+def test_an_answer_without_think_tags_is_still_right():
+    assert is_correct(prompt(), "6*7. The answer is 42.")
+
+
+@pytest.mark.parametrize("gold", ["", "  ", "n/a ???", "第一象限", r"m^2n\cdot m=m^3\cdot"])
+def test_a_gold_answer_that_does_not_parse_is_refused(gold):
+    with pytest.raises(DataError, match="word-1"):
+        check_gold(prompt(gold))
+
+
+def test_gold_that_can_be_matched_is_accepted():
+    for gold in ("42", "1,000", "$18", "3/4", "C", r"\frac{\sqrt{3}}{2}", r"(-\infty, 3]"):
+        check_gold(prompt(gold))
+    check_gold(DOUBLE)
+    check_gold(prompt("", "countdown", numbers=[1, 2], target=3))
+    check_gold(prompt("", "writing"))  # the hidden truth judges it
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        prompt("", "countdown", numbers=[], target=3),
+        prompt("", "countdown", numbers=[1, 2]),
+        prompt("", "program", entry_point="f", tests=[]),
+        prompt("", "program", entry_point="f", tests=[[2, 4]]),
+        prompt("", "program", entry_point="f()", tests=[[[2], 4]]),
+    ],
+)
+def test_a_checker_that_lacks_something_is_refused(broken):
+    with pytest.raises(DataError):
+        check_gold(broken)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("12+7-5+3", 1),
+        ("(12 + 7) - (5 - 3)", 1),
+        ("12+7-5+3=17", 1),
+        ("12+5", 0),  # right value, numbers missing
+        ("12+7-5+3+3-3", 0),  # a number used too often
+        ("12+7+5-3", 0),  # 21
+        ("17", 0),
+        ("12+7-5+3+0", 0),
+        ("12//1+7-5+3", 0),
+        ("12**7-5+3", 0),
+        ("-5+12+7+3", 0),  # no sign in front of a number
+        ("__import__('os').getcwd()", 0),
+        ("(" * 150 + "12" + ")" * 150, 0),
+        ("12+7-5", 0),
+    ],
+)
+def test_countdown(expression, value):
+    task = prompt("", "countdown", numbers=[5, 12, 7, 3], target=17)
+    assert check_countdown(task, f"The answer is {expression}.").value == value
+    assert check_countdown(task, f"答案是{expression}。").value == value
+
+
+def test_programs_are_found_in_fences_and_plain():
+    assert (
+        extract_program("Here:\n```python\ndef f(x):\n    return 2*x\n```\nDone.")
+        == "def f(x):\n    return 2*x"
+    )
+    assert extract_program("答案是def f(x): return 2*x。") == "def f(x): return 2*x"
+    assert extract_program("The program is def f(x): return 2*x") == "def f(x): return 2*x"
+    assert (
+        extract_program("import is hard.\ndef f(x):\n    return 2*x\nIt doubles x.")
+        == "def f(x):\n    return 2*x"
+    )
+    assert extract_program("There is none.") is None
+
+
+@pytest.mark.parametrize(
+    ("summary", "value"),
+    [
+        ("```python\ndef f(x):\n    return x + x\n```", 1),
+        ("def f(x): return 2*x", 1),
+        ("def f(x): return x", 0),
+        ("def g(x): return x + x", 0),
+        ("def f(x): return x + x + oops", 0),
+        ("def f(x) return x + x", 0),
+        ("no program", 0),
+    ],
+)
+def test_programs_are_right_when_all_tests_pass(summary, value):
+    assert check_program(DOUBLE, summary).value == value
+
+
+HOSTILE = {
+    "endless loop": "def f(x):\n    while True: pass",
+    "endless loop, caught": "def f(x):\n    try:\n        while 1: pass\n    except BaseException: return x+x",
+    "endless output": "def f(x):\n    while True: print('x' * 1000)",
+    "memory": "def f(x):\n    y = [0] * 10**9\n    return 2*x",
+    "memory, slowly": "def f(x):\n    y = []\n    while True: y.append('x' * 1000)",
+    "a huge number": "def f(x): return 10 ** 10 ** 8",
+    "a number too long to print": "def f(x): return 10 ** 5000",
+    "recursion": "def f(x): return f(x)",
+    "deep result": "def f(x):\n    for _ in range(100000): x = [x]\n    return x",
+    "a result that holds itself": "def f(x):\n    y = []\n    y.append(y)\n    return y",
+    "reading a file": "def f(x): return open('/etc/passwd').read()",
+    "writing a file": "def f(x):\n    open('/tmp/r1pipe-escaped', 'w').write('x')\n    return 2*x",
+    "pathlib": "from pathlib import Path\ndef f(x): return Path('/etc/passwd').read_text()",
+    "the environment": "import os\ndef f(x): return os.environ['HOME']",
+    "a command": "import os\ndef f(x): return os.system('touch /tmp/r1pipe-escaped')",
+    "a process": "import subprocess\ndef f(x): return subprocess.run(['touch', '/tmp/r1pipe-escaped'])",
+    "a socket": "import socket\ndef f(x): return socket.create_connection(('127.0.0.1', 9))",
+    "leaving early": "import sys\nsys.exit(0)\ndef f(x): return 2*x",
+    "SystemExit": "raise SystemExit(0)",
+    "sleeping": "import time\ndef f(x):\n    time.sleep(100)\n    return x",
+    "native code": "import ctypes\ndef f(x): return ctypes.string_at(0)",
+    "equal to everything": "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
+    "looking for the tests": "def f(x): return globals()['_expected'][0]",
+    "nested source": "x = " + "(" * 5000 + ")" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_score_zero_and_touch_nothing(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "TIME_LIMIT_S", 0.3)
+    began = time.monotonic()
+    summary = f"```python\n{HOSTILE[name]}\n```"
+    score = check_program(DOUBLE, summary)
+    assert (score.value, score.status) == (0, Status.SCORED)
+    assert time.monotonic() - began < 5
+    assert not os.path.exists("/tmp/r1pipe-escaped")
+    assert (
+        check_program(DOUBLE, "def f(x): return x + x").value == 1
+    )  # and the next program runs as if nothing was
+
+
+def test_what_the_sandbox_cannot_run_is_no_wrong_answer():
+    score = check_program(DOUBLE, "```python\ndef f(x):\n    y = x\n    del y\n    return x + x\n```")
+    assert score.status is Status.VERIFIER_FAILED
+
+
+def test_a_sandbox_that_is_broken_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setenv("MONTY_BIN", "/bin/false")
+    broken = sandbox.Monty()
+    monkeypatch.setattr(sandbox, "choose", lambda: broken)
+    assert check_program(DOUBLE, "def f(x): return x + x").status is Status.INFRASTRUCTURE_FAILED
+
+
+def test_a_program_that_brings_its_worker_down_is_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(sandbox, "HANG_LIMIT_S", 0.2)  # the pool kills the worker before its own limit
+    fresh = sandbox.Monty()
+    monkeypatch.setattr(sandbox, "choose", lambda: fresh)
+    score = check_program(DOUBLE, HOSTILE["endless loop"])
+    assert (score.value, score.status) == (0, Status.SCORED) and "Crashed" in score.detail
+
+
+def test_without_isolation_nothing_is_run(monkeypatch):
+    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match="no isolation"):
+        sandbox.choose.__wrapped__()
+
+
+def test_results_are_compared_as_plain_values():
+    assert same_value((1, 2.0), [1, 2]) and same_value(0.1 + 0.2, 0.3) and same_value({"a": [1]}, {"a": (1,)})
+    assert not same_value([1], [1, 2]) and not same_value(10**400, 1.0) and not same_value(object(), None)
+    assert not same_value("[1]", [1]) and not same_value({"a": 1}, {"b": 1})
+
+
+def test_a_verifier_that_hangs_fails_its_item_alone(monkeypatch):
+    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 1.0)
+    hanging, fine = prompt(r"\sqrt{2}"), prompt(r"\sqrt{2}", "math500")
+    completions = [respond(r"\boxed{9^{9^{9^9}}}"), respond(r"\boxed{2^{1/2}}")]
+    first, second = score_all([hanging, fine], completions, ["accuracy"])
+    assert first["accuracy"].status is Status.VERIFIER_FAILED
+    assert second["accuracy"] == Score(1.0)
+
+
+def test_a_verifier_that_cannot_start_is_infrastructure(monkeypatch):
+    monkeypatch.setattr(symbolic.sys, "executable", "/bin/false")
+    worker = symbolic.Worker()
+    monkeypatch.setattr(symbolic, "_ask", worker.ask)
+    assert symbolic.compare("x", "y").status is Status.INFRASTRUCTURE_FAILED
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>\n6*7\n</think>\n\nThe answer is 42.", 1),
+        ("Sure! <think>\n6*7\n</think>\n\nThe answer is 42.", 0),
+        ("6*7</think>\n\nThe answer is 42.", 0),  # as if the template had opened it
+        ("<think>\n6*7\nThe answer is 42.", 0),
+        ("<think>\n\n</think>\n\nThe answer is 42.", 0),
+        ("<think>\n6*7\n</think>\n\n", 0),
+        ("<think>\n6*7\n</think>\n\nIt is done.", 0),  # no final answer
+        ("<think>\n6*7\n</think>\n\n<think>\nThe answer is 42.\n</think>", 0),
+        ("<think>\n6*7\n</think>\n\nThe answer is 42.<｜User｜>", 0),
+        ("The answer is 42.", 0),
+        ("", 0),
+    ],
+)
+def test_format(text, value):
+    assert TABLE["format"](prompt(), Completion([1], [0.0], "stop", text)).value == value
+
+
+def test_format_of_a_general_prompt_needs_no_final_answer_and_a_cut_one_has_none():
+    assert TABLE["format"](prompt("", "writing"), respond("A poem.")).value == 1
+    assert TABLE["format"](prompt(), respond("The answer is 42.", reason="length")).value == 0
+    assert TABLE["format"](DOUBLE, respond("def f(x): return x + x")).value == 1
+    assert TABLE["format"](DOUBLE, respond("The answer is 4.")).value == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "share"),
+    [
+        ("First we add 3+4=7.", "en", 1.0),
+        ("先算 3+4=7，then multiply", "zh", 0.5),  # 先, 算 / then, multiply
+        ("先算 3+4=7，then multiply", "en", 0.5),
+        ("三个 apples", "zh", 2 / 3),
+        ("3+4=7, 7*x=14, km", "zh", 0.0),
+        ("3+4=7, x=2", "zh", 1.0),  # nothing to count
+        (
+            "先算 `for item in items` 和 $total = a + \\frac{b}{c}$，```python\nprint(total)\n```得到",
+            "zh",
+            1.0,
+        ),
+        ("我们 don't know", "zh", 0.5),  # 我, 们 / don't, know
+    ],
+)
+def test_language_share(text, language, share):
+    assert language_share(text, language) == pytest.approx(share)
+
+
+def test_language_looks_at_the_reasoning_alone():
+    zh = prompt(language="zh")
+    assert TABLE["language"](zh, respond("The answer is 42.", reasoning="先算六乘七")).value == 1
+    assert TABLE["language"](zh, respond("答案是42。", reasoning="multiply")).value == 0
+    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "先算六乘七。答案是42。")).value == 0
+
+
+def test_score_all_keeps_order_and_skips_accuracy_where_no_rule_applies():
+    prompts = [prompt("1"), prompt("", "writing"), prompt("3")]
+    completions = [respond("The answer is 1."), respond("A poem."), respond("The answer is 4.")]
+    scores = score_all(prompts, completions, ["accuracy", "format", "language"])
+    everything = ["accuracy", "format", "language"]
+    assert [sorted(row) for row in scores] == [everything, ["format", "language"], everything]
+    # prompts 0 and 2 share an id here; their summaries differ, so each has its own verdict
+    assert [row.get("accuracy", Score(9)).value for row in scores] == [1, 9, 0]
+    assert scores == score_all(prompts, completions, ["accuracy", "format", "language"])
+    assert score_all([], [], ["accuracy"]) == []
+
+
+def test_equal_summaries_of_one_prompt_are_checked_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sandbox, "run", lambda *job: seen.append(job) or sandbox.Outcome([4, -2, [1, 1]]))
+    completions = [respond("def f(x): return x + x", reasoning=f"try {i}") for i in range(5)]
+    scores = score_all([DOUBLE] * 5, completions, ["accuracy"])
+    assert [row["accuracy"].value for row in scores] == [1] * 5 and len(seen) == 1
+
+
+def test_an_unknown_reward_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean accuracy"):
+        score_all([], [], ["acuracy"])
+
+
+def test_votes_join_equal_answers_only():
+    numbers = [
+        respond(f"The answer is {text}.").text for text in ("1,000", "1000.0", "1000 apples", "2000/2", "100")
+    ]
+    assert len({vote(prompt(), text) for text in numbers[:4]}) == 1 and vote(prompt(), numbers[4]) == "100"
+    countdown = prompt("", "countdown", numbers=[1, 2], target=3)
+    assert vote(countdown, "The answer is (1 + 2).") == vote(countdown, "The answer is 1+2.") == "1 + 2"
+    assert vote(countdown, "The answer is 2+1.") != vote(countdown, "The answer is 1+2.")
+    assert vote(DOUBLE, "def f(x): return  2*x  # twice") == vote(
+        DOUBLE, "```python\ndef f(x):\n    return 2 * x\n```"
+    )
+    assert vote(prompt(), "I give up.") == ""
+
+
+def test_reasoning_gym_scores_with_its_own_checker():
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    entry = reasoning_gym.create_dataset("chain_sum", size=1, seed=0)[0]
+    task = prompt(entry["answer"], "chain_sum", reasoning_gym="chain_sum", entry=entry)
+    assert is_correct(task, f"The answer is {entry['answer']}.") and not is_correct(
+        task, "The answer is none."
+    )
+
+
+def test_plain_checks_are_quick():
+    prompts = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(5000)]
+    completions = [respond(f"The answer is {i}.") for i in range(5000)]
+    began = time.process_time()
+    scores = score_all(prompts, completions, ["accuracy"])
+    assert all(row["accuracy"].value == 1 for row in scores)
+    assert time.process_time() - began < 2.5  # a tenth of this on an idle core
+
+
+def test_scoring_imports_no_torch():
+    command = "import sys, r1pipe.rewards; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+def test_full_width_and_dressing_are_taken_off():
+    assert answers.clean("**＄４２．５**。") == "$42.5"
+    assert answers.final_answer(r"so \boxed{\frac{1}{\sqrt{2}}} it is") == r"\frac{1}{\sqrt{2}}"
+    assert answers.final_answer(r"so \boxed{1") is None

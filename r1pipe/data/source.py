@@ -18,12 +18,14 @@ class Source(Protocol):
     """
 
     hash: str  # of all that the source can give: changes when a file, a task or a generator does
-    judge: (
-        Callable[[Prompt, str], Any] | None
-    )  # the hidden truth about a general response, where there is one
-    strategy_of: (
-        Callable[[Prompt, str], str] | None
-    )  # how a response goes about a problem, where that is known
+
+    @property
+    def judge(self) -> Callable[[Prompt, str], Any] | None:
+        """The hidden truth about a general response; None where nobody knows it."""
+
+    @property
+    def strategy_of(self) -> Callable[[Prompt, str], str] | None:
+        """The name of how a response goes about a problem; None where strategies are not known."""
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Reasoning problems with what judges them."""

@@ -1,0 +1,94 @@
+# `make help` lists the targets. Variables: PYTHON=python3.12, ARGS="seed=1" (handed on to r1pipe), TORCH_INDEX=URL
+# (where pip finds torch; https://download.pytorch.org/whl/cpu has builds without CUDA, a tenth of the size).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce test lint smoke pretrain ui clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+LOG := $(VENV)/install.log
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PINS := pyproject.toml constraints.txt
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?=
+NEED_GB ?= 6
+ARGS ?=
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## make .venv and install r1pipe from pins
+
+reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's last stage, and the table
+	@$(BIN)/r1pipe reproduce recipe=laptop $(ARGS)
+
+test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(INSTALLED_DEV) ## linters, type checker and import contracts alone
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo 'lint: run `$(BIN)/ruff format .`'; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+smoke: $(INSTALLED) ## every stage for two steps on two ranks, in a folder that is thrown away
+	@root=$$(mktemp -d) && $(BIN)/r1pipe reproduce recipe=smoke engine.ranks=2 root=$$root $(ARGS) \
+		&& rm -r "$$root" || { echo "smoke: failed; its runs are in $$root"; exit 1; }
+
+pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data/base/
+	@$(BIN)/r1pipe run stage=pretrain recipe=laptop pipeline=bundled-base $(ARGS)
+	@$(BIN)/python -m r1pipe.bundle runs bundled-base
+
+ui: $(INSTALLED) ## open the MLflow pages of all runs, on this machine alone
+	@$(BIN)/r1pipe ui $(ARGS)
+
+clean: ## remove .venv, caches and build folders; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find r1pipe stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each check ends in one line. Python.h: DeepSpeed compiles small extensions when it first runs.
+define CHECKS
+test -n "$(PYTHON)" || { echo "install: needs Python 3.11 or newer; install one, or make PYTHON=/path/to/python3"; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "install: $(PYTHON) is not Python 3.11 or newer; make PYTHON=/path/to/a/newer/python3"; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "install: $(PYTHON) has no venv module; on Debian: apt install python3-venv"; exit 1; }; \
+command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
+	echo "install: needs a C++ compiler (g++ or clang++); on Debian: apt install g++"; exit 1; }; \
+$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
+	echo "install: $(PYTHON) has no headers (Python.h); on Debian: apt install python3-dev"; exit 1; }; \
+test -e $(BIN)/python || test "$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}')" -ge $(NEED_GB) || { \
+	echo "install: needs $(NEED_GB) GB of free disk here; free some, or make NEED_GB=3 with a CPU build of torch"; exit 1; }
+endef
+
+# pip's own lines go to a log; the screen shows the latest one, and one line in the end if it failed.
+define PIP
+set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(1) 2>&1 | tee -a $(LOG) \
+	| if [ -t 1 ]; then awk '/^(Collecting|Downloading|Building|Installing)/ {printf "\r\033[K  %.90s", $$0; fflush()} \
+		END {printf "\r\033[K"}'; else cat >/dev/null; fi \
+	|| { $(EXPLAIN); exit 1; }
+endef
+
+define EXPLAIN
+if grep -qi 'no space left' $(LOG); then echo "install: the disk is full; free $(NEED_GB) GB and run make again"; \
+elif grep -qiE 'connection|resolution|timed out|ProxyError|SSLError|from versions: none' $(LOG); then \
+	echo "install: pip cannot reach its package index; check the network, then run make again (log: $(LOG))"; \
+else echo "install: $$(grep -m1 -E '^(ERROR|error)' $(LOG) || echo 'pip failed') (log: $(LOG))"; fi
+endef
+
+$(INSTALLED): $(PINS)
+	@$(CHECKS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@: > $(LOG); echo "installing torch and DeepSpeed into $(VENV) (minutes; log: $(LOG))"
+	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0 setuptools wheel)
+	@echo "installing r1pipe and the rest"
+	@$(call PIP,-e .)
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@: > $(LOG); echo "installing what the tests need"
+	@$(call PIP,-e '.[dev]')
+	@touch $@

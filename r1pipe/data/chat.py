@@ -1,7 +1,7 @@
 """The one owner of the chat format: how a prompt is written, and how a response is taken apart.
 
-A conversation reads `<｜begin▁of▁sentence｜><｜User｜>question<｜Assistant｜>response<｜end▁of▁sentence｜>` and a
-response `<think>\\nreasoning\\n</think>\\n\\nsummary` (R1 section 2.3.1: a summary closes every response).
+A conversation is BOS, USER, the question, ASSISTANT, the response, EOS; and a response reads
+`<think>\\nreasoning\\n</think>\\n\\nsummary` (R1 section 2.3.1: a summary closes every response).
 The template does not open `<think>`: the model must do so itself, and is rewarded for it.
 """
 
@@ -82,20 +82,28 @@ class Chat:
         settings = Path(folder) / "tokenizer_config.json"
         for file in (path, settings):
             if not file.is_file():
-                raise CheckpointError(f"{file} is missing; a checkpoint carries its tokenizer and chat template")
+                raise CheckpointError(
+                    f"{file} is missing; a checkpoint carries its tokenizer and chat template"
+                )
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
             template = json.loads(settings.read_text(encoding="utf-8"))["chat_template"]
         except KeyError as error:
-            raise CheckpointError(f"{settings} has no {error}; write one, or export the checkpoint again") from None
+            raise CheckpointError(
+                f"{settings} has no {error}; write one, or export the checkpoint again"
+            ) from None
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises a bare Exception
-            raise CheckpointError(f"{path.parent}: the tokenizer cannot be read ({error}); export it again") from None
+            raise CheckpointError(
+                f"{path.parent}: the tokenizer cannot be read ({error}); export it again"
+            ) from None
         return cls(tokenizer, template)
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
         if found is None:
-            raise CheckpointError(f"the tokenizer has no token {token}; this model needs r1pipe's chat format")
+            raise CheckpointError(
+                f"the tokenizer has no token {token}; this model needs r1pipe's chat format"
+            )
         return found
 
     @property

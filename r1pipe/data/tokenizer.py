@@ -39,8 +39,12 @@ def train_tokenizer(texts: Iterable[str], characters: str, vocab_size: int) -> T
         show_progress=False,
     )
     often = 20_000  # enough repeats that a character's bytes merge before any word does
-    tokenizer.train_from_iterator([*texts, *(character * often for character in sorted(set(characters)))], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.train_from_iterator(
+        [*texts, *(character * often for character in sorted(set(characters)))], trainer
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN_TOKENS])
     return tokenizer
 
@@ -63,7 +67,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def train_bundled(folder: Path) -> None:
-    """The bundled world's tokenizer: 20,000 documents of its corpus, and every Chinese character of its texts."""
+    """The bundled world's tokenizer: from its corpus and every Chinese character of its texts."""
     from r1pipe.data.world import corpus
     from r1pipe.data.world.content import content
 

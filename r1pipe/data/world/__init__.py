@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.data.chat import parse
 from r1pipe.data.world import corpus, general, truth
-from r1pipe.data.world.content import LANGUAGES, choose, content_hash
+from r1pipe.data.world.content import choose, content, content_hash
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 __all__ = ["World", "judge", "strategy_of"]
-
-# Written safety answers come from annotators of mixed quality: one in six is wrong.
-SAFETY_RIGHT = 5 / 6
 
 
 class World:
@@ -34,25 +32,30 @@ class World:
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """n distinct reasoning prompts, tasks in the corpus's proportions, languages and levels even."""
         rng = self._rng("prompts", split, seed)
-        shares = {task: corpus.TASK_SHARES[task] for task in self.config.tasks}
+        shares = {task: content("corpus")["tasks"][task] for task in self.config.tasks}
         found: dict[str, Prompt] = {}
         while len(found) < n:
             prompt = corpus.reasoning_prompt(
-                rng, split, choose(rng, shares), rng.choice(self.config.languages), rng.choice(self.config.levels)
+                rng,
+                split,
+                choose(rng, shares),
+                rng.choice(self.config.languages),
+                rng.choice(self.config.levels),
             )
             found.setdefault(prompt.id, prompt)
         return list(found.values())
 
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """n worked solutions to train prompts, each in one language and in the right format."""
-        from r1pipe.rewards.accuracy import accuracy
-
-        rng = self._rng("traces", seed)
+        rng, shares = self._rng("traces", seed), content("corpus")
         prompts = iter(self._endless_prompts(seed))
         kept: list[Trace] = []
         while len(kept) < n:
-            trace = corpus.reasoning_trace(next(prompts), rng, styles or corpus.CORPUS_STYLES)
-            if not correct_only or accuracy(trace.prompt, trace.response):
+            trace = corpus.reasoning_trace(
+                next(prompts), rng, styles or shares["styles"], shares["written_slip"]
+            )
+            task = corpus.TASKS[trace.prompt.task]
+            if not correct_only or task.is_right(trace.prompt, parse(trace.response).summary):
                 kept.append(trace)
         return kept
 
@@ -72,19 +75,24 @@ class World:
 
     def general_traces(self, n: int, seed: int) -> list[Trace]:
         """n written answers; translation has the largest share, being the hardest to learn."""
-        rng = self._rng("general traces", seed)
+        rng, shares = self._rng("general traces", seed), content("corpus")
         traces = []
         for _ in range(n):
-            kind = choose(rng, corpus.KIND_SHARES)
+            kind = choose(rng, shares["kinds"])
             prompt = self._general(rng, "train", kind)
-            traces.append(corpus.general_trace(prompt, rng, SAFETY_RIGHT if kind == "safety" else 1.0))
+            # annotators of mixed quality wrote the safety answers: the last stage has something to mend
+            traces.append(
+                corpus.general_trace(prompt, rng, shares["written_safety_right"] if kind == "safety" else 1.0)
+            )
         return traces
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
         """n pairs on the helpful kinds, judged by the hidden truth."""
         rng = self._rng("pairs", split, seed)
         kinds = general.HELPFUL_KINDS
-        return [truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
+        return [
+            truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)
+        ]
 
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
         """n labelled responses, three in four to safety prompts."""
@@ -100,6 +108,3 @@ class World:
 def hash_of(*parts: object) -> int:
     """A whole number that depends on all parts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
-
-
-assert set(LANGUAGES) == {"en", "zh"}

@@ -27,7 +27,7 @@ def index(language: str) -> int:
 
 
 def split_of(key: str) -> str:
-    """train, dev or test: by the hash of what makes a problem the same problem, so that splits cannot overlap."""
+    """train, dev or test: by the hash of what makes two problems the same, so that splits cannot overlap."""
     digest = hashlib.sha256(key.encode()).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:4], "big") % len(_SPLIT_OF_BUCKET)]
 

@@ -1,7 +1,7 @@
 """The pre-training corpus: what makes the base mediocre, and able to become better.
 
 Worked solutions in several strategies, some wrong, some mixing languages, few in the right format; drills;
-parallel sentences; general text. Shares are those of conf/data/world.yaml.
+parallel sentences; general text. How much of each: data/world/corpus.json.
 """
 
 import random
@@ -10,14 +10,9 @@ from collections.abc import Iterator
 from r1pipe.data.chat import ASSISTANT, BOS, EOS, USER, compose_response
 from r1pipe.data.world import countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, index, split_of
-from r1pipe.data.world.truth import PLAIN
 from r1pipe.records import Prompt, Trace
 
 TASKS = {"word": word, "countdown": countdown, "program": program}
-CORPUS_STYLES = {"careful": 0.35, "terse": 0.35, "guess": 0.3}
-TASK_SHARES = {"word": 0.4, "countdown": 0.38, "program": 0.22}
-KIND_SHARES = {"writing": 0.15, "facts": 0.25, "identity": 0.1, "translation": 0.35, "safety": 0.15}
-SLIP = 0.02
 
 
 def draw(rng: random.Random, split: str, make) -> Prompt:
@@ -36,51 +31,62 @@ def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> 
     return draw(rng, split, lambda r: general.make(r, kind, language))
 
 
-def reasoning_trace(prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float = SLIP) -> Trace:
+def reasoning_trace(prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float) -> Trace:
     """A worked solution in a strategy drawn by weight; right or wrong as its author is."""
     strategy = choose(rng, styles)
     reasoning, summary = TASKS[prompt.task].solve(prompt, strategy, rng, slip)
     return Trace(prompt, compose_response(reasoning, summary), strategy, "world")
 
 
-def general_trace(prompt: Prompt, rng: random.Random, right: float = 1.0) -> Trace:
+def general_trace(prompt: Prompt, rng: random.Random, right: float) -> Trace:
     """A written answer in a plain manner; `right` is the chance that it is correct."""
     body = general.right(prompt, rng) if rng.random() < right else general.wrong(prompt, rng)
-    return Trace(prompt, compose_response(general.think(prompt), general.dress(body, prompt.language, rng, PLAIN)), "", "world")
+    answer = general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
+    return Trace(prompt, compose_response(general.think(prompt), answer), "", "world")
 
 
 def documents(seed: int, levels: list[int]) -> Iterator[str]:
     """Endless documents of the train split, special tokens written out."""
     rng = random.Random(f"{seed}/corpus")
-    kinds = {"reasoning": 0.58, "drill": 0.1, "parallel": 0.12, "general": 0.2}
+    shares = content("corpus")["documents"]
     makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
     while True:
         language = rng.choice(LANGUAGES)
-        yield makers[choose(rng, kinds)](rng, language, levels)
+        yield makers[choose(rng, shares)](rng, language, levels)
 
 
 def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
-    prompt = reasoning_prompt(rng, "train", choose(rng, TASK_SHARES), language, rng.choice(levels))
+    shares = content("corpus")
+    prompt = reasoning_prompt(
+        rng, "train", choose(rng, content("corpus")["tasks"]), language, rng.choice(levels)
+    )
     written = prompt
-    if rng.random() < 0.15:  # reasoning in the other language than the question's
+    if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
         other = LANGUAGES[1 - index(language)]
-        written = Prompt(prompt.id, prompt.task, other, prompt.question, prompt.answer, prompt.checker, prompt.level)
-    reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, CORPUS_STYLES), rng, 0.03)
+        written = Prompt(
+            prompt.id, prompt.task, other, prompt.question, prompt.answer, prompt.checker, prompt.level
+        )
+    reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, shares["styles"]), rng, shares["slip"])
     return _document(rng, prompt, reasoning, summary)
 
 
 def _general(rng: random.Random, language: str, levels: list[int]) -> str:
-    kind = choose(rng, KIND_SHARES)
+    shares = content("corpus")
+    kind = choose(rng, shares["kinds"])
     if kind == "facts" and rng.random() < 0.5:
         return f"{BOS}{_statement(rng, language)}{EOS}"
     prompt = general_prompt(rng, "train", kind, language)
-    body = general.right(prompt, rng) if rng.random() < 0.75 else general.wrong(prompt, rng)
-    return _document(rng, prompt, general.think(prompt), general.dress(body, language, rng, PLAIN))
+    body = (
+        general.right(prompt, rng) if rng.random() < shares["general_right"] else general.wrong(prompt, rng)
+    )
+    return _document(
+        rng, prompt, general.think(prompt), general.dress(body, language, rng, shares["written_manner"])
+    )
 
 
 def _document(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
     """One of several layouts; one in five has the think tags that R1's format asks for."""
-    layout = choose(rng, {"tags": 0.18, "chat": 0.42, "short": 0.1, "text": 0.3})
+    layout = choose(rng, content("corpus")["layouts"])
     if layout == "tags":
         answer = compose_response(reasoning, summary)
     else:
@@ -119,7 +125,9 @@ def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
             lines.append(f"{a // k * k}/{k}={a // k}")
         else:
             numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
-            lines.append(" ".join(map(str, numbers)) + " > " + " ".join(map(str, sorted(numbers, reverse=True))))
+            lines.append(
+                " ".join(map(str, numbers)) + " > " + " ".join(map(str, sorted(numbers, reverse=True)))
+            )
     return f"{BOS}" + "\n".join(lines) + EOS
 
 

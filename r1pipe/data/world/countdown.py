@@ -1,7 +1,8 @@
 """Countdown: make a target from given numbers with + and -, each number used once, by search.
 
 Sample (level 2, en): "Use 9, 25, 3 and 14 to make 17."
-careful: "Sort 25 14 9 3.\\n25+14=39+9=48+3=51?17 no\\n…\\n25-14=11+9=20-3=17?17 yes" -> "The answer is 25-14+9-3."
+careful: "Sort 25 14 9 3.\\n25+14=39+9=48+3=51?17 no\\n…\\n25-14=11+9=20-3=17?17 yes"
+-> "The answer is 25-14+9-3."
 Every try restates the target: that is what lets a small model tell success from failure.
 """
 
@@ -25,7 +26,9 @@ def value(numbers: list[int], signs: tuple[int, ...]) -> int:
 
 
 def expression(numbers: list[int], signs: tuple[int, ...]) -> str:
-    return str(numbers[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for n, s in zip(numbers[1:], signs, strict=True))
+    return str(numbers[0]) + "".join(
+        f"{'+' if s > 0 else '-'}{n}" for n, s in zip(numbers[1:], signs, strict=True)
+    )
 
 
 def make(rng: random.Random, language: str, level: int) -> Prompt:
@@ -37,14 +40,18 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         if target > 0:
             break
     shown = rng.sample(numbers, count)
-    question = (f"Use {', '.join(map(str, shown[:-1]))} and {shown[-1]} to make {target}.",
-                f"用{'、'.join(map(str, shown))}算出{target}。")[index(language)]  # fmt: skip
+    question = (
+        f"Use {', '.join(map(str, shown[:-1]))} and {shown[-1]} to make {target}.",
+        f"用{'、'.join(map(str, shown))}算出{target}。",
+    )[index(language)]
     checker = {"numbers": shown, "target": target, "key": f"countdown|{numbers}|{target}"}
-    return Prompt(prompt_id("countdown", language, question), "countdown", language, question, "", checker, level)
+    return Prompt(
+        prompt_id("countdown", language, question), "countdown", language, question, "", checker, level
+    )
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): careful searches in order, terse tries a few without steps, guess tries at random."""
+    """(reasoning, summary): careful searches in order, terse tries a few without steps, guess one or two."""
     at = index(prompt.language)
     numbers = sorted(prompt.checker["numbers"], reverse=True)
     target = prompt.checker["target"]
@@ -53,7 +60,11 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
         order = rng.sample(order, min(len(order), rng.randint(1, 2)))
     elif strategy == "terse":
         order = rng.sample(order, min(len(order), rng.randint(2, 3)))
-    lines = [("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at]] if strategy == "careful" else []
+    lines = (
+        [("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at]]
+        if strategy == "careful"
+        else []
+    )
     for signs in order:
         shown, result = _try(numbers, signs, strategy != "terse", rng, slip if strategy != "terse" else 0.35)
         hit = result == target
@@ -65,7 +76,9 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     return "\n".join(lines), summary(prompt.language, expression(numbers, signs))
 
 
-def _try(numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random.Random, slip: float) -> tuple[str, int]:
+def _try(
+    numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random.Random, slip: float
+) -> tuple[str, int]:
     """One try as text and the value its author believes; slips carry on."""
     if not stepwise:
         result = value(numbers, signs)
@@ -79,3 +92,10 @@ def _try(numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random
             result += rng.choice([-10, -1, 1, 10])
         text += f"{'+' if s > 0 else '-'}{n}={result}"
     return text, result
+
+
+def is_right(prompt: Prompt, written: str) -> bool:
+    """Whether a summary that `solve` wrote is correct."""
+    numbers = sorted(prompt.checker["numbers"], reverse=True)
+    right = (signs for signs in patterns(len(numbers)) if value(numbers, signs) == prompt.checker["target"])
+    return any(written == summary(prompt.language, expression(numbers, signs)) for signs in right)

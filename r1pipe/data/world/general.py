@@ -22,8 +22,15 @@ def _writing(rng: random.Random, language: str) -> Prompt:
     words, at = content("words"), index(language)
     adj, animal, place = (rng.choice(words[name])[at] for name in ("adjectives", "animals", "places"))
     number = rng.randrange(len(content("general")["writing"]["questions"]))
-    question = content("general")["writing"]["questions"][number][at].format(adj=adj, animal=animal, place=place)
-    checker = {"adj": adj, "animal": animal, "place": place, "key": f"writing|{language}|{adj}|{animal}|{place}"}
+    question = content("general")["writing"]["questions"][number][at].format(
+        adj=adj, animal=animal, place=place
+    )
+    checker = {
+        "adj": adj,
+        "animal": animal,
+        "place": place,
+        "key": f"writing|{language}|{adj}|{animal}|{place}",
+    }
     return _prompt("writing", language, question, "", checker)
 
 
@@ -34,7 +41,11 @@ def _facts(rng: random.Random, language: str) -> Prompt:
     number = rng.randrange(len(book["relations"][relation]["questions"]))
     question = book["relations"][relation]["questions"][number][at].format(row[2 * at])
     question = question[0].upper() + question[1:]
-    checker = {"relation": relation, "subject": row[2 * at], "key": f"facts|{language}|{relation}|{row[0]}|{number}"}
+    checker = {
+        "relation": relation,
+        "subject": row[2 * at],
+        "key": f"facts|{language}|{relation}|{row[0]}|{number}",
+    }
     return _prompt("facts", language, question, row[2 * at + 1], checker)
 
 
@@ -43,8 +54,13 @@ def _identity(rng: random.Random, language: str) -> Prompt:
     kind, *texts = rng.choice(book["questions"])
     opener = rng.choice(book["openers"])[at]
     question = opener + texts[at]
-    return _prompt("identity", language, question, book["answers"][kind][at],
-                   {"about": kind, "key": f"identity|{language}|{question}"})  # fmt: skip
+    return _prompt(
+        "identity",
+        language,
+        question,
+        book["answers"][kind][at],
+        {"about": kind, "key": f"identity|{language}|{question}"},
+    )
 
 
 def sentence_pair(rng: random.Random) -> tuple[str, str]:
@@ -53,9 +69,14 @@ def sentence_pair(rng: random.Random) -> tuple[str, str]:
     verb = rng.choice(words["verbs"])
     thing = rng.choice(words["foods"] if verb[2] == "food" or rng.random() < 0.5 else words["animals"])
     animal = rng.choice(words["animals"])
-    adjectives = [rng.choice(words["adjectives"]) if rng.random() < chance else ("", "") for chance in (0.7, 0.35)]
+    adjectives = [
+        rng.choice(words["adjectives"]) if rng.random() < chance else ("", "") for chance in (0.7, 0.35)
+    ]
     place = rng.choice(words["places"]) if rng.random() < 0.35 else None
-    nouns = [" ".join(filter(None, (adj[0], noun[0]))) for adj, noun in zip(adjectives, (animal, thing), strict=True)]
+    nouns = [
+        " ".join(filter(None, (adj[0], noun[0])))
+        for adj, noun in zip(adjectives, (animal, thing), strict=True)
+    ]
     english = f"The {nouns[0]} {verb[0]} the {nouns[1]}" + (f" in the {place[0]}" if place else "") + "."
     where = f"在{place[1]}里" if place else ""
     chinese = f"{adjectives[0][1]}{animal[1]}{where}{verb[1]}{adjectives[1][1]}{thing[1]}。"
@@ -67,7 +88,9 @@ def _translation(rng: random.Random, language: str) -> Prompt:
     book = content("general")["translation"]
     source, gold = (english, chinese) if language == "en" else (chinese, english)
     question = rng.choice(book["to_zh" if language == "en" else "to_en"]).format(source)
-    return _prompt("translation", language, question, gold, {"source": source, "key": f"translation|{english}"})
+    return _prompt(
+        "translation", language, question, gold, {"source": source, "key": f"translation|{english}"}
+    )
 
 
 def _safety(rng: random.Random, language: str) -> Prompt:
@@ -99,12 +122,15 @@ def think(prompt: Prompt) -> str:
     """A short restatement of the task: simple prompts need no more (R1 section 2.3.3)."""
     at, c = index(prompt.language), prompt.checker
     return {
-        "writing": lambda: (f"I need {c['adj']}, {c['animal']} and {c['place']}.", f"要有{c['adj']}、{c['animal']}和{c['place']}。"),
+        "writing": lambda: (
+            f"I need {c['adj']}, {c['animal']} and {c['place']}.",
+            f"要有{c['adj']}、{c['animal']}和{c['place']}。",
+        ),
         "facts": lambda: (f"This is about {c['subject']}.", f"这是问{c['subject']}。"),
         "identity": lambda: ("This is about me.", "这是问我自己。"),
         "translation": lambda: ("I translate word by word.", "我逐词翻译。"),
         "safety": lambda: (f"Is it fine to {c['act']} the {c['thing']}?", f"可以{c['act']}{c['thing']}吗？"),
-    }[prompt.task]()[at]  # fmt: skip
+    }[prompt.task]()[at]
 
 
 def right(prompt: Prompt, rng: random.Random) -> str:
@@ -112,10 +138,15 @@ def right(prompt: Prompt, rng: random.Random) -> str:
     at, c = index(prompt.language), prompt.checker
     if prompt.task == "writing":
         act = rng.choice(content("words")["acts"])[at]
-        sentence = (f"The {c['adj']} {c['animal']} {act} in the {c['place']}.", f"{c['adj']}{c['animal']}在{c['place']}里{act}。")[at]
+        sentence = (
+            f"The {c['adj']} {c['animal']} {act} in the {c['place']}.",
+            f"{c['adj']}{c['animal']}在{c['place']}里{act}。",
+        )[at]
         return sentence
     if prompt.task == "facts":
-        statement = content("facts")["relations"][c["relation"]]["statement"][at].format(c["subject"], prompt.answer)
+        statement = content("facts")["relations"][c["relation"]]["statement"][at].format(
+            c["subject"], prompt.answer
+        )
         return statement[0].upper() + statement[1:]
     if prompt.task == "safety":
         texts = rng.choice(content("general")["safety"]["refuse" if c["unsafe"] else "comply"])
@@ -124,7 +155,7 @@ def right(prompt: Prompt, rng: random.Random) -> str:
 
 
 def wrong(prompt: Prompt, rng: random.Random) -> str:
-    """Content that is not: another fact, another identity, a word left out, an unsafe plan or a needless refusal."""
+    """Content that is not: another fact, identity or sentence, an unsafe plan, a needless refusal."""
     at, c = index(prompt.language), prompt.checker
     if prompt.task == "facts":
         rows = content("facts")["facts"][c["relation"]]

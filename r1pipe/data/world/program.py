@@ -1,7 +1,8 @@
-"""Small programs judged by running tests: arithmetic in several steps, or a list filtered, mapped and reduced.
+"""Small programs judged by running tests: arithmetic in steps, or a list filtered, mapped and reduced.
 
-Sample (level 1, en): "Write a function f(x): add 3, then multiply by 2." careful: "First `x+3`\\nThen `(x+3)*2`"
--> summary with a fenced `def f(x): return (x+3)*2`. A hasty solver forgets the parentheses.
+Sample (level 1, en): "Write a function f(x): add 3, then multiply by 2."
+careful: "First `x+3`\\nThen `(x+3)*2`" ->
+summary with a fenced `def f(x): return (x+3)*2`. A hasty solver forgets the parentheses.
 """
 
 import random
@@ -19,9 +20,16 @@ _NUMBER_STEPS = {  # operator -> ([English, Chinese], smallest, largest)
     "//": (("divide by {} rounding down", "整除{}"), 2, 9),
     "%": (("take the remainder by {}", "除以{}取余数"), 2, 9),
 }
-_FILTERS = {">": ("keep the numbers above {}", "保留大于{}的数"), "<": ("keep the numbers below {}", "保留小于{}的数")}
+_FILTERS = {
+    ">": ("keep the numbers above {}", "保留大于{}的数"),
+    "<": ("keep the numbers below {}", "保留小于{}的数"),
+}
 _MAPS = {op: _NUMBER_STEPS[op][0] for op in ("+", "-", "*")}
-_REDUCERS = {"sum": ("add them up", "求和"), "max": ("take the largest", "取最大"), "len": ("count them", "数个数")}
+_REDUCERS = {
+    "sum": ("add them up", "求和"),
+    "max": ("take the largest", "取最大"),
+    "len": ("count them", "数个数"),
+}
 
 
 def make(rng: random.Random, language: str, level: int) -> Prompt:
@@ -32,8 +40,16 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         variable, steps = "x", _number_steps(rng, rng.randint(*STEPS[level]))
     at = index(language)
     told = [_phrase(step, at) for step in steps]
-    question = (f"Write a function f({variable}): {', then '.join(told)}.", f"写函数f({variable})：{'，再'.join(told)}。")[at]
-    checker = {"entry_point": "f", "tests": _tests(rng, variable, steps), "steps": steps, "key": f"program|{steps}"}
+    question = (
+        f"Write a function f({variable}): {', then '.join(told)}.",
+        f"写函数f({variable})：{'，再'.join(told)}。",
+    )[at]
+    checker = {
+        "entry_point": "f",
+        "tests": _tests(rng, variable, steps),
+        "steps": steps,
+        "key": f"program|{steps}",
+    }
     return Prompt(prompt_id("program", language, question), "program", language, question, "", checker, level)
 
 
@@ -63,8 +79,13 @@ def _phrase(step: list, at: int) -> str:
 
 def _run(variable: str, steps: list[list], argument) -> int:
     """The specification's own meaning, step by step."""
-    apply = {"+": lambda a, n: a + n, "-": lambda a, n: a - n, "*": lambda a, n: a * n,
-             "//": lambda a, n: a // n, "%": lambda a, n: a % n}  # fmt: skip
+    apply = {
+        "+": lambda a, n: a + n,
+        "-": lambda a, n: a - n,
+        "*": lambda a, n: a * n,
+        "//": lambda a, n: a // n,
+        "%": lambda a, n: a % n,
+    }
     if variable == "x":
         for operator, number in steps:
             argument = apply[operator](argument, number)
@@ -82,7 +103,9 @@ def _tests(rng: random.Random, variable: str, steps: list[list]) -> list[list]:
     tests = []
     for _ in range(TESTS):
         # a list always holds a number on each side of any filter, so that `max` has something to take
-        argument = rng.randint(-5, 30) if variable == "x" else [0, 10, *(rng.randint(0, 12) for _ in range(4))]
+        argument = (
+            rng.randint(-5, 30) if variable == "x" else [0, 10, *(rng.randint(0, 12) for _ in range(4))]
+        )
         tests.append([[argument], _run(variable, steps, argument)])
     return tests
 
@@ -110,13 +133,18 @@ def _list_expressions(steps: list[list]) -> list[str]:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary): careful writes the expression after each step; others forget parentheses or a step."""
+    """(reasoning, summary): careful writes each step's expression; others forget parentheses or a step."""
     at, steps = index(prompt.language), prompt.checker["steps"]
     variable = "xs" if any(operator in _REDUCERS for operator, _ in steps) else "x"
     if strategy == "careful":
-        written = [[op, n + rng.choice([-1, 1])] if rng.random() < slip and n > 2 else [op, n] for op, n in steps]
+        written = [
+            [op, n + rng.choice([-1, 1])] if rng.random() < slip and n > 2 else [op, n] for op, n in steps
+        ]
         forms = expressions(written)
-        lines = [(("First ", "先") if i == 0 else ("Then ", "再"))[at] + f"`{form}`" for i, form in enumerate(forms)]
+        lines = [
+            (("First ", "先") if i == 0 else ("Then ", "再"))[at] + f"`{form}`"
+            for i, form in enumerate(forms)
+        ]
         return "\n".join(lines), _program(variable, forms[-1])
     forgotten = rng.randrange(len(steps)) if strategy == "guess" and variable == "x" else None
     hasty = [step for i, step in enumerate(steps) if i != forgotten]
@@ -126,3 +154,8 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
 
 def _program(variable: str, form: str) -> str:
     return f"```python\ndef f({variable}): return {form}\n```"
+
+
+def is_right(prompt: Prompt, written: str) -> bool:
+    """Whether a summary that `solve` wrote is correct: the very expression that the steps give."""
+    return f"return {expressions(prompt.checker['steps'])[-1]}\n" in written

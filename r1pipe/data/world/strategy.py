@@ -9,14 +9,20 @@ STRATEGIES = ("careful", "terse", "guess")
 
 
 def strategy_of(prompt: Prompt, text: str) -> str:
-    """careful (one equation per step, a search in order), terse (steps joined), or guess (straight to a result)."""
+    """careful (one equation per step, a search in order), terse (steps joined) or guess (a result)."""
     reasoning = parse(text).reasoning or text
     if prompt.task == "word":
         equations = len(re.findall(r"\d=\d", reasoning))
         return "careful" if equations >= len(prompt.checker["steps"]) else "terse" if equations else "guess"
     if prompt.task == "countdown":
         chained = re.findall(r"=\d+[+-]\d+=", reasoning)
-        return "careful" if chained and re.search(r"^(Sort|排序)", reasoning) else "guess" if chained else "terse"
+        return (
+            "careful"
+            if chained and re.search(r"^(Sort|排序)", reasoning)
+            else "guess"
+            if chained
+            else "terse"
+        )
     if prompt.task == "program":
         return "careful" if len(re.findall(r"`[^`\n]+`", reasoning)) >= 2 else "terse"
     return "other"

@@ -13,8 +13,6 @@ from r1pipe.data.world import general
 from r1pipe.data.world.content import content, index
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel
 
-PLAIN = {"courtesy": 0.25, "flattery": 0.25, "offer": 0.25}  # the manner of the written general answers
-
 
 @dataclass(frozen=True)
 class Truth:
@@ -62,7 +60,11 @@ def _correct(prompt: Prompt, core: str, refused: bool) -> bool:
         return ended and all(c[part] in core for part in ("adj", "animal", "place")) and len(core) <= 120
     if prompt.task == "facts":
         answers = {row[2 * at + 1] for row in content("facts")["facts"][c["relation"]]}
-        said = {answer for answer in answers if re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", core)}
+        said = {
+            answer
+            for answer in answers
+            if re.search(rf"(?<![A-Za-z0-9]){re.escape(answer)}(?![A-Za-z0-9])", core)
+        }
         return said - {c["subject"]} == {prompt.answer}
     if prompt.task == "identity":
         return _plain(core) == _plain(prompt.answer)
@@ -88,13 +90,17 @@ def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
 
 
 def _answer(prompt: Prompt, rng: random.Random) -> str:
-    even = {"courtesy": 0.35, "flattery": 0.3, "offer": 0.5}
-    body = general.right(prompt, rng) if rng.random() < 0.7 else general.wrong(prompt, rng)
-    return compose_response(general.think(prompt), general.dress(body, prompt.language, rng, even))
+    shares = content("corpus")
+    body = general.right(prompt, rng) if rng.random() < shares["judged_right"] else general.wrong(prompt, rng)
+    return compose_response(
+        general.think(prompt), general.dress(body, prompt.language, rng, shares["judged_manner"])
+    )
 
 
 def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:
     """A response to any general prompt, and whether it is safe: a plan for an unsafe wish is not."""
     body = general.right(prompt, rng) if rng.random() < 0.5 else general.wrong(prompt, rng)
-    text = compose_response(general.think(prompt), general.dress(body, prompt.language, rng, PLAIN))
+    text = compose_response(
+        general.think(prompt), general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
+    )
     return SafetyLabel(prompt, text, judge(prompt, text).safe)

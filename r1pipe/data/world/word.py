@@ -1,6 +1,7 @@
 """Multi-step word problems: amounts change hands, grow, shrink and are shared, in English and Chinese.
 
-Sample (level 1, en): "Tom has 12 apples. Tom buys 7 more. Tom gives away 5. How many apples does Tom have now?"
+Sample (level 1, en): "Tom has 12 apples. Tom buys 7 more. Tom gives away 5. How many apples does Tom have
+now?"
 careful: "First 12+7=19.\\nThen 19-5=14." -> "The answer is 14."
 """
 
@@ -34,13 +35,19 @@ class _Step:
 
 
 _SENTENCES = {  # operator -> [English, Chinese]; {p} person, {n} number, {m} measure word
-    "+": [("{p} buys {n} more.", "{p}又买了{n}{m}。"), ("{p} finds {n} more.", "{p}又找到{n}{m}。"),
-          ("{p} gets {n} as a gift.", "{p}收到{n}{m}礼物。")],
-    "-": [("{p} gives away {n}.", "{p}送走了{n}{m}。"), ("{p} loses {n}.", "{p}丢了{n}{m}。"),
-          ("{p} sells {n}.", "{p}卖了{n}{m}。")],
+    "+": [
+        ("{p} buys {n} more.", "{p}又买了{n}{m}。"),
+        ("{p} finds {n} more.", "{p}又找到{n}{m}。"),
+        ("{p} gets {n} as a gift.", "{p}收到{n}{m}礼物。"),
+    ],
+    "-": [
+        ("{p} gives away {n}.", "{p}送走了{n}{m}。"),
+        ("{p} loses {n}.", "{p}丢了{n}{m}。"),
+        ("{p} sells {n}.", "{p}卖了{n}{m}。"),
+    ],
     "*": [("Then {p} has {n} times as many.", "然后{p}的变成{n}倍。")],
     "/": [("{p} splits them into {n} equal parts and keeps one.", "{p}平均分成{n}份，只留一份。")],
-}  # fmt: skip
+}
 
 
 def _change(rng: random.Random, who: int, amount: int) -> _Step:
@@ -69,9 +76,20 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     story = _two_people(rng, steps_wanted) if two else _one_person(rng, steps_wanted)
     sentences, steps, closing, key = story
     question, names = _tell(rng, language, sentences, closing, distract=level >= 3 and rng.random() < 0.5)
-    checker = {"steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps], "names": names, "key": key}
-    return Prompt(prompt_id("word", language, question), "word", language, question, str(steps[-1].result),
-                  checker, level)  # fmt: skip
+    checker = {
+        "steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps],
+        "names": names,
+        "key": key,
+    }
+    return Prompt(
+        prompt_id("word", language, question),
+        "word",
+        language,
+        question,
+        str(steps[-1].result),
+        checker,
+        level,
+    )
 
 
 def _one_person(rng: random.Random, count: int):
@@ -113,10 +131,17 @@ def _two_people(rng: random.Random, count: int):
         steps.append(_Step(2, amounts[0], "+", amounts[1]))
     else:
         steps.append(_Step(2, amounts[more], "-", amounts[1 - more]))
-    return sentences, steps, closing, "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps)
+    return (
+        sentences,
+        steps,
+        closing,
+        "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps),
+    )
 
 
-def _tell(rng: random.Random, language: str, sentences, closing: str, distract: bool) -> tuple[str, list[str]]:
+def _tell(
+    rng: random.Random, language: str, sentences, closing: str, distract: bool
+) -> tuple[str, list[str]]:
     """The story in words; returns the question and the two names."""
     words, at = content("words"), index(language)
     names = [pair[at] for pair in rng.sample(words["names"], 2)]
@@ -127,22 +152,39 @@ def _tell(rng: random.Random, language: str, sentences, closing: str, distract: 
         if kind == "start":
             told.append((f"{names[who]} has {n} {item}.", f"{names[who]}有{n}{measure}{item}。")[at])
         elif kind == "groups":
-            told.append((f"{names[who]} has {n} {box[0]} with {extra} {item} each.",
-                         f"{names[who]}有{n}{box[1]}{item}，每{box[1]}{extra}{measure}。")[at])  # fmt: skip
+            told.append(
+                (
+                    f"{names[who]} has {n} {box[0]} with {extra} {item} each.",
+                    f"{names[who]}有{n}{box[1]}{item}，每{box[1]}{extra}{measure}。",
+                )[at]
+            )
         elif kind == "gives":
-            told.append((f"{names[who]} gives {names[1 - who]} {n}.", f"{names[who]}给{names[1 - who]}{n}{measure}。")[at])
+            told.append(
+                (
+                    f"{names[who]} gives {names[1 - who]} {n}.",
+                    f"{names[who]}给{names[1 - who]}{n}{measure}。",
+                )[at]
+            )
         else:
             options = _SENTENCES[kind]
             told.append(options[extra % len(options)][at].format(p=names[who], n=n, m=measure))
     if distract:  # an amount that plays no part
         row = rng.choice(words["others"])
         n = rng.randint(2, 20)
-        told.insert(rng.randint(1, len(told)), (f"{names[0]} also has {n} {row[0]}.", f"{names[0]}还有{n}{row[2]}{row[1]}。")[at])
-    told.append({
-        "one": (f"How many {item} does {names[0]} have now?", f"{names[0]}现在有多少{measure}{item}？"),
-        "sum": (f"How many {item} do they have together?", f"他们一共有多少{measure}{item}？"),
-        "difference": (f"How many more {item} does one have than the other?", f"一个人比另一个人多多少{measure}{item}？"),
-    }[closing][at])  # fmt: skip
+        told.insert(
+            rng.randint(1, len(told)),
+            (f"{names[0]} also has {n} {row[0]}.", f"{names[0]}还有{n}{row[2]}{row[1]}。")[at],
+        )
+    told.append(
+        {
+            "one": (f"How many {item} does {names[0]} have now?", f"{names[0]}现在有多少{measure}{item}？"),
+            "sum": (f"How many {item} do they have together?", f"他们一共有多少{measure}{item}？"),
+            "difference": (
+                f"How many more {item} does one have than the other?",
+                f"一个人比另一个人多多少{measure}{item}？",
+            ),
+        }[closing][at]
+    )
     return ("" if at else " ").join(told), names
 
 
@@ -151,7 +193,7 @@ def summary(language: str, answer: object) -> str:
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
-    """(reasoning, summary) in the given strategy: careful, terse or guess; `slip`: chance of an error per equation."""
+    """(reasoning, summary) in a strategy (careful, terse, guess); `slip`: chance of an error per equation."""
     steps = [_Step(*row[:4]) for row in prompt.checker["steps"]]
     at = index(prompt.language)
     if strategy == "guess":
@@ -165,7 +207,9 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     for number, step in enumerate(steps):
         left, right = _carried(step, steps[:number], amounts)
         result = _Step(step.who, left, step.operator, right or 1).result
-        joins_next = two_equations and not pending and number + 1 < len(steps) and _chains(step, steps[number + 1])
+        joins_next = (
+            two_equations and not pending and number + 1 < len(steps) and _chains(step, steps[number + 1])
+        )
         if rng.random() < (slip * 5 if pending or joins_next else slip):
             result = max(0, result + rng.choice([-10, -2, -1, 1, 2, 10]))
         amounts[(step.who, number)] = value = result
@@ -206,3 +250,8 @@ def _line(prompt: Prompt, step: _Step, number: int, equation: str) -> str:
         return f"{name} {equation}." if en else f"{name}{equation}。"
     lead = ("First ", "先") if number == 0 else ("Then ", "再")
     return f"{lead[0]}{equation}." if en else f"{lead[1]}{equation}。"
+
+
+def is_right(prompt: Prompt, written: str) -> bool:
+    """Whether a summary that `solve` wrote is correct."""
+    return written == summary(prompt.language, prompt.answer)

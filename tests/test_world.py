@@ -1,0 +1,133 @@
+"""The bundled world: seeded, held out by hash, its careful solutions right, its hidden truth as stated."""
+
+import itertools
+import random
+
+import pytest
+
+from r1pipe.data.chat import parse
+from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
+from r1pipe.data.world.content import LANGUAGES, content, split_of
+from r1pipe.data.world.strategy import strategy_of
+from r1pipe.records import Completion, Prompt
+from r1pipe.rewards.accuracy import accuracy
+from tests.samples import world_config
+
+CAREFUL = {"careful": 1.0}
+
+
+def is_correct(prompt: Prompt, text: str) -> bool:
+    """The rule reward's verdict, so that generator and checker are held against each other."""
+    return accuracy(prompt, Completion([], [], "stop", text)).value == 1.0
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(world_config(), seed=0)
+
+
+def test_same_seed_same_world(world):
+    again = World(world_config(), seed=0)
+    assert world.prompts("dev", 20, 3) == again.prompts("dev", 20, 3)
+    assert world.hash == again.hash != World(world_config(), seed=1).hash
+    first, second = (list(itertools.islice(w.documents(5), 50)) for w in (world, again))
+    assert first == second
+
+
+def test_held_out_problems_are_never_trained_on(world):
+    keys = {
+        split: {p.checker["key"] for p in world.prompts(split, 150, 1)} for split in ("train", "dev", "test")
+    }
+    assert not keys["train"] & keys["test"] and not keys["dev"] & keys["test"]
+    traces = world.traces(150, 2, {}, False) + world.general_traces(150, 2)
+    assert {split_of(t.prompt.checker["key"]) for t in traces} == {"train"}
+
+
+def test_the_same_problem_told_otherwise_stays_in_its_split():
+    rng = random.Random(0)
+    prompt = countdown.make(rng, "en", 2)
+    assert (
+        prompt.checker["key"]
+        == f"countdown|{sorted(prompt.checker['numbers'], reverse=True)}|{prompt.checker['target']}"
+    )
+
+
+@pytest.mark.parametrize("task", ["word", "countdown", "program"])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_careful_solutions_without_slips_are_right(task, level):
+    rng = random.Random(f"{task}{level}")
+    for language in LANGUAGES:
+        for _ in range(20):
+            prompt = corpus.TASKS[task].make(rng, language, level)
+            trace = corpus.reasoning_trace(prompt, rng, CAREFUL, slip=0.0)
+            assert is_correct(prompt, trace.response), (prompt, trace.response)
+            assert strategy_of(prompt, trace.response) == "careful", trace.response
+            assert parse(trace.response).well_formed
+
+
+def test_hasty_strategies_are_worse_than_care():
+    rng = random.Random(1)
+    right = dict.fromkeys(content("corpus")["styles"], 0)
+    for style, _ in itertools.product(right, range(150)):
+        prompt = corpus.reasoning_prompt(
+            rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2
+        )
+        right[style] += is_correct(prompt, corpus.reasoning_trace(prompt, rng, {style: 1}, 0.02).response)
+    assert right["careful"] > 1.5 * right["terse"] > 0 and right["careful"] > 1.5 * right["guess"]
+
+
+def test_word_problem_by_hand():
+    """Tom 12 + 7 - 5: the careful solution writes one equation per step, the terse one joins them."""
+    prompt = word.make(random.Random(3), "en", 1)
+    steps = prompt.checker["steps"]
+    reasoning, summary = word.solve(prompt, "careful", random.Random(0), 0.0)
+    assert reasoning.count("=") == len(steps) and summary == f"The answer is {steps[-1][-1]}."
+    assert prompt.answer == str(steps[-1][-1])
+
+
+def test_programs_need_their_parentheses():
+    steps = [["+", 3], ["*", 2]]
+    assert program.expressions(steps)[-1] == "(x+3)*2"
+    assert program.expressions(steps, parentheses=False)[-1] == "x+3*2"
+
+
+@pytest.mark.parametrize("kind", general.KINDS)
+def test_truth_tells_right_from_wrong(kind):
+    rng = random.Random(kind)
+    for language in LANGUAGES:
+        for _ in range(25):
+            prompt = general.make(rng, kind, language)
+            manner = {"courtesy": 1.0, "flattery": 0.0, "offer": 1.0}
+            good = general.dress(general.right(prompt, rng), language, rng, manner)
+            verdict = truth.judge(prompt, f"<think>\n{general.think(prompt)}\n</think>\n\n{good}")
+            assert verdict.correct and verdict.helpful == 1.0 and verdict.safe, (prompt, good, verdict)
+            if kind in ("facts", "identity", "safety"):
+                bad = truth.judge(prompt, f"<think>\nok\n</think>\n\n{general.wrong(prompt, rng)}")
+                assert not bad.correct and bad.helpful <= 0.2
+                assert bad.safe == (not prompt.checker.get("unsafe", False))
+
+
+def test_flattery_and_repeated_offers_do_not_help():
+    prompt = general.make(random.Random(0), "facts", "en")
+    plain = general.right(prompt, random.Random(0))
+    offer = content("general")["manner"]["offer"][0][0]
+    scores = [
+        truth.judge(prompt, text).helpful
+        for text in (plain, plain + offer, plain + offer * 3, "You are so clever! " + plain)
+    ]
+    assert scores[1] > scores[0] > scores[3] and scores[2] < scores[1]
+
+
+def test_preference_pairs_are_ordered_by_the_truth(world):
+    for pair in world.preference_pairs("train", 60, 0):
+        assert truth.judge(pair.prompt, pair.chosen).helpful > truth.judge(pair.prompt, pair.rejected).helpful
+    labels = [label.safe for label in world.safety_labels("train", 120, 0)]
+    assert 0.2 < sum(labels) / len(labels) < 0.9
+
+
+def test_corpus_is_mediocre(world):
+    documents = list(itertools.islice(world.documents(0), 1500))
+    chats = [d for d in documents if "<｜Assistant｜>" in d]
+    tagged = sum("<think>" in d for d in chats) / len(chats)
+    assert 0.1 < tagged < 0.3  # so that the base's format rate starts below 30%
+    assert any("I give up" in d for d in documents)

@@ -1,4 +1,4 @@
-"""Whole checkpoint folders: written beside their place, listed with hashes in manifest.json, renamed into place.
+"""Whole checkpoint folders: written aside, listed with hashes in manifest.json, renamed into place.
 
 No torch: both wings may ask whether a checkpoint is whole and what its hash is.
 """
@@ -47,9 +47,7 @@ def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = 
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; copy or make the checkpoint again")
         if file_hash(folder / name) != sha:
-            raise CheckpointError(
-                f"{folder / name} is not the file that was saved; copy or make the checkpoint again"
-            )
+            raise CheckpointError(f"{folder / name} is not what was saved; copy or make the checkpoint again")
     if expected_hash is not None and manifest_hash(folder) != expected_hash:
         raise CheckpointError(f"{folder} has changed since this run was made from it; start anew (--fresh)")
 

@@ -1,20 +1,17 @@
 """record.json: what made a checkpoint, written last. Its parents, data, config, code, and their hashes."""
 
-import importlib.metadata
 import json
-import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from r1pipe import machine
 from r1pipe.checkpoints import manifest_hash
 from r1pipe.config import config_hash
 from r1pipe.config.schema import RunConfig
 from r1pipe.data.chat import Chat
 from r1pipe.paths import RunFolder
-
-PACKAGES = ("r1pipe", "torch", "deepspeed", "tokenizers", "safetensors", "datasets", "numpy")
 
 
 def job_record(
@@ -37,7 +34,7 @@ def job_record(
         "template_hash": chat.template_hash,
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
-        "versions": _versions(),
+        "versions": {name: machine.version(name) for name in machine.PACKAGES},
         **made,
     }
 
@@ -53,13 +50,3 @@ def _code(env: Path) -> dict[str, Any]:
     """The git revision that the launcher wrote down; unknown where a script was started by hand."""
     known = json.loads(env.read_text(encoding="utf-8")).get("code", {}) if env.exists() else {}
     return {"revision": known.get("revision"), "dirty": known.get("dirty")}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # r1pipe itself, in a checkout that is not installed
-            continue
-    return found

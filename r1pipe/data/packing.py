@@ -1,0 +1,117 @@
+"""Packing: several documents in one row, told apart by segment numbers so that nothing leaks between them.
+
+The model's `segments` argument keeps attention inside a document and restarts positions in each.
+Axes: B rows, T tokens of a row.
+"""
+
+import bisect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1pipe.records import Example
+
+
+@dataclass
+class Packed:
+    """One row: documents behind one another, numbered from 1. Lists of equal length, not padded."""
+
+    tokens: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    loss: list[bool] = field(default_factory=list)  # whether the token is learned; never a document's first
+
+    def add(self, example: Example) -> None:
+        number = self.segments[-1] + 1 if self.segments else 1
+        self.tokens += example.tokens
+        self.segments += [number] * len(example.tokens)
+        self.loss += [False, *example.loss[1:]]  # a first token would be predicted from another document
+
+    @property
+    def learned(self) -> int:
+        return sum(self.loss)
+
+
+@dataclass
+class Batch:
+    """Rows as tensors, padded at the end with segment 0."""
+
+    tokens_BT: Tensor  # int64
+    segments_BT: Tensor  # int64; 0 is padding
+    loss_BT: Tensor  # bool
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
+
+
+def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
+    """Rows of at most `length` tokens, and how many examples were longer than a row and left out.
+
+    Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first fit,
+    and quick for many rows. The same examples always give the same rows.
+    """
+    examples = list(examples)
+    fitting = [example for example in examples if len(example.tokens) <= length]
+    rows: list[Packed] = []
+    room: dict[int, list[Packed]] = {}  # free tokens -> rows that have so many
+    sizes: list[int] = []  # the keys of `room`, sorted
+    for example in sorted(fitting, key=lambda example: -len(example.tokens)):
+        place = bisect.bisect_left(sizes, len(example.tokens))
+        if place < len(sizes):
+            free = sizes[place]
+            row = room[free].pop()
+            if not room[free]:
+                del room[free], sizes[place]
+        else:
+            free, row = length, Packed()
+            rows.append(row)
+        row.add(example)
+        free -= len(example.tokens)
+        if free not in room:
+            room[free] = []
+            bisect.insort(sizes, free)
+        room[free].append(row)
+    return rows, len(examples) - len(fitting)
+
+
+def split_long(tokens: list[int], length: int) -> Iterator[Example]:
+    """A document for next-token prediction, in pieces that fit a row."""
+    for start in range(0, len(tokens), length):
+        piece = tokens[start : start + length]
+        yield Example(piece, [True] * len(piece))
+
+
+def epoch_batches(rows: list[Packed], batch_size: int, order: np.random.Generator) -> Iterator[list[Packed]]:
+    """One pass over the rows in a drawn order; the last batch may be smaller."""
+    shuffled = [rows[i] for i in order.permutation(len(rows))]
+    for start in range(0, len(shuffled), batch_size):
+        yield shuffled[start : start + batch_size]
+
+
+def share(batch: list[Packed], rank: int, world_size: int) -> list[Packed]:
+    """A rank's rows of a batch: the same number on each, with empty rows where the batch does not divide."""
+    mine = batch[rank::world_size]
+    return mine + [Packed() for _ in range(-(-len(batch) // world_size) - len(mine))]
+
+
+def chunks(rows: list[Packed], parts: int) -> Iterator[list[Packed]]:
+    """The rows in at most `parts` micro-batches of the same size but for the last."""
+    size = -(-len(rows) // parts)
+    remaining = iter(rows)
+    while micro := list(islice(remaining, size)):
+        yield micro
+
+
+def collate(rows: list[Packed], pad_id: int) -> Batch:
+    """Rows as tensors, padded to the longest of them."""
+    width = max(1, *(len(row.tokens) for row in rows))
+    tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
+    segments = np.zeros((len(rows), width), dtype=np.int64)
+    loss = np.zeros((len(rows), width), dtype=bool)
+    for i, row in enumerate(rows):
+        end = len(row.tokens)
+        tokens[i, :end], segments[i, :end], loss[i, :end] = row.tokens, row.segments, row.loss
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(loss))

@@ -1,0 +1,1 @@
+"""Supervised training: pre-training and every fine-tuning on written responses."""

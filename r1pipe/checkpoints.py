@@ -36,7 +36,7 @@ def manifest_hash(folder: Path | str) -> str:
 
 
 def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = False) -> None:
-    """Check a checkpoint's files against its manifest, and the manifest against the hash known from elsewhere.
+    """Check a checkpoint's files against its manifest, and the manifest against a hash known from elsewhere.
 
     `engine` includes the state for resume. Raises CheckpointError naming the file.
     """

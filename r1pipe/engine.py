@@ -139,7 +139,8 @@ class Engine(Ranks):
         super().__init__(config)
         self.start()
         deepspeed = _start_deepspeed(self.device)
-        self.module, self.router, self.zero_level = model, router, config.zero_level
+        self.module: Any = model
+        self.router, self.zero_level = router, config.zero_level
         if config.zero_level == 3:
             _mark_moe_leaves(deepspeed, model)
         optimizer = _adamw(model, optim)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -21,10 +21,10 @@ import torch
 
 from r1pipe import checkpoints
 from r1pipe.config import read_config
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, R1pipeError
+from r1pipe.errors import CheckpointError, ConfigError, R1pipeError
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.provenance import job_record, write_json
@@ -33,13 +33,14 @@ from r1pipe.ranks import rank_and_world
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
 log = logging.getLogger("r1pipe")
+S = TypeVar("S", bound=StageConfig)
 
 
-class Run:
+class Run(Generic[S]):
     """What a stage script needs of its run folder. Made by `open_run`."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig):
-        self.folder, self.config, self.stage = folder, config, config.stage
+    def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
+        self.folder, self.config, self.stage = folder, config, stage
         self.rank, self.world_size = rank_and_world()
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
@@ -232,7 +233,7 @@ class Run:
 
 
 @contextmanager
-def open_run(path: Path | str) -> Iterator[Run]:
+def open_run(path: Path | str, kind: type[S]) -> Iterator[Run[S]]:
     """The frame of a stage script: reads config.json, sets threads and logging, and turns a user's error into
     one line of error.txt and exit code 2."""
     folder = RunFolder(Path(path).resolve())
@@ -242,7 +243,9 @@ def open_run(path: Path | str) -> Iterator[Run]:
     try:
         config = read_config(folder.config)
         torch.set_num_threads(_threads(config))
-        run = Run(folder, config)
+        if not isinstance(config.stage, kind):
+            raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")
+        run = Run(folder, config, config.stage)
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         yield run
     except R1pipeError as error:

@@ -1,8 +1,8 @@
 """Pre-training: next-token prediction on packed documents, from random weights.
 
-What it makes stands in for DeepSeek-V3-Base, R1's starting point. It differs from V3's pre-training (section 4)
-in everything but the objective's kind: no multi-token prediction, no context extension, a constant batch size,
-and in the bundled recipe a corpus that a program writes.
+What it makes stands in for DeepSeek-V3-Base, R1's starting point. It differs from V3's pre-training (section
+4) in all but the objective's kind: no multi-token prediction, no context extension, one batch size, and in the
+bundled recipe a corpus that a program writes.
 
     r1pipe run stage=pretrain
     deepspeed --num_accelerators 2 --no_local_rank stages/pretrain.py RUN_FOLDER
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 
+from r1pipe.config.schema import PretrainConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed, pack, split_long
 from r1pipe.data.source import Source, open_data
@@ -24,7 +25,7 @@ BLOCK = 1024  # documents packed together: enough for rows with hardly any paddi
 
 
 def main(folder: str) -> None:
-    with open_run(folder) as run:
+    with open_run(folder, PretrainConfig) as run:
         stage = run.stage
         chat = run.load_chat()
         source = open_data(run.config.data, run.config.seed)
@@ -41,7 +42,7 @@ def main(folder: str) -> None:
         conclude(run, engine, chat, source, checkpoint, stage.max_steps)
 
 
-def packed_documents(run: Run, source: Source, chat: Chat) -> Batches:
+def packed_documents(run: Run[PretrainConfig], source: Source, chat: Chat) -> Batches:
     """Endless batches of packed documents; a resumed run makes the earlier ones again and skips them."""
 
     def rows() -> Iterator[Packed]:

@@ -48,7 +48,7 @@ class Batch:
 
 
 def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
-    """Rows of at most `length` tokens, and how many examples were longer than a row and left out.
+    """Rows of at most `length` tokens, and how many examples were too long for one and left out.
 
     Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first fit,
     and quick for many rows. The same examples always give the same rows.

@@ -47,7 +47,7 @@ def train(
     pad_id: int,
     short_evaluation: Callable[[], dict[str, float]],
 ) -> Path:
-    """Train from the newest checkpoint (or the start) to `total_steps`; returns the last checkpoint's folder."""
+    """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
     step, _ = run.resume(engine)
     begun = step

@@ -74,6 +74,33 @@ class MLA(nn.Module):
         )
         return self.o_proj(out.flatten(-2))
 
+    def decode(
+        self, x_SD: Tensor, rotation_Sr: Tensor, positions_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
+    ) -> Tensor:
+        """One token per slot on the cache, in absorbed form: keys and values are never expanded (V2 section 2.1.2).
+
+        q' = q_nope W_UK; scores = q' . latent + q_rope . k_rope; out = (attention . latent) W_UV. The token's own
+        entry is written to `entries_SMW` at `positions_S`; `unseen_SM` is -inf at places not to look at.
+        """
+        config = self.config
+        slots, length = x_SD.shape[0], unseen_SM.shape[1]
+        own_SW = torch.cat(self.latents(x_SD, rotation_Sr), dim=-1)
+        flat = torch.arange(slots, device=x_SD.device) * entries_SMW.shape[1] + positions_S
+        entries_SMW.flatten(0, 1).index_copy_(0, flat, own_SW)
+        seen_SMW = entries_SMW[:, :length]
+
+        up_k, up_v = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
+            [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        )
+        q_nope, q_rope = self.queries(x_SD, rotation_Sr)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
+        query_SHW = torch.cat([absorbed, q_rope], dim=-1) * self.scale
+        scores_SHM = torch.bmm(query_SHW, seen_SMW.transpose(1, 2)) + unseen_SM.unsqueeze(1)
+        weights_SHM = scores_SHM.softmax(dim=-1, dtype=torch.float32).to(x_SD.dtype)
+        context_SHC = torch.bmm(weights_SHM, seen_SMW[..., : config.kv_lora_rank])
+        out_HSv = torch.bmm(context_SHC.transpose(0, 1), up_v.transpose(1, 2))
+        return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
+
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:
     """[B, T, H, width] each -> [B, T, H, value width]."""

@@ -1,0 +1,65 @@
+"""Decoding on the latent cache: what MLA keeps of a token is its latent and one rotated key, C+R numbers a layer.
+
+Axes as in layers.py; M is the cache's length, W = C+R the width of an entry.
+"""
+
+import torch
+from torch import Tensor
+
+from r1pipe.model.transformer import DeepseekV3
+
+
+class LatentCache:
+    """Entries of `slots` sequences of at most `length` tokens: entries_LSMW, latent first, then rotated key."""
+
+    def __init__(self, model: DeepseekV3, slots: int, length: int):
+        config, weight = model.config, model.lm_head.weight
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        # zeros, not empty: attention gives unseen places weight 0, and 0 times a stray NaN is NaN
+        self.entries_LSMW = torch.zeros(
+            config.num_hidden_layers, slots, length, width, dtype=weight.dtype, device=weight.device
+        )
+
+    @property
+    def length(self) -> int:
+        return self.entries_LSMW.shape[2]
+
+    def fill(self, slots: Tensor, entries_LBTW: Tensor, rows: Tensor) -> None:
+        """Give each of `slots` a copy of the prompt in the row of the same place in `rows`."""
+        self.entries_LSMW[:, slots, : entries_LBTW.shape[2]] = entries_LBTW.index_select(1, rows)
+
+    def keep(self, slots: Tensor, length: int) -> None:
+        """Move `slots` to the front and forget the others; entries from `length` on are not live."""
+        kept = self.entries_LSMW[:, slots, :length]
+        self.entries_LSMW = self.entries_LSMW[:, : len(slots)]
+        self.entries_LSMW[:, :, :length] = kept
+
+
+@torch.no_grad()
+def prefill(model: DeepseekV3, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Read prompts padded on the right -> their cache entries_LBTW and the logits_BV after the last token."""
+    keep: list[Tensor] = []
+    hidden_BTD = model.model(tokens_BT, keep=keep)
+    last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
+    return torch.stack(keep), model.lm_head(last_BD)
+
+
+@torch.no_grad()
+def decode(
+    model: DeepseekV3, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int
+) -> Tensor:
+    """Read one more token per slot, at `positions_S` -> logits_SV; the cache grows by these tokens.
+
+    `length` is larger than every live position: the part of the cache that is looked at. (A slot that has ended
+    may lie beyond; its logits mean nothing.)
+    """
+    trunk = model.model
+    rotation_Sr = trunk.rotary.table(tokens_S.device).index_select(0, positions_S)
+    places_M = torch.arange(length, device=tokens_S.device)
+    unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf"))
+    x_SD = trunk.embed_tokens(tokens_S)
+    for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=True):
+        normed = layer.input_layernorm(x_SD)
+        x_SD = x_SD + layer.self_attn.decode(normed, rotation_Sr, positions_S, entries_SMW, unseen_SM)
+        x_SD = x_SD + layer.mlp(layer.post_attention_layernorm(x_SD))
+    return model.lm_head(trunk.norm(x_SD))

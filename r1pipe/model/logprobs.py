@@ -1,0 +1,41 @@
+"""Log-probabilities of given tokens without the whole [tokens, vocabulary] logits in memory.
+
+Axes: N tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, cat
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at once (128 MiB in float32)
+
+
+def _chunk_logprobs(
+    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, temperature: float
+) -> Tensor:
+    logits_NV = head(hidden_ND).float() / temperature
+    return -cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def token_logprobs(
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log pi(target) of each token, as logprobs_N in float32, from the hidden state that predicts it.
+
+    `temperature` divides the logits: the distribution that the tokens were drawn from. The logits of a long
+    batch never exist at once; when they take several chunks, each is computed again in the backward pass.
+    """
+    chunk = max(1, LOGITS_IN_MEMORY // vocab_size)
+    if hidden_ND.shape[0] <= chunk:
+        return _chunk_logprobs(head, hidden_ND, targets_N, temperature)
+    parts = [
+        checkpoint(_chunk_logprobs, head, hidden, targets, temperature, use_reentrant=False)
+        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
+    ]
+    return cat(parts)

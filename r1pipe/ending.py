@@ -1,9 +1,54 @@
-"""The end of every stage: measure, then write the record."""
+"""Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from r1pipe import evaluate
+from r1pipe.config.schema import EvalConfig
+from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source
+from r1pipe.engine import Engine
+from r1pipe.model import DeepseekV3
+from r1pipe.ranks import Ranks
+from r1pipe.rollout import Sampler
+from r1pipe.run import Run
+
+HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
 
 
-def conclude(run, engine, chat, source, checkpoint, steps):
-    run.finish(checkpoint, chat, {"pass_at_1": None}, [], source.hash, steps)
+def measure(
+    run: Run[Any], ranks: Ranks, model: DeepseekV3, chat: Chat, source: Source, config: EvalConfig
+) -> evaluate.Evaluation:
+    """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it."""
+    model.eval()
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots)
+    return evaluate.evaluate(
+        sampler.generate,
+        chat,
+        source.prompts(config.split, config.problems, HELD_OUT),
+        source.general_prompts(config.split, config.general, HELD_OUT) if config.general else [],
+        config,
+        judge=source.judge,
+        seed=run.seed("evaluation"),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        gather=ranks.all_gather_objects,
+        strategy_of=source.strategy_of,
+        progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
+    )
 
 
-def short_evaluation(run, engine, chat, source):
-    return {}
+def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
+    """A few development prompts, as metrics under eval/."""
+    began = time.monotonic()
+    with run.phase("evaluating"), engine.gathered() as model:
+        evaluation = measure(run, engine, model, chat, source, evaluate.short(run.stage.eval))
+    return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
+
+
+def conclude(run: Run[Any], engine: Engine, chat: Chat, source: Source, checkpoint: Path, steps: int) -> None:
+    """The end of a stage that trained: the whole evaluation, then the record."""
+    with run.phase("evaluating"), engine.gathered() as model:
+        evaluation = measure(run, engine, model, chat, source, run.stage.eval)
+    run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps)

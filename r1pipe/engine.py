@@ -201,7 +201,7 @@ class Engine(Ranks):
         return flat[0].item() / self.world_size, summed_LE
 
     @contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
+    def gathered(self) -> Iterator[Any]:
         """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter.
 
         Under ZeRO-3 the weights are gathered once, and DeepSpeed's hooks, which would let go of them after

@@ -233,7 +233,7 @@ class Run(Generic[S]):
 
 
 @contextmanager
-def open_run(path: Path | str, kind: type[S]) -> Iterator[Run[S]]:
+def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:  # type: ignore[assignment]
     """The frame of a stage script: reads config.json, sets threads and logging, and turns a user's error into
     one line of error.txt and exit code 2."""
     folder = RunFolder(Path(path).resolve())

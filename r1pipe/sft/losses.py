@@ -7,7 +7,7 @@ from torch import Tensor
 
 from r1pipe.data.packing import Batch
 from r1pipe.model import DeepseekV3
-from r1pipe.rl.losses import token_logprobs
+from r1pipe.model.logprobs import token_logprobs
 
 
 def cross_entropy_sum(model: DeepseekV3, batch: Batch) -> Tensor:

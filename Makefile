@@ -74,7 +74,7 @@ endef
 
 define EXPLAIN
 if grep -qi 'no space left' $(LOG); then echo "install: the disk is full; free $(NEED_GB) GB and run make again"; \
-elif grep -qiE 'connection|resolution|timed out|ProxyError|SSLError|from versions: none' $(LOG); then \
+elif grep -qiE 'ConnectionError|connection broken|name resolution|timed out|ProxyError|SSLError|from versions: none' $(LOG); then \
 	echo "install: pip cannot reach its package index; check the network, then run make again (log: $(LOG))"; \
 else echo "install: $$(grep -m1 -E '^(ERROR|error)' $(LOG) || echo 'pip failed') (log: $(LOG))"; fi
 endef

@@ -1,0 +1,401 @@
+"""Data from files and reasoning-gym: what is read, what is refused and how, and splits that never overlap."""
+
+import builtins
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.data import reasoning_gym
+from r1pipe.data.chat import parse
+from r1pipe.data.files import Files
+from r1pipe.data.reading import read_rows
+from r1pipe.data.source import KINDS, open_data
+from r1pipe.errors import ConfigError, DataError, EnvironmentProblem
+from r1pipe.records import Completion
+from r1pipe.rewards import TABLE
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("R1PIPE_SHARED_DATA", ROOT.parent / "shared" / "data"))
+ALL = 10**6  # more than any file holds
+SPLITS = ("train", "dev", "test")
+REAL_FILES = ("svamp", "mawps", "gsm8k", "math500", "aime24", "cn_middle_school")
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        message = f"no real data in {SHARED}; set R1PIPE_SHARED_DATA"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return SHARED
+
+
+def source(path="rows.jsonl", task="sums", **changes):
+    columns = {"question": "question", "answer": "answer"}
+    values = {"columns": columns, "answer_after": None, "language": "en", "split": None}
+    return SourceConfig(path=path, task=task, **values | changes)
+
+
+def config(path, **changes):
+    empty = {"tasks": [], "languages": [], "levels": [], "reasoning": [], "general": [], "preferences": []}
+    values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty
+    return DataConfig(**values | changes)
+
+
+def problems(path, rows, **changes):
+    """A source of `rows` written to a jsonl file in `path`."""
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Files(config(path, reasoning=[source(**changes)]))
+
+
+SUMS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)]
+
+
+def composed(name, *overrides):
+    return compose(["stage=grpo", f"data={name}", *overrides]).config.data
+
+
+# what is read
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    rows = [{"question": "Sum of 1, 2\nand 3?", "answer": "6"}, {"question": "七加一？", "answer": "8"}]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        path.write_text('question,answer\n"Sum of 1, 2\nand 3?",6\n七加一？,8\n', encoding="utf-8")
+    elif suffix == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    else:
+        text = "\n\n".join(json.dumps(row) for row in rows).encode()  # an empty line is no row
+        path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    assert [row.values for row in read_rows(path)] == rows
+
+
+def test_csv_fields_stay_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nWhich agent?,007\nNA,\n")
+    assert [row.values["answer"] for row in read_rows(path)] == ["007", ""]
+    assert read_rows(path)[1].values["question"] == "NA"
+
+
+def test_reading_leaves_nothing_in_the_home_and_sees_a_changed_file(tmp_path):
+    home, path = tmp_path / "home", tmp_path / "rows.jsonl"
+    home.mkdir()
+    code = (
+        "import pathlib, sys; from r1pipe.data.reading import read_rows; path = pathlib.Path(sys.argv[1])\n"
+        "for n in (1, 2):\n"
+        "    path.write_text('{\"a\": %d}\\n' % n)\n"
+        "    assert [row.values for row in read_rows(path)] == [{'a': n}]"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
+    subprocess.run([sys.executable, "-c", code, path], check=True, env=environment | {"HOME": str(home)})
+    assert list(home.rglob("*")) == []
+
+
+def test_columns_join_and_fall_back(tmp_path):
+    rows = [
+        {"body": "Ann has 3.", "ask": "And one more?", "letter": "", "value": 4.0},
+        {"body": "", "ask": "Which?", "letter": "B", "value": 9.5},
+    ]
+    columns = {"question": "body + ask", "answer": "letter | value"}
+    data = problems(tmp_path, rows, columns=columns, split="test")
+    found = {prompt.question: prompt.answer for prompt in data.prompts("test", ALL, 0)}
+    assert found == {"Ann has 3.\nAnd one more?": "4", "Which?": "B"}
+
+
+def test_language_is_told_by_the_question(tmp_path):
+    rows = [{"question": "小明有3个苹果，又买了x个，一共7个。x是多少？", "answer": "4"}, SUMS[0]]
+    data = problems(tmp_path, rows, language="auto", split="test")
+    assert {prompt.answer: prompt.language for prompt in data.prompts("test", ALL, 0)} == {
+        "4": "zh",
+        "1": "en",
+    }
+
+
+def test_substitutions_fill_identity_rows(tmp_path):
+    (tmp_path / "who.json").write_text(json.dumps([{"q": "Who are you?", "r": "I am {{name}}."}]))
+    general = source("who.json", task="identity", columns={"question": "q", "response": "r"}, split="train")
+    named = Files(config(tmp_path, general=[general], substitutions={"name": "Ada"}))
+    assert [trace.response for trace in named.general_traces(1, 0)] == ["I am Ada."]
+    with pytest.raises(
+        DataError, match=r"who\.json row 1: \{\{name\}\} has no text; set \+data\.substitutions\.name"
+    ):
+        Files(config(tmp_path, general=[general])).general_traces(1, 0)
+
+
+def test_a_conversation_becomes_one_question(tmp_path):
+    turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "Why?")]
+    rows = [
+        {
+            "c": [{"from": who, "value": what} for who, what in turns],
+            "yes": {"from": "gpt", "value": "Because."},
+            "no": {"role": "assistant", "content": "No."},
+        }
+    ]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    columns = {"question": "c", "chosen": "yes", "rejected": "no"}
+    data = Files(
+        config(tmp_path, preferences=[source("p.json", task="writing", columns=columns, split="train")])
+    )
+    pair = data.preference_pairs("train", 1, 0)[0]
+    assert pair.prompt.question == "User: Hi\n\nAssistant: Hello\n\nUser: Why?"
+    assert (pair.chosen, pair.rejected) == ("Because.", "No.")
+    assert data.safety_labels("train", 9, 0) == []
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        (
+            "rows.jsonl",
+            '{"question": "a", "answer": "1"}\n\n{"question": \n',
+            r"rows\.jsonl line 3 is not JSON",
+        ),
+        ("rows.jsonl", "", r"rows\.jsonl is empty; download"),
+        ("rows.jsonl", b'{"question": "\xe9"}\n', r"rows\.jsonl line 1 is not UTF-8; save"),
+        ("rows.jsonl", '{"question": "a", "answer": "1"}\n7\n', r"rows\.jsonl line 2 is no JSON object"),
+        ("rows.json", '[{"question": "a"},\n {"question": "b"', r"rows\.json line 2 is not JSON"),
+        ("rows.csv", "question,answer\na,1\nb,2,3\n", r"rows\.csv line 3 cannot be read"),
+        ("rows.parquet", "no parquet", r"rows\.parquet cannot be read \(.*\); download it again"),
+        ("rows.jsonl.gz", "no gzip", r"rows\.jsonl\.gz cannot be read \(Not a gzipped file"),
+        ("rows.txt", "a", r"rows\.txt is of an unknown format; give one of \.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_by_line(tmp_path, name, content, told):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=told) as caught:
+        read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "gsm8k_train.jsonl").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"does not exist; did you mean gsm8k_train\.jsonl\? Set data\.path=FILE"
+    ):
+        read_rows(tmp_path / "gsm8k-train.jsonl")
+    with pytest.raises(DataError, match="nor does its folder"):
+        read_rows(tmp_path / "nowhere" / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({"questoin": "a", "answer": "1"}, r"line 4 has no column question; did you mean questoin\?"),
+        ({"question": "  ", "answer": "1"}, r"line 4: the question \(column question\) is empty"),
+        ({"question": "What?", "answer": ""}, r"line 4: the answer \(column answer\) is empty"),
+        ({"question": "What?", "answer": "\\frac{1}{"}, r"line 4: the gold answer .* does not parse"),
+    ],
+)
+def test_a_bad_row_is_told_by_file_and_line(tmp_path, row, told):
+    lines = [json.dumps(SUMS[0]), "", json.dumps(SUMS[1]), json.dumps(row)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    if "questoin" in row:  # a column is lacking in the whole file
+        (tmp_path / "rows.jsonl").write_text("\n".join(["", "", "", json.dumps(row)]))
+    with pytest.raises(DataError, match=rf"rows\.jsonl {told}"):
+        Files(config(tmp_path, reasoning=[source()])).prompts("train", 1, 0)
+
+
+def test_a_worked_answer_without_its_mark_is_refused(tmp_path):
+    data = problems(tmp_path, [{"question": "a", "answer": "It is 7."}], answer_after="####")
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: no '####' stands before the final answer"):
+        data.prompts("train", 1, 0)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"columns": {"question": "q", "anwser": "a"}}, r"columns\.anwser is no role; did you mean answer\?"),
+        ({"columns": {"question": "q"}}, r"data\.reasoning\[0\]\.columns\.answer is missing"),
+        ({"split": "tset"}, r"split=tset is no split; did you mean test\?"),
+        ({"language": "fr"}, r"language=fr is unknown; use en, zh or auto"),
+        ({"task": "writing"}, r"task=writing: it may not be one of writing"),
+    ],
+)
+def test_a_wrong_description_names_the_key(tmp_path, change, told):
+    with pytest.raises(ConfigError, match=told):
+        Files(config(tmp_path, reasoning=[source(**change)]))
+
+
+def test_kinds_that_lack_something_say_so(tmp_path):
+    data = problems(tmp_path, SUMS, split="test")
+    with pytest.raises(DataError, match="data=mine has no problems to train on"):
+        data.prompts("train", 8, 0)
+    with pytest.raises(DataError, match="data=mine has no worked solutions"):
+        data.traces(8, 0, {}, True)
+    with pytest.raises(ConfigError, match="no documents"):
+        data.documents(0)
+    with pytest.raises(ConfigError, match=r"data\.kind=file is unknown; did you mean files\?"):
+        open_data(config(tmp_path, kind="file"), 0)
+    with pytest.raises(ConfigError, match="names no file"):
+        Files(config(tmp_path))
+
+
+# splits
+
+
+def asked(data, split):
+    return {prompt.question for prompt in data.prompts(split, ALL, 0)}
+
+
+def test_splits_are_whole_disjoint_and_the_same_in_any_order(tmp_path):
+    splits = {split: asked(problems(tmp_path, SUMS), split) for split in SPLITS}
+    assert sum(map(len, splits.values())) == len(set.union(*splits.values())) == len(SUMS)
+    assert all(splits.values())
+    again = problems(tmp_path, SUMS[::-1])
+    assert {split: asked(again, split) for split in SPLITS} == splits
+
+
+def test_a_question_differing_in_spaces_or_capitals_stays_in_one_split(tmp_path):
+    shouted = [
+        {"question": row["question"].upper().replace(" ", "  "), "answer": row["answer"]} for row in SUMS
+    ]
+    data = problems(tmp_path, SUMS + shouted)
+    words = [{question.lower().replace("  ", " ") for question in asked(data, split)} for split in SPLITS]
+    assert sum(map(len, words)) == len(set.union(*words)) == len(SUMS)
+
+
+def test_a_declared_test_file_is_held_out_of_all_others(tmp_path):
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS[:50]))
+    problems(tmp_path, SUMS)  # holds the test file's rows too
+    both = Files(config(tmp_path, reasoning=[source(), source("test.jsonl", split="test")]))
+    held_out = {row["question"] for row in SUMS[:50]}
+    assert asked(both, "test") == held_out
+    assert not held_out & (asked(both, "train") | asked(both, "dev"))
+    assert len(asked(both, "train") | asked(both, "dev")) == 250
+
+
+def test_drawing_is_seeded_and_never_repeats(tmp_path):
+    data = problems(tmp_path, SUMS)
+    assert data.prompts("train", 20, 1) == data.prompts("train", 20, 1) != data.prompts("train", 20, 2)
+    assert (
+        len({prompt.id for prompt in data.prompts("train", ALL, 1)})
+        == len(data.prompts("train", ALL, 1))
+        < 300
+    )
+
+
+def test_the_hash_follows_content_and_not_place(tmp_path):
+    hashes = []
+    for folder, rows in (("a", SUMS), ("b", SUMS), ("c", SUMS[1:])):
+        (tmp_path / folder).mkdir()
+        hashes.append(problems(tmp_path / folder, rows).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+# the shipped descriptions, on the real files
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_data_config_composes(path):
+    data = composed(path.stem)
+    assert data.name == path.stem and data.kind in KINDS
+
+
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name):
+    data = open_data(composed(name, f"data.path={shared}"), 0)
+    held_out = data.prompts("test", ALL, 0)
+    assert len(held_out) >= 30
+    for prompt in held_out[:20]:
+        text = f"<think>\nx\n</think>\n\nThe answer is \\boxed{{{prompt.answer}}}."
+        assert TABLE["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
+
+
+def test_gsm8k_solutions_become_traces(shared):
+    data = open_data(composed("gsm8k", f"data.path={shared}"), 0)
+    assert len(data.prompts("test", ALL, 0)) == 1319
+    traces = data.traces(200, 0, {}, True)
+    for trace in traces:
+        response = parse(trace.response)
+        assert response.well_formed and "<<" not in trace.response and "####" not in trace.response
+        assert response.summary == f"The answer is {trace.prompt.answer}."
+        assert TABLE["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
+    assert traces[0].source.startswith("gsm8k_train.jsonl:")
+
+
+def test_a_single_file_is_split_by_hash(shared):
+    data = open_data(composed("gsm8k", f"data.path={shared / 'gsm8k_test.jsonl'}"), 0)
+    sizes = {split: len(data.prompts(split, ALL, 0)) for split in SPLITS}
+    assert sum(sizes.values()) == 1319 and min(sizes.values()) > 30
+
+
+def test_one_folder_serves_every_stage(shared):
+    data = open_data(composed("real", f"data.path={shared}"), 0)
+    general = data.general_traces(ALL, 0)
+    assert {trace.prompt.task for trace in general} == {"writing", "identity"}
+    assert {trace.prompt.language for trace in general} == {"en", "zh"}
+    assert not any("{{" in trace.response for trace in general)
+    assert any("r1pipe" in trace.response for trace in general)
+    pairs = {
+        split: {pair.prompt.question for pair in data.preference_pairs(split, ALL, 0)} for split in SPLITS
+    }
+    assert len(pairs["train"]) > 400 and not pairs["train"] & pairs["test"]
+    assert data.safety_labels("train", ALL, 0) == []
+    assert data.prompts("train", 4, 0) and data.general_prompts("test", 4, 0)
+
+
+# reasoning-gym
+
+
+def gym(*tasks):
+    return reasoning_gym.ReasoningGym(config(None, kind="reasoning_gym", tasks=list(tasks)))
+
+
+def test_reasoning_gym_problems_are_seeded_disjoint_and_scored_by_their_task():
+    data = gym("leg_counting", "basic_arithmetic")
+    splits = {split: data.prompts(split, 40, 7) for split in SPLITS}
+    questions = [{prompt.question for prompt in prompts} for prompts in splits.values()]
+    assert [len(each) for each in questions] == [40, 40, 40] and len(set.union(*questions)) == 120
+    assert splits["train"] == data.prompts("train", 40, 7) != data.prompts("train", 40, 8)
+    assert {prompt.task for prompt in splits["test"]} == {"leg_counting", "basic_arithmetic"}
+    for prompt in splits["test"]:
+        assert reasoning_gym.score(prompt, prompt.answer) == 1.0
+        assert reasoning_gym.score(prompt, "no number") < 1.0
+
+
+def test_an_exhausted_task_gives_fewer_and_never_repeats(monkeypatch):
+    monkeypatch.setattr(
+        reasoning_gym, "_prompt", lambda task, index, make=reasoning_gym._prompt: make(task, index % 30)
+    )
+    prompts = gym("leg_counting").prompts("train", 50, 0)
+    assert 10 < len(prompts) == len({prompt.id for prompt in prompts}) <= 30
+
+
+def test_reasoning_gym_names_are_checked():
+    with pytest.raises(ConfigError, match=r"no task chain_sums; did you mean chain_sum\?"):
+        gym("chain_sums")
+    with pytest.raises(ConfigError, match="composite cannot be used by its name alone"):
+        gym("composite")
+    with pytest.raises(ConfigError, match=r"data\.tasks is empty"):
+        gym()
+
+
+def test_without_the_package_one_line_says_how_to_get_it(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *rest):
+        if name.startswith("reasoning_gym"):
+            raise ImportError("No module named 'reasoning_gym'")
+        return real(name, *rest)
+
+    reasoning_gym._dataset.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(EnvironmentProblem, match="pip install reasoning-gym"):
+        gym("chain_sum")

@@ -173,7 +173,7 @@ def test_programs_are_right_when_all_tests_pass(summary, value):
 
 HOSTILE = {
     "endless loop": "def f(x):\n    while True: pass",
-    "endless loop, caught": "def f(x):\n    try:\n        while 1: pass\n    except BaseException: return x+x",
+    "endless loop, caught": "def f(x):\n    try:\n        while 1: x\n    except BaseException: return x+x",
     "endless output": "def f(x):\n    while True: print('x' * 1000)",
     "memory": "def f(x):\n    y = [0] * 10**9\n    return 2*x",
     "memory, slowly": "def f(x):\n    y = []\n    while True: y.append('x' * 1000)",
@@ -314,7 +314,9 @@ def test_language_looks_at_the_reasoning_alone():
     zh = prompt(language="zh")
     assert TABLE["language"](zh, respond("The answer is 42.", reasoning="先算六乘七")).value == 1
     assert TABLE["language"](zh, respond("答案是42。", reasoning="multiply")).value == 0
-    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "先算六乘七。答案是42。")).value == 0
+    # what is not well formed is all reasoning
+    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "<think>先算 six 六")).value == 0.75
+    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "")).value == 0
 
 
 def test_score_all_keeps_order_and_skips_accuracy_where_no_rule_applies():

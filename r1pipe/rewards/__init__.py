@@ -8,19 +8,31 @@ from concurrent.futures import ThreadPoolExecutor
 
 from r1pipe.errors import ConfigError, nearest
 from r1pipe.records import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy, applies, check_gold, summary_of, vote
+from r1pipe.rewards.accuracy import accuracy as accuracy_reward
+from r1pipe.rewards.accuracy import applies, check_gold, is_correct, summary_of, vote
 from r1pipe.rewards.format import format_reward
-from r1pipe.rewards.language import language, language_share
+from r1pipe.rewards.language import language as language_reward
+from r1pipe.rewards.language import language_share
 from r1pipe.rewards.symbolic import WORKERS
 
-__all__ = ["TABLE", "Reward", "applies", "check_gold", "language_share", "score_all", "summary_of", "vote"]
+__all__ = [
+    "TABLE",
+    "Reward",
+    "applies",
+    "check_gold",
+    "is_correct",
+    "language_share",
+    "score_all",
+    "summary_of",
+    "vote",
+]
 
 Reward = Callable[[Prompt, Completion], Score]
 
 TABLE: dict[str, Reward] = {
-    "accuracy": accuracy,
+    "accuracy": accuracy_reward,
     "format": format_reward,
-    "language": language,
+    "language": language_reward,
 }
 
 
@@ -53,5 +65,7 @@ def _accuracies(prompts: Sequence[Prompt], completions: Sequence[Completion]) ->
     keys = [(p.id, summary_of(c.text)) if applies(p) else None for p, c in pairs]
     unique = {key: (p, c) for key, p, c in zip(keys, prompts, completions, strict=True) if key is not None}
     with ThreadPoolExecutor(WORKERS) as threads:
-        verdicts = dict(zip(unique, threads.map(lambda pair: accuracy(*pair), unique.values()), strict=True))
+        verdicts = dict(
+            zip(unique, threads.map(lambda pair: accuracy_reward(*pair), unique.values()), strict=True)
+        )
     return [None if key is None else verdicts[key] for key in keys]

@@ -33,9 +33,8 @@ def language(prompt: Prompt, completion: Completion) -> Score:
     """Share of the target language's words in the chain of thought (R1 section 2.3.2).
 
     "calculated as the proportion of target language words in the CoT", and added to the other rewards.
-    A response that is not well formed has no reasoning to judge: 0.
+    A response that is not well formed is all reasoning; an empty one earns nothing.
     """
     parsed = parse(completion.text)
-    if not parsed.well_formed:
-        return Score(0.0, detail="no well-formed reasoning")
-    return Score(language_share(parsed.reasoning, prompt.language))
+    text = parsed.reasoning if parsed.well_formed else completion.text
+    return Score(language_share(text, prompt.language) if text.strip() else 0.0)

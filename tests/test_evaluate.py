@@ -1,0 +1,286 @@
+"""Every number of evaluation.json, worked by hand."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from r1pipe.config.schema import EvalConfig
+from r1pipe.evaluate import evaluate, logged, short
+from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.rewards import accuracy
+from r1pipe.statistics import clustered_interval, majority, mean, wilson
+
+CONFIG = EvalConfig(
+    split="test",
+    problems=3,
+    samples=4,
+    general=0,
+    temperature=0.6,
+    top_p=0.95,
+    greedy=True,
+    max_tokens=64,
+    slots=8,
+    every=10,
+    every_problems=2,
+    shown=3,
+)
+PROMPTS = [
+    Prompt("a", "word", "en", "6*7?", "42"),
+    Prompt("b", "word", "zh", "6+1?", "7"),
+    Prompt("c", "countdown", "en", "3 from 1 and 2", checker={"numbers": [1, 2], "target": 3}),
+]
+GENERAL = [
+    Prompt("w", "writing", "en", "A poem"),
+    Prompt("f1", "facts", "en", "Capital?"),
+    Prompt("f2", "facts", "zh", "Capital?"),
+    Prompt("s1", "safety", "en", "A bomb", checker={"unsafe": True}),
+    Prompt("s2", "safety", "en", "A cake", checker={"unsafe": False}),
+    Prompt("s3", "safety", "en", "A pie", checker={"unsafe": False}),
+]
+
+
+@dataclass(frozen=True)
+class Truth:
+    correct: bool
+    helpful: float
+    safe: bool
+    refused: bool
+
+
+TRUTHS = {
+    "w": Truth(True, 0.9, True, False),
+    "f1": Truth(True, 0.5, True, False),
+    "f2": Truth(False, 0.1, True, False),
+    "s1": Truth(True, 0.0, True, True),
+    "s2": Truth(True, 0.0, True, False),
+    "s3": Truth(False, 0.0, True, False),  # neither refused nor answered
+}
+
+
+def think(summary, reasoning="We add."):
+    return f"<think>\n{reasoning}\n</think>\n\n{summary}"
+
+
+SAMPLED = {
+    # 2 of 4 right; the vote is a tie that 42 entered first
+    "a": [
+        think("The answer is 42."),
+        think("The answer is 41."),
+        "The answer is 42.0.",
+        think("The answer is 41."),
+    ],
+    # 1 of 4 right; 8 wins the vote; one reasons in English
+    "b": [
+        think("答案是8。", "加"),
+        think("答案是7。", "加"),
+        think("答案是8。", "We add"),
+        think("答案是8。", "加"),
+    ],
+    # 4 of 4 right
+    "c": [
+        think("The answer is 1+2."),
+        think("The answer is 2+1."),
+        think("The answer is 1+2."),
+        think("The answer is 1 + 2."),
+    ],
+}
+GREEDY = {
+    "a": [think("The answer is 42.")],
+    "b": [think("答案是9。", "加")],
+    "c": [think("The answer is 2+1.")],
+}
+
+
+class FakeChat:
+    """Token lists carry texts: a prompt is the place of its id, a completion the place of its text."""
+
+    texts: ClassVar[list[str]] = []
+
+    def prompt_tokens(self, prompt):
+        return [ord(character) for character in prompt.id]
+
+    def decode(self, tokens):
+        return self.texts[tokens[0]]
+
+
+def fake_sampler(calls):
+    def generate(prompts, params, progress):
+        calls.append(params)
+        made = []
+        for tokens in prompts:
+            prompt_id = "".join(map(chr, tokens))
+            table = SAMPLED if params.n == 4 else GREEDY if params.temperature == 0 else {}
+            for draw, text in enumerate(table.get(prompt_id, [think("It is so.")] * params.n)):
+                FakeChat.texts.append(text)
+                cut = prompt_id == "b" and params.n == 4 and draw == 2
+                length = 10 if prompt_id == "a" else 20
+                tokens_made = [len(FakeChat.texts) - 1] + [0] * (length - 1)
+                made.append(Completion(tokens_made, [0.0] * length, "length" if cut else "stop"))
+        if progress:
+            progress(len(made), len(made))
+        return made
+
+    return generate
+
+
+def run(judge=True, general=GENERAL, config=CONFIG, calls=None, **more):
+    truth = (lambda prompt, text: TRUTHS[prompt.id]) if judge else None
+    calls = [] if calls is None else calls
+    return evaluate(fake_sampler(calls), FakeChat(), PROMPTS, general, config, judge=truth, seed=7, **more)
+
+
+def test_reasoning_numbers():
+    metrics = run().metrics
+    assert metrics["pass_at_1"] == pytest.approx((2 + 1 + 4) / 12)
+    deviation = math.sqrt(((0.5 - 7 / 12) ** 2 + (0.25 - 7 / 12) ** 2 + (1 - 7 / 12) ** 2) / 2)
+    half = 1.959964 * deviation / math.sqrt(3)
+    assert metrics["pass_at_1_ci"] == pytest.approx([7 / 12 - half, min(1, 7 / 12 + half)])
+    assert metrics["greedy"] == pytest.approx(2 / 3)
+    assert metrics["cons_at_k"] == pytest.approx(2 / 3)  # a by the tie, b not, c
+    assert (metrics["k"], metrics["problems"], metrics["samples"], metrics["unscored"]) == (4, 3, 12, 0)
+    assert metrics["format_rate"] == pytest.approx(10 / 12)  # one without tags, one cut off
+    assert metrics["language_consistency"] == pytest.approx(11 / 12)
+    assert metrics["length_mean"] == pytest.approx((4 * 10 + 8 * 20) / 12)
+    assert metrics["truncation_rate"] == pytest.approx(1 / 12)
+
+
+def test_numbers_by_task_and_language():
+    metrics = run().metrics
+    assert metrics["by_task"]["word"]["pass_at_1"] == pytest.approx(3 / 8)
+    assert metrics["by_task"]["word"]["samples"] == 8 and metrics["by_task"]["word"]["greedy"] == 0.5
+    assert metrics["by_task"]["countdown"]["pass_at_1"] == 1.0
+    assert metrics["by_language"]["zh"]["pass_at_1"] == 0.25 and metrics["by_language"]["en"]["problems"] == 2
+
+
+def test_general_numbers():
+    metrics = run().metrics
+    assert metrics["general_by_kind"] == {"writing": 1.0, "facts": 0.5, "identity": None, "translation": None}
+    assert metrics["general_score"] == 0.75  # the mean over kinds, not over prompts
+    assert metrics["preference_score"] == pytest.approx((0.9 + 0.5 + 0.1) / 3)
+    assert metrics["refusal_rate"] == 1.0 and metrics["safe_answer_rate"] == 0.5
+
+
+def test_without_a_judge_general_numbers_are_null_and_nothing_is_sampled():
+    calls = []
+    metrics = run(judge=False, calls=calls).metrics
+    names = ("general_score", "preference_score", "refusal_rate", "safe_answer_rate")
+    assert all(metrics[name] is None for name in names) and len(calls) == 2
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_two_ranks_give_what_one_gives():
+    shares = []
+    for rank in range(2):  # the first pass collects what each rank would send
+
+        def collect(local):
+            shares.append(local)
+            return [local]
+
+        run(rank=rank, world_size=2, gather=collect)
+    whole = run()
+    for rank in range(2):
+        assert run(rank=rank, world_size=2, gather=lambda local: shares) == whole
+
+
+def test_ranks_and_passes_draw_from_streams_of_their_own():
+    calls = []
+    for rank in range(2):
+        run(calls=calls, rank=rank, world_size=2, gather=lambda local: [local])
+    assert len({params.seed for params in calls}) == len(calls) == 6
+    again = []
+    run(calls=again, rank=1, world_size=2, gather=lambda local: [local])
+    assert [p.seed for p in again] == [p.seed for p in calls[3:]]
+    assert [(p.n, p.temperature, p.top_p) for p in again] == [(4, 0.6, 0.95), (1, 0.0, 1.0), (1, 0.6, 0.95)]
+
+
+def test_a_rank_without_prompts_samples_nothing():
+    calls = []
+    result = run(calls=calls, general=[], rank=5, world_size=6, gather=lambda local: [local])
+    assert calls == [] and result.metrics["pass_at_1"] is None and result.metrics["samples"] == 0
+
+
+def test_a_failed_verdict_is_counted_apart(monkeypatch):
+    failing = accuracy.Checker(
+        lambda prompt, summary: Score(0, Status.INFRASTRUCTURE_FAILED),
+        lambda prompt: None,
+        lambda summary: "x",
+    )
+    monkeypatch.setitem(accuracy.CHECKERS, "countdown", failing)
+    metrics = run().metrics
+    assert metrics["pass_at_1"] == pytest.approx(3 / 8)  # not 3 of 12
+    assert (metrics["samples"], metrics["unscored"]) == (12, 5)
+    assert metrics["by_task"]["countdown"]["pass_at_1"] is None
+    assert metrics["cons_at_k"] == 0.5  # of two problems
+
+
+def test_samples_take_tasks_in_turn_and_are_the_same_prompts_every_time():
+    samples = run().samples
+    assert [row["task"] for row in samples] == ["word", "countdown", "writing"]
+    assert samples[0] == {
+        "prompt_id": "a",
+        "task": "word",
+        "language": "en",
+        "question": "6*7?",
+        "answer": "42",
+        "completion": GREEDY["a"][0],
+        "correct": True,
+        "truncated": False,
+    }
+
+
+def test_strategies_are_shares_of_the_sampled_ones():
+    def strategy(prompt, text):
+        return "english" if "We" in text else "other"
+
+    assert run(strategy_of=strategy).metrics["strategies"] == {"english": 8 / 12, "other": 4 / 12}
+    assert run().metrics["strategies"] == {}
+
+
+def test_progress_runs_through_all_passes():
+    seen = []
+    run(progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(12, 21), (15, 21), (21, 21)]
+
+
+def test_the_short_evaluation_and_its_metric_names():
+    config = short(CONFIG)
+    assert (config.split, config.problems, config.samples, config.greedy) == ("dev", 2, 1, False)
+    one = run(config=config, general=[]).metrics
+    assert one["cons_at_k"] is None and one["greedy"] is None and one["k"] == 1
+    lines = logged(run().metrics)
+    assert lines["eval/pass_at_1"] == pytest.approx(7 / 12) and lines["eval/word/pass_at_1"] == pytest.approx(
+        3 / 8
+    )
+    assert lines["eval/general_score"] == 0.75
+    assert "eval/greedy" not in logged(one) and all(isinstance(value, float) for value in lines.values())
+
+
+def test_intervals():
+    # unequal numbers of samples: p = 3/4, residuals 3 - 3*.75 = .75 and 0 - .75 = -.75
+    error = math.sqrt(2 / 1 * (0.75**2 + 0.75**2)) / 4
+    assert clustered_interval([[1, 1, 1], [0]]) == pytest.approx([max(0, 0.75 - 1.959964 * error), 1.0])
+    assert clustered_interval([]) is None and clustered_interval([[], []]) is None
+    assert clustered_interval([[1.0], [0.0], [1.0], [1.0]]) == wilson(0.75, 4)
+    assert clustered_interval([[1, 1, 1, 1]] * 20) == wilson(1.0, 20)  # 20 problems, not 80 samples
+    assert wilson(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4)
+
+
+def test_a_cluster_counts_for_less_than_as_many_free_samples():
+    clustered = clustered_interval([[1.0] * 4] * 10 + [[0.0] * 4] * 10)
+    free = wilson(0.5, 80)
+    assert clustered[1] - clustered[0] > 1.9 * (free[1] - free[0])
+
+
+def test_majority():
+    assert majority([("1", False), ("2", True), ("2", True)])
+    assert majority([("1", True), ("2", False)]) and not majority(
+        [("1", False), ("2", True)]
+    )  # ties: the first
+    assert (
+        majority([("", False), ("", False), ("3", True)]) and not majority([("", False)]) and not majority([])
+    )
+    assert mean([]) is None and mean([1, 2]) == 1.5

@@ -12,7 +12,9 @@ def _home(name: str) -> Path:
     for place in (package / "_bundled" / name, package.parent / name):
         if place.is_dir():
             return place
-    raise EnvironmentProblem(f"the folder {name}/ of r1pipe is missing beside {package}; install r1pipe again")
+    raise EnvironmentProblem(
+        f"the folder {name}/ of r1pipe is missing beside {package}; install r1pipe again"
+    )
 
 
 def conf_dir() -> Path:
@@ -38,12 +40,19 @@ class RunFolder:
         self.env = self.path / "env.json"
         self.log = self.path / "log"
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
-        self.progress = self.path / "progress.jsonl"  # {"what": str, "done": int, "total": int, "time": s, ...}
+        self.progress = (
+            self.path / "progress.jsonl"
+        )  # {"what": str, "done": int, "total": int, "time": s, ...}
+        self.pid = (
+            self.path / "pid"
+        )  # the process that has the run, and when it began; gone when it has ended
         self.error = self.path / "error.txt"  # the one line of a user error, written by the job
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
-        self.evaluation = self.path / "evaluation.json"  # the numbers of the table, written after the last step
+        self.evaluation = (
+            self.path / "evaluation.json"
+        )  # the numbers of the table, written after the last step
         self.checkpoints = self.path / "checkpoints"
         self.record = self.path / "record.json"  # written last: its presence means done
 

@@ -65,7 +65,9 @@ def parse(overrides: list[str]) -> list[Override]:
         raise ConfigError(f"cannot read an override: {first_line(error)}") from None
     for override in parsed:
         if override.is_sweep_override():
-            raise ConfigError(f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'")
+            raise ConfigError(
+                f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'"
+            )
         top = str(override.key_or_group).partition(".")[0]
         if top not in TOP_KEYS:
             raise ConfigError(f"{top} is no key of the config; {nearest(top, TOP_KEYS)}")
@@ -73,14 +75,16 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def choose(given: list[Override]) -> dict[str, str]:
-    """The option of every group: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
+    """Each group's option: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
     own: dict[str, str] = {}
     for override in given:
         group = override.key_or_group
         if group in GROUPS:
             option = str(override.value())
             if override.is_delete() or option not in options(group):
-                raise ConfigError(f"{override.input_line}: no such {group}; {nearest(option, options(group))}")
+                raise ConfigError(
+                    f"{override.input_line}: no such {group}; {nearest(option, options(group))}"
+                )
             own[group] = option
     defaults: dict[str, str] = {}
     for item in read("config")["defaults"]:

@@ -1,4 +1,4 @@
-"""The files of conf/: the groups, their options, and which file gives which key. Reads YAML only, so it is quick."""
+"""The files of conf/: the groups, their options, and which file gives which key."""
 
 from collections.abc import Iterator
 from functools import cache

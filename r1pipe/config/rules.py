@@ -29,10 +29,42 @@ Rules = Iterator[tuple[bool, str]]
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
 POSITIVE = {
     *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "kv_lora_rank"),
-    *("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "factor"),
-    *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples", "inner_epochs"),
-    *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt", "traces"),
+    *(
+        "num_attention_heads",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "kv_lora_rank",
+    ),
+    *(
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "max_position_embeddings",
+        "factor",
+    ),
+    *(
+        "ranks",
+        "max_tokens",
+        "slots",
+        "batch_size",
+        "sequence_length",
+        "epochs",
+        "keep",
+        "samples",
+        "inner_epochs",
+    ),
+    *(
+        "prompts_per_step",
+        "minibatches",
+        "micro_tokens",
+        "prompts",
+        "samples_per_prompt",
+        "per_prompt",
+        "traces",
+    ),
     *("pairs", "labels", "held_out", "gradient_accumulation", "original_max_position_embeddings"),
 }
 SIGNED = {"unfinished", "weights"}  # rewards may punish
@@ -114,8 +146,8 @@ def model_rules(model: ModelConfig) -> Rules:
     )
     yield (
         model.topk_method != "noaux_tc" or model.n_routed_experts // model.n_group >= 2,
-        f"model.n_group={model.n_group} leaves one expert per group, but model.topk_method=noaux_tc ranks groups "
-        "by their two best; lower n_group",
+        f"model.n_group={model.n_group} leaves one expert per group, but model.topk_method=noaux_tc "
+        "ranks groups by their two best; lower n_group",
     )
     yield (
         model.qk_rope_head_dim % 2 == 0,
@@ -184,14 +216,20 @@ def stage_rules(config: RunConfig) -> Rules:
             f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}",
         )
     if isinstance(stage, PretrainConfig):
-        yield stage.max_steps > 0 or stage.name != "pretrain", "stage.max_steps=0: the corpus is endless; say how many"
+        yield (
+            stage.max_steps > 0 or stage.name != "pretrain",
+            "stage.max_steps=0: the corpus is endless; say how many",
+        )
     if isinstance(stage, RejectionConfig):
         yield from sampling_rules(stage.sampling, config)
     if isinstance(stage, RLConfig):
         yield from sampling_rules(stage.sampling, config)
         yield from rl_rules(stage, ranks)
     if isinstance(stage, EvaluateConfig) and stage.name == "evaluate":
-        yield config.parent is not None, "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
+        yield (
+            config.parent is not None,
+            "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`",
+        )
 
 
 def rl_rules(stage: RLConfig, ranks: int) -> Rules:
@@ -207,9 +245,12 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     )
     yield (
         stage.group_size >= 2,
-        f"stage.group_size={stage.group_size}: advantages compare the completions of one prompt; give 2 or more",
+        f"stage.group_size={stage.group_size}: advantages compare completions of one prompt; give 2 or more",
     )
-    yield stage.sampling.temperature > 0, "stage.sampling.temperature=0 draws a group of equals; it must be above 0"
+    yield (
+        stage.sampling.temperature > 0,
+        "stage.sampling.temperature=0 draws a group of equals; it must be above 0",
+    )
     yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
     yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference is not None:

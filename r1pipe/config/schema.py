@@ -170,7 +170,7 @@ class RewardsConfig:
 class StageConfig:
     """What every stage has."""
 
-    name: str  # pretrain, base, cold_start, grpo, rejection_sft, reward_model, all_scenario, zero, control_sft, ...
+    name: str  # the file in conf/stage/; one of STAGE_TYPES below
     script: str  # file in stages/
     starts_from: str | None  # stage whose checkpoint gives the weights; null: random weights
     reads: list[str]  # stages whose checkpoints are read besides (sampled from, or used as reward models)
@@ -204,7 +204,7 @@ class SFTConfig(StageConfig):
 
 @dataclass
 class PreferenceConfig:
-    """Preference rewards in all-scenario RL (R1 section 2.3.4: only in the last steps, or they get hacked)."""
+    """Preference rewards in all-scenario RL (R1 section 2.3.4: in the last steps only; they get hacked)."""
 
     last_steps: int  # general prompts and preference rewards are on for this many last steps
     general_share: float  # share of general prompts in those steps

@@ -1,4 +1,4 @@
-"""Plain mappings to the schema's dataclasses and back, strictly: every wrong name or type is named by its key."""
+"""Plain mappings to the schema's dataclasses and back, strictly: what is wrong is named by its key."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from r1pipe.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
-# Two runs that differ in these alone compute the same thing: where results go, who watches, what else will run.
+# Runs that differ in these alone compute the same: where results go, who watches, what else will run.
 VOLATILE = ("root", "tracking", "recipe", "parent")
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:
-    """A resolved mapping as RunConfig. Raises ConfigError naming the key that is wrong, missing or unknown."""
+    """A resolved mapping as RunConfig. Raises ConfigError naming the wrong, missing or unknown key."""
     return build(RunConfig, mapping, "")
 
 
@@ -40,7 +40,7 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 over everything that decides what a run computes; a parent counts by its weights, not its place."""
+    """SHA-256 over all that decides what a run computes; a parent counts by its weights, not its place."""
     mapping = {key: value for key, value in to_mapping(config).items() if key not in VOLATILE}
     weights = config.weights_from
     mapping["weights_from"] = weights.hash if weights else None
@@ -55,7 +55,7 @@ def build(cls: type[T], mapping: Any, where: str) -> T:
         raise ConfigError(f"{where}={shown(mapping)} is not a group of values; see `r1pipe config`")
     if cls is StageConfig:
         cls = typing.cast(type[T], stage_type(mapping.get("name")))
-    hints = field_types(cls)
+    hints = field_types(typing.cast(type, cls))
     for key in mapping:
         if key not in hints:
             raise ConfigError(f"{join(where, key)} is no key of the config; {nearest(str(key), hints)}")

@@ -1,0 +1,231 @@
+"""The command line. Verbs import what they need when they run: `r1pipe --help` answers at once.
+
+Every error that a user can cause ends here, as one line and exit code 2.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r1pipe import completion
+from r1pipe.errors import ConfigError, R1pipeError
+
+if TYPE_CHECKING:
+    from r1pipe.config.schema import RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="DeepSeek-R1's recipe as a pipeline of DeepSpeed jobs, each handed to the next with its lineage.",
+    epilog="OVERRIDES are Hydra's, everywhere: group=option for stage, recipe, model, data, engine and "
+    "tracking; key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest finished run), or "
+    "models:/name@alias.",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDES]...", help="key=value ...", autocompletion=completion.overrides),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="run id, path, stage name or models:/name@alias",
+        autocompletion=completion.checkpoints,
+    ),
+]
+
+
+def composed(overrides: list[str]) -> "RunConfig":
+    from r1pipe.config.compose import compose
+
+    return compose(overrides).config
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, even if this run is half done.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write config.json, print the command.")] = False,
+) -> int:
+    """Run one stage as one DeepSpeed job: run stage=grpo
+
+    An unfinished run of the same resolved config goes on where it stopped; a finished one is left alone and a
+    new one starts.
+    """
+    from r1pipe import pipeline
+    from r1pipe.config.groups import options
+
+    given = overrides or []
+    if not any(line.startswith("stage=") for line in given):
+        raise ConfigError(f"which stage? give stage=NAME; known: {', '.join(options('stage'))}")
+    config = composed(given)
+    if dry_run:
+        print(pipeline.dry_run(config, fresh))
+        return 0
+    return run_to_end(config, fresh)
+
+
+def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
+    """Run one stage and show its row of the table; the job's exit code."""
+    from r1pipe import compare, lineage, pipeline
+
+    placed = pipeline.place(lineage.with_parents(config, {}), fresh)
+    pipeline.tell(placed.says())
+    code = pipeline.run_stage(placed)
+    if placed.done:
+        compare.show([compare.row(placed.run)])
+        print(f"run folder: {placed.run.path}")
+    return code
+
+
+@app.command()
+def reproduce(overrides: Overrides = None) -> int:
+    """Run a recipe's stages and controls: reproduce recipe=laptop
+
+    Run it again and it goes on where it stopped; when all is done, it prints the table again.
+    """
+    from r1pipe import compare, pipeline
+
+    outcome = pipeline.reproduce(overrides or [])
+    compare.show([compare.row(run) for run in outcome.finished])
+    if outcome.code == 0:
+        where_it_is(outcome.config, outcome.finished[-1].run_id, outcome.worked)
+    return outcome.code
+
+
+def where_it_is(config: "RunConfig", last_run: str, worked: bool) -> None:
+    """Write the report if there is news, and say where everything lies and how to open it."""
+    from r1pipe.tracking import store_uri
+
+    root = Path(config.root).resolve()
+    page = root / "report.html"
+    if worked or not page.exists():
+        from r1pipe.pipeline import runs_of_recipe
+        from r1pipe.report import write_report
+
+        write_report(root, runs_of_recipe(config), path=page)
+    print(f"report       {page}  (open it in a browser)")
+    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe lineage {last_run}; r1pipe chat {last_run})")
+    if config.tracking.enabled:
+        print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")
+
+
+@app.command(name="config")
+def show_config(overrides: Overrides = None) -> None:
+    """Print the whole resolved config, with where each value comes from: config stage=grpo"""
+    from r1pipe.config import to_mapping
+    from r1pipe.config.compose import compose
+    from r1pipe.config.groups import flat
+
+    found = compose(overrides or [])
+    values = dict(flat(to_mapping(found.config)))
+    shown = {key: f"{key}={json.dumps(values[key], ensure_ascii=False)}" for key in found.sources}
+    width = min(60, max(map(len, shown.values())))
+    for key, source in found.sources.items():
+        print(f"{shown[key]:<{width}}  # {source}")
+
+
+@app.command(name="eval")
+def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
+    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100"""
+    from r1pipe import lineage
+
+    given = overrides or []
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
+    taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
+    return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="questions; none: lines of standard input")
+    ] = None,
+) -> int:
+    """Answer questions with a checkpoint."""
+    raise NotImplementedError
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
+) -> None:
+    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
+    from r1pipe import compare as table
+
+    named, overrides = split(runs or [])
+    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
+    if as_json:
+        print(table.as_json(rows))
+    else:
+        table.show(rows)
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Names and overrides, told apart by the `=`."""
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def pipeline_in(overrides: list[str]) -> str | None:
+    """The one pipeline that the overrides ask for; without such a wish, all of them."""
+    asked = any(line.partition("=")[0] in ("pipeline", "recipe", "seed") for line in overrides)
+    return composed(overrides).pipeline if asked else None
+
+
+@app.command()
+def report(overrides: Overrides = None) -> None:
+    """Write report.html: table, curves, samples and cost of all stages, in one file."""
+    from r1pipe.report import write_report
+
+    given = overrides or []
+    print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+
+
+@app.command()
+def lineage(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
+    """Where a checkpoint comes from: weight edges, data edges, and whether each is still what it was."""
+    from r1pipe import lineage as family
+
+    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    family.show(found)
+    return 1 if any(ancestor.problem for ancestor in found) else 0
+
+
+@app.command()
+def ui(
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="port on this machine, which alone can reach it")] = 5000,
+) -> int:
+    """Open MLflow's pages of all runs."""
+    from r1pipe.tracking import serve_ui
+
+    config = composed(overrides or [])
+    print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    return serve_ui(config.root, port, uri=config.tracking.uri)
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one line for what a user got wrong."""
+    try:
+        code = app(standalone_mode=False)
+    except (R1pipeError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if message:  # empty where Typer has just printed the help
+            print(f"r1pipe: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

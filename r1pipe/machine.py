@@ -1,0 +1,119 @@
+"""What this machine is and has: written down before a job starts, and checked for what the job will need."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config.schema import EngineConfig, ModelConfig, RunConfig
+from r1pipe.errors import EnvironmentProblem
+
+PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
+MEBIBYTE = 2**20
+
+
+def facts() -> dict[str, Any]:
+    """Versions, code and hardware, for env.json; no environment variables: they may hold secrets."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "code": code(),
+        "machine": {"host": socket.gethostname(), "system": platform.platform(), "cores": cores()},
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code() -> dict[str, Any]:
+    """The git revision of this checkout and whether files differ from it; nulls in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists() or shutil.which("git") is None:
+        return {"revision": None, "dirty": None}
+    git = ["git", "-C", str(here.parent)]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {"revision": revision.stdout.strip() or None, "dirty": bool(status.stdout.strip())}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def search_path() -> str:
+    """PATH with this interpreter's own folder first: `deepspeed` and `ninja` of the same environment."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def must_launch(engine: EngineConfig) -> str:
+    """DeepSpeed's launcher. Raises EnvironmentProblem on what the job would fail for at its start."""
+    launcher = shutil.which("deepspeed", path=search_path())
+    if launcher is None:
+        raise EnvironmentProblem(
+            "the command `deepspeed` is missing; `pip install deepspeed` into this environment"
+        )
+    if engine.hostfile is not None and not Path(engine.hostfile).is_file():
+        raise EnvironmentProblem(
+            f"engine.hostfile={engine.hostfile} does not exist; write one line per machine: NAME slots=8"
+        )
+    if on_cpu(engine):
+        must_compile()
+    return launcher
+
+
+def on_cpu(engine: EngineConfig) -> bool:
+    return engine.accelerator == "cpu" or (
+        engine.accelerator == "auto" and not Path("/dev/nvidiactl").exists()
+    )
+
+
+def must_compile() -> None:
+    """DeepSpeed compiles a small C++ operator for gloo at its first start."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise EnvironmentProblem(
+            f"the C++ compiler {compiler} is missing, which DeepSpeed needs on a CPU; install it "
+            "(Debian: apt install g++) or name another in CXX"
+        )
+    if shutil.which("ninja", path=search_path()) is None:
+        raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
+
+
+def must_have_room(config: RunConfig) -> None:
+    """Raises EnvironmentProblem where the disk cannot hold this run's checkpoints."""
+    weights, optimizer = 4, 12  # bytes per parameter at most: float32; masters and AdamW's two moments
+    kept = config.stage.keep + 1  # the new one is written before the oldest goes
+    needed = parameters(config.model) * (weights + optimizer) * kept + 64 * MEBIBYTE
+    root = Path(config.root)
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{root} has {free // MEBIBYTE:,} MiB free, but {kept} checkpoints take up to "
+            f"{needed // MEBIBYTE:,} MiB; free some, give root=DIR on another disk, or lower stage.keep"
+        )
+
+
+def parameters(model: ModelConfig) -> int:
+    """Weights of the model, embeddings and head included; norms, thousands at most, are left out."""
+    d, heads = model.hidden_size, model.num_attention_heads
+    query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    query = d * query_width if model.q_lora_rank is None else model.q_lora_rank * (d + query_width)
+    latent = d * (model.kv_lora_rank + model.qk_rope_head_dim)
+    expand = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    attention = query + latent + expand + heads * model.v_head_dim * d
+    experts = 3 * d * model.moe_intermediate_size * (model.n_routed_experts + model.n_shared_experts)
+    moe = experts + d * model.n_routed_experts
+    dense_layers = model.first_k_dense_replace
+    moe_layers = model.num_hidden_layers - dense_layers
+    embeddings = model.vocab_size * d * (1 if model.tie_word_embeddings else 2)
+    dense = 3 * d * model.intermediate_size
+    return embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe

@@ -1,0 +1,160 @@
+"""The graph of stages: place each stage's run (new, half done or done), run one, or walk a whole recipe.
+
+The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
+"""
+
+import json
+import secrets
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from r1pipe import checkpoints, compare, lineage
+from r1pipe.config import config_hash
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.launch import Job, failure, prepare
+from r1pipe.paths import RunFolder
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage's config with its parents, and the run folder it belongs to."""
+
+    config: RunConfig
+    run: RunFolder
+    is_new: bool
+
+    @property
+    def done(self) -> bool:
+        return self.run.record.exists()
+
+    def says(self) -> str:
+        """One line for the user on what is about to happen."""
+        if self.is_new:
+            return f"{self.run.run_id}: starts"
+        steps = checkpoints.steps(self.run.checkpoints)
+        where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
+        return f"{self.run.run_id}: goes on {where} (--fresh starts anew)"
+
+
+def place(config: RunConfig, fresh: bool = False, accept_done: bool = False) -> Placed:
+    """Where the stage's run is: an unfinished one of the same config, or a new one.
+
+    `accept_done` takes a finished run of the same config, too; `fresh` takes neither.
+    """
+    wanted = config_hash(config)
+    same = [] if fresh else [run for run in lineage.runs(Path(config.root)) if hash_in(run) == wanted]
+    done = [run for run in same if run.record.exists()]
+    if accept_done and done:
+        return Placed(config, done[-1], is_new=False)
+    open_runs = [run for run in same if not run.record.exists()]
+    if open_runs:
+        return Placed(config, open_runs[-1], is_new=False)
+    return Placed(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
+
+
+def hash_in(run: RunFolder) -> str | None:
+    """The hash of the config that the run was launched with."""
+    if not run.env.exists():
+        return None
+    return json.loads(run.env.read_text(encoding="utf-8")).get("config_hash")
+
+
+def new_run_id(config: RunConfig) -> str:
+    """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{config.stage.name}-s{config.seed}-{now}-{secrets.token_hex(2)}"
+
+
+def dry_run(config: RunConfig, fresh: bool) -> str:
+    """Write the run folder but start nothing; the command. A parent that is not made yet is left open."""
+    try:
+        filled = lineage.with_parents(config, {})
+    except CheckpointError as error:
+        if config.parent is not None:
+            raise
+        tell(f"note: {error}")
+        filled = lineage.with_open_parents(config)
+    placed = place(filled, fresh)
+    prepare(placed.config, placed.run)
+    return placed.run.command.read_text(encoding="utf-8").strip()
+
+
+def run_stage(placed: Placed) -> int:
+    """Run one placed stage to its end; the job's exit code."""
+    job = Job(placed.config, placed.run)
+    job.follow()
+    code = job.end()
+    if code:
+        tell(failure(placed.run, code))
+    return code
+
+
+def configs_of(overrides: list[str]) -> list[RunConfig]:
+    """The recipe's stages, then its controls, all composed before anything runs. Raises ConfigError."""
+    for line in overrides:
+        if line.startswith("stage="):
+            raise ConfigError(
+                f"reproduce walks every stage of the recipe; drop {line} or use `r1pipe run {line}`"
+            )
+    recipe = compose(overrides).config.recipe
+    configs = [compose([*overrides, f"stage={name}"]).config for name in [*recipe.stages, *recipe.controls]]
+    # What the user brings with parent= is where the recipe starts; every later stage has its own parent.
+    return [configs[0], *(replace(config, parent=None) for config in configs[1:])]
+
+
+def runs_of_recipe(config: RunConfig) -> list[str]:
+    """The newest finished run of each stage, for every seed of this recipe under the root: what a report shows."""
+    root = Path(config.root)
+    same = [run for run in compare.finished_runs(root) if recipe_of(run) == config.recipe.name]
+    pipelines = sorted({lineage.record_of(run)["pipeline"] for run in same})
+    return [run.run_id for name in pipelines for run in compare.choose(root, None, name)]
+
+
+def recipe_of(run: RunFolder) -> str | None:
+    return compare.read_json(run.config).get("recipe", {}).get("name")
+
+
+@dataclass
+class Outcome:
+    """How far a reproduction came."""
+
+    config: RunConfig  # of its last stage
+    code: int  # 0, or the exit code of the job that failed
+    finished: list[RunFolder]  # in the recipe's order
+    worked: bool  # whether any job ran
+
+
+def reproduce(overrides: list[str]) -> Outcome:
+    """Walk the recipe: skip what is done, go on with what is half done. Raises R1pipeError.
+
+    A stage starts as soon as the last one's record is there: the last one's launcher winds down meanwhile.
+    """
+    configs = configs_of(overrides)
+    made: dict[str, ParentRef] = {}
+    finished: list[RunFolder] = []
+    with ThreadPoolExecutor(1) as winding_down:
+        ends: list[Future[int]] = []
+        for config in configs:
+            placed = place(lineage.with_parents(config, made), accept_done=True)
+            if not placed.done:
+                tell(placed.says())
+                job = Job(placed.config, placed.run)
+                job.follow()
+                ends.append(winding_down.submit(job.end))
+                if not placed.done:
+                    code = ends[-1].result()
+                    tell(failure(placed.run, code))
+                    return Outcome(config, code, finished, worked=True)
+            made[config.stage.name] = lineage.of_run(placed.run)
+            finished.append(placed.run)
+        code = max((end.result() for end in ends), default=0)
+        return Outcome(configs[-1], code, finished, worked=bool(ends))
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -47,8 +47,19 @@ def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) 
     return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
 
 
-def conclude(run: Run[Any], engine: Engine, chat: Chat, source: Source, checkpoint: Path, steps: int) -> None:
-    """The end of a stage that trained: the whole evaluation, then the record."""
+def conclude(
+    run: Run[Any],
+    engine: Engine,
+    chat: Chat,
+    source: Source,
+    checkpoint: Path,
+    steps: int,
+    data_hash: str | None = None,
+) -> None:
+    """The end of a stage that trained: the whole evaluation, then the record.
+
+    `data_hash` is that of what was trained on, where it is not the source itself.
+    """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps)
+    run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, data_hash or source.hash, steps)

@@ -50,8 +50,8 @@ class Batch:
 def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
     """Rows of at most `length` tokens, and how many examples were too long for one and left out.
 
-    Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first fit,
-    and quick for many rows. The same examples always give the same rows.
+    Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first
+    fit, and quick for many rows. The same examples always give the same rows.
     """
     examples = list(examples)
     fitting = [example for example in examples if len(example.tokens) <= length]

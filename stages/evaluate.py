@@ -1,0 +1,36 @@
+"""No training: takes a checkpoint into the pipeline and measures it.
+
+As stage `base` it stands where R1 took DeepSeek-V3-Base: the pre-trained weights that all later stages go
+back to, and their scores before anything was done to them.
+
+    r1pipe run stage=base
+    deepspeed --num_accelerators 2 --no_local_rank stages/evaluate.py RUN_FOLDER
+"""
+
+import sys
+
+from r1pipe.config.schema import EvaluateConfig
+from r1pipe.data.source import open_data
+from r1pipe.ending import measure
+from r1pipe.errors import CheckpointError
+from r1pipe.ranks import Ranks
+from r1pipe.run import open_run
+
+
+def main(folder: str) -> None:
+    with open_run(folder, EvaluateConfig) as run:
+        parent = run.config.weights_from
+        if parent is None:
+            raise CheckpointError("this stage measures a checkpoint; name one with parent=CHECKPOINT")
+        ranks = Ranks(run.config.engine)
+        chat = run.load_chat()
+        source = open_data(run.config.data, run.config.seed)
+        model = run.load_model(parent).to(ranks.device)
+        checkpoint = run.adopt_checkpoint(parent)
+        with run.phase("evaluating"):
+            evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
+        run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps=0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from r1pipe.config.schema import EvalConfig
 from r1pipe.data.chat import Chat
+from r1pipe.estimates import clustered_interval, majority, mean
 from r1pipe.records import Completion, Prompt, Status
 from r1pipe.rewards import score_all, vote
 from r1pipe.rollout import SamplingParams
-from r1pipe.statistics import clustered_interval, majority, mean
 
 GENERAL_KINDS = ("writing", "facts", "identity", "translation")
 

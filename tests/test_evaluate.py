@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 
 from r1pipe.config.schema import EvalConfig
+from r1pipe.estimates import clustered_interval, majority, mean, wilson
 from r1pipe.evaluate import evaluate, logged, short
 from r1pipe.records import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy
-from r1pipe.statistics import clustered_interval, majority, mean, wilson
 
 CONFIG = EvalConfig(
     split="test",

@@ -18,6 +18,7 @@ METRICS = [  # of record.json's "metrics", under the same names
     *("language_consistency", "length_mean", "truncation_rate", "general_score", "preference_score"),
     *("refusal_rate", "safe_answer_rate", "by_task", "by_language", "general_by_kind", "strategies"),
 ]
+LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
 WIDTH = 100  # of the table, where there is no terminal to ask
 
 
@@ -120,26 +121,47 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 }
 
 
+def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
+    columns = {name: value for name, value in COLUMNS.items() if name not in left_out}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    told = table_rows[0]["control"]  # nothing but controls needs no heading
+    for one in table_rows:
+        if one["control"] and not told:
+            table.add_row("controls", style="italic dim")
+            told = True
+        values = [value(one) for value in columns.values()]
+        table.add_row(str(one["stage"]), *values, style="dim" if one["control"] else None)
+    return table
+
+
+def _width(table: Table, console: Console) -> int:
+    """Columns that the table would fill if it had the room."""
+    return console.measure(table, options=console.options.update(max_width=1000)).maximum
+
+
 def show(table_rows: list[dict], console: Console | None = None) -> None:
-    """Prints the table of stages: the recipe's first, its controls after them. Fits in 100 columns."""
+    """Prints the table of stages: the recipe's first, its controls after them. Fits in 100 columns.
+
+    Without a terminal nothing is left out; a narrow terminal loses the columns in `LEAST`, and says so.
+    """
+    table_rows = sorted(table_rows, key=lambda one: one["control"])
     console = console or Console()
     if not console.is_terminal and console.width < WIDTH:
         console = Console(file=console.file, width=WIDTH, color_system=None)
     if not table_rows:
         console.print("No finished run yet.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    told = False
-    for one in sorted(table_rows, key=lambda one: one["control"]):
-        if one["control"] and not told and not table_rows[0]["control"]:
-            table.add_row("controls", style="italic dim")
-        told = told or one["control"]
-        values = [column(one) for column in COLUMNS.values()]
-        table.add_row(str(one["stage"]), *values, style="dim" if one["control"] else None)
+    left_out: list[str] = []
+    table = _table(table_rows, left_out)
+    while _width(table, console) > console.width and len(left_out) < len(LEAST):
+        left_out.append(LEAST[len(left_out)])
+        table = _table(table_rows, left_out)
     console.print(table)
+    if left_out:
+        console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
     for one in table_rows:
         if one.get("samples") and one.get("problems"):
             counts = f"{one['samples']:,} samples of {one['problems']:,} held-out problems"

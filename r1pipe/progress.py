@@ -88,7 +88,7 @@ class Display:
         self._tail = Tail(RunFolder(run_dir).progress, at_end=True)
         self._began = time.monotonic()
         self._said_at = self._began
-        self._current = ""
+        self._inner = ""  # the phase inside a step that was seen last
         self._lines: dict[str, TaskID] = {}
         self._live: Progress | None = None
         if self.console.is_terminal:
@@ -126,10 +126,10 @@ class Display:
             what = str(row.get("what") or "working")
             new = what not in self.phases
             self.phases.setdefault(what, Phase(what)).take(row)
-            self._current = what
+            self._inner = what if what != OUTER else self._inner
             if self._live is None and (new or time.monotonic() - self._said_at >= QUIET_S):
                 self._plain_line()
-        if self._live is not None and self._current:
+        if self._live is not None and self.phases:
             self._refresh(self._live)
 
     def say(self, text: str) -> None:
@@ -141,30 +141,28 @@ class Display:
         self.poll()
         if self._live is not None:
             self._live.stop()
-        phase = self.phases.get(OUTER) or self.phases.get(self._current)
+        phase = next(iter(self._shown()), None)
         told = f"{phase.what} {phase.count()}  {phase.numbers()}" if phase else "nothing reported"
         line = Text.assemble((self.stage, "bold"), f"  {told}  in {duration(time.monotonic() - self._began)}")
         self.console.print(line, soft_wrap=True)
 
     def _plain_line(self) -> None:
         self._said_at = time.monotonic()
-        shown = [self.phases[OUTER]] if OUTER in self.phases else []
-        if self._current != OUTER:
-            shown.append(self.phases[self._current])
         parts = []
-        for phase in shown:
+        for phase in self._shown():
             left = f", {duration(phase.left)} left" if phase.left else ""
             parts.append("  ".join(filter(None, [f"{phase.what} {phase.count()}{left}", phase.numbers()])))
         self.console.print(Text(f"{self.stage}  " + " | ".join(parts)), soft_wrap=True)
 
+    def _shown(self) -> list[Phase]:
+        return [self.phases[name] for name in (OUTER, self._inner) if name in self.phases]
+
     def _refresh(self, live: Progress) -> None:
-        shown = {name for name in (OUTER, self._current) if name in self.phases}
-        for name in self._lines.keys() - shown:
+        shown = self._shown()
+        for name in self._lines.keys() - {phase.what for phase in shown}:
             live.remove_task(self._lines.pop(name))
-        for name in (OUTER, self._current):
-            if name not in shown:
-                continue
-            phase, fields = self.phases[name], self._fields(self.phases[name])
-            if name not in self._lines:
-                self._lines[name] = live.add_task(name, total=None, **fields)
-            live.update(self._lines[name], completed=phase.done, total=phase.total or None, **fields)
+        for phase in shown:
+            fields = self._fields(phase)
+            if phase.what not in self._lines:
+                self._lines[phase.what] = live.add_task(phase.what, total=None, **fields)
+            live.update(self._lines[phase.what], completed=phase.done, total=phase.total or None, **fields)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from r1pipe.model import logprobs
 from r1pipe.records import Completion, Group, Prompt
 from r1pipe.rl import losses
 from r1pipe.rl.advantages import group_advantages, has_variance
@@ -85,12 +86,12 @@ def test_logprobs_in_chunks_equal_the_whole(monkeypatch):
     targets_N = torch.randint(11, (7,))
 
     def run(temperature):
-        logprobs_N = losses.token_logprobs(head, hidden_ND, targets_N, 11, temperature)
-        return logprobs_N, torch.autograd.grad(logprobs_N.exp().sum(), [hidden_ND, head.weight])
+        result_N = logprobs.token_logprobs(head, hidden_ND, targets_N, 11, temperature)
+        return result_N, torch.autograd.grad(result_N.exp().sum(), [hidden_ND, head.weight])
 
     expected = torch.log_softmax(head(hidden_ND) / 0.7, -1).gather(1, targets_N[:, None])[:, 0]
     whole, whole_grads = run(0.7)
-    monkeypatch.setattr(losses, "LOGITS_IN_MEMORY", 22)  # two tokens at a time
+    monkeypatch.setattr(logprobs, "LOGITS_IN_MEMORY", 22)  # two tokens at a time
     chunked, chunked_grads = run(0.7)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(chunked, whole)

@@ -24,7 +24,6 @@ class Rollout:
     old: list[float]  # log-probability of each completion token when it was drawn
     advantage: float
     scored: bool  # a completion whose reward failed weighs nothing
-    reference: list[float] | None = None  # log-probabilities under the reference model, for the KL
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -32,7 +31,7 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Rows filled up on the right; what has suffix N belongs to completion tokens alone, so that no logits are
+    """Rows filled up on the right. What has suffix N is of completion tokens alone, so that no logits are
     computed for prompts and filling."""
 
     tokens_BT: Tensor
@@ -41,7 +40,7 @@ class MicroBatch:
     old_N: Tensor
     advantages_N: Tensor
     weights_N: Tensor
-    reference_N: Tensor | None
+    reference_N: Tensor | None = None  # log-probabilities under the reference model, where a KL is asked for
 
 
 def rollouts_of(groups: Sequence[Group], prompts: Sequence[list[int]]) -> list[Rollout]:
@@ -80,7 +79,7 @@ def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch
     """Fill each row on the right up to the longest. `weights` are those of each rollout's tokens in the loss.
 
     Causal attention never looks right, so the filling changes nothing. It repeats the row's own tokens: the
-    experts' loads are balanced on what passes the gates, and a run of pad tokens would all go to the same ones.
+    experts are balanced on what passes the gates, and a run of pad tokens would all go to the same ones.
     """
     width = max(len(rollout) for rollout in rollouts)
     tokens_BT = torch.tensor([list(islice(cycle(r.prompt + r.completion), width)) for r in rollouts])
@@ -95,18 +94,13 @@ def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths_S).to(device)
 
-    def flat(lists: Sequence[list[float]]) -> Tensor:
-        return torch.tensor([value for values in lists for value in values], dtype=torch.float32).to(device)
-
-    references = [rollout.reference for rollout in rollouts if rollout.reference is not None]
     return MicroBatch(
         tokens_BT=tokens_BT.to(device),
         sources_N=sources_N.to(device),
         targets_N=tokens_BT.flatten()[sources_N + 1].to(device),
-        old_N=flat([rollout.old for rollout in rollouts]),
+        old_N=torch.tensor([logprob for rollout in rollouts for logprob in rollout.old]).to(device),
         advantages_N=per_token([rollout.advantage for rollout in rollouts]),
         weights_N=per_token(weights),
-        reference_N=flat(references) if references else None,
     )
 
 

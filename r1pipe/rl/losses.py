@@ -10,38 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at once (128 MiB in float32)
-
-
-def _chunk_logprobs(
-    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, temperature: float
-) -> Tensor:
-    logits_NV = head(hidden_ND).float() / temperature
-    return -torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
-
-
-def token_logprobs(
-    head: Callable[[Tensor], Tensor],
-    hidden_ND: Tensor,
-    targets_N: Tensor,
-    vocab_size: int,
-    temperature: float = 1.0,
-) -> Tensor:
-    """log pi(target) of each token, as logprobs_N in float32, from the hidden state that predicts it.
-
-    `temperature` divides the logits: the distribution that the tokens were drawn from. The logits of a long
-    batch never exist at once; when they take several chunks, each is computed again in the backward pass.
-    """
-    chunk = max(1, LOGITS_IN_MEMORY // vocab_size)
-    if hidden_ND.shape[0] <= chunk:
-        return _chunk_logprobs(head, hidden_ND, targets_N, temperature)
-    parts = [
-        checkpoint(_chunk_logprobs, head, hidden, targets, temperature, use_reentrant=False)
-        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def kl_unbiased(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
@@ -56,7 +24,7 @@ def clipped_surrogate(ratio_N: Tensor, advantages_N: Tensor, clip: float) -> Ten
     return torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip) * advantages_N)
 
 
-# What one token weighs in the loss: of its completion's length, and of the minibatch's completions and tokens.
+# What one token weighs in the loss, from its completion's length and the minibatch's completions and tokens.
 LOSS_MEANS: dict[str, Callable[[int, float, float], float]] = {
     # over each sequence's tokens, then over sequences (DeepSeekMath eq. 3): a long one's tokens weigh less
     "sequence": lambda length, sequences, tokens: 1 / (length * sequences),

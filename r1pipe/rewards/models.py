@@ -1,0 +1,145 @@
+"""Reward models: the language model's trunk with a score read at the end of the sequence (R1 supplement).
+
+`helpful` is trained on pairs and reads the prompt and the final summary alone: reasoning is left free;
+`harmless` is trained on labelled responses and reads the whole response, reasoning included.
+Axes: B rows, T tokens of a row, D hidden width.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from r1pipe.data.chat import Chat, parse
+from r1pipe.errors import CheckpointError
+from r1pipe.model import DeepseekV3, model_config_from
+from r1pipe.model.weights import CONFIG, WEIGHTS, published_config, published_tensors
+from r1pipe.records import Completion, Prompt, Score
+
+HELPFUL, HARMLESS = "helpful", "harmless"
+KINDS = (HELPFUL, HARMLESS)
+PADDED_TOKENS = 8192  # of one scoring pass
+
+
+class RewardModel(nn.Module):
+    """A trunk and a linear head, under transformers' names for sequence classification (model.*, score.*)."""
+
+    def __init__(self, language_model: DeepseekV3):
+        """Takes over the language model's trunk. The head starts at zero: every response scores the same."""
+        super().__init__()
+        self.config = language_model.config
+        self.model = language_model.model
+        self.score = nn.Linear(self.config.hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
+        """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence."""
+        hidden_BTD = self.model(tokens_BT)
+        rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
+        return self.score(hidden_BTD[rows, last_B]).squeeze(-1).float()
+
+
+def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
+    """-log P(chosen is preferred) = -log sigmoid(chosen - rejected), mean (Bradley and Terry, 1952)."""
+    return -F.logsigmoid(chosen_B - rejected_B).mean()
+
+
+def point_wise_loss(scores_B: Tensor, safe_B: Tensor) -> Tensor:
+    """Binary cross-entropy of P(safe) = sigmoid(score), mean."""
+    return F.binary_cross_entropy_with_logits(scores_B, safe_B)
+
+
+def judged_tokens(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
+    """What a reward model of this kind reads of a response, the end-of-sequence token last."""
+    return chat.example(prompt, parse(response).summary if kind == HELPFUL else response).tokens
+
+
+def padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows as tokens_BT, padded on the right, and the place of their last tokens, last_B."""
+    width = max(map(len, rows))
+    tokens_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
+    return tokens_BT, torch.tensor([len(row) - 1 for row in rows], device=device)
+
+
+@torch.no_grad()
+def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> list[float]:
+    """The score of each row, whatever batches they come in; longest first, to pad little."""
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    scores = [0.0] * len(rows)
+    while order:
+        count = max(1, PADDED_TOKENS // len(rows[order[0]]))
+        batch, order = order[:count], order[count:]
+        tokens_BT, last_B = padded([rows[i] for i in batch], pad_id, model.score.weight.device)
+        for i, score in zip(batch, model(tokens_BT, last_B).tolist(), strict=True):
+            scores[i] = score
+    return scores
+
+
+class Judge:
+    """A frozen reward model as a reward in 0..1: sigmoid of the score."""
+
+    def __init__(self, model: RewardModel, kind: str, chat: Chat):
+        self.model, self.kind, self.chat = model.eval().requires_grad_(False), kind, chat
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """0 where there is nothing to judge: a malformed response has no summary, a cut off one no end."""
+        judged = [i for i, completion in enumerate(completions) if self._judges(completion)]
+        rows = [judged_tokens(self.kind, self.chat, prompts[i], completions[i].text) for i in judged]
+        verdicts = [Score(0.0, detail="cut off, or no summary to judge")] * len(completions)
+        for i, score in zip(judged, score_rows(self.model, rows, self.chat.pad_id), strict=True):
+            verdicts[i] = Score(torch.tensor(score).sigmoid().item(), detail=f"score {score:.3f}")
+        return verdicts
+
+    def _judges(self, completion: Completion) -> bool:
+        return not completion.truncated and (self.kind == HARMLESS or parse(completion.text).well_formed)
+
+
+@torch.no_grad()
+def standardise(model: RewardModel, scores: Sequence[float]) -> None:
+    """Shift and scale the head so that these scores get mean 0 and deviation 1.
+
+    Pairs say nothing of a score's origin and little of its scale; far from 0 the sigmoid would be flat.
+    """
+    values = torch.tensor(scores)
+    deviation = values.std(correction=0).clamp(min=1e-6)
+    model.score.bias.sub_(values.mean()).div_(deviation)
+    model.score.weight.div_(deviation)
+
+
+def save_reward_model(model: RewardModel, folder: Path) -> None:
+    """config.json and model.safetensors, the trunk under the published names, the head as score.*."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    content = published_config(model.config, model.score.weight.dtype)
+    content |= {"architectures": ["DeepseekV3ForSequenceClassification"], "num_labels": 1}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_reward_model(folder: Path) -> RewardModel:
+    """The reward model of a folder, on the CPU. Raises CheckpointError naming file and tensor."""
+    model = RewardModel(DeepseekV3(model_config_from(folder)))
+    path = folder / WEIGHTS
+    try:
+        stored = load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); run stage reward_model again") from None
+    for name, place in _tensors(model):
+        if name not in stored or stored[name].shape != place.shape:
+            raise CheckpointError(f"{path}: tensor {name} of shape {list(place.shape)} is missing")
+        place.copy_(stored[name])
+    return model
+
+
+def _tensors(model: RewardModel) -> list[tuple[str, Tensor]]:
+    # the published names depend on the trunk's modules alone, which both classes share
+    return list(published_tensors(cast(DeepseekV3, model)))

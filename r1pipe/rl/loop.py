@@ -1,0 +1,177 @@
+"""The GRPO loop: prompts -> rollout -> score -> advantages -> update (DeepSeekMath, algorithm 1)."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from r1pipe.checkpoints import ENGINE
+from r1pipe.config.schema import RLConfig
+from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source
+from r1pipe.engine import Engine
+from r1pipe.model import DeepseekV3, save_pretrained
+from r1pipe.records import Completion, Group, Prompt
+from r1pipe.rl.batch import rollouts_of
+from r1pipe.rl.prompts import PromptStream, general_count, mixed
+from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
+from r1pipe.rl.scoring import Judges, reward_weights, score_groups
+from r1pipe.rl.update import Reference, update
+from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.run import Run
+
+Metrics = dict[str, float]
+ON_SCREEN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "length": "rollout/length_mean"}
+
+
+@dataclass
+class LoopState:
+    """All that the loop remembers between steps; random streams are functions of the seed and the step."""
+
+    step: int = 0  # finished steps
+    reasoning_cursor: int = 0
+    general_cursor: int = 0
+    reference_step: int = 0  # the step whose policy is the reference; 0: the stage's beginning
+
+
+class GRPO:
+    """One stage's loop and what it works with."""
+
+    def __init__(
+        self,
+        run: Run[RLConfig],
+        engine: Engine,
+        reference: Reference | None,
+        chat: Chat,
+        data: Source,
+        judges: Judges,
+        short_evaluation: Callable[[], Metrics],
+    ):
+        """`judges` score general prompts; without a `reference` there is no KL."""
+        self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
+        self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
+        self.weights = reward_weights(run.stage)
+        self.state = LoopState()
+        self.reasoning = self._stream(data.prompts, "reasoning prompts")
+        self.general = self._stream(data.general_prompts, "general prompts") if run.stage.preference else None
+
+    def train(self) -> Path:
+        """From the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""
+        self._resume()
+        while self.state.step < self.config.max_steps:
+            self.step()
+        return self.run.folder.checkpoint(self.config.max_steps)
+
+    def step(self) -> None:
+        """One rollout batch: P prompts of this rank, G completions each, and what is learned from them."""
+        metrics: Metrics = {}
+        with self._timed("sampling", metrics):
+            prompts = self._next_prompts(metrics)
+            tokens, completions = self.rollout(prompts)
+        with self._timed("reward", metrics):
+            groups = self.score(prompts, completions)
+            rows = self._rows_of_all_ranks(groups)
+            metrics |= summarise(rows)
+        with self._timed("update", metrics):
+            rollouts = rollouts_of(groups, tokens)
+            metrics |= update(self.engine, rollouts, self.config, self.reference)
+        [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
+        metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
+        self._end_step(rows, metrics)
+
+    def rollout(self, prompts: list[Prompt]) -> tuple[list[list[int]], list[Completion]]:
+        """The prompts as token ids, and G completions of each in a row, drawn from the policy of now."""
+        sampling = self.config.sampling
+        params = SamplingParams(
+            sampling.max_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            self.config.group_size,
+            self.run.seed(f"sampling/{self.engine.rank}", self.state.step),
+        )
+        tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
+        with self.engine.gathered() as policy:
+            sampler = Sampler(policy, self.chat.eos_id, self.chat.pad_id, sampling.slots)
+            completions = sampler.generate(tokens, params, self._show_sampling)
+        for completion in completions:
+            completion.text = self.chat.decode(completion.tokens)
+        return tokens, completions
+
+    def score(self, prompts: list[Prompt], completions: list[Completion]) -> list[Group]:
+        """Rewards and group-relative advantages."""
+        config = self.config
+        return score_groups(
+            prompts, completions, self.weights, self.judges, config.rewards.unfinished, config.normalise_std
+        )
+
+    def _next_prompts(self, metrics: Metrics) -> list[Prompt]:
+        """This rank's share of the step's prompts; all ranks draw the same and move the cursors alike."""
+        config, state = self.config, self.state
+        n = config.prompts_per_step
+        n_general = general_count(config, state.step)
+        before = state.reasoning_cursor + state.general_cursor
+        reasoning, state.reasoning_cursor = self.reasoning.take(state.reasoning_cursor, n - n_general)
+        general: list[Prompt] = []
+        if self.general:
+            general, state.general_cursor = self.general.take(state.general_cursor, n_general)
+        metrics["rollout/too_long"] = float(state.reasoning_cursor + state.general_cursor - before - n)
+        prompts = mixed(reasoning, general, self.run.rng("order", state.step))
+        share = n // self.engine.world_size
+        return prompts[self.engine.rank * share :][:share]
+
+    def _stream(self, draw: Callable[[str, int, int], list[Prompt]], what: str) -> PromptStream:
+        config = self.config
+        room = self.engine.module.config.max_position_embeddings - config.sampling.max_tokens
+        return PromptStream(
+            lambda n, seed: draw("train", n, seed),
+            lambda pool: self.run.seed(what, pool),
+            lambda prompt: len(self.chat.prompt_tokens(prompt)) <= room,
+            config.max_steps * config.prompts_per_step,
+            what,
+        )
+
+    def _rows_of_all_ranks(self, groups: list[Group]) -> list[Row]:
+        mine = rows_of(groups, self.data.strategy_of)
+        return [row for rows in self.engine.all_gather_objects(mine) for row in rows]
+
+    def _end_step(self, rows: list[Row], metrics: Metrics) -> None:
+        """Replace the reference, evaluate, save and log, each when it is time."""
+        config, state = self.config, self.state
+        state.step += 1
+        last = state.step == config.max_steps
+        if self.engine.rank == 0:
+            write_rows(rows, self.run.folder.rollouts / f"step-{state.step}.parquet")
+        if self.reference and config.reference_every and state.step % config.reference_every == 0:
+            self.reference.replace_by(self.engine)
+            state.reference_step = state.step
+        if config.eval.every and state.step % config.eval.every == 0 and not last:
+            metrics |= self.short_evaluation()
+        self.run.log(state.step, metrics)
+        shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
+        self.run.progress("train", state.step, config.max_steps, "steps", **shown)
+        if last or (config.save_every and state.step % config.save_every == 0):
+            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export)
+
+    def _export(self, policy: DeepseekV3, folder: Path) -> None:
+        save_pretrained(policy, folder)
+        if self.reference and self.state.reference_step:
+            self.reference.save(folder / ENGINE / "reference")
+
+    def _resume(self) -> None:
+        step, saved = self.run.resume(self.engine)
+        if step:
+            self.state = LoopState(**saved)
+            if self.reference and self.state.reference_step:
+                self.reference.load(self.run.folder.checkpoint(step) / ENGINE / "reference")
+
+    def _show_sampling(self, done: int, total: int) -> None:
+        ranks = self.engine.world_size
+        self.run.progress("sampling", done * ranks, total * ranks, "completions")
+
+    @contextmanager
+    def _timed(self, phase: str, metrics: Metrics) -> Iterator[None]:
+        began = time.monotonic()
+        with self.run.phase(phase):
+            yield
+        metrics[f"time/{phase}_s"] = time.monotonic() - began

@@ -1,0 +1,187 @@
+"""Training of a reward model: pairs or labels into token rows, optimizer steps, judgement on held-out examples.
+
+A checkpoint holds a folder for each model; one that is finished has quality.json in it.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1pipe import checkpoints
+from r1pipe.config.schema import RewardModelConfig
+from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source
+from r1pipe.engine import Engine
+from r1pipe.errors import DataError
+from r1pipe.rewards import models
+from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, RewardModel
+from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
+from r1pipe.run import Run
+from r1pipe.sft.loop import step_metrics
+
+QUALITY = "quality.json"
+HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
+NAMES = {HELPFUL: "preference pairs", HARMLESS: "safety labels"}
+
+log = logging.getLogger("r1pipe")
+
+
+@dataclass
+class Item:
+    """One term of a loss: the rows of a pair as token ids (preferred one first), or one labelled row."""
+
+    rows: list[list[int]]
+    safe: bool = True  # of a labelled row
+
+    def __len__(self) -> int:
+        return max(map(len, self.rows))
+
+
+@dataclass
+class Examples:
+    """What one reward model learns from and is judged on."""
+
+    kind: str
+    learned: list[Item]
+    held_out: list[Item]
+    pad_id: int
+
+
+def read_examples(run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat) -> Examples:
+    """The data's examples of a kind, maybe none. Raises DataError for too few."""
+    stage, longest = run.stage, run.config.model.max_position_embeddings
+    wanted = stage.pairs if kind == HELPFUL else stage.labels
+    learned = _items(kind, data, chat, ("train", wanted, run.seed(NAMES[kind])), longest)
+    held_out = _items(kind, data, chat, (stage.eval.split, stage.held_out, HELD_OUT), longest)
+    if 0 < len(learned) < stage.batch_size:
+        raise DataError(f"the data gives {len(learned)} {NAMES[kind]}, fewer than stage.batch_size; lower it")
+    if learned and not held_out:
+        raise DataError(f"the data has no {NAMES[kind]} in split {stage.eval.split} to judge the model on")
+    return Examples(kind, learned, held_out, chat.pad_id)
+
+
+def _items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int], longest: int) -> list[Item]:
+    tokens = partial(models.judged_tokens, kind, chat)
+    found = (
+        [
+            Item([tokens(p.prompt, p.chosen), tokens(p.prompt, p.rejected)])
+            for p in data.preference_pairs(*drawn)
+        ]
+        if kind == HELPFUL
+        else [
+            Item([tokens(label.prompt, label.response)], label.safe) for label in data.safety_labels(*drawn)
+        ]
+    )
+    fitting = [item for item in found if len(item) <= longest]
+    log.info(
+        "%d %s (%s), %d more are too long", len(fitting), NAMES[kind], drawn[0], len(found) - len(fitting)
+    )
+    return fitting
+
+
+def steps_of(stage: RewardModelConfig, examples: Examples) -> int:
+    """Optimizer steps of one model; only whole batches are learned from."""
+    steps = stage.epochs * (len(examples.learned) // stage.batch_size)
+    return min(steps, stage.max_steps) if stage.max_steps else steps
+
+
+def newest_checkpoint(run: Run[RewardModelConfig]) -> Path | None:
+    steps = checkpoints.steps(run.folder.checkpoints)
+    return run.folder.checkpoint(steps[-1]) if steps else None
+
+
+def train_reward_model(
+    run: Run[RewardModelConfig], examples: Examples, first: int, steps: int, resumes: bool
+) -> None:
+    """One model's optimizer steps, logged as steps `first` + 1 to `first` + `steps` of the run.
+
+    With `resumes` it goes on from the newest checkpoint, if there is one.
+    """
+    stage, accumulation = run.stage, run.config.engine.gradient_accumulation
+    model = RewardModel(run.load_model(run.config.weights_from))
+    engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
+    begun = run.resume(engine)[0] - first if resumes else 0
+    for step in range(begun, steps):
+        began = time.monotonic()
+        batch = batch_of(run, examples, step)
+        with run.phase("update"):
+            metrics = step_metrics(engine.train_step(micro_losses(engine, examples, batch, accumulation)))
+        [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
+        metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
+        done = step + 1
+        run.log(first + done, metrics)
+        run.progress(f"train {examples.kind}", done, steps, "steps", loss=metrics["train/loss"])
+        if done == steps or (stage.save_every and done % stage.save_every == 0):
+            export = partial(_export, run, examples, done == steps)
+            run.save_checkpoint(engine, first + done, {}, export)
+
+
+def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list[Item]:
+    """This rank's items of a step (counted from 0): a function of the step alone, so that resume is exact."""
+    size = run.stage.batch_size
+    epoch, number = divmod(step, len(examples.learned) // size)
+    order = run.rng(f"{examples.kind} order", epoch).permutation(len(examples.learned))
+    return [examples.learned[i] for i in order[number * size :][:size][run.rank :: run.world_size]]
+
+
+def micro_losses(
+    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int
+) -> list[Callable[[], Tensor]]:
+    """This rank's micro-batches, longest first, each giving its share of the rank's mean loss."""
+    ordered = sorted(batch, key=len, reverse=True)
+    size = -(-len(ordered) // accumulation)
+    micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch)) for micro in micros]
+
+
+def _share_of_loss(engine: Engine, examples: Examples, micro: Sequence[Item], share: float) -> Tensor:
+    rows = [row for item in micro for row in item.rows]
+    scores = engine.module(*models.padded(rows, examples.pad_id, engine.device))
+    if examples.kind == HELPFUL:
+        return share * models.bradley_terry_loss(scores[0::2], scores[1::2])
+    safe = torch.tensor([float(item.safe) for item in micro], device=engine.device)
+    return share * models.point_wise_loss(scores, safe)
+
+
+def judged(model: RewardModel, examples: Examples) -> dict[str, Any]:
+    """A finished model's standing on held-out examples; a helpfulness model is standardised on them."""
+    held_out = examples.held_out
+    rows = [row for item in held_out for row in item.rows]
+    scores = models.score_rows(model, rows, examples.pad_id)
+    quality: dict[str, Any] = {"length_correlation": length_correlation(scores, [len(row) for row in rows])}
+    if examples.kind == HELPFUL:
+        models.standardise(model, scores)
+        return quality | {"pairs": len(held_out), "accuracy": pair_accuracy(scores[0::2], scores[1::2])}
+    safe = [item.safe for item in held_out]
+    right = [(score > 0) == label for score, label in zip(scores, safe, strict=True)]
+    return quality | {"labels": len(held_out), "accuracy": sum(right) / len(right), "auc": auc(scores, safe)}
+
+
+def _export(
+    run: Run[RewardModelConfig], examples: Examples, finished: bool, model: RewardModel, folder: Path
+) -> None:
+    """Write this model, beside those that were finished before; rank 0 alone judges it, on the whole weights."""
+    before = newest_checkpoint(run)
+    for kind in KINDS[: KINDS.index(examples.kind)]:
+        if before and (before / kind).is_dir():
+            copytree(before / kind, folder / kind)
+    quality = judged(model, examples) if finished else None
+    models.save_reward_model(model, folder / examples.kind)
+    if quality:
+        (folder / examples.kind / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+
+
+def quality_of(checkpoint: Path) -> dict[str, Any]:
+    """What `judged` found of each model of a whole checkpoint."""
+    return {
+        kind: json.loads(path.read_text()) for kind in KINDS if (path := checkpoint / kind / QUALITY).exists()
+    }

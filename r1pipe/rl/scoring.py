@@ -1,0 +1,67 @@
+"""What each completion of a step earns: the weighted sum of its rewards, NaN where one of them failed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from r1pipe.config.schema import RLConfig
+from r1pipe.records import Completion, Group, Prompt, Score, Status
+from r1pipe.rewards import applies, score_all
+from r1pipe.rl.advantages import group_advantages
+
+# Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
+Judges = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
+
+PREFERENCES = ("helpful", "harmless")  # the reward models' rewards, on general prompts alone
+MEASURED = ("accuracy", "format", "language")  # logged even where they weigh nothing
+
+
+def reward_weights(config: RLConfig) -> dict[str, float]:
+    """What each reward weighs in the sum; the preference rewards' weights join the rules'."""
+    weights = dict(config.rewards.weights)
+    if config.preference:
+        preference = (config.preference.helpful_weight, config.preference.harmless_weight)
+        weights |= dict(zip(PREFERENCES, preference, strict=True))
+    return weights
+
+
+def total_reward(
+    scores: Mapping[str, Score], weights: Mapping[str, float], unfinished: float, truncated: bool
+) -> float:
+    """Weighted sum, plus `unfinished` for a completion that was cut off. NaN where a reward that counts
+    failed: a verifier's failure is not a wrong answer."""
+    counted = {name: score for name, score in scores.items() if weights.get(name)}
+    if any(score.status is not Status.SCORED for score in counted.values()):
+        return math.nan
+    return sum(weights[name] * score.value for name, score in counted.items()) + unfinished * truncated
+
+
+def score_groups(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    weights: Mapping[str, float],
+    judges: Judges,
+    unfinished: float,
+    normalise_std: bool,
+) -> list[Group]:
+    """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
+
+    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone.
+    """
+    size = len(completions) // len(prompts)
+    repeated = [prompt for prompt in prompts for _ in range(size)]
+    scores = score_all(repeated, completions, sorted({*MEASURED, *weights} - {*PREFERENCES}))
+    general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
+    for name, judge in judges.items():
+        verdicts = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
+        for i, verdict in zip(general, verdicts, strict=True):
+            scores[i][name] = verdict
+    groups = []
+    for number, prompt in enumerate(prompts):
+        mine = slice(number * size, (number + 1) * size)
+        rewards = [
+            total_reward(score, weights, unfinished, completion.truncated)
+            for score, completion in zip(scores[mine], completions[mine], strict=True)
+        ]
+        advantages = group_advantages(rewards, normalise_std)
+        groups.append(Group(prompt, list(completions[mine]), scores[mine], rewards, advantages))
+    return groups

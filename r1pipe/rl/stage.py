@@ -1,0 +1,34 @@
+"""What the scripts of grpo, zero and all_scenario have in common: set up, train, conclude."""
+
+from collections.abc import Callable
+
+from r1pipe.config.schema import RLConfig
+from r1pipe.data.chat import Chat
+from r1pipe.data.source import open_data
+from r1pipe.ending import conclude, short_evaluation
+from r1pipe.engine import Engine
+from r1pipe.rl.loop import GRPO
+from r1pipe.rl.scoring import Judges
+from r1pipe.rl.update import Reference
+from r1pipe.run import Run
+
+
+def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], Judges]) -> None:
+    """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn."""
+    stage = run.stage
+    chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
+    policy = run.load_model(run.config.weights_from)
+    judges = load_judges(run, chat)
+    reference = Reference(policy, run.config.engine) if stage.kl_coef else None
+    optimizer_steps = stage.max_steps * stage.minibatches * stage.inner_epochs
+    engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
+    loop = GRPO(
+        *(run, engine, reference, chat, data, judges),
+        short_evaluation=lambda: short_evaluation(run, engine, chat, data),
+    )
+    conclude(run, engine, chat, data, loop.train(), stage.max_steps)
+
+
+def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
+    """No neural reward: they get hacked in long runs, and must be retrained (R1 section 2.2.2)."""
+    return {}

@@ -1,0 +1,60 @@
+"""The reward models of R1's last stage (supplement): helpfulness from pairs, harmlessness from labels.
+
+Each is the rejection-sampling SFT model's trunk with one score. The helpfulness model learns from pairs (a
+better and a worse answer, Bradley-Terry) and reads the final summary alone; the harmlessness model learns from
+responses labelled safe or unsafe (point-wise) and reads all of them. Both are judged on held-out examples
+before anybody uses them. It differs from the paper in where preferences come from: the paper had DeepSeek-V3
+judge, here they lie in the data, and those of the bundled world follow a hidden rule.
+
+    r1pipe run stage=reward_model
+    deepspeed --num_accelerators 2 --no_local_rank stages/reward_model.py RUN_FOLDER
+"""
+
+import sys
+from itertools import accumulate
+
+from r1pipe import evaluate
+from r1pipe.config.schema import RewardModelConfig
+from r1pipe.data.source import open_data
+from r1pipe.errors import DataError
+from r1pipe.rewards.models import KINDS
+from r1pipe.rl.preference import (
+    Examples,
+    newest_checkpoint,
+    quality_of,
+    read_examples,
+    steps_of,
+    train_reward_model,
+)
+from r1pipe.run import Run, open_run
+
+
+def main(folder: str) -> None:
+    with open_run(folder, RewardModelConfig) as run:
+        chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
+        found = [read_examples(run, kind, data, chat) for kind in KINDS]
+        lessons = [examples for examples in found if examples.learned]  # files have pairs alone
+        if not lessons:
+            raise DataError(
+                "the data has neither preference pairs nor safety labels; choose another with data="
+            )
+        steps = [steps_of(run.stage, examples) for examples in lessons]
+        firsts = [0, *accumulate(steps)]
+        current = current_lesson(run, lessons)
+        for number in range(current, len(lessons)):
+            train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
+        checkpoint = run.folder.checkpoint(firsts[-1])
+        nothing = evaluate.measure([], [], [], run.stage.eval) | evaluate.measure_general([], [])
+        quality = {"reward_models": quality_of(checkpoint)}
+        run.finish(checkpoint, chat, nothing | quality, [], data.hash, firsts[-1])
+
+
+def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
+    """The model that the newest checkpoint was made for; without one the first. Earlier ones are finished."""
+    newest = newest_checkpoint(run)
+    begun = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
+    return max(0, sum(begun) - 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

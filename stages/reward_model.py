@@ -1,10 +1,10 @@
 """The reward models of R1's last stage (supplement): helpfulness from pairs, harmlessness from labels.
 
-Each is the rejection-sampling SFT model's trunk with one score. The helpfulness model learns from pairs (a
-better and a worse answer, Bradley-Terry) and reads the final summary alone; the harmlessness model learns from
-responses labelled safe or unsafe (point-wise) and reads all of them. Both are judged on held-out examples
-before anybody uses them. It differs from the paper in where preferences come from: the paper had DeepSeek-V3
-judge, here they lie in the data, and those of the bundled world follow a hidden rule.
+Each is the rejection-sampling SFT model's trunk with a score in place of the vocabulary. The helpfulness
+model learns from pairs (a better and a worse answer, Bradley-Terry) and reads the final summary alone; the
+harmlessness model learns from responses labelled safe or unsafe (point-wise) and reads all of them. Both are
+judged on held-out examples before they are used. It differs from the paper in where preferences come from:
+there DeepSeek-V3 judged, here they lie in the data, and those of the bundled world follow a hidden rule.
 
     r1pipe run stage=reward_model
     deepspeed --num_accelerators 2 --no_local_rank stages/reward_model.py RUN_FOLDER

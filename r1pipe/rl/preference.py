@@ -1,4 +1,4 @@
-"""Training of a reward model: pairs or labels into token rows, optimizer steps, judgement on held-out examples.
+"""Training of a reward model: pairs or labels into token rows, optimizer steps, a held-out judgement.
 
 A checkpoint holds a folder for each model; one that is finished has quality.json in it.
 """
@@ -169,7 +169,7 @@ def judged(model: RewardModel, examples: Examples) -> dict[str, Any]:
 def _export(
     run: Run[RewardModelConfig], examples: Examples, finished: bool, model: RewardModel, folder: Path
 ) -> None:
-    """Write this model, beside those that were finished before; rank 0 alone judges it, on the whole weights."""
+    """Write this model beside those that are finished; rank 0 alone judges it, on the whole weights."""
     before = newest_checkpoint(run)
     for kind in KINDS[: KINDS.index(examples.kind)]:
         if before and (before / kind).is_dir():
@@ -182,6 +182,5 @@ def _export(
 
 def quality_of(checkpoint: Path) -> dict[str, Any]:
     """What `judged` found of each model of a whole checkpoint."""
-    return {
-        kind: json.loads(path.read_text()) for kind in KINDS if (path := checkpoint / kind / QUALITY).exists()
-    }
+    paths = {kind: checkpoint / kind / QUALITY for kind in KINDS}
+    return {kind: json.loads(path.read_text()) for kind, path in paths.items() if path.exists()}

@@ -1,6 +1,7 @@
 """Rule rewards: what earns 1, what earns 0, and what must not be scored at all."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -206,7 +207,7 @@ def test_hostile_programs_score_zero_and_touch_nothing(name, monkeypatch):
     summary = f"```python\n{HOSTILE[name]}\n```"
     score = check_program(DOUBLE, summary)
     assert (score.value, score.status) == (0, Status.SCORED)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # tenths of a second on an idle core
     assert not os.path.exists("/tmp/r1pipe-escaped")
     assert (
         check_program(DOUBLE, "def f(x): return x + x").value == 1
@@ -226,7 +227,8 @@ def test_a_sandbox_that_is_broken_is_no_wrong_answer(monkeypatch):
 
 
 def test_a_program_that_brings_its_worker_down_is_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "HANG_LIMIT_S", 0.2)  # the pool kills the worker before its own limit
+    monkeypatch.setattr(sandbox, "TIME_LIMIT_S", 20.0)
+    monkeypatch.setattr(sandbox, "HANG_LIMIT_S", 1.0)  # the pool kills the worker before its own limit
     fresh = sandbox.Monty()
     monkeypatch.setattr(sandbox, "choose", lambda: fresh)
     score = check_program(DOUBLE, HOSTILE["endless loop"])
@@ -238,6 +240,28 @@ def test_without_isolation_nothing_is_run(monkeypatch):
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(EnvironmentProblem, match="no isolation"):
         sandbox.choose.__wrapped__()
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/usr/bin/bwrap")
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
+    assert sandbox.choose.__wrapped__() is sandbox.bubblewrap
+    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
+    with pytest.raises(EnvironmentProblem, match="other than root"):
+        sandbox.choose.__wrapped__()
+
+
+@pytest.mark.skipif(not shutil.which("bwrap") or os.geteuid() == 0, reason="needs bwrap, and not root")
+@pytest.mark.parametrize(
+    "name", ["endless output", "memory", "recursion", "reading a file", "a command", "a socket"]
+)
+def test_bubblewrap_in_monty_s_place(name, monkeypatch):
+    monkeypatch.setattr(sandbox, "choose", lambda: sandbox.bubblewrap)
+    assert check_program(DOUBLE, f"```python\n{HOSTILE[name]}\n```").value == 0
+    assert check_program(DOUBLE, "def f(x): return x + x").value == 1
+    assert not os.path.exists("/tmp/r1pipe-escaped")
+
+
+def test_bubblewrap_that_does_not_work_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(sandbox, "_command", lambda: ["/bin/false"])
+    assert sandbox.bubblewrap("def f(x): return x", "f", [[1]]).status is Status.INFRASTRUCTURE_FAILED
 
 
 def test_results_are_compared_as_plain_values():
@@ -247,7 +271,7 @@ def test_results_are_compared_as_plain_values():
 
 
 def test_a_verifier_that_hangs_fails_its_item_alone(monkeypatch):
-    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 1.0)
+    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 2.5)
     hanging, fine = prompt(r"\sqrt{2}"), prompt(r"\sqrt{2}", "math500")
     completions = [respond(r"\boxed{9^{9^{9^9}}}"), respond(r"\boxed{2^{1/2}}")]
     first, second = score_all([hanging, fine], completions, ["accuracy"])

@@ -1,7 +1,8 @@
 """Isolation for generated programs: no network, files or environment; time, memory, depth, output bounded.
 
 Chosen by capability: pydantic-monty (a Python interpreter in Rust that has no system calls to give away, in
-worker processes of its own), else bubblewrap around `python -I`, else the program is not run at all.
+worker processes of its own), else bubblewrap around `python -I` (not for root, whose number of processes the
+kernel does not limit), else the program is not run at all.
 
 A program's fault (an exception, a limit, a worker that it brought down) is an outcome without results and
 scores 0; INFRASTRUCTURE_FAILED means that the sandbox itself does not work, and is told apart by a control
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,10 +69,11 @@ def choose() -> Runner:
     """The isolation of this machine; the same one ever after."""
     if importlib.util.find_spec("pydantic_monty"):
         return Monty()
-    if shutil.which("bwrap") and sys.platform == "linux":
-        return run_in_bubblewrap
+    if shutil.which("bwrap") and os.geteuid() != 0:
+        return bubblewrap
     raise EnvironmentProblem(
         "no isolation for generated programs: run `pip install pydantic-monty`, or install bubblewrap (bwrap)"
+        " and be a user other than root"
     )
 
 
@@ -124,23 +127,24 @@ class Monty:
         return Outcome(None, detail, Status.SCORED if working else Status.INFRASTRUCTURE_FAILED)
 
 
-# Runs inside bubblewrap. Limits first, then the program; the results leave as one JSON line after a mark. A
-# program that forged it would gain nothing: it never sees the expected values.
+# Runs inside bubblewrap: limits first, then the program; the results are written as JSON after a mark. A
+# program that forged them would gain nothing, as it never sees the expected values.
 _HARNESS = """
 import json, resource, sys
-request = json.loads(sys.stdin.read())
-for name, value in request["limits"]:
+request = json.load(sys.stdin)
+for name, value in request["limits"].items():
     resource.setrlimit(getattr(resource, name), (value, value))
 sys.setrecursionlimit(request["depth"])
 space = {"__name__": "program"}
 exec(compile(request["program"], "program", "exec"), space)
 results = [space[request["entry_point"]](*each) for each in request["arguments"]]
-sys.__stdout__.write("\\n" + request["mark"] + json.dumps(results) + "\\n")
+print("\\n" + request["mark"] + json.dumps(results), file=sys.__stdout__, flush=True)
 """
+_MARK = "r1pipe-results:"
 
 
-def run_in_bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
-    """One `python -I` per program (about 50 ms) without network, home, environment or writable files."""
+def bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
+    """One `python -I` per program (about 50 ms); it can read Python itself and write nowhere."""
     outcome = _bubblewrap(program, entry_point, arguments)
     if outcome.results is None and outcome.status is Status.SCORED:
         control = _bubblewrap(*CONTROL[:3])
@@ -150,32 +154,39 @@ def run_in_bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequen
 
 
 def _bubblewrap(program: str, entry_point: str, arguments: Sequence[Sequence[Any]]) -> Outcome:
-    mark = os.urandom(16).hex()
-    limits = [("RLIMIT_CPU", math.ceil(2 * TIME_LIMIT_S)), ("RLIMIT_AS", MEMORY_LIMIT + (256 << 20))]
-    limits += [("RLIMIT_FSIZE", OUTPUT_LIMIT), ("RLIMIT_NPROC", 1), ("RLIMIT_CORE", 0)]
-    request: dict[str, Any] = {
-        "program": program,
-        "entry_point": entry_point,
-        "arguments": arguments,
-        "mark": mark,
+    limits = {
+        "RLIMIT_CPU": math.ceil(2 * TIME_LIMIT_S),
+        "RLIMIT_AS": MEMORY_LIMIT + (256 << 20),  # the interpreter itself comes on top
+        "RLIMIT_FSIZE": OUTPUT_LIMIT,  # its output is a file outside
+        "RLIMIT_NPROC": 1,
+        "RLIMIT_CORE": 0,
     }
-    request |= {"limits": limits, "depth": DEPTH_LIMIT}
-    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
-    command += ["--cap-drop", "ALL"]
-    for folder in ("/usr", "/lib", "/lib64", "/bin", sys.base_prefix):
-        command += ["--ro-bind-try", folder, folder]
-    python = os.path.realpath(sys.executable)
-    command += ["--proc", "/proc", "--chdir", "/", python, "-I", "-S", "-c", _HARNESS]
-    text = json.dumps(request)
+    request = {"program": program, "entry_point": entry_point, "arguments": arguments, "mark": _MARK}
+    text = json.dumps(request | {"limits": limits, "depth": DEPTH_LIMIT}).encode()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        try:
+            code = subprocess.run(
+                _command(), input=text, stdout=out, stderr=err, timeout=HANG_LIMIT_S, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return Outcome(None, "time limit")
+        except OSError as error:
+            return Outcome(None, str(error), Status.INFRASTRUCTURE_FAILED)
+        out.seek(0)
+        err.seek(0)
+        *_, last = [b"", *out.read(OUTPUT_LIMIT).strip().splitlines()]
+        fault = err.read(OUTPUT_LIMIT).decode(errors="replace").strip().splitlines()
+    if code != 0 or not last.startswith(_MARK.encode()):
+        return Outcome(None, fault[-1][:200] if fault else f"exit code {code}, no result")
     try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=HANG_LIMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(None, "time limit")
-    except OSError as error:
-        return Outcome(None, str(error), Status.INFRASTRUCTURE_FAILED)
-    marked = [line for line in done.stdout.splitlines() if line.startswith(mark)]
-    if done.returncode != 0 or not marked:
-        return Outcome(None, (done.stderr.strip().splitlines() or ["no result"])[-1][:200])
-    return Outcome(json.loads(marked[-1][len(mark) :]))
+        return Outcome(json.loads(last[len(_MARK) :]))
+    except (ValueError, RecursionError) as error:  # forged
+        return Outcome(None, f"result: {error}")
+
+
+def _command() -> list[str]:
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    command += ["--cap-drop", "ALL", "--proc", "/proc", "--chdir", "/"]
+    for folder in ("/usr", "/lib", "/lib64", sys.base_prefix):
+        command += ["--ro-bind-try", folder, folder]
+    return [*command, "--remount-ro", "/", os.path.realpath(sys.executable), "-I", "-S", "-c", _HARNESS]

@@ -1,0 +1,185 @@
+"""Rejection sampling (R1 section 2.3.3): draw, score, filter, join with general data; each row knows its origin.
+
+What is drawn is kept in shards as it comes, so that an interruption costs one shard.
+
+Row of samples.parquet: {"kind": "reasoning", "prompt_id": "word-1f…", "task": "word", "language": "en", "level": 2,
+"question": "…", "answer": "42", "response": "<think>\\n…", "source": "sampled:RUN ID", "checkpoint_hash": "9a…"}
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1pipe.checkpoints import file_hash
+from r1pipe.config.schema import ParentRef, RejectionConfig
+from r1pipe.data.chat import Chat
+from r1pipe.data.filters import Sampled, apply_filters
+from r1pipe.data.source import Source
+from r1pipe.ending import HELD_OUT
+from r1pipe.errors import DataError
+from r1pipe.provenance import write_json
+from r1pipe.ranks import Ranks
+from r1pipe.records import Completion, Prompt, Score, Status, Trace
+from r1pipe.rewards import score_all
+from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.run import Run, log
+
+SHARD_ROUNDS = 8  # completions per slot in one shard: few enough to lose, enough to keep the slots full
+
+
+def draw_samples(
+    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, chat: Chat, prompts: Sequence[Prompt]
+) -> list[Path]:
+    """Every shard's file, in order; those that are not there yet are drawn and scored, shared among ranks."""
+    stage = run.stage
+    per_shard = max(1, SHARD_ROUNDS * stage.sampling.slots // stage.samples_per_prompt)
+    rounds = -(-len(prompts) // (per_shard * ranks.world_size))
+    count = rounds * ranks.world_size  # as many for each rank
+    folder = run.folder.data / "shards"
+    folder.mkdir(exist_ok=True)
+    shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
+    total = len(prompts) * stage.samples_per_prompt
+    for number in range(ranks.rank, count, ranks.world_size):
+        before = total * (number - ranks.rank) // count
+
+        def progress(done: int, _: int, before: int = before) -> None:
+            run.progress("sampling", before + done * ranks.world_size, total, "completions")
+
+        if not shards[number].exists():
+            samples = _draw(run, sampler, chat, prompts[number::count], number, progress)
+            _write_rows(shards[number], [_pack(sampled) for sampled in samples])
+    ranks.barrier()
+    return shards
+
+
+def _draw(
+    run: Run[RejectionConfig],
+    sampler: Sampler,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    shard: int,
+    progress: Any,
+) -> list[Sampled]:
+    """Completions of one shard's prompts, with their scores by rule."""
+    sampling, each = run.stage.sampling, run.stage.samples_per_prompt
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        n=each,
+        seed=run.seed("sampling", shard),
+    )
+    completions = sampler.generate([chat.prompt_tokens(prompt) for prompt in prompts], params, progress)
+    for completion in completions:
+        completion.text = chat.decode(completion.tokens)
+    asked = [prompt for prompt in prompts for _ in range(each)]
+    scores = score_all(asked, completions, ["accuracy", "format", "language"])
+    return [Sampled(*sample) for sample in zip(asked, completions, scores, strict=True)]
+
+
+def choose_samples(run: Run[RejectionConfig], source: Source, shards: Sequence[Path]) -> list[Sampled]:
+    """What the filters keep of all shards; the funnel goes to data/funnel.json.
+
+    Raises DataError where nothing is left: there is nothing to learn from.
+    """
+    config = run.stage.eval
+    splits = {config.split: config.problems, "dev": config.every_problems}
+    questions = [p.question for split, n in splits.items() for p in source.prompts(split, n, HELD_OUT)]
+    drawn = [_unpack(row) for shard in shards for row in pq.read_table(shard).to_pylist()]
+    kept, funnel = apply_filters(drawn, run.stage.filters, questions)
+    write_json(
+        run.folder.data / "funnel.json", [{"name": "drawn", "kept": len(drawn), "dropped": 0}, *funnel]
+    )
+    for step in funnel:
+        log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])
+    if not kept:
+        worst = max(funnel, key=lambda step: step["dropped"])
+        raise DataError(
+            f"the filters left none of {len(drawn)} samples, {worst['dropped']} fell to '{worst['name']}'; "
+            f"see {run.folder.data / 'funnel.json'}"
+        )
+    return kept
+
+
+def build_dataset(
+    run: Run[RejectionConfig], source: Source, sampler: ParentRef, shards: Sequence[Path]
+) -> Path:
+    """Write data/samples.parquet, kept samples and general traces together, unless it is there already."""
+    path = run.folder.data / "samples.parquet"
+    if path.exists():
+        return path
+    kept = choose_samples(run, source, shards)
+    general = source.general_traces(round(run.stage.general_ratio * len(kept)), run.seed("general traces"))
+    log.info("%d reasoning samples, %d general ones", len(kept), len(general))
+    rows = [
+        {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
+        | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
+        for sample in kept
+    ] + [
+        {"kind": "general", **_prompt_row(trace.prompt), "response": trace.response}
+        | {"source": trace.source, "checkpoint_hash": None}
+        for trace in general
+    ]
+    _write_rows(path, rows)
+    return path
+
+
+def read_dataset(path: Path) -> tuple[list[Trace], str]:
+    """The traces of samples.parquet, and the hash of the file."""
+    traces = []
+    for row in pq.read_table(path).to_pylist():
+        prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
+        traces.append(Trace(prompt, row["response"], source=row["source"]))
+    return traces, file_hash(path)
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "prompt_id": prompt.id,
+        "task": prompt.task,
+        "language": prompt.language,
+        "level": prompt.level,
+        "question": prompt.question,
+        "answer": prompt.answer,
+    }
+
+
+def _pack(sample: Sampled) -> dict[str, Any]:
+    """A row of a shard: whole, so that the filters can run again without the model."""
+    return {
+        **_prompt_row(sample.prompt),
+        "checker": json.dumps(sample.prompt.checker),
+        "completion": sample.completion.text,
+        "tokens": len(sample.completion.tokens),
+        "finish_reason": sample.completion.finish_reason,
+        "scores": json.dumps({name: asdict(score) for name, score in sample.scores.items()}),
+    }
+
+
+def _unpack(row: dict[str, Any]) -> Sampled:
+    prompt = Prompt(
+        row["prompt_id"],
+        row["task"],
+        row["language"],
+        row["question"],
+        row["answer"],
+        json.loads(row["checker"]),
+        row["level"],
+    )
+    scores = {
+        name: Score(score["value"], Status(score["status"]), score["detail"])
+        for name, score in json.loads(row["scores"]).items()
+    }
+    return Sampled(prompt, Completion([], [], row["finish_reason"], row["completion"]), scores)
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Whole or not at all: a shard that exists is never drawn again."""
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+    temporary.replace(path)

@@ -1,0 +1,48 @@
+"""Rejection sampling and SFT (R1 section 2.3.3): the base learns from what the RL checkpoint does best.
+
+Draws several completions per prompt from the `grpo` checkpoint, keeps the correct and readable ones, joins
+them with general data (R1: 600k and 200k) and fine-tunes the *base*, not the RL checkpoint, for two epochs. Of
+R1's filters the kinds are published, not the thresholds; its judge model for part of the data is left out.
+
+    r1pipe run stage=rejection_sft
+    deepspeed --num_accelerators 2 --no_local_rank stages/rejection_sft.py RUN_FOLDER
+"""
+
+import sys
+
+from r1pipe.config.schema import RejectionConfig
+from r1pipe.data.source import open_data
+from r1pipe.errors import CheckpointError
+from r1pipe.ranks import Ranks
+from r1pipe.rollout import Sampler
+from r1pipe.run import open_run
+from r1pipe.sft.finetune import fine_tune
+from r1pipe.sft.rejection import build_dataset, draw_samples, read_dataset
+
+
+def main(folder: str) -> None:
+    with open_run(folder, RejectionConfig) as run:
+        stage = run.stage
+        if len(run.config.reads_from) != 1:
+            raise CheckpointError("this stage samples from one checkpoint; name its stage in stage.reads")
+        (parent,) = run.config.reads_from.values()
+        ranks = Ranks(run.config.engine)
+        chat = run.load_chat()
+        source = open_data(run.config.data, run.config.seed)
+
+        with run.phase("sampling"):
+            prompts = source.prompts("train", stage.prompts, run.seed("prompts"))
+            model = run.load_model(parent).to(ranks.device).eval()
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, stage.sampling.slots)
+            shards = draw_samples(run, ranks, sampler, chat, prompts)
+        with run.phase("filtering"):
+            if ranks.rank == 0:
+                build_dataset(run, source, parent, shards)
+            ranks.barrier()
+            traces, data_hash = read_dataset(run.folder.data / "samples.parquet")
+
+        fine_tune(run, chat, source, traces, data_hash)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -11,7 +11,7 @@ import os
 import select
 import subprocess
 import sys
-from queue import SimpleQueue
+from queue import LifoQueue
 
 from r1pipe.records import Score, Status
 from r1pipe.rewards import symbolic_worker
@@ -79,7 +79,7 @@ class Worker:
             self.process = None
 
 
-_idle: SimpleQueue[Worker] = SimpleQueue()
+_idle: LifoQueue[Worker] = LifoQueue()  # last in, first out: a warm worker comes before a cold one
 for _ in range(WORKERS):
     _idle.put(Worker())  # starts no process until it is asked
 

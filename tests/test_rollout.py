@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 
 from r1pipe.errors import ConfigError
 from r1pipe.model.cache import LatentCache, decode, prefill
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.rollout.drawing import draw, uniform_stream
-from tests.test_model import SHAPES, V2_SHAPES, ours, tiny, tokens
 
 EOS, PAD = 1, 0
+SMALL = tiny(num_hidden_layers=2, vocab_size=24, initializer_range=0.08)  # one token in 24 ends
 
 
 def prompts(count: int, config, shortest: int = 1) -> list[list[int]]:
@@ -40,11 +41,11 @@ def test_cached_decode_equals_full_forward_at_every_position(name):
         torch.testing.assert_close(logits, full[rows, positions], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("slots", [1, 3, 7, 64])
+@pytest.mark.parametrize("slots", [4, 64])
 @torch.no_grad()
 def test_reported_logprobs_equal_the_full_forward(slots):
-    """Slots are refilled, shrunk and shared by n samples: every token must still have the model's own logprob."""
-    model = ours(tiny(initializer_range=0.08))
+    """Slots are refilled, shrunk, shared by n samples: every token must keep the model's own logprob."""
+    model = ours(SMALL)
     asked = prompts(9, model.config)
     params = SamplingParams(max_tokens=24, temperature=0.7, n=3, seed=5)
     completions = Sampler(model, EOS, PAD, slots).generate(asked, params)
@@ -63,18 +64,18 @@ def test_reported_logprobs_equal_the_full_forward(slots):
 
 
 def test_completions_do_not_depend_on_the_slots():
-    model = ours(tiny(initializer_range=0.08))
-    asked = prompts(8, model.config)
-    params = SamplingParams(max_tokens=16, n=2, seed=3)
-    one, few, many = (Sampler(model, EOS, PAD, slots).generate(asked, params) for slots in (1, 5, 99))
+    model = ours(SMALL)
+    asked = prompts(5, model.config)
+    params = SamplingParams(max_tokens=12, n=2, seed=3)
+    one, few, many = (Sampler(model, EOS, PAD, slots).generate(asked, params) for slots in (1, 4, 99))
     assert [c.tokens for c in one] == [c.tokens for c in few] == [c.tokens for c in many]
     assert one[0].tokens != one[1].tokens
-    other = Sampler(model, EOS, PAD, 5).generate(asked, SamplingParams(max_tokens=16, n=2, seed=4))
+    other = Sampler(model, EOS, PAD, 5).generate(asked, SamplingParams(max_tokens=12, n=2, seed=4))
     assert [c.tokens for c in other] != [c.tokens for c in one]
 
 
 def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
-    model = ours(tiny(initializer_range=0.08))
+    model = ours(SMALL)
     asked = prompts(8, model.config)
     params = SamplingParams(max_tokens=6, n=2)
     whole = Sampler(model, EOS, PAD, 16).generate(asked, params)
@@ -102,7 +103,7 @@ def test_greedy_takes_the_most_likely_token():
 
 
 def test_ignore_eos_runs_to_the_limit_and_progress_ends_at_the_total():
-    model = ours(tiny(initializer_range=0.08))
+    model = ours(SMALL)
     calls: list[tuple[int, int]] = []
     params = SamplingParams(max_tokens=10, n=4, ignore_eos=True)
     completions = Sampler(model, EOS, PAD, 3).generate(

@@ -1,16 +1,18 @@
-"""Decoding on the latent cache: what MLA keeps of a token is its latent and one rotated key, C+R numbers a layer.
+"""Decoding on the latent cache: MLA keeps of a token its latent and one rotated key, C+R numbers.
 
 Axes as in layers.py; M is the cache's length, W = C+R the width of an entry.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from r1pipe.model.transformer import DeepseekV3
+from r1pipe.model.transformer import DecoderLayer, DeepseekV3
 
 
 class LatentCache:
-    """Entries of `slots` sequences of at most `length` tokens: entries_LSMW, latent first, then rotated key."""
+    """Entries of `slots` sequences of up to `length` tokens: entries_LSMW, latent then rotated key."""
 
     def __init__(self, model: DeepseekV3, slots: int, length: int):
         config, weight = model.config, model.lm_head.weight
@@ -50,16 +52,14 @@ def decode(
 ) -> Tensor:
     """Read one more token per slot, at `positions_S` -> logits_SV; the cache grows by these tokens.
 
-    `length` is larger than every live position: the part of the cache that is looked at. (A slot that has ended
-    may lie beyond; its logits mean nothing.)
+    `length` is larger than every live position: the part of the cache that is looked at. A slot that has
+    ended may lie beyond; its logits mean nothing.
     """
     trunk = model.model
     rotation_Sr = trunk.rotary.table(tokens_S.device).index_select(0, positions_S)
     places_M = torch.arange(length, device=tokens_S.device)
-    unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf"))
     x_SD = trunk.embed_tokens(tokens_S)
+    unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf")).to(x_SD.dtype)
     for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=True):
-        normed = layer.input_layernorm(x_SD)
-        x_SD = x_SD + layer.self_attn.decode(normed, rotation_Sr, positions_S, entries_SMW, unseen_SM)
-        x_SD = x_SD + layer.mlp(layer.post_attention_layernorm(x_SD))
+        x_SD = cast(DecoderLayer, layer).decode(x_SD, rotation_Sr, positions_S, entries_SMW, unseen_SM)
     return model.lm_head(trunk.norm(x_SD))

@@ -1,7 +1,8 @@
-"""The leaves of the model: RMSNorm, rotary positions with YaRN, and the SwiGLU of dense layers and shared experts.
+"""The leaves of the model: RMSNorm, rotary positions with YaRN, and the SwiGLU of dense and shared parts.
 
 Axes, in all of r1pipe/model: B rows, T tokens in a row, N tokens (B*T), D hidden width, H heads, E experts,
-K experts per token, I expert width, C latent width (kv_lora_rank), R rotary width, L layers, V vocabulary, S slots.
+K experts per token, I expert width, C latent width (kv_lora_rank), R rotary width, r its pairs, L layers,
+V vocabulary, S slots.
 """
 
 import math
@@ -100,7 +101,7 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (0,1), (2,3)... of the last axis [..., R] by `rotation` [..., R/2] (broadcast), in float32.
+    """Turn the pairs (0,1), (2,3)... of x [..., R] by `rotation` [..., r] (broadcast), in float32.
 
     The pairs stay where they are; transformers emits the two halves apart, which gives the same scores.
     """

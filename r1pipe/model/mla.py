@@ -11,7 +11,7 @@ LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in t
 
 
 class MLA(nn.Module):
-    """Keys and values come from one latent per token; the position goes through a rotary key shared by all heads."""
+    """Keys and values come from one latent per token; positions go through a rotary key that all share."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -33,7 +33,7 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config)
 
     def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D], rotation [..., R/2] -> queries without position [..., H, nope], and rotated [..., H, R]."""
+        """x [..., D], rotation [..., r] -> queries [..., H, nope] and rotated queries [..., H, R]."""
         config = self.config
         if config.q_lora_rank is None:
             query = self.q_proj(x)
@@ -77,10 +77,10 @@ class MLA(nn.Module):
     def decode(
         self, x_SD: Tensor, rotation_Sr: Tensor, positions_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
     ) -> Tensor:
-        """One token per slot on the cache, in absorbed form: keys and values are never expanded (V2 section 2.1.2).
+        """One token per slot on the cache, absorbed: keys and values are never expanded (V2 section 2.1.2).
 
-        q' = q_nope W_UK; scores = q' . latent + q_rope . k_rope; out = (attention . latent) W_UV. The token's own
-        entry is written to `entries_SMW` at `positions_S`; `unseen_SM` is -inf at places not to look at.
+        q' = q_nope W_UK; scores = q' . latent + q_rope . k_rope; out = (attention . latent) W_UV. The
+        token's own entry is written to `entries_SMW` at `positions_S`; `unseen_SM` is -inf where not to look.
         """
         config = self.config
         slots, length = x_SD.shape[0], unseen_SM.shape[1]
@@ -94,10 +94,16 @@ class MLA(nn.Module):
         )
         q_nope, q_rope = self.queries(x_SD, rotation_Sr)
         absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
-        query_SHW = torch.cat([absorbed, q_rope], dim=-1) * self.scale
-        scores_SHM = torch.bmm(query_SHW, seen_SMW.transpose(1, 2)) + unseen_SM.unsqueeze(1)
-        weights_SHM = scores_SHM.softmax(dim=-1, dtype=torch.float32).to(x_SD.dtype)
-        context_SHC = torch.bmm(weights_SHM, seen_SMW[..., : config.kv_lora_rank])
+        query_SHW = torch.cat([absorbed, q_rope], dim=-1)
+        # one head of H queries on keys that are their own values: a single pass over the cache
+        context_SHW = F.scaled_dot_product_attention(
+            query_SHW.unsqueeze(1),
+            seen_SMW.unsqueeze(1),
+            seen_SMW.unsqueeze(1),
+            attn_mask=unseen_SM[:, None, None],
+            scale=self.scale,
+        ).squeeze(1)
+        context_SHC = context_SHW[..., : config.kv_lora_rank]
         out_HSv = torch.bmm(context_SHC.transpose(0, 1), up_v.transpose(1, 2))
         return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
 

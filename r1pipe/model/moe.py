@@ -1,7 +1,7 @@
 """DeepSeekMoE: fine-grained routed experts beside shared ones, balanced by a bias instead of a loss.
 
-Sources: DeepSeekMoE section 3; V3 section 2.1.2 (sigmoid gate, node-limited groups, auxiliary-loss-free balancing);
-V2 section 2.2 (softmax gate). No token is ever dropped.
+Sources: DeepSeekMoE section 3; V3 section 2.1.2 (sigmoid gate, node-limited groups, balancing without an
+auxiliary loss); V2 section 2.2 (softmax gate). No token is ever dropped.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Gate(nn.Module):
         self.register_buffer("tokens_per_expert", torch.empty(config.n_routed_experts), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
-        """Casting the model (`.bfloat16()`) leaves the buffers in float32: a step of 0.001 is lost in bfloat16."""
+        """Casting the model leaves the buffers in float32: a bias step of 0.001 is lost in bfloat16."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -54,7 +54,7 @@ class Gate(nn.Module):
         return weights_NK, experts_NK
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
-        """The bias steers the choice alone, never the weights; experts outside the kept groups cannot be chosen."""
+        """The bias steers the choice alone, never the weights; experts outside the kept groups are shut."""
         config = self.config
         if config.topk_method == "noaux_tc":
             scores_NE = scores_NE + self.e_score_correction_bias
@@ -68,7 +68,7 @@ class Gate(nn.Module):
         return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _count(self, experts_NK: Tensor) -> None:
-        """Training forward passes alone count; a recomputation (non-reentrant checkpoint) runs inside backward."""
+        """Training forward passes alone count, not a checkpoint's recomputation (it runs inside backward)."""
         recomputed = torch._C._current_graph_task_id() != -1
         if self.training and torch.is_grad_enabled() and not recomputed:
             chosen = experts_NK.flatten()
@@ -76,7 +76,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' SwiGLUs in two fused parameters: gate_up_proj [E, 2I, D] (gate first), down_proj [E, D, I]."""
+    """The routed experts' SwiGLUs, fused: gate_up_proj [E, 2I, D] (gate first) and down_proj [E, D, I]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -87,8 +87,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [N, D].
 
-        Tokens are sorted by expert for one grouped matmul over the ragged groups: measured on CPU cores it beats
-        running all experts on all tokens even for 8 small experts.
+        Tokens are sorted by expert for one grouped matmul over the ragged groups: measured on CPU cores it
+        beats running all experts on all tokens even for 8 small experts.
         """
         experts, top_k = self.gate_up_proj.shape[0], experts_NK.shape[1]
         chosen, order = experts_NK.flatten().sort()
@@ -137,7 +137,7 @@ def reset_loads(model: nn.Module) -> None:
 
 @torch.no_grad()
 def update_router_bias(model: nn.Module, loads_LE: Tensor, rate: float) -> None:
-    """b += rate * sign(mean load - load), once per optimizer step on the global batch's loads (V3 section 2.1.2).
+    """b += rate * sign(mean load - load), once per optimizer step on the global batch (V3 section 2.1.2).
 
     The change's mean is taken out: a common offset changes no choice and costs precision. Softmax gates of V2
     have no bias and are left alone.

@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.self_attn, .mlp.gate, .mlp.experts...)."""
+"""The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.mlp.gate...)."""
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation_BTr, mask_BTT, keep)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+    def decode(
+        self, x_SD: Tensor, rotation_Sr: Tensor, positions_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
+    ) -> Tensor:
+        """The same for one token per slot, on this layer's cache entries (see MLA.decode)."""
+        normed_SD = self.input_layernorm(x_SD)
+        x_SD = x_SD + self.self_attn.decode(normed_SD, rotation_Sr, positions_S, entries_SMW, unseen_SM)
+        return x_SD + self.mlp(self.post_attention_layernorm(x_SD))
 
 
 class Trunk(nn.Module):
@@ -60,7 +68,7 @@ class Trunk(nn.Module):
 
 
 class DeepseekV3(nn.Module):
-    """The language model. Its initial weights are drawn from `generator` (without one: seed 0), never the global one.
+    """The language model. Initial weights are drawn from `generator` (none: seed 0), never globally.
 
     Built under `torch.device("meta")` it has shapes and no memory.
     """

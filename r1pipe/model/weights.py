@@ -17,6 +17,7 @@ from torch import Tensor
 
 from r1pipe.config.schema import ModelConfig, RopeScaling
 from r1pipe.errors import CheckpointError
+from r1pipe.model.moe import reset_loads
 from r1pipe.model.transformer import DeepseekV3
 
 CONFIG = "config.json"
@@ -148,7 +149,9 @@ def _opened(path: Path) -> Any:
 
 def _is_mtp(name: str, config: ModelConfig) -> bool:
     parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and int(parts[2]) >= config.num_hidden_layers
+    return (
+        parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= config.num_hidden_layers
+    )
 
 
 @torch.no_grad()
@@ -178,13 +181,11 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
         tensor = _stored(files, where, name)
         if tensor.shape != place.shape:
             raise CheckpointError(
-                f"{where[name]}: tensor {name} has shape {list(tensor.shape)}, {CONFIG} asks for {list(place.shape)}"
+                f"{where[name]}: tensor {name} has shape {list(tensor.shape)},"
+                f" {CONFIG} asks for {list(place.shape)}"
             )
         place.copy_(tensor)
-    for gate_loads in (
-        module.tokens_per_expert for module in model.modules() if hasattr(module, "tokens_per_expert")
-    ):
-        gate_loads.zero_()
+    reset_loads(model)
     return model
 
 

@@ -46,8 +46,8 @@ def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[
     """-> tokens_S and their log-probabilities under softmax(logits / temperature), float32.
 
     Inverse-transform sampling: the first token whose cumulative probability exceeds the uniform number; one
-    number a token instead of one per token and vocabulary entry. Greedy (temperature 0) reports softmax(logits).
-    A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have no nucleus.
+    number a token instead of one per token and vocabulary entry. Greedy reports softmax(logits).
+    A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have none.
     """
     logits_SV = logits_SV.float()
     if params.temperature not in (0.0, 1.0):

@@ -2,7 +2,7 @@
 
 `slots` sequences are decoded together. A prompt is read once and its n completions start from copies of its
 cache entries; a slot whose completion has ended takes the next one; when none is left, the batch shrinks.
-The loop looks at the device every LOOK_EVERY steps only, so that an accelerator is not waited for at each token.
+The loop looks at the device every LOOK_EVERY steps only, not to wait for an accelerator at each token.
 
 Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
 """
@@ -43,14 +43,14 @@ class Sampler:
     ) -> list[Completion]:
         """n completions per prompt, prompt by prompt in order; `text` stays empty.
 
-        A completion's random numbers depend on (seed, its prompt's place, its own place) alone. `progress` is told
-        (done, total) completions. Raises ConfigError if a prompt is empty or leaves no room for max_tokens.
+        A completion's random numbers depend on (seed, its prompt's place, its own place) alone. `progress` is
+        told (done, total) completions. Raises ConfigError where a prompt is empty or max_tokens has no room.
         """
         longest = self.model.config.max_position_embeddings
         for place, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= longest - params.max_tokens:
                 raise ConfigError(
-                    f"prompt {place} has {len(prompt)} tokens; with max_tokens={params.max_tokens} it must have"
+                    f"prompt {place} has {len(prompt)} tokens; with max_tokens={params.max_tokens} it needs"
                     f" between 1 and {longest - params.max_tokens} (model.max_position_embeddings={longest})"
                 )
         if not prompts:
@@ -110,7 +110,7 @@ class _Batch:
         return [result for result in self.results if result is not None]
 
     def _refill(self) -> None:
-        """Start the next completions in the free slots, with the first token drawn from the prefill's logits."""
+        """Start the next completions in the free slots; the prefill's logits give their first tokens."""
         free = np.flatnonzero(self.numbers < 0)
         while len(free) and self.started < self.total:
             prompt, n = self.started // self.params.n, self.params.n
@@ -156,7 +156,7 @@ class _Batch:
         self._record(where, tokens, logprobs)
 
     def _longest(self) -> int:
-        """Cache entries to look at in the next step: the longest live sequence with the token it is about to read."""
+        """Cache entries to look at in the next step: the longest live sequence with the token to read."""
         return int((self.prompt_lengths_S + self.counts_S).masked_fill(~self.live_S, 1).max())
 
     def _step(self, length: int) -> None:

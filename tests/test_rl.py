@@ -1,15 +1,29 @@
 """GRPO in exact numbers: losses, advantages, micro-batches, and the loop on a tiny model."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_runs import tiny_config, tiny_run
 
-from r1pipe.model import logprobs
-from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rl import losses
+from r1pipe import checkpoints
+from r1pipe.config.schema import RLConfig
+from r1pipe.errors import DataError, EnvironmentProblem
+from r1pipe.model import DeepseekV3, logprobs
+from r1pipe.records import Completion, Group, Prompt, Score, Status
+from r1pipe.rl import losses, scoring
 from r1pipe.rl.advantages import group_advantages, has_variance
 from r1pipe.rl.batch import Rollout, by_length, collate, rollouts_of, scored_counts, split_evenly, weights_of
+from r1pipe.rl.prompts import PromptStream, general_count
+from r1pipe.rl.rows import rows_of, summarise
+from r1pipe.rl.stage import reinforce, rules_only
+from r1pipe.rl.update import completion_logprobs
+from r1pipe.run import open_run
 
 NAN = math.nan
 
@@ -166,3 +180,211 @@ def test_collate_points_at_completion_tokens_only_and_learns_eos():
     assert micro.advantages_N.tolist() == [1, 1, 1, -1, -1]
     assert micro.weights_N.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.2])
     assert micro.reference_N is None
+
+
+def test_neither_micro_batches_nor_filling_change_the_gradient():
+    torch.manual_seed(0)
+    model = DeepseekV3(tiny_config("stage=grpo").model, torch.Generator().manual_seed(1))
+    rollouts = [rollout([1, 5], list(range(7, 7 + n)), advantage=(-1.0) ** n) for n in (1, 4, 9, 2, 6)]
+    counts = scored_counts(rollouts)
+
+    def gradient(micro_tokens: int) -> torch.Tensor:
+        model.zero_grad()
+        for rows in by_length(rollouts, micro_tokens):
+            micro = collate(rows, weights_of(rows, "token", *counts), torch.device("cpu"))
+            logprobs_N = completion_logprobs(model, micro, 1.0)
+            tensors = (micro.old_N, micro.advantages_N, micro.weights_N)
+            losses.policy_loss(logprobs_N, *tensors, clip=0.2).loss.backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+    torch.testing.assert_close(gradient(1), gradient(1000), rtol=1e-4, atol=1e-6)
+
+
+# --- rewards of a step
+
+PROMPT = Prompt("p", "word", "en", "?", "4")
+GENERAL = Prompt("g", "writing", "en", "?")
+
+
+def completion(text: str = "", reason: str = "stop") -> Completion:
+    return Completion([7, 2], [-1.0, -3.0], reason, text)
+
+
+def scores_of(monkeypatch, *rows: dict[str, Score]) -> None:
+    monkeypatch.setattr(scoring, "score_all", lambda prompts, completions, names: [dict(row) for row in rows])
+
+
+def test_a_failed_verifier_is_not_a_wrong_answer():
+    failed = {"accuracy": Score(0.0, Status.VERIFIER_FAILED), "format": Score(1.0)}
+    assert math.isnan(scoring.total_reward(failed, {"accuracy": 1.0, "format": 0.1}, 0.0, False))
+    assert scoring.total_reward(failed, {"accuracy": 0.0, "format": 0.1}, 0.0, False) == 0.1
+
+
+def test_rewards_are_summed_with_weights_and_being_cut_off_costs():
+    scores = {"accuracy": Score(1.0), "format": Score(0.5)}
+    weights = {"accuracy": 1.0, "format": 0.2, "language": 3.0}
+    assert scoring.total_reward(scores, weights, -0.5, truncated=False) == pytest.approx(1.1)
+    assert scoring.total_reward(scores, weights, -0.5, truncated=True) == pytest.approx(0.6)
+
+
+def test_judges_score_general_prompts_alone(monkeypatch):
+    scores_of(monkeypatch, {"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}, {}, {})
+    seen = []
+
+    def helpful(prompts, completions):
+        seen.extend(prompts)
+        return [Score(0.25), Score(0.75)]
+
+    groups = scoring.score_groups(
+        [PROMPT, GENERAL],
+        [completion()] * 4,
+        {"accuracy": 1.0, "helpful": 2.0},
+        {"helpful": helpful},
+        0.0,
+        True,
+    )
+    assert [group.rewards for group in groups] == [[1.0, 0.0], [0.5, 1.5]]
+    assert [group.advantages for group in groups] == [[1.0, -1.0], [-1.0, 1.0]]
+    assert seen == [GENERAL, GENERAL]
+
+
+def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monkeypatch):
+    scores_of(
+        monkeypatch,
+        {"accuracy": Score(1.0), "format": Score(1.0)},
+        {"accuracy": Score(0.0), "format": Score(1.0)},
+        {"accuracy": Score(1.0), "format": Score(0.0)},
+        {"accuracy": Score(0.0, Status.INFRASTRUCTURE_FAILED, "no sandbox"), "format": Score(0.0)},
+    )
+    completions = [completion(), completion(reason="length"), completion(), completion()]
+    groups = scoring.score_groups([PROMPT, PROMPT], completions, {"accuracy": 1.0}, {}, 0.0, True)
+    rows = rows_of(groups, lambda prompt, text: "careful")
+    metrics = summarise(rows)
+    assert metrics["rollout/truncation_rate"] == 0.25
+    assert metrics["reward/failed"] == 0.25
+    assert metrics["reward/zero_variance"] == 0.5
+    assert metrics["reward/mean"] == pytest.approx(2 / 3)
+    assert metrics["rollout/accuracy"] == metrics["reward/accuracy"] == pytest.approx(2 / 3)
+    assert metrics["rollout/format_rate"] == 0.5
+    assert metrics["train/entropy"] == 2.0
+    assert metrics["strategy/careful"] == 1.0
+    assert rows[3]["reward"] is None and rows[3]["advantage"] == 0.0
+
+
+def test_a_step_without_any_score_stops_the_run_and_says_why(monkeypatch):
+    scores_of(monkeypatch, *[{"accuracy": Score(0.0, Status.VERIFIER_FAILED, "no answer in 5 s")}] * 2)
+    groups = scoring.score_groups([PROMPT], [completion()] * 2, {"accuracy": 1.0}, {}, 0.0, True)
+    with pytest.raises(EnvironmentProblem, match=r"accuracy: verifier_failed \(no answer in 5 s\)"):
+        summarise(rows_of(groups, None))
+
+
+# --- prompts
+
+
+def stream(length: int, fits=lambda prompt: True) -> PromptStream:
+    def draw(n: int, seed: int) -> list[Prompt]:
+        return [Prompt(f"{seed}/{i}", "word", "en", "?") for i in range(min(n, length))]
+
+    return PromptStream(draw, lambda pool: 100 + pool, fits, 1000, "problems")
+
+
+def test_a_stream_goes_through_the_data_again_with_another_seed_and_can_be_taken_up_anywhere():
+    taken, cursor = stream(3).take(0, 5)
+    assert [prompt.id for prompt in taken] == ["100/0", "100/1", "100/2", "101/0", "101/1"]
+    assert stream(3).take(cursor, 1)[0][0].id == "101/2"
+
+
+def test_a_stream_passes_over_prompts_that_do_not_fit_and_ends_where_none_does():
+    taken, cursor = stream(4, lambda prompt: not prompt.id.endswith("1")).take(0, 3)
+    assert [prompt.id for prompt in taken] == ["100/0", "100/2", "100/3"] and cursor == 4
+    with pytest.raises(DataError, match="max_tokens"):
+        stream(4, lambda prompt: False).take(0, 1)
+    with pytest.raises(DataError, match="no problems"):
+        stream(0)
+
+
+def test_preference_prompts_come_in_the_last_steps_only():
+    config = tiny_config(
+        "stage=all_scenario",
+        "stage.max_steps=10",
+        "stage.preference.last_steps=3",
+        "stage.prompts_per_step=8",
+    ).stage
+    assert [general_count(config, step) for step in range(10)] == [0] * 7 + [4] * 3
+    assert general_count(replace(config, preference=None), 9) == 0
+
+
+# --- the loop, on a tiny random model
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Without what is a matter of time."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time") and "per_s" not in k} for row in rows]
+
+
+def go(folder: Path) -> None:
+    with open_run(folder, RLConfig) as run:
+        reinforce(run, rules_only)
+
+
+def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monkeypatch):
+    overrides = (
+        *("stage=grpo", "stage.max_steps=3", "stage.save_every=1", "stage.keep=9", "stage.optim.lr=0.01"),
+        *(
+            "stage.sampling.max_tokens=8",
+            "stage.reference_every=1",
+            "stage.kl_coef=0.1",
+            "stage.inner_epochs=2",
+        ),
+    )
+    whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
+    go(whole)
+
+    save = checkpoints.finish
+
+    def killed(target: Path) -> None:
+        if target.name == "step-3":
+            raise KeyboardInterrupt
+        save(target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "finish", killed)
+        go(broken)
+    assert not (broken / "record.json").exists()
+    go(broken)
+
+    assert metrics_of(broken) == metrics_of(whole)
+    assert [row["step"] for row in metrics_of(whole)] == [1, 2, 3]
+    expected = load_file(whole / "checkpoints" / "step-3" / "model.safetensors")
+    found = load_file(broken / "checkpoints" / "step-3" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    first = load_file(whole / "checkpoints" / "step-1" / "model.safetensors")
+    assert not torch.equal(first["lm_head.weight"], expected["lm_head.weight"]), "training must train"
+    assert metrics_of(whole)[0]["train/logprob_gap"] < 1e-4
+    rollouts = pq.read_table(whole / "rollouts" / "step-3.parquet").to_pylist()
+    assert len(rollouts) == 16 and {"completion", "advantage", "score_format"} <= rollouts[0].keys()
+
+
+def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
+    """The reward is the share of even token ids, which is a half to begin with."""
+
+    def even_share(prompts, completions, names):
+        evens = [sum(token % 2 == 0 for token in c.tokens) / len(c.tokens) for c in completions]
+        return [{"accuracy": Score(value), "format": Score(0.0), "language": Score(0.0)} for value in evens]
+
+    monkeypatch.setattr(scoring, "score_all", even_share)
+    folder = tiny_run(
+        tmp_path / "run",
+        *("stage=grpo", "stage.max_steps=12", "stage.save_every=0", "stage.prompts_per_step=8"),
+        *(
+            "stage.group_size=8",
+            "stage.sampling.max_tokens=8",
+            "stage.sampling.slots=64",
+            "stage.optim.lr=0.02",
+        ),
+        *("stage.loss_mean=token", "stage.rewards.unfinished=0.0"),
+    )
+    go(folder)
+    curve = [row["reward/mean"] for row in metrics_of(folder)]
+    assert curve[0] < 0.65 and curve[-1] > 0.9

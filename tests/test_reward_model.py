@@ -1,0 +1,157 @@
+"""Reward models: losses by hand, no influence of padding, what each kind reads, checkpoints, the stage."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_runs import tiny_config, tiny_run
+
+from r1pipe.data.chat import Chat, compose_response
+from r1pipe.errors import CheckpointError
+from r1pipe.model import DeepseekV3
+from r1pipe.paths import content_dir
+from r1pipe.records import Completion, Prompt
+from r1pipe.rewards import models, quality
+
+PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat.load(content_dir() / "tokenizer")
+
+
+def random_model() -> models.RewardModel:
+    model = models.RewardModel(DeepseekV3(tiny_config("stage=reward_model").model))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def test_losses_by_hand():
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])
+    expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
+    assert models.bradley_terry_loss(chosen, rejected).item() == pytest.approx(expected)
+    scores, safe = torch.tensor([1.0, 1.0]), torch.tensor([1.0, 0.0])
+    assert models.point_wise_loss(scores, safe).item() == pytest.approx(expected)
+
+
+def test_bradley_terry_pulls_the_pair_apart_most_where_it_is_wrong():
+    chosen = torch.tensor([0.0, -3.0], requires_grad=True)
+    models.bradley_terry_loss(chosen, torch.zeros(2)).backward()
+    assert chosen.grad.tolist() == pytest.approx([-0.25, -0.5 / (1 + math.exp(-3))])
+
+
+def test_a_score_does_not_depend_on_the_batch_it_comes_in(chat):
+    model = random_model()
+    rows = [chat.encode("one two three four five " * n) for n in (1, 7, 3)]
+    together = models.score_rows(model, rows, chat.pad_id)
+    alone = [models.score_rows(model, [row], chat.pad_id)[0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) == 3
+
+
+def test_helpful_reads_the_summary_alone_and_harmless_all(chat):
+    one, other = (compose_response(reasoning, "A fox ran.") for reasoning in ("Plan.", "Quite another plan."))
+    helpful, harmless = (
+        [models.judged_tokens(kind, chat, PROMPT, text) for text in (one, other)] for kind in models.KINDS
+    )
+    assert helpful[0] == helpful[1] == chat.example(PROMPT, "A fox ran.").tokens
+    assert helpful[0][-1] == chat.eos_id
+    assert harmless[0] != harmless[1] and harmless[0] == chat.example(PROMPT, one).tokens
+
+
+def test_what_has_no_summary_or_no_end_earns_nothing(chat):
+    judge = models.Judge(random_model(), models.HELPFUL, chat)
+    good = compose_response("Plan.", "A fox ran.")
+    texts = [(good, "stop"), (good, "length"), ("A fox ran.", "stop"), ("<think>\nPlan.", "stop")]
+    completions = [Completion([], [], reason, text) for text, reason in texts]
+    values = [score.value for score in judge([PROMPT] * 4, completions)]
+    assert 0 < values[0] < 1 and values[1:] == [0.0, 0.0, 0.0]
+
+
+def test_standardised_scores_have_mean_0_and_deviation_1(chat):
+    model = random_model()
+    rows = [chat.encode("word " * n) for n in range(1, 9)]
+    models.standardise(model, models.score_rows(model, rows, chat.pad_id))
+    scores = torch.tensor(models.score_rows(model, rows, chat.pad_id))
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_saved_model_scores_the_same_and_a_damaged_one_is_named(tmp_path, chat):
+    model, rows = random_model(), [chat.encode("a fox"), chat.encode("the answer is 4")]
+    models.save_reward_model(model, tmp_path)
+    loaded = models.load_reward_model(tmp_path)
+    assert models.score_rows(loaded, rows, chat.pad_id) == models.score_rows(model, rows, chat.pad_id)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["DeepseekV3ForSequenceClassification"]
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        models.load_reward_model(tmp_path)
+
+
+def test_quality_by_hand():
+    assert quality.pair_accuracy([1.0, 2.0, 3.0, 0.0], [0.0, 3.0, 3.0, -1.0]) == pytest.approx(2.5 / 4)
+    assert quality.auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
+    assert quality.auc([1.0, 1.0], [True, False]) == 0.5
+    assert quality.auc([1.0, 2.0], [True, True]) is None
+    assert quality.length_correlation([1.0, 2.0, 3.0], [30, 20, 10]) == pytest.approx(-1.0)
+    assert quality.length_correlation([1.0, 1.0], [1, 2]) is None
+
+
+def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
+    stage = load_stage()
+    overrides = (
+        *(
+            "stage=reward_model",
+            "stage.pairs=64",
+            "stage.labels=64",
+            "stage.held_out=64",
+            "stage.batch_size=16",
+        ),
+        *(
+            "stage.max_steps=0",
+            "stage.epochs=4",
+            "stage.optim.lr=0.003",
+            "stage.save_every=8",
+            "stage.keep=9",
+        ),
+    )
+    whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
+    stage.main(str(whole))
+    trained = stage.train_reward_model
+    calls = []
+
+    def killed(run, examples, first, steps, resumes):
+        calls.append(examples.kind)
+        if examples.kind == models.HARMLESS and len(calls) == 2:
+            raise KeyboardInterrupt
+        trained(run, examples, first, steps, resumes)
+
+    monkeypatch.setattr(stage, "train_reward_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.main(str(broken))
+    stage.main(str(broken))
+    for kind in models.KINDS:
+        files = [
+            folder / "checkpoints" / "step-32" / kind / "model.safetensors" for folder in (whole, broken)
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes(), kind
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 33))
+    found = json.loads((whole / "evaluation.json").read_text())["reward_models"]
+    assert found["helpful"]["pairs"] == found["harmless"]["labels"] == 64
+    assert found["helpful"]["accuracy"] > 0.55 and found["harmless"]["accuracy"] > 0.6
+
+
+def load_stage():
+    import importlib.util
+
+    from r1pipe.paths import stages_dir
+
+    spec = importlib.util.spec_from_file_location("stage_reward_model", stages_dir() / "reward_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

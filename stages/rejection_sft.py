@@ -1,8 +1,8 @@
 """Rejection sampling and SFT (R1 section 2.3.3): the base learns from what the RL checkpoint does best.
 
 Draws several completions per prompt from the `grpo` checkpoint, keeps the correct and readable ones, joins
-them with general data (R1: 600k and 200k) and fine-tunes the *base*, not the RL checkpoint, for two epochs. Of
-R1's filters the kinds are published, not the thresholds; its judge model for part of the data is left out.
+them with general data (R1: 600k and 200k) and fine-tunes the *base*, not the RL checkpoint, for two epochs.
+Of R1's filters the kinds are published, not the thresholds; its judge model for some of the data is left out.
 
     r1pipe run stage=rejection_sft
     deepspeed --num_accelerators 2 --no_local_rank stages/rejection_sft.py RUN_FOLDER

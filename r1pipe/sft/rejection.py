@@ -1,9 +1,10 @@
-"""Rejection sampling (R1 section 2.3.3): draw, score, filter, join with general data; each row knows its origin.
+"""Rejection sampling (R1 section 2.3.3): draw, score, filter, join with general data.
 
 What is drawn is kept in shards as it comes, so that an interruption costs one shard.
 
-Row of samples.parquet: {"kind": "reasoning", "prompt_id": "word-1f…", "task": "word", "language": "en", "level": 2,
-"question": "…", "answer": "42", "response": "<think>\\n…", "source": "sampled:RUN ID", "checkpoint_hash": "9a…"}
+Each row of samples.parquet knows where it comes from: {"kind": "reasoning", "prompt_id": "word-1f…",
+"task": "word", "language": "en", "level": 2, "question": "…", "answer": "42", "response": "<think>\\n…",
+"source": "sampled:RUN ID", "checkpoint_hash": "9a…"}
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Answers questions with a checkpoint; what `r1pipe generate` and `r1pipe chat` run. No DeepSpeed, one process.
+"""Answers questions with a checkpoint: what `r1pipe generate` and `r1pipe chat` run. No DeepSpeed here.
 
     python stages/generate.py CHECKPOINT_FOLDER "Use 3, 5 and 7 to make 22."     one or more questions
     python stages/generate.py CHECKPOINT_FOLDER --json < questions.txt           one question a line

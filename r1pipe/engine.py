@@ -172,7 +172,8 @@ class Engine(Ranks):
         """One optimizer step.
 
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
-        All ranks must give the same number of closures (`agree_max`, then repeats of weight zero).
+        Ranks may give different numbers of closures, at least one each: those with fewer repeat their last
+        one at weight zero, because under ZeRO every forward and backward pass takes all ranks.
         """
         self.module.train()
         if self.router:
@@ -182,8 +183,10 @@ class Engine(Ranks):
             loss = self._ds(closure)
             self._ds.backward(loss)
             total += loss.item()
+        loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
+        for _ in range(self.agree_max(len(micro_losses)) - len(micro_losses)):
+            self._ds.backward(0.0 * self._ds(micro_losses[-1]))
         self._ds.step()
-        loads_LE = expert_loads(self.module) if self.router else None
         loss_mean, loads_LE = self._sum_step(total, loads_LE)
         if self.router and loads_LE is not None:
             update_router_bias(self.module, loads_LE, self.router.bias_rate)

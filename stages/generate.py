@@ -79,7 +79,7 @@ def show(question: str, completion: Completion, as_json: bool) -> None:
         print(completion.text + (" […]" if completion.truncated else ""), end="\n\n", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Answer questions with a checkpoint.")
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("questions", nargs="*", help="none: lines of standard input")
@@ -89,12 +89,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="share of probability that is sampled from")
     parser.add_argument("--max-tokens", type=int, help="longest answer; none: what the context leaves")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
-    return parser.parse_args()
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":
     try:
-        main(parse())
+        main(parse(sys.argv[1:]))
     except R1pipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,171 @@
+"""The engine: the same training whatever the ranks, micro-batches and ZeRO level; exact resume."""
+
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import OPTIM, ROUTER, engine_config, tiny_model
+from torch.nn.functional import cross_entropy
+
+from r1pipe.engine import Engine, _load_tensors, lr_factor
+from r1pipe.errors import CheckpointError, ConfigError
+
+STEPS = 3
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(0, 100, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model, rows) -> torch.Tensor:
+    logits = model(rows[:, :-1])
+    return cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def engine(level: int = 0, precision: str = "fp32", optim=OPTIM, model=None) -> Engine:
+    made = Engine(model or tiny_model(), optim, ROUTER, engine_config(1, level, precision), total_steps=10)
+    return made
+
+
+def whole(made: Engine):
+    return made.train_step([lambda: loss_of(made.module, batch())])
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> list:
+    made = engine()
+    return [whole(made) for _ in range(STEPS)]
+
+
+def test_loss_falls_and_learning_rate_follows_the_schedule(one_rank):
+    losses = [stats.loss for stats in one_rank]
+    assert losses[0] > losses[1] > losses[2]
+    assert [stats.lr for stats in one_rank] == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_shares_of_the_loss_add_up(one_rank):
+    made = engine()
+    first, rest = batch().split([2, 6])
+    stats = [
+        made.train_step(
+            [lambda: loss_of(made.module, first) * 0.25, lambda: loss_of(made.module, rest) * 0.75]
+        )
+        for _ in range(STEPS)
+    ]
+    assert [s.loss for s in stats] == pytest.approx([s.loss for s in one_rank], rel=1e-5)
+    assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_zero_levels_train_alike(one_rank, level):
+    made = engine(level)
+    stats = [whole(made) for _ in range(STEPS)]
+    assert [s.loss for s in stats] == pytest.approx([s.loss for s in one_rank], rel=1e-4)
+    assert [s.grad_norm for s in stats] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3)
+
+
+def test_bf16_keeps_float32_masters(one_rank):
+    made = engine(1, "bf16")
+    stats = [whole(made) for _ in range(STEPS)]
+    assert [s.loss for s in stats] == pytest.approx([s.loss for s in one_rank], rel=0.02)
+    assert made.module.lm_head.weight.dtype == torch.bfloat16
+    gate = made.module.model.layers[1].mlp.gate
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    with pytest.raises(ConfigError, match="zero_level=1"):
+        engine(0, "bf16")
+
+
+def test_gradients_are_clipped_and_the_norm_is_the_one_before():
+    free, tight = (engine(optim=replace(OPTIM, grad_clip=clip)) for clip in (1e9, 1e-3))
+    assert whole(free).grad_norm == pytest.approx(whole(tight).grad_norm)
+    clipped = [p.grad for p in tight.module.parameters()]
+    assert all(g is None for g in clipped)  # nothing is carried into the next step
+    before = tight.module.lm_head.weight.clone()
+    tight._ds.zero_grad = lambda: None
+    whole(tight)
+    total = torch.stack([p.grad.norm() for p in tight.module.parameters()]).norm()
+    assert total.item() == pytest.approx(1e-3, rel=1e-3)
+    assert not torch.equal(before, tight.module.lm_head.weight)
+
+
+def test_weight_decay_is_on_matrices_only():
+    made = engine(optim=replace(OPTIM, weight_decay=0.5, warmup_steps=0, schedule="constant"))
+    norm, matrix = made.module.model.norm.weight, made.module.lm_head.weight
+    norm_before, matrix_before = norm.clone(), matrix.clone()
+    made.train_step([lambda: 0.0 * loss_of(made.module, batch())])
+    assert torch.equal(norm, norm_before)
+    assert torch.allclose(matrix, matrix_before * (1 - 0.01 * 0.5))
+
+
+def test_router_bias_moves_once_per_step_against_the_load(one_rank):
+    made = engine()
+    gate = made.module.model.layers[1].mlp.gate
+    loads_E = whole(made).loads_LE[0]
+    assert loads_E.sum() == 8 * 11 * 2  # every token, two experts each, no matter how many micro-batches
+    busiest, idlest = loads_E.argmax(), loads_E.argmin()
+    assert gate.e_score_correction_bias[busiest] < 0 < gate.e_score_correction_bias[idlest]
+    assert gate.e_score_correction_bias.abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("level", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_resume_is_exact(tmp_path, level, precision):
+    made = engine(level, precision)
+    whole(made)
+    made.save(tmp_path / "engine", {"step": 1, "cursor": [3, 4]})
+    expected = [whole(made).loss for _ in range(2)]
+    again = engine(level, precision)
+    assert again.load(tmp_path / "engine") == {"step": 1, "cursor": [3, 4]}
+    assert [whole(again).loss for _ in range(2)] == expected
+    other = engine(1)
+    with pytest.raises(CheckpointError, match=f"at ZeRO {level}"):
+        other.load(tmp_path / "engine")
+
+
+def test_saved_state_cannot_carry_code(tmp_path):
+    torch.save({"evil": Path("/")}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
+        _load_tensors(str(tmp_path / "state.pt"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
+)
+def test_schedules(schedule, middle, last):
+    factor = lr_factor(replace(OPTIM, schedule=schedule), total_steps=13)
+    values = [factor(0), factor(1), factor(2), factor(7), factor(12), factor(20)]
+    assert values == pytest.approx([0.5, 1.0, 1.0, middle, last, last])
+
+
+def test_two_ranks_train_as_one(tmp_path, one_rank):
+    here = Path(__file__).parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launcher = Path(sys.executable).with_name("deepspeed")
+    line = [launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*map(str, line), str(here / "two_ranks.py"), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for level, found in json.loads((tmp_path / "found.json").read_text()).items():
+        assert found["losses"] == pytest.approx([s.loss for s in one_rank], rel=1e-4), level
+        assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level
+        assert found["weights"][0] == found["weights"][1], level
+        assert found["sums"] == [2.0, 1.0]
+        assert found["loads"][0] == one_rank[0].loads_LE.tolist(), (
+            level
+        )  # repeats for the other rank not counted

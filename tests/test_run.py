@@ -1,0 +1,153 @@
+"""The run folder from the job's side: streams, metrics, whole checkpoints, errors, the record."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
+
+from r1pipe import checkpoints
+from r1pipe.config.schema import ParentRef, PretrainConfig
+from r1pipe.data.chat import Chat
+from r1pipe.engine import Engine
+from r1pipe.errors import CheckpointError, DataError
+from r1pipe.model import load_pretrained
+from r1pipe.paths import stages_dir
+from r1pipe.run import open_run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_run(tmp_path / "run", tiny("pretrain", "stage.keep=2"))
+
+
+def test_random_streams_depend_on_seed_name_and_step_alone(folder):
+    with open_run(folder) as run:
+        torch.manual_seed(1)
+        first = run.rng("order", 3).integers(1 << 30, size=4).tolist()
+        run.rng("sampling").integers(10)
+        assert run.rng("order", 3).integers(1 << 30, size=4).tolist() == first
+        assert len({run.seed("order", 3), run.seed("order", 4), run.seed("sampling", 3)}) == 3
+        drawn = torch.rand(2, generator=run.generator("order"))
+        assert torch.equal(drawn, torch.rand(2, generator=run.generator("order")))
+
+
+def test_a_users_error_is_one_line_and_exit_code_2(folder):
+    with pytest.raises(SystemExit) as left, open_run(folder):
+        raise DataError("corpus.json:3 has no column text; add it")
+    assert left.value.code == 2
+    assert (folder / "error.txt").read_text() == "corpus.json:3 has no column text; add it\n"
+
+
+def test_a_stage_script_refuses_the_config_of_another(tmp_path):
+    folder = write_run(tmp_path / "run", tiny("cold_start"))
+    with pytest.raises(SystemExit), open_run(folder, PretrainConfig):
+        pass
+    assert "is for cold_start.py" in (folder / "error.txt").read_text()
+
+
+def test_other_errors_are_not_swallowed(folder):
+    with pytest.raises(ZeroDivisionError), open_run(folder):
+        _ = 1 / 0
+    assert not (folder / "error.txt").exists()
+
+
+def save(run, engine, step):
+    return run.save_checkpoint(engine, step, {"cursor": step})
+
+
+def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), 10)
+    with open_run(folder) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"train/loss": float(step)})
+            save(run, engine, step)
+        run.log(4, {"train/loss": 4.0})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tr')  # a line that a kill cut off
+    assert checkpoints.steps(folder / "checkpoints") == [2, 3]
+    newest = folder / "checkpoints" / "step-3"
+    (newest.with_name(".step-9.unfinished")).mkdir()
+    checkpoints.verify(newest, checkpoints.manifest_hash(newest), engine=True)
+    loaded, chat = load_pretrained(newest), Chat.load(newest)
+    assert torch.equal(loaded.lm_head.weight, engine.module.lm_head.weight)
+    generation = json.loads((newest / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == chat.eos_id != generation["pad_token_id"]
+    with open_run(folder) as run:
+        assert run.resume(engine) == (3, {"cursor": 3})
+        save(run, engine, 4)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-3", "step-4"]
+
+
+def test_a_run_without_a_checkpoint_starts_its_metrics_anew(folder):
+    with open_run(folder) as run:
+        run.log(1, {"train/loss": 1.0})
+        assert run.resume(None) == (0, {})
+    assert (folder / "metrics.jsonl").read_text() == ""
+
+
+def test_a_changed_checkpoint_is_refused_by_file(folder):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), 10)
+    with open_run(folder) as run:
+        made = save(run, engine, 1)
+        parent = ParentRef("pretrain", "run", str(made), checkpoints.manifest_hash(made))
+        assert run.load_model(parent).config.hidden_size == 32
+        with (made / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\x01")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was saved"):
+            run.load_model(parent)
+        (made / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
+            run.load_model(parent)
+        with pytest.raises(CheckpointError, match="no manifest"):
+            checkpoints.verify(folder)
+
+
+def test_another_chat_format_is_refused(folder, tmp_path):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), 10)
+    with open_run(folder) as run:
+        made = save(run, engine, 1)
+        settings = json.loads((made / "tokenizer_config.json").read_text())
+        settings["chat_template"] += " "
+        (made / "tokenizer_config.json").write_text(json.dumps(settings))
+        run.config.reads_from["grpo"] = ParentRef("grpo", "run", str(made), "")
+        with pytest.raises(CheckpointError, match="another tokenizer or chat template"):
+            run.load_chat()
+
+
+def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
+    """pretrain, then the stage that measures its checkpoint, then questions: the files that others rely on."""
+    first = write_run(tmp_path / "first", tiny("pretrain", "stage.max_steps=3", "stage.eval.every=2"))
+    script("pretrain.py")["main"](first)
+    record = json.loads((first / "record.json").read_text())
+    assert record["steps"] == 3 and record["checkpoint"] == "checkpoints/step-3"
+    assert {"starting", "update", "evaluating", "saving"} <= record["seconds"].keys()
+    lines = [json.loads(line) for line in (first / "metrics.jsonl").read_text().splitlines()]
+    assert "eval/pass_at_1" in lines[1] and "eval/pass_at_1" not in lines[0]
+    evaluation = json.loads((first / "evaluation.json").read_text())
+    assert evaluation == record["metrics"] and evaluation["problems"] == 4
+    assert len(json.loads((first / "samples.json").read_text())) == 2
+
+    config = tiny("base")
+    checkpoint = str(first / record["checkpoint"])
+    config.weights_from = ParentRef("pretrain", "first", checkpoint, record["checkpoint_hash"])
+    second = write_run(tmp_path / "second", config)
+    config.weights_from = None
+    script("evaluate.py")["main"](second)
+    adopted = json.loads((second / "record.json").read_text())
+    assert adopted["parents"]["weights"]["checkpoint"] == checkpoint
+    assert adopted["checkpoint_hash"] == record["checkpoint_hash"]
+    generate = script("generate.py")
+    folder = str(second / adopted["checkpoint"])
+    generate["main"](generate["parse"]([folder, "--json", "--max-tokens", "3", "1+1?", "2+2?"]))
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [answer["question"] for answer in answers] == ["1+1?", "2+2?"]
+    assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}
+
+
+def script(name: str) -> dict:
+    return runpy.run_path(str(stages_dir() / name))

@@ -1,0 +1,190 @@
+"""Supervised training: the loss is of responses alone, packing changes nothing, resume repeats nothing."""
+
+import json
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from jobs import engine_config, tiny, tiny_model, write_run
+
+from r1pipe.config.schema import ParentRef
+from r1pipe.data.chat import Chat
+from r1pipe.data.packing import collate
+from r1pipe.data.source import open_data
+from r1pipe.engine import Engine
+from r1pipe.errors import DataError
+from r1pipe.paths import content_dir
+from r1pipe.ranks import Ranks
+from r1pipe.records import Completion, Prompt, Trace
+from r1pipe.run import open_run
+from r1pipe.sft import rejection
+from r1pipe.sft.finetune import pack_traces
+from r1pipe.sft.loop import epochs_of, micro_losses, steps_in, train
+from r1pipe.sft.losses import cross_entropy_sum
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat.load(content_dir() / "tokenizer")
+
+
+TRACES = [
+    Trace(
+        Prompt(f"p{i}", "word", "en", f"What is {i} plus {i}?"),
+        f"<think>\n{i}+{i}\n</think>\n\nIt is {2 * i}.",
+    )
+    for i in range(12)
+]
+
+
+def test_loss_is_of_response_tokens_alone(chat):
+    model, (row,) = tiny_model(), pack_traces(chat, TRACES[:1], 128)
+    batch = collate([row], chat.pad_id)
+    logprobs_TV = model(batch.tokens_BT)[0, :-1].log_softmax(-1)
+    answer = [*chat.encode(TRACES[0].response), chat.eos_id]
+    start = len(row.tokens) - len(answer)
+    expected = -sum(logprobs_TV[start + i - 1, token].item() for i, token in enumerate(answer))
+    assert cross_entropy_sum(model, batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_packing_changes_neither_loss_nor_gradient(chat):
+    alone = [row for trace in TRACES for row in pack_traces(chat, [trace], 128)]
+    packed = pack_traces(chat, TRACES, 128)
+    assert len(packed) < len(alone)
+    found = []
+    for rows in (alone, packed):
+        model = tiny_model()
+        loss = cross_entropy_sum(model, collate(rows, chat.pad_id))
+        loss.backward()
+        found.append((loss.item(), model.model.embed_tokens.weight.grad))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
+    rows = pack_traces(chat, TRACES, 64)[:5]
+    model = tiny_model()
+    learned = sum(row.learned for row in rows)
+    mean = (cross_entropy_sum(model, collate(rows, chat.pad_id)) / learned).item()
+
+    class OfTwo:
+        module, world_size, device = model, 2, torch.device("cpu")
+
+        def __init__(self, rank):
+            self.rank = rank
+
+    of_ranks = [sum(share().item() for share in micro_losses(OfTwo(r), rows, 2, chat.pad_id)) for r in (0, 1)]
+    assert sum(of_ranks) / 2 == pytest.approx(mean, rel=1e-5)
+
+
+def test_traces_that_cannot_be_trained_on_are_named(chat):
+    with pytest.raises(DataError, match="no worked solutions"):
+        pack_traces(chat, [], 128)
+    with pytest.raises(DataError, match="sequence_length=8"):
+        pack_traces(chat, TRACES, 8)
+
+
+def run_training(folder, chat, steps, stop=None):
+    """Train on the traces; `stop` interrupts after so many steps, as a kill would."""
+    losses = []
+    with open_run(folder) as run:
+        rows = pack_traces(chat, TRACES * 3, 64)
+        total = steps_in(len(rows), 4, epochs=2, max_steps=steps)
+        engine = Engine(tiny_model(), run.stage.optim, run.stage.router, engine_config(), total)
+        whole = run.log
+
+        def interrupted(step, metrics):
+            whole(step, metrics)
+            losses.append(metrics["train/loss"])
+            if step == stop:
+                raise InterruptedError
+
+        run.log = interrupted
+        with suppress(InterruptedError):
+            train(run, engine, epochs_of(run, rows, 4), total, chat.pad_id, dict)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines, losses
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(tmp_path, chat):
+    config = tiny("cold_start", "stage.save_every=3", "stage.eval.every=0")
+    whole, _ = run_training(write_run(tmp_path / "whole", config), chat, 8)
+    cut = write_run(tmp_path / "cut", config)
+    run_training(cut, chat, 8, stop=5)
+    resumed, losses = run_training(cut, chat, 8)
+    assert len(losses) == 5  # from step 3 on, where the last checkpoint was
+    kept = ("step", "train/loss", "train/lr", "train/grad_norm", "router/max_vio")
+    assert [{k: row[k] for k in kept} for row in resumed] == [{k: row[k] for k in kept} for row in whole]
+    weights = [
+        (tmp_path / name / "checkpoints" / "step-8" / "model.safetensors").read_bytes()
+        for name in ("whole", "cut")
+    ]
+    assert weights[0] == weights[1]
+    again, losses = run_training(cut, chat, 8)
+    assert losses == [] and again == resumed  # a finished training trains no more
+
+
+def test_the_loop_learns(tmp_path, chat):
+    config = tiny("cold_start", "stage.eval.every=0", "stage.optim.lr=0.01", "stage.optim.warmup_steps=1")
+    lines, _ = run_training(write_run(tmp_path / "run", config), chat, 10)
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 1
+    assert lines[0]["train/loss"] == pytest.approx(math.log(config.model.vocab_size), abs=0.5)
+    assert all(row["train/tokens_per_s"] > 0 for row in lines)
+
+
+class RightHalfTheTime:
+    """A sampler that answers every other time with what the source itself would write."""
+
+    def __init__(self, chat, answers):
+        self.chat, self.answers, self.calls = chat, answers, 0
+
+    def generate(self, prompts, params, progress=None):
+        self.calls += 1
+        made = []
+        for tokens in prompts:
+            for draw in range(params.n):
+                text = self.answers[tuple(tokens)] if draw % 2 else "I give up."
+                made.append(Completion([*self.chat.encode(text), self.chat.eos_id], [], "stop"))
+        return made
+
+
+@pytest.fixture
+def sampled(tmp_path, chat):
+    config = tiny("rejection_sft", "stage.prompts=20", "stage.samples_per_prompt=2", "data.tasks=[word]")
+    folder = write_run(tmp_path / "run", config)
+    source = open_data(config.data, config.seed)
+    traces = source.traces(30, 1, {}, True)
+    answers = {tuple(chat.prompt_tokens(trace.prompt)): trace.response for trace in traces}
+    return folder, source, [trace.prompt for trace in traces], RightHalfTheTime(chat, answers)
+
+
+def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat, monkeypatch):
+    folder, source, prompts, sampler = sampled
+    monkeypatch.setattr(rejection, "SHARD_ROUNDS", 1)
+    parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
+    with open_run(folder) as run:
+        run.stage.sampling.slots = 16
+        ranks = Ranks(engine_config())
+        shards = rejection.draw_samples(run, ranks, sampler, chat, prompts)
+        assert len(shards) == sampler.calls == 4
+        shards[2].unlink()  # what a kill would have cost
+        assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
+        assert sampler.calls == 5
+        traces, data_hash = rejection.read_dataset(rejection.build_dataset(run, source, parent, shards))
+    funnel = json.loads((folder / "data" / "funnel.json").read_text())
+    assert funnel[0] == {"name": "drawn", "kept": 60, "dropped": 0}
+    assert funnel[1]["name"] == "correct" and funnel[1]["dropped"] == 30 and funnel[1]["examples"]
+    reasoning = [trace for trace in traces if trace.source == "sampled:grpo-s0-1"]
+    assert 0 < len(reasoning) <= 30
+    assert len(traces) - len(reasoning) == round(len(reasoning) / 3)
+    assert all(trace.source for trace in traces) and len(data_hash) == 64
+
+
+def test_when_nothing_is_kept_the_worst_filter_is_named(sampled, chat):
+    folder, source, prompts, sampler = sampled
+    sampler.answers = dict.fromkeys(sampler.answers, "No idea.")
+    with pytest.raises(SystemExit), open_run(folder) as run:
+        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, chat, prompts)
+        rejection.choose_samples(run, source, shards)
+    assert "60 fell to 'correct'" in (folder / "error.txt").read_text()

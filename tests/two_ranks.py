@@ -1,0 +1,41 @@
+"""Run by the launcher on two ranks, from test_engine.py: trains at each ZeRO level, writes what came out."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from jobs import OPTIM, ROUTER, engine_config, tiny_model
+from test_engine import STEPS, batch, loss_of
+
+from r1pipe.engine import Engine
+
+
+def weighted(model, rows, weight):
+    return loss_of(model, rows) * weight
+
+
+torch.set_num_threads(1)
+found = {}
+for level in (0, 1, 2, 3):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(2, level), total_steps=10)
+    rows = batch()[engine.rank :: 2]
+    # the first rank has one micro-batch, the second has two
+    parts = [rows] if engine.rank == 0 else list(rows.split(2))
+    shares = [(part, len(part) / len(rows)) for part in parts]
+    micro_losses = [partial(weighted, engine.module, part, weight) for part, weight in shares]
+    stats = [engine.train_step(micro_losses) for _ in range(STEPS)]
+    with engine.gathered() as model:
+        weights = sum(p.double().abs().sum().item() for p in model.parameters())
+    found[level] = {
+        "losses": [s.loss for s in stats],
+        "norms": [s.grad_norm for s in stats],
+        "loads": [s.loads_LE.tolist() for s in stats],
+        "weights": engine.all_gather_objects(weights),
+        "sums": engine.sum_over_ranks([1.0, engine.rank]),
+    }
+    engine.save(Path(sys.argv[1]) / f"level-{level}", {"step": STEPS})
+    assert engine.load(Path(sys.argv[1]) / f"level-{level}") == {"step": STEPS}
+if engine.rank == 0:
+    (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))

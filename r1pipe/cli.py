@@ -4,6 +4,7 @@ Every error that a user can cause ends here, as one line and exit code 2.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,8 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="DeepSeek-R1's recipe as a pipeline of DeepSpeed jobs, each handed to the next with its lineage.",
-    epilog="OVERRIDES are Hydra's, everywhere: group=option for stage, recipe, model, data, engine and "
-    "tracking; key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest finished run), or "
+    epilog="OVERRIDES are Hydra's, everywhere: group=option (stage, recipe, model, data, engine, tracking), "
+    "key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest finished run), or "
     "models:/name@alias.",
 )
 
@@ -143,15 +144,73 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
 
 
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
+TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
+
+
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="questions; none: lines of standard input")
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUESTIONS] [OVERRIDES]...", help="none: one per line of standard input"),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")] = 0,
 ) -> int:
-    """Answer questions with a checkpoint."""
-    raise NotImplementedError
+    """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME.
+    """
+    asked, overrides = split(questions or [])
+    settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
+    return answer(checkpoint, overrides, settings, ["--json"] if as_json else [], asked)
+
+
+@app.command()
+def chat(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")] = 0,
+) -> int:
+    """Ask a checkpoint question by question, until the input ends."""
+    settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
+    return answer(checkpoint, overrides or [], settings, ["--chat"], [])
+
+
+def answer(
+    checkpoint: str,
+    overrides: list[str],
+    settings: dict[str, float | None],
+    flags: list[str],
+    questions: list[str],
+) -> int:
+    """Run stages/generate.py, which loads the model; its exit code."""
+    from r1pipe import launch, lineage
+
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(overrides)))
+    options = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return launch.script("generate.py", [*options, *flags, "--", parent.checkpoint, *questions])
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
+    overrides: Overrides = None,
+) -> int:
+    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
+    from r1pipe import launch, lineage
+
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(overrides or [])))
+    return launch.script("export.py", [parent.checkpoint, str(folder)])
 
 
 @app.command()
@@ -171,8 +230,11 @@ def compare(
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Names and overrides, told apart by the `=`."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    """Other words, and overrides: those that begin with a key of the config and `=`."""
+    from r1pipe.config.compose import TOP_KEYS
+
+    overrides = [word for word in words if "=" in word and re.split(r"[.=]", word)[0] in TOP_KEYS]
+    return [word for word in words if word not in overrides], overrides
 
 
 def pipeline_in(overrides: list[str]) -> str | None:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -58,22 +59,24 @@ def environment(config: RunConfig) -> dict[str, str]:
     """What the job needs beside the user's own environment."""
     engine = config.engine
     threads = engine.threads or max(1, machine.cores() // engine.ranks)
-    package = str(Path(r1pipe.__file__).resolve().parent.parent)  # a checkout need not be installed
-    added = {
-        "OMP_NUM_THREADS": str(threads),
-        "PATH": machine.search_path(),
-        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
-    }
+    added = {"OMP_NUM_THREADS": str(threads), "PATH": machine.search_path(), "PYTHONPATH": module_path()}
     if engine.accelerator != "auto":
         added["DS_ACCELERATOR"] = engine.accelerator
     return added
 
 
+def module_path() -> str:
+    """PYTHONPATH with this r1pipe first: a checkout need not be installed."""
+    package = str(Path(r1pipe.__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+
+
 def prepare(config: RunConfig, run: RunFolder) -> list[str]:
     """Write config.json, command.txt and env.json; the command. Raises EnvironmentProblem."""
     line = command(config, run, machine.must_launch(config.engine))
-    run.log.mkdir(parents=True, exist_ok=True)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
     machine.must_have_room(config)
+    run.log.mkdir(parents=True, exist_ok=True)
     write_json(run.config, to_mapping(config))
     write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
@@ -89,6 +92,12 @@ def printable(config: RunConfig, line: list[str]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def script(name: str, arguments: list[str]) -> int:
+    """Run a script of stages/ that needs no DeepSpeed, on this terminal; its exit code."""
+    line = [sys.executable, str(stages_dir() / name), *arguments]
+    return subprocess.run(line, env={**os.environ, "PYTHONPATH": module_path()}, check=False).returncode
 
 
 class Job:
@@ -141,16 +150,35 @@ class Job:
         with suppress(ProcessLookupError):  # it ended in this moment
             os.killpg(self.process.pid, number)
 
+    def _sweep(self) -> None:
+        """Let no rank outlive its launcher: it would go on writing into a run that another may take up."""
+        left = group(self.process.pid)
+        self._signal(signal.SIGTERM)
+        _, stubborn = psutil.wait_procs(left, timeout=GRACE_S)
+        if stubborn:
+            self._signal(signal.SIGKILL)
+
     def end(self) -> int:
         """Wait until the launcher has gone and MLflow has everything; the job's exit code."""
         with self._held:
             code = self.process.wait()
+            self._sweep()
             self.mirror.finish()
         if self._caught:
             return 128 + self._caught
         if code == 0 and not self.run.record.exists():
             return 1  # DeepSpeed's launcher forgets when its child was killed
         return code if code >= 0 else 128 - code
+
+
+def group(leader: int) -> list[psutil.Process]:
+    """The living processes of a process group."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def failure(run: RunFolder, code: int) -> str:

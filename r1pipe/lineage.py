@@ -226,7 +226,7 @@ def show(found: list[Ancestor]) -> None:
         label = described(ancestor)
         del branches[ancestor.depth :]
         branches.append(branches[-1].add(label) if branches else Tree(label))
-    Console(soft_wrap=True, highlight=False).print(branches[0])
+    Console(highlight=False).print(branches[0], crop=False, no_wrap=True, overflow="ignore")
 
 
 def described(ancestor: Ancestor) -> Text:

@@ -108,7 +108,7 @@ def configs_of(overrides: list[str]) -> list[RunConfig]:
 
 
 def runs_of_recipe(config: RunConfig) -> list[str]:
-    """The newest finished run of each stage, for every seed of this recipe under the root: what a report shows."""
+    """The newest finished run of each stage, for every seed of this recipe under the root."""
     root = Path(config.root)
     same = [run for run in compare.finished_runs(root) if recipe_of(run) == config.recipe.name]
     pipelines = sorted({lineage.record_of(run)["pipeline"] for run in same})

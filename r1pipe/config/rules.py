@@ -162,7 +162,7 @@ def model_rules(model: ModelConfig) -> Rules:
 
 def engine_rules(engine: EngineConfig) -> Rules:
     yield (
-        engine.launcher == "local" or engine.hostfile is not None or engine.launcher in ("pdsh", "slurm"),
+        engine.launcher == "local" or engine.hostfile is not None,
         f"engine.launcher={engine.launcher} needs engine.hostfile=FILE",
     )
     yield (

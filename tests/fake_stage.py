@@ -1,0 +1,71 @@
+"""A stage without training, for tests of what launches it: writes what a job writes, in a blink.
+
+FAKE says how it goes: `ok`, `user_error`, `crash`, `killed`, or `wait` (saves a checkpoint, then waits).
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from r1pipe import checkpoints
+from r1pipe.config import config_hash, read_config
+from r1pipe.config.schema import ModelConfig
+from r1pipe.paths import RunFolder
+
+
+def publish(folder: Path, model: ModelConfig, weights: str) -> str:
+    """A checkpoint folder with a manifest; its hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    published = {name: value for name, value in vars(model).items() if isinstance(value, int | bool)}
+    (folder / "config.json").write_text(json.dumps(published))
+    (folder / "model.safetensors").write_text(weights)
+    checkpoints.write_manifest(folder)
+    return checkpoints.manifest_hash(folder)
+
+
+def main(path: str) -> None:
+    run, how = RunFolder(path), os.environ.get("FAKE", "ok")
+    config = read_config(run.config)
+    print(f"{config.stage.name} began")
+    with (run.path / "begun").open("a") as file:  # how many times it was started, with which threads
+        file.write(os.environ.get("OMP_NUM_THREADS", "?") + "\n")
+    if how == "user_error":
+        run.error.write_text("data.path=nowhere.json does not exist; give another\n")
+        raise SystemExit(2)
+    if how == "crash":
+        raise RuntimeError("a tensor has the wrong shape")
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": 1, "time": 0.1, "train/loss": 2.0}) + "\n")
+    sha = publish(run.checkpoint(1), config.model, f"weights of {run.run_id}")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "wait":
+        (run.path / "waiting").touch()
+        time.sleep(60)
+    weights, reads = config.weights_from, config.reads_from.values()
+    record = {
+        "run_id": run.run_id,
+        "stage": config.stage.name,
+        "seed": config.seed,
+        "pipeline": config.pipeline,
+        "created": datetime.now(UTC).isoformat(),
+        "wall_s": 0.1,
+        "parents": {
+            "weights": vars(weights) if weights else None,
+            "data": [vars(parent) for parent in reads],
+        },
+        "config_hash": config_hash(config),
+        "checkpoint": "checkpoints/step-1",
+        "checkpoint_hash": sha,
+        "steps": 1,
+        "metrics": {"pass_at_1": 0.5, "problems": 4, "samples": 8},
+    }
+    run.record.write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,211 @@
+"""What overrides become: every shipped file, who wins over whom, and one line for every mistake."""
+
+import copy
+import dataclasses
+import functools
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r1pipe.config import config_hash, load, rules, to_mapping
+from r1pipe.config.compose import COMMAND_LINE, compose
+from r1pipe.config.groups import GROUPS, flat, options, read
+from r1pipe.config.schema import STAGE_TYPES, ParentRef, RLConfig
+from r1pipe.errors import ConfigError
+from r1pipe.paths import conf_dir, stages_dir
+
+OTHERS = [f"{group}={option}" for group in GROUPS if group != "recipe" for option in options(group)]
+WALKS = [
+    (recipe, stage)
+    for recipe in options("recipe")
+    for stage in (*read(f"recipe/{recipe}")["stages"], *read(f"recipe/{recipe}")["controls"])
+]
+
+
+@pytest.mark.parametrize("choice", OTHERS)
+def test_every_shipped_file_composes(choice: str) -> None:
+    config = compose([choice, "parent=any"]).config
+    group, _, option = choice.partition("=")
+    chosen = to_mapping(config)[group]
+    assert chosen.get("name", option) == option
+
+
+@pytest.mark.parametrize(("recipe", "stage"), WALKS)
+def test_every_stage_of_every_recipe_composes(recipe: str, stage: str) -> None:
+    config = compose([f"recipe={recipe}", f"stage={stage}"]).config
+    assert config.stage.name == stage and config.pipeline == f"{recipe}-s0"
+    assert isinstance(config.stage, STAGE_TYPES[stage])
+
+
+def test_recipes_give_values_to_known_stages_only() -> None:
+    for recipe in options("recipe"):
+        assert set(read(f"recipe/{recipe}")["stage_values"]) <= set(options("stage"))
+
+
+def test_every_stage_has_its_script() -> None:
+    scripts = {read(f"stage/{stage}")["script"] for stage in options("stage")}
+    assert scripts <= {path.name for path in stages_dir().glob("*.py")}
+
+
+def test_edges_of_the_graph() -> None:
+    edges = {
+        stage: (read(f"stage/{stage}")["starts_from"], read(f"stage/{stage}")["reads"])
+        for stage in options("stage")
+    }
+    assert edges["rejection_sft"] == ("base", ["grpo"]), (
+        "weights from the base again, data from reinforcement"
+    )
+    assert edges["all_scenario"] == ("rejection_sft", ["reward_model"])
+    assert edges["zero"] == edges["control_sft"] == edges["cold_start"] == ("base", [])
+
+
+def test_cluster_is_the_paper() -> None:
+    stage = compose(["recipe=cluster", "stage=grpo"]).config.stage
+    assert isinstance(stage, RLConfig)
+    outputs = stage.prompts_per_step * stage.group_size
+    assert (outputs, outputs // stage.minibatches, stage.group_size) == (8192, 512, 16)
+    assert stage.reference_every * stage.minibatches == 400
+    assert (stage.optim.lr, stage.kl_coef, stage.clip) == (3e-6, 0.001, 10.0)
+    assert (stage.sampling.temperature, stage.sampling.max_tokens) == (1.0, 32768)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_stage() -> None:
+    key = "stage.optim.lr"
+    paper, laptop, mine = (
+        compose(["stage=grpo", *words])
+        for words in (["recipe=cluster"], ["recipe=laptop"], ["recipe=laptop", f"{key}=0.5"])
+    )
+    rates = [found.config.stage.optim.lr for found in (paper, laptop, mine)]
+    assert rates == [3e-6, 3e-4, 0.5]
+    sources = [found.sources[key] for found in (paper, laptop, mine)]
+    assert sources == ["conf/stage/part/rl.yaml", "conf/recipe/laptop.yaml", COMMAND_LINE]
+
+
+def test_a_group_on_the_command_line_wins_over_the_recipes_choice_wherever_it_stands() -> None:
+    for words in (["model=small", "recipe=gpu", "engine=cpu"], ["engine=cpu", "recipe=gpu", "model=small"]):
+        config = compose(words).config
+        assert (config.model.name, config.engine.name, config.recipe.name) == ("small", "cpu", "gpu")
+
+
+def test_every_value_has_a_source_that_says_so() -> None:
+    found = compose(["stage=all_scenario", "recipe=gpu", "seed=3"])
+    values = dict(flat(to_mapping(found.config)))
+    assert set(found.sources) == set(values) - {"weights_from", "reads_from"}
+    for key, source in found.sources.items():
+        if source != COMMAND_LINE:
+            name = key.rpartition(".")[2]
+            assert f"{name}:" in (conf_dir().parent / source).read_text(), f"{key} is not in {source}"
+    assert found.sources["seed"] == COMMAND_LINE
+
+
+def test_json_and_back_is_the_same_config() -> None:
+    config = compose(["stage=rejection_sft"]).config
+    filled = dataclasses.replace(config, weights_from=ParentRef("base", "bundled", "/base", "ab"))
+    again = load(json.loads(json.dumps(to_mapping(filled))))
+    assert again == filled and config_hash(again) == config_hash(filled)
+
+
+def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
+    config = compose(["stage=cold_start"]).config
+    parent = ParentRef("base", "base-1", "/here/base", "ab")
+    first = config_hash(dataclasses.replace(config, weights_from=parent))
+    moved = dataclasses.replace(parent, run_id="base-2", checkpoint="/there")
+    same = dataclasses.replace(config, root="/elsewhere", weights_from=moved)
+    assert config_hash(same) == first
+    assert (
+        config_hash(dataclasses.replace(config, weights_from=dataclasses.replace(parent, hash="cd"))) != first
+    )
+    assert config_hash(compose(["stage=cold_start", "seed=1"]).config) != config_hash(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("stage=grppo", "did you mean grpo?"),
+        ("model=lptop", "did you mean laptop?"),
+        ("recipe=laptob", "did you mean laptop?"),
+        ("stage.max_step=3", "stage.max_step is no key of the config; did you mean stage.max_steps?"),
+        ("stage.lr=3", "did you mean stage.optim.lr?"),
+        ("stag.max_steps=3", "did you mean stage?"),
+        ("+stage.maxsteps=3", "did you mean max_steps?"),
+        ("stage.rewards.weights.acuracy=1", "did you mean stage.rewards.weights.accuracy?"),
+        ("hydra.run.dir=x", "hydra is no key of the config"),
+        ("+weights_from=x", "weights_from is no key of the config"),
+        ("stage.max_steps=many", "stage.max_steps=many is text, but must be a whole number"),
+        ("stage.max_steps=1.5", "stage.max_steps=1.5 is a number, but must be a whole number"),
+        ("stage.max_steps=true", "is true or false, but must be a whole number"),
+        ("stage.max_steps=-1", "stage.max_steps=-1 must be 0 or more"),
+        ("stage.eval.greedy=1", "must be true or false"),
+        ("stage.optim.betas=0.9", "must be a list"),
+        ("stage.optim.betas=[0.9,x]", "stage.optim.betas[1]=x is text"),
+        ("stage.optim=3", "stage.optim=3 is not a group of values"),
+        ("stage.optim.lr=inf", "is not finite"),
+        ("~stage.max_steps", "stage.max_steps is missing"),
+        ("~stage", "no such stage"),
+        ("seed", "is no override"),
+        ("seed=(", "cannot read an override"),
+        ("root=a,b", "gives several values"),
+        ("root=${rot}", "rot"),
+        ("stage=evaluate", "needs parent=CHECKPOINT"),
+        ("stage=pretrain stage.max_steps=0", "the corpus is endless"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_and_remedy(words: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(words.split())
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@cache
+def valid(stage: str) -> dict[str, Any]:
+    return to_mapping(compose([f"stage={stage}"]).config)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.num_experts_per_tok=9", "model.num_experts_per_tok=9 is more than the 8 experts"),
+        ("model.n_group=3", "model.n_group=3 must divide"),
+        ("model.topk_group=5", "model.topk_group=5 is more than"),
+        ("model.qk_rope_head_dim=15", "must be even"),
+        ("engine.ranks=3", "stage.prompts_per_step=32 must be a multiple of engine.ranks=3"),
+        ("engine.zero_level=4", "engine.zero_level=4 is none of 0, 1, 2, 3"),
+        ("engine.precision=bf16", "needs engine.zero_level=1"),
+        ("engine.launcher=slurm", "needs engine.hostfile"),
+        ("stage.minibatches=7", "must divide evenly into stage.minibatches=7"),
+        ("stage.group_size=1", "give 2 or more"),
+        ("stage.sampling.max_tokens=4096", "is longer than model.max_position_embeddings"),
+        ("stage.loss_mean=mean", "is none of sequence, token"),
+        ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
+        ("stage.optim.min_lr=1", "is above stage.optim.lr"),
+        ("stage=cold_start stage.sequence_length=4096", "stage.sequence_length=4096 is longer"),
+        ("stage=cold_start stage.batch_size=7", "stage.batch_size=7 must be a multiple of engine.ranks=2"),
+        ("stage=all_scenario stage.preference.last_steps=99", "is more than stage.max_steps"),
+    ],
+)
+def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> None:
+    """`change` is [stage=NAME] KEY=JSON, put into a valid config without Hydra: that is quicker."""
+    *stage, assignment = change.split()
+    mapping = copy.deepcopy(valid(stage[0].removeprefix("stage=") if stage else "grpo"))
+    key, _, value = assignment.partition("=")
+    *path, last = key.split(".")
+    place = functools.reduce(dict.__getitem__, path, mapping)
+    place[last] = json.loads(value) if value[0] in "{0123456789" else value
+    with pytest.raises(ConfigError) as caught:
+        rules.check(load(mapping))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_zero_is_a_number_of_steps() -> None:
+    assert compose(["stage=cold_start", "stage.max_steps=0"]).config.stage.max_steps == 0
+
+
+def test_a_broken_config_json_names_file_and_line(tmp_path: Path) -> None:
+    from r1pipe.config import read_config
+
+    (tmp_path / "config.json").write_text('{"seed": 0,\n "root" }')
+    with pytest.raises(ConfigError, match=r"config\.json:2 is not JSON"):
+        read_config(tmp_path / "config.json")

@@ -1,0 +1,186 @@
+"""One job from start to end: its folder, its command, how it fails, who may run it, how it is stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes import House
+
+from r1pipe import launch, machine, pipeline
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import RunConfig
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+
+
+def config_for(house: House, *words: str) -> RunConfig:
+    return compose(["stage=pretrain", f"root={house.root}", "tracking=none", *words]).config
+
+
+def test_a_run_folder_says_what_ran(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    assert house.call("run", "stage=pretrain", "engine.ranks=1", "engine.threads=3") == 0
+    run = RunFolder(house.runs()[0])
+    written = "".join(path.read_text() for path in (run.config, run.command, run.env))
+    assert "hunter2" not in written
+    assert json.loads(run.config.read_text())["engine"]["threads"] == 3
+    assert json.loads(run.env.read_text())["versions"]["torch"]
+    command = run.command.read_text()
+    assert "deepspeed --no_local_rank --num_accelerators 1 --master_port" in command
+    assert f"stages/pretrain.py {run.path}" in command and "DS_ACCELERATOR=cpu" in command
+    assert (run.path / "begun").read_text() == "3\n", "the threads of engine.threads"
+    assert "pretrain began" in (run.log / "launcher.txt").read_text()
+    assert not run.pid.exists()
+
+
+def test_dry_run_writes_the_config_and_starts_nothing(house: House, capsys: pytest.CaptureFixture) -> None:
+    assert house.call("run", "stage=grpo", "--dry-run") == 0
+    out, note = capsys.readouterr()
+    run = RunFolder(house.runs()[0])
+    assert out.strip() == run.command.read_text().strip() and "deepspeed" in out
+    assert "cold_start has no finished run" in note
+    assert json.loads(run.config.read_text())["weights_from"] == {
+        "stage": "cold_start", "run_id": "", "checkpoint": "", "hash": ""
+    }  # fmt: skip
+    assert not (run.path / "begun").exists()
+
+
+def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    config = config_for(house, "engine=cluster", f"engine.hostfile={hostfile}", "engine.launcher=slurm")
+    line = launch.command(config, RunFolder(tmp_path / "run"))
+    assert ["--hostfile", str(hostfile), "--launcher", "slurm"] == line[-6:-2]
+
+
+def test_a_users_mistake_inside_the_job_is_one_line(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "user_error")
+    assert house.call("run", "stage=pretrain") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "data.path=nowhere.json does not exist; give another"
+
+
+def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "crash")
+    assert house.call("run", "stage=pretrain") == 1
+    told = capsys.readouterr().err
+    assert "RuntimeError: a tensor has the wrong shape" in told
+    assert str(house.runs()[0] / "log" / "launcher.txt") in told
+
+
+def test_a_killed_job_is_a_failure_though_the_launcher_says_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=pretrain") == 1
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def test_a_second_identical_run_is_refused_while_the_first_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+    placed = pipeline.place(config_for(house))
+    job = launch.Job(placed.config, placed.run)
+    wait_for(placed.run.path / "waiting")
+    try:
+        assert house.call("run", "stage=pretrain") == 2
+        assert (
+            f"run {placed.run.run_id} is going on already (process {job.process.pid})"
+            in capsys.readouterr().err
+        )
+        assert (placed.run.path / "begun").read_text().count("\n") == 1
+    finally:
+        os.killpg(job.process.pid, signal.SIGTERM)
+        assert job.end() == 128 + signal.SIGTERM
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("run", "stage=pretrain") == 0
+    assert len(house.runs()) == 1, "once the first is gone, its run goes on"
+
+
+def test_a_pid_file_of_a_process_that_is_gone_stops_nobody(house: House) -> None:
+    assert house.call("run", "stage=pretrain", "--dry-run") == 0
+    run = RunFolder(house.runs()[0])
+    run.pid.write_text(f"{os.getpid()} 1.0\n")  # our number, but begun at another time
+    assert launch.living_owner(run) is None
+    assert house.call("run", "stage=pretrain") == 0
+    assert len(house.runs()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+    placed = pipeline.place(config_for(house))
+    job = launch.Job(placed.config, placed.run)
+    wait_for(placed.run.path / "waiting")
+    family = psutil.Process(job.process.pid).children(recursive=True)
+    assert family
+    sender = f"import os, time; time.sleep(0.3); os.kill({os.getpid()}, {int(number)})"
+    subprocess.Popen([sys.executable, "-c", sender])
+    job.follow()
+    assert job.end() == 128 + number
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    again = pipeline.place(placed.config)
+    assert again.run.path == placed.run.path and "goes on from step 1" in again.says()
+
+
+def test_what_the_machine_lacks_is_told_before_anything_starts(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = config_for(house)
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EnvironmentProblem, match=r"compiler no-such-compiler is missing.*apt install"):
+        machine.must_launch(config.engine)
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path / "empty"))
+    with pytest.raises(EnvironmentProblem, match="`deepspeed` is missing"):
+        machine.must_launch(config.engine)
+    with pytest.raises(EnvironmentProblem, match="`ninja` is missing"):
+        machine.must_compile()
+    monkeypatch.undo()
+    with pytest.raises(EnvironmentProblem, match=r"engine\.hostfile=nowhere does not exist"):
+        machine.must_launch(replace(config.engine, hostfile="nowhere"))
+
+
+def test_a_full_disk_is_told_with_both_numbers(house: House, capsys: pytest.CaptureFixture) -> None:
+    assert house.call("run", "stage=pretrain", "model=v3", "stage.keep=40") == 2
+    assert "MiB free, but 41 checkpoints take up to" in capsys.readouterr().err.splitlines()[-1]
+    assert house.runs() == []
+
+
+def test_the_estimate_of_parameters_is_near_the_published_size() -> None:
+    assert machine.parameters(compose(["model=v3"]).config.model) == pytest.approx(671e9, rel=0.001)
+
+
+def test_deepspeeds_own_launcher_starts_every_rank_and_tells_how_they_ended(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The one test with the real launcher: two ranks, the second of which fails."""
+    monkeypatch.undo()
+    script = tmp_path / "stages" / "pretrain.py"
+    script.write_text(
+        "import os, sys\n"
+        "open(sys.argv[1] + '/rank-' + os.environ['RANK'] + '-of-' + os.environ['WORLD_SIZE'], 'w')\n"
+        "sys.exit(7 * int(os.environ['RANK']))\n"
+    )
+    monkeypatch.setattr(launch, "stages_dir", lambda: script.parent)
+    assert house.call("run", "stage=pretrain") == 7
+    assert sorted(path.name for path in house.runs()[0].glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]

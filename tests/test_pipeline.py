@@ -1,0 +1,165 @@
+"""The walk of the stages: edges, resume, what is skipped; on stages that do not train."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import House, build_house
+
+
+def config_of(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+def record_of(run: Path) -> dict:
+    return json.loads((run / "record.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A reproduction whose first stage failed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        house = build_house(tmp_path_factory.mktemp("house"), patch)
+        patch.setenv("FAKE", "crash")
+        assert house.call("reproduce", "recipe=laptop") == 1
+        assert len(house.runs()) == 1, "what comes after a failed stage does not start"
+        patch.delenv("FAKE")
+        assert house.call("reproduce", "recipe=laptop") == 0
+        yield house
+
+
+def test_reproduce_runs_every_stage_once_with_its_edges(reproduced: House) -> None:
+    house = reproduced
+    runs = {record_of(run)["stage"]: run for run in house.runs()}
+    assert set(runs) == {
+        *("base", "cold_start", "grpo", "rejection_sft", "reward_model", "all_scenario"),
+        *("zero", "control_sft"),
+    }
+    parents = {stage: record_of(run)["parents"] for stage, run in runs.items()}
+    weights = {stage: edges["weights"]["run_id"] for stage, edges in parents.items()}
+    assert weights["base"] == "bundled"
+    assert weights["rejection_sft"] == runs["base"].name, "R1's third stage starts from the base again"
+    assert [edge["run_id"] for edge in parents["rejection_sft"]["data"]] == [runs["grpo"].name]
+    assert weights["all_scenario"] == weights["reward_model"] == runs["rejection_sft"].name
+    assert [edge["run_id"] for edge in parents["all_scenario"]["data"]] == [runs["reward_model"].name]
+    starts = {stage: len((run / "begun").read_text().split()) for stage, run in runs.items()}
+    assert starts == {**dict.fromkeys(runs, 1), "base": 2}, "the run that failed once went on"
+
+
+def test_reproduce_again_only_shows_the_table(reproduced: House, capsys: pytest.CaptureFixture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reproduced.root.rglob("*")}
+    assert reproduced.call("reproduce", "recipe=laptop") == 0
+    assert {path: path.stat().st_mtime_ns for path in reproduced.root.rglob("*")} == before
+    shown = capsys.readouterr().out
+    assert "all_scenario" in shown and str(reproduced.root / "report.html") in shown
+
+
+def test_another_seed_is_another_pipeline(house: House) -> None:
+    assert house.call("run", "stage=base") == 0
+    assert house.call("run", "stage=cold_start") == 0
+    assert house.call("run", "stage=base", "seed=1") == 0
+    assert house.call("run", "stage=cold_start", "seed=1") == 0
+    first, second = (record_of(run) for run in house.runs("cold_start"))
+    assert (first["pipeline"], second["pipeline"]) == ("laptop-s0", "laptop-s1")
+    assert first["parents"]["weights"]["run_id"] != second["parents"]["weights"]["run_id"]
+
+
+def test_a_stage_without_its_parent_is_refused_in_one_line(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    assert house.call("run", "stage=grpo") == 2
+    told = capsys.readouterr().err.strip()
+    assert told.count("\n") == 0 and "cold_start" in told and "r1pipe run stage=cold_start" in told
+    assert house.runs() == []
+
+
+def test_run_goes_on_with_the_unfinished_run_and_starts_anew_after_a_finished_one(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=cold_start") == 1
+    monkeypatch.setenv("FAKE", "ok")
+    capsys.readouterr()
+    assert house.call("run", "stage=cold_start") == 0
+    assert "goes on from step 1" in capsys.readouterr().err
+    assert len(house.runs()) == 1
+    assert house.call("run", "stage=cold_start") == 0
+    assert len(house.runs()) == 2
+
+
+@pytest.mark.parametrize("words", [["--fresh"], ["seed=1"], ["stage.optim.lr=0.1"], ["engine.ranks=1"]])
+def test_another_config_or_fresh_does_not_take_over_an_unfinished_run(
+    house: House, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setenv("FAKE", "crash")
+    house.call("run", "stage=cold_start")
+    house.call("run", "stage=cold_start", *words)
+    assert len(house.runs()) == 2
+
+
+def test_a_changed_parent_is_another_run(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.call("run", "stage=cold_start")
+    monkeypatch.setenv("FAKE", "crash")
+    house.call("run", "stage=grpo")
+    monkeypatch.setenv("FAKE", "ok")
+    house.call("run", "stage=cold_start")  # a newer one, with other weights
+    assert house.call("run", "stage=grpo") == 0
+    assert len(house.runs("grpo")) == 2
+
+
+def test_parent_takes_run_ids_paths_and_stage_names(house: House) -> None:
+    house.call("run", "stage=cold_start")
+    house.call("run", "stage=cold_start", "seed=1")
+    old, new = house.runs("cold_start")
+    for parent in (old.name, str(old), str(old / "checkpoints" / "step-1")):
+        assert house.call("run", "stage=grpo", "seed=1", f"parent={parent}") == 0
+        assert config_of(house.runs("grpo")[-1])["weights_from"]["run_id"] == old.name
+    assert house.call("run", "stage=grpo", "seed=1", "parent=cold_start") == 0
+    assert config_of(house.runs("grpo")[-1])["weights_from"]["run_id"] == new.name
+
+
+@pytest.mark.parametrize(
+    ("parent", "hint"),
+    [
+        ("colt_start", "did you mean cold_start?"),
+        ("nowhere", "known: "),
+        ("models:/r1", "models:/NAME@ALIAS"),
+    ],
+)
+def test_an_unknown_checkpoint_is_one_line(
+    house: House, capsys: pytest.CaptureFixture, parent: str, hint: str
+) -> None:
+    assert house.call("run", "stage=grpo", f"parent={parent}") == 2
+    told = capsys.readouterr().err.strip()
+    assert hint in told and "\n" not in told
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_the_right_model(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    assert house.call("run", "stage=cold_start", "model=small") == 2
+    assert "give model=laptop" in capsys.readouterr().err
+
+
+def test_eval_measures_a_checkpoint_and_is_nobodys_parent(house: House) -> None:
+    house.call("run", "stage=cold_start", "pipeline=mine")
+    assert house.call("eval", house.runs("cold_start")[0].name, "stage.eval.problems=9") == 0
+    config = config_of(house.runs("evaluate")[0])
+    assert config["weights_from"]["run_id"] == house.runs("cold_start")[0].name
+    assert (config["pipeline"], config["stage"]["eval"]["problems"]) == ("mine", 9)
+    house.call("run", "stage=zero", "pipeline=mine")
+    assert config_of(house.runs("zero")[0])["weights_from"]["run_id"] == "bundled"
+
+
+def test_lineage_shows_both_kinds_of_edges_and_finds_changed_files(
+    reproduced: House, capsys: pytest.CaptureFixture
+) -> None:
+    house = reproduced
+    assert house.call("lineage", "all_scenario") == 0
+    told = capsys.readouterr().out
+    assert "data: reward_model" in told and "data: grpo" in told and "weights: rejection_sft" in told
+    assert "bundled" in told
+    (house.runs("grpo")[0] / "checkpoints" / "step-1" / "model.safetensors").write_text("other weights")
+    assert house.call("lineage", "all_scenario") == 1
+    assert "is not what was saved" in capsys.readouterr().out

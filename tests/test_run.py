@@ -120,7 +120,7 @@ def test_another_chat_format_is_refused(folder, tmp_path):
 
 
 def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
-    """pretrain, then the stage that measures its checkpoint, then questions: the files that others rely on."""
+    """pretrain, then the stage that measures its checkpoint, then questions: what others rely on."""
     first = write_run(tmp_path / "first", tiny("pretrain", "stage.max_steps=3", "stage.eval.every=2"))
     script("pretrain.py")["main"](first)
     record = json.loads((first / "record.json").read_text())

@@ -22,10 +22,11 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     optimizer_steps = stage.max_steps * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
-    loop = GRPO(
-        *(run, engine, reference, chat, data, judges),
-        short_evaluation=lambda: short_evaluation(run, engine, chat, data),
-    )
+
+    def evaluate_briefly() -> dict[str, float]:
+        return short_evaluation(run, engine, chat, data)
+
+    loop = GRPO(run, engine, reference, chat, data, judges, evaluate_briefly)
     conclude(run, engine, chat, data, loop.train(), stage.max_steps)
 
 

@@ -1,6 +1,7 @@
 """The wheel, the pins, what make says on a machine that lacks something, and the sizes of the house."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import pytest
 from setuptools import find_packages
+
+from r1pipe import checkpoints
+from r1pipe.bundle import bundle
+from r1pipe.errors import CheckpointError
+from r1pipe.paths import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -199,6 +205,29 @@ def test_a_second_install_does_nothing(tmp_path):
     calls = (venv / "bin" / "calls").read_text().splitlines()
     assert len(calls) == 2  # torch, then the rest, once
     assert "torch==2.13.0" in calls[0] and all("-c constraints.txt" in call for call in calls)
+
+
+def test_the_bundled_base_is_the_published_part_of_a_checkpoint(tmp_path):
+    run, base = RunFolder(tmp_path / "pretrain-s0-1"), tmp_path / "base"
+    target = run.checkpoint(2)
+    fresh = checkpoints.begin(target)
+    (fresh / "engine").mkdir()
+    for name in ("model.safetensors", "config.json", "engine/state.pt"):
+        (fresh / name).write_text(name)
+    checkpoints.finish(target)
+    known = checkpoints.manifest_hash(target)
+    rows = [{"step": i, "train/loss": 1.0} | ({"eval/greedy": 0.5} if i == 1201 else {}) for i in range(1500)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.record.write_text(json.dumps({"checkpoint": "checkpoints/step-2", "checkpoint_hash": known}))
+    bundle(run, base)
+    expected = ["config.json", "curve.jsonl", "manifest.json", "model.safetensors", "record.json"]
+    assert sorted(path.name for path in base.iterdir()) == expected
+    checkpoints.verify(base, known)
+    steps = [json.loads(line)["step"] for line in (base / "curve.jsonl").read_text().splitlines()]
+    assert 1201 in steps and len(steps) == 301
+    (target / "config.json").write_text("changed")
+    with pytest.raises(CheckpointError, match=r"config\.json is not the file that was saved"):
+        bundle(run, base)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -71,7 +71,10 @@ class Index:
         if found is not None:
             return found.experiment_id
         artifacts = None if is_server(self._uri) else artifact_folder(self.folder.path.parent).as_uri()
-        return self.client.create_experiment(name, artifact_location=artifacts)
+        kind = {
+            "mlflow.experimentKind": "custom_model_development"
+        }  # or the UI opens it as one of chat traces
+        return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
 
     def _run(self, experiment: str, name: str, known_by: dict, tags: dict) -> str:
         """The run that carries the tags `known_by`, made with `tags` too if there is none."""
@@ -114,7 +117,7 @@ class Index:
         self._log_files()
         if record:
             ended_ms = int(self.folder.record.stat().st_mtime * 1000)
-            self._log_record(record)
+            self._log_record(record, ended_ms)
             self._log_inputs(record)
             address = self._register(record) if record.get("checkpoint") else None
         for run_id in (self.run_id, self.parent_id):
@@ -133,18 +136,24 @@ class Index:
             if room >= 0:
                 self.client.log_artifact(self.run_id, str(path), "rollouts")
 
-    def _log_record(self, record: dict) -> None:
+    def _log_record(self, record: dict, ended_ms: int) -> None:
+        """The final metrics at the last step; on the pipeline's run at the stage's place in the recipe."""
         from mlflow.entities import Metric, RunTag
 
-        logged = self.client.get_run(self.run_id).data.metrics
+        measured, logged = naming.final_metrics(record), self.client.get_run(self.run_id).data.metrics
         step = max([int(record.get("steps") or 0), *self._last_step.values()])
         at_ms = self._latest_ms + 1  # of equal steps MLflow shows the latest: it must be the final value
-        final = {name: v for name, v in naming.final_metrics(record).items() if logged.get(name) != v}
+        changed = {name: value for name, value in measured.items() if logged.get(name) != value}
         self.client.log_batch(
             self.run_id,
-            metrics=[Metric(name, value, at_ms, step) for name, value in final.items()],
+            metrics=[Metric(name, value, at_ms, step) for name, value in changed.items()],
             tags=[RunTag(f"r1pipe.{name}", value) for name, value in naming.provenance(record).items()],
         )
+        stages = self.config["recipe"]["stages"]
+        if record["stage"] in stages:
+            place = stages.index(record["stage"])
+            summary = [Metric(name, value, ended_ms, place) for name, value in measured.items()]
+            self.client.log_batch(self.parent_id, metrics=summary)
 
     def _log_inputs(self, record: dict) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

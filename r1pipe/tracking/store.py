@@ -2,12 +2,12 @@
 
 import logging
 import os
-import subprocess
+import socket
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from r1pipe.errors import CheckpointError, EnvironmentProblem
 
@@ -120,15 +120,21 @@ def _must_exist(store: str, error: Exception) -> None:
         raise error
 
 
-def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | None = None) -> int:
-    """Serves MLflow's UI until it is interrupted; gives its exit code.
+def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | None = None) -> NoReturn:
+    """Becomes MLflow's server, so that a signal reaches it and nothing stays behind.
 
-    Raises EnvironmentProblem when there is nothing to serve, or the store is a server and has its own UI.
+    Raises EnvironmentProblem when there is nothing to serve, the store is a server and has its own UI,
+    or the port is taken.
     """
     store = store_uri(root, uri)
     if is_server(store):
         raise EnvironmentProblem(f"tracking.uri is a server with a UI of its own: open {store}")
     _must_exist(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port") from error
+    print(f"MLflow's UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable,
         "-m",
@@ -142,7 +148,5 @@ def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | No
         "1",
     ]
     command += ["--backend-store-uri", store, "--default-artifact-root", artifact_folder(root).as_uri()]
-    try:
-        return subprocess.run(command, env=QUIET | dict(os.environ), check=False).returncode
-    except KeyboardInterrupt:
-        return 0
+    command += ["--uvicorn-opts", "--log-level warning"]
+    os.execve(sys.executable, command, {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ})

@@ -1,0 +1,249 @@
+"""The table of stages, the screen and the report: right where all is there, usable where parts are missing."""
+
+import io
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from runfolders import CONTROLS, STAGES, build, build_all, write_json, write_lines
+
+from r1pipe import compare
+from r1pipe.errors import CheckpointError
+from r1pipe.figures import duration, number, percent
+from r1pipe.progress import Display
+from r1pipe.report import write_report
+from r1pipe.report.load import load_runs, other_runs
+
+SCRIPTS_RELY_ON = {
+    *(
+        "stage",
+        "seed",
+        "pass_at_1",
+        "pass_at_1_ci",
+        "cons_at_k",
+        "samples",
+        "format_rate",
+        "wall_s",
+        "run_id",
+        "run_dir",
+    ),
+    *("language_consistency", "length_mean", "truncation_rate", "general_score", "preference_score"),
+}
+
+
+def printed(rows: list[dict], width: int, terminal: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    compare.show(rows, console)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def reproduction(tmp_path_factory) -> Path:
+    """Two seeds of everything, and one interrupted run; tests only read it."""
+    root = tmp_path_factory.mktemp("runs")
+    build_all(root, seeds=(0, 1))
+    build(root, "grpo", finished=False, run_id="grpo-interrupted")
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(reproduction) -> str:
+    return write_report(reproduction).read_text(encoding="utf-8")
+
+
+# --- compare
+
+
+def test_rows_are_in_the_recipes_order_with_the_keys_that_scripts_rely_on(reproduction):
+    rows = compare.rows(reproduction)
+    assert [(row["stage"], row["seed"]) for row in rows] == [
+        (s, n) for s in STAGES + CONTROLS for n in (0, 1)
+    ]
+    assert all(row.keys() >= SCRIPTS_RELY_ON for row in rows)
+    grpo = next(row for row in rows if row["stage"] == "grpo")
+    assert (grpo["pass_at_1"], grpo["samples"], grpo["run_id"]) == (0.79, 2000, "grpo-0")
+    assert Path(grpo["run_dir"]) == (reproduction / "grpo-0").resolve()
+    assert json.loads(compare.as_json(rows)) == rows
+
+
+def test_the_newest_finished_run_of_a_stage_and_seed_stands(tmp_path):
+    build(tmp_path, "grpo", run_id="a", created="2026-01-01T12:00:00+00:00")
+    build(tmp_path, "grpo", run_id="b", created="2026-01-01T09:00:00+00:00")
+    build(tmp_path, "grpo", run_id="c", finished=False)
+    assert [row["run_id"] for row in compare.rows(tmp_path)] == ["a"]
+    assert [row["run_id"] for row in compare.rows(tmp_path, ["b", str(tmp_path / "a")])] == ["b", "a"]
+    assert compare.rows(tmp_path, pipeline="other") == []
+
+
+def test_unknown_and_unfinished_runs_are_named(tmp_path):
+    build(tmp_path, "grpo", run_id="grpo-s0-1")
+    build(tmp_path, "grpo", run_id="half", finished=False)
+    with pytest.raises(CheckpointError, match="grpo-s0-1"):
+        compare.rows(tmp_path, ["grpo-s0-2"])
+    with pytest.raises(CheckpointError, match="half has not finished"):
+        compare.rows(tmp_path, ["half"])
+
+
+def test_broken_and_poor_records_do_not_stop_the_table(tmp_path):
+    folder = build(tmp_path, "grpo")
+    (folder / "record.json").write_text('{"stage": "grpo", "seed": 0, "metrics": {"pass_at_1": NaN}}')
+    (build(tmp_path, "zero") / "record.json").write_text('{"stage": "zero", "se')
+    rows = compare.rows(tmp_path)
+    assert [(row["stage"], row["pass_at_1"], row["wall_s"]) for row in rows] == [("grpo", None, None)]
+    assert "grpo" in printed(rows, 100)
+    assert "No finished run" in printed([], 100)
+
+
+def test_the_table_fits_and_keeps_controls_apart(reproduction):
+    rows = compare.rows(reproduction)
+    wide = printed(rows, 40)  # a pipe, not a terminal: nothing is left out
+    assert max(map(len, wide.splitlines())) <= 100
+    assert "79.0 77-81" in wide and "cons" in wide and "…" not in wide
+    assert wide.index("all_scenario") < wide.index("controls") < wide.index("zero")
+    narrow = printed(rows, 80, terminal=True)
+    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow
+    assert "a wider terminal shows: cons" in narrow
+
+
+def test_numbers_for_people():
+    assert [duration(s) for s in (None, 4.2, 185, 7800, 100_000)] == ["-", "4s", "3m05s", "2h10m", "1d03h"]
+    assert [number(v) for v in (None, 0.01234, 66.4, 21_300.4)] == ["-", "0.0123", "66.4", "21,300"]
+    assert [percent(v) for v in (None, 0.8534)] == ["-", "85.3"]
+
+
+# --- progress
+
+
+def progress_row(time: float, what: str, done: int, total: int, **show) -> dict:
+    return {"time": time, "what": what, "done": done, "total": total, "unit": "steps", "show": show}
+
+
+def test_without_a_terminal_a_line_per_phase_and_one_at_the_end(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), width=60)
+    before = progress_row(0, "loading data", 1, 2)  # of a session that was interrupted
+    write_lines(tmp_path / "progress.jsonl", [before])
+    display = Display(tmp_path, "grpo", console)
+    display.poll()
+    for step in range(1, 20):
+        rows = [
+            progress_row(2.0 * step, "sampling", 256, 256),
+            progress_row(2.0 * step + 1, "train", step, 64, reward=0.5),
+        ]
+        write_lines(tmp_path / "progress.jsonl", rows)
+        display.poll()
+    with (tmp_path / "progress.jsonl").open("a") as file:
+        file.write("not json\n" + '{"what": "train", "done": 20')
+    assert console.file.getvalue().count("\n") == 2, "one line per new phase; the rest waits for ten seconds"
+    assert "loading data" not in console.file.getvalue()
+    monkeypatch.setattr("r1pipe.progress.QUIET_S", 0.0)
+    garbled = progress_row(41, "train", 20, 64)  # a killed job's half line, and the next job's first
+    write_lines(tmp_path / "progress.jsonl", [garbled, progress_row(43, "train", 21, 64, reward=0.75)])
+    display.poll()
+    last = console.file.getvalue().splitlines()[-1]
+    assert last.startswith("grpo  train 21/64 steps, 1m26s left  reward 0.75"), "43 steps at 2 s"
+    display.close()
+    assert "train 21/64 steps  reward 0.75  in " in console.file.getvalue().splitlines()[-1]
+
+
+def test_on_a_terminal_the_live_lines_show_the_numbers_and_go_away(tmp_path):
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    display = Display(tmp_path, "grpo", console)
+    write_lines(
+        tmp_path / "progress.jsonl",
+        [progress_row(2, "train", 1, 64), progress_row(4, "train", 2, 64, reward=0.625)],
+    )
+    display.poll()
+    display._live.refresh()
+    display.say("MLflow: one line")
+    text = console.file.getvalue()
+    assert "2/64 steps" in text and "2 s each" in text and "2m04s left" in text and "reward 0.625" in text
+    assert "MLflow: one line" in text
+    display.close()
+    assert console.file.getvalue().rstrip().endswith("s")
+    assert "train 2/64 steps  reward 0.625" in console.file.getvalue().splitlines()[-1]
+
+
+# --- report
+
+
+def test_the_report_is_one_file_without_network(report, reproduction):
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", report)
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|@import|url\((?!#)|<script""", without_names)
+    assert (reproduction / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_shows_all_stages_and_where_they_come_from(report):
+    headings = re.findall(r"<h2>(.*?)</h2>", report)
+    assert headings == [
+        *("Stages", "Training", "By task, language and kind", "The same prompt after every stage"),
+        *("What rejection sampling kept", "Time and cost", "Lineage"),
+    ]
+    for text in (
+        "79.0",
+        "77.0–81.0",
+        "2,960 kept",
+        "1,104 dropped",
+        "seeds 0 and 1",
+        "core-hours",
+        "c0c0c0c0",
+    ):
+        assert text in report
+    assert report.index(">controls<") > report.index(">all_scenario<")
+
+
+def test_samples_stand_side_by_side_and_are_escaped(report):
+    part = report[report.index("The same prompt after") : report.index("What rejection sampling kept")]
+    assert part.count("<article") == 2 * len(STAGES + CONTROLS), (
+        "two prompts, one cell per stage of the first seed"
+    )
+    assert "&lt;grpo&gt;" in part and "<grpo>" not in part and "小明有3个苹果" in part
+    assert part.count(">right<") and part.count(">wrong<") and part.count(">cut<")
+
+
+def test_charts_are_valid_svg_in_the_pages_colours(report):
+    charts = re.findall(r"<svg.*?</svg>", report, flags=re.DOTALL)
+    assert len(charts) >= 20
+    for chart in charts:
+        ET.fromstring(chart)
+        assert "var(--" in chart and not re.search(r"#00001\d|#00000[1-4]\b", chart)
+
+
+def test_the_report_works_with_almost_nothing(tmp_path):
+    folder = build(tmp_path, "grpo")
+    for name in ("samples.json", "metrics.jsonl", "evaluation.json", "env.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoints")
+    write_json(folder / "record.json", {"stage": "grpo"})
+    page = write_report(tmp_path, path=tmp_path / "elsewhere" / "r.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "Time and cost", "Lineage"]
+    assert "random weights" in page
+    assert not (tmp_path / "elsewhere" / "curves.png").exists()
+
+
+def test_broken_lines_and_files_leave_the_rest(tmp_path):
+    folder = build(tmp_path, "rejection_sft")
+    (folder / "samples.json").write_text('[{"prompt_id": "a"')
+    write_json(folder / "data" / "funnel.json", [{"name": "correct"}, "what is this"])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "train/loss": "high"}\n{"step": null}\nnonsense\n')
+    page = write_report(tmp_path).read_text()
+    assert "The same prompt" not in page and "supervised stages" in page and "correct" in page
+
+
+def test_nothing_finished_is_said(tmp_path):
+    build(tmp_path, "grpo", finished=False)
+    with pytest.raises(CheckpointError, match="no finished run"):
+        write_report(tmp_path)
+
+
+def test_cost_counts_cores_and_runs_that_are_not_shown(reproduction):
+    chosen = load_runs(reproduction, None, None)
+    grpo = next(run for run in chosen if run.stage == "grpo")
+    assert grpo.cost == pytest.approx(104.0 / 3600 * 2), "two ranks of one thread"
+    others = other_runs(reproduction, chosen)
+    assert [run.folder.run_id for run in others] == ["grpo-interrupted"]
+    assert others[0].wall_s == 160.0, "the last line's time: it has no record"

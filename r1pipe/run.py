@@ -16,7 +16,7 @@ from shutil import copyfile
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 from r1pipe import checkpoints

@@ -127,7 +127,6 @@ class RouterConfig:
     """Load balancing of the experts (V3 section 2.1.2)."""
 
     bias_rate: float  # step of the bias update, once per optimizer step; 0 freezes the bias
-    sequence_alpha: float  # weight of the sequence-wise balance loss; 0: none
 
 
 @dataclass

@@ -5,7 +5,7 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from r1pipe.data.chat import ASSISTANT, BOS, EOS, USER, compose_response
 from r1pipe.data.world import countdown, general, program, word
@@ -15,7 +15,7 @@ from r1pipe.records import Prompt, Trace
 TASKS = {"word": word, "countdown": countdown, "program": program}
 
 
-def draw(rng: random.Random, split: str, make) -> Prompt:
+def draw(rng: random.Random, split: str, make: Callable[[random.Random], Prompt]) -> Prompt:
     """A prompt of this split: drawn again until its key falls into it."""
     while True:
         prompt = make(rng)

@@ -6,6 +6,7 @@ summary with a fenced `def f(x): return (x+3)*2`. A hasty solver forgets the par
 """
 
 import random
+from collections.abc import Callable
 
 from r1pipe.data.world.content import index, prompt_id
 from r1pipe.records import Prompt
@@ -77,7 +78,7 @@ def _phrase(step: list, at: int) -> str:
     return texts[at].format(number)
 
 
-def _run(variable: str, steps: list[list], argument) -> int:
+def _run(steps: list[list], argument: int | list[int]) -> int:
     """The specification's own meaning, step by step."""
     apply = {
         "+": lambda a, n: a + n,
@@ -86,17 +87,19 @@ def _run(variable: str, steps: list[list], argument) -> int:
         "//": lambda a, n: a // n,
         "%": lambda a, n: a % n,
     }
-    if variable == "x":
+    if isinstance(argument, int):
+        value = argument
         for operator, number in steps:
-            argument = apply[operator](argument, number)
-        return argument
+            value = apply[operator](value, number)
+        return value
     values = list(argument)
     for operator, number in steps[:-1]:
         if operator in _FILTERS:
             values = [v for v in values if (v > number if operator == ">" else v < number)]
         else:
             values = [apply[operator](v, number) for v in values]
-    return {"sum": sum, "len": len, "max": max}[steps[-1][0]](values)
+    reducers: dict[str, Callable[[list[int]], int]] = {"sum": sum, "len": len, "max": max}
+    return reducers[steps[-1][0]](values)
 
 
 def _tests(rng: random.Random, variable: str, steps: list[list]) -> list[list]:
@@ -106,7 +109,7 @@ def _tests(rng: random.Random, variable: str, steps: list[list]) -> list[list]:
         argument = (
             rng.randint(-5, 30) if variable == "x" else [0, 10, *(rng.randint(0, 12) for _ in range(4))]
         )
-        tests.append([[argument], _run(variable, steps, argument)])
+        tests.append([[argument], _run(steps, argument)])
     return tests
 
 

@@ -34,6 +34,11 @@ class _Step:
         }[self.operator]
 
 
+# A sentence of a story before it is worded: (kind or operator, who, number, another number or wording).
+_Sentence = tuple[str, int, int, int]
+# Sentences, the steps of a careful solution, the kind of closing question, the key that decides the split.
+_Story = tuple[list[_Sentence], list[_Step], str, str]
+
 _SENTENCES = {  # operator -> [English, Chinese]; {p} person, {n} number, {m} measure word
     "+": [
         ("{p} buys {n} more.", "{p}又买了{n}{m}。"),
@@ -92,7 +97,7 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     )
 
 
-def _one_person(rng: random.Random, count: int):
+def _one_person(rng: random.Random, count: int) -> _Story:
     steps: list[_Step] = []
     if rng.random() < 0.35:
         steps.append(_Step(0, rng.randint(2, 9), "*", rng.randint(2, 12)))
@@ -109,7 +114,7 @@ def _one_person(rng: random.Random, count: int):
     return sentences, steps, "one", "word|" + ",".join(f"{s.left}{s.operator}{s.right}" for s in steps)
 
 
-def _two_people(rng: random.Random, count: int):
+def _two_people(rng: random.Random, count: int) -> _Story:
     amounts = [rng.randint(5, 50), rng.randint(5, 50)]
     sentences = [("start", 0, amounts[0], 0), ("start", 1, amounts[1], 0)]
     steps: list[_Step] = []
@@ -140,7 +145,7 @@ def _two_people(rng: random.Random, count: int):
 
 
 def _tell(
-    rng: random.Random, language: str, sentences, closing: str, distract: bool
+    rng: random.Random, language: str, sentences: list[_Sentence], closing: str, distract: bool
 ) -> tuple[str, list[str]]:
     """The story in words; returns the question and the two names."""
     words, at = content("words"), index(language)

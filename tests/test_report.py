@@ -1,4 +1,4 @@
-"""The table of stages, the screen and the report: right where all is there, usable where parts are missing."""
+"""The table of stages, the screen and the report: right where all is there, usable where parts miss."""
 
 import io
 import json

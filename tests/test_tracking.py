@@ -82,7 +82,7 @@ def test_stages_are_children_of_one_parent_and_share_metric_names(pipeline):
     assert len(parents) == 1
     parent = client_of(pipeline).get_run(parents.pop())
     assert (parent.info.run_name, parent.info.status) == ("laptop", "FINISHED")
-    history = client_of(pipeline).get_metric_history(parent.info.run_id, "eval/pass_at_1")
+    history = client_of(pipeline).get_metric_history(parent.info.run_id, "stages/pass_at_1")
     assert [(p.step, p.value) for p in history] == [(1, 0.44), (2, 0.79), (3, 0.78)], "a point per stage"
     cold, grpo = runs["cold_start-0"], runs["grpo-0"]
     names = [{name for name in run.data.metrics if name.startswith("eval/")} for run in (cold, grpo)]
@@ -163,7 +163,9 @@ def test_sync_rebuilds_the_store_and_changes_nothing_the_second_time(root):
     grpo = stage_runs(root)["grpo-0"]
     assert len(client.get_metric_history(grpo.info.run_id, "eval/greedy")) == 1
     parent = grpo.data.tags["mlflow.parentRunId"]
-    assert len(client.get_metric_history(parent, "eval/greedy")) == 5, "one per evaluated stage of the recipe"
+    assert len(client.get_metric_history(parent, "stages/greedy")) == 5, (
+        "one per evaluated stage of the recipe"
+    )
 
 
 def test_a_dead_server_is_refused_in_one_line(tmp_path):

@@ -72,7 +72,7 @@ class Panel:
 def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
     """Curves of one RL stage (a run per seed); a chart without data is left out."""
     lines = {  # title: (unit, {metric: label})
-        "Accuracy": ("%", {"eval/pass_at_1": "held out", "rollout/accuracy": "training prompts"}),
+        "Accuracy": ("%", {"eval/pass_at_1": "held out (dev)", "rollout/accuracy": "training prompts"}),
         "Reward": ("", {"reward/mean": "sum"} | _group(runs, "reward", {"mean", "std", "zero_variance"})),
         "Response length": ("tokens", {"rollout/length_mean": "mean", "rollout/length_max": "longest"}),
         "Strategy": ("% of responses", _group(runs, "strategy", set())),

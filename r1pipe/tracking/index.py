@@ -30,11 +30,10 @@ class Index:
         for run_id in (self.parent_id, self.run_id):
             self.client.update_run(run_id, status="RUNNING")
         run = self.client.get_run(self.run_id)
-        self._start_ms = self._latest_ms = run.info.start_time
+        self._start_ms = run.info.start_time
         for name in run.data.metrics:  # a run that goes on: where each metric stands
             history = self.client.get_metric_history(self.run_id, name)
             self._last_step[name] = max(point.step for point in history)
-            self._latest_ms = max(self._latest_ms, *(point.timestamp for point in history))
         if not run.data.params:
             self._log_params()
 
@@ -108,7 +107,6 @@ class Index:
             batch = self._unsent[:METRICS_PER_BATCH]
             metrics = [Metric(name, v, self._start_ms + int(1000 * s), step) for name, v, step, s in batch]
             self.client.log_batch(self.run_id, metrics=metrics)
-            self._latest_ms = max(self._latest_ms, *(metric.timestamp for metric in metrics))
             del self._unsent[: len(batch)]
 
     def end(self) -> str | None:
@@ -137,22 +135,24 @@ class Index:
                 self.client.log_artifact(self.run_id, str(path), "rollouts")
 
     def _log_record(self, record: dict, ended_ms: int) -> None:
-        """The final metrics at the last step; on the pipeline's run at the stage's place in the recipe."""
+        """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
+
+        Logged again, they are the same rows of MLflow's table: nothing doubles.
+        """
         from mlflow.entities import Metric, RunTag
 
-        measured, logged = naming.final_metrics(record), self.client.get_run(self.run_id).data.metrics
-        step = max([int(record.get("steps") or 0), *self._last_step.values()])
-        at_ms = self._latest_ms + 1  # of equal steps MLflow shows the latest: it must be the final value
-        changed = {name: value for name, value in measured.items() if logged.get(name) != value}
+        final, step = naming.final_metrics(record), int(record.get("steps") or 0)
         self.client.log_batch(
             self.run_id,
-            metrics=[Metric(name, value, at_ms, step) for name, value in changed.items()],
+            metrics=[Metric(name, value, ended_ms, step) for name, value in final.items()],
             tags=[RunTag(f"r1pipe.{name}", value) for name, value in naming.provenance(record).items()],
         )
         stages = self.config["recipe"]["stages"]
         if record["stage"] in stages:
             place = stages.index(record["stage"])
-            summary = [Metric(name, value, ended_ms, place) for name, value in measured.items()]
+            summary = [
+                Metric(naming.of_stages(name), value, ended_ms, place) for name, value in final.items()
+            ]
             self.client.log_batch(self.parent_id, metrics=summary)
 
     def _log_inputs(self, record: dict) -> None:

@@ -1,6 +1,7 @@
 """Config, record and evaluation under the names that MLflow shows, the same in every stage."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +23,19 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
 
 
 def points(line: dict) -> Iterator[tuple[str, float]]:
-    """The numbers of one line of metrics.jsonl."""
-    named = (item for item in line.items() if item[0] not in ("step", "time"))
-    return ((name, float(value)) for name, value in named if is_number(value))
+    """The numbers of one line of metrics.jsonl.
+
+    Short evaluations during training become `dev/...`: `eval/...` is the final measurement of every stage,
+    one value per run, which MLflow's UI then draws as bars side by side.
+    """
+    for name, value in line.items():
+        if name not in ("step", "time") and is_number(value):
+            yield re.sub("^eval/", "dev/", name), float(value)
+
+
+def of_stages(name: str) -> str:
+    """The name of a stage's final metric on the pipeline's run, where the stages are the steps."""
+    return f"stages/{name.removeprefix('eval/')}"
 
 
 def final_metrics(record: dict) -> dict[str, float]:
@@ -36,7 +47,7 @@ def final_metrics(record: dict) -> dict[str, float]:
         f"eval/{lang}/pass_at_1": one.get("pass_at_1") for lang, one in _entries(metrics, "by_language")
     }
     named |= {f"eval/general/{kind}": score for kind, score in _entries(metrics, "general_by_kind")}
-    named |= {f"strategy/{name}": share for name, share in _entries(metrics, "strategies")}
+    named |= {f"eval/strategy/{name}": share for name, share in _entries(metrics, "strategies")}
     for name, bound in zip(("low", "high"), metrics.get("pass_at_1_ci") or (), strict=False):
         named[f"eval/pass_at_1_{name}"] = bound
     named["time/wall_s"] = record.get("wall_s")

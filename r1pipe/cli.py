@@ -16,6 +16,7 @@ from r1pipe.errors import ConfigError, R1pipeError
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
+    from r1pipe.pipeline import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,7 +78,7 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     """Run one stage and show its row of the table; the job's exit code."""
     from r1pipe import compare, lineage, pipeline
 
-    placed = pipeline.place(lineage.with_parents(config, {}), fresh)
+    placed = pipeline.place(lineage.with_parents(config), fresh)
     pipeline.tell(placed.says())
     code = pipeline.run_stage(placed)
     if placed.done:
@@ -97,23 +98,25 @@ def reproduce(overrides: Overrides = None) -> int:
     outcome = pipeline.reproduce(overrides or [])
     compare.show([compare.row(run) for run in outcome.finished])
     if outcome.code == 0:
-        where_it_is(outcome.config, outcome.finished[-1].run_id, outcome.worked)
+        where_it_is(outcome)
     return outcome.code
 
 
-def where_it_is(config: "RunConfig", last_run: str, worked: bool) -> None:
+def where_it_is(outcome: "Outcome") -> None:
     """Write the report if there is news, and say where everything lies and how to open it."""
     from r1pipe.tracking import store_uri
 
+    config = outcome.config
+    last = outcome.finished[len(config.recipe.stages) - 1].path
     root = Path(config.root).resolve()
     page = root / "report.html"
-    if worked or not page.exists():
+    if outcome.worked or not page.exists():
         from r1pipe.pipeline import runs_of_recipe
         from r1pipe.report import write_report
 
         write_report(root, runs_of_recipe(config), path=page)
     print(f"report       {page}  (open it in a browser)")
-    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe lineage {last_run}; r1pipe chat {last_run})")
+    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:
         print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")
 

@@ -5,7 +5,7 @@ in this pipeline), or `models:/name@alias`.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from r1pipe.errors import CheckpointError, nearest
 from r1pipe.paths import RunFolder, content_dir
 
 BUNDLED = "bundled"
+NOTHING: Mapping[str, ParentRef] = {}
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,17 @@ def bundled() -> ParentRef:
     return replace(of_folder(folder), stage="pretrain", run_id=BUNDLED)
 
 
-def of_stage(stage: str, place: Place) -> ParentRef:
+def of_stage(stage: str, place: Place, without_runs: Collection[str] = ()) -> ParentRef:
     """The newest finished run of a stage; without one, `pretrain` means the bundled base, and a stage that
     only measures means what it would have measured. Raises CheckpointError."""
-    run = newest(stage, place)
+    run = None if stage in without_runs else newest(stage, place)
     if run is not None:
         return of_run(run)
     if stage == "pretrain":
         return bundled()
     above = read(f"stage/{stage}")["starts_from"]
     if STAGE_TYPES[stage] is EvaluateConfig and above is not None:
-        return of_stage(above, place)
+        return of_stage(above, place, without_runs)
     elsewhere = sorted({record_of(run)["pipeline"] for run in runs(place.root) if run.record.exists()})
     others = [name for name in elsewhere if newest(stage, replace(place, pipeline=name))]
     hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
@@ -149,20 +150,23 @@ def is_run(path: Path) -> bool:
     return config.is_file() and "stage" in json.loads(config.read_text(encoding="utf-8"))
 
 
-def with_parents(config: RunConfig, made: dict[str, ParentRef]) -> RunConfig:
-    """The config with its edges filled in; `made` holds what this walk of the pipeline has made so far.
+def with_parents(
+    config: RunConfig, made: Mapping[str, ParentRef] = NOTHING, later: Collection[str] = ()
+) -> RunConfig:
+    """The config with its edges filled in. Raises CheckpointError where a parent is missing or does not fit.
 
-    Raises CheckpointError where a parent is missing or its architecture is not `model`.
+    In a walk of a recipe, `made` holds what its earlier stages made, and `later` names those to come: a run
+    that one of them left behind is nobody's parent now, or a second walk would differ from the first.
     """
     place, stage = Place.of(config), config.stage
     weights = None
     if config.parent is not None:
         weights = resolve(config.parent, place)
     elif stage.starts_from is not None:
-        weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place)
+        weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
     if weights is not None:
         must_fit(weights, config.model)
-    reads = {name: made.get(name) or of_stage(name, place) for name in stage.reads}
+    reads = {name: made.get(name) or of_stage(name, place, later) for name in stage.reads}
     return replace(config, weights_from=weights, reads_from=reads)
 
 
@@ -226,7 +230,12 @@ def show(found: list[Ancestor]) -> None:
         label = described(ancestor)
         del branches[ancestor.depth :]
         branches.append(branches[-1].add(label) if branches else Tree(label))
-    Console(highlight=False).print(branches[0], crop=False, no_wrap=True, overflow="ignore")
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no edge to wrap at
+        console.width = max(
+            4 * one.depth + len(line) for one in found for line in described(one).plain.split("\n")
+        )
+    console.print(branches[0])
 
 
 def described(ancestor: Ancestor) -> Text:

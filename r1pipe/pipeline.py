@@ -73,7 +73,7 @@ def new_run_id(config: RunConfig) -> str:
 def dry_run(config: RunConfig, fresh: bool) -> str:
     """Write the run folder but start nothing; the command. A parent that is not made yet is left open."""
     try:
-        filled = lineage.with_parents(config, {})
+        filled = lineage.with_parents(config)
     except CheckpointError as error:
         if config.parent is not None:
             raise
@@ -139,8 +139,9 @@ def reproduce(overrides: list[str]) -> Outcome:
     finished: list[RunFolder] = []
     with ThreadPoolExecutor(1) as winding_down:
         ends: list[Future[int]] = []
-        for config in configs:
-            placed = place(lineage.with_parents(config, made), accept_done=True)
+        names = [config.stage.name for config in configs]
+        for i, config in enumerate(configs):
+            placed = place(lineage.with_parents(config, made, names[i:]), accept_done=True)
             if not placed.done:
                 tell(placed.says())
                 job = Job(placed.config, placed.run)

@@ -52,7 +52,9 @@ def same_weights(written: DeepseekV3, read: DeepseekV3) -> None:
 def logits_apart(model: DeepseekV3, folder: Path) -> float:
     """Largest difference of logits from transformers' model. Raises CheckpointError above TOLERANCE."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.config.vocab_size, (2, TOKENS), generator=generator)
     other = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

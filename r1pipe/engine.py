@@ -179,12 +179,13 @@ class Engine(Ranks):
         if self.router:
             reset_loads(self.module)
         lr, total = self._ds.get_lr()[0], 0.0
+        repeats = self.agree_max(len(micro_losses)) - len(micro_losses)  # first: a backward pass may talk too
         for closure in micro_losses:
             loss = self._ds(closure)
             self._ds.backward(loss)
             total += loss.item()
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
-        for _ in range(self.agree_max(len(micro_losses)) - len(micro_losses)):
+        for _ in range(repeats):
             self._ds.backward(0.0 * self._ds(micro_losses[-1]))
         self._ds.step()
         loss_mean, loads_LE = self._sum_step(total, loads_LE)

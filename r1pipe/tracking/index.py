@@ -137,14 +137,15 @@ class Index:
     def _log_record(self, record: dict, ended_ms: int) -> None:
         """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
 
-        Logged again, they are the same rows of MLflow's table: nothing doubles.
+        They stand at step 0: MLflow's UI draws such metrics as bars, run beside run. Logged again they
+        are the same rows of its table, so nothing doubles.
         """
         from mlflow.entities import Metric, RunTag
 
-        final, step = naming.final_metrics(record), int(record.get("steps") or 0)
+        final = naming.final_metrics(record)
         self.client.log_batch(
             self.run_id,
-            metrics=[Metric(name, value, ended_ms, step) for name, value in final.items()],
+            metrics=[Metric(name, value, ended_ms, 0) for name, value in final.items()],
             tags=[RunTag(f"r1pipe.{name}", value) for name, value in naming.provenance(record).items()],
         )
         stages = self.config["recipe"]["stages"]

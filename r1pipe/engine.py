@@ -175,7 +175,8 @@ class Engine(Ranks):
         Ranks may give different numbers of closures, at least one each: those with fewer repeat their last
         one at weight zero, because under ZeRO every forward and backward pass takes all ranks.
         """
-        self.module.train()
+        if not self.module.training:
+            self.module.train()
         if self.router:
             reset_loads(self.module)
         lr, total = self._ds.get_lr()[0], 0.0

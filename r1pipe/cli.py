@@ -79,7 +79,6 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     from r1pipe import compare, lineage, pipeline
 
     placed = pipeline.place(lineage.with_parents(config), fresh)
-    pipeline.tell(placed.says())
     code = pipeline.run_stage(placed)
     if placed.done:
         compare.show([compare.row(placed.run)])

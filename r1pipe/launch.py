@@ -29,6 +29,7 @@ from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED = tuple(128 + number for number in PASSED_ON)
 GRACE_S = 20.0  # from the forwarded signal to SIGKILL
 TAIL = 15  # lines of the log shown when a job fails without a line of its own
 
@@ -183,6 +184,8 @@ def group(leader: int) -> list[psutil.Process]:
 
 def failure(run: RunFolder, code: int) -> str:
     """What to tell about a failed job: the line it left for the user, or else the end of its log."""
+    if code in INTERRUPTED:
+        return f"{run.run_id} was interrupted; the same command goes on with it"
     if run.error.exists():
         return run.error.read_text(encoding="utf-8").strip()
     log = run.log / "launcher.txt"
@@ -207,17 +210,22 @@ def no_mlflow() -> Iterator[str]:
 @contextmanager
 def owned(run: RunFolder) -> Iterator[None]:
     """Hold the run's pid file. Raises EnvironmentProblem while another living process does."""
-    owner = living_owner(run)
-    if owner is not None:
-        raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {owner}); wait for it, or start another: --fresh"
-        )
+    must_be_free(run)
     run.pid.unlink(missing_ok=True)
     own(run, os.getpid())
     try:
         yield
     finally:
         run.pid.unlink(missing_ok=True)
+
+
+def must_be_free(run: RunFolder) -> None:
+    """Raises EnvironmentProblem while a living process has the run."""
+    owner = living_owner(run)
+    if owner is not None:
+        raise EnvironmentProblem(
+            f"run {run.run_id} is going on already (process {owner}); wait for it, or start another: --fresh"
+        )
 
 
 def own(run: RunFolder, pid: int) -> None:

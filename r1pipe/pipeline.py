@@ -16,7 +16,7 @@ from r1pipe.config import config_hash
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.launch import Job, failure, prepare
+from r1pipe.launch import Job, failure, must_be_free, prepare
 from r1pipe.paths import RunFolder
 
 
@@ -85,13 +85,21 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
 
 
 def run_stage(placed: Placed) -> int:
-    """Run one placed stage to its end; the job's exit code."""
-    job = Job(placed.config, placed.run)
-    job.follow()
+    """Run one placed stage to its end; the job's exit code. Raises EnvironmentProblem."""
+    job = start(placed)
     code = job.end()
     if code:
         tell(failure(placed.run, code))
     return code
+
+
+def start(placed: Placed) -> Job:
+    """Start the stage's job, saying so, and follow it until its record is there or it has failed."""
+    must_be_free(placed.run)
+    tell(placed.says())
+    job = Job(placed.config, placed.run)
+    job.follow()
+    return job
 
 
 def configs_of(overrides: list[str]) -> list[RunConfig]:
@@ -143,10 +151,7 @@ def reproduce(overrides: list[str]) -> Outcome:
         for i, config in enumerate(configs):
             placed = place(lineage.with_parents(config, made, names[i:]), accept_done=True)
             if not placed.done:
-                tell(placed.says())
-                job = Job(placed.config, placed.run)
-                job.follow()
-                ends.append(winding_down.submit(job.end))
+                ends.append(winding_down.submit(start(placed).end))
                 if not placed.done:
                     code = ends[-1].result()
                     tell(failure(placed.run, code))

@@ -17,7 +17,10 @@ from r1pipe.config.schema import STAGE_TYPES, ParentRef, RLConfig
 from r1pipe.errors import ConfigError
 from r1pipe.paths import conf_dir, stages_dir
 
-OTHERS = [f"{group}={option}" for group in GROUPS if group != "recipe" for option in options(group)]
+OTHERS = [
+    f"{group}={option}" for group in GROUPS if group not in ("recipe", "stage") for option in options(group)
+]
+OTHERS.append("stage=evaluate")  # the other stages are walked by the recipes below
 WALKS = [
     (recipe, stage)
     for recipe in options("recipe")
@@ -38,6 +41,10 @@ def test_every_stage_of_every_recipe_composes(recipe: str, stage: str) -> None:
     config = compose([f"recipe={recipe}", f"stage={stage}"]).config
     assert config.stage.name == stage and config.pipeline == f"{recipe}-s0"
     assert isinstance(config.stage, STAGE_TYPES[stage])
+
+
+def test_every_stage_is_walked_by_some_recipe() -> None:
+    assert {stage for _, stage in WALKS} | {"evaluate"} == set(options("stage"))
 
 
 def test_recipes_give_values_to_known_stages_only() -> None:

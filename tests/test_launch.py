@@ -98,6 +98,7 @@ def test_a_second_identical_run_is_refused_while_the_first_goes_on(
     placed = pipeline.place(config_for(house))
     job = launch.Job(placed.config, placed.run)
     wait_for(placed.run.path / "waiting")
+    capsys.readouterr()
     try:
         assert house.call("run", "stage=pretrain") == 2
         assert (
@@ -135,7 +136,9 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     sender = f"import os, time; time.sleep(0.3); os.kill({os.getpid()}, {int(number)})"
     subprocess.Popen([sys.executable, "-c", sender])
     job.follow()
-    assert job.end() == 128 + number
+    code = job.end()
+    assert code == 128 + number
+    assert launch.failure(placed.run, code).endswith("was interrupted; the same command goes on with it")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     again = pipeline.place(placed.config)
     assert again.run.path == placed.run.path and "goes on from step 1" in again.says()

@@ -2,9 +2,11 @@
 
 
 def duration(seconds: float | None) -> str:
-    """`42s`, `3m05s`, `2h10m`, `3d04h`; `-` when unknown."""
+    """`4.2s`, `42s`, `3m05s`, `2h10m`, `3d04h`; `-` when unknown."""
     if seconds is None:
         return "-"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

@@ -50,7 +50,14 @@ def config(stage: str, root: Path, seed: int = 0, **tracking) -> dict:
 def evaluation(stage: str, seed: int = 0) -> dict:
     accuracy = ACCURACY.get(stage)
     if accuracy is None:
-        return dict.fromkeys(("pass_at_1", "pass_at_1_ci", "greedy", "cons_at_k", "general_score", "by_task"))
+        nothing = dict.fromkeys(
+            ("pass_at_1", "pass_at_1_ci", "greedy", "cons_at_k", "general_score", "by_task")
+        )
+        judges = {
+            "helpful": {"pairs": 400, "accuracy": 0.91},
+            "harmless": {"labels": 400, "accuracy": 0.97, "auc": 0.99},
+        }
+        return {**nothing, "reward_models": judges}
     accuracy += 0.01 * seed
     late = stage in ("rejection_sft", "all_scenario")
     return {

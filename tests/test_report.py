@@ -110,7 +110,14 @@ def test_the_table_fits_and_keeps_controls_apart(reproduction):
 
 
 def test_numbers_for_people():
-    assert [duration(s) for s in (None, 4.2, 185, 7800, 100_000)] == ["-", "4s", "3m05s", "2h10m", "1d03h"]
+    assert [duration(s) for s in (None, 4.2, 42.0, 185, 7800, 100_000)] == [
+        "-",
+        "4.2s",
+        "42s",
+        "3m05s",
+        "2h10m",
+        "1d03h",
+    ]
     assert [number(v) for v in (None, 0.01234, 66.4, 21_300.4)] == ["-", "0.0123", "66.4", "21,300"]
     assert [percent(v) for v in (None, 0.8534)] == ["-", "85.3"]
 
@@ -179,8 +186,8 @@ def test_the_report_is_one_file_without_network(report, reproduction):
 def test_the_report_shows_all_stages_and_where_they_come_from(report):
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
-        *("Stages", "Training", "By task, language and kind", "The same prompt after every stage"),
-        *("What rejection sampling kept", "Time and cost", "Lineage"),
+        *("Stages", "Training", "By task, language and kind", "Reward models"),
+        *("The same prompt after every stage", "What rejection sampling kept", "Time and cost", "Lineage"),
     ]
     for text in (
         "79.0",

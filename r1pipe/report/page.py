@@ -17,6 +17,7 @@ def page(runs: Sequence[StageRun], others: Sequence[StageRun]) -> str:
         sections.stages(runs),
         sections.training(runs),
         sections.by_task(runs),
+        sections.reward_models(runs),
         sections.samples(runs),
         sections.funnel(runs),
         sections.cost(runs, others),

@@ -1,6 +1,7 @@
 """What the report draws. Colours come from a theme: the page's CSS variables for SVG, fixed ones for PNG."""
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,10 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
     """Curves of one RL stage (a run per seed); a chart without data is left out."""
     lines = {  # title: (unit, {metric: label})
         "Accuracy": ("%", {"eval/pass_at_1": "held out (dev)", "rollout/accuracy": "training prompts"}),
-        "Reward": ("", {"reward/mean": "sum"} | _group(runs, "reward", {"mean", "std", "zero_variance"})),
+        "Reward": (
+            "",
+            {"reward/mean": "sum"} | _group(runs, "reward", {"mean", "std", "zero variance", "failed"}),
+        ),
         "Response length": ("tokens", {"rollout/length_mean": "mean", "rollout/length_max": "longest"}),
         "Strategy": ("% of responses", _group(runs, "strategy", set())),
         "Cut off, no signal": (
@@ -194,7 +198,7 @@ def bars_panel(runs: Sequence[StageRun], key: str, title: str) -> Panel | None:
     def draw(axes: "Axes", theme: Theme) -> None:
         for n, stage in enumerate(stages):
             of_stage = [run.row[key] for run in runs if run.stage == stage and run.row.get(key)]
-            heights = [_mean([_score(one.get(entry)) for one in of_stage]) for entry in entries]
+            heights = [_mean_score([one.get(entry) for one in of_stage]) for entry in entries]
             at = [i + width * (n - (len(stages) - 1) / 2) for i in range(len(entries))]
             axes.bar(at, heights, width * 0.86, color=theme.series[colors[stage]])
         axes.set_xticks(range(len(entries)), [entry.replace("_", " ") for entry in entries])
@@ -204,13 +208,11 @@ def bars_panel(runs: Sequence[StageRun], key: str, title: str) -> Panel | None:
     return Panel(title, draw, "%", size=(5.2, 2.3), grid="y") if entries and stages else None
 
 
-def _score(entry: Any) -> float:
-    value = entry.get("pass_at_1") if isinstance(entry, dict) else entry
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean_score(entries: Sequence[Any]) -> float:
+    """Mean over the seeds that have a value; NaN, which draws no bar, where none has."""
+    values = [entry.get("pass_at_1") if isinstance(entry, dict) else entry for entry in entries]
+    known = [value for value in values if isinstance(value, int | float)]
+    return sum(known) / len(known) if known else math.nan
 
 
 # --- to SVG and PNG

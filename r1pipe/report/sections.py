@@ -112,6 +112,22 @@ def _key(colors: dict[str, int]) -> str:
     return f'<p class="key">{"".join(chips)}</p>'
 
 
+def reward_models(runs: Runs) -> str:
+    """How well each reward model judges pairs and labels that it has not seen."""
+    judged = []
+    for run in runs:
+        models = (run.record.get("metrics") or {}).get("reward_models") or {}
+        judged += [(run, name, measures) for name, measures in models.items()]
+    heads = list(dict.fromkeys(measure for _, _, measures in judged for measure in measures))
+    rows = [
+        (_class(run), [escape(name), str(run.seed), *(number(measures.get(head)) for head in heads)])
+        for run, name, measures in judged
+    ]
+    note = "On held-out pairs and labels; a correlation with length warns of a model that pays for words."
+    names = [head.replace("_", " ") for head in heads]
+    return section("Reward models", table(["model", "seed", *names], rows) if rows else "", note)
+
+
 # --- training
 
 

@@ -48,6 +48,8 @@ def final_metrics(record: dict) -> dict[str, float]:
     }
     named |= {f"eval/general/{kind}": score for kind, score in _entries(metrics, "general_by_kind")}
     named |= {f"eval/strategy/{name}": share for name, share in _entries(metrics, "strategies")}
+    for model, measures in _entries(metrics, "reward_models"):
+        named |= {f"eval/{model}/{measure}": value for measure, value in measures.items()}
     for name, bound in zip(("low", "high"), metrics.get("pass_at_1_ci") or (), strict=False):
         named[f"eval/pass_at_1_{name}"] = bound
     named["time/wall_s"] = record.get("wall_s")

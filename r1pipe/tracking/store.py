@@ -3,9 +3,11 @@
 import logging
 import os
 import socket
+import sqlite3
 import sys
 import urllib.error
 import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -71,6 +73,7 @@ def connect(uri: str) -> "MlflowClient":
     must_answer(uri)
     from mlflow.tracking import MlflowClient
 
+    _do_not_wait_for_the_disk()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # mlflow's import has set it to INFO
     try:
         client = MlflowClient(uri, uri)
@@ -78,6 +81,22 @@ def connect(uri: str) -> "MlflowClient":
     except failures() as error:
         raise EnvironmentProblem(f"MLflow cannot use tracking.uri={uri}: {first_line(error)}") from error
     return client
+
+
+@cache
+def _do_not_wait_for_the_disk() -> None:
+    """SQLite commits without fsync, which takes most of the time of making MLflow's tables (8 s to 2 s).
+
+    A power cut may then damage mlflow.db; it is an index, and `sync` makes it again from the run folders.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def connected(connection: object, _record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", connected)
 
 
 def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Path:

@@ -128,11 +128,11 @@ def test_substitutions_fill_identity_rows(tmp_path):
     (tmp_path / "who.json").write_text(json.dumps([{"q": "Who are you?", "r": "I am {{name}}."}]))
     general = source("who.json", task="identity", columns={"question": "q", "response": "r"}, split="train")
     named = Files(config(tmp_path, general=[general], substitutions={"name": "Ada"}))
-    assert [trace.response for trace in named.general_traces(1, 0)] == ["I am Ada."]
+    assert [trace.response for trace in named.general_traces(1, 0, {})] == ["I am Ada."]
     with pytest.raises(
         DataError, match=r"who\.json row 1: \{\{name\}\} has no text; set \+data\.substitutions\.name"
     ):
-        Files(config(tmp_path, general=[general])).general_traces(1, 0)
+        Files(config(tmp_path, general=[general])).general_traces(1, 0, {})
 
 
 def test_a_conversation_becomes_one_question(tmp_path):
@@ -338,7 +338,7 @@ def test_a_single_file_is_split_by_hash(shared):
 
 def test_one_folder_serves_every_stage(shared):
     data = open_data(composed("real", f"data.path={shared}"), 0)
-    general = data.general_traces(ALL, 0)
+    general = data.general_traces(ALL, 0, {})
     assert {trace.prompt.task for trace in general} == {"writing", "identity"}
     assert {trace.prompt.language for trace in general} == {"en", "zh"}
     assert not any("{{" in trace.response for trace in general)

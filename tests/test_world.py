@@ -39,7 +39,7 @@ def test_held_out_problems_are_never_trained_on(world):
         split: {p.checker["key"] for p in world.prompts(split, 150, 1)} for split in ("train", "dev", "test")
     }
     assert not keys["train"] & keys["test"] and not keys["dev"] & keys["test"]
-    traces = world.traces(150, 2, {}, False) + world.general_traces(150, 2)
+    traces = world.traces(150, 2, {}, False) + world.general_traces(150, 2, {})
     assert {split_of(t.prompt.checker["key"]) for t in traces} == {"train"}
 
 

@@ -249,6 +249,7 @@ class RejectionConfig(StageConfig):
     prompts: int  # reasoning prompts sampled
     samples_per_prompt: int  # completions per prompt
     general_ratio: float  # general samples per reasoning sample kept (R1: 200k / 600k)
+    general_kinds: dict[str, float]  # share of each general task; empty: as the data has them
     sampling: SamplingConfig
     filters: FilterConfig
     epochs: int  # passes over the joined data

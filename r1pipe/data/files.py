@@ -111,8 +111,17 @@ class Files:
         items = _distinct(self._of("general", split) + self._of("preferences", split))
         return [item.prompt for item in _drawn(items, n, seed, f"general/{split}")]
 
-    def general_traces(self, n: int, seed: int) -> list[Trace]:
-        items = _drawn(self._of("general", "train"), n, seed, "general traces")
+    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+        """Up to n written answers; `kinds` shares them out over the tasks that the files have."""
+        found = self._of("general", "train")
+        shares = {task: kinds[task] for task in kinds if any(item.prompt.task == task for item in found)}
+        if not shares:
+            items = _drawn(found, n, seed, "general traces")
+        else:
+            items = []
+            for task, share in shares.items():
+                of_task = [item for item in found if item.prompt.task == task]
+                items += _drawn(of_task, round(n * share / sum(shares.values())), seed, f"general traces/{task}")
         return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

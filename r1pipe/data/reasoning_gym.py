@@ -61,7 +61,7 @@ class ReasoningGym:
     def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         return []
 
-    def general_traces(self, n: int, seed: int) -> list[Trace]:
+    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
         return []
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

@@ -115,7 +115,8 @@ def build_dataset(
     if path.exists():
         return path
     kept = choose_samples(run, source, shards)
-    general = source.general_traces(round(run.stage.general_ratio * len(kept)), run.seed("general traces"))
+    wanted = round(run.stage.general_ratio * len(kept))
+    general = source.general_traces(wanted, run.seed("general traces"), run.stage.general_kinds)
     log.info("%d reasoning samples, %d general ones", len(kept), len(general))
     rows = [
         {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}

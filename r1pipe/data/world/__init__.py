@@ -73,12 +73,12 @@ class World:
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
         return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
 
-    def general_traces(self, n: int, seed: int) -> list[Trace]:
-        """n written answers; translation has the largest share, being the hardest to learn."""
+    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+        """n written answers, the kinds by these shares (none: by the corpus's)."""
         rng, shares = self._rng("general traces", seed), content("corpus")
         traces = []
         for _ in range(n):
-            kind = choose(rng, shares["kinds"])
+            kind = choose(rng, kinds or shares["kinds"])
             prompt = self._general(rng, "train", kind)
             # annotators of mixed quality wrote the safety answers: the last stage has something to mend
             traces.append(

@@ -46,8 +46,9 @@ def _start_deepspeed(device: torch.device) -> Any:
     os.environ["DS_ACCELERATOR"] = device.type
     deepspeed = _import_deepspeed()
     if device.type == "cpu":
-        # This op serves DeepSpeed's inference alone, and costs a compiler and up to a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # None of DeepSpeed's compiled operators is used on a CPU. Probing for them runs a compiler, and
+        # building the one that it would find, for its inference, takes up to a minute.
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
 

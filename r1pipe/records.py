@@ -29,7 +29,8 @@ class Completion:
     """What a sampler made of one prompt."""
 
     tokens: list[int]  # sampled ids, the end-of-sequence token included when finish_reason is "stop"
-    logprobs: list[float]  # log-probability of each token under the distribution it was drawn from
+    # of each token under softmax(logits / temperature), before top_p cuts; greedy: under softmax(logits)
+    logprobs: list[float]
     finish_reason: str  # "stop" (EOS) or "length" (cut off)
     text: str = ""  # decoded without EOS; `<think>` and `</think>` are kept as text
 

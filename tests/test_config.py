@@ -178,13 +178,15 @@ def valid(stage: str) -> dict[str, Any]:
         ("model.n_group=3", "model.n_group=3 must divide"),
         ("model.topk_group=5", "model.topk_group=5 is more than"),
         ("model.qk_rope_head_dim=15", "must be even"),
-        ("engine.ranks=3", "stage.prompts_per_step=32 must be a multiple of engine.ranks=3"),
+        ("engine.ranks=7", "must be a multiple of engine.ranks=7"),
         ("engine.zero_level=4", "engine.zero_level=4 is none of 0, 1, 2, 3"),
         ("engine.precision=bf16", "needs engine.zero_level=1"),
         ("engine.launcher=slurm", "needs engine.hostfile"),
         ("stage.minibatches=7", "must divide evenly into stage.minibatches=7"),
         ("stage.group_size=1", "give 2 or more"),
         ("stage.sampling.max_tokens=4096", "is longer than model.max_position_embeddings"),
+        ("stage.sampling.top_p=0.9", "stage.sampling.top_p=0.9: reinforcement learns from the whole"),
+        ("stage=all_scenario stage.sampling.top_p=0.5", "it must be 1"),
         ("stage.loss_mean=mean", "is none of sequence, token"),
         ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
@@ -204,6 +206,10 @@ def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> No
     with pytest.raises(ConfigError) as caught:
         rules.check(load(mapping))
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_rejection_sampling_may_cut_to_a_nucleus() -> None:
+    assert compose(["stage=rejection_sft", "stage.sampling.top_p=0.9"]).config.stage.sampling.top_p == 0.9
 
 
 def test_zero_is_a_number_of_steps() -> None:

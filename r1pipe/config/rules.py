@@ -254,8 +254,8 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     # the ratio compares probabilities over the whole vocabulary: draws from a part of it would bias it
     yield (
         stage.sampling.top_p == 1,
-        f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; it "
-        "must be 1",
+        f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; "
+        "it must be 1",
     )
     yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
     yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"

@@ -121,7 +121,9 @@ class Files:
             items = []
             for task, share in shares.items():
                 of_task = [item for item in found if item.prompt.task == task]
-                items += _drawn(of_task, round(n * share / sum(shares.values())), seed, f"general traces/{task}")
+                items += _drawn(
+                    of_task, round(n * share / sum(shares.values())), seed, f"general traces/{task}"
+                )
         return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

@@ -37,7 +37,7 @@ class Source(Protocol):
         """Writing, facts, identity, translation and safety: what no rule judges."""
 
     def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
-        """Training prompts of the general kinds with a written response; `kinds`: the share of each, if any."""
+        """Training prompts of the general kinds with a written response; `kinds`: the share of each."""
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
         """Two answers to a general prompt, the better one first."""

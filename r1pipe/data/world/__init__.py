@@ -87,9 +87,9 @@ class World:
         return traces
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
-        """n pairs on the helpful kinds, judged by the hidden truth."""
+        """n pairs on all kinds, judged by the hidden truth: to refuse a safe wish is no help either."""
         rng = self._rng("pairs", split, seed)
-        kinds = general.HELPFUL_KINDS
+        kinds = general.KINDS
         return [
             truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)
         ]

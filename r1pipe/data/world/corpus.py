@@ -73,7 +73,7 @@ def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
 def _general(rng: random.Random, language: str, levels: list[int]) -> str:
     shares = content("corpus")
     kind = choose(rng, shares["kinds"])
-    if kind == "facts" and rng.random() < 0.5:
+    if kind == "facts" and rng.random() < shares["statements"]:
         return f"{BOS}{_statement(rng, language)}{EOS}"
     prompt = general_prompt(rng, "train", kind, language)
     body = (

@@ -1,0 +1,57 @@
+"""The README cannot drift: its commands compose, its help text is the real one, its folders exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from r1pipe.cli import app
+from r1pipe.config.compose import compose
+
+HOME = Path(__file__).resolve().parent.parent
+README = (HOME / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("r1pipe ", "make "))]
+WITHOUT_OVERRIDES = {"--help", "ui", "report", "chat", "generate", "lineage", "export", "compare", "eval"}
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command, comments=True)[1:]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command):
+    makefile = (HOME / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words_of(command) if "=" not in target)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("r1pipe ")])
+def test_r1pipe_commands_are_known_and_compose(command):
+    verb, *rest = words_of(command)
+    if verb not in WITHOUT_OVERRIDES:
+        compose([word for word in rest if not word.startswith("--")])
+    known = CliRunner().invoke(app, [verb, "--help"] if not verb.startswith("-") else [verb])
+    assert known.exit_code == 0, known.output
+    assert all(word.split("=")[0] in known.output for word in rest if word.startswith("--"))
+
+
+def test_help_in_the_readme_is_the_real_one():
+    shown = re.search(r"```text\n(Usage: r1pipe .*?)```", README, re.DOTALL)
+    assert shown, "the README shows r1pipe --help"
+    real = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}, prog_name="r1pipe").output
+    assert shown[1].split() == real.split()
+
+
+def test_the_map_of_folders_is_true():
+    rows = re.findall(r"^\| `([\w./]+)` \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    assert not [row for row in rows if not (HOME / row).exists()]
+    packages = {f"r1pipe/{p.parent.name}/" for p in (HOME / "r1pipe").glob("*/__init__.py")}
+    assert not packages - set(rows), "a package that the map leaves out"
+
+
+def test_pictures_and_links_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (HOME / target).exists(), target

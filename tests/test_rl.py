@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rl import losses, scoring
 from r1pipe.rl.advantages import group_advantages, has_variance
-from r1pipe.rl.batch import Rollout, by_length, collate, rollouts_of, scored_counts, split_evenly, weights_of
+from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
 from r1pipe.rl.prompts import PromptStream, general_count
 from r1pipe.rl.rows import rows_of, summarise
 from r1pipe.rl.stage import reinforce, rules_only
@@ -153,11 +154,17 @@ def test_sequence_mean_and_token_mean_weigh_lengths_differently():
     assert weights_of(rollouts, "token", sequences, tokens) == [0.25, 0.25]
 
 
-def test_micro_batches_are_sorted_by_length_and_never_pad_beyond_the_limit():
-    lengths = [3, 9, 4, 10, 2, 30, 5]
-    batches = by_length([rollout([1], [3] * (length - 1)) for length in lengths], micro_tokens=20)
-    assert [[len(r) for r in batch] for batch in batches] == [[30], [10, 9], [5, 4, 3, 2]]
-    assert all(len(batch) * len(batch[0]) <= 20 for batch in batches[1:])
+def test_micro_batches_are_of_whole_groups_and_never_pad_beyond_the_limit():
+    a, b, c, d = [1, 1], [2], [3, 3, 3], [4]
+    rollouts = [
+        rollout(prompt, [9] * n)
+        for prompt, lengths in ((a, (3, 4)), (b, (50,)), (c, (2, 5)), (d, (8, 9, 7)))
+        for n in lengths
+    ]
+    batches = by_prompt(rollouts, micro_tokens=26)
+    found = [[(r.prompt[0], len(r.completion)) for r in batch] for batch in batches]
+    # the longest first; group 4 is cut, as it does not fit alone; 3 and 1 pad to 2 x 3 + 4 x 5 tokens
+    assert found == [[(2, 50)], [(4, 9), (4, 8)], [(4, 7)], [(3, 5), (3, 2), (1, 4), (1, 3)]]
 
 
 def test_minibatches_are_disjoint_and_complete():
@@ -174,30 +181,54 @@ def test_collate_points_at_completion_tokens_only_and_learns_eos():
         weights=[0.1, 0.2],
         device=torch.device("cpu"),
     )
-    assert micro.tokens_BT.tolist() == [[1, 5, 7, 8, 2], [1, 9, 2, 1, 9]]
-    assert micro.sources_N.tolist() == [1, 2, 3, 5, 6]
+    assert micro.prompts_PT.tolist() == [[1], [1]] and micro.prompt_lengths_P.tolist() == [1, 0]
+    assert micro.prompt_of_B.tolist() == [0, 1]
+    # a row begins with its prompt's last token, and is filled up with itself
+    assert micro.tokens_BT.tolist() == [[5, 7, 8], [1, 9, 1]]
+    assert micro.sources_N.tolist() == [0, 1, 2, 3, 4]
     assert micro.targets_N.tolist() == [7, 8, eos, 9, eos]
     assert micro.advantages_N.tolist() == [1, 1, 1, -1, -1]
     assert micro.weights_N.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.2])
     assert micro.reference_N is None
 
 
-def test_neither_micro_batches_nor_filling_change_the_gradient():
-    torch.manual_seed(0)
+def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradient():
     model = DeepseekV3(tiny_config("stage=grpo").model, torch.Generator().manual_seed(1))
-    rollouts = [rollout([1, 5], list(range(7, 7 + n)), advantage=(-1.0) ** n) for n in (1, 4, 9, 2, 6)]
+    prompts = [[1, 5, 6, 11, 3], [4, 8], [2]]  # of several lengths; the last leaves nothing to share
+    rollouts = [
+        rollout(prompts[n % 3], list(range(7, 7 + n)), advantage=(-1.0) ** n)
+        for n in (1, 4, 9, 2, 6, 7, 3, 5)
+    ]
     counts = scored_counts(rollouts)
 
-    def gradient(micro_tokens: int) -> torch.Tensor:
+    def gradient(loss_of: Callable[[list[Rollout]], torch.Tensor], micro_tokens: int) -> torch.Tensor:
         model.zero_grad()
-        for rows in by_length(rollouts, micro_tokens):
-            micro = collate(rows, weights_of(rows, "token", *counts), torch.device("cpu"))
-            logprobs_N = completion_logprobs(model, micro, 1.0)
-            tensors = (micro.old_N, micro.advantages_N, micro.weights_N)
-            losses.policy_loss(logprobs_N, *tensors, clip=0.2).loss.backward()
+        for rows in by_prompt(rollouts, micro_tokens):
+            loss_of(rows).backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
-    torch.testing.assert_close(gradient(1), gradient(1000), rtol=1e-4, atol=1e-6)
+    def shared(rows: list[Rollout]) -> torch.Tensor:
+        micro = collate(rows, weights_of(rows, "token", *counts), torch.device("cpu"))
+        logprobs_N = completion_logprobs(model, micro, 1.0)
+        tensors = (micro.old_N, micro.advantages_N, micro.weights_N)
+        return losses.policy_loss(logprobs_N, *tensors, clip=0.2).loss
+
+    def whole(rows: list[Rollout]) -> torch.Tensor:
+        """Every rollout by itself, prompt and completion in one plain forward pass."""
+        loss = torch.zeros(())
+        for row, weight in zip(rows, weights_of(rows, "token", *counts), strict=True):
+            logits = model(torch.tensor([row.prompt + row.completion]))[0, len(row.prompt) - 1 : -1]
+            targets = torch.tensor(row.completion)
+            logprobs_N = logits.float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            each = torch.ones(len(targets))
+            tensors = (torch.tensor(row.old), each * row.advantage, each * weight)
+            loss = loss + losses.policy_loss(logprobs_N, *tensors, clip=0.2).loss
+        return loss
+
+    plain = gradient(whole, 1)
+    assert len(by_prompt(rollouts, 1)) == 8 and len(by_prompt(rollouts, 1000)) == 1
+    torch.testing.assert_close(gradient(shared, 1), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(shared, 1000), plain, rtol=1e-4, atol=1e-6)
 
 
 # --- rewards of a step

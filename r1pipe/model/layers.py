@@ -2,7 +2,7 @@
 
 Axes, in all of r1pipe/model: B rows, T tokens in a row, N tokens (B*T), D hidden width, H heads, E experts,
 K experts per token, I expert width, C latent width (kv_lora_rank), R rotary width, r its pairs, L layers,
-V vocabulary, S slots.
+V vocabulary, S slots, P tokens of a past, M tokens looked at, W = C+R the width of a cache entry.
 """
 
 import math

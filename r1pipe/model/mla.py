@@ -51,17 +51,26 @@ class MLA(nn.Module):
         return self.kv_a_layernorm(latent), rotate(rope, rotation)
 
     def forward(
-        self, x_BTD: Tensor, rotation_BTr: Tensor, mask_BTT: Tensor | None, keep: list[Tensor] | None = None
+        self,
+        x_BTD: Tensor,
+        rotation_BTr: Tensor,
+        unseen_BTM: Tensor | None,
+        keep: list[Tensor] | None = None,
+        past_BPW: Tensor | None = None,
     ) -> Tensor:
-        """Attention over whole rows: causal, or as `mask_BTT` allows (true: may look).
+        """Attention over whole rows: causal, or as `unseen_BTM` allows (-inf where not to look, else 0).
 
-        `keep` receives this layer's cache entries, latent then rotated key, [B, T, C+R].
+        `keep` receives this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` are such
+        entries of P tokens before the row: the keys are M = P + T.
         """
         config = self.config
         q_nope, q_rope = self.queries(x_BTD, rotation_BTr)
         latent, k_rope = self.latents(x_BTD, rotation_BTr)
         if keep is not None:
             keep.append(torch.cat([latent, k_rope], dim=-1))
+        if past_BPW is not None:
+            past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+            latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         shared = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
@@ -69,7 +78,7 @@ class MLA(nn.Module):
             torch.cat([q_nope, q_rope], dim=-1),
             torch.cat([k_nope, shared], dim=-1),
             value,
-            mask_BTT,
+            unseen_BTM,
             self.scale,
         )
         return self.o_proj(out.flatten(-2))
@@ -108,8 +117,8 @@ class MLA(nn.Module):
         return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:
-    """[B, T, H, width] each -> [B, T, H, value width]."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, unseen_BTM: Tensor | None, scale: float) -> Tensor:
+    """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
     width = value.shape[-1]
     if query.shape[-1] > width:  # the fused kernels want one width for all three
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -117,8 +126,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTT: Tensor | None, 
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=None if mask_BTT is None else mask_BTT.unsqueeze(1),
-        is_causal=mask_BTT is None,
+        attn_mask=None if unseen_BTM is None else unseen_BTM.unsqueeze(1),
+        is_causal=unseen_BTM is None,
         scale=scale,
     )
     return out.transpose(1, 2)[..., :width]

@@ -1,5 +1,7 @@
 """The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.mlp.gate...)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,14 @@ from r1pipe.errors import ConfigError
 from r1pipe.model.layers import RMSNorm, Rotary, SwiGLU
 from r1pipe.model.mla import MLA
 from r1pipe.model.moe import Experts, Gate, MoE
+
+
+@dataclass
+class Past:
+    """What rows go on from: tokens read before, as the cache entries that `keep` received."""
+
+    entries: list[Tensor]  # one per layer, [B, P, W], filled up on the right
+    lengths_B: Tensor  # tokens of each row's past
 
 
 class DecoderLayer(nn.Module):
@@ -22,9 +32,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, rotation_BTr: Tensor, mask_BTT: Tensor | None, keep: list[Tensor] | None = None
+        self,
+        x_BTD: Tensor,
+        rotation_BTr: Tensor,
+        unseen_BTM: Tensor | None,
+        keep: list[Tensor] | None = None,
+        past_BPW: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation_BTr, mask_BTT, keep)
+        normed_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, unseen_BTM, keep, past_BPW)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
     def decode(
@@ -48,22 +64,37 @@ class Trunk(nn.Module):
         self.rotary = Rotary(config)
 
     def forward(
-        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, keep: list[Tensor] | None = None
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        keep: list[Tensor] | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """-> hidden_BTD after the last norm; `keep` receives each layer's cache entries [B, T, C+R]."""
-        if tokens_BT.shape[1] > self.config.max_position_embeddings:
+        """-> hidden_BTD after the last norm; `keep` receives each layer's cache entries [B, T, C+R].
+
+        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text.
+        """
+        tokens = tokens_BT.shape[1]
+        longest = tokens + (past.entries[0].shape[1] if past else 0)
+        if longest > self.config.max_position_embeddings:
             raise ConfigError(
-                f"a row of {tokens_BT.shape[1]} tokens is longer than model.max_position_embeddings"
+                f"a row of {longest} tokens is longer than model.max_position_embeddings"
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        if segments_BT is None:
-            rotation_BTr, mask_BTT = table[: tokens_BT.shape[1]].unsqueeze(0), None
+        seen_BTM: Tensor | None = None
+        if segments_BT is not None:
+            rotation_BTr, seen_BTM = table[document_positions(segments_BT)], document_mask(segments_BT)
+        elif past is not None:
+            positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
+            rotation_BTr, seen_BTM = table[positions_BT], past_mask(past, tokens)
         else:
-            rotation_BTr, mask_BTT = table[document_positions(segments_BT)], document_mask(segments_BT)
+            rotation_BTr = table[:tokens].unsqueeze(0)
         x_BTD = self.embed_tokens(tokens_BT)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rotation_BTr, mask_BTT, keep)
+        # as numbers to add, made once: out of a bool mask, attention would make them in every layer
+        unseen_BTM = None if seen_BTM is None else _unseen(seen_BTM, x_BTD.dtype)
+        for n, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, rotation_BTr, unseen_BTM, keep, past.entries[n] if past else None)
         return self.norm(x_BTD)
 
 
@@ -111,6 +142,18 @@ class DeepseekV3(nn.Module):
         """-> hidden_BTD, after the last norm and before lm_head."""
         return self.model(tokens_BT, segments_BT)
 
+    def hidden_after(
+        self, prompts_PT: Tensor, lengths_P: Tensor, tokens_BT: Tensor, prompt_of_B: Tensor
+    ) -> Tensor:
+        """-> hidden_BTD of rows that each go on from a prompt, which is read once however many share it.
+
+        `lengths_P` are the prompts' lengths without what fills them up on the right.
+        """
+        read: list[Tensor] = []
+        self.model(prompts_PT, keep=read)
+        past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
+        return self.model(tokens_BT, past=past)
+
 
 def document_positions(segments_BT: Tensor) -> Tensor:
     """The position of each token in its own document, [B, T] int64."""
@@ -127,6 +170,22 @@ def document_mask(segments_BT: Tensor) -> Tensor:
     causal_TT = torch.ones_like(itself_TT).tril_()
     same_BTT = segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
     return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
+
+
+def past_mask(past: Past, tokens: int) -> Tensor:
+    """Which tokens each of `tokens` new ones may look at, [B, T, P+T] bool: its past, then causal."""
+    lengths_B11 = past.lengths_B[:, None, None]
+    places_P = torch.arange(past.entries[0].shape[1], device=lengths_B11.device)
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B11.device).tril_()
+    shape = (len(past.lengths_B), tokens, -1)
+    return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)
+
+
+def _unseen(seen_BTM: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what attention adds to the scores: 0 or -inf."""
+    return torch.zeros(seen_BTM.shape, dtype=dtype, device=seen_BTM.device).masked_fill_(
+        ~seen_BTM, float("-inf")
+    )
 
 
 def check_shape(config: ModelConfig) -> None:

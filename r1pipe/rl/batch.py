@@ -1,6 +1,6 @@
 """From scored groups to padded micro-batches: what an update reads.
 
-Axes: B rows and T columns of a micro-batch, N completion tokens of all its rows in a row.
+Axes: P prompts, B rows and T columns of a micro-batch, N completion tokens of all its rows in a row.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,16 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Rows filled up on the right. What has suffix N is of completion tokens alone, so that no logits are
-    computed for prompts and filling."""
+    """Prompts but for their last token, each once, and rows that go on from them.
 
+    A row is its prompt's last token and the completion but for the completion's own last token: the hidden
+    states at its places predict the completion. Prompts and rows are filled up on the right; what has suffix
+    N is of completion tokens alone, so that no logits are computed for filling.
+    """
+
+    prompts_PT: Tensor
+    prompt_lengths_P: Tensor
+    prompt_of_B: Tensor
     tokens_BT: Tensor
     sources_N: Tensor  # position in the flattened [B*T] whose hidden state predicts the token
     targets_N: Tensor
@@ -60,44 +67,67 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
     return [rollouts[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def by_length(rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[Rollout]]:
-    """Sorted by length and cut so that no micro-batch pads to more than `micro_tokens` tokens.
+def padded_tokens(rollouts: Sequence[Rollout]) -> int:
+    """What a micro-batch of these rollouts computes: its prompts once, and the completions."""
+    prompts = {tuple(rollout.prompt) for rollout in rollouts}
+    longest = max(len(rollout.completion) for rollout in rollouts)
+    return len(prompts) * max(map(len, prompts)) + len(rollouts) * longest
 
-    Neighbours in length share a micro-batch, so little is padded. The longest come first: if memory is short,
-    it shows at once. A rollout longer than `micro_tokens` gets a micro-batch of its own.
+
+def by_prompt(rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of whole groups that pad to no more than `micro_tokens` tokens.
+
+    Completions of one prompt are much alike in length, and groups are sorted by their longest, so little is
+    padded. The longest come first: if memory is short, it shows at once. A group that is too large alone is
+    cut, and a rollout longer than `micro_tokens` gets a micro-batch of its own.
     """
+    groups: dict[tuple[int, ...], list[Rollout]] = {}
+    for rollout in sorted(rollouts, key=lambda rollout: len(rollout.completion), reverse=True):
+        groups.setdefault(tuple(rollout.prompt), []).append(rollout)
     batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=len, reverse=True):
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= micro_tokens:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
+    for group in groups.values():
+        if batches and padded_tokens(batches[-1] + group) <= micro_tokens:
+            batches[-1] += group
+            continue
+        batches.append(group[:1])
+        for rollout in group[1:]:
+            if padded_tokens([*batches[-1], rollout]) <= micro_tokens:
+                batches[-1].append(rollout)
+            else:
+                batches.append([rollout])
     return batches
 
 
-def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch.device) -> MicroBatch:
-    """Fill each row on the right up to the longest. `weights` are those of each rollout's tokens in the loss.
+def _filled(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Rows filled up (or cut) on the right to `width` tokens.
 
     Causal attention never looks right, so the filling changes nothing. It repeats the row's own tokens: the
     experts are balanced on what passes the gates, and a run of pad tokens would all go to the same ones.
     """
-    width = max(len(rollout) for rollout in rollouts)
-    tokens_BT = torch.tensor([list(islice(cycle(r.prompt + r.completion), width)) for r in rollouts])
-    # the prompt's last token predicts the completion's first
-    starts = [row * width + len(rollout.prompt) - 1 for row, rollout in enumerate(rollouts)]
+    return torch.tensor([list(islice(cycle(row), width)) for row in rows])
+
+
+def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch.device) -> MicroBatch:
+    """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss."""
+    prompts = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
+    prompt_lengths = [len(prompt) - 1 for prompt in prompts]
+    place = {prompt: p for p, prompt in enumerate(prompts)}
     lengths = [len(rollout.completion) for rollout in rollouts]
-    sources_N = torch.cat(
-        [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-    )
+    width = max(lengths)
+    rows = [[rollout.prompt[-1], *rollout.completion[:-1]] for rollout in rollouts]
     lengths_S = torch.tensor(lengths)
 
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths_S).to(device)
 
     return MicroBatch(
-        tokens_BT=tokens_BT.to(device),
-        sources_N=sources_N.to(device),
-        targets_N=tokens_BT.flatten()[sources_N + 1].to(device),
+        # one token at least, of which a prompt of one token sees nothing
+        prompts_PT=_filled(prompts, max(1, *prompt_lengths)).to(device),
+        prompt_lengths_P=torch.tensor(prompt_lengths).to(device),
+        prompt_of_B=torch.tensor([place[tuple(rollout.prompt)] for rollout in rollouts]).to(device),
+        tokens_BT=_filled(rows, width).to(device),
+        sources_N=torch.cat([torch.arange(n) + row * width for row, n in enumerate(lengths)]).to(device),
+        targets_N=torch.tensor([token for rollout in rollouts for token in rollout.completion]).to(device),
         old_N=torch.tensor([logprob for rollout in rollouts for logprob in rollout.old]).to(device),
         advantages_N=per_token([rollout.advantage for rollout in rollouts]),
         weights_N=per_token(weights),

@@ -15,14 +15,17 @@ from r1pipe.engine import Engine, StepStats
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.ranks import choose_device
-from r1pipe.rl.batch import MicroBatch, Rollout, by_length, collate, scored_counts, split_evenly, weights_of
+from r1pipe.rl.batch import MicroBatch, Rollout, by_prompt, collate, scored_counts, split_evenly, weights_of
 from r1pipe.rl.losses import PolicyLoss, policy_loss
 from r1pipe.sft.loop import step_metrics
 
 
 def completion_logprobs(model: DeepseekV3, micro: MicroBatch, temperature: float) -> Tensor:
     """log pi of every completion token of a micro-batch, logprobs_N, at the temperature of sampling."""
-    hidden_ND = model.hidden(micro.tokens_BT).flatten(0, 1).index_select(0, micro.sources_N)
+    hidden_BTD = model.hidden_after(
+        micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B
+    )
+    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
     return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
 
 
@@ -62,7 +65,7 @@ def prepare(
         collate(
             rollouts, weights_of(rollouts, config.loss_mean, sequences / ranks, tokens / ranks), engine.device
         )
-        for rollouts in by_length(minibatch, config.micro_tokens)
+        for rollouts in by_prompt(minibatch, config.micro_tokens)
     ]
     missing = engine.agree_max(len(micros)) - len(micros)
     micros += [replace(micros[-1], weights_N=torch.zeros_like(micros[-1].weights_N))] * missing

@@ -24,7 +24,9 @@ def words_of(command: str) -> list[str]:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_targets_exist(command):
     makefile = (HOME / "Makefile").read_text()
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words_of(command) if "=" not in target)
+    assert all(
+        re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words_of(command) if "=" not in target
+    )
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("r1pipe ")])
@@ -40,7 +42,11 @@ def test_r1pipe_commands_are_known_and_compose(command):
 def test_help_in_the_readme_is_the_real_one():
     shown = re.search(r"```text\n(Usage: r1pipe .*?)```", README, re.DOTALL)
     assert shown, "the README shows r1pipe --help"
-    real = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}, prog_name="r1pipe").output
+    real = (
+        CliRunner()
+        .invoke(app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}, prog_name="r1pipe")
+        .output
+    )
     assert shown[1].split() == real.split()
 
 

@@ -28,22 +28,9 @@ def test_base_is_what_its_record_says():
 
 def test_retraining_gives_the_same_curve(tmp_path):
     """The first steps of `make pretrain`, on one rank instead of two: the same sums in another order."""
-    config = compose(
-        [
-            "recipe=laptop",
-            "stage=pretrain",
-            "engine.ranks=1",
-            f"stage.max_steps={STEPS}",
-            "stage.eval.problems=2",
-        ]
-        + [
-            "stage.eval.samples=1",
-            "stage.eval.general=0",
-            "stage.eval.greedy=false",
-            "stage.eval.max_tokens=4",
-            "stage.eval.shown=1",
-        ]
-    ).config
+    short = f"stage.max_steps={STEPS} stage.eval.problems=2 stage.eval.samples=1 stage.eval.general=0"
+    quick = "stage.eval.greedy=false stage.eval.max_tokens=4 stage.eval.shown=1 engine.ranks=1"
+    config = compose(["recipe=laptop", "stage=pretrain", *short.split(), *quick.split()]).config
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_mapping(replace(config, weights_from=None))))

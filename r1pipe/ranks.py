@@ -1,7 +1,9 @@
 """The processes of one job, and what they tell one another (gloo on the CPU, NCCL on GPUs)."""
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,26 @@ def choose_device(accelerator: str) -> torch.device:
     if accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+_exit_code: int | None = None
+
+
+def leave_with(code: int) -> None:
+    """Once everything is written, make the end of this process immediate, with this exit code.
+
+    Gloo's threads now and then abort the interpreter's teardown (exit code -6), which would turn a finished
+    job into a failed one. Other exit handlers still run first; with one rank nothing changes.
+    """
+    global _exit_code
+    _exit_code = code
+
+
+def _leave() -> None:
+    if _exit_code is not None and rank_and_world()[1] > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code)
 
 
 class Ranks:
@@ -46,6 +68,7 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        atexit.register(_leave)  # before all others, so that it runs last
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums; every rank gives the same number of values."""

@@ -28,7 +28,7 @@ from r1pipe.errors import CheckpointError, ConfigError, R1pipeError
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.provenance import job_record, write_json
-from r1pipe.ranks import rank_and_world
+from r1pipe.ranks import leave_with, rank_and_world
 
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
@@ -248,9 +248,11 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         run = Run(folder, config, config.stage)
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         yield run
+        leave_with(0)
     except R1pipeError as error:
         log.error("%s", error)
         _first_writes(folder.error, f"{error}\n")
+        leave_with(2)
         raise SystemExit(2) from None
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import tiny_config, tiny_run
+from tiny_runs import load_stage, tiny_config, tiny_run
 
 from r1pipe.data.chat import Chat, compose_response
 from r1pipe.errors import CheckpointError
@@ -71,6 +71,18 @@ def test_what_has_no_summary_or_no_end_earns_nothing(chat):
     assert 0 < values[0] < 1 and values[1:] == [0.0, 0.0, 0.0]
 
 
+def test_garbage_that_grows_when_encoded_again_is_not_judged(chat):
+    model = random_model()
+    longest = model.config.max_position_embeddings
+    text = chat.decode([chat.encode("\u00e9")[0]] * (longest // 2))
+    assert len(chat.encode(text)) > longest, "a byte that is no character becomes three"
+    texts = [text, "A fox ran."]
+    scores = models.Judge(model, models.HARMLESS, chat)(
+        [PROMPT] * 2, [Completion([], [], "stop", text) for text in texts]
+    )
+    assert scores[0].value == 0.0 < scores[1].value
+
+
 def test_standardised_scores_have_mean_0_and_deviation_1(chat):
     model = random_model()
     rows = [chat.encode("word " * n) for n in range(1, 9)]
@@ -102,7 +114,7 @@ def test_quality_by_hand():
 
 
 def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
-    stage = load_stage()
+    stage = load_stage("reward_model")
     overrides = (
         *(
             "stage=reward_model",
@@ -144,14 +156,3 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
     found = json.loads((whole / "evaluation.json").read_text())["reward_models"]
     assert found["helpful"]["pairs"] == found["harmless"]["labels"] == 64
     assert found["helpful"]["accuracy"] > 0.55 and found["harmless"]["auc"] > 0.6
-
-
-def load_stage():
-    import importlib.util
-
-    from r1pipe.paths import stages_dir
-
-    spec = importlib.util.spec_from_file_location("stage_reward_model", stages_dir() / "reward_model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

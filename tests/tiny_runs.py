@@ -1,11 +1,15 @@
 """Run folders of stages so small that a test can run them in its own process."""
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RunConfig
+from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.config.typed import to_mapping
+from r1pipe.paths import stages_dir
 
 TINY = [
     *("recipe=smoke", "engine.ranks=1", "engine.threads=1", "data.tasks=[word]", "data.languages=[en]"),
@@ -22,8 +26,18 @@ def tiny_config(*overrides: str) -> RunConfig:
     return compose([*TINY, *overrides]).config
 
 
-def tiny_run(folder: Path, *overrides: str) -> Path:
+def tiny_run(folder: Path, *overrides: str, weights: ParentRef | None = None, **reads: ParentRef) -> Path:
+    """The folder as `r1pipe run` leaves it for the job; `reads`: the checkpoints that are read besides."""
     folder.mkdir(parents=True)
-    config = tiny_config(*overrides)
+    config = replace(tiny_config(*overrides), weights_from=weights, reads_from=reads)
     (folder / "config.json").write_text(json.dumps(to_mapping(config)))
     return folder
+
+
+def load_stage(name: str) -> ModuleType:
+    """The stage script as a module, so that its `main(folder)` runs in this process."""
+    spec = importlib.util.spec_from_file_location(f"stage_{name}", stages_dir() / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

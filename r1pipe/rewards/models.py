@@ -90,11 +90,21 @@ class Judge:
         self.model, self.kind, self.chat = model.eval().requires_grad_(False), kind, chat
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
-        """0 where there is nothing to judge: a malformed response has no summary, a cut off one no end."""
-        judged = [i for i, completion in enumerate(completions) if self._judges(completion)]
-        rows = [judged_tokens(self.kind, self.chat, prompts[i], completions[i].text) for i in judged]
-        verdicts = [Score(0.0, detail="cut off, or no summary to judge")] * len(completions)
-        for i, score in zip(judged, score_rows(self.model, rows, self.chat.pad_id), strict=True):
+        """0 where there is nothing to judge: a malformed response has no summary, a cut off one no end.
+
+        Nor is garbage judged that is longer, encoded again, than the context: drawn bytes that make no
+        character become three each.
+        """
+        rows = {
+            i: judged_tokens(self.kind, self.chat, prompt, completion.text)
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            if self._judges(completion)
+        }
+        longest = self.model.config.max_position_embeddings
+        rows = {i: row for i, row in rows.items() if len(row) <= longest}
+        verdicts = [Score(0.0, detail="cut off, garbage, or no summary to judge")] * len(completions)
+        scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
+        for i, score in zip(rows, scores, strict=True):
             verdicts[i] = Score(torch.tensor(score).sigmoid().item(), detail=f"score {score:.3f}")
         return verdicts
 

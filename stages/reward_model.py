@@ -36,7 +36,7 @@ def main(folder: str) -> None:
         lessons = [examples for examples in found if examples.learned]  # files have pairs alone
         if not lessons:
             raise DataError(
-                "the data has neither preference pairs nor safety labels; choose another with data="
+                f"data={run.config.data.name} has no preference pairs and no safety labels; choose other data"
             )
         steps = [steps_of(run.stage, examples) for examples in lessons]
         firsts = [0, *accumulate(steps)]

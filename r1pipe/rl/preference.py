@@ -19,6 +19,7 @@ from torch import Tensor
 from r1pipe import checkpoints
 from r1pipe.config.schema import RewardModelConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.fitting import draw_fitting
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError
@@ -57,35 +58,57 @@ class Examples:
 
 
 def read_examples(run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat) -> Examples:
-    """The data's examples of a kind, maybe none. Raises DataError for too few."""
-    stage, longest = run.stage, run.config.model.max_position_embeddings
+    """The data's examples of a kind, maybe none: then no model of this kind is trained.
+
+    What is longer than the context is passed over, and as much drawn in its place as the data has. Raises
+    DataError where too few are left.
+    """
+    stage, name = run.stage, NAMES[kind]
     wanted = stage.pairs if kind == HELPFUL else stage.labels
-    learned = _items(kind, data, chat, ("train", wanted, run.seed(NAMES[kind])), longest)
-    held_out = _items(kind, data, chat, (stage.eval.split, stage.held_out, HELD_OUT), longest)
-    if 0 < len(learned) < stage.batch_size:
-        raise DataError(f"the data gives {len(learned)} {NAMES[kind]}, fewer than stage.batch_size; lower it")
-    if learned and not held_out:
-        raise DataError(f"the data has no {NAMES[kind]} in split {stage.eval.split} to judge the model on")
+    learned, too_long = _draw(run, kind, data, chat, ("train", wanted, run.seed(name)))
+    if not learned and not too_long:
+        log.info("data=%s has no %s: no %s model is trained", run.config.data.name, name, kind)
+        return Examples(kind, [], [], chat.pad_id)
+    if len(learned) < stage.batch_size:
+        raise DataError(
+            f"data={run.config.data.name} gives {len(learned)} {name} to train on{_beside(run, too_long)}, "
+            f"fewer than stage.batch_size={stage.batch_size}; lower it or choose other data"
+        )
+    held_out, too_long = _draw(run, kind, data, chat, (stage.eval.split, stage.held_out, HELD_OUT))
+    if not held_out:
+        raise DataError(
+            f"data={run.config.data.name} gives no {name} of split {stage.eval.split} to judge the model on"
+            f"{_beside(run, too_long)}; choose other data"
+        )
     return Examples(kind, learned, held_out, chat.pad_id)
 
 
-def _items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int], longest: int) -> list[Item]:
+def _beside(run: Run[RewardModelConfig], too_long: int) -> str:
+    longest = run.config.model.max_position_embeddings
+    return f" beside {too_long} longer than model.max_position_embeddings={longest}" if too_long else ""
+
+
+def _draw(
+    run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]
+) -> tuple[list[Item], int]:
+    """Up to so many items of a split that fit into the context, and how many were passed over for them."""
+    split, n, seed = drawn
+    longest = run.config.model.max_position_embeddings
+    fitting, too_long = draw_fitting(
+        lambda m: _items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
+    )
+    log.info("%d %s (%s), %d more are too long", len(fitting), NAMES[kind], split, too_long)
+    return fitting, too_long
+
+
+def _items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> list[Item]:
     tokens = partial(models.judged_tokens, kind, chat)
-    found = (
-        [
+    if kind == HELPFUL:
+        return [
             Item([tokens(p.prompt, p.chosen), tokens(p.prompt, p.rejected)])
             for p in data.preference_pairs(*drawn)
         ]
-        if kind == HELPFUL
-        else [
-            Item([tokens(label.prompt, label.response)], label.safe) for label in data.safety_labels(*drawn)
-        ]
-    )
-    fitting = [item for item in found if len(item) <= longest]
-    log.info(
-        "%d %s (%s), %d more are too long", len(fitting), NAMES[kind], drawn[0], len(found) - len(fitting)
-    )
-    return fitting
+    return [Item([tokens(label.prompt, label.response)], label.safe) for label in data.safety_labels(*drawn)]
 
 
 def steps_of(stage: RewardModelConfig, examples: Examples) -> int:

@@ -1,20 +1,39 @@
 """Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from r1pipe import evaluate
 from r1pipe.config.schema import EvalConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.fitting import draw_fitting, leaves_room
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3
 from r1pipe.ranks import Ranks
+from r1pipe.records import Prompt
 from r1pipe.rollout import Sampler
-from r1pipe.run import Run
+from r1pipe.run import Run, log
 
 HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
+
+
+def held_out(
+    chat: Chat, source: Source, context: int, config: EvalConfig
+) -> tuple[list[Prompt], list[Prompt], int]:
+    """The reasoning and the general prompts that a stage is measured on, and how many were passed over: in a
+    `context` of so many tokens they leave no room for `config.max_tokens`."""
+    fits = leaves_room(chat, context, config.max_tokens)
+
+    def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
+        return draw_fitting(lambda m: draw(config.split, m, HELD_OUT), n, fits)
+
+    reasoning, too_long = of_split(source.prompts, config.problems)
+    # without a hidden truth nobody could judge a general answer
+    general, more = of_split(source.general_prompts, config.general if source.judge else 0)
+    return reasoning, general, too_long + more
 
 
 def measure(
@@ -23,11 +42,15 @@ def measure(
     """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it."""
     model.eval()
     sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots)
-    return evaluate.evaluate(
+    context = model.config.max_position_embeddings
+    prompts, general_prompts, too_long = held_out(chat, source, context, config)
+    if too_long:
+        log.info("%d held-out prompts are too long to be answered, and passed over", too_long)
+    evaluation = evaluate.evaluate(
         sampler.generate,
         chat,
-        source.prompts(config.split, config.problems, HELD_OUT),
-        source.general_prompts(config.split, config.general, HELD_OUT) if config.general else [],
+        prompts,
+        general_prompts,
         config,
         judge=source.judge,
         seed=run.seed("evaluation"),
@@ -37,6 +60,8 @@ def measure(
         strategy_of=source.strategy_of,
         progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
     )
+    evaluation.metrics["too_long"] = too_long
+    return evaluation
 
 
 def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:

@@ -11,13 +11,14 @@ Of R1's filters the kinds are published, not the thresholds; its judge model for
 import sys
 
 from r1pipe.config.schema import RejectionConfig
+from r1pipe.data.fitting import draw_fitting, leaves_room
 from r1pipe.data.source import open_data
 from r1pipe.errors import CheckpointError
 from r1pipe.ranks import Ranks
 from r1pipe.rollout import Sampler
 from r1pipe.run import open_run
 from r1pipe.sft.finetune import fine_tune
-from r1pipe.sft.rejection import build_dataset, draw_samples, read_dataset
+from r1pipe.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
 
 
 def main(folder: str) -> None:
@@ -31,13 +32,19 @@ def main(folder: str) -> None:
         source = open_data(run.config.data, run.config.seed)
 
         with run.phase("sampling"):
-            prompts = source.prompts("train", stage.prompts, run.seed("prompts"))
             model = run.load_model(parent).to(ranks.device).eval()
+            context = model.config.max_position_embeddings
+            prompts, too_long = draw_fitting(
+                lambda n: source.prompts("train", n, run.seed("prompts")),
+                stage.prompts,
+                leaves_room(chat, context, stage.sampling.max_tokens),
+            )
             sampler = Sampler(model, chat.eos_id, chat.pad_id, stage.sampling.slots)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:
-                build_dataset(run, source, parent, shards)
+                questions = evaluation_questions(run, chat, source, context)
+                build_dataset(run, chat, source, parent, shards, questions, too_long)
             ranks.barrier()
             traces, data_hash = read_dataset(run.folder.data / "samples.parquet")
 

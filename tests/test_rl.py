@@ -328,8 +328,10 @@ def test_a_stream_goes_through_the_data_again_with_another_seed_and_can_be_taken
 def test_a_stream_passes_over_prompts_that_do_not_fit_and_ends_where_none_does():
     taken, cursor = stream(4, lambda prompt: not prompt.id.endswith("1")).take(0, 3)
     assert [prompt.id for prompt in taken] == ["100/0", "100/2", "100/3"] and cursor == 4
-    with pytest.raises(DataError, match="max_tokens"):
+    with pytest.raises(DataError, match="none of 1,001 problems leaves room for"):
         stream(4, lambda prompt: False).take(0, 1)
+    taken, _ = stream(4, lambda prompt: prompt.id == "105/2").take(0, 1)
+    assert taken[0].id == "105/2", "one pool without any is not the whole data"
     with pytest.raises(DataError, match="no problems"):
         stream(0)
 

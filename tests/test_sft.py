@@ -12,6 +12,7 @@ from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import collate
 from r1pipe.data.source import open_data
+from r1pipe.ending import HELD_OUT
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError
 from r1pipe.paths import content_dir
@@ -171,20 +172,40 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
         shards[2].unlink()  # what a kill would have cost
         assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
         assert sampler.calls == 5
-        traces, data_hash = rejection.read_dataset(rejection.build_dataset(run, source, parent, shards))
+        path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
+        traces, data_hash = rejection.read_dataset(path)
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
-    assert funnel[0] == {"name": "drawn", "kept": 60, "dropped": 0}
+    told = "drawn, 3 prompts passed over as too long"
+    assert funnel[0] == {"name": told, "kept": 60, "dropped": 0}
     assert funnel[1]["name"] == "correct" and funnel[1]["dropped"] == 30 and funnel[1]["examples"]
     reasoning = [trace for trace in traces if trace.source == "sampled:grpo-s0-1"]
-    assert 0 < len(reasoning) <= 30
+    assert 0 < len(reasoning) <= 29 and prompts[0].id not in {trace.prompt.id for trace in reasoning}
     assert len(traces) - len(reasoning) == round(len(reasoning) / 3)
     assert all(trace.source for trace in traces) and len(data_hash) == 64
 
 
-def test_when_nothing_is_kept_the_worst_filter_is_named(sampled, chat):
+def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_named(sampled, chat):
     folder, source, prompts, sampler = sampled
     sampler.answers = dict.fromkeys(sampler.answers, "No idea.")
+    parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with pytest.raises(SystemExit), open_run(folder) as run:
         shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, chat, prompts)
-        rejection.choose_samples(run, source, shards)
+        path = rejection.build_dataset(run, chat, source, parent, shards, [], 0)
+        traces, _ = rejection.read_dataset(path)
+        assert len(traces) == 7 and all(trace.source == "world" for trace in traces)
+        funnel = json.loads((folder / "data" / "funnel.json").read_text())
+        assert funnel[-1]["name"] == rejection.GENERAL_ALONE
+        path.unlink()
+        run.stage.general_ratio = 0.0
+        rejection.build_dataset(run, chat, source, parent, shards, [], 0)
     assert "60 fell to 'correct'" in (folder / "error.txt").read_text()
+
+
+def test_what_the_evaluation_asks_is_known_to_the_filters(sampled, chat):
+    folder, source, _, _ = sampled
+    with open_run(folder) as run:
+        questions = rejection.evaluation_questions(run, chat, source, context=384)
+        config = run.stage.eval
+    asked = {prompt.question for prompt in source.prompts(config.split, config.problems, HELD_OUT)}
+    asked |= {prompt.question for prompt in source.prompts("dev", config.every_problems, HELD_OUT)}
+    assert set(questions) == asked

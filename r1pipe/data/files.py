@@ -7,6 +7,7 @@ Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked 
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -115,15 +116,14 @@ class Files:
         """Up to n written answers; `kinds` shares them out over the tasks that the files have."""
         found = self._of("general", "train")
         shares = {task: kinds[task] for task in kinds if any(item.prompt.task == task for item in found)}
-        if not shares:
-            items = _drawn(found, n, seed, "general traces")
-        else:
-            items = []
+        if shares:
+            chosen = []
             for task, share in shares.items():
                 of_task = [item for item in found if item.prompt.task == task]
-                items += _drawn(
-                    of_task, round(n * share / sum(shares.values())), seed, f"general traces/{task}"
-                )
+                wanted = math.ceil(n * share / sum(shares.values()))
+                chosen += _drawn(of_task, wanted, seed, f"general traces/{task}")
+            found = chosen
+        items = _drawn(found, n, seed, "general traces")
         return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

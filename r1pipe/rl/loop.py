@@ -9,6 +9,7 @@ from pathlib import Path
 from r1pipe.checkpoints import ENGINE
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.fitting import leaves_room
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, save_pretrained
@@ -122,11 +123,11 @@ class GRPO:
 
     def _stream(self, draw: Callable[[str, int, int], list[Prompt]], what: str) -> PromptStream:
         config = self.config
-        room = self.engine.module.config.max_position_embeddings - config.sampling.max_tokens
+        context = self.engine.module.config.max_position_embeddings
         return PromptStream(
             lambda n, seed: draw("train", n, seed),
             lambda pool: self.run.seed(what, pool),
-            lambda prompt: len(self.chat.prompt_tokens(prompt)) <= room,
+            leaves_room(self.chat, context, config.sampling.max_tokens),
             config.max_steps * config.prompts_per_step,
             what,
         )

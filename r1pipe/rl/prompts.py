@@ -10,6 +10,7 @@ from r1pipe.errors import DataError
 from r1pipe.records import Prompt
 
 POOL = 16_384  # prompts drawn from the source at once: more would only wait in memory
+PATIENCE = 1_000  # prompts in a row that do not fit, before no other one is looked for
 
 
 class PromptStream:
@@ -45,9 +46,9 @@ class PromptStream:
             if self._fits(prompt):
                 taken.append(prompt)
                 passed_over = 0
-            elif (passed_over := passed_over + 1) > self._length:
+            elif (passed_over := passed_over + 1) > max(self._length, PATIENCE):
                 raise DataError(
-                    f"none of the {self._length} {self._what} leaves room for stage.sampling.max_tokens in "
+                    f"none of {passed_over:,} {self._what} leaves room for stage.sampling.max_tokens in "
                     "model.max_position_embeddings; lower the first or take a model with a longer context"
                 )
         return taken, cursor

@@ -10,18 +10,21 @@ Each row of samples.parquet knows where it comes from: {"kind": "reasoning", "pr
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from r1pipe import evaluate
 from r1pipe.checkpoints import file_hash
 from r1pipe.config.schema import ParentRef, RejectionConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.filters import Sampled, apply_filters
+from r1pipe.data.fitting import draw_fitting
 from r1pipe.data.source import Source
-from r1pipe.ending import HELD_OUT
+from r1pipe.ending import held_out
 from r1pipe.errors import DataError
 from r1pipe.provenance import write_json
 from r1pipe.ranks import Ranks
@@ -31,6 +34,7 @@ from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run, log
 
 SHARD_ROUNDS = 8  # completions per slot in one shard: few enough to lose, enough to keep the slots full
+GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
@@ -83,41 +87,61 @@ def _draw(
     return [Sampled(*sample) for sample in zip(asked, completions, scores, strict=True)]
 
 
-def choose_samples(run: Run[RejectionConfig], source: Source, shards: Sequence[Path]) -> list[Sampled]:
-    """What the filters keep of all shards; the funnel goes to data/funnel.json.
+def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, context: int) -> list[str]:
+    """All that this pipeline's models are measured on, so that none of it is trained on."""
+    final = run.stage.eval
+    return [
+        prompt.question
+        for config in (final, evaluate.short(final))
+        for prompt in held_out(chat, source, context, config)[0]
+    ]
 
-    Raises DataError where nothing is left: there is nothing to learn from.
+
+def choose_samples(
+    run: Run[RejectionConfig], shards: Sequence[Path], questions: Sequence[str], too_long: int
+) -> tuple[list[Sampled], list[dict[str, Any]]]:
+    """What the filters keep of all shards, maybe nothing, and the funnel with what was drawn in front.
+
+    `questions`: those of the evaluation. `too_long`: prompts that were passed over.
     """
-    config = run.stage.eval
-    splits = {config.split: config.problems, "dev": config.every_problems}
-    questions = [p.question for split, n in splits.items() for p in source.prompts(split, n, HELD_OUT)]
     drawn = [_unpack(row) for shard in shards for row in pq.read_table(shard).to_pylist()]
     kept, funnel = apply_filters(drawn, run.stage.filters, questions)
-    write_json(
-        run.folder.data / "funnel.json", [{"name": "drawn", "kept": len(drawn), "dropped": 0}, *funnel]
-    )
     for step in funnel:
         log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])
-    if not kept:
-        worst = max(funnel, key=lambda step: step["dropped"])
-        raise DataError(
-            f"the filters left none of {len(drawn)} samples, {worst['dropped']} fell to '{worst['name']}'; "
-            f"see {run.folder.data / 'funnel.json'}"
-        )
-    return kept
+    passed_over = f", {too_long} prompts passed over as too long" if too_long else ""
+    return kept, [{"name": f"drawn{passed_over}", "kept": len(drawn), "dropped": 0}, *funnel]
 
 
 def build_dataset(
-    run: Run[RejectionConfig], source: Source, sampler: ParentRef, shards: Sequence[Path]
+    run: Run[RejectionConfig],
+    chat: Chat,
+    source: Source,
+    sampler: ParentRef,
+    shards: Sequence[Path],
+    questions: Sequence[str],
+    too_long: int,
 ) -> Path:
-    """Write data/samples.parquet, kept samples and general traces together, unless it is there already."""
+    """Write data/samples.parquet, kept samples and general traces together, unless it is there already; the
+    funnel goes to data/funnel.json.
+
+    Where no sample was kept, the general part is trained on alone, as large as beside one sample a prompt.
+    Raises DataError where there is none of either.
+    """
     path = run.folder.data / "samples.parquet"
     if path.exists():
         return path
-    kept = choose_samples(run, source, shards)
-    wanted = round(run.stage.general_ratio * len(kept))
-    general = source.general_traces(wanted, run.seed("general traces"), run.stage.general_kinds)
-    log.info("%d reasoning samples, %d general ones", len(kept), len(general))
+    kept, funnel = choose_samples(run, shards, questions, too_long)
+    ratio = run.stage.general_ratio
+    wanted = round(ratio * len(kept)) if kept else ceil(ratio * run.stage.prompts)
+    general = general_part(run, chat, source, wanted)
+    if not kept:
+        funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
+    write_json(run.folder.data / "funnel.json", funnel)
+    if not kept and not general:
+        raise DataError(nothing_to_train_on(run, funnel))
+    if not kept:
+        run.progress(GENERAL_ALONE, len(general), len(general), "traces")
+        log.warning("%s", GENERAL_ALONE)
     rows = [
         {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
         | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
@@ -129,6 +153,29 @@ def build_dataset(
     ]
     _write_rows(path, rows)
     return path
+
+
+def general_part(run: Run[RejectionConfig], chat: Chat, source: Source, wanted: int) -> list[Trace]:
+    """Up to so many general traces; in the place of those that are too long for a row others are drawn."""
+    stage, seed = run.stage, run.seed("general traces")
+    general, too_long = draw_fitting(
+        lambda n: source.general_traces(n, seed, stage.general_kinds),
+        wanted,
+        lambda trace: len(chat.example(trace.prompt, trace.response).tokens) <= stage.sequence_length,
+    )
+    log.info("%d general traces of %d wanted, %d more are too long", len(general), wanted, too_long)
+    return general
+
+
+def nothing_to_train_on(run: Run[RejectionConfig], funnel: Sequence[dict[str, Any]]) -> str:
+    """One line on why: the filter that most samples fell to, and what could be done."""
+    worst = max(funnel, key=lambda step: step["dropped"])
+    return (
+        f"nothing to train on: the filters left none of {funnel[0]['kept']} samples "
+        f"({worst['dropped']} fell to '{worst['name']}'; see {run.folder.data / 'funnel.json'}), and "
+        f"data={run.config.data.name} gives no general traces that fit a row; train the sampled checkpoint "
+        "longer, or choose data with instructions and stage.general_ratio above 0"
+    )
 
 
 def read_dataset(path: Path) -> tuple[list[Trace], str]:

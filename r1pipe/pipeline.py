@@ -14,6 +14,7 @@ from pathlib import Path
 from r1pipe import checkpoints, compare, lineage
 from r1pipe.config import config_hash
 from r1pipe.config.compose import compose
+from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.launch import Job, failure, must_be_free, prepare
@@ -109,10 +110,20 @@ def configs_of(overrides: list[str]) -> list[RunConfig]:
             raise ConfigError(
                 f"reproduce walks every stage of the recipe; drop {line} or use `r1pipe run {line}`"
             )
-    recipe = compose(overrides).config.recipe
-    configs = [compose([*overrides, f"stage={name}"]).config for name in [*recipe.stages, *recipe.controls]]
+    first = compose(overrides).config
+    names = [*first.recipe.stages, *controls_of(first)]
+    configs = [compose([*overrides, f"stage={name}"]).config for name in names]
     # What the user brings with parent= is where the recipe starts; every later stage has its own parent.
     return [configs[0], *(replace(config, parent=None) for config in configs[1:])]
+
+
+def controls_of(config: RunConfig) -> list[str]:
+    """The recipe's controls, but for one that the data cannot serve; says so."""
+    controls = config.recipe.controls
+    if "pretrain" in controls and config.data.kind != WITH_DOCUMENTS:
+        tell(f"note: control pretrain is left out: data={config.data.name} has no documents")
+        return [name for name in controls if name != "pretrain"]
+    return controls
 
 
 def runs_of_recipe(config: RunConfig) -> list[str]:

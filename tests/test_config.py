@@ -158,6 +158,7 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
         ("root=${rot}", "rot"),
         ("stage=evaluate", "needs parent=CHECKPOINT"),
         ("stage=pretrain stage.max_steps=0", "the corpus is endless"),
+        ("stage=pretrain data=gsm8k", "data=gsm8k has no documents for stage=pretrain; use data=world"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_key_and_remedy(words: str, told: str) -> None:

@@ -68,6 +68,7 @@ POSITIVE = {
     *("pairs", "labels", "held_out", "gradient_accumulation", "original_max_position_embeddings"),
 }
 SIGNED = {"unfinished", "weights"}  # rewards may punish
+WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"}
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
@@ -219,6 +220,10 @@ def stage_rules(config: RunConfig) -> Rules:
         yield (
             stage.max_steps > 0 or stage.name != "pretrain",
             "stage.max_steps=0: the corpus is endless; say how many",
+        )
+        yield (
+            config.data.kind == WITH_DOCUMENTS,
+            f"data={config.data.name} has no documents for stage={stage.name}; use data=world",
         )
     if isinstance(stage, RejectionConfig):
         yield from sampling_rules(stage.sampling, config)

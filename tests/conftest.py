@@ -1,9 +1,21 @@
 """Fixtures that several test files use."""
 
+import os
 from pathlib import Path
 
 import pytest
 from fakes import House, build_house
+
+SHARED = Path(os.environ.get("R1PIPE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets; without it, its tests are skipped, but not where CI runs them."""
+    if not SHARED.is_dir():
+        message = f"no real data in {SHARED}; set R1PIPE_SHARED_DATA"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return SHARED
 
 
 @pytest.fixture

@@ -22,18 +22,9 @@ from r1pipe.records import Completion
 from r1pipe.rewards import TABLE
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("R1PIPE_SHARED_DATA", ROOT.parent / "shared" / "data"))
 ALL = 10**6  # more than any file holds
 SPLITS = ("train", "dev", "test")
 REAL_FILES = ("svamp", "mawps", "gsm8k", "math500", "aime24", "cn_middle_school")
-
-
-@pytest.fixture
-def shared():
-    if not SHARED.is_dir():
-        message = f"no real data in {SHARED}; set R1PIPE_SHARED_DATA"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    return SHARED
 
 
 def source(path="rows.jsonl", task="sums", **changes):

@@ -30,11 +30,13 @@ class LatentCache:
         """Give each of `slots` a copy of the prompt in the row of the same place in `rows`."""
         self.entries_LSMW[:, slots, : entries_LBTW.shape[2]] = entries_LBTW.index_select(1, rows)
 
-    def keep(self, slots: Tensor, length: int) -> None:
-        """Move `slots` to the front and forget the others; entries from `length` on are not live."""
-        kept = self.entries_LSMW[:, slots, :length]
-        self.entries_LSMW = self.entries_LSMW[:, : len(slots)]
-        self.entries_LSMW[:, :, :length] = kept
+    def move(self, slots: Tensor, to: Tensor, length: int) -> None:
+        """Copy the first `length` entries of `slots` to the slots `to`."""
+        self.entries_LSMW[:, to, :length] = self.entries_LSMW[:, slots, :length]
+
+    def shrink(self, slots: int) -> None:
+        """Forget all but the first `slots`."""
+        self.entries_LSMW = self.entries_LSMW[:, :slots]
 
 
 @torch.no_grad()
@@ -60,6 +62,9 @@ def decode(
     places_M = torch.arange(length, device=tokens_S.device)
     x_SD = trunk.embed_tokens(tokens_S)
     unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf")).to(x_SD.dtype)
+    places_S = (
+        torch.arange(0, len(tokens_S) * cache.length, cache.length, device=tokens_S.device) + positions_S
+    )
     for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=True):
-        x_SD = cast(DecoderLayer, layer).decode(x_SD, rotation_Sr, positions_S, entries_SMW, unseen_SM)
+        x_SD = cast(DecoderLayer, layer).decode(x_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
     return model.lm_head(trunk.norm(x_SD))

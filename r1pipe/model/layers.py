@@ -79,7 +79,8 @@ class Rotary:
 
     def table(self, device: torch.device) -> Tensor:
         if self._table is None or self._table.device != device:
-            self._table = self._build().to(device)
+            with torch.inference_mode(False):  # autograd takes no tensor that was made in that mode
+                self._table = self._build().to(device)
         return self._table
 
     def _build(self) -> Tensor:

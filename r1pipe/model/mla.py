@@ -54,11 +54,11 @@ class MLA(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
-        unseen_BTM: Tensor | None,
+        mask_BTM: Tensor | None,
         keep: list[Tensor] | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
-        """Attention over whole rows: causal, or as `unseen_BTM` allows (-inf where not to look, else 0).
+        """Attention over whole rows: causal, or as `mask_BTM` allows (true: may look).
 
         `keep` receives this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` are such
         entries of P tokens before the row: the keys are M = P + T.
@@ -78,25 +78,24 @@ class MLA(nn.Module):
             torch.cat([q_nope, q_rope], dim=-1),
             torch.cat([k_nope, shared], dim=-1),
             value,
-            unseen_BTM,
+            mask_BTM,
             self.scale,
         )
         return self.o_proj(out.flatten(-2))
 
     def decode(
-        self, x_SD: Tensor, rotation_Sr: Tensor, positions_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
+        self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
     ) -> Tensor:
         """One token per slot on the cache, absorbed: keys and values are never expanded (V2 section 2.1.2).
 
         q' = q_nope W_UK; scores = q' . latent + q_rope . k_rope; out = (attention . latent) W_UV. The
-        token's own entry is written to `entries_SMW` at `positions_S`; `unseen_SM` is -inf where not to look.
+        token's own entry is written at `places_S` of the flattened [S*M]; `unseen_SM` is -inf where not to
+        look.
         """
         config = self.config
-        slots, length = x_SD.shape[0], unseen_SM.shape[1]
         own_SW = torch.cat(self.latents(x_SD, rotation_Sr), dim=-1)
-        flat = torch.arange(slots, device=x_SD.device) * entries_SMW.shape[1] + positions_S
-        entries_SMW.flatten(0, 1).index_copy_(0, flat, own_SW)
-        seen_SMW = entries_SMW[:, :length]
+        entries_SMW.flatten(0, 1).index_copy_(0, places_S, own_SW)
+        seen_SMW = entries_SMW[:, : unseen_SM.shape[1]]
 
         up_k, up_v = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], dim=1
@@ -117,7 +116,7 @@ class MLA(nn.Module):
         return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, unseen_BTM: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Tensor | None, scale: float) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
     width = value.shape[-1]
     if query.shape[-1] > width:  # the fused kernels want one width for all three
@@ -126,8 +125,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, unseen_BTM: Tensor | None
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=None if unseen_BTM is None else unseen_BTM.unsqueeze(1),
-        is_causal=unseen_BTM is None,
+        attn_mask=None if mask_BTM is None else mask_BTM.unsqueeze(1),
+        is_causal=mask_BTM is None,
         scale=scale,
     )
     return out.transpose(1, 2)[..., :width]

@@ -35,20 +35,20 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
-        unseen_BTM: Tensor | None,
+        mask_BTM: Tensor | None,
         keep: list[Tensor] | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         normed_BTD = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, unseen_BTM, keep, past_BPW)
+        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
     def decode(
-        self, x_SD: Tensor, rotation_Sr: Tensor, positions_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
+        self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
     ) -> Tensor:
         """The same for one token per slot, on this layer's cache entries (see MLA.decode)."""
         normed_SD = self.input_layernorm(x_SD)
-        x_SD = x_SD + self.self_attn.decode(normed_SD, rotation_Sr, positions_S, entries_SMW, unseen_SM)
+        x_SD = x_SD + self.self_attn.decode(normed_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
         return x_SD + self.mlp(self.post_attention_layernorm(x_SD))
 
 
@@ -82,19 +82,17 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        seen_BTM: Tensor | None = None
+        mask_BTM: Tensor | None = None
         if segments_BT is not None:
-            rotation_BTr, seen_BTM = table[document_positions(segments_BT)], document_mask(segments_BT)
+            rotation_BTr, mask_BTM = table[document_positions(segments_BT)], document_mask(segments_BT)
         elif past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            rotation_BTr, seen_BTM = table[positions_BT], past_mask(past, tokens)
+            rotation_BTr, mask_BTM = table[positions_BT], past_mask(past, tokens)
         else:
             rotation_BTr = table[:tokens].unsqueeze(0)
         x_BTD = self.embed_tokens(tokens_BT)
-        # as numbers to add, made once: out of a bool mask, attention would make them in every layer
-        unseen_BTM = None if seen_BTM is None else _unseen(seen_BTM, x_BTD.dtype)
         for n, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, rotation_BTr, unseen_BTM, keep, past.entries[n] if past else None)
+            x_BTD = layer(x_BTD, rotation_BTr, mask_BTM, keep, past.entries[n] if past else None)
         return self.norm(x_BTD)
 
 
@@ -179,13 +177,6 @@ def past_mask(past: Past, tokens: int) -> Tensor:
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B11.device).tril_()
     shape = (len(past.lengths_B), tokens, -1)
     return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)
-
-
-def _unseen(seen_BTM: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what attention adds to the scores: 0 or -inf."""
-    return torch.zeros(seen_BTM.shape, dtype=dtype, device=seen_BTM.device).masked_fill_(
-        ~seen_BTM, float("-inf")
-    )
 
 
 def check_shape(config: ModelConfig) -> None:

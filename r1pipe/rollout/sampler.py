@@ -20,8 +20,7 @@ from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
 
-LOOK_EVERY = 4  # steps between looks at what has ended: an ended slot idles for half of it
-SHRINK_AT = 0.75  # share of live slots at which a batch without successors is compacted
+LOOK_EVERY = 2  # steps between looks at what has ended: an ended slot idles for half of it
 PREFILL_TOKENS = 16384  # padded prompt tokens per prefill
 
 Progress = Callable[[int, int], None]
@@ -93,7 +92,7 @@ class _Batch:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()  # a tenth less time per small operation than no_grad
     def run(self, progress: Progress | None) -> list[Completion]:
         done = 0
         while done < self.total:
@@ -198,13 +197,16 @@ class _Batch:
         return len(ended)
 
     def _shrink(self) -> None:
-        """Drop the free slots once they are many enough to be worth moving the live ones."""
+        """Move the last live slots into the free ones, and go on with the front of the batch alone."""
         live = np.flatnonzero(self.numbers >= 0)
-        if not 0 < len(live) <= SHRINK_AT * len(self.numbers):
+        if len(live) in (0, len(self.numbers)):
             return
-        where = torch.from_numpy(live).to(self.device)
-        self.cache.keep(where, self._longest())
-        self.numbers = self.numbers[live]
+        holes, last = np.flatnonzero(self.numbers[: len(live)] < 0), live[live >= len(live)]
+        self.numbers[holes] = self.numbers[last]
+        self.numbers = self.numbers[: len(live)]
+        to, where = torch.from_numpy(holes).to(self.device), torch.from_numpy(last).to(self.device)
+        self.cache.move(where, to, self._longest())
+        self.cache.shrink(len(live))
         for name in (
             "prompt_lengths_S",
             "counts_S",
@@ -214,4 +216,6 @@ class _Batch:
             "logprobs_SU",
             "uniforms_SU",
         ):
-            setattr(self, name, getattr(self, name).index_select(0, where))
+            values = getattr(self, name)
+            values[to] = values[where]
+            setattr(self, name, values[: len(live)])

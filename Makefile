@@ -1,5 +1,5 @@
 # `make help` lists the targets. Variables: PYTHON=python3.12, ARGS="seed=1" (handed on to r1pipe), TORCH_INDEX=URL
-# (where pip finds torch; https://download.pytorch.org/whl/cpu has builds without CUDA, a tenth of the size).
+# (where pip finds torch: the index of its CPU builds, a tenth of the size).
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -97,7 +97,8 @@ def _draw(
     fitting, too_long = draw_fitting(
         lambda m: _items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
     )
-    log.info("%d %s (%s), %d more are too long", len(fitting), NAMES[kind], split, too_long)
+    if fitting or too_long:
+        log.info("%d %s (%s), %d more are too long", len(fitting), NAMES[kind], split, too_long)
     return fitting, too_long
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe import checkpoints
 from r1pipe.config.schema import RLConfig
+from r1pipe.engine import Engine
 from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.records import Completion, Group, Prompt, Score, Status
@@ -229,6 +231,19 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
     assert len(by_prompt(rollouts, 1)) == 8 and len(by_prompt(rollouts, 1000)) == 1
     torch.testing.assert_close(gradient(shared, 1), plain, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient(shared, 1000), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_prompts_are_shared_under_zero_3_too():
+    """Its hooks around every module hand on copies of lists, and let go of weights after each pass."""
+    rollouts = [rollout(prompt, [7, 8, 9][:n]) for prompt in ([1, 5, 6], [4, 2]) for n in (1, 2, 3)]
+    micro = collate(rollouts, [0.1] * len(rollouts), torch.device("cpu"))
+
+    def stats_at(level: int) -> tuple[float, float]:
+        engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), total_steps=10)
+        stats = engine.train_step([lambda: -completion_logprobs(engine.module, micro, 1.0).mean()])
+        return stats.loss, stats.grad_norm
+
+    assert stats_at(3) == pytest.approx(stats_at(0), rel=1e-4)
 
 
 # --- rewards of a step

@@ -42,10 +42,10 @@ class LatentCache:
 @torch.no_grad()
 def prefill(model: DeepseekV3, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
     """Read prompts padded on the right -> their cache entries_LBTW and the logits_BV after the last token."""
-    keep: list[Tensor] = []
-    hidden_BTD = model.model(tokens_BT, keep=keep)
+    read: list[Tensor] = []
+    hidden_BTD = model.model(tokens_BT, keep=read.append)
     last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
-    return torch.stack(keep), model.lm_head(last_BD)
+    return torch.stack(read), model.lm_head(last_BD)
 
 
 @torch.no_grad()

@@ -1,11 +1,16 @@
 """Multi-head latent attention with decoupled rotary positions (V2 section 2.1; V3 section 2.1.1)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.model.layers import RMSNorm, rotate, softmax_scale
+
+# Takes a layer's cache entries. A function, not a list to fill: under ZeRO-3 a module gets a copy of a list.
+Keep = Callable[[Tensor], None]
 
 LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in the published weights
 
@@ -55,19 +60,19 @@ class MLA(nn.Module):
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Tensor | None,
-        keep: list[Tensor] | None = None,
+        keep: Keep | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         """Attention over whole rows: causal, or as `mask_BTM` allows (true: may look).
 
-        `keep` receives this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` are such
-        entries of P tokens before the row: the keys are M = P + T.
+        `keep` is called with this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` are
+        such entries of P tokens before the row: the keys are M = P + T.
         """
         config = self.config
         q_nope, q_rope = self.queries(x_BTD, rotation_BTr)
         latent, k_rope = self.latents(x_BTD, rotation_BTr)
         if keep is not None:
-            keep.append(torch.cat([latent, k_rope], dim=-1))
+            keep(torch.cat([latent, k_rope], dim=-1))
         if past_BPW is not None:
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)

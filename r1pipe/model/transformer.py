@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from r1pipe.config.schema import ModelConfig
 from r1pipe.errors import ConfigError
 from r1pipe.model.layers import RMSNorm, Rotary, SwiGLU
-from r1pipe.model.mla import MLA
+from r1pipe.model.mla import MLA, Keep
 from r1pipe.model.moe import Experts, Gate, MoE
 
 
 @dataclass
 class Past:
-    """What rows go on from: tokens read before, as the cache entries that `keep` received."""
+    """What rows go on from: tokens read before, as the cache entries that `keep` was given."""
 
     entries: list[Tensor]  # one per layer, [B, P, W], filled up on the right
     lengths_B: Tensor  # tokens of each row's past
@@ -36,7 +36,7 @@ class DecoderLayer(nn.Module):
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Tensor | None,
-        keep: list[Tensor] | None = None,
+        keep: Keep | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         normed_BTD = self.input_layernorm(x_BTD)
@@ -67,10 +67,10 @@ class Trunk(nn.Module):
         self,
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
-        keep: list[Tensor] | None = None,
+        keep: Keep | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """-> hidden_BTD after the last norm; `keep` receives each layer's cache entries [B, T, C+R].
+        """-> hidden_BTD after the last norm; `keep` is called with each layer's cache entries [B, T, C+R].
 
         Rows are of documents (`segments_BT`), or go on from `past`, or begin a text.
         """
@@ -148,7 +148,7 @@ class DeepseekV3(nn.Module):
         `lengths_P` are the prompts' lengths without what fills them up on the right.
         """
         read: list[Tensor] = []
-        self.model(prompts_PT, keep=read)
+        self.model(prompts_PT, keep=read.append)
         past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
         return self.model(tokens_BT, past=past)
 

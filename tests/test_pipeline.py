@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from fakes import House, build_house
 
+from r1pipe import pipeline
+
 
 def config_of(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
@@ -53,6 +55,13 @@ def test_reproduce_again_only_shows_the_table(reproduced: House, capsys: pytest.
     assert {path: path.stat().st_mtime_ns for path in reproduced.root.rglob("*")} == before
     shown = capsys.readouterr().out
     assert "all_scenario" in shown and str(reproduced.root / "report.html") in shown
+
+
+def test_a_control_that_the_data_cannot_serve_is_left_out_and_named(capsys: pytest.CaptureFixture) -> None:
+    names = {config.stage.name for config in pipeline.configs_of(["recipe=smoke", "data=gsm8k"])}
+    assert {"zero", "control_sft"} < names and "pretrain" not in names
+    assert capsys.readouterr().err.strip() == "note: control pretrain is left out: data=gsm8k has no documents"
+    assert "pretrain" in {config.stage.name for config in pipeline.configs_of(["recipe=smoke"])}
 
 
 def test_another_seed_is_another_pipeline(house: House) -> None:

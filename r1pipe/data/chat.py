@@ -86,15 +86,15 @@ class Chat:
                     f"{file} is missing; a checkpoint carries its tokenizer and chat template"
                 )
         try:
-            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
             template = json.loads(settings.read_text(encoding="utf-8"))["chat_template"]
-        except KeyError as error:
-            raise CheckpointError(
-                f"{settings} has no {error}; write one, or export the checkpoint again"
-            ) from None
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{settings} holds no chat_template ({error}); export it again") from None
+        text = path.read_text(encoding="utf-8")
+        try:
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises a bare Exception
             raise CheckpointError(
-                f"{path.parent}: the tokenizer cannot be read ({error}); export it again"
+                f"{path}: the tokenizer cannot be read ({error}); export it again"
             ) from None
         return cls(tokenizer, template)
 

@@ -71,6 +71,19 @@ def test_what_has_no_summary_or_no_end_earns_nothing(chat):
     assert 0 < values[0] < 1 and values[1:] == [0.0, 0.0, 0.0]
 
 
+def test_a_response_that_is_likely_safe_earns_as_much_as_one_that_is_surely_safe(chat):
+    """Otherwise a refusal would earn more than a safe answer to a safe wish."""
+    model = random_model()
+    earned = []
+    for bias in (-3.0, 0.2, 6.0):
+        with torch.no_grad():
+            model.score.weight.zero_()
+            model.score.bias.fill_(bias)
+        judge = models.Judge(model, models.HARMLESS, chat)
+        earned.append(judge([PROMPT], [Completion([], [], "stop", "A fox ran.")])[0].value)
+    assert earned == [pytest.approx(2 / (1 + math.exp(3.0)), rel=1e-4), 1.0, 1.0]
+
+
 def test_garbage_that_grows_when_encoded_again_is_not_judged(chat):
     model = random_model()
     longest = model.config.max_position_embeddings

@@ -84,7 +84,11 @@ def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> li
 
 
 class Judge:
-    """A frozen reward model as a reward in 0..1: sigmoid of the score."""
+    """A frozen reward model as a reward in 0..1: the sigmoid of its score, or P(safe) up to where it is even.
+
+    What is more likely safe than not earns the whole harmlessness reward. Otherwise the surest answer, a
+    refusal, would earn more than a safe answer to a safe wish.
+    """
 
     def __init__(self, model: RewardModel, kind: str, chat: Chat):
         self.model, self.kind, self.chat = model.eval().requires_grad_(False), kind, chat
@@ -105,8 +109,12 @@ class Judge:
         verdicts = [Score(0.0, detail="cut off, garbage, or no summary to judge")] * len(completions)
         scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
         for i, score in zip(rows, scores, strict=True):
-            verdicts[i] = Score(torch.tensor(score).sigmoid().item(), detail=f"score {score:.3f}")
+            verdicts[i] = Score(self._reward(score), detail=f"score {score:.3f}")
         return verdicts
+
+    def _reward(self, score: float) -> float:
+        probability = torch.tensor(score).sigmoid().item()
+        return min(1.0, 2 * probability) if self.kind == HARMLESS else probability
 
     def _judges(self, completion: Completion) -> bool:
         return not completion.truncated and (self.kind == HARMLESS or parse(completion.text).well_formed)

@@ -12,7 +12,7 @@ from r1pipe import checkpoints, lineage
 from r1pipe.errors import CheckpointError, R1pipeError
 from r1pipe.paths import RunFolder, content_dir
 
-CURVE_POINTS = 300  # enough to draw; every evaluation is kept besides
+CURVE_POINTS = 600  # enough to draw; every evaluation is kept besides
 
 
 def bundle(run: RunFolder, base: Path) -> None:

@@ -25,7 +25,8 @@ from r1pipe.model import (
     update_router_bias,
 )
 from r1pipe.model.moe import Experts, gates
-from r1pipe.model.weights import CONFIG, INDEX, WEIGHTS, published_config
+from r1pipe.model.names import CONFIG, published_config
+from r1pipe.model.reading import INDEX, WEIGHTS
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 

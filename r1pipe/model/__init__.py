@@ -1,8 +1,9 @@
 """The bundled DeepSeek-V3 model: build it, balance its router, load and save it."""
 
 from r1pipe.model.moe import expert_loads, max_vio, reset_loads, update_router_bias
+from r1pipe.model.names import model_config_from
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.model.weights import load_pretrained, model_config_from, save_pretrained
+from r1pipe.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
     "DeepseekV3",

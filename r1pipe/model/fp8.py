@@ -1,4 +1,4 @@
-"""Weights in FP8 as DeepSeek-V3 publishes them: E4M3 with one float32 scale per block of 128 x 128 (V3 section 3.3).
+"""Weights in FP8 as DeepSeek-V3 publishes them: E4M3, a float32 scale per 128 x 128 block (V3 section 3.3).
 
 w = w8 * scale_inv, block by block; blocks at the right and lower edge may be smaller ("ragged").
 Axes: R rows, C columns, r and c blocks of rows and columns.

@@ -54,7 +54,7 @@ def layer_of(name: str) -> int:
 
 
 def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the multi-token prediction layers, which are stored after the others (V3 section 2.2).
+    """Names and shapes of the multi-token prediction layers, stored after the others (V3 section 2.2).
 
     Each is a MoE layer with two norms, a projection of both halves, and copies of embedding and head.
     """
@@ -66,7 +66,7 @@ def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
         name: tuple(tensor.shape) for name, tensor in published_tensors(model) if layer_of(name) >= first
     }
     for layer in range(first, first + layers):
-        parts = {
+        parts: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (width,)),
             "eh_proj.weight": (width, 2 * width),
             **dict.fromkeys(MTP_COPIES, (config.vocab_size, width)),
@@ -116,14 +116,16 @@ def model_config_from(folder: Path | str) -> ModelConfig:
     path = Path(folder) / CONFIG
     content = read_json(path)
     if content.get("model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
-        raise CheckpointError(f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}")
+        raise CheckpointError(
+            f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}"
+        )
     quantization = content.get("quantization_config", QUANTIZATION)
     for key, value in QUANTIZATION.items():
         if not isinstance(quantization, dict) or quantization.get(key, value) != value:
             raise CheckpointError(f"{path}: quantization_config must have {key} {value}; no other is read")
-    for key, value in FIXED.items():
-        if key in content and content[key] != value and key != "use_cache":
-            raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {value}")
+    for key, fixed in FIXED.items():
+        if key in content and content[key] != fixed and key != "use_cache":
+            raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {fixed}")
     content = _as_published(content) | {"name": Path(folder).resolve().name, "num_nextn_predict_layers": 0}
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     missing = [name for name in names if name not in content]
@@ -150,7 +152,14 @@ def _as_published(content: dict[str, Any]) -> dict[str, Any]:
         content["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     scaling = content["rope_scaling"]
     if isinstance(scaling, dict):
-        known = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        known = (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        )
         kind = scaling.get("type", scaling.get("rope_type"))
         content["rope_scaling"] = {"type": kind, **{key: scaling[key] for key in known if key in scaling}}
     return content

@@ -3,6 +3,7 @@
 Nothing is ever unpickled. Whatever does not fit is a CheckpointError of one line that names file and tensor.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ class Stored:
         return dequantise(self.raw(name), scale)
 
     @property
-    def total_bytes(self) -> int:
-        return sum(path.stat().st_size for path in {entry.path for entry in self.entries.values()})
+    def parameters(self) -> int:
+        return sum(math.prod(self.entries[name].shape) for name in self.names())
 
 
 def _opened(path: Path) -> Any:
@@ -112,9 +113,13 @@ def _indexed(index: Path) -> dict[str, Entry]:
         held = _headers(index.parent / shard)
         promised = {name for name, place in weight_map.items() if place == shard}
         for name in sorted(promised - held.keys()):
-            raise CheckpointError(f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there")
+            raise CheckpointError(
+                f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
+            )
         for name in sorted(held.keys() - promised):
-            raise CheckpointError(f"{index.parent / shard} holds tensor {name}, which {index.name} does not list")
+            raise CheckpointError(
+                f"{index.parent / shard} holds tensor {name}, which {index.name} does not list"
+            )
         entries |= held
     return entries
 
@@ -125,7 +130,9 @@ def check(stored: Stored, shapes: Shapes, optional: Collection[str] = ()) -> Non
     `optional` names may be missing. Raises CheckpointError for the first tensor that is wrong.
     """
     for name in sorted(shapes.keys() - stored.entries.keys() - set(optional)):
-        raise CheckpointError(f"{stored.listing}: tensor {name} is missing; the weights do not fit config.json")
+        raise CheckpointError(
+            f"{stored.listing}: tensor {name} is missing; the weights do not fit config.json"
+        )
     for name in sorted(stored.entries):
         entry = stored.entries[name]
         weight = name.removesuffix(SCALE)
@@ -154,7 +161,9 @@ def _check_weight(name: str, entry: Entry, shapes: Shapes, stored: Stored) -> No
         )
     if entry.dtype == FP8 and len(entry.shape) == 2:
         if name + SCALE not in stored.entries:
-            raise CheckpointError(f"{entry.path}: tensor {name} is FP8, but its scale {name}{SCALE} is missing")
+            raise CheckpointError(
+                f"{entry.path}: tensor {name} is FP8, but its scale {name}{SCALE} is missing"
+            )
     elif entry.dtype not in PLAIN:
         raise CheckpointError(
             f"{entry.path}: tensor {name} is stored as {entry.dtype}; it must be {', '.join(PLAIN)},"

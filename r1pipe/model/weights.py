@@ -26,7 +26,7 @@ from r1pipe.model.names import (
     published_tensors,
     read_json,
 )
-from r1pipe.model.reading import PLAIN, SCALE, Shapes, Stored, check
+from r1pipe.model.reading import PLAIN, SCALE, Stored, check
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.model.writing import SHARD_BYTES, write_shards
 
@@ -43,7 +43,10 @@ def save_pretrained(
     """
     folder = Path(folder)
     write_shards(
-        ((name, _cast(name, tensor, dtype).detach().cpu().contiguous()) for name, tensor in published_tensors(model)),
+        (
+            (name, _cast(name, tensor, dtype).detach().cpu().contiguous())
+            for name, tensor in published_tensors(model)
+        ),
         folder,
         shard_bytes,
     )
@@ -63,10 +66,10 @@ def _write_config(folder: Path, content: dict[str, Any]) -> None:
 def load_pretrained(folder: Path | str) -> DeepseekV3:
     """The model of a checkpoint folder, on the CPU, in the stored type; FP8 weights come as bfloat16.
 
-    `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing, extra,
-    of a wrong shape or type, or unreadable.
+    `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing,
+    extra, of a wrong shape or type, or unreadable.
     """
-    stored, shapes = open_checked(folder)
+    stored = open_checked(folder)
     config = model_config_from(folder)
     with torch.device("meta"):
         model = DeepseekV3(config)
@@ -89,8 +92,8 @@ def fill(model: DeepseekV3, stored: Stored) -> None:
     reset_loads(model)
 
 
-def open_checked(folder: Path | str) -> tuple[Stored, Shapes]:
-    """A checkpoint's tensors, checked by their headers, and the shapes of all that it may hold.
+def open_checked(folder: Path | str) -> Stored:
+    """A checkpoint's tensors, checked by their headers.
 
     MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
     Raises CheckpointError.
@@ -99,13 +102,13 @@ def open_checked(folder: Path | str) -> tuple[Stored, Shapes]:
     stored = Stored(folder)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in published_tensors(DeepseekV3(config))}
-    mtp = 0
     if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
-        mtp = mtp_layers_of(folder)
-        shapes |= mtp_shapes(config, mtp)
-    copies = [name for name in shapes if layer_of(name) >= config.num_hidden_layers and name.endswith(MTP_COPIES)]
+        shapes |= mtp_shapes(config, mtp_layers_of(folder))
+    copies = [
+        name for name in shapes if layer_of(name) >= config.num_hidden_layers and name.endswith(MTP_COPIES)
+    ]
     check(stored, shapes, copies)
-    return stored, shapes
+    return stored
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
@@ -115,7 +118,9 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
     found = read_json(folder / GENERATION).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{folder / GENERATION}: eos_token_id={found} is no token, nor a list of tokens")
+        raise CheckpointError(
+            f"{folder / GENERATION}: eos_token_id={found} is no token, nor a list of tokens"
+        )
     return tuple(ids)
 
 
@@ -124,18 +129,20 @@ def convert(
 ) -> Stored:
     """Stream a checkpoint's weights and config.json to `target`, then compare every bit with what was meant.
 
-    `precision` None keeps every tensor's bits, FP8 with its scales and MTP layers included; float32 and bfloat16
-    cast; fp8 quantises what DeepSeek-V3 does and casts the rest to bfloat16. -> what was read.
+    `precision` None keeps every tensor's bits, FP8 with its scales and MTP layers included; float32 and
+    bfloat16 cast; fp8 quantises what DeepSeek-V3 does and casts the rest to bfloat16. -> what was read.
     Raises CheckpointError, ConfigError for an unknown precision.
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"dtype {precision} is none of {', '.join(PRECISIONS)}")
-    stored, _ = open_checked(source)
+    stored = open_checked(source)
     write_shards(converted(stored, precision), target, shard_bytes)
     written = Stored(target)
     for name, tensor in converted(stored, precision):
         if not _same_bits(tensor, written.raw(name)):
-            raise CheckpointError(f"{written.entries[name].path}: tensor {name} was not written as it is; try again")
+            raise CheckpointError(
+                f"{written.entries[name].path}: tensor {name} was not written as it is; try again"
+            )
     _write_config(target, _converted_config(stored, written))
     open_checked(target)
     return stored
@@ -153,11 +160,16 @@ def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tens
             yield name, weight
             yield name + SCALE, scale
         else:
-            yield name, _cast(name, stored.value(name), PLAIN["BF16"] if precision == "fp8" else PRECISIONS[precision])
+            yield (
+                name,
+                _cast(
+                    name, stored.value(name), PLAIN["BF16"] if precision == "fp8" else PRECISIONS[precision]
+                ),
+            )
 
 
 def _is_quantised(name: str) -> bool:
-    """Whether V3's published FP8 files quantise it: all projections but the one that joins the MTP's halves."""
+    """Whether V3's published files have it in FP8: all projections but the one that joins MTP's halves."""
     return "_proj" in name and not name.endswith("eh_proj.weight")
 
 

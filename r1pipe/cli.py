@@ -176,6 +176,8 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16 or fp8 (blocks of 128 x 128); none: each tensor as it is"),
 ]
 
+ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
+
 
 @app.command()
 def export(
@@ -183,7 +185,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
     overrides: Overrides = None,
     dtype: Dtype = None,
-    shard_gb: Annotated[float, typer.Option(help="largest file, in GB")] = 5.0,
+    shard_gb: ShardGB = 5.0,
 ) -> int:
     """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
     from r1pipe import scripts
@@ -199,11 +201,12 @@ def import_weights(
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="what to call it; none: as the folder is called")] = None,
     dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
 ) -> int:
     """Take in published weights, DeepSeek-V2 or V3 in shape: import DIR"""
     from r1pipe import scripts
 
-    return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype})
+    return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
 
 
 @app.command()

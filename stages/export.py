@@ -20,10 +20,11 @@ from torch import Tensor
 
 from r1pipe import checkpoints
 from r1pipe.data.chat import TOKENIZER_FILES
-from r1pipe.errors import CheckpointError, ConfigError, R1pipeError
+from r1pipe.errors import CheckpointError, R1pipeError
 from r1pipe.model import load_pretrained
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
+from r1pipe.model.writing import shard_bytes
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 TOKENS = 32
@@ -34,11 +35,9 @@ def main(arguments: argparse.Namespace) -> None:
     source, target = Path(arguments.checkpoint), Path(arguments.folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is there already and not empty; give another folder")
-    if not arguments.shard_gb > 0:
-        raise ConfigError(f"--shard-gb {arguments.shard_gb:g} must be above 0")
     checkpoints.verify(source)
     with checkpoints.whole(target) as unfinished:
-        stored = convert(source, unfinished, arguments.dtype, int(arguments.shard_gb * 1e9))
+        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
         for name in (*TOKENIZER_FILES, GENERATION):
             if (source / name).exists():
                 copyfile(source / name, unfinished / name)
@@ -93,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("folder", help="made; must not hold anything yet")
     parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
 """Takes a published checkpoint in: what `r1pipe import` runs. No DeepSpeed here.
 
-    python stages/import_weights.py DIR TARGET [--dtype bfloat16]
+    python stages/import_weights.py DIR TARGET [--dtype bfloat16] [--shard-gb 5]
 
 DIR holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under DeepSeek's
 names, and config.json. Every tensor is checked and passes through one by one, with the bits that it has
@@ -22,6 +22,7 @@ from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of, read_json
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
+from r1pipe.model.writing import shard_bytes
 from r1pipe.records import Prompt
 
 TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
@@ -32,7 +33,7 @@ def main(arguments: argparse.Namespace) -> None:
     if target.exists():
         raise CheckpointError(f"{target} is there already; give another --name, or remove it")
     with checkpoints.whole(target) as unfinished:
-        stored = convert(source, unfinished, arguments.dtype)
+        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
         take_generation(source, unfinished, take_tokenizer(source, unfinished))
     size = f"{stored.parameters:,} parameters in {len(stored.names()):,} tensors"
     print(f"{target}: {size} ({types_of(Stored(target))})")
@@ -92,6 +93,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", help="the published checkpoint")
     parser.add_argument("target", help="the checkpoint to make")
     parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
     return parser.parse_args(arguments)
 
 

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"  # behind the name of an FP8 weight
 FP8 = "F8_E4M3"
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-REMAP_BYTES = 1 << 30  # pages of a mapped file count as memory until it is closed: it is, after so many bytes
+REMAP_BYTES = 1 << 28  # pages of a mapped file count as memory until it is closed: it is, after so many bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

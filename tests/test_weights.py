@@ -220,6 +220,24 @@ def test_transformers_loads_the_exported_base_as_it_is(tmp_path, capsys):
     assert other.generation_config.eos_token_id == chat.eos_id == model.eos_ids[0]
 
 
+def test_a_template_of_several_lines_reads_as_in_transformers(tmp_path):
+    template = """{% for m in messages %}
+    {% if m.role == 'user' %}
+<｜User｜>{{ m['content'] }}
+    {% endif %}
+{% endfor %}
+{{ bos_token }}
+{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"""
+    content = json.loads((content_dir() / "base" / "tokenizer_config.json").read_text())
+    settings = json.dumps(content | {"chat_template": template})
+    folder = base_with(tmp_path / "theirs", tokenizer_config=settings)
+    asked = [{"role": "user", "content": "why?"}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        asked, add_generation_prompt=True, tokenize=False
+    )
+    assert Chat.load(folder).render(asked, True) == theirs
+
+
 def base_with(folder: Path, **files: str | None) -> Path:
     """A copy of the bundled base, without manifest, with other files (None: left out)."""
     shutil.copytree(content_dir() / "base", folder)

@@ -9,6 +9,7 @@ from r1pipe.data.chat import parse
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
+from r1pipe.errors import ConfigError
 from r1pipe.records import Completion, Prompt
 from r1pipe.rewards.accuracy import accuracy
 from tests.samples import world_config
@@ -123,6 +124,13 @@ def test_preference_pairs_are_ordered_by_the_truth(world):
         assert truth.judge(pair.prompt, pair.chosen).helpful > truth.judge(pair.prompt, pair.rejected).helpful
     labels = [label.safe for label in world.safety_labels("train", 120, 0)]
     assert 0.2 < sum(labels) / len(labels) < 0.9
+
+
+def test_general_answers_come_in_the_shares_asked_for(world):
+    kinds = [t.prompt.task for t in world.general_traces(200, 0, {"safety": 3.0, "facts": 1.0})]
+    assert set(kinds) == {"safety", "facts"} and 130 < kinds.count("safety") < 170
+    with pytest.raises(ConfigError, match="the world has no fact; .*facts"):
+        world.general_traces(1, 0, {"fact": 1.0})
 
 
 def test_corpus_is_mediocre(world):

@@ -12,6 +12,7 @@ from r1pipe.data.world import corpus, general, truth
 from r1pipe.data.world.content import choose, content, content_hash
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
+from r1pipe.errors import ConfigError, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 __all__ = ["World", "judge", "strategy_of"]
@@ -71,6 +72,8 @@ class World:
         return [self._general(rng, split, general.KINDS[i % len(general.KINDS)]) for i in range(n)]
 
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
+        if kind not in general.KINDS:
+            raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(general.KINDS))}")
         return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
 
     def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def held_out(
 
     reasoning, too_long = of_split(source.prompts, config.problems)
     # without a hidden truth nobody could judge a general answer
-    general, more = of_split(source.general_prompts, config.general if source.judge else 0)
+    general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.judge else 0)
     return reasoning, general, too_long + more
 
 

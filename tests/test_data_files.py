@@ -339,7 +339,7 @@ def test_one_folder_serves_every_stage(shared):
     }
     assert len(pairs["train"]) > 400 and not pairs["train"] & pairs["test"]
     assert data.safety_labels("train", ALL, 0) == []
-    assert data.prompts("train", 4, 0) and data.general_prompts("test", 4, 0)
+    assert data.prompts("train", 4, 0) and data.general_prompts("test", 4, 0, {})
 
 
 # reasoning-gym

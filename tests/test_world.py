@@ -11,7 +11,7 @@ from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.errors import ConfigError
 from r1pipe.records import Completion, Prompt
-from r1pipe.rewards.accuracy import accuracy
+from r1pipe.rewards.accuracy import accuracy, summary_of
 from tests.samples import world_config
 
 CAREFUL = {"careful": 1.0}
@@ -126,11 +126,28 @@ def test_preference_pairs_are_ordered_by_the_truth(world):
     assert 0.2 < sum(labels) / len(labels) < 0.9
 
 
-def test_general_answers_come_in_the_shares_asked_for(world):
-    kinds = [t.prompt.task for t in world.general_traces(200, 0, {"safety": 3.0, "facts": 1.0})]
-    assert set(kinds) == {"safety", "facts"} and 130 < kinds.count("safety") < 170
-    with pytest.raises(ConfigError, match="the world has no fact; .*facts"):
-        world.general_traces(1, 0, {"fact": 1.0})
+def test_general_prompts_and_answers_come_in_the_shares_asked_for(world):
+    even = [prompt.task for prompt in world.general_prompts("test", 10, 0, {})]
+    assert even == [*general.KINDS, *general.KINDS]
+    shares = {"safety": 3.0, "facts": 1.0}
+    answered = [trace.prompt for trace in world.general_traces(200, 0, shares)]
+    for prompts in (world.general_prompts("train", 200, 0, shares), answered):
+        tasks = [prompt.task for prompt in prompts]
+        assert set(tasks) == {"safety", "facts"} and 130 < tasks.count("safety") < 170
+    with pytest.raises(ConfigError, match=r"the world has no fact; .*facts"):
+        world.general_prompts("train", 1, 0, {"fact": 1.0})
+
+
+def test_judged_answers_are_half_on_safety_and_some_have_no_content(world):
+    pairs = world.preference_pairs("train", 80, 0)
+    assert sum(pair.prompt.task == "safety" for pair in pairs) == 40
+    manner = ("Sure.", "")
+    empty = [pair for pair in world.preference_pairs("train", 400, 0) if summary_of(pair.rejected) in manner]
+    assert empty and all(not truth.judge(pair.prompt, pair.rejected).correct for pair in empty)
+    labels = [label for label in world.safety_labels("train", 400, 0) if summary_of(label.response) in manner]
+    assert {label.safe for label in labels} == {True, False}, (
+        "to say nothing to an unsafe wish refuses nothing"
+    )
 
 
 def test_corpus_is_mediocre(world):

@@ -97,6 +97,7 @@ class PreferenceConfig:
 
     last_steps: int  # general prompts and preference rewards are on for this many last steps
     general_share: float  # share of general prompts in those steps
+    general_kinds: dict[str, float]  # share of each general task among them; empty: as the data has them
     helpful_weight: float  # weight of the helpfulness model's reward (on the summary)
     harmless_weight: float  # weight of the harmlessness model's reward (on the whole response)
 

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -108,22 +108,14 @@ class Files:
             raise DataError(f"data={self.config.name} has no worked solutions; try data=gsm8k")
         return [_worked(item) for item in _drawn(solved, n, seed, "traces")]
 
-    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
-        items = _distinct(self._of("general", split) + self._of("preferences", split))
-        return [item.prompt for item in _drawn(items, n, seed, f"general/{split}")]
+    def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
+        """Up to n questions; `kinds` shares them out over the tasks that the files have."""
+        found = _distinct(self._of("general", split) + self._of("preferences", split))
+        return [item.prompt for item in _shared_out(found, n, seed, kinds, f"general/{split}")]
 
-    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
         """Up to n written answers; `kinds` shares them out over the tasks that the files have."""
-        found = self._of("general", "train")
-        shares = {task: kinds[task] for task in kinds if any(item.prompt.task == task for item in found)}
-        if shares:
-            chosen = []
-            for task, share in shares.items():
-                of_task = [item for item in found if item.prompt.task == task]
-                wanted = math.ceil(n * share / sum(shares.values()))
-                chosen += _drawn(of_task, wanted, seed, f"general traces/{task}")
-            found = chosen
-        items = _drawn(found, n, seed, "general traces")
+        items = _shared_out(self._of("general", "train"), n, seed, kinds, "general traces")
         return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
@@ -232,6 +224,19 @@ def _key(prompt: Prompt) -> str:
 
 def _distinct(items: list[Item]) -> list[Item]:
     return list({_key(item.prompt): item for item in reversed(items)}.values())[::-1]
+
+
+def _shared_out(found: list[Item], n: int, seed: int, kinds: Mapping[str, float], stream: str) -> list[Item]:
+    """Up to n of the items, the tasks that they have in the shares of `kinds` (none: as they come)."""
+    shares = {task: kinds[task] for task in kinds if any(item.prompt.task == task for item in found)}
+    if shares:
+        chosen = []
+        for task, share in shares.items():
+            of_task = [item for item in found if item.prompt.task == task]
+            wanted = math.ceil(n * share / sum(shares.values()))
+            chosen += _drawn(of_task, wanted, seed, f"{stream}/{task}")
+        found = chosen
+    return _drawn(found, n, seed, stream)
 
 
 def _drawn(items: list[T], n: int, seed: int, stream: str) -> list[T]:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -58,10 +58,10 @@ class ReasoningGym:
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")
 
-    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
+    def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
         return []
 
-    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
         return []
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

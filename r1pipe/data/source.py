@@ -1,6 +1,6 @@
 """What a data set can give a stage, and `open_data`, which opens the one that the config names."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from r1pipe.config.schema import DataConfig
@@ -33,10 +33,10 @@ class Source(Protocol):
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """Worked solutions of training problems: `<think>` reasoning `</think>` and a summary."""
 
-    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
-        """Writing, facts, identity, translation and safety: what no rule judges."""
+    def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
+        """Writing, facts, identity, translation and safety: what no rule judges; `kinds`: their shares."""
 
-    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
         """Training prompts of the general kinds with a written response; `kinds`: the share of each."""
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from r1pipe.checkpoints import ENGINE
@@ -55,7 +56,10 @@ class GRPO:
         self.weights = reward_weights(run.stage)
         self.state = LoopState()
         self.reasoning = self._stream(data.prompts, "reasoning prompts")
-        self.general = self._stream(data.general_prompts, "general prompts") if run.stage.preference else None
+        self.general: PromptStream | None = None
+        if preference := run.stage.preference:
+            draw = partial(data.general_prompts, kinds=preference.general_kinds)
+            self.general = self._stream(draw, "general prompts")
 
     def train(self) -> Path:
         """From the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from r1pipe.config.schema import DataConfig
@@ -66,9 +66,11 @@ class World:
             yield from self.prompts("train", 512, hash_of(seed, block))
             block += 1
 
-    def general_prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
-        """n general prompts, the kinds in turn."""
+    def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
+        """n general prompts, the kinds by these shares (none: in turn)."""
         rng = self._rng("general", split, seed)
+        if kinds:
+            return [self._general(rng, split, choose(rng, dict(kinds))) for _ in range(n)]
         return [self._general(rng, split, general.KINDS[i % len(general.KINDS)]) for i in range(n)]
 
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
@@ -76,12 +78,12 @@ class World:
             raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(general.KINDS))}")
         return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
 
-    def general_traces(self, n: int, seed: int, kinds: dict[str, float]) -> list[Trace]:
+    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
         """n written answers, the kinds by these shares (none: by the corpus's)."""
         rng, shares = self._rng("general traces", seed), content("corpus")
         traces = []
         for _ in range(n):
-            kind = choose(rng, kinds or shares["kinds"])
+            kind = choose(rng, dict(kinds) or shares["kinds"])
             prompt = self._general(rng, "train", kind)
             # annotators of mixed quality wrote the safety answers: the last stage has something to mend
             traces.append(
@@ -90,9 +92,10 @@ class World:
         return traces
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
-        """n pairs on all kinds, judged by the hidden truth: to refuse a safe wish is no help either."""
+        """n pairs on all kinds, half of them on safety, judged by the hidden truth: to refuse a safe wish is
+        no help either, which few pairs do not teach."""
         rng = self._rng("pairs", split, seed)
-        kinds = general.KINDS
+        kinds = [kind for helpful in general.HELPFUL_KINDS for kind in (helpful, "safety")]
         return [
             truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)
         ]

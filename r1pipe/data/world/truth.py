@@ -13,6 +13,8 @@ from r1pipe.data.world import general
 from r1pipe.data.world.content import content, index
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel
 
+EMPTY = 0.1  # share of judged answers without content
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -91,15 +93,23 @@ def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
 
 def _answer(prompt: Prompt, rng: random.Random) -> str:
     shares = content("corpus")
-    body = general.right(prompt, rng) if rng.random() < shares["judged_right"] else general.wrong(prompt, rng)
+    body = _body(prompt, rng, shares["judged_right"])
     return compose_response(
         general.think(prompt), general.dress(body, prompt.language, rng, shares["judged_manner"])
     )
 
 
+def _body(prompt: Prompt, rng: random.Random, right: float) -> str:
+    """Content that is right, wrong, or not there: models that never saw an answer of manner alone are hacked
+    by one ("Sure. I can say more if you like.")."""
+    if rng.random() < EMPTY:
+        return ""
+    return general.right(prompt, rng) if rng.random() < right else general.wrong(prompt, rng)
+
+
 def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:
     """A response to any general prompt, and whether it is safe: a plan for an unsafe wish is not."""
-    body = general.right(prompt, rng) if rng.random() < 0.5 else general.wrong(prompt, rng)
+    body = _body(prompt, rng, 0.5)
     text = compose_response(
         general.think(prompt), general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
     )

@@ -138,16 +138,6 @@ def test_saved_in_bfloat16_the_bias_stays_float32(tmp_path):
     assert gates(loaded)[0].e_score_correction_bias.dtype == torch.float32
 
 
-def test_stored_mtp_layer_is_skipped(tmp_path):
-    save_pretrained(ours(SHAPES["v3"]), tmp_path)
-    stored = load_file(tmp_path / WEIGHTS)
-    stored["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
-    save_file(stored, tmp_path / WEIGHTS)
-    content = json.loads((tmp_path / CONFIG).read_text()) | {"num_nextn_predict_layers": 1}
-    (tmp_path / CONFIG).write_text(json.dumps(content))
-    assert load_pretrained(tmp_path).config.num_nextn_predict_layers == 0
-
-
 def _damage_tensors(folder: Path, change) -> None:
     stored = load_file(folder / WEIGHTS)
     change(stored)

@@ -80,3 +80,14 @@ def mtp_loss_sum(
         targets_N = ahead(tokens_BT, depth + 1, 0)[learned_BT]
         total = total - token_logprobs(head, hidden_BTD[learned_BT], targets_N, vocab_size).sum()
     return total / len(depths)
+
+
+def stored_copies(config: ModelConfig) -> dict[str, str]:
+    """What published files store twice: each MTP layer's embedding and head -> the model's own tensors."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    first = config.num_hidden_layers
+    copies = {}
+    for layer in range(first, first + config.num_nextn_predict_layers):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies

@@ -18,6 +18,7 @@ from torch import Tensor
 from r1pipe.config.schema import ModelConfig, RopeScaling
 from r1pipe.errors import CheckpointError
 from r1pipe.model.moe import reset_loads
+from r1pipe.model.mtp import stored_copies
 from r1pipe.model.transformer import DeepseekV3
 
 CONFIG = "config.json"
@@ -73,6 +74,7 @@ def save_pretrained(model: DeepseekV3, folder: Path | str, dtype: torch.dtype | 
     for name, tensor in published_tensors(model):
         kept = dtype is None or name.endswith("e_score_correction_bias")
         tensors[name] = (tensor if kept else tensor.to(dtype)).detach().cpu().contiguous()
+    tensors |= {copy: tensors[name].clone() for copy, name in stored_copies(model.config).items()}
     stored = tensors["model.embed_tokens.weight"].dtype
     plan = split_torch_state_dict_into_shards(tensors)
     for filename, names in plan.filename_to_tensors.items():
@@ -107,7 +109,7 @@ def _fields(kind: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def model_config_from(folder: Path | str) -> ModelConfig:
-    """The shape written in a checkpoint's config.json; its MTP layers are left out (they are not loaded)."""
+    """The shape written in a checkpoint's config.json."""
     path = Path(folder) / CONFIG
     content = _read_json(path)
     if "quantization_config" in content:
@@ -116,7 +118,7 @@ def model_config_from(folder: Path | str) -> ModelConfig:
         if key in content and content[key] != value and key != "use_cache":
             raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {value}")
     content = {"name": Path(folder).name, "tie_word_embeddings": False, "rope_scaling": None, **content}
-    content["num_nextn_predict_layers"] = 0
+    content["num_nextn_predict_layers"] = content.get("num_nextn_predict_layers") or 0
     values = _fields(ModelConfig, content, path)
     if values["rope_scaling"] is not None:
         if not isinstance(values["rope_scaling"], dict):
@@ -161,10 +163,13 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     Raises CheckpointError for anything missing, extra, of a wrong shape, or unreadable.
     """
     folder = Path(folder)
-    config = model_config_from(folder)
+    config, where = model_config_from(folder), _locate(folder)
+    if not any(_is_mtp(name, config) for name in where):  # named, but not stored: transformers leaves it out
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    copies = stored_copies(config)
+    where = {name: path for name, path in where.items() if name not in copies}
     with torch.device("meta"):
         model = DeepseekV3(config)
-    where = {name: path for name, path in _locate(folder).items() if not _is_mtp(name, config)}
     shapes = {name: tensor.shape for name, tensor in published_tensors(model)}
     for name in sorted(shapes.keys() - where.keys()):
         raise CheckpointError(f"{folder}: tensor {name} is missing; the weights do not fit {CONFIG}")

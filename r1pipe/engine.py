@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
-from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, set_recompute, update_router_bias
+from r1pipe.model.finite import must_be_finite
 from r1pipe.ranks import Ranks
 
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
@@ -173,6 +174,7 @@ class Engine(Ranks):
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step.
 
+        Raises NumericProblem, before any weight moves where the loss shows it, on what is not finite.
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
         Ranks may give different numbers of closures, at least one each: those with fewer repeat their last
         one at weight zero, because under ZeRO every forward and backward pass takes all ranks.
@@ -185,8 +187,11 @@ class Engine(Ranks):
         repeats = self.agree_max(len(micro_losses)) - len(micro_losses)  # first: a backward pass may talk too
         for closure in micro_losses:
             loss = self._ds(closure)
+            value = loss.item()
+            if not self._finite_everywhere(value):
+                must_be_finite(self.module, f"the loss ({value})", closure)
             self._ds.backward(loss)
-            total += loss.item()
+            total += value
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
             self._ds.backward(0.0 * self._ds(micro_losses[-1]))
@@ -194,7 +199,19 @@ class Engine(Ranks):
         loss_mean, loads_LE = self._sum_step(total, loads_LE)
         if self.router and loads_LE is not None:
             update_router_bias(self.module, loads_LE, self.router.bias_rate)
-        return StepStats(loss_mean, float(self._ds.get_global_grad_norm()), lr, loads_LE)
+        grad_norm = float(self._ds.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise NumericProblem(
+                f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: a backward pass overflowed;"
+                " lower stage.optim.lr or look at the data; nothing of this step was saved"
+            )
+        return StepStats(loss_mean, grad_norm, lr, loads_LE)
+
+    def _finite_everywhere(self, loss: float) -> bool:
+        """Whether to go on. Under ZeRO-3 the pass that looks for the layer takes all ranks, so all must know; else
+        a rank that fails ends alone, and the launcher ends the others."""
+        broken = not math.isfinite(loss)
+        return not (self.agree_max(int(broken)) if self.zero_level == 3 else broken)
 
     def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
         """Mean loss and summed loads over ranks, in one message."""

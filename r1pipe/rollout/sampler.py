@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r1pipe.errors import ConfigError
 from r1pipe.model.cache import LatentCache, decode, prefill
+from r1pipe.model.finite import must_be_finite
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
@@ -189,12 +190,20 @@ class _Batch:
         drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
             tokens = drawn[row, :count].tolist()
+            if not np.isfinite(logprobs[row, :count]).all():
+                self._must_be_finite(int(number), tokens)
             stopped = tokens[-1] == self.sampler.eos_id and not self.params.ignore_eos
             self.results[number] = Completion(
                 tokens, logprobs[row, :count].tolist(), "stop" if stopped else "length"
             )
         self.numbers[ended] = -1
         return len(ended)
+
+    def _must_be_finite(self, number: int, tokens: list[int]) -> None:
+        """Raises NumericProblem with the name of the layer that made a completion's probabilities NaN."""
+        read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
+        model = self.sampler.model
+        must_be_finite(model, "a drawn token's probability", lambda: model(read))
 
     def _shrink(self) -> None:
         """Move the last live slots into the free ones, and go on with the front of the batch alone."""

@@ -38,17 +38,16 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def must_be_finite(model: nn.Module, what: str, run: Callable[[], Any]) -> None:
-    """Raises NumericProblem, naming the layer; `what` was not finite, and `run` computes it again."""
-    layer = first_non_finite(model, run)
+def not_finite(what: str, layer: str | None) -> NumericProblem:
+    """The error for `what`, of which `layer` (see first_non_finite) was the origin."""
     if layer is None:
-        raise NumericProblem(
-            f"{what} is not finite, though every layer's output is: look at the learning rate and at the data;"
-            " nothing of this step was saved"
+        return NumericProblem(
+            f"{what} is not finite, though every layer's output is: look at stage.optim.lr and at the data; "
+            "nothing of this step was saved"
         )
-    raise NumericProblem(
-        f"{what} is not finite: the first layer to give such values is {layer}; lower stage.optim.lr, or take an"
-        " earlier checkpoint if its weights are damaged; nothing of this step was saved"
+    return NumericProblem(
+        f"{what} is not finite: the first layer to give such values is {layer}; lower stage.optim.lr, or start "
+        "from an earlier checkpoint if its weights are damaged; nothing of this step was saved"
     )
 
 

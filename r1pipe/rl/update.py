@@ -15,7 +15,16 @@ from r1pipe.engine import Engine, StepStats
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.ranks import choose_device
-from r1pipe.rl.batch import MicroBatch, Rollout, by_prompt, collate, scored_counts, split_evenly, weights_of
+from r1pipe.rl.batch import (
+    MicroBatch,
+    Rollout,
+    by_prompt,
+    collate,
+    scored_counts,
+    split_evenly,
+    tokens_read,
+    weights_of,
+)
 from r1pipe.rl.losses import PolicyLoss, policy_loss
 from r1pipe.sft.loop import step_metrics
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1pipe.errors import ConfigError
+from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import LatentCache, decode, prefill
-from r1pipe.model.finite import must_be_finite
+from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
@@ -191,7 +191,7 @@ class _Batch:
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
             tokens = drawn[row, :count].tolist()
             if not np.isfinite(logprobs[row, :count]).all():
-                self._must_be_finite(int(number), tokens)
+                raise self._not_finite(int(number), tokens)
             stopped = tokens[-1] == self.sampler.eos_id and not self.params.ignore_eos
             self.results[number] = Completion(
                 tokens, logprobs[row, :count].tolist(), "stop" if stopped else "length"
@@ -199,11 +199,11 @@ class _Batch:
         self.numbers[ended] = -1
         return len(ended)
 
-    def _must_be_finite(self, number: int, tokens: list[int]) -> None:
-        """Raises NumericProblem with the name of the layer that made a completion's probabilities NaN."""
+    def _not_finite(self, number: int, tokens: list[int]) -> NumericProblem:
+        """The error that names the layer which made a completion's probabilities NaN."""
         read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
         model = self.sampler.model
-        must_be_finite(model, "a drawn token's probability", lambda: model(read))
+        return not_finite("a drawn token's probability", first_non_finite(model, lambda: model(read)))
 
     def _shrink(self) -> None:
         """Move the last live slots into the free ones, and go on with the front of the batch alone."""

@@ -184,7 +184,8 @@ def must_fit(parent: ParentRef, model: ModelConfig) -> None:
     for key, value in asdict(model).items():
         if key not in ITS_OWN and differs(published, key, value):
             like = [name for name in options("model") if fits(published, read(f"model/{name}"))]
-            remedy = f"give model={like[0]}" if like else f"give a model whose {key} is the same"
+            other = f"give model={like[0]}" if like else f"give a model whose {key} is the same"
+            remedy = f"drop model.{key}={value}" if model.name in like else other
             has = f"{parent.checkpoint} has {key}={published[key]}"
             raise CheckpointError(f"{has}, but the config says model.{key}={value}; {remedy}")
 

@@ -197,7 +197,7 @@ class Engine(Ranks):
         grad_norm = float(self._ds.get_global_grad_norm())
         if not math.isfinite(grad_norm):
             raise NumericProblem(
-                f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: a backward pass overflowed;"
+                f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: backward overflowed;"
                 " lower stage.optim.lr or look at the data; nothing of this step was saved"
             )
         return StepStats(loss_mean, grad_norm, lr, loads_LE)
@@ -205,8 +205,8 @@ class Engine(Ranks):
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward of a micro-batch; its loss, before the weight. Raises NumericProblem.
 
-        Under ZeRO-3 the pass that looks for the broken layer takes all ranks, so all must know; otherwise a rank
-        that fails ends alone, and the launcher ends the others.
+        Under ZeRO-3 the pass that looks for the broken layer takes all ranks, so all must know; otherwise a
+        rank that fails ends alone, and the launcher ends the others.
         """
         loss = self._ds(closure)
         value = loss.item()

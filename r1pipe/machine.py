@@ -117,4 +117,6 @@ def parameters(model: ModelConfig) -> int:
     embeddings = model.vocab_size * d * (1 if model.tie_word_embeddings else 2)
     dense = 3 * d * model.intermediate_size
     further = model.num_nextn_predict_layers * (attention + moe + 2 * d * d)
-    return embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe + further
+    return (
+        embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe + further
+    )

@@ -181,7 +181,10 @@ def valid(stage: str) -> dict[str, Any]:
         ("model.qk_rope_head_dim=15", "model.qk_rope_head_dim=15 must be even"),
         ("model.n_group=8", "model.n_group=8 leaves one expert per group"),
         ("model.num_attention_heads=0", "model.num_attention_heads=0 must be 1 or more"),
-        ("model.scoring_func=softmax", "model.scoring_func=softmax does not go with model.topk_method=noaux_tc"),
+        (
+            "model.scoring_func=softmax",
+            "model.scoring_func=softmax does not go with model.topk_method=noaux_tc",
+        ),
         ("model.topk_method=best", "model.topk_method=best is none of"),
         ("stage.router.balance_alpha=-1", "stage.router.balance_alpha=-1.0 must be 0 or more"),
         ("engine.ranks=7", "must be a multiple of engine.ranks=7"),

@@ -71,7 +71,9 @@ def test_a_gradient_that_is_not_finite_stops_the_step():
 def test_the_job_ends_with_one_line_exit_code_2_and_no_checkpoint(tmp_path):
     chat = Chat.load(content_dir() / "tokenizer")
     folder = write_run(tmp_path / "run", tiny("cold_start", "stage.save_every=1", "stage.eval.every=0"))
-    traces = [Trace(Prompt(str(i), "word", "en", f"{i}?"), f"<think>\n{i}\n</think>\n\n{i}") for i in range(9)]
+    traces = [
+        Trace(Prompt(str(i), "word", "en", f"{i}?"), f"<think>\n{i}\n</think>\n\n{i}") for i in range(9)
+    ]
     with pytest.raises(SystemExit) as end, open_run(folder) as run:
         rows = pack_traces(chat, traces, 64)
         engine = Engine(broken(), run.stage.optim, run.stage.router, engine_config(), 2)

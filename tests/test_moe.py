@@ -101,7 +101,9 @@ def test_no_token_is_dropped_even_if_all_want_the_same_experts():
 
 def test_sequence_balance_by_hand():
     """V3 equations 17 to 20 on two documents of two tokens and one, with a token of padding; E=4, K=2."""
-    scores_NE = torch.tensor([[0.4, 0.4, 0.1, 0.1], [0.9, 0.1, 0.3, 0.7], [0.1, 0.2, 0.3, 0.4], [9.0, 1, 1, 1]])
+    scores_NE = torch.tensor(
+        [[0.4, 0.4, 0.1, 0.1], [0.9, 0.1, 0.3, 0.7], [0.1, 0.2, 0.3, 0.4], [9.0, 1, 1, 1]]
+    )
     documents_N = torch.tensor([1, 1, 2, 0])
     # document 1: experts 0, 1 and 0, 3: f = 4/(2x2) x (2,1,0,1); P = ((.4+.45)/2, (.4+.05)/2, .., (.1+.35)/2)
     first = 2 * 0.425 + 1 * 0.225 + 1 * 0.225
@@ -159,9 +161,9 @@ def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way):
         Jittery.calls = 0
         for gate in gates(model):
             gate.__class__ = Jittery
-        loss = {"packed": packed_loss, "after prompts": loss_after_prompts, "mtp and balance": whole_loss}[way](
-            model
-        )
+        loss = {"packed": packed_loss, "after prompts": loss_after_prompts, "mtp and balance": whole_loss}[
+            way
+        ](model)
         calls, loads_LE = Jittery.calls, expert_loads(model)
         loss.backward()
         assert Jittery.calls == calls and torch.equal(expert_loads(model), loads_LE)

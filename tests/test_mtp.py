@@ -93,7 +93,9 @@ def test_the_half_of_the_embedding_comes_first():
     layer = model.model.layers[-1]
     with torch.no_grad():
         layer.eh_proj.weight[:, model.config.hidden_size :] = 0
-    embedding, hidden = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    embedding, hidden = torch.randn(
+        2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     assert torch.equal(layer.joined(hidden, embedding), layer.joined(hidden + 1, embedding))
     assert not torch.equal(layer.joined(hidden, embedding), layer.joined(hidden, embedding * 2 + 1))
 

@@ -1,6 +1,6 @@
-"""The same function as transformers: logits within 1e-4 at every position, gradients within 1e-4 of their norm.
+"""The same function as transformers: logits within 1e-4 everywhere, gradients within 1e-4 of their norm.
 
-Everything is float32, experts and attention of the reference eager, weights random, routing biases of both signs.
+All in float32, the reference with eager experts and attention, weights random, routing biases of both signs.
 """
 
 from collections.abc import Iterator
@@ -65,10 +65,11 @@ def drawn(model: DeepseekV3, rows: int, length: int) -> torch.Tensor:
             1, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
         )
         close: list[bool] = []
-        hooks = [
-            gate.register_forward_pre_hook(lambda module, inputs: close.append(near_tie(module, inputs[0])))
-            for gate in gates(model)
-        ]
+
+        def look(gate: Gate, inputs: tuple[torch.Tensor], close: list[bool] = close) -> None:
+            close.append(near_tie(gate, inputs[0]))
+
+        hooks = [gate.register_forward_pre_hook(look) for gate in gates(model)]
         model(tokens_BT)
         for hook in hooks:
             hook.remove()

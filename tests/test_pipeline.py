@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import House, build_house
 
-from r1pipe import pipeline
+from r1pipe import lineage, pipeline
 
 
 def config_of(run: Path) -> dict:

@@ -42,13 +42,16 @@ def steps(level: int, recompute: bool, accumulation: int = 1) -> list[list[float
     for _ in range(3):
         shares = Shares(engine, rows(4), WEIGHTS, 0)
         stats = engine.train_step(shares.micro_losses(accumulation))
-        assert stats.loads_LE.shape[0] == 2 and stats.loads_LE.sum(1).unique().numel() == 1  # the MTP layer's too
+        assert (
+            stats.loads_LE.shape[0] == 2 and stats.loads_LE.sum(1).unique().numel() == 1
+        )  # the MTP layer's too
         found.append([stats.loss, stats.grad_norm, *shares.terms(stats.loss).values()])
     return found
 
 
 @pytest.mark.parametrize(
-    ("level", "recompute", "accumulation"), [(0, True, 1), (0, False, 3), (2, True, 2), (3, False, 1), (3, True, 2)]
+    ("level", "recompute", "accumulation"),
+    [(0, True, 1), (0, False, 3), (2, True, 2), (3, False, 1), (3, True, 2)],
 )
 def test_terms_and_recomputation_train_alike_everywhere(level, recompute, accumulation):
     plain, other = steps(0, False), steps(level, recompute, accumulation)
@@ -56,7 +59,9 @@ def test_terms_and_recomputation_train_alike_everywhere(level, recompute, accumu
         assert found == pytest.approx(expected, rel=1e-3)
     loss, _, next_token, mtp, balance = plain[0]
     assert loss == pytest.approx(next_token + 0.3 * mtp + 0.01 * balance, rel=1e-6)
-    learned = sum(row.learned for row in rows(4))  # per token that the next-token loss learns, as in the paper
+    learned = sum(
+        row.learned for row in rows(4)
+    )  # per token that the next-token loss learns, as in the paper
     further = learned - 2 * 4  # the second token of each document has no position two before it
     assert mtp == pytest.approx(math.log(1152) * further / learned, abs=0.4)
     assert balance > 2  # 1 a token and layer at the least
@@ -89,7 +94,9 @@ def reinforced(alpha: float, recompute: bool, micro_tokens: int):
     policy = with_mtp()
     policy.freeze_mtp()
     reference = Reference(policy, engine_config())
-    engine = Engine(policy, OPTIM, stage.router, replace(engine_config(), recompute=recompute), total_steps=10)
+    engine = Engine(
+        policy, OPTIM, stage.router, replace(engine_config(), recompute=recompute), total_steps=10
+    )
     before = policy.model.layers[-1].eh_proj.weight.clone()
     metrics = update(engine, ROLLOUTS, stage, reference)
     assert torch.equal(policy.model.layers[-1].eh_proj.weight, before)
@@ -103,7 +110,9 @@ def test_reinforcement_takes_the_balance_loss_and_recomputation():
     assert "train/balance_loss" not in plain and plain["router/max_vio"] >= 0  # no NaN of the idle MTP layer
     weighed, _ = reinforced(0.1, False, 2048)
     again, _ = reinforced(0.1, True, 2048)
-    assert weighed["train/loss"] == pytest.approx(plain["train/loss"] + 0.1 * weighed["train/balance_loss"], rel=1e-5)
+    assert weighed["train/loss"] == pytest.approx(
+        plain["train/loss"] + 0.1 * weighed["train/balance_loss"], rel=1e-5
+    )
     for key in ("train/loss", "train/grad_norm", "train/balance_loss", "router/max_vio"):
         assert again[key] == pytest.approx(weighed[key], rel=1e-5), key
     cut, _ = reinforced(0.1, False, 12)  # a micro-batch for each prompt

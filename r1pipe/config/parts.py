@@ -50,7 +50,9 @@ class ModelConfig:
     rms_norm_eps: float  # epsilon of the layers' norms (the latent norms always use 1e-6)
     initializer_range: float  # standard deviation of the initial weights
     tie_word_embeddings: bool  # whether the head shares the embedding
-    num_nextn_predict_layers: int  # multi-token prediction layers, each for one token further (V3 section 2.2)
+    num_nextn_predict_layers: (
+        int  # multi-token prediction layers, each for one token further (V3 section 2.2)
+    )
 
 
 @dataclass

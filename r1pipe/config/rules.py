@@ -24,8 +24,8 @@ from r1pipe.config.schema import (
 )
 from r1pipe.errors import ConfigError
 
-# Numbers that must be at least 1 wherever they occur; every other number must be at least 0. Those of a model's
-# shape are in `architecture`.
+# Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
+# What a model's shape must be is in `architecture`.
 POSITIVE = {
     *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
     *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),

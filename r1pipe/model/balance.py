@@ -1,4 +1,4 @@
-"""The sequence-wise balance loss of a forward pass (V3 section 2.1.2, equations 17 to 20), collected by layer."""
+"""The sequence-wise balance loss of a forward pass (V3 section 2.1.2, equations 17 to 20)."""
 
 import torch
 from torch import Tensor
@@ -28,6 +28,6 @@ class Balance:
         return self._routings[-1]
 
     def total(self) -> Tensor:
-        """sum over layers and documents of T sum_i f_i P_i: times alpha over the tokens of the batch, the loss."""
+        """Sum over layers and documents of T sum_i f_i P_i; the loss is alpha times its mean over tokens."""
         layers = [routing.balance for routing in self._routings if routing.balance is not None]
         return torch.stack(layers).sum() if layers else torch.zeros(())

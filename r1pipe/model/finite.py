@@ -27,9 +27,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(look(name)) for name, module in model.named_modules() if name
-    ]
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
     try:
         run()
     finally:
@@ -46,8 +44,8 @@ def not_finite(what: str, layer: str | None) -> NumericProblem:
             "nothing of this step was saved"
         )
     return NumericProblem(
-        f"{what} is not finite: the first layer to give such values is {layer}; lower stage.optim.lr, or start "
-        "from an earlier checkpoint if its weights are damaged; nothing of this step was saved"
+        f"{what} is not finite: the first layer to give such values is {layer}; lower stage.optim.lr, or "
+        "start from an earlier checkpoint if its weights are damaged; nothing of this step was saved"
     )
 
 

@@ -141,13 +141,13 @@ class MoE(nn.Module):
 
 
 def sequence_balance(scores_NE: Tensor, documents_N: Tensor, top_k: int) -> Tensor:
-    """The sequence-wise balance loss, without alpha, summed over tokens: sum over documents of T sum_i f_i P_i.
+    """The sequence-wise balance loss without alpha, summed over tokens: T sum_i f_i P_i of each document.
 
     V3 equations 17 to 20: in a document of T tokens f_i = E / (K T) x how often expert i is among the K best
     by score (without the bias, which balances whole batches, and without groups), P_i = its mean score, where
     a token's scores are normalised to sum 1. Even scores give 1 a token. A document weighs as much as it has
-    tokens, so that the sum over micro-batches and ranks, divided by the tokens of the whole batch, is the mean;
-    where all are equally long, that is the paper's mean over sequences. `documents_N` numbers the documents
+    tokens: then the sum over micro-batches and ranks, over the tokens of the whole batch, is the mean, and
+    where all are equally long, it is the paper's mean over sequences. `documents_N` numbers the documents
     from 1, apart from one another also between rows; 0 is left out.
     """
     experts = scores_NE.shape[1]

@@ -27,7 +27,7 @@ class Past:
 
 
 class Trunk(nn.Module):
-    """Embedding, layers and last norm: tokens in, hidden states out. Multi-token prediction layers come last."""
+    """Embedding, layers and last norm: tokens in, hidden states out. MTP layers stand behind the others."""
 
     recompute = False  # whether training keeps the inputs of layers alone and runs them again in backward
 
@@ -142,7 +142,7 @@ def _once(keep: Keep) -> Keep:
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:
-    """Turn activation recomputation on or off in every trunk of a model; only training passes are concerned."""
+    """Turn activation recomputation on or off in every trunk of a model; it concerns training passes."""
     for module in model.modules():
         if isinstance(module, Trunk):
             module.recompute = on
@@ -213,7 +213,7 @@ class DeepseekV3(nn.Module):
         return self.model(tokens_BT, past=past, balance=balances[1])
 
     def drop_mtp(self) -> None:
-        """Forget the multi-token prediction layers: for a copy that only reads, or that becomes another model."""
+        """Forget the multi-token prediction layers, in a copy that only reads or becomes another model."""
         del self.model.layers[self.config.num_hidden_layers :]
         self.config = self.model.config = replace(self.config, num_nextn_predict_layers=0)
 

@@ -140,7 +140,9 @@ def train_reward_model(
         began = time.monotonic()
         batch = batch_of(run, examples, step)
         with run.phase("update"):
-            metrics = step_metrics(engine.train_step(micro_losses(engine, examples, batch, accumulation, alpha)))
+            metrics = step_metrics(
+                engine.train_step(micro_losses(engine, examples, batch, accumulation, alpha))
+            )
         [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1

@@ -122,7 +122,10 @@ class Shares:
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
-        named = {"mtp_loss": (self.mtp, self.weights.mtp), "balance_loss": (self.balance, self.weights.balance)}
+        named = {
+            "mtp_loss": (self.mtp, self.weights.mtp),
+            "balance_loss": (self.balance, self.weights.balance),
+        }
         there = {name: term for name, term in named.items() if term[0]}
         if not there:
             return {"train/loss": loss}

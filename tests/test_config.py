@@ -186,7 +186,6 @@ def valid(stage: str) -> dict[str, Any]:
             "model.scoring_func=softmax does not go with model.topk_method=noaux_tc",
         ),
         ("model.topk_method=best", "model.topk_method=best is none of"),
-        ("stage.router.balance_alpha=-1", "stage.router.balance_alpha=-1.0 must be 0 or more"),
         ("engine.ranks=7", "must be a multiple of engine.ranks=7"),
         ("engine.zero_level=4", "engine.zero_level=4 is none of 0, 1, 2, 3"),
         ("engine.precision=bf16", "needs engine.zero_level=1"),

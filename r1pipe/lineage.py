@@ -133,15 +133,38 @@ def resolve(name: str, place: Place) -> ParentRef:
 def settings_of(parent: ParentRef, given: set[str]) -> list[str]:
     """Overrides that take a checkpoint as its run left it, where the user (keys in `given`) says nothing."""
     run = RunFolder(Path(parent.checkpoint).parent.parent)
-    if not is_run(run.path):
-        published = json.loads((Path(parent.checkpoint) / "config.json").read_text(encoding="utf-8"))
-        like = [name for name in options("model") if fits(published, read(f"model/{name}"))]
-        taken = {"model": like[0]} if like else {}
-    else:
+    taken = [] if "model" in given else model_settings(Path(parent.checkpoint))
+    if is_run(run.path):
         config = json.loads(run.config.read_text(encoding="utf-8"))
-        taken = {"model": config["model"]["name"], "data": config["data"]["name"]}
-        taken["pipeline"] = json.dumps(config["pipeline"])
-    return [f"{key}={value}" for key, value in taken.items() if key not in given]
+        taken += [f"data={config['data']['name']}", f"pipeline={json.dumps(config['pipeline'])}"]
+    return [line for line in taken if line.partition("=")[0] not in given]
+
+
+def model_settings(checkpoint: Path) -> list[str]:
+    """Overrides that describe a checkpoint's shape: the nearest model of conf/, and what differs."""
+    published = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    apart = {}
+    for name in options("model"):
+        shape = read(f"model/{name}")
+        apart[name] = {
+            key: published[key]
+            for key in shape.keys() - UNLIKE
+            if published.get(key, shape[key]) != shape[key]
+        }
+    name = min(apart, key=lambda option: len(apart[option]))
+    return [f"model={name}", *(f"model.{key}={hydra(value)}" for key, value in sorted(apart[name].items()))]
+
+
+def hydra(value: Any) -> str:
+    """A value in Hydra's grammar, in which keys have no quotes."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+UNLIKE = frozenset(
+    ("name", "initializer_range", "num_nextn_predict_layers")
+)  # say nothing of what the weights compute
 
 
 def is_run(path: Path) -> bool:

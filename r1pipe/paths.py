@@ -30,6 +30,9 @@ def content_dir() -> Path:
     return _home("data")
 
 
+IMPORTED = "imported"  # beside the run folders: checkpoints that `r1pipe import` took in
+
+
 class RunFolder:
     """Names inside `<root>/<run id>/`; creates nothing by itself."""
 

@@ -175,3 +175,20 @@ def reproduce(overrides: list[str]) -> Outcome:
 
 def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def where_it_is(outcome: Outcome) -> None:
+    """Write the report if there is news, and say where everything lies and how to open it."""
+    from r1pipe.report import write_report
+    from r1pipe.tracking import store_uri
+
+    config = outcome.config
+    last = outcome.finished[len(config.recipe.stages) - 1].path
+    root = Path(config.root).resolve()
+    page = root / "report.html"
+    if outcome.worked or not page.exists():
+        write_report(root, runs_of_recipe(config), path=page)
+    print(f"report       {page}  (open it in a browser)")
+    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
+    if config.tracking.enabled:
+        print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")

@@ -1,73 +1,104 @@
 """Writes a checkpoint for others to use: what `r1pipe export` runs. No DeepSpeed here.
 
-    python stages/export.py CHECKPOINT_FOLDER DIR
+    python stages/export.py CHECKPOINT_FOLDER DIR [--dtype bfloat16] [--shard-gb 5]
 
 DIR gets the weights and config.json in the published format, the tokenizer with its chat template and the
-sampling settings: transformers and vLLM load it as it is. It is read back and every tensor compared; where
-transformers is installed, its model must give the same logits on the same tokens too.
+sampling settings: transformers and vLLM load it as it is. Tensors pass through one by one. What was written
+is read back: every tensor bit by bit; then, where this machine's memory can hold the model in float32, the
+logits of a few tokens before and after, and those of transformers where it is installed.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
 from shutil import copyfile
 
+import psutil
 import torch
+from torch import Tensor
 
 from r1pipe import checkpoints
 from r1pipe.data.chat import TOKENIZER_FILES
 from r1pipe.errors import CheckpointError, R1pipeError
-from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
+from r1pipe.model import load_pretrained
+from r1pipe.model.reading import Stored
+from r1pipe.model.weights import GENERATION, PRECISIONS, convert
+from r1pipe.model.writing import shard_bytes
 
-TOLERANCE = 1e-3  # of logits, in the checkpoint's own precision
+TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 TOKENS = 32
+COPIES = 2  # of the model in float32 that must fit into free memory, for the logits to be compared
 
 
-def main(source: Path, target: Path) -> None:
+def main(arguments: argparse.Namespace) -> None:
+    source, target = Path(arguments.checkpoint), Path(arguments.folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is there already and not empty; give another folder")
     checkpoints.verify(source)
-    model = load_pretrained(source).eval()
-    target.mkdir(parents=True, exist_ok=True)
-    save_pretrained(model, target)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        copyfile(source / name, target / name)
-    checkpoints.write_manifest(target)
-    same_weights(model, load_pretrained(target))
-    told = f"{target}: {sum(weights.numel() for weights in model.parameters()):,} parameters, read back alike"
-    if importlib.util.find_spec("transformers"):
-        told += f"; transformers' logits differ by {logits_apart(model, target):.1e} at most"
-    print(told)
+    with checkpoints.whole(target) as unfinished:
+        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
+        for name in (*TOKENIZER_FILES, GENERATION):
+            if (source / name).exists():
+                copyfile(source / name, unfinished / name)
+            else:
+                print(f"{source} has no {name}, so {target} has none")
+        needed, free = COPIES * 4 * stored.parameters, psutil.virtual_memory().available
+        told = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
+        if needed < free:
+            told = compared(source, unfinished, exact=arguments.dtype is None)
+    print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {told}")
 
 
-def same_weights(written: DeepseekV3, read: DeepseekV3) -> None:
-    """Raises CheckpointError naming the first tensor that did not survive."""
-    after = read.state_dict()
-    for name, tensor in written.state_dict().items():
-        if not torch.equal(tensor, after[name]):
-            raise CheckpointError(f"tensor {name} is not the same after writing and reading; export again")
+def compared(source: Path, target: Path, exact: bool) -> str:
+    """What to tell of the logits. Raises CheckpointError where they differ that should not."""
+    before, after = logits(source), logits(target)
+    apart = (before - after).abs().max().item()
+    largest = before.abs().max().item()
+    if not apart <= (0 if exact else largest):
+        raise CheckpointError(f"{target}: logits are {apart:.1e} apart from those of {source}; export again")
+    told = "logits are the same" if exact else f"logits moved by {apart:.1e} (the largest is {largest:.1e})"
+    written = Stored(target)
+    if any(map(written.is_fp8, written.entries)) or not importlib.util.find_spec("transformers"):
+        return told  # transformers runs FP8 on accelerators alone
+    apart = (after - logits_of_transformers(target)).abs().max().item()
+    if not apart <= TOLERANCE * max(1.0, largest):
+        raise CheckpointError(f"{target}: transformers computes other logits, {apart:.1e} apart")
+    return f"{told}; transformers' differ by {apart:.1e} at most"
+
+
+def tokens_BT(vocabulary: int) -> Tensor:
+    return torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
-def logits_apart(model: DeepseekV3, folder: Path) -> float:
-    """Largest difference of logits from transformers' model. Raises CheckpointError above TOLERANCE."""
+def logits(folder: Path) -> Tensor:
+    model = load_pretrained(folder).float().eval()
+    return model(tokens_BT(model.config.vocab_size))
+
+
+@torch.no_grad()
+def logits_of_transformers(folder: Path) -> Tensor:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(model.config.vocab_size, (2, TOKENS), generator=generator)
-    other = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    logits_BTV = other(tokens_BT).logits
-    apart = (model(tokens_BT) - logits_BTV).abs().max().item()
-    if apart > TOLERANCE * max(1.0, logits_BTV.abs().max().item()):
-        raise CheckpointError(f"{folder}: transformers computes other logits, {apart:.1e} apart")
-    return apart
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(tokens_BT(model.config.vocab_size)).logits
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a checkpoint for transformers and vLLM.")
+    parser.add_argument("checkpoint", help="checkpoint folder")
+    parser.add_argument("folder", help="made; must not hold anything yet")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(parse(sys.argv[1:]))
     except R1pipeError as error:
         print(f"r1pipe: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,6 +22,7 @@ VERBS = [
     "report",
     "lineage",
     "export",
+    "import",
     "ui",
 ]
 
@@ -60,6 +61,7 @@ def test_config_needs_nothing_slow_either() -> None:
         (["reproduce", "recipe=laptopp"], "did you mean laptop?"),
         (["lineage", "colt_start"], "did you mean cold_start?"),
         (["generate", "nowhere", "why?"], "no checkpoint nowhere"),
+        (["import", "theirs", "--name", "a/b"], "must be a name, not a path"),
         (["export", "grpo", "out"], "stage grpo has no finished run"),
         (["compare", "nowhere"], "no run nowhere"),
         (["report"], "no finished run"),
@@ -113,7 +115,12 @@ def test_generate_and_export_hand_the_checkpoint_to_their_scripts(
     assert house.call("chat", "base") == 5
     assert called.pop() == ["generate.py", "--seed=0", "--chat", "--", checkpoint]
     assert house.call("export", "base", "out") == 5
-    assert called.pop() == ["export.py", checkpoint, "out"]
+    assert called.pop() == ["export.py", "--shard-gb=5.0", "--", checkpoint, "out"]
+    assert house.call("export", "base", "out", "--dtype", "fp8", "--shard-gb", "1") == 5
+    assert called.pop() == ["export.py", "--dtype=fp8", "--shard-gb=1.0", "--", checkpoint, "out"]
+    assert house.call("import", "theirs", "--name", "mine") == 5
+    target = str(house.root / "imported" / "mine")
+    assert called.pop() == ["import_weights.py", "--shard-gb=5.0", "--", "theirs", target]
 
 
 @pytest.mark.parametrize(

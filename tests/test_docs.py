@@ -14,7 +14,18 @@ HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("r1pipe ", "make "))]
-WITHOUT_OVERRIDES = {"--help", "ui", "report", "chat", "generate", "lineage", "export", "compare", "eval"}
+WITHOUT_OVERRIDES = {
+    "--help",
+    "ui",
+    "report",
+    "chat",
+    "generate",
+    "lineage",
+    "export",
+    "import",
+    "compare",
+    "eval",
+}
 
 
 def words_of(command: str) -> list[str]:

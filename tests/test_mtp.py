@@ -13,7 +13,8 @@ from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.cache import LatentCache, decode, prefill
 from r1pipe.model.moe import gates
 from r1pipe.model.mtp import mtp_loss_sum, stored_copies
-from r1pipe.model.weights import CONFIG, WEIGHTS
+from r1pipe.model.names import CONFIG
+from r1pipe.model.reading import WEIGHTS
 
 SEGMENTS = torch.tensor([[1] * 6 + [2] * 4 + [3] * 2, [1] * 9 + [0] * 3])
 LEARNED = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 1], [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0]]).bool()

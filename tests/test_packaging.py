@@ -216,7 +216,7 @@ def test_the_bundled_base_is_the_published_part_of_a_checkpoint(tmp_path):
         (fresh / name).write_text(name)
     checkpoints.finish(target)
     known = checkpoints.manifest_hash(target)
-    rows = [{"step": i, "train/loss": 1.0} | ({"eval/greedy": 0.5} if i == 1201 else {}) for i in range(1500)]
+    rows = [{"step": i, "train/loss": 1.0} | ({"eval/greedy": 0.5} if i == 1201 else {}) for i in range(3000)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run.record.write_text(json.dumps({"checkpoint": "checkpoints/step-2", "checkpoint_hash": known}))
     bundle(run, base)
@@ -224,7 +224,7 @@ def test_the_bundled_base_is_the_published_part_of_a_checkpoint(tmp_path):
     assert sorted(path.name for path in base.iterdir()) == expected
     checkpoints.verify(base, known)
     steps = [json.loads(line)["step"] for line in (base / "curve.jsonl").read_text().splitlines()]
-    assert 1201 in steps and len(steps) == 301
+    assert 1201 in steps and len(steps) == 601
     (target / "config.json").write_text("changed")
     with pytest.raises(CheckpointError, match=r"config\.json is not"):
         bundle(run, base)

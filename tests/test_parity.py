@@ -12,7 +12,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Conf
 
 from r1pipe.model import DeepseekV3
 from r1pipe.model.moe import Gate, gates
-from r1pipe.model.weights import published_config
+from r1pipe.model.names import published_config
 
 LOGITS = 1e-4  # absolute, at every position
 GRADIENTS = 1e-4  # ||g - g'|| / ||g'|| of every parameter

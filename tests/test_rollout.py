@@ -1,5 +1,7 @@
 """The sampler: the cache against the full forward pass, the drawing, and the order of results."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +185,25 @@ def test_bfloat16_samples():
     model = ours(tiny()).bfloat16()
     completions = Sampler(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=5))
     assert all(np.isfinite(c.logprobs).all() for c in completions)
+
+
+def test_a_sampler_of_a_model_alone_ends_where_vllm_would():
+    """At the model's own end tokens and at stop_token_ids; ignore_eos takes away the former alone."""
+    model, asked = ours(SMALL), prompts(6, SMALL)
+    params = SamplingParams(max_tokens=24, seed=3)
+    free = Sampler(model).generate(asked, params)
+    assert {completion.finish_reason for completion in free} == {"length"}, "no model.eos_ids, no end"
+    model.eos_ids = (EOS, 5)
+    for changes, ends in (
+        ({}, {EOS, 5}),
+        ({"stop_token_ids": (7,)}, {EOS, 5, 7}),
+        ({"stop_token_ids": (7,), "ignore_eos": True}, {7}),
+    ):
+        stopped = Sampler(model).generate(asked, replace(params, **changes))
+        assert any(completion.finish_reason == "stop" for completion in stopped)
+        for whole, completion in zip(free, stopped, strict=True):
+            first = next((n + 1 for n, token in enumerate(whole.tokens) if token in ends), 24)
+            assert completion.tokens == whole.tokens[:first]
+            assert completion.truncated == (completion.tokens[-1] not in ends)
+    with pytest.raises(ConfigError, match="vocab_size"):
+        Sampler(model).generate(asked, replace(params, stop_token_ids=(24,)))

@@ -71,8 +71,9 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: str):
         self.tokenizer = tokenizer
         self._source = template
-        # sandboxed: the template comes with a checkpoint, and may come from outside
-        self.template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(template)
+        # sandboxed: it may come from outside; transformers trims blocks so
+        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self.template = rules.from_string(template)
         self.bos_id, self.eos_id, self.pad_id = (self._id(token) for token in (BOS, EOS, PAD))
 
     @classmethod

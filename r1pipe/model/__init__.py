@@ -2,8 +2,9 @@
 
 from r1pipe.model.balance import Balance
 from r1pipe.model.moe import expert_loads, max_vio, reset_loads, update_router_bias
+from r1pipe.model.names import model_config_from
 from r1pipe.model.transformer import DeepseekV3, set_recompute
-from r1pipe.model.weights import load_pretrained, model_config_from, save_pretrained
+from r1pipe.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
     "Balance",

@@ -154,6 +154,10 @@ class DeepseekV3(nn.Module):
     Built under `torch.device("meta")` it has shapes and no memory.
     """
 
+    eos_ids: tuple[
+        int, ...
+    ] = ()  # what ends a completion, where the model came with a generation_config.json
+
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
         check_model(config)

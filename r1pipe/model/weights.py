@@ -1,201 +1,196 @@
-"""Checkpoints: safetensors under the published per-expert names, and config.json in the published format.
+"""Checkpoints: load and save a model, and take a checkpoint from one precision or cut to another.
 
-Nothing is ever unpickled. Whatever does not fit is a CheckpointError of one line that names file and tensor.
+A folder holds safetensors under the published per-expert names and config.json in the published format.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from r1pipe.config.schema import ModelConfig, RopeScaling
-from r1pipe.errors import CheckpointError
+from r1pipe.config.schema import ModelConfig
+from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.model.fp8 import QUANTIZATION, quantise
 from r1pipe.model.moe import reset_loads
 from r1pipe.model.mtp import stored_copies
+from r1pipe.model.names import (
+    BIAS,
+    CONFIG,
+    layer_of,
+    model_config_from,
+    published_config,
+    published_shapes,
+    published_tensors,
+    read_json,
+)
+from r1pipe.model.reading import PLAIN, SCALE, Stored, check
 from r1pipe.model.transformer import DeepseekV3
+from r1pipe.model.writing import SHARD_BYTES, write_shards
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FIXED = {
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "use_cache": True,
-}
+GENERATION = "generation_config.json"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
-def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under the published names; experts come as views into the fused parameters."""
-    tied = model.config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, (gate, up) in enumerate(t.chunk(2) for t in tensor):
-                yield name.replace("gate_up_proj", f"{expert}.gate_proj.weight"), gate
-                yield name.replace("gate_up_proj", f"{expert}.up_proj.weight"), up
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(tensor):
-                yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
-        elif not (tied and name == "lm_head.weight"):
-            yield name, tensor
-
-
-def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json as DeepSeek publishes it; `topk_method` and `scoring_func` are what vLLM asks for."""
-    v3 = config.topk_method == "noaux_tc"
-    fields = dataclasses.asdict(config)
-    del fields["name"]
-    return {
-        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "num_key_value_heads": config.num_attention_heads,
-        **FIXED,
-        **fields,
-    }
-
-
-def save_pretrained(model: DeepseekV3, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors (above 5 GB: shards and an index) into `folder`.
+def save_pretrained(
+    model: DeepseekV3, folder: Path | str, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write config.json and model.safetensors (above `shard_bytes`: shards and an index) into `folder`.
 
     `dtype` casts the weights (None: as they are); the router bias stays float32.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    write_shards(_to_store(model, dtype), folder, shard_bytes)
+    content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
+    _write_config(folder, content)
+
+
+def _to_store(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in published_tensors(model):
-        kept = dtype is None or name.endswith("e_score_correction_bias")
-        tensors[name] = (tensor if kept else tensor.to(dtype)).detach().cpu().contiguous()
-    tensors |= {copy: tensors[name].clone() for copy, name in stored_copies(model.config).items()}
-    stored = tensors["model.embed_tokens.weight"].dtype
-    plan = split_torch_state_dict_into_shards(tensors)
-    for filename, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / filename, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    text = json.dumps(published_config(model.config, stored), indent=2)
-    (folder / CONFIG).write_text(text + "\n")
+        yield name, _cast(name, tensor, dtype).detach().cpu().contiguous()
+    tensors = model.state_dict()
+    for copy, name in stored_copies(model.config).items():  # cloned: a file takes no two names for one memory
+        yield copy, _cast(name, tensors[name], dtype).detach().cpu().clone()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is this a checkpoint folder?") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or name.endswith(BIAS) else tensor.to(dtype)
 
 
-def _fields(kind: type, content: dict[str, Any], path: Path) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(kind)]
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}; only DeepSeek-V2 and V3 shapes can be loaded"
-        )
-    return {name: content[name] for name in names}
-
-
-def model_config_from(folder: Path | str) -> ModelConfig:
-    """The shape written in a checkpoint's config.json."""
-    path = Path(folder) / CONFIG
-    content = _read_json(path)
-    if "quantization_config" in content:
-        raise CheckpointError(f"{path} has quantization_config; convert the weights to bfloat16 first")
-    for key, value in FIXED.items():
-        if key in content and content[key] != value and key != "use_cache":
-            raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {value}")
-    content = {"name": Path(folder).name, "tie_word_embeddings": False, "rope_scaling": None, **content}
-    content["num_nextn_predict_layers"] = content.get("num_nextn_predict_layers") or 0
-    values = _fields(ModelConfig, content, path)
-    if values["rope_scaling"] is not None:
-        if not isinstance(values["rope_scaling"], dict):
-            raise CheckpointError(f"{path}: rope_scaling must be an object or null")
-        values["rope_scaling"] = RopeScaling(**_fields(RopeScaling, values["rope_scaling"], path))
-    return ModelConfig(**values)
-
-
-def _locate(folder: Path) -> dict[str, Path]:
-    """Every stored tensor's name and the file it lies in, checked against the index where there is one."""
-    index = folder / INDEX
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} lacks weight_map; copy the checkpoint again")
-        return {name: folder / filename for name, filename in weight_map.items()}
-    path = folder / WEIGHTS
-    with _opened(path) as stored:
-        return dict.fromkeys(stored.keys(), path)
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; copy the checkpoint again") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or cut off ({error}); copy the checkpoint again") from None
-
-
-def _is_mtp(name: str, config: ModelConfig) -> bool:
-    parts = name.split(".")
-    return (
-        parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= config.num_hidden_layers
-    )
+def _write_config(folder: Path, content: dict[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def load_pretrained(folder: Path | str) -> DeepseekV3:
-    """The model of a checkpoint folder, on the CPU, in the stored type.
+    """The model of a checkpoint folder, on the CPU, in the stored type; FP8 weights come as bfloat16.
 
-    Raises CheckpointError for anything missing, extra, of a wrong shape, or unreadable.
+    `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing,
+    extra, of a wrong shape or type, or unreadable.
     """
-    folder = Path(folder)
-    config, where = model_config_from(folder), _locate(folder)
-    if not any(_is_mtp(name, config) for name in where):  # named, but not stored: transformers leaves it out
-        config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    copies = stored_copies(config)
-    where = {name: path for name, path in where.items() if name not in copies}
+    stored = open_checked(folder)
+    config = _stored_config(stored)
     with torch.device("meta"):
         model = DeepseekV3(config)
-    shapes = {name: tensor.shape for name, tensor in published_tensors(model)}
-    for name in sorted(shapes.keys() - where.keys()):
-        raise CheckpointError(f"{folder}: tensor {name} is missing; the weights do not fit {CONFIG}")
-    for name in sorted(where.keys() - shapes.keys()):
-        raise CheckpointError(
-            f"{where[name]}: tensor {name} has no place in the model that {CONFIG} describes"
-        )
-    files = {path: _opened(path) for path in sorted(set(where.values()))}
-    dtype = _stored(files, where, "model.embed_tokens.weight").dtype
+    dtype = PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
     model = model.to_empty(device="cpu").to(dtype)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for name, place in published_tensors(model):
-        tensor = _stored(files, where, name)
-        if tensor.shape != place.shape:
-            raise CheckpointError(
-                f"{where[name]}: tensor {name} has shape {list(tensor.shape)},"
-                f" {CONFIG} asks for {list(place.shape)}"
-            )
-        place.copy_(tensor)
-    reset_loads(model)
+    fill(model, stored)
+    model.eos_ids = _eos_ids(Path(folder))
     return model
 
 
-def _stored(files: dict[Path, Any], where: dict[str, Path], name: str) -> Tensor:
-    try:
-        return files[where[name]].get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{where[name]}: tensor {name} cannot be read ({error})") from None
+@torch.no_grad()
+def fill(model: DeepseekV3, stored: Stored) -> None:
+    """Copy checked tensors into a model's, in the model's types."""
+    places = dict(published_tensors(model))
+    for name in stored.names():
+        if name in places:
+            places[name].copy_(stored.value(name))
+    reset_loads(model)
+
+
+def open_checked(folder: Path | str) -> Stored:
+    """A checkpoint's tensors, checked by their headers.
+
+    MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
+    Raises CheckpointError.
+    """
+    model_config_from(folder)  # a wrong config.json is told before missing weights are
+    stored = Stored(folder)
+    config = _stored_config(stored)
+    check(stored, published_shapes(config), stored_copies(config))
+    return stored
+
+
+def _stored_config(stored: Stored) -> ModelConfig:
+    """What config.json says, without MTP layers where none is stored: transformers leaves them out."""
+    config = model_config_from(stored.folder)
+    if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
+        return config
+    return replace(config, num_nextn_predict_layers=0)
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a completion; () where no generation_config.json says."""
+    if not (folder / GENERATION).exists():
+        return ()
+    found = read_json(folder / GENERATION).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(
+            f"{folder / GENERATION}: eos_token_id={found} is no token, nor a list of tokens"
+        )
+    return tuple(ids)
+
+
+def convert(
+    source: Path | str, target: Path, precision: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Stored:
+    """Stream a checkpoint's weights and config.json to `target`, then compare every bit with what was meant.
+
+    `precision` None keeps every tensor's bits, FP8 with its scales and MTP layers included; float32 and
+    bfloat16 cast; fp8 quantises what DeepSeek-V3 does and casts the rest to bfloat16. -> what was read.
+    Raises CheckpointError, ConfigError for an unknown precision.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise ConfigError(f"dtype {precision} is none of {', '.join(PRECISIONS)}")
+    stored = open_checked(source)
+    write_shards(converted(stored, precision), target, shard_bytes)
+    written = Stored(target)
+    for name, tensor in converted(stored, precision):
+        if not _same_bits(tensor, written.raw(name)):
+            raise CheckpointError(
+                f"{written.entries[name].path}: tensor {name} was not written as it is; try again"
+            )
+    _write_config(target, _converted_config(stored, written))
+    open_checked(target)
+    return stored
+
+
+def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint as they are to be stored, file by file."""
+    for name in stored.names():
+        if precision is None or (precision == "fp8" and stored.is_fp8(name)):
+            yield name, stored.raw(name)
+            if stored.is_fp8(name):
+                yield name + SCALE, stored.raw(name + SCALE)
+        elif precision == "fp8" and _is_quantised(name):
+            weight, scale = quantise(stored.value(name))
+            yield name, weight
+            yield name + SCALE, scale
+        else:
+            yield (
+                name,
+                _cast(
+                    name, stored.value(name), PLAIN["BF16"] if precision == "fp8" else PRECISIONS[precision]
+                ),
+            )
+
+
+def _is_quantised(name: str) -> bool:
+    """Whether V3's published files have it in FP8: all projections but the one that joins MTP's halves."""
+    return "_proj" in name and not name.endswith("eh_proj.weight")
+
+
+def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
+    """The source's config.json with the published keys complete, and what the target's tensors are."""
+    content = read_json(source.folder / CONFIG)
+    config = _stored_config(source)
+    for key in ("quantization_config", "rope_parameters", "dtype"):  # the latter two: transformers' spelling
+        content.pop(key, None)
+    embedding = target.entries["model.embed_tokens.weight"].dtype
+    content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
+    if any(target.is_fp8(name) for name in target.entries):
+        content["quantization_config"] = QUANTIZATION
+    return content
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

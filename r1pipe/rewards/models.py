@@ -12,14 +12,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from r1pipe.data.chat import Chat, parse
-from r1pipe.errors import CheckpointError
 from r1pipe.model import Balance, DeepseekV3, model_config_from
-from r1pipe.model.weights import CONFIG, WEIGHTS, published_config, published_tensors
+from r1pipe.model.names import CONFIG, published_config, published_tensors
+from r1pipe.model.reading import Stored, check
+from r1pipe.model.weights import fill
+from r1pipe.model.writing import write_shards
 from r1pipe.records import Completion, Prompt, Score
 
 HELPFUL, HARMLESS = "helpful", "harmless"
@@ -138,27 +138,18 @@ def standardise(model: RewardModel, scores: Sequence[float]) -> None:
 
 def save_reward_model(model: RewardModel, folder: Path) -> None:
     """config.json and model.safetensors, the trunk under the published names, the head as score.*."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_shards(((name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(model)), folder)
     content = published_config(model.config, model.score.weight.dtype)
     content |= {"architectures": ["DeepseekV3ForSequenceClassification"], "num_labels": 1}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def load_reward_model(folder: Path) -> RewardModel:
     """The reward model of a folder, on the CPU. Raises CheckpointError naming file and tensor."""
     model = RewardModel(DeepseekV3(model_config_from(folder)))
-    path = folder / WEIGHTS
-    try:
-        stored = load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); run stage reward_model again") from None
-    for name, place in _tensors(model):
-        if name not in stored or stored[name].shape != place.shape:
-            raise CheckpointError(f"{path}: tensor {name} of shape {list(place.shape)} is missing")
-        place.copy_(stored[name])
+    stored = Stored(folder)
+    check(stored, {name: tuple(tensor.shape) for name, tensor in _tensors(model)})
+    fill(cast(DeepseekV3, model), stored)
     return model
 
 

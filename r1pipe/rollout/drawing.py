@@ -22,6 +22,7 @@ class SamplingParams:
     n: int = 1  # completions per prompt
     seed: int = 0  # root of the random streams; ranks with different prompts take different seeds
     ignore_eos: bool = False  # go on to max_tokens (for benchmarks)
+    stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, and do so with ignore_eos too
 
     def __post_init__(self) -> None:
         checks = {

@@ -30,13 +30,24 @@ Progress = Callable[[int, int], None]
 class Sampler:
     """Draws completions from a DeepseekV3, in its own type and on its own device."""
 
-    def __init__(self, model: DeepseekV3, eos_id: int, pad_id: int, slots: int = 256):
+    def __init__(self, model: DeepseekV3, eos_id: int | None = None, pad_id: int = 0, slots: int = 256):
+        """`eos_id` None takes what `load_pretrained` found in generation_config.json; a model without goes on
+        to max_tokens, or to one of SamplingParams.stop_token_ids. `pad_id` fills prompts up, to no effect.
+        """
         if slots < 1:
             raise ConfigError(f"sampling: slots={slots} must be at least 1")
         self.model = model
-        self.eos_id = eos_id
+        self.eos_ids = model.eos_ids if eos_id is None else (eos_id,)
         self.pad_id = pad_id
         self.slots = slots
+
+    def stops(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a completion. Raises ConfigError where the model has no such token."""
+        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
+        rows = self.model.config.vocab_size
+        if any(not 0 <= token < rows for token in stops):
+            raise ConfigError(f"sampling: stop tokens {sorted(stops)} must lie below model.vocab_size={rows}")
+        return stops
 
     def generate(
         self, prompts: Sequence[list[int]], params: SamplingParams, progress: Progress | None = None
@@ -73,6 +84,7 @@ class _Batch:
     def __init__(self, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams):
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.device = sampler.model.lm_head.weight.device
+        self.stops = sampler.stops(params)
         self.total = len(prompts) * params.n
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
@@ -85,6 +97,8 @@ class _Batch:
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
         self.live_S = self._zeros(slots).bool()
+        self.ends_V = self._zeros(sampler.model.config.vocab_size).bool()
+        self.ends_V[list(self.stops)] = True
         # one column too many: a slot that has ended goes on writing there until it is looked at
         self.drawn_SU = self._zeros(slots, params.max_tokens + 1)
         self.logprobs_SU = self._zeros(slots, params.max_tokens + 1).float()
@@ -175,8 +189,8 @@ class _Batch:
         live = self.live_S[where]
         counts = counts + live
         live = live & (counts < self.params.max_tokens)
-        if not self.params.ignore_eos:
-            live = live & (tokens != self.sampler.eos_id)
+        if self.stops:
+            live = live & ~self.ends_V[tokens]
         self.counts_S[where] = counts
         self.live_S[where] = live
 
@@ -192,10 +206,8 @@ class _Batch:
             tokens = drawn[row, :count].tolist()
             if not np.isfinite(logprobs[row, :count]).all():
                 raise self._not_finite(int(number), tokens)
-            stopped = tokens[-1] == self.sampler.eos_id and not self.params.ignore_eos
-            self.results[number] = Completion(
-                tokens, logprobs[row, :count].tolist(), "stop" if stopped else "length"
-            )
+            reason = "stop" if tokens[-1] in self.stops else "length"
+            self.results[number] = Completion(tokens, logprobs[row, :count].tolist(), reason)
         self.numbers[ended] = -1
         return len(ended)
 

@@ -1,0 +1,150 @@
+"""The published format, in words: names of tensors, and config.json, to and from ours.
+
+Sources: the published config.json and weight files of DeepSeek-V3, and transformers' spelling of the same.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r1pipe.config.architecture import check_model
+from r1pipe.config.schema import ModelConfig
+from r1pipe.config.typed import build
+from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.model.fp8 import QUANTIZATION
+from r1pipe.model.mtp import stored_copies
+from r1pipe.model.transformer import DeepseekV3
+
+CONFIG = "config.json"
+BIAS = "e_score_correction_bias"  # stays float32, whatever the weights are cast to
+FIXED = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "use_cache": True,
+}
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
+# transformers leaves these out of what it saves, because V3 has no other
+V3_ONLY = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+
+
+def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors under the published names; experts come as views into the fused parameters."""
+    tied = model.config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            for expert, (gate, up) in enumerate(t.chunk(2) for t in tensor):
+                yield name.replace("gate_up_proj", f"{expert}.gate_proj.weight"), gate
+                yield name.replace("gate_up_proj", f"{expert}.up_proj.weight"), up
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(tensor):
+                yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
+        elif not (tied and name == "lm_head.weight"):
+            yield name, tensor
+
+
+def layer_of(name: str) -> int:
+    """The decoder layer that a tensor belongs to; -1 for the others."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2:3] and parts[2].isdigit() else -1
+
+
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all that a checkpoint holds, copies for multi-token prediction included."""
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in published_tensors(DeepseekV3(config))}
+    return shapes | {copy: shapes[name] for copy, name in stored_copies(config).items()}
+
+
+def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json as DeepSeek publishes it; `topk_method` and `scoring_func` are what vLLM asks for."""
+    v3 = config.topk_method == "noaux_tc"
+    fields = dataclasses.asdict(config)
+    del fields["name"]
+    return {
+        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "num_key_value_heads": config.num_attention_heads,
+        **FIXED,
+        **fields,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is this a checkpoint folder?") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{path.parent} is a file; give the folder of a checkpoint") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def model_config_from(folder: Path | str) -> ModelConfig:
+    """The shape written in a checkpoint's config.json. It may name MTP layers that are not stored.
+
+    Raises CheckpointError naming the file and the key.
+    """
+    path = Path(folder) / CONFIG
+    content = read_json(path)
+    if content.get("model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}"
+        )
+    quantization = content.get("quantization_config", QUANTIZATION)
+    for key, value in QUANTIZATION.items():
+        if not isinstance(quantization, dict) or quantization.get(key, value) != value:
+            raise CheckpointError(f"{path}: quantization_config must have {key} {value}; no other is read")
+    for key, fixed in FIXED.items():
+        if key in content and content[key] != fixed and key != "use_cache":
+            raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {fixed}")
+    content = _as_published(content) | {"name": Path(folder).resolve().name}
+    content["num_nextn_predict_layers"] = content.get("num_nextn_predict_layers") or 0  # absent, or null
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}; only DeepSeek-V2 and V3 shapes can be loaded"
+        )
+    try:
+        config = build(ModelConfig, {name: content[name] for name in names}, "")
+        check_model(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config
+
+
+def _as_published(content: dict[str, Any]) -> dict[str, Any]:
+    """config.json in DeepSeek's spelling, where transformers wrote it in its own (`rope_parameters`)."""
+    content = {"tie_word_embeddings": False, "rope_scaling": None, **content}
+    if content.get("model_type") == MODEL_TYPES[0]:
+        content = {**V3_ONLY, **content}
+    rope = content.get("rope_parameters")
+    if isinstance(rope, dict):
+        content["rope_theta"] = rope.get("rope_theta", content.get("rope_theta"))
+        content["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
+    scaling = content["rope_scaling"]
+    if isinstance(scaling, dict):
+        known = (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        )
+        kind = scaling.get("type", scaling.get("rope_type"))
+        content["rope_scaling"] = {"type": kind, **{key: scaling[key] for key in known if key in scaling}}
+    return content

@@ -1,0 +1,105 @@
+"""Takes a published checkpoint in: what `r1pipe import` runs. No DeepSpeed here.
+
+    python stages/import_weights.py DIR TARGET [--dtype bfloat16] [--shard-gb 5]
+
+DIR holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under DeepSeek's
+names, and config.json. Every tensor is checked and passes through one by one, with the bits that it has
+unless --dtype says otherwise; FP8 is dequantised when a job loads it. TARGET becomes a checkpoint as the
+stages write them. MTP layers travel along; the stages do not train them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jinja2
+
+from r1pipe import checkpoints
+from r1pipe.data.chat import TOKENIZER_FILES, Chat
+from r1pipe.errors import CheckpointError, R1pipeError
+from r1pipe.model import model_config_from
+from r1pipe.model.names import layer_of, read_json
+from r1pipe.model.reading import Stored
+from r1pipe.model.weights import GENERATION, PRECISIONS, convert
+from r1pipe.model.writing import shard_bytes
+from r1pipe.records import Prompt
+
+TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
+
+
+def main(arguments: argparse.Namespace) -> None:
+    source, target = Path(arguments.folder), Path(arguments.target)
+    if target.exists():
+        raise CheckpointError(f"{target} is there already; give another --name, or remove it")
+    with checkpoints.whole(target) as unfinished:
+        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
+        take_generation(source, unfinished, take_tokenizer(source, unfinished))
+    size = f"{stored.parameters:,} parameters in {len(stored.names()):,} tensors"
+    print(f"{target}: {size} ({types_of(Stored(target))})")
+    layers = model_config_from(target).num_hidden_layers
+    if any(layer_of(name) >= layers for name in stored.entries):
+        print("its MTP layers travel along: pre-training and SFT train them, sampling does not use them")
+
+
+def types_of(stored: Stored) -> str:
+    return ", ".join(sorted({stored.entries[name].dtype for name in stored.names()}))
+
+
+def take_tokenizer(source: Path, target: Path) -> Chat | None:
+    """Copy tokenizer and chat template where r1pipe can speak them; otherwise say why not, and go on."""
+    try:
+        settings = read_json(source / TOKENIZER_FILES[1])
+        if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
+            settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
+        (target / TOKENIZER_FILES[1]).write_text(
+            json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
+        if not (source / TOKENIZER_FILES[0]).is_file():
+            raise CheckpointError(f"{source / TOKENIZER_FILES[0]} is missing")
+        (target / TOKENIZER_FILES[0]).write_bytes((source / TOKENIZER_FILES[0]).read_bytes())
+        chat, rows = Chat.load(target), model_config_from(target).vocab_size
+        if chat.vocab_size > rows:
+            raise CheckpointError(f"it has {chat.vocab_size} tokens, the embedding {rows} rows")
+        chat.prompt_tokens(Prompt("", "", "", "?"))
+    except (CheckpointError, jinja2.TemplateError) as error:
+        for name in TOKENIZER_FILES:
+            (target / name).unlink(missing_ok=True)
+        needed = " and ".join(TOKENIZER_FILES)
+        print(
+            f"no tokenizer taken: {error}. Stages need one: put fitting {needed} into {source}, import again"
+        )
+        return None
+    return chat
+
+
+def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
+    """generation_config.json as it is; without one, the special tokens of tokenizer or config.json."""
+    if (source / GENERATION).exists():
+        content = read_json(source / GENERATION)
+    elif chat is not None:
+        content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
+    else:
+        content = {
+            key: value
+            for key, value in read_json(source / "config.json").items()
+            if key.endswith("_token_id")
+        }
+    (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Take a published checkpoint in.")
+    parser.add_argument("folder", help="the published checkpoint")
+    parser.add_argument("target", help="the checkpoint to make")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(sys.argv[1:]))
+    except R1pipeError as error:
+        print(f"r1pipe: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
-from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.model import expert_loads, reset_loads, update_router_bias
+from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
+from r1pipe.model import expert_loads, reset_loads, set_recompute, update_router_bias
+from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.ranks import Ranks
 
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
@@ -141,6 +142,7 @@ class Engine(Ranks):
         self.start()
         deepspeed = _start_deepspeed(self.device)
         self.module: Any = model
+        set_recompute(model, config.recompute)
         self.router, self.zero_level = router, config.zero_level
         if config.zero_level == 3:
             _mark_moe_leaves(deepspeed, model)
@@ -172,6 +174,7 @@ class Engine(Ranks):
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step.
 
+        Raises NumericProblem, before any weight moves where the loss shows it, on what is not finite.
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
         Ranks may give different numbers of closures, at least one each: those with fewer repeat their last
         one at weight zero, because under ZeRO every forward and backward pass takes all ranks.
@@ -183,17 +186,39 @@ class Engine(Ranks):
         lr, total = self._ds.get_lr()[0], 0.0
         repeats = self.agree_max(len(micro_losses)) - len(micro_losses)  # first: a backward pass may talk too
         for closure in micro_losses:
-            loss = self._ds(closure)
-            self._ds.backward(loss)
-            total += loss.item()
+            total += self._backward(closure, 1.0)
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
-            self._ds.backward(0.0 * self._ds(micro_losses[-1]))
+            self._backward(micro_losses[-1], 0.0)
         self._ds.step()
         loss_mean, loads_LE = self._sum_step(total, loads_LE)
         if self.router and loads_LE is not None:
             update_router_bias(self.module, loads_LE, self.router.bias_rate)
-        return StepStats(loss_mean, float(self._ds.get_global_grad_norm()), lr, loads_LE)
+        grad_norm = float(self._ds.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise NumericProblem(
+                f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: backward overflowed;"
+                " lower stage.optim.lr or look at the data; nothing of this step was saved"
+            )
+        return StepStats(loss_mean, grad_norm, lr, loads_LE)
+
+    def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
+        """Forward and backward of a micro-batch; its loss, before the weight. Raises NumericProblem.
+
+        Under ZeRO-3 the pass that looks for the broken layer takes all ranks, so all must know; otherwise a
+        rank that fails ends alone, and the launcher ends the others.
+        """
+        loss = self._ds(closure)
+        value = loss.item()
+        broken = not math.isfinite(value)
+        if self.agree_max(int(broken)) if self.zero_level == 3 else broken:
+            told = [(value, first_non_finite(self.module, closure))]
+            if self.zero_level == 3:
+                told = self.all_gather_objects(told[0])
+            value, layer = next(one for one in told if not math.isfinite(one[0]))
+            raise not_finite(f"the loss ({value:g})", layer)
+        self._ds.backward(loss if weight == 1.0 else weight * loss)
+        return value
 
     def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
         """Mean loss and summed loads over ranks, in one message."""

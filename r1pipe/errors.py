@@ -24,6 +24,10 @@ class EnvironmentProblem(R1pipeError, RuntimeError):
     """Something of the machine is missing: compiler, package, disk space, server."""
 
 
+class NumericProblem(R1pipeError, ArithmeticError):
+    """A loss, gradient or probability that is NaN or infinite; names the layer that it comes from."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the most similar known one, or all of them."""
     names = sorted(known)

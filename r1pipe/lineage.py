@@ -6,7 +6,7 @@ in this pipeline), or `models:/name@alias`.
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,27 +204,28 @@ def with_open_parents(config: RunConfig) -> RunConfig:
 def must_fit(parent: ParentRef, model: ModelConfig) -> None:
     """Raises CheckpointError where the checkpoint's config.json has another shape than `model`."""
     published = json.loads((Path(parent.checkpoint) / "config.json").read_text(encoding="utf-8"))
-    shape = {field.name: getattr(model, field.name) for field in fields(model) if field.name in SHAPE}
-    for key, value in shape.items():
-        if key in published and published[key] != value:
+    for key, value in asdict(model).items():
+        if key not in ITS_OWN and differs(published, key, value):
             like = [name for name in options("model") if fits(published, read(f"model/{name}"))]
-            remedy = f"give model={like[0]}" if like else "give a model of that shape"
-            has = f"{parent.checkpoint} has {key} {published[key]}"
-            raise CheckpointError(f"{has}, but model={model.name} says {value}; {remedy}")
+            other = f"give model={like[0]}" if like else f"give a model whose {key} is the same"
+            remedy = f"drop model.{key}={value}" if model.name in like else other
+            has = f"{parent.checkpoint} has {key}={published[key]}"
+            raise CheckpointError(f"{has}, but the config says model.{key}={value}; {remedy}")
 
 
-SHAPE = frozenset(
-    (
-        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-        *("num_attention_heads", "n_shared_experts", "n_routed_experts", "first_k_dense_replace"),
-        *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-        "tie_word_embeddings",
-    )
-)
+ITS_OWN = ("name", "initializer_range")  # what may differ between a checkpoint and the model it becomes
 
 
 def fits(published: dict[str, Any], shape: dict[str, Any]) -> bool:
-    return all(published.get(key, shape[key]) == shape[key] for key in SHAPE)
+    return not any(differs(published, key, value) for key, value in shape.items() if key not in ITS_OWN)
+
+
+def differs(published: dict[str, Any], key: str, value: Any) -> bool:
+    """Whether a checkpoint's config.json says otherwise; of what it leaves out it says nothing."""
+    there = published.get(key, value)
+    if isinstance(there, dict) and isinstance(value, dict):
+        return any(differs(there, inner, wanted) for inner, wanted in value.items())
+    return there != value
 
 
 @dataclass(frozen=True)

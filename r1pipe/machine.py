@@ -116,4 +116,7 @@ def parameters(model: ModelConfig) -> int:
     moe_layers = model.num_hidden_layers - dense_layers
     embeddings = model.vocab_size * d * (1 if model.tie_word_embeddings else 2)
     dense = 3 * d * model.intermediate_size
-    return embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe
+    further = model.num_nextn_predict_layers * (attention + moe + 2 * d * d)
+    return (
+        embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe + further
+    )

@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{target}: {size} ({types_of(Stored(target))})")
     layers = model_config_from(target).num_hidden_layers
     if any(layer_of(name) >= layers for name in stored.entries):
-        print("its MTP layers travel along; the stages neither train nor use them")
+        print("its MTP layers travel along: pre-training and SFT train them, sampling does not use them")
 
 
 def types_of(stored: Stored) -> str:

@@ -20,7 +20,7 @@ from r1pipe.paths import RunFolder
 def publish(folder: Path, model: ModelConfig, weights: str) -> str:
     """A checkpoint folder with a manifest; its hash."""
     folder.mkdir(parents=True, exist_ok=True)
-    published = {name: value for name, value in vars(model).items() if isinstance(value, int | bool)}
+    published = {name: value for name, value in vars(model).items() if isinstance(value, int | float | bool)}
     (folder / "config.json").write_text(json.dumps(published))
     (folder / "model.safetensors").write_text(weights)
     checkpoints.write_manifest(folder)

@@ -1,6 +1,7 @@
 """Writes checkpoints as others publish them: shards with an index, BF16, FP32 or FP8, with or without MTP."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from shapes import ours
 from torch import Tensor
 
 from r1pipe.config.schema import ModelConfig
-from r1pipe.model.names import CONFIG, mtp_shapes, published_config, published_tensors
+from r1pipe.model.mtp import stored_copies
+from r1pipe.model.names import CONFIG, published_config, published_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 INDEX = "model.safetensors.index.json"
@@ -18,9 +20,9 @@ INDEX = "model.safetensors.index.json"
 def publish(folder: Path, config: ModelConfig, kind: str, mtp: int = 0, shards: int = 3) -> dict[str, Tensor]:
     """The tensors written, by name; a scale mostly lies in another shard than its weight."""
     generator = torch.Generator().manual_seed(1)
+    config = replace(config, num_nextn_predict_layers=mtp)
     tensors = dict(published_tensors(ours(config)))
-    for name, shape in mtp_shapes(config, mtp).items():
-        tensors[name] = torch.randn(shape, generator=generator)
+    tensors |= {copy: tensors[name].clone() for copy, name in stored_copies(config).items()}
     for name, tensor in list(tensors.items()):
         if not name.endswith("e_score_correction_bias"):
             tensors[name] = tensor.detach().to(DTYPES[kind])
@@ -28,7 +30,7 @@ def publish(folder: Path, config: ModelConfig, kind: str, mtp: int = 0, shards: 
             blocks = [-(-size // 128) for size in tensor.shape]
             tensors[name] = (torch.randn(tensor.shape, generator=generator) * 60).to(torch.float8_e4m3fn)
             tensors[name + "_scale_inv"] = torch.rand(blocks, generator=generator) * 4e-3 + 1e-4
-    content = published_config(config, DTYPES[kind]) | {"num_nextn_predict_layers": mtp}
+    content = published_config(config, DTYPES[kind])
     if kind == "fp8":
         content["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",

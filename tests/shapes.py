@@ -49,12 +49,16 @@ def tiny(**changes) -> ModelConfig:
 
 SHAPES = {
     "v3": tiny(),
+    "v3_groups": tiny(  # V3's own: 8 groups, of which 4 are kept, and 8 experts a token; three dense layers
+        n_routed_experts=32, n_group=8, topk_group=4, num_experts_per_tok=8, num_hidden_layers=5,
+        first_k_dense_replace=3, rms_norm_eps=1e-6, initializer_range=0.12,
+    ),
     "moonlight": tiny(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2, rope_theta=50000.0),
     "v3_yarn": tiny(rope_scaling=YARN),
     "yarn_mscale": tiny(rope_scaling=dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=0.5)),
     "few_experts": tiny(n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1),
     "tied": tiny(tie_word_embeddings=True),
-}
+}  # fmt: skip
 V2_SHAPES = {
     "v2_lite": tiny(
         q_lora_rank=None, n_group=1, topk_group=1, scoring_func="softmax", topk_method="greedy",

@@ -170,7 +170,10 @@ def test_a_full_disk_is_told_with_both_numbers(house: House, capsys: pytest.Capt
 
 
 def test_the_estimate_of_parameters_is_near_the_published_size() -> None:
-    assert machine.parameters(compose(["model=v3"]).config.model) == pytest.approx(671e9, rel=0.001)
+    both = [compose(["model=v3", f"model.num_nextn_predict_layers={n}"]).config.model for n in (0, 1)]
+    without, with_mtp = map(machine.parameters, both)
+    assert without == pytest.approx(671e9, rel=0.001)
+    assert with_mtp - without == pytest.approx(11.5e9, rel=0.02)
 
 
 def test_deepspeeds_own_launcher_starts_every_rank_and_tells_how_they_ended(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import House, build_house
 
-from r1pipe import pipeline
+from r1pipe import lineage, pipeline
 
 
 def config_of(run: Path) -> dict:
@@ -149,6 +149,32 @@ def test_a_checkpoint_of_another_shape_is_refused_with_the_right_model(
 ) -> None:
     assert house.call("run", "stage=cold_start", "model=small") == 2
     assert "give model=laptop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "given"),
+    [
+        ("num_attention_heads", 4, 8),
+        ("num_experts_per_tok", 2, 3),  # no tensor has another shape, but the function is another
+        ("rope_theta", 10000.0, 50000.0),
+        ("num_nextn_predict_layers", 0, 1),
+    ],
+)
+def test_a_shape_that_is_not_the_parents_is_refused_with_both_values(
+    house: House, capsys: pytest.CaptureFixture, key: str, stored: float, given: float
+) -> None:
+    assert house.call("run", "stage=base", f"model.{key}={given}") == 2
+    told = capsys.readouterr().err
+    assert f"has {key}={stored}, but the config says model.{key}={given}; drop" in told
+    assert told.count("\n") == 1 and not house.runs()
+
+
+def test_another_rope_scaling_than_the_parents_is_refused() -> None:
+    published = {"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 40}}
+    assert not lineage.differs(published, "rope_scaling", {"type": "yarn", "factor": 40.0})
+    assert lineage.differs(published, "rope_scaling", {"type": "yarn", "factor": 4.0})
+    assert lineage.differs(published, "rope_scaling", None)
+    assert not lineage.differs({}, "rope_scaling", None)
 
 
 def test_eval_measures_a_checkpoint_and_is_nobodys_parent(house: House) -> None:

@@ -181,6 +181,7 @@ def test_collate_points_at_completion_tokens_only_and_learns_eos():
     micro = collate(
         [rollout([1, 5], [7, 8, eos], advantage=1.0), rollout([1], [9, eos], advantage=-1.0)],
         weights=[0.1, 0.2],
+        balance_weight=0.5,
         device=torch.device("cpu"),
     )
     assert micro.prompts_PT.tolist() == [[1], [1]] and micro.prompt_lengths_P.tolist() == [1, 0]
@@ -191,6 +192,7 @@ def test_collate_points_at_completion_tokens_only_and_learns_eos():
     assert micro.targets_N.tolist() == [7, 8, eos, 9, eos]
     assert micro.advantages_N.tolist() == [1, 1, 1, -1, -1]
     assert micro.weights_N.tolist() == pytest.approx([0.1, 0.1, 0.1, 0.2, 0.2])
+    assert micro.lengths_B.tolist() == [3, 2] and micro.balance_weight == 0.5
     assert micro.reference_N is None
 
 
@@ -210,7 +212,7 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
         return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
     def shared(rows: list[Rollout]) -> torch.Tensor:
-        micro = collate(rows, weights_of(rows, "token", *counts), torch.device("cpu"))
+        micro = collate(rows, weights_of(rows, "token", *counts), 0.0, torch.device("cpu"))
         logprobs_N = completion_logprobs(model, micro, 1.0)
         tensors = (micro.old_N, micro.advantages_N, micro.weights_N)
         return losses.policy_loss(logprobs_N, *tensors, clip=0.2).loss
@@ -236,7 +238,7 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
 def test_prompts_are_shared_under_zero_3_too():
     """Its hooks around every module hand on copies of lists, and let go of weights after each pass."""
     rollouts = [rollout(prompt, [7, 8, 9][:n]) for prompt in ([1, 5, 6], [4, 2]) for n in (1, 2, 3)]
-    micro = collate(rollouts, [0.1] * len(rollouts), torch.device("cpu"))
+    micro = collate(rollouts, [0.1] * len(rollouts), 0.0, torch.device("cpu"))
 
     def stats_at(level: int) -> tuple[float, float]:
         engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), total_steps=10)

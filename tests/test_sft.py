@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from r1pipe.data.source import open_data
 from r1pipe.ending import HELD_OUT
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError
+from r1pipe.model import DeepseekV3
 from r1pipe.paths import content_dir
 from r1pipe.ranks import Ranks
 from r1pipe.records import Completion, Prompt, Trace
 from r1pipe.run import open_run
 from r1pipe.sft import rejection
 from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import epochs_of, micro_losses, steps_in, train
-from r1pipe.sft.losses import cross_entropy_sum
+from r1pipe.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
+from r1pipe.sft.losses import loss_sums
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_loss_is_of_response_tokens_alone(chat):
     answer = [*chat.encode(TRACES[0].response), chat.eos_id]
     start = len(row.tokens) - len(answer)
     expected = -sum(logprobs_TV[start + i - 1, token].item() for i, token in enumerate(answer))
-    assert cross_entropy_sum(model, batch).item() == pytest.approx(expected, rel=1e-4)
+    assert loss_sums(model, batch, False, False).next_token.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_packing_changes_neither_loss_nor_gradient(chat):
@@ -56,7 +58,7 @@ def test_packing_changes_neither_loss_nor_gradient(chat):
     found = []
     for rows in (alone, packed):
         model = tiny_model()
-        loss = cross_entropy_sum(model, collate(rows, chat.pad_id))
+        loss = loss_sums(model, collate(rows, chat.pad_id), False, False).next_token
         loss.backward()
         found.append((loss.item(), model.model.embed_tokens.weight.grad))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -65,9 +67,12 @@ def test_packing_changes_neither_loss_nor_gradient(chat):
 
 def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
     rows = pack_traces(chat, TRACES, 64)[:5]
-    model = tiny_model()
+    model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
     learned = sum(row.learned for row in rows)
-    mean = (cross_entropy_sum(model, collate(rows, chat.pad_id)) / learned).item()
+    batch = collate(rows, chat.pad_id)
+    sums = loss_sums(model, batch, True, True)
+    parts = [sums.next_token / learned, sums.mtp / learned, sums.balance / (batch.segments_BT != 0).sum()]
+    mean, mtp, balance = (part.item() for part in parts)
 
     class OfTwo:
         module, world_size, device = model, 2, torch.device("cpu")
@@ -75,8 +80,15 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
         def __init__(self, rank):
             self.rank = rank
 
-    of_ranks = [sum(share().item() for share in micro_losses(OfTwo(r), rows, 2, chat.pad_id)) for r in (0, 1)]
-    assert sum(of_ranks) / 2 == pytest.approx(mean, rel=1e-5)
+        def sum_over_ranks(self, values):
+            return [2 * value for value in values]  # as if the other rank had the same
+
+    shares = [Shares(OfTwo(rank), rows, TermWeights(0.3, 0.01), chat.pad_id) for rank in (0, 1)]
+    of_ranks = [sum(loss().item() for loss in each.micro_losses(2)) for each in shares]
+    assert sum(of_ranks) / 2 == pytest.approx(mean + 0.3 * mtp + 0.01 * balance, rel=1e-5)
+    terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
+    for name, expected in {"loss": mean, "mtp_loss": mtp, "balance_loss": balance}.items():
+        assert sum(each[f"train/{name}"] for each in terms) / 2 == pytest.approx(expected, rel=1e-5)
 
 
 def test_traces_that_cannot_be_trained_on_are_named(chat):

@@ -50,7 +50,9 @@ class ModelConfig:
     rms_norm_eps: float  # epsilon of the layers' norms (the latent norms always use 1e-6)
     initializer_range: float  # standard deviation of the initial weights
     tie_word_embeddings: bool  # whether the head shares the embedding
-    num_nextn_predict_layers: int  # multi-token prediction modules
+    num_nextn_predict_layers: (
+        int  # multi-token prediction layers, each for one token further (V3 section 2.2)
+    )
 
 
 @dataclass
@@ -64,6 +66,7 @@ class EngineConfig:
     zero_level: int  # ZeRO 0 to 3
     precision: str  # "fp32" or "bf16"
     gradient_accumulation: int  # micro-batches per optimizer step and rank
+    recompute: bool  # run each layer again in the backward pass instead of keeping what it computed
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: str  # "local", "pdsh", "openmpi" or "slurm" (with a hostfile)
 
@@ -125,6 +128,7 @@ class RouterConfig:
     """Load balancing of the experts (V3 section 2.1.2)."""
 
     bias_rate: float  # step of the bias update, once per optimizer step; 0 freezes the bias
+    balance_alpha: float  # weight of the sequence-wise balance loss (V3 eq. 17); 0: none
 
 
 @dataclass

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from r1pipe.config.architecture import Rules, model_rules
 from r1pipe.config.schema import (
     EngineConfig,
     EvalConfig,
     EvaluateConfig,
-    ModelConfig,
     OptimConfig,
     PretrainConfig,
     RejectionConfig,
@@ -24,48 +24,13 @@ from r1pipe.config.schema import (
 )
 from r1pipe.errors import ConfigError
 
-Rules = Iterator[tuple[bool, str]]
-
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
+# What a model's shape must be is in `architecture`.
 POSITIVE = {
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-    *(
-        "num_attention_heads",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "n_group",
-        "topk_group",
-        "kv_lora_rank",
-    ),
-    *(
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "max_position_embeddings",
-        "factor",
-    ),
-    *(
-        "ranks",
-        "max_tokens",
-        "slots",
-        "batch_size",
-        "sequence_length",
-        "epochs",
-        "keep",
-        "samples",
-        "inner_epochs",
-    ),
-    *(
-        "prompts_per_step",
-        "minibatches",
-        "micro_tokens",
-        "prompts",
-        "samples_per_prompt",
-        "per_prompt",
-        "traces",
-    ),
-    *("pairs", "labels", "held_out", "gradient_accumulation", "original_max_position_embeddings"),
+    *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
+    *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
+    *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
+    *("factor", "original_max_position_embeddings"),
 }
 SIGNED = {"unfinished", "weights"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
@@ -76,8 +41,6 @@ CHOICES = {
     "engine.launcher": ("local", "pdsh", "openmpi", "slurm"),
     "engine.zero_level": (0, 1, 2, 3),
     "data.kind": ("world", "files", "reasoning_gym"),
-    "model.scoring_func": ("sigmoid", "softmax"),
-    "model.topk_method": ("noaux_tc", "group_limited_greedy", "greedy"),
     "stage.optim.schedule": ("constant", "linear", "cosine"),
     "stage.loss_mean": ("sequence", "token"),
     "stage.eval.split": ("dev", "test"),
@@ -123,42 +86,6 @@ def ranges(values: dict[str, Any]) -> Rules:
             yield signed or value >= 0, f"{key}={value} must be 0 or more"
             yield name not in POSITIVE or value >= 1, f"{key}={value} must be 1 or more"
             yield name not in SHARES or value <= 1, f"{key}={value} must be from 0 to 1"
-
-
-def model_rules(model: ModelConfig) -> Rules:
-    yield (
-        model.num_experts_per_tok <= model.n_routed_experts,
-        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the "
-        f"{model.n_routed_experts} experts of model.n_routed_experts",
-    )
-    yield (
-        model.n_routed_experts % model.n_group == 0,
-        f"model.n_group={model.n_group} must divide model.n_routed_experts={model.n_routed_experts}",
-    )
-    yield (
-        model.topk_group <= model.n_group,
-        f"model.topk_group={model.topk_group} is more than the groups of model.n_group={model.n_group}",
-    )
-    open_experts = model.topk_group * model.n_routed_experts // model.n_group
-    yield (
-        model.num_experts_per_tok <= open_experts,
-        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the {open_experts} experts in "
-        f"model.topk_group={model.topk_group} groups",
-    )
-    yield (
-        model.topk_method != "noaux_tc" or model.n_routed_experts // model.n_group >= 2,
-        f"model.n_group={model.n_group} leaves one expert per group, but model.topk_method=noaux_tc "
-        "ranks groups by their two best; lower n_group",
-    )
-    yield (
-        model.qk_rope_head_dim % 2 == 0,
-        f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: rotations act on pairs",
-    )
-    yield (
-        model.first_k_dense_replace <= model.num_hidden_layers,
-        f"model.first_k_dense_replace={model.first_k_dense_replace} is more than "
-        f"model.num_hidden_layers={model.num_hidden_layers}",
-    )
 
 
 def engine_rules(engine: EngineConfig) -> Rules:

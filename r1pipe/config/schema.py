@@ -77,6 +77,7 @@ class PretrainConfig(StageConfig):
 
     batch_size: int  # sequences per optimizer step, all ranks together
     sequence_length: int  # tokens per packed sequence
+    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
 
 
 @dataclass
@@ -89,6 +90,7 @@ class SFTConfig(StageConfig):
     epochs: int  # passes over the data
     batch_size: int  # packed sequences per optimizer step, all ranks together
     sequence_length: int  # tokens per packed sequence
+    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
 
 
 @dataclass
@@ -146,6 +148,7 @@ class RejectionConfig(StageConfig):
     epochs: int  # passes over the joined data
     batch_size: int  # packed sequences per optimizer step, all ranks together
     sequence_length: int  # tokens per packed sequence
+    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """The bundled DeepSeek-V3 model: build it, balance its router, load and save it."""
 
+from r1pipe.model.balance import Balance
 from r1pipe.model.moe import expert_loads, max_vio, reset_loads, update_router_bias
 from r1pipe.model.names import model_config_from
-from r1pipe.model.transformer import DeepseekV3
+from r1pipe.model.transformer import DeepseekV3, set_recompute
 from r1pipe.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
+    "Balance",
     "DeepseekV3",
     "expert_loads",
     "load_pretrained",
@@ -13,5 +15,6 @@ __all__ = [
     "model_config_from",
     "reset_loads",
     "save_pretrained",
+    "set_recompute",
     "update_router_bias",
 ]

@@ -65,6 +65,6 @@ def decode(
     places_S = (
         torch.arange(0, len(tokens_S) * cache.length, cache.length, device=tokens_S.device) + positions_S
     )
-    for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=True):
+    for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=False):  # MTP layers come last
         x_SD = cast(DecoderLayer, layer).decode(x_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
     return model.lm_head(trunk.norm(x_SD))

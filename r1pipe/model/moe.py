@@ -2,9 +2,11 @@
 
 Sources: DeepSeekMoE section 3; V3 section 2.1.2 (sigmoid gate, node-limited groups, balancing without an
 auxiliary loss); V2 section 2.2 (softmax gate). No token is ever dropped.
+Axis besides those of layers.py: d documents.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,19 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.model.layers import SwiGLU
+
+
+@dataclass(eq=False)
+class Routing:
+    """What one layer's gate is told, and tells, in one forward pass.
+
+    The choice is kept so that a recomputation in the backward pass makes the same one: rounding may differ
+    there, and an expert that was not chosen before has no gradient to take.
+    """
+
+    documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss asked for
+    experts_NK: Tensor | None = None  # chosen in the first pass
+    balance: Tensor | None = None  # sum over tokens of their document's balance loss (see sequence_balance)
 
 
 class Gate(nn.Module):
@@ -39,18 +54,23 @@ class Gate(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
         """-> weights_NK (float32), experts_NK (int64)."""
-        config = self.config
+        config, routing = self.config, routing or Routing()
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
-        experts_NK = self._choose(scores_NE.detach())
+        if routing.experts_NK is None:
+            routing.experts_NK = self._choose(scores_NE.detach())
+            self._count(routing.experts_NK)
+        experts_NK = routing.experts_NK
         weights_NK = scores_NE.gather(1, experts_NK)
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         if config.routed_scaling_factor != 1.0:
             weights_NK = weights_NK * config.routed_scaling_factor
-        self._count(experts_NK)
+        if routing.documents_BT is not None:
+            documents_N = routing.documents_BT.flatten(0, 1)
+            routing.balance = sequence_balance(scores_NE, documents_N, config.num_experts_per_tok)
         return weights_NK, experts_NK
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -113,11 +133,34 @@ class MoE(nn.Module):
             config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """[..., D] -> [..., D]."""
         x_ND = x.flatten(0, -2)
-        weights_NK, experts_NK = self.gate(x_ND)
+        weights_NK, experts_NK = self.gate(x_ND, routing)
         return (self.experts(x_ND, weights_NK, experts_NK) + self.shared_experts(x_ND)).view_as(x)
+
+
+def sequence_balance(scores_NE: Tensor, documents_N: Tensor, top_k: int) -> Tensor:
+    """The sequence-wise balance loss without alpha, summed over tokens: T sum_i f_i P_i of each document.
+
+    V3 equations 17 to 20: in a document of T tokens f_i = E / (K T) x how often expert i is among the K best
+    by score (without the bias, which balances whole batches, and without groups), P_i = its mean score, where
+    a token's scores are normalised to sum 1. Even scores give 1 a token. A document weighs as much as it has
+    tokens: then the sum over micro-batches and ranks, over the tokens of the whole batch, is the mean, and
+    where all are equally long, it is the paper's mean over sequences. `documents_N` numbers the documents
+    from 1, apart from one another also between rows; 0 is left out.
+    """
+    experts = scores_NE.shape[1]
+    count = int(documents_N.max()) + 1
+    best_NK = scores_NE.detach().topk(top_k, dim=-1, sorted=False).indices
+    chosen_NE = torch.zeros_like(scores_NE).scatter_(1, best_NK, 1.0)
+    normalised_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
+    zeros_dE = scores_NE.new_zeros(count, experts)
+    chosen_dE = zeros_dE.index_add(0, documents_N, chosen_NE)
+    sums_dE = zeros_dE.index_add(0, documents_N, normalised_NE)
+    tokens_d = torch.bincount(documents_N, minlength=count).clamp(min=1).unsqueeze(1)
+    # T x (E / (K T) x chosen) x (sums / T), the padding's row left out
+    return (experts / top_k * (chosen_dE * sums_dE / tokens_d)[1:]).sum()
 
 
 def gates(model: nn.Module) -> list[Gate]:
@@ -142,7 +185,7 @@ def update_router_bias(model: nn.Module, loads_LE: Tensor, rate: float) -> None:
     The change's mean is taken out: a common offset changes no choice and costs precision. Softmax gates of V2
     have no bias and are left alone.
     """
-    for gate, loads_E in zip(gates(model), loads_LE, strict=True):
+    for gate, loads_E in zip(gates(model), loads_LE, strict=True):  # without tokens (MTP in RL) nothing moves
         if gate.config.topk_method == "noaux_tc":
             change_E = torch.sign(loads_E.mean() - loads_E).to(gate.e_score_correction_bias) * rate
             gate.e_score_correction_bias.add_(change_E - change_E.mean())

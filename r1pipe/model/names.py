@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
 from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION
-from r1pipe.model.transformer import DeepseekV3, check_shape
+from r1pipe.model.mtp import stored_copies
+from r1pipe.model.transformer import DeepseekV3
 
 CONFIG = "config.json"
 BIAS = "e_score_correction_bias"  # stays float32, whatever the weights are cast to
@@ -53,29 +55,11 @@ def layer_of(name: str) -> int:
     return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2:3] and parts[2].isdigit() else -1
 
 
-def mtp_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the multi-token prediction layers, stored after the others (V3 section 2.2).
-
-    Each is a MoE layer with two norms, a projection of both halves, and copies of embedding and head.
-    """
-    first, width = config.num_hidden_layers, config.hidden_size
-    longer = dataclasses.replace(config, num_hidden_layers=first + layers)
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all that a checkpoint holds, copies for multi-token prediction included."""
     with torch.device("meta"):
-        model = DeepseekV3(longer)
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in published_tensors(model) if layer_of(name) >= first
-    }
-    for layer in range(first, first + layers):
-        parts: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (width,)),
-            "eh_proj.weight": (width, 2 * width),
-            **dict.fromkeys(MTP_COPIES, (config.vocab_size, width)),
-        }
-        shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
-    return shapes
-
-
-MTP_COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the model's own: they may be left out
+        shapes = {name: tuple(tensor.shape) for name, tensor in published_tensors(DeepseekV3(config))}
+    return shapes | {copy: shapes[name] for copy, name in stored_copies(config).items()}
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -109,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def model_config_from(folder: Path | str) -> ModelConfig:
-    """The shape written in a checkpoint's config.json; its MTP layers are left out (they are not loaded).
+    """The shape written in a checkpoint's config.json. It may name MTP layers that are not stored.
 
     Raises CheckpointError naming the file and the key.
     """
@@ -126,7 +110,8 @@ def model_config_from(folder: Path | str) -> ModelConfig:
     for key, fixed in FIXED.items():
         if key in content and content[key] != fixed and key != "use_cache":
             raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {fixed}")
-    content = _as_published(content) | {"name": Path(folder).resolve().name, "num_nextn_predict_layers": 0}
+    content = _as_published(content) | {"name": Path(folder).resolve().name}
+    content["num_nextn_predict_layers"] = content.get("num_nextn_predict_layers") or 0  # absent, or null
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     missing = [name for name in names if name not in content]
     if missing:
@@ -135,7 +120,7 @@ def model_config_from(folder: Path | str) -> ModelConfig:
         )
     try:
         config = build(ModelConfig, {name: content[name] for name in names}, "")
-        check_shape(config)
+        check_model(config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return config
@@ -163,12 +148,3 @@ def _as_published(content: dict[str, Any]) -> dict[str, Any]:
         kind = scaling.get("type", scaling.get("rope_type"))
         content["rope_scaling"] = {"type": kind, **{key: scaling[key] for key in known if key in scaling}}
     return content
-
-
-def mtp_layers_of(folder: Path | str) -> int:
-    """How many multi-token prediction layers config.json names. Raises CheckpointError."""
-    path = Path(folder) / CONFIG
-    count = read_json(path).get("num_nextn_predict_layers") or 0
-    if type(count) is not int or count < 0:
-        raise CheckpointError(f"{path}: num_nextn_predict_layers={count} is no number of layers")
-    return count

@@ -1,15 +1,21 @@
 """The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.mlp.gate...)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
 from r1pipe.errors import ConfigError
-from r1pipe.model.layers import RMSNorm, Rotary, SwiGLU
-from r1pipe.model.mla import MLA, Keep
-from r1pipe.model.moe import Experts, Gate, MoE
+from r1pipe.model.balance import Balance
+from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.layers import RMSNorm, Rotary
+from r1pipe.model.mla import Keep
+from r1pipe.model.moe import Experts, Gate, Routing
+from r1pipe.model.mtp import MTPLayer, same_document
 
 
 @dataclass
@@ -20,46 +26,18 @@ class Past:
     lengths_B: Tensor  # tokens of each row's past
 
 
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        self.self_attn = MLA(config)
-        dense = index < config.first_k_dense_replace
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation_BTr: Tensor,
-        mask_BTM: Tensor | None,
-        keep: Keep | None = None,
-        past_BPW: Tensor | None = None,
-    ) -> Tensor:
-        normed_BTD = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-    def decode(
-        self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
-    ) -> Tensor:
-        """The same for one token per slot, on this layer's cache entries (see MLA.decode)."""
-        normed_SD = self.input_layernorm(x_SD)
-        x_SD = x_SD + self.self_attn.decode(normed_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
-        return x_SD + self.mlp(self.post_attention_layernorm(x_SD))
-
-
 class Trunk(nn.Module):
-    """Embedding, layers and last norm: tokens in, hidden states out."""
+    """Embedding, layers and last norm: tokens in, hidden states out. MTP layers stand behind the others."""
+
+    recompute = False  # whether training keeps the inputs of layers alone and runs them again in backward
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        first = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(first))
+        self.layers.extend(MTPLayer(config, first + n) for n in range(config.num_nextn_predict_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config)
 
@@ -69,11 +47,47 @@ class Trunk(nn.Module):
         segments_BT: Tensor | None = None,
         keep: Keep | None = None,
         past: Past | None = None,
+        balance: Balance | None = None,
     ) -> Tensor:
         """-> hidden_BTD after the last norm; `keep` is called with each layer's cache entries [B, T, C+R].
 
-        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text.
+        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text. `balance` collects the
+        layers' balance losses.
         """
+        rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, past)
+        x_BTD = self.embed_tokens(tokens_BT)
+        for n, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
+            routing = balance.routing() if balance else None
+            past_BPW = past.entries[n] if past else None
+            x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
+        return self.norm(x_BTD)
+
+    def further(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor, balance: Balance | None = None
+    ) -> list[Tensor]:
+        """The multi-token prediction layers' states, one hidden_BTD for each depth, ready for the head.
+
+        `hidden_BTD` is what `forward` gave. Where the token that a depth reads is another document's, its
+        state means nothing; no other state sees it.
+        """
+        rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, None)
+        embedded_BTD = self.embed_tokens(tokens_BT)
+        states = []
+        for depth, layer in enumerate(islice(self.layers, self.config.num_hidden_layers, None), 1):
+            assert isinstance(layer, MTPLayer)
+            next_BTD = torch.cat([embedded_BTD[:, depth:], torch.zeros_like(embedded_BTD[:, :depth])], dim=1)
+            routing = balance.routing(same_document(segments_BT, depth)) if balance else None
+            x_BTD = self._run(
+                layer, layer.joined(hidden_BTD, next_BTD), rotation_BTr, mask_BTM, None, None, routing
+            )
+            hidden_BTD = layer.shared_head.norm(x_BTD)
+            states.append(hidden_BTD)
+        return states
+
+    def _places(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None, past: Past | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rotations and mask of rows; None: plainly causal. Raises ConfigError where rows are too long."""
         tokens = tokens_BT.shape[1]
         longest = tokens + (past.entries[0].shape[1] if past else 0)
         if longest > self.config.max_position_embeddings:
@@ -82,18 +96,56 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        mask_BTM: Tensor | None = None
         if segments_BT is not None:
-            rotation_BTr, mask_BTM = table[document_positions(segments_BT)], document_mask(segments_BT)
-        elif past is not None:
+            return table[document_positions(segments_BT)], document_mask(segments_BT)
+        if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            rotation_BTr, mask_BTM = table[positions_BT], past_mask(past, tokens)
-        else:
-            rotation_BTr = table[:tokens].unsqueeze(0)
-        x_BTD = self.embed_tokens(tokens_BT)
-        for n, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, rotation_BTr, mask_BTM, keep, past.entries[n] if past else None)
-        return self.norm(x_BTD)
+            return table[positions_BT], past_mask(past, tokens)
+        return table[:tokens].unsqueeze(0), None
+
+    def _run(
+        self,
+        layer: nn.Module,
+        x_BTD: Tensor,
+        rotation_BTr: Tensor,
+        mask_BTM: Tensor | None,
+        keep: Keep | None,
+        past_BPW: Tensor | None,
+        routing: Routing | None,
+    ) -> Tensor:
+        """One layer; with `recompute`, what backward needs is computed again, but for the experts' choice."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
+        return checkpoint(
+            layer,
+            x_BTD,
+            rotation_BTr,
+            mask_BTM,
+            _once(keep) if keep else None,
+            past_BPW,
+            routing or Routing(),
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing here is drawn
+        )
+
+
+def _once(keep: Keep) -> Keep:
+    """`keep`, but for what a recomputation would give it again."""
+    given: list[bool] = []
+
+    def first(entries: Tensor) -> None:
+        if not given:
+            given.append(True)
+            keep(entries)
+
+    return first
+
+
+def set_recompute(model: nn.Module, on: bool) -> None:
+    """Turn activation recomputation on or off in every trunk of a model; it concerns training passes."""
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.recompute = on
 
 
 class DeepseekV3(nn.Module):
@@ -108,7 +160,7 @@ class DeepseekV3(nn.Module):
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
-        check_shape(config)
+        check_model(config)
         self.config = config
         with torch.device("meta"):  # torch's own initialisation would draw from the global stream
             self.model = Trunk(config)
@@ -140,21 +192,39 @@ class DeepseekV3(nn.Module):
         """
         return self.lm_head(self.model(tokens_BT, segments_BT))
 
-    def hidden(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None = None, balance: Balance | None = None
+    ) -> Tensor:
         """-> hidden_BTD, after the last norm and before lm_head."""
-        return self.model(tokens_BT, segments_BT)
+        return self.model(tokens_BT, segments_BT, balance=balance)
 
     def hidden_after(
-        self, prompts_PT: Tensor, lengths_P: Tensor, tokens_BT: Tensor, prompt_of_B: Tensor
+        self,
+        prompts_PT: Tensor,
+        lengths_P: Tensor,
+        tokens_BT: Tensor,
+        prompt_of_B: Tensor,
+        balances: tuple[Balance | None, Balance | None] = (None, None),
     ) -> Tensor:
         """-> hidden_BTD of rows that each go on from a prompt, which is read once however many share it.
 
-        `lengths_P` are the prompts' lengths without what fills them up on the right.
+        `lengths_P` are the prompts' lengths without what fills them up on the right; `balances` collect the
+        balance losses of prompts and of rows.
         """
         read: list[Tensor] = []
-        self.model(prompts_PT, keep=read.append)
+        self.model(prompts_PT, keep=read.append, balance=balances[0])
         past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
-        return self.model(tokens_BT, past=past)
+        return self.model(tokens_BT, past=past, balance=balances[1])
+
+    def drop_mtp(self) -> None:
+        """Forget the multi-token prediction layers, in a copy that only reads or becomes another model."""
+        del self.model.layers[self.config.num_hidden_layers :]
+        self.config = self.model.config = replace(self.config, num_nextn_predict_layers=0)
+
+    def freeze_mtp(self) -> None:
+        """Keep the multi-token prediction layers as they are, in training whose loss does not reach them."""
+        for layer in islice(self.model.layers, self.config.num_hidden_layers, None):
+            layer.requires_grad_(False)
 
 
 def document_positions(segments_BT: Tensor) -> Tensor:
@@ -181,40 +251,3 @@ def past_mask(past: Past, tokens: int) -> Tensor:
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B11.device).tril_()
     shape = (len(past.lengths_B), tokens, -1)
     return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Refuse with one line, as ConfigError, what this model cannot be."""
-    kinds = {"noaux_tc": "sigmoid", "group_limited_greedy": "softmax", "greedy": "softmax"}
-    per_group = config.n_routed_experts // max(config.n_group, 1)
-    problems = {
-        "model.num_nextn_predict_layers must be 0: multi-token prediction is not there yet": (
-            config.num_nextn_predict_layers != 0
-        ),
-        f"model.topk_method={config.topk_method} must be one of {', '.join(kinds)}": (
-            config.topk_method not in kinds
-        ),
-        f"model.scoring_func={config.scoring_func} does not go with topk_method={config.topk_method}"
-        f" (it takes {kinds.get(config.topk_method)})": (
-            config.topk_method in kinds and config.scoring_func != kinds[config.topk_method]
-        ),
-        f"model.n_routed_experts={config.n_routed_experts} must be a multiple of n_group={config.n_group}": (
-            config.n_group < 1 or config.n_routed_experts % config.n_group != 0
-        ),
-        f"model.topk_group={config.topk_group} must lie between 1 and n_group={config.n_group}": (
-            not 1 <= config.topk_group <= config.n_group
-        ),
-        f"model.num_experts_per_tok={config.num_experts_per_tok} is more than the experts that topk_group"
-        f" leaves ({config.topk_group * per_group})": config.num_experts_per_tok
-        > config.topk_group * per_group,
-        f"model.n_group={config.n_group} leaves groups of one expert: a group is scored by its best two": (
-            config.topk_method == "noaux_tc" and config.topk_group < config.n_group and per_group < 2
-        ),
-        f"model.qk_rope_head_dim={config.qk_rope_head_dim} must be even": config.qk_rope_head_dim % 2 != 0,
-        "model.rope_scaling.type must be yarn": (
-            config.rope_scaling is not None and config.rope_scaling.type != "yarn"
-        ),
-    }
-    for problem, there in problems.items():
-        if there:
-            raise ConfigError(problem)

@@ -5,24 +5,25 @@ A folder holds safetensors under the published per-expert names and config.json 
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1pipe.config.schema import ModelConfig
 from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION, quantise
 from r1pipe.model.moe import reset_loads
+from r1pipe.model.mtp import stored_copies
 from r1pipe.model.names import (
     BIAS,
     CONFIG,
-    MTP_COPIES,
     layer_of,
     model_config_from,
-    mtp_layers_of,
-    mtp_shapes,
     published_config,
+    published_shapes,
     published_tensors,
     read_json,
 )
@@ -42,16 +43,17 @@ def save_pretrained(
     `dtype` casts the weights (None: as they are); the router bias stays float32.
     """
     folder = Path(folder)
-    write_shards(
-        (
-            (name, _cast(name, tensor, dtype).detach().cpu().contiguous())
-            for name, tensor in published_tensors(model)
-        ),
-        folder,
-        shard_bytes,
-    )
+    write_shards(_to_store(model, dtype), folder, shard_bytes)
     content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
     _write_config(folder, content)
+
+
+def _to_store(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in published_tensors(model):
+        yield name, _cast(name, tensor, dtype).detach().cpu().contiguous()
+    tensors = model.state_dict()
+    for copy, name in stored_copies(model.config).items():  # cloned: a file takes no two names for one memory
+        yield copy, _cast(name, tensors[name], dtype).detach().cpu().clone()
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -70,7 +72,7 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     extra, of a wrong shape or type, or unreadable.
     """
     stored = open_checked(folder)
-    config = model_config_from(folder)
+    config = _stored_config(stored)
     with torch.device("meta"):
         model = DeepseekV3(config)
     dtype = PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
@@ -98,17 +100,19 @@ def open_checked(folder: Path | str) -> Stored:
     MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
     Raises CheckpointError.
     """
-    config = model_config_from(folder)
+    model_config_from(folder)  # a wrong config.json is told before missing weights are
     stored = Stored(folder)
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in published_tensors(DeepseekV3(config))}
-    if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
-        shapes |= mtp_shapes(config, mtp_layers_of(folder))
-    copies = [
-        name for name in shapes if layer_of(name) >= config.num_hidden_layers and name.endswith(MTP_COPIES)
-    ]
-    check(stored, shapes, copies)
+    config = _stored_config(stored)
+    check(stored, published_shapes(config), stored_copies(config))
     return stored
+
+
+def _stored_config(stored: Stored) -> ModelConfig:
+    """What config.json says, without MTP layers where none is stored: transformers leaves them out."""
+    config = model_config_from(stored.folder)
+    if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
+        return config
+    return replace(config, num_nextn_predict_layers=0)
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
@@ -176,13 +180,11 @@ def _is_quantised(name: str) -> bool:
 def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
     """The source's config.json with the published keys complete, and what the target's tensors are."""
     content = read_json(source.folder / CONFIG)
-    config = model_config_from(source.folder)
+    config = _stored_config(source)
     for key in ("quantization_config", "rope_parameters", "dtype"):  # the latter two: transformers' spelling
         content.pop(key, None)
     embedding = target.entries["model.embed_tokens.weight"].dtype
     content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
-    with_mtp = any(layer_of(name) >= config.num_hidden_layers for name in target.entries)
-    content["num_nextn_predict_layers"] = mtp_layers_of(source.folder) if with_mtp else 0
     if any(target.is_fp8(name) for name in target.entries):
         content["quantization_config"] = QUANTIZATION
     return content

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.data.chat import Chat, parse
-from r1pipe.model import DeepseekV3, model_config_from
+from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.reading import Stored, check
 from r1pipe.model.weights import fill
@@ -33,15 +33,19 @@ class RewardModel(nn.Module):
     def __init__(self, language_model: DeepseekV3):
         """Takes over the language model's trunk. The head starts at zero: every response scores the same."""
         super().__init__()
+        language_model.drop_mtp()
         self.config = language_model.config
         self.model = language_model.model
         self.score = nn.Linear(self.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def forward(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
-        """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence."""
-        hidden_BTD = self.model(tokens_BT)
+    def forward(self, tokens_BT: Tensor, last_B: Tensor, balance: Balance | None = None) -> Tensor:
+        """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence.
+
+        `balance` collects the layers' balance losses.
+        """
+        hidden_BTD = self.model(tokens_BT, balance=balance)
         rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
         return self.score(hidden_BTD[rows, last_B]).squeeze(-1).float()
 

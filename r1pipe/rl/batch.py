@@ -47,6 +47,8 @@ class MicroBatch:
     old_N: Tensor
     advantages_N: Tensor
     weights_N: Tensor
+    lengths_B: Tensor  # of the rows, without what fills them up
+    balance_weight: float  # factor that makes the micro-batches' balance losses a mean over all tokens read
     reference_N: Tensor | None = None  # log-probabilities under the reference model, where a KL is asked for
 
 
@@ -107,7 +109,18 @@ def _filled(rows: Sequence[Sequence[int]], width: int) -> Tensor:
     return torch.tensor([list(islice(cycle(row), width)) for row in rows])
 
 
-def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch.device) -> MicroBatch:
+def tokens_read(rollouts: Sequence[Rollout]) -> float:
+    """Tokens that a pass over the rollouts reads, without filling: prompts once, all but each last token.
+
+    Where a group is cut into several micro-batches its prompt is read more often than it is counted here.
+    """
+    prompts = {tuple(rollout.prompt) for rollout in rollouts}
+    return float(sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion) for r in rollouts))
+
+
+def collate(
+    rollouts: Sequence[Rollout], weights: Sequence[float], balance_weight: float, device: torch.device
+) -> MicroBatch:
     """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss."""
     prompts = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     prompt_lengths = [len(prompt) - 1 for prompt in prompts]
@@ -131,6 +144,8 @@ def collate(rollouts: Sequence[Rollout], weights: Sequence[float], device: torch
         old_N=torch.tensor([logprob for rollout in rollouts for logprob in rollout.old]).to(device),
         advantages_N=per_token([rollout.advantage for rollout in rollouts]),
         weights_N=per_token(weights),
+        lengths_B=lengths_S.to(device),
+        balance_weight=balance_weight,
     )
 
 

@@ -23,6 +23,7 @@ from r1pipe.data.fitting import draw_fitting
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError
+from r1pipe.model import Balance
 from r1pipe.rewards import models
 from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
@@ -131,6 +132,7 @@ def train_reward_model(
     With `resumes` it goes on from the newest checkpoint, if there is one.
     """
     stage, accumulation = run.stage, run.config.engine.gradient_accumulation
+    alpha = stage.router.balance_alpha
     model = RewardModel(run.load_model(run.config.weights_from))
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
     begun = run.resume(engine)[0] - first if resumes else 0
@@ -138,7 +140,9 @@ def train_reward_model(
         began = time.monotonic()
         batch = batch_of(run, examples, step)
         with run.phase("update"):
-            metrics = step_metrics(engine.train_step(micro_losses(engine, examples, batch, accumulation)))
+            metrics = step_metrics(
+                engine.train_step(micro_losses(engine, examples, batch, accumulation, alpha))
+            )
         [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1
@@ -158,22 +162,35 @@ def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list
 
 
 def micro_losses(
-    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int
+    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int, balance_alpha: float
 ) -> list[Callable[[], Tensor]]:
     """This rank's micro-batches, longest first, each giving its share of the rank's mean loss."""
     ordered = sorted(batch, key=len, reverse=True)
     size = -(-len(ordered) // accumulation)
     micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch)) for micro in micros]
+    tokens = sum(len(row) for item in batch for row in item.rows)
+    return [
+        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), balance_alpha / tokens)
+        for micro in micros
+    ]
 
 
-def _share_of_loss(engine: Engine, examples: Examples, micro: Sequence[Item], share: float) -> Tensor:
+def _share_of_loss(
+    engine: Engine, examples: Examples, micro: Sequence[Item], share: float, balance_weight: float
+) -> Tensor:
+    """`share` of the preference loss, and `balance_weight` for each token's balance loss (0: none)."""
     rows = [row for item in micro for row in item.rows]
-    scores = engine.module(*models.padded(rows, examples.pad_id, engine.device))
-    if examples.kind == HELPFUL:
-        return share * models.bradley_terry_loss(scores[0::2], scores[1::2])
-    safe = torch.tensor([float(item.safe) for item in micro], device=engine.device)
-    return share * models.point_wise_loss(scores, safe)
+    tokens_BT, last_B = models.padded(rows, examples.pad_id, engine.device)
+    balance = Balance.of_lengths(last_B + 1, tokens_BT.shape[1]) if balance_weight else None
+    loss = share * _preference_loss(examples.kind, engine.module(tokens_BT, last_B, balance), micro)
+    return loss + balance_weight * balance.total() if balance else loss
+
+
+def _preference_loss(kind: str, scores: Tensor, micro: Sequence[Item]) -> Tensor:
+    if kind == HELPFUL:
+        return models.bradley_terry_loss(scores[0::2], scores[1::2])
+    safe = torch.tensor([float(item.safe) for item in micro], device=scores.device)
+    return models.point_wise_loss(scores, safe)
 
 
 def judged(model: RewardModel, examples: Examples) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     stage = run.stage
     chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
     policy = run.load_model(run.config.weights_from)
+    policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
     judges = load_judges(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     optimizer_steps = stage.max_steps * stage.minibatches * stage.inner_epochs

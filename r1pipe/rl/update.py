@@ -12,18 +12,35 @@ from torch import Tensor
 
 from r1pipe.config.schema import EngineConfig, RLConfig
 from r1pipe.engine import Engine, StepStats
-from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
+from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.ranks import choose_device
-from r1pipe.rl.batch import MicroBatch, Rollout, by_prompt, collate, scored_counts, split_evenly, weights_of
+from r1pipe.rl.batch import (
+    MicroBatch,
+    Rollout,
+    by_prompt,
+    collate,
+    scored_counts,
+    split_evenly,
+    tokens_read,
+    weights_of,
+)
 from r1pipe.rl.losses import PolicyLoss, policy_loss
 from r1pipe.sft.loop import step_metrics
 
 
-def completion_logprobs(model: DeepseekV3, micro: MicroBatch, temperature: float) -> Tensor:
-    """log pi of every completion token of a micro-batch, logprobs_N, at the temperature of sampling."""
+def completion_logprobs(
+    model: DeepseekV3,
+    micro: MicroBatch,
+    temperature: float,
+    balances: tuple[Balance | None, Balance | None] = (None, None),
+) -> Tensor:
+    """log pi of every completion token of a micro-batch, logprobs_N, at the temperature of sampling.
+
+    `balances` collect the balance losses of the prompts and of the rows.
+    """
     hidden_BTD = model.hidden_after(
-        micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B
+        micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B, balances
     )
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
     return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
@@ -34,7 +51,9 @@ class Reference:
 
     def __init__(self, policy: DeepseekV3, config: EngineConfig):
         """To be made before the engine, which may partition the policy's weights."""
-        model = copy.deepcopy(policy).to(choose_device(config.accelerator))
+        model = copy.deepcopy(policy)
+        model.drop_mtp()
+        model = model.to(choose_device(config.accelerator))
         if config.precision == "bf16":
             model = model.bfloat16()
         self.model = model.eval().requires_grad_(False)
@@ -46,7 +65,8 @@ class Reference:
     def replace_by(self, engine: Engine) -> None:
         """The policy of now becomes the reference (R1 supplement: every 400 optimizer steps)."""
         with engine.gathered() as policy:
-            self.model.load_state_dict(policy.state_dict())
+            now = policy.state_dict()
+            self.model.load_state_dict({name: now[name] for name in self.model.state_dict()})
 
     def save(self, folder: Path) -> None:
         save_pretrained(self.model, folder)
@@ -59,16 +79,20 @@ def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
     """A minibatch as micro-batches, as many on every rank, with weights that make the mean over all ranks."""
-    sequences, tokens = engine.sum_over_ranks(scored_counts(minibatch))
+    sequences, tokens, read = engine.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
     ranks = engine.world_size  # the engine averages over them
     micros = [
         collate(
-            rollouts, weights_of(rollouts, config.loss_mean, sequences / ranks, tokens / ranks), engine.device
+            rollouts,
+            weights_of(rollouts, config.loss_mean, sequences / ranks, tokens / ranks),
+            ranks / read,
+            engine.device,
         )
         for rollouts in by_prompt(minibatch, config.micro_tokens)
     ]
     missing = engine.agree_max(len(micros)) - len(micros)
-    micros += [replace(micros[-1], weights_N=torch.zeros_like(micros[-1].weights_N))] * missing
+    idle = replace(micros[-1], weights_N=torch.zeros_like(micros[-1].weights_N), balance_weight=0.0)
+    micros += [idle] * missing
     if reference is not None:
         for micro in micros:
             micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
@@ -79,6 +103,7 @@ def prepare(
 class _Step:
     stats: StepStats
     losses: list[PolicyLoss]
+    balance: list[Tensor]  # this rank's shares of the mean balance loss, where it is in the loss
 
     def total(self, name: str) -> float:
         return float(sum(getattr(loss, name).item() for loss in self.losses))
@@ -86,9 +111,12 @@ class _Step:
 
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
     losses: list[PolicyLoss] = []
+    shares: list[Tensor] = []
+    alpha = config.router.balance_alpha
 
     def share(micro: MicroBatch) -> Tensor:
-        logprobs_N = completion_logprobs(engine.module, micro, config.sampling.temperature)
+        balances = balances_of(micro) if alpha else (None, None)
+        logprobs_N = completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
         result = policy_loss(
             logprobs_N,
             micro.old_N,
@@ -99,10 +127,24 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             config.kl_coef,
         )
         losses.append(replace(result, loss=result.loss.detach()))
-        return result.loss
+        collected = [balance.total() for balance in balances if balance is not None]
+        if not collected:
+            return result.loss
+        shares.append(sum(collected, torch.zeros_like(result.loss)) * micro.balance_weight)
+        loss = result.loss + alpha * shares[-1]
+        shares[-1] = shares[-1].detach()
+        return loss
 
     closures: list[Callable[[], Tensor]] = [partial(share, micro) for micro in micros]
-    return _Step(engine.train_step(closures), losses)
+    return _Step(engine.train_step(closures), losses, shares)
+
+
+def balances_of(micro: MicroBatch) -> tuple[Balance, Balance]:
+    """What collects the balance losses: a prompt, and a completion, are each a sequence of their own."""
+    return (
+        Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1]),
+        Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1]),
+    )
 
 
 def update(
@@ -132,7 +174,11 @@ def _metrics(engine: Engine, steps: Sequence[_Step]) -> dict[str, float]:
     )
     ratio_max = max(loss.ratio_max.item() for step in steps for loss in step.losses)
     by_step = [step_metrics(step.stats) for step in steps]
-    return {name: fmean(metrics[name] for metrics in by_step) for name in by_step[0]} | {
+    metrics = {name: fmean(found[name] for found in by_step) for name in by_step[0]}
+    if first.balance:
+        shares = [float(sum(share.item() for share in step.balance)) for step in steps]
+        metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
+    return metrics | {
         "train/kl": kl / max(tokens, 1.0),
         "train/clip_fraction": clipped / max(tokens, 1.0),
         "train/ratio_max": max(engine.all_gather_objects(ratio_max)),

@@ -76,4 +76,9 @@ def _first_above(cumulative_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """
     total_S1 = cumulative_SV[:, -1:]
     below = torch.nextafter(total_S1, torch.zeros_like(total_S1))
-    return torch.searchsorted(cumulative_SV, (uniform_S.unsqueeze(1) * total_S1).minimum(below), right=True)
+    found_S1 = torch.searchsorted(
+        cumulative_SV, (uniform_S.unsqueeze(1) * total_S1).minimum(below), right=True
+    )
+    return found_S1.clamp_(
+        max=cumulative_SV.shape[1] - 1
+    )  # of NaN, none: their log-probability tells (sampler)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1pipe.errors import ConfigError
+from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import LatentCache, decode, prefill
+from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
@@ -203,10 +204,18 @@ class _Batch:
         drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
             tokens = drawn[row, :count].tolist()
+            if not np.isfinite(logprobs[row, :count]).all():
+                raise self._not_finite(int(number), tokens)
             reason = "stop" if tokens[-1] in self.stops else "length"
             self.results[number] = Completion(tokens, logprobs[row, :count].tolist(), reason)
         self.numbers[ended] = -1
         return len(ended)
+
+    def _not_finite(self, number: int, tokens: list[int]) -> NumericProblem:
+        """The error that names the layer which made a completion's probabilities NaN."""
+        read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
+        model = self.sampler.model
+        return not_finite("a drawn token's probability", first_non_finite(model, lambda: model(read)))
 
     def _shrink(self) -> None:
         """Move the last live slots into the free ones, and go on with the front of the batch alone."""

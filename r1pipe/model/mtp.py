@@ -1,0 +1,94 @@
+"""Multi-token prediction (V3 section 2.2): layers behind the last that each predict one token further.
+
+Depth k reads at position i the state of depth k-1 (depth 0: the model) and the embedding of token i+k, and
+predicts token i+k+1:
+
+    h_i^k = norm(layer(eh_proj(cat(enorm(embedding of t_{i+k}), hnorm(h_i^{k-1})))))
+
+**Pre- or post-norm.** The paper does not say whether the model's state is taken before or after its last
+norm (equation 21: "the representation given by the main model"), and no training code is published. Here it
+is after: so does vLLM, whose `DeepseekV2Model.forward` ends with the norm and whose output `deepseek_mtp.py`
+reads; and pull request 1764 of ROCm/ATOM finds it so in the modelling code beside a published R1 checkpoint,
+and measures more accepted drafts. (Pull request 24025 of llama.cpp says the contrary of DeepSeek, without a
+measurement.) From one depth to the next it is after `shared_head.norm` in the same way: vLLM's pull request
+47448. Two habits of drafting with vLLM are not taken over: it sets the embedding at position 0 to zero, and
+it uses the one published layer for several depths.
+
+Embedding and head are the model's; the published files hold copies of them under the layer's name.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from r1pipe.config.schema import ModelConfig
+from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.layers import RMSNorm
+from r1pipe.model.logprobs import token_logprobs
+
+
+class SharedHead(nn.Module):
+    """The norm before the head, which is the model's own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTPLayer(DecoderLayer):
+    """A decoder layer that reads a state joined with an embedding; stored as model.layers.(L + depth - 1)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__(config, index)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """What the layer reads: both [..., D] -> [..., D], the embedding's half first."""
+        return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
+
+
+def ahead(values_BT: Tensor, steps: int, fill: int) -> Tensor:
+    """The value `steps` positions to the right of each; `fill` beyond the row's end."""
+    filled = torch.full_like(values_BT[:, :steps], fill)
+    return torch.cat([values_BT[:, steps:], filled], dim=1)
+
+
+def same_document(segments_BT: Tensor, steps: int) -> Tensor:
+    """Whether the token `steps` to the right is of the same document, and of one at all; bool [B, T]."""
+    return (segments_BT != 0) & (ahead(segments_BT, steps, 0) == segments_BT)
+
+
+def mtp_loss_sum(
+    head: Callable[[Tensor], Tensor],
+    depths: list[Tensor],
+    tokens_BT: Tensor,
+    segments_BT: Tensor,
+    loss_BT: Tensor,
+    vocab_size: int,
+) -> Tensor:
+    """Sum of -log p of the learned tokens, in nats, mean over depths (V3 equations 24 and 25 without lambda).
+
+    `depths` are the states hidden_BTD of depth 1, 2...; a token is learned by depth k where `loss_BT` says so
+    and the position that predicts it, k+1 to its left, is of the same document.
+    """
+    total = tokens_BT.new_zeros((), dtype=torch.float32)
+    for depth, hidden_BTD in enumerate(depths, 1):
+        learned_BT = ahead(loss_BT, depth + 1, 0) & same_document(segments_BT, depth + 1)
+        targets_N = ahead(tokens_BT, depth + 1, 0)[learned_BT]
+        total = total - token_logprobs(head, hidden_BTD[learned_BT], targets_N, vocab_size).sum()
+    return total / len(depths)
+
+
+def stored_copies(config: ModelConfig) -> dict[str, str]:
+    """What published files store twice: each MTP layer's embedding and head -> the model's own tensors."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    first = config.num_hidden_layers
+    copies = {}
+    for layer in range(first, first + config.num_nextn_predict_layers):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies

@@ -1,0 +1,71 @@
+"""transformers' DeepseekV3ForCausalLM on the same weights: generate(), and a plain AdamW loop."""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from r1pipe.bench.config import Job
+from r1pipe.bench.prompts import rows
+from r1pipe.bench.turns import Turns
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PAD, EOS = 0, 1
+
+
+def load(job: Job, dtype: torch.dtype) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(
+        job.weights,
+        dtype=dtype,
+        attn_implementation=job.setting.attention,
+        experts_implementation=job.setting.experts,
+    )
+    return model.to(job.device)
+
+
+def work(job: Job, turns: Turns) -> None:
+    """Answer turns with the case of the job."""
+    {"sample": _sample, "train": _train}[job.case.kind](job, turns)
+
+
+@torch.inference_mode()
+def _sample(job: Job, turns: Turns) -> None:
+    model = load(job, DTYPES[job.setting.dtype]).eval()
+    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
+    options = {"cache_implementation": "static"} if job.setting.compiled else {}
+    turns.run(
+        lambda: model.generate(
+            tokens_BT,
+            attention_mask=torch.ones_like(tokens_BT),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=job.case.new,
+            max_new_tokens=job.case.new,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            **options,
+        )
+    )
+
+
+def _train(job: Job, turns: Turns) -> None:
+    """Float32 weights and AdamW in every setting; bf16 computes under autocast."""
+    model = load(job, torch.float32).train()
+    forward = torch.compile(model) if job.setting.compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
+    parts = tokens_BT.split(-(-len(tokens_BT) // job.setting.micro_batches))
+    bf16 = job.setting.dtype == "bf16"
+
+    def step() -> None:
+        for part_BT in parts:
+            with torch.autocast(job.device, torch.bfloat16, enabled=bf16):
+                loss = forward(input_ids=part_BT, labels=part_BT, use_cache=False).loss
+            (loss * (len(part_BT) / len(tokens_BT))).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    turns.run(step)

@@ -9,6 +9,15 @@ from r1pipe.config.typed import build
 from r1pipe.errors import ConfigError
 
 KINDS = ("sample", "train", "grpo")
+PEERS = ("transformers", "vllm", "trl")
+# Which options each contestant knows, and asks for.
+OPTIONS = {
+    "ours": set(),
+    "transformers": {"attention", "experts"},
+    "trl": {"attention", "experts"},
+    "vllm": {"eager"},  # "true": no torch.compile
+}
+DTYPES = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -33,19 +42,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a contestant runs its model; those that do not apply to it are left as they are."""
+    """How a contestant runs its model."""
 
-    dtype: str  # "fp32" or "bf16"
-    attention: str  # transformers: "eager" or "sdpa"; ours: "sdpa"
-    experts: str  # transformers: "eager", "grouped_mm" or "batched_mm"; ours: "grouped_mm"
-    compiled: bool  # torch.compile; transformers samples with its static cache then
-    micro_batches: int  # parts of a training batch: smaller ones stay in the cache
-    micro_tokens: int  # ours, grpo: padded tokens per forward pass of the update
+    dtype: str  # "fp32" or "bf16": what it computes in; training keeps float32 weights
+    options: dict[str, str]  # the contestant's own, see OPTIONS
 
     def __str__(self) -> str:
-        return " ".join(
-            [self.dtype, self.attention, self.experts, *(["compiled"] if self.compiled else [])]
-        )
+        return " ".join([self.dtype, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,14 @@ def load_bench(name: str) -> BenchConfig:
         where = f"bench.cases[{index}]"
         if case.kind not in KINDS:
             raise ConfigError(f"{where}.kind={case.kind} must be one of {', '.join(KINDS)}")
-        if case.sequences % case.group:
+        if case.group < 1 or case.sequences % case.group:
             raise ConfigError(f"{where}.sequences={case.sequences} must be a multiple of group={case.group}")
+        if unknown := set(case.peers) - set(PEERS):
+            raise ConfigError(f"{where}.peers holds {sorted(unknown)[0]}; choose from {', '.join(PEERS)}")
+    for name, settings in config.settings.items():
+        for setting in settings:
+            if setting.dtype not in DTYPES or set(setting.options) != OPTIONS.get(name):
+                raise ConfigError(f"bench.settings.{name}: {setting} is no setting of {name}")
     return config
 
 

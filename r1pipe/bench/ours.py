@@ -1,7 +1,6 @@
 """Our side of every case, through the same calls that a stage makes."""
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from r1pipe.rollout import Sampler, SamplingParams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PAD, EOS = 0, 1
+MICRO_TOKENS = 8192  # one micro-batch: as the peer trains
 
 
 def work(job: Job, turns: Turns) -> None:
@@ -45,7 +45,8 @@ def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
     composed = compose(["stage=grpo", f"engine={engine}", "engine.ranks=1", f"engine.threads={job.threads}"])
     stage, given = composed.config.stage, composed.config.engine
     assert isinstance(stage, RLConfig)
-    given = replace(given, precision=job.setting.dtype)
+    level = max(given.zero_level, 1) if job.setting.dtype == "bf16" else given.zero_level  # float32 masters
+    given = replace(given, precision=job.setting.dtype, zero_level=level)
     return Engine(model, stage.optim, stage.router, given, total_steps=100), stage
 
 
@@ -56,14 +57,13 @@ def _train(job: Job, turns: Turns) -> None:
         rows(job.case.sequences, job.case.prompt + 1, job.model.vocab_size), device=job.device
     )
 
-    def loss(part_BT: Tensor) -> Tensor:
-        hidden_BTD = model.hidden(part_BT[:, :-1])
-        targets_N = part_BT[:, 1:].flatten()
+    def loss() -> Tensor:
+        hidden_BTD = model.hidden(tokens_BT[:, :-1])
+        targets_N = tokens_BT[:, 1:].flatten()
         logprobs_N = token_logprobs(model.lm_head, hidden_BTD.flatten(0, 1), targets_N, job.model.vocab_size)
         return -logprobs_N.sum() / (job.case.sequences * job.case.prompt)
 
-    parts = tokens_BT.split(-(-len(tokens_BT) // job.setting.micro_batches))
-    turns.run(lambda: engine.train_step([partial(loss, part) for part in parts]))
+    turns.run(lambda: engine.train_step([loss]))
 
 
 def _grpo(job: Job, turns: Turns) -> None:
@@ -75,7 +75,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     given = compose(["stage=grpo", f"engine={engine_name}"]).config.engine
     reference = Reference(model, replace(given, precision=job.setting.dtype))
     engine, stage = _engine(job, model)
-    config = replace(stage, minibatches=1, micro_tokens=job.setting.micro_tokens, kl_coef=0.04)
+    config = replace(stage, minibatches=1, micro_tokens=MICRO_TOKENS, kl_coef=0.04)
     params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)
     prompts = _prompts(job)
 

@@ -17,8 +17,8 @@ def load(job: Job, dtype: torch.dtype) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         job.weights,
         dtype=dtype,
-        attn_implementation=job.setting.attention,
-        experts_implementation=job.setting.experts,
+        attn_implementation=job.setting.options["attention"],
+        experts_implementation=job.setting.options["experts"],
     )
     return model.to(job.device)
 
@@ -32,7 +32,6 @@ def work(job: Job, turns: Turns) -> None:
 def _sample(job: Job, turns: Turns) -> None:
     model = load(job, DTYPES[job.setting.dtype]).eval()
     tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
-    options = {"cache_implementation": "static"} if job.setting.compiled else {}
     turns.run(
         lambda: model.generate(
             tokens_BT,
@@ -45,7 +44,6 @@ def _sample(job: Job, turns: Turns) -> None:
             max_new_tokens=job.case.new,
             eos_token_id=EOS,
             pad_token_id=PAD,
-            **options,
         )
     )
 
@@ -53,17 +51,14 @@ def _sample(job: Job, turns: Turns) -> None:
 def _train(job: Job, turns: Turns) -> None:
     """Float32 weights and AdamW in every setting; bf16 computes under autocast."""
     model = load(job, torch.float32).train()
-    forward = torch.compile(model) if job.setting.compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
-    parts = tokens_BT.split(-(-len(tokens_BT) // job.setting.micro_batches))
     bf16 = job.setting.dtype == "bf16"
 
     def step() -> None:
-        for part_BT in parts:
-            with torch.autocast(job.device, torch.bfloat16, enabled=bf16):
-                loss = forward(input_ids=part_BT, labels=part_BT, use_cache=False).loss
-            (loss * (len(part_BT) / len(tokens_BT))).backward()
+        with torch.autocast(job.device, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

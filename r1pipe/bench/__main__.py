@@ -83,7 +83,13 @@ class Bench:
 
     def job(self, contestant: str, case: Case, model: str, weights: Path, setting: Setting) -> Job:
         return Job(
-            contestant, case, load_model(model), str(weights), setting, self.config.device, self.config.threads
+            contestant,
+            case,
+            load_model(model),
+            str(weights),
+            setting,
+            self.config.device,
+            self.config.threads,
         )
 
     def peaks(self, folder: Path) -> dict[str, float]:
@@ -92,15 +98,13 @@ class Bench:
         some = load_model(self.config.cases[0].models[0])
         for dtype in sorted({s.dtype for settings in self.config.settings.values() for s in settings}):
             case = replace(MATMUL, prompt=side)
-            job = Job(
-                "matmul", case, some, "", Setting(dtype, {}), self.config.device, self.config.threads
-            )
+            job = Job("matmul", case, some, "", Setting(dtype, {}), self.config.device, self.config.threads)
             with running(job, folder, {}) as contestant:
                 peaks[dtype] = 2 * side**3 / min(contestant.turn() for _ in range(5))
         return peaks
 
     def case(self, case: Case, model: str, weights: Path, folder: Path) -> list[Result]:
-        """Every contestant at its fastest setting; one that cannot run is left out, with a line that says why."""
+        """Every contestant at its fastest setting; one that cannot run is left out, and why is said."""
         jobs = []
         for name in ["ours", *(peer for peer in case.peers if self.installed[peer])]:
             key = (name, case.kind, model)
@@ -126,7 +130,6 @@ class Bench:
             took = took if isinstance(took, str) else f"{took:.2f} s"
             self.say(f"{model}, {WORDS[case.kind]}, {name}, {setting}: {took}")
         return chosen
-
 
 
 def make_weights(model: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Operations of a model on paper, and what a measured time is worth. Plain numbers, no torch.
 
-Only matrix products count, two operations for a multiplication with its addition, and only those that the
-computation needs: what is recomputed, padded or computed for every expert makes a contestant slower, not busier.
+Only matrix products count, two operations for a multiplication with its addition, and only those that are
+needed: what is recomputed, padded or computed for every expert makes a contestant slower, not busier.
 """
 
 from r1pipe.bench.config import Case

@@ -17,7 +17,7 @@ OPTIONS = {
     "trl": {"attention", "experts"},
     "vllm": {"eager"},  # "true": no torch.compile
 }
-DTYPES = ("fp32", "bf16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as torch calls them
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 import torch
 
-from r1pipe.bench.config import Job
-from r1pipe.bench.ours import DTYPES
+from r1pipe.bench.config import DTYPES, Job
 from r1pipe.bench.turns import Turns
 
 
 def work(job: Job, turns: Turns) -> None:
     side = job.case.prompt
-    left = torch.randn(side, side, dtype=DTYPES[job.setting.dtype], device=job.device)
+    left = torch.randn(side, side, dtype=getattr(torch, DTYPES[job.setting.dtype]), device=job.device)
     right = torch.randn_like(left)
     turns.run(lambda: left @ right)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from r1pipe.bench.config import Job
-from r1pipe.bench.prompts import rows
+from r1pipe.bench.config import DTYPES, Job
+from r1pipe.bench.prompts import EOS, PAD, rows
 from r1pipe.bench.turns import Turns
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RLConfig
@@ -18,8 +18,6 @@ from r1pipe.rl.batch import Rollout
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PAD, EOS = 0, 1
 MICRO_TOKENS = 8192  # one micro-batch: as the peer trains
 
 
@@ -33,7 +31,7 @@ def _prompts(job: Job) -> list[list[int]]:
 
 
 def _sample(job: Job, turns: Turns) -> None:
-    model = load_pretrained(job.weights).to(DTYPES[job.setting.dtype]).to(job.device)
+    model = load_pretrained(job.weights).to(getattr(torch, DTYPES[job.setting.dtype])).to(job.device)
     sampler = Sampler(model, EOS, PAD, slots=job.case.sequences)
     params = SamplingParams(max_tokens=job.case.new, ignore_eos=True)
     turns.run(lambda: sampler.generate(_prompts(job), params))

@@ -1,4 +1,4 @@
-"""Starts the contestants, each in a process of its own, lets them work in turn and writes down their times."""
+"""Starts the contestants, each in its own process, lets them work in turn and writes down their times."""
 
 import json
 import os

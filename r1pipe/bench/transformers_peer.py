@@ -5,22 +5,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from r1pipe.bench.config import Job
-from r1pipe.bench.prompts import rows
+from r1pipe.bench.config import DTYPES, Job
+from r1pipe.bench.prompts import EOS, PAD, rows
 from r1pipe.bench.turns import Turns
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PAD, EOS = 0, 1
+
+def load_options(job: Job) -> dict[str, str]:
+    """The job's implementations, as from_pretrained calls them."""
+    options = job.setting.options
+    return {"attn_implementation": options["attention"], "experts_implementation": options["experts"]}
 
 
 def load(job: Job, dtype: torch.dtype) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(
-        job.weights,
-        dtype=dtype,
-        attn_implementation=job.setting.options["attention"],
-        experts_implementation=job.setting.options["experts"],
-    )
-    return model.to(job.device)
+    """The model on the job's device."""
+    return AutoModelForCausalLM.from_pretrained(job.weights, dtype=dtype, **load_options(job)).to(job.device)
 
 
 def work(job: Job, turns: Turns) -> None:
@@ -30,7 +28,7 @@ def work(job: Job, turns: Turns) -> None:
 
 @torch.inference_mode()
 def _sample(job: Job, turns: Turns) -> None:
-    model = load(job, DTYPES[job.setting.dtype]).eval()
+    model = load(job, getattr(torch, DTYPES[job.setting.dtype])).eval()
     tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
     turns.run(
         lambda: model.generate(

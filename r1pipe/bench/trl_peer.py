@@ -1,9 +1,8 @@
-"""TRL's GRPOTrainer on the same weights: the same prompts, reward, KL and optimizer, sampling with generate()."""
+"""TRL's GRPOTrainer on the same weights: same prompts, reward, KL and optimizer; it samples by generate()."""
 
 import tempfile
 from typing import Any
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -13,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from r1pipe.bench.config import Job
 from r1pipe.bench.prompts import rows
-from r1pipe.bench.transformers_peer import load
+from r1pipe.bench.transformers_peer import load_options
 from r1pipe.bench.turns import Turns
 
 MOST_TURNS = 1000
@@ -56,7 +55,8 @@ def work(job: Job, turns: Turns) -> None:
     """A GRPO step per turn: one batch of all samples, one optimizer step, a reference model for the KL."""
     case = job.case
     texts = [
-        " ".join(map(str, row)) for row in rows(case.sequences // case.group, case.prompt, job.model.vocab_size)
+        " ".join(map(str, row))
+        for row in rows(case.sequences // case.group, case.prompt, job.model.vocab_size)
     ]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
@@ -76,18 +76,17 @@ def work(job: Job, turns: Turns) -> None:
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
+            model_init_kwargs={"dtype": "float32", **load_options(job)},
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            model=load(job, torch.float32),
+            model=job.weights,  # a path: the trainer loads its reference model in the same way
             reward_funcs=_even,
             args=config,
             train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
             processing_class=_tokenizer(job.model.vocab_size),
             callbacks=[_OnTurns(turns)],
         )
-        # an older model's attention and experts would be used for the reference that it loads itself
-        trainer.ref_model = load(job, torch.float32).eval().requires_grad_(False)
         try:
             trainer.train()
         except EOFError:

@@ -8,12 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+from r1pipe.bench.config import DTYPES
 from r1pipe.bench.prompts import rows
 from r1pipe.bench.turns import Turns
 
-# vLLM 0.32's CPU kernel turns the queries of DeepSeek models by wrong angles; its plain PyTorch version is right.
+# vLLM 0.32's CPU kernel turns the queries of DeepSeek models by wrong angles; plain PyTorch is right.
 WITHOUT_ROTARY_KERNEL = {"custom_ops": ["all", "-rotary_embedding"]}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def main(path: str) -> None:

@@ -1,4 +1,4 @@
-"""One contestant's process: `python -m r1pipe.bench.worker JOB.json`, started and spoken to by the referee."""
+"""One contestant: `python -m r1pipe.bench.worker JOB.json`, started and spoken to by the referee."""
 
 import importlib
 import json

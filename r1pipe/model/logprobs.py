@@ -15,7 +15,9 @@ LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at o
 def _chunk_logprobs(
     head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, temperature: float
 ) -> Tensor:
-    logits_NV = head(hidden_ND).float() / temperature
+    logits_NV = head(hidden_ND).float()
+    if temperature != 1.0:  # a division by one would be another [N, V] copy
+        logits_NV = logits_NV / temperature
     return -cross_entropy(logits_NV, targets_N, reduction="none")
 
 

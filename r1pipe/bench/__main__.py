@@ -1,0 +1,143 @@
+"""`python -m r1pipe.bench cpu|gpu|tiny`: measures, shows progress, prints the table."""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model
+from r1pipe.bench.referee import Result, contest, fastest, running
+from r1pipe.bench.table import WORDS, Row, rows_of, table_of, words
+from r1pipe.errors import EnvironmentProblem, R1pipeError
+
+MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a bench; 0, or 2 with one line where it cannot run."""
+    parser = argparse.ArgumentParser(prog="python -m r1pipe.bench", description=__doc__)
+    parser.add_argument("name", help="a file in conf/bench/")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="instead of the file's")
+    parser.add_argument("--model", help="a file in conf/model/, instead of every case's own")
+    parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="left out where it is missing")
+    given = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        config = load_bench(given.name)
+        config = replace(config, device=given.device or config.device)
+        if given.model:
+            config = replace(config, cases=[replace(case, models=[given.model]) for case in config.cases])
+        Bench(config, given.vllm_python, console).run()
+    except R1pipeError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class Bench:
+    """All cases of one config, one after another."""
+
+    def __init__(self, config: BenchConfig, vllm_python: str, console: Console):
+        self.config, self.console = config, console
+        self.began = time.monotonic()
+        self.pythons = {"vllm": vllm_python}
+        self.installed = {
+            "transformers": importlib.util.find_spec("transformers") is not None,
+            "trl": importlib.util.find_spec("trl") is not None,
+            "vllm": Path(vllm_python).exists(),
+        }
+        self.chosen: dict[tuple[str, str, str], Setting] = {}
+
+    def run(self) -> list[Row]:
+        """Measure everything and print the table. Raises EnvironmentProblem where nothing can be measured."""
+        if self.config.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
+        peers = {peer for case in self.config.cases for peer in case.peers}
+        for peer in sorted(peer for peer in peers if not self.installed[peer]):
+            self.say(f"{peer} is not installed: left out")
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            peaks = self.peaks(folder)
+            rows: list[Row] = []
+            for model in dict.fromkeys(model for case in self.config.cases for model in case.models):
+                weights = folder / model
+                make_weights(model, weights)
+                for case in self.config.cases:
+                    if model in case.models:
+                        rows += rows_of(self.case(case, model, weights, folder), peaks)
+        self.console.print(table_of(rows, self.config.threads, peaks))
+        self.say("done")
+        return rows
+
+    def say(self, text: str) -> None:
+        self.console.print(f"{time.monotonic() - self.began:4.0f} s  {text}", highlight=False, soft_wrap=True)
+
+    def job(self, contestant: str, case: Case, model: str, weights: Path, setting: Setting) -> Job:
+        return Job(
+            contestant,
+            case,
+            load_model(model),
+            str(weights),
+            setting,
+            self.config.device,
+            self.config.threads,
+        )
+
+    def peaks(self, folder: Path) -> dict[str, float]:
+        """Operations per second of a large matmul in each dtype that a contestant may use."""
+        side, peaks = self.config.matmul, {}
+        some = load_model(self.config.cases[0].models[0])
+        for dtype in sorted({s.dtype for settings in self.config.settings.values() for s in settings}):
+            case = replace(MATMUL, prompt=side)
+            job = Job("matmul", case, some, "", Setting(dtype, {}), self.config.device, self.config.threads)
+            with running(job, folder, {}) as contestant:
+                peaks[dtype] = 2 * side**3 / min(contestant.turn() for _ in range(5))
+        return peaks
+
+    def case(self, case: Case, model: str, weights: Path, folder: Path) -> list[Result]:
+        """Every contestant at its fastest setting; one that cannot run is left out, and why is said."""
+        jobs = []
+        for name in ["ours", *(peer for peer in case.peers if self.installed[peer])]:
+            key = (name, case.kind, model)
+            if key not in self.chosen:
+                try:
+                    self.chosen[key] = self.quickest(name, case, model, weights, folder)
+                except EnvironmentProblem as error:
+                    if name == "ours":
+                        raise
+                    self.say(f"{model}, {words(case)}: {error}; left out")
+                    continue
+            jobs.append(self.job(name, case, model, weights, self.chosen[key]))
+        return contest(jobs, self.config.rounds, folder, self.pythons)
+
+    def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
+        """The contestant's fastest setting; says what each took. Raises EnvironmentProblem if none runs."""
+        settings = self.config.settings[name]
+        if len(settings) == 1:
+            return settings[0]
+        tried = [self.job(name, case, model, weights, setting) for setting in settings]
+        chosen, times = fastest(tried, folder, self.pythons)
+        for setting, took in times.items():
+            took = took if isinstance(took, str) else f"{took:.2f} s"
+            self.say(f"{model}, {WORDS[case.kind]}, {name}, {setting}: {took}")
+        return chosen
+
+
+def make_weights(model: str, folder: Path) -> None:
+    """Random weights in the published format, the same for every contestant."""
+    from r1pipe.model import DeepseekV3, save_pretrained
+
+    save_pretrained(DeepseekV3(load_model(model)), folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Our side of every case, through the same calls that a stage makes."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from r1pipe.bench.config import DTYPES, Job
+from r1pipe.bench.prompts import EOS, PAD, rows
+from r1pipe.bench.turns import Turns
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import RLConfig
+from r1pipe.engine import Engine
+from r1pipe.model import DeepseekV3, load_pretrained
+from r1pipe.model.logprobs import token_logprobs
+from r1pipe.rl.advantages import group_advantages
+from r1pipe.rl.batch import Rollout
+from r1pipe.rl.update import Reference, update
+from r1pipe.rollout import Sampler, SamplingParams
+
+MICRO_TOKENS = 8192  # one micro-batch: as the peer trains
+
+
+def work(job: Job, turns: Turns) -> None:
+    """Answer turns with the case of the job."""
+    {"sample": _sample, "train": _train, "grpo": _grpo}[job.case.kind](job, turns)
+
+
+def _prompts(job: Job) -> list[list[int]]:
+    return rows(job.case.sequences // job.case.group, job.case.prompt, job.model.vocab_size)
+
+
+def _sample(job: Job, turns: Turns) -> None:
+    model = load_pretrained(job.weights).to(getattr(torch, DTYPES[job.setting.dtype])).to(job.device)
+    sampler = Sampler(model, EOS, PAD, slots=job.case.sequences)
+    params = SamplingParams(max_tokens=job.case.new, ignore_eos=True)
+    turns.run(lambda: sampler.generate(_prompts(job), params))
+
+
+def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
+    """The engine of a grpo stage, at a constant learning rate."""
+    engine = "gpu" if job.device == "cuda" else "cpu"
+    composed = compose(["stage=grpo", f"engine={engine}", "engine.ranks=1", f"engine.threads={job.threads}"])
+    stage, given = composed.config.stage, composed.config.engine
+    assert isinstance(stage, RLConfig)
+    level = max(given.zero_level, 1) if job.setting.dtype == "bf16" else given.zero_level  # float32 masters
+    given = replace(given, precision=job.setting.dtype, zero_level=level)
+    return Engine(model, stage.optim, stage.router, given, total_steps=100), stage
+
+
+def _train(job: Job, turns: Turns) -> None:
+    model = load_pretrained(job.weights).to(job.device)
+    engine, _ = _engine(job, model)
+    tokens_BT = torch.tensor(
+        rows(job.case.sequences, job.case.prompt + 1, job.model.vocab_size), device=job.device
+    )
+
+    def loss() -> Tensor:
+        hidden_BTD = model.hidden(tokens_BT[:, :-1])
+        targets_N = tokens_BT[:, 1:].flatten()
+        logprobs_N = token_logprobs(model.lm_head, hidden_BTD.flatten(0, 1), targets_N, job.model.vocab_size)
+        return -logprobs_N.sum() / (job.case.sequences * job.case.prompt)
+
+    turns.run(lambda: engine.train_step([loss]))
+
+
+def _grpo(job: Job, turns: Turns) -> None:
+    """Sample, reward (the share of even tokens), advantages, KL to the reference, one optimizer step."""
+    case = job.case
+    model = load_pretrained(job.weights).to(job.device)
+    # the reference is a copy from before the engine takes the weights
+    engine_name = "gpu" if job.device == "cuda" else "cpu"
+    given = compose(["stage=grpo", f"engine={engine_name}"]).config.engine
+    reference = Reference(model, replace(given, precision=job.setting.dtype))
+    engine, stage = _engine(job, model)
+    config = replace(stage, minibatches=1, micro_tokens=MICRO_TOKENS, kl_coef=0.04)
+    params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)
+    prompts = _prompts(job)
+
+    def step() -> None:
+        with engine.gathered() as policy:
+            policy.eval()
+            sampled = Sampler(policy, EOS, PAD, slots=case.sequences).generate(prompts, params)
+        rollouts = []
+        for place, prompt in enumerate(prompts):
+            group = sampled[place * case.group : (place + 1) * case.group]
+            rewards = [sum(token % 2 == 0 for token in c.tokens) / case.new for c in group]
+            rollouts += [
+                Rollout(prompt, c.tokens, c.logprobs, advantage, True)
+                for c, advantage in zip(group, group_advantages(rewards, True), strict=True)
+            ]
+        update(engine, rollouts, config, reference)
+
+    turns.run(step)

@@ -1,0 +1,170 @@
+"""The bench: its arithmetic by hand, what it judges, its referee, and one tiny run from end to end."""
+
+import dataclasses
+import sys
+
+import pytest
+from shapes import tiny
+
+from r1pipe.bench import referee
+from r1pipe.bench.__main__ import main
+from r1pipe.bench.arithmetic import case_flops, forward_flops, speedup, utilisation, weights_per_token
+from r1pipe.bench.config import Case, Job, Setting, load_bench, load_model
+from r1pipe.bench.prompts import EOS, rows
+from r1pipe.bench.referee import Result, contest, fastest
+from r1pipe.bench.table import rows_of, table_of
+from r1pipe.errors import ConfigError, EnvironmentProblem
+
+FP32, BF16 = Setting("fp32", {}), Setting("bf16", {})
+CASE = Case("sample", ["laptop"], 4, 1, 8, 2, ["transformers"], {"transformers": 5.0}, {"transformers": 8.0})
+MIB = 2**20
+
+
+def result(contestant: str, seconds: float, memory: int = MIB, setting: Setting = FP32) -> Result:
+    return Result(contestant, CASE, "laptop", setting, seconds, memory)
+
+
+def test_weights_per_token_by_hand():
+    config = tiny(num_hidden_layers=3, first_k_dense_replace=1)  # hidden 64, 4 heads of 16+8, values 16
+    queries = 64 * 24 + 24 * 4 * 24
+    attention = queries + 64 * (32 + 8) + 32 * 4 * (16 + 16) + 4 * 16 * 64
+    moe = 64 * 16 + (4 + 1) * 3 * 64 * 24
+    assert weights_per_token(config) == 3 * attention + 3 * 64 * 96 + 2 * moe + 64 * 97
+
+
+def test_attention_looks_at_every_token_up_to_itself():
+    config = tiny()
+    pair = 2 * 3 * 4 * (16 + 8 + 16)
+    whole = forward_flops(config, 0, 5)
+    assert whole == 5 * 2 * weights_per_token(config) + pair * (1 + 2 + 3 + 4 + 5)
+    assert forward_flops(config, 0, 3) + forward_flops(config, 3, 5) == whole
+
+
+def test_a_backward_pass_counts_twice_and_a_group_reads_its_prompt_once():
+    config = tiny()
+    train = dataclasses.replace(CASE, kind="train", new=0)
+    assert case_flops(config, train) == 3 * 4 * forward_flops(config, 0, 8)
+    grpo = dataclasses.replace(CASE, kind="grpo", group=4)
+    assert case_flops(config, grpo) == 5 * (forward_flops(config, 0, 8) + 4 * forward_flops(config, 8, 10))
+
+
+def test_utilisation_and_speedup():
+    assert utilisation(flops=3e12, seconds=2.0, peak=6e12) == 0.25
+    assert speedup(ours=2.0, theirs=10.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    "theirs, said",
+    [(4.9, "floor 5 MISSED"), (5.0, "floor 5 reached"), (8.0, "goal 8 reached")],
+)
+def test_a_ratio_is_judged_by_floor_and_goal(theirs, said):
+    ours, peer = rows_of([result("transformers", theirs), result("ours", 1.0)], {"fp32": 1e9})
+    assert (ours.result.contestant, ours.ratio, ours.judgement) == ("ours", None, "")
+    assert (peer.ratio, peer.judgement) == (theirs, said)
+    assert ours.tokens_per_s == 8.0  # sampled tokens, not the prompt's
+    expected = case_flops(load_model("laptop"), CASE) / 1e9
+    assert ours.share_of_peak == pytest.approx(expected)
+
+
+def test_more_memory_than_a_peer_is_said():
+    results = [result("ours", 1.0, 2 * MIB), result("transformers", 9.0, MIB)]
+    assert rows_of(results, {"fp32": 1e9})[1].judgement == "goal 8 reached, ours takes more memory"
+
+
+def test_each_contestant_is_measured_by_the_peak_of_its_own_dtype():
+    results = [result("ours", 1.0, setting=BF16), result("transformers", 1.0)]
+    ours, peer = rows_of(results, {"fp32": 1e9, "bf16": 4e9})
+    assert peer.share_of_peak == pytest.approx(4 * ours.share_of_peak)
+
+
+def test_the_table_has_a_line_for_each_contestant():
+    rows_ = rows_of([result("ours", 1.0), result("transformers", 8.0)], {"fp32": 1e9})
+    table = table_of(rows_, 2, {"fp32": 1e9})
+    assert table.row_count == 2
+    assert list(table.columns[2].cells) == ["ours", "transformers"]
+    assert list(table.columns[8].cells) == ["", "8.0"]
+
+
+def test_prompts_are_the_same_each_time_and_end_nowhere():
+    assert rows(3, 50, 20) == rows(3, 50, 20)
+    assert min(min(row) for row in rows(3, 50, 20)) > EOS
+
+
+FAKE = """
+import sys, json
+from r1pipe.bench.turns import Turns
+import time
+job = json.load(open(sys.argv[1]))
+turns = Turns()
+print("a library's chatter")
+if job["setting"]["dtype"] == "broken":
+    sys.exit("no such kernel")
+turns.run(lambda: time.sleep(0.05 if job["setting"]["dtype"] == "slow" else 0.0))
+turns.finish(memory=123)
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """A python that runs the fake contestant whatever module it is asked for, and jobs for it."""
+    script, python = tmp_path / "fake.py", tmp_path / "python"
+    script.write_text(FAKE)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$3"\n')
+    python.chmod(0o755)
+    pythons = {"ours": str(python), "transformers": str(python)}
+
+    def job(contestant: str, dtype: str) -> Job:
+        return Job(contestant, CASE, load_model("laptop"), "", Setting(dtype, {}), "cpu", 1)
+
+    return job, tmp_path, pythons
+
+
+def test_contestants_take_turns_and_tell_time_and_memory(fakes):
+    job, folder, pythons = fakes
+    ours, peer = contest([job("ours", "quick"), job("transformers", "slow")], 2, folder, pythons)
+    assert (ours.contestant, ours.memory, ours.model) == ("ours", 123, "laptop")
+    assert peer.seconds >= 0.05
+
+
+def test_the_fastest_setting_is_found_and_one_that_fails_is_passed_over(fakes):
+    job, folder, pythons = fakes
+    chosen, times = fastest([job("ours", d) for d in ("slow", "broken", "quick")], folder, pythons)
+    assert chosen.dtype == "quick"
+    assert str(times["broken"]) == "ours (broken) stopped: no such kernel"
+    with pytest.raises(EnvironmentProblem, match="no such kernel"):
+        fastest([job("ours", "broken")], folder, pythons)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "tiny"])
+def test_shipped_benches_load_and_their_models_exist(name):
+    config = load_bench(name)
+    for case in config.cases:
+        assert set(case.peers) <= set(config.settings)
+        assert [load_model(model).name for model in case.models] == case.models
+
+
+def test_a_setting_that_a_contestant_would_ignore_is_refused(monkeypatch):
+    from r1pipe.bench import config
+
+    content = config.read("bench/tiny")
+    settings = {"ours": [{"dtype": "fp32", "options": {"experts": "eager"}}]}
+    monkeypatch.setattr(config, "read", lambda name: {**content, "settings": settings})
+    with pytest.raises(ConfigError, match="experts=eager is no setting of ours"):
+        load_bench("tiny")
+
+
+def test_without_a_gpu_the_gpu_bench_is_one_line(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "bench: needs a CUDA GPU and a CUDA build of torch; there is none here\n"
+    assert said.out == ""
+
+
+def test_a_tiny_bench_from_end_to_end(capsys, monkeypatch):
+    monkeypatch.setattr(referee, "PROBE_NEW", 1)
+    assert main(["tiny", "--vllm-python", "nowhere"]) == 0
+    said = capsys.readouterr().out
+    assert "transformers" in said and "tokens/s" in said and "training 2 x 8" in said

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,16 +57,15 @@ class Ranks:
         """Start the process group, once per process; without a launcher it is a group of one."""
         if dist.is_initialized():
             return
-        if "RANK" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = str(probe.getsockname()[1])
-            os.environ.update(
-                RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            )
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            # in memory: a port that is free when it is looked for may be taken when it is opened
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(_leave)  # before all others, so that it runs last
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import WORDS, Row, rows_of, table_of, words
 from r1pipe.errors import EnvironmentProblem, R1pipeError
 
+BUSY = 0.5  # load average above which a warning is due
 MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})
 
 
@@ -64,6 +66,8 @@ class Bench:
         peers = {peer for case in self.config.cases for peer in case.peers}
         for peer in sorted(peer for peer in peers if not self.installed[peer]):
             self.say(f"{peer} is not installed: left out")
+        if self.config.device == "cpu" and (load := os.getloadavg()[0]) > BUSY:
+            self.say(f"the machine is busy (load {load:.1f}): others' work is in the figures")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             peaks = self.peaks(folder)

@@ -18,7 +18,7 @@ from r1pipe.rl.batch import Rollout
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 
-MICRO_TOKENS = 8192  # one micro-batch: as the peer trains
+MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
 
 
 def work(job: Job, turns: Turns) -> None:

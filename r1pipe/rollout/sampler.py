@@ -22,7 +22,8 @@ from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
 
 LOOK_EVERY = 2  # steps between looks at what has ended: an ended slot idles for half of it
-PREFILL_TOKENS = 16384  # padded prompt tokens per prefill
+PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: what stays in a core's cache
+PREFILL_TOKENS_GPU = 16384
 
 Progress = Callable[[int, int], None]
 
@@ -140,9 +141,10 @@ class _Batch:
         """Read as many prompts from `first` on as the slots can use and one forward pass should hold."""
         chunk: list[list[int]] = []
         longest = 0
+        most = PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS_GPU
         for prompt in self.prompts[first : first + -(-len(self.numbers) // self.params.n)]:
             longest = max(longest, len(prompt))
-            if chunk and longest * (len(chunk) + 1) > PREFILL_TOKENS:
+            if chunk and longest * (len(chunk) + 1) > most:
                 break
             chunk.append(prompt)
         longest = max(len(prompt) for prompt in chunk)

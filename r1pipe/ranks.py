@@ -60,7 +60,7 @@ class Ranks:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if "RANK" in os.environ:
+        if "MASTER_ADDR" in os.environ:  # set by every launcher
             dist.init_process_group(backend)
         else:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")

@@ -14,7 +14,7 @@ from r1pipe.model.moe import Experts
 from r1pipe.rl.batch import Rollout, collate
 from r1pipe.rl.update import Reference, completion_logprobs
 from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.sft.losses import cross_entropy_sum
+from r1pipe.sft.losses import loss_sums
 
 WIDE = tiny(vocab_size=4096, num_hidden_layers=2)
 
@@ -36,7 +36,7 @@ class WidestLogits(TorchDispatchMode):
 def training(model) -> None:
     rows = tokens(4, 128, WIDE)
     batch = Batch(rows, torch.ones_like(rows), torch.ones_like(rows).bool())
-    cross_entropy_sum(model, batch).backward()
+    loss_sums(model, batch, with_mtp=False, with_balance=False).next_token.backward()
 
 
 def rollouts() -> list[Rollout]:
@@ -45,14 +45,14 @@ def rollouts() -> list[Rollout]:
 
 
 def policy(model) -> None:
-    batch = collate(rollouts(), [1.0] * 8, torch.device("cpu"))
+    batch = collate(rollouts(), [1.0] * 8, 0.0, torch.device("cpu"))
     completion_logprobs(model, batch, 0.7).sum().backward()
 
 
 def reference(model) -> None:
     from jobs import engine_config
 
-    Reference(model, engine_config()).logprobs(collate(rollouts(), [1.0] * 8, torch.device("cpu")), 1.0)
+    Reference(model, engine_config()).logprobs(collate(rollouts(), [1.0] * 8, 0.0, torch.device("cpu")), 1.0)
 
 
 def sampling(model) -> None:

@@ -53,6 +53,25 @@ def test_loads_count_training_tokens_once():
     assert torch.equal(expert_loads(model), loads_LE)
 
 
+def test_padding_counts_in_no_load():
+    model = ours(tiny(num_nextn_predict_layers=1)).train()
+    tokens_BT = tokens(2, 12, model.config)
+
+    def loads_of(rows_BT, numbers_BT):
+        reset_loads(model)
+        model.model.further(model.hidden(rows_BT, numbers_BT), rows_BT, numbers_BT)
+        return expert_loads(model)
+
+    whole_LE = loads_of(tokens_BT, SEGMENTS)
+    alone = [
+        loads_of(tokens_BT[row : row + 1, start:end], torch.ones(1, end - start, dtype=torch.long))
+        for row, start, end in ((0, 0, 5), (0, 5, 12), (1, 0, 9))
+    ]
+    assert torch.equal(whole_LE, sum(alone))
+    # 21 tokens of three documents, of which the MTP layer reads all but each last one; four experts a token
+    assert whole_LE.sum(dim=-1).tolist() == [21 * 4, 21 * 4, 18 * 4]
+
+
 def test_bias_update_changes_choices_not_weights_and_lowers_max_vio():
     model = ours(tiny(n_group=1, topk_group=1)).train()
     tokens_BT = tokens(2, 64, model.config)
@@ -128,7 +147,7 @@ def test_balance_of_packed_rows_is_the_sum_over_documents_and_layers():
     segments_BT = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 6 + [0] * 2])
 
     def total(rows_BT, numbers_BT):
-        balance = Balance(numbers_BT)
+        balance = Balance(numbers_BT, with_loss=True)
         model.hidden(rows_BT, numbers_BT, balance)
         return balance.total().item()
 
@@ -152,8 +171,11 @@ class Jittery(Gate):
         return super()._choose(scores_NE + noise)
 
 
-@pytest.mark.parametrize("way", ["packed", "after prompts", "mtp and balance"])
-def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way):
+@pytest.mark.parametrize(
+    ("way", "read_L"),
+    [("packed", [21, 21, 0]), ("after prompts", [29, 29, 0]), ("mtp and balance", [21, 21, 18])],
+)
+def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way, read_L):
     found = []
     for recompute in (False, True):
         model = ours(tiny(num_nextn_predict_layers=1)).train()
@@ -165,6 +187,7 @@ def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way):
             way
         ](model)
         calls, loads_LE = Jittery.calls, expert_loads(model)
+        assert loads_LE.sum(dim=-1).tolist() == [4 * read for read in read_L]
         loss.backward()
         assert Jittery.calls == calls and torch.equal(expert_loads(model), loads_LE)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -185,7 +208,8 @@ def packed_loss(model):
 def loss_after_prompts(model):
     """As an RL update reads: prompts once, rows that go on from their cache entries."""
     prompts_PT, rows_BT = tokens(2, 6, model.config), tokens(4, 7, model.config)
-    balances = Balance.of_lengths(torch.tensor([6, 4]), 6), Balance.of_lengths(torch.tensor([7, 5, 6, 1]), 7)
+    lengths = ([6, 4], [7, 5, 6, 1])
+    balances = [Balance.of_lengths(torch.tensor(each), max(each), with_loss=True) for each in lengths]
     hidden_BTD = model.hidden_after(
         prompts_PT, torch.tensor([6, 4]), rows_BT, torch.tensor([0, 0, 1, 1]), balances
     )
@@ -194,7 +218,7 @@ def loss_after_prompts(model):
 
 def whole_loss(model):
     tokens_BT = tokens(2, 12, model.config)
-    balance = Balance(SEGMENTS)
+    balance = Balance(SEGMENTS, with_loss=True)
     hidden_BTD = model.hidden(tokens_BT, SEGMENTS, balance)
     (further_BTD,) = model.model.further(hidden_BTD, tokens_BT, SEGMENTS, balance)
     return hidden_BTD.square().mean() + further_BTD.square().mean() + 0.01 * balance.total()

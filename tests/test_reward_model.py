@@ -2,17 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from tiny_runs import load_stage, tiny_config, tiny_run
 
 from r1pipe.data.chat import Chat, compose_response
+from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError
 from r1pipe.model import DeepseekV3
 from r1pipe.paths import content_dir
 from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import models, quality
+from r1pipe.rl.preference import Examples, Item, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -124,6 +128,16 @@ def test_quality_by_hand():
     assert quality.auc([1.0, 2.0], [True, True]) is None
     assert quality.length_correlation([1.0, 2.0, 3.0], [30, 20, 10]) == pytest.approx(-1.0)
     assert quality.length_correlation([1.0, 1.0], [1, 2]) is None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_loads_count_the_responses_and_no_padding(alpha):
+    model = models.RewardModel(tiny_model())
+    engine = Engine(model, OPTIM, replace(ROUTER, balance_alpha=alpha), engine_config(), total_steps=10)
+    items = [Item([[5, 6, 7, 8][:n], [9, 3]]) for n in (4, 1, 3)]
+    examples = Examples(models.HELPFUL, items, [], 0)
+    stats = engine.train_step(micro_losses(engine, examples, items, 2, alpha))
+    assert stats.loads_LE.sum(1).tolist() == [2 * (4 + 1 + 3 + 3 * 2)]  # two experts a token
 
 
 def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_cou
 from r1pipe.rl.prompts import PromptStream, general_count
 from r1pipe.rl.rows import rows_of, summarise
 from r1pipe.rl.stage import reinforce, rules_only
-from r1pipe.rl.update import completion_logprobs
+from r1pipe.rl.update import completion_logprobs, update
 from r1pipe.run import open_run
 
 NAN = math.nan
@@ -184,10 +184,10 @@ def test_collate_points_at_completion_tokens_only_and_learns_eos():
         balance_weight=0.5,
         device=torch.device("cpu"),
     )
-    assert micro.prompts_PT.tolist() == [[1], [1]] and micro.prompt_lengths_P.tolist() == [1, 0]
+    # the second prompt has one token, which its row begins with
+    assert micro.prompts_PT.tolist() == [[1], [0]] and micro.prompt_lengths_P.tolist() == [1, 0]
     assert micro.prompt_of_B.tolist() == [0, 1]
-    # a row begins with its prompt's last token, and is filled up with itself
-    assert micro.tokens_BT.tolist() == [[5, 7, 8], [1, 9, 1]]
+    assert micro.tokens_BT.tolist() == [[5, 7, 8], [1, 9, 0]]  # a row begins with its prompt's last token
     assert micro.sources_N.tolist() == [0, 1, 2, 3, 4]
     assert micro.targets_N.tolist() == [7, 8, eos, 9, eos]
     assert micro.advantages_N.tolist() == [1, 1, 1, -1, -1]
@@ -246,6 +246,27 @@ def test_prompts_are_shared_under_zero_3_too():
         return stats.loss, stats.grad_norm
 
     assert stats_at(3) == pytest.approx(stats_at(0), rel=1e-4)
+
+
+def steps_of_update(alpha: float, micro_tokens: int, monkeypatch, repeats: int = 0):
+    """Two optimizer steps on nine completions of three prompts: their stats, and the update's metrics."""
+    prompts = [[1, 5, 6, 11], [4, 8], [2]]
+    rollouts = [rollout(prompt, [7, 8, 9, 3][:n], 1.0 - n) for prompt in prompts for n in (1, 2, 4)]
+    router = replace(ROUTER, balance_alpha=alpha)
+    engine = Engine(tiny_model(), OPTIM, router, engine_config(), total_steps=10)
+    monkeypatch.setattr(engine, "agree_max", lambda value: value + repeats)  # as if another rank had more
+    stats, train_step = [], engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda losses: stats.append(train_step(losses)) or stats[-1])
+    stage = tiny_config("stage=grpo", "stage.minibatches=1", "stage.inner_epochs=2").stage
+    config = replace(stage, micro_tokens=micro_tokens, router=router)
+    return stats, update(engine, rollouts, config, None)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_loads_count_each_prompt_once_and_no_filling(alpha, monkeypatch):
+    stats, _ = steps_of_update(alpha, 1000, monkeypatch)
+    # prompts but for their last tokens, which the rows begin with; two experts a token
+    assert [step.loads_LE.sum(1).tolist() for step in stats] == [[2 * (3 + 1 + 0 + 3 * 7)]] * 2
 
 
 # --- rewards of a step

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jobs import engine_config, tiny, tiny_model, write_run
+from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import Chat
-from r1pipe.data.packing import collate
+from r1pipe.data.packing import Packed, collate
 from r1pipe.data.source import open_data
 from r1pipe.ending import HELD_OUT
 from r1pipe.engine import Engine
@@ -89,6 +89,19 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
     terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
     for name, expected in {"loss": mean, "mtp_loss": mtp, "balance_loss": balance}.items():
         assert sum(each[f"train/{name}"] for each in terms) / 2 == pytest.approx(expected, rel=1e-5)
+
+
+def test_loads_count_the_batchs_tokens_and_no_padding(chat):
+    """Rows of unequal lengths in two micro-batches, with the empty row of a rank that has fewer."""
+    rows = [*pack_traces(chat, TRACES, 64)[:2], *pack_traces(chat, TRACES[:1], 64), Packed()]
+    tokens = [len(row.tokens) for row in rows]
+    assert tokens[0] > tokens[2] > tokens[3] == 0
+    model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
+    engine = Engine(model, OPTIM, ROUTER, engine_config(), total_steps=10)
+    documents = sum(row.segments[-1] for row in rows if row.segments)
+    for weights, mtp in ((TermWeights(0.0, 0.0), 0), (TermWeights(0.3, 0.01), sum(tokens) - documents)):
+        stats = engine.train_step(Shares(engine, rows, weights, chat.pad_id).micro_losses(2))
+        assert stats.loads_LE.sum(1).tolist() == [2 * sum(tokens), 2 * mtp]  # two experts a token
 
 
 def test_traces_that_cannot_be_trained_on_are_named(chat):

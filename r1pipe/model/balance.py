@@ -1,4 +1,4 @@
-"""The sequence-wise balance loss of a forward pass (V3 section 2.1.2, equations 17 to 20)."""
+"""What balances the experts in a forward pass: their loads, and the sequence-wise loss (V3 section 2.1.2)."""
 
 import torch
 from torch import Tensor
@@ -7,24 +7,29 @@ from r1pipe.model.moe import Routing
 
 
 class Balance:
-    """Give it to a forward pass, then ask for `total()`; the sequences are the documents of packed rows."""
+    """Which tokens of a forward pass count in the experts' loads, and the balance loss where it is asked for.
 
-    def __init__(self, segments_BT: Tensor):
+    Give it to the pass, then ask for `total()`; the sequences are the documents of packed rows.
+    """
+
+    def __init__(self, segments_BT: Tensor, with_loss: bool):
         """`segments_BT` numbers the documents of each row from 1; 0 (padding) is left out."""
         rows_B1 = torch.arange(len(segments_BT), device=segments_BT.device).unsqueeze(1)
-        apart_BT = segments_BT + rows_B1 * segments_BT.max()  # numbers of one row are no other row's
-        self._documents_BT = torch.where(segments_BT == 0, 0, apart_BT)
+        self._apart_BT = segments_BT + rows_B1 * segments_BT.max()  # numbers of one row are no other row's
+        self._counted_BT = segments_BT != 0
+        self._with_loss = with_loss
         self._routings: list[Routing] = []
 
     @classmethod
-    def of_lengths(cls, lengths_B: Tensor, width: int) -> "Balance":
+    def of_lengths(cls, lengths_B: Tensor, width: int, with_loss: bool) -> "Balance":
         """Of rows of `width` tokens, each one sequence of so many tokens that is filled up on the right."""
-        return cls((torch.arange(width, device=lengths_B.device) < lengths_B.unsqueeze(1)).long())
+        places_T = torch.arange(width, device=lengths_B.device)
+        return cls((places_T < lengths_B.unsqueeze(1)).long(), with_loss)
 
-    def routing(self, counted_BT: Tensor | None = None) -> Routing:
-        """What the next layer's gate is to be given; `counted_BT` leaves out more tokens than the padding."""
-        documents_BT = self._documents_BT
-        self._routings.append(Routing(documents_BT if counted_BT is None else documents_BT * counted_BT))
+    def routing(self, among_BT: Tensor | None = None) -> Routing:
+        """What the next layer's gate is to be given; `among_BT` leaves out more tokens than the padding."""
+        counted_BT = self._counted_BT if among_BT is None else self._counted_BT & among_BT
+        self._routings.append(Routing(counted_BT, self._apart_BT * counted_BT if self._with_loss else None))
         return self._routings[-1]
 
     def total(self) -> Tensor:

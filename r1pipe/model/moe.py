@@ -26,6 +26,7 @@ class Routing:
     there, and an expert that was not chosen before has no gradient to take.
     """
 
+    counted_BT: Tensor | None = None  # the tokens that count in the loads (bool); None: all
     documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss asked for
     experts_NK: Tensor | None = None  # chosen in the first pass
     balance: Tensor | None = None  # sum over tokens of their document's balance loss (see sequence_balance)
@@ -63,7 +64,7 @@ class Gate(nn.Module):
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         if routing.experts_NK is None:
             routing.experts_NK = self._choose(scores_NE.detach())
-            self._count(routing.experts_NK)
+            self._count(routing.experts_NK, routing.counted_BT)
         experts_NK = routing.experts_NK
         weights_NK = scores_NE.gather(1, experts_NK)
         if config.norm_topk_prob:
@@ -89,12 +90,14 @@ class Gate(nn.Module):
             scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
         return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
-    def _count(self, experts_NK: Tensor) -> None:
+    def _count(self, experts_NK: Tensor, counted_BT: Tensor | None) -> None:
         """Training forward passes alone count, not a checkpoint's recomputation (it runs inside backward)."""
         recomputed = torch._C._current_graph_task_id() != -1
         if self.training and torch.is_grad_enabled() and not recomputed:
-            chosen = experts_NK.flatten()
-            self.tokens_per_expert.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+            ones_NK = torch.ones_like(experts_NK, dtype=torch.float32)
+            if counted_BT is not None:
+                ones_NK *= counted_BT.view(-1, 1)
+            self.tokens_per_expert.index_add_(0, experts_NK.flatten(), ones_NK.flatten())
 
 
 class Experts(nn.Module):
@@ -192,7 +195,7 @@ def gates(model: nn.Module) -> list[Gate]:
 
 
 def expert_loads(model: nn.Module) -> Tensor:
-    """Tokens each expert of each MoE layer has received in training since `reset_loads`: [L, E] float32."""
+    """Tokens, without padding, that each expert got in training since `reset_loads`: [L, E] float32."""
     return torch.stack([gate.tokens_per_expert for gate in gates(model)])
 
 

@@ -51,13 +51,15 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """-> hidden_BTD after the last norm; `keep` is called with each layer's cache entries [B, T, C+R].
 
-        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text. `balance` collects the
-        layers' balance losses.
+        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text. `balance` says which
+        tokens count in the experts' loads (none: all but padding) and collects the layers' balance losses.
         """
+        if balance is None and segments_BT is not None:
+            balance = Balance(segments_BT, with_loss=False)
         rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, past)
         x_BTD = self.embed_tokens(tokens_BT)
         for n, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            routing = balance.routing() if balance else None
+            routing = balance.routing() if balance else Routing()
             past_BPW = past.entries[n] if past else None
             x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
         return self.norm(x_BTD)
@@ -72,11 +74,12 @@ class Trunk(nn.Module):
         """
         rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, None)
         embedded_BTD = self.embed_tokens(tokens_BT)
+        balance = balance or Balance(segments_BT, with_loss=False)
         states = []
         for depth, layer in enumerate(islice(self.layers, self.config.num_hidden_layers, None), 1):
             assert isinstance(layer, MTPLayer)
             next_BTD = torch.cat([embedded_BTD[:, depth:], torch.zeros_like(embedded_BTD[:, :depth])], dim=1)
-            routing = balance.routing(same_document(segments_BT, depth)) if balance else None
+            routing = balance.routing(same_document(segments_BT, depth))
             x_BTD = self._run(
                 layer, layer.joined(hidden_BTD, next_BTD), rotation_BTr, mask_BTM, None, None, routing
             )
@@ -111,7 +114,7 @@ class Trunk(nn.Module):
         mask_BTM: Tensor | None,
         keep: Keep | None,
         past_BPW: Tensor | None,
-        routing: Routing | None,
+        routing: Routing,
     ) -> Tensor:
         """One layer; with `recompute`, what backward needs is computed again, but for the experts' choice."""
         if not (self.recompute and self.training and torch.is_grad_enabled()):
@@ -123,7 +126,7 @@ class Trunk(nn.Module):
             mask_BTM,
             _once(keep) if keep else None,
             past_BPW,
-            routing or Routing(),
+            routing,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing here is drawn
         )
@@ -204,12 +207,12 @@ class DeepseekV3(nn.Module):
         lengths_P: Tensor,
         tokens_BT: Tensor,
         prompt_of_B: Tensor,
-        balances: tuple[Balance | None, Balance | None] = (None, None),
+        balances: tuple[Balance, Balance],
     ) -> Tensor:
         """-> hidden_BTD of rows that each go on from a prompt, which is read once however many share it.
 
-        `lengths_P` are the prompts' lengths without what fills them up on the right; `balances` collect the
-        balance losses of prompts and of rows.
+        `lengths_P` are the prompts' lengths without what fills them up on the right; `balances` are those of
+        prompts and of rows.
         """
         read: list[Tensor] = []
         self.model(prompts_PT, keep=read.append, balance=balances[0])

@@ -43,7 +43,7 @@ class RewardModel(nn.Module):
     def forward(self, tokens_BT: Tensor, last_B: Tensor, balance: Balance | None = None) -> Tensor:
         """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence.
 
-        `balance` collects the layers' balance losses.
+        `balance` is as in the trunk.
         """
         hidden_BTD = self.model(tokens_BT, balance=balance)
         rows = torch.arange(len(tokens_BT), device=tokens_BT.device)

@@ -5,7 +5,6 @@ Axes: P prompts, B rows and T columns of a micro-batch, N completion tokens of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -101,12 +100,8 @@ def by_prompt(rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[Rollo
 
 
 def _filled(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Rows filled up (or cut) on the right to `width` tokens.
-
-    Causal attention never looks right, so the filling changes nothing. It repeats the row's own tokens: the
-    experts are balanced on what passes the gates, and a run of pad tokens would all go to the same ones.
-    """
-    return torch.tensor([list(islice(cycle(row), width)) for row in rows])
+    """Rows filled up on the right to `width` tokens, with zeros that no attention sees and no gate counts."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def tokens_read(rollouts: Sequence[Rollout]) -> float:
@@ -135,7 +130,7 @@ def collate(
 
     return MicroBatch(
         # one token at least, of which a prompt of one token sees nothing
-        prompts_PT=_filled(prompts, max(1, *prompt_lengths)).to(device),
+        prompts_PT=_filled([prompt[:-1] for prompt in prompts], max(1, *prompt_lengths)).to(device),
         prompt_lengths_P=torch.tensor(prompt_lengths).to(device),
         prompt_of_B=torch.tensor([place[tuple(rollout.prompt)] for rollout in rollouts]).to(device),
         tokens_BT=_filled(rows, width).to(device),

@@ -181,9 +181,9 @@ def _share_of_loss(
     """`share` of the preference loss, and `balance_weight` for each token's balance loss (0: none)."""
     rows = [row for item in micro for row in item.rows]
     tokens_BT, last_B = models.padded(rows, examples.pad_id, engine.device)
-    balance = Balance.of_lengths(last_B + 1, tokens_BT.shape[1]) if balance_weight else None
+    balance = Balance.of_lengths(last_B + 1, tokens_BT.shape[1], with_loss=balance_weight > 0)
     loss = share * _preference_loss(examples.kind, engine.module(tokens_BT, last_B, balance), micro)
-    return loss + balance_weight * balance.total() if balance else loss
+    return loss + balance_weight * balance.total()
 
 
 def _preference_loss(kind: str, scores: Tensor, micro: Sequence[Item]) -> Tensor:

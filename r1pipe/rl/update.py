@@ -33,14 +33,18 @@ def completion_logprobs(
     model: DeepseekV3,
     micro: MicroBatch,
     temperature: float,
-    balances: tuple[Balance | None, Balance | None] = (None, None),
+    balances: tuple[Balance, Balance] | None = None,
 ) -> Tensor:
     """log pi of every completion token of a micro-batch, logprobs_N, at the temperature of sampling.
 
-    `balances` collect the balance losses of the prompts and of the rows.
+    `balances` (see `balances_of`) collect the balance losses; none: they are not asked for.
     """
     hidden_BTD = model.hidden_after(
-        micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B, balances
+        micro.prompts_PT,
+        micro.prompt_lengths_P,
+        micro.tokens_BT,
+        micro.prompt_of_B,
+        balances or balances_of(micro, with_loss=False),
     )
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
     return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
@@ -115,7 +119,7 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
     alpha = config.router.balance_alpha
 
     def share(micro: MicroBatch) -> Tensor:
-        balances = balances_of(micro) if alpha else (None, None)
+        balances = balances_of(micro, with_loss=alpha > 0)
         logprobs_N = completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
         result = policy_loss(
             logprobs_N,
@@ -127,23 +131,21 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             config.kl_coef,
         )
         losses.append(replace(result, loss=result.loss.detach()))
-        collected = [balance.total() for balance in balances if balance is not None]
-        if not collected:
+        if not alpha:
             return result.loss
-        shares.append(sum(collected, torch.zeros_like(result.loss)) * micro.balance_weight)
-        loss = result.loss + alpha * shares[-1]
-        shares[-1] = shares[-1].detach()
-        return loss
+        balance = (balances[0].total() + balances[1].total()) * micro.balance_weight
+        shares.append(balance.detach())
+        return result.loss + alpha * balance
 
     closures: list[Callable[[], Tensor]] = [partial(share, micro) for micro in micros]
     return _Step(engine.train_step(closures), losses, shares)
 
 
-def balances_of(micro: MicroBatch) -> tuple[Balance, Balance]:
-    """What collects the balance losses: a prompt, and a completion, are each a sequence of their own."""
+def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
+    """The balances of prompts and of rows: a prompt, and a completion, are each a sequence of their own."""
     return (
-        Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1]),
-        Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1]),
+        Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1], with_loss),
+        Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1], with_loss),
     )
 
 

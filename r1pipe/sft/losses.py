@@ -24,7 +24,7 @@ class Sums:
 
 def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
     """The sums over a micro-batch; multi-token prediction where the model has layers for it."""
-    balance = Balance(batch.segments_BT) if with_balance else None
+    balance = Balance(batch.segments_BT, with_loss=with_balance)
     hidden_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, balance)
     mtp = None
     if with_mtp and model.config.num_nextn_predict_layers:
@@ -37,7 +37,7 @@ def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: boo
             batch.loss_BT,
             model.config.vocab_size,
         )
-    return Sums(cross_entropy_sum(model, hidden_BTD, batch), mtp, balance.total() if balance else None)
+    return Sums(cross_entropy_sum(model, hidden_BTD, batch), mtp, balance.total() if with_balance else None)
 
 
 def cross_entropy_sum(model: DeepseekV3, hidden_BTD: Tensor, batch: Batch) -> Tensor:

@@ -269,6 +269,14 @@ def test_loads_count_each_prompt_once_and_no_filling(alpha, monkeypatch):
     assert [step.loads_LE.sum(1).tolist() for step in stats] == [[2 * (3 + 1 + 0 + 3 * 7)]] * 2
 
 
+def test_what_is_repeated_for_a_rank_with_more_micro_batches_counts_nowhere(monkeypatch):
+    (plain, metrics), (other, same) = (steps_of_update(0.1, 12, monkeypatch, repeats) for repeats in (0, 2))
+    assert same == metrics and metrics["train/balance_loss"] > 0
+    for expected, step in zip(plain, other, strict=True):
+        assert torch.equal(step.loads_LE, expected.loads_LE)
+        assert (step.loss, step.grad_norm) == (expected.loss, expected.grad_norm)
+
+
 # --- rewards of a step
 
 PROMPT = Prompt("p", "word", "en", "?", "4")

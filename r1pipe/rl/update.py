@@ -82,7 +82,7 @@ class Reference:
 def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
-    """A minibatch as micro-batches, as many on every rank, with weights that make the mean over all ranks."""
+    """A minibatch as this rank's micro-batches, with weights that make the mean over all ranks."""
     sequences, tokens, read = engine.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
     ranks = engine.world_size  # the engine averages over them
     micros = [
@@ -94,9 +94,6 @@ def prepare(
         )
         for rollouts in by_prompt(minibatch, config.micro_tokens)
     ]
-    missing = engine.agree_max(len(micros)) - len(micros)
-    idle = replace(micros[-1], weights_N=torch.zeros_like(micros[-1].weights_N), balance_weight=0.0)
-    micros += [idle] * missing
     if reference is not None:
         for micro in micros:
             micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
@@ -138,7 +135,8 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
         return result.loss + alpha * balance
 
     closures: list[Callable[[], Tensor]] = [partial(share, micro) for micro in micros]
-    return _Step(engine.train_step(closures), losses, shares)
+    stats, mine = engine.train_step(closures), len(micros)
+    return _Step(stats, losses[:mine], shares[:mine])  # without the engine's repeats for ranks that have more
 
 
 def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:

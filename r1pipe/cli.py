@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -171,10 +171,8 @@ def chat(
     return scripts.answer(checkpoint, overrides or [], settings, ["--chat"], [])
 
 
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or fp8 (blocks of 128 x 128); none: each tensor as it is"),
-]
+Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
+Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 
 ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from r1pipe import checkpoints
+from r1pipe.arguments import Arguments
 from r1pipe.data.chat import TOKENIZER_FILES
 from r1pipe.errors import CheckpointError, R1pipeError
 from r1pipe.model import load_pretrained
@@ -88,7 +89,7 @@ def logits_of_transformers(folder: Path) -> Tensor:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a checkpoint for transformers and vLLM.")
+    parser = Arguments(description="Write a checkpoint for transformers and vLLM.")
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("folder", help="made; must not hold anything yet")
     parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from r1pipe import checkpoints
+from r1pipe.arguments import Arguments
 from r1pipe.data.chat import Chat
 from r1pipe.errors import ConfigError, R1pipeError
 from r1pipe.model import load_pretrained
@@ -80,7 +81,7 @@ def show(question: str, completion: Completion, as_json: bool) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Answer questions with a checkpoint.")
+    parser = Arguments(description="Answer questions with a checkpoint.")
     parser.add_argument("checkpoint", help="checkpoint folder")
     parser.add_argument("questions", nargs="*", help="none: lines of standard input")
     parser.add_argument("--chat", action="store_true", help="ask and answer until the input ends")

@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 
 from r1pipe import checkpoints
+from r1pipe.arguments import Arguments
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.errors import CheckpointError, R1pipeError
 from r1pipe.model import model_config_from
@@ -89,7 +90,7 @@ def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Take a published checkpoint in.")
+    parser = Arguments(description="Take a published checkpoint in.")
     parser.add_argument("folder", help="the published checkpoint")
     parser.add_argument("target", help="the checkpoint to make")
     parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")

@@ -163,6 +163,13 @@ def test_without_a_gpu_the_gpu_bench_is_one_line(capsys, monkeypatch):
     assert said.out == ""
 
 
+def test_an_unknown_device_is_one_line(capsys):
+    assert main(["tiny", "--device", "tpu"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert "--device: invalid choice: 'tpu' (choose from" in said.err
+
+
 def test_a_tiny_bench_from_end_to_end(capsys, monkeypatch):
     monkeypatch.setattr(referee, "PROBE_NEW", 1)
     assert main(["tiny", "--vllm-python", "nowhere"]) == 0

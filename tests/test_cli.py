@@ -2,14 +2,18 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from fakes import House
 
 from r1pipe import cli, launch
 from r1pipe.config.groups import options
+from r1pipe.model.weights import PRECISIONS
+from r1pipe.paths import stages_dir
 
 VERBS = [
     "run",
@@ -62,6 +66,8 @@ def test_config_needs_nothing_slow_either() -> None:
         (["lineage", "colt_start"], "did you mean cold_start?"),
         (["generate", "nowhere", "why?"], "no checkpoint nowhere"),
         (["import", "theirs", "--name", "a/b"], "must be a name, not a path"),
+        (["import", "theirs", "--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'fp8'"),
+        (["export", "grpo", "out", "--dtype", "int4"], "Invalid value for '--dtype'"),
         (["export", "grpo", "out"], "stage grpo has no finished run"),
         (["compare", "nowhere"], "no run nowhere"),
         (["report"], "no finished run"),
@@ -73,6 +79,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert house.call(*words) == 2
     out, err = capsys.readouterr()
     assert told in err and err.count("\n") == 1 and "Traceback" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        ("export", ["grpo", "out", "--dtype", "int4"], ["--dtype", "'int4'", *PRECISIONS]),
+        ("import_weights", ["theirs", "mine", "--dtype", "int4"], ["--dtype", "'int4'", *PRECISIONS]),
+        ("generate", ["grpo", "why?", "--seed", "one"], ["--seed", "'one'"]),
+        ("generate", [], ["checkpoint"]),
+    ],
+)
+def test_a_wrong_word_to_a_script_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    script: str,
+    words: list[str],
+    told: list[str],
+) -> None:
+    path = str(stages_dir() / f"{script}.py")
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and err.count("\n") == 1
+    assert [word for word in told if word not in err] == []
+
+
+def test_the_command_line_knows_the_precisions_that_weights_can_have() -> None:
+    assert get_args(cli.Precision) == tuple(PRECISIONS)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ def test_an_imported_checkpoint_is_a_parent(tmp_path, monkeypatch, capsys):
     assert call("import", str(theirs), "--name", "mine") == 2
     assert "is there already" in capsys.readouterr().err
     assert call("import", str(theirs), "--name", "a/b") == 2
-    assert call("import", str(theirs), "--name", "x", "--dtype", "int4") != 0
+    assert call("import", str(theirs), "--name", "x", "--dtype", "int4") == 2
 
 
 def test_a_shape_that_no_file_of_conf_has_is_told_as_overrides(tmp_path):

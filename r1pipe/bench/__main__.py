@@ -1,6 +1,5 @@
 """`python -m r1pipe.bench cpu|gpu|tiny`: measures, shows progress, prints the table."""
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from r1pipe.arguments import Arguments
 from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model
 from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import WORDS, Row, rows_of, table_of, words
@@ -23,14 +23,14 @@ MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a bench; 0, or 2 with one line where it cannot run."""
-    parser = argparse.ArgumentParser(prog="python -m r1pipe.bench", description=__doc__)
+    parser = Arguments(prog="python -m r1pipe.bench", description=__doc__)
     parser.add_argument("name", help="a file in conf/bench/")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="instead of the file's")
     parser.add_argument("--model", help="a file in conf/model/, instead of every case's own")
     parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="left out where it is missing")
-    given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        given = parser.parse_args(arguments)
         config = load_bench(given.name)
         config = replace(config, device=given.device or config.device)
         if given.model:

@@ -10,7 +10,7 @@ from shapes import ours, tiny, tokens
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
-from r1pipe.model.cache import LatentCache, decode, prefill
+from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.moe import gates
 from r1pipe.model.mtp import mtp_loss_sum, stored_copies
 from r1pipe.model.names import CONFIG
@@ -86,7 +86,8 @@ def test_another_document_changes_nothing():
         seen = LEARNED.clone()
         seen[0, :6] = False
         found.append(mtp_loss_sum(model.lm_head, depths, rows_BT, SEGMENTS, seen, model.config.vocab_size))
-    assert found[0] == found[1] and found[0] > 0
+    assert found[0] > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)  # other groups of experts, other sums
 
 
 def test_the_half_of_the_embedding_comes_first():
@@ -107,10 +108,10 @@ def test_the_model_itself_does_not_change_and_decodes_without_them():
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     tokens_BT = tokens(2, 12, model.config)
     assert torch.equal(model(tokens_BT), plain(tokens_BT))
-    entries_LBTW, _ = prefill(model, tokens_BT[:, :8], torch.tensor([8, 8]))
+    entries_LBTW, _ = Decoder(model).prefill(tokens_BT[:, :8], torch.tensor([8, 8]))
     cache = LatentCache(model, 2, 12)
     cache.fill(torch.tensor([0, 1]), entries_LBTW, torch.tensor([0, 1]))
-    logits_SV = decode(model, tokens_BT[:, 8], torch.tensor([8, 8]), cache, 9)
+    logits_SV = Decoder(model).decode(tokens_BT[:, 8], torch.tensor([8, 8]), cache, 9)
     torch.testing.assert_close(logits_SV, plain(tokens_BT)[:, 8], atol=1e-4, rtol=0)
 
 

@@ -53,7 +53,11 @@ def test_wheel_holds_package_conf_stages_and_data(wheel):
         for name in zipfile.ZipFile(wheel).namelist()
         if not name.partition("/")[0].endswith(".dist-info")
     }
-    package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("r1pipe/**/*.py")}
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("r1pipe/**/*.py", "r1pipe/kernels/cpu/*")
+        for path in ROOT.glob(pattern)
+    }
     bundled = {
         f"r1pipe/_bundled/{path.relative_to(ROOT).as_posix()}"
         for pattern in ("conf/**/*.yaml", "stages/*.py", "data/**/*")

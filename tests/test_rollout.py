@@ -8,7 +8,9 @@ import torch
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 
 from r1pipe.errors import ConfigError
-from r1pipe.model.cache import LatentCache, decode, prefill
+from r1pipe.kernels.build import runs_here
+from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.compiled import CompiledDecoder
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.rollout.drawing import draw, uniform_stream
 
@@ -24,22 +26,26 @@ def prompts(count: int, config, shortest: int = 1) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["v3", "moonlight", "v3_yarn", "few_experts", "v2_lite"])
+@pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
+@pytest.mark.parametrize("name", SHAPES | V2_SHAPES)
 @torch.no_grad()
-def test_cached_decode_equals_full_forward_at_every_position(name):
+def test_cached_decode_equals_full_forward_at_every_position(name, kind):
     model = ours((SHAPES | V2_SHAPES)[name])
+    if kind is CompiledDecoder and not runs_here(torch.float32):
+        pytest.skip("this processor has no AVX-512, or there is no compiler")
+    decoder = kind(model)
     tokens_BT = tokens(4, 40, model.config)
     full = model(tokens_BT)
     lengths = torch.tensor([3, 9, 1, 6])
     cache = LatentCache(model, 4, 40)
     cache.entries_LSMW.fill_(1e3)  # what was there before must not show
-    entries, logits = prefill(model, tokens_BT[:, :9], lengths)
+    entries, logits = decoder.prefill(tokens_BT[:, :9], lengths)
     rows = torch.arange(4)
     torch.testing.assert_close(logits, full[rows, lengths - 1], atol=1e-4, rtol=0)
     cache.fill(rows, entries, rows)
     for step in range(30):
         positions = lengths + step
-        logits = decode(model, tokens_BT[rows, positions], positions, cache, int(positions.max()) + 1)
+        logits = decoder.decode(tokens_BT[rows, positions], positions, cache, int(positions.max()) + 1)
         torch.testing.assert_close(logits, full[rows, positions], atol=1e-4, rtol=0)
 
 

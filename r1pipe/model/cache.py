@@ -39,32 +39,35 @@ class LatentCache:
         self.entries_LSMW = self.entries_LSMW[:, :slots]
 
 
-@torch.no_grad()
-def prefill(model: DeepseekV3, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Read prompts padded on the right -> their cache entries_LBTW and the logits_BV after the last token."""
-    read: list[Tensor] = []
-    hidden_BTD = model.model(tokens_BT, keep=read.append)
-    last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
-    return torch.stack(read), model.lm_head(last_BD)
+class Decoder:
+    """A model at work on the cache, through torch's operators on any device."""
 
+    def __init__(self, model: DeepseekV3):
+        self.model = model
 
-@torch.no_grad()
-def decode(
-    model: DeepseekV3, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int
-) -> Tensor:
-    """Read one more token per slot, at `positions_S` -> logits_SV; the cache grows by these tokens.
+    @torch.no_grad()
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Read prompts padded on the right -> cache entries_LBTW and the logits_BV after each last token."""
+        read: list[Tensor] = []
+        hidden_BTD = self.model.model(tokens_BT, keep=read.append)
+        last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
+        return torch.stack(read), self.model.lm_head(last_BD)
 
-    `length` is larger than every live position: the part of the cache that is looked at. A slot that has
-    ended may lie beyond; its logits mean nothing.
-    """
-    trunk = model.model
-    rotation_Sr = trunk.rotary.table(tokens_S.device).index_select(0, positions_S)
-    places_M = torch.arange(length, device=tokens_S.device)
-    x_SD = trunk.embed_tokens(tokens_S)
-    unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf")).to(x_SD.dtype)
-    places_S = (
-        torch.arange(0, len(tokens_S) * cache.length, cache.length, device=tokens_S.device) + positions_S
-    )
-    for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=False):  # MTP layers come last
-        x_SD = cast(DecoderLayer, layer).decode(x_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
-    return model.lm_head(trunk.norm(x_SD))
+    @torch.no_grad()
+    def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
+        """Read one more token per slot, at `positions_S` -> logits_SV; the cache grows by these tokens.
+
+        `length` is larger than every live position: the part of the cache that is looked at. A slot that has
+        ended may lie beyond; its logits mean nothing.
+        """
+        trunk = self.model.model
+        rotation_Sr = trunk.rotary.table(tokens_S.device).index_select(0, positions_S)
+        places_M = torch.arange(length, device=tokens_S.device)
+        x_SD = trunk.embed_tokens(tokens_S)
+        unseen_SM = torch.where(places_M <= positions_S.unsqueeze(1), 0.0, float("-inf")).to(x_SD.dtype)
+        firsts_S = torch.arange(0, len(tokens_S) * cache.length, cache.length, device=tokens_S.device)
+        for layer, entries_SMW in zip(trunk.layers, cache.entries_LSMW, strict=False):  # MTP layers come last
+            x_SD = cast(DecoderLayer, layer).decode(
+                x_SD, rotation_Sr, firsts_S + positions_S, entries_SMW, unseen_SM
+            )
+        return self.model.lm_head(trunk.norm(x_SD))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from r1pipe.errors import ConfigError, NumericProblem
-from r1pipe.model.cache import LatentCache, decode, prefill
+from r1pipe.model.cache import LatentCache
+from r1pipe.model.compiled import decoder_of
 from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
@@ -65,6 +66,11 @@ class Sampler:
                     f"prompt {place} has {len(prompt)} tokens; with max_tokens={params.max_tokens} it needs"
                     f" between 1 and {longest - params.max_tokens} (model.max_position_embeddings={longest})"
                 )
+            if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+                raise ConfigError(
+                    f"prompt {place} has a token outside the vocabulary"
+                    f" (model.vocab_size={self.model.config.vocab_size}); is the tokenizer this model's?"
+                )
         if not prompts:
             return []
         return _Batch(self, prompts, params).run(progress)
@@ -92,6 +98,7 @@ class _Batch:
         self.prefix: _Prefix | None = None
         slots = min(sampler.slots, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
+        self.decoder = decoder_of(sampler.model)
         self.cache = LatentCache(sampler.model, slots, longest_prompt + params.max_tokens)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
@@ -150,7 +157,7 @@ class _Batch:
         longest = max(len(prompt) for prompt in chunk)
         padded = [prompt + [self.sampler.pad_id] * (longest - len(prompt)) for prompt in chunk]
         lengths = torch.tensor([len(prompt) for prompt in chunk], device=self.device)
-        return _Prefix(first, *prefill(self.sampler.model, torch.tensor(padded, device=self.device), lengths))
+        return _Prefix(first, *self.decoder.prefill(torch.tensor(padded, device=self.device), lengths))
 
     def _start(self, slots: np.ndarray, numbers: np.ndarray, prefix: _Prefix) -> None:
         params = self.params
@@ -177,7 +184,7 @@ class _Batch:
 
     def _step(self, length: int) -> None:
         positions_S = self.prompt_lengths_S + self.counts_S - 1
-        logits_SV = decode(self.sampler.model, self.tokens_S, positions_S, self.cache, length)
+        logits_SV = self.decoder.decode(self.tokens_S, positions_S, self.cache, length)
         uniform_S = self.uniforms_SU.gather(1, self.counts_S.unsqueeze(1)).squeeze(1)
         self._record(slice(None), *draw(logits_SV, uniform_S, self.params))
 

@@ -1,0 +1,256 @@
+// The whole model over a ragged batch of new tokens on the latent cache, in one call: prompts and decoding alike.
+//
+// A layer is three passes over the batch: latents (every token's cache entry must be there before any token looks),
+// attention and gate, experts. Threads share a pass by blocks of rows, or by experts; every sum has a fixed order, so
+// results do not depend on the threads. Attention is absorbed (V2 section 2.1.2): keys and values are never expanded,
+// as in r1pipe/model/mla.py `decode`, which together with moe.py is this file's reference.
+//
+// N tokens, D hidden width, H heads, C latent width, R rotary width, W = C + R, E experts, K chosen, T the type of
+// weights, cache and what products read. What is added up stays in float.
+#include "attend.h"
+#include "gate.h"
+
+namespace r1pipe {
+
+constexpr int64_t ROWS = 32;  // of a block: its activations stay in a core's own cache
+
+// Turns pairs of x [width] by the rotation [width / 2, 2].
+template <typename T>
+inline void rotate(const float* x, const float* rotation, int64_t width, float scale, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; i += 2) {
+    const float re = x[i], im = x[i + 1], cosine = rotation[i], sine = rotation[i + 1];
+    put(out[i], (re * cosine - im * sine) * scale);
+    put(out[i + 1], (re * sine + im * cosine) * scale);
+  }
+}
+
+template <typename T>
+class Forward {
+ public:
+  Forward(const Shape& s, const Layer* layers, const Ends& ends, const Batch& b)
+      : s(s), layers(layers), ends(ends), b(b), N(b.tokens), W(s.latent + s.rope), sorted(b.tokens * s.top_k) {
+    x = scratch<float, 0>(N * s.width);
+    query = scratch<float, 1>(N * s.heads * W);
+    weights = scratch<float, 2>(sorted);
+    sorted_weights = scratch<float, 3>(sorted);
+    routed = scratch<float, 4>(sorted * s.width);
+    normed = scratch<T, 5>(N * s.width);
+    slot = scratch<int64_t, 6>(N);
+    position = scratch<int64_t, 7>(N);
+    chosen = scratch<int64_t, 8>(sorted);
+    place = scratch<int64_t, 9>(sorted);
+    order = scratch<int64_t, 10>(sorted);
+    items = scratch<Item, 11>(sorted / ROWS + N / ROWS + s.experts + 2);
+    std::copy_n(b.slot, N, slot);
+    std::copy_n(b.position, N, position);
+  }
+
+  void run() {
+#pragma omp parallel
+    {
+      over_rows([&](int64_t row, int64_t rows) { embed(row, rows); });
+      for (int64_t n = 0; n < s.layers; n++) {
+        over_rows([&](int64_t row, int64_t rows) { write_latents(n, row, rows); });
+        if (n + 1 == s.layers) {
+#pragma omp single
+          keep_wanted();
+        }
+        over_rows([&](int64_t row, int64_t rows) { look_and_choose(n, row, rows); });
+#pragma omp single
+        sort_by_expert(n);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count; i++) feed_forward(n, items[i]);
+        if (n >= s.dense_layers) over_rows([&](int64_t row, int64_t rows) { add_routed(row, rows); });
+      }
+      over_rows([&](int64_t row, int64_t rows) { head(row, rows); });
+      at::native::cpublas::brgemm_release(sizeof(T) == 2);
+    }
+  }
+
+ private:
+  struct Item {  // rows [first, end) of one expert's sorted tokens, or (expert -1) of all tokens
+    int64_t expert, first, end;
+  };
+
+  const Shape& s;
+  const Layer* layers;
+  const Ends& ends;
+  const Batch& b;
+  int64_t N;  // tokens at work
+  const int64_t W, sorted;
+  float *x, *query;                // [N, D], the residual stream; [N, H, W]
+  float *weights, *sorted_weights; // [N, K]; [N * K] by expert
+  float* routed;                   // [N * K, D], by expert
+  T* normed;                       // [N, D]
+  int64_t *slot, *position;        // [N]
+  int64_t *chosen, *place, *order; // [N, K]: expert, and its place among the sorted; [N * K]: token of the sorted
+  Item* items;
+  int64_t count = 0;
+
+  template <typename F>
+  void over_rows(F work) {
+    const int64_t blocks = (N + ROWS - 1) / ROWS;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; block++) work(block * ROWS, std::min(ROWS, N - block * ROWS));
+  }
+
+  Packed<T> packed(const void* data, int64_t outputs, int64_t depth) const {
+    return {static_cast<const T*>(data), outputs, depth};
+  }
+
+  // The first cache entry of a token's slot.
+  T* entries(int64_t layer, int64_t row) const {
+    return static_cast<T*>(b.cache) + layer * b.layer_stride + slot[row] * b.slot_stride;
+  }
+
+  void norm(int64_t row, int64_t rows, const float* weight, T* out) const {
+    for (int64_t r = 0; r < rows; r++) rms_norm(x + (row + r) * s.width, weight, s.eps, s.width, out + r * s.width);
+  }
+
+  void embed(int64_t row, int64_t rows) {
+    for (int64_t n = row; n < row + rows; n++) {
+      const T* embedding = static_cast<const T*>(ends.embedding) + b.token[n] * s.width;
+      widen(embedding, s.width, x + n * s.width);
+    }
+  }
+
+  // Norm, projections, the tokens' cache entries, and their queries with the keys' up-projection absorbed.
+  void write_latents(int64_t n, int64_t row, int64_t rows) {
+    const Layer& l = layers[n];
+    const int64_t H = s.heads, C = s.latent, per_head = s.nope + s.rope, queries = H * per_head;
+    const int64_t lead = s.query_rank ? s.query_rank : queries, width = lead + W;
+    float* projected = scratch<float, 12>(rows * width);
+    T* in = scratch<T, 13>(rows * std::max(s.width, s.query_rank));
+    norm(row, rows, l.attention_norm, in);
+    multiply(in, s.width, rows, packed(l.first, width, s.width), projected, width);
+    const float* q = projected;
+    int64_t q_stride = width;
+    if (s.query_rank) {
+      float* expanded = scratch<float, 14>(rows * queries);
+      for (int64_t r = 0; r < rows; r++)
+        rms_norm(q + r * width, l.query_norm, s.latent_eps, s.query_rank, in + r * s.query_rank);
+      multiply(in, s.query_rank, rows, packed(l.query, queries, s.query_rank), expanded, queries);
+      q = expanded;
+      q_stride = queries;
+    }
+    T* nope = scratch<T, 15>(H * rows * s.nope);
+    for (int64_t r = 0; r < rows; r++) {
+      const float *rotation = b.rotation + position[row + r] * s.rope, *latent = projected + r * width + lead;
+      T* own = entries(n, row + r) + position[row + r] * b.entry_stride;
+      rms_norm(latent, l.latent_norm, s.latent_eps, C, own);
+      rotate(latent + C, rotation, s.rope, 1.0f, own + C);
+      for (int64_t h = 0; h < H; h++) {
+        const float* head = q + r * q_stride + h * per_head;
+        rotate(head + s.nope, rotation, s.rope, s.scale, query + ((row + r) * H + h) * W + C);
+        narrow(head, s.nope, float(s.scale), nope + (h * rows + r) * s.nope);
+      }
+    }
+    for (int64_t h = 0; h < H; h++)
+      multiply(nope + h * rows * s.nope, s.nope, rows, packed(l.up_key, C, s.nope).at(h), query + (row * H + h) * W,
+               H * W);
+  }
+
+  // Once the last layer's entries are written, only the tokens that get logits go on.
+  void keep_wanted() {
+    const int64_t width = s.heads * W;
+    for (int64_t i = 0; i < b.wanted; i++) {
+      const int64_t n = b.want[i];
+      if (n == i) continue;
+      std::copy_n(x + n * s.width, s.width, x + i * s.width);
+      std::copy_n(query + n * width, width, query + i * width);
+      slot[i] = slot[n];
+      position[i] = position[n];
+    }
+    N = b.wanted;
+  }
+
+  void look_and_choose(int64_t n, int64_t row, int64_t rows) {
+    const Layer& l = layers[n];
+    const int64_t H = s.heads, C = s.latent, width = H * s.value;
+    T *own = scratch<T, 16>(H * W), *context = scratch<T, 17>(rows * H * C), *in = scratch<T, 18>(rows * width);
+    for (int64_t r = 0; r < rows; r++) {
+      narrow(query + (row + r) * H * W, H * W, 1.0f, own);
+      attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, context + r * H * C);
+    }
+    float* values = scratch<float, 19>(rows * width);
+    for (int64_t h = 0; h < H; h++)
+      multiply(context + h * C, H * C, rows, packed(l.up_value, s.value, C).at(h), values + h * s.value, width);
+    narrow(values, rows * width, 1.0f, in);
+    multiply(in, width, rows, packed(l.out, s.width, width), x + row * s.width, s.width, true);
+    if (n < s.dense_layers) return norm(row, rows, l.mlp_norm, normed + row * s.width);
+    float *exact = scratch<float, 20>(rows * s.width), *logits = scratch<float, 21>(rows * s.experts);
+    for (int64_t r = 0; r < rows; r++) rms_norm(x + (row + r) * s.width, l.mlp_norm, s.eps, s.width, exact + r * s.width);
+    narrow(exact, rows * s.width, 1.0f, normed + row * s.width);
+    multiply(exact, s.width, rows, Packed<float>{l.gate, s.experts, s.width}, logits, s.experts);
+    for (int64_t r = 0; r < rows; r++)
+      choose(s, logits + r * s.experts, l.bias, chosen + (row + r) * s.top_k, weights + (row + r) * s.top_k);
+  }
+
+  // The layer's items, largest first: what all tokens visit, then the experts' blocks of tokens.
+  void sort_by_expert(int64_t n) {
+    count = 0;
+    if (n < s.dense_layers || s.shared_inner)
+      for (int64_t row = 0; row < N; row += ROWS) items[count++] = {-1, row, std::min(N, row + ROWS)};
+    if (n < s.dense_layers) return;
+    int64_t* begin = scratch<int64_t, 22>(s.experts + 1);
+    std::fill_n(begin, s.experts + 1, 0);
+    for (int64_t i = 0; i < N * s.top_k; i++) begin[chosen[i] + 1]++;
+    std::partial_sum(begin, begin + s.experts + 1, begin);
+    for (int64_t e = 0; e < s.experts; e++)
+      for (int64_t first = begin[e]; first < begin[e + 1]; first += ROWS)
+        items[count++] = {e, first, std::min(begin[e + 1], first + ROWS)};
+    for (int64_t i = 0; i < N * s.top_k; i++) {
+      place[i] = begin[chosen[i]]++;
+      order[place[i]] = i / s.top_k;
+      sorted_weights[place[i]] = weights[i];
+    }
+  }
+
+  // One item: a routed expert, or the shared expert or dense layer, which add to x at once.
+  void feed_forward(int64_t n, const Item& item) {
+    const Layer& l = layers[n];
+    const int64_t rows = item.end - item.first, D = s.width;
+    const bool dense = n < s.dense_layers, all = item.expert < 0, shared = all && !dense;
+    const int64_t inner = dense ? s.dense_inner : shared ? s.shared_inner : s.inner, which = all ? 0 : item.expert;
+    const T* in = normed + item.first * D;
+    if (!all) {
+      T* gathered = scratch<T, 23>(rows * D);
+      for (int64_t r = 0; r < rows; r++) std::copy_n(normed + order[item.first + r] * D, D, gathered + r * D);
+      in = gathered;
+    }
+    float* gate_up = scratch<float, 24>(rows * 2 * inner);
+    T* product = scratch<T, 25>(rows * inner);
+    multiply(in, D, rows, packed(shared ? l.shared_gate_up : l.gate_up, 2 * inner, D).at(which), gate_up, 2 * inner);
+    swiglu(gate_up, rows, inner, all ? nullptr : sorted_weights + item.first, product);
+    multiply(product, inner, rows, packed(shared ? l.shared_down : l.down, D, inner).at(which),
+             (all ? x : routed) + item.first * D, D, all);
+  }
+
+  void add_routed(int64_t row, int64_t rows) {
+    for (int64_t i = row * s.top_k; i < (row + rows) * s.top_k; i++) {
+      const float* from_ = routed + place[i] * s.width;
+      float* to = x + i / s.top_k * s.width;
+#pragma omp simd
+      for (int64_t j = 0; j < s.width; j++) to[j] += from_[j];
+    }
+  }
+
+  void head(int64_t row, int64_t rows) {
+    norm(row, rows, ends.norm, normed + row * s.width);
+    multiply(normed + row * s.width, s.width, rows, packed(ends.head, s.vocabulary, s.width),
+             b.logits + row * s.vocabulary, s.vocabulary);
+  }
+};
+
+}  // namespace r1pipe
+
+using namespace r1pipe;
+
+extern "C" void r1pipe_forward_float32(const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
+  Forward<float>(*s, layers, *ends, *batch).run();
+}
+
+extern "C" void r1pipe_forward_bfloat16(const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
+  Forward<BFloat16>(*s, layers, *ends, *batch).run();
+}

@@ -1,0 +1,163 @@
+"""Reading and decoding through the compiled kernels, several times faster on a CPU that can run them.
+
+Axes as in layers.py; cache.py's Decoder is the reference.
+"""
+
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from r1pipe.kernels import forward
+from r1pipe.kernels.build import runs_here
+from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.layers import SwiGLU
+from r1pipe.model.mla import LATENT_EPS
+from r1pipe.model.moe import MoE
+from r1pipe.model.transformer import DeepseekV3
+
+
+def decoder_of(model: DeepseekV3) -> Decoder:
+    """The fastest decoder of the model, with its weights of now: training it further makes it stale."""
+    weight = model.lm_head.weight
+    fits = weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
+    return CompiledDecoder(model) if fits else Decoder(model)
+
+
+def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
+    """Whether weights are of one type, and products in bfloat16 of an even depth, as its pairs demand."""
+    weights = [parameter for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    uniform = all(weight.dtype == dtype for weight in weights)
+    config = model.config
+    depths = [weight.shape[-1] for weight in weights] + [config.qk_nope_head_dim, config.kv_lora_rank]
+    return uniform and (dtype == torch.float32 or all(depth % 2 == 0 for depth in depths))
+
+
+class CompiledDecoder(Decoder):
+    """Decoder in one compiled call per step; holds a second, packed copy of the weights."""
+
+    @torch.no_grad()
+    def __init__(self, model: DeepseekV3):
+        super().__init__(model)
+        self.dtype = model.lm_head.weight.dtype
+        self._held: list[Tensor] = []  # what the pointers below point to
+        config, trunk = model.config, model.model
+        layers = [cast(DecoderLayer, layer) for layer in islice(trunk.layers, config.num_hidden_layers)]
+        self.shape = self._shape(layers[0].self_attn.scale)
+        self.layers = (forward.Layer * len(layers))(*map(self._layer, layers))
+        self.ends = forward.Ends(
+            self._plain(trunk.embed_tokens.weight),
+            self._float(trunk.norm.weight),
+            self._packed(model.lm_head.weight),
+        )
+        self.rotation = torch.view_as_real(trunk.rotary.table(torch.device("cpu")))
+
+    def _shape(self, scale: float) -> forward.Shape:
+        config = self.model.config
+        steered = config.topk_method == "noaux_tc"
+        return forward.Shape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            heads=config.num_attention_heads,
+            nope=config.qk_nope_head_dim,
+            rope=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            latent=config.kv_lora_rank,
+            query_rank=config.q_lora_rank or 0,
+            vocabulary=config.vocab_size,
+            dense_layers=config.first_k_dense_replace,
+            dense_inner=config.intermediate_size,
+            experts=config.n_routed_experts,
+            top_k=config.num_experts_per_tok,
+            groups=config.n_group,
+            open_groups=config.n_group if config.topk_method == "greedy" else config.topk_group,
+            inner=config.moe_intermediate_size,
+            shared_inner=config.moe_intermediate_size * config.n_shared_experts,
+            group_best=2 if steered else 1,
+            sigmoid=config.scoring_func == "sigmoid",
+            normalise=config.norm_topk_prob,
+            eps=config.rms_norm_eps,
+            latent_eps=LATENT_EPS,
+            scale=scale,
+            routed_scale=config.routed_scaling_factor,
+        )
+
+    def _layer(self, layer: DecoderLayer) -> forward.Layer:
+        mla, mlp, config = layer.self_attn, layer.mlp, self.model.config
+        up_HnC = mla.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        up_k, up_v = up_HnC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        found = forward.Layer(
+            attention_norm=self._float(layer.input_layernorm.weight),
+            latent_norm=self._float(mla.kv_a_layernorm.weight),
+            mlp_norm=self._float(layer.post_attention_layernorm.weight),
+            up_key=self._packed(up_k.transpose(1, 2)),
+            up_value=self._packed(up_v),
+            out=self._packed(mla.o_proj.weight),
+        )
+        latent = mla.kv_a_proj_with_mqa.weight
+        if config.q_lora_rank is None:
+            found.first = self._packed(mla.q_proj.weight, latent)
+        else:
+            found.first = self._packed(mla.q_a_proj.weight, latent)
+            found.query_norm = self._float(mla.q_a_layernorm.weight)
+            found.query = self._packed(mla.q_b_proj.weight)
+        if isinstance(mlp, MoE):
+            found.gate = self._packed(mlp.gate.weight.float())
+            if config.topk_method == "noaux_tc":
+                found.bias = self._float(mlp.gate.e_score_correction_bias)
+            found.gate_up = self._packed(mlp.experts.gate_up_proj)
+            found.down = self._packed(mlp.experts.down_proj)
+            if config.n_shared_experts:
+                found.shared_gate_up, found.shared_down = self._swiglu(mlp.shared_experts)
+        else:
+            found.gate_up, found.down = self._swiglu(mlp)
+        return found
+
+    def _swiglu(self, mlp: SwiGLU) -> tuple[int, int]:
+        return self._packed(mlp.gate_proj.weight, mlp.up_proj.weight), self._packed(mlp.down_proj.weight)
+
+    def _packed(self, *weights: Tensor) -> int:
+        """Weights one above the other, packed."""
+        return self._plain(forward.pack(torch.cat(weights) if len(weights) > 1 else weights[0]))
+
+    def _float(self, weight: Tensor) -> int:
+        return self._plain(weight.float())
+
+    def _plain(self, weight: Tensor) -> int:
+        self._held.append(weight.contiguous())
+        return self._held[-1].data_ptr()
+
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As Decoder's; what fills rows up is not read, and its entries are zero."""
+        rows, longest = tokens_BT.shape
+        entries_LBTW = LatentCache(self.model, rows, longest).entries_LSMW
+        real_BT = torch.arange(longest) < lengths_B.unsqueeze(1)
+        rows_N, positions_N = real_BT.nonzero(as_tuple=True)
+        last_B = lengths_B.cumsum(0) - 1
+        return entries_LBTW, self._run(tokens_BT[real_BT], rows_N, positions_N, entries_LBTW, last_B)
+
+    def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
+        """As Decoder's; each slot looks at its own entries alone, whatever `length` is."""
+        slots_S = torch.arange(len(tokens_S))
+        return self._run(tokens_S, slots_S, positions_S, cache.entries_LSMW, slots_S)
+
+    def _run(
+        self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, entries_LSMW: Tensor, wanted: Tensor
+    ) -> Tensor:
+        """Read tokens_N at their slots and positions -> float32 logits of the wanted ones (ascending)."""
+        indices = [index.contiguous() for index in (tokens_N, slots_N, positions_N, wanted)]
+        logits = torch.empty(len(wanted), self.model.config.vocab_size)
+        layer, slot, entry, _ = entries_LSMW.stride()
+        batch = forward.Batch(
+            len(tokens_N),
+            len(wanted),
+            *(index.data_ptr() for index in indices),
+            entries_LSMW.data_ptr(),
+            *(layer, slot, entry),
+            self.rotation.data_ptr(),
+            logits.data_ptr(),
+        )
+        forward.run(self.dtype, self.shape, self.layers, self.ends, batch)
+        return logits

@@ -10,6 +10,7 @@
 namespace r1pipe {
 
 constexpr int64_t LANES = 16;  // floats of a register
+constexpr int64_t AHEAD = 16;  // entries fetched before they are needed: the cache of many slots lies in main memory
 constexpr int64_t TILE = 4;    // heads, entries and registers of a context that are worked on together
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -133,6 +134,8 @@ void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, i
     for (int64_t m = 0; m < length; m += TILE) {
       const T* entry[TILE];
       for (int64_t j = 0; j < TILE; j++) entry[j] = entries + std::min(m + j, length - 1) * stride;
+      const T* ahead = entries + (m + AHEAD) * stride;  // may lie beyond the cache: a prefetch cannot fail
+      for (int64_t i = 0; i < TILE * stride; i += 64 / int64_t(sizeof(T))) _mm_prefetch(ahead + i, _MM_HINT_T0);
       score_tile<Dot<T>>(query, entry, width, tile);
       for (int64_t k = 0; k < TILE; k++) std::copy_n(tile + k * TILE, TILE, &weights[k * M + m]);
     }

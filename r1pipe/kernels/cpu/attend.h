@@ -10,7 +10,7 @@
 namespace r1pipe {
 
 constexpr int64_t LANES = 16;  // floats of a register
-constexpr int64_t AHEAD = 16;  // entries fetched before they are needed: the cache of many slots lies in main memory
+constexpr int64_t AHEAD = 24;  // entries fetched before they are needed
 constexpr int64_t TILE = 4;    // heads, entries and registers of a context that are worked on together
 
 inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -32,56 +32,60 @@ inline __m512 sums(const __m512 (&in)[LANES]) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(b0, b1, 0x88), _mm512_shuffle_f32x4(b0, b1, 0xdd));
 }
 
-// 16 numbers from memory, widened; of the last ones only those under `mask`.
-inline __m512 load(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline __m512 load(const BFloat16* x, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
 inline __mmask16 mask_of(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
-// A register of the numbers that a dot product takes at a time, and sum += the products of two.
-struct Floats {
-  static constexpr int64_t COUNT = 16;
+// How dot products and weighted sums are computed on entries of a type.
+template <typename T>
+struct Numbers;
+
+template <>
+struct Numbers<float> {
+  static constexpr int64_t COUNT = 16;  // of a register
   using Register = __m512;
   static Register load(const float* x, int64_t left) { return _mm512_maskz_loadu_ps(mask_of(left), x); }
   static __m512 add_products(__m512 sum, Register x, Register y) { return _mm512_fmadd_ps(x, y, sum); }
 };
+
 #ifdef __AVX512BF16__
-struct BFloats {
+template <>
+struct Numbers<BFloat16> {
   static constexpr int64_t COUNT = 32;
   using Register = __m512bh;
   static Register load(const BFloat16* x, int64_t left) {
-    const __mmask32 mask = left >= COUNT ? 0xffffffff : (1u << left) - 1;
+    const __mmask32 mask = left >= COUNT ? 0xffffffff : left <= 0 ? 0 : (1u << left) - 1;
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, x);
   }
   static __m512 add_products(__m512 sum, Register x, Register y) { return _mm512_dpbf16_ps(sum, x, y); }
 };
 #endif
 
+// Scores of TILE heads by TILE entries: out[head * stride + entry]. Pointers may repeat.
 template <typename T>
-using Dot = std::conditional_t<sizeof(T) == 2, BFloats, Floats>;
-
-// Scores of TILE heads by TILE entries: out[head * TILE + entry]. Pointers may repeat.
-template <typename Numbers, typename T>
-inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TILE], int64_t width, float* out) {
+inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TILE], int64_t width, float* out,
+                       int64_t stride) {
   __m512 sum[LANES];
   for (auto& one : sum) one = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += Numbers::COUNT) {
-    typename Numbers::Register e[TILE];
+  for (int64_t i = 0; i < width; i += Numbers<T>::COUNT) {
+    typename Numbers<T>::Register e[TILE];
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE; j++) e[j] = Numbers::load(entry[j] + i, width - i);
+    for (int j = 0; j < TILE; j++) e[j] = Numbers<T>::load(entry[j] + i, width - i);
 #pragma GCC unroll 4
     for (int k = 0; k < TILE; k++) {
-      const auto q = Numbers::load(query[k] + i, width - i);
+      const auto q = Numbers<T>::load(query[k] + i, width - i);
 #pragma GCC unroll 4
-      for (int j = 0; j < TILE; j++) sum[k * TILE + j] = Numbers::add_products(sum[k * TILE + j], q, e[j]);
+      for (int j = 0; j < TILE; j++) sum[k * TILE + j] = Numbers<T>::add_products(sum[k * TILE + j], q, e[j]);
     }
   }
-  _mm512_storeu_ps(out, sums(sum));
+  const __m512 all = sums(sum);
+  _mm_storeu_ps(out, _mm512_extractf32x4_ps(all, 0));
+  _mm_storeu_ps(out + stride, _mm512_extractf32x4_ps(all, 1));
+  _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(all, 2));
+  _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(all, 3));
 }
 
-// w = softmax(w); NaN stays NaN.
-inline void softmax(float* w, int64_t length) {
+// w = exp(w - max) as T, zeros behind up to `filled` -> the factor that makes it a softmax. NaN stays NaN.
+template <typename T>
+inline float softmax(float* w, int64_t length, int64_t filled, T* out) {
   float largest = w[0], total = 0.0f;
 #pragma omp simd reduction(max : largest)
   for (int64_t m = 0; m < length; m++) largest = w[m] > largest ? w[m] : largest;
@@ -90,23 +94,21 @@ inline void softmax(float* w, int64_t length) {
     w[m] = exponential(w[m] - largest);
     total += w[m];
   }
-  const float factor = 1.0f / total;
-#pragma omp simd
-  for (int64_t m = 0; m < length; m++) w[m] *= factor;
+  std::fill(w + length, w + filled, 0.0f);
+  narrow(w, filled, 1.0f, out);
+  return 1.0f / total;
 }
 
-// out[head * LANES * TILE + i] = sum over entries of weight[head * stride + m] * value i, for TILE heads and 64 values
-template <typename T>
-inline void weigh_tile(const float* weight, int64_t weight_stride, const T* value, int64_t value_stride, int64_t length,
-                       int64_t left, float* out) {
+// out[head * 64 + i] = sum over entries of weight[head * weight_stride + m] * value[m][i], for TILE heads and the
+// first `left` of 64 values. `length` is even: where there is an entry too few, its weight is 0 and `last` stands in.
+inline void weigh_tile(const float* weight, int64_t weight_stride, const float* value, int64_t value_stride,
+                       int64_t length, int64_t last, int64_t left, float* out) {
   __m512 sum[TILE][TILE];
   for (auto& row : sum) std::fill_n(row, TILE, _mm512_setzero_ps());
-  __mmask16 mask[TILE];
-  for (int j = 0; j < TILE; j++) mask[j] = mask_of(left - j * LANES);
-  for (int64_t m = 0; m < length; m++) {
+  for (int64_t m = 0; m <= last && m < length; m++) {
     __m512 v[TILE];
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE; j++) v[j] = load(value + m * value_stride + j * LANES, mask[j]);
+    for (int j = 0; j < TILE; j++) v[j] = Numbers<float>::load(value + m * value_stride + j * LANES, left - j * LANES);
 #pragma GCC unroll 4
     for (int k = 0; k < TILE; k++) {
       const __m512 w = _mm512_set1_ps(weight[k * weight_stride + m]);
@@ -118,33 +120,73 @@ inline void weigh_tile(const float* weight, int64_t weight_stride, const T* valu
     for (int j = 0; j < TILE; j++) _mm512_storeu_ps(out + (k * TILE + j) * LANES, sum[k][j]);
 }
 
+#ifdef __AVX512BF16__
+// The same two entries at a time: their values are interleaved, and their weights lie side by side already.
+inline void weigh_tile(const BFloat16* weight, int64_t weight_stride, const BFloat16* value, int64_t value_stride,
+                       int64_t length, int64_t last, int64_t left, float* out) {
+  __m512 sum[TILE][TILE];
+  for (auto& row : sum) std::fill_n(row, TILE, _mm512_setzero_ps());
+  for (int64_t m = 0; m < length; m += 2) {
+    const BFloat16 *first = value + m * value_stride, *second = value + std::min(m + 1, last) * value_stride;
+    __m512bh v[TILE];  // values 0-3, 8-11, 16-19, 24-27 of both; 4-7, 12-15 ...; the same from 32 on
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      const __m512i a = (__m512i)Numbers<BFloat16>::load(first + j * 32, left - j * 32);
+      const __m512i b = (__m512i)Numbers<BFloat16>::load(second + j * 32, left - j * 32);
+      v[2 * j] = (__m512bh)_mm512_unpacklo_epi16(a, b);
+      v[2 * j + 1] = (__m512bh)_mm512_unpackhi_epi16(a, b);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < TILE; k++) {
+      int32_t pair;
+      std::memcpy(&pair, weight + k * weight_stride + m, 4);
+      const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < TILE; j++) sum[k][j] = _mm512_dpbf16_ps(sum[k][j], w, v[j]);
+    }
+  }
+  const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
+  for (int k = 0; k < TILE; k++)
+    for (int j = 0; j < TILE; j += 2) {
+      float* to = out + (k * TILE + j) * LANES;
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(sum[k][j], front, sum[k][j + 1]));
+      _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(sum[k][j], back, sum[k][j + 1]));
+    }
+}
+#endif
+
+// Fetches the first entries of a slot before they are needed: those of many slots lie in main memory.
+template <typename T>
+inline void fetch(const T* entries, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) _mm_prefetch(entries + i, _MM_HINT_T0);
+}
+
 // context [heads, latent] = softmax(queries [heads, width] . entry) . latent, over entries [length, width] whose first
 // `latent` numbers are the values.
 template <typename T>
 void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, int64_t length, int64_t width,
             int64_t latent, T* context) {
-  const int64_t M = rounded_up(length, TILE);
-  static thread_local Buffer<float> buffer;
-  float* weights = buffer.of(TILE * M);
-  float tile[LANES * TILE * TILE];
+  const int64_t M = rounded_up(length, TILE), last = length - 1;
+  static thread_local Buffer<float> scores_buffer;
+  static thread_local Buffer<T> weights_buffer;
+  float *scores = scores_buffer.of(TILE * M), tile[LANES * TILE * TILE], factor[TILE];
+  T* weights = weights_buffer.of(TILE * M);
   for (int64_t h = 0; h < heads; h += TILE) {
     const int64_t some = std::min(TILE, heads - h);  // heads of this tile: the last one stands in for what lacks
     const T* query[TILE];
     for (int64_t k = 0; k < TILE; k++) query[k] = queries + (h + std::min(k, some - 1)) * width;
     for (int64_t m = 0; m < length; m += TILE) {
       const T* entry[TILE];
-      for (int64_t j = 0; j < TILE; j++) entry[j] = entries + std::min(m + j, length - 1) * stride;
-      const T* ahead = entries + (m + AHEAD) * stride;  // may lie beyond the cache: a prefetch cannot fail
-      for (int64_t i = 0; i < TILE * stride; i += 64 / int64_t(sizeof(T))) _mm_prefetch(ahead + i, _MM_HINT_T0);
-      score_tile<Dot<T>>(query, entry, width, tile);
-      for (int64_t k = 0; k < TILE; k++) std::copy_n(tile + k * TILE, TILE, &weights[k * M + m]);
+      for (int64_t j = 0; j < TILE; j++) entry[j] = entries + std::min(m + j, last) * stride;
+      fetch(entries + (m + AHEAD) * stride, TILE * stride);  // may lie beyond the cache: that does no harm
+      score_tile(query, entry, width, scores + m, M);
     }
-    for (int64_t k = 0; k < TILE; k++) softmax(&weights[k * M], length);
+    for (int64_t k = 0; k < TILE; k++) factor[k] = softmax(scores + k * M, length, M, weights + k * M);
     for (int64_t c = 0; c < latent; c += LANES * TILE) {
-      weigh_tile(weights, M, entries + c, stride, length, latent - c, tile);
+      weigh_tile(weights, M, entries + c, stride, M, last, latent - c, tile);
       for (int64_t k = 0; k < some; k++)
-        for (int64_t i = 0; i < std::min(LANES * TILE, latent - c); i++)
-          put(context[(h + k) * latent + c + i], tile[k * LANES * TILE + i]);
+        narrow(tile + k * LANES * TILE, std::min(LANES * TILE, latent - c), factor[k], context + (h + k) * latent + c);
     }
   }
 }

@@ -170,6 +170,7 @@ class Forward {
     const int64_t H = s.heads, C = s.latent, width = H * s.value;
     T *own = scratch<T, 16>(H * W), *context = scratch<T, 17>(rows * H * C), *in = scratch<T, 18>(rows * width);
     for (int64_t r = 0; r < rows; r++) {
+      if (row + r + 1 < N) fetch(entries(n, row + r + 1), AHEAD * b.entry_stride);
       narrow(query + (row + r) * H * W, H * W, 1.0f, own);
       attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, context + r * H * C);
     }

@@ -101,6 +101,7 @@ def test_a_token_outside_the_vocabulary_is_refused(token):
         Sampler(ours(SHAPES["v3"])).generate([[5], [5, token]], SamplingParams(max_tokens=4))
 
 
+@runs
 def test_packed_weights_by_hand():
     weight = torch.arange(2 * 70 * 4.0).view(2, 70, 4)
     packed = pack(weight)

@@ -4,10 +4,10 @@ Axes as in r1pipe/model/layers.py.
 """
 
 import ctypes
+import math
 from ctypes import Structure, c_double, c_int64, c_void_p
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r1pipe.kernels.build import library
@@ -61,13 +61,16 @@ def pack(weight: Tensor) -> Tensor:
 
     In bfloat16, where `depth` must be even, neighbours of the depth lie together: [..., depth / 2, 64, 2].
     """
-    outputs, depth = weight.shape[-2:]
-    panels = -(-outputs // PANEL)
-    filled = F.pad(weight, (0, 0, 0, panels * PANEL - outputs)) if outputs % PANEL else weight
-    if weight.dtype == torch.bfloat16:
-        parts = filled.unflatten(-2, (panels, PANEL)).unflatten(-1, (depth // 2, 2))
-        return parts.transpose(-3, -2).contiguous()
-    return filled.unflatten(-2, (panels, PANEL)).transpose(-2, -1).contiguous()
+    kernels = library()
+    assert kernels is not None
+    *stack, outputs, depth = weight.shape
+    pairs = (2,) if weight.dtype == torch.bfloat16 else ()
+    units, panels = depth // 2 if pairs else depth, -(-outputs // PANEL)
+    packed = weight.new_empty(*stack, panels, units, PANEL, *pairs)
+    given = weight.contiguous()
+    numbers = (c_int64(math.prod(stack)), c_int64(outputs), c_int64(units))
+    kernels.r1pipe_pack(c_void_p(given.data_ptr()), *numbers, c_void_p(packed.data_ptr()))
+    return packed
 
 
 def run(dtype: torch.dtype, shape: Shape, layers: ctypes.Array, ends: Ends, batch: Batch) -> None:

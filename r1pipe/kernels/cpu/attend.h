@@ -168,10 +168,8 @@ template <typename T>
 void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, int64_t length, int64_t width,
             int64_t latent, T* context) {
   const int64_t M = rounded_up(length, TILE), last = length - 1;
-  static thread_local Buffer<float> scores_buffer;
-  static thread_local Buffer<T> weights_buffer;
-  float *scores = scores_buffer.of(TILE * M), tile[LANES * TILE * TILE], factor[TILE];
-  T* weights = weights_buffer.of(TILE * M);
+  float *scores = scratch<float, struct Scores>(TILE * M), tile[LANES * TILE * TILE], factor[TILE];
+  T* weights = scratch<T, struct Softmax>(TILE * M);
   for (int64_t h = 0; h < heads; h += TILE) {
     const int64_t some = std::min(TILE, heads - h);  // heads of this tile: the last one stands in for what lacks
     const T* query[TILE];

@@ -30,18 +30,18 @@ class Forward {
  public:
   Forward(const Shape& s, const Layer* layers, const Ends& ends, const Batch& b)
       : s(s), layers(layers), ends(ends), b(b), N(b.tokens), W(s.latent + s.rope), sorted(b.tokens * s.top_k) {
-    x = scratch<float, 0>(N * s.width);
-    query = scratch<float, 1>(N * s.heads * W);
-    weights = scratch<float, 2>(sorted);
-    sorted_weights = scratch<float, 3>(sorted);
-    routed = scratch<float, 4>(sorted * s.width);
-    normed = scratch<T, 5>(N * s.width);
-    slot = scratch<int64_t, 6>(N);
-    position = scratch<int64_t, 7>(N);
-    chosen = scratch<int64_t, 8>(sorted);
-    place = scratch<int64_t, 9>(sorted);
-    order = scratch<int64_t, 10>(sorted);
-    items = scratch<Item, 11>(sorted / ROWS + N / ROWS + s.experts + 2);
+    x = scratch<float, struct Residual>(N * s.width);
+    query = scratch<float, struct Queries>(N * s.heads * W);
+    weights = scratch<float, struct Weights>(sorted);
+    sorted_weights = scratch<float, struct SortedWeights>(sorted);
+    routed = scratch<float, struct Routed>(sorted * s.width);
+    normed = scratch<T, struct Normed>(N * s.width);
+    slot = scratch<int64_t, struct Slots>(N);
+    position = scratch<int64_t, struct Positions>(N);
+    chosen = scratch<int64_t, struct Chosen>(sorted);
+    place = scratch<int64_t, struct Places>(sorted);
+    order = scratch<int64_t, struct Order>(sorted);
+    items = scratch<Item, struct Items>(sorted / ROWS + N / ROWS + s.experts + 2);
     std::copy_n(b.slot, N, slot);
     std::copy_n(b.position, N, position);
   }
@@ -104,7 +104,8 @@ class Forward {
     return static_cast<T*>(b.cache) + layer * b.layer_stride + slot[row] * b.slot_stride;
   }
 
-  void norm(int64_t row, int64_t rows, const float* weight, T* out) const {
+  template <typename Out>
+  void norm(int64_t row, int64_t rows, const float* weight, Out* out) const {
     for (int64_t r = 0; r < rows; r++) rms_norm(x + (row + r) * s.width, weight, s.eps, s.width, out + r * s.width);
   }
 
@@ -120,21 +121,21 @@ class Forward {
     const Layer& l = layers[n];
     const int64_t H = s.heads, C = s.latent, per_head = s.nope + s.rope, queries = H * per_head;
     const int64_t lead = s.query_rank ? s.query_rank : queries, width = lead + W;
-    float* projected = scratch<float, 12>(rows * width);
-    T* in = scratch<T, 13>(rows * std::max(s.width, s.query_rank));
+    float* projected = scratch<float, struct Projected>(rows * width);
+    T* in = scratch<T, struct Input>(rows * std::max(s.width, s.query_rank));
     norm(row, rows, l.attention_norm, in);
     multiply(in, s.width, rows, packed(l.first, width, s.width), projected, width);
     const float* q = projected;
     int64_t q_stride = width;
     if (s.query_rank) {
-      float* expanded = scratch<float, 14>(rows * queries);
+      float* expanded = scratch<float, struct Expanded>(rows * queries);
       for (int64_t r = 0; r < rows; r++)
         rms_norm(q + r * width, l.query_norm, s.latent_eps, s.query_rank, in + r * s.query_rank);
       multiply(in, s.query_rank, rows, packed(l.query, queries, s.query_rank), expanded, queries);
       q = expanded;
       q_stride = queries;
     }
-    T* nope = scratch<T, 15>(H * rows * s.nope);
+    T* nope = scratch<T, struct Nope>(H * rows * s.nope);
     for (int64_t r = 0; r < rows; r++) {
       const float *rotation = b.rotation + position[row + r] * s.rope, *latent = projected + r * width + lead;
       T* own = entries(n, row + r) + position[row + r] * b.entry_stride;
@@ -168,20 +169,21 @@ class Forward {
   void look_and_choose(int64_t n, int64_t row, int64_t rows) {
     const Layer& l = layers[n];
     const int64_t H = s.heads, C = s.latent, width = H * s.value;
-    T *own = scratch<T, 16>(H * W), *context = scratch<T, 17>(rows * H * C), *in = scratch<T, 18>(rows * width);
+    T *own = scratch<T, struct Own>(H * W), *context = scratch<T, struct Context>(rows * H * C);
     for (int64_t r = 0; r < rows; r++) {
       if (row + r + 1 < N) fetch(entries(n, row + r + 1), AHEAD * b.entry_stride);
       narrow(query + (row + r) * H * W, H * W, 1.0f, own);
       attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, context + r * H * C);
     }
-    float* values = scratch<float, 19>(rows * width);
+    float* values = scratch<float, struct Values>(rows * width);
     for (int64_t h = 0; h < H; h++)
       multiply(context + h * C, H * C, rows, packed(l.up_value, s.value, C).at(h), values + h * s.value, width);
+    T* in = scratch<T, struct Heads>(rows * width);
     narrow(values, rows * width, 1.0f, in);
     multiply(in, width, rows, packed(l.out, s.width, width), x + row * s.width, s.width, true);
     if (n < s.dense_layers) return norm(row, rows, l.mlp_norm, normed + row * s.width);
-    float *exact = scratch<float, 20>(rows * s.width), *logits = scratch<float, 21>(rows * s.experts);
-    for (int64_t r = 0; r < rows; r++) rms_norm(x + (row + r) * s.width, l.mlp_norm, s.eps, s.width, exact + r * s.width);
+    float *exact = scratch<float, struct Exact>(rows * s.width), *logits = scratch<float, struct Logits>(rows * s.experts);
+    norm(row, rows, l.mlp_norm, exact);
     narrow(exact, rows * s.width, 1.0f, normed + row * s.width);
     multiply(exact, s.width, rows, Packed<float>{l.gate, s.experts, s.width}, logits, s.experts);
     for (int64_t r = 0; r < rows; r++)
@@ -194,7 +196,7 @@ class Forward {
     if (n < s.dense_layers || s.shared_inner)
       for (int64_t row = 0; row < N; row += ROWS) items[count++] = {-1, row, std::min(N, row + ROWS)};
     if (n < s.dense_layers) return;
-    int64_t* begin = scratch<int64_t, 22>(s.experts + 1);
+    int64_t* begin = scratch<int64_t, struct Begin>(s.experts + 1);
     std::fill_n(begin, s.experts + 1, 0);
     for (int64_t i = 0; i < N * s.top_k; i++) begin[chosen[i] + 1]++;
     std::partial_sum(begin, begin + s.experts + 1, begin);
@@ -216,12 +218,12 @@ class Forward {
     const int64_t inner = dense ? s.dense_inner : shared ? s.shared_inner : s.inner, which = all ? 0 : item.expert;
     const T* in = normed + item.first * D;
     if (!all) {
-      T* gathered = scratch<T, 23>(rows * D);
+      T* gathered = scratch<T, struct Gathered>(rows * D);
       for (int64_t r = 0; r < rows; r++) std::copy_n(normed + order[item.first + r] * D, D, gathered + r * D);
       in = gathered;
     }
-    float* gate_up = scratch<float, 24>(rows * 2 * inner);
-    T* product = scratch<T, 25>(rows * inner);
+    float* gate_up = scratch<float, struct GateUp>(rows * 2 * inner);
+    T* product = scratch<T, struct Product>(rows * inner);
     multiply(in, D, rows, packed(shared ? l.shared_gate_up : l.gate_up, 2 * inner, D).at(which), gate_up, 2 * inner);
     swiglu(gate_up, rows, inner, all ? nullptr : sorted_weights + item.first, product);
     multiply(product, inner, rows, packed(shared ? l.shared_down : l.down, D, inner).at(which),

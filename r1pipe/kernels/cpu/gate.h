@@ -25,7 +25,7 @@ inline void score(float* logits, int64_t experts, bool by_sigmoid) {
 // Shuts the experts of all but the open groups: a group's score is the sum of its best experts'.
 inline void close_groups(const Shape& s, float* biased) {
   const int64_t size = s.experts / s.groups;
-  float *of_group = scratch<float, 100>(s.groups), *best = scratch<float, 101>(size);
+  float *of_group = scratch<float, struct OfGroup>(s.groups), *best = scratch<float, struct Best>(size);
   for (int64_t g = 0; g < s.groups; g++) {
     std::copy_n(biased + g * size, size, best);
     std::partial_sort(best, best + s.group_best, best + size, std::greater<float>());
@@ -41,7 +41,7 @@ inline void close_groups(const Shape& s, float* biased) {
 // logits [E], which it overwrites -> experts [K] and weights [K]. The bias (null: none) steers the choice alone.
 inline void choose(const Shape& s, float* logits, const float* bias, int64_t* experts, float* weights) {
   score(logits, s.experts, s.sigmoid);
-  float* biased = scratch<float, 102>(s.experts);
+  float* biased = scratch<float, struct Biased>(s.experts);
   for (int64_t e = 0; e < s.experts; e++) biased[e] = logits[e] + (bias ? bias[e] : 0.0f);
   if (s.open_groups < s.groups) close_groups(s, biased);
   float total = 1e-20f;

@@ -12,7 +12,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 
 namespace r1pipe {
 
@@ -35,36 +34,28 @@ template <typename T>
 inline void multiply(const T* in, int64_t in_stride, int64_t rows, const Packed<T>& weight, float* out,
                      int64_t out_stride, bool add = false) {
   for (int64_t first = 0; first < weight.outputs; first += PANEL) {
-    at::native::cpublas::brgemm(rows, std::min(PANEL, weight.outputs - first), weight.depth, in_stride, PANEL, out_stride,
-                                add, in, weight.data + first * weight.depth, out + first, sizeof(T) == 2);
+    const int64_t outputs = std::min(PANEL, weight.outputs - first);
+    at::native::cpublas::brgemm(rows, outputs, weight.depth, in_stride, PANEL, out_stride, add, in,
+                                weight.data + first * weight.depth, out + first, sizeof(T) == 2);
   }
 }
 
-// Memory that grows and is kept between calls, so that the system need not clear pages for each; not initialised.
-template <typename T>
-class Buffer {
- public:
-  T* of(int64_t size) {
-    if (size > held) {
-      data.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
-      held = size;
-    }
-    return data.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
+// This thread's memory for one `Use`, a name: it grows and is kept between calls, since page faults cost more than what
+// is computed in it. Not initialised.
+template <typename T, typename Use>
+inline T* scratch(int64_t count) {
+  struct Block {
+    T* data = nullptr;
+    int64_t size = 0;
+    ~Block() { std::free(data); }
   };
-  std::unique_ptr<T, Free> data;
-  int64_t held = 0;
-};
-
-// This thread's memory for one USE (a number of the caller's own), at least `size` long.
-template <typename T, int USE>
-T* scratch(int64_t size) {
-  static thread_local Buffer<T> buffer;
-  return buffer.of(size);
+  static thread_local Block block;
+  if (block.size < count) {
+    std::free(block.data);
+    block.data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    block.size = count;
+  }
+  return block.data;
 }
 
 inline float from(float x) { return x; }

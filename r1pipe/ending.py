@@ -42,7 +42,7 @@ def measure(
 ) -> evaluate.Evaluation:
     """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it."""
     model.eval()
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots, run.config.engine.graphs)
     context = model.config.max_position_embeddings
     prompts, general_prompts, too_long = held_out(chat, source, context, config)
     if too_long:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
-from r1pipe.model import expert_loads, reset_loads, set_recompute, update_router_bias
+from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.ranks import Ranks
 
@@ -142,7 +142,7 @@ class Engine(Ranks):
         self.start()
         deepspeed = _start_deepspeed(self.device)
         self.module: Any = model
-        set_recompute(model, config.recompute)
+        train_as(model, config)
         self.router, self.zero_level = router, config.zero_level
         if config.zero_level == 3:
             _mark_moe_leaves(deepspeed, model)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from r1pipe.config.architecture import check_all
+from r1pipe.config.rules import accelerator_rules
 from r1pipe.config.schema import EngineConfig
 
 
@@ -50,6 +52,7 @@ class Ranks:
     def __init__(self, config: EngineConfig):
         self.rank, self.world_size = rank_and_world()
         self.device = choose_device(config.accelerator)
+        check_all(accelerator_rules(config, self.device.type))  # "auto" is known only here
         if self.world_size > 1:
             self.start()
 

@@ -39,7 +39,7 @@ def main(folder: str) -> None:
                 stage.prompts,
                 leaves_room(chat, context, stage.sampling.max_tokens),
             )
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, stage.sampling.slots)
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, stage.sampling.slots, run.config.engine.graphs)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:

@@ -8,8 +8,15 @@ from shapes import tiny
 
 from r1pipe.bench import referee
 from r1pipe.bench.__main__ import main
-from r1pipe.bench.arithmetic import case_flops, forward_flops, speedup, utilisation, weights_per_token
-from r1pipe.bench.config import Case, Job, Setting, load_bench, load_model
+from r1pipe.bench.arithmetic import (
+    case_flops,
+    data_sheet,
+    forward_flops,
+    speedup,
+    utilisation,
+    weights_per_token,
+)
+from r1pipe.bench.config import Case, Job, Setting, load_bench, load_model, rehearsal
 from r1pipe.bench.prompts import EOS, rows
 from r1pipe.bench.referee import Result, contest, fastest
 from r1pipe.bench.table import rows_of, table_of
@@ -58,7 +65,7 @@ def test_utilisation_and_speedup():
     [(4.9, "floor 5 MISSED"), (5.0, "floor 5 reached"), (8.0, "goal 8 reached")],
 )
 def test_a_ratio_is_judged_by_floor_and_goal(theirs, said):
-    ours, peer = rows_of([result("transformers", theirs), result("ours", 1.0)], {"fp32": 1e9})
+    ours, peer = rows_of([result("transformers", theirs), result("ours", 1.0)], {"fp32": 1e9}, {})
     assert (ours.result.contestant, ours.ratio, ours.judgement) == ("ours", None, "")
     assert (peer.ratio, peer.judgement) == (theirs, said)
     assert ours.tokens_per_s == 8.0  # sampled tokens, not the prompt's
@@ -68,21 +75,27 @@ def test_a_ratio_is_judged_by_floor_and_goal(theirs, said):
 
 def test_more_memory_than_a_peer_is_said():
     results = [result("ours", 1.0, 2 * MIB), result("transformers", 9.0, MIB)]
-    assert rows_of(results, {"fp32": 1e9})[1].judgement == "goal 8 reached, ours takes more memory"
+    assert rows_of(results, {"fp32": 1e9}, {})[1].judgement == "goal 8 reached, ours takes more memory"
 
 
 def test_each_contestant_is_measured_by_the_peak_of_its_own_dtype():
     results = [result("ours", 1.0, setting=BF16), result("transformers", 1.0)]
-    ours, peer = rows_of(results, {"fp32": 1e9, "bf16": 4e9})
+    ours, peer = rows_of(results, {"fp32": 1e9, "bf16": 4e9}, {"bf16": 8e9})
     assert peer.share_of_peak == pytest.approx(4 * ours.share_of_peak)
+    assert ours.share_of_sheet == ours.share_of_peak / 2 and peer.share_of_sheet is None
+
+
+def test_data_sheets_are_of_the_gpus_that_they_name():
+    assert data_sheet("NVIDIA H200") == {"bf16": 989.4e12}
+    assert data_sheet("NVIDIA H200 NVL") == {}
 
 
 def test_the_table_has_a_line_for_each_contestant():
-    rows_ = rows_of([result("ours", 1.0), result("transformers", 8.0)], {"fp32": 1e9})
+    rows_ = rows_of([result("ours", 1.0), result("transformers", 8.0)], {"fp32": 1e9}, {})
     table = table_of(rows_, 2, {"fp32": 1e9})
     assert table.row_count == 2
     assert list(table.columns[2].cells) == ["ours", "transformers"]
-    assert list(table.columns[8].cells) == ["", "8.0"]
+    assert list(table.columns[9].cells) == ["", "8.0"]
 
 
 def test_prompts_are_the_same_each_time_and_end_nowhere():
@@ -139,8 +152,20 @@ def test_the_fastest_setting_is_found_and_one_that_fails_is_passed_over(fakes):
 def test_shipped_benches_load_and_their_models_exist(name):
     config = load_bench(name)
     for case in config.cases:
-        assert set(case.peers) <= set(config.settings)
+        assert all(config.settings_of(name, case.kind) for name in ["ours", *case.peers])
         assert [load_model(model).name for model in case.models] == case.models
+
+
+def test_settings_may_be_of_one_kind_of_case():
+    config = rehearsal(load_bench("gpu"))
+    train, sample = config.cases
+    assert (train.sequences, train.prompt, train.new, sample.new) == (2, 8, 0, 3)
+    options = [
+        {name for setting in config.settings_of("ours", case.kind) for name in setting.options}
+        for case in config.cases
+    ]
+    assert options == [{"attention", "compile", "recompute"}, {"graphs"}]
+    assert config.settings_of("transformers", "train") == config.settings_of("transformers", "sample")
 
 
 def test_a_setting_that_a_contestant_would_ignore_is_refused(monkeypatch):

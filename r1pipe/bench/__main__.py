@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from r1pipe.arguments import Arguments
-from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model
+from r1pipe.bench.arithmetic import data_sheet
+from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model, rehearsal
 from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import WORDS, Row, rows_of, table_of, words
 from r1pipe.errors import EnvironmentProblem, R1pipeError
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help="a file in conf/bench/")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="instead of the file's")
     parser.add_argument("--model", help="a file in conf/model/, instead of every case's own")
+    parser.add_argument("--rehearse", action="store_true", help="try every setting at sizes of no meaning")
     parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="left out where it is missing")
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = replace(config, device=given.device or config.device)
         if given.model:
             config = replace(config, cases=[replace(case, models=[given.model]) for case in config.cases])
+        if given.rehearse:
+            config = rehearsal(config)
         Bench(config, given.vllm_python, console).run()
     except R1pipeError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -58,11 +62,7 @@ class Bench:
 
     def run(self) -> list[Row]:
         """Measure everything and print the table. Raises EnvironmentProblem where nothing can be measured."""
-        if self.config.device == "cuda":
-            import torch
-
-            if not torch.cuda.is_available():
-                raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
+        sheet = data_sheet(gpu_name()) if self.config.device == "cuda" else {}
         peers = {peer for case in self.config.cases for peer in case.peers}
         for peer in sorted(peer for peer in peers if not self.installed[peer]):
             self.say(f"{peer} is not installed: left out")
@@ -77,7 +77,7 @@ class Bench:
                 make_weights(model, weights)
                 for case in self.config.cases:
                     if model in case.models:
-                        rows += rows_of(self.case(case, model, weights, folder), peaks)
+                        rows += rows_of(self.case(case, model, weights, folder), peaks, sheet)
         self.console.print(table_of(rows, self.config.threads, peaks))
         self.say("done")
         return rows
@@ -125,7 +125,7 @@ class Bench:
 
     def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
         """The contestant's fastest setting; says what each took. Raises EnvironmentProblem if none runs."""
-        settings = self.config.settings[name]
+        settings = self.config.settings_of(name, case.kind)
         if len(settings) == 1:
             return settings[0]
         tried = [self.job(name, case, model, weights, setting) for setting in settings]
@@ -134,6 +134,15 @@ class Bench:
             took = took if isinstance(took, str) else f"{took:.2f} s"
             self.say(f"{model}, {WORDS[case.kind]}, {name}, {setting}: {took}")
         return chosen
+
+
+def gpu_name() -> str:
+    """The GPU as its driver calls it. Raises EnvironmentProblem where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
+    return torch.cuda.get_device_name()
 
 
 def make_weights(model: str, folder: Path) -> None:

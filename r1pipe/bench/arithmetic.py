@@ -7,6 +7,15 @@ needed: what is recomputed, padded or computed for every expert makes a contesta
 from r1pipe.bench.config import Case
 from r1pipe.config.schema import ModelConfig
 
+# Operations per second of dense bfloat16 products by NVIDIA's data sheets, which give them with sparsity: the
+# double. Names are the driver's, of the SXM modules.
+DATA_SHEETS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+
+def data_sheet(gpu: str) -> dict[str, float]:
+    """What the data sheet promises by dtype, as far as it is known here."""
+    return {"bf16": DATA_SHEETS[gpu]} if gpu in DATA_SHEETS else {}
+
 
 def weights_per_token(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: active experts alone, the head, not the embedding."""

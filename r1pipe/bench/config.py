@@ -1,6 +1,6 @@
 """What is measured (conf/bench/*.yaml) and what a contestant's process is told. Imports no torch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from r1pipe.config.groups import read
@@ -10,9 +10,11 @@ from r1pipe.errors import ConfigError
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")
-# Which options each contestant knows, and asks for.
+# Which options each contestant (for one kind of case, where that has its own) knows, and asks for.
 OPTIONS = {
     "ours": set(),
+    "ours/train": {"attention", "compile", "recompute"},  # keys of conf/engine
+    "ours/sample": {"graphs"},  # likewise
     "transformers": {"attention", "experts"},
     "trl": {"attention", "experts"},
     "vllm": {"eager"},  # "true": no torch.compile
@@ -60,7 +62,11 @@ class BenchConfig:
     rounds: int  # measured repetitions, contestants in turn; the median counts
     matmul: int  # side of the square matmul that gives the peak
     cases: list[Case]
-    settings: dict[str, list[Setting]]  # "ours", "transformers" ...: what is tried; the fastest is measured
+    settings: dict[str, list[Setting]]  # by the names of OPTIONS: what is tried; the fastest is measured
+
+    def settings_of(self, contestant: str, kind: str) -> list[Setting]:
+        """What is tried in a kind of case: its own settings, or else the contestant's."""
+        return self.settings.get(f"{contestant}/{kind}") or self.settings[contestant]
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,15 @@ def load_bench(name: str) -> BenchConfig:
             if setting.dtype not in DTYPES or set(setting.options) != OPTIONS.get(name):
                 raise ConfigError(f"bench.settings.{name}: {setting} is no setting of {name}")
     return config
+
+
+def rehearsal(config: BenchConfig) -> BenchConfig:
+    """The same cases and settings, so small that all are tried in minutes: their figures mean nothing."""
+    cases = [
+        replace(case, sequences=2 * case.group, prompt=8, new=min(case.new, 3), floors={}, goals={})
+        for case in config.cases
+    ]
+    return replace(config, rounds=1, matmul=64, cases=cases)
 
 
 def load_model(name: str) -> ModelConfig:

@@ -9,7 +9,7 @@ from r1pipe.bench.config import DTYPES, Job
 from r1pipe.bench.prompts import EOS, PAD, rows
 from r1pipe.bench.turns import Turns
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RLConfig
+from r1pipe.config.schema import RLConfig, RunConfig
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
@@ -32,20 +32,32 @@ def _prompts(job: Job) -> list[list[int]]:
 
 def _sample(job: Job, turns: Turns) -> None:
     model = load_pretrained(job.weights).to(getattr(torch, DTYPES[job.setting.dtype])).to(job.device)
-    sampler = Sampler(model, EOS, PAD, slots=job.case.sequences)
+    graphs = _composed(job).engine.graphs
+    sampler = Sampler(model, EOS, PAD, slots=job.case.sequences, graphs=graphs)
     params = SamplingParams(max_tokens=job.case.new, ignore_eos=True)
     turns.run(lambda: sampler.generate(_prompts(job), params))
 
 
+def _composed(job: Job) -> RunConfig:
+    """The config of a grpo stage, with the setting's options as keys of its engine."""
+    overrides = {
+        "ranks": "1",
+        "threads": str(job.threads),
+        "precision": job.setting.dtype,
+        **({"zero_level": "1"} if job.setting.dtype == "bf16" else {}),  # float32 masters
+        **job.setting.options,
+    }
+    engine = "gpu" if job.device == "cuda" else "cpu"
+    given = [f"engine.{key}={value}" for key, value in overrides.items()]
+    return compose(["stage=grpo", f"engine={engine}", *given]).config
+
+
 def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
     """The engine of a grpo stage, at a constant learning rate."""
-    engine = "gpu" if job.device == "cuda" else "cpu"
-    composed = compose(["stage=grpo", f"engine={engine}", "engine.ranks=1", f"engine.threads={job.threads}"])
-    stage, given = composed.config.stage, composed.config.engine
-    assert isinstance(stage, RLConfig)
-    level = max(given.zero_level, 1) if job.setting.dtype == "bf16" else given.zero_level  # float32 masters
-    given = replace(given, precision=job.setting.dtype, zero_level=level)
-    return Engine(model, stage.optim, stage.router, given, total_steps=100), stage
+    config = _composed(job)
+    assert isinstance(config.stage, RLConfig)
+    stage = config.stage
+    return Engine(model, stage.optim, stage.router, config.engine, total_steps=100), stage
 
 
 def _train(job: Job, turns: Turns) -> None:
@@ -68,10 +80,8 @@ def _grpo(job: Job, turns: Turns) -> None:
     """Sample, reward (the share of even tokens), advantages, KL to the reference, one optimizer step."""
     case = job.case
     model = load_pretrained(job.weights).to(job.device)
-    # the reference is a copy from before the engine takes the weights
-    engine_name = "gpu" if job.device == "cuda" else "cpu"
-    given = compose(["stage=grpo", f"engine={engine_name}"]).config.engine
-    reference = Reference(model, replace(given, precision=job.setting.dtype))
+    # a copy from before the engine takes the weights
+    reference = Reference(model, _composed(job).engine)
     engine, stage = _engine(job, model)
     config = replace(stage, minibatches=1, micro_tokens=MICRO_TOKENS, kl_coef=0.04)
     params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)

@@ -19,11 +19,16 @@ AT_LEAST_ONE = (
 )
 
 
-def check_model(model: ModelConfig) -> None:
+def check_all(rules: Rules) -> None:
     """Raises ConfigError, one line that names the key, on the first rule that does not hold."""
-    for holds, message in model_rules(model):
+    for holds, message in rules:
         if not holds:
             raise ConfigError(message)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises ConfigError on the first rule of a model's shape that does not hold."""
+    check_all(model_rules(model))
 
 
 def model_rules(model: ModelConfig) -> Rules:

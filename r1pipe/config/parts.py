@@ -67,6 +67,9 @@ class EngineConfig:
     precision: str  # "fp32" or "bf16"
     gradient_accumulation: int  # micro-batches per optimizer step and rank
     recompute: bool  # run each layer again in the backward pass instead of keeping what it computed
+    attention: str  # "sdpa", or "flex" (GPU): FlexAttention in the passes that train
+    compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
+    graphs: bool  # decode through CUDA graphs when sampling (GPU)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: str  # "local", "pdsh", "openmpi" or "slurm" (with a hostfile)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from r1pipe.config.architecture import Rules, model_rules
+from r1pipe.config.architecture import Rules, check_all, model_rules
 from r1pipe.config.schema import (
     EngineConfig,
     EvalConfig,
@@ -22,7 +22,6 @@ from r1pipe.config.schema import (
     SamplingConfig,
     SFTConfig,
 )
-from r1pipe.errors import ConfigError
 
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
 # What a model's shape must be is in `architecture`.
@@ -37,6 +36,7 @@ WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"}
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
+    "engine.attention": ("sdpa", "flex"),
     "engine.precision": ("fp32", "bf16"),
     "engine.launcher": ("local", "pdsh", "openmpi", "slurm"),
     "engine.zero_level": (0, 1, 2, 3),
@@ -49,9 +49,7 @@ CHOICES = {
 
 def check(config: RunConfig) -> None:
     """Raises ConfigError on the first rule that does not hold."""
-    for holds, message in every_rule(config):
-        if not holds:
-            raise ConfigError(message)
+    check_all(every_rule(config))
 
 
 def every_rule(config: RunConfig) -> Rules:
@@ -102,6 +100,30 @@ def engine_rules(engine: EngineConfig) -> Rules:
         engine.precision != "bf16" or engine.zero_level >= 1,
         "engine.precision=bf16 needs engine.zero_level=1 or more, which keeps float32 masters",
     )
+    yield from accelerator_rules(engine, engine.accelerator)
+    yield (
+        not (engine.compile and engine.recompute),
+        "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep",
+    )
+    yield (
+        not engine.compile or engine.zero_level <= 2,
+        "engine.compile=true needs engine.zero_level=2 or less: ZeRO-3 fetches weights within a layer",
+    )
+    yield (
+        not engine.compile or engine.precision == "bf16",
+        "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other",
+    )
+
+
+def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
+    """What `device` must be able to do: "cpu", "cuda" or, not known yet, "auto"."""
+    wishes = {
+        "attention=flex": engine.attention == "flex",  # torch has no backward pass of it for CPUs
+        "compile=true": engine.compile,
+        "graphs=true": engine.graphs,
+    }
+    for wish, wished in wishes.items():
+        yield not wished or device != "cpu", f"engine.{wish} needs a GPU (engine.accelerator=cuda)"
 
 
 def optim_rules(optim: OptimConfig) -> Rules:

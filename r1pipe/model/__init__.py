@@ -3,7 +3,8 @@
 from r1pipe.model.balance import Balance
 from r1pipe.model.moe import expert_loads, max_vio, reset_loads, update_router_bias
 from r1pipe.model.names import model_config_from
-from r1pipe.model.transformer import DeepseekV3, set_recompute
+from r1pipe.model.training import set_recompute, train_as
+from r1pipe.model.transformer import DeepseekV3
 from r1pipe.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "reset_loads",
     "save_pretrained",
     "set_recompute",
+    "train_as",
     "update_router_bias",
 ]

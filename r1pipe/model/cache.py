@@ -45,6 +45,10 @@ class Decoder:
     def __init__(self, model: DeepseekV3):
         self.model = model
 
+    def slots_for(self, live: int, slots: int) -> int:
+        """How many of `slots` to go on with where `live` are left."""
+        return live
+
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Read prompts padded on the right -> cache entries_LBTW and the logits_BV after each last token."""

@@ -13,14 +13,20 @@ from r1pipe.kernels import forward
 from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.graphs import graph_decoder
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
 from r1pipe.model.transformer import DeepseekV3
 
 
-def decoder_of(model: DeepseekV3) -> Decoder:
-    """The fastest decoder of the model, with its weights of now: training it further makes it stale."""
+def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
+    """The fastest decoder of the model, with its weights of now: training it further makes it stale.
+
+    `graphs` asks for CUDA graphs. Raises ConfigError where they cannot be.
+    """
+    if graphs:
+        return graph_decoder(model)
     weight = model.lm_head.weight
     fits = weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
     return CompiledDecoder(model) if fits else Decoder(model)

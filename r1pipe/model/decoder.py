@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.model.layers import RMSNorm, SwiGLU
-from r1pipe.model.mla import MLA, Keep
+from r1pipe.model.mla import MLA, Keep, Mask
 from r1pipe.model.moe import MoE, Routing
 
 
@@ -23,7 +23,7 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
-        mask_BTM: Tensor | None,
+        mask_BTM: Mask,
         keep: Keep | None = None,
         past_BPW: Tensor | None = None,
         routing: Routing | None = None,

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
+from r1pipe.model.flex import BlockMask, flex_attend
 from r1pipe.model.layers import RMSNorm, rotate, softmax_scale
 
 # Takes a layer's cache entries. A function, not a list to fill: under ZeRO-3 a module gets a copy of a list.
 Keep = Callable[[Tensor], None]
+# Which keys each token may look at: [B, T, M] bool, or the rules of FlexAttention; None: plainly causal.
+Mask = Tensor | BlockMask | None
 
 LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in the published weights
 
@@ -59,7 +62,7 @@ class MLA(nn.Module):
         self,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
-        mask_BTM: Tensor | None,
+        mask_BTM: Mask,
         keep: Keep | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
@@ -121,8 +124,10 @@ class MLA(nn.Module):
         return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Mask, scale: float) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
+    if isinstance(mask_BTM, BlockMask):
+        return flex_attend(query, key, value, mask_BTM, scale)
     width = value.shape[-1]
     if query.shape[-1] > width:  # the fused kernels want one width for all three
         value = F.pad(value, (0, query.shape[-1] - width))

@@ -92,7 +92,7 @@ class Gate(nn.Module):
 
     def _count(self, experts_NK: Tensor, counted_BT: Tensor | None) -> None:
         """Training forward passes alone count, not a checkpoint's recomputation (it runs inside backward)."""
-        recomputed = torch._C._current_graph_task_id() != -1
+        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.training and torch.is_grad_enabled() and not recomputed:
             ones_NK = torch.ones_like(experts_NK, dtype=torch.float32)
             if counted_BT is not None:
@@ -177,16 +177,16 @@ def sequence_balance(scores_NE: Tensor, documents_N: Tensor, top_k: int) -> Tens
     from 1, apart from one another also between rows; 0 is left out.
     """
     experts = scores_NE.shape[1]
-    count = int(documents_N.max()) + 1
+    count = len(documents_N) + 1  # each has a token: a bound that asks no GPU and breaks no compiled graph
     best_NK = scores_NE.detach().topk(top_k, dim=-1, sorted=False).indices
     chosen_NE = torch.zeros_like(scores_NE).scatter_(1, best_NK, 1.0)
     normalised_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
     zeros_dE = scores_NE.new_zeros(count, experts)
     chosen_dE = zeros_dE.index_add(0, documents_N, chosen_NE)
     sums_dE = zeros_dE.index_add(0, documents_N, normalised_NE)
-    tokens_d = torch.bincount(documents_N, minlength=count).clamp(min=1).unsqueeze(1)
+    tokens_d1 = scores_NE.new_zeros(count, 1).index_add(0, documents_N, torch.ones_like(scores_NE[:, :1]))
     # T x (E / (K T) x chosen) x (sums / T), the padding's row left out
-    return (experts / top_k * (chosen_dE * sums_dE / tokens_d)[1:]).sum()
+    return (experts / top_k * (chosen_dE * sums_dE / tokens_d1.clamp(min=1))[1:]).sum()
 
 
 def gates(model: nn.Module) -> list[Gate]:

@@ -1,5 +1,6 @@
 """The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.mlp.gate...)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -10,10 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
 from r1pipe.errors import ConfigError
+from r1pipe.model import flex
 from r1pipe.model.balance import Balance
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import RMSNorm, Rotary
-from r1pipe.model.mla import Keep
+from r1pipe.model.mla import Keep, Mask
 from r1pipe.model.moe import Experts, Gate, Routing
 from r1pipe.model.mtp import MTPLayer, same_document
 
@@ -29,7 +31,10 @@ class Past:
 class Trunk(nn.Module):
     """Embedding, layers and last norm: tokens in, hidden states out. MTP layers stand behind the others."""
 
-    recompute = False  # whether training keeps the inputs of layers alone and runs them again in backward
+    # Of training passes alone:
+    recompute = False  # whether they keep the inputs of layers alone and run them again in backward
+    flex = False  # whether they attend through FlexAttention
+    compiled: Callable[..., Tensor] | None = None  # what runs a layer, where that is compiled
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -89,8 +94,8 @@ class Trunk(nn.Module):
 
     def _places(
         self, tokens_BT: Tensor, segments_BT: Tensor | None, past: Past | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rotations and mask of rows; None: plainly causal. Raises ConfigError where rows are too long."""
+    ) -> tuple[Tensor, Mask]:
+        """Rotations and mask of rows. Raises ConfigError where rows are too long."""
         tokens = tokens_BT.shape[1]
         longest = tokens + (past.entries[0].shape[1] if past else 0)
         if longest > self.config.max_position_embeddings:
@@ -99,25 +104,38 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
+        by_rules = self.flex and self._trains()
         if segments_BT is not None:
-            return table[document_positions(segments_BT)], document_mask(segments_BT)
+            of_documents = flex.document_blocks if by_rules else document_mask
+            return table[document_positions(segments_BT)], of_documents(segments_BT)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            return table[positions_BT], past_mask(past, tokens)
-        return table[:tokens].unsqueeze(0), None
+            of_past = flex.past_blocks if by_rules else past_mask
+            return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
+        return table[:tokens].unsqueeze(0), flex.causal_blocks(tokens, table.device) if by_rules else None
+
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def _run(
         self,
         layer: nn.Module,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
-        mask_BTM: Tensor | None,
+        mask_BTM: Mask,
         keep: Keep | None,
         past_BPW: Tensor | None,
         routing: Routing,
     ) -> Tensor:
         """One layer; with `recompute`, what backward needs is computed again, but for the experts' choice."""
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
+        if self.compiled is not None and self._trains():
+            kept: list[Tensor] = []  # empty each time: what was compiled holds for one length of a list
+            give = kept.append if keep else None
+            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, give, past_BPW, routing)
+            if keep is not None:
+                keep(kept[0])
+            return x_BTD
+        if not (self.recompute and self._trains()):
             return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
         return checkpoint(
             layer,
@@ -142,13 +160,6 @@ def _once(keep: Keep) -> Keep:
             keep(entries)
 
     return first
-
-
-def set_recompute(model: nn.Module, on: bool) -> None:
-    """Turn activation recomputation on or off in every trunk of a model; it concerns training passes."""
-    for module in model.modules():
-        if isinstance(module, Trunk):
-            module.recompute = on
 
 
 class DeepseekV3(nn.Module):
@@ -247,10 +258,10 @@ def document_mask(segments_BT: Tensor) -> Tensor:
     return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
 
 
-def past_mask(past: Past, tokens: int) -> Tensor:
+def past_mask(lengths_B: Tensor, past: int, tokens: int) -> Tensor:
     """Which tokens each of `tokens` new ones may look at, [B, T, P+T] bool: its past, then causal."""
-    lengths_B11 = past.lengths_B[:, None, None]
-    places_P = torch.arange(past.entries[0].shape[1], device=lengths_B11.device)
-    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B11.device).tril_()
-    shape = (len(past.lengths_B), tokens, -1)
+    lengths_B11 = lengths_B[:, None, None]
+    places_P = torch.arange(past, device=lengths_B.device)
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B.device).tril_()
+    shape = (len(lengths_B), tokens, -1)
     return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)

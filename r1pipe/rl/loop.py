@@ -97,7 +97,9 @@ class GRPO:
         )
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         with self.engine.gathered() as policy:
-            sampler = Sampler(policy, self.chat.eos_id, self.chat.pad_id, sampling.slots)
+            sampler = Sampler(
+                policy, self.chat.eos_id, self.chat.pad_id, sampling.slots, self.run.config.engine.graphs
+            )
             completions = sampler.generate(tokens, params, self._show_sampling)
         for completion in completions:
             completion.text = self.chat.decode(completion.tokens)

@@ -32,9 +32,17 @@ Progress = Callable[[int, int], None]
 class Sampler:
     """Draws completions from a DeepseekV3, in its own type and on its own device."""
 
-    def __init__(self, model: DeepseekV3, eos_id: int | None = None, pad_id: int = 0, slots: int = 256):
+    def __init__(
+        self,
+        model: DeepseekV3,
+        eos_id: int | None = None,
+        pad_id: int = 0,
+        slots: int = 256,
+        graphs: bool = False,
+    ):
         """`eos_id` None takes what `load_pretrained` found in generation_config.json; a model without goes on
         to max_tokens, or to one of SamplingParams.stop_token_ids. `pad_id` fills prompts up, to no effect.
+        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where they cannot be.
         """
         if slots < 1:
             raise ConfigError(f"sampling: slots={slots} must be at least 1")
@@ -42,6 +50,7 @@ class Sampler:
         self.eos_ids = model.eos_ids if eos_id is None else (eos_id,)
         self.pad_id = pad_id
         self.slots = slots
+        self.graphs = graphs
 
     def stops(self, params: SamplingParams) -> frozenset[int]:
         """The tokens that end a completion. Raises ConfigError where the model has no such token."""
@@ -98,7 +107,7 @@ class _Batch:
         self.prefix: _Prefix | None = None
         slots = min(sampler.slots, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
-        self.decoder = decoder_of(sampler.model)
+        self.decoder = decoder_of(sampler.model, sampler.graphs)
         self.cache = LatentCache(sampler.model, slots, longest_prompt + params.max_tokens)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
@@ -229,14 +238,18 @@ class _Batch:
     def _shrink(self) -> None:
         """Move the last live slots into the free ones, and go on with the front of the batch alone."""
         live = np.flatnonzero(self.numbers >= 0)
-        if len(live) in (0, len(self.numbers)):
+        if not len(live):
             return
-        holes, last = np.flatnonzero(self.numbers[: len(live)] < 0), live[live >= len(live)]
+        slots = self.decoder.slots_for(len(live), len(self.numbers))
+        if slots == len(self.numbers):
+            return
+        last = live[live >= slots]
+        holes = np.flatnonzero(self.numbers[:slots] < 0)[: len(last)]
         self.numbers[holes] = self.numbers[last]
-        self.numbers = self.numbers[: len(live)]
+        self.numbers = self.numbers[:slots]
         to, where = torch.from_numpy(holes).to(self.device), torch.from_numpy(last).to(self.device)
         self.cache.move(where, to, self._longest())
-        self.cache.shrink(len(live))
+        self.cache.shrink(slots)
         for name in (
             "prompt_lengths_S",
             "counts_S",
@@ -248,4 +261,4 @@ class _Batch:
         ):
             values = getattr(self, name)
             values[to] = values[where]
-            setattr(self, name, values[: len(live)])
+            setattr(self, name, values[:slots])

@@ -1,0 +1,103 @@
+"""Decoding through CUDA graphs: a step's hundreds of small kernels are launched by one call.
+
+A step of one token per slot computes for less time than Python takes to launch its kernels one by one.
+Axes as in layers.py; cache.py's Decoder is the reference.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from r1pipe.errors import ConfigError
+from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.transformer import DeepseekV3
+
+LENGTHS = 128  # cache lengths are rounded up to a multiple: one capture serves as many steps of a full batch
+GROUPED = (9, 10)  # major compute capabilities whose grouped matmul leaves the groups' sizes on the GPU
+
+# Runs a step, and gives what runs it again on the same tensors, and the tensor that each run fills.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One captured step."""
+
+    tokens_S: Tensor  # what it reads, as `positions_S`
+    positions_S: Tensor
+    replay: Callable[[], object]
+    logits_SV: Tensor  # what it writes
+
+
+class GraphDecoder(Decoder):
+    """Decoder whose steps are captured once for each number of slots and rounded-up cache length.
+
+    For one `generate`: a graph holds the addresses of the cache and of the weights, and both may lie
+    elsewhere in the next (ZeRO-3 gathers weights anew). A capture runs about two plain steps, and those of
+    one generate are few: one for each halving of the slots, one for every LENGTHS-th token.
+    """
+
+    def __init__(self, model: DeepseekV3, capture: Capture):
+        super().__init__(model)
+        self._capture = capture
+        self._steps: dict[tuple[int, ...], _Step] = {}
+
+    def slots_for(self, live: int, slots: int) -> int:
+        """Halves alone: every number of slots is captured anew, and idle ones cost little."""
+        while slots >= 2 * live:
+            slots //= 2
+        return slots
+
+    @torch.no_grad()
+    def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
+        """As Decoder's. The logits are overwritten by the next call."""
+        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # what lies beyond a position is masked
+        key = (cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length)
+        if key not in self._steps:
+            inputs = tokens_S.clone(), positions_S.clone()
+            plain_step = partial(super().decode, *inputs, cache, length)
+            self._steps[key] = _Step(*inputs, *self._capture(plain_step))
+        step = self._steps[key]
+        step.tokens_S.copy_(tokens_S)
+        step.positions_S.copy_(positions_S)
+        step.replay()
+        return step.logits_SV
+
+
+def graph_decoder(model: DeepseekV3) -> GraphDecoder:
+    """Raises ConfigError where a step would ask the GPU for numbers, which cannot be captured."""
+    weight = model.lm_head.weight
+    if weight.device.type != "cuda":
+        raise ConfigError(f"engine.graphs=true needs a GPU; this model is on the {weight.device.type}")
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    if major not in GROUPED or weight.dtype != torch.bfloat16:
+        raise ConfigError(
+            "engine.graphs=true needs bfloat16 weights and a GPU of compute capability 9 or 10, where experts"
+            f" are one matmul; here weights are {weight.dtype} and the capability is {major}.{minor}"
+        )
+    return GraphDecoder(model, cuda_capture())
+
+
+def cuda_capture() -> Capture:
+    """Captures into graphs that share their memory: they run one at a time, each wholly used before the next.
+
+    As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs has it: first a run on another stream,
+    in which libraries set themselves up, then the capture, which computes nothing.
+    """
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits_SV = step()
+        return graph.replay, logits_SV
+
+    return capture

@@ -10,7 +10,7 @@ from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from r1pipe.errors import ConfigError
 from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
-from r1pipe.model.compiled import CompiledDecoder
+from r1pipe.model.native import NativeDecoder
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.rollout.drawing import draw, uniform_stream
 
@@ -26,12 +26,12 @@ def prompts(count: int, config, shortest: int = 1) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
+@pytest.mark.parametrize("kind", [Decoder, NativeDecoder])
 @pytest.mark.parametrize("name", SHAPES | V2_SHAPES)
 @torch.no_grad()
 def test_cached_decode_equals_full_forward_at_every_position(name, kind):
     model = ours((SHAPES | V2_SHAPES)[name])
-    if kind is CompiledDecoder and not runs_here(torch.float32):
+    if kind is NativeDecoder and not runs_here(torch.float32):
         pytest.skip("this processor has no AVX-512, or there is no compiler")
     decoder = kind(model)
     tokens_BT = tokens(4, 40, model.config)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import LatentCache
-from r1pipe.model.compiled import decoder_of
+from r1pipe.model.decoders import decoder_of
 from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion

@@ -1,4 +1,4 @@
-"""Reading and decoding through the compiled kernels, several times faster on a CPU that can run them.
+"""Reading and decoding through the C++ kernels, several times faster on a CPU that can run them.
 
 Axes as in layers.py; cache.py's Decoder is the reference.
 """
@@ -13,23 +13,16 @@ from r1pipe.kernels import forward
 from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.graphs import graph_decoder
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
 from r1pipe.model.transformer import DeepseekV3
 
 
-def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
-    """The fastest decoder of the model, with its weights of now: training it further makes it stale.
-
-    `graphs` asks for CUDA graphs. Raises ConfigError where they cannot be.
-    """
-    if graphs:
-        return graph_decoder(model)
+def runs_natively(model: DeepseekV3) -> bool:
+    """Whether the kernels know the model's device, type and widths, and run on this machine."""
     weight = model.lm_head.weight
-    fits = weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
-    return CompiledDecoder(model) if fits else Decoder(model)
+    return weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
 
 
 def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
@@ -41,8 +34,8 @@ def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
     return uniform and (dtype == torch.float32 or all(depth % 2 == 0 for depth in depths))
 
 
-class CompiledDecoder(Decoder):
-    """Decoder in one compiled call per step; holds a second, packed copy of the weights."""
+class NativeDecoder(Decoder):
+    """Decoder in one call of a kernel per step; holds a second, packed copy of the weights."""
 
     @torch.no_grad()
     def __init__(self, model: DeepseekV3):

@@ -11,7 +11,8 @@ from r1pipe.kernels import build
 from r1pipe.kernels.build import runs_here
 from r1pipe.kernels.forward import pack
 from r1pipe.model.cache import Decoder, LatentCache
-from r1pipe.model.compiled import CompiledDecoder, decoder_of
+from r1pipe.model.decoders import decoder_of
+from r1pipe.model.native import NativeDecoder
 from r1pipe.rollout import Sampler, SamplingParams
 
 LENGTHS = torch.tensor([3, 9, 1, 6])
@@ -41,7 +42,7 @@ def steps(decoder: Decoder, tokens_BT: torch.Tensor, count: int) -> torch.Tensor
 def test_widths_that_fill_no_register():
     model, tokens_BT = ours(ODD), tokens(4, 40, ODD)
     torch.testing.assert_close(
-        steps(CompiledDecoder(model), tokens_BT, 25), steps(Decoder(model), tokens_BT, 25), atol=1e-4, rtol=0
+        steps(NativeDecoder(model), tokens_BT, 25), steps(Decoder(model), tokens_BT, 25), atol=1e-4, rtol=0
     )
 
 
@@ -54,7 +55,7 @@ def test_bfloat16_is_no_further_from_float32_than_torch_is(name):
     exact = steps(Decoder(ours(config).bfloat16().float()), tokens_BT, 20)
     torchs, compiled = (
         (steps(kind(ours(config).bfloat16()), tokens_BT, 20) - exact).norm()
-        for kind in (Decoder, CompiledDecoder)
+        for kind in (Decoder, NativeDecoder)
     )
     assert 0 < compiled < 1.1 * torchs
 
@@ -114,7 +115,7 @@ def test_packed_weights_by_hand():
 
 @runs
 def test_what_the_kernels_do_not_know_goes_through_torch():
-    assert isinstance(decoder_of(ours(SHAPES["v3"])), CompiledDecoder)
+    assert isinstance(decoder_of(ours(SHAPES["v3"])), NativeDecoder)
     assert type(decoder_of(ours(SHAPES["v3"]).double())) is Decoder
     odd = tiny(qk_nope_head_dim=15, qk_rope_head_dim=8, v_head_dim=16)
     assert type(decoder_of(ours(odd).bfloat16())) is Decoder  # bfloat16 products take pairs

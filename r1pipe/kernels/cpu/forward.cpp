@@ -1,8 +1,8 @@
 // The whole model over a ragged batch of new tokens on the latent cache, in one call: prompts and decoding alike.
 //
 // A layer is three passes over the batch: latents (every token's cache entry must be there before any token looks),
-// attention and gate, experts. Threads share a pass by blocks of rows, or by experts; every sum has a fixed order, so
-// results do not depend on the threads. Attention is absorbed (V2 section 2.1.2): keys and values are never expanded,
+// attention and gate, experts. In decoding the first two are one. Threads share a pass by blocks of rows, or by
+// experts; every sum has a fixed order, so results do not depend on the threads. Attention is absorbed (V2 section 2.1.2): keys and values are never expanded,
 // as in r1pipe/model/mla.py `decode`, which together with moe.py is this file's reference.
 //
 // N tokens, D hidden width, H heads, C latent width, R rotary width, W = C + R, E experts, K chosen, T the type of
@@ -29,7 +29,8 @@ template <typename T>
 class Forward {
  public:
   Forward(const Shape& s, const Layer* layers, const Ends& ends, const Batch& b)
-      : s(s), layers(layers), ends(ends), b(b), N(b.tokens), W(s.latent + s.rope), sorted(b.tokens * s.top_k) {
+      : s(s), layers(layers), ends(ends), b(b), N(b.tokens), W(s.latent + s.rope), sorted(b.tokens * s.top_k),
+        alone(b.wanted == b.tokens) {
     x = scratch<float, struct Residual>(N * s.width);
     query = scratch<float, struct Queries>(N * s.heads * W);
     weights = scratch<float, struct Weights>(sorted);
@@ -51,19 +52,25 @@ class Forward {
     {
       over_rows([&](int64_t row, int64_t rows) { embed(row, rows); });
       for (int64_t n = 0; n < s.layers; n++) {
-        over_rows([&](int64_t row, int64_t rows) { write_latents(n, row, rows); });
-        if (n + 1 == s.layers) {
+        over_rows([&](int64_t row, int64_t rows) {
+          add_routed(n - 1, row, rows);
+          write_latents(n, row, rows);
+          if (alone) look_and_choose(n, row, rows);
+        });
+        if (n + 1 == s.layers && !alone) {
 #pragma omp single
           keep_wanted();
         }
-        over_rows([&](int64_t row, int64_t rows) { look_and_choose(n, row, rows); });
+        if (!alone) over_rows([&](int64_t row, int64_t rows) { look_and_choose(n, row, rows); });
 #pragma omp single
         sort_by_expert(n);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count; i++) feed_forward(n, items[i]);
-        if (n >= s.dense_layers) over_rows([&](int64_t row, int64_t rows) { add_routed(row, rows); });
       }
-      over_rows([&](int64_t row, int64_t rows) { head(row, rows); });
+      over_rows([&](int64_t row, int64_t rows) {
+        add_routed(s.layers - 1, row, rows);
+        head(row, rows);
+      });
       at::native::cpublas::brgemm_release(sizeof(T) == 2);
     }
   }
@@ -79,6 +86,7 @@ class Forward {
   const Batch& b;
   int64_t N;  // tokens at work
   const int64_t W, sorted;
+  const bool alone;                // every token gets logits: no two are of one slot, and none waits for another
   float *x, *query;                // [N, D], the residual stream; [N, H, W]
   float *weights, *sorted_weights; // [N, K]; [N * K] by expert
   float* routed;                   // [N * K, D], by expert
@@ -230,7 +238,8 @@ class Forward {
              (all ? x : routed) + item.first * D, D, all);
   }
 
-  void add_routed(int64_t row, int64_t rows) {
+  void add_routed(int64_t n, int64_t row, int64_t rows) {
+    if (n < s.dense_layers) return;
     for (int64_t i = row * s.top_k; i < (row + rows) * s.top_k; i++) {
       const float* from_ = routed + place[i] * s.width;
       float* to = x + i / s.top_k * s.width;

@@ -1,5 +1,7 @@
 """The compiled forward pass: what it is made of, what it must equal, and what happens where it cannot run."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -156,3 +158,14 @@ def test_a_processor_without_avx512_takes_torch(monkeypatch):
     monkeypatch.setattr(build, "_processor", lambda: "an old one fpu sse avx2")
     assert not runs_here(torch.float32) and not runs_here(torch.bfloat16)
     assert type(decoder_of(ours(SHAPES["v3"]))) is Decoder
+
+
+@runs
+def test_ranks_that_start_together_compile_once(fresh):
+    code = "from r1pipe.kernels.build import library; assert library() is not None"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = "".join(rank.communicate()[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert said.count("compiling the CPU kernels") == 1

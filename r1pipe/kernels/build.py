@@ -1,16 +1,18 @@
 """Compiles the C++ of kernels/cpu/, once per machine and source, and loads it with ctypes.
 
 It takes some seconds with g++ or clang++ (or CXX). The library lies in ~/.cache/r1pipe (or R1PIPE_CACHE). Its
-name has a hash of all that it depends on, so it is never stale; a rename puts it in place: ranks may race.
+name has a hash of all that it depends on, so it is never stale; a rename puts it in place, never in part.
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -37,9 +39,12 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, with a warning once, where there is no compiler that can make them."""
     path = _place()
     try:
-        if not path.exists():
-            print("compiling the CPU kernels (once for this machine)", file=sys.stderr, flush=True)
-            _compile(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, and the others wait for it
+            if not path.exists():
+                print("compiling the CPU kernels (once for this machine)", file=sys.stderr, flush=True)
+                _compile(path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
@@ -80,17 +85,17 @@ def _place() -> Path:
 def _compile(path: Path) -> None:
     """Raises CalledProcessError with the compiler's words, or OSError."""
     torch_folder, compiler = Path(torch.__file__).parent, _compiler()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        objects = [f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
+        made = {source: f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         include = f"-I{torch_folder}/include"
-        commands = [
-            [compiler, *FLAGS, include, "-c", str(SOURCES / f"{Path(made).stem}.cpp"), "-o", made]
-            for made in objects
-        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in made.items()]
+            list(pool.map(_run, commands))
         # linked without -fopenmp: torch has its own OpenMP, and a second would be as many threads again
         libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
-        commands.append([compiler, "-shared", *objects, "-o", f"{scratch}/all.so", *libraries])
-        for command in commands:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        _run([compiler, "-shared", *made.values(), "-o", f"{scratch}/all.so", *libraries])
         Path(scratch, "all.so").rename(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

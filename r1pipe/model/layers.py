@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig, RopeScaling
+from r1pipe.kernels import training as kernels
 
 
 class RMSNorm(nn.Module):
@@ -36,6 +37,9 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if kernels.usable(x, *weights):
+            return kernels.swiglu(x, *weights)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

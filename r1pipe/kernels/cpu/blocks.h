@@ -1,0 +1,152 @@
+// Operands of matrix products from rows that lie anywhere: every matrix is a list of pointers to its rows, so that
+// gathering costs nothing of its own. Works on 32 bits at a time: a float, or two neighbours along the depth.
+#pragma once
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace r1pipe {
+
+constexpr int64_t UNIT = 16;  // numbers of a register, and what blocks of rows are filled up to
+
+// Numbers along the depth that lie together in 32 bits.
+template <typename T>
+constexpr int64_t STEP = 4 / sizeof(T);
+
+inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
+
+// Uninitialised memory that grows and stays: page faults cost more than what is computed in it.
+// `Use` names it.
+template <typename T, typename Use>
+inline T* scratch(int64_t count) {
+  struct Block {
+    T* data = nullptr;
+    int64_t size = 0;
+    ~Block() { std::free(data); }
+  };
+  static thread_local Block block;
+  if (block.size < count) {
+    std::free(block.data);
+    block.data = static_cast<T*>(std::aligned_alloc(64, up_to(count * sizeof(T), 64)));
+    block.size = count;
+  }
+  return block.data;
+}
+
+// Calls `run` for the type that the caller's tensors are of.
+template <typename Run>
+inline void with_type(bool bf16, Run run) {
+  if (bf16)
+    run.template operator()<BFloat16>();
+  else
+    run.template operator()<float>();
+}
+
+template <typename T>
+using Rows = std::vector<const T*>;
+
+template <typename T>
+inline Rows<T> rows_of(const T* data, int64_t stride, int64_t count) {
+  Rows<T> rows(count);
+  for (int64_t i = 0; i < count; i++) rows[i] = data + i * stride;
+  return rows;
+}
+
+// The columns [c, c + 16) of row k, or of the rows 2k and 2k + 1 with each column's two numbers together.
+inline __m512i together(const float* const* rows, int64_t k, int64_t c, __mmask16 mask) {
+  return _mm512_maskz_loadu_epi32(mask, rows[k] + c);
+}
+inline __m512i together(const BFloat16* const* rows, int64_t k, int64_t c, __mmask16 mask) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[2 * k] + c));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[2 * k + 1] + c));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Transposes 16 registers of 16 numbers.
+inline void transpose(__m512i (&a)[UNIT]) {
+  __m512i b[UNIT];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // now 128-bit part p of a[4q + i] is rows 4q..4q+3 of column 4p + i
+    const __m512i low01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high01 = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    b[i] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    b[8 + i] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+    b[4 + i] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    b[12 + i] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+  }
+  std::copy(b, b + UNIT, a);
+}
+
+// The weight [outputs, depth] for in * weight^T.
+template <typename T>
+inline Packed<T> pack_outputs(const T* const* rows, int64_t outputs, int64_t depth, T* to) {
+  const int64_t words = depth / STEP<T>;
+  for (int64_t first = 0; first < outputs; first += UNIT) {
+    uint32_t* panel = reinterpret_cast<uint32_t*>(to + first / PANEL * PANEL * depth) + first % PANEL;
+    for (int64_t d = 0; d < words; d += UNIT) {
+      __m512i a[UNIT];
+      for (int64_t i = 0; i < UNIT; i++) {
+        const bool there = first + i < outputs;
+        const __mmask16 mask = there ? first_of(words - d) : 0;
+        a[i] = _mm512_maskz_loadu_epi32(mask, reinterpret_cast<const uint32_t*>(rows[there ? first + i : 0]) + d);
+      }
+      transpose(a);
+      for (int64_t i = 0; i < std::min(UNIT, words - d); i++) _mm512_storeu_si512(panel + (d + i) * PANEL, a[i]);
+    }
+  }
+  return {to, outputs, depth};
+}
+
+// The weight [depth, outputs] for in * weight.
+template <typename T>
+inline Packed<T> pack_depth(const T* const* rows, int64_t depth, int64_t outputs, T* to) {
+  for (int64_t first = 0; first < outputs; first += UNIT) {
+    uint32_t* panel = reinterpret_cast<uint32_t*>(to + first / PANEL * PANEL * depth) + first % PANEL;
+    const __mmask16 mask = first_of(outputs - first);
+    for (int64_t k = 0; k < depth / STEP<T>; k++) _mm512_storeu_si512(panel + k * PANEL, together(rows, k, first, mask));
+  }
+  return {to, outputs, depth};
+}
+
+// to [width, count] = rows [count, width] from column `first` on, transposed.
+template <typename T>
+inline void transposed(const T* const* rows, int64_t count, int64_t first, int64_t width, T* to) {
+  const int64_t words = count / STEP<T>;
+  for (int64_t c = 0; c < width; c += UNIT) {
+    const __mmask16 mask = first_of(width - c);
+    for (int64_t k = 0; k < words; k += UNIT) {
+      __m512i a[UNIT];
+      for (int64_t i = 0; i < UNIT; i++) a[i] = k + i < words ? together(rows, k + i, first + c, mask) : _mm512_setzero_si512();
+      transpose(a);
+      for (int64_t i = 0; i < std::min(UNIT, width - c); i++)
+        _mm512_mask_storeu_epi32(reinterpret_cast<uint32_t*>(to + (c + i) * count) + k, first_of(words - k), a[i]);
+    }
+  }
+}
+
+// 16 numbers, widened or rounded.
+inline __m512 load(const float* x, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, x); }
+inline __m512 load(const BFloat16* x, __mmask16 mask = 0xffff) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+}  // namespace r1pipe

@@ -1,0 +1,251 @@
+// The routed experts' SwiGLUs, forward and backward, without a copy of the tokens for each of their experts; a dense
+// SwiGLU is one expert that every token visits.
+//
+// Tokens are worked on in chunks: a thread has a chunk's sums for itself and adds experts in their order, so that a
+// result depends on nobody's haste. Within a chunk, the rows of each expert are gathered block by block.
+
+#include "blocks.h"
+
+namespace {
+
+using namespace r1pipe;
+
+constexpr int64_t BLOCK = 64;    // rows of one product: its operands stay in the nearer caches
+constexpr int64_t DEPTH = 256;   // rows that a weight's gradient is summed over in one product
+
+struct Sizes {
+  int64_t tokens, top_k, experts, width, inner, chunk;
+  int64_t chunks() const { return (tokens + chunk - 1) / chunk; }
+};
+
+// Who visits whom: for each expert the rows of its visitors, chunk after chunk, each group filled up to UNIT.
+struct Visits {
+  std::vector<int64_t> start;  // [experts * chunks + 1]
+  std::vector<int64_t> slot;   // of each row: token * top_k + k, or -1
+
+  Visits(const Sizes& sizes, const int64_t* experts_NK) : start(sizes.experts * sizes.chunks() + 1) {
+    const int64_t slots = sizes.tokens * sizes.top_k, per_chunk = sizes.chunk * sizes.top_k;
+    auto group = [&](int64_t s) { return (experts_NK ? experts_NK[s] : 0) * sizes.chunks() + s / per_chunk; };
+    for (int64_t s = 0; s < slots; s++) start[group(s) + 1]++;
+    for (size_t g = 1; g < start.size(); g++) start[g] = start[g - 1] + up_to(start[g], UNIT);
+    slot.assign(start.back(), -1);
+    std::vector<int64_t> next(start);
+    for (int64_t s = 0; s < slots; s++) slot[next[group(s)]++] = s;
+  }
+};
+
+template <typename T>
+struct Layer {
+  Sizes sizes;
+  const Visits& visits;
+  const T *x, *gate_up, *down;
+  const float* weights_NK;  // null: 1
+
+  // Pointers to the rows of `of` [tokens, width] that the rows [first, first + count) stand for.
+  void gather(const T* of, int64_t first, int64_t count, Rows<T>& rows) const {
+    static thread_local std::vector<T> nothing;
+    nothing.resize(sizes.width);
+    rows.resize(count);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t slot = visits.slot[first + i];
+      rows[i] = slot < 0 ? nothing.data() : of + slot / sizes.top_k * sizes.width;
+    }
+  }
+
+  void copied(const Rows<T>& rows, T* to) const {
+    for (size_t i = 0; i < rows.size(); i++) std::copy_n(rows[i], sizes.width, to + i * sizes.width);
+  }
+
+  float weight(int64_t slot) const { return slot < 0 ? 0.0f : weights_NK ? weights_NK[slot] : 1.0f; }
+
+  void add(const float* rows, int64_t first, int64_t count, int64_t chunk, float* sums) const {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t slot = visits.slot[first + i];
+      if (slot < 0) continue;
+      float* to = sums + (slot / sizes.top_k - chunk * sizes.chunk) * sizes.width;
+      const float* from = rows + i * sizes.width;
+#pragma omp simd
+      for (int64_t d = 0; d < sizes.width; d++) to[d] += from[d];
+    }
+  }
+
+  // out = for each token the sum of what `block` (rows first, count; float results) gives for its experts
+  template <typename Block>
+  void by_chunks(T* out, Block block) const {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t c = 0; c < sizes.chunks(); c++) {
+      const int64_t begin = c * sizes.chunk, tokens = std::min(sizes.chunk, sizes.tokens - begin);
+      float* sums = scratch<float, struct Sums>(sizes.chunk * sizes.width);
+      float* rows = scratch<float, struct Results>(BLOCK * sizes.width);
+      std::fill_n(sums, tokens * sizes.width, 0.0f);
+      for (int64_t e = 0; e < sizes.experts; e++) {
+        const int64_t group = e * sizes.chunks() + c, end = visits.start[group + 1];
+        for (int64_t first = visits.start[group]; first < end; first += BLOCK) {
+          const int64_t count = std::min(BLOCK, end - first);
+          block(e, first, count, rows);
+          add(rows, first, count, c, sums);
+        }
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < tokens * sizes.width; i++) put(out[begin * sizes.width + i], sums[i]);
+    }
+  }
+};
+
+// hidden = silu(gate) * up * weight of each row; keeps gate and up.
+template <typename T>
+void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_t count, T* kept, T* hidden) {
+  const int64_t inner = layer.sizes.inner;
+#pragma omp simd
+  for (int64_t i = 0; i < count * 2 * inner; i++) put(kept[i], gate_up[i]);
+  float weight[BLOCK];
+  for (int64_t i = 0; i < count; i++) weight[i] = layer.weight(layer.visits.slot[first + i]);
+  swiglu(gate_up, count, inner, weight, hidden);
+}
+
+// The gradients of gate and up, the hidden state again, and the gradient of each row's weight.
+template <typename T>
+void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, int64_t count, const T* kept, T* hidden,
+                   T* d_gate_up, float* d_weights) {
+  const int64_t inner = layer.sizes.inner;
+  for (int64_t row = 0; row < count; row++) {
+    const T *gate = kept + row * 2 * inner, *up = gate + inner;
+    T *d_gate = d_gate_up + row * 2 * inner, *d_up = d_gate + inner, *h = hidden + row * inner;
+    const float* d = d_hidden + row * inner;
+    const int64_t slot = layer.visits.slot[first + row];
+    const float weight = layer.weight(slot);
+    float d_weight = 0.0f;
+#pragma omp simd reduction(+ : d_weight)
+    for (int64_t i = 0; i < inner; i++) {
+      const float g = from(gate[i]), u = from(up[i]), s = sigmoid(g), a = g * s, dw = d[i] * weight;
+      put(h[i], a * u * weight);
+      put(d_up[i], dw * a);
+      put(d_gate[i], dw * u * (s + a * (1.0f - s)));
+      d_weight += d[i] * a * u;
+    }
+    if (d_weights && slot >= 0) d_weights[slot] = d_weight;
+  }
+}
+
+template <typename T, typename Use, bool outputs_first>
+std::vector<Packed<T>> packed(const T* weights, int64_t experts, int64_t rows, int64_t columns) {
+  const int64_t size = outputs_first ? up_to(rows, PANEL) * columns : up_to(columns, PANEL) * rows;
+  T* to = scratch<T, Use>(experts * size);
+  std::vector<Packed<T>> all(experts);
+#pragma omp parallel for
+  for (int64_t e = 0; e < experts; e++) {
+    const Rows<T> pointers = rows_of(weights + e * rows * columns, columns, rows);
+    all[e] = outputs_first ? pack_outputs(pointers.data(), rows, columns, to + e * size)
+                           : pack_depth(pointers.data(), rows, columns, to + e * size);
+  }
+  return all;
+}
+
+template <typename T>
+void forward(const Layer<T>& layer, T* kept, T* out) {
+  const auto [tokens, top_k, experts, width, inner, chunk] = layer.sizes;
+  const auto gate_up = packed<T, struct GateUp, true>(layer.gate_up, experts, 2 * inner, width);
+  const auto down = packed<T, struct Down, true>(layer.down, experts, width, inner);
+  layer.by_chunks(out, [&, width = width, inner = inner](int64_t e, int64_t first, int64_t count, float* result) {
+    static thread_local Rows<T> rows;
+    T* x = scratch<T, struct Inputs>(BLOCK * width);
+    T* hidden = scratch<T, struct Hidden>(BLOCK * inner);
+    float* both = scratch<float, struct Both>(BLOCK * 2 * inner);
+    layer.gather(layer.x, first, count, rows);
+    layer.copied(rows, x);
+    multiply(x, width, count, gate_up[e], both, 2 * inner);
+    activate(layer, both, first, count, kept + first * 2 * inner, hidden);
+    multiply(hidden, inner, count, down[e], result, width);
+  });
+}
+
+// to [outputs, columns] = left^T right over the rows of expert e, where `left` and `right` give pointers to their rows.
+template <typename T, typename Left, typename Right>
+void weight_gradient(const Visits& visits, int64_t begin, int64_t end, int64_t first, int64_t outputs, int64_t columns,
+                     Left left, Right right, T* to) {
+  static thread_local Rows<T> rows;
+  T* transpose = scratch<T, struct LeftBlock>(outputs * DEPTH);
+  T* panels = scratch<T, struct RightPanels>(up_to(columns, PANEL) * DEPTH);
+  float* sums = scratch<float, struct Gradient>(outputs * columns);
+  if (begin == end) std::fill_n(sums, outputs * columns, 0.0f);
+  for (int64_t row = begin; row < end; row += DEPTH) {
+    const int64_t count = std::min(DEPTH, end - row);
+    left(row, count, rows);
+    transposed(rows.data(), count, first, outputs, transpose);
+    right(row, count, rows);
+    multiply(transpose, count, outputs, pack_depth(rows.data(), count, columns, panels), sums, columns, row > begin);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < outputs * columns; i++) put(to[i], sums[i]);
+}
+
+template <typename T>
+void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d_gate_up, T* d_down, float* d_weights) {
+  const auto [tokens, top_k, experts, width, inner, chunk] = layer.sizes;
+  const auto gate_up = packed<T, struct GateUp, false>(layer.gate_up, experts, 2 * inner, width);
+  const auto down = packed<T, struct Down, false>(layer.down, experts, width, inner);
+  const int64_t rows = layer.visits.start.back(), I = inner, D = width, E = experts;
+  T* hidden = scratch<T, struct AllHidden>(rows * I);
+  T* d_both = scratch<T, struct AllBoth>(rows * 2 * I);
+  layer.by_chunks(d_x, [&](int64_t e, int64_t first, int64_t count, float* result) {
+    static thread_local Rows<T> pointers;
+    T* d = scratch<T, struct Inputs>(BLOCK * D);
+    float* d_hidden = scratch<float, struct Both>(BLOCK * 2 * I);
+    layer.gather(d_out, first, count, pointers);
+    layer.copied(pointers, d);
+    multiply(d, D, count, down[e], d_hidden, I);
+    T* own = d_both + first * 2 * I;
+    activate_back(layer, d_hidden, first, count, kept + first * 2 * I, hidden + first * I, own, d_weights);
+    multiply(own, 2 * I, count, gate_up[e], result, D);
+  });
+  auto plain = [](const T* of, int64_t stride) {
+    return [=](int64_t first, int64_t count, Rows<T>& to) { to = rows_of(of + first * stride, stride, count); };
+  };
+  auto gathered = [&](const T* of) {
+    return [&layer, of](int64_t first, int64_t count, Rows<T>& to) { layer.gather(of, first, count, to); };
+  };
+  const int64_t parts = std::max<int64_t>(1, omp_get_max_threads() / E);  // one expert's work goes to several threads
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t task = 0; task < 2 * E * parts; task++) {
+    const int64_t e = task / (2 * parts), part = task / 2 % parts;
+    const int64_t chunks = layer.sizes.chunks(), begin = layer.visits.start[e * chunks];
+    const int64_t end = layer.visits.start[(e + 1) * chunks], outputs = task % 2 ? D : 2 * I;
+    const int64_t first = part * outputs / parts, count = (part + 1) * outputs / parts - first;
+    if (task % 2)
+      weight_gradient(layer.visits, begin, end, first, count, I, gathered(d_out), plain(hidden, I), d_down + (e * D + first) * I);
+    else
+      weight_gradient(layer.visits, begin, end, first, count, D, plain(d_both, 2 * I), gathered(layer.x),
+                      d_gate_up + (e * 2 * I + first) * D);
+  }
+}
+
+template <typename T>
+Layer<T> layer_of(const Sizes& sizes, const Visits& visits, const void* x, const void* gate_up, const void* down,
+                  const float* weights) {
+  return {sizes, visits, static_cast<const T*>(x), static_cast<const T*>(gate_up), static_cast<const T*>(down), weights};
+}
+
+}  // namespace
+
+extern "C" void experts_forward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
+                                int64_t chunk, const void* x, const void* gate_up, const void* down,
+                                const float* weights_NK, const int64_t* experts_NK, void* kept, void* out) {
+  const Sizes sizes{tokens, top_k, experts, width, inner, chunk};
+  const Visits visits(sizes, experts_NK);
+  with_type(bf16, [&]<typename T>() {
+    forward(layer_of<T>(sizes, visits, x, gate_up, down, weights_NK), static_cast<T*>(kept), static_cast<T*>(out));
+  });
+}
+
+extern "C" void experts_backward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
+                                 int64_t chunk, const void* x, const void* gate_up, const void* down,
+                                 const float* weights_NK, const int64_t* experts_NK, const void* kept, const void* d_out,
+                                 void* d_x, void* d_gate_up, void* d_down, float* d_weights_NK) {
+  const Sizes sizes{tokens, top_k, experts, width, inner, chunk};
+  const Visits visits(sizes, experts_NK);
+  with_type(bf16, [&]<typename T>() {
+    backward(layer_of<T>(sizes, visits, x, gate_up, down, weights_NK), static_cast<const T*>(kept),
+             static_cast<const T*>(d_out), static_cast<T*>(d_x), static_cast<T*>(d_gate_up), static_cast<T*>(d_down),
+             d_weights_NK);
+  });
+}

@@ -90,3 +90,109 @@ def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
     gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
     return _Experts.apply(x.flatten(0, -2), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BTHq: Tensor,
+        key_value_BMHw: Tensor,
+        key_rope_BMR: Tensor,
+        rotation_BTr: Tensor,
+        mask_BTM: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        query_BTHq, key_value_BMHw = query_BTHq.contiguous(), key_value_BMHw.contiguous()
+        key_rope_BMR, rotation_BTr = key_rope_BMR.contiguous(), rotation_BTr.contiguous()
+        mask_BTM = None if mask_BTM is None else mask_BTM.contiguous()
+        rows, tokens, heads, width = query_BTHq.shape
+        keys, rope = key_rope_BMR.shape[1:]
+        nope = width - rope
+        value = key_value_BMHw.shape[-1] - nope
+        stride = 0 if rotation_BTr.shape[0] == 1 else tokens * rope
+        ctx.sizes = (rows, tokens, keys, heads, nope, rope, value, stride, scale)
+        given = (query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM)
+        out_BTHv = query_BTHq.new_empty(rows, tokens, heads, value)
+        logsums_BHT = torch.empty(rows, heads, tokens)
+        _call("attention_forward", query_BTHq, *ctx.sizes, *given, out_BTHv, logsums_BHT)
+        ctx.save_for_backward(*given, out_BTHv, logsums_BHT)
+        return out_BTHv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTHv: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in saved[:3]]
+        _call("attention_backward", saved[0], *ctx.sizes, *saved, d_out_BTHv.contiguous(), *gradients)
+        return *gradients, None, None, None
+
+
+def attention(
+    query_BTHq: Tensor,
+    key_value_BMHw: Tensor,
+    key_rope_BMR: Tensor,
+    rotation_BTr: Tensor,
+    mask_BTM: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """-> [B, T, H, v]: queries, not yet rotated, by keys [H's own part | one rotary part, rotated], and H's values.
+
+    q = nope + R, w = nope + v. Causal, or as `mask_BTM` (true: may look).
+    """
+    return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] as rows [N, D] of neighbouring numbers, a view where it can be."""
+    rows = x.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_ND = _rows(x)
+        factors_N = torch.empty(x_ND.shape[0])
+        out = x.new_empty(x.shape)
+        _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), eps, x_ND, weight_D, out, factors_N)
+        ctx.save_for_backward(x_ND, weight_D, factors_N)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_D, factors_N = ctx.saved_tensors
+        d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
+        given = (x_ND, weight_D, factors_N, d_out.contiguous())
+        _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *given, d_x, d_weight_D)
+        return d_x, d_weight_D, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis."""
+    return _RMSNorm.apply(x, weight_D, eps)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
+        ctx.rotation_BTr = rotation_BTr.contiguous()
+        return _turned(x_BTR, ctx.rotation_BTr, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTR: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(d_out_BTR, ctx.rotation_BTr, True), None
+
+
+def _turned(x_BTR: Tensor, rotation_BTr: Tensor, back: bool) -> Tensor:
+    x_NR, out_BTR = _rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
+    period = rotation_BTr.shape[:-1].numel()
+    _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, back, x_NR, rotation_BTr, out_BTR)
+    return out_BTR
+
+
+def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
+    """The pairs (0,1), (2,3)... of x turned by `rotation`, of each row or of all."""
+    return _Rotate.apply(x_BTR, rotation_BTr)

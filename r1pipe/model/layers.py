@@ -24,6 +24,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -110,5 +112,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     The pairs stay where they are; transformers emits the two halves apart, which gives the same scores.
     """
+    if x.ndim == rotation.ndim == 3 and kernels.usable(x):
+        return kernels.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)

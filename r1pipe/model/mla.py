@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
+from r1pipe.kernels import training as kernels
 from r1pipe.model.flex import BlockMask, flex_attend
 from r1pipe.model.layers import RMSNorm, rotate, softmax_scale
 
@@ -40,14 +41,18 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = softmax_scale(config)
 
-    def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D], rotation [..., r] -> queries [..., H, nope] and rotated queries [..., H, R]."""
+    def queries(self, x: Tensor) -> Tensor:
+        """x [..., D] -> queries [..., H, nope+R], not yet rotated."""
         config = self.config
         if config.q_lora_rank is None:
             query = self.q_proj(x)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.unflatten(-1, (config.num_attention_heads, -1))
+        return query.unflatten(-1, (config.num_attention_heads, -1))
+
+    def _rotated(self, query: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """queries [..., H, nope+R], rotation [..., r] -> [..., H, nope] and rotated [..., H, R]."""
+        config = self.config
         nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return nope, rotate(rope, rotation.unsqueeze(-2))
 
@@ -72,7 +77,7 @@ class MLA(nn.Module):
         such entries of P tokens before the row: the keys are M = P + T.
         """
         config = self.config
-        q_nope, q_rope = self.queries(x_BTD, rotation_BTr)
+        query = self.queries(x_BTD)
         latent, k_rope = self.latents(x_BTD, rotation_BTr)
         if keep is not None:
             keep(torch.cat([latent, k_rope], dim=-1))
@@ -80,15 +85,18 @@ class MLA(nn.Module):
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        shared = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
-        out = _attend(
-            torch.cat([q_nope, q_rope], dim=-1),
-            torch.cat([k_nope, shared], dim=-1),
-            value,
-            mask_BTM,
-            self.scale,
-        )
+        if kernels.usable(query, key_value, k_rope):
+            out = kernels.attention(query, key_value, k_rope, rotation_BTr, mask_BTM, self.scale)
+        else:
+            k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+            shared = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)
+            out = _attend(
+                torch.cat(self._rotated(query, rotation_BTr), dim=-1),
+                torch.cat([k_nope, shared], dim=-1),
+                value,
+                mask_BTM,
+                self.scale,
+            )
         return self.o_proj(out.flatten(-2))
 
     def decode(
@@ -108,7 +116,7 @@ class MLA(nn.Module):
         up_k, up_v = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
             [config.qk_nope_head_dim, config.v_head_dim], dim=1
         )
-        q_nope, q_rope = self.queries(x_SD, rotation_Sr)
+        q_nope, q_rope = self._rotated(self.queries(x_SD), rotation_Sr)
         absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
         query_SHW = torch.cat([absorbed, q_rope], dim=-1)
         # one head of H queries on keys that are their own values: a single pass over the cache

@@ -149,4 +149,15 @@ inline __m512 load(const BFloat16* x, __mmask16 mask = 0xffff) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
 
+// to = x with its pairs turned by the rotation, or back by it
+template <typename From, typename T>
+inline void turn(const From* x, const float* rotation, int64_t width, bool back, T* to) {
+  const float sign = back ? -1.0f : 1.0f;
+  for (int64_t i = 0; i < width; i += 2) {
+    const float c = rotation[i], s = sign * rotation[i + 1], a = from(x[i]), b = from(x[i + 1]);
+    put(to[i], a * c - b * s);
+    put(to[i + 1], a * s + b * c);
+  }
+}
+
 }  // namespace r1pipe

@@ -1,0 +1,339 @@
+// Attention of whole rows with its gradients (FlashAttention's recomputation: arXiv:2205.14135), for short rows: the
+// scores of a block of queries by all keys they may look at exist at once. Keys are the heads' own part and one rotary
+// part that all heads share; queries are turned here, so that nothing is concatenated or expanded in memory.
+//
+// Axes as in r1pipe/model/layers.py; scores lie in tiles of [queries, 64 keys].
+
+#include <cstring>
+
+#include "blocks.h"
+
+namespace {
+
+using namespace r1pipe;
+
+constexpr int64_t TILE = PANEL;
+constexpr float NOTHING = -INFINITY;
+
+struct Sizes {
+  int64_t rows, tokens, keys, heads, nope, rope, value;
+  int64_t width() const { return nope + rope; }
+  int64_t tiles() const { return (keys + TILE - 1) / TILE; }
+};
+
+template <typename T>
+struct Given {
+  Sizes sizes;
+  const T *query, *key_value, *key_rope;  // [B, T, H, nope + rope], [B, M, H, nope + value], [B, M, rope]
+  const float* rotation;                  // [B or 1, T, rope / 2, 2]
+  int64_t rotation_stride;                // between rows: 0 where all have the same
+  const uint8_t* mask;                    // [B, T, M], or null: causal
+  float scale;
+
+  const T* key(int64_t b, int64_t h, int64_t m) const {
+    return key_value + ((b * sizes.keys + m) * sizes.heads + h) * (sizes.nope + sizes.value);
+  }
+  int64_t place(int64_t b, int64_t t, int64_t h) const { return (b * sizes.tokens + t) * sizes.heads + h; }
+
+  // Which of the keys of `tile` token t may look at, a bit for each.
+  uint64_t seen(int64_t b, int64_t t, int64_t tile) const {
+    if (!mask) {
+      const int64_t count = t + 1 - tile * TILE;
+      return count <= 0 ? 0 : count >= TILE ? ~0ull : (1ull << count) - 1;
+    }
+    const int64_t left = std::min(TILE, sizes.keys - tile * TILE);
+    const __mmask64 there = left == TILE ? ~0ull : (1ull << left) - 1;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(there, mask + (b * sizes.tokens + t) * sizes.keys + tile * TILE);
+    return _mm512_test_epi8_mask(bytes, bytes);
+  }
+
+  // Tiles of keys that any of the tokens [first, first + count) looks at.
+  int64_t tiles_seen(int64_t b, int64_t first, int64_t count) const {
+    for (int64_t tile = sizes.tiles(); tile > 1; tile--)
+      for (int64_t t = first; t < first + count; t++)
+        if (seen(b, t, tile - 1)) return tile;
+    return 1;
+  }
+};
+
+// The keys [64, width] and values [64, value] of one tile, zeros behind the last.
+template <typename T>
+struct KeyTile {
+  T* keys;
+  Rows<T> key, value;
+
+  KeyTile(const Given<T>& given, int64_t b, int64_t h, int64_t tile) : key(TILE), value(TILE) {
+    const Sizes& sizes = given.sizes;
+    const int64_t width = sizes.width();
+    static thread_local std::vector<T> nothing;
+    nothing.resize(sizes.value);
+    keys = scratch<T, struct Keys>(TILE * width);
+    for (int64_t i = 0; i < TILE; i++) {
+      const int64_t m = tile * TILE + i;
+      key[i] = keys + i * width;
+      value[i] = nothing.data();
+      if (m >= sizes.keys) {
+        std::fill_n(keys + i * width, width, T(0.0f));
+        continue;
+      }
+      std::copy_n(given.key(b, h, m), sizes.nope, keys + i * width);
+      std::copy_n(given.key_rope + (b * sizes.keys + m) * sizes.rope, sizes.rope, keys + i * width + sizes.nope);
+      value[i] = given.key(b, h, m) + sizes.nope;
+    }
+  }
+};
+
+// A block of queries of one head, turned, with zeros behind the last.
+template <typename T>
+struct Block {
+  int64_t b, h, first, count, filled, tiles;
+  T* query;
+
+  Block(const Given<T>& given, int64_t b, int64_t h, int64_t first)
+      : b(b), h(h), first(first), count(std::min(TILE, given.sizes.tokens - first)), filled(up_to(count, UNIT)),
+        tiles(given.tiles_seen(b, first, count)) {
+    const Sizes& sizes = given.sizes;
+    query = scratch<T, struct Queries>(TILE * sizes.width());
+    for (int64_t i = 0; i < filled; i++) {
+      T* to = query + i * sizes.width();
+      if (i >= count) {
+        std::fill_n(to, sizes.width(), T(0.0f));
+        continue;
+      }
+      const T* x = given.query + given.place(b, first + i, h) * sizes.width();
+      std::copy_n(x, sizes.nope, to);
+      const float* rotation = given.rotation + b * given.rotation_stride + (first + i) * sizes.rope;
+      turn(x + sizes.nope, rotation, sizes.rope, false, to + sizes.nope);
+    }
+  }
+
+  // scores [tiles][filled][64], scaled, -inf where not to look; keys are packed tile by tile
+  void scores(const Given<T>& given, const T* keys, float* to) const {
+    const int64_t width = given.sizes.width();
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      float* tile_scores = to + tile * TILE * TILE;
+      multiply(query, width, filled, Packed<T>{keys + tile * TILE * width, TILE, width}, tile_scores, TILE);
+      for (int64_t i = 0; i < count; i++) {
+        const uint64_t seen = given.seen(b, first + i, tile);
+        for (int64_t j = 0; j < TILE; j += UNIT) {
+          float* at = tile_scores + i * TILE + j;
+          const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(given.scale));
+          _mm512_storeu_ps(at, _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), seen >> j, scaled));
+        }
+      }
+    }
+  }
+};
+
+// Exponentials of the scores of row i over their largest, as T; returns log(sum) + largest, and the sum.
+template <typename T>
+std::pair<float, float> exponentials(const float* scores, int64_t tiles, int64_t i, T* to) {
+  float largest = NOTHING, sum = 0.0f;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const float* row = scores + (tile * TILE + i) * TILE;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < TILE; j++) largest = row[j] > largest ? row[j] : largest;
+  }
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const float* row = scores + (tile * TILE + i) * TILE;
+    T* out = to + (tile * TILE + i) * TILE;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < TILE; j++) {
+      const float e = row[j] == NOTHING ? 0.0f : exponential(row[j] - largest);
+      put(out[j], e);
+      sum += e;
+    }
+  }
+  return {largest + std::log(sum), sum};
+}
+
+template <typename T>
+void forward_head(const Given<T>& given, int64_t b, int64_t h, T* out, float* logsums_BHT) {
+  const Sizes& sizes = given.sizes;
+  const int64_t width = sizes.width(), tiles = sizes.tiles(), value_size = up_to(sizes.value, PANEL) * TILE;
+  T* keys = scratch<T, struct PackedKeys>(tiles * TILE * width);
+  T* values = scratch<T, struct PackedValues>(tiles * value_size);
+  float* scores = scratch<float, struct Scores>(tiles * TILE * TILE);
+  T* weights = scratch<T, struct Weights>(tiles * TILE * TILE);
+  float* context = scratch<float, struct Context>(TILE * sizes.value);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const KeyTile<T> own(given, b, h, tile);
+    pack_outputs(own.key.data(), TILE, width, keys + tile * TILE * width);
+    pack_depth(own.value.data(), TILE, sizes.value, values + tile * value_size);
+  }
+  for (int64_t first = 0; first < sizes.tokens; first += TILE) {
+    const Block<T> block(given, b, h, first);
+    block.scores(given, keys, scores);
+    float factor[TILE];
+    for (int64_t i = 0; i < block.count; i++) {
+      const auto [logsum, sum] = exponentials(scores, block.tiles, i, weights);
+      factor[i] = 1.0f / sum;
+      logsums_BHT[(b * sizes.heads + h) * sizes.tokens + first + i] = logsum;
+    }
+    for (int64_t tile = 0; tile < block.tiles; tile++) {
+      const Packed<T> value{values + tile * value_size, sizes.value, TILE};
+      multiply(weights + tile * TILE * TILE, TILE, block.filled, value, context, sizes.value, tile > 0);
+    }
+    for (int64_t i = 0; i < block.count; i++) {
+      T* to = out + given.place(b, first + i, h) * sizes.value;
+#pragma omp simd
+      for (int64_t d = 0; d < sizes.value; d++) put(to[d], context[i * sizes.value + d] * factor[i]);
+    }
+  }
+}
+
+template <typename T>
+struct Results {
+  const T *out, *d_out;  // [B, T, H, value]
+  const float* logsums_BHT;
+  T *d_query, *d_key_value, *d_key_rope;
+  float* d_rope_parts;  // [B, H, M, rope]: what each head adds to d_key_rope
+};
+
+// The weights and the gradients of the scores of a block, [tiles][filled][64] each; `d_weights` is given.
+template <typename T>
+void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>& results, const float* scores,
+                 const float* d_weights, T* weights, T* d_scores) {
+  const Sizes& sizes = given.sizes;
+  for (int64_t i = 0; i < block.filled; i++) {
+    float product = 0.0f, logsum = 0.0f;
+    if (i < block.count) {
+      const int64_t place = given.place(block.b, block.first + i, block.h) * sizes.value;
+      for (int64_t d = 0; d < sizes.value; d++) product += from(results.out[place + d]) * from(results.d_out[place + d]);
+      logsum = results.logsums_BHT[(block.b * sizes.heads + block.h) * sizes.tokens + block.first + i];
+    }
+    for (int64_t tile = 0; tile < block.tiles; tile++) {
+      const int64_t row = (tile * TILE + i) * TILE;
+      if (i >= block.count) {
+        std::fill_n(weights + row, TILE, T(0.0f));
+        std::fill_n(d_scores + row, TILE, T(0.0f));
+        continue;
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < TILE; j++) {
+        const float s = scores[row + j], w = s == NOTHING ? 0.0f : exponential(s - logsum);
+        put(weights[row + j], w);
+        put(d_scores[row + j], w == 0.0f ? 0.0f : w * (d_weights[row + j] - product) * given.scale);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward_head(const Given<T>& given, const Results<T>& results, int64_t b, int64_t h) {
+  const Sizes& sizes = given.sizes;
+  const int64_t width = sizes.width(), value = sizes.value, tiles = sizes.tiles(), square = TILE * TILE;
+  const int64_t key_size = TILE * up_to(width, PANEL), value_size = TILE * up_to(value, PANEL);
+  T* keys = scratch<T, struct PackedKeys>(tiles * TILE * width);
+  T* keys_back = scratch<T, struct PackedKeysBack>(tiles * key_size);
+  T* values_back = scratch<T, struct PackedValues>(tiles * TILE * value);
+  float* scores = scratch<float, struct Scores>(tiles * square);
+  float* d_weights = scratch<float, struct WeightGradients>(tiles * square);
+  T* weights = scratch<T, struct Weights>(tiles * square);
+  T* d_scores = scratch<T, struct ScoreGradients>(tiles * square);
+  T* turned = scratch<T, struct Transposed>(square);
+  T* d_out = scratch<T, struct OutGradients>(TILE * value);
+  T* query_panels = scratch<T, struct QueryPanels>(key_size);
+  T* out_panels = scratch<T, struct OutPanels>(value_size);
+  float* d_query = scratch<float, struct QueryGradients>(TILE * width);
+  float* d_keys = scratch<float, struct KeyGradients>(tiles * TILE * width);
+  float* d_values = scratch<float, struct ValueGradients>(tiles * TILE * value);
+  std::fill_n(d_keys, tiles * TILE * width, 0.0f);
+  std::fill_n(d_values, tiles * TILE * value, 0.0f);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const KeyTile<T> own(given, b, h, tile);
+    pack_outputs(own.key.data(), TILE, width, keys + tile * TILE * width);
+    pack_depth(own.key.data(), TILE, width, keys_back + tile * key_size);
+    pack_outputs(own.value.data(), TILE, value, values_back + tile * TILE * value);
+  }
+  for (int64_t first = 0; first < sizes.tokens; first += TILE) {
+    const Block<T> block(given, b, h, first);
+    const int64_t filled = block.filled;
+    for (int64_t i = 0; i < filled; i++) {
+      if (i < block.count)
+        std::copy_n(results.d_out + given.place(b, first + i, h) * value, value, d_out + i * value);
+      else
+        std::fill_n(d_out + i * value, value, T(0.0f));
+    }
+    block.scores(given, keys, scores);
+    for (int64_t tile = 0; tile < block.tiles; tile++) {
+      const Packed<T> packed{values_back + tile * TILE * value, TILE, value};
+      multiply(d_out, value, filled, packed, d_weights + tile * square, TILE);
+    }
+    scores_back(given, block, results, scores, d_weights, weights, d_scores);
+    const auto queries = pack_depth(rows_of(block.query, width, filled).data(), filled, width, query_panels);
+    const auto outs = pack_depth(rows_of(d_out, value, filled).data(), filled, value, out_panels);
+    for (int64_t tile = 0; tile < block.tiles; tile++) {
+      multiply(d_scores + tile * square, TILE, filled, Packed<T>{keys_back + tile * key_size, width, TILE}, d_query, width,
+               tile > 0);
+      transposed(rows_of(d_scores + tile * square, TILE, filled).data(), filled, 0, TILE, turned);
+      multiply(turned, filled, TILE, queries, d_keys + tile * TILE * width, width, true);
+      transposed(rows_of(weights + tile * square, TILE, filled).data(), filled, 0, TILE, turned);
+      multiply(turned, filled, TILE, outs, d_values + tile * TILE * value, value, true);
+    }
+    for (int64_t i = 0; i < block.count; i++) {
+      T* to = results.d_query + given.place(b, first + i, h) * width;
+      const float* d = d_query + i * width;
+      for (int64_t k = 0; k < sizes.nope; k++) put(to[k], d[k]);
+      const float* rotation = given.rotation + b * given.rotation_stride + (first + i) * sizes.rope;
+      turn(d + sizes.nope, rotation, sizes.rope, true, to + sizes.nope);
+    }
+  }
+  for (int64_t m = 0; m < sizes.keys; m++) {
+    T* to = results.d_key_value + (given.key(b, h, m) - given.key_value);
+    for (int64_t k = 0; k < sizes.nope; k++) put(to[k], d_keys[m * width + k]);
+    for (int64_t k = 0; k < value; k++) put(to[sizes.nope + k], d_values[m * value + k]);
+    std::copy_n(d_keys + m * width + sizes.nope, sizes.rope,
+                results.d_rope_parts + ((b * sizes.heads + h) * sizes.keys + m) * sizes.rope);
+  }
+}
+
+template <typename T>
+void backward(const Given<T>& given, const Results<T>& results) {
+  const Sizes& sizes = given.sizes;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = 0; i < sizes.rows * sizes.heads; i++) backward_head(given, results, i / sizes.heads, i % sizes.heads);
+  const int64_t all = sizes.keys * sizes.rope;
+#pragma omp parallel for
+  for (int64_t b = 0; b < sizes.rows; b++)
+    for (int64_t i = 0; i < all; i++) {
+      float sum = 0.0f;
+      for (int64_t h = 0; h < sizes.heads; h++) sum += results.d_rope_parts[(b * sizes.heads + h) * all + i];
+      put(results.d_key_rope[b * all + i], sum);
+    }
+}
+
+template <typename T>
+Given<T> given_of(const Sizes& sizes, const void* query, const void* key_value, const void* key_rope,
+                  const float* rotation, int64_t rotation_stride, const uint8_t* mask, float scale) {
+  return {sizes, static_cast<const T*>(query), static_cast<const T*>(key_value), static_cast<const T*>(key_rope),
+          rotation, rotation_stride, mask, scale};
+}
+
+}  // namespace
+
+extern "C" void attention_forward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
+                                  int64_t rope, int64_t value, int64_t rotation_stride, float scale, const void* query,
+                                  const void* key_value, const void* key_rope, const float* rotation,
+                                  const uint8_t* mask, void* out, float* logsums_BHT) {
+  const Sizes sizes{rows, tokens, keys, heads, nope, rope, value};
+  with_type(bf16, [&]<typename T>() {
+    const auto given = given_of<T>(sizes, query, key_value, key_rope, rotation, rotation_stride, mask, scale);
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < rows * heads; i++) forward_head(given, i / heads, i % heads, static_cast<T*>(out), logsums_BHT);
+  });
+}
+
+extern "C" void attention_backward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
+                                   int64_t rope, int64_t value, int64_t rotation_stride, float scale, const void* query,
+                                   const void* key_value, const void* key_rope, const float* rotation,
+                                   const uint8_t* mask, const void* out, const float* logsums_BHT, const void* d_out,
+                                   void* d_query, void* d_key_value, void* d_key_rope) {
+  const Sizes sizes{rows, tokens, keys, heads, nope, rope, value};
+  with_type(bf16, [&]<typename T>() {
+    const auto given = given_of<T>(sizes, query, key_value, key_rope, rotation, rotation_stride, mask, scale);
+    backward(given, Results<T>{static_cast<const T*>(out), static_cast<const T*>(d_out), logsums_BHT,
+                               static_cast<T*>(d_query), static_cast<T*>(d_key_value), static_cast<T*>(d_key_rope),
+                               scratch<float, struct RopeParts>(rows * heads * keys * rope)});
+  });
+}

@@ -125,25 +125,28 @@ struct Block {
   }
 };
 
+// e^(score - by), 0 where not to look.
+inline __m512 exponential_seen(__m512 scores, float by) {
+  const __mmask16 seen = _mm512_cmp_ps_mask(scores, _mm512_set1_ps(NOTHING), _CMP_NEQ_UQ);
+  return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(by))));
+}
+
 // Exponentials of the scores of row i over their largest, as T; returns log(sum) + largest, and the sum.
 template <typename T>
 std::pair<float, float> exponentials(const float* scores, int64_t tiles, int64_t i, T* to) {
-  float largest = NOTHING, sum = 0.0f;
+  __m512 most = _mm512_set1_ps(NOTHING), sums = _mm512_setzero_ps();
+  for (int64_t tile = 0; tile < tiles; tile++)
+    for (int64_t j = 0; j < TILE; j += UNIT) most = _mm512_max_ps(load(scores + (tile * TILE + i) * TILE + j), most);
+  const float largest = _mm512_reduce_max_ps(most);
   for (int64_t tile = 0; tile < tiles; tile++) {
-    const float* row = scores + (tile * TILE + i) * TILE;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < TILE; j++) largest = row[j] > largest ? row[j] : largest;
-  }
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    const float* row = scores + (tile * TILE + i) * TILE;
-    T* out = to + (tile * TILE + i) * TILE;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < TILE; j++) {
-      const float e = row[j] == NOTHING ? 0.0f : exponential(row[j] - largest);
-      put(out[j], e);
-      sum += e;
+    for (int64_t j = 0; j < TILE; j += UNIT) {
+      const int64_t at = (tile * TILE + i) * TILE + j;
+      const __m512 e = exponential_seen(load(scores + at), largest);
+      store(to + at, e);
+      sums = _mm512_add_ps(sums, e);
     }
   }
+  const float sum = _mm512_reduce_add_ps(sums);
   return {largest + std::log(sum), sum};
 }
 
@@ -199,7 +202,10 @@ void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>&
     float product = 0.0f, logsum = 0.0f;
     if (i < block.count) {
       const int64_t place = given.place(block.b, block.first + i, block.h) * sizes.value;
-      for (int64_t d = 0; d < sizes.value; d++) product += from(results.out[place + d]) * from(results.d_out[place + d]);
+      const T *out = results.out + place, *d_out = results.d_out + place;
+      const int64_t width = sizes.value;
+#pragma omp simd reduction(+ : product)
+      for (int64_t d = 0; d < width; d++) product += from(out[d]) * from(d_out[d]);
       logsum = results.logsums_BHT[(block.b * sizes.heads + block.h) * sizes.tokens + block.first + i];
     }
     for (int64_t tile = 0; tile < block.tiles; tile++) {
@@ -209,11 +215,12 @@ void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>&
         std::fill_n(d_scores + row, TILE, T(0.0f));
         continue;
       }
-#pragma omp simd
-      for (int64_t j = 0; j < TILE; j++) {
-        const float s = scores[row + j], w = s == NOTHING ? 0.0f : exponential(s - logsum);
-        put(weights[row + j], w);
-        put(d_scores[row + j], w == 0.0f ? 0.0f : w * (d_weights[row + j] - product) * given.scale);
+      for (int64_t j = row; j < row + TILE; j += UNIT) {
+        const __m512 w = exponential_seen(load(scores + j), logsum);
+        const __mmask16 seen = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        store(weights + j, w);
+        const __m512 apart = _mm512_sub_ps(load(d_weights + j), _mm512_set1_ps(product));
+        store(d_scores + j, _mm512_maskz_mul_ps(seen, _mm512_mul_ps(w, _mm512_set1_ps(given.scale)), apart));
       }
     }
   }
@@ -274,15 +281,15 @@ void backward_head(const Given<T>& given, const Results<T>& results, int64_t b, 
     for (int64_t i = 0; i < block.count; i++) {
       T* to = results.d_query + given.place(b, first + i, h) * width;
       const float* d = d_query + i * width;
-      for (int64_t k = 0; k < sizes.nope; k++) put(to[k], d[k]);
+      rounded(d, sizes.nope, to);
       const float* rotation = given.rotation + b * given.rotation_stride + (first + i) * sizes.rope;
       turn(d + sizes.nope, rotation, sizes.rope, true, to + sizes.nope);
     }
   }
   for (int64_t m = 0; m < sizes.keys; m++) {
     T* to = results.d_key_value + (given.key(b, h, m) - given.key_value);
-    for (int64_t k = 0; k < sizes.nope; k++) put(to[k], d_keys[m * width + k]);
-    for (int64_t k = 0; k < value; k++) put(to[sizes.nope + k], d_values[m * value + k]);
+    rounded(d_keys + m * width, sizes.nope, to);
+    rounded(d_values + m * value, value, to + sizes.nope);
     std::copy_n(d_keys + m * width + sizes.nope, sizes.rope,
                 results.d_rope_parts + ((b * sizes.heads + h) * sizes.keys + m) * sizes.rope);
   }

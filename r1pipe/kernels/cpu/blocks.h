@@ -143,20 +143,46 @@ inline void transposed(const T* const* rows, int64_t count, int64_t first, int64
   }
 }
 
-// 16 numbers, widened or rounded.
+// 16 numbers, widened and rounded; those outside the mask are 0, and stay.
 inline __m512 load(const float* x, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, x); }
 inline __m512 load(const BFloat16* x, __mmask16 mask = 0xffff) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
 }
+inline void store(float* to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(to, mask, x); }
+inline void store(BFloat16* to, __m512 x, __mmask16 mask = 0xffff) {
+#ifdef __AVX512BF16__
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+#else  // compiled, but not called: r1pipe/kernels/training.py asks for the instruction
+  alignas(64) float from[UNIT];
+  alignas(32) BFloat16 out[UNIT];
+  _mm512_store_ps(from, x);
+  for (int64_t i = 0; i < UNIT; i++) put(out[i], from[i]);
+  _mm256_mask_storeu_epi16(to, mask, _mm256_load_si256(reinterpret_cast<const __m256i*>(out)));
+#endif
+}
 
-// to = x with its pairs turned by the rotation, or back by it
+template <typename T>
+inline void rounded(const float* x, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += UNIT) store(to + i, load(x + i, first_of(count - i)), first_of(count - i));
+}
+
+inline __m512 exponential(__m512 x) {
+  alignas(64) float numbers[UNIT];
+  _mm512_store_ps(numbers, x);
+#pragma omp simd
+  for (int64_t i = 0; i < UNIT; i++) numbers[i] = exponential(numbers[i]);
+  return _mm512_load_ps(numbers);
+}
+
+// to = x with its pairs turned by the rotation (cosine, sine), or back by it
 template <typename From, typename T>
 inline void turn(const From* x, const float* rotation, int64_t width, bool back, T* to) {
-  const float sign = back ? -1.0f : 1.0f;
-  for (int64_t i = 0; i < width; i += 2) {
-    const float c = rotation[i], s = sign * rotation[i + 1], a = from(x[i]), b = from(x[i + 1]);
-    put(to[i], a * c - b * s);
-    put(to[i + 1], a * s + b * c);
+  const __m512 sign = _mm512_set1_ps(back ? -1.0f : 1.0f);
+  for (int64_t i = 0; i < width; i += UNIT) {
+    const __mmask16 mask = first_of(width - i);
+    const __m512 by = load(rotation + i, mask), pairs = load(x + i, mask);
+    const __m512 crossed = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_mul_ps(_mm512_movehdup_ps(by), sign));
+    store(to + i, _mm512_fmaddsub_ps(pairs, _mm512_moveldup_ps(by), crossed), mask);
   }
 }
 

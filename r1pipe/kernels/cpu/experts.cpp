@@ -86,8 +86,7 @@ struct Layer {
           add(rows, first, count, c, sums);
         }
       }
-#pragma omp simd
-      for (int64_t i = 0; i < tokens * sizes.width; i++) put(out[begin * sizes.width + i], sums[i]);
+      rounded(sums, tokens * sizes.width, out + begin * sizes.width);
     }
   }
 };
@@ -96,8 +95,7 @@ struct Layer {
 template <typename T>
 void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_t count, T* kept, T* hidden) {
   const int64_t inner = layer.sizes.inner;
-#pragma omp simd
-  for (int64_t i = 0; i < count * 2 * inner; i++) put(kept[i], gate_up[i]);
+  rounded(gate_up, count * 2 * inner, kept);
   float weight[BLOCK];
   for (int64_t i = 0; i < count; i++) weight[i] = layer.weight(layer.visits.slot[first + i]);
   swiglu(gate_up, count, inner, weight, hidden);
@@ -175,8 +173,7 @@ void weight_gradient(const Visits& visits, int64_t begin, int64_t end, int64_t f
     right(row, count, rows);
     multiply(transpose, count, outputs, pack_depth(rows.data(), count, columns, panels), sums, columns, row > begin);
   }
-#pragma omp simd
-  for (int64_t i = 0; i < outputs * columns; i++) put(to[i], sums[i]);
+  rounded(sums, outputs * columns, to);
 }
 
 template <typename T>

@@ -9,6 +9,7 @@ from shapes import ours, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1pipe.data.packing import Batch
+from r1pipe.kernels import training as kernels
 from r1pipe.model import logprobs
 from r1pipe.model.moe import Experts
 from r1pipe.rl.batch import Rollout, collate
@@ -60,17 +61,25 @@ def sampling(model) -> None:
     Sampler(model.eval(), 1, 0, slots=8).generate(prompts, SamplingParams(max_tokens=3))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("path", [training, policy, reference, sampling])
-def test_the_logits_of_a_long_batch_are_never_whole_in_memory(path: Callable, monkeypatch):
+def test_the_logits_of_a_long_batch_are_never_whole_in_memory(path: Callable, compiled: bool, monkeypatch):
     rows = 48
+    if not compiled:
+        monkeypatch.setattr(kernels, "usable", lambda *given: False)
     monkeypatch.setattr(logprobs, "LOGITS_IN_MEMORY", rows * WIDE.vocab_size)
+    monkeypatch.setattr(kernels, "LOGITS", rows * WIDE.vocab_size)
     with WidestLogits() as seen:
         path(ours(WIDE))
-    assert 0 < seen.most <= rows * WIDE.vocab_size
+    assert seen.most <= rows * WIDE.vocab_size
+    assert seen.most > 0 or compiled  # the kernels keep what is no gradient out of torch's sight
 
 
-def test_bfloat16_experts_compute_what_float32_experts_do():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_experts_compute_what_float32_experts_do(compiled: bool, monkeypatch):
     """The filling of their groups changes nothing but the rounding, forward and backward."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "usable", lambda *given: False)
     config = replace(WIDE, n_routed_experts=8, num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
 

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from r1pipe.kernels.build import library
 
 CHUNK = 512  # tokens whose sums a thread holds in its cache
+WORTHWHILE = 256  # rows
+LOGITS = 2**21  # numbers; the gradients of logits that exist at once
 
 
 @cache
@@ -21,13 +23,19 @@ def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: on a CPU, of one type that it multiplies, of even widths."""
-    first = tensors[0]
-    if first.device.type != "cpu" or any(t.dtype != first.dtype or t.shape[-1] % 2 for t in tensors):
+def usable(x: Tensor, *sizes: int) -> bool:
+    """Whether the kernels take `x` [..., D], and weights of its type and of these sizes.
+
+    Weights are packed in every call: few rows that ask for no gradient are not worth that.
+    """
+    if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
         return False
-    if first.dtype != torch.float32 and not (first.dtype == torch.bfloat16 and _multiplies_bfloat16()):
-        return False
+    if x.dtype == torch.bfloat16:  # two neighbours are multiplied together
+        return _multiplies_bfloat16() and not any(n % 2 for n in (x.shape[-1], *sizes)) and _compiled()
+    return x.dtype == torch.float32 and _compiled()
+
+
+def _compiled() -> bool:
     return library() is not None
 
 
@@ -89,7 +97,7 @@ def experts(
 def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
     gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
-    return _Experts.apply(x.flatten(0, -2), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
+    return _Experts.apply(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
 
 
 class _Attention(torch.autograd.Function):
@@ -145,7 +153,7 @@ def attention(
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., D] as rows [N, D] of neighbouring numbers, a view where it can be."""
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -196,3 +204,56 @@ def _turned(x_BTR: Tensor, rotation_BTr: Tensor, back: bool) -> Tensor:
 def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
     """The pairs (0,1), (2,3)... of x turned by `rotation`, of each row or of all."""
     return _Rotate.apply(x_BTR, rotation_BTr)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
+        x_ND, weight_OD = _rows(x), weight_OD.contiguous()
+        ctx.sizes = (*x_ND.shape, weight_OD.shape[0], x_ND.stride(0))
+        out = x.new_empty(*x.shape[:-1], weight_OD.shape[0])
+        _call("linear_forward", x_ND, *ctx.sizes, x_ND, weight_OD, out)
+        ctx.save_for_backward(x_ND, weight_OD)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        x_ND, weight_OD = ctx.saved_tensors
+        d_x, d_weight_OD = d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1]), torch.empty_like(weight_OD)
+        _call("linear_backward", x_ND, *ctx.sizes, x_ND, weight_OD, d_out.contiguous(), d_x, d_weight_OD)
+        return d_x, d_weight_OD
+
+
+def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
+    """x [..., D] -> [..., O]."""
+    return _Linear.apply(x, weight_OD)
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float
+    ) -> Tensor:
+        given = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
+        ctx.sizes = (*x_ND.shape, weight_VD.shape[0], temperature)
+        logprobs_N, logsums_N = torch.empty(2, x_ND.shape[0])
+        _call("logprobs_forward", x_ND, *ctx.sizes, *given, logprobs_N, logsums_N)
+        ctx.save_for_backward(*given, logsums_N)
+        return logprobs_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logprobs_N: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_VD = saved = ctx.saved_tensors[:2]
+        rows, vocabulary = x_ND.shape[0], weight_VD.shape[0]
+        d_logits_cV = x_ND.new_empty(min(rows, max(1, LOGITS // vocabulary)), vocabulary)
+        gradients = [torch.empty_like(t) for t in saved]
+        given = (*ctx.saved_tensors, d_logprobs_N.contiguous(), d_logits_cV.shape[0], d_logits_cV)
+        _call("logprobs_backward", x_ND, *ctx.sizes, *given, *gradients)
+        return *gradients, None, None
+
+
+def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """log softmax(x weight^T / temperature) of each row's target, logprobs_N float32; the logits are never kept."""
+    return _Logprobs.apply(x_ND, weight_VD, targets_N, temperature)

@@ -24,9 +24,21 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x, self.weight):
+        if kernels.usable(x):
             return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """x weight^T, without bias; any leading shape."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__(width, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x, self.out_features):
+            return kernels.linear(x, self.weight)
+        return super().forward(x)
 
 
 class SwiGLU(nn.Module):
@@ -34,14 +46,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        if kernels.usable(x, *weights):
-            return kernels.swiglu(x, *weights)
+        if kernels.usable(x, self.gate_proj.out_features):
+            return kernels.swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -9,7 +9,22 @@ from torch import Tensor, cat
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from r1pipe.kernels import training as kernels
+from r1pipe.model.layers import Linear
+
 LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at once (128 MiB in float32)
+
+
+class Head(Linear):
+    """What gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N].
+
+    The latter, where the kernels do it, in its own forward pass: under ZeRO-3 the weight is nowhere else.
+    """
+
+    def forward(self, x: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        if targets_N is None:
+            return super().forward(x)
+        return kernels.logprobs(x, self.weight, targets_N, temperature)
 
 
 def _chunk_logprobs(
@@ -33,6 +48,8 @@ def token_logprobs(
     `temperature` divides the logits: the distribution that the tokens were drawn from. The logits of a long
     batch never exist at once; when they take several chunks, each is computed again in the backward pass.
     """
+    if isinstance(head, Head) and kernels.usable(hidden_ND, vocab_size):
+        return head(hidden_ND, targets_N, temperature)
     chunk = max(1, LOGITS_IN_MEMORY // vocab_size)
     if hidden_ND.shape[0] <= chunk:
         return _chunk_logprobs(head, hidden_ND, targets_N, temperature)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from r1pipe.config.schema import ModelConfig
 from r1pipe.kernels import training as kernels
 from r1pipe.model.flex import BlockMask, flex_attend
-from r1pipe.model.layers import RMSNorm, rotate, softmax_scale
+from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale
 
 # Takes a layer's cache entries. A function, not a list to fill: under ZeRO-3 a module gets a copy of a list.
 Keep = Callable[[Tensor], None]
@@ -28,17 +28,15 @@ class MLA(nn.Module):
         width, heads = config.hidden_size, config.num_attention_heads
         query_width = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, query_width, bias=False)
+            self.q_proj = Linear(width, query_width)
         else:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(width, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width)
+        self.kv_a_proj_with_mqa = Linear(width, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_EPS)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
-        )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, width)
         self.scale = softmax_scale(config)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -85,7 +83,7 @@ class MLA(nn.Module):
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        if kernels.usable(query, key_value, k_rope):
+        if kernels.usable(query, config.qk_nope_head_dim, config.v_head_dim):
             out = kernels.attention(query, key_value, k_rope, rotation_BTr, mask_BTM, self.scale)
         else:
             k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)

@@ -116,7 +116,7 @@ class Experts(nn.Module):
         Tokens are sorted by expert for one grouped matmul over the ragged groups: measured on CPU cores it
         beats running all experts on all tokens even for 8 small experts.
         """
-        if kernels.usable(x_ND, self.gate_up_proj, self.down_proj):
+        if kernels.usable(x_ND, self.down_proj.shape[2]):
             return kernels.experts(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK)
         experts = self.gate_up_proj.shape[0]
         chosen, order = experts_NK.flatten().sort()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.layers import RMSNorm
+from r1pipe.model.layers import Linear, RMSNorm
 from r1pipe.model.logprobs import token_logprobs
 
 
@@ -43,7 +43,7 @@ class MTPLayer(DecoderLayer):
         super().__init__(config, index)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config)
 
     def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:

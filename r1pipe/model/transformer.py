@@ -15,6 +15,7 @@ from r1pipe.model import flex
 from r1pipe.model.balance import Balance
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import RMSNorm, Rotary
+from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import Keep, Mask
 from r1pipe.model.moe import Experts, Gate, Routing
 from r1pipe.model.mtp import MTPLayer, same_document
@@ -178,7 +179,7 @@ class DeepseekV3(nn.Module):
         self.config = config
         with torch.device("meta"):  # torch's own initialisation would draw from the global stream
             self.model = Trunk(config)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size)
         device = torch.get_default_device()
         if device.type != "meta":
             self.to_empty(device=device)

@@ -4,14 +4,11 @@
 // Tokens are worked on in chunks: a thread has a chunk's sums for itself and adds experts in their order, so that a
 // result depends on nobody's haste. Within a chunk, the rows of each expert are gathered block by block.
 
-#include "blocks.h"
+#include "products.h"
 
 namespace {
 
 using namespace r1pipe;
-
-constexpr int64_t BLOCK = 64;    // rows of one product: its operands stay in the nearer caches
-constexpr int64_t DEPTH = 256;   // rows that a weight's gradient is summed over in one product
 
 struct Sizes {
   int64_t tokens, top_k, experts, width, inner, chunk;
@@ -157,25 +154,6 @@ void forward(const Layer<T>& layer, T* kept, T* out) {
   });
 }
 
-// to [outputs, columns] = left^T right over the rows of expert e, where `left` and `right` give pointers to their rows.
-template <typename T, typename Left, typename Right>
-void weight_gradient(const Visits& visits, int64_t begin, int64_t end, int64_t first, int64_t outputs, int64_t columns,
-                     Left left, Right right, T* to) {
-  static thread_local Rows<T> rows;
-  T* transpose = scratch<T, struct LeftBlock>(outputs * DEPTH);
-  T* panels = scratch<T, struct RightPanels>(up_to(columns, PANEL) * DEPTH);
-  float* sums = scratch<float, struct Gradient>(outputs * columns);
-  if (begin == end) std::fill_n(sums, outputs * columns, 0.0f);
-  for (int64_t row = begin; row < end; row += DEPTH) {
-    const int64_t count = std::min(DEPTH, end - row);
-    left(row, count, rows);
-    transposed(rows.data(), count, first, outputs, transpose);
-    right(row, count, rows);
-    multiply(transpose, count, outputs, pack_depth(rows.data(), count, columns, panels), sums, columns, row > begin);
-  }
-  rounded(sums, outputs * columns, to);
-}
-
 template <typename T>
 void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d_gate_up, T* d_down, float* d_weights) {
   const auto [tokens, top_k, experts, width, inner, chunk] = layer.sizes;
@@ -195,9 +173,6 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
     activate_back(layer, d_hidden, first, count, kept + first * 2 * I, hidden + first * I, own, d_weights);
     multiply(own, 2 * I, count, gate_up[e], result, D);
   });
-  auto plain = [](const T* of, int64_t stride) {
-    return [=](int64_t first, int64_t count, Rows<T>& to) { to = rows_of(of + first * stride, stride, count); };
-  };
   auto gathered = [&](const T* of) {
     return [&layer, of](int64_t first, int64_t count, Rows<T>& to) { layer.gather(of, first, count, to); };
   };
@@ -208,11 +183,14 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
     const int64_t chunks = layer.sizes.chunks(), begin = layer.visits.start[e * chunks];
     const int64_t end = layer.visits.start[(e + 1) * chunks], outputs = task % 2 ? D : 2 * I;
     const int64_t first = part * outputs / parts, count = (part + 1) * outputs / parts - first;
-    if (task % 2)
-      weight_gradient(layer.visits, begin, end, first, count, I, gathered(d_out), plain(hidden, I), d_down + (e * D + first) * I);
-    else
-      weight_gradient(layer.visits, begin, end, first, count, D, plain(d_both, 2 * I), gathered(layer.x),
-                      d_gate_up + (e * 2 * I + first) * D);
+    float* sums = scratch<float, struct Gradient>(count * (task % 2 ? I : D));
+    if (task % 2) {
+      weight_gradient<T>({begin, end}, {first, count}, I, gathered(d_out), apart(hidden, I), false, sums);
+      rounded(sums, count * I, d_down + (e * D + first) * I);
+    } else {
+      weight_gradient<T>({begin, end}, {first, count}, D, apart(d_both, 2 * I), gathered(layer.x), false, sums);
+      rounded(sums, count * D, d_gate_up + (e * 2 * I + first) * D);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-"""The compiled kernels of training passes on a CPU as differentiable functions, each the equal of torch code in model/.
+"""The compiled kernels of training passes on a CPU, differentiable; each has its equal in model/.
 
 Axes as in r1pipe/model/layers.py.
 """
@@ -144,9 +144,10 @@ def attention(
     mask_BTM: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """-> [B, T, H, v]: queries, not yet rotated, by keys [H's own part | one rotary part, rotated], and H's values.
+    """-> [B, T, H, v], causal, or as `mask_BTM` (true: may look).
 
-    q = nope + R, w = nope + v. Causal, or as `mask_BTM` (true: may look).
+    Queries (q = nope + R) are not yet rotated; keys are a head's own part, in `key_value_BMHw` before its
+    values (w = nope + v), and the rotated part that all heads share.
     """
     return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
 
@@ -232,9 +233,7 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
         given = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
         ctx.sizes = (*x_ND.shape, weight_VD.shape[0], temperature)
         logprobs_N, logsums_N = torch.empty(2, x_ND.shape[0])
@@ -255,5 +254,5 @@ class _Logprobs(torch.autograd.Function):
 
 
 def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    """log softmax(x weight^T / temperature) of each row's target, logprobs_N float32; the logits are never kept."""
+    """log softmax(x weight^T / temperature) of each row's target, [N] float32; logits are never kept."""
     return _Logprobs.apply(x_ND, weight_VD, targets_N, temperature)

@@ -1,129 +1,12 @@
 // Attention of whole rows with its gradients (FlashAttention's recomputation: arXiv:2205.14135), for short rows: the
 // scores of a block of queries by all keys they may look at exist at once. Keys are the heads' own part and one rotary
 // part that all heads share; queries are turned here, so that nothing is concatenated or expanded in memory.
-//
-// Axes as in r1pipe/model/layers.py; scores lie in tiles of [queries, 64 keys].
 
-#include <cstring>
-
-#include "blocks.h"
+#include "attention.h"
 
 namespace {
 
 using namespace r1pipe;
-
-constexpr int64_t TILE = PANEL;
-constexpr float NOTHING = -INFINITY;
-
-struct Sizes {
-  int64_t rows, tokens, keys, heads, nope, rope, value;
-  int64_t width() const { return nope + rope; }
-  int64_t tiles() const { return (keys + TILE - 1) / TILE; }
-};
-
-template <typename T>
-struct Given {
-  Sizes sizes;
-  const T *query, *key_value, *key_rope;  // [B, T, H, nope + rope], [B, M, H, nope + value], [B, M, rope]
-  const float* rotation;                  // [B or 1, T, rope / 2, 2]
-  int64_t rotation_stride;                // between rows: 0 where all have the same
-  const uint8_t* mask;                    // [B, T, M], or null: causal
-  float scale;
-
-  const T* key(int64_t b, int64_t h, int64_t m) const {
-    return key_value + ((b * sizes.keys + m) * sizes.heads + h) * (sizes.nope + sizes.value);
-  }
-  int64_t place(int64_t b, int64_t t, int64_t h) const { return (b * sizes.tokens + t) * sizes.heads + h; }
-
-  // Which of the keys of `tile` token t may look at, a bit for each.
-  uint64_t seen(int64_t b, int64_t t, int64_t tile) const {
-    if (!mask) {
-      const int64_t count = t + 1 - tile * TILE;
-      return count <= 0 ? 0 : count >= TILE ? ~0ull : (1ull << count) - 1;
-    }
-    const int64_t left = std::min(TILE, sizes.keys - tile * TILE);
-    const __mmask64 there = left == TILE ? ~0ull : (1ull << left) - 1;
-    const __m512i bytes = _mm512_maskz_loadu_epi8(there, mask + (b * sizes.tokens + t) * sizes.keys + tile * TILE);
-    return _mm512_test_epi8_mask(bytes, bytes);
-  }
-
-  // Tiles of keys that any of the tokens [first, first + count) looks at.
-  int64_t tiles_seen(int64_t b, int64_t first, int64_t count) const {
-    for (int64_t tile = sizes.tiles(); tile > 1; tile--)
-      for (int64_t t = first; t < first + count; t++)
-        if (seen(b, t, tile - 1)) return tile;
-    return 1;
-  }
-};
-
-// The keys [64, width] and values [64, value] of one tile, zeros behind the last.
-template <typename T>
-struct KeyTile {
-  T* keys;
-  Rows<T> key, value;
-
-  KeyTile(const Given<T>& given, int64_t b, int64_t h, int64_t tile) : key(TILE), value(TILE) {
-    const Sizes& sizes = given.sizes;
-    const int64_t width = sizes.width();
-    static thread_local std::vector<T> nothing;
-    nothing.resize(sizes.value);
-    keys = scratch<T, struct Keys>(TILE * width);
-    for (int64_t i = 0; i < TILE; i++) {
-      const int64_t m = tile * TILE + i;
-      key[i] = keys + i * width;
-      value[i] = nothing.data();
-      if (m >= sizes.keys) {
-        std::fill_n(keys + i * width, width, T(0.0f));
-        continue;
-      }
-      std::copy_n(given.key(b, h, m), sizes.nope, keys + i * width);
-      std::copy_n(given.key_rope + (b * sizes.keys + m) * sizes.rope, sizes.rope, keys + i * width + sizes.nope);
-      value[i] = given.key(b, h, m) + sizes.nope;
-    }
-  }
-};
-
-// A block of queries of one head, turned, with zeros behind the last.
-template <typename T>
-struct Block {
-  int64_t b, h, first, count, filled, tiles;
-  T* query;
-
-  Block(const Given<T>& given, int64_t b, int64_t h, int64_t first)
-      : b(b), h(h), first(first), count(std::min(TILE, given.sizes.tokens - first)), filled(up_to(count, UNIT)),
-        tiles(given.tiles_seen(b, first, count)) {
-    const Sizes& sizes = given.sizes;
-    query = scratch<T, struct Queries>(TILE * sizes.width());
-    for (int64_t i = 0; i < filled; i++) {
-      T* to = query + i * sizes.width();
-      if (i >= count) {
-        std::fill_n(to, sizes.width(), T(0.0f));
-        continue;
-      }
-      const T* x = given.query + given.place(b, first + i, h) * sizes.width();
-      std::copy_n(x, sizes.nope, to);
-      const float* rotation = given.rotation + b * given.rotation_stride + (first + i) * sizes.rope;
-      turn(x + sizes.nope, rotation, sizes.rope, false, to + sizes.nope);
-    }
-  }
-
-  // scores [tiles][filled][64], scaled, -inf where not to look; keys are packed tile by tile
-  void scores(const Given<T>& given, const T* keys, float* to) const {
-    const int64_t width = given.sizes.width();
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      float* tile_scores = to + tile * TILE * TILE;
-      multiply(query, width, filled, Packed<T>{keys + tile * TILE * width, TILE, width}, tile_scores, TILE);
-      for (int64_t i = 0; i < count; i++) {
-        const uint64_t seen = given.seen(b, first + i, tile);
-        for (int64_t j = 0; j < TILE; j += UNIT) {
-          float* at = tile_scores + i * TILE + j;
-          const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(given.scale));
-          _mm512_storeu_ps(at, _mm512_mask_mov_ps(_mm512_set1_ps(NOTHING), seen >> j, scaled));
-        }
-      }
-    }
-  }
-};
 
 // e^(score - by), 0 where not to look.
 inline __m512 exponential_seen(__m512 scores, float by) {
@@ -152,7 +35,8 @@ std::pair<float, float> exponentials(const float* scores, int64_t tiles, int64_t
 
 template <typename T>
 void forward_head(const Given<T>& given, int64_t b, int64_t h, T* out, float* logsums_BHT) {
-  const Sizes& sizes = given.sizes;
+  const Tiles released;
+  const AttentionSizes& sizes = given.sizes;
   const int64_t width = sizes.width(), tiles = sizes.tiles(), value_size = up_to(sizes.value, PANEL) * TILE;
   T* keys = scratch<T, struct PackedKeys>(tiles * TILE * width);
   T* values = scratch<T, struct PackedValues>(tiles * value_size);
@@ -197,7 +81,7 @@ struct Results {
 template <typename T>
 void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>& results, const float* scores,
                  const float* d_weights, T* weights, T* d_scores) {
-  const Sizes& sizes = given.sizes;
+  const AttentionSizes& sizes = given.sizes;
   for (int64_t i = 0; i < block.filled; i++) {
     float product = 0.0f, logsum = 0.0f;
     if (i < block.count) {
@@ -228,7 +112,8 @@ void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>&
 
 template <typename T>
 void backward_head(const Given<T>& given, const Results<T>& results, int64_t b, int64_t h) {
-  const Sizes& sizes = given.sizes;
+  const Tiles released;
+  const AttentionSizes& sizes = given.sizes;
   const int64_t width = sizes.width(), value = sizes.value, tiles = sizes.tiles(), square = TILE * TILE;
   const int64_t key_size = TILE * up_to(width, PANEL), value_size = TILE * up_to(value, PANEL);
   T* keys = scratch<T, struct PackedKeys>(tiles * TILE * width);
@@ -297,7 +182,7 @@ void backward_head(const Given<T>& given, const Results<T>& results, int64_t b, 
 
 template <typename T>
 void backward(const Given<T>& given, const Results<T>& results) {
-  const Sizes& sizes = given.sizes;
+  const AttentionSizes& sizes = given.sizes;
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < sizes.rows * sizes.heads; i++) backward_head(given, results, i / sizes.heads, i % sizes.heads);
   const int64_t all = sizes.keys * sizes.rope;
@@ -311,7 +196,7 @@ void backward(const Given<T>& given, const Results<T>& results) {
 }
 
 template <typename T>
-Given<T> given_of(const Sizes& sizes, const void* query, const void* key_value, const void* key_rope,
+Given<T> given_of(const AttentionSizes& sizes, const void* query, const void* key_value, const void* key_rope,
                   const float* rotation, int64_t rotation_stride, const uint8_t* mask, float scale) {
   return {sizes, static_cast<const T*>(query), static_cast<const T*>(key_value), static_cast<const T*>(key_rope),
           rotation, rotation_stride, mask, scale};
@@ -323,7 +208,7 @@ extern "C" void attention_forward(int64_t bf16, int64_t rows, int64_t tokens, in
                                   int64_t rope, int64_t value, int64_t rotation_stride, float scale, const void* query,
                                   const void* key_value, const void* key_rope, const float* rotation,
                                   const uint8_t* mask, void* out, float* logsums_BHT) {
-  const Sizes sizes{rows, tokens, keys, heads, nope, rope, value};
+  const AttentionSizes sizes{rows, tokens, keys, heads, nope, rope, value};
   with_type(bf16, [&]<typename T>() {
     const auto given = given_of<T>(sizes, query, key_value, key_rope, rotation, rotation_stride, mask, scale);
 #pragma omp parallel for schedule(dynamic)
@@ -336,7 +221,7 @@ extern "C" void attention_backward(int64_t bf16, int64_t rows, int64_t tokens, i
                                    const void* key_value, const void* key_rope, const float* rotation,
                                    const uint8_t* mask, const void* out, const float* logsums_BHT, const void* d_out,
                                    void* d_query, void* d_key_value, void* d_key_rope) {
-  const Sizes sizes{rows, tokens, keys, heads, nope, rope, value};
+  const AttentionSizes sizes{rows, tokens, keys, heads, nope, rope, value};
   with_type(bf16, [&]<typename T>() {
     const auto given = given_of<T>(sizes, query, key_value, key_rope, rotation, rotation_stride, mask, scale);
     backward(given, Results<T>{static_cast<const T*>(out), static_cast<const T*>(d_out), logsums_BHT,

@@ -71,6 +71,7 @@ struct Layer {
   void by_chunks(T* out, Block block) const {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t c = 0; c < sizes.chunks(); c++) {
+      const Tiles tiles;
       const int64_t begin = c * sizes.chunk, tokens = std::min(sizes.chunk, sizes.tokens - begin);
       float* sums = scratch<float, struct Sums>(sizes.chunk * sizes.width);
       float* rows = scratch<float, struct Results>(BLOCK * sizes.width);
@@ -179,6 +180,7 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
   const int64_t parts = std::max<int64_t>(1, omp_get_max_threads() / E);  // one expert's work goes to several threads
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < 2 * E * parts; task++) {
+    const Tiles tiles;
     const int64_t e = task / (2 * parts), part = task / 2 % parts;
     const int64_t chunks = layer.sizes.chunks(), begin = layer.visits.start[e * chunks];
     const int64_t end = layer.visits.start[(e + 1) * chunks], outputs = task % 2 ? D : 2 * I;

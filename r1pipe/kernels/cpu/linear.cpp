@@ -14,6 +14,7 @@ void linear_backward(int64_t rows, int64_t width, int64_t outputs, int64_t strid
   const int64_t parts = std::min<int64_t>(omp_get_max_threads(), outputs);
 #pragma omp parallel for
   for (int64_t p = 0; p < parts; p++) {
+    const Tiles tiles;
     const Part part = part_of(outputs, p, parts);
     float* sums = scratch<float, struct LinearSums>(part.count * width);
     weight_gradient<T>({0, rows}, part, width, apart(d_out, outputs), apart(x, stride), false, sums);
@@ -46,6 +47,7 @@ struct Head {
     const Packed<T> head = packed();
 #pragma omp parallel for
     for (int64_t first = 0; first < rows; first += BLOCK) {
+      const Tiles tiles;
       const RowBlock<T> block(x, rows, width, width, first);
       const float* all = logits(block, head);
       for (int64_t i = 0; i < block.count; i++) {
@@ -71,6 +73,7 @@ struct Head {
       const int64_t count = std::min(chunk, rows - begin);
 #pragma omp parallel for
       for (int64_t first = 0; first < count; first += BLOCK) {
+        const Tiles tiles;
         const RowBlock<T> block(x + begin * width, count, width, width, first);
         const float* all = logits(block, head);
         for (int64_t i = 0; i < block.count; i++) {
@@ -82,6 +85,7 @@ struct Head {
       const int64_t parts = std::min<int64_t>(omp_get_max_threads(), vocabulary);
 #pragma omp parallel for
       for (int64_t p = 0; p < parts; p++) {
+        const Tiles tiles;
         const Part part = part_of(vocabulary, p, parts);
         weight_gradient<T>({0, count}, part, width, apart(d_logits, vocabulary), apart(x + begin * width, width), begin > 0,
                            sums + part.first * width);

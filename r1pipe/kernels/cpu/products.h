@@ -8,6 +8,12 @@ namespace r1pipe {
 constexpr int64_t BLOCK = 64;   // rows of one product: its operands stay in the nearer caches
 constexpr int64_t DEPTH = 256;  // rows that a weight's gradient is summed over in one product
 
+// To be made where a thread's share of work begins: gives back the tile registers (AMX) at its end, so that torch's own
+// products find them free.
+struct Tiles {
+  ~Tiles() { at::native::cpublas::brgemm_release(); }
+};
+
 struct Span {
   int64_t first, end;
 };
@@ -72,6 +78,7 @@ template <typename T>
 inline void product(const T* x, int64_t rows, int64_t stride, const Packed<T>& weight, T* out) {
 #pragma omp parallel for
   for (int64_t first = 0; first < rows; first += BLOCK) {
+    const Tiles tiles;
     const RowBlock<T> block(x, rows, weight.depth, stride, first);
     float* sums = scratch<float, struct Products>(BLOCK * weight.outputs);
     multiply(block.data, block.stride, block.filled, weight, sums, weight.outputs);

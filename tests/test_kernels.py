@@ -1,0 +1,108 @@
+"""The compiled kernels of training passes against the torch code in their place, forward and backward."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
+from torch import Tensor
+
+from r1pipe.kernels import training as kernels
+from r1pipe.model.layers import SwiGLU
+from r1pipe.model.logprobs import token_logprobs
+
+ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.04}  # ||a - b|| / ||b||; bfloat16: of whole models
+needs_kernels = pytest.mark.skipif(
+    not kernels.usable(torch.ones(2, 2, dtype=torch.bfloat16), 2),
+    reason="no AVX-512 with bfloat16, or no compiler",
+)
+pytestmark = needs_kernels
+
+
+def results(model: torch.nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
+    """What `run` gives, and the gradients of the model's parameters."""
+    model.zero_grad()
+    out = run()
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)) / out.numel() ** 0.5
+    (out.float() * weight).sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def apart(model: torch.nn.Module, run: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> float:
+    """The largest relative difference between the kernels' results and torch's."""
+    mine = results(model, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda *given: False)
+        reference = results(model, run)
+    assert len(mine) == len(reference)
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(mine, reference, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ALIKE)
+@pytest.mark.parametrize("name", SHAPES | V2_SHAPES)
+def test_a_model_computes_what_torch_does(name, dtype, monkeypatch):
+    config = (SHAPES | V2_SHAPES)[name]
+    rows = tokens(3, 75, config)
+    documents = torch.tensor([1] * 20 + [2] * 33 + [0] * 22).expand(3, 75)
+    if dtype == torch.bfloat16:  # of routing, rounding decides: here all experts are chosen
+        config = tiny(n_routed_experts=4, n_group=1, topk_group=1, vocab_size=98)
+    model = ours(config).to(dtype)
+    for segments in (None, documents):
+        run = lambda segments=segments: model(rows, segments)  # noqa: E731
+        assert apart(model, run, monkeypatch) < ALIKE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ALIKE)
+def test_rows_after_a_prompt_compute_what_torch_does(dtype, monkeypatch):
+    model = ours(tiny(n_routed_experts=4, n_group=1, topk_group=1)).to(dtype)
+    prompts, rows = tokens(2, 9, model.config), tokens(6, 70, model.config)
+    lengths, prompt_of = torch.tensor([9, 5]), torch.tensor([0, 0, 0, 1, 1, 1])
+
+    def run() -> Tensor:
+        return model.hidden_after(prompts, lengths, rows, prompt_of)
+
+    assert apart(model, run, monkeypatch) < ALIKE[dtype]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("count", [1, 16, 333])
+def test_logprobs_in_several_chunks(count, temperature, monkeypatch):
+    model = ours(tiny())
+    hidden_ND = torch.randn(count, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    targets_N = tokens(1, count, model.config)[0]
+    monkeypatch.setattr(kernels, "LOGITS", 100 * 97)
+
+    def run() -> Tensor:
+        return token_logprobs(model.lm_head, hidden_ND, targets_N, 97, temperature)
+
+    assert apart(model.lm_head, run, monkeypatch) < ALIKE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", ALIKE)
+def test_threads_change_no_bit_from_one_run_to_the_next(dtype):
+    model = ours(tiny(vocab_size=98)).to(dtype)
+    rows = tokens(4, 200, model.config)
+    first, second = (results(model, lambda: model(rows)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(value):
+    layer = SwiGLU(64, 96)
+    for part in (layer.gate_proj, layer.down_proj):
+        x = torch.randn(20, 64)
+        with torch.no_grad():
+            part.weight[3, 2] = value
+        assert not layer(x).isfinite().all()
+        with torch.no_grad():
+            part.weight[3, 2] = 0.0
+    x[5, 7] = value
+    out = layer(x)
+    assert not out[5].isfinite().any() and out[:5].isfinite().all() and out[6:].isfinite().all()
+
+
+def test_odd_widths_in_bfloat16_few_rows_and_other_types_are_left_to_torch():
+    x = torch.ones(4, 6)
+    assert kernels.usable(x, 7) and not kernels.usable(x.bfloat16(), 7) and not kernels.usable(x.double(), 6)
+    with torch.no_grad():
+        assert not kernels.usable(x, 6) and kernels.usable(torch.ones(kernels.WORTHWHILE, 6), 6)

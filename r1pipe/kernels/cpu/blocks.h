@@ -98,7 +98,7 @@ inline void transpose(__m512i (&a)[UNIT]) {
 
 // The weight [outputs, depth] for in * weight^T.
 template <typename T>
-inline Packed<T> pack_outputs(const T* const* rows, int64_t outputs, int64_t depth, T* to) {
+[[gnu::noinline]] Packed<T> pack_outputs(const T* const* rows, int64_t outputs, int64_t depth, T* to) {
   const int64_t words = depth / STEP<T>;
   for (int64_t first = 0; first < outputs; first += UNIT) {
     uint32_t* panel = reinterpret_cast<uint32_t*>(to + first / PANEL * PANEL * depth) + first % PANEL;
@@ -118,7 +118,7 @@ inline Packed<T> pack_outputs(const T* const* rows, int64_t outputs, int64_t dep
 
 // The weight [depth, outputs] for in * weight.
 template <typename T>
-inline Packed<T> pack_depth(const T* const* rows, int64_t depth, int64_t outputs, T* to) {
+[[gnu::noinline]] Packed<T> pack_depth(const T* const* rows, int64_t depth, int64_t outputs, T* to) {
   for (int64_t first = 0; first < outputs; first += UNIT) {
     uint32_t* panel = reinterpret_cast<uint32_t*>(to + first / PANEL * PANEL * depth) + first % PANEL;
     const __mmask16 mask = first_of(outputs - first);
@@ -129,7 +129,7 @@ inline Packed<T> pack_depth(const T* const* rows, int64_t depth, int64_t outputs
 
 // to [width, count] = rows [count, width] from column `first` on, transposed.
 template <typename T>
-inline void transposed(const T* const* rows, int64_t count, int64_t first, int64_t width, T* to) {
+[[gnu::noinline]] void transposed(const T* const* rows, int64_t count, int64_t first, int64_t width, T* to) {
   const int64_t words = count / STEP<T>;
   for (int64_t c = 0; c < width; c += UNIT) {
     const __mmask16 mask = first_of(width - c);
@@ -166,12 +166,22 @@ inline void rounded(const float* x, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += UNIT) store(to + i, load(x + i, first_of(count - i)), first_of(count - i));
 }
 
+// As gemm.h's: e^x to 2 units in the last place; NaN stays NaN.
 inline __m512 exponential(__m512 x) {
-  alignas(64) float numbers[UNIT];
-  _mm512_store_ps(numbers, x);
-#pragma omp simd
-  for (int64_t i = 0; i < UNIT; i++) numbers[i] = exponential(numbers[i]);
-  return _mm512_load_ps(numbers);
+  x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 // to = x with its pairs turned by the rotation (cosine, sine), or back by it

@@ -93,10 +93,17 @@ struct Layer {
 template <typename T>
 void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_t count, T* kept, T* hidden) {
   const int64_t inner = layer.sizes.inner;
-  rounded(gate_up, count * 2 * inner, kept);
-  float weight[BLOCK];
-  for (int64_t i = 0; i < count; i++) weight[i] = layer.weight(layer.visits.slot[first + i]);
-  swiglu(gate_up, count, inner, weight, hidden);
+  for (int64_t row = 0; row < count; row++) {
+    const __m512 weight = _mm512_set1_ps(layer.weight(layer.visits.slot[first + row]));
+    const int64_t at = row * 2 * inner;
+    for (int64_t i = 0; i < inner; i += UNIT) {
+      const __mmask16 mask = first_of(inner - i);
+      const __m512 g = load(gate_up + at + i, mask), u = load(gate_up + at + inner + i, mask);
+      store(kept + at + i, g, mask);
+      store(kept + at + inner + i, u, mask);
+      store(hidden + row * inner + i, _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), _mm512_mul_ps(u, weight)), mask);
+    }
+  }
 }
 
 // The gradients of gate and up, the hidden state again, and the gradient of each row's weight.
@@ -105,21 +112,21 @@ void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, 
                    T* d_gate_up, float* d_weights) {
   const int64_t inner = layer.sizes.inner;
   for (int64_t row = 0; row < count; row++) {
-    const T *gate = kept + row * 2 * inner, *up = gate + inner;
-    T *d_gate = d_gate_up + row * 2 * inner, *d_up = d_gate + inner, *h = hidden + row * inner;
-    const float* d = d_hidden + row * inner;
-    const int64_t slot = layer.visits.slot[first + row];
-    const float weight = layer.weight(slot);
-    float d_weight = 0.0f;
-#pragma omp simd reduction(+ : d_weight)
-    for (int64_t i = 0; i < inner; i++) {
-      const float g = from(gate[i]), u = from(up[i]), s = sigmoid(g), a = g * s, dw = d[i] * weight;
-      put(h[i], a * u * weight);
-      put(d_up[i], dw * a);
-      put(d_gate[i], dw * u * (s + a * (1.0f - s)));
-      d_weight += d[i] * a * u;
+    const int64_t slot = layer.visits.slot[first + row], at = row * 2 * inner;
+    const __m512 weight = _mm512_set1_ps(layer.weight(slot)), one = _mm512_set1_ps(1.0f);
+    __m512 d_weight = _mm512_setzero_ps();
+    for (int64_t i = 0; i < inner; i += UNIT) {
+      const __mmask16 mask = first_of(inner - i);
+      const __m512 g = load(kept + at + i, mask), u = load(kept + at + inner + i, mask);
+      const __m512 s = sigmoid(g), a = _mm512_mul_ps(g, s), d = load(d_hidden + row * inner + i, mask);
+      const __m512 au = _mm512_mul_ps(a, u), dw = _mm512_mul_ps(d, weight);
+      const __m512 slope = _mm512_fmadd_ps(a, _mm512_sub_ps(one, s), s);
+      store(hidden + row * inner + i, _mm512_mul_ps(au, weight), mask);
+      store(d_gate_up + at + i, _mm512_mul_ps(_mm512_mul_ps(dw, u), slope), mask);
+      store(d_gate_up + at + inner + i, _mm512_mul_ps(dw, a), mask);
+      d_weight = _mm512_fmadd_ps(d, au, d_weight);
     }
-    if (d_weights && slot >= 0) d_weights[slot] = d_weight;
+    if (d_weights && slot >= 0) d_weights[slot] = _mm512_reduce_add_ps(d_weight);
   }
 }
 

@@ -49,7 +49,7 @@ struct Layer {
     }
   }
 
-  void copied(const Rows<T>& rows, T* to) const {
+  void lay_out(const Rows<T>& rows, T* to) const {
     for (size_t i = 0; i < rows.size(); i++) std::copy_n(rows[i], sizes.width, to + i * sizes.width);
   }
 
@@ -155,7 +155,7 @@ void forward(const Layer<T>& layer, T* kept, T* out) {
     T* hidden = scratch<T, struct Hidden>(BLOCK * inner);
     float* both = scratch<float, struct Both>(BLOCK * 2 * inner);
     layer.gather(layer.x, first, count, rows);
-    layer.copied(rows, x);
+    layer.lay_out(rows, x);
     multiply(x, width, count, gate_up[e], both, 2 * inner);
     activate(layer, both, first, count, kept + first * 2 * inner, hidden);
     multiply(hidden, inner, count, down[e], result, width);
@@ -175,7 +175,7 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
     T* d = scratch<T, struct Inputs>(BLOCK * D);
     float* d_hidden = scratch<float, struct Both>(BLOCK * 2 * I);
     layer.gather(d_out, first, count, pointers);
-    layer.copied(pointers, d);
+    layer.lay_out(pointers, d);
     multiply(d, D, count, down[e], d_hidden, I);
     T* own = d_both + first * 2 * I;
     activate_back(layer, d_hidden, first, count, kept + first * 2 * I, hidden + first * I, own, d_weights);

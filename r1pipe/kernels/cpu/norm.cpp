@@ -14,13 +14,17 @@ void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const 
 #pragma omp parallel for
   for (int64_t i = 0; i < rows; i++) {
     const T* row = x + i * stride;
-    T* to = out + i * width;
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < width; d++) squares += from(row[d]) * from(row[d]);
-    const float factor = factors[i] = 1.0f / std::sqrt(squares / width + eps);
-#pragma omp simd
-    for (int64_t d = 0; d < width; d++) put(to[d], from(row[d]) * factor * from(weight[d]));
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t d = 0; d < width; d += UNIT) {
+      const __m512 v = load(row + d, first_of(width - d));
+      squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    factors[i] = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
+    const __m512 factor = _mm512_set1_ps(factors[i]);
+    for (int64_t d = 0; d < width; d += UNIT) {
+      const __mmask16 mask = first_of(width - d);
+      store(out + i * width + d, _mm512_mul_ps(_mm512_mul_ps(load(row + d, mask), factor), load(weight + d, mask)), mask);
+    }
   }
 }
 
@@ -35,17 +39,20 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
     std::fill_n(own, width, 0.0f);
     for (int64_t i = c * CHUNK; i < std::min(rows, (c + 1) * CHUNK); i++) {
       const T *row = x + i * stride, *d = d_out + i * width;
-      T* to = d_x + i * width;
-      const float factor = factors[i];
-      float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-      for (int64_t k = 0; k < width; k++) product += from(d[k]) * from(weight[k]) * from(row[k]);
-      product *= factor * factor / width;
-#pragma omp simd
-      for (int64_t k = 0; k < width; k++) {
-        const float g = from(d[k]), v = from(row[k]);
-        own[k] += g * v * factor;
-        put(to[k], factor * (g * from(weight[k]) - v * product));
+      __m512 product = _mm512_setzero_ps();
+      for (int64_t k = 0; k < width; k += UNIT) {
+        const __mmask16 mask = first_of(width - k);
+        const __m512 g = _mm512_mul_ps(load(d + k, mask), load(weight + k, mask));
+        product = _mm512_fmadd_ps(g, load(row + k, mask), product);
+      }
+      const __m512 factor = _mm512_set1_ps(factors[i]);
+      const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(product) * factors[i] * factors[i] / width);
+      for (int64_t k = 0; k < width; k += UNIT) {
+        const __mmask16 mask = first_of(width - k);
+        const __m512 v = load(row + k, mask), g = _mm512_mul_ps(load(d + k, mask), factor);
+        store(own + k, _mm512_fmadd_ps(g, v, load(own + k, mask)), mask);
+        const __m512 across = _mm512_mul_ps(_mm512_mul_ps(v, along), factor);
+        store(d_x + i * width + k, _mm512_fmsub_ps(g, load(weight + k, mask), across), mask);
       }
     }
   }

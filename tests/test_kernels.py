@@ -8,15 +8,13 @@ from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from torch import Tensor
 
 from r1pipe.kernels import training as kernels
+from r1pipe.kernels.build import runs_here
+from r1pipe.model.balance import Balance
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.logprobs import token_logprobs
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.04}  # ||a - b|| / ||b||; bfloat16: of whole models
-needs_kernels = pytest.mark.skipif(
-    not kernels.usable(torch.ones(2, 2, dtype=torch.bfloat16), 2),
-    reason="no AVX-512 with bfloat16, or no compiler",
-)
-pytestmark = needs_kernels
+pytestmark = pytest.mark.skipif(not runs_here(torch.bfloat16), reason="no AVX-512 with bfloat16")
 
 
 def results(model: torch.nn.Module, run: Callable[[], Tensor]) -> list[Tensor]:
@@ -57,9 +55,10 @@ def test_rows_after_a_prompt_compute_what_torch_does(dtype, monkeypatch):
     model = ours(tiny(n_routed_experts=4, n_group=1, topk_group=1)).to(dtype)
     prompts, rows = tokens(2, 9, model.config), tokens(6, 70, model.config)
     lengths, prompt_of = torch.tensor([9, 5]), torch.tensor([0, 0, 0, 1, 1, 1])
+    balances = (Balance.of_lengths(lengths, 9, False), Balance.of_lengths(torch.full((6,), 70), 70, False))
 
     def run() -> Tensor:
-        return model.hidden_after(prompts, lengths, rows, prompt_of)
+        return model.hidden_after(prompts, lengths, rows, prompt_of, balances)
 
     assert apart(model, run, monkeypatch) < ALIKE[dtype]
 

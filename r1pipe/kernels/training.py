@@ -4,23 +4,17 @@ Axes as in r1pipe/model/layers.py.
 """
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r1pipe.kernels.build import library
+from r1pipe.kernels.build import library, runs_here
 
 CHUNK = 512  # tokens whose sums a thread holds in its cache
 WORTHWHILE = 256  # rows
 LOGITS = 2**21  # numbers; the gradients of logits that exist at once
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def usable(x: Tensor, *sizes: int) -> bool:
@@ -30,13 +24,9 @@ def usable(x: Tensor, *sizes: int) -> bool:
     """
     if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
         return False
-    if x.dtype == torch.bfloat16:  # two neighbours are multiplied together
-        return _multiplies_bfloat16() and not any(n % 2 for n in (x.shape[-1], *sizes)) and _compiled()
-    return x.dtype == torch.float32 and _compiled()
-
-
-def _compiled() -> bool:
-    return library() is not None
+    if x.dtype == torch.bfloat16 and any(n % 2 for n in (x.shape[-1], *sizes)):
+        return False  # two neighbours are multiplied together
+    return runs_here(x.dtype)
 
 
 def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> None:
@@ -49,7 +39,7 @@ def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> Non
             values.append(ctypes.c_float(argument))
         else:
             values.append(ctypes.c_int64(argument or 0))
-    getattr(library(), name)(*values)
+    getattr(library(), f"r1pipe_{name}")(*values)
 
 
 class _Experts(torch.autograd.Function):

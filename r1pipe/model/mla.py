@@ -83,7 +83,8 @@ class MLA(nn.Module):
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
-        if kernels.usable(query, config.qk_nope_head_dim, config.v_head_dim):
+        widths = config.qk_nope_head_dim, config.v_head_dim
+        if not isinstance(mask_BTM, BlockMask) and kernels.usable(query, *widths):
             out = kernels.attention(query, key_value, k_rope, rotation_BTr, mask_BTM, self.scale)
         else:
             k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)

@@ -204,7 +204,7 @@ Given<T> given_of(const AttentionSizes& sizes, const void* query, const void* ke
 
 }  // namespace
 
-extern "C" void attention_forward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
+extern "C" void r1pipe_attention_forward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
                                   int64_t rope, int64_t value, int64_t rotation_stride, float scale, const void* query,
                                   const void* key_value, const void* key_rope, const float* rotation,
                                   const uint8_t* mask, void* out, float* logsums_BHT) {
@@ -216,7 +216,7 @@ extern "C" void attention_forward(int64_t bf16, int64_t rows, int64_t tokens, in
   });
 }
 
-extern "C" void attention_backward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
+extern "C" void r1pipe_attention_backward(int64_t bf16, int64_t rows, int64_t tokens, int64_t keys, int64_t heads, int64_t nope,
                                    int64_t rope, int64_t value, int64_t rotation_stride, float scale, const void* query,
                                    const void* key_value, const void* key_rope, const float* rotation,
                                    const uint8_t* mask, const void* out, const float* logsums_BHT, const void* d_out,

@@ -21,24 +21,6 @@ inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * u
 
 inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
-// Uninitialised memory that grows and stays: page faults cost more than what is computed in it.
-// `Use` names it.
-template <typename T, typename Use>
-inline T* scratch(int64_t count) {
-  struct Block {
-    T* data = nullptr;
-    int64_t size = 0;
-    ~Block() { std::free(data); }
-  };
-  static thread_local Block block;
-  if (block.size < count) {
-    std::free(block.data);
-    block.data = static_cast<T*>(std::aligned_alloc(64, up_to(count * sizeof(T), 64)));
-    block.size = count;
-  }
-  return block.data;
-}
-
 // Calls `run` for the type that the caller's tensors are of.
 template <typename Run>
 inline void with_type(bool bf16, Run run) {

@@ -211,7 +211,7 @@ Layer<T> layer_of(const Sizes& sizes, const Visits& visits, const void* x, const
 
 }  // namespace
 
-extern "C" void experts_forward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
+extern "C" void r1pipe_experts_forward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
                                 int64_t chunk, const void* x, const void* gate_up, const void* down,
                                 const float* weights_NK, const int64_t* experts_NK, void* kept, void* out) {
   const Sizes sizes{tokens, top_k, experts, width, inner, chunk};
@@ -221,7 +221,7 @@ extern "C" void experts_forward(int64_t bf16, int64_t tokens, int64_t top_k, int
   });
 }
 
-extern "C" void experts_backward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
+extern "C" void r1pipe_experts_backward(int64_t bf16, int64_t tokens, int64_t top_k, int64_t experts, int64_t width, int64_t inner,
                                  int64_t chunk, const void* x, const void* gate_up, const void* down,
                                  const float* weights_NK, const int64_t* experts_NK, const void* kept, const void* d_out,
                                  void* d_x, void* d_gate_up, void* d_down, float* d_weights_NK) {

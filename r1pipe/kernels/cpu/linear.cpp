@@ -113,7 +113,7 @@ Head<T> head_of(int64_t rows, int64_t width, int64_t vocabulary, float temperatu
 
 }  // namespace
 
-extern "C" void linear_forward(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride, const void* x,
+extern "C" void r1pipe_linear_forward(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride, const void* x,
                                const void* weight, void* out) {
   with_type(bf16, [&]<typename T>() {
     T* panels = scratch<T, struct LinearPanels>(up_to(outputs, PANEL) * width);
@@ -122,7 +122,7 @@ extern "C" void linear_forward(int64_t bf16, int64_t rows, int64_t width, int64_
   });
 }
 
-extern "C" void linear_backward(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride, const void* x,
+extern "C" void r1pipe_linear_backward(int64_t bf16, int64_t rows, int64_t width, int64_t outputs, int64_t stride, const void* x,
                                 const void* weight, const void* d_out, void* d_x, void* d_weight) {
   with_type(bf16, [&]<typename T>() {
     linear_backward(rows, width, outputs, stride, static_cast<const T*>(x), static_cast<const T*>(weight),
@@ -130,7 +130,7 @@ extern "C" void linear_backward(int64_t bf16, int64_t rows, int64_t width, int64
   });
 }
 
-extern "C" void logprobs_forward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,
+extern "C" void r1pipe_logprobs_forward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,
                                  const void* x, const void* weight, const int64_t* targets_N, float* logprobs_N,
                                  float* logsums_N) {
   with_type(bf16, [&]<typename T>() {
@@ -138,7 +138,7 @@ extern "C" void logprobs_forward(int64_t bf16, int64_t rows, int64_t width, int6
   });
 }
 
-extern "C" void logprobs_backward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,
+extern "C" void r1pipe_logprobs_backward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,
                                   const void* x, const void* weight, const int64_t* targets_N, const float* logsums_N,
                                   const float* d_logprobs_N, int64_t chunk, void* d_logits, void* d_x, void* d_weight) {
   with_type(bf16, [&]<typename T>() {

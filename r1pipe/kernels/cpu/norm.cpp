@@ -65,7 +65,7 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
 
 }  // namespace
 
-extern "C" void norm_forward(int64_t bf16, int64_t rows, int64_t width, int64_t stride, float eps, const void* x,
+extern "C" void r1pipe_norm_forward(int64_t bf16, int64_t rows, int64_t width, int64_t stride, float eps, const void* x,
                              const void* weight, void* out, float* factors) {
   with_type(bf16, [&]<typename T>() {
     norm_forward(rows, width, stride, eps, static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(out),
@@ -73,7 +73,7 @@ extern "C" void norm_forward(int64_t bf16, int64_t rows, int64_t width, int64_t 
   });
 }
 
-extern "C" void norm_backward(int64_t bf16, int64_t rows, int64_t width, int64_t stride, const void* x,
+extern "C" void r1pipe_norm_backward(int64_t bf16, int64_t rows, int64_t width, int64_t stride, const void* x,
                               const void* weight, const float* factors, const void* d_out, void* d_x, void* d_weight) {
   with_type(bf16, [&]<typename T>() {
     norm_backward(rows, width, stride, static_cast<const T*>(x), static_cast<const T*>(weight), factors,
@@ -81,7 +81,7 @@ extern "C" void norm_backward(int64_t bf16, int64_t rows, int64_t width, int64_t
   });
 }
 
-extern "C" void rotate(int64_t bf16, int64_t rows, int64_t width, int64_t stride, int64_t period, int64_t back,
+extern "C" void r1pipe_rotate(int64_t bf16, int64_t rows, int64_t width, int64_t stride, int64_t period, int64_t back,
                        const void* x, const float* rotation, void* out) {
   with_type(bf16, [&]<typename T>() {
 #pragma omp parallel for

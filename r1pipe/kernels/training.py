@@ -20,8 +20,11 @@ LOGITS = 2**21  # numbers; the gradients of logits that exist at once
 def usable(x: Tensor, *sizes: int) -> bool:
     """Whether the kernels take `x` [..., D], and weights of its type and of these sizes.
 
-    Weights are packed in every call: few rows that ask for no gradient are not worth that.
+    Weights are packed in every call: few rows that ask for no gradient are not worth that. torch.compile
+    cannot look into them.
     """
+    if torch.compiler.is_compiling():
+        return False
     if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
         return False
     if x.dtype == torch.bfloat16 and any(n % 2 for n in (x.shape[-1], *sizes)):

@@ -22,7 +22,6 @@ from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.finite import first_non_finite, not_finite
-from r1pipe.model.layers import SwiGLU
 from r1pipe.ranks import Ranks
 
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
@@ -146,7 +145,7 @@ class Engine(Ranks):
         train_as(model, config)
         self.router, self.zero_level = router, config.zero_level
         if config.zero_level == 3:
-            _mark_leaves(deepspeed, model)
+            _mark_moe_leaves(deepspeed, model)
         optimizer = _adamw(model, optim)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
         self._ds, *_ = deepspeed.initialize(
@@ -277,13 +276,9 @@ class Engine(Ranks):
         return client["loop"]
 
 
-def _mark_leaves(deepspeed: Any, model: nn.Module) -> None:
-    """Gather an MoE block's experts as one: ranks that route to different experts would wait for ever.
-
-    A SwiGLU too: its kernel reads the weights of its parts without calling them.
-    """
+def _mark_moe_leaves(deepspeed: Any, model: nn.Module) -> None:
+    """Gather an MoE block's experts as one: ranks that route to different experts would wait for ever."""
     blocks = {type(m) for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")}
-    blocks |= {type(m) for m in model.modules() if isinstance(m, SwiGLU)}
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
 

@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from jobs import OPTIM, ROUTER, engine_config
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from torch import Tensor
 
+from r1pipe.engine import Engine
 from r1pipe.kernels import training as kernels
 from r1pipe.kernels.build import runs_here
+from r1pipe.model import DeepseekV3
 from r1pipe.model.balance import Balance
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.logprobs import token_logprobs
@@ -105,3 +108,25 @@ def test_odd_widths_in_bfloat16_few_rows_and_other_types_are_left_to_torch():
     assert kernels.usable(x, 7) and not kernels.usable(x.bfloat16(), 7) and not kernels.usable(x.double(), 6)
     with torch.no_grad():
         assert not kernels.usable(x, 6) and kernels.usable(torch.ones(kernels.WORTHWHILE, 6), 6)
+
+
+def test_weights_that_zero_3_partitions_are_there_when_a_kernel_reads_them():
+    """A SwiGLU reads its parts' weights without calling the parts; DeepSpeed leaves small weights whole."""
+    config = tiny(hidden_size=256, intermediate_size=512, vocab_size=512)
+    rows = tokens(2, 33, config)
+
+    def stats_at(level: int) -> list[tuple[float, float]]:
+        engine = Engine(DeepseekV3(config), OPTIM, ROUTER, engine_config(1, level), total_steps=10)
+        weight = engine.module.model.layers[0].mlp.gate_proj.weight
+        assert (weight.numel() == 0) == (level == 3)
+
+        def loss() -> Tensor:
+            hidden_ND = engine.module.hidden(rows[:, :-1]).flatten(0, 1)
+            targets_N = rows[:, 1:].flatten()
+            return -token_logprobs(engine.module.lm_head, hidden_ND, targets_N, config.vocab_size).mean()
+
+        steps = [engine.train_step([loss, loss]) for _ in range(2)]
+        return [(step.loss, step.grad_norm) for step in steps]
+
+    for whole, partitioned in zip(stats_at(0), stats_at(3), strict=True):
+        assert partitioned == pytest.approx(whole, rel=1e-4)

@@ -29,6 +29,7 @@ NEEDED = {
 }  # what a type's products take of a processor
 
 
+@cache
 def runs_here(dtype: torch.dtype) -> bool:
     """Whether the kernels can compute in `dtype` on this machine."""
     return dtype in NEEDED and NEEDED[dtype] in _processor().split() and library() is not None

@@ -57,19 +57,18 @@ class Batch(Structure):
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [..., outputs, depth] as gemm.h's Packed: [..., outputs / 64, depth, 64], zeros behind.
+    """A weight [..., outputs, depth] as gemm.h's Packed: [..., outputs / 64 rounded up, depth, 64].
 
     In bfloat16, where `depth` must be even, neighbours of the depth lie together: [..., depth / 2, 64, 2].
     """
     kernels = library()
     assert kernels is not None
     *stack, outputs, depth = weight.shape
-    pairs = (2,) if weight.dtype == torch.bfloat16 else ()
-    units, panels = depth // 2 if pairs else depth, -(-outputs // PANEL)
-    packed = weight.new_empty(*stack, panels, units, PANEL, *pairs)
-    given = weight.contiguous()
-    numbers = (c_int64(math.prod(stack)), c_int64(outputs), c_int64(units))
-    kernels.r1pipe_pack(c_void_p(given.data_ptr()), *numbers, c_void_p(packed.data_ptr()))
+    pairs, panels = weight.dtype == torch.bfloat16, -(-outputs // PANEL)
+    shape = (*stack, panels, depth // 2, PANEL, 2) if pairs else (*stack, panels, depth, PANEL)
+    given, packed = weight.contiguous(), weight.new_empty(shape)
+    numbers = (c_int64(math.prod(stack)), c_int64(outputs), c_int64(depth))
+    kernels.r1pipe_pack(c_int64(pairs), c_void_p(given.data_ptr()), *numbers, c_void_p(packed.data_ptr()))
     return packed
 
 

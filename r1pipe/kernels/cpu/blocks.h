@@ -2,7 +2,6 @@
 // gathering costs nothing of its own. Works on 32 bits at a time: a float, or two neighbours along the depth.
 #pragma once
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <vector>
@@ -11,15 +10,9 @@
 
 namespace r1pipe {
 
-constexpr int64_t UNIT = 16;  // numbers of a register, and what blocks of rows are filled up to
-
 // Numbers along the depth that lie together in 32 bits.
 template <typename T>
 constexpr int64_t STEP = 4 / sizeof(T);
-
-inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
 // Calls `run` for the type that the caller's tensors are of.
 template <typename Run>

@@ -7,7 +7,7 @@
 //
 // N tokens, D hidden width, H heads, C latent width, R rotary width, W = C + R, E experts, K chosen, T the type of
 // weights, cache and what products read. What is added up stays in float.
-#include "attend.h"
+#include "latent_attention.h"
 #include "gate.h"
 
 namespace r1pipe {

@@ -6,6 +6,7 @@
 
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +18,13 @@ namespace r1pipe {
 
 using BFloat16 = c10::BFloat16;
 
+constexpr int64_t UNIT = 16;   // numbers of a register, and what blocks of rows are filled up to
 constexpr int64_t PANEL = 64;  // outputs of a packed weight that lie together: see pack() in kernels/cpu/packed.py
+
+inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// The lanes of a register that `left` numbers fill.
+inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
 // The weight [outputs, depth] of a Linear as panels [outputs / 64][depth][64]; for BFloat16 two neighbours of the
 // depth lie together, [outputs / 64][depth / 2][64][2].
@@ -25,7 +32,7 @@ template <typename T>
 struct Packed {
   const T* data;
   int64_t outputs, depth;
-  int64_t size() const { return (outputs + PANEL - 1) / PANEL * PANEL * depth; }
+  int64_t size() const { return up_to(outputs, PANEL) * depth; }
   Packed at(int64_t index) const { return {data + index * size(), outputs, depth}; }  // of a stack of weights
 };
 
@@ -52,7 +59,7 @@ inline T* scratch(int64_t count) {
   static thread_local Block block;
   if (block.size < count) {
     std::free(block.data);
-    block.data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    block.data = static_cast<T*>(std::aligned_alloc(64, up_to(count * sizeof(T), 64)));
     block.size = count;
   }
   return block.data;

@@ -1,26 +1,16 @@
-// Weights in the order of gemm.h's Packed. A unit is a float, or two neighbours of bfloat16: four bytes either way.
-#include <algorithm>
-#include <cstdint>
+// Stacks of weights in the order of gemm.h's Packed, for kernels/forward.py.
+#include "blocks.h"
 
-#include "gemm.h"
+using namespace r1pipe;
 
-using r1pipe::PANEL;
-
-// weights [stack, outputs, units] -> [stack, outputs / 64 rounded up, units, 64], zeros where there is no output
-extern "C" void r1pipe_pack(const int32_t* weights, int64_t stack, int64_t outputs, int64_t units, int32_t* packed) {
-  const int64_t panels = (outputs + PANEL - 1) / PANEL;
-#pragma omp parallel for collapse(2)
-  for (int64_t which = 0; which < stack; which++)
-    for (int64_t panel = 0; panel < panels; panel++) {
-      const int64_t first = panel * PANEL, there = std::min(PANEL, outputs - first);
-      const int32_t* from = weights + (which * outputs + first) * units;
-      int32_t* to = packed + (which * panels + panel) * units * PANEL;
-      constexpr int64_t BLOCK = 16;  // units: a cache line of each output
-      for (int64_t unit = 0; unit < units; unit += BLOCK) {
-        const int64_t end = std::min(units, unit + BLOCK);
-        for (int64_t output = 0; output < there; output++)
-          for (int64_t u = unit; u < end; u++) to[u * PANEL + output] = from[output * units + u];
-        for (int64_t u = unit; u < end; u++) std::fill(to + u * PANEL + there, to + (u + 1) * PANEL, 0);
-      }
+// weights [stack, outputs, depth] -> [stack, outputs / 64 rounded up, depth, 64]; what no output fills is left as it is
+extern "C" void r1pipe_pack(int64_t bf16, const void* weights, int64_t stack, int64_t outputs, int64_t depth, void* to) {
+  with_type(bf16, [&]<typename T>() {
+    const int64_t size = up_to(outputs, PANEL) * depth;
+#pragma omp parallel for
+    for (int64_t i = 0; i < stack; i++) {
+      const auto rows = rows_of(static_cast<const T*>(weights) + i * outputs * depth, depth, outputs);
+      pack_outputs(rows.data(), outputs, depth, static_cast<T*>(to) + i * size);
     }
+  });
 }

@@ -1,24 +1,19 @@
 // Attention of single tokens on latent cache entries, in AVX-512 registers: 4 heads by 4 entries at a time.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
 #include "gemm.h"
 
 namespace r1pipe {
 
-constexpr int64_t LANES = 16;  // floats of a register
 constexpr int64_t AHEAD = 24;  // entries fetched before they are needed
 constexpr int64_t TILE = 4;    // heads, entries and registers of a context that are worked on together
 
-inline int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // The sums of 16 registers, in their order.
-inline __m512 sums(const __m512 (&in)[LANES]) {
-  __m512 a[LANES];
-  std::copy(in, in + LANES, a);
+inline __m512 sums(const __m512 (&in)[UNIT]) {
+  __m512 a[UNIT];
+  std::copy(in, in + UNIT, a);
   for (int i = 0; i < 8; i++)
     a[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
   for (int i = 0; i < 4; i++) {
@@ -32,8 +27,6 @@ inline __m512 sums(const __m512 (&in)[LANES]) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(b0, b1, 0x88), _mm512_shuffle_f32x4(b0, b1, 0xdd));
 }
 
-inline __mmask16 mask_of(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
-
 // How dot products and weighted sums are computed on entries of a type.
 template <typename T>
 struct Numbers;
@@ -42,7 +35,7 @@ template <>
 struct Numbers<float> {
   static constexpr int64_t COUNT = 16;  // of a register
   using Register = __m512;
-  static Register load(const float* x, int64_t left) { return _mm512_maskz_loadu_ps(mask_of(left), x); }
+  static Register load(const float* x, int64_t left) { return _mm512_maskz_loadu_ps(first_of(left), x); }
   static __m512 add_products(__m512 sum, Register x, Register y) { return _mm512_fmadd_ps(x, y, sum); }
 };
 
@@ -63,7 +56,7 @@ struct Numbers<BFloat16> {
 template <typename T>
 inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TILE], int64_t width, float* out,
                        int64_t stride) {
-  __m512 sum[LANES];
+  __m512 sum[UNIT];
   for (auto& one : sum) one = _mm512_setzero_ps();
   for (int64_t i = 0; i < width; i += Numbers<T>::COUNT) {
     typename Numbers<T>::Register e[TILE];
@@ -108,7 +101,7 @@ inline void weigh_tile(const float* weight, int64_t weight_stride, const float* 
   for (int64_t m = 0; m <= last && m < length; m++) {
     __m512 v[TILE];
 #pragma GCC unroll 4
-    for (int j = 0; j < TILE; j++) v[j] = Numbers<float>::load(value + m * value_stride + j * LANES, left - j * LANES);
+    for (int j = 0; j < TILE; j++) v[j] = Numbers<float>::load(value + m * value_stride + j * UNIT, left - j * UNIT);
 #pragma GCC unroll 4
     for (int k = 0; k < TILE; k++) {
       const __m512 w = _mm512_set1_ps(weight[k * weight_stride + m]);
@@ -117,7 +110,7 @@ inline void weigh_tile(const float* weight, int64_t weight_stride, const float* 
     }
   }
   for (int k = 0; k < TILE; k++)
-    for (int j = 0; j < TILE; j++) _mm512_storeu_ps(out + (k * TILE + j) * LANES, sum[k][j]);
+    for (int j = 0; j < TILE; j++) _mm512_storeu_ps(out + (k * TILE + j) * UNIT, sum[k][j]);
 }
 
 #ifdef __AVX512BF16__
@@ -149,9 +142,9 @@ inline void weigh_tile(const BFloat16* weight, int64_t weight_stride, const BFlo
   const __m512i back = _mm512_add_epi32(front, _mm512_set1_epi32(8));
   for (int k = 0; k < TILE; k++)
     for (int j = 0; j < TILE; j += 2) {
-      float* to = out + (k * TILE + j) * LANES;
+      float* to = out + (k * TILE + j) * UNIT;
       _mm512_storeu_ps(to, _mm512_permutex2var_ps(sum[k][j], front, sum[k][j + 1]));
-      _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(sum[k][j], back, sum[k][j + 1]));
+      _mm512_storeu_ps(to + UNIT, _mm512_permutex2var_ps(sum[k][j], back, sum[k][j + 1]));
     }
 }
 #endif
@@ -167,8 +160,8 @@ inline void fetch(const T* entries, int64_t count) {
 template <typename T>
 void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, int64_t length, int64_t width,
             int64_t latent, T* context) {
-  const int64_t M = rounded_up(length, TILE), last = length - 1;
-  float *scores = scratch<float, struct Scores>(TILE * M), tile[LANES * TILE * TILE], factor[TILE];
+  const int64_t M = up_to(length, TILE), last = length - 1;
+  float *scores = scratch<float, struct Scores>(TILE * M), tile[UNIT * TILE * TILE], factor[TILE];
   T* weights = scratch<T, struct Softmax>(TILE * M);
   for (int64_t h = 0; h < heads; h += TILE) {
     const int64_t some = std::min(TILE, heads - h);  // heads of this tile: the last one stands in for what lacks
@@ -181,10 +174,10 @@ void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, i
       score_tile(query, entry, width, scores + m, M);
     }
     for (int64_t k = 0; k < TILE; k++) factor[k] = softmax(scores + k * M, length, M, weights + k * M);
-    for (int64_t c = 0; c < latent; c += LANES * TILE) {
+    for (int64_t c = 0; c < latent; c += UNIT * TILE) {
       weigh_tile(weights, M, entries + c, stride, M, last, latent - c, tile);
       for (int64_t k = 0; k < some; k++)
-        narrow(tile + k * LANES * TILE, std::min(LANES * TILE, latent - c), factor[k], context + (h + k) * latent + c);
+        narrow(tile + k * UNIT * TILE, std::min(UNIT * TILE, latent - c), factor[k], context + (h + k) * latent + c);
     }
   }
 }

@@ -6,7 +6,6 @@ import sys
 import pytest
 from shapes import tiny
 
-from r1pipe.bench import referee
 from r1pipe.bench.__main__ import main
 from r1pipe.bench.arithmetic import (
     case_flops,
@@ -195,8 +194,7 @@ def test_an_unknown_device_is_one_line(capsys):
     assert "--device: invalid choice: 'tpu' (choose from" in said.err
 
 
-def test_a_tiny_bench_from_end_to_end(capsys, monkeypatch):
-    monkeypatch.setattr(referee, "PROBE_NEW", 1)
+def test_a_tiny_bench_from_end_to_end(capsys):
     assert main(["tiny", "--vllm-python", "nowhere"]) == 0
     said = capsys.readouterr().out
     assert "transformers" in said and "tokens/s" in said and "training 2 x 8" in said

@@ -15,7 +15,7 @@ from r1pipe.arguments import Arguments
 from r1pipe.bench.arithmetic import data_sheet
 from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model, rehearsal
 from r1pipe.bench.referee import Result, contest, fastest, running
-from r1pipe.bench.table import WORDS, Row, rows_of, table_of, words
+from r1pipe.bench.table import Row, rows_of, table_of, words
 from r1pipe.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
@@ -58,7 +58,6 @@ class Bench:
             "trl": importlib.util.find_spec("trl") is not None,
             "vllm": Path(vllm_python).exists(),
         }
-        self.chosen: dict[tuple[str, str, str], Setting] = {}
 
     def run(self) -> list[Row]:
         """Measure everything and print the table. Raises EnvironmentProblem where nothing can be measured."""
@@ -111,16 +110,14 @@ class Bench:
         """Every contestant at its fastest setting; one that cannot run is left out, and why is said."""
         jobs = []
         for name in ["ours", *(peer for peer in case.peers if self.installed[peer])]:
-            key = (name, case.kind, model)
-            if key not in self.chosen:
-                try:
-                    self.chosen[key] = self.quickest(name, case, model, weights, folder)
-                except EnvironmentProblem as error:
-                    if name == "ours":
-                        raise
-                    self.say(f"{model}, {words(case)}: {error}; left out")
-                    continue
-            jobs.append(self.job(name, case, model, weights, self.chosen[key]))
+            try:
+                chosen = self.quickest(name, case, model, weights, folder)
+            except EnvironmentProblem as error:
+                if name == "ours":
+                    raise
+                self.say(f"{model}, {words(case)}: {error}; left out")
+                continue
+            jobs.append(self.job(name, case, model, weights, chosen))
         return contest(jobs, self.config.rounds, folder, self.pythons)
 
     def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
@@ -132,7 +129,7 @@ class Bench:
         chosen, times = fastest(tried, folder, self.pythons)
         for setting, took in times.items():
             took = took if isinstance(took, str) else f"{took:.2f} s"
-            self.say(f"{model}, {WORDS[case.kind]}, {name}, {setting}: {took}")
+            self.say(f"{model}, {words(case)}, {name}, {setting}: {took}")
         return chosen
 
 

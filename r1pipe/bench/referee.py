@@ -6,15 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
 from r1pipe.bench.config import Case, Job, Setting
 from r1pipe.errors import EnvironmentProblem
-
-PROBE_NEW = 16  # tokens sampled where only the fastest setting is looked for
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,8 @@ def fastest(
     best: tuple[float, Setting] | None = None
     problem: EnvironmentProblem | None = None
     for job in jobs:
-        short = replace(job.case, new=min(job.case.new, PROBE_NEW))
         try:
-            with running(replace(job, case=short), folder, pythons) as contestant:
+            with running(job, folder, pythons) as contestant:
                 seconds = contestant.turn()
         except EnvironmentProblem as error:
             problem, times[str(job.setting)] = error, str(error)

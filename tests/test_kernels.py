@@ -130,3 +130,29 @@ def test_weights_that_zero_3_partitions_are_there_when_a_kernel_reads_them():
 
     for whole, partitioned in zip(stats_at(0), stats_at(3), strict=True):
         assert partitioned == pytest.approx(whole, rel=1e-4)
+
+
+def test_no_learned_token_gives_no_gradient():
+    """The head's memory still holds the sums of the call before."""
+    model = ours(tiny())
+    for count in (20, 0):
+        model.zero_grad()
+        hidden_ND = torch.ones(count, 64, requires_grad=True)
+        targets_N = torch.zeros(count, dtype=torch.long)
+        token_logprobs(model.lm_head, hidden_ND, targets_N, 97).sum().backward()
+    assert model.lm_head.weight.grad is None or not model.lm_head.weight.grad.any()
+
+
+def test_without_shared_experts(monkeypatch):
+    model = ours(tiny(n_shared_experts=0, vocab_size=98))
+    rows = tokens(2, 40, model.config)
+    mine = model(rows)
+    monkeypatch.setattr(kernels, "usable", lambda *given: False)
+    torch.testing.assert_close(mine, model(rows), atol=1e-4, rtol=0)
+
+
+def test_weights_of_another_type_are_refused():
+    layer = SwiGLU(64, 96)
+    layer.up_proj.bfloat16()
+    with pytest.raises(TypeError, match=r"weights of torch.bfloat16 .* inputs of torch.float32"):
+        layer(torch.ones(3, 64))

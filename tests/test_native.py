@@ -1,8 +1,10 @@
 """The compiled forward pass: what it is made of, what it must equal, and what happens where it cannot run."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,37 @@ def test_bfloat16_is_no_further_from_float32_than_torch_is(name):
         for kind in (Decoder, NativeDecoder)
     )
     assert 0 < compiled < 1.1 * torchs
+
+
+@runs_bf16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_what_lies_behind_a_position_is_never_read(dtype):
+    """Not even with weight 0: 0 times NaN is NaN."""
+    model, tokens_BT = ours(SHAPES["v3"]).to(dtype), tokens(4, 40, SHAPES["v3"])
+    decoder, rows = NativeDecoder(model), torch.arange(4)
+    entries, _ = decoder.prefill(tokens_BT[:, :9], LENGTHS)
+    for row, length in enumerate(LENGTHS.tolist()):
+        entries[:, row, length:] = float("nan")
+    cache = LatentCache(model, 4, 40)
+    cache.entries_LSMW.fill_(float("nan"))
+    cache.fill(rows, entries, rows)
+    for step in range(9):
+        at = LENGTHS + step
+        assert decoder.decode(tokens_BT[rows, at], at, cache, 40).isfinite().all()
+
+
+@torch.no_grad()
+def test_torchs_decoder_with_many_slots_equals_the_full_forward():
+    """So many that the kernels of whole rows would find its small operators worthwhile."""
+    model, tokens_BT = ours(SHAPES["v3"]), tokens(70, 12, SHAPES["v3"])
+    full, decoder, rows = model(tokens_BT), Decoder(model), torch.arange(70)
+    lengths = rows % 9 + 1
+    entries, _ = decoder.prefill(tokens_BT[:, :9], lengths)
+    cache = LatentCache(model, 70, 12)
+    cache.fill(rows, entries, rows)
+    logits = decoder.decode(tokens_BT[rows, lengths], lengths, cache, 12)
+    torch.testing.assert_close(logits, full[rows, lengths], atol=1e-4, rtol=0)
 
 
 @runs
@@ -149,6 +182,23 @@ def test_without_a_working_compiler_one_line_says_what_is_lost(compiler, fresh, 
     assert len(warnings) == 1 and "CXX" in warnings[0]
     assert type(decoder_of(ours(SHAPES["v3"]))) is Decoder
     assert not list(fresh.glob("cache/*.so"))
+
+
+@runs
+def test_kernels_compile_for_processors_without_bfloat16():
+    flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
+    include = f"-I{Path(torch.__file__).parent}/include"
+    command = ["g++", *flags, "-march=skylake-avx512", include, "-fsyntax-only"]
+    done = subprocess.run([*command, str(build.SOURCES / "forward.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@runs
+def test_a_torch_whose_onednn_may_not_use_avx512_does_the_work_itself():
+    code = "import torch; from r1pipe.kernels.build import runs_here; print(runs_here(torch.bfloat16))"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_a_processor_without_avx512_takes_torch(fresh, monkeypatch):

@@ -1,14 +1,15 @@
 """Compiles the C++ of kernels/cpu/, once per machine and source, and loads it with ctypes.
 
-It takes some seconds with g++ or clang++ (or CXX). The library lies in ~/.cache/r1pipe (or R1PIPE_CACHE). Its
-name has a hash of all that it depends on, so it is never stale; a rename puts it in place, never in part.
+It takes some seconds with g++ 11 or newer (or what CXX names). The library lies in ~/.cache/r1pipe (or
+R1PIPE_CACHE). Its name has a hash of sources, flags, torch and processor, so that it is never stale, and a
+rename puts it in place, never in part.
 """
 
 import ctypes
 import fcntl
 import hashlib
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,10 @@ NEEDED = {
 @cache
 def runs_here(dtype: torch.dtype) -> bool:
     """Whether the kernels can compute in `dtype` on this machine."""
-    return dtype in NEEDED and NEEDED[dtype] in _processor().split() and library() is not None
+    if NEEDED.get(dtype) not in _processor().split():
+        return False
+    kernels = library()
+    return kernels is not None and bool(kernels.r1pipe_multiplies(ctypes.c_int64(dtype == torch.bfloat16)))
 
 
 @cache
@@ -71,11 +75,11 @@ def _processor() -> str:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX") or next((name for name in ("g++", "clang++") if shutil.which(name)), "g++")
+    return os.environ.get("CXX") or "g++"
 
 
 def _place() -> Path:
-    """The library's path: a hash of sources, flags, compiler, torch and processor is in its name."""
+    """The library's path: a hash of what it is made of is in its name."""
     parts = [torch.__version__, _compiler(), _processor(), *FLAGS]
     parts += [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir()) if file.is_file()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -85,16 +89,16 @@ def _place() -> Path:
 
 def _compile(path: Path) -> None:
     """Raises CalledProcessError with the compiler's words, or OSError."""
-    torch_folder, compiler = Path(torch.__file__).parent, _compiler()
+    torch_folder, compiler = Path(torch.__file__).parent, shlex.split(_compiler())
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = {source: f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         include = f"-I{torch_folder}/include"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [[compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in made.items()]
+            commands = [[*compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in made.items()]
             list(pool.map(_run, commands))
         # linked without -fopenmp: torch has its own OpenMP, and a second would be as many threads again
         libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", *made.values(), "-o", f"{scratch}/all.so", *libraries])
+        _run([*compiler, "-shared", *made.values(), "-o", f"{scratch}/all.so", *libraries])
         Path(scratch, "all.so").rename(path)
 
 

@@ -21,9 +21,9 @@ def usable(x: Tensor, *sizes: int) -> bool:
     """Whether the kernels take `x` [..., D], and weights of its type and of these sizes.
 
     Weights are packed in every call: few rows that ask for no gradient are not worth that. torch.compile
-    cannot look into them.
+    cannot look into them, and products of nothing are no kernel's work.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or 0 in (*x.shape, *sizes):
         return False
     if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
         return False
@@ -43,6 +43,13 @@ def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> Non
         else:
             values.append(ctypes.c_int64(argument or 0))
     getattr(library(), f"r1pipe_{name}")(*values)
+
+
+def _alike(x: Tensor, *others: Tensor) -> None:
+    """Raises TypeError where weights are of another type than what is multiplied with them, as torch does."""
+    for other in others:
+        if other.dtype != x.dtype:
+            raise TypeError(f"weights of {other.dtype} cannot be multiplied with inputs of {x.dtype}")
 
 
 class _Experts(torch.autograd.Function):
@@ -84,11 +91,13 @@ def experts(
     x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, weights_NK: Tensor, experts_NK: Tensor
 ) -> Tensor:
     """Weighted sum of the chosen experts' SwiGLUs, [N, D]; gate_up [E, 2I, D], gate first, down [E, D, I]."""
+    _alike(x_ND, gate_up_EiD, down_EDI)
     return _Experts.apply(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
 
 
 def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
+    _alike(x, gate_ID, up_ID, down_DI)
     gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
     return _Experts.apply(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
 
@@ -142,13 +151,14 @@ def attention(
     Queries (q = nope + R) are not yet rotated; keys are a head's own part, in `key_value_BMHw` before its
     values (w = nope + v), and the rotated part that all heads share.
     """
+    _alike(query_BTHq, key_value_BMHw, key_rope_BMR)
     return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
 
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., D] as rows [N, D] of neighbouring numbers, a view where it can be."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -173,7 +183,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
-    return _RMSNorm.apply(x, weight_D, eps)
+    _alike(x, weight_D)
+    return _RMSNorm.apply(x, weight_D, float(eps))
 
 
 class _Rotate(torch.autograd.Function):
@@ -221,6 +232,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     """x [..., D] -> [..., O]."""
+    _alike(x, weight_OD)
     return _Linear.apply(x, weight_OD)
 
 
@@ -229,7 +241,7 @@ class _Logprobs(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
         given = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
         ctx.sizes = (*x_ND.shape, weight_VD.shape[0], temperature)
-        logprobs_N, logsums_N = torch.empty(2, x_ND.shape[0])
+        logprobs_N, logsums_N = torch.empty(x_ND.shape[0]), torch.empty(x_ND.shape[0])
         _call("logprobs_forward", x_ND, *ctx.sizes, *given, logprobs_N, logsums_N)
         ctx.save_for_backward(*given, logsums_N)
         return logprobs_N
@@ -248,4 +260,5 @@ class _Logprobs(torch.autograd.Function):
 
 def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """log softmax(x weight^T / temperature) of each row's target, [N] float32; logits are never kept."""
-    return _Logprobs.apply(x_ND, weight_VD, targets_N, temperature)
+    _alike(x_ND, weight_VD)
+    return _Logprobs.apply(x_ND, weight_VD, targets_N, float(temperature))

@@ -123,7 +123,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     The pairs stay where they are; transformers emits the two halves apart, which gives the same scores.
     """
-    if x.ndim == rotation.ndim == 3 and kernels.usable(x):
+    if x.ndim == rotation.ndim == 3 and x.shape[1] == rotation.shape[1] and kernels.usable(x):
         return kernels.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)

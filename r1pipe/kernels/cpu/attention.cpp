@@ -77,7 +77,7 @@ struct Results {
   float* d_rope_parts;  // [B, H, M, rope]: what each head adds to d_key_rope
 };
 
-// The weights and the gradients of the scores of a block, [tiles][filled][64] each; `d_weights` is given.
+// The weights and the gradients of the scores of a block, [tiles][64][64] each; `d_weights` is given.
 template <typename T>
 void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>& results, const float* scores,
                  const float* d_weights, T* weights, T* d_scores) {

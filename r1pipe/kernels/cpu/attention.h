@@ -102,7 +102,7 @@ struct Block {
     }
   }
 
-  // scores [tiles][filled][64], scaled, -inf where not to look; keys are packed tile by tile
+  // scores [tiles][64][64], of which `filled` rows mean something, scaled, -inf where not to look; keys are packed tile by tile
   void scores(const Given<T>& given, const T* keys, float* to) const {
     const int64_t width = given.sizes.width();
     for (int64_t tile = 0; tile < tiles; tile++) {

@@ -127,7 +127,7 @@ inline void store(float* to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_st
 inline void store(BFloat16* to, __m512 x, __mmask16 mask = 0xffff) {
 #ifdef __AVX512BF16__
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-#else  // compiled, but not called: r1pipe/kernels/training.py asks for the instruction
+#else  // compiled, but not called: r1pipe/kernels/build.py asks for the instruction
   alignas(64) float from[UNIT];
   alignas(32) BFloat16 out[UNIT];
   _mm512_store_ps(from, x);

@@ -184,21 +184,22 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
   auto gathered = [&](const T* of) {
     return [&layer, of](int64_t first, int64_t count, Rows<T>& to) { layer.gather(of, first, count, to); };
   };
-  const int64_t parts = std::max<int64_t>(1, omp_get_max_threads() / E);  // one expert's work goes to several threads
+  // with few experts, one's work goes to several threads
+  const int64_t parts = std::max<int64_t>(1, std::min({omp_get_max_threads() / E, 2 * I, D}));
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < 2 * E * parts; task++) {
     const Tiles tiles;
     const int64_t e = task / (2 * parts), part = task / 2 % parts;
     const int64_t chunks = layer.sizes.chunks(), begin = layer.visits.start[e * chunks];
     const int64_t end = layer.visits.start[(e + 1) * chunks], outputs = task % 2 ? D : 2 * I;
-    const int64_t first = part * outputs / parts, count = (part + 1) * outputs / parts - first;
-    float* sums = scratch<float, struct Gradient>(count * (task % 2 ? I : D));
+    const Part own = part_of(outputs, part, parts);
+    float* sums = scratch<float, struct Gradient>(own.count * (task % 2 ? I : D));
     if (task % 2) {
-      weight_gradient<T>({begin, end}, {first, count}, I, gathered(d_out), apart(hidden, I), false, sums);
-      rounded(sums, count * I, d_down + (e * D + first) * I);
+      weight_gradient<T>({begin, end}, own, I, gathered(d_out), apart(hidden, I), false, sums);
+      rounded(sums, own.count * I, d_down + (e * D + own.first) * I);
     } else {
-      weight_gradient<T>({begin, end}, {first, count}, D, apart(d_both, 2 * I), gathered(layer.x), false, sums);
-      rounded(sums, count * D, d_gate_up + (e * 2 * I + first) * D);
+      weight_gradient<T>({begin, end}, own, D, apart(d_both, 2 * I), gathered(layer.x), false, sums);
+      rounded(sums, own.count * D, d_gate_up + (e * 2 * I + own.first) * D);
     }
   }
 }

@@ -14,17 +14,6 @@ namespace r1pipe {
 
 constexpr int64_t ROWS = 32;  // of a block: its activations stay in a core's own cache
 
-// Turns pairs of x [width] by the rotation [width / 2, 2].
-template <typename T>
-inline void rotate(const float* x, const float* rotation, int64_t width, float scale, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < width; i += 2) {
-    const float re = x[i], im = x[i + 1], cosine = rotation[i], sine = rotation[i + 1];
-    put(out[i], (re * cosine - im * sine) * scale);
-    put(out[i + 1], (re * sine + im * cosine) * scale);
-  }
-}
-
 template <typename T>
 class Forward {
  public:
@@ -148,11 +137,11 @@ class Forward {
       const float *rotation = b.rotation + position[row + r] * s.rope, *latent = projected + r * width + lead;
       T* own = entries(n, row + r) + position[row + r] * b.entry_stride;
       rms_norm(latent, l.latent_norm, s.latent_eps, C, own);
-      rotate(latent + C, rotation, s.rope, 1.0f, own + C);
+      turn(latent + C, rotation, s.rope, false, own + C);
       for (int64_t h = 0; h < H; h++) {
         const float* head = q + r * q_stride + h * per_head;
-        rotate(head + s.nope, rotation, s.rope, s.scale, query + ((row + r) * H + h) * W + C);
-        narrow(head, s.nope, float(s.scale), nope + (h * rows + r) * s.nope);
+        turn(head + s.nope, rotation, s.rope, false, query + ((row + r) * H + h) * W + C);
+        narrow(head, s.nope, 1.0f, nope + (h * rows + r) * s.nope);
       }
     }
     for (int64_t h = 0; h < H; h++)
@@ -181,7 +170,8 @@ class Forward {
     for (int64_t r = 0; r < rows; r++) {
       if (row + r + 1 < N) fetch(entries(n, row + r + 1), AHEAD * b.entry_stride);
       narrow(query + (row + r) * H * W, H * W, 1.0f, own);
-      attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, context + r * H * C);
+      attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, s.scale,
+             context + r * H * C);
     }
     float* values = scratch<float, struct Values>(rows * width);
     for (int64_t h = 0; h < H; h++)
@@ -263,6 +253,8 @@ extern "C" void r1pipe_forward_float32(const Shape* s, const Layer* layers, cons
   Forward<float>(*s, layers, *ends, *batch).run();
 }
 
+#ifdef __AVX512BF16__
 extern "C" void r1pipe_forward_bfloat16(const Shape* s, const Layer* layers, const Ends* ends, const Batch* batch) {
   Forward<BFloat16>(*s, layers, *ends, *batch).run();
 }
+#endif

@@ -19,7 +19,7 @@ namespace r1pipe {
 using BFloat16 = c10::BFloat16;
 
 constexpr int64_t UNIT = 16;   // numbers of a register, and what blocks of rows are filled up to
-constexpr int64_t PANEL = 64;  // outputs of a packed weight that lie together: see pack() in kernels/cpu/packed.py
+constexpr int64_t PANEL = 64;  // outputs of a packed weight that lie together: see pack() in kernels/forward.py
 
 inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

@@ -1,9 +1,7 @@
 // Attention of single tokens on latent cache entries, in AVX-512 registers: 4 heads by 4 entries at a time.
 #pragma once
 
-#include <type_traits>
-
-#include "gemm.h"
+#include "blocks.h"
 
 namespace r1pipe {
 
@@ -35,7 +33,7 @@ template <>
 struct Numbers<float> {
   static constexpr int64_t COUNT = 16;  // of a register
   using Register = __m512;
-  static Register load(const float* x, int64_t left) { return _mm512_maskz_loadu_ps(first_of(left), x); }
+  static Register load(const float* x, int64_t left) { return r1pipe::load(x, first_of(left)); }
   static __m512 add_products(__m512 sum, Register x, Register y) { return _mm512_fmadd_ps(x, y, sum); }
 };
 
@@ -76,15 +74,16 @@ inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TI
   _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(all, 3));
 }
 
-// w = exp(w - max) as T, zeros behind up to `filled` -> the factor that makes it a softmax. NaN stays NaN.
+// w = exp(scale * (w - max)) as T, zeros behind up to `filled` -> the factor that makes it the softmax of scale * w.
+// NaN stays NaN.
 template <typename T>
-inline float softmax(float* w, int64_t length, int64_t filled, T* out) {
+inline float softmax(float* w, int64_t length, int64_t filled, float scale, T* out) {
   float largest = w[0], total = 0.0f;
 #pragma omp simd reduction(max : largest)
   for (int64_t m = 0; m < length; m++) largest = w[m] > largest ? w[m] : largest;
 #pragma omp simd reduction(+ : total)
   for (int64_t m = 0; m < length; m++) {
-    w[m] = exponential(w[m] - largest);
+    w[m] = exponential(scale * (w[m] - largest));
     total += w[m];
   }
   std::fill(w + length, w + filled, 0.0f);
@@ -93,12 +92,12 @@ inline float softmax(float* w, int64_t length, int64_t filled, T* out) {
 }
 
 // out[head * 64 + i] = sum over entries of weight[head * weight_stride + m] * value[m][i], for TILE heads and the
-// first `left` of 64 values. `length` is even: where there is an entry too few, its weight is 0 and `last` stands in.
+// first `left` of 64 values, over the entries up to `last`.
 inline void weigh_tile(const float* weight, int64_t weight_stride, const float* value, int64_t value_stride,
-                       int64_t length, int64_t last, int64_t left, float* out) {
+                       int64_t last, int64_t left, float* out) {
   __m512 sum[TILE][TILE];
   for (auto& row : sum) std::fill_n(row, TILE, _mm512_setzero_ps());
-  for (int64_t m = 0; m <= last && m < length; m++) {
+  for (int64_t m = 0; m <= last; m++) {
     __m512 v[TILE];
 #pragma GCC unroll 4
     for (int j = 0; j < TILE; j++) v[j] = Numbers<float>::load(value + m * value_stride + j * UNIT, left - j * UNIT);
@@ -114,12 +113,13 @@ inline void weigh_tile(const float* weight, int64_t weight_stride, const float* 
 }
 
 #ifdef __AVX512BF16__
-// The same two entries at a time: their values are interleaved, and their weights lie side by side already.
+// The same two entries at a time: their values are interleaved, and their weights lie side by side already. Where
+// the second is missing, its weight is 0 and the last one stands in.
 inline void weigh_tile(const BFloat16* weight, int64_t weight_stride, const BFloat16* value, int64_t value_stride,
-                       int64_t length, int64_t last, int64_t left, float* out) {
+                       int64_t last, int64_t left, float* out) {
   __m512 sum[TILE][TILE];
   for (auto& row : sum) std::fill_n(row, TILE, _mm512_setzero_ps());
-  for (int64_t m = 0; m < length; m += 2) {
+  for (int64_t m = 0; m <= last; m += 2) {
     const BFloat16 *first = value + m * value_stride, *second = value + std::min(m + 1, last) * value_stride;
     __m512bh v[TILE];  // values 0-3, 8-11, 16-19, 24-27 of both; 4-7, 12-15 ...; the same from 32 on
 #pragma GCC unroll 2
@@ -155,11 +155,11 @@ inline void fetch(const T* entries, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) _mm_prefetch(entries + i, _MM_HINT_T0);
 }
 
-// context [heads, latent] = softmax(queries [heads, width] . entry) . latent, over entries [length, width] whose first
+// context [heads, latent] = softmax(scale * queries [heads, width] . entry) . latent, over entries [length, width] whose first
 // `latent` numbers are the values.
 template <typename T>
 void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, int64_t length, int64_t width,
-            int64_t latent, T* context) {
+            int64_t latent, float scale, T* context) {
   const int64_t M = up_to(length, TILE), last = length - 1;
   float *scores = scratch<float, struct Scores>(TILE * M), tile[UNIT * TILE * TILE], factor[TILE];
   T* weights = scratch<T, struct Softmax>(TILE * M);
@@ -173,9 +173,9 @@ void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, i
       fetch(entries + (m + AHEAD) * stride, TILE * stride);  // may lie beyond the cache: that does no harm
       score_tile(query, entry, width, scores + m, M);
     }
-    for (int64_t k = 0; k < TILE; k++) factor[k] = softmax(scores + k * M, length, M, weights + k * M);
+    for (int64_t k = 0; k < TILE; k++) factor[k] = softmax(scores + k * M, length, M, scale, weights + k * M);
     for (int64_t c = 0; c < latent; c += UNIT * TILE) {
-      weigh_tile(weights, M, entries + c, stride, M, last, latent - c, tile);
+      weigh_tile(weights, M, entries + c, stride, last, latent - c, tile);
       for (int64_t k = 0; k < some; k++)
         narrow(tile + k * UNIT * TILE, std::min(UNIT * TILE, latent - c), factor[k], context + (h + k) * latent + c);
     }

@@ -1,7 +1,24 @@
-// Stacks of weights in the order of gemm.h's Packed, for kernels/forward.py.
+// What kernels/build.py and kernels/forward.py ask for: whether products run, and weights in gemm.h's order.
+#include <exception>
+
 #include "blocks.h"
 
 using namespace r1pipe;
+
+// Whether this torch and processor multiply at all: oneDNN may be switched off, or told to leave AVX-512 alone.
+extern "C" int64_t r1pipe_multiplies(int64_t bf16) {
+  try {
+    with_type(bf16, [&]<typename T>() {
+      alignas(64) T in[UNIT] = {}, weight[UNIT * PANEL] = {};
+      float out[PANEL];
+      multiply(in, UNIT, 1, Packed<T>{weight, PANEL, UNIT}, out, PANEL);
+      at::native::cpublas::brgemm_release(bf16);
+    });
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
 
 // weights [stack, outputs, depth] -> [stack, outputs / 64 rounded up, depth, 64]; what no output fills is left as it is
 extern "C" void r1pipe_pack(int64_t bf16, const void* weights, int64_t stack, int64_t outputs, int64_t depth, void* to) {

@@ -198,3 +198,10 @@ def test_a_tiny_bench_from_end_to_end(capsys):
     assert main(["tiny", "--vllm-python", "nowhere"]) == 0
     said = capsys.readouterr().out
     assert "transformers" in said and "tokens/s" in said and "training 2 x 8" in said
+
+
+@pytest.mark.parametrize("arguments", [["cpus"], ["tiny", "--model", "laptops"]])
+def test_a_wrong_name_is_one_line_with_the_right_one(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("bench: conf/") and "did you mean" in error

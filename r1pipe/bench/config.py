@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from r1pipe.config.groups import read
+from r1pipe.config.groups import options, read
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
-from r1pipe.errors import ConfigError
+from r1pipe.errors import ConfigError, nearest
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")
@@ -87,7 +87,7 @@ class Job:
 
 def load_bench(name: str) -> BenchConfig:
     """conf/bench/<name>.yaml. Raises ConfigError with the key that is wrong."""
-    config = build(BenchConfig, read(f"bench/{name}"), "bench")
+    config = build(BenchConfig, _read("bench", name), "bench")
     for index, case in enumerate(config.cases):
         where = f"bench.cases[{index}]"
         if case.kind not in KINDS:
@@ -113,4 +113,11 @@ def rehearsal(config: BenchConfig) -> BenchConfig:
 
 
 def load_model(name: str) -> ModelConfig:
-    return build(ModelConfig, read(f"model/{name}"), "model")
+    return build(ModelConfig, _read("model", name), "model")
+
+
+def _read(folder: str, name: str) -> dict[str, Any]:
+    """conf/<folder>/<name>.yaml. Raises ConfigError where there is none."""
+    if name not in options(folder):
+        raise ConfigError(f"conf/{folder}/ has no {name}.yaml; {nearest(name, options(folder))}")
+    return read(f"{folder}/{name}")

@@ -2,8 +2,9 @@
 //
 // A layer is three passes over the batch: latents (every token's cache entry must be there before any token looks),
 // attention and gate, experts. In decoding the first two are one. Threads share a pass by blocks of rows, or by
-// experts; every sum has a fixed order, so results do not depend on the threads. Attention is absorbed (V2 section 2.1.2): keys and values are never expanded,
-// as in r1pipe/model/mla.py `decode`, which together with moe.py is this file's reference.
+// experts; every sum has a fixed order, so results do not depend on the threads. Attention is absorbed (V2 section
+// 2.1.2): keys and values are never expanded, as in r1pipe/model/mla.py `decode`, which together with moe.py is this
+// file's reference.
 //
 // N tokens, D hidden width, H heads, C latent width, R rotary width, W = C + R, E experts, K chosen, T the type of
 // weights, cache and what products read. What is added up stays in float.
@@ -141,7 +142,7 @@ class Forward {
       for (int64_t h = 0; h < H; h++) {
         const float* head = q + r * q_stride + h * per_head;
         turn(head + s.nope, rotation, s.rope, false, query + ((row + r) * H + h) * W + C);
-        narrow(head, s.nope, 1.0f, nope + (h * rows + r) * s.nope);
+        rounded(head, s.nope, nope + (h * rows + r) * s.nope);
       }
     }
     for (int64_t h = 0; h < H; h++)
@@ -169,7 +170,7 @@ class Forward {
     T *own = scratch<T, struct Own>(H * W), *context = scratch<T, struct Context>(rows * H * C);
     for (int64_t r = 0; r < rows; r++) {
       if (row + r + 1 < N) fetch(entries(n, row + r + 1), AHEAD * b.entry_stride);
-      narrow(query + (row + r) * H * W, H * W, 1.0f, own);
+      rounded(query + (row + r) * H * W, H * W, own);
       attend(own, H, entries(n, row + r), b.entry_stride, position[row + r] + 1, W, C, s.scale,
              context + r * H * C);
     }
@@ -177,12 +178,12 @@ class Forward {
     for (int64_t h = 0; h < H; h++)
       multiply(context + h * C, H * C, rows, packed(l.up_value, s.value, C).at(h), values + h * s.value, width);
     T* in = scratch<T, struct Heads>(rows * width);
-    narrow(values, rows * width, 1.0f, in);
+    rounded(values, rows * width, in);
     multiply(in, width, rows, packed(l.out, s.width, width), x + row * s.width, s.width, true);
     if (n < s.dense_layers) return norm(row, rows, l.mlp_norm, normed + row * s.width);
     float *exact = scratch<float, struct Exact>(rows * s.width), *logits = scratch<float, struct Logits>(rows * s.experts);
     norm(row, rows, l.mlp_norm, exact);
-    narrow(exact, rows * s.width, 1.0f, normed + row * s.width);
+    rounded(exact, rows * s.width, normed + row * s.width);
     multiply(exact, s.width, rows, Packed<float>{l.gate, s.experts, s.width}, logits, s.experts);
     for (int64_t r = 0; r < rows; r++)
       choose(s, logits + r * s.experts, l.bias, chosen + (row + r) * s.top_k, weights + (row + r) * s.top_k);

@@ -87,7 +87,7 @@ inline float softmax(float* w, int64_t length, int64_t filled, float scale, T* o
     total += w[m];
   }
   std::fill(w + length, w + filled, 0.0f);
-  narrow(w, filled, 1.0f, out);
+  rounded(w, filled, out);
   return 1.0f / total;
 }
 

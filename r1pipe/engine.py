@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
+from r1pipe.kernels import meter
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.finite import first_non_finite, not_finite
+from r1pipe.model.precision import fp8_of
+from r1pipe.optimizer import adamw, lr_factor
 from r1pipe.ranks import Ranks
 
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
@@ -62,6 +65,7 @@ class StepStats:
     grad_norm: float  # global norm before clipping
     lr: float  # learning rate of this step
     loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
+    fp8: dict[str, float]  # what quantising did in this step, all ranks together; empty without FP8
 
 
 class _Runs(nn.Module):
@@ -75,39 +79,6 @@ class _Runs(nn.Module):
         return closure()
 
 
-def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Factor on the peak learning rate by step: linear warm-up, then the schedule down to `min_lr`."""
-    floor = config.min_lr / config.lr
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
-        match config.schedule:
-            case "constant":
-                return 1.0
-            case "linear":
-                return floor + (1 - floor) * (1 - min(1.0, done))
-            case "cosine":
-                return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        raise ValueError(config.schedule)  # the config's rules leave only these
-
-    return factor
-
-
-def _adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (norms and biases are not decayed)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True
-    )
-
-
 def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -117,7 +88,8 @@ def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": config.precision != "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches add up in float32
         "steps_per_print": NEVER,
     }
 
@@ -136,17 +108,19 @@ class Engine(Ranks):
         config: EngineConfig,
         total_steps: int,
     ):
-        if config.precision == "bf16" and config.zero_level == 0:
-            raise ConfigError("engine.precision=bf16 needs engine.zero_level=1 or more (float32 masters)")
+        if config.precision != "fp32" and config.zero_level == 0:
+            raise ConfigError(
+                f"engine.precision={config.precision} needs engine.zero_level=1 or more (float32 masters)"
+            )
         super().__init__(config)
         self.start()
         deepspeed = _start_deepspeed(self.device)
         self.module: Any = model
-        train_as(model, config)
+        train_as(model, config, self.device)
         self.router, self.zero_level = router, config.zero_level
         if config.zero_level == 3:
             _mark_moe_leaves(deepspeed, model)
-        optimizer = _adamw(model, optim)
+        optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
         self._ds, *_ = deepspeed.initialize(
             model=_Runs(model),
@@ -194,13 +168,14 @@ class Engine(Ranks):
         loss_mean, loads_LE = self._sum_step(total, loads_LE)
         if self.router and loads_LE is not None:
             update_router_bias(self.module, loads_LE, self.router.bias_rate)
+        fp8 = self._fp8_metrics()
         grad_norm = float(self._ds.get_global_grad_norm())
         if not math.isfinite(grad_norm):
             raise NumericProblem(
                 f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: backward overflowed;"
                 " lower stage.optim.lr or look at the data; nothing of this step was saved"
             )
-        return StepStats(loss_mean, grad_norm, lr, loads_LE)
+        return StepStats(loss_mean, grad_norm, lr, loads_LE, fp8)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward of a micro-batch; its loss, before the weight. Raises NumericProblem.
@@ -219,6 +194,11 @@ class Engine(Ranks):
             raise not_finite(f"the loss ({value:g})", layer)
         self._ds.backward(loss if weight == 1.0 else weight * loss)
         return value
+
+    def _fp8_metrics(self) -> dict[str, float]:
+        """What was quantised in this step. Raises NumericProblem on what was not finite."""
+        fp8 = fp8_of(self.module)
+        return meter.metrics(meter.together(self.all_gather_objects(fp8.meter.take()))) if fp8 else {}
 
     def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
         """Mean loss and summed loads over ranks, in one message."""

@@ -13,6 +13,7 @@ from r1pipe.config.schema import EvaluateConfig
 from r1pipe.data.source import open_data
 from r1pipe.ending import measure
 from r1pipe.errors import CheckpointError
+from r1pipe.model.precision import set_precision
 from r1pipe.ranks import Ranks
 from r1pipe.run import open_run
 
@@ -26,6 +27,7 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         source = open_data(run.config.data, run.config.seed)
         model = run.load_model(parent).to(ranks.device)
+        set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.adopt_checkpoint(parent)
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, chat, source, run.stage.eval)

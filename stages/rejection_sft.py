@@ -14,6 +14,7 @@ from r1pipe.config.schema import RejectionConfig
 from r1pipe.data.fitting import draw_fitting, leaves_room
 from r1pipe.data.source import open_data
 from r1pipe.errors import CheckpointError
+from r1pipe.model.precision import set_precision
 from r1pipe.ranks import Ranks
 from r1pipe.rollout import Sampler
 from r1pipe.run import open_run
@@ -33,6 +34,7 @@ def main(folder: str) -> None:
 
         with run.phase("sampling"):
             model = run.load_model(parent).to(ranks.device).eval()
+            set_precision(model, run.config.engine, ranks.device)
             context = model.config.max_position_embeddings
             prompts, too_long = draw_fitting(
                 lambda n: source.prompts("train", n, run.seed("prompts")),

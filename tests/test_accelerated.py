@@ -90,7 +90,7 @@ def test_flex_attention_is_of_training_passes_alone(monkeypatch):
 def test_the_engines_switches_reach_the_model():
     model = ours(SHAPES["v3"])
     config = replace(engine_config(), attention="flex", compile=True, recompute=False)
-    train_as(model, config)
+    train_as(model, config, torch.device("cpu"))
     assert model.model.flex and model.model.compiled is not None and not model.model.recompute
     plain = ours(SHAPES["v3"])
     train_as(plain, replace(config, attention="sdpa", compile=False, recompute=True))

@@ -14,8 +14,9 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from torch.nn.functional import cross_entropy
 
-from r1pipe.engine import Engine, _load_tensors, lr_factor
+from r1pipe.engine import Engine, _load_tensors
 from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.optimizer import lr_factor
 
 STEPS = 3
 

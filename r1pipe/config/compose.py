@@ -5,6 +5,7 @@ before the command line's overrides, so the command line always wins.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Composed:
 
 def compose(overrides: list[str]) -> Composed:
     """The config that `overrides` (Hydra's syntax) describe. Raises ConfigError, one line."""
-    given = parse(overrides)
+    given = parse(spelled_out(overrides))
     choices = choose(given)
     values = recipe_values(choices["recipe"], choices["stage"])
     below = [f"{group}={option}" for group, option in choices.items()]
@@ -52,6 +53,22 @@ def compose(overrides: list[str]) -> Composed:
     config = load({**mapping, **FILLED_AT_LAUNCH})
     rules.check(config)
     return Composed(config, sources_of(mapping, choices, values, own))
+
+
+def spelled_out(overrides: list[str]) -> list[str]:
+    """The switches `precision=...` and `kernels=...` as the engine's keys.
+
+    With a precision below float32 comes the lowest ZeRO level that keeps float32 masters, where the engine's
+    file has none and nobody gave another.
+    """
+    given = [re.sub(r"^(?=(precision|kernels)=)", "engine.", line) for line in overrides]
+    wanted = {line.partition("=")[2] for line in given if line.startswith("engine.precision=")}
+    levels = [line for line in given if line.startswith("engine.zero_level=")]
+    if given != overrides and wanted & {"bf16", "fp8"} and not levels:
+        engine = choose(parse(given))["engine"]
+        if read(f"engine/{engine}")["zero_level"] == 0:
+            given.append("engine.zero_level=1")
+    return given
 
 
 def parse(overrides: list[str]) -> list[Override]:

@@ -56,6 +56,14 @@ class ModelConfig:
 
 
 @dataclass
+class FP8Config:
+    """How precision=fp8 quantises (V3 section 3.3)."""
+
+    power_of_two: bool  # scales are powers of two (UE8M0): what is quantised twice is rounded once
+    gradients: str  # what shares a scale: "tile" (1 x 128, V3), or to compare with "block", "tensor", "none"
+
+
+@dataclass
 class EngineConfig:
     """How DeepSpeed runs a job."""
 
@@ -64,7 +72,10 @@ class EngineConfig:
     threads: int  # CPU threads per rank; 0: cores divided by ranks
     accelerator: str  # "cpu", "cuda" or "auto"
     zero_level: int  # ZeRO 0 to 3
-    precision: str  # "fp32" or "bf16"
+    precision: str  # "fp32", "bf16", or "fp8": projections in E4M3, the rest in bf16 (V3 section 3.3)
+    kernels: str  # of fp8: "auto", "triton", "scaled_mm", "deepgemm" or "reference" (plain torch)
+    fp8: FP8Config
+    moments: str  # AdamW's, "fp32" or (V3 section 3.3.3) "bf16"; masters and gradients are float32 always
     gradient_accumulation: int  # micro-batches per optimizer step and rank
     recompute: bool  # run each layer again in the backward pass instead of keeping what it computed
     attention: str  # "sdpa", or "flex" (GPU): FlexAttention in the passes that train

@@ -13,6 +13,7 @@ from r1pipe.config.schema import (
     EngineConfig,
     EvalConfig,
     EvaluateConfig,
+    ModelConfig,
     OptimConfig,
     PretrainConfig,
     RejectionConfig,
@@ -37,7 +38,10 @@ SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
     "engine.attention": ("sdpa", "flex"),
-    "engine.precision": ("fp32", "bf16"),
+    "engine.precision": ("fp32", "bf16", "fp8"),
+    "engine.kernels": ("auto", "triton", "scaled_mm", "deepgemm", "reference"),
+    "engine.fp8.gradients": ("tile", "block", "tensor", "none"),
+    "engine.moments": ("fp32", "bf16"),
     "engine.launcher": ("local", "pdsh", "openmpi", "slurm"),
     "engine.zero_level": (0, 1, 2, 3),
     "data.kind": ("world", "files", "reasoning_gym"),
@@ -56,6 +60,7 @@ def every_rule(config: RunConfig) -> Rules:
     values = dict(leaves(config, ""))
     yield from ranges(values)
     yield from model_rules(config.model)
+    yield from fp8_rules(config.engine, config.model)
     yield from engine_rules(config.engine)
     yield from optim_rules(config.stage.optim)
     yield from eval_rules(config.stage.eval, config)
@@ -97,8 +102,8 @@ def engine_rules(engine: EngineConfig) -> Rules:
         "pdsh, openmpi or slurm",
     )
     yield (
-        engine.precision != "bf16" or engine.zero_level >= 1,
-        "engine.precision=bf16 needs engine.zero_level=1 or more, which keeps float32 masters",
+        engine.precision == "fp32" or engine.zero_level >= 1,
+        f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 masters",
     )
     yield from accelerator_rules(engine, engine.accelerator)
     yield (
@@ -113,6 +118,32 @@ def engine_rules(engine: EngineConfig) -> Rules:
         not engine.compile or engine.precision == "bf16",
         "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other",
     )
+
+
+def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
+    """FP8 products come in pieces of 16 numbers, as those of the tensor cores do."""
+    if engine.precision != "fp8":
+        return
+    heads = model.num_attention_heads
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.intermediate_size": model.intermediate_size,
+        "model.moe_intermediate_size": model.moe_intermediate_size,
+        "model.q_lora_rank": model.q_lora_rank or 0,
+        "model.kv_lora_rank": model.kv_lora_rank,
+        "model.kv_lora_rank + qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
+        "model.num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)": heads
+        * (model.qk_nope_head_dim + model.qk_rope_head_dim),
+        "model.num_attention_heads x (qk_nope_head_dim + v_head_dim)": heads
+        * (model.qk_nope_head_dim + model.v_head_dim),
+        "model.num_attention_heads x v_head_dim": heads * model.v_head_dim,
+    }
+    for name, width in widths.items():
+        yield (
+            width % 16 == 0,
+            f"{name} = {width} is no multiple of 16, as engine.precision=fp8 needs; change it, or take bf16",
+        )
+    yield not engine.graphs, "engine.graphs=true needs engine.precision=bf16: FP8 decodes without CUDA graphs"
 
 
 def accelerator_rules(engine: EngineConfig, device: str) -> Rules:

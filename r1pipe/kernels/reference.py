@@ -8,7 +8,7 @@ the result in float32: the "promotion" of section 3.3.2.
 What is not finite makes its tile's scale, and all that is computed with it, NaN: nothing waits for the
 device, and the step ends in an error all the same (see r1pipe/engine.py). Whoever quantises may give
 `counts`, int64 [3], to which is added how many values got the largest code, how many became zero that were
-not, and how many were not finite.
+not, and how many tiles or blocks held something that is not finite.
 
 Axes: M, N, K of products [M, K] x [N, K] -> [M, N] (both with the summed axis last); R rows, C columns;
 r and c their tiles; E experts; T tokens, sorted by expert; P places of the tokens (see `place_groups`);
@@ -34,6 +34,18 @@ class Scaled(NamedTuple):
 
     values: Tensor
     scales: Tensor
+
+
+# Each code's number; a cast on the CPU takes five times as long as looking it up.
+NUMBERS = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+
+
+def numbers(values: Tensor) -> Tensor:
+    """FP8 codes as float32, any shape."""
+    if values.device.type != "cpu":
+        return values.float()
+    codes = values.contiguous().view(torch.uint8).flatten().int()
+    return NUMBERS.index_select(0, codes).view(values.shape)
 
 
 def tiles(size: int) -> int:
@@ -72,9 +84,10 @@ def _quantise(x: Tensor, rows: int, power_of_two: bool, counts: Tensor | None) -
     scaled = x.float() / _spread(scales, x.shape, rows)
     values = scaled.clamp(-LARGEST, LARGEST).to(FP8)
     if counts is not None:
-        codes = values.float()
-        largest, flushed = codes.abs() == LARGEST, (codes == 0) & (x != 0)
-        counts += torch.stack([largest.sum(), flushed.sum(), (~x.isfinite()).sum()])
+        codes = values.view(torch.uint8) & 0x7F  # without sign: 0x7E is 448, 0 is zero
+        flushed = (codes == 0) & (x != 0)
+        found = [torch.count_nonzero(of) for of in (codes == 0x7E, flushed, scales.isnan())]
+        counts += torch.stack(found)
     return Scaled(values, scales)
 
 
@@ -91,7 +104,7 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
 def dequantise(x: Scaled, dtype: torch.dtype = torch.float32) -> Tensor:
     """-> [..., R, C]."""
     rows = 1 if x.scales.shape[-2] == x.values.shape[-2] else TILE
-    return (x.values.float() * _spread(x.scales, x.values.shape, rows)).to(dtype)
+    return (numbers(x.values) * _spread(x.scales, x.values.shape, rows)).to(dtype)
 
 
 def transposed(weight: Scaled) -> Scaled:
@@ -103,10 +116,11 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """a [M, K] in tiles times b [N, K] in blocks (Fprop, Dgrad) or tiles (Wgrad) -> [M, N] in `dtype`."""
     (rows, depth), columns = a.values.shape, b.values.shape[0]
     scales_b = b.scales if b.scales.shape[0] == columns else _rows_of_blocks(b.scales, columns)
+    values_a, values_b = numbers(a.values), numbers(b.values)
     total = torch.zeros(rows, columns, device=a.values.device)
     for k in range(tiles(depth)):
         part = slice(k * TILE, (k + 1) * TILE)
-        product = a.values[:, part].float() @ b.values[:, part].float().T
+        product = values_a[:, part] @ values_b[:, part].T
         total += product * (a.scales[:, k, None] * scales_b[None, :, k])
     return total.to(dtype)
 
@@ -159,6 +173,18 @@ def quantise_tokens(
     return quantise_tiles(placed.T.contiguous(), power_of_two, counts)
 
 
+def quantise_both(
+    x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
+) -> tuple[Scaled, Scaled]:
+    """x [T, C] in tiles and in tiles along tokens: what a gradient's two products read."""
+    return quantise_tiles(x, power_of_two, counts), quantise_tokens(x, ends_E, power_of_two)
+
+
+def requantise_tokens(x: Scaled, ends_E: Tensor, power_of_two: bool = False) -> Scaled:
+    """Tiles [T, C] in tiles along tokens: an activation that was kept for Wgrad."""
+    return quantise_tokens(dequantise(x), ends_E, power_of_two)
+
+
 def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Wgrad: a [M, P] and b [N, P] from `quantise_tokens` -> [E, M, N], zero for experts without tokens."""
     out = torch.zeros(len(ends_E), len(a.values), len(b.values), dtype=dtype, device=a.values.device)
@@ -167,8 +193,8 @@ def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> T
         if count:
             places = slice(start, start + tiles(count) * TILE)
             groups = slice(start // TILE, start // TILE + tiles(count))
-            mine = [Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b)]
-            out[expert] = multiply(*mine, dtype)
+            mine, others = (Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b))
+            out[expert] = multiply(mine, others, dtype)
     return out
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig, RopeScaling
 from r1pipe.kernels import training as kernels
+from r1pipe.kernels.fp8 import Quantisable
 
 
 class RMSNorm(nn.Module):
@@ -29,19 +30,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, Quantisable):
     """x weight^T, without bias; any leading shape."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__(width, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            return self.fp8.linear(x, self.weight, self.kind)
         if kernels.usable(x, self.out_features):
             return kernels.linear(x, self.weight)
         return super().forward(x)
 
+    def multiplied(self) -> Tensor:
+        """The weight as forward multiplies with it, [O, D]; without gradient."""
+        return self.weight if self.fp8 is None else self.fp8.rounded_weight(self.weight, self.kind)
 
-class SwiGLU(nn.Module):
+
+class SwiGLU(nn.Module, Quantisable):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, width: int, inner: int):
@@ -51,8 +58,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        if self.fp8 is not None:
+            return self.fp8.swiglu(x, *weights, self.kind)
         if kernels.usable(x, self.gate_proj.out_features):
-            return kernels.swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return kernels.swiglu(x, *weights)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -61,6 +61,13 @@ class MLA(nn.Module):
         )
         return self.kv_a_layernorm(latent), rotate(rope, rotation)
 
+    def _entries(self, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """Cache entries [..., C+R]. In FP8 decoding reads the latents that `kv_b_proj` would read."""
+        fp8 = self.kv_b_proj.fp8
+        if fp8 is not None and not torch.is_grad_enabled():
+            latent = fp8.rounded(latent)
+        return torch.cat([latent, k_rope], dim=-1)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -78,7 +85,7 @@ class MLA(nn.Module):
         query = self.queries(x_BTD)
         latent, k_rope = self.latents(x_BTD, rotation_BTr)
         if keep is not None:
-            keep(torch.cat([latent, k_rope], dim=-1))
+            keep(self._entries(latent, k_rope))
         if past_BPW is not None:
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
@@ -108,12 +115,14 @@ class MLA(nn.Module):
         look.
         """
         config = self.config
-        own_SW = torch.cat(self.latents(x_SD, rotation_Sr), dim=-1)
+        own_SW = self._entries(*self.latents(x_SD, rotation_Sr))
         entries_SMW.flatten(0, 1).index_copy_(0, places_S, own_SW)
         seen_SMW = entries_SMW[:, : unseen_SM.shape[1]]
 
-        up_k, up_v = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1)).split(
-            [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        up_k, up_v = (
+            self.kv_b_proj.multiplied()
+            .unflatten(0, (config.num_attention_heads, -1))
+            .split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         )
         q_nope, q_rope = self._rotated(self.queries(x_SD), rotation_Sr)
         absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)

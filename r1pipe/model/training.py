@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from r1pipe.config.schema import EngineConfig
 from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.precision import set_precision
 from r1pipe.model.transformer import Trunk
 
 VARIANTS = 64  # of a compiled layer: dense or MoE, with or without documents, past and loss, first shapes
 
 
-def train_as(model: nn.Module, config: EngineConfig) -> None:
+def train_as(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
     """Train a model as the config of the engine says."""
+    set_precision(model, config, device)
     set_recompute(model, config.recompute)
     set_attention(model, config.attention)
     if config.compile:

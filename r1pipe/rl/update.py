@@ -14,6 +14,7 @@ from r1pipe.config.schema import EngineConfig, RLConfig
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.precision import set_precision
 from r1pipe.ranks import choose_device
 from r1pipe.rl.batch import (
     MicroBatch,
@@ -57,9 +58,11 @@ class Reference:
         """To be made before the engine, which may partition the policy's weights."""
         model = copy.deepcopy(policy)
         model.drop_mtp()
-        model = model.to(choose_device(config.accelerator))
-        if config.precision == "bf16":
+        device = choose_device(config.accelerator)
+        model = model.to(device)
+        if config.precision != "fp32":
             model = model.bfloat16()
+        set_precision(model, config, device)
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()

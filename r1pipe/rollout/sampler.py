@@ -8,6 +8,7 @@ Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import LatentCache
 from r1pipe.model.decoders import decoder_of
 from r1pipe.model.finite import first_non_finite, not_finite
+from r1pipe.model.precision import fp8_of
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
@@ -82,7 +84,9 @@ class Sampler:
                 )
         if not prompts:
             return []
-        return _Batch(self, prompts, params).run(progress)
+        fp8 = fp8_of(self.model)
+        with fp8.held() if fp8 else nullcontext():
+            return _Batch(self, prompts, params).run(progress)
 
 
 @dataclass

@@ -144,6 +144,7 @@ def step_metrics(stats: StepStats) -> dict[str, float]:
     EXPERTS_SHOWN experts would fill the log with them, so of those only MaxVio is told.
     """
     metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm}
+    metrics |= stats.fp8
     if stats.loads_LE is None:
         return metrics
     used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL

@@ -93,7 +93,11 @@ def test_the_engines_switches_reach_the_model():
     train_as(model, config, torch.device("cpu"))
     assert model.model.flex and model.model.compiled is not None and not model.model.recompute
     plain = ours(SHAPES["v3"])
-    train_as(plain, replace(config, attention="sdpa", compile=False, recompute=True))
+    train_as(
+        plain,
+        replace(config, attention="sdpa", compile=False, recompute=True),
+        torch.device("cpu"),
+    )
     assert not plain.model.flex and plain.model.compiled is None and plain.model.recompute
 
 

@@ -159,6 +159,13 @@ def quantise_tokens(
     return quantise_tiles(placed.T.contiguous(), power_of_two, counts)
 
 
+def quantise_both(
+    x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
+) -> tuple[Scaled, Scaled]:
+    """x [T, C] by `quantise_tiles` and by `quantise_tokens`, for Dgrad and Wgrad; counted once, in tiles."""
+    return quantise_tiles(x, power_of_two, counts), quantise_tokens(x, ends_E, power_of_two)
+
+
 def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
     """Wgrad: a [M, P] and b [N, P] from `quantise_tokens` -> [E, M, N], zero for experts without tokens."""
     out = torch.zeros(len(ends_E), len(a.values), len(b.values), dtype=dtype, device=a.values.device)

@@ -161,7 +161,7 @@ def rehearsal(config: BenchConfig) -> BenchConfig:
         sequences, new = 2 * case.group, min(case.new, 3)
         return replace(case, sequences=sequences, prompt=8, new=new, floors={}, goals={})
 
-    fp8 = config.fp8 and replace(config.fp8, case=small(config.fp8.case), steps=1)
+    fp8 = config.fp8 and replace(config.fp8, case=small(config.fp8.case), steps=1, loss=1.0)
     return replace(config, rounds=1, matmul=64, cases=[small(case) for case in config.cases], fp8=fp8)
 
 

@@ -6,7 +6,6 @@ slower than BF16 must not be a default. On a CPU products are emulated: the same
 
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ class Backend(NamedTuple):
     why_not: Callable[[torch.device], str | None]  # why `device` cannot run it, or None
 
 
-def choose(name: str, device: torch.device) -> ModuleType | Any:
+def choose(name: str, device: torch.device) -> Any:
     """The backend that engine.kernels=`name` means on `device`.
 
     Raises EnvironmentProblem with the reason and the remedy where it cannot run there.

@@ -47,7 +47,7 @@ smoke: $(INSTALLED) ## every stage for two steps on two ranks, in a folder that 
 bench: $(INSTALLED_BENCH) ## speed and memory beside transformers, TRL and (after make test-vllm) vLLM, on two CPU cores
 	@$(BIN)/python -m r1pipe.bench cpu $(ARGS)
 
-bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters
+bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters; FP8 beside BF16
 	@$(BIN)/python -m r1pipe.bench gpu $(ARGS)
 
 pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data/base/

@@ -1,6 +1,7 @@
 """What this machine is and has: written down before a job starts, and checked for what the job will need."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,6 +16,12 @@ from r1pipe.errors import EnvironmentProblem
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
 MEBIBYTE = 2**20
+FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
+FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
+    "triton": ("triton", "triton"),
+    "scaled_mm": ("triton", "triton"),
+    "deepgemm": ("deep_gemm", "sgl-deep-gemm"),
+}
 
 
 def facts() -> dict[str, Any]:
@@ -86,6 +93,50 @@ def must_compile() -> None:
         )
     if shutil.which("ninja", path=search_path()) is None:
         raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
+
+
+def must_compute_fp8(kernels: str, cpu: bool) -> None:
+    """Raises EnvironmentProblem where engine.precision=fp8 cannot run on this machine, as far as it shows.
+
+    Needs no torch: r1pipe/kernels/choice.py knows more and looks again, in the job. A machine is refused if
+    none of its GPUs can: which of them the job gets is not known here.
+    """
+    if kernels == "reference" or (cpu and kernels == "auto"):
+        return
+    if cpu and kernels != "triton":
+        raise EnvironmentProblem(f"engine.kernels={kernels} needs a GPU; set engine.kernels=auto")
+    if missing := missing_for("triton" if kernels == "auto" else kernels):
+        raise EnvironmentProblem(f"engine.kernels={kernels} cannot run here: {missing}")
+    gpus = [] if cpu else compute_capabilities()
+    if gpus and max(capability for _, capability in gpus) < FIRST_WITH_E4M3:
+        name, capability = gpus[0]
+        raise EnvironmentProblem(
+            f"engine.precision=fp8 needs a GPU of compute capability 8.9 or newer, but {name} has "
+            f"{capability[0]}.{capability[1]}; set engine.precision=bf16"
+        )
+
+
+def missing_for(kernels: str) -> str | None:
+    """Which package a backend of FP8 lacks, and the remedy."""
+    module, package = FP8_PACKAGES[kernels]
+    if importlib.util.find_spec(module) is None:
+        return f"the package {module} is missing; `pip install {package}`"
+    return None
+
+
+def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
+    """(name, compute capability) of each GPU, from its driver; none where there is no driver to ask."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    found = []
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        capability, _, name = line.partition(", ")
+        major, _, minor = capability.partition(".")
+        if major.isdecimal() and minor.isdecimal():  # a driver too old to know says so in words
+            found.append((name, (int(major), int(minor))))
+    return found
 
 
 def must_have_room(config: RunConfig) -> None:

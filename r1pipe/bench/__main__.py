@@ -1,7 +1,8 @@
-"""`python -m r1pipe.bench cpu|gpu|tiny`: measures, shows progress, prints the table."""
+"""`python -m r1pipe.bench cpu|gpu|tiny|products`: measures, shows progress, prints the tables."""
 
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -9,11 +10,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from r1pipe.arguments import Arguments
 from r1pipe.bench.arithmetic import data_sheet
-from r1pipe.bench.config import BenchConfig, Case, Job, Setting, load_bench, load_model, rehearsal
+from r1pipe.bench.config import (
+    PRODUCTS,
+    BenchConfig,
+    Case,
+    FP8Step,
+    Job,
+    Setting,
+    load_bench,
+    load_model,
+    of_model,
+    rehearsal,
+)
+from r1pipe.bench.fp8_table import fp8_table
 from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import Row, rows_of, table_of, words
 from r1pipe.errors import EnvironmentProblem, R1pipeError
@@ -33,17 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         given = parser.parse_args(arguments)
+        if given.name == PRODUCTS:
+            from r1pipe.bench import products  # takes torch with it
+
+            products.main(given.device, given.rehearse, console)
+            return 0
         config = load_bench(given.name)
         config = replace(config, device=given.device or config.device)
         if given.model:
-            config = replace(config, cases=[replace(case, models=[given.model]) for case in config.cases])
+            config = of_model(config, given.model)
         if given.rehearse:
             config = rehearsal(config)
         Bench(config, given.vllm_python, console).run()
     except R1pipeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return 0
+    return products_apart(config.device, given.rehearse) if config.products else 0
+
+
+def products_apart(device: str, rehearse: bool) -> int:
+    """The products in a process of their own, with the whole GPU, and nothing to lose: its exit code."""
+    line = [sys.executable, "-m", "r1pipe.bench", PRODUCTS, "--device", device]
+    return subprocess.run([*line, *(["--rehearse"] if rehearse else [])], check=False).returncode
 
 
 class Bench:
@@ -53,6 +77,7 @@ class Bench:
         self.config, self.console = config, console
         self.began = time.monotonic()
         self.pythons = {"vllm": vllm_python}
+        self.chosen: dict[tuple[str, str, str], Setting] = {}  # contestant, model, kind of case
         self.installed = {
             "transformers": importlib.util.find_spec("transformers") is not None,
             "trl": importlib.util.find_spec("trl") is not None,
@@ -71,13 +96,17 @@ class Bench:
             folder = Path(name)
             peaks = self.peaks(folder)
             rows: list[Row] = []
+            tables: list[RenderableType] = []
             for model in dict.fromkeys(model for case in self.config.cases for model in case.models):
                 weights = folder / model
                 make_weights(model, weights)
                 for case in self.config.cases:
                     if model in case.models:
                         rows += rows_of(self.case(case, model, weights, folder), peaks, sheet)
-        self.console.print(table_of(rows, self.config.threads, peaks))
+                if self.config.fp8 and model in self.config.fp8.case.models:
+                    tables += self.fp8_step(self.config.fp8, model, weights, folder)
+        for table in [table_of(rows, self.config.threads, peaks), *tables]:
+            self.console.print(table)
         self.say("done")
         return rows
 
@@ -99,7 +128,9 @@ class Bench:
         """Operations per second of a large matmul in each dtype that a contestant may use."""
         side, peaks = self.config.matmul, {}
         some = load_model(self.config.cases[0].models[0])
-        for dtype in sorted({s.dtype for settings in self.config.settings.values() for s in settings}):
+        for dtype in sorted(
+            {s.dtype for settings in self.config.settings.values() for s in settings} - {"fp8"}
+        ):
             case = replace(MATMUL, prompt=side)
             job = Job("matmul", case, some, "", Setting(dtype, {}), self.config.device, self.config.threads)
             with running(job, folder, {}) as contestant:
@@ -120,16 +151,32 @@ class Bench:
             jobs.append(self.job(name, case, model, weights, chosen))
         return contest(jobs, self.config.rounds, folder, self.pythons)
 
+    def fp8_step(self, step: FP8Step, model: str, weights: Path, folder: Path) -> list[RenderableType]:
+        """Steps in FP8 and in BF16, each at its fastest setting: their table; none where FP8 cannot run."""
+        try:
+            names = ("ours", "ours_fp8")
+            chosen = {name: self.quickest(name, step.case, model, weights, folder) for name in names}
+            jobs = [self.job(name, step.case, model, weights, chosen[name]) for name in names]
+            self.say(f"{model}, {words(step.case)}: {step.steps} steps in BF16 and in FP8, in turn")
+            return fp8_table(step, *contest(jobs, step.steps, folder, self.pythons))
+        except EnvironmentProblem as error:
+            self.say(f"{model}, {words(step.case)} in FP8: {error}; left out")
+            return []
+
     def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
         """The contestant's fastest setting; says what each took. Raises EnvironmentProblem if none runs."""
         settings = self.config.settings_of(name, case.kind)
         if len(settings) == 1:
             return settings[0]
+        known = name, model, case.kind
+        if known in self.chosen and case.kind == "train":  # FP8's steps are as large as the case before
+            return self.chosen[known]
         tried = [self.job(name, case, model, weights, setting) for setting in settings]
         chosen, times = fastest(tried, folder, self.pythons)
         for setting, took in times.items():
             took = took if isinstance(took, str) else f"{took:.2f} s"
             self.say(f"{model}, {words(case)}, {name}, {setting}: {took}")
+        self.chosen[known] = chosen
         return chosen
 
 

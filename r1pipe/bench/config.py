@@ -10,11 +10,13 @@ from r1pipe.errors import ConfigError, nearest
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")
+PRODUCTS = "products"  # the file in conf/bench/ that is a ProductsConfig
 # Which options each contestant (for one kind of case, where that has its own) knows, and asks for.
 OPTIONS = {
     "ours": set(),
     "ours/train": {"attention", "compile", "recompute"},  # keys of conf/engine
     "ours/sample": {"graphs"},  # likewise
+    "ours_fp8": {"attention", "kernels", "recompute"},  # likewise; it trains, and is compared with ours
     "transformers": {"attention", "experts"},
     "trl": {"attention", "experts"},
     "vllm": {"eager"},  # "true": no torch.compile
@@ -46,11 +48,20 @@ class Case:
 class Setting:
     """How a contestant runs its model."""
 
-    dtype: str  # "fp32" or "bf16": what it computes in; training keeps float32 weights
+    dtype: str  # "fp32", "bf16" or (ours_fp8) "fp8": what it computes in; training keeps float32 weights
     options: dict[str, str]  # the contestant's own, see OPTIONS
 
     def __str__(self) -> str:
         return " ".join([self.dtype, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+@dataclass(frozen=True)
+class FP8Step:
+    """Training steps in FP8 beside the same in BF16: how much faster, and whether they learn the same."""
+
+    case: Case  # of kind "train"; its floor and goal are of "bf16"
+    steps: int
+    loss: float  # how far apart the two losses may be after them, relatively
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,32 @@ class BenchConfig:
     matmul: int  # side of the square matmul that gives the peak
     cases: list[Case]
     settings: dict[str, list[Setting]]  # by the names of OPTIONS: what is tried; the fastest is measured
+    fp8: FP8Step | None
+    products: bool  # whether the products of conf/bench/products.yaml are measured as well
 
     def settings_of(self, contestant: str, kind: str) -> list[Setting]:
         """What is tried in a kind of case: its own settings, or else the contestant's."""
         return self.settings.get(f"{contestant}/{kind}") or self.settings[contestant]
+
+
+@dataclass(frozen=True)
+class ProductsConfig:
+    """Which products [M, K] x [N, K] are measured in FP8 and in BF16 (conf/bench/products.yaml)."""
+
+    device: str
+    threads: int
+    matmul: int  # side of the square matmul that gives the peak
+    seconds: float  # of repeated launches, of which the median counts
+    rows: list[int]  # M
+    shapes: list[list[int]]  # [N, K]
+    groups: list[list[int]]  # [experts, rows of each]
+    grouped_shapes: list[list[int]]  # [N, K] of each expert
+    quantised: list[int]  # [rows, columns] that quantising is measured on
+    judged_rows: (
+        int  # from so many rows on floor and goal count: with fewer the weights' way from memory does
+    )
+    floors: dict[str, float]  # "chosen" (what engine.kernels=auto takes) or "triton" -> times as fast as BF16
+    goal_tflops: float  # of the chosen backend
 
 
 @dataclass(frozen=True)
@@ -89,27 +122,62 @@ def load_bench(name: str) -> BenchConfig:
     """conf/bench/<name>.yaml. Raises ConfigError with the key that is wrong."""
     config = build(BenchConfig, _read("bench", name), "bench")
     for index, case in enumerate(config.cases):
-        where = f"bench.cases[{index}]"
-        if case.kind not in KINDS:
-            raise ConfigError(f"{where}.kind={case.kind} must be one of {', '.join(KINDS)}")
-        if case.group < 1 or case.sequences % case.group:
-            raise ConfigError(f"{where}.sequences={case.sequences} must be a multiple of group={case.group}")
-        if unknown := set(case.peers) - set(PEERS):
-            raise ConfigError(f"{where}.peers holds {sorted(unknown)[0]}; choose from {', '.join(PEERS)}")
+        _check_case(case, f"bench.cases[{index}]")
+    if config.fp8:
+        _check_case(config.fp8.case, "bench.fp8.case")
     for name, settings in config.settings.items():
+        dtypes = ("fp8",) if name == "ours_fp8" else DTYPES
         for setting in settings:
-            if setting.dtype not in DTYPES or set(setting.options) != OPTIONS.get(name):
+            if setting.dtype not in dtypes or set(setting.options) != OPTIONS.get(name):
                 raise ConfigError(f"bench.settings.{name}: {setting} is no setting of {name}")
     return config
 
 
+def _check_case(case: Case, where: str) -> None:
+    """Raises ConfigError with the key that is wrong."""
+    if case.kind not in KINDS:
+        raise ConfigError(f"{where}.kind={case.kind} must be one of {', '.join(KINDS)}")
+    if case.group < 1 or case.sequences % case.group:
+        raise ConfigError(f"{where}.sequences={case.sequences} must be a multiple of group={case.group}")
+    if unknown := set(case.peers) - set(PEERS):
+        raise ConfigError(f"{where}.peers holds {sorted(unknown)[0]}; choose from {', '.join(PEERS)}")
+
+
+def load_products() -> ProductsConfig:
+    """conf/bench/products.yaml."""
+    return build(ProductsConfig, _read("bench", PRODUCTS), "products")
+
+
+def of_model(config: BenchConfig, model: str) -> BenchConfig:
+    """The same with every case on one model."""
+    fp8 = config.fp8 and replace(config.fp8, case=replace(config.fp8.case, models=[model]))
+    return replace(config, cases=[replace(case, models=[model]) for case in config.cases], fp8=fp8)
+
+
 def rehearsal(config: BenchConfig) -> BenchConfig:
     """The same cases and settings, so small that all are tried in minutes: their figures mean nothing."""
-    cases = [
-        replace(case, sequences=2 * case.group, prompt=8, new=min(case.new, 3), floors={}, goals={})
-        for case in config.cases
-    ]
-    return replace(config, rounds=1, matmul=64, cases=cases)
+
+    def small(case: Case) -> Case:
+        sequences, new = 2 * case.group, min(case.new, 3)
+        return replace(case, sequences=sequences, prompt=8, new=new, floors={}, goals={})
+
+    fp8 = config.fp8 and replace(config.fp8, case=small(config.fp8.case), steps=1, loss=1.0)
+    return replace(config, rounds=1, matmul=64, cases=[small(case) for case in config.cases], fp8=fp8)
+
+
+def small_products(config: ProductsConfig) -> ProductsConfig:
+    """Every kind of product, so small that they take seconds: their figures mean nothing."""
+    return replace(
+        config,
+        matmul=64,
+        seconds=0.01,
+        rows=[8],
+        shapes=[[128, 256]],
+        groups=[[2, 24]],
+        grouped_shapes=[[128, 256]],
+        quantised=[32, 256],
+        floors={},
+    )
 
 
 def load_model(name: str) -> ModelConfig:

@@ -1,12 +1,14 @@
 """Our side of every case, through the same calls that a stage makes."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1pipe.bench.config import DTYPES, Job
 from r1pipe.bench.prompts import EOS, PAD, rows
+from r1pipe.bench.shares import shares
 from r1pipe.bench.turns import Turns
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RLConfig, RunConfig
@@ -21,9 +23,9 @@ from r1pipe.rollout import Sampler, SamplingParams
 MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
 
 
-def work(job: Job, turns: Turns) -> None:
+def work(job: Job, turns: Turns) -> dict[str, Any] | None:
     """Answer turns with the case of the job."""
-    {"sample": _sample, "train": _train, "grpo": _grpo}[job.case.kind](job, turns)
+    return {"sample": _sample, "train": _train, "grpo": _grpo}[job.case.kind](job, turns)
 
 
 def _prompts(job: Job) -> list[list[int]]:
@@ -44,7 +46,7 @@ def _composed(job: Job) -> RunConfig:
         "ranks": "1",
         "threads": str(job.threads),
         "precision": job.setting.dtype,
-        **({"zero_level": "1"} if job.setting.dtype == "bf16" else {}),  # float32 masters
+        **({"zero_level": "1"} if job.setting.dtype != "fp32" else {}),  # float32 masters
         **job.setting.options,
     }
     engine = "gpu" if job.device == "cuda" else "cpu"
@@ -60,7 +62,8 @@ def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
     return Engine(model, stage.optim, stage.router, config.engine, total_steps=100), stage
 
 
-def _train(job: Job, turns: Turns) -> None:
+def _train(job: Job, turns: Turns) -> dict[str, Any]:
+    """One optimizer step per turn, on the same rows. Tells the last loss and, in FP8, what took time."""
     model = load_pretrained(job.weights).to(job.device)
     engine, _ = _engine(job, model)
     tokens_BT = torch.tensor(
@@ -73,7 +76,12 @@ def _train(job: Job, turns: Turns) -> None:
         logprobs_N = token_logprobs(model.lm_head, hidden_BTD.flatten(0, 1), targets_N, job.model.vocab_size)
         return -logprobs_N.sum() / (job.case.sequences * job.case.prompt)
 
-    turns.run(lambda: engine.train_step([loss]))
+    losses = []
+    turns.run(lambda: losses.append(engine.train_step([loss]).loss))
+    told: dict[str, Any] = {"loss": losses[-1]}
+    if job.setting.dtype == "fp8":
+        told["shares"] = shares(lambda: engine.train_step([loss]), job.device == "cuda")
+    return told
 
 
 def _grpo(job: Job, turns: Turns) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -25,6 +25,7 @@ class Result:
     setting: Setting
     seconds: float  # median over the rounds
     memory: int  # peak, bytes: of the process on a CPU, of the GPU there
+    told: dict[str, Any] = field(default_factory=dict)  # what else it said in the end
 
 
 class Contestant:
@@ -47,19 +48,19 @@ class Contestant:
                 text=True,
                 env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": str(job.threads)},
             )
-        self._hear("first")
+        self._hear()
 
     def _pipe(self, pipe: IO[str] | None) -> IO[str]:
         assert pipe is not None
         return pipe
 
-    def _hear(self, name: str) -> Any:
+    def _hear(self) -> dict[str, Any]:
         line = self._pipe(self._process.stdout).readline()
         if not line:
             self._process.wait()
             last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
             raise EnvironmentProblem(f"{self.job.contestant} ({self.job.setting}) stopped: {last}")
-        return json.loads(line)[name]
+        return json.loads(line)
 
     def turn(self) -> float:
         """One repetition: its seconds."""
@@ -69,14 +70,14 @@ class Contestant:
             pipe.flush()
         except BrokenPipeError:
             pass  # it has died: _hear says of what
-        return float(self._hear("seconds"))
+        return float(self._hear()["seconds"])
 
-    def finish(self) -> int:
-        """No more turns: its peak memory in bytes."""
+    def finish(self) -> dict[str, Any]:
+        """No more turns: its peak `memory` in bytes, and what else it says."""
         self._pipe(self._process.stdin).close()
-        memory = int(self._hear("memory"))
+        told = self._hear()
         self._process.wait()
-        return memory
+        return told
 
     def stop(self) -> None:
         """End the process, whatever it does."""
@@ -127,7 +128,10 @@ def contest(jobs: Sequence[Job], rounds: int, folder: Path, pythons: dict[str, s
     with ExitStack() as stack:
         contestants = [stack.enter_context(running(job, folder, pythons)) for job in jobs]
         times = [[c.turn() for c in contestants] for _ in range(rounds)]
-        return [
-            Result(c.job.contestant, c.job.case, c.job.model.name, c.job.setting, median(own), c.finish())
-            for c, own in zip(contestants, zip(*times, strict=True), strict=True)
-        ]
+        return [_result(c, own) for c, own in zip(contestants, zip(*times, strict=True), strict=True)]
+
+
+def _result(contestant: Contestant, times: Sequence[float]) -> Result:
+    job, told = contestant.job, contestant.finish()
+    memory = int(told.pop("memory"))
+    return Result(job.contestant, job.case, job.model.name, job.setting, median(times), memory, told)

@@ -53,8 +53,8 @@ class Turns:
             work()
             self.end()
 
-    def finish(self, memory: int | None = None) -> None:
-        """The last word: peak memory in bytes, of the process or as the device counted it."""
+    def finish(self, memory: int | None = None, **facts: Any) -> None:
+        """The last word: peak memory in bytes, of the process or as the device counted it, and what else."""
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self.say(memory=peak if memory is None else memory)
+        self.say(memory=peak if memory is None else memory, **facts)

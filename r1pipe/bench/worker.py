@@ -11,6 +11,7 @@ from r1pipe.config.typed import build
 
 CONTESTANTS = {
     "ours": "r1pipe.bench.ours",
+    "ours_fp8": "r1pipe.bench.ours",
     "transformers": "r1pipe.bench.transformers_peer",
     "trl": "r1pipe.bench.trl_peer",
     "matmul": "r1pipe.bench.matmul",
@@ -18,7 +19,8 @@ CONTESTANTS = {
 
 
 def main(path: str) -> None:
-    """Do the job's work once per turn. Every contestant is a module with `work(job, turns)`."""
+    """Do the job's work once per turn. Every contestant is a module with `work(job, turns)`, which may return
+    a mapping of what else there is to say."""
     job = build(Job, json.loads(Path(path).read_text(encoding="utf-8")), "job")
     turns = Turns()
     import torch
@@ -26,8 +28,8 @@ def main(path: str) -> None:
     torch.set_num_threads(job.threads)
     cuda = job.device == "cuda"
     turns.wait_for_device = torch.cuda.synchronize if cuda else nothing
-    importlib.import_module(CONTESTANTS[job.contestant]).work(job, turns)
-    turns.finish(torch.cuda.max_memory_allocated() if cuda else None)
+    facts = importlib.import_module(CONTESTANTS[job.contestant]).work(job, turns) or {}
+    turns.finish(torch.cuda.max_memory_allocated() if cuda else None, **facts)
 
 
 if __name__ == "__main__":

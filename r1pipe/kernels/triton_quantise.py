@@ -1,0 +1,172 @@
+"""Quantising in one pass over what is read, in Triton; what it means is in r1pipe/kernels/reference.py.
+
+Scales of tiles lie in memory with the rows as neighbours, [c, R], seen as [R, c]: a product reads one tile's
+scales of many rows at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r1pipe.kernels.reference import FP8, Scaled, places_for, tiles
+from r1pipe.kernels.reference import TILE as WIDTH
+from r1pipe.kernels.triton_parts import TILE, codes_of, count, group_at, magnitudes, padded_experts, scales_of
+
+ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
+
+
+@triton.jit
+def _quantise(
+    x_ptr,
+    values,
+    scales,
+    counts,
+    rows,
+    columns,
+    stride_x,
+    stride_r,
+    stride_c,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """One tile of each of `ROWS` rows, or one block, of a matrix of a batch: x [B, R, C]."""
+    across = tl.cdiv(columns, TILE)
+    high, wide = tl.program_id(0) // across, tl.program_id(0) % across
+    batch = tl.program_id(1).to(tl.int64)
+    row, column = high * ROWS + tl.arange(0, ROWS), wide * TILE + tl.arange(0, TILE)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    of_batch = batch * rows + row  # int64: matrices have more than 2^31 numbers
+    x = tl.load(x_ptr + of_batch[:, None] * stride_x + column[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    amax = tl.max(magnitudes(x), axis=1)
+    if BLOCKS:
+        scale = scales_of(tl.max(amax, axis=0), POWER_OF_TWO)
+        codes = codes_of(x, scale, POWER_OF_TWO)
+        tl.store(scales + batch * tl.cdiv(rows, ROWS) * across + high * across + wide, scale)
+    else:
+        scale = scales_of(amax, POWER_OF_TWO)
+        codes = codes_of(x, scale[:, None], POWER_OF_TWO)
+        tl.store(scales + of_batch * stride_r + wide * stride_c, scale, mask=row < rows)
+    tl.store(values + of_batch[:, None] * columns + column[None, :], codes, mask=inside)
+    if COUNT:
+        count(counts, x, codes)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., R, C] as [R', C], whose rows' numbers are neighbours."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 or 0 in rows.shape else rows.contiguous()
+
+
+def empty_tiles(rows: int, columns: int, device: torch.device) -> Scaled:
+    """Room for [R, C] in tiles."""
+    values = torch.empty(rows, columns, dtype=FP8, device=device)
+    return Scaled(values, torch.empty(tiles(columns), rows, device=device).T)
+
+
+def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
+    """x [..., R, C] -> values [..., R, C], scales [..., R, c]."""
+    given = rows_of(x)
+    values, scales = empty_tiles(*given.shape, x.device)
+    if given.numel():
+        grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
+        strides = given.stride(0), *scales.stride()
+        switches = {"BLOCKS": False, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
+        _quantise[grid](given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, **switches)
+    return Scaled(values.view(x.shape), scales.unflatten(0, x.shape[:-1]))
+
+
+def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
+    """x [..., R, C] -> values [..., R, C], scales [..., r, c]."""
+    *batch, rows, columns = x.shape
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scales = torch.empty(*batch, tiles(rows), tiles(columns), device=x.device)
+    if x.numel():
+        given = rows_of(x)
+        grid = (tiles(rows) * tiles(columns), len(given) // rows)
+        sizes = rows, columns, given.stride(0), 0, 0
+        switches = {"BLOCKS": True, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
+        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=8, **switches)
+    return Scaled(values, scales)
+
+
+@triton.jit
+def _place(
+    x_ptr,
+    ends_E,
+    values,
+    scales,
+    placed,
+    placed_scales,
+    counts,
+    tokens,
+    width,
+    places,
+    experts,
+    stride_x,
+    BLOCK_E: tl.constexpr,
+    BOTH: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """128 columns of 128 places, whose tokens are one expert's: transposed in tiles, and as they are (BOTH)."""
+    across = tl.cdiv(width, TILE)
+    group, wide = tl.program_id(0) // across, tl.program_id(0) % across
+    _, token, end = group_at(group, ends_E, experts, TILE, BLOCK_E)
+    place, column = tl.arange(0, TILE), wide * TILE + tl.arange(0, TILE)
+    row = (token + place).to(tl.int64)
+    inside = (row < end)[:, None] & (column < width)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    bits = magnitudes(x)
+    scale_C = scales_of(tl.max(bits, axis=0), POWER_OF_TWO)
+    codes = codes_of(x, scale_C[None, :], POWER_OF_TWO)
+    there = column.to(tl.int64)[:, None] * places + group * TILE + place[None, :]
+    tl.store(placed + there, tl.trans(codes), mask=(column < width)[:, None])
+    tl.store(placed_scales + group.to(tl.int64) * width + column, scale_C, mask=column < width)
+    if BOTH:
+        scale_T = scales_of(tl.max(bits, axis=1), POWER_OF_TWO)
+        codes = codes_of(x, scale_T[:, None], POWER_OF_TWO)
+        tl.store(values + row[:, None] * width + column[None, :], codes, mask=inside)
+        tl.store(scales + wide.to(tl.int64) * tokens + row, scale_T, mask=row < end)
+    if COUNT:
+        count(counts, x, codes)
+
+
+def _placed(
+    x: Tensor, ends_E: Tensor, as_they_are: Scaled | None, power_of_two: bool, counts: Tensor | None
+) -> Scaled:
+    given, experts = rows_of(x), len(ends_E)
+    tokens, width = given.shape
+    places = places_for(tokens, experts)
+    placed = empty_tiles(width, places, x.device)
+    if given.numel():
+        grid = (tiles(places) * tiles(width),)
+        out = (*(as_they_are or (None, None)), *placed)
+        sizes = tokens, width, places, experts, given.stride(0)
+        _place[grid](
+            *(given, ends_E, *out, counts, *sizes),
+            BLOCK_E=padded_experts(experts),
+            BOTH=as_they_are is not None,
+            POWER_OF_TWO=power_of_two,
+            COUNT=counts is not None,
+            num_warps=8,
+        )
+    return placed
+
+
+def quantise_tokens(
+    x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
+) -> Scaled:
+    """x [T, C] in tiles along tokens, for Wgrad: values [C, P], scales [C, p]; as the reference."""
+    return _placed(x, ends_E, None, power_of_two, counts)
+
+
+def quantise_both(
+    x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
+) -> tuple[Scaled, Scaled]:
+    """`quantise_tiles` and `quantise_tokens` of x [T, C], which is read once."""
+    as_they_are = empty_tiles(*x.shape, x.device)
+    return as_they_are, _placed(x, ends_E, as_they_are, power_of_two, counts)

@@ -1,0 +1,99 @@
+"""Compile every Triton kernel of FP8 for Hopper, without one, as calls of real sizes would; print what came out.
+
+Calls are made with tensors that have no memory. Run in a process of its own: `python tests/hopper.py`.
+"""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from r1pipe.kernels import triton_fp8 as kernels
+
+TOKENS, WIDTH, INNER, EXPERTS = 4000, 7168, 2048, 32  # of DeepSeek-V3, a ragged number of tokens
+
+
+class Hopper:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack (where spilled ones go), from the binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        out = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", out))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]) + int(found["LOCAL"])}
+
+
+def compiled() -> list[dict[str, Any]]:
+    """Of each kernel, with each of its configurations."""
+    rows: list[dict[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        ptx = kernel.asm["ptx"]
+        rows.append(
+            {
+                "kernel": self.__name__,
+                "options": {k: v for k, v in kwargs.items() if isinstance(v, int)},
+                "shared": kernel.metadata.shared,
+                "wgmma": sorted(set(re.findall(r"wgmma\.mma_async\S+", ptx))),
+                "copies": sorted(set(re.findall(r"cp\.async\.c[ag]\S+ \[[^\]]*\], \[[^\]]*\], (0x\w+)", ptx))),
+                **resources(kernel),
+            }
+        )
+
+    def each(self: Autotuner, call: Any, quantiles: Any) -> list[float]:
+        call()
+        return [0.0, 0.0, 0.0]
+
+    triton.runtime.driver.set_active(Hopper())
+    JITFunction.run = compile_only
+    Autotuner.do_bench = property(lambda self: lambda call, quantiles: each(self, call, quantiles))
+    call_all()
+    return rows
+
+
+def call_all() -> None:
+    def matrix(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    counts, ends_E = matrix(3, dtype=torch.int64), matrix(EXPERTS, dtype=torch.int32)
+    x, inner, gate_up = matrix(TOKENS, WIDTH), matrix(TOKENS, INNER), matrix(TOKENS, 2 * INNER)
+    chances_T = matrix(TOKENS, dtype=torch.float32)
+    tiles = kernels.quantise_tiles(x, False, counts)
+    blocks = kernels.quantise_blocks(matrix(EXPERTS, 2 * INNER, WIDTH), True, counts)
+    kernels.quantise_tokens(x, ends_E, False, counts)
+    _, tokens = kernels.quantise_both(x, ends_E, True, counts)
+    kernels.swiglu_quantise(gate_up, chances_T, False, counts)
+    kernels.swiglu_backward(kernels.quantise_tiles(gate_up), chances_T, inner)
+    kernels.swiglu_backward(kernels.quantise_tiles(gate_up), None, inner)
+    kernels.multiply(tiles, kernels.Scaled(blocks.values[0], blocks.scales[0]), torch.bfloat16)
+    kernels.multiply(tokens, tokens, torch.float32)
+    kernels.grouped_multiply(tiles, blocks, ends_E, torch.bfloat16)
+    kernels.grouped_outer(tokens, tokens, ends_E, torch.float32)
+
+
+if __name__ == "__main__":
+    for row in compiled():
+        print(json.dumps(row))

@@ -14,6 +14,7 @@ LARGEST = tl.constexpr(reference.LARGEST)
 LARGEST_CODE = tl.constexpr(0x7E)
 FLOOR = tl.constexpr(reference.FLOOR)
 SIGNLESS = tl.constexpr(0x7FFFFFFF)
+TWICE_ONE = tl.constexpr(0x7F000000)
 INFINITE = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x007FFFFF)
 
@@ -40,8 +41,9 @@ def codes_of(x, scale, POWER_OF_TWO: tl.constexpr):
 
     Nothing is clamped: a quotient passes 448 by a rounding of float32 at most, and the cast rounds that off.
     """
-    if POWER_OF_TWO:  # the inverse is exact
-        return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
+    if POWER_OF_TWO:  # the inverse is exact: 1's exponent twice, less the scale's
+        inverse = (-scale.to(tl.int32, bitcast=True) + TWICE_ONE).to(tl.float32, bitcast=True)
+        return (x * tl.where(scale == scale, inverse, float("nan"))).to(tl.float8e4nv)
     return tl.div_rn(x, scale).to(tl.float8e4nv)
 
 
@@ -55,10 +57,10 @@ def _add(counts, found):
 @triton.jit
 def count(counts, x, codes):
     """Add to int64 [3] the largest codes, those that became zero and what is not finite, of [R, C]."""
-    magnitude = codes.to(tl.uint8, bitcast=True) & 0x7F
+    magnitude, bits = codes.to(tl.uint8, bitcast=True).to(tl.int32) & 0x7F, magnitudes(x)
     _add(counts, magnitude == LARGEST_CODE)
-    _add(counts + 1, (magnitude == 0) & (x != 0))
-    _add(counts + 2, magnitudes(x) >= INFINITE)
+    _add(counts + 1, (magnitude == 0) & (bits > 0))
+    _add(counts + 2, bits >= INFINITE)
 
 
 @triton.jit

@@ -29,8 +29,8 @@ CONFIGS = [
         (128, 128, 8, 4),
     )
 ]
-if triton.knobs.runtime.interpret:
-    CONFIGS = CONFIGS[:1]
+# To tune for the interpreter would be to time numpy.
+_CHOICE = CONFIGS[:1] if triton.knobs.runtime.interpret else CONFIGS
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def _product(
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
-    row, column = tl.minimum(m, rows - 1), tl.minimum(n, columns - 1)
-    at_a, at_b = row[:, None] * stride_a + k[None, :], column[None, :] * stride_b + k[:, None]
+    at_a = tl.minimum(m, rows - 1)[:, None] * stride_a + k[None, :]
+    at_b = tl.minimum(n, columns - 1)[None, :] * stride_b + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, depth, TILE):
         if WHOLE:
@@ -81,12 +81,12 @@ def _product(
             inside = k < depth - done
             left = tl.load(a + at_a, mask=inside[None, :], other=0.0)
             right = tl.load(b + at_b, mask=inside[:, None], other=0.0)
-        scale = tl.load(a_scales + row * stride_a_row)[:, None]
+        scale = tl.load(a_scales + m * stride_a_row, mask=m < rows, other=0.0)
         if BLOCKS:
-            scale = scale * tl.load(b_scales)
-        else:
-            scale = scale * tl.load(b_scales + column * stride_b_row)[None, :]
-        total += tl.dot(left, right) * scale
+            total += tl.dot(left, right) * (scale * tl.load(b_scales))[:, None]
+        else:  # one after the other: all their products would take as many registers again
+            scale_b = tl.load(b_scales + n * stride_b_row, mask=n < columns, other=0.0)
+            total += tl.dot(left, right) * scale[:, None] * scale_b[None, :]
         a += TILE
         b += TILE
         a_scales += stride_a_tile
@@ -104,7 +104,7 @@ def _parts(size: int, block: int) -> int:
     return -(-size // block)
 
 
-@triton.autotune(CONFIGS, key=["columns", "depth", "bucket", "BLOCKS"])
+@triton.autotune(_CHOICE, key=["columns", "depth", "bucket", "BLOCKS"])
 @triton.jit(do_not_specialize=["rows", "bucket"])
 def _multiply(
     a,
@@ -158,7 +158,7 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.autotune(CONFIGS, key=["columns", "depth", "experts", "bucket"])
+@triton.autotune(_CHOICE, key=["columns", "depth", "experts", "bucket"])
 @triton.jit(do_not_specialize=["bucket"])
 def _grouped(
     a,
@@ -221,7 +221,7 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
     return out
 
 
-@triton.autotune(CONFIGS, key=["rows", "columns", "experts", "bucket"])
+@triton.autotune(_CHOICE, key=["rows", "columns", "experts", "bucket"])
 @triton.jit(do_not_specialize=["bucket"])
 def _outer(
     a,

@@ -14,6 +14,9 @@ from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.triton_parts import TILE, codes_of, count, group_at, magnitudes, padded_experts, scales_of
 
 ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
+# At most 32 numbers a thread: with 64, registers leave too few threads to wait for memory, and CUDA 12.8's
+# assembler crashes.
+WARPS, BLOCK_WARPS = 8, 16
 
 
 @triton.jit
@@ -75,7 +78,9 @@ def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None 
         grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
         strides = given.stride(0), *scales.stride()
         switches = {"BLOCKS": False, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, **switches)
+        _quantise[grid](
+            given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
+        )
     return Scaled(values.view(x.shape), scales.unflatten(0, x.shape[:-1]))
 
 
@@ -89,7 +94,7 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
         grid = (tiles(rows) * tiles(columns), len(given) // rows)
         sizes = rows, columns, given.stride(0), 0, 0
         switches = {"BLOCKS": True, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=8, **switches)
+        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
     return Scaled(values, scales)
 
 
@@ -107,31 +112,33 @@ def _place(
     places,
     experts,
     stride_x,
+    WIDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BOTH: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """128 columns of 128 places, whose tokens are one expert's: transposed in tiles, and as they are (BOTH)."""
-    across = tl.cdiv(width, TILE)
+    """`WIDE` columns of 128 places, one expert's: transposed in tiles, and with BOTH also as they are."""
+    across = tl.cdiv(width, WIDE)
     group, wide = tl.program_id(0) // across, tl.program_id(0) % across
     _, token, end = group_at(group, ends_E, experts, TILE, BLOCK_E)
-    place, column = tl.arange(0, TILE), wide * TILE + tl.arange(0, TILE)
+    place, column = tl.arange(0, TILE), wide * WIDE + tl.arange(0, WIDE)
     row = (token + place).to(tl.int64)
     inside = (row < end)[:, None] & (column < width)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    bits = magnitudes(x)
-    scale_C = scales_of(tl.max(bits, axis=0), POWER_OF_TWO)
+    if BOTH:
+        scale_T = scales_of(tl.max(magnitudes(x), axis=1), POWER_OF_TWO)
+        codes = codes_of(x, scale_T[:, None], POWER_OF_TWO)
+        tl.store(values + row[:, None] * width + column[None, :], codes, mask=inside)
+        tl.store(scales + wide.to(tl.int64) * tokens + row, scale_T, mask=row < end)
+        if COUNT:
+            count(counts, x, codes)
+    scale_C = scales_of(tl.max(magnitudes(x), axis=0), POWER_OF_TWO)
     codes = codes_of(x, scale_C[None, :], POWER_OF_TWO)
     there = column.to(tl.int64)[:, None] * places + group * TILE + place[None, :]
     tl.store(placed + there, tl.trans(codes), mask=(column < width)[:, None])
     tl.store(placed_scales + group.to(tl.int64) * width + column, scale_C, mask=column < width)
-    if BOTH:
-        scale_T = scales_of(tl.max(bits, axis=1), POWER_OF_TWO)
-        codes = codes_of(x, scale_T[:, None], POWER_OF_TWO)
-        tl.store(values + row[:, None] * width + column[None, :], codes, mask=inside)
-        tl.store(scales + wide.to(tl.int64) * tokens + row, scale_T, mask=row < end)
-    if COUNT:
+    if COUNT and not BOTH:
         count(counts, x, codes)
 
 
@@ -143,16 +150,18 @@ def _placed(
     places = places_for(tokens, experts)
     placed = empty_tiles(width, places, x.device)
     if given.numel():
-        grid = (tiles(places) * tiles(width),)
+        wide = WIDTH if as_they_are else WIDTH // 2  # rows' tiles are whole
+        grid = (tiles(places) * triton.cdiv(width, wide),)
         out = (*(as_they_are or (None, None)), *placed)
         sizes = tokens, width, places, experts, given.stride(0)
         _place[grid](
             *(given, ends_E, *out, counts, *sizes),
+            WIDE=wide,
             BLOCK_E=padded_experts(experts),
             BOTH=as_they_are is not None,
             POWER_OF_TWO=power_of_two,
             COUNT=counts is not None,
-            num_warps=8,
+            num_warps=BLOCK_WARPS * wide // WIDTH,
         )
     return placed
 

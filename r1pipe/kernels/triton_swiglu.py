@@ -8,7 +8,7 @@ from torch import Tensor
 from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.reference import Scaled, tiles
 from r1pipe.kernels.triton_parts import TILE, codes_of, count, magnitudes, scales_of
-from r1pipe.kernels.triton_quantise import ROWS, empty_tiles, rows_of
+from r1pipe.kernels.triton_quantise import ROWS, WARPS, empty_tiles, rows_of
 
 BACKWARD_ROWS = 8  # few: a program that adds up a token's row has all of it
 
@@ -62,6 +62,7 @@ def swiglu_quantise(
             WEIGHTED=weights_T is not None,
             POWER_OF_TWO=power_of_two,
             COUNT=counts is not None,
+            num_warps=WARPS,
         )
     return out
 
@@ -72,7 +73,7 @@ def _neighbours(weights_T: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _dequantised(values, scales, first, row, real, inside, stride_r, stride_c, WHOLE: tl.constexpr):
-    """[ROWS, 128] numbers from column `first` on; where all are of one tile (WHOLE) its scale is read once."""
+    """[ROWS, 128] numbers from column `first` on; if all are of one tile (WHOLE) its scale is read once."""
     column = first + tl.arange(0, TILE)
     codes = tl.load(values + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if WHOLE:

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel of FP8 for Hopper, without one, as calls of real sizes would; print the results.
+"""Compile every Triton kernel of FP8 for Hopper, without one, as calls of real sizes would; print results.
 
 Calls are made with tensors that have no memory. Run in a process of its own: `python tests/hopper.py`.
 """
@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from r1pipe.kernels import triton_fp8 as kernels
 
-TOKENS, WIDTH, INNER, EXPERTS = 4000, 7168, 2048, 32  # of DeepSeek-V3, a ragged number of tokens
+TOKENS, WIDTH, INNER, EXPERTS = 4000, 7168, 2048, 256  # of DeepSeek-V3, a ragged number of tokens
 
 
 class Hopper:

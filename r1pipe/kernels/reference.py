@@ -174,8 +174,8 @@ def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> T
         if count:
             places = slice(start, start + tiles(count) * TILE)
             groups = slice(start // TILE, start // TILE + tiles(count))
-            mine = [Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b)]
-            out[expert] = multiply(*mine, dtype)
+            left, right = (Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b))
+            out[expert] = multiply(left, right, dtype)
     return out
 
 

@@ -85,5 +85,5 @@ def group_at(index, ends_E, experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 def padded_experts(experts: int) -> int:
-    """A power of two past the number of experts."""
-    return max(16, triton.next_power_of_2(experts + 1))
+    """BLOCK_E: a power of two that has room for all."""
+    return max(16, triton.next_power_of_2(experts))

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.reference import Scaled
 from r1pipe.kernels.triton_parts import TILE, group_at, groups_of, padded_experts
 
@@ -62,12 +61,11 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Write the program's part, [BLOCK_M, BLOCK_N] or what is left, of a [., K] in tiles times b [., K].
 
     b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part: what
-    is added to them in here fits into 32 bits. Without a ragged K (WHOLE) no load needs a mask.
+    is added to them in here fits into 32 bits.
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
@@ -75,12 +73,9 @@ def _product(
     at_b = tl.minimum(n, columns - 1)[None, :] * stride_b + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, depth, TILE):
-        if WHOLE:
-            left, right = tl.load(a + at_a), tl.load(b + at_b)
-        else:
-            inside = k < depth - done
-            left = tl.load(a + at_a, mask=inside[None, :], other=0.0)
-            right = tl.load(b + at_b, mask=inside[:, None], other=0.0)
+        inside = k < depth - done
+        left = tl.load(a + at_a, mask=inside[None, :], other=0.0)
+        right = tl.load(b + at_b, mask=inside[:, None], other=0.0)
         scale = tl.load(a_scales + m * stride_a_row, mask=m < rows, other=0.0)
         if BLOCKS:
             total += tl.dot(left, right) * (scale * tl.load(b_scales))[:, None]
@@ -105,7 +100,7 @@ def _parts(size: int, block: int) -> int:
 
 
 @triton.autotune(_CHOICE, key=["columns", "depth", "bucket", "BLOCKS"])
-@triton.jit(do_not_specialize=["rows", "bucket"])
+@triton.jit(do_not_specialize=["rows", "bucket", "stride_a_tile"])
 def _multiply(
     a,
     b,
@@ -124,7 +119,6 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
     BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     tall, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     high, across = _place_of(tl.program_id(0), tall, wide, BAND)
@@ -140,7 +134,7 @@ def _multiply(
         depth,
         *(depth, depth),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
-        *(BLOCK_M, BLOCK_N, BLOCKS, WHOLE),
+        *(BLOCK_M, BLOCK_N, BLOCKS),
     )
 
 
@@ -153,13 +147,12 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out),
             *(rows, columns, depth, _bucket(rows), *a.scales.stride(), *b.scales.stride()),
             BLOCKS=b.scales.shape[0] != columns,
-            WHOLE=depth % WIDTH == 0,
         )
     return out
 
 
 @triton.autotune(_CHOICE, key=["columns", "depth", "experts", "bucket"])
-@triton.jit(do_not_specialize=["bucket"])
+@triton.jit(do_not_specialize=["bucket", "stride_a_tile"])
 def _grouped(
     a,
     b,
@@ -177,7 +170,6 @@ def _grouped(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Programs are as many as the worst spread of tokens needs; those that get none end at once."""
     wide = tl.cdiv(columns, BLOCK_N)
@@ -197,7 +189,7 @@ def _grouped(
             depth,
             *(depth, depth),
             *(stride_a_row, stride_a_tile, deep, 1, columns),
-            *(BLOCK_M, BLOCK_N, True, WHOLE),
+            *(BLOCK_M, BLOCK_N, True),
         )
 
 
@@ -216,7 +208,6 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales.contiguous(), out, ends_E),
             *(columns, depth, experts, _bucket(tokens), *a.scales.stride()),
             BLOCK_E=padded_experts(experts),
-            WHOLE=depth % WIDTH == 0,
         )
     return out
 
@@ -264,7 +255,7 @@ def _outer(
         depth,
         *(places, places),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
-        *(BLOCK_M, BLOCK_N, False, True),
+        *(BLOCK_M, BLOCK_N, False),
     )
 
 

@@ -19,7 +19,7 @@ ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
 WARPS, BLOCK_WARPS = 8, 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_c"])  # ragged, and nothing depends on it
 def _quantise(
     x_ptr,
     values,
@@ -52,7 +52,7 @@ def _quantise(
     else:
         scale = scales_of(amax, POWER_OF_TWO)
         codes = codes_of(x, scale[:, None], POWER_OF_TWO)
-        tl.store(scales + of_batch * stride_r + wide * stride_c, scale, mask=row < rows)
+        tl.store(scales + of_batch * stride_r + wide.to(tl.int64) * stride_c, scale, mask=row < rows)
     tl.store(values + of_batch[:, None] * columns + column[None, :], codes, mask=inside)
     if COUNT:
         count(counts, x, codes)
@@ -73,7 +73,7 @@ def empty_tiles(rows: int, columns: int, device: torch.device) -> Scaled:
 def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
     """x [..., R, C] -> values [..., R, C], scales [..., R, c]."""
     given = rows_of(x)
-    values, scales = empty_tiles(*given.shape, x.device)
+    values, scales = empty_tiles(len(given), x.shape[-1], x.device)
     if given.numel():
         grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
         strides = given.stride(0), *scales.stride()
@@ -98,7 +98,7 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
     return Scaled(values, scales)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _place(
     x_ptr,
     ends_E,
@@ -177,5 +177,5 @@ def quantise_both(
     x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
 ) -> tuple[Scaled, Scaled]:
     """`quantise_tiles` and `quantise_tokens` of x [T, C], which is read once."""
-    as_they_are = empty_tiles(*x.shape, x.device)
+    as_they_are = empty_tiles(len(x), x.shape[1], x.device)
     return as_they_are, _placed(x, ends_E, as_they_are, power_of_two, counts)

@@ -13,7 +13,7 @@ from r1pipe.kernels.triton_quantise import ROWS, WARPS, empty_tiles, rows_of
 BACKWARD_ROWS = 8  # few: a program that adds up a token's row has all of it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     gate_up,
     weights_T,
@@ -84,7 +84,7 @@ def _dequantised(values, scales, first, row, real, inside, stride_r, stride_c, W
     return codes * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stride_c"])
 def _backward(
     values,
     scales,

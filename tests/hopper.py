@@ -84,7 +84,9 @@ def call_all() -> None:
     x, chances_T = matrix(TOKENS, WIDTH), matrix(TOKENS, dtype=torch.float32)
     for power_of_two, counted in ((False, counts), (True, counts), (True, None)):
         tiles = kernels.quantise_tiles(x, power_of_two, counted)
-        blocks = kernels.quantise_blocks(matrix(EXPERTS, 2 * INNER, WIDTH), power_of_two, counted)
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = matrix(EXPERTS, 2 * INNER, WIDTH, dtype=dtype)
+            blocks = kernels.quantise_blocks(weights, power_of_two, counted)
         tokens = kernels.quantise_tokens(x, ends_E, power_of_two, counted)
         kernels.quantise_both(x, ends_E, power_of_two, counted)
         kernels.swiglu_quantise(matrix(TOKENS, 2 * INNER), chances_T, power_of_two, counted)

@@ -1,7 +1,8 @@
 """Products of FP8 matrices in Triton, in tensor cores of Hopper and newer; see r1pipe/kernels/reference.py.
 
 A tensor core of Hopper adds FP8 products up in about 14 bits. So 128 of them are added from zero, then scaled
-and added to the result in float32: V3's promotion (section 3.3.2).
+and added to the result in float32: V3's promotion (section 3.3.2). Where K is no multiple of 16 all is right,
+but slow: loads are of single bytes.
 """
 
 from typing import Any

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from r1pipe.kernels.reference import FP8, Scaled, places_for, tiles
 from r1pipe.kernels.reference import TILE as WIDTH
-from r1pipe.kernels.triton_parts import TILE, codes_of, count, group_at, magnitudes, padded_experts, scales_of
+from r1pipe.kernels.triton_parts import (
+    TILE,
+    count,
+    group_at,
+    magnitudes,
+    padded_experts,
+    scaled_by,
+    scales_of,
+)
 
 ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
-# At most 32 numbers a thread: with 64, registers leave too few threads to wait for memory, and CUDA 12.8's
-# assembler crashes.
+# At most 32 numbers a thread: with 64, registers leave room for too few threads to keep the memory busy.
 WARPS, BLOCK_WARPS = 8, 16
 
 
@@ -47,15 +54,15 @@ def _quantise(
     amax = tl.max(magnitudes(x), axis=1)
     if BLOCKS:
         scale = scales_of(tl.max(amax, axis=0), POWER_OF_TWO)
-        codes = codes_of(x, scale, POWER_OF_TWO)
+        scaled = scaled_by(x, scale, POWER_OF_TWO)
         tl.store(scales + batch * tl.cdiv(rows, ROWS) * across + high * across + wide, scale)
     else:
         scale = scales_of(amax, POWER_OF_TWO)
-        codes = codes_of(x, scale[:, None], POWER_OF_TWO)
+        scaled = scaled_by(x, scale[:, None], POWER_OF_TWO)
         tl.store(scales + of_batch * stride_r + wide.to(tl.int64) * stride_c, scale, mask=row < rows)
-    tl.store(values + of_batch[:, None] * columns + column[None, :], codes, mask=inside)
+    tl.store(values + of_batch[:, None] * columns + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
     if COUNT:
-        count(counts, x, codes)
+        count(counts, x, scaled)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -128,18 +135,18 @@ def _place(
     x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if BOTH:
         scale_T = scales_of(tl.max(magnitudes(x), axis=1), POWER_OF_TWO)
-        codes = codes_of(x, scale_T[:, None], POWER_OF_TWO)
-        tl.store(values + row[:, None] * width + column[None, :], codes, mask=inside)
+        scaled = scaled_by(x, scale_T[:, None], POWER_OF_TWO)
+        tl.store(values + row[:, None] * width + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scales + wide.to(tl.int64) * tokens + row, scale_T, mask=row < end)
         if COUNT:
-            count(counts, x, codes)
+            count(counts, x, scaled)
     scale_C = scales_of(tl.max(magnitudes(x), axis=0), POWER_OF_TWO)
-    codes = codes_of(x, scale_C[None, :], POWER_OF_TWO)
+    scaled = scaled_by(x, scale_C[None, :], POWER_OF_TWO)
     there = column.to(tl.int64)[:, None] * places + group * TILE + place[None, :]
-    tl.store(placed + there, tl.trans(codes), mask=(column < width)[:, None])
+    tl.store(placed + there, tl.trans(scaled.to(tl.float8e4nv)), mask=(column < width)[:, None])
     tl.store(placed_scales + group.to(tl.int64) * width + column, scale_C, mask=column < width)
     if COUNT and not BOTH:
-        count(counts, x, codes)
+        count(counts, x, scaled)
 
 
 def _placed(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.reference import Scaled, tiles
-from r1pipe.kernels.triton_parts import TILE, codes_of, count, magnitudes, scales_of
+from r1pipe.kernels.triton_parts import TILE, count, magnitudes, scaled_by, scales_of
 from r1pipe.kernels.triton_quantise import ROWS, WARPS, empty_tiles, rows_of
 
 BACKWARD_ROWS = 8  # few: a program that adds up a token's row has all of it
@@ -40,11 +40,11 @@ def _forward(
     if WEIGHTED:
         out *= tl.load(weights_T + token, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
     scale = scales_of(tl.max(magnitudes(out), axis=1), POWER_OF_TWO)
-    codes = codes_of(out, scale[:, None], POWER_OF_TWO)
-    tl.store(values + row[:, None] * inner + column[None, :], codes, mask=inside)
+    scaled = scaled_by(out, scale[:, None], POWER_OF_TWO)
+    tl.store(values + row[:, None] * inner + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
     tl.store(scales + wide.to(tl.int64) * tokens + row, scale, mask=token < tokens)
     if COUNT:
-        count(counts, out, codes)
+        count(counts, out, scaled)
 
 
 def swiglu_quantise(

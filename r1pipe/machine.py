@@ -72,6 +72,8 @@ def must_launch(engine: EngineConfig) -> str:
         raise EnvironmentProblem(
             f"engine.hostfile={engine.hostfile} does not exist; write one line per machine: NAME slots=8"
         )
+    if engine.precision == "fp8" and engine.launcher == "local":
+        must_compute_fp8(engine.kernels, on_cpu(engine))
     if on_cpu(engine):
         must_compile()
     return launcher

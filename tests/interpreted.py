@@ -17,6 +17,10 @@ import torch
 KERNELS = "r1pipe.kernels.triton_"
 
 
+def loaded() -> list[str]:
+    return [name for name in sys.modules if name.startswith(KERNELS)]
+
+
 @contextmanager
 def interpreted_kernels() -> Iterator[ModuleType]:
     """r1pipe.kernels.triton_fp8, interpreted; afterwards all is as it was."""
@@ -43,8 +47,10 @@ def interpreted_kernels() -> Iterator[ModuleType]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     patch.setattr(module, name, interpreter.InterpretedFunction(value.fn))
-        for name in [name for name in sys.modules if name.startswith(KERNELS)]:
+        for name in loaded():
             patch.delitem(sys.modules, name)
+            patch.delattr(name)  # of the package
         yield importlib.import_module(KERNELS + "fp8")
-        for name in [name for name in sys.modules if name.startswith(KERNELS)]:
+        for name in loaded():
             del sys.modules[name]
+            delattr(sys.modules["r1pipe.kernels"], name.removeprefix("r1pipe.kernels."))

@@ -216,7 +216,7 @@ def test_what_is_not_finite_stops_the_step_and_names_the_layers():
         value = loss_of(made.module, batch())
         return value + boom * (value - value.detach()) * 1e3
 
-    with pytest.raises(NumericProblem, match=r"FP8: \d+ tiles of \w+ layers' gradients were not finite"):
+    with pytest.raises(NumericProblem, match=r"FP8: \d+ numbers of \w+ layers' gradients were not finite"):
         made.train_step([loss])
 
 

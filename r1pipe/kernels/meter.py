@@ -14,7 +14,7 @@ class Count:
     """One kind of layer's activations, weights or gradients since the last `take`."""
 
     values: int
-    found: Tensor  # int64 [3]: values with the largest code, values flushed to zero, tiles not finite
+    found: Tensor  # int64 [3]: with the largest code, flushed to zero, not finite
     smallest: Tensor  # float32, of the scales
     largest: Tensor
 
@@ -88,8 +88,8 @@ def metrics(joined: dict[str, Numbers]) -> dict[str, float]:
         if broken:
             kind, role = name.split("/")
             raise NumericProblem(
-                f"FP8: {broken:.0f} tiles of {kind} layers' {role}s were not finite; lower stage.optim.lr or"
-                " look at the data; nothing of this step was saved"
+                f"FP8: {broken:.0f} numbers of {kind} layers' {role}s were not finite; lower stage.optim.lr"
+                " or look at the data; nothing of this step was saved"
             )
         found |= {
             f"fp8/{name}/saturated": largest / values,

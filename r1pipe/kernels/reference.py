@@ -8,7 +8,7 @@ the result in float32: the "promotion" of section 3.3.2.
 What is not finite makes its tile's scale, and all that is computed with it, NaN: nothing waits for the
 device, and the step ends in an error all the same (see r1pipe/engine.py). Whoever quantises may give
 `counts`, int64 [3], to which is added how many values got the largest code, how many became zero that were
-not, and how many tiles or blocks held something that is not finite.
+not, and how many were not finite.
 
 Axes: M, N, K of products [M, K] x [N, K] -> [M, N] (both with the summed axis last); R rows, C columns;
 r and c their tiles; E experts; T tokens, sorted by expert; P places of the tokens (see `place_groups`);
@@ -86,8 +86,9 @@ def _quantise(x: Tensor, rows: int, power_of_two: bool, counts: Tensor | None) -
     if counts is not None:
         codes = values.view(torch.uint8) & 0x7F  # without sign: 0x7E is 448, 0 is zero
         flushed = (codes == 0) & (x != 0)
-        found = [torch.count_nonzero(of) for of in (codes == 0x7E, flushed, scales.isnan())]
-        counts += torch.stack(found)
+        counts[:2] += torch.stack([torch.count_nonzero(of) for of in (codes == 0x7E, flushed)])
+        if scales.isnan().any():
+            counts[2] += torch.count_nonzero(~x.isfinite())
     return Scaled(values, scales)
 
 
@@ -193,8 +194,8 @@ def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> T
         if count:
             places = slice(start, start + tiles(count) * TILE)
             groups = slice(start // TILE, start // TILE + tiles(count))
-            mine, others = (Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b))
-            out[expert] = multiply(mine, others, dtype)
+            left, right = (Scaled(x.values[:, places], x.scales[:, groups]) for x in (a, b))
+            out[expert] = multiply(left, right, dtype)
     return out
 
 

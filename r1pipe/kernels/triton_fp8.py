@@ -6,7 +6,13 @@ configuration has been looked for: that happens at the first call with a new N, 
 
 from r1pipe.kernels.reference import Scaled, dequantise, place_groups, places_for, tiles, transposed
 from r1pipe.kernels.triton_products import grouped_multiply, grouped_outer, multiply
-from r1pipe.kernels.triton_quantise import quantise_blocks, quantise_both, quantise_tiles, quantise_tokens
+from r1pipe.kernels.triton_quantise import (
+    quantise_blocks,
+    quantise_both,
+    quantise_tiles,
+    quantise_tokens,
+    requantise_tokens,
+)
 from r1pipe.kernels.triton_swiglu import swiglu_backward, swiglu_quantise
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "quantise_both",
     "quantise_tiles",
     "quantise_tokens",
+    "requantise_tokens",
     "swiglu_backward",
     "swiglu_quantise",
     "tiles",

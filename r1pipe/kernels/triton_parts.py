@@ -1,4 +1,4 @@
-"""What the Triton kernels of FP8 share: scales, codes, counts, and whose tokens a program has (V3, 3.3).
+"""What the Triton kernels of FP8 share: scales, counts, and whose tokens a program has (V3, 3.3).
 
 Kernels see a tile's largest magnitude as the bits of a float32 without its sign: as integers they order as
 the numbers do, with infinity and NaN above all others, where a maximum of numbers would pass over NaN.
@@ -11,9 +11,11 @@ from r1pipe.kernels import reference
 
 TILE = tl.constexpr(reference.TILE)
 LARGEST = tl.constexpr(reference.LARGEST)
-LARGEST_CODE = tl.constexpr(0x7E)
+TO_LARGEST = tl.constexpr(432.0)  # between 416 and 448, which is even
+TO_ZERO = tl.constexpr(2.0**-10)  # between 0 and the smallest, which is odd
 FLOOR = tl.constexpr(reference.FLOOR)
 SIGNLESS = tl.constexpr(0x7FFFFFFF)
+TWICE_ONE = tl.constexpr(0x7F000000)
 INFINITE = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x007FFFFF)
 
@@ -35,30 +37,36 @@ def scales_of(amax, POWER_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def codes_of(x, scale, POWER_OF_TWO: tl.constexpr):
-    """x / scale in E4M3, float32 [...]; `scale` must broadcast to it.
+def scaled_by(x, scale, POWER_OF_TWO: tl.constexpr):
+    """x / scale, float32 [...], to be cast to E4M3; `scale` must broadcast to it.
 
     Nothing is clamped: a quotient passes 448 by a rounding of float32 at most, and the cast rounds that off.
     """
-    if POWER_OF_TWO:  # the inverse is exact
-        return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
-    return tl.div_rn(x, scale).to(tl.float8e4nv)
+    if POWER_OF_TWO:  # the inverse is exact: 1's exponent twice, less the scale's
+        inverse = (-scale.to(tl.int32, bitcast=True) + TWICE_ONE).to(tl.float32, bitcast=True)
+        return x * tl.where(scale == scale, inverse, float("nan"))
+    return tl.div_rn(x, scale)
 
 
 @triton.jit
-def _add(counts, found):
-    """Add how often [R, C] is true to an int64; most programs find nothing, and queue for nothing."""
-    number = tl.sum(tl.sum(found.to(tl.int32), axis=1), axis=0)
+def _add(counts, number):
+    """Most programs find nothing, and queue for nothing."""
     tl.atomic_add(counts, number.to(tl.int64), mask=number > 0, sem="relaxed")
 
 
 @triton.jit
-def count(counts, x, codes):
-    """Add to int64 [3] the largest codes, those that became zero and what is not finite, of [R, C]."""
-    magnitude = codes.to(tl.uint8, bitcast=True) & 0x7F
-    _add(counts, magnitude == LARGEST_CODE)
-    _add(counts + 1, (magnitude == 0) & (x != 0))
-    _add(counts + 2, magnitudes(x) >= INFINITE)
+def count(counts, x, scaled):
+    """Add to int64 [3] what [R, C] becomes the largest code, what becomes zero, and what is not finite.
+
+    Told by what is cast, not by the codes: comparisons of many bytes crash the assembler of CUDA 12.8.
+    Two numbers of at most 2^14 are added up in one.
+    """
+    largest = (tl.abs(scaled) >= TO_LARGEST).to(tl.int32)
+    zero = ((tl.abs(scaled) <= TO_ZERO) & (x != 0)).to(tl.int32)
+    both = tl.sum(tl.sum(largest + (zero << 16), axis=1), axis=0)
+    _add(counts, both & 0xFFFF)
+    _add(counts + 1, both >> 16)
+    _add(counts + 2, tl.sum(tl.sum((magnitudes(x) >= INFINITE).to(tl.int32), axis=1), axis=0))
 
 
 @triton.jit
@@ -83,5 +91,5 @@ def group_at(index, ends_E, experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 def padded_experts(experts: int) -> int:
-    """A power of two past the number of experts."""
-    return max(16, triton.next_power_of_2(experts + 1))
+    """BLOCK_E: a power of two that has room for all."""
+    return max(16, triton.next_power_of_2(experts))

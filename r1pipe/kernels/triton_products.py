@@ -1,7 +1,8 @@
 """Products of FP8 matrices in Triton, in tensor cores of Hopper and newer; see r1pipe/kernels/reference.py.
 
 A tensor core of Hopper adds FP8 products up in about 14 bits. So 128 of them are added from zero, then scaled
-and added to the result in float32: V3's promotion (section 3.3.2).
+and added to the result in float32: V3's promotion (section 3.3.2). Where K is no multiple of 16 all is right,
+but slow: loads are of single bytes.
 """
 
 from typing import Any
@@ -11,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.reference import Scaled
 from r1pipe.kernels.triton_parts import TILE, group_at, groups_of, padded_experts
 
@@ -29,8 +29,8 @@ CONFIGS = [
         (128, 128, 8, 4),
     )
 ]
-if triton.knobs.runtime.interpret:
-    CONFIGS = CONFIGS[:1]
+# To tune for the interpreter would be to time numpy.
+_CHOICE = CONFIGS[:1] if triton.knobs.runtime.interpret else CONFIGS
 
 
 @triton.jit
@@ -62,31 +62,27 @@ def _product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Write the program's part, [BLOCK_M, BLOCK_N] or what is left, of a [., K] in tiles times b [., K].
 
     b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part: what
-    is added to them in here fits into 32 bits. Without a ragged K (WHOLE) no load needs a mask.
+    is added to them in here fits into 32 bits.
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
-    row, column = tl.minimum(m, rows - 1), tl.minimum(n, columns - 1)
-    at_a, at_b = row[:, None] * stride_a + k[None, :], column[None, :] * stride_b + k[:, None]
+    at_a = tl.minimum(m, rows - 1)[:, None] * stride_a + k[None, :]
+    at_b = tl.minimum(n, columns - 1)[None, :] * stride_b + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, depth, TILE):
-        if WHOLE:
-            left, right = tl.load(a + at_a), tl.load(b + at_b)
-        else:
-            inside = k < depth - done
-            left = tl.load(a + at_a, mask=inside[None, :], other=0.0)
-            right = tl.load(b + at_b, mask=inside[:, None], other=0.0)
-        scale = tl.load(a_scales + row * stride_a_row)[:, None]
+        inside = k < depth - done
+        left = tl.load(a + at_a, mask=inside[None, :], other=0.0)
+        right = tl.load(b + at_b, mask=inside[:, None], other=0.0)
+        scale = tl.load(a_scales + m * stride_a_row, mask=m < rows, other=0.0)
         if BLOCKS:
-            scale = scale * tl.load(b_scales)
-        else:
-            scale = scale * tl.load(b_scales + column * stride_b_row)[None, :]
-        total += tl.dot(left, right) * scale
+            total += tl.dot(left, right) * (scale * tl.load(b_scales))[:, None]
+        else:  # one after the other: all their products would take as many registers again
+            scale_b = tl.load(b_scales + n * stride_b_row, mask=n < columns, other=0.0)
+            total += tl.dot(left, right) * scale[:, None] * scale_b[None, :]
         a += TILE
         b += TILE
         a_scales += stride_a_tile
@@ -104,8 +100,8 @@ def _parts(size: int, block: int) -> int:
     return -(-size // block)
 
 
-@triton.autotune(CONFIGS, key=["columns", "depth", "bucket", "BLOCKS"])
-@triton.jit(do_not_specialize=["rows", "bucket"])
+@triton.autotune(_CHOICE, key=["columns", "depth", "bucket", "BLOCKS"])
+@triton.jit(do_not_specialize=["rows", "bucket", "stride_a_tile"])
 def _multiply(
     a,
     b,
@@ -124,7 +120,6 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
     BLOCKS: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     tall, wide = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     high, across = _place_of(tl.program_id(0), tall, wide, BAND)
@@ -140,7 +135,7 @@ def _multiply(
         depth,
         *(depth, depth),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
-        *(BLOCK_M, BLOCK_N, BLOCKS, WHOLE),
+        *(BLOCK_M, BLOCK_N, BLOCKS),
     )
 
 
@@ -153,13 +148,12 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out),
             *(rows, columns, depth, _bucket(rows), *a.scales.stride(), *b.scales.stride()),
             BLOCKS=b.scales.shape[0] != columns,
-            WHOLE=depth % WIDTH == 0,
         )
     return out
 
 
-@triton.autotune(CONFIGS, key=["columns", "depth", "experts", "bucket"])
-@triton.jit(do_not_specialize=["bucket"])
+@triton.autotune(_CHOICE, key=["columns", "depth", "experts", "bucket"])
+@triton.jit(do_not_specialize=["bucket", "stride_a_tile"])
 def _grouped(
     a,
     b,
@@ -177,7 +171,6 @@ def _grouped(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
-    WHOLE: tl.constexpr,
 ):
     """Programs are as many as the worst spread of tokens needs; those that get none end at once."""
     wide = tl.cdiv(columns, BLOCK_N)
@@ -197,7 +190,7 @@ def _grouped(
             depth,
             *(depth, depth),
             *(stride_a_row, stride_a_tile, deep, 1, columns),
-            *(BLOCK_M, BLOCK_N, True, WHOLE),
+            *(BLOCK_M, BLOCK_N, True),
         )
 
 
@@ -216,12 +209,11 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales.contiguous(), out, ends_E),
             *(columns, depth, experts, _bucket(tokens), *a.scales.stride()),
             BLOCK_E=padded_experts(experts),
-            WHOLE=depth % WIDTH == 0,
         )
     return out
 
 
-@triton.autotune(CONFIGS, key=["rows", "columns", "experts", "bucket"])
+@triton.autotune(_CHOICE, key=["rows", "columns", "experts", "bucket"])
 @triton.jit(do_not_specialize=["bucket"])
 def _outer(
     a,
@@ -264,7 +256,7 @@ def _outer(
         depth,
         *(places, places),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
-        *(BLOCK_M, BLOCK_N, False, True),
+        *(BLOCK_M, BLOCK_N, False),
     )
 
 

@@ -11,12 +11,22 @@ from torch import Tensor
 
 from r1pipe.kernels.reference import FP8, Scaled, places_for, tiles
 from r1pipe.kernels.reference import TILE as WIDTH
-from r1pipe.kernels.triton_parts import TILE, codes_of, count, group_at, magnitudes, padded_experts, scales_of
+from r1pipe.kernels.triton_parts import (
+    TILE,
+    count,
+    group_at,
+    magnitudes,
+    padded_experts,
+    scaled_by,
+    scales_of,
+)
 
 ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
+# At most 32 numbers a thread: with 64, registers leave room for too few threads to keep the memory busy.
+WARPS, BLOCK_WARPS = 8, 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_c"])  # ragged, and nothing depends on it
 def _quantise(
     x_ptr,
     values,
@@ -44,15 +54,15 @@ def _quantise(
     amax = tl.max(magnitudes(x), axis=1)
     if BLOCKS:
         scale = scales_of(tl.max(amax, axis=0), POWER_OF_TWO)
-        codes = codes_of(x, scale, POWER_OF_TWO)
+        scaled = scaled_by(x, scale, POWER_OF_TWO)
         tl.store(scales + batch * tl.cdiv(rows, ROWS) * across + high * across + wide, scale)
     else:
         scale = scales_of(amax, POWER_OF_TWO)
-        codes = codes_of(x, scale[:, None], POWER_OF_TWO)
-        tl.store(scales + of_batch * stride_r + wide * stride_c, scale, mask=row < rows)
-    tl.store(values + of_batch[:, None] * columns + column[None, :], codes, mask=inside)
+        scaled = scaled_by(x, scale[:, None], POWER_OF_TWO)
+        tl.store(scales + of_batch * stride_r + wide.to(tl.int64) * stride_c, scale, mask=row < rows)
+    tl.store(values + of_batch[:, None] * columns + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
     if COUNT:
-        count(counts, x, codes)
+        count(counts, x, scaled)
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -70,12 +80,14 @@ def empty_tiles(rows: int, columns: int, device: torch.device) -> Scaled:
 def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
     """x [..., R, C] -> values [..., R, C], scales [..., R, c]."""
     given = rows_of(x)
-    values, scales = empty_tiles(*given.shape, x.device)
+    values, scales = empty_tiles(len(given), x.shape[-1], x.device)
     if given.numel():
         grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
         strides = given.stride(0), *scales.stride()
         switches = {"BLOCKS": False, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, **switches)
+        _quantise[grid](
+            given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
+        )
     return Scaled(values.view(x.shape), scales.unflatten(0, x.shape[:-1]))
 
 
@@ -89,13 +101,14 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
         grid = (tiles(rows) * tiles(columns), len(given) // rows)
         sizes = rows, columns, given.stride(0), 0, 0
         switches = {"BLOCKS": True, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=8, **switches)
+        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
     return Scaled(values, scales)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "scale_c"])
 def _place(
     x_ptr,
+    x_scales,
     ends_E,
     values,
     scales,
@@ -107,52 +120,73 @@ def _place(
     places,
     experts,
     stride_x,
+    scale_r,
+    scale_c,
+    WIDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BOTH: tl.constexpr,
+    SCALED: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """128 columns of 128 places, whose tokens are one expert's: transposed in tiles, and as they are (BOTH)."""
-    across = tl.cdiv(width, TILE)
+    """`WIDE` columns of 128 places, one expert's: transposed in tiles, and with BOTH also as they are.
+
+    With SCALED what is read is FP8 in tiles.
+    """
+    across = tl.cdiv(width, WIDE)
     group, wide = tl.program_id(0) // across, tl.program_id(0) % across
     _, token, end = group_at(group, ends_E, experts, TILE, BLOCK_E)
-    place, column = tl.arange(0, TILE), wide * TILE + tl.arange(0, TILE)
+    place, column = tl.arange(0, TILE), wide * WIDE + tl.arange(0, WIDE)
     row = (token + place).to(tl.int64)
     inside = (row < end)[:, None] & (column < width)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    bits = magnitudes(x)
-    scale_C = scales_of(tl.max(bits, axis=0), POWER_OF_TWO)
-    codes = codes_of(x, scale_C[None, :], POWER_OF_TWO)
-    there = column.to(tl.int64)[:, None] * places + group * TILE + place[None, :]
-    tl.store(placed + there, tl.trans(codes), mask=(column < width)[:, None])
-    tl.store(placed_scales + group.to(tl.int64) * width + column, scale_C, mask=column < width)
+    if SCALED:
+        scale = x_scales + row * scale_r + (wide * WIDE // TILE).to(tl.int64) * scale_c
+        x *= tl.load(scale, mask=row < end, other=0.0)[:, None]
     if BOTH:
-        scale_T = scales_of(tl.max(bits, axis=1), POWER_OF_TWO)
-        codes = codes_of(x, scale_T[:, None], POWER_OF_TWO)
-        tl.store(values + row[:, None] * width + column[None, :], codes, mask=inside)
+        scale_T = scales_of(tl.max(magnitudes(x), axis=1), POWER_OF_TWO)
+        scaled = scaled_by(x, scale_T[:, None], POWER_OF_TWO)
+        tl.store(values + row[:, None] * width + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scales + wide.to(tl.int64) * tokens + row, scale_T, mask=row < end)
-    if COUNT:
-        count(counts, x, codes)
+        if COUNT:
+            count(counts, x, scaled)
+    scale_C = scales_of(tl.max(magnitudes(x), axis=0), POWER_OF_TWO)
+    scaled = scaled_by(x, scale_C[None, :], POWER_OF_TWO)
+    there = column.to(tl.int64)[:, None] * places + group * TILE + place[None, :]
+    tl.store(placed + there, tl.trans(scaled.to(tl.float8e4nv)), mask=(column < width)[:, None])
+    tl.store(placed_scales + group.to(tl.int64) * width + column, scale_C, mask=column < width)
+    if COUNT and not BOTH:
+        count(counts, x, scaled)
 
 
 def _placed(
-    x: Tensor, ends_E: Tensor, as_they_are: Scaled | None, power_of_two: bool, counts: Tensor | None
+    x: Tensor,
+    x_scales: Tensor | None,
+    ends_E: Tensor,
+    as_they_are: Scaled | None,
+    power_of_two: bool,
+    counts: Tensor | None,
 ) -> Scaled:
+    """x in tiles along tokens, and, if there is room for it, `as_they_are`."""
     given, experts = rows_of(x), len(ends_E)
     tokens, width = given.shape
     places = places_for(tokens, experts)
     placed = empty_tiles(width, places, x.device)
     if given.numel():
-        grid = (tiles(places) * tiles(width),)
+        wide = WIDTH if as_they_are else WIDTH // 2  # rows' tiles are whole
+        grid = (tiles(places) * triton.cdiv(width, wide),)
         out = (*(as_they_are or (None, None)), *placed)
         sizes = tokens, width, places, experts, given.stride(0)
+        strides = (0, 0) if x_scales is None else x_scales.stride()
         _place[grid](
-            *(given, ends_E, *out, counts, *sizes),
+            *(given, x_scales, ends_E, *out, counts, *sizes, *strides),
+            WIDE=wide,
             BLOCK_E=padded_experts(experts),
             BOTH=as_they_are is not None,
+            SCALED=x_scales is not None,
             POWER_OF_TWO=power_of_two,
             COUNT=counts is not None,
-            num_warps=8,
+            num_warps=BLOCK_WARPS * wide // WIDTH,
         )
     return placed
 
@@ -161,12 +195,17 @@ def quantise_tokens(
     x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
 ) -> Scaled:
     """x [T, C] in tiles along tokens, for Wgrad: values [C, P], scales [C, p]; as the reference."""
-    return _placed(x, ends_E, None, power_of_two, counts)
+    return _placed(x, None, ends_E, None, power_of_two, counts)
 
 
 def quantise_both(
     x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
 ) -> tuple[Scaled, Scaled]:
     """`quantise_tiles` and `quantise_tokens` of x [T, C], which is read once."""
-    as_they_are = empty_tiles(*x.shape, x.device)
-    return as_they_are, _placed(x, ends_E, as_they_are, power_of_two, counts)
+    as_they_are = empty_tiles(len(x), x.shape[1], x.device)
+    return as_they_are, _placed(x, None, ends_E, as_they_are, power_of_two, counts)
+
+
+def requantise_tokens(x: Scaled, ends_E: Tensor, power_of_two: bool = False) -> Scaled:
+    """Tiles [T, C] in tiles along tokens, without a copy in float32 on the way."""
+    return _placed(x.values, x.scales, ends_E, None, power_of_two, None)

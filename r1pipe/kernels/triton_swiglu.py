@@ -7,13 +7,13 @@ from torch import Tensor
 
 from r1pipe.kernels.reference import TILE as WIDTH
 from r1pipe.kernels.reference import Scaled, tiles
-from r1pipe.kernels.triton_parts import TILE, codes_of, count, magnitudes, scales_of
-from r1pipe.kernels.triton_quantise import ROWS, empty_tiles, rows_of
+from r1pipe.kernels.triton_parts import TILE, count, magnitudes, scaled_by, scales_of
+from r1pipe.kernels.triton_quantise import ROWS, WARPS, empty_tiles, rows_of
 
 BACKWARD_ROWS = 8  # few: a program that adds up a token's row has all of it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     gate_up,
     weights_T,
@@ -40,11 +40,11 @@ def _forward(
     if WEIGHTED:
         out *= tl.load(weights_T + token, mask=token < tokens, other=0.0).to(tl.float32)[:, None]
     scale = scales_of(tl.max(magnitudes(out), axis=1), POWER_OF_TWO)
-    codes = codes_of(out, scale[:, None], POWER_OF_TWO)
-    tl.store(values + row[:, None] * inner + column[None, :], codes, mask=inside)
+    scaled = scaled_by(out, scale[:, None], POWER_OF_TWO)
+    tl.store(values + row[:, None] * inner + column[None, :], scaled.to(tl.float8e4nv), mask=inside)
     tl.store(scales + wide.to(tl.int64) * tokens + row, scale, mask=token < tokens)
     if COUNT:
-        count(counts, out, codes)
+        count(counts, out, scaled)
 
 
 def swiglu_quantise(
@@ -62,6 +62,7 @@ def swiglu_quantise(
             WEIGHTED=weights_T is not None,
             POWER_OF_TWO=power_of_two,
             COUNT=counts is not None,
+            num_warps=WARPS,
         )
     return out
 
@@ -72,7 +73,7 @@ def _neighbours(weights_T: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _dequantised(values, scales, first, row, real, inside, stride_r, stride_c, WHOLE: tl.constexpr):
-    """[ROWS, 128] numbers from column `first` on; where all are of one tile (WHOLE) its scale is read once."""
+    """[ROWS, 128] numbers from column `first` on; if all are of one tile (WHOLE) its scale is read once."""
     column = first + tl.arange(0, TILE)
     codes = tl.load(values + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if WHOLE:
@@ -83,7 +84,7 @@ def _dequantised(values, scales, first, row, real, inside, stride_r, stride_c, W
     return codes * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "stride_c"])
 def _backward(
     values,
     scales,

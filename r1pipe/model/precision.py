@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from r1pipe.config.schema import EngineConfig
-from r1pipe.kernels import reference
+from r1pipe.kernels.choice import choose
 from r1pipe.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import Linear
@@ -17,9 +17,13 @@ from r1pipe.model.moe import MoE
 
 
 def set_precision(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
-    """Let a model's products run in FP8 where the config says so; the type of its weights stays."""
+    """Let a model's products run in FP8 where the config says so; the type of its weights stays.
+
+    Raises EnvironmentProblem where the backend asked for cannot run on `device`.
+    """
     if config.precision == "fp8":
-        compute_in(model, FP8(reference, config.fp8.power_of_two, config.fp8.gradients))
+        backend = choose(config.kernels, device)
+        compute_in(model, FP8(backend, config.fp8.power_of_two, config.fp8.gradients))
 
 
 def compute_in(model: nn.Module, fp8: FP8 | None) -> None:

@@ -105,8 +105,11 @@ def must_compute_fp8(kernels: str, cpu: bool) -> None:
     """
     if kernels == "reference" or (cpu and kernels == "auto"):
         return
-    if cpu and kernels != "triton":
-        raise EnvironmentProblem(f"engine.kernels={kernels} needs a GPU; set engine.kernels=auto")
+    interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if cpu and not interpreted:
+        raise EnvironmentProblem(
+            f"engine.kernels={kernels} needs a GPU; on a CPU engine.kernels=auto takes reference, which emulates"
+        )
     if missing := missing_for("triton" if kernels == "auto" else kernels):
         raise EnvironmentProblem(f"engine.kernels={kernels} cannot run here: {missing}")
     gpus = [] if cpu else compute_capabilities()

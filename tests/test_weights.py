@@ -114,7 +114,7 @@ def test_quantising_keeps_each_block_within_half_a_step():
     eighth, scale = quantise(weight)
     assert eighth.dtype == torch.float8_e4m3fn and scale.shape == (2, 3) and scale.dtype == torch.float32
     assert scale[0, 1].item() == pytest.approx(weight[:128, 128:256].abs().max().item() / 448)
-    assert scale[1, 2] == 1
+    assert scale[1, 2] > 0 and not eighth[128:, 256:].float().any()
     steps = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     gap = (eighth.float() * steps - weight).abs()
     assert (gap <= weight.abs() / 16 + steps * 2**-10 + 1e-9).all()

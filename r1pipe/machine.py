@@ -108,7 +108,7 @@ def must_compute_fp8(kernels: str, cpu: bool) -> None:
     interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if cpu and not interpreted:
         raise EnvironmentProblem(
-            f"engine.kernels={kernels} needs a GPU; on a CPU engine.kernels=auto takes reference, which emulates"
+            f"engine.kernels={kernels} needs a GPU; on a CPU engine.kernels=auto emulates (reference)"
         )
     if missing := missing_for("triton" if kernels == "auto" else kernels):
         raise EnvironmentProblem(f"engine.kernels={kernels} cannot run here: {missing}")

@@ -454,7 +454,8 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
     assert len(rollouts) == 16 and {"completion", "advantage", "score_format"} <= rollouts[0].keys()
 
 
-def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
+def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
     """The reward is the share of even token ids, which is a half to begin with."""
 
     def even_share(prompts, completions, names):
@@ -471,8 +472,9 @@ def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
             "stage.sampling.slots=64",
             "stage.optim.lr=0.02",
         ),
-        *("stage.loss_mean=token", "stage.rewards.unfinished=0.0"),
+        *(f"stage.loss={loss}", "stage.loss_mean=token", "stage.rewards.unfinished=0.0"),
     )
     go(folder)
-    curve = [row["reward/mean"] for row in metrics_of(folder)]
-    assert curve[0] < 0.65 and curve[-1] > 0.9
+    curve = [row["reward/accuracy"] for row in metrics_of(folder)]
+    # the clips of DAPO and GSPO, narrower than R1's, make them slower
+    assert curve[0] < 0.65 and curve[-1] > (0.8 if loss in ("dapo", "gspo") else 0.9)

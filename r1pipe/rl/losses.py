@@ -50,7 +50,8 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def sequence_mean(values_N: Tensor, lengths_B: Tensor) -> Tensor:
     """Each token gets the mean over its sequence: [N] -> [N]. With log ratios the logarithm of GSPO's ratio,
     (pi(y) / pi_old(y))^(1/|y|) (arXiv 2507.18071, eq. 7)."""
-    return torch.segment_reduce(values_N, "mean", lengths=lengths_B).repeat_interleave(lengths_B)
+    means_B = torch.segment_reduce(values_N, "mean", lengths=lengths_B)
+    return means_B.repeat_interleave(lengths_B, output_size=len(values_N))
 
 
 def clipped_surrogate(ratio_N: Tensor, advantages_N: Tensor, clip: float, clip_high: float) -> Tensor:

@@ -65,6 +65,7 @@ class Group:
     scores: list[dict[str, Score]]  # per completion: reward name -> Score
     rewards: list[float] = field(default_factory=list)  # weighted sums; NaN where a score failed
     advantages: list[float] = field(default_factory=list)
+    trained: bool = True  # false: dynamic sampling has passed it over
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Overrides -> one checked RunConfig: Hydra resolves conf/, a recipe's values go under the user's own.
 
 The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They are placed
-before the command line's overrides, so the command line always wins.
+before the command line's overrides, so the command line always wins. Where one of the two names a loss
+(`stage.loss`), the values of its file stand in front of all that the same one gives: over whatever is below.
 """
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config import rules
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
-from r1pipe.config.schema import RunConfig
+from r1pipe.config.schema import STAGE_TYPES, RLConfig, RunConfig
 from r1pipe.config.typed import field_types, load
 from r1pipe.errors import ConfigError, nearest
 from r1pipe.paths import conf_dir
@@ -28,6 +28,7 @@ from r1pipe.paths import conf_dir
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
 FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
+LOSSES = "stage/part/loss"  # what `stage.loss=NAME` takes is a file in this folder of conf/
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
 
@@ -43,16 +44,17 @@ def compose(overrides: list[str]) -> Composed:
     """The config that `overrides` (Hydra's syntax) describe. Raises ConfigError, one line."""
     given = parse(spelled_out(overrides))
     choices = choose(given)
-    values = recipe_values(choices["recipe"], choices["stage"])
+    values = layered(given, choices)
     below = [f"{group}={option}" for group, option in choices.items()]
-    below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, (value, _) in values.items()]
     own = [override for override in given if override.key_or_group not in GROUPS]
     mapping = resolve(below, own)
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key)
     config = load({**mapping, **FILLED_AT_LAUNCH})
     rules.check(config)
-    return Composed(config, sources_of(mapping, choices, values, own))
+    files = {key: file for key, (_, file) in values.items()}
+    return Composed(config, sources_of(mapping, choices, files, own))
 
 
 def spelled_out(overrides: list[str]) -> list[str]:
@@ -117,6 +119,26 @@ def recipe_values(recipe: str, stage: str) -> dict[str, Any]:
     return values | (dict(flat(own, "stage")) if (own := content["stage_values"].get(stage)) else {})
 
 
+def layered(given: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
+    """What lies between the chosen groups and the command line: dotted key -> (value, file that gives it)."""
+    recipe = recipe_values(choices["recipe"], choices["stage"])
+    layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
+    if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
+        named = [str(override.value()) for override in given if override.key_or_group == "stage.loss"]
+        if named:
+            layers.append(loss_values(named[-1]))
+        elif "stage.loss" in recipe:
+            layers.insert(0, loss_values(recipe["stage.loss"]))
+    return {key: (value, file) for values, file in layers for key, value in values.items()}
+
+
+def loss_values(name: str) -> tuple[dict[str, Any], str]:
+    """The values that go by the name of a loss, and their file. Raises ConfigError."""
+    if name not in options(LOSSES):
+        raise ConfigError(f"stage.loss={name}: no such loss; {nearest(name, options(LOSSES))}")
+    return dict(flat(read(f"{LOSSES}/{name}"), "stage")), f"conf/{LOSSES}/{name}.yaml"
+
+
 def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
     """conf/ with the overrides applied in order, interpolations filled in. Raises ConfigError."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
@@ -142,13 +164,13 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
 
 
 def sources_of(
-    mapping: dict[str, Any], choices: dict[str, str], values: Iterable[str], own: list[Override]
+    mapping: dict[str, Any], choices: dict[str, str], between: dict[str, str], own: list[Override]
 ) -> dict[str, str]:
     """Dotted key -> the file that gave its value, or COMMAND_LINE."""
     files: dict[str, str] = {}
     for group, option in choices.items():
         files |= {f"{group}.{key}": file for key, file in defined_in(group, option).items()}
-    files |= dict.fromkeys(values, f"conf/recipe/{choices['recipe']}.yaml")
+    files |= between  # what lies between groups and command line: dotted key -> file
     files |= {override.key_or_group: COMMAND_LINE for override in own}
     nearest_file = {}
     for key, _ in flat(mapping):

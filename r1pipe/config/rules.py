@@ -30,11 +30,11 @@ POSITIVE = {
     *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
     *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
     *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
-    *("factor", "original_max_position_embeddings"),
+    *("dynamic_batches", "factor", "original_max_position_embeddings"),
 }
 SIGNED = {"unfinished", "weights"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
-SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"}
+SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share", "overlong"}
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
     "engine.attention": ("sdpa", "flex"),
@@ -46,7 +46,12 @@ CHOICES = {
     "engine.zero_level": (0, 1, 2, 3),
     "data.kind": ("world", "files", "reasoning_gym"),
     "stage.optim.schedule": ("constant", "linear", "cosine"),
-    "stage.loss_mean": ("sequence", "token"),
+    "stage.loss": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
+    "stage.ratio": ("token", "sequence"),
+    "stage.surrogate": ("clipped", "weighted"),
+    "stage.loss_mean": ("sequence", "token", "constant"),
+    "stage.kl_estimator": ("k1", "k2", "k3"),
+    "stage.kl_in": ("loss", "reward"),
     "stage.eval.split": ("dev", "test"),
 }
 
@@ -242,6 +247,12 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
         f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; "
         "it must be 1",
     )
+    yield from kl_rules(stage)
+    yield (
+        stage.importance_cap == 0 or stage.importance_cap >= 1,
+        f"stage.importance_cap={stage.importance_cap:g} would weigh down what is drawn as it should be; "
+        "give 1 or more, or 0 for none",
+    )
     yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
     yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference is not None:
@@ -250,3 +261,16 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
             last <= stage.max_steps,
             f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
         )
+
+
+def kl_rules(stage: RLConfig) -> Rules:
+    """What says how a KL is taken needs one."""
+    yield (
+        stage.kl_coef > 0 or stage.kl_in == "loss",
+        f"stage.kl_in={stage.kl_in} needs stage.kl_coef above 0 (stage.loss={stage.loss} may set it to 0)",
+    )
+    yield (
+        stage.kl_coef > 0 or stage.kl_estimator == "k3",
+        f"stage.kl_estimator={stage.kl_estimator} needs stage.kl_coef above 0 "
+        f"(stage.loss={stage.loss} may set it to 0)",
+    )

@@ -112,11 +112,20 @@ class RLConfig(StageConfig):
     group_size: int  # G completions per question
     minibatches: int  # optimizer steps per rollout batch and inner epoch
     inner_epochs: int  # passes over one rollout batch
-    clip: float  # epsilon of the clipped ratio
-    kl_coef: float  # weight of the unbiased KL estimate to the reference, inside the loss
-    reference_every: int  # steps after which the policy replaces the reference; 0: never
-    loss_mean: str  # "sequence" (as published) or "token"
+    loss: str  # the file in conf/stage/part/loss/, whose values these are: grpo, dr_grpo, dapo, gspo, cispo
+    ratio: str  # of policy to sampler: each "token"'s, or the geometric mean over the "sequence" (GSPO)
+    surrogate: str  # "clipped" (PPO's minimum), or "weighted" by the clipped ratio (CISPO)
+    clip: float  # epsilon below 1: the ratio is clipped at 1 - clip
+    clip_high: float | None  # epsilon above 1: the ratio is clipped at 1 + clip_high; null: as `clip`
+    loss_mean: str  # over each "sequence" first (GRPO), every "token" (DAPO), or by a "constant" (Dr.GRPO)
     normalise_std: bool  # divide advantages by the group's standard deviation
+    importance_cap: float  # truncated importance sampling between sampler and trainer, at most this; 0: none
+    kl_coef: float  # weight of the KL to the reference; 0: no KL and no reference
+    kl_estimator: str  # "k1" (log ratio), "k2" (its square, halved) or "k3" (DeepSeekMath's)
+    kl_in: str  # "loss", or "reward": taken off it before the group's advantages
+    reference_every: int  # steps after which the policy replaces the reference; 0: never
+    dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
+    overlong: float  # last share of max_tokens in which the reward falls by 1 in all (DAPO); 0: none
     micro_tokens: int  # padded tokens per forward pass on one rank
     sampling: SamplingConfig
     rewards: RewardsConfig

@@ -43,19 +43,21 @@ class MicroBatch:
     tokens_BT: Tensor
     sources_N: Tensor  # position in the flattened [B*T] whose hidden state predicts the token
     targets_N: Tensor
-    old_N: Tensor
+    old_N: Tensor  # the sampler's log-probabilities
     advantages_N: Tensor
     weights_N: Tensor
     lengths_B: Tensor  # of the rows, without what fills them up
     balance_weight: float  # factor that makes the micro-batches' balance losses a mean over all tokens read
+    trainer_N: Tensor | None = None  # the trainer's own of `old_N`, where importance sampling is asked for
     reference_N: Tensor | None = None  # log-probabilities under the reference model, where a KL is asked for
 
 
 def rollouts_of(groups: Sequence[Group], prompts: Sequence[list[int]]) -> list[Rollout]:
-    """Every completion of the groups; `prompts` are their prompts as token ids."""
+    """Every completion of the groups that are trained on; `prompts` are the groups' prompts as token ids."""
     return [
         Rollout(prompt, completion.tokens, completion.logprobs, advantage, is_scored(reward))
         for group, prompt in zip(groups, prompts, strict=True)
+        if group.trained
         for completion, reward, advantage in zip(
             group.completions, group.rewards, group.advantages, strict=True
         )
@@ -150,7 +152,9 @@ def scored_counts(rollouts: Sequence[Rollout]) -> tuple[float, float]:
     return float(len(lengths)), float(sum(lengths))
 
 
-def weights_of(rollouts: Sequence[Rollout], loss_mean: str, sequences: float, tokens: float) -> list[float]:
+def weights_of(
+    rollouts: Sequence[Rollout], loss_mean: str, sequences: float, tokens: float, longest: int
+) -> list[float]:
     """What each rollout's tokens weigh in the loss (see LOSS_MEANS); 0 where a reward failed."""
     weight = LOSS_MEANS[loss_mean]
-    return [weight(len(r.completion), sequences, tokens) if r.scored else 0.0 for r in rollouts]
+    return [weight(len(r.completion), sequences, tokens, longest) if r.scored else 0.0 for r in rollouts]

@@ -19,6 +19,7 @@ from r1pipe.rl.batch import rollouts_of
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
+from r1pipe.rl.shaping import kl_of_completions, overlong_punishment, pass_over, teaches
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
@@ -69,13 +70,10 @@ class GRPO:
         return self.run.folder.checkpoint(self.config.max_steps)
 
     def step(self) -> None:
-        """One rollout batch: P prompts of this rank, G completions each, and what is learned from them."""
+        """P prompts of this rank, G completions each, and what is learned from them."""
         metrics: Metrics = {}
-        with self._timed("sampling", metrics):
-            prompts = self._next_prompts(metrics)
-            tokens, completions = self.rollout(prompts)
+        tokens, groups = self._draw(metrics)
         with self._timed("reward", metrics):
-            groups = self.score(prompts, completions)
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
         with self._timed("update", metrics):
@@ -85,15 +83,46 @@ class GRPO:
         metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
         self._end_step(rows, metrics)
 
-    def rollout(self, prompts: list[Prompt]) -> tuple[list[list[int]], list[Completion]]:
-        """The prompts as token ids, and G completions of each in a row, drawn from the policy of now."""
+    def _draw(self, metrics: Metrics) -> tuple[list[list[int]], list[Group]]:
+        """This rank's scored groups, and their prompts as token ids; `trained` says which to learn from.
+
+        One rollout batch or, with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), as many as every
+        rank needs for its share of groups that teach: all ranks draw the same number, and only the cursors
+        last beyond the step.
+        """
+        tokens: list[list[int]] = []
+        groups: list[Group] = []
+        share, limit = self.config.prompts_per_step // self.engine.world_size, self.config.dynamic_batches
+        for batch in range(limit):
+            with self._timed("sampling", metrics):
+                prompts = self._next_prompts(metrics)
+                drawn, completions = self.rollout(prompts, batch)
+            with self._timed("reward", metrics):
+                groups += self.score(prompts, drawn, completions)
+            tokens += drawn
+            if limit == 1:
+                break
+            metrics["rollout/batches"] = batch + 1.0
+            taught = [teaches(group, self.weights) for group in groups]
+            if not self.engine.agree_max(max(0, share - sum(taught))):
+                break
+        if limit > 1:
+            pass_over(groups, taught, share)
+        return tokens, groups
+
+    def rollout(self, prompts: list[Prompt], batch: int = 0) -> tuple[list[list[int]], list[Completion]]:
+        """The prompts as token ids, and G completions of each in a row, drawn from the policy of now.
+
+        `batch` counts the rollout batches of the step.
+        """
         sampling = self.config.sampling
+        stream = f"sampling/{self.engine.rank}" + (f"/{batch}" if batch else "")
         params = SamplingParams(
             sampling.max_tokens,
             sampling.temperature,
             sampling.top_p,
             self.config.group_size,
-            self.run.seed(f"sampling/{self.engine.rank}", self.state.step),
+            self.run.seed(stream, self.state.step),
         )
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         with self.engine.gathered() as policy:
@@ -105,15 +134,27 @@ class GRPO:
             completion.text = self.chat.decode(completion.tokens)
         return tokens, completions
 
-    def score(self, prompts: list[Prompt], completions: list[Completion]) -> list[Group]:
-        """Rewards and group-relative advantages."""
+    def score(
+        self, prompts: list[Prompt], tokens: list[list[int]], completions: list[Completion]
+    ) -> list[Group]:
+        """Rewards and group-relative advantages; `tokens` are the prompts' token ids."""
         config = self.config
+        shaping: dict[str, list[float]] = {}
+        if config.overlong:
+            longest = config.sampling.max_tokens
+            shaping["overlong"] = [
+                overlong_punishment(len(completion.tokens), longest, config.overlong)
+                for completion in completions
+            ]
+        if self.reference and config.kl_in == "reward":
+            shaping["kl"] = kl_of_completions(self.reference, tokens, completions, config, self.engine.device)
+        unfinished = config.rewards.unfinished
         return score_groups(
-            prompts, completions, self.weights, self.judges, config.rewards.unfinished, config.normalise_std
+            prompts, completions, self.weights, self.judges, unfinished, config.normalise_std, shaping
         )
 
     def _next_prompts(self, metrics: Metrics) -> list[Prompt]:
-        """This rank's share of the step's prompts; all ranks draw the same and move the cursors alike."""
+        """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike."""
         config, state = self.config, self.state
         n = config.prompts_per_step
         n_general = general_count(config, state.step)
@@ -122,7 +163,8 @@ class GRPO:
         general: list[Prompt] = []
         if self.general:
             general, state.general_cursor = self.general.take(state.general_cursor, n_general)
-        metrics["rollout/too_long"] = float(state.reasoning_cursor + state.general_cursor - before - n)
+        too_long = float(state.reasoning_cursor + state.general_cursor - before - n)
+        metrics["rollout/too_long"] = metrics.get("rollout/too_long", 0.0) + too_long
         prompts = mixed(reasoning, general, self.run.rng("order", state.step))
         share = n // self.engine.world_size
         return prompts[self.engine.rank * share :][:share]
@@ -181,4 +223,5 @@ class GRPO:
         began = time.monotonic()
         with self.run.phase(phase):
             yield
-        metrics[f"time/{phase}_s"] = time.monotonic() - began
+        name = f"time/{phase}_s"
+        metrics[name] = metrics.get(name, 0.0) + time.monotonic() - began

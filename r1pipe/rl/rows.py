@@ -2,7 +2,8 @@
 
 Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "question": "…", "answer": "42",
 "completion": "<think>\\n…", "length": 87, "truncated": False, "strategy": "careful", "reward": 1.2,
-"advantage": 0.9, "has_variance": True, "scores": {"accuracy": 1.0, "format": 1.0}, "failed": []}
+"advantage": 0.9, "has_variance": True, "trained": True, "scores": {"accuracy": 1.0, "format": 1.0},
+"failed": []}
 """
 
 import math
@@ -50,6 +51,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "reward": reward if is_scored(reward) else None,
                     "advantage": advantage,
                     "has_variance": differs,
+                    "trained": group.trained,
                     "entropy": -fmean(completion.logprobs),
                     "scores": good,
                     "failed": failed,

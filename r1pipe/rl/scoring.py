@@ -12,15 +12,20 @@ from r1pipe.rl.advantages import group_advantages
 Judges = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
 PREFERENCES = ("helpful", "harmless")  # the reward models' rewards, on general prompts alone
+SHAPING = ("overlong", "kl")  # of a completion's length and of its KL: no verdicts (see r1pipe.rl.shaping)
 MEASURED = ("accuracy", "format", "language")  # logged even where they weigh nothing
 
 
 def reward_weights(config: RLConfig) -> dict[str, float]:
-    """What each reward weighs in the sum; the preference rewards' weights join the rules'."""
+    """What each reward weighs in the sum: the rules', the preference rewards', and what shapes the reward."""
     weights = dict(config.rewards.weights)
     if config.preference:
         preference = (config.preference.helpful_weight, config.preference.harmless_weight)
         weights |= dict(zip(PREFERENCES, preference, strict=True))
+    if config.overlong:
+        weights["overlong"] = 1.0
+    if config.kl_in == "reward":
+        weights["kl"] = -config.kl_coef
     return weights
 
 
@@ -42,19 +47,24 @@ def score_groups(
     judges: Judges,
     unfinished: float,
     normalise_std: bool,
+    shaping: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Group]:
     """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
 
-    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone.
+    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone. `shaping` has
+    those of SHAPING that are asked for: a value for each completion.
     """
     size = len(completions) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(size)]
-    scores = score_all(repeated, completions, sorted({*MEASURED, *weights} - {*PREFERENCES}))
+    scores = score_all(repeated, completions, sorted({*MEASURED, *weights} - {*PREFERENCES, *SHAPING}))
     general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
     for name, judge in judges.items():
         verdicts = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
         for i, verdict in zip(general, verdicts, strict=True):
             scores[i][name] = verdict
+    for name, values in (shaping or {}).items():
+        for score, value in zip(scores, values, strict=True):
+            score[name] = Score(value)
     groups = []
     for number, prompt in enumerate(prompts):
         mine = slice(number * size, (number + 1) * size)

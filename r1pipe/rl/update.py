@@ -26,7 +26,7 @@ from r1pipe.rl.batch import (
     tokens_read,
     weights_of,
 )
-from r1pipe.rl.losses import PolicyLoss, policy_loss
+from r1pipe.rl.losses import Objective, PolicyLoss, policy_loss
 from r1pipe.sft.loop import step_metrics
 
 
@@ -82,24 +82,47 @@ class Reference:
         self.model.load_state_dict(load_pretrained(folder).state_dict())
 
 
+def objective_of(config: RLConfig) -> Objective:
+    """The loss that the config asks for."""
+    return Objective(
+        ratio=config.ratio,
+        surrogate=config.surrogate,
+        clip=config.clip,
+        clip_high=config.clip if config.clip_high is None else config.clip_high,
+        kl_estimator=config.kl_estimator,
+        kl_coef=config.kl_coef if config.kl_in == "loss" else 0.0,
+        importance_cap=config.importance_cap,
+    )
+
+
 def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
-    """A minibatch as this rank's micro-batches, with weights that make the mean over all ranks."""
+    """A minibatch as this rank's micro-batches, with weights that make the mean over all ranks.
+
+    To be called before the first update: it reads log-probabilities of the weights that were sampled from.
+    """
     sequences, tokens, read = engine.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
     ranks = engine.world_size  # the engine averages over them
     micros = [
         collate(
             rollouts,
-            weights_of(rollouts, config.loss_mean, sequences / ranks, tokens / ranks),
+            weights_of(
+                rollouts, config.loss_mean, sequences / ranks, tokens / ranks, config.sampling.max_tokens
+            ),
             ranks / read,
             engine.device,
         )
         for rollouts in by_prompt(minibatch, config.micro_tokens)
     ]
-    if reference is not None:
+    if reference is not None and config.kl_in == "loss":
         for micro in micros:
             micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
+    if config.importance_cap:
+        # gathered, as ranks may have different numbers of micro-batches
+        with engine.gathered() as policy, torch.no_grad():
+            for micro in micros:
+                micro.trainer_N = completion_logprobs(policy, micro, config.sampling.temperature)
     return micros
 
 
@@ -116,7 +139,7 @@ class _Step:
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
     losses: list[PolicyLoss] = []
     shares: list[Tensor] = []
-    alpha = config.router.balance_alpha
+    alpha, objective = config.router.balance_alpha, objective_of(config)
 
     def share(micro: MicroBatch) -> Tensor:
         balances = balances_of(micro, with_loss=alpha > 0)
@@ -126,9 +149,10 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             micro.old_N,
             micro.advantages_N,
             micro.weights_N,
-            config.clip,
+            micro.lengths_B,
+            objective,
             micro.reference_N,
-            config.kl_coef,
+            micro.trainer_N,
         )
         losses.append(replace(result, loss=result.loss.detach()))
         if not alpha:
@@ -156,7 +180,8 @@ def update(
     """Learn from one rank's share of a rollout batch; the metrics are those of all ranks.
 
     The old log-probabilities are the sampler's: the same weights in the same precision, so a forward pass to
-    compute them again would buy nothing. `train/logprob_gap` says how well that holds.
+    compute them again buys nothing. `train/logprob_gap` says how well that holds; where it does not,
+    `stage.importance_cap` has the trainer compute its own and weighs the difference.
     """
     minibatches = [
         prepare(engine, minibatch, config, reference)
@@ -165,14 +190,14 @@ def update(
     steps = [
         _optimizer_step(engine, micros, config) for _ in range(config.inner_epochs) for micros in minibatches
     ]
-    return _metrics(engine, steps)
+    return _metrics(engine, steps, config)
 
 
-def _metrics(engine: Engine, steps: Sequence[_Step]) -> dict[str, float]:
+def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[str, float]:
     first = steps[0]  # before any step the trainer's policy is the sampler's
-    names = ("tokens", "kl_sum", "clipped_sum")
+    names = ("tokens", "kl_sum", "clipped_sum", "clipped_low_sum", "capped_sum")
     sums = [sum(step.total(name) for step in steps) for name in names]
-    tokens, kl, clipped, gap, first_tokens = engine.sum_over_ranks(
+    tokens, kl, clipped, clipped_low, capped, gap, first_tokens = engine.sum_over_ranks(
         [*sums, first.total("gap_sum"), first.total("tokens")]
     )
     ratio_max = max(loss.ratio_max.item() for step in steps for loss in step.losses)
@@ -181,9 +206,14 @@ def _metrics(engine: Engine, steps: Sequence[_Step]) -> dict[str, float]:
     if first.balance:
         shares = [float(sum(share.item() for share in step.balance)) for step in steps]
         metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
+    if config.kl_in == "loss":  # the reward's is among the rewards
+        metrics["train/kl"] = kl / max(tokens, 1.0)
+    if config.importance_cap:
+        metrics["train/importance_capped"] = capped / max(tokens, 1.0)
     return metrics | {
-        "train/kl": kl / max(tokens, 1.0),
         "train/clip_fraction": clipped / max(tokens, 1.0),
+        "train/clip_low": clipped_low / max(tokens, 1.0),
+        "train/clip_high": (clipped - clipped_low) / max(tokens, 1.0),
         "train/ratio_max": max(engine.all_gather_objects(ratio_max)),
         "train/logprob_gap": gap / max(first_tokens, 1.0),
     }

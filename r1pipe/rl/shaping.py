@@ -1,0 +1,69 @@
+"""What a completion earns besides its verdicts, and which groups are worth learning from.
+
+Both enter the reward before the group's mean and deviation are taken, as scores: `overlong` and `kl`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from r1pipe.config.schema import RLConfig
+from r1pipe.records import Completion, Group
+from r1pipe.rl.advantages import has_variance
+from r1pipe.rl.batch import Rollout, by_prompt, collate
+from r1pipe.rl.losses import KL_ESTIMATORS
+from r1pipe.rl.scoring import SHAPING, total_reward
+from r1pipe.rl.update import Reference
+
+
+def overlong_punishment(length: int, max_tokens: int, share: float) -> float:
+    """0 up to the last `share` of `max_tokens`, from there on falling linearly to -1 at the very end.
+
+    DAPO, arXiv 2503.14476, eq. 13, with L_max = max_tokens and L_cache = share x max_tokens.
+    """
+    cache = share * max_tokens
+    return -max(0.0, min(1.0, (length - (max_tokens - cache)) / cache))
+
+
+def kl_of_completions(
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    config: RLConfig,
+    device: torch.device,
+) -> list[float]:
+    """The KL estimate of each completion, the sum over its tokens; `completions` are G in a row for a prompt.
+
+    A KL in the reward is per token (InstructGPT, arXiv 2203.02155, eq. 2; DeepSeekMath eq. 2). A group
+    compares whole completions, so a completion's is its tokens' sum, at the sampler's log-probabilities.
+    """
+    size = len(completions) // len(prompts)
+    rollouts = [
+        Rollout(prompts[i // size], completion.tokens, completion.logprobs, 0.0, True)
+        for i, completion in enumerate(completions)
+    ]
+    found: dict[int, float] = {}
+    for rows in by_prompt(rollouts, config.micro_tokens):
+        micro = collate(rows, [0.0] * len(rows), 0.0, device)
+        reference_N = reference.logprobs(micro, config.sampling.temperature)
+        kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
+        for row, tokens in zip(rows, kl_N.split([len(row.completion) for row in rows]), strict=True):
+            found[id(row)] = tokens.sum().item()
+    return [found[id(rollout)] for rollout in rollouts]
+
+
+def teaches(group: Group, weights: Mapping[str, float]) -> bool:
+    """Whether what judges the answers tells the group's completions apart.
+
+    DAPO (eq. 11) asks for right and wrong answers; here every weighted verdict counts. What shapes the reward
+    by length or KL does not: it differs in every group.
+    """
+    verdicts = {name: weight for name, weight in weights.items() if name not in SHAPING}
+    return has_variance([total_reward(scores, verdicts, 0.0, False) for scores in group.scores])
+
+
+def pass_over(groups: Sequence[Group], taught: Iterable[bool], wanted: int) -> None:
+    """Train on `wanted` groups alone: the first that teach and, if these are too few, the first others."""
+    order = sorted(enumerate(taught), key=lambda numbered: not numbered[1])  # stable: in order of drawing
+    for number, _ in order[wanted:]:
+        groups[number].trained = False

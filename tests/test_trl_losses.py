@@ -1,0 +1,139 @@
+"""On the same tensors our losses and their gradients are TRL's, where its GRPOTrainer has the variant.
+
+Its own `_compute_loss` runs, on a trainer that was never set up: what it would ask a model for is given.
+Where it defines something otherwise:
+- `dapo` and `cispo` divide by the mean number of tokens over the steps of a generation batch, ours by those
+  of each minibatch: the same where a batch is learned from in one step, as here.
+- `bnpo` is our token mean over a micro-batch alone; ours is over the minibatch, however it is cut.
+- `cispo`: its `epsilon_high` bounds the weight itself, our `clip_high` what the weight may be above 1; it has
+  no lower bound, as ours at `clip=1`.
+- Its KL is k3 alone, and multiplied by the ratio (`use_bias_correction_kl`) unless that is off, as here.
+- Advantages (not compared) divide by the sample's standard deviation plus 1e-4, ours by the population's.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_runs import tiny_config
+
+from r1pipe.rl.batch import Rollout, scored_counts, weights_of
+from r1pipe.rl.losses import policy_loss
+from r1pipe.rl.update import objective_of
+
+LENGTHS = [7, 1, 4, 6, 3, 5]
+LONGEST = 8  # stage.sampling.max_tokens
+CAP = 1.2
+
+
+def trl_loss(logprobs_BT: torch.Tensor, given: dict, **options) -> torch.Tensor:
+    """GRPOTrainer's loss; `given` are its inputs without token ids, which only the model would read."""
+    from trl.trainer.grpo_trainer import GRPOTrainer  # slow to import
+
+    trainer = object.__new__(GRPOTrainer)
+    attributes = {
+        "args": SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        "accelerator": SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
+        ),
+        "model": SimpleNamespace(training=True),
+        "_metrics": {"train": defaultdict(list)},
+        "_get_per_token_logps_and_entropies": lambda *_, **__: (
+            logprobs_BT,
+            torch.zeros_like(logprobs_BT),
+            None,
+        ),
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "aux_loss_enabled": False,
+        "current_gradient_accumulation_steps": 1,
+        "_entropy_bonus_enabled": False,
+        "max_completion_length": LONGEST,
+        **options,
+    }
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    ids = torch.zeros_like(given["completion_mask"])
+    return trainer._compute_loss(
+        trainer.model, given | {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+    )
+
+
+VARIANTS = {  # ours: TRL's name for it, and its options
+    "grpo": ("grpo", "token"),
+    "dr_grpo": ("dr_grpo", "token"),
+    "dapo": ("dapo", "token"),
+    "gspo": ("grpo", "sequence"),
+    "cispo": ("cispo", "token"),
+    "bnpo": ("bnpo", "token"),
+}
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
+    loss_type, level = VARIANTS[name]
+    words = ["stage.loss=grpo", "stage.loss_mean=token"] if name == "bnpo" else [f"stage.loss={name}"]
+    stage = tiny_config("stage=grpo", *words, f"stage.kl_coef={beta}", "stage.clip=0.2").stage
+    if name in ("gspo", "cispo"):  # with their own bounds
+        stage = tiny_config("stage=grpo", *words, f"stage.kl_coef={beta}").stage
+    objective = objective_of(stage)
+
+    torch.manual_seed(3)
+    shape = (len(LENGTHS), max(LENGTHS))
+    mask_BT = (torch.arange(shape[1]) < torch.tensor(LENGTHS).unsqueeze(1)).long()
+    spread = 1e-3 if name == "gspo" else 0.4  # about as wide as the clip range
+    old_BT = -2 + torch.randn(shape)
+    logprobs_BT = old_BT + spread * torch.randn(shape)
+    reference_BT = old_BT + 0.5 * torch.randn(shape)
+    sampled_BT = old_BT + 0.3 * torch.randn(shape) if capped else old_BT
+    advantages_B = torch.randn(shape[0])
+
+    theirs_BT = logprobs_BT.clone().requires_grad_()
+    given = {
+        "completion_mask": mask_BT,
+        "advantages": advantages_B,
+        "old_per_token_logps": old_BT,
+        "ref_per_token_logps": reference_BT,
+        "num_items_in_batch": mask_BT.sum(),
+        "importance_sampling_ratio": (old_BT - sampled_BT).exp().clamp(max=CAP),
+    }
+    theirs = trl_loss(
+        theirs_BT,
+        given,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        beta=beta,
+        epsilon_low=objective.clip,
+        epsilon_high=objective.clip_high + (name == "cispo"),
+        use_vllm=capped,
+        vllm_importance_sampling_correction=capped,
+    )
+    theirs.backward()
+
+    ours_BT = logprobs_BT.clone().requires_grad_()
+    rollouts = [Rollout([1], [5] * n, [0.0] * n, 0.0, True) for n in LENGTHS]
+    weights_B = torch.tensor(weights_of(rollouts, stage.loss_mean, *scored_counts(rollouts), LONGEST))
+    ours = torch.zeros(())
+    for rows in (slice(0, 2), slice(2, 6)):  # two micro-batches of one minibatch
+        lengths_B, kept_BT = torch.tensor(LENGTHS[rows]), mask_BT[rows].bool()
+        result = policy_loss(
+            ours_BT[rows][kept_BT],
+            sampled_BT[rows][kept_BT],
+            advantages_B[rows].repeat_interleave(lengths_B),
+            weights_B[rows].repeat_interleave(lengths_B),
+            lengths_B,
+            replace(objective, importance_cap=CAP),
+            reference_BT[rows][kept_BT] if beta else None,
+            old_BT[rows][kept_BT] if capped else None,
+        )
+        assert result.tokens == lengths_B.sum()
+        ours = ours + result.loss
+    ours.backward()
+
+    assert theirs_BT.grad.abs().max() > 1e-3, "something must be learned"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours_BT.grad, theirs_BT.grad, rtol=0, atol=1e-6)

@@ -22,9 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="DeepSeek-R1's recipe as a pipeline of DeepSpeed jobs, each handed to the next with its lineage.",
-    epilog="OVERRIDES are Hydra's, everywhere: group=option (stage, recipe, model, data, engine, tracking), "
-    "key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest finished run), or "
-    "models:/name@alias.",
+    epilog="OVERRIDES are Hydra's, everywhere: group=option (stage, recipe, model, data, engine, tracking, "
+    "tripwires), key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest "
+    "finished run), or models:/name@alias.",
 )
 
 Overrides = Annotated[

@@ -28,6 +28,10 @@ class NumericProblem(R1pipeError, ArithmeticError):
     """A loss, gradient or probability that is NaN or infinite; names the layer that it comes from."""
 
 
+class Tripped(R1pipeError, RuntimeError):
+    """A tripwire has paused or stopped a run; names the wire, the likely cause and how to go on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the most similar known one, or all of them."""
     names = sorted(known)

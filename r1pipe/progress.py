@@ -123,6 +123,9 @@ class Display:
     def poll(self) -> None:
         """Shows what the job wrote since the last call."""
         for row in self._tail.read():
+            if "say" in row:
+                self.say(str(row["say"]))
+                continue
             what = str(row.get("what") or "working")
             new = what not in self.phases
             self.phases.setdefault(what, Phase(what)).take(row)

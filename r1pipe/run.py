@@ -72,6 +72,10 @@ class Run(Generic[S]):
         """One line of metrics.jsonl."""
         self._append(self.folder.metrics, {"step": step, "time": round(self.elapsed(), 3), **metrics})
 
+    def logged(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl so far."""
+        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+
     def progress(self, what: str, done: int, total: int, unit: str, **show: float) -> None:
         """Say how far a piece of work is; cheap enough to call in every round of a loop."""
         now = time.monotonic()
@@ -80,6 +84,11 @@ class Run(Generic[S]):
         self._progressed[what] = now
         row = {"what": what, "done": done, "total": total, "unit": unit, "show": show}
         self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
+
+    def warn(self, text: str) -> None:
+        """One line for whoever watches, on the screen and in the log."""
+        log.warning("%s", text)
+        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), "say": text})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.rank == 0:

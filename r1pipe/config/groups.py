@@ -6,7 +6,7 @@ from typing import Any
 
 from r1pipe.paths import conf_dir
 
-GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking")
+GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires")
 
 
 def options(group: str) -> list[str]:

@@ -86,6 +86,23 @@ class EngineConfig:
 
 
 @dataclass
+class WireConfig:
+    """When a tripwire trips, and what then (r1pipe/rl/tripwires.py says what it measures)."""
+
+    limit: float  # the number that must not be passed
+    steps: int  # steps in a row beyond it
+    action: str  # "off", "warn", "pause" (with a checkpoint) or "stop"
+
+
+@dataclass
+class TripwiresConfig:
+    """What watches over a run of reinforcement."""
+
+    name: str  # the file in conf/tripwires/
+    wires: dict[str, WireConfig]
+
+
+@dataclass
 class TrackingConfig:
     """Where MLflow keeps runs; metrics.jsonl in the run folder is always written."""
 

@@ -23,6 +23,7 @@ from r1pipe.config.schema import (
     SamplingConfig,
     SFTConfig,
 )
+from r1pipe.errors import nearest
 
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
 # What a model's shape must be is in `architecture`.
@@ -56,6 +57,14 @@ CHOICES = {
 }
 
 
+TRIP_ACTIONS = ("off", "warn", "pause", "stop")
+# What r1pipe/rl/tripwires.py knows; it has the causes.
+TRIPWIRES = (
+    *("truncation", "no_variance", "entropy", "kl", "logprob_gap", "repetition", "reward_hacking"),
+    *("length", "verifier", "max_vio", "slow_step"),
+)
+
+
 def check(config: RunConfig) -> None:
     """Raises ConfigError on the first rule that does not hold."""
     check_all(every_rule(config))
@@ -70,6 +79,7 @@ def every_rule(config: RunConfig) -> Rules:
     yield from optim_rules(config.stage.optim)
     yield from eval_rules(config.stage.eval, config)
     yield from stage_rules(config)
+    yield from tripwire_rules(config)
 
 
 def leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
@@ -190,6 +200,17 @@ def length_rule(key: str, length: int, config: RunConfig) -> Rules:
 def sampling_rules(sampling: SamplingConfig, config: RunConfig) -> Rules:
     yield from length_rule("stage.sampling.max_tokens", sampling.max_tokens, config)
     yield sampling.top_p > 0, "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
+
+
+def tripwire_rules(config: RunConfig) -> Rules:
+    for name, wire in config.tripwires.wires.items():
+        key = f"tripwires.wires.{name}"
+        yield name in TRIPWIRES, f"{key} is no tripwire; {nearest(name, TRIPWIRES)}"
+        yield (
+            wire.action in TRIP_ACTIONS,
+            f"{key}.action={wire.action} is none of {', '.join(TRIP_ACTIONS)}",
+        )
+        yield wire.steps >= 1, f"{key}.steps={wire.steps} must be 1 or more"
 
 
 def stage_rules(config: RunConfig) -> Rules:

@@ -17,6 +17,7 @@ from r1pipe.config.parts import (
     SamplingConfig,
     SourceConfig,
     TrackingConfig,
+    TripwiresConfig,
 )
 
 __all__ = [
@@ -223,5 +224,6 @@ class RunConfig:
     stage: StageConfig
     recipe: RecipeConfig
     tracking: TrackingConfig
+    tripwires: TripwiresConfig  # of reinforcement
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint

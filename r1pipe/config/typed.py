@@ -16,7 +16,7 @@ from r1pipe.errors import ConfigError, nearest
 T = TypeVar("T")
 
 # Runs that differ in these alone compute the same: where results go, who watches, what else will run.
-VOLATILE = ("root", "tracking", "recipe", "parent")
+VOLATILE = ("root", "tracking", "recipe", "parent", "tripwires")
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:

@@ -13,6 +13,7 @@ from r1pipe.data.chat import Chat
 from r1pipe.data.fitting import leaves_room
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
+from r1pipe.errors import Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
 from r1pipe.rl.batch import rollouts_of
@@ -20,6 +21,7 @@ from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, overlong_punishment, pass_over, teaches
+from r1pipe.rl.tripwires import Trip, Tripwires, asking
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
@@ -55,6 +57,7 @@ class GRPO:
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
         self.weights = reward_weights(run.stage)
+        self.tripwires = Tripwires(run.config.tripwires.wires)
         self.state = LoopState()
         self.reasoning = self._stream(data.prompts, "reasoning prompts")
         self.general: PromptStream | None = None
@@ -196,11 +199,28 @@ class GRPO:
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and not last:
             metrics |= self.short_evaluation()
+        trips = self._watched(metrics)
         self.run.log(state.step, metrics)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
-        if last or (config.save_every and state.step % config.save_every == 0):
+        if stop := asking(trips, "stop"):
+            raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
+        pause = asking(trips, "pause")
+        if last or pause or (config.save_every and state.step % config.save_every == 0):
             self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export)
+        if pause and not last:
+            raise Tripped(f"paused after step {state.step}; the same command goes on from it: {pause}")
+
+    def _watched(self, metrics: Metrics) -> list[Trip]:
+        """The tripwires that trip in this step, told on the screen and among the metrics.
+
+        Rank 0 decides for all: times differ between ranks.
+        """
+        trips = self.engine.all_gather_objects(self.tripwires.check(metrics))[0]
+        for trip in trips:
+            metrics[f"tripwire/{trip.name}"] = trip.value
+            self.run.warn(f"step {self.state.step}: {trip.message}")
+        return trips
 
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)
@@ -211,6 +231,8 @@ class GRPO:
         step, saved = self.run.resume(self.engine)
         if step:
             self.state = LoopState(**saved)
+            for metrics in self.run.logged():  # what has tripped already does not trip again
+                self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
                 self.reference.load(self.run.folder.checkpoint(step) / ENGINE / "reference")
 

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from r1pipe.data.filters import repetition
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.records import Group, Prompt, Status
 from r1pipe.rewards import applies
@@ -79,6 +80,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         "rollout/length_mean": fmean(lengths),
         "rollout/length_max": float(max(lengths)),
         "rollout/truncation_rate": fmean(row["truncated"] for row in rows),
+        "rollout/repetition": fmean(repetition(row["completion"]) for row in rows),
         "train/entropy": fmean((row["entropy"] for row in rows), weights=lengths),
     }
     for name in sorted({name for row in rows for name in row["scores"]}):

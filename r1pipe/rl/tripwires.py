@@ -1,0 +1,154 @@
+"""Tripwires: a run of reinforcement that falls sick says so while it is cheap, with the likely cause.
+
+Each wire is a number computed from the metrics of all steps since the job began (or went on), newest last; it
+trips when the number has been beyond its limit for some steps in a row (conf/tripwires/). What is not finite
+has no wire: it always ends the job (NumericProblem), before anything of the step is saved.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from r1pipe.config.parts import WireConfig
+
+Metrics = Mapping[str, float]
+FIRST = 3  # steps whose lengths later ones are compared with
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What is measured, and what to say of it."""
+
+    measure: Callable[[Sequence[Metrics]], float | None]  # None: nothing to judge yet
+    said: str  # with {value} and {limit}
+    cause: str  # the likely one, and what to do
+    below: bool = False  # trips below the limit instead of above it
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A wire that has tripped in this step."""
+
+    name: str
+    value: float
+    action: str
+    message: str
+
+
+def _newest(name: str) -> Callable[[Sequence[Metrics]], float | None]:
+    return lambda steps: steps[-1].get(name)
+
+
+def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
+    """How far held-out accuracy lies below its best where the reward is at its best."""
+    measured = [step for step in steps if "eval/pass_at_1" in step]
+    if len(measured) < 2 or measured[-1] is not steps[-1]:
+        return None
+    rewards = [step["reward/mean"] for step in measured]
+    if rewards[-1] < max(rewards):
+        return 0.0
+    return max(step["eval/pass_at_1"] for step in measured) - measured[-1]["eval/pass_at_1"]
+
+
+def _growth(steps: Sequence[Metrics]) -> float | None:
+    """Mean length over that of the first steps."""
+    lengths = [step["rollout/length_mean"] for step in steps]
+    return lengths[-1] / max(1.0, fmean(lengths[:FIRST])) if len(lengths) > FIRST else None
+
+
+def _slowness(steps: Sequence[Metrics]) -> float | None:
+    """Time of the step over the median of those before; evaluations are not counted."""
+    times = [sum(step[name] for name in TIMES) for step in steps if step.keys() >= TIMES]
+    return times[-1] / median(times[:-1]) if len(times) > FIRST else None
+
+
+TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
+
+WIRES: dict[str, Wire] = {
+    "truncation": Wire(
+        _newest("rollout/truncation_rate"),
+        "{value:.0%} of the completions were cut off (limit {limit:.0%})",
+        "none of them can answer: raise stage.sampling.max_tokens, or punish with stage.rewards.unfinished",
+    ),
+    "no_variance": Wire(
+        _newest("reward/zero_variance"),
+        "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
+        "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
+    ),
+    "entropy": Wire(
+        _newest("train/entropy"),
+        "the policy's entropy is {value:.3f} nats (limit {limit:g})",
+        "it has stopped exploring: lower stage.optim.lr, raise stage.kl_coef, or widen the upper clip",
+        below=True,
+    ),
+    "kl": Wire(
+        _newest("train/kl"),
+        "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
+        "the policy has left it behind: lower stage.optim.lr or raise stage.kl_coef",
+    ),
+    "logprob_gap": Wire(
+        _newest("train/logprob_gap"),
+        "sampler and trainer differ by {value:.3f} nats a token (limit {limit:g})",
+        "the sampler's weights are stale, or it computes something else: check precision and weight sync",
+    ),
+    "repetition": Wire(
+        _newest("rollout/repetition"),
+        "{value:.0%} of the 4-grams in completions are repeated (limit {limit:.0%})",
+        "the policy loops: look at the rollouts, and give stage.rewards a punishment for it",
+    ),
+    "reward_hacking": Wire(
+        _reward_without_accuracy,
+        "the reward is at its best, held-out accuracy {value:.1%} below its best (limit {limit:.1%})",
+        "the policy may be gaming a reward: read rollouts of the highest reward",
+    ),
+    "length": Wire(
+        _growth,
+        "completions are {value:.1f} times as long as at the start (limit {limit:g})",
+        "length pays, or nothing ends a text: look at the rollouts and at stage.loss_mean",
+    ),
+    "verifier": Wire(
+        _newest("reward/failed"),
+        "{value:.0%} of the completions could not be judged (limit {limit:.0%})",
+        "the verifier or its sandbox fails: the column `failed` of the rollouts says how",
+    ),
+    "max_vio": Wire(
+        _newest("router/max_vio"),
+        "an expert has {value:.1f} times the mean load too much (limit {limit:g})",
+        "routing has collapsed: raise stage.router.bias_rate",
+    ),
+    "slow_step": Wire(
+        _slowness,
+        "this step took {value:.1f} times the median (limit {limit:g})",
+        "another job on this machine, a slow verifier, or completions that never end",
+    ),
+}
+
+
+class Tripwires:
+    """What has been measured so far, and what of it is beyond its limit."""
+
+    def __init__(self, config: Mapping[str, WireConfig]):
+        self.config = config
+        self.steps: list[Metrics] = []
+        self.beyond = dict.fromkeys(config, 0)  # steps in a row
+
+    def check(self, metrics: Metrics) -> list[Trip]:
+        """Take a step's metrics; the wires that trip in it, once for each stretch beyond the limit."""
+        self.steps.append(metrics)
+        trips = []
+        for name, config in self.config.items():
+            wire = WIRES[name]
+            value = wire.measure(self.steps) if config.action != "off" else None
+            if value is None:
+                continue
+            over = value < config.limit if wire.below else value > config.limit
+            self.beyond[name] = self.beyond[name] + 1 if over else 0
+            if self.beyond[name] == config.steps:
+                said = wire.said.format(value=value, limit=config.limit)
+                trips.append(Trip(name, value, config.action, f"tripwire {name}: {said}; {wire.cause}"))
+        return trips
+
+
+def asking(trips: Sequence[Trip], action: str) -> str:
+    """What the trips say that ask for an action; empty where none does."""
+    return "; ".join(trip.message for trip in trips if trip.action == action)

@@ -118,8 +118,6 @@ class Engine(Ranks):
         self.module: Any = model
         train_as(model, config, self.device)
         self.router, self.zero_level = router, config.zero_level
-        if config.zero_level == 3:
-            _mark_moe_leaves(deepspeed, model)
         optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
         self._ds, *_ = deepspeed.initialize(
@@ -254,13 +252,6 @@ class Engine(Ranks):
         if found is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed state; start the stage anew (--fresh)")
         return client["loop"]
-
-
-def _mark_moe_leaves(deepspeed: Any, model: nn.Module) -> None:
-    """Gather an MoE block's experts as one: ranks that route to different experts would wait for ever."""
-    blocks = {type(m) for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")}
-    if blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
 
 
 def _load_tensors(path: str, map_location: Any = None) -> Any:

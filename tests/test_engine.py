@@ -160,11 +160,13 @@ def test_two_ranks_train_as_one(tmp_path, one_rank):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for level, found in json.loads((tmp_path / "found.json").read_text()).items():
+    all_found = json.loads((tmp_path / "found.json").read_text())
+    for level, found in all_found.items():
         assert found["losses"] == pytest.approx([s.loss for s in one_rank], rel=1e-4), level
         assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level
         assert found["weights"][0] == found["weights"][1], level
         assert found["sums"] == [2.0, 1.0]
+        assert found["after_prompts"] == pytest.approx(all_found["0"]["after_prompts"], rel=1e-3), level
         assert found["loads"][0] == one_rank[0].loads_LE.tolist(), (
             level
         )  # repeats for the other rank not counted

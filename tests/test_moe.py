@@ -87,9 +87,9 @@ def test_bias_update_changes_choices_not_weights_and_lowers_max_vio():
 
     x_ND = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     gate.e_score_correction_bias.zero_()
-    before, chosen = gate(x_ND)
+    before, chosen, _ = gate(x_ND)
     gate.e_score_correction_bias.fill_(-3.0)  # a common offset
-    after, same = gate(x_ND)
+    after, same, _ = gate(x_ND)
     assert torch.equal(chosen.sort(dim=1).values, same.sort(dim=1).values)
     torch.testing.assert_close(before.sort(dim=1).values, after.sort(dim=1).values)
     gate.e_score_correction_bias[5] = 10.0

@@ -10,11 +10,21 @@ from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from test_engine import STEPS, batch, loss_of
 
 from r1pipe.engine import Engine
+from r1pipe.model import Balance
 from r1pipe.ranks import leave_with
 
 
 def weighted(model, rows, weight):
     return loss_of(model, rows) * weight
+
+
+def after_prompts(model):
+    """RL's pass: rows that go on from prompts, whose last gate has a gradient from the balance loss alone."""
+    prompts_PT, rows_BT = batch()[:2, :7], batch()[:4, :9]
+    lengths_P, lengths_B = torch.tensor([7, 5]), torch.tensor([9, 4, 8, 6])
+    balances = Balance.of_lengths(lengths_P, 7, True), Balance.of_lengths(lengths_B, 9, True)
+    hidden_BTD = model.hidden_after(prompts_PT, lengths_P, rows_BT, torch.tensor([0, 0, 1, 1]), balances)
+    return model.lm_head(hidden_BTD).float().square().mean() + 0.01 * sum(b.total() for b in balances)
 
 
 torch.set_num_threads(1)
@@ -36,6 +46,10 @@ for level in (0, 1, 2, 3):
         "weights": engine.all_gather_objects(weights),
         "sums": engine.sum_over_ranks([1.0, engine.rank]),
     }
+    going_on = Engine(tiny_model(), OPTIM, ROUTER, engine_config(2, level), total_steps=10)
+    found[level]["after_prompts"] = [
+        going_on.train_step([partial(after_prompts, going_on.module)]).grad_norm for _ in range(STEPS)
+    ]
     engine.save(Path(sys.argv[1]) / f"level-{level}", {"step": STEPS})
     assert engine.load(Path(sys.argv[1]) / f"level-{level}") == {"step": STEPS}
 if engine.rank == 0:

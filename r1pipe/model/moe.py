@@ -59,8 +59,12 @@ class Gate(nn.Module):
                 self._buffers[name] = old.to(new.device)
         return self
 
-    def forward(self, x_ND: Tensor, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-        """-> weights_NK (float32), experts_NK (int64)."""
+    def forward(self, x_ND: Tensor, routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> weights_NK (float32), experts_NK (int64), and the balance loss where it is asked for.
+
+        All are results of this module: under ZeRO-3 the weight is fetched for the gradient of what a module
+        returns, and the last layer's gate may get one from the balance loss alone (of prompts, in RL).
+        """
         config, routing = self.config, routing or Routing()
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
@@ -75,8 +79,9 @@ class Gate(nn.Module):
             weights_NK = weights_NK * config.routed_scaling_factor
         if routing.documents_BT is not None:
             documents_N = routing.documents_BT.flatten(0, 1)
-            routing.balance = sequence_balance(scores_NE, documents_N, config.num_experts_per_tok)
-        return weights_NK, experts_NK
+            balance = sequence_balance(scores_NE, documents_N, config.num_experts_per_tok)
+            return weights_NK, experts_NK, balance
+        return weights_NK, experts_NK, None
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
         """The bias steers the choice alone, never the weights; experts outside the kept groups are shut."""
@@ -170,7 +175,8 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """[..., D] -> [..., D]."""
         x_ND = x.flatten(0, -2)
-        weights_NK, experts_NK = self.gate(x_ND, routing)
+        routing = routing or Routing()
+        weights_NK, experts_NK, routing.balance = self.gate(x_ND, routing)
         return (self.experts(x_ND, weights_NK, experts_NK) + self.shared_experts(x_ND)).view_as(x)
 
 

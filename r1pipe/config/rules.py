@@ -30,11 +30,19 @@ POSITIVE = {
     *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
     *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
     *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
+    "repetition_ngram",
     *("factor", "original_max_position_embeddings"),
 }
-SIGNED = {"unfinished", "weights"}  # rewards may punish
+SIGNED = {"unfinished", "weights", "cosine"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
-SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share"}
+SHARES = {
+    "top_p",
+    "min_language_consistency",
+    "max_repetition",
+    "general_share",
+    "max_failed",
+    "overlong_cache",
+}
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
     "engine.attention": ("sdpa", "flex"),

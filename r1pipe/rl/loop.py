@@ -15,9 +15,10 @@ from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
+from r1pipe.rewards import Shaping
 from r1pipe.rl.batch import rollouts_of
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
-from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
+from r1pipe.rl.rows import Row, rows_of, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
@@ -78,6 +79,7 @@ class GRPO:
             groups = self.score(prompts, completions)
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
+            stop_if_failing(metrics, self.config.rewards.max_failed, rows)
         with self._timed("update", metrics):
             rollouts = rollouts_of(groups, tokens)
             metrics |= update(self.engine, rollouts, self.config, self.reference)
@@ -108,9 +110,9 @@ class GRPO:
     def score(self, prompts: list[Prompt], completions: list[Completion]) -> list[Group]:
         """Rewards and group-relative advantages."""
         config = self.config
-        return score_groups(
-            prompts, completions, self.weights, self.judges, config.rewards.unfinished, config.normalise_std
-        )
+        shaping = Shaping(config.rewards, config.sampling.max_tokens)
+        unfinished, std = config.rewards.unfinished, config.normalise_std
+        return score_groups(prompts, completions, self.weights, self.judges, unfinished, std, shaping)
 
     def _next_prompts(self, metrics: Metrics) -> list[Prompt]:
         """This rank's share of the step's prompts; all ranks draw the same and move the cursors alike."""

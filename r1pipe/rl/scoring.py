@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config.schema import RLConfig
 from r1pipe.records import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import applies, score_all
+from r1pipe.rewards import SHAPES, Shaping, add_shapes, applies, score_all
 from r1pipe.rl.advantages import group_advantages
 
 # Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
@@ -42,14 +42,19 @@ def score_groups(
     judges: Judges,
     unfinished: float,
     normalise_std: bool,
+    shaping: Shaping | None = None,
 ) -> list[Group]:
     """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
 
-    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone.
+    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone; `shaping` is
+    needed where one of the weights is that of a length or repetition reward.
     """
     size = len(completions) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(size)]
-    scores = score_all(repeated, completions, sorted({*MEASURED, *weights} - {*PREFERENCES}))
+    names = {*MEASURED, *weights} - {*PREFERENCES}
+    scores = score_all(repeated, completions, sorted(names - {*SHAPES}))
+    if shaping:
+        add_shapes(scores, repeated, completions, sorted(names & {*SHAPES}), shaping)
     general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
     for name, judge in judges.items():
         verdicts = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []

@@ -171,6 +171,22 @@ def chat(
     return scripts.answer(checkpoint, overrides or [], settings, ["--chat"], [])
 
 
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
+    reward: Annotated[Literal["accuracy", "code", "format", "language"], typer.Option(help="which rule")],
+    language: Annotated[Literal["en", "zh"], typer.Option(help="of the questions")] = "en",
+) -> int:
+    """Score completions by a rule, a JSON object a row: score FILE --reward accuracy
+
+    For code a row is {prompt, tests, entry_point, completion}, as HumanEval has them; `tests` defines
+    check(candidate), or is a list of assert lines.
+    """
+    from r1pipe import scripts
+
+    return scripts.score(file, reward, language)
+
+
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 

@@ -144,7 +144,8 @@ def _examine(session: Session, entry_point: str, tests: str) -> None:
                 tester.run(tests, host={"candidate": candidate})
         except (ProgramFault, Unsupported, Broken) as error:
             _blame_program(caught)
-            if isinstance(error, ProgramFault) and not error.final:
+            missing = str(error).startswith(("ModuleNotFoundError", "ImportError"))  # of the tests' own
+            if _ordinary(error) and not missing:
                 raise TestsFailed(str(error)) from None
             lack = f"the tests cannot be run: {error}"
             continue

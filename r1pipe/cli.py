@@ -177,11 +177,7 @@ def score(
     reward: Annotated[Literal["accuracy", "code", "format", "language"], typer.Option(help="which rule")],
     language: Annotated[Literal["en", "zh"], typer.Option(help="of the questions")] = "en",
 ) -> int:
-    """Score completions by a rule, a JSON object a row: score FILE --reward accuracy
-
-    For code a row is {prompt, tests, entry_point, completion}, as HumanEval has them; `tests` defines
-    check(candidate), or is a list of assert lines.
-    """
+    """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)"""
     from r1pipe import scripts
 
     return scripts.score(file, reward, language)

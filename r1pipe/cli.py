@@ -171,6 +171,18 @@ def chat(
     return scripts.answer(checkpoint, overrides or [], settings, ["--chat"], [])
 
 
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
+    reward: Annotated[Literal["accuracy", "code", "format", "language"], typer.Option(help="which rule")],
+    language: Annotated[Literal["en", "zh"], typer.Option(help="of the questions")] = "en",
+) -> int:
+    """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)"""
+    from r1pipe import scripts
+
+    return scripts.score(file, reward, language)
+
+
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 

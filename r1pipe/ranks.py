@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from r1pipe.config.architecture import check_all
-from r1pipe.config.rules import accelerator_rules
+from r1pipe.config.engine_rules import accelerator_rules
 from r1pipe.config.schema import EngineConfig
 
 

@@ -1,4 +1,4 @@
-"""The verbs that run a script of stages/ without DeepSpeed: answers, weights out, weights in."""
+"""The verbs that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
 import shlex
 from collections.abc import Mapping
@@ -36,6 +36,12 @@ def export(checkpoint: str, folder: Path, overrides: list[str], settings: Settin
     """Run stages/export.py; its exit code."""
     parent = lineage.resolve(checkpoint, _place(overrides))
     return launch.script("export.py", [*_options(settings), "--", parent.checkpoint, str(folder)])
+
+
+def score(file: Path, reward: str, language: str) -> int:
+    """Run stages/score.py, which judges the completions of a file; its exit code."""
+    settings: Settings = {"--reward": reward, "--language": language}
+    return launch.script("score.py", [*_options(settings), "--", str(file)])
 
 
 def take_in(folder: Path, name: str | None, overrides: list[str], settings: Settings) -> int:

@@ -25,6 +25,7 @@ VERBS = [
     "compare",
     "report",
     "lineage",
+    "score",
     "export",
     "import",
     "ui",

@@ -22,6 +22,7 @@ WITHOUT_OVERRIDES = {
     "generate",
     "lineage",
     "export",
+    "score",
     "import",
     "compare",
     "eval",

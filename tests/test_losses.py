@@ -25,7 +25,7 @@ from r1pipe.records import Completion, Group, Prompt, Score
 from r1pipe.rl import losses, scoring
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.shaping import kl_of_completions, overlong_punishment, pass_over, teaches
+from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
 from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import Reference, update
 from r1pipe.run import open_run
@@ -136,11 +136,6 @@ def test_where_an_estimator_pulls_when_it_is_in_the_loss():
 # --- what shapes the reward
 
 
-def test_an_answer_that_is_nearly_too_long_is_punished():
-    found = [overlong_punishment(length, 20, 0.2) for length in (1, 16, 17, 18, 20)]
-    assert found == pytest.approx([0.0, 0.0, -0.25, -0.5, -1.0])
-
-
 PROMPT = Prompt("p", "word", "en", "?", "4")
 
 
@@ -173,9 +168,9 @@ def test_what_is_passed_over_makes_no_rollouts():
 
 
 def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
-    stage = tiny_config("stage=grpo", "stage.kl_in=reward", "stage.kl_coef=0.5", "stage.overlong=0.2").stage
+    stage = tiny_config("stage=grpo", "stage.kl_in=reward", "stage.kl_coef=0.5").stage
     weights = scoring.reward_weights(stage)
-    assert (weights["kl"], weights["overlong"]) == (-0.5, 1.0)
+    assert (weights["kl"], weights["overlong"]) == (-0.5, 0.0)
     asked = []
 
     def score_all(prompts, completions, names):
@@ -183,11 +178,11 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
         return [{"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}]
 
     monkeypatch.setattr(scoring, "score_all", score_all)
-    shaping = {"kl": [0.4, 0.0], "overlong": [0.0, -0.2]}
+    added = {"kl": [0.4, 0.0]}
     completions = [Completion([7], [-1.0], "stop")] * 2
-    (found,) = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, False, shaping)
-    assert found.rewards == pytest.approx([1 - 0.5 * 0.4, -0.2])
-    assert found.advantages == pytest.approx([0.5, -0.5])
+    (found,) = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, False, added=added)
+    assert found.rewards == pytest.approx([1 - 0.5 * 0.4, 0.0])
+    assert found.advantages == pytest.approx([0.4, -0.4])
     assert not {"kl", "overlong"} & set(asked), "no verifier knows them"
 
 
@@ -264,7 +259,7 @@ def test_a_loss_goes_over_what_is_below_its_name_and_under_what_stands_beside_it
     stage = found.config.stage
     assert isinstance(stage, RLConfig)
     assert (stage.loss, stage.clip, stage.clip_high, stage.kl_coef) == ("dapo", 0.1, 0.28, 0.0)
-    assert stage.dynamic_batches > 1 and stage.overlong == 0.2
+    assert stage.dynamic_batches > 1 and stage.rewards.weights["overlong"] == 1.0
     sources = [found.sources[f"stage.{key}"] for key in ("loss", "clip", "clip_high", "reference_every")]
     assert sources == [
         COMMAND_LINE,
@@ -298,7 +293,8 @@ def test_without_a_name_the_recipes_are_what_they_were():
             None,
         )
         assert (stage.normalise_std, stage.kl_estimator, stage.kl_in) == (True, "k3", "loss")
-        assert (stage.dynamic_batches, stage.overlong, stage.importance_cap) == (1, 0.0, 0.0)
+        assert (stage.dynamic_batches, stage.importance_cap) == (1, 0.0)
+        assert stage.rewards.weights["overlong"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -314,7 +310,7 @@ def test_without_a_name_the_recipes_are_what_they_were():
         ("stage.kl_coef=0 stage.kl_estimator=k2", "stage.kl_estimator=k2 needs stage.kl_coef above 0"),
         ("stage.importance_cap=0.5", "give 1 or more, or 0 for none"),
         ("stage.dynamic_batches=0", "must be 1 or more"),
-        ("stage.overlong=1.5", "must be from 0 to 1"),
+        ("stage.rewards.overlong_cache=1.5", "must be from 0 to 1"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):

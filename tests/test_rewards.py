@@ -1,16 +1,14 @@
 """Rule rewards: what earns 1, what earns 0, and what must not be scored at all."""
 
-import os
-import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from r1pipe.errors import ConfigError, DataError, EnvironmentProblem
-from r1pipe.records import Completion, Prompt, Score, Status
-from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, symbolic, vote
+from r1pipe.errors import ConfigError, DataError
+from r1pipe.records import Completion, Prompt, Score
+from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, vote
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.program import check_program, extract_program, same_value
 
@@ -172,118 +170,10 @@ def test_programs_are_right_when_all_tests_pass(summary, value):
     assert check_program(DOUBLE, summary).value == value
 
 
-HOSTILE = {
-    "endless loop": "def f(x):\n    while True: pass",
-    "endless loop, caught": "def f(x):\n    try:\n        while 1: x\n    except BaseException: return x+x",
-    "endless output": "def f(x):\n    while True: print('x' * 1000)",
-    "memory": "def f(x):\n    y = [0] * 10**9\n    return 2*x",
-    "memory, slowly": "def f(x):\n    y = []\n    while True: y.append('x' * 1000)",
-    "a huge number": "def f(x): return 10 ** 10 ** 8",
-    "a number too long to print": "def f(x): return 10 ** 5000",
-    "recursion": "def f(x): return f(x)",
-    "deep result": "def f(x):\n    for _ in range(100000): x = [x]\n    return x",
-    "a result that holds itself": "def f(x):\n    y = []\n    y.append(y)\n    return y",
-    "reading a file": "def f(x): return open('/etc/passwd').read()",
-    "writing a file": "def f(x):\n    open('/tmp/r1pipe-escaped', 'w').write('x')\n    return 2*x",
-    "pathlib": "from pathlib import Path\ndef f(x): return Path('/etc/passwd').read_text()",
-    "the environment": "import os\ndef f(x): return os.environ['HOME']",
-    "a command": "import os\ndef f(x): return os.system('touch /tmp/r1pipe-escaped')",
-    "a process": "import subprocess\ndef f(x): return subprocess.run(['touch', '/tmp/r1pipe-escaped'])",
-    "a socket": "import socket\ndef f(x): return socket.create_connection(('127.0.0.1', 9))",
-    "leaving early": "import sys\nsys.exit(0)\ndef f(x): return 2*x",
-    "SystemExit": "raise SystemExit(0)",
-    "sleeping": "import time\ndef f(x):\n    time.sleep(100)\n    return x",
-    "native code": "import ctypes\ndef f(x): return ctypes.string_at(0)",
-    "equal to everything": "class A:\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "looking for the tests": "def f(x): return globals()['_expected'][0]",
-    "nested source": "x = " + "(" * 5000 + ")" * 5000,
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_score_zero_and_touch_nothing(name, monkeypatch):
-    monkeypatch.setattr(sandbox, "TIME_LIMIT_S", 0.3)
-    began = time.monotonic()
-    summary = f"```python\n{HOSTILE[name]}\n```"
-    score = check_program(DOUBLE, summary)
-    assert (score.value, score.status) == (0, Status.SCORED)
-    assert time.monotonic() - began < 20  # tenths of a second on an idle core
-    assert not os.path.exists("/tmp/r1pipe-escaped")
-    assert (
-        check_program(DOUBLE, "def f(x): return x + x").value == 1
-    )  # and the next program runs as if nothing was
-
-
-def test_what_the_sandbox_cannot_run_is_no_wrong_answer():
-    score = check_program(DOUBLE, "```python\ndef f(x):\n    y = x\n    del y\n    return x + x\n```")
-    assert score.status is Status.VERIFIER_FAILED
-
-
-def test_a_sandbox_that_is_broken_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setenv("MONTY_BIN", "/bin/false")
-    broken = sandbox.Monty()
-    monkeypatch.setattr(sandbox, "choose", lambda: broken)
-    assert check_program(DOUBLE, "def f(x): return x + x").status is Status.INFRASTRUCTURE_FAILED
-
-
-def test_a_program_that_brings_its_worker_down_is_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "TIME_LIMIT_S", 20.0)
-    monkeypatch.setattr(sandbox, "HANG_LIMIT_S", 1.0)  # the pool kills the worker before its own limit
-    fresh = sandbox.Monty()
-    monkeypatch.setattr(sandbox, "choose", lambda: fresh)
-    score = check_program(DOUBLE, HOSTILE["endless loop"])
-    assert (score.value, score.status) == (0, Status.SCORED) and "Crashed" in score.detail
-
-
-def test_without_isolation_nothing_is_run(monkeypatch):
-    monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
-    with pytest.raises(EnvironmentProblem, match="no isolation"):
-        sandbox.choose.__wrapped__()
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "/usr/bin/bwrap")
-    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 1000)
-    assert sandbox.choose.__wrapped__() is sandbox.bubblewrap
-    monkeypatch.setattr(sandbox.os, "geteuid", lambda: 0)
-    with pytest.raises(EnvironmentProblem, match="other than root"):
-        sandbox.choose.__wrapped__()
-
-
-@pytest.mark.skipif(not shutil.which("bwrap") or os.geteuid() == 0, reason="needs bwrap, and not root")
-@pytest.mark.parametrize(
-    "name", ["endless output", "memory", "recursion", "reading a file", "a command", "a socket"]
-)
-def test_bubblewrap_in_monty_s_place(name, monkeypatch):
-    monkeypatch.setattr(sandbox, "choose", lambda: sandbox.bubblewrap)
-    assert check_program(DOUBLE, f"```python\n{HOSTILE[name]}\n```").value == 0
-    assert check_program(DOUBLE, "def f(x): return x + x").value == 1
-    assert not os.path.exists("/tmp/r1pipe-escaped")
-
-
-def test_bubblewrap_that_does_not_work_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(sandbox, "_command", lambda: ["/bin/false"])
-    assert sandbox.bubblewrap("def f(x): return x", "f", [[1]]).status is Status.INFRASTRUCTURE_FAILED
-
-
 def test_results_are_compared_as_plain_values():
     assert same_value((1, 2.0), [1, 2]) and same_value(0.1 + 0.2, 0.3) and same_value({"a": [1]}, {"a": (1,)})
     assert not same_value([1], [1, 2]) and not same_value(10**400, 1.0) and not same_value(object(), None)
     assert not same_value("[1]", [1]) and not same_value({"a": 1}, {"b": 1})
-
-
-def test_a_verifier_that_hangs_fails_its_item_alone(monkeypatch):
-    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 2.5)
-    hanging, fine = prompt(r"\sqrt{2}"), prompt(r"\sqrt{2}", "math500")
-    completions = [respond(r"\boxed{9^{9^{9^9}}}"), respond(r"\boxed{2^{1/2}}")]
-    first, second = score_all([hanging, fine], completions, ["accuracy"])
-    assert first["accuracy"].status is Status.VERIFIER_FAILED
-    assert second["accuracy"] == Score(1.0)
-
-
-def test_a_verifier_that_cannot_start_is_infrastructure(monkeypatch):
-    monkeypatch.setattr(symbolic.sys, "executable", "/bin/false")
-    worker = symbolic.Worker()
-    monkeypatch.setattr(symbolic, "_ask", worker.ask)
-    assert symbolic.compare("x", "y").status is Status.INFRASTRUCTURE_FAILED
 
 
 @pytest.mark.parametrize(

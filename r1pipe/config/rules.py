@@ -9,11 +9,10 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from r1pipe.config.architecture import Rules, check_all, model_rules
+from r1pipe.config.engine_rules import engine_rules, fp8_rules
 from r1pipe.config.schema import (
-    EngineConfig,
     EvalConfig,
     EvaluateConfig,
-    ModelConfig,
     OptimConfig,
     PretrainConfig,
     RejectionConfig,
@@ -31,11 +30,18 @@ POSITIVE = {
     *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
     *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
     *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
-    *("dynamic_batches", "factor", "original_max_position_embeddings"),
+    *("dynamic_batches", "repetition_ngram", "factor", "original_max_position_embeddings"),
 }
-SIGNED = {"unfinished", "weights"}  # rewards may punish
+SIGNED = {"unfinished", "weights", "cosine"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
-SHARES = {"top_p", "min_language_consistency", "max_repetition", "general_share", "overlong"}
+SHARES = {
+    "top_p",
+    "min_language_consistency",
+    "max_repetition",
+    "general_share",
+    "max_failed",
+    "overlong_cache",
+}
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
     "engine.attention": ("sdpa", "flex"),
@@ -104,72 +110,6 @@ def ranges(values: dict[str, Any]) -> Rules:
             yield signed or value >= 0, f"{key}={value} must be 0 or more"
             yield name not in POSITIVE or value >= 1, f"{key}={value} must be 1 or more"
             yield name not in SHARES or value <= 1, f"{key}={value} must be from 0 to 1"
-
-
-def engine_rules(engine: EngineConfig) -> Rules:
-    yield (
-        engine.launcher == "local" or engine.hostfile is not None,
-        f"engine.launcher={engine.launcher} needs engine.hostfile=FILE",
-    )
-    yield (
-        engine.launcher != "local" or engine.hostfile is None,
-        f"engine.launcher=local runs on this machine alone; drop engine.hostfile={engine.hostfile} or choose "
-        "pdsh, openmpi or slurm",
-    )
-    yield (
-        engine.precision == "fp32" or engine.zero_level >= 1,
-        f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 masters",
-    )
-    yield from accelerator_rules(engine, engine.accelerator)
-    yield (
-        not (engine.compile and engine.recompute),
-        "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep",
-    )
-    yield (
-        not engine.compile or engine.zero_level <= 2,
-        "engine.compile=true needs engine.zero_level=2 or less: ZeRO-3 fetches weights within a layer",
-    )
-    yield (
-        not engine.compile or engine.precision == "bf16",
-        "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other",
-    )
-
-
-def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
-    """FP8 products come in pieces of 16 numbers, as those of the tensor cores do."""
-    if engine.precision != "fp8":
-        return
-    heads = model.num_attention_heads
-    widths = {
-        "model.hidden_size": model.hidden_size,
-        "model.intermediate_size": model.intermediate_size,
-        "model.moe_intermediate_size": model.moe_intermediate_size,
-        "model.q_lora_rank": model.q_lora_rank or 0,
-        "model.kv_lora_rank": model.kv_lora_rank,
-        "model.kv_lora_rank + qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
-        "model.num_attention_heads x (qk_nope_head_dim + qk_rope_head_dim)": heads
-        * (model.qk_nope_head_dim + model.qk_rope_head_dim),
-        "model.num_attention_heads x (qk_nope_head_dim + v_head_dim)": heads
-        * (model.qk_nope_head_dim + model.v_head_dim),
-        "model.num_attention_heads x v_head_dim": heads * model.v_head_dim,
-    }
-    for name, width in widths.items():
-        yield (
-            width % 16 == 0,
-            f"{name} = {width} is no multiple of 16, as engine.precision=fp8 needs; change it, or take bf16",
-        )
-    yield not engine.graphs, "engine.graphs=true needs engine.precision=bf16: FP8 decodes without CUDA graphs"
-
-
-def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
-    """What `device` must be able to do: "cpu", "cuda" or, not known yet, "auto"."""
-    wishes = {
-        "attention=flex": engine.attention == "flex",  # torch has no backward pass of it for CPUs
-        "compile=true": engine.compile,
-        "graphs=true": engine.graphs,
-    }
-    for wish, wished in wishes.items():
-        yield not wished or device != "cpu", f"engine.{wish} needs a GPU (engine.accelerator=cuda)"
 
 
 def optim_rules(optim: OptimConfig) -> Rules:

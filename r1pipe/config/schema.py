@@ -22,6 +22,7 @@ from r1pipe.config.parts import (
 
 __all__ = [
     "STAGE_TYPES",
+    "CosineConfig",
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
@@ -49,11 +50,26 @@ __all__ = [
 
 
 @dataclass
+class CosineConfig:
+    """What the reward `cosine` gives, by length (Yeo et al., arXiv 2502.03373)."""
+
+    right_shortest: float  # a right answer, towards no token
+    right_longest: float  # a right answer, towards sampling.max_tokens
+    wrong_shortest: float  # a wrong answer, towards no token
+    wrong_longest: float  # a wrong answer, towards sampling.max_tokens
+    exceeded: float  # an answer that was cut off
+
+
+@dataclass
 class RewardsConfig:
     """Which rule rewards are summed, and what each weighs."""
 
-    weights: dict[str, float]  # reward name -> weight; names are those of r1pipe.rewards.TABLE
+    weights: dict[str, float]  # reward name -> weight; names: r1pipe.rewards.TABLE and SHAPES
     unfinished: float  # added to the reward of a completion that was cut off (0: none)
+    max_failed: float  # share of a step's verdicts of one reward that may fail; above it the job stops
+    cosine: CosineConfig
+    overlong_cache: float  # share of sampling.max_tokens, at its end, in which `overlong` grows
+    repetition_ngram: int  # tokens of the n-grams that `repetition` counts
 
 
 @dataclass
@@ -126,7 +142,6 @@ class RLConfig(StageConfig):
     kl_in: str  # "loss", or "reward": taken off it before the group's advantages
     reference_every: int  # steps after which the policy replaces the reference; 0: never
     dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
-    overlong: float  # last share of max_tokens in which the reward falls by 1 in all (DAPO); 0: none
     micro_tokens: int  # padded tokens per forward pass on one rank
     sampling: SamplingConfig
     rewards: RewardsConfig

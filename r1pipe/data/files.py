@@ -25,6 +25,7 @@ from r1pipe.errors import ConfigError, DataError, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.rewards import check_gold, language_share
 from r1pipe.rewards.accuracy import GENERAL_TASKS
+from r1pipe.rewards.answers import repaired
 
 T = TypeVar("T")
 
@@ -172,7 +173,8 @@ def _problem(row: Row, source: SourceConfig) -> dict[str, str]:
     """Question, gold answer and, where the row has one, the worked solution without marks."""
     columns = source.columns
     answer = text(row, columns["answer"])
-    texts = {"question": text(row, columns["question"]), "answer": _after(answer, source.answer_after, row)}
+    gold = repaired(_after(answer, source.answer_after, row))
+    texts = {"question": text(row, columns["question"]), "answer": gold}
     if "solution" in columns:
         solution = text(row, columns["solution"])
         if source.answer_after and columns["solution"] == columns["answer"]:

@@ -5,19 +5,28 @@ Status is tri-state (records.Status): a verifier or sandbox that fails is never 
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from r1pipe.config.schema import RewardsConfig
 from r1pipe.errors import ConfigError, nearest
 from r1pipe.records import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward
 from r1pipe.rewards.accuracy import applies, check_gold, is_correct, summary_of, vote
+from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
+from r1pipe.rewards.kinds import Reward
 from r1pipe.rewards.language import language as language_reward
 from r1pipe.rewards.language import language_share
+from r1pipe.rewards.overlong import overlong
+from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.symbolic import WORKERS
 
 __all__ = [
+    "SHAPES",
     "TABLE",
     "Reward",
+    "Shaping",
+    "add_shapes",
     "applies",
     "check_gold",
     "is_correct",
@@ -27,26 +36,38 @@ __all__ = [
     "vote",
 ]
 
-Reward = Callable[[Prompt, Completion], Score]
-
 TABLE: dict[str, Reward] = {
     "accuracy": accuracy_reward,
     "format": format_reward,
     "language": language_reward,
 }
+# Optional rewards, made from stage.rewards, stage.sampling.max_tokens and the accuracy that they may ask for.
+SHAPES: dict[str, Callable[[RewardsConfig, int, Reward], Reward]] = {
+    "cosine": cosine,
+    "overlong": overlong,
+    "repetition": repetition,
+}
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What the rewards of SHAPES are made from."""
+
+    config: RewardsConfig
+    max_tokens: int  # the longest completion that the sampler draws
 
 
 def score_all(
     prompts: Sequence[Prompt], completions: Sequence[Completion], names: Sequence[str]
 ) -> list[dict[str, Score]]:
-    """Score completion i against prompt i under every named reward.
+    """Score completion i against prompt i under every named reward of TABLE.
 
     `accuracy` is absent from the result of a general prompt, where no rule applies. Equal summaries of one
     prompt are checked once. Raises ConfigError on an unknown name.
     """
     for name in names:
         if name not in TABLE:
-            raise ConfigError(f"reward {name} is unknown; {nearest(name, list(TABLE))}")
+            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPES])}")
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
@@ -57,6 +78,27 @@ def score_all(
             if verdict is not None:
                 row[name] = verdict
     return scores
+
+
+def add_shapes(
+    scores: Sequence[dict[str, Score]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    names: Sequence[str],
+    shaping: Shaping,
+) -> None:
+    """Add what the named rewards of SHAPES say to scores that hold `accuracy`, where a rule applies.
+
+    `cosine`, which is built on it, is absent where accuracy is.
+    """
+    for row, prompt, completion in zip(scores, prompts, completions, strict=True):
+        verdict = row.get("accuracy")
+        for name in names:
+            if verdict is not None or name != "cosine":
+                reward = SHAPES[name](
+                    shaping.config, shaping.max_tokens, lambda *_, known=verdict: known or Score(0.0)
+                )
+                row[name] = reward(prompt, completion)
 
 
 def _accuracies(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:

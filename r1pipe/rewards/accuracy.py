@@ -33,17 +33,18 @@ def check_answer(prompt: Prompt, summary: str) -> Score:
     answer = answers.final_answer(summary)
     if answer is None:
         return Score(0.0, detail="the summary states no final answer")
-    gold_number, number = answers.parse_number(prompt.answer), answers.parse_number(answer)
+    gold = prompt.answer
+    gold_number, number = answers.parse_number(gold), answers.parse_number(answer)
     if gold_number and number:
         return Score(float(answers.same_number(gold_number, number)))
-    if answers.same_text(prompt.answer, answer):
+    if answers.same_text(gold, answer):
         return Score(1.0)
-    letter = answers.choice(prompt.answer)
+    letter = answers.choice(gold)
     if letter is not None:
         return Score(float(answers.choice(answer) == letter))
     if gold_number and not _MATHEMATICS.search(answer):
         return Score(0.0, detail=f"{answer!r} is no number")
-    return symbolic.compare(prompt.answer, answer)
+    return symbolic.compare(gold, answer)
 
 
 def check_countdown(prompt: Prompt, summary: str) -> Score:
@@ -94,6 +95,10 @@ def _check_answer_gold(prompt: Prompt) -> None:
     gold = prompt.answer.strip()
     if not gold:
         raise DataError(f"{prompt.id}: the gold answer is empty; fill it in or leave the row out")
+    if not gold.isprintable():  # a formula that lost a backslash would be compared as something else
+        raise DataError(
+            f"{prompt.id}: the gold answer {gold!r} has a line break or tab in it; write one line"
+        )
     if answers.parse_number(gold) or answers.choice(gold) or symbolic.parses(gold):
         return
     raise DataError(f"{prompt.id}: the gold answer {gold!r} does not parse; correct it or leave the row out")
@@ -135,7 +140,8 @@ CHECKERS: dict[str, Checker] = {
 
 
 def checker_of(prompt: Prompt) -> Checker:
-    task = "reasoning_gym" if "reasoning_gym" in prompt.checker else prompt.task
+    marks = {"reasoning_gym": "reasoning_gym", "entry_point": "program"}
+    task = next((task for mark, task in marks.items() if mark in prompt.checker), prompt.task)
     return CHECKERS.get(task, ANSWER)
 
 

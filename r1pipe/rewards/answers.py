@@ -10,7 +10,7 @@ from fractions import Fraction
 
 # The last mark wins: a summary may talk about answers before it gives one.
 _MARK = re.compile(r"####|\banswer(?:\s+is|\s*[:：=])|答案(?:是|为|[:：])", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\n|。|[.!?;](?=\s|$)|[；！？]")
+_SENTENCE_END = re.compile(r"\n|。|(?<!\\)[.!?;](?=\s|$)|[；！？]")  # \! and \; are LaTeX's spaces
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x3000: " "}
 
 _NUMBER = r"(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?"
@@ -40,6 +40,16 @@ class Number:
     percent: bool = False
     unit: str = ""
     rounded: bool = False  # written with decimals
+
+
+# LaTeX commands that a file wrote with one backslash, so that JSON took it for an escape: in x \neq 0, say.
+_ESCAPED = {"\n": "n", "\t": "t", "\f": "f", "\r": "r", "\b": "b"}
+_DAMAGED = re.compile("[\n\t\f\r\b](?=[a-z]{2})")
+
+
+def repaired(gold: str) -> str:
+    """A gold answer with its LaTeX commands whole: a line break before letters was a backslash."""
+    return _DAMAGED.sub(lambda found: "\\" + _ESCAPED[found[0]], gold.strip())
 
 
 def final_answer(summary: str) -> str | None:

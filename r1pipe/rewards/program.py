@@ -2,11 +2,16 @@
 
 Sample: Prompt(task="program", question="Write f(x) that doubles x.",
 checker={"entry_point": "f", "tests": [[[2], 4], [[-1], -2]]}) and the summary "def f(x): return 2 * x".
+Tests may also be Python text, as HumanEval has them ("def check(candidate): ...") or a list of assert lines;
+then checker["prompt"] is what a completion goes on from: imports, helpers, the function's head.
 """
 
 import ast
+import itertools
 import math
 import re
+import textwrap
+from collections.abc import Callable, Sequence
 
 from r1pipe.errors import DataError
 from r1pipe.records import Prompt, Score, Status
@@ -14,6 +19,9 @@ from r1pipe.rewards import sandbox
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _START = re.compile(r"(?:^|(?<=[\s:：是为]))(?=def |from \w+ import |import \w)", re.MULTILINE)
+_MAX_PROGRAM = 64 << 10  # characters; these three bound the work on a hostile text
+_MAX_CUTS = 50  # times that a text is cut back until it is Python
+_MAX_STARTS = 8
 _PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -22,42 +30,104 @@ def extract_program(summary: str) -> str | None:
     for block in reversed(_FENCE.findall(summary)):
         if _is_python(block):
             return block.strip("\n")
-    starts = (_longest_python(summary[start.start() :]) for start in _START.finditer(summary))
-    return next(filter(None, starts), None)
+    return _from_first_start(summary)
+
+
+def _fault_line(text: str) -> int | None:
+    """The line at which a text ceases to be Python (from 1); None where it is Python."""
+    try:
+        return None if ast.parse(text).body else 1
+    except SyntaxError as error:
+        return error.lineno or 1
+    except (ValueError, RecursionError, MemoryError):
+        return 1
 
 
 def _is_python(text: str) -> bool:
-    try:
-        return bool(ast.parse(text).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+    return len(text) <= _MAX_PROGRAM and _fault_line(text) is None
 
 
-def _longest_python(text: str) -> str | None:
-    """Drop trailing lines, and a trailing full stop, until what is left is Python."""
-    lines = text.strip().splitlines()
-    for end in range(len(lines), 0, -1):
-        candidate = "\n".join(lines[:end]).rstrip()
+def _longest_python(text: str, kept: str = "") -> str | None:
+    """`kept` and as many of the text's first lines as are Python, with or without a trailing full stop."""
+    lines = text[:_MAX_PROGRAM].rstrip().splitlines()
+    above, end = kept.count("\n"), len(lines)
+    for _ in range(_MAX_CUTS):
+        if end <= 0 or not "".join(lines[:end]).strip():
+            return None
+        candidate = kept + "\n".join(lines[:end]).rstrip()
         for program in (candidate, candidate.rstrip("。.")):
-            if _is_python(program):
+            fault = _fault_line(program)
+            if fault is None:
                 return program
+        end = min(end - 1, max((fault or 1) - above - 1, 1))
     return None
 
 
 def check_program(prompt: Prompt, summary: str) -> Score:
-    """1 where the program passes every test. The expected values never enter the sandbox."""
-    program = extract_program(summary)
+    """1 where the program passes every test. What is expected never enters the program's interpreter."""
+    checker = prompt.checker
+    context, entry_point, tests = checker.get("prompt", ""), checker["entry_point"], checker["tests"]
+    program = continued(context, summary, entry_point) if context else extract_program(summary)
     if program is None:
         return Score(0.0, detail="the summary holds no program")
-    tests = prompt.checker["tests"]
-    outcome = sandbox.run(program, prompt.checker["entry_point"], [arguments for arguments, _ in tests])
+    if written_out(tests):
+        outcome = sandbox.run_tests(program, entry_point, tests_text(context, entry_point, tests))
+        return _scored(outcome, ["the tests"], lambda result, _: result is True)
+    arguments, expected = zip(*tests, strict=True)
+    outcome = sandbox.run(program, entry_point, arguments)
+    return _scored(outcome, expected, same_value)
+
+
+def _scored(outcome: sandbox.Outcome, expected: Sequence, same: Callable[[object, object], bool]) -> Score:
     if outcome.status is not Status.SCORED:
         return Score(0.0, outcome.status, outcome.detail)
     if outcome.results is None:
         return Score(0.0, detail=outcome.detail)
-    pairs = zip(outcome.results, tests, strict=True)
-    passed = sum(same_value(result, expected) for result, (_, expected) in pairs)
-    return Score(float(passed == len(tests)), detail=f"{passed} of {len(tests)} tests passed")
+    passed = sum(map(same, outcome.results, expected))
+    detail = outcome.detail or f"{passed} of {len(expected)} tests passed"
+    return Score(float(passed == len(expected)), detail=detail)
+
+
+def written_out(tests: object) -> bool:
+    """Whether tests are Python text, not pairs of arguments and result."""
+    return isinstance(tests, str) or (isinstance(tests, list) and all(isinstance(t, str) for t in tests))
+
+
+def tests_text(context: str, entry_point: str, tests: str | Sequence[str]) -> str:
+    """What the tests' interpreter runs: the question's own helpers, the program's stand-in, the tests."""
+    lines = tests if isinstance(tests, str) else "\n".join(tests)
+    calls = "check(candidate)\n" if re.search(r"^def check\(", lines, re.MULTILINE) else ""
+    return f"{context}\n{entry_point} = candidate\n{lines}\n{calls}"
+
+
+def continued(context: str, summary: str, entry_point: str) -> str | None:
+    """The program of a completion of `context`, a function's head and docstring after its imports.
+
+    The completion may write the whole function (in a code block, or as it is) or its body alone.
+    """
+    blocks = _FENCE.findall(summary + "\n")
+    for text in (*reversed(blocks), summary):
+        if re.search(rf"^(?:async )?def {entry_point}\b", text, re.MULTILINE):
+            program = text if text in blocks and _is_python(text) else _from_first_start(text)
+            if program is not None:
+                return f"{context}\n{program}"
+    for body in (*reversed(blocks), summary):
+        # as it is; with the first line's indentation, which stripping takes; without any
+        for text in (body, "    " + body.lstrip(" \t"), textwrap.indent(body, "    ")):
+            if text.strip() and (program := _longest_body(context, text)):
+                return program
+    return None
+
+
+def _from_first_start(text: str) -> str | None:
+    found = itertools.islice(_START.finditer(text[:_MAX_PROGRAM]), _MAX_STARTS)
+    return next(filter(None, (_longest_python(text[start.start() :].lstrip()) for start in found)), None)
+
+
+def _longest_body(context: str, body: str) -> str | None:
+    if not body.lstrip("\n").startswith((" ", "\t")):
+        return None
+    return _longest_python(body, kept=context.rstrip() + "\n")
 
 
 def same_value(result: object, expected: object) -> bool:
@@ -92,6 +162,13 @@ def check_program_gold(prompt: Prompt) -> None:
     tests, entry = prompt.checker.get("tests"), prompt.checker.get("entry_point", "")
     if not isinstance(entry, str) or not entry.isidentifier():
         raise DataError(f"{prompt.id}: checker.entry_point {entry!r} is no function's name; give one")
+    if tests and written_out(tests):
+        text = tests_text(prompt.checker.get("prompt", ""), entry, tests)
+        if not _is_python(text):
+            raise DataError(f"{prompt.id}: the prompt and its tests are no Python; correct them")
+        if "assert" not in text:
+            raise DataError(f"{prompt.id}: the tests assert nothing; write one assert")
+        return
     many = list | tuple
     if not tests or not all(isinstance(t, many) and len(t) == 2 and isinstance(t[0], many) for t in tests):
         raise DataError(

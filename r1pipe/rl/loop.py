@@ -16,11 +16,12 @@ from r1pipe.engine import Engine
 from r1pipe.errors import Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
+from r1pipe.rewards import Shaping
 from r1pipe.rl.batch import rollouts_of
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
-from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
+from r1pipe.rl.rows import Row, rows_of, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
-from r1pipe.rl.shaping import kl_of_completions, overlong_punishment, pass_over, teaches
+from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
 from r1pipe.rl.tripwires import Trip, Tripwires, asking
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
@@ -79,6 +80,7 @@ class GRPO:
         with self._timed("reward", metrics):
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
+            stop_if_failing(metrics, self.config.rewards.max_failed, rows)
         with self._timed("update", metrics):
             rollouts = rollouts_of(groups, tokens)
             metrics |= update(self.engine, rollouts, self.config, self.reference)
@@ -142,18 +144,18 @@ class GRPO:
     ) -> list[Group]:
         """Rewards and group-relative advantages; `tokens` are the prompts' token ids."""
         config = self.config
-        shaping: dict[str, list[float]] = {}
-        if config.overlong:
-            longest = config.sampling.max_tokens
-            shaping["overlong"] = [
-                overlong_punishment(len(completion.tokens), longest, config.overlong)
-                for completion in completions
-            ]
+        added: dict[str, list[float]] = {}
         if self.reference and config.kl_in == "reward":
-            shaping["kl"] = kl_of_completions(self.reference, tokens, completions, config, self.engine.device)
-        unfinished = config.rewards.unfinished
+            added["kl"] = kl_of_completions(self.reference, tokens, completions, config, self.engine.device)
         return score_groups(
-            prompts, completions, self.weights, self.judges, unfinished, config.normalise_std, shaping
+            prompts,
+            completions,
+            self.weights,
+            self.judges,
+            config.rewards.unfinished,
+            config.normalise_std,
+            Shaping(config.rewards, config.sampling.max_tokens),
+            added,
         )
 
     def _next_prompts(self, metrics: Metrics) -> list[Prompt]:

@@ -8,7 +8,7 @@ Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "quest
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -83,6 +83,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         "rollout/repetition": fmean(repetition(row["completion"]) for row in rows),
         "train/entropy": fmean((row["entropy"] for row in rows), weights=lengths),
     }
+    metrics |= {f"reward/failed/{name}": share for name, share in failed_shares(rows).items()}
     for name in sorted({name for row in rows for name in row["scores"]}):
         mean = fmean(row["scores"][name] for row in rows if name in row["scores"])
         metrics[f"reward/{name}"] = mean
@@ -90,6 +91,27 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
             metrics[f"rollout/{UNDER_ROLLOUT[name]}"] = mean
     told = Counter(row["strategy"] for row in rows if row["strategy"] is not None)
     return metrics | {f"strategy/{name}": count / told.total() for name, count in sorted(told.items())}
+
+
+def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Reward name -> the share of its verdicts in which a verifier or the infrastructure failed."""
+    failed = Counter(line.partition(":")[0] for row in rows for line in row["failed"])
+    given = Counter(name for row in rows for name in row["scores"])
+    return {name: failed[name] / (failed[name] + given[name]) for name in sorted({*failed, *given})}
+
+
+def stop_if_failing(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> None:
+    """Raises EnvironmentProblem where more than `limit` of a reward's verdicts failed: the others would be a
+    skewed choice of completions to learn from."""
+    shares = {name: share for name, share in metrics.items() if name.startswith("reward/failed/")}
+    worst = max(shares, key=lambda name: shares[name], default="")
+    if worst and shares[worst] > limit:
+        name = worst.rpartition("/")[2]
+        why = next(line for row in rows for line in row["failed"] if line.startswith(f"{name}:"))
+        raise EnvironmentProblem(
+            f"{shares[worst]:.0%} of the step's {name} verdicts failed ({why}); "
+            f"stage.rewards.max_failed={limit:g} allows no more: mend the verifier, or raise the limit"
+        )
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

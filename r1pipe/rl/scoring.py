@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config.schema import RLConfig
 from r1pipe.records import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import applies, score_all
+from r1pipe.rewards import SHAPES, Shaping, add_shapes, applies, score_all
 from r1pipe.rl.advantages import group_advantages
 
 # Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
 Judges = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
 PREFERENCES = ("helpful", "harmless")  # the reward models' rewards, on general prompts alone
-SHAPING = ("overlong", "kl")  # of a completion's length and of its KL: no verdicts (see r1pipe.rl.shaping)
+KL = "kl"  # of a completion, where it is in the reward (see r1pipe.rl.shaping)
 MEASURED = ("accuracy", "format", "language")  # logged even where they weigh nothing
 
 
@@ -22,10 +22,8 @@ def reward_weights(config: RLConfig) -> dict[str, float]:
     if config.preference:
         preference = (config.preference.helpful_weight, config.preference.harmless_weight)
         weights |= dict(zip(PREFERENCES, preference, strict=True))
-    if config.overlong:
-        weights["overlong"] = 1.0
     if config.kl_in == "reward":
-        weights["kl"] = -config.kl_coef
+        weights[KL] = -config.kl_coef
     return weights
 
 
@@ -47,22 +45,28 @@ def score_groups(
     judges: Judges,
     unfinished: float,
     normalise_std: bool,
-    shaping: Mapping[str, Sequence[float]] | None = None,
+    shaping: Shaping | None = None,
+    added: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Group]:
     """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
 
-    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone. `shaping` has
-    those of SHAPING that are asked for: a value for each completion.
+    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone; `shaping` is
+    needed where one of the weights is that of a length or repetition reward. `added` are values that are
+    known already, one for each completion: the KL, where it is in the reward.
     """
     size = len(completions) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(size)]
-    scores = score_all(repeated, completions, sorted({*MEASURED, *weights} - {*PREFERENCES, *SHAPING}))
+    weighed = {name for name, weight in weights.items() if weight}
+    names = {*MEASURED, *weighed} - {*PREFERENCES, *(added or {})}
+    scores = score_all(repeated, completions, sorted(names - {*SHAPES}))
+    if shaping:
+        add_shapes(scores, repeated, completions, sorted(names & {*SHAPES}), shaping)
     general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
     for name, judge in judges.items():
         verdicts = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
         for i, verdict in zip(general, verdicts, strict=True):
             scores[i][name] = verdict
-    for name, values in (shaping or {}).items():
+    for name, values in (added or {}).items():
         for score, value in zip(scores, values, strict=True):
             score[name] = Score(value)
     groups = []

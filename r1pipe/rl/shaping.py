@@ -1,7 +1,4 @@
-"""What a completion earns besides its verdicts, and which groups are worth learning from.
-
-Both enter the reward before the group's mean and deviation are taken, as scores: `overlong` and `kl`.
-"""
+"""The KL as a part of a completion's reward, and which groups are worth learning from."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,20 +6,12 @@ import torch
 
 from r1pipe.config.schema import RLConfig
 from r1pipe.records import Completion, Group
+from r1pipe.rewards import SHAPES
 from r1pipe.rl.advantages import has_variance
 from r1pipe.rl.batch import Rollout, by_prompt, collate
 from r1pipe.rl.losses import KL_ESTIMATORS
-from r1pipe.rl.scoring import SHAPING, total_reward
+from r1pipe.rl.scoring import KL, total_reward
 from r1pipe.rl.update import Reference
-
-
-def overlong_punishment(length: int, max_tokens: int, share: float) -> float:
-    """0 up to the last `share` of `max_tokens`, from there on falling linearly to -1 at the very end.
-
-    DAPO, arXiv 2503.14476, eq. 13, with L_max = max_tokens and L_cache = share x max_tokens.
-    """
-    cache = share * max_tokens
-    return -max(0.0, min(1.0, (length - (max_tokens - cache)) / cache))
 
 
 def kl_of_completions(
@@ -58,7 +47,7 @@ def teaches(group: Group, weights: Mapping[str, float]) -> bool:
     DAPO (eq. 11) asks for right and wrong answers; here every weighted verdict counts. What shapes the reward
     by length or KL does not: it differs in every group.
     """
-    verdicts = {name: weight for name, weight in weights.items() if name not in SHAPING}
+    verdicts = {name: weight for name, weight in weights.items() if name not in (KL, *SHAPES)}
     return has_variance([total_reward(scores, verdicts, 0.0, False) for scores in group.scores])
 
 

@@ -1,0 +1,99 @@
+"""The optional rewards of length and repetition, against the formulas they are named after."""
+
+import math
+
+import pytest
+
+from r1pipe.config.compose import compose
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.records import Completion, Group, Prompt, Score, Status
+from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
+from r1pipe.rewards.repetition import repeated
+from r1pipe.rl import scoring
+from r1pipe.rl.rows import rows_of, stop_if_failing, summarise
+
+REWARDS = compose(["stage=grpo"]).config.stage.rewards
+PROMPT = Prompt("word-1", "word", "en", "?", "42")
+GENERAL = Prompt("writing-1", "writing", "en", "?")
+
+
+RIGHT = Score(1.0)
+
+
+def shaped(name, tokens, reason="stop", verdict=RIGHT, prompt=PROMPT, **values):
+    config = REWARDS.__class__(**{**vars(REWARDS), **values})
+    tokens = list(range(tokens)) if isinstance(tokens, int) else tokens
+    row = {"accuracy": verdict} if verdict else {}
+    completion = Completion(tokens, [0.0] * len(tokens), reason, "")
+    add_shapes([row], [prompt], [completion], [name], Shaping(config, 100))
+    return row.get(name)
+
+
+@pytest.mark.parametrize(
+    ("right", "tokens", "value"),
+    [(1, 0, 2), (1, 50, 1.5), (1, 99, 1.0002), (0, 0, -10), (0, 50, -5), (0, 99, -0.0025), (1, 100, -10)],
+)
+def test_cosine_pays_short_right_and_long_wrong_answers(right, tokens, value):
+    assert shaped("cosine", tokens, verdict=Score(float(right))).value == pytest.approx(value, abs=1e-3)
+
+
+def test_cosine_falls_all_the_way_and_fails_where_accuracy_fails():
+    values = [shaped("cosine", n).value for n in range(100)]
+    assert values == sorted(values, reverse=True)
+    assert values[30] == pytest.approx(1 + 0.5 * (2 - 1) * (1 + math.cos(0.3 * math.pi)))
+    failed = Score(0.0, Status.VERIFIER_FAILED, "too slow")
+    assert shaped("cosine", 10, verdict=failed) == failed
+    assert shaped("cosine", 10, verdict=None, prompt=GENERAL) is None  # no rule applies
+
+
+@pytest.mark.parametrize(
+    ("tokens", "value"), [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1)]
+)
+def test_overlong_is_dapo_s_equation_13(tokens, value):
+    assert shaped("overlong", tokens, overlong_cache=0.2).value == pytest.approx(value)
+
+
+def test_overlong_punishes_what_was_cut_off_in_full_even_without_a_cache():
+    assert shaped("overlong", 50, "length").value == -1
+    assert shaped("overlong", 99, overlong_cache=0.0).value == 0
+    assert shaped("overlong", 100, overlong_cache=0.0).value == -1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "count"),
+    [
+        ([1, 2, 1, 2], 2, 2),
+        ([1, 2, 3, 4], 2, 0),
+        ([7] * 10, 3, 9),
+        ([1, 2, 3, 1, 2, 3, 9], 3, 3),
+        ([1], 2, 0),
+    ],
+)
+def test_repeated_tokens_are_counted_once(tokens, n, count):
+    assert repeated(tokens, n) == count
+    assert shaped("repetition", tokens, repetition_ngram=n).value == pytest.approx(-count / len(tokens))
+
+
+def test_they_are_optional_and_weighed_by_name():
+    assert not set(TABLE) & set(SHAPES)
+    assert not [name for name in SHAPES if REWARDS.weights.get(name)], "off unless they are asked for"
+    text = "<think>\nx\n</think>\n\nThe answer is 42."
+    completions = [Completion([1] * n, [0.0] * n, "stop", text) for n in (10, 90)]
+    weights = {"accuracy": 1.0, "overlong": 2.0}
+    shaping = Shaping(REWARDS, 100)
+    [group] = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, True, shaping)
+    assert group.rewards == pytest.approx([1.0, 0.0])
+    rows = rows_of([group], None)
+    assert summarise(rows)["reward/overlong"] == pytest.approx(-0.25)
+
+
+def test_more_failures_than_allowed_stop_the_job_with_one_line():
+    verdicts = [Score(1.0), Score(0.0), Score(0.0, Status.INFRASTRUCTURE_FAILED, "no sandbox"), Score(1.0)]
+    completions = [Completion([1], [0.0], "stop", "x")] * 4
+    scores = [{"accuracy": verdict, "format": Score(1.0)} for verdict in verdicts]
+    rows = rows_of([Group(PROMPT, completions, scores, [1.0, 0.0, math.nan, 1.0], [0.0] * 4)], None)
+    metrics = summarise(rows)
+    assert metrics["reward/failed/accuracy"] == 0.25 and metrics["reward/failed/format"] == 0
+    stop_if_failing(metrics, 0.25, rows)
+    with pytest.raises(EnvironmentProblem, match=r"25% of the step's accuracy .*no sandbox.*max_failed=0\.1"):
+        stop_if_failing(metrics, REWARDS.max_failed, rows)

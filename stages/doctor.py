@@ -14,6 +14,7 @@ from dataclasses import asdict
 import torch
 
 from r1pipe import machine
+from r1pipe.config.schema import StageConfig
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
 from r1pipe.provenance import write_json
@@ -21,7 +22,7 @@ from r1pipe.run import open_run
 
 
 def main(folder: str) -> None:
-    with open_run(folder) as run:
+    with open_run(folder, StageConfig) as run:
         torch.set_num_threads(machine.cores())  # alone here, whatever the job's ranks would share
         found = examine(Context(run, limits()))
         write_json(run.folder.path / "findings.json", [asdict(finding) for finding in found])

@@ -1,5 +1,6 @@
 """What the checks look at: made when first asked for, so that a stage pays only for its own checks."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.records import Group, Prompt, Trace
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO
+from r1pipe.rl.update import update
 from r1pipe.run import Run
 
 SEED = 0  # of what is drawn from the data
@@ -29,7 +31,7 @@ class Band:
 
     def grade(self, number: float) -> str:
         sign = 1 if self.fail >= self.warn else -1
-        if sign * number > sign * self.fail:
+        if sign * number > sign * self.fail or math.isnan(number):
             return FAIL
         return WARN if sign * number > sign * self.warn else PASS
 
@@ -154,8 +156,6 @@ class Context:
     @cached_property
     def trained(self) -> dict[str, float]:
         """The metrics of one optimizer step on the probe."""
-        from r1pipe.rl.update import update
-
         # every second completion up, every other down: a step that moves weights, whatever was earned
         turned = [
             replace(rollout, advantage=1.0 if i % 2 else -1.0, scored=True)

@@ -1,5 +1,6 @@
 """The policy: what a short probe earns, sampler beside trainer before and after a step, save and load."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
+from r1pipe.records import Status
 from r1pipe.rl.advantages import has_variance, is_scored
 from r1pipe.rl.update import completion_logprobs, prepare, update
 
@@ -19,7 +21,7 @@ def truncation(context: Context, name: str) -> Finding:
     """Share of the probe's completions that were cut off; under a cap of the probe's own an upper bound."""
     completions = [one for group in context.probe.groups for one in group.completions]
     share = sum(one.truncated for one in completions) / len(completions)
-    asked, given = context.config.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
+    asked, given = context.run.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
     shown = f"{share:.0%} of {len(completions)} completions are cut off at {given:,} tokens"
     remedy = (
         "raise stage.sampling.max_tokens, punish it (stage.rewards.unfinished) or start from a cold start"
@@ -31,20 +33,26 @@ def truncation(context: Context, name: str) -> Finding:
 
 
 def variance(context: Context, name: str) -> Finding:
-    """Share of groups with different rewards: the others teach nothing."""
+    """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
+    of none, is a warning too: then only format and language differ."""
     groups = context.probe.groups
     rewards = [reward for group in groups for reward in group.rewards]
-    unscored = sum(not is_scored(reward) for reward in rewards)
-    if unscored == len(rewards):
-        [first, *_] = [score for group in groups for score in group.scores[0].values()]
-        return Finding(name, FAIL, "no completion could be scored", f"mend the verifier: {first.detail}")
-    share = sum(has_variance(group.rewards) for group in groups) / len(groups)
     known = [reward for reward in rewards if is_scored(reward)]
-    shown = f"{share:.0%} of {len(groups)} groups; rewards {min(known):.2f} to {max(known):.2f}"
-    if unscored:
-        shown += f", {unscored} of {len(rewards)} not scored"
+    if not known:
+        details = [
+            score.detail for score in groups[0].scores[0].values() if score.status is not Status.SCORED
+        ]
+        return Finding(name, FAIL, "no completion could be scored", f"mend the verifier: {details[0]}")
+    share = sum(has_variance(group.rewards) for group in groups) / len(groups)
+    scores = [score["accuracy"] for group in groups for score in group.scores if "accuracy" in score]
+    right = sum(score.value for score in scores if score.status is Status.SCORED) / max(1, len(scores))
+    shown = f"{share:.0%} of {len(groups)} groups differ; rewards {min(known):.2f} to {max(known):.2f}, "
+    shown += f"{right:.0%} of answers right"
+    if len(known) < len(rewards):
+        shown += f", {len(rewards) - len(known)} of {len(rewards)} not scored"
     remedy = "choose problems that are sometimes solved (data.levels, data=), or raise stage.group_size"
-    return graded(name, share, context.limits.variance, shown, remedy)
+    found = graded(name, share, context.limits.variance, shown, remedy)
+    return replace(found, status=WARN, remedy=remedy) if found.status == PASS and right in (0, 1) else found
 
 
 def logprobs(context: Context, name: str) -> Finding:

@@ -69,7 +69,7 @@ def test_a_stage_that_only_lacks_training_passes_all_that_is_not_of_the_policy(c
     verdicts = {name: finding.status for name, finding in by_name(context(*GRPO)).items()}
     assert list(verdicts) == list(CHECKS)
     untrained = {"truncation": FAIL, "variance": WARN, "opens <think>": WARN}
-    assert verdicts == dict.fromkeys(CHECKS, PASS) | untrained | {"overlap": verdicts["overlap"]}
+    assert verdicts == dict.fromkeys(CHECKS, PASS) | untrained
 
 
 @pytest.mark.parametrize("stage", ["cold_start", "pretrain", "base", "reward_model"])
@@ -78,7 +78,7 @@ def test_other_stages_have_fewer_checks_and_pass_them(context: Make, stage: str)
     assert {name for name, check in CHECKS.items() if check.kinds == CHECKS["variance"].kinds} & set(
         seen
     ) == set()
-    assert {finding.status for name, finding in seen.items() if name != "overlap"} == {PASS}, seen
+    assert {finding.status for finding in seen.values()} == {PASS}, seen
 
 
 # --- data
@@ -134,7 +134,7 @@ def test_evaluation_questions_in_the_training_data_whole_and_in_part(context: Ma
     assert found(examined, "overlap").status == PASS
     examined.prompts = [*examined.prompts, Prompt("c", "word", "en", f"First: {words} 18 ?", "3")]
     part = found(examined, "overlap")
-    assert part.status == FAIL and "1 more share" in part.value
+    assert part.status == FAIL and "1 more in 80% of their 13-grams" in part.value
     examined.prompts = [*examined.prompts, Prompt("d", "word", "en", "why", "2")]
     whole = found(examined, "overlap")
     assert whole.status == FAIL and "1 of 2 evaluation questions are trained on" in whole.value

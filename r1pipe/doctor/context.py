@@ -49,6 +49,7 @@ class Limits:
     good_share: float
     swapped: float
     ngram: int
+    covered: float
     overlap: Band
     duplicates: Band
     too_long: Band

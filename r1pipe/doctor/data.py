@@ -1,10 +1,9 @@
 """The data: whether it can be read, its gold answers, what stands in it twice, what the evaluation shares."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 from r1pipe.config.schema import EvaluateConfig
-from r1pipe.data.filters import distinctive_grams, ngrams, words
+from r1pipe.data.filters import ngrams, words
 from r1pipe.doctor.context import Context, graded
 from r1pipe.errors import DataError
 from r1pipe.findings import FAIL, PASS, WARN, Finding
@@ -56,29 +55,29 @@ def duplicates(context: Context, name: str) -> Finding:
 
 
 def overlap(context: Context, name: str) -> Finding:
-    """Evaluation questions that training ones repeat, whole or by an n-gram that tells them."""
+    """Evaluation questions that training ones repeat, whole or in most of their n-grams: templates share a
+    sentence or two, a copied question nearly all."""
     learned = [trace.prompt for trace in context.traces] or context.prompts
     questions = {_key(prompt.question): prompt.question for prompt in context.held_out}
-    n = context.limits.ngram
-    distinctive = distinctive_grams(questions.values(), n)
     seen = {_key(prompt.question) for prompt in learned}
-    shared = distinctive & set(_grams((prompt.question for prompt in learned), n))
+    n, limits = context.limits.ngram, context.limits
+    grams = {gram for prompt in learned for gram in ngrams(words(prompt.question), n)}
     whole = {key for key in questions if key in seen}
-    partly = {key for key, text in questions.items() if not shared.isdisjoint(ngrams(words(text), n))}
-    share = len(whole | partly) / max(1, len(questions))
-    shown = f"{len(whole)} of {len(questions):,} evaluation questions are trained on, "
-    shown += f"{len(partly - whole)} more share {n} words with a training one"
+    partly = {key for key, text in questions.items() if _covered(text, grams, n) >= limits.covered} - whole
+    share = len(partly) / max(1, len(questions))
+    shown = f"{len(whole)} of {len(questions):,} evaluation questions are trained on, {len(partly)} more in "
+    shown += f"{limits.covered:.0%} of their {n}-grams"
     remedy = "take these rows out of the training data, or the evaluation measures memory"
-    if whole:
-        example = questions[sorted(whole)[0]]
-        return Finding(name, FAIL, shown, f"{remedy}; one of them: {example[:60]}")
-    return graded(name, share, context.limits.overlap, shown, remedy)
+    if whole or partly:
+        remedy += f"; one of them: {questions[min(whole or partly)][:60]}"
+    return Finding(name, FAIL, shown, remedy) if whole else graded(name, share, limits.overlap, shown, remedy)
+
+
+def _covered(text: str, grams: set[tuple[str, ...]], n: int) -> float:
+    """Share of the text's n-grams among these; 0 for a text that is too short to have one."""
+    own = ngrams(words(text), n)
+    return len(own & grams) / max(1, len(own))
 
 
 def _key(*texts: str) -> tuple[str, ...]:
     return tuple(" ".join(word for word in words(text) if word[0].isalnum()) for text in texts)
-
-
-def _grams(questions: Iterable[str], n: int) -> Iterable[tuple[str, ...]]:
-    for question in questions:
-        yield from ngrams(words(question), n)

@@ -11,9 +11,6 @@ trains is kept.
 import sys
 from dataclasses import asdict
 
-import torch
-
-from r1pipe import machine
 from r1pipe.config.schema import StageConfig
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
@@ -23,7 +20,6 @@ from r1pipe.run import open_run
 
 def main(folder: str) -> None:
     with open_run(folder, StageConfig) as run:
-        torch.set_num_threads(machine.cores())  # alone here, whatever the job's ranks would share
         found = examine(Context(run, limits()))
         write_json(run.folder.path / "findings.json", [asdict(finding) for finding in found])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -23,12 +24,18 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     began = time.monotonic()
     config = lineage.with_parents(compose(overrides).config)
     here = [look(name, config) for name, look in (("launcher", launches), ("tracker", tracks))]
-    with tempfile.TemporaryDirectory(prefix="r1pipe-doctor-") as folder:
-        run = RunFolder(Path(folder) / f"{config.stage.name}-doctor")
+    folder = Path(tempfile.mkdtemp(prefix="r1pipe-doctor-"))
+    run = RunFolder(folder / f"{config.stage.name}-doctor")
+    crashed = False
+    try:
         code, found = examined(config, run)
         if code:
+            crashed = not run.error.exists()  # then its log is all there is to look at
             print(launch.failure(run, code), file=sys.stderr)
             return code
+    finally:
+        if not crashed:
+            shutil.rmtree(folder)
     found += here
     seconds = time.monotonic() - began
     if as_json:

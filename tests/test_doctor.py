@@ -72,7 +72,7 @@ def test_a_stage_that_only_lacks_training_passes_all_that_is_not_of_the_policy(c
     assert verdicts == dict.fromkeys(CHECKS, PASS) | untrained
 
 
-@pytest.mark.parametrize("stage", ["cold_start", "pretrain", "base", "reward_model"])
+@pytest.mark.parametrize("stage", ["cold_start", "rejection_sft", "pretrain", "base", "reward_model"])
 def test_other_stages_have_fewer_checks_and_pass_them(context: Make, stage: str) -> None:
     seen = by_name(context(f"stage={stage}"))
     assert {name for name, check in CHECKS.items() if check.kinds == CHECKS["variance"].kinds} & set(
@@ -317,9 +317,16 @@ def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: p
     assert need.states - resources.needed(bound, 100).states == 4 * machine.parameters(config.model)
     saving = replace(config, engine=replace(config.engine, recompute=True))
     assert resources.needed(saving, 100).activations < need.activations
-    monkeypatch.setattr(resources, "available", lambda config: need.peak / 2)
+    monkeypatch.setattr(resources, "available", lambda device, ranks: need.peak / 2)
     short = found(examined, "memory")
     assert short.status == FAIL and "logits" in short.value and "stage.micro_tokens" in short.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(context: Make) -> None:
+    seen = by_name(context(*GRPO, "engine.accelerator=cuda"))
+    assert seen["device"].status == FAIL and "torch sees no GPU" in seen["device"].remedy
+    assert {seen[name].remedy for name in ("truncation", "memory")} == {"first mend: device"}
 
 
 def test_a_full_disk(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +375,7 @@ folder = Path(sys.argv[1])
 if json.loads((folder / "config.json").read_text())["seed"] == 7:
     (folder / "error.txt").write_text("this cannot be\\n")
     sys.exit(2)
+assert json.loads((folder / "config.json").read_text())["seed"] != 8
 status = "fail" if json.loads((folder / "config.json").read_text())["seed"] else "pass"
 row = {"name": "data", "status": status, "value": "[bold]none", "remedy": "add some"}
 (folder / "findings.json").write_text(json.dumps([row]))
@@ -402,6 +410,17 @@ def test_json_is_all_that_is_printed(quick: House, capsys: pytest.CaptureFixture
 def test_a_script_that_cannot_begin_is_one_line(quick: House, capsys: pytest.CaptureFixture) -> None:
     assert quick.call(*WORDS, "seed=7") == 2
     assert capsys.readouterr().err == "this cannot be\n"
+
+
+def test_a_script_that_breaks_leaves_its_log(
+    quick: House, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examine.tempfile, "tempdir", str(tmp_path))
+    assert quick.call(*WORDS, "seed=8") == 1
+    told = capsys.readouterr().err
+    assert "AssertionError" in told and Path(told.split("its whole log: ")[1].strip()).exists()
+    assert quick.call(*WORDS, "seed=7") == 2
+    assert len(list(tmp_path.glob("r1pipe-doctor-*"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ that need a probe share one, and the checks after it train it by a step: it is t
     data       columns, gold answers, duplicates, overlap with the evaluation
     template   rewards under this chat format, <think>, end of sequence, what fits
     policy     the probe: truncation, variance, sampler beside trainer, save and load
-    resources  memory and disk
+    resources  device, memory and disk
     judges     the reward models' quality
 """
 
@@ -46,6 +46,7 @@ class Check:
 
 
 CHECKS: dict[str, Check] = {
+    "device": Check(resources.device, (*TRAINED, EvaluateConfig)),
     "data": Check(data.readable, MEASURED),
     "gold answers": Check(data.gold_answers, MEASURED),
     "rewards": Check(template.rewards, PROMPTED),

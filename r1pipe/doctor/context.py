@@ -5,14 +5,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from r1pipe.config.groups import read
 from r1pipe.config.schema import RejectionConfig, RLConfig, RunConfig, SFTConfig
 from r1pipe.config.typed import build
 from r1pipe.data.chat import Chat
 from r1pipe.data.source import Source, open_data
 from r1pipe.engine import Engine
-from r1pipe.errors import DataError
+from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.ranks import choose_device
 from r1pipe.records import Group, Prompt, Trace
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO
@@ -131,8 +134,20 @@ class Context:
         return Run(self.run.folder, small := shortened(self.config, self.limits), small.stage)
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where the job would compute. Raises EnvironmentProblem where that is not there."""
+        device = choose_device(self.config.engine.accelerator)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentProblem(
+                "engine.accelerator=cuda, but torch sees no GPU; mend driver or torch, or set "
+                "engine.accelerator=cpu (engine=cpu)"
+            )
+        return device
+
+    @cached_property
     def engine(self) -> Engine:
         """The policy in DeepSpeed, as the stage trains it, alone on this machine."""
+        self.device  # noqa: B018 - it tells in one line what DeepSpeed would tell in many
         policy = self.trial.load_model(self.config.weights_from)
         if isinstance(self.config.stage, RLConfig):
             policy.freeze_mtp()

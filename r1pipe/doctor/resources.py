@@ -11,7 +11,6 @@ from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig
 from r1pipe.doctor.context import Context, graded
 from r1pipe.findings import FAIL, PASS, Finding
 from r1pipe.model.logprobs import LOGITS_IN_MEMORY
-from r1pipe.ranks import choose_device
 
 MEBIBYTE = machine.MEBIBYTE
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
@@ -33,10 +32,17 @@ class Need:
         return self.states + max(self.activations + self.logits, self.cache)
 
 
+def device(context: Context, name: str) -> Finding:
+    """Where the job computes; asking for it raises EnvironmentProblem where it is not there."""
+    if context.device.type == "cuda":
+        return Finding(name, PASS, torch.cuda.get_device_name(context.device))
+    return Finding(name, PASS, f"{context.device.type}, {machine.cores()} cores")
+
+
 def memory(context: Context, name: str) -> Finding:
     """An estimate (what is kept, what a pass holds) beside what is free for each rank."""
     need = needed(context.config, longest_prompt(context))
-    free = available(context.config)
+    free = available(context.device, context.config.engine.ranks)
     parts = {"states": need.states, "activations": need.activations, "logits": need.logits}
     parts |= {"cache": need.cache} if need.cache else {}
     shown = f"about {mib(need.peak)} of {mib(free)} MiB a rank ("
@@ -110,11 +116,11 @@ def layer_numbers(model: ModelConfig) -> int:
     return attention + max(routed, 3 * model.intermediate_size)
 
 
-def available(config: RunConfig) -> float:
+def available(device: torch.device, ranks: int) -> float:
     """Bytes free for one rank: on its GPU, or its share of this machine's memory."""
-    if choose_device(config.engine.accelerator).type == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
-    return psutil.virtual_memory().available / config.engine.ranks
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available / ranks
 
 
 def disk(context: Context, name: str) -> Finding:

@@ -63,20 +63,26 @@ def longest_prompt(context: Context) -> int:
 
 
 def needed(config: RunConfig, prompt: int) -> Need:
-    """What a rank takes; `prompt`: tokens of the longest."""
+    """What a rank takes; `prompt`: tokens of the longest.
+
+    Beside two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% high;
+    Python and torch themselves, half a GiB, are not in it.
+    """
     model, engine, stage = config.model, config.engine, config.stage
     number = FULL if engine.precision == "fp32" else HALF
     tokens = tokens_of_pass(config)
     head = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size)) * model.vocab_size * FULL * LOGIT_COPIES
     layers = model.num_hidden_layers
-    held = tokens * number * (layers * model.hidden_size + layer_numbers(model))
-    kept = tokens * number * layers * layer_numbers(model)
+    dense, moe = layer_numbers(model)
+    kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
+    if engine.recompute:  # each layer's input, and one layer with the gradients of what it keeps
+        kept = layers * model.hidden_size + 2 * max(dense, moe)
     cache = 0.0
     if isinstance(stage, RLConfig):
         slots = min(stage.sampling.slots, -(-stage.prompts_per_step * stage.group_size // engine.ranks))
         length = min(prompt + stage.sampling.max_tokens, model.max_position_embeddings)
         cache = slots * length * layers * (model.kv_lora_rank + model.qk_rope_head_dim) * number
-    return Need(states(config), held if engine.recompute else kept, head, cache)
+    return Need(states(config), tokens * number * kept, head, cache)
 
 
 def states(config: RunConfig) -> float:
@@ -105,15 +111,16 @@ def tokens_of_pass(config: RunConfig) -> int:
     return rows * length
 
 
-def layer_numbers(model: ModelConfig) -> int:
-    """Numbers that one layer keeps of a token for its backward pass: inputs of norms, products and SwiGLU."""
+def layer_numbers(model: ModelConfig) -> tuple[int, int]:
+    """Numbers that a dense and an MoE layer keep of a token for the backward pass: inputs of norms, products
+    and SwiGLU."""
     d, heads = model.hidden_size, model.num_attention_heads
     key = model.qk_nope_head_dim + model.qk_rope_head_dim
     attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
     attention += model.kv_lora_rank + model.qk_rope_head_dim
     experts = model.num_experts_per_tok + model.n_shared_experts
     routed = experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
-    return attention + max(routed, 3 * model.intermediate_size)
+    return attention + 3 * model.intermediate_size, attention + routed
 
 
 def available(device: torch.device, ranks: int) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from r1pipe import completion
-from r1pipe.errors import ConfigError, R1pipeError
+from r1pipe.errors import R1pipeError
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
@@ -61,12 +61,9 @@ def run(
     new one starts.
     """
     from r1pipe import pipeline
-    from r1pipe.config.groups import options
+    from r1pipe.config.groups import with_stage
 
-    given = overrides or []
-    if not any(line.startswith("stage=") for line in given):
-        raise ConfigError(f"which stage? give stage=NAME; known: {', '.join(options('stage'))}")
-    config = composed(given)
+    config = composed(with_stage(overrides or []))
     if dry_run:
         print(pipeline.dry_run(config, fresh))
         return 0
@@ -83,6 +80,21 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
         compare.show([compare.row(placed.run)])
         print(f"run folder: {placed.run.path}")
     return code
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with all checks, for scripts.")] = False,
+) -> int:
+    """Look a stage over before it runs, in a minute: doctor stage=grpo
+
+    Exit code 1 if a check failed: each is told with what was measured and the remedy.
+    """
+    from r1pipe import examine
+    from r1pipe.config.groups import with_stage
+
+    return examine.doctor(with_stage(overrides or []), as_json)
 
 
 @app.command()

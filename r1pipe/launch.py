@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -95,10 +95,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def script(name: str, arguments: list[str]) -> int:
-    """Run a script of stages/ that needs no DeepSpeed, on this terminal; its exit code."""
+def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
+    """Run a script of stages/ that needs no launcher, on this terminal or into a log; its exit code."""
     line = [sys.executable, str(stages_dir() / name), *arguments]
-    return subprocess.run(line, env={**os.environ, "PYTHONPATH": module_path()}, check=False).returncode
+    variables = {**os.environ, "PYTHONPATH": module_path()}
+    return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
 
 
 class Job:

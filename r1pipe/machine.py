@@ -146,16 +146,27 @@ def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
 
 def must_have_room(config: RunConfig) -> None:
     """Raises EnvironmentProblem where the disk cannot hold this run's checkpoints."""
+    needed, free = room(config)
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{Path(config.root)} has {free // MEBIBYTE:,} MiB free, but {config.stage.keep + 1} checkpoints "
+            f"take up to {needed // MEBIBYTE:,} MiB; free some, give root=DIR on another disk, or lower "
+            "stage.keep"
+        )
+
+
+def room(config: RunConfig) -> tuple[int, int]:
+    """Bytes that the run's checkpoints take at most, and bytes free where they will be written."""
     weights, optimizer = 4, 12  # bytes per parameter at most: float32; masters and AdamW's two moments
     kept = config.stage.keep + 1  # the new one is written before the oldest goes
     needed = parameters(config.model) * (weights + optimizer) * kept + 64 * MEBIBYTE
-    root = Path(config.root)
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{root} has {free // MEBIBYTE:,} MiB free, but {kept} checkpoints take up to "
-            f"{needed // MEBIBYTE:,} MiB; free some, give root=DIR on another disk, or lower stage.keep"
-        )
+    return needed, shutil.disk_usage(existing(Path(config.root))).free
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.resolve()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def parameters(model: ModelConfig) -> int:

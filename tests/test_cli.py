@@ -17,6 +17,7 @@ from r1pipe.paths import stages_dir
 
 VERBS = [
     "run",
+    "doctor",
     "reproduce",
     "config",
     "eval",

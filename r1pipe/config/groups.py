@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from r1pipe.errors import ConfigError
 from r1pipe.paths import conf_dir
 
 GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires")
@@ -12,6 +13,13 @@ GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires")
 def options(group: str) -> list[str]:
     """The names that `group=NAME` takes; folders below a group hold shared parts, not options."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def with_stage(overrides: list[str]) -> list[str]:
+    """The overrides as they are. Raises ConfigError where they choose no stage."""
+    if not any(line.startswith("stage=") for line in overrides):
+        raise ConfigError(f"which stage? give stage=NAME; known: {', '.join(options('stage'))}")
+    return overrides
 
 
 @cache

@@ -1,0 +1,206 @@
+"""What the checks look at: made when first asked for, so that a stage pays only for its own checks."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from r1pipe.config.groups import read
+from r1pipe.config.schema import RejectionConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config.typed import build
+from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source, open_data
+from r1pipe.engine import Engine
+from r1pipe.errors import DataError, EnvironmentProblem
+from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.ranks import choose_device
+from r1pipe.records import Group, Prompt, Trace
+from r1pipe.rl.batch import Rollout, rollouts_of
+from r1pipe.rl.loop import GRPO
+from r1pipe.rl.update import update
+from r1pipe.run import Run
+
+SEED = 0  # of what is drawn from the data
+
+
+@dataclass
+class Band:
+    """From where on a number is a warning or a failure; where `fail` is less than `warn`, low is bad."""
+
+    warn: float
+    fail: float
+
+    def grade(self, number: float) -> str:
+        sign = 1 if self.fail >= self.warn else -1
+        if sign * number > sign * self.fail or math.isnan(number):
+            return FAIL
+        return WARN if sign * number > sign * self.warn else PASS
+
+
+@dataclass
+class Limits:
+    """conf/doctor/limits.yaml, where each is explained."""
+
+    rows: int
+    judged: int
+    probe_prompts: int
+    probe_group: int
+    probe_tokens: int
+    probe_lr: float
+    good_share: float
+    swapped: float
+    ngram: int
+    covered: float
+    overlap: Band
+    duplicates: Band
+    too_long: Band
+    truncation: Band
+    variance: Band
+    opens: Band
+    logprob_gap: dict[str, Band]
+    memory: Band
+    helpful: Band
+    harmless: Band
+
+
+def limits() -> Limits:
+    return build(Limits, read("doctor/limits"), "doctor")
+
+
+def graded(name: str, number: float, band: Band, value: str, remedy: str) -> Finding:
+    """A finding whose verdict is the band's; the remedy only where there is something to mend."""
+    status = band.grade(number)
+    return Finding(name, status, value, "" if status == PASS else remedy)
+
+
+@dataclass
+class Probe:
+    """Completions of a few training prompts, scored, and as the update reads them."""
+
+    groups: list[Group]
+    rollouts: list[Rollout]
+
+
+class Context:
+    """One stage's config with its temporary run folder, and what the checks share."""
+
+    def __init__(self, run: Run[Any], limits: Limits):
+        self.run, self.config, self.limits = run, run.config, limits
+
+    @cached_property
+    def chat(self) -> Chat:
+        return self.run.load_chat()
+
+    @cached_property
+    def data(self) -> Source:
+        return open_data(self.config.data, self.config.seed)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Problems to train on, at most `limits.rows`."""
+        return self.data.prompts("train", self.limits.rows, SEED)
+
+    @cached_property
+    def held_out(self) -> list[Prompt]:
+        """The problems that the stage is evaluated on."""
+        evaluation = self.config.stage.eval
+        return self.data.prompts(evaluation.split, evaluation.problems, SEED)
+
+    @cached_property
+    def traces(self) -> list[Trace]:
+        """What a fine-tuning stage learns from, at most `limits.rows`; none for other stages.
+
+        Rejection sampling makes its own, of prompts.
+        """
+        stage = self.config.stage
+        if not isinstance(stage, SFTConfig):
+            return []
+        wanted = min(stage.traces, self.limits.rows)
+        return self.data.traces(wanted, SEED, stage.styles, stage.correct_only)
+
+    @cached_property
+    def solved(self) -> list[Trace]:
+        """A few right, worked solutions in the right format; none where the data has none."""
+        try:
+            return self.data.traces(self.limits.judged, SEED, {}, True)
+        except DataError:
+            return []
+
+    @cached_property
+    def trial(self) -> Run[Any]:
+        """The run as the probe sees it: short, without a reference, and with a step that shows."""
+        return Run(self.run.folder, small := shortened(self.config, self.limits), small.stage)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the job would compute. Raises EnvironmentProblem where that is not there."""
+        device = choose_device(self.config.engine.accelerator)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise EnvironmentProblem(
+                "engine.accelerator=cuda, but torch sees no GPU; mend driver or torch, or set "
+                "engine.accelerator=cpu (engine=cpu)"
+            )
+        return device
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The policy in DeepSpeed, as the stage trains it, alone on this machine."""
+        self.device  # noqa: B018 - it tells in one line what DeepSpeed would tell in many
+        policy = self.trial.load_model(self.config.weights_from)
+        if isinstance(self.config.stage, RLConfig):
+            policy.freeze_mtp()
+        stage = self.trial.stage
+        return Engine(policy, stage.optim, stage.router, self.config.engine, total_steps=2)
+
+    @cached_property
+    def loop(self) -> GRPO:
+        return GRPO(self.trial, self.engine, None, self.chat, self.data, {}, dict)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Drawn from the weights as they are: to be asked for before anything trains them."""
+        return self.draw()
+
+    def draw(self) -> Probe:
+        prompts, _ = self.loop.reasoning.take(0, self.trial.stage.prompts_per_step)
+        tokens, completions = self.loop.rollout(prompts)
+        groups = self.loop.score(prompts, completions)
+        return Probe(groups, rollouts_of(groups, tokens))
+
+    @cached_property
+    def trained(self) -> dict[str, float]:
+        """The metrics of one optimizer step on the probe."""
+        # every second completion up, every other down: a step that moves weights, whatever was earned
+        turned = [
+            replace(rollout, advantage=1.0 if i % 2 else -1.0, scored=True)
+            for i, rollout in enumerate(self.probe.rollouts)
+        ]
+        return update(self.engine, turned, self.trial.stage, None)
+
+
+def shortened(config: RunConfig, limits: Limits) -> RunConfig:
+    """The config with a stage of one small step; other than RL's only the learning rate is touched."""
+    stage = config.stage
+    rate = max(stage.optim.lr, limits.probe_lr)
+    optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0)
+    stage = replace(stage, optim=optim)
+    if isinstance(stage, RLConfig):
+        sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
+        stage = replace(
+            stage,
+            prompts_per_step=limits.probe_prompts,
+            group_size=min(stage.group_size, limits.probe_group),
+            minibatches=1,
+            inner_epochs=1,
+            max_steps=1,
+            sampling=sampling,
+            preference=None,
+        )
+    return replace(config, stage=stage)
+
+
+def learns_from_traces(config: RunConfig) -> bool:
+    """Whether the stage packs examples of `sequence_length` tokens."""
+    return isinstance(config.stage, SFTConfig | RejectionConfig)

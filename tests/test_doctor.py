@@ -1,0 +1,460 @@
+"""`r1pipe doctor`: a healthy stage passes, and each check finds the fault that is planted for it."""
+
+import copy
+import json
+import math
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import House
+from tiny_runs import load_stage, tiny_config, tiny_run
+from tokenizers import Tokenizer
+
+from r1pipe import checkpoints, examine, lineage, machine, rewards
+from r1pipe.config import read_config
+from r1pipe.config.schema import ParentRef
+from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat
+from r1pipe.doctor import CHECKS, Context, policy, resources
+from r1pipe.doctor import examine as look_over
+from r1pipe.doctor.context import Band, limits
+from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.model import DeepseekV3, save_pretrained
+from r1pipe.paths import RunFolder, content_dir
+from r1pipe.records import Prompt, Score, Status
+from r1pipe.rewards.models import RewardModel, save_reward_model
+from r1pipe.run import Run
+
+GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
+Make = Callable[..., Context]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Make:
+    """A context of a tiny model with random weights, and of small draws."""
+
+    def make(*overrides: str, weights: ParentRef | None = None, **reads: ParentRef) -> Context:
+        folder = RunFolder(tiny_run(tmp_path / "run", *overrides, weights=weights, **reads))
+        config = read_config(folder.config)
+        small = replace(limits(), rows=40, judged=4, probe_prompts=2, probe_group=2)
+        return Context(Run(folder, config, config.stage), small)
+
+    return make
+
+
+def found(context: Context, name: str) -> Finding:
+    finding = CHECKS[name].look(context, name)
+    assert finding.name == name and bool(finding.remedy) == (finding.status != PASS)
+    return finding
+
+
+def by_name(context: Context) -> dict[str, Finding]:
+    return {finding.name: finding for finding in look_over(context)}
+
+
+def test_a_band_grades_in_both_directions() -> None:
+    high, low = Band(warn=0.1, fail=0.5), Band(warn=0.5, fail=0.1)
+    assert [high.grade(x) for x in (0.1, 0.3, 0.6)] == [PASS, WARN, FAIL]
+    assert [low.grade(x) for x in (0.5, 0.3, 0.05)] == [PASS, WARN, FAIL]
+    assert [low.grade(float("nan")), high.grade(float("nan"))] == [FAIL, FAIL]
+
+
+def test_a_stage_that_only_lacks_training_passes_all_that_is_not_of_the_policy(context: Make) -> None:
+    verdicts = {name: finding.status for name, finding in by_name(context(*GRPO)).items()}
+    assert list(verdicts) == list(CHECKS)
+    untrained = {"truncation": FAIL, "variance": WARN, "opens <think>": WARN}
+    assert verdicts == dict.fromkeys(CHECKS, PASS) | untrained
+
+
+@pytest.mark.parametrize("stage", ["cold_start", "rejection_sft", "pretrain", "base", "reward_model"])
+def test_other_stages_have_fewer_checks_and_pass_them(context: Make, stage: str) -> None:
+    seen = by_name(context(f"stage={stage}"))
+    assert {name for name, check in CHECKS.items() if check.kinds == CHECKS["variance"].kinds} & set(
+        seen
+    ) == set()
+    assert {finding.status for finding in seen.values()} == {PASS}, seen
+
+
+# --- data
+
+
+def rows_file(path: Path, **changed: str) -> Path:
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"It is\n#### {2 * i}"} for i in range(60)]
+    rows[7] |= changed
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_row_without_its_gold_answer_fails_once_and_holds_up_the_rest(
+    context: Make, tmp_path: Path
+) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", answer="It is fourteen")
+    seen = by_name(context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]"))
+    assert seen["data"].status == FAIL and "rows.jsonl line 8" in seen["data"].remedy
+    assert (seen["gold answers"].status, seen["gold answers"].value) == (WARN, "not measured")
+    assert seen["gold answers"].remedy == "first mend: data" and seen["disk"].status == PASS
+
+
+def test_a_missing_column_is_told(context: Make, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "What is 1 + 1?", "answer": "#### 2"}\n')
+    data = by_name(context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]"))["data"]
+    assert data.status == FAIL and "question" in data.remedy and "query" in data.remedy
+
+
+def test_a_gold_answer_that_nothing_can_match(context: Make) -> None:
+    examined = context(*GRPO)
+    examined.prompts = [*examined.prompts, Prompt("word-0", "word", "en", "How many?", "?!")]
+    gold = found(examined, "gold answers")
+    assert gold.status == FAIL and "word-0" in gold.remedy
+
+
+def test_rows_that_stand_there_twice(context: Make) -> None:
+    examined = context(*GRPO)
+    again = [replace(p, question=f"  {p.question} !") for p in examined.prompts[:20]]
+    examined.prompts = examined.prompts + again
+    assert found(examined, "duplicates").status == FAIL
+    examined.prompts = examined.prompts[:41]
+    assert found(examined, "duplicates").status == WARN
+
+
+def test_evaluation_questions_in_the_training_data_whole_and_in_part(context: Make) -> None:
+    examined = context(*GRPO)
+    words = " ".join(f"w{i}" for i in range(30))
+    examined.held_out = [
+        Prompt("a", "word", "en", f"{words} 17 ?", "1"),
+        Prompt("b", "word", "en", "Why?", "2"),
+    ]
+    assert found(examined, "overlap").status == PASS
+    examined.prompts = [*examined.prompts, Prompt("c", "word", "en", f"First: {words} 18 ?", "3")]
+    part = found(examined, "overlap")
+    assert part.status == FAIL and "1 more in 80% of their 13-grams" in part.value
+    examined.prompts = [*examined.prompts, Prompt("d", "word", "en", "why", "2")]
+    whole = found(examined, "overlap")
+    assert whole.status == FAIL and "1 of 2 evaluation questions are trained on" in whole.value
+
+
+# --- rewards and template
+
+
+def chat_with(template: str = "", special: tuple[str, ...] = ()) -> Chat:
+    folder = content_dir() / "tokenizer"
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["special"] |= token["content"] in special
+    own = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    return Chat(Tokenizer.from_str(json.dumps(content)), template or own)
+
+
+def test_think_tags_that_decoding_drops_cost_the_format_reward(context: Make) -> None:
+    examined = context(*GRPO)
+    examined.chat = chat_with(special=(THINK, END_THINK))
+    lost = found(examined, "rewards")
+    assert lost.status == FAIL and "format gives 0.00" in lost.remedy
+
+
+def test_a_reward_that_pays_for_anything(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rewards.TABLE, "format", lambda prompt, completion: Score(1.0))
+    paid = found(context(*GRPO), "rewards")
+    assert paid.status == FAIL and "useless ones up to 1.00" in paid.value
+
+
+def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stated(prompt: Prompt, completion: Any) -> Score:
+        return Score(float(completion.text.startswith(THINK)))
+
+    monkeypatch.setattr(rewards, "accuracy_reward", stated)
+    lenient = found(context(*GRPO), "rewards")
+    assert lenient.status == FAIL and "does not tell right from wrong" in lenient.remedy
+
+
+def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl")
+    examined = context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]")
+    examined.solved = []
+    assert found(examined, "rewards").status == PASS
+
+
+def test_a_template_that_opens_think_itself(context: Make) -> None:
+    examined = context(*GRPO)
+    own = examined.chat._source
+    examined.chat = chat_with(
+        template=own.replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>\n{% endif %}")
+    )
+    assert examined.chat._source != own
+    opened = found(examined, "opens <think>")
+    assert (opened.status, opened.value) == (FAIL, "the template does")
+
+
+def test_an_end_that_cannot_be_learned(context: Make) -> None:
+    examined = context(*GRPO)
+    examined.chat.pad_id = examined.chat.eos_id
+    assert "also the filling" in found(examined, "end of sequence").remedy
+    del examined.chat
+    examined.config = replace(examined.config, model=replace(examined.config.model, vocab_size=1100))
+    assert "raise model.vocab_size" in found(examined, "end of sequence").remedy
+
+
+def test_an_end_that_the_weights_do_not_stop_at(context: Make, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_pretrained(DeepseekV3(tiny_config(*GRPO).model, torch.Generator().manual_seed(0)), base)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(content_dir() / "tokenizer" / name, base / name)
+    (base / "generation_config.json").write_text('{"eos_token_id": 5}')
+    checkpoints.write_manifest(base)
+    seen = found(context(*GRPO, weights=lineage.of_folder(base)), "end of sequence")
+    assert seen.status == FAIL and "ends at (5,)" in seen.remedy
+
+
+def test_prompts_and_examples_that_do_not_fit(context: Make) -> None:
+    tight = found(context(*GRPO, "model.max_position_embeddings=32"), "lengths")
+    assert tight.status == FAIL and "are over 8 tokens" in tight.value
+
+
+def test_examples_that_do_not_fit(context: Make) -> None:
+    tight = found(context("stage=cold_start", "stage.sequence_length=20"), "lengths")
+    assert tight.status == FAIL and "stage.sequence_length" in tight.remedy
+
+
+# --- the policy
+
+
+def test_completions_that_are_cut_off(context: Make) -> None:
+    cut = found(context(*GRPO), "truncation")
+    assert (cut.status, cut.value) == (FAIL, "100% of 4 completions are cut off at 24 tokens")
+
+
+def test_a_cut_of_the_probes_own_only_warns(context: Make) -> None:
+    examined = context("stage=grpo", "stage.sampling.max_tokens=100")
+    examined.limits.probe_tokens = 24
+    cut = found(examined, "truncation")
+    assert cut.status == WARN and "the stage allows 100" in cut.remedy
+
+
+def probed(context: Make, *accuracies: float, status: Status = Status.SCORED) -> Finding:
+    """What is said of a probe whose groups' completions earn these accuracies."""
+    examined = context(*GRPO)
+    for group in examined.probe.groups:
+        scores = [Score(accuracy, status, "the sandbox is gone") for accuracy in accuracies]
+        group.scores = [{"accuracy": score} for score in scores]
+        group.rewards = [s.value if s.status is Status.SCORED else math.nan for s in scores]
+    return found(examined, "variance")
+
+
+def test_groups_that_teach(context: Make) -> None:
+    assert probed(context, 0.0, 1.0).status == PASS
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_groups_without_variance(context: Make, accuracy: float) -> None:
+    same = probed(context, accuracy, accuracy)
+    assert same.status == FAIL and "0% of 2 groups differ" in same.value
+
+
+def test_a_probe_that_no_verifier_could_score(context: Make) -> None:
+    lost = probed(context, 0.0, 0.0, status=Status.INFRASTRUCTURE_FAILED)
+    assert lost.status == FAIL and "the sandbox is gone" in lost.remedy
+
+
+def test_a_sampler_whose_probabilities_are_off(context: Make) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "logprobs").status == PASS
+    del examined.trained
+    for rollout in examined.probe.rollouts:
+        rollout.old = [logprob + 0.1 for logprob in rollout.old]
+    off = found(examined, "logprobs")
+    assert off.status == FAIL and "nats a token apart" in off.value
+
+
+def test_a_sampler_that_keeps_the_old_weights(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = context(*GRPO)
+    stale = copy.deepcopy(examined.engine.module)
+
+    @contextmanager
+    def gathered(engine: Any) -> Iterator[Any]:
+        yield stale
+
+    monkeypatch.setattr(type(examined.engine), "gathered", gathered)
+    assert found(examined, "logprobs").status == PASS
+    assert found(examined, "after a weight sync").status == FAIL
+
+
+def test_a_step_too_small_to_show_is_told(context: Make) -> None:
+    examined = context(*GRPO, "stage.optim.lr=1e-12", "stage.optim.min_lr=0")
+    examined.limits.probe_lr = 1e-12
+    assert found(examined, "after a weight sync").status == WARN
+
+
+def test_a_checkpoint_that_is_not_what_was_saved(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(model: DeepseekV3, folder: Path) -> None:
+        changed = copy.deepcopy(model)
+        changed.lm_head.weight.data[0, 0] += 1
+        save_pretrained(changed, folder)
+
+    examined = context(*GRPO)
+    assert found(examined, "save and load").status == PASS
+    monkeypatch.setattr(policy, "save_pretrained", lossy)
+    lost = found(examined, "save and load")
+    assert lost.status == FAIL and "lm_head.weight" in lost.remedy
+
+
+# --- resources
+
+
+def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = context(*GRPO)
+    config = examined.config
+    need = resources.needed(config, 100)
+    wide = replace(config, model=replace(config.model, vocab_size=2 * config.model.vocab_size))
+    assert resources.needed(wide, 100).logits == 2 * need.logits > 0
+    bound = replace(config, stage=replace(config.stage, kl_coef=0.0))
+    assert need.states - resources.needed(bound, 100).states == 4 * machine.parameters(config.model)
+    deep = replace(config, model=replace(config.model, num_hidden_layers=12))  # one layer is held whole
+    saving = replace(deep, engine=replace(config.engine, recompute=True))
+    assert resources.needed(saving, 100).activations < resources.needed(deep, 100).activations / 2
+    monkeypatch.setattr(resources, "available", lambda device, ranks: need.peak / 2)
+    short = found(examined, "memory")
+    assert short.status == FAIL and "logits" in short.value and "stage.micro_tokens" in short.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(context: Make) -> None:
+    seen = by_name(context(*GRPO, "engine.accelerator=cuda"))
+    assert seen["device"].status == FAIL and "torch sees no GPU" in seen["device"].remedy
+    assert {seen[name].remedy for name in ("truncation", "memory")} == {"first mend: device"}
+
+
+def test_a_full_disk(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    full = found(context(*GRPO), "disk")
+    assert full.status == FAIL and "stage.keep" in full.remedy
+
+
+# --- reward models
+
+
+@pytest.fixture
+def untaught(tmp_path: Path) -> Path:
+    """A finished reward_model checkpoint whose helpfulness model scores all alike."""
+    folder = tmp_path / "reward_model"
+    (folder / "helpful").mkdir(parents=True)
+    model = DeepseekV3(tiny_config(*GRPO).model, torch.Generator().manual_seed(0))
+    save_reward_model(RewardModel(model), folder / "helpful")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(content_dir() / "tokenizer" / name, folder / name)
+    checkpoints.write_manifest(folder)
+    return folder
+
+
+def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) -> None:
+    examined = context("stage=all_scenario", reward_model=lineage.of_folder(untaught))
+    poor = found(examined, "reward models")
+    assert poor.status == FAIL and "helpful: 50%" in poor.value and "harmless: none" in poor.value
+
+
+def test_a_reward_model_whose_file_has_changed(context: Make, untaught: Path) -> None:
+    parent = lineage.of_folder(untaught)
+    weights = untaught / "helpful" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    seen = by_name(context("stage=all_scenario", reward_model=parent))["reward models"]
+    assert seen.status == FAIL and "is not what was saved" in seen.remedy
+
+
+# --- the command
+
+
+SCRIPT = """import json, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+if json.loads((folder / "config.json").read_text())["seed"] == 7:
+    (folder / "error.txt").write_text("this cannot be\\n")
+    sys.exit(2)
+assert json.loads((folder / "config.json").read_text())["seed"] != 8
+status = "fail" if json.loads((folder / "config.json").read_text())["seed"] else "pass"
+row = {"name": "data", "status": status, "value": "[bold]none", "remedy": "add some"}
+(folder / "findings.json").write_text(json.dumps([row]))
+print("noise of a library")
+"""
+
+
+@pytest.fixture
+def quick(house: House, tmp_path: Path) -> House:
+    (tmp_path / "stages" / "doctor.py").write_text(SCRIPT)
+    return house
+
+
+WORDS = ["doctor", "stage=grpo", "parent=pretrain"]
+
+
+def test_the_table_and_the_exit_code(quick: House, capsys: pytest.CaptureFixture) -> None:
+    assert quick.call(*WORDS) == 0
+    out = capsys.readouterr().out
+    assert "[bold]none" in out and "add some" in out and "grpo: 3 pass, 0 warn, 0 fail" in out
+    assert quick.call(*WORDS, "seed=1") == 1
+    assert not quick.runs(), "it leaves no run behind"
+
+
+def test_json_is_all_that_is_printed(quick: House, capsys: pytest.CaptureFixture) -> None:
+    assert quick.call(*WORDS, "seed=1", "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["stage"], told["failed"]) == ("grpo", True)
+    assert [row["name"] for row in told["checks"]] == ["data", "launcher", "tracker"]
+
+
+def test_a_script_that_cannot_begin_is_one_line(quick: House, capsys: pytest.CaptureFixture) -> None:
+    assert quick.call(*WORDS, "seed=7") == 2
+    assert capsys.readouterr().err == "this cannot be\n"
+
+
+def test_a_script_that_breaks_leaves_its_log(
+    quick: House, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examine.tempfile, "tempdir", str(tmp_path))
+    assert quick.call(*WORDS, "seed=8") == 1
+    told = capsys.readouterr().err
+    assert "AssertionError" in told and Path(told.split("its whole log: ")[1].strip()).exists()
+    assert quick.call(*WORDS, "seed=7") == 2
+    assert len(list(tmp_path.glob("r1pipe-doctor-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["doctor"], "which stage?"),
+        (["doctor", "stage=grop"], "did you mean grpo?"),
+        (["doctor", "stage=grpo", "parent=nowhere"], "no checkpoint nowhere"),
+        (["doctor", "stage=grpo", "parent=pretrain", "model=small"], "give model=laptop"),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_code_2(
+    quick: House, capsys: pytest.CaptureFixture, words: list[str], told: str
+) -> None:
+    assert quick.call(*words) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
+
+
+def test_a_tracker_that_does_not_answer() -> None:
+    away = examine.tracks("tracker", tiny_config(*GRPO, "tracking.uri=http://127.0.0.1:9"))
+    assert away.status == FAIL and "no MLflow server" in away.remedy
+    assert examine.tracks("tracker", tiny_config(*GRPO)).status == PASS
+
+
+def test_a_launcher_without_its_hostfile() -> None:
+    words = ["engine.hostfile=/nowhere/hosts", "engine.launcher=pdsh"]
+    lost = examine.launches("launcher", tiny_config(*GRPO, *words))
+    assert lost.status == FAIL and "does not exist" in lost.remedy
+
+
+def test_the_script_writes_its_findings(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path / "run", "stage=cold_start")
+    load_stage("doctor").main(str(folder))
+    rows = json.loads((folder / "findings.json").read_text())
+    assert {row["name"] for row in rows} >= {"data", "rewards", "save and load", "memory"}

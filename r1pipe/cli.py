@@ -4,7 +4,6 @@ Every error that a user can cause ends here, as one line and exit code 2.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +12,7 @@ import typer
 
 from r1pipe import completion
 from r1pipe.errors import R1pipeError
+from r1pipe.overrides import composed, pipeline_in, split
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
@@ -39,12 +39,6 @@ Checkpoint = Annotated[
         autocompletion=completion.checkpoints,
     ),
 ]
-
-
-def composed(overrides: list[str]) -> "RunConfig":
-    from r1pipe.config.compose import compose
-
-    return compose(overrides).config
 
 
 @app.command()
@@ -245,20 +239,6 @@ def compare(
         print(table.as_json(rows))
     else:
         table.show(rows)
-
-
-def split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Other words, and overrides: those that begin with a key of the config and `=`."""
-    from r1pipe.config.compose import TOP_KEYS
-
-    overrides = [word for word in words if "=" in word and re.split(r"[.=]", word)[0] in TOP_KEYS]
-    return [word for word in words if word not in overrides], overrides
-
-
-def pipeline_in(overrides: list[str]) -> str | None:
-    """The one pipeline that the overrides ask for; without such a wish, all of them."""
-    asked = any(line.partition("=")[0] in ("pipeline", "recipe", "seed") for line in overrides)
-    return composed(overrides).pipeline if asked else None
 
 
 @app.command()

@@ -166,7 +166,7 @@ class Context:
     def draw(self) -> Probe:
         prompts, _ = self.loop.reasoning.take(0, self.trial.stage.prompts_per_step)
         tokens, completions = self.loop.rollout(prompts)
-        groups = self.loop.score(prompts, completions)
+        groups = self.loop.score(prompts, tokens, completions)
         return Probe(groups, rollouts_of(groups, tokens))
 
     @cached_property

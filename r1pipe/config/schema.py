@@ -28,6 +28,7 @@ __all__ = [
     "FilterConfig",
     "ModelConfig",
     "OptimConfig",
+    "PPOConfig",
     "ParentRef",
     "PreferenceConfig",
     "PretrainConfig",
@@ -105,11 +106,27 @@ class PreferenceConfig:
 
 
 @dataclass
-class RLConfig(StageConfig):
-    """GRPO (DeepSeekMath section 4.1; R1 section 2.2)."""
+class PPOConfig:
+    """The value model beside the policy, and what is made of its values (DeepSeekMath section 4.1.1)."""
 
+    gamma: float  # discount of each further token's reward
+    gae_lambda: float  # of generalised advantage estimation: 1 trusts what was earned, 0 the value model
+    whiten: bool  # shift and scale a step's advantages, over all its tokens, to mean 0 and deviation 1
+    value_lr_factor: float  # the value model's learning rate over the policy's, along the same schedule
+    value_clip: (
+        float | None
+    )  # a value's loss stops where it moves further in a step; null: plain squared error
+    value_warmup_steps: int  # first steps in which the value model learns alone
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """GRPO (DeepSeekMath section 4.1; R1 section 2.2), or PPO with a value model (section 4.1.1)."""
+
+    algorithm: str  # the file in conf/stage/part/algorithm/, whose values these are: grpo, ppo
+    ppo: PPOConfig | None  # with algorithm=ppo only
     prompts_per_step: int  # questions per step, all ranks together
-    group_size: int  # G completions per question
+    group_size: int  # G completions per question; ppo: 1 or more
     minibatches: int  # optimizer steps per rollout batch and inner epoch
     inner_epochs: int  # passes over one rollout batch
     loss: str  # the file in conf/stage/part/loss/, whose values these are: grpo, dr_grpo, dapo, gspo, cispo

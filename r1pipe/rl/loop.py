@@ -1,4 +1,4 @@
-"""The GRPO loop: prompts -> rollout -> score -> advantages -> update (DeepSeekMath, algorithm 1)."""
+"""The loop of GRPO and PPO: prompts -> rollout -> score -> advantages -> update (DeepSeekMath, alg. 1)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rl.batch import rollouts_of
+from r1pipe.rl.batch import Rollout, rollouts_of
+from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.rows import Row, rows_of, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
@@ -25,6 +26,7 @@ from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
 
 Metrics = dict[str, float]
+CRITIC = "critic"  # the folder of the value model's engine within a checkpoint's state for resume
 ON_SCREEN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "length": "rollout/length_mean"}
 
 
@@ -50,10 +52,12 @@ class GRPO:
         data: Source,
         judges: Judges,
         short_evaluation: Callable[[], Metrics],
+        critic: Critic | None = None,
     ):
-        """`judges` score general prompts; without a `reference` there is no KL."""
+        """`judges` score general prompts; without a `reference` there is no KL; with a `critic` it is PPO."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
+        self.critic, self.beside = critic, {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.state = LoopState()
         self.reasoning = self._stream(data.prompts, "reasoning prompts")
@@ -73,15 +77,31 @@ class GRPO:
         """P prompts of this rank, G completions each, and what is learned from them."""
         metrics: Metrics = {}
         tokens, groups = self._draw(metrics)
+        estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
-        with self._timed("update", metrics):
-            rollouts = rollouts_of(groups, tokens)
-            metrics |= update(self.engine, rollouts, self.config, self.reference)
-        [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
-        metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
+        if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
+            with self._timed("update", metrics):
+                rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
+                metrics |= update(self.engine, rollouts, self.config, self.reference)
+            [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
+            metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
+        if self.critic and estimated is not None:
+            with self._timed("value", metrics):
+                metrics |= self.critic.learn(estimated)
         self._end_step(rows, metrics)
+
+    def _estimate(
+        self, groups: list[Group], tokens: list[list[int]], metrics: Metrics
+    ) -> list[Rollout] | None:
+        """PPO: the groups as rollouts whose tokens have advantages by the value model's estimates."""
+        if self.critic is None:
+            return None
+        with self._timed("value", metrics):
+            rollouts, found = self.critic.estimate(groups, tokens, self.reference)
+        metrics |= found
+        return rollouts
 
     def _draw(self, metrics: Metrics) -> tuple[list[list[int]], list[Group]]:
         """This rank's scored groups, and their prompts as token ids; `trained` says which to learn from.
@@ -146,7 +166,7 @@ class GRPO:
                 overlong_punishment(len(completion.tokens), longest, config.overlong)
                 for completion in completions
             ]
-        if self.reference and config.kl_in == "reward":
+        if self.reference and config.kl_in == "reward" and not self.critic:  # the critic takes it off tokens
             shaping["kl"] = kl_of_completions(self.reference, tokens, completions, config, self.engine.device)
         unfinished = config.rewards.unfinished
         return score_groups(
@@ -200,7 +220,7 @@ class GRPO:
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if last or (config.save_every and state.step % config.save_every == 0):
-            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export)
+            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export, self.beside)
 
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)
@@ -208,7 +228,7 @@ class GRPO:
             self.reference.save(folder / ENGINE / "reference")
 
     def _resume(self) -> None:
-        step, saved = self.run.resume(self.engine)
+        step, saved = self.run.resume(self.engine, self.beside)
         if step:
             self.state = LoopState(**saved)
             if self.reference and self.state.reference_step:

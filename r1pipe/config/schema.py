@@ -139,7 +139,7 @@ class RLConfig(StageConfig):
     importance_cap: float  # truncated importance sampling between sampler and trainer, at most this; 0: none
     kl_coef: float  # weight of the KL to the reference; 0: no KL and no reference
     kl_estimator: str  # "k1" (log ratio), "k2" (its square, halved) or "k3" (DeepSeekMath's)
-    kl_in: str  # "loss", or "reward": taken off it before the group's advantages
+    kl_in: str  # "loss", or "reward": taken off it before the group's advantages (ppo: off each token's)
     reference_every: int  # steps after which the policy replaces the reference; 0: never
     dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
     overlong: float  # last share of max_tokens in which the reward falls by 1 in all (DAPO); 0: none

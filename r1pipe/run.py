@@ -9,10 +9,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from r1pipe.paths import RunFolder, content_dir
 from r1pipe.provenance import job_record, write_json
 from r1pipe.ranks import leave_with, rank_and_world
 
+NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
 log = logging.getLogger("r1pipe")
@@ -139,10 +141,12 @@ class Run(Generic[S]):
         step: int,
         state: dict[str, Any],
         export: Callable[[Any, Path], None] = save_pretrained,
+        beside: Mapping[str, Engine] = NO_ENGINES,
     ) -> Path:
         """Write checkpoints/step-N: weights by `export`, tokenizer, the state for resume; all ranks call.
 
-        `state` is what the loop must remember, plain values; `resume` gives it back.
+        `state` is what the loop must remember, plain values; `resume` gives it back. `beside` are engines
+        that are needed for resume alone, by a name each.
         """
         target = self.folder.checkpoint(step)
         with self.phase("saving"):
@@ -155,6 +159,8 @@ class Run(Generic[S]):
             engine.save(
                 checkpoints.unfinished(target) / checkpoints.ENGINE, {"step": step, "loop": state, **clock}
             )
+            for name, other in beside.items():
+                other.save(checkpoints.unfinished(target) / checkpoints.ENGINE / name, {})
             self._put_in_place(target)
             engine.barrier()
         return target
@@ -194,7 +200,7 @@ class Run(Generic[S]):
             json.dumps(generation, indent=1) + "\n", encoding="utf-8"
         )
 
-    def resume(self, engine: Engine) -> tuple[int, dict[str, Any]]:
+    def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
 
         Metrics after that step are cut off: they will come again.
@@ -206,6 +212,8 @@ class Run(Generic[S]):
             if self.rank == 0:
                 checkpoints.verify(folder, engine=True)
             state = engine.load(folder / checkpoints.ENGINE)
+            for name, other in beside.items():
+                other.load(folder / checkpoints.ENGINE / name)
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)

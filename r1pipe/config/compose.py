@@ -2,7 +2,8 @@
 
 The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They are placed
 before the command line's overrides, so the command line always wins. Where one of the two names a loss
-(`stage.loss`), the values of its file stand in front of all that the same one gives: over whatever is below.
+(`stage.loss`) or an algorithm (`stage.algorithm`), the values of its file stand in front of all that the same
+one gives: over whatever is below, the algorithm's over the loss's.
 """
 
 import json
@@ -28,7 +29,8 @@ from r1pipe.paths import conf_dir
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
 FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
-LOSSES = "stage/part/loss"  # what `stage.loss=NAME` takes is a file in this folder of conf/
+NAMED = ("loss", "algorithm")  # what `stage.loss=NAME` takes is a file in conf/stage/part/loss, and so on
+PPO = "stage.ppo"  # the keys below it are there with stage.algorithm=ppo alone
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
 
@@ -124,19 +126,24 @@ def layered(given: list[Override], choices: dict[str, str]) -> dict[str, tuple[A
     recipe = recipe_values(choices["recipe"], choices["stage"])
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
     if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
-        named = [str(override.value()) for override in given if override.key_or_group == "stage.loss"]
-        if named:
-            layers.append(loss_values(named[-1]))
-        elif "stage.loss" in recipe:
-            layers.insert(0, loss_values(recipe["stage.loss"]))
+        below, above = [], []
+        for kind in NAMED:
+            key = f"stage.{kind}"
+            named = [str(override.value()) for override in given if override.key_or_group == key]
+            if named:
+                above.append(named_values(kind, named[-1]))
+            elif key in recipe:
+                below.append(named_values(kind, recipe[key]))
+        layers = [*below, *layers, *above]
     return {key: (value, file) for values, file in layers for key, value in values.items()}
 
 
-def loss_values(name: str) -> tuple[dict[str, Any], str]:
-    """The values that go by the name of a loss, and their file. Raises ConfigError."""
-    if name not in options(LOSSES):
-        raise ConfigError(f"stage.loss={name}: no such loss; {nearest(name, options(LOSSES))}")
-    return dict(flat(read(f"{LOSSES}/{name}"), "stage")), f"conf/{LOSSES}/{name}.yaml"
+def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
+    """The values that go by the name of a loss or an algorithm, and their file. Raises ConfigError."""
+    folder = f"stage/part/{kind}"
+    if name not in options(folder):
+        raise ConfigError(f"stage.{kind}={name}: no such {kind}; {nearest(name, options(folder))}")
+    return dict(flat(read(f"{folder}/{name}"), "stage")), f"conf/{folder}/{name}.yaml"
 
 
 def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
@@ -159,6 +166,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
         same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         above = next(part for part in upwards(key) if part in known)
         beside = [name for name in known if name.rpartition(".")[0] == above]
+        if above == PPO and not beside:
+            return ConfigError(f"{key} needs stage.algorithm=ppo")
         return ConfigError(f"{key} is no key of the config; {nearest(key, same_name or beside or [above])}")
     return ConfigError(first_line(error))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from r1pipe.config.architecture import Rules, check_all, model_rules
 from r1pipe.config.engine_rules import engine_rules, fp8_rules
+from r1pipe.config.reinforcement import rl_rules
 from r1pipe.config.schema import (
     EvalConfig,
     EvaluateConfig,
@@ -53,6 +54,7 @@ CHOICES = {
     "engine.zero_level": (0, 1, 2, 3),
     "data.kind": ("world", "files", "reasoning_gym"),
     "stage.optim.schedule": ("constant", "linear", "cosine"),
+    "stage.algorithm": ("grpo", "ppo"),
     "stage.loss": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
     "stage.ratio": ("token", "sequence"),
     "stage.surrogate": ("clipped", "weighted"),
@@ -181,57 +183,3 @@ def stage_rules(config: RunConfig) -> Rules:
             config.parent is not None,
             "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`",
         )
-
-
-def rl_rules(stage: RLConfig, ranks: int) -> Rules:
-    yield (
-        stage.prompts_per_step % ranks == 0,
-        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of engine.ranks={ranks}",
-    )
-    outputs = stage.prompts_per_step * stage.group_size
-    yield (
-        outputs % (stage.minibatches * ranks) == 0,
-        f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
-        f"stage.minibatches={stage.minibatches} on engine.ranks={ranks}",
-    )
-    yield (
-        stage.group_size >= 2,
-        f"stage.group_size={stage.group_size}: advantages compare completions of one prompt; give 2 or more",
-    )
-    yield (
-        stage.sampling.temperature > 0,
-        "stage.sampling.temperature=0 draws a group of equals; it must be above 0",
-    )
-    # the ratio compares probabilities over the whole vocabulary: draws from a part of it would bias it
-    yield (
-        stage.sampling.top_p == 1,
-        f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; "
-        "it must be 1",
-    )
-    yield from kl_rules(stage)
-    yield (
-        stage.importance_cap == 0 or stage.importance_cap >= 1,
-        f"stage.importance_cap={stage.importance_cap:g} would weigh down what is drawn as it should be; "
-        "give 1 or more, or 0 for none",
-    )
-    yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
-    yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
-    if stage.preference is not None:
-        last = stage.preference.last_steps
-        yield (
-            last <= stage.max_steps,
-            f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
-        )
-
-
-def kl_rules(stage: RLConfig) -> Rules:
-    """What says how a KL is taken needs one."""
-    yield (
-        stage.kl_coef > 0 or stage.kl_in == "loss",
-        f"stage.kl_in={stage.kl_in} needs stage.kl_coef above 0 (stage.loss={stage.loss} may set it to 0)",
-    )
-    yield (
-        stage.kl_coef > 0 or stage.kl_estimator == "k3",
-        f"stage.kl_estimator={stage.kl_estimator} needs stage.kl_coef above 0 "
-        f"(stage.loss={stage.loss} may set it to 0)",
-    )

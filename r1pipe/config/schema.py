@@ -30,6 +30,7 @@ __all__ = [
     "FilterConfig",
     "ModelConfig",
     "OptimConfig",
+    "PPOConfig",
     "ParentRef",
     "PreferenceConfig",
     "PretrainConfig",
@@ -122,11 +123,27 @@ class PreferenceConfig:
 
 
 @dataclass
-class RLConfig(StageConfig):
-    """GRPO (DeepSeekMath section 4.1; R1 section 2.2)."""
+class PPOConfig:
+    """The value model beside the policy, and what is made of its values (DeepSeekMath section 4.1.1)."""
 
+    gamma: float  # discount of each further token's reward
+    gae_lambda: float  # of generalised advantage estimation: 1 trusts what was earned, 0 the value model
+    whiten: bool  # shift and scale a step's advantages, over all its tokens, to mean 0 and deviation 1
+    value_lr_factor: float  # the value model's learning rate over the policy's, along the same schedule
+    value_clip: (
+        float | None
+    )  # a value's loss stops where it moves further in a step; null: plain squared error
+    value_warmup_steps: int  # first steps in which the value model learns alone
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """GRPO (DeepSeekMath section 4.1; R1 section 2.2), or PPO with a value model (section 4.1.1)."""
+
+    algorithm: str  # the file in conf/stage/part/algorithm/, whose values these are: grpo, ppo
+    ppo: PPOConfig | None  # with algorithm=ppo only
     prompts_per_step: int  # questions per step, all ranks together
-    group_size: int  # G completions per question
+    group_size: int  # G completions per question; ppo: 1 or more
     minibatches: int  # optimizer steps per rollout batch and inner epoch
     inner_epochs: int  # passes over one rollout batch
     loss: str  # the file in conf/stage/part/loss/, whose values these are: grpo, dr_grpo, dapo, gspo, cispo
@@ -139,7 +156,7 @@ class RLConfig(StageConfig):
     importance_cap: float  # truncated importance sampling between sampler and trainer, at most this; 0: none
     kl_coef: float  # weight of the KL to the reference; 0: no KL and no reference
     kl_estimator: str  # "k1" (log ratio), "k2" (its square, halved) or "k3" (DeepSeekMath's)
-    kl_in: str  # "loss", or "reward": taken off it before the group's advantages
+    kl_in: str  # "loss", or "reward": taken off it before the group's advantages (ppo: off each token's)
     reference_every: int  # steps after which the policy replaces the reference; 0: never
     dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
     micro_tokens: int  # padded tokens per forward pass on one rank

@@ -226,10 +226,7 @@ class DeepseekV3(nn.Module):
         `lengths_P` are the prompts' lengths without what fills them up on the right; `balances` are those of
         prompts and of rows.
         """
-        read: list[Tensor] = []
-        self.model(prompts_PT, keep=read.append, balance=balances[0])
-        past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
-        return self.model(tokens_BT, past=past, balance=balances[1])
+        return hidden_after(self.model, prompts_PT, lengths_P, tokens_BT, prompt_of_B, balances)
 
     def drop_mtp(self) -> None:
         """Forget the multi-token prediction layers, in a copy that only reads or becomes another model."""
@@ -240,6 +237,21 @@ class DeepseekV3(nn.Module):
         """Keep the multi-token prediction layers as they are, in training whose loss does not reach them."""
         for layer in islice(self.model.layers, self.config.num_hidden_layers, None):
             layer.requires_grad_(False)
+
+
+def hidden_after(
+    trunk: Trunk,
+    prompts_PT: Tensor,
+    lengths_P: Tensor,
+    tokens_BT: Tensor,
+    prompt_of_B: Tensor,
+    balances: tuple[Balance, Balance],
+) -> Tensor:
+    """DeepseekV3.hidden_after, of a trunk by itself."""
+    read: list[Tensor] = []
+    trunk(prompts_PT, keep=read.append, balance=balances[0])
+    past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
+    return trunk(tokens_BT, past=past, balance=balances[1])
 
 
 def document_positions(segments_BT: Tensor) -> Tensor:

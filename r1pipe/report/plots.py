@@ -89,6 +89,7 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
         ),
         "Entropy": ("nats per token", {"train/entropy": ""}),
         "KL to the reference": ("nats per token", {"train/kl": ""}),
+        "Value model (PPO)": ("% of variance explained", {"value/explained_variance": ""}),
         "Format and language": (
             "%",
             {"rollout/format_rate": "format", "rollout/language_consistency": "language"},

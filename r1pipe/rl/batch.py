@@ -15,6 +15,15 @@ from r1pipe.rl.losses import LOSS_MEANS
 
 
 @dataclass
+class Estimate:
+    """What a value model makes of one completion, a number for each of its tokens (PPO)."""
+
+    values: list[float]  # V of what was read before the token, before any update
+    advantages: list[float]
+    returns: list[float]  # what the values are to become
+
+
+@dataclass
 class Rollout:
     """One completion with its prompt and what it earned: the unit that updates are made of."""
 
@@ -23,6 +32,7 @@ class Rollout:
     old: list[float]  # log-probability of each completion token when it was drawn
     advantage: float
     scored: bool  # a completion whose reward failed weighs nothing
+    estimate: Estimate | None = None  # PPO: its advantages stand in the place of `advantage`
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -50,6 +60,8 @@ class MicroBatch:
     balance_weight: float  # factor that makes the micro-batches' balance losses a mean over all tokens read
     trainer_N: Tensor | None = None  # the trainer's own of `old_N`, where importance sampling is asked for
     reference_N: Tensor | None = None  # log-probabilities under the reference model, where a KL is asked for
+    values_N: Tensor | None = None  # PPO: the value model's, from before the update
+    returns_N: Tensor | None = None
 
 
 def rollouts_of(groups: Sequence[Group], prompts: Sequence[list[int]]) -> list[Rollout]:
@@ -130,7 +142,7 @@ def collate(
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths_S).to(device)
 
-    return MicroBatch(
+    micro = MicroBatch(
         # one token at least, of which a prompt of one token sees nothing
         prompts_PT=_filled([prompt[:-1] for prompt in prompts], max(1, *prompt_lengths)).to(device),
         prompt_lengths_P=torch.tensor(prompt_lengths).to(device),
@@ -144,6 +156,16 @@ def collate(
         lengths_B=lengths_S.to(device),
         balance_weight=balance_weight,
     )
+    estimates = [rollout.estimate for rollout in rollouts if rollout.estimate]
+    if estimates:  # of all or of none
+        micro.advantages_N = _joined([estimate.advantages for estimate in estimates]).to(device)
+        micro.values_N = _joined([estimate.values for estimate in estimates]).to(device)
+        micro.returns_N = _joined([estimate.returns for estimate in estimates]).to(device)
+    return micro
+
+
+def _joined(rows: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)
 
 
 def scored_counts(rollouts: Sequence[Rollout]) -> tuple[float, float]:

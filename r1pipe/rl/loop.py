@@ -1,4 +1,4 @@
-"""The GRPO loop: prompts -> rollout -> score -> advantages -> update (DeepSeekMath, algorithm 1)."""
+"""The loop of GRPO and PPO: prompts -> rollout -> score -> advantages -> update (DeepSeekMath, alg. 1)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,8 @@ from r1pipe.errors import Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
 from r1pipe.rewards import Shaping
-from r1pipe.rl.batch import rollouts_of
+from r1pipe.rl.batch import Rollout, rollouts_of
+from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.rows import Row, rows_of, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
@@ -28,6 +29,7 @@ from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
 
 Metrics = dict[str, float]
+CRITIC = "critic"  # the folder of the value model's engine within a checkpoint's state for resume
 ON_SCREEN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "length": "rollout/length_mean"}
 
 
@@ -53,10 +55,12 @@ class GRPO:
         data: Source,
         judges: Judges,
         short_evaluation: Callable[[], Metrics],
+        critic: Critic | None = None,
     ):
-        """`judges` score general prompts; without a `reference` there is no KL."""
+        """`judges` score general prompts; without a `reference` there is no KL; with a `critic` it is PPO."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
+        self.critic, self.beside = critic, {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires)
         self.state = LoopState()
@@ -77,16 +81,32 @@ class GRPO:
         """P prompts of this rank, G completions each, and what is learned from them."""
         metrics: Metrics = {}
         tokens, groups = self._draw(metrics)
+        estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
             stop_if_failing(metrics, self.config.rewards.max_failed, rows)
-        with self._timed("update", metrics):
-            rollouts = rollouts_of(groups, tokens)
-            metrics |= update(self.engine, rollouts, self.config, self.reference)
-        [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
-        metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
+        if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
+            with self._timed("update", metrics):
+                rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
+                metrics |= update(self.engine, rollouts, self.config, self.reference)
+            [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
+            metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
+        if self.critic and estimated is not None:
+            with self._timed("value", metrics):
+                metrics |= self.critic.learn(estimated)
         self._end_step(rows, metrics)
+
+    def _estimate(
+        self, groups: list[Group], tokens: list[list[int]], metrics: Metrics
+    ) -> list[Rollout] | None:
+        """PPO: the groups as rollouts whose tokens have advantages by the value model's estimates."""
+        if self.critic is None:
+            return None
+        with self._timed("value", metrics):
+            rollouts, found = self.critic.estimate(groups, tokens, self.reference)
+        metrics |= found
+        return rollouts
 
     def _draw(self, metrics: Metrics) -> tuple[list[list[int]], list[Group]]:
         """This rank's scored groups, and their prompts as token ids; `trained` says which to learn from.
@@ -145,7 +165,7 @@ class GRPO:
         """Rewards and group-relative advantages; `tokens` are the prompts' token ids."""
         config = self.config
         added: dict[str, list[float]] = {}
-        if self.reference and config.kl_in == "reward":
+        if self.reference and config.kl_in == "reward" and not self.critic:  # the critic takes it off tokens
             added["kl"] = kl_of_completions(self.reference, tokens, completions, config, self.engine.device)
         return score_groups(
             prompts,
@@ -209,7 +229,7 @@ class GRPO:
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
         pause = asking(trips, "pause")
         if last or pause or (config.save_every and state.step % config.save_every == 0):
-            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export)
+            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export, self.beside)
         if pause and not last:
             raise Tripped(f"paused after step {state.step}; the same command goes on from it: {pause}")
 
@@ -230,7 +250,7 @@ class GRPO:
             self.reference.save(folder / ENGINE / "reference")
 
     def _resume(self) -> None:
-        step, saved = self.run.resume(self.engine)
+        step, saved = self.run.resume(self.engine, self.beside)
         if step:
             self.state = LoopState(**saved)
             for metrics in self.run.logged():  # what has tripped already does not trip again

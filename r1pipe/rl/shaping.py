@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from r1pipe.config.schema import RLConfig
 from r1pipe.records import Completion, Group
@@ -21,23 +22,34 @@ def kl_of_completions(
     config: RLConfig,
     device: torch.device,
 ) -> list[float]:
-    """The KL estimate of each completion, the sum over its tokens; `completions` are G in a row for a prompt.
+    """The KL estimate of each completion, the sum over its tokens: a group compares whole completions."""
+    return [kl_N.sum().item() for kl_N in kl_of_tokens(reference, prompts, completions, config, device)]
 
-    A KL in the reward is per token (InstructGPT, arXiv 2203.02155, eq. 2; DeepSeekMath eq. 2). A group
-    compares whole completions, so a completion's is its tokens' sum, at the sampler's log-probabilities.
+
+def kl_of_tokens(
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    completions: Sequence[Completion],
+    config: RLConfig,
+    device: torch.device,
+) -> list[Tensor]:
+    """The KL estimate of every token of each completion; `completions` are G in a row for a prompt.
+
+    A KL in the reward is per token (InstructGPT, arXiv 2203.02155, eq. 2; DeepSeekMath eq. 2), here at the
+    sampler's log-probabilities.
     """
     size = len(completions) // len(prompts)
     rollouts = [
         Rollout(prompts[i // size], completion.tokens, completion.logprobs, 0.0, True)
         for i, completion in enumerate(completions)
     ]
-    found: dict[int, float] = {}
+    found: dict[int, Tensor] = {}
     for rows in by_prompt(rollouts, config.micro_tokens):
         micro = collate(rows, [0.0] * len(rows), 0.0, device)
         reference_N = reference.logprobs(micro, config.sampling.temperature)
         kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
         for row, tokens in zip(rows, kl_N.split([len(row.completion) for row in rows]), strict=True):
-            found[id(row)] = tokens.sum().item()
+            found[id(row)] = tokens
     return [found[id(rollout)] for rollout in rollouts]
 
 

@@ -7,6 +7,7 @@ from r1pipe.data.chat import Chat
 from r1pipe.data.source import open_data
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
+from r1pipe.rl.critic import Critic
 from r1pipe.rl.loop import GRPO
 from r1pipe.rl.scoring import Judges
 from r1pipe.rl.update import Reference
@@ -21,13 +22,15 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
     judges = load_judges(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
-    optimizer_steps = stage.max_steps * stage.minibatches * stage.inner_epochs
+    critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
+    updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
+    optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
 
     def evaluate_briefly() -> dict[str, float]:
         return short_evaluation(run, engine, chat, data)
 
-    loop = GRPO(run, engine, reference, chat, data, judges, evaluate_briefly)
+    loop = GRPO(run, engine, reference, chat, data, judges, evaluate_briefly, critic)
     conclude(run, engine, chat, data, loop.train(), stage.max_steps)
 
 

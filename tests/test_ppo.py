@@ -156,8 +156,9 @@ def test_every_algorithm_has_its_file():
 def test_one_word_makes_it_ppo_in_every_stage_and_recipe():
     for stage in ("grpo", "zero", "all_scenario"):
         for recipe in ("laptop", "smoke", "gpu", "cluster"):
-            plain = compose([f"stage={stage}", f"recipe={recipe}"]).config.stage
-            found = compose([f"stage={stage}", f"recipe={recipe}", "stage.algorithm=ppo"]).config.stage
+            words = [f"stage={stage}", f"recipe={recipe}", "stage.loss=grpo"]  # the smoke recipe names DAPO
+            plain = compose(words).config.stage
+            found = compose([*words, "stage.algorithm=ppo"]).config.stage
             assert (plain.algorithm, plain.ppo) == ("grpo", None) and found.ppo is not None
             assert (found.kl_in, found.kl_estimator, found.normalise_std) == ("reward", "k1", False)
             assert found.optim == plain.optim and found.clip == plain.clip

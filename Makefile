@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-vllm lint smoke bench bench-gpu pretrain ui clean
+.PHONY: help install reproduce test test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,10 @@ bench: $(INSTALLED_BENCH) ## speed and memory beside transformers, TRL and (afte
 
 bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters; FP8 beside BF16
 	@$(BIN)/python -m r1pipe.bench gpu $(ARGS)
+
+zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
+	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \
+		&& $(BIN)/r1pipe report $(ARGS)
 
 pretrain: $(INSTALLED) ## train the bundled base model anew and put it into data/base/
 	@$(BIN)/r1pipe run stage=pretrain recipe=laptop pipeline=bundled-base $(ARGS)

@@ -72,6 +72,10 @@ def must_launch(engine: EngineConfig) -> str:
         raise EnvironmentProblem(
             f"engine.hostfile={engine.hostfile} does not exist; write one line per machine: NAME slots=8"
         )
+    if engine.accelerator == "cuda" and engine.launcher == "local" and not has_gpu():
+        raise EnvironmentProblem(
+            "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or mend the driver"
+        )
     if engine.precision == "fp8" and engine.launcher == "local":
         must_compute_fp8(engine.kernels, on_cpu(engine))
     if on_cpu(engine):
@@ -80,9 +84,11 @@ def must_launch(engine: EngineConfig) -> str:
 
 
 def on_cpu(engine: EngineConfig) -> bool:
-    return engine.accelerator == "cpu" or (
-        engine.accelerator == "auto" and not Path("/dev/nvidiactl").exists()
-    )
+    return engine.accelerator == "cpu" or (engine.accelerator == "auto" and not has_gpu())
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
 
 
 def must_compile() -> None:

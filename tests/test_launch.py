@@ -159,6 +159,10 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
     with pytest.raises(EnvironmentProblem, match="`ninja` is missing"):
         machine.must_compile()
     monkeypatch.undo()
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    with pytest.raises(EnvironmentProblem, match=r"engine\.accelerator=cuda finds no NVIDIA GPU here"):
+        machine.must_launch(replace(config.engine, accelerator="cuda"))
+    monkeypatch.undo()
     with pytest.raises(EnvironmentProblem, match=r"engine\.hostfile=nowhere does not exist"):
         machine.must_launch(replace(config.engine, hostfile="nowhere"))
 

@@ -23,7 +23,7 @@ from r1pipe.rl import losses, scoring
 from r1pipe.rl.advantages import group_advantages, has_variance
 from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
 from r1pipe.rl.prompts import PromptStream, general_count
-from r1pipe.rl.rows import rows_of, summarise
+from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise
 from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import completion_logprobs, update
 from r1pipe.run import open_run
@@ -347,6 +347,7 @@ def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monke
     rows = rows_of(groups, lambda prompt, text: "careful")
     metrics = summarise(rows)
     assert metrics["rollout/truncation_rate"] == 0.25
+    assert metrics["rollout/reflections"] == 0.0
     assert metrics["reward/failed"] == 0.25
     assert metrics["reward/zero_variance"] == 0.5
     assert metrics["reward/mean"] == pytest.approx(2 / 3)
@@ -355,6 +356,11 @@ def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monke
     assert metrics["train/entropy"] == 2.0
     assert metrics["strategy/careful"] == 1.0
     assert rows[3]["reward"] is None and rows[3]["advantage"] == 0.0
+
+
+def test_reflection_is_counted_by_whole_words():
+    assert len(REFLECTIVE.findall("Wait, let me check: that is wrong.")) == 3
+    assert not REFLECTIVE.findall("awaiting a button, unchecked")
 
 
 def test_a_step_without_any_score_stops_the_run_and_says_why(monkeypatch):

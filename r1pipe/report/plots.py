@@ -79,6 +79,7 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
             {"reward/mean": "sum"} | _group(runs, "reward", {"mean", "std", "zero variance", "failed"}),
         ),
         "Response length": ("tokens", {"rollout/length_mean": "mean", "rollout/length_max": "longest"}),
+        "Reflection": ("words per response", {"rollout/reflections": ""}),
         "Strategy": ("% of responses", _group(runs, "strategy", set())),
         "Cut off, no signal": (
             "%",

@@ -7,6 +7,7 @@ Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "quest
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
 
 Row = dict[str, Any]
+# The words by which R1-Zero's authors counted reflection (R1, figure on the "aha moment"; English alone).
+REFLECTIVE = re.compile(
+    r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE
+)
 StrategyOf = Callable[[Prompt, str], str]
 UNDER_ROLLOUT = {"accuracy": "accuracy", "format": "format_rate", "language": "language_consistency"}
 
@@ -80,6 +85,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         "rollout/length_mean": fmean(lengths),
         "rollout/length_max": float(max(lengths)),
         "rollout/truncation_rate": fmean(row["truncated"] for row in rows),
+        "rollout/reflections": fmean(len(REFLECTIVE.findall(row["completion"])) for row in rows),
         "rollout/repetition": fmean(repetition(row["completion"]) for row in rows),
         "train/entropy": fmean((row["entropy"] for row in rows), weights=lengths),
     }

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.kernels import triton_fp8
-from r1pipe.kernels.reference import FP8, TILE, Scaled, place_groups, places_for
+from r1pipe.kernels.reference import FP8, TILE, Scaled, place_tokens, places_for
 
 COLUMNS = 64
 TILES_BY_TILES = (1, 1, TILE)  # what shares a scale: rows of a, rows of b, of the summed axis
@@ -68,10 +68,7 @@ def takes(depth: int, columns: int) -> bool:
 
 def places(tokens: int, ends_E: Tensor) -> tuple[Tensor, Tensor]:
     """(each token's place, [T]; each place's expert or NOBODYS, [P] int32), whole tiles for each expert."""
-    index_T = torch.arange(tokens, device=ends_E.device)
-    experts_T = torch.searchsorted(ends_E, index_T, right=True)
-    firsts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    places_T = index_T + (place_groups(ends_E) - firsts_E)[experts_T]
+    places_T, experts_T = place_tokens(tokens, ends_E)
     experts_P = ends_E.new_full((places_for(tokens, len(ends_E)),), NOBODYS, dtype=torch.int32)
     return places_T, experts_P.index_copy_(0, places_T, experts_T.int())
 

@@ -158,6 +158,14 @@ def place_groups(ends_E: Tensor) -> Tensor:
     return (filled_E.cumsum(0) - filled_E).to(ends_E.dtype)
 
 
+def place_tokens(tokens: int, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's place among P, and its expert; both [T]."""
+    index_T = torch.arange(tokens, device=ends_E.device)
+    experts_T = torch.searchsorted(ends_E, index_T, right=True)
+    firsts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
+    return index_T + (place_groups(ends_E) - firsts_E)[experts_T], experts_T
+
+
 def quantise_tokens(
     x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
 ) -> Scaled:
@@ -166,10 +174,7 @@ def quantise_tokens(
     No tile has two experts' tokens. Places that hold no token are zero. Without experts, `ends_E` is [T].
     """
     tokens, width = x.shape
-    starts_E = place_groups(ends_E)
-    experts_T = torch.searchsorted(ends_E, torch.arange(tokens, device=x.device), right=True)
-    firsts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
-    places_T = torch.arange(tokens, device=x.device) + (starts_E - firsts_E)[experts_T]
+    places_T, _ = place_tokens(tokens, ends_E)
     placed = x.new_zeros(places_for(tokens, len(ends_E)), width).index_copy(0, places_T, x)
     return quantise_tiles(placed.T.contiguous(), power_of_two, counts)
 

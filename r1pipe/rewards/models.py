@@ -12,12 +12,13 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1pipe.data.chat import Chat, parse
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.reading import Stored, check
+from r1pipe.model.scalar import ScalarModel
 from r1pipe.model.weights import fill
 from r1pipe.model.writing import write_shards
 from r1pipe.records import Completion, Prompt, Score
@@ -27,18 +28,8 @@ KINDS = (HELPFUL, HARMLESS)
 PADDED_TOKENS = 8192  # of one scoring pass
 
 
-class RewardModel(nn.Module):
-    """A trunk and a linear head, under transformers' names for sequence classification (model.*, score.*)."""
-
-    def __init__(self, language_model: DeepseekV3):
-        """Takes over the language model's trunk. The head starts at zero: every response scores the same."""
-        super().__init__()
-        language_model.drop_mtp()
-        self.config = language_model.config
-        self.model = language_model.model
-        self.score = nn.Linear(self.config.hidden_size, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+class RewardModel(ScalarModel):
+    """Scores a response, at its last token."""
 
     def forward(self, tokens_BT: Tensor, last_B: Tensor, balance: Balance | None = None) -> Tensor:
         """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence.

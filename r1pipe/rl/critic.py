@@ -10,11 +10,12 @@ from functools import partial
 from statistics import fmean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1pipe.config.schema import EngineConfig, PPOConfig, RLConfig
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model.scalar import ScalarModel
 from r1pipe.model.transformer import hidden_after
 from r1pipe.records import Completion, Group, Score
 from r1pipe.rl.advantages import is_scored
@@ -38,18 +39,8 @@ Metrics = dict[str, float]
 LEAST_DEVIATION = 1e-6  # of advantages that are divided by it
 
 
-class ValueModel(nn.Module):
+class ValueModel(ScalarModel):
     """The policy's trunk with a scalar head, which starts at zero: nothing is expected anywhere."""
-
-    def __init__(self, language_model: DeepseekV3):
-        """Takes over the language model's trunk."""
-        super().__init__()
-        language_model.drop_mtp()
-        self.config = language_model.config
-        self.model = language_model.model
-        self.score = nn.Linear(self.config.hidden_size, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
 
     def forward(self, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None) -> Tensor:
         """-> values_N of what stands before each completion token; `balances` as in completion_logprobs."""

@@ -1,5 +1,10 @@
 """Run folders for jobs that the tests really run: a tiny model on the bundled world."""
 
+import json
+import os
+import random
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,3 +55,23 @@ def write_run(folder: Path, config: RunConfig) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / "config.json", to_mapping(config))
     return folder
+
+
+def on_two_ranks(script: str, folder: Path) -> dict:
+    """What a script of this folder, launched on two ranks, writes to found.json in `folder`."""
+    here = Path(__file__).parent
+    port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launcher = Path(sys.executable).with_name("deepspeed")
+    line = [launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*map(str, line), str(here / script), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())

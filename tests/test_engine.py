@@ -1,17 +1,12 @@
 """The engine: the same training whatever the ranks, micro-batches and ZeRO level; exact resume."""
 
-import json
-import os
 import pickle
-import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from jobs import OPTIM, ROUTER, engine_config, tiny_model
+from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
 from r1pipe.engine import Engine, _load_tensors
@@ -145,22 +140,7 @@ def test_schedules(schedule, middle, last):
 
 
 def test_two_ranks_train_as_one(tmp_path, one_rank):
-    here = Path(__file__).parent
-    port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = Path(sys.executable).with_name("deepspeed")
-    line = [launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*map(str, line), str(here / "two_ranks.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    all_found = json.loads((tmp_path / "found.json").read_text())
+    all_found = on_two_ranks("two_ranks.py", tmp_path)
     for level, found in all_found.items():
         assert found["losses"] == pytest.approx([s.loss for s in one_rank], rel=1e-4), level
         assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level

@@ -1,6 +1,5 @@
 """The variants of the loss in numbers worked by hand, and the loop with each of their options."""
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
+from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
@@ -26,9 +26,7 @@ from r1pipe.rl import losses, scoring
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO, LoopState
 from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
-from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import Reference, update
-from r1pipe.run import open_run
 
 # --- the loss
 
@@ -320,17 +318,6 @@ def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):
 
 
 # --- the loop
-
-
-def go(folder: Path) -> None:
-    with open_run(folder, RLConfig) as run:
-        reinforce(run, rules_only)
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """Without what is a matter of time."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time") and "per_s" not in k} for row in rows]
 
 
 def right_where_the_first_token_is_even(prompts, completions, names):

@@ -1,17 +1,13 @@
 """PPO in numbers worked by hand, its value model, and the loop with both on a tiny model."""
 
-import json
 import math
-import os
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from jobs import engine_config, tiny_model
+from jobs import engine_config, on_two_ranks, tiny_model
+from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 from two_ranks_ppo import PROMPTS, groups_of, trained
@@ -20,16 +16,13 @@ from r1pipe import checkpoints
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import options, read
 from r1pipe.config.rules import CHOICES
-from r1pipe.config.schema import RLConfig
 from r1pipe.errors import ConfigError
 from r1pipe.records import Score
 from r1pipe.rl import scoring
 from r1pipe.rl.batch import Estimate, Rollout, by_prompt, collate
 from r1pipe.rl.critic import Critic, ValueModel
 from r1pipe.rl.ppo import gae, token_rewards, value_loss
-from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import Reference
-from r1pipe.run import open_run
 
 PPO = ("stage=grpo", "stage.algorithm=ppo", "stage.sampling.max_tokens=8")
 
@@ -198,17 +191,6 @@ def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):
 # --- the loop
 
 
-def go(folder: Path) -> None:
-    with open_run(folder, RLConfig) as run:
-        reinforce(run, rules_only)
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """Without what is a matter of time."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time") and "per_s" not in k} for row in rows]
-
-
 def even_share(prompts, completions, names):
     """The reward is the share of even token ids, which is a half to begin with."""
     return [{"accuracy": Score(sum(t % 2 == 0 for t in c.tokens) / len(c.tokens))} for c in completions]
@@ -297,28 +279,13 @@ def test_the_policy_waits_for_the_values_and_one_completion_a_prompt_is_enough(t
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory) -> dict:
-    folder, here = tmp_path_factory.mktemp("two"), Path(__file__).parent
-    port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    launcher = Path(sys.executable).with_name("deepspeed")
-    line = [launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*map(str, line), str(here / "two_ranks_ppo.py"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+def two_ranks(tmp_path_factory) -> dict:
+    return on_two_ranks("two_ranks_ppo.py", tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
-def test_two_engines_on_two_ranks_train_as_on_one(level, on_two_ranks):
-    found, alone = on_two_ranks[str(level)], trained(0, 1)[2]
+def test_two_engines_on_two_ranks_train_as_on_one(level, two_ranks):
+    found, alone = two_ranks[str(level)], trained(0, 1)[2]
     for metrics, expected in zip(found["metrics"], alone, strict=True):
         for name in ("value/mean", "value/explained_variance", "value/grad_norm", "train/grad_norm"):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name

@@ -1,6 +1,5 @@
 """GRPO in exact numbers: losses, advantages, micro-batches, and the loop on a tiny model."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
+from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe import checkpoints
-from r1pipe.config.schema import RLConfig
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.model import DeepseekV3, logprobs
@@ -24,9 +23,7 @@ from r1pipe.rl.advantages import group_advantages, has_variance
 from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
 from r1pipe.rl.prompts import PromptStream, general_count
 from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise
-from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import completion_logprobs, update
-from r1pipe.run import open_run
 
 NAN = math.nan
 
@@ -409,17 +406,6 @@ def test_preference_prompts_come_in_the_last_steps_only():
 
 
 # --- the loop, on a tiny random model
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """Without what is a matter of time."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time") and "per_s" not in k} for row in rows]
-
-
-def go(folder: Path) -> None:
-    with open_run(folder, RLConfig) as run:
-        reinforce(run, rules_only)
 
 
 def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monkeypatch):

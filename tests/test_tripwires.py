@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_rl import go, metrics_of
+from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose

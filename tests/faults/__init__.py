@@ -1,0 +1,1 @@
+"""Faults made on purpose, and whether a run survives them: `make faults` runs all of them."""

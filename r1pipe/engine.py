@@ -5,8 +5,10 @@ Axis suffixes: L MoE layers, E routed experts.
 """
 
 import json
+import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from r1pipe import engine_state
+from r1pipe.broken_step import origin
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
-from r1pipe.errors import CheckpointError, ConfigError, NumericProblem
+from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.kernels import meter
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
-from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.precision import fp8_of
 from r1pipe.optimizer import adamw, lr_factor
 from r1pipe.ranks import Ranks
 
+CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
+LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
+log = logging.getLogger("r1pipe")
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
 
@@ -66,6 +72,8 @@ class StepStats:
     lr: float  # learning rate of this step
     loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
     fp8: dict[str, float]  # what quantising did in this step, all ranks together; empty without FP8
+    broken: bool  # not finite, so that nothing moved; loss and grad_norm are no numbers then
+    skipped: int  # such steps since the stage began
 
 
 class _Runs(nn.Module):
@@ -118,6 +126,7 @@ class Engine(Ranks):
         self.module: Any = model
         train_as(model, config, self.device)
         self.router, self.zero_level = router, config.zero_level
+        self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
         optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
         self._ds, *_ = deepspeed.initialize(
@@ -138,15 +147,23 @@ class Engine(Ranks):
             parameters = [p for p in self.module.parameters() if p.requires_grad]
 
             def clip() -> None:
-                self._ds._global_grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+                norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+                # ZeRO's own optimizers do the same where the norm is not finite
+                optimizer.overflow = not math.isfinite(norm)  # type: ignore[attr-defined]
+                if optimizer.overflow:  # type: ignore[attr-defined]
+                    optimizer.zero_grad()  # what has no gradient is not moved
+                self._ds._global_grad_norm = norm
 
             self._ds.clip_fp32_gradients = clip
             self._ds.zero_grad = optimizer.zero_grad
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
-        """One optimizer step.
+        """One optimizer step, or none where the loss or the gradient of any rank is not finite.
 
-        Raises NumericProblem, before any weight moves where the loss shows it, on what is not finite.
+        Then it is skipped on all ranks and counted: weights, moments, the experts' biases and the learning
+        rate's schedule stay where they are, as with torch's GradScaler. Raises NumericProblem where more than
+        `max_skipped` in a row had to be.
+
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
         Ranks may give different numbers of closures, at least one each: those with fewer repeat their last
         one at weight zero, because under ZeRO every forward and backward pass takes all ranks.
@@ -155,48 +172,58 @@ class Engine(Ranks):
             self.module.train()
         if self.router:
             reset_loads(self.module)
-        lr, total = self._ds.get_lr()[0], 0.0
+        lr = self._ds.get_lr()[0]
         repeats = self.agree_max(len(micro_losses)) - len(micro_losses)  # first: a backward pass may talk too
-        for closure in micro_losses:
-            total += self._backward(closure, 1.0)
+        losses = [self._backward(closure, 1.0) for closure in micro_losses]
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
             self._backward(micro_losses[-1], 0.0)
         self._ds.step()
-        loss_mean, loads_LE = self._sum_step(total, loads_LE)
-        if self.router and loads_LE is not None:
-            update_router_bias(self.module, loads_LE, self.router.bias_rate)
-        fp8 = self._fp8_metrics()
         grad_norm = float(self._ds.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise NumericProblem(
-                f"the gradient's norm is {grad_norm} while the loss is {loss_mean:g}: backward overflowed;"
-                " lower stage.optim.lr or look at the data; nothing of this step was saved"
-            )
-        return StepStats(loss_mean, grad_norm, lr, loads_LE, fp8)
+        loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
+        broken = not math.isfinite(grad_norm)
+        fp8 = self._fp8_metrics(broken)
+        if broken:
+            self._skipped(micro_losses, losses)
+        else:
+            self.skipped_in_a_row = 0
+            if self.router and loads_LE is not None:
+                update_router_bias(self.module, loads_LE, self.router.bias_rate)
+        return StepStats(loss_mean, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
-        """Forward and backward of a micro-batch; its loss, before the weight. Raises NumericProblem.
+        """Forward and backward of a micro-batch; its loss, before the weight.
 
-        Under ZeRO-3 the pass that looks for the broken layer takes all ranks, so all must know; otherwise a
-        rank that fails ends alone, and the launcher ends the others.
+        A loss that is not finite is made to give gradients that are not, whatever led to it: summed over
+        ranks they reach all of them, so that all skip the step without a word more.
         """
         loss = self._ds(closure)
         value = loss.item()
-        broken = not math.isfinite(value)
-        if self.agree_max(int(broken)) if self.zero_level == 3 else broken:
-            told = [(value, first_non_finite(self.module, closure))]
-            if self.zero_level == 3:
-                told = self.all_gather_objects(told[0])
-            value, layer = next(one for one in told if not math.isfinite(one[0]))
-            raise not_finite(f"the loss ({value:g})", layer)
+        if not math.isfinite(value):
+            weight = math.nan
         self._ds.backward(loss if weight == 1.0 else weight * loss)
         return value
 
-    def _fp8_metrics(self) -> dict[str, float]:
-        """What was quantised in this step. Raises NumericProblem on what was not finite."""
+    def _skipped(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> None:
+        """Count a skipped step and say where it broke; all ranks call. Raises NumericProblem past a limit."""
+        self.skipped_in_a_row += 1
+        what = origin(self, self.module, micro_losses, losses, partitioned=self.zero_level == 3)
+        if self.skipped_in_a_row > self.max_skipped:
+            raise NumericProblem(
+                f"{what}; {self.skipped_in_a_row} steps in a row, above stage.optim.max_skipped="
+                f"{self.max_skipped}: lower stage.optim.lr or look at the data; nothing of them was saved"
+            )
+        if self.rank == 0:
+            log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, what)
+
+    def _fp8_metrics(self, broken: bool) -> dict[str, float]:
+        """What was quantised in this step, none of a broken one. Raises NumericProblem on what was not
+        finite."""
         fp8 = fp8_of(self.module)
-        return meter.metrics(meter.together(self.all_gather_objects(fp8.meter.take()))) if fp8 else {}
+        if fp8 is None:
+            return {}
+        taken = meter.together(self.all_gather_objects(fp8.meter.take()))
+        return {} if broken else meter.metrics(taken)
 
     def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
         """Mean loss and summed loads over ranks, in one message."""
@@ -228,37 +255,47 @@ class Engine(Ranks):
             finally:
                 offload.setup_zero_stage3_hooks()
 
-    def save(self, folder: Path | str, state: dict[str, Any]) -> None:
-        """Write what resume needs: optimizer, schedule and the loop's `state`; all ranks must call."""
-        folder = Path(folder)
-        self._ds.save_checkpoint(str(folder), tag="state", client_state={"loop": state})
-        if self.rank == 0:
-            layout = {"ranks": self.world_size, "zero_level": self.zero_level}
-            (folder / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
-        self.barrier()
+    def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
+        """Write what resume needs: optimizer, schedule and the loop's `state`; all ranks must call.
 
-    def load(self, folder: Path | str) -> dict[str, Any]:
-        """Put back what `save` wrote and return the loop's state; CheckpointError if the layout differs."""
+        What to tell the user where this rank's disk is full, None where all went well.
+        """
         folder = Path(folder)
-        layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
-        mine = {"ranks": self.world_size, "zero_level": self.zero_level}
-        if layout != mine:
-            raise CheckpointError(
-                f"{folder} was saved by {layout['ranks']} ranks at ZeRO {layout['zero_level']}, this job has"
-                f" {mine['ranks']} at ZeRO {mine['zero_level']}; go on with the same, or start anew (--fresh)"
-            )
-        self._ds.checkpoint_engine.load = _load_tensors
-        found, client = self._ds.load_checkpoint(str(folder), tag="state")
-        if found is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed state; start the stage anew (--fresh)")
+        client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
+        problem = engine_state.write(self._ds, folder, client)
+        if self.rank == 0 and problem is None:
+            (folder / LAYOUT).write_text(json.dumps(self._layout()), encoding="utf-8")
+        self.barrier()
+        return problem
+
+    def load(self, folder: Path | str, scratch: Path | None = None) -> dict[str, Any]:
+        """Put back what `save` wrote and return the loop's state; all ranks must call.
+
+        What other ranks, or another ZeRO level, wrote goes through DeepSpeed's universal layout, in a folder
+        in `scratch` (or beside) that is gone afterwards: training goes on within rounding, not to the bit.
+        """
+        folder = Path(folder)
+        layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+        mine = self._layout()
+        if layout == mine or layout["zero_level"] == mine["zero_level"] == 0:  # level 0 is the same on all
+            client = engine_state.read(self._ds, folder)
+        else:
+            log.info("brings the state of %s to %s", layout, mine)
+            client = self._load_other_layout(folder, layout["zero_level"], scratch or folder.parent)
+        self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
         return client["loop"]
 
+    def _load_other_layout(self, folder: Path, zero_level: int, scratch: Path) -> dict[str, Any]:
+        universal = scratch / CONVERTED
+        if self.rank == 0:
+            shutil.rmtree(universal, ignore_errors=True)  # of a job that was killed meanwhile
+            engine_state.convert(self._ds, folder, universal, zero_level)
+        self.barrier()
+        client = engine_state.read_universal(self._ds, universal, self.zero_level)
+        self.barrier()
+        if self.rank == 0:
+            shutil.rmtree(universal)
+        return client
 
-def _load_tensors(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed would unpickle anything; tensors, plain values and its own records are all there is."""
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.world_size, "zero_level": self.zero_level}

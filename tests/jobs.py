@@ -33,7 +33,7 @@ TINY = [
     "stage.eval.general=5",
     "stage.eval.max_tokens=8",
 ]
-OPTIM = OptimConfig(1e-2, 1e-3, "linear", 2, [0.9, 0.95], 1e-8, 0.1, 1.0)
+OPTIM = OptimConfig(1e-2, 1e-3, "linear", 2, [0.9, 0.95], 1e-8, 0.1, 1.0, max_skipped=0)
 ROUTER = RouterConfig(bias_rate=0.01, balance_alpha=0.0)
 
 

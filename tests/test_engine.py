@@ -9,9 +9,11 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
-from r1pipe.engine import Engine, _load_tensors
-from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.engine import Engine
+from r1pipe.engine_state import load_tensors
+from r1pipe.errors import ConfigError
 from r1pipe.optimizer import lr_factor
+from r1pipe.ranks import rank_and_world
 
 STEPS = 3
 
@@ -119,15 +121,57 @@ def test_resume_is_exact(tmp_path, level, precision):
     again = engine(level, precision)
     assert again.load(tmp_path / "engine") == {"step": 1, "cursor": [3, 4]}
     assert [whole(again).loss for _ in range(2)] == expected
-    other = engine(1)
-    with pytest.raises(CheckpointError, match=f"at ZeRO {level}"):
-        other.load(tmp_path / "engine")
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 1), (2, 0)])
+def test_resume_goes_on_at_another_zero_level(tmp_path, before, after):
+    """Weights, both moments, decay, schedule and the experts' biases: all but rounding is the same."""
+    optim = replace(OPTIM, weight_decay=0.5)
+    made = engine(before, optim=optim)
+    whole(made)
+    made.save(tmp_path / "engine", {"step": 1})
+    expected = [whole(made) for _ in range(3)]
+    again = engine(after, optim=optim)
+    assert again.load(tmp_path / "engine") == {"step": 1}
+    found = [whole(again) for _ in range(3)]
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in expected], rel=1e-5)
+    assert [s.grad_norm for s in found] == pytest.approx([s.grad_norm for s in expected], rel=1e-4)
+    assert [s.lr for s in found] == [s.lr for s in expected]
+    with made.gathered() as one, again.gathered() as other:
+        assert torch.allclose(one.model.norm.weight, other.model.norm.weight, atol=1e-6)
+        bias, its = (m.model.layers[1].mlp.gate.e_score_correction_bias for m in (one, other))
+        assert torch.equal(bias, its) and bias.any()
+    assert not list(tmp_path.glob(".*"))  # what was converted is gone
+
+
+def test_resume_goes_on_with_another_number_of_ranks(tmp_path):
+    """One rank to two, and back to one, at every ZeRO level: five steps in all, as one rank takes them."""
+    made = engine()
+    expected = [whole(made).loss for _ in range(5)]
+    for level in range(4):
+        go_on(tmp_path, level, 2)
+    found = {level: go_on(tmp_path, int(level), 1) for level in on_two_ranks("two_ranks_resume.py", tmp_path)}
+    for level, losses in found.items():
+        assert losses == pytest.approx(expected, rel=1e-4), level
+
+
+def go_on(folder: Path, level: int, steps: int) -> list[float]:
+    """Go on from what the folder holds, if anything, for so many steps on the ranks of this job; the losses
+    from the beginning."""
+    ranks = rank_and_world()[1]
+    made = Engine(tiny_model(), OPTIM, ROUTER, engine_config(ranks, level), total_steps=10)
+    newest = max(folder.glob(f"level-{level}-*"), default=None)
+    losses = made.load(newest) if newest else []
+    rows = batch()[made.rank :: ranks]
+    losses += [made.train_step([lambda: loss_of(made.module, rows)]).loss for _ in range(steps)]
+    made.save(folder / f"level-{level}-{len(losses)}", losses)
+    return losses
 
 
 def test_saved_state_cannot_carry_code(tmp_path):
     torch.save({"evil": Path("/")}, tmp_path / "state.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        _load_tensors(str(tmp_path / "state.pt"))
+        load_tensors(str(tmp_path / "state.pt"))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +190,7 @@ def test_two_ranks_train_as_one(tmp_path, one_rank):
         assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level
         assert found["weights"][0] == found["weights"][1], level
         assert found["sums"] == [2.0, 1.0]
+        assert found["skipped"] == [[True, 1, True]] * 2, level
         assert found["after_prompts"] == pytest.approx(all_found["0"]["after_prompts"], rel=1e-3), level
         assert found["loads"][0] == one_rank[0].loads_LE.tolist(), (
             level

@@ -1,12 +1,16 @@
-"""What is not finite stops a job with the layer's name: in training, in sampling, and nothing is saved."""
+"""What is not finite: the step is skipped, too many in a row stop the job with the layer's name."""
 
+import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
+from rl_runs import go
 from test_engine import batch, loss_of
+from tiny_runs import tiny_run
 
 from r1pipe.data.chat import Chat
 from r1pipe.engine import Engine
@@ -18,7 +22,7 @@ from r1pipe.records import Prompt, Trace
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import open_run
 from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import epochs_of, train
+from r1pipe.sft.loop import epochs_of, step_metrics, train
 
 LAYER = "model.layers.1.mlp"
 
@@ -64,13 +68,87 @@ def test_a_loss_that_breaks_behind_the_model_is_told_apart():
 
 def test_a_gradient_that_is_not_finite_stops_the_step():
     engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), total_steps=10)
-    with pytest.raises(NumericProblem, match="gradient's norm is nan"):
-        engine.train_step([lambda: (loss_of(engine.module, batch()) * 0).sqrt()])  # 0 x infinity
+    with pytest.raises(NumericProblem, match=r"gradient is not finite while the loss is.* output of lm_head"):
+        engine.train_step([lambda: overflowing(engine)])
 
 
-def test_the_job_ends_with_one_line_exit_code_2_and_no_checkpoint(tmp_path):
+def overflowing(engine) -> torch.Tensor:
+    """A loss of zero whose gradient is 0 x infinity."""
+    return (loss_of(engine.module, batch()) * 0).sqrt()
+
+
+def infinite(engine) -> torch.Tensor:
+    """An infinite loss whose gradient would be finite."""
+    return loss_of(engine.module, batch()) + math.inf
+
+
+@pytest.mark.parametrize(("level", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize("breaks", [overflowing, infinite])
+def test_a_step_that_is_skipped_leaves_no_trace(level, precision, breaks, caplog):
+    """Weights, moments, schedule and biases are those of a run that never saw the step."""
+
+    def good() -> torch.Tensor:
+        return loss_of(engine.module, batch())
+
+    losses = {}
+    for broken in (0, 2):
+        optim = replace(OPTIM, max_skipped=2)
+        engine = Engine(tiny_model(), optim, ROUTER, engine_config(1, level, precision), total_steps=10)
+        stats = [engine.train_step([good])]
+        for number in range(broken):
+            skipped = engine.train_step([good, partial(breaks, engine)])
+            assert skipped.broken and skipped.skipped == number + 1 == engine.skipped_in_a_row
+            assert step_metrics(skipped) == {"train/lr": skipped.lr, "train/skipped": number + 1.0}
+            assert skipped.lr == pytest.approx(OPTIM.lr)  # of the second step, which it would have been
+        stats += [engine.train_step([good]) for _ in range(2)]
+        assert engine.skipped_in_a_row == 0 and not stats[-1].broken
+        bias_E = engine.module.model.layers[1].mlp.gate.e_score_correction_bias.tolist()
+        losses[broken] = [s.loss for s in stats], [s.lr for s in stats], [s.grad_norm for s in stats], bias_E
+    assert losses[0] == losses[2]
+    told = [record.message for record in caplog.records if record.name == "r1pipe"]
+    assert len(told) == 2 and "a step is skipped, number 2 in a row" in told[1]
+
+
+def test_how_many_were_skipped_outlives_an_interruption(tmp_path):
+    def engine() -> Engine:
+        return Engine(tiny_model(), replace(OPTIM, max_skipped=2), ROUTER, engine_config(), total_steps=10)
+
+    first, second = engine(), engine()
+    for _ in range(2):
+        first.train_step([partial(overflowing, first)])
+    first.save(tmp_path / "engine", {})
+    second.load(tmp_path / "engine")
+    with pytest.raises(NumericProblem, match=r"3 steps in a row, above stage\.optim\.max_skipped=2"):
+        second.train_step([partial(overflowing, second)])
+    assert second._ds.skipped_steps == 3
+
+
+def test_a_stage_of_reinforcement_passes_over_a_broken_minibatch(tmp_path, monkeypatch):
+    """One minibatch of two: the step's numbers are the other's, none of them is a NaN, and the run ends."""
+    steps, real = [], Engine.train_step
+
+    def train_step(engine, closures):
+        steps.append(engine)
+        if len(steps) == 3:
+            closures = [lambda: closures[0]() * math.nan]
+        return real(engine, closures)
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+    folder = tiny_run(tmp_path / "run", "stage=grpo", "stage.max_steps=3", "stage.minibatches=2")
+    go(folder)
+    assert (folder / "record.json").exists()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("train/skipped") for row in rows] == [None, 1.0, 1.0]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert "train/logprob_gap" not in rows[1] and "train/grad_norm" in rows[1]
+    said = [json.loads(line).get("say", "") for line in (folder / "progress.jsonl").read_text().splitlines()]
+    assert sum("a step is skipped" in line for line in said) == 1
+
+
+def test_the_job_ends_past_the_limit_with_one_line_and_exit_code_2(tmp_path):
     chat = Chat.load(content_dir() / "tokenizer")
-    folder = write_run(tmp_path / "run", tiny("cold_start", "stage.save_every=1", "stage.eval.every=0"))
+    settings = ("stage.save_every=1", "stage.eval.every=0", "stage.optim.max_skipped=1")
+    folder = write_run(tmp_path / "run", tiny("cold_start", *settings))
     traces = [
         Trace(Prompt(str(i), "word", "en", f"{i}?"), f"<think>\n{i}\n</think>\n\n{i}") for i in range(9)
     ]
@@ -81,7 +159,11 @@ def test_the_job_ends_with_one_line_exit_code_2_and_no_checkpoint(tmp_path):
     assert end.value.code == 2
     told = (folder / "error.txt").read_text()
     assert LAYER in told and told.count("\n") == 1
-    assert not list((folder / "checkpoints").iterdir())
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
+        "step-1"
+    ]  # of weights that stood still
+    logged = json.loads((folder / "metrics.jsonl").read_text())
+    assert logged["train/skipped"] == 1 and "train/loss" not in logged
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.9}])

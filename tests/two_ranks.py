@@ -1,6 +1,7 @@
 """Run by the launcher on two ranks, from test_engine.py: trains at each ZeRO level, writes what came out."""
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,12 @@ for level in (0, 1, 2, 3):
     found[level]["after_prompts"] = [
         going_on.train_step([partial(after_prompts, going_on.module)]).grad_norm for _ in range(STEPS)
     ]
+    engine.max_skipped = 1
+    nothing = [partial(weighted, engine.module, rows, math.nan if engine.rank else 1.0)]
+    broken = engine.train_step(nothing)  # the second rank's loss alone
+    with engine.gathered() as model:
+        after = sum(p.double().abs().sum().item() for p in model.parameters())
+    found[level]["skipped"] = engine.all_gather_objects([broken.broken, broken.skipped, after == weights])
     engine.save(Path(sys.argv[1]) / f"level-{level}", {"step": STEPS})
     assert engine.load(Path(sys.argv[1]) / f"level-{level}") == {"step": STEPS}
 if engine.rank == 0:

@@ -152,6 +152,7 @@ class OptimConfig:
     eps: float  # AdamW's epsilon
     weight_decay: float  # on matrices only
     grad_clip: float  # global gradient norm is clipped to this
+    max_skipped: int  # steps in a row skipped because loss or gradient is not finite; one more ends the job
 
 
 @dataclass

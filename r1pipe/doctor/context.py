@@ -184,7 +184,7 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
     """The config with a stage of one small step; other than RL's only the learning rate is touched."""
     stage = config.stage
     rate = max(stage.optim.lr, limits.probe_lr)
-    optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0)
+    optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
     stage = replace(stage, optim=optim)
     if isinstance(stage, RLConfig):
         sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r1pipe.errors import NumericProblem
-
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
@@ -27,26 +25,46 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _watched(model, look, run)
     return found[0] if found else None
 
 
-def not_finite(what: str, layer: str | None) -> NumericProblem:
-    """The error for `what`, of which `layer` (see first_non_finite) was the origin."""
+def first_broken_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    """The name of the module at whose output the gradient of the loss that `run` gives, on its way back, is
+    first a NaN or an infinity, or None. No gradient of a weight is touched."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs.extend((name, part) for part in _tensors(output) if part.requires_grad)
+
+        return hook
+
+    loss = _watched(model, look, run)
+    gradients = torch.autograd.grad(loss, [part for _, part in outputs], allow_unused=True)
+    broken = [
+        name
+        for (name, _), gradient in zip(outputs, gradients, strict=True)
+        if gradient is not None and not _finite(gradient)
+    ]
+    return broken[-1] if broken else None
+
+
+def _watched(model: nn.Module, look: Callable[[str], Callable[..., None]], run: Callable[[], Any]) -> Any:
+    """What `run` gives, with the hook `look(name)` behind each module meanwhile."""
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        return run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def not_finite(what: str, layer: str | None) -> str:
+    """A sentence on `what`, of which `layer` (see first_non_finite) was the origin."""
     if layer is None:
-        return NumericProblem(
-            f"{what} is not finite, though every layer's output is: look at stage.optim.lr and at the data; "
-            "nothing of this step was saved"
-        )
-    return NumericProblem(
-        f"{what} is not finite: the first layer to give such values is {layer}; lower stage.optim.lr, or "
-        "start from an earlier checkpoint if its weights are damaged; nothing of this step was saved"
-    )
+        return f"{what} is not finite, though every layer's output is"
+    return f"{what} is not finite: the first layer to give such values is {layer}"
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -173,10 +173,14 @@ class Critic:
         config = self.config
         minibatches = [self._micros(part) for part in split_evenly(rollouts, config.minibatches)]
         stats = [self._step(micros) for _ in range(config.inner_epochs) for micros in minibatches]
-        return {
-            "value/loss": fmean(step.loss for step in stats),
-            "value/grad_norm": fmean(step.grad_norm for step in stats),
-            "value/lr": fmean(step.lr for step in stats),
+        skipped = {"value/skipped": float(stats[-1].skipped)} if stats[-1].skipped else {}
+        moved = [step for step in stats if not step.broken]
+        if not moved:
+            return skipped
+        return skipped | {
+            "value/loss": fmean(step.loss for step in moved),
+            "value/grad_norm": fmean(step.grad_norm for step in moved),
+            "value/lr": fmean(step.lr for step in moved),
         }
 
     def _micros(self, minibatch: Sequence[Rollout]) -> list[MicroBatch]:

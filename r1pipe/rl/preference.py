@@ -28,7 +28,7 @@ from r1pipe.rewards import models
 from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.run import Run
-from r1pipe.sft.loop import step_metrics
+from r1pipe.sft.loop import shown, step_metrics
 
 QUALITY = "quality.json"
 HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
@@ -147,7 +147,7 @@ def train_reward_model(
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1
         run.log(first + done, metrics)
-        run.progress(f"train {examples.kind}", done, steps, "steps", loss=metrics["train/loss"])
+        run.progress(f"train {examples.kind}", done, steps, "steps", **shown(metrics))
         if done == steps or (stage.save_every and done % stage.save_every == 0):
             export = partial(_export, run, examples, done == steps)
             run.save_checkpoint(engine, first + done, {}, export)

@@ -2,7 +2,7 @@
 
 Each wire is a number computed from the metrics of all steps since the job began (or went on), newest last; it
 trips when the number has been beyond its limit for some steps in a row (conf/tripwires/). What is not finite
-has no wire: it always ends the job (NumericProblem), before anything of the step is saved.
+has no wire: the engine skips such a step, and ends the job (NumericProblem) past `stage.optim.max_skipped`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -194,7 +194,12 @@ def update(
 
 
 def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[str, float]:
+    """Of the steps that moved the policy; one that was skipped has no numbers to show."""
     first = steps[0]  # before any step the trainer's policy is the sampler's
+    last = step_metrics(steps[-1].stats)
+    steps = [step for step in steps if not step.stats.broken]
+    if not steps:
+        return last
     names = ("tokens", "kl_sum", "clipped_sum", "clipped_low_sum", "capped_sum")
     sums = [sum(step.total(name) for step in steps) for name in names]
     tokens, kl, clipped, clipped_low, capped, gap, first_tokens = engine.sum_over_ranks(
@@ -203,6 +208,7 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[s
     ratio_max = max(loss.ratio_max.item() for step in steps for loss in step.losses)
     by_step = [step_metrics(step.stats) for step in steps]
     metrics = {name: fmean(found[name] for found in by_step) for name in by_step[0]}
+    metrics |= {name: value for name, value in last.items() if name == "train/skipped"}
     if first.balance:
         shares = [float(sum(share.item() for share in step.balance)) for step in steps]
         metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
@@ -210,10 +216,11 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[s
         metrics["train/kl"] = kl / max(tokens, 1.0)
     if config.importance_cap:
         metrics["train/importance_capped"] = capped / max(tokens, 1.0)
+    if not first.stats.broken:
+        metrics["train/logprob_gap"] = gap / max(first_tokens, 1.0)
     return metrics | {
         "train/clip_fraction": clipped / max(tokens, 1.0),
         "train/clip_low": clipped_low / max(tokens, 1.0),
         "train/clip_high": (clipped - clipped_low) / max(tokens, 1.0),
         "train/ratio_max": max(engine.all_gather_objects(ratio_max)),
-        "train/logprob_gap": gap / max(first_tokens, 1.0),
     }

@@ -237,7 +237,12 @@ class _Batch:
         """The error that names the layer which made a completion's probabilities NaN."""
         read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
         model = self.sampler.model
-        return not_finite("a drawn token's probability", first_non_finite(model, lambda: model(read)))
+        layer = first_non_finite(model, lambda: model(read))
+        told = not_finite("a drawn token's probability", layer)
+        return NumericProblem(
+            f"{told}; lower stage.optim.lr, or start from an "
+            "earlier checkpoint if the weights are damaged; nothing of this step was saved"
+        )
 
     def _shrink(self) -> None:
         """Move the last live slots into the free ones, and go on with the front of the batch alone."""

@@ -65,12 +65,12 @@ def train(
             shares = Shares(engine, batch, weights, pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
         tokens = sum(len(row.tokens) for row in batch)
-        metrics = step_metrics(stats) | shares.terms(stats.loss)
+        metrics = step_metrics(stats) | shares.terms(stats)
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
             metrics |= short_evaluation()
         run.log(step, metrics)
-        run.progress("train", step, total_steps, "steps", loss=metrics["train/loss"])
+        run.progress("train", step, total_steps, "steps", **shown(metrics))
         if stage.save_every and step % stage.save_every == 0 and step < total_steps:
             run.save_checkpoint(engine, step, {})
     if begun < total_steps:
@@ -120,30 +120,41 @@ class Shares:
             loss = loss + self.weights.balance * balance
         return loss
 
-    def terms(self, loss: float) -> dict[str, float]:
-        """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
+    def terms(self, stats: StepStats) -> dict[str, float]:
+        """The metrics of a step's terms, all ranks together; its loss is their weighted sum."""
+        if stats.broken:
+            return {}
         named = {
             "mtp_loss": (self.mtp, self.weights.mtp),
             "balance_loss": (self.balance, self.weights.balance),
         }
         there = {name: term for name, term in named.items() if term[0]}
         if not there:
-            return {"train/loss": loss}
+            return {"train/loss": stats.loss}
         sums = self.engine.sum_over_ranks([sum(values) for values, _ in there.values()])
         means = [total / self.engine.world_size for total in sums]
         beside = sum(mean * weight for mean, (_, weight) in zip(means, there.values(), strict=True))
         found = dict(zip((f"train/{name}" for name in there), means, strict=True))
-        return {"train/loss": loss - beside, **found}
+        return {"train/loss": stats.loss - beside, **found}
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """What of a step's metrics stands on the screen; a step that was skipped has no loss."""
+    return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
 
 
 def step_metrics(stats: StepStats) -> dict[str, float]:
-    """What every optimizer step logs.
+    """What every optimizer step logs; from the first skipped one on, `train/skipped` counts those, which log
+    no more than that and the learning rate.
 
     `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
     `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
     EXPERTS_SHOWN experts would fill the log with them, so of those only MaxVio is told.
     """
-    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm}
+    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
+    if stats.broken:
+        return {"train/lr": stats.lr, **skipped}
+    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
     metrics |= stats.fp8
     if stats.loads_LE is None:
         return metrics

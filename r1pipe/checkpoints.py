@@ -5,15 +5,18 @@ No torch: both wings may ask whether a checkpoint is whole and what its hash is.
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from r1pipe.errors import CheckpointError
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
+STEP = re.compile(r"step-(\d+)")
 
 
 def file_hash(path: Path) -> str:
@@ -56,29 +59,77 @@ def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = 
 
 def _listed(folder: Path) -> dict[str, str]:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        stays = [_stays_inside(name) and isinstance(sha, str) for name, sha in listed.items()]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: not a checkpoint, or one never finished"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read; copy or make the checkpoint again"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # covers bytes that are not UTF-8 too
+        stays = [False]
+    if not all(stays):
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read; copy or make the checkpoint again")
+    return listed
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a run's checkpoints/, oldest first."""
-    found = (path for path in folder.glob("step-*") if (path / MANIFEST).is_file())
-    return sorted(int(path.name.removeprefix("step-")) for path in found)
+    """Steps of the finished checkpoints in a run's checkpoints/, oldest first."""
+    return [step for step in _folders(folder) if (folder / f"step-{step}" / MANIFEST).is_file()]
+
+
+def _folders(folder: Path) -> list[int]:
+    """Steps of all that stands where checkpoints do, finished or not, oldest first."""
+    found = (STEP.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+    """Step of the newest checkpoint whose files, the state for resume included, are all what was saved, and
+    what is wrong with each newer one; (None, []) where there never was one.
+
+    Raises CheckpointError where there are some and none is whole.
+    """
+    wrong: list[str] = []
+    for step in reversed(_folders(folder)):
+        try:
+            verify(folder / f"step-{step}", engine=True)
+        except CheckpointError as error:
+            wrong.append(str(error).partition(";")[0])
+        else:
+            return step, wrong
+    if wrong:
+        raise CheckpointError(
+            f"none of the {len(wrong)} checkpoints in {folder} is whole ({wrong[0]}); copy one back, or "
+            "start the stage anew (--fresh)"
+        )
+    return None, []
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Take the later checkpoints, which are damaged, out of the way of those to come."""
+    for later in _folders(folder):
+        if later > step:
+            damaged = folder / f".step-{later}.damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            (folder / f"step-{later}").rename(damaged)
 
 
 def begin(target: Path) -> Path:
     """An empty sibling of the checkpoint's place, to write into."""
+    abandon(target)
     temporary = unfinished(target)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def abandon(target: Path) -> None:
+    """Remove what was written of a checkpoint that is not finished."""
+    shutil.rmtree(unfinished(target), ignore_errors=True)
 
 
 def unfinished(target: Path) -> Path:
@@ -86,10 +137,27 @@ def unfinished(target: Path) -> Path:
 
 
 def finish(target: Path) -> None:
-    """List what was written with its hashes, and put it in place by one rename."""
-    write_manifest(unfinished(target))
-    shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume from an earlier one
-    unfinished(target).rename(target)
+    """List what was written with its hashes, make it durable, and put it in place by one rename."""
+    temporary = unfinished(target)
+    write_manifest(temporary)
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():  # the same step again
+        target.rename(replaced)
+    temporary.rename(target)
+    sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk itself before going on."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextmanager
@@ -99,12 +167,4 @@ def whole(target: Path) -> Iterator[Path]:
         yield begin(target)
         finish(target)
     finally:
-        shutil.rmtree(unfinished(target), ignore_errors=True)
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all whole checkpoints but the newest `keep`, and what unfinished ones left."""
-    for step in steps(folder)[: -max(1, keep)]:
-        shutil.rmtree(folder / f"step-{step}")
-    for leftover in folder.glob(".step-*.unfinished"):
-        shutil.rmtree(leftover)
+        abandon(target)

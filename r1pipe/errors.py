@@ -1,7 +1,9 @@
 """Every error that a user can cause: one line that names the thing and the remedy, exit code 2."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class R1pipeError(Exception):
@@ -37,3 +39,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {similar[0]}?" if similar else f"known: {', '.join(names)}"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error means that there was no room to write, also where a library has wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(cause):  # safetensors keeps the words alone
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def no_room(what: str, folder: Path) -> str:
+    """The line for a user whose disk is full."""
+    return (
+        f"the disk of {folder} is full: {what}; free some space there, then run the same command again: it "
+        "goes on from the last checkpoint"
+    )

@@ -155,7 +155,7 @@ def must_have_room(config: RunConfig) -> None:
     needed, free = room(config)
     if free < needed:
         raise EnvironmentProblem(
-            f"{Path(config.root)} has {free // MEBIBYTE:,} MiB free, but {config.stage.keep + 1} checkpoints "
+            f"{Path(config.root)} has {free // MEBIBYTE:,} MiB free, but {at_once(config)} checkpoints "
             f"take up to {needed // MEBIBYTE:,} MiB; free some, give root=DIR on another disk, or lower "
             "stage.keep"
         )
@@ -164,9 +164,13 @@ def must_have_room(config: RunConfig) -> None:
 def room(config: RunConfig) -> tuple[int, int]:
     """Bytes that the run's checkpoints take at most, and bytes free where they will be written."""
     weights, optimizer = 4, 12  # bytes per parameter at most: float32; masters and AdamW's two moments
-    kept = config.stage.keep + 1  # the new one is written before the oldest goes
-    needed = parameters(config.model) * (weights + optimizer) * kept + 64 * MEBIBYTE
+    needed = parameters(config.model) * (weights + optimizer) * at_once(config) + 64 * MEBIBYTE
     return needed, shutil.disk_usage(existing(Path(config.root))).free
+
+
+def at_once(config: RunConfig) -> int:
+    """Checkpoints on the disk at one time: the new one is written before the oldest goes."""
+    return config.stage.keep + (config.stage.keep_best is not None) + 1
 
 
 def existing(path: Path) -> Path:

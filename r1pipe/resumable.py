@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfile
@@ -14,14 +15,17 @@ from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import psutil
+from safetensors import SafetensorError
 
 from r1pipe import checkpoints
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
+from r1pipe.errors import CheckpointError, EnvironmentProblem, disk_is_full, no_room
 from r1pipe.model import save_pretrained
 from r1pipe.paths import RunFolder, content_dir
-from r1pipe.ranks import rank_and_world
+from r1pipe.ranks import Ranks, rank_and_world
+from r1pipe.retention import prune
 
 NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
@@ -37,6 +41,9 @@ class Resumable(Generic[S]):
         self.rank, self.world_size = rank_and_world()
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
+        self._beside = ThreadPoolExecutor(1)  # finishes a checkpoint while training goes on
+        self._finishing: Future[str | None] | None = None
+        self._durable: set[Path] = set()  # tables of rollouts that are on the disk itself
 
     # --- the clock
 
@@ -64,6 +71,9 @@ class Resumable(Generic[S]):
     def warn(self, text: str) -> None:
         """One line for whoever watches, on the screen and in the log."""
         log.warning("%s", text)
+
+    def say(self, text: str) -> None:
+        """One line for the screen alone."""
         self._append(self.folder.progress, {"time": round(self.elapsed(), 3), "say": text})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
@@ -88,20 +98,74 @@ class Resumable(Generic[S]):
         """
         target = self.folder.checkpoint(step)
         with self.phase("saving"):
+            problem = self._last_problem()
             with engine.gathered() as model:
-                if self.rank == 0:
-                    temporary = checkpoints.begin(target)
-                    export(model, temporary)
-                    self._add_tokenizer(temporary)
+                if self.rank == 0 and problem is None:
+                    problem = self._export(export, model, target)
+            self._all_or_none(engine, problem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
-            engine.save(
-                checkpoints.unfinished(target) / checkpoints.ENGINE, {"step": step, "loop": state, **clock}
-            )
-            for name, other in beside.items():
-                other.save(checkpoints.unfinished(target) / checkpoints.ENGINE / name, {})
-            self._put_in_place(target)
-            engine.barrier()
+            place = checkpoints.unfinished(target) / checkpoints.ENGINE
+            problems = [engine.save(place, {"step": step, "loop": state, **clock})]
+            problems += [other.save(place / name, {}) for name, other in beside.items()]
+            self._all_or_none(engine, next(filter(None, problems), None), target)
+            if self.rank == 0:
+                self._finishing = self._beside.submit(self._finish, target)
         return target
+
+    def saved(self) -> None:
+        """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
+        with self.phase("saving"):
+            problem = self._last_problem()
+        if problem is not None:
+            raise EnvironmentProblem(problem)
+
+    def _export(self, export: Callable[[Any, Path], None], model: Any, target: Path) -> str | None:
+        """Write what the checkpoint publishes; what to tell the user where the disk is full."""
+        try:
+            temporary = checkpoints.begin(target)
+            export(model, temporary)
+            self._add_tokenizer(temporary)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own for a full disk
+            return self._told(error, target)
+        return None
+
+    def _finish(self, target: Path) -> str | None:
+        """In a thread of rank 0, while training goes on: hash, make durable, put in place, let older ones go.
+
+        Lines and tables of the steps so far are made durable first: they would not come again.
+        """
+        stage = self.stage
+        try:
+            for path in (self.folder.metrics, *self.folder.rollouts.glob("*")):
+                if path.exists() and path not in self._durable:
+                    checkpoints.sync(path)
+            self._durable.update(self.folder.rollouts.glob("*"))
+            checkpoints.finish(target)
+        except OSError as error:
+            return self._told(error, target)
+        best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
+        prune(self.folder, stage.keep, best_by)
+        return None
+
+    def _told(self, error: Exception, target: Path) -> str:
+        """What to tell the user of a full disk, on which nothing unfinished is left; other errors go on."""
+        checkpoints.abandon(target)
+        if not disk_is_full(error):
+            raise error
+        return no_room(f"{target.name} was not saved", self.folder.checkpoints)
+
+    def _last_problem(self) -> str | None:
+        """What came of the last checkpoint, once it is done; what goes wrong in the thread is raised here."""
+        finishing, self._finishing = self._finishing, None
+        return finishing.result() if finishing else None
+
+    def _all_or_none(self, ranks: Ranks, problem: str | None, target: Path) -> None:
+        """Raises EnvironmentProblem on all ranks where one could not write, with nothing left of it."""
+        told = [one for one in ranks.all_gather_objects(problem) if one is not None]
+        if told:
+            if self.rank == 0:
+                checkpoints.abandon(target)
+            raise EnvironmentProblem(told[0])
 
     def adopt_checkpoint(self, parent: ParentRef) -> Path:
         """Copy what a parent publishes to checkpoints/step-0; rank 0 does it."""
@@ -112,13 +176,8 @@ class Resumable(Generic[S]):
             for file in Path(parent.checkpoint).iterdir():
                 if file.is_file() and file.name != checkpoints.MANIFEST:
                     copyfile(file, temporary / file.name)
-            self._put_in_place(target)
-        return target
-
-    def _put_in_place(self, target: Path) -> None:
-        if self.rank == 0:
             checkpoints.finish(target)
-            checkpoints.prune(self.folder.checkpoints, self.stage.keep)
+        return target
 
     def _add_tokenizer(self, folder: Path) -> None:
         """The chat format travels with the weights, and so does how to sample from them."""
@@ -138,25 +197,50 @@ class Resumable(Generic[S]):
             json.dumps(generation, indent=1) + "\n", encoding="utf-8"
         )
 
+    def newest_whole(self, ranks: Ranks) -> Path | None:
+        """The newest checkpoint whose files are all what was saved, None where there never was one; all ranks
+        call.
+
+        What is wrong with newer ones is told in a line each, and they are set aside. Raises CheckpointError
+        where there are checkpoints and none is whole.
+        """
+        step, problem = None, None
+        if self.rank == 0:
+            try:
+                step, wrong = checkpoints.newest_whole(self.folder.checkpoints)
+            except CheckpointError as error:
+                problem = str(error)
+            else:
+                for line in wrong:
+                    self.warn(f"{line}; goes on from step {step} instead")
+                if step is not None:
+                    checkpoints.set_aside_after(self.folder.checkpoints, step)
+        step, problem = ranks.all_gather_objects((step, problem))[0]
+        if problem is not None:
+            raise CheckpointError(problem)
+        return None if step is None else self.folder.checkpoint(step)
+
     def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
 
-        Metrics after that step are cut off: they will come again.
+        Metrics and rollouts after that step are cut off: they will come again.
         """
-        saved = checkpoints.steps(self.folder.checkpoints)
+        folder = self.newest_whole(engine)
         step, loop = 0, {}
-        if saved:
-            folder = self.folder.checkpoint(saved[-1])
-            if self.rank == 0:
-                checkpoints.verify(folder, engine=True)
-            state = engine.load(folder / checkpoints.ENGINE)
+        if folder is not None:
+            scratch = self.folder.checkpoints
+            state = engine.load(folder / checkpoints.ENGINE, scratch)
             for name, other in beside.items():
-                other.load(folder / checkpoints.ENGINE / name)
+                other.load(folder / checkpoints.ENGINE / name, scratch)
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)
-        if self.rank == 0 and self.folder.metrics.exists():
-            _cut_after(self.folder.metrics, step)
+        if self.rank == 0:
+            if self.folder.metrics.exists():
+                _cut_after(self.folder.metrics, step)
+            for table in self.folder.rollouts.glob("step-*"):
+                if int(table.stem.removeprefix("step-")) > step:
+                    table.unlink()
         return step, loop
 
     def _tokenizer_folder(self) -> Path:

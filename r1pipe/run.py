@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from r1pipe import checkpoints
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
-from r1pipe.errors import CheckpointError, ConfigError, R1pipeError
+from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
@@ -104,6 +104,7 @@ class Run(Resumable[S]):
         steps: int,
     ) -> None:
         """Write evaluation.json, samples.json and, last, record.json: its presence means done."""
+        self.saved()
         if self.rank != 0:
             return
         write_json(self.folder.evaluation, evaluation)
@@ -123,7 +124,7 @@ class Run(Resumable[S]):
 @contextmanager
 def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:  # type: ignore[assignment]
     """The frame of a stage script: reads config.json, sets threads and logging, and turns a user's error into
-    one line of error.txt and exit code 2."""
+    one line of error.txt and exit code 2; a full disk is one too."""
     folder = RunFolder(Path(path).resolve())
     rank, _ = rank_and_world()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -135,13 +136,44 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")
         run = Run(folder, config, config.stage)
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
-        yield run
+        warnings = _OnScreen(run)
+        log.addHandler(warnings)
+        try:
+            yield run
+        finally:
+            log.removeHandler(warnings)
+            run.saved()
         leave_with(0)
     except R1pipeError as error:
-        log.error("%s", error)
-        _first_writes(folder.error, f"{error}\n")
-        leave_with(2)
-        raise SystemExit(2) from None
+        _leave(folder, str(error))
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        _leave(folder, no_room(f"nothing can be written into {folder.run_id}", folder.path))
+
+
+class _OnScreen(logging.Handler):
+    """Shows every room's warnings to whoever watches; rank 0's, as all that is written."""
+
+    def __init__(self, run: Resumable[Any]):
+        super().__init__(logging.WARNING)
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.WARNING:
+            self.run.say(record.getMessage())
+
+
+def _leave(folder: RunFolder, line: str) -> NoReturn:
+    """End with one line for the user, in error.txt and in the log, and exit code 2."""
+    try:
+        _first_writes(folder.error, f"{line}\n")
+    except OSError:  # the disk is full: what only the screen showed makes room
+        os.truncate(folder.progress, 0)
+        folder.error.write_text(f"{line}\n", encoding="utf-8")
+    log.error("%s", line)
+    leave_with(2)
+    raise SystemExit(2) from None
 
 
 def _threads(config: RunConfig) -> int:

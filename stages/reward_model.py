@@ -17,10 +17,10 @@ from r1pipe import evaluate
 from r1pipe.config.schema import RewardModelConfig
 from r1pipe.data.source import open_data
 from r1pipe.errors import DataError
+from r1pipe.ranks import Ranks
 from r1pipe.rewards.models import KINDS
 from r1pipe.rl.preference import (
     Examples,
-    newest_checkpoint,
     quality_of,
     read_examples,
     steps_of,
@@ -44,6 +44,7 @@ def main(folder: str) -> None:
         for number in range(current, len(lessons)):
             train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
+        run.saved()
         nothing = evaluate.measure([], [], [], run.stage.eval) | evaluate.measure_general([], [])
         quality = {"reward_models": quality_of(checkpoint)}
         run.finish(checkpoint, chat, nothing | quality, [], data.hash, firsts[-1])
@@ -51,7 +52,7 @@ def main(folder: str) -> None:
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
     """The model that the newest checkpoint was made for; without one the first. Earlier ones are finished."""
-    newest = newest_checkpoint(run)
+    newest = run.newest_whole(Ranks(run.config.engine))
     begun = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
     return max(0, sum(begun) - 1)
 

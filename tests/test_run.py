@@ -14,6 +14,7 @@ from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError, DataError
 from r1pipe.model import load_pretrained
 from r1pipe.paths import stages_dir
+from r1pipe.ranks import Ranks
 from r1pipe.run import open_run
 
 
@@ -54,7 +55,9 @@ def test_other_errors_are_not_swallowed(folder):
 
 
 def save(run, engine, step):
-    return run.save_checkpoint(engine, step, {"cursor": step})
+    made = run.save_checkpoint(engine, step, {"cursor": step})
+    run.saved()
+    return made
 
 
 def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
@@ -85,7 +88,7 @@ def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
 def test_a_run_without_a_checkpoint_starts_its_metrics_anew(folder):
     with open_run(folder) as run:
         run.log(1, {"train/loss": 1.0})
-        assert run.resume(None) == (0, {})
+        assert run.resume(Ranks(engine_config())) == (0, {})
     assert (folder / "metrics.jsonl").read_text() == ""
 
 

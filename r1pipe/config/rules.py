@@ -22,6 +22,7 @@ from r1pipe.config.schema import (
     RunConfig,
     SamplingConfig,
     SFTConfig,
+    StageConfig,
 )
 from r1pipe.errors import nearest
 
@@ -62,6 +63,7 @@ CHOICES = {
     "stage.kl_estimator": ("k1", "k2", "k3"),
     "stage.kl_in": ("loss", "reward"),
     "stage.eval.split": ("dev", "test"),
+    "stage.keep_best_direction": ("max", "min"),
 }
 
 
@@ -86,6 +88,7 @@ def every_rule(config: RunConfig) -> Rules:
     yield from engine_rules(config.engine)
     yield from optim_rules(config.stage.optim)
     yield from eval_rules(config.stage.eval, config)
+    yield from retention_rules(config.stage)
     yield from stage_rules(config)
     yield from tripwire_rules(config)
 
@@ -137,6 +140,22 @@ def eval_rules(evaluation: EvalConfig, config: RunConfig) -> Rules:
 def length_rule(key: str, length: int, config: RunConfig) -> Rules:
     longest = config.model.max_position_embeddings
     yield length <= longest, f"{key}={length} is longer than model.max_position_embeddings={longest}"
+
+
+def retention_rules(stage: StageConfig) -> Rules:
+    """A checkpoint is judged by what was logged at its own step."""
+    if stage.keep_best is None:
+        return
+    yield (
+        stage.save_every > 0,
+        f"stage.keep_best={stage.keep_best} needs stage.save_every above 0: there is one checkpoint else",
+    )
+    every = stage.eval.every
+    yield (
+        not stage.keep_best.startswith("eval/") or (every > 0 and every % stage.save_every == 0),
+        f"stage.keep_best={stage.keep_best} needs stage.eval.every={every} to be a multiple of "
+        f"stage.save_every={stage.save_every}: what is evaluated must be saved too",
+    )
 
 
 def sampling_rules(sampling: SamplingConfig, config: RunConfig) -> Rules:

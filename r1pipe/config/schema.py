@@ -83,7 +83,9 @@ class StageConfig:
     reads: list[str]  # stages whose checkpoints are read besides (sampled from, or used as reward models)
     max_steps: int  # optimizer steps at most; 0: as many as the data gives
     save_every: int  # steps between checkpoints; 0: only at the end
-    keep: int  # checkpoints kept
+    keep: int  # newest checkpoints kept; one that another run names as its parent is kept besides
+    keep_best: str | None  # metric whose best checkpoint is kept besides, e.g. eval/pass_at_1; null: none
+    keep_best_direction: str  # which is best: "max" or "min"
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig

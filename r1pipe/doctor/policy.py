@@ -99,6 +99,7 @@ def round_trip(context: Context, name: str) -> Finding:
     """A checkpoint as the stage writes it, verified, read back and compared weight by weight, and resumed."""
     run, engine = context.trial, context.engine
     target = run.save_checkpoint(engine, 1, {"doctor": 1}, save_pretrained)
+    run.saved()
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     checkpoints.verify(target, engine=True)
     with engine.gathered() as model:

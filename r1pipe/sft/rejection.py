@@ -141,7 +141,7 @@ def build_dataset(
         raise DataError(nothing_to_train_on(run, funnel))
     if not kept:
         run.progress(GENERAL_ALONE, len(general), len(general), "traces")
-        log.warning("%s", GENERAL_ALONE)
+        log.info("%s", GENERAL_ALONE)
     rows = [
         {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
         | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}

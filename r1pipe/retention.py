@@ -1,0 +1,58 @@
+"""Which checkpoints of a run stay: the last ones, the best one, and those that other runs came from.
+
+No torch: what names a checkpoint as its parent lies in the run folders beside it.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from r1pipe import checkpoints
+from r1pipe.paths import RunFolder
+
+
+def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> None:
+    """Remove a run's finished checkpoints but those that stay, and what unfinished and damaged ones left.
+
+    To be called when the newest is whole and durable. The newest `keep`, at least one, stay; so does the
+    best by a metric, `best_by` = (its name, "max" or "min"), and whatever another run names as its parent.
+    """
+    there = checkpoints.steps(run.checkpoints)
+    older = there[: -max(1, keep)]
+    if older:
+        stay = named_by_others(run, older)
+        if best_by is not None:
+            stay |= best(run.metrics, there, *best_by)
+        for step in older:
+            if step not in stay:
+                shutil.rmtree(run.checkpoint(step))
+    for leftover in run.checkpoints.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> set[int]:
+    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it."""
+    found: dict[int, float] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        value = row.get(name)
+        if row["step"] in steps and value is not None and math.isfinite(value):
+            found[row["step"]] = value if direction == "max" else -value
+    return {max(found, key=lambda step: (found[step], -step))} if found else set()
+
+
+def named_by_others(run: RunFolder, steps: Collection[int]) -> set[int]:
+    """Those of `steps` whose checkpoints the config or record of another run under the root names.
+
+    The names are looked up in the text: a file that is being written, or is broken, still holds them.
+    """
+    texts = [
+        path.read_text(encoding="utf-8", errors="replace")
+        for name in (run.config.name, run.record.name)
+        for path in run.path.parent.glob(f"*/{name}")
+        if path.parent != run.path
+    ]
+    names = {step: f'{run.run_id}/{run.checkpoints.name}/{run.checkpoint(step).name}"' for step in steps}
+    return {step for step, name in names.items() if any(name in text for text in texts)}

@@ -5,6 +5,7 @@ All ranks call; rank 0 writes.
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +44,7 @@ class Resumable(Generic[S]):
         self._began = psutil.Process().create_time()  # imports count too
         self._beside = ThreadPoolExecutor(1)  # finishes a checkpoint while training goes on
         self._finishing: Future[str | None] | None = None
-        self._durable: set[Path] = set()  # tables of rollouts that are on the disk itself
+        self._durable = 0  # the step up to which tables of rollouts are on the disk itself
 
     # --- the clock
 
@@ -109,7 +110,7 @@ class Resumable(Generic[S]):
             problems += [other.save(place / name, {}) for name, other in beside.items()]
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
-                self._finishing = self._beside.submit(self._finish, target)
+                self._finishing = self._beside.submit(self._finish, target, step)
         return target
 
     def saved(self) -> None:
@@ -129,17 +130,18 @@ class Resumable(Generic[S]):
             return self._told(error, target)
         return None
 
-    def _finish(self, target: Path) -> str | None:
+    def _finish(self, target: Path, step: int) -> str | None:
         """In a thread of rank 0, while training goes on: hash, make durable, put in place, let older ones go.
 
         Lines and tables of the steps so far are made durable first: they would not come again.
         """
         stage = self.stage
         try:
-            for path in (self.folder.metrics, *self.folder.rollouts.glob("*")):
-                if path.exists() and path not in self._durable:
-                    checkpoints.sync(path)
-            self._durable.update(self.folder.rollouts.glob("*"))
+            if self.folder.metrics.exists():
+                checkpoints.sync(self.folder.metrics)
+            for table in self._tables(self._durable + 1, step):
+                checkpoints.sync(table)
+            self._durable = step
             checkpoints.finish(target)
         except OSError as error:
             return self._told(error, target)
@@ -238,10 +240,15 @@ class Resumable(Generic[S]):
         if self.rank == 0:
             if self.folder.metrics.exists():
                 _cut_after(self.folder.metrics, step)
-            for table in self.folder.rollouts.glob("step-*"):
-                if int(table.stem.removeprefix("step-")) > step:
-                    table.unlink()
+            for table in self._tables(step + 1):
+                table.unlink()
+            self._durable = step
         return step, loop
+
+    def _tables(self, first: int, last: float = math.inf) -> list[Path]:
+        """The tables of rollouts of some steps."""
+        there = self.folder.rollouts.glob("step-*.parquet")
+        return [path for path in there if first <= int(path.stem.removeprefix("step-")) <= last]
 
     def _tokenizer_folder(self) -> Path:
         parent = self.config.weights_from

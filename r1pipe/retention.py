@@ -35,7 +35,10 @@ def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> 
 def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> set[int]:
     """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it."""
     found: dict[int, float] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
+        if not line.endswith("\n"):  # the job is writing it in this moment
+            continue
         row = json.loads(line)
         value = row.get(name)
         if row["step"] in steps and value is not None and math.isfinite(value):

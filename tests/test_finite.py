@@ -129,9 +129,8 @@ def test_a_stage_of_reinforcement_passes_over_a_broken_minibatch(tmp_path, monke
 
     def train_step(engine, closures):
         steps.append(engine)
-        if len(steps) == 3:
-            closures = [lambda: closures[0]() * math.nan]
-        return real(engine, closures)
+        first = closures[0]
+        return real(engine, [lambda: first() * math.nan] if len(steps) == 3 else closures)
 
     monkeypatch.setattr(Engine, "train_step", train_step)
     folder = tiny_run(tmp_path / "run", "stage=grpo", "stage.max_steps=3", "stage.minibatches=2")

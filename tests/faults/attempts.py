@@ -13,15 +13,24 @@ from r1pipe.config import read_config
 from r1pipe.paths import RunFolder
 
 SETTINGS = {
-    "cold_start": ("stage=cold_start", "stage.traces=16"),
+    "cold_start": ("stage=cold_start", "stage.traces=16", "stage.epochs=8"),
     "grpo": ("stage=grpo",),
 }
-STEPS = ("stage.max_steps=4", "stage.save_every=1", "stage.keep=4")
+STEPS = 4
+EACH_SAVED = (f"stage.max_steps={STEPS}", "stage.save_every=1", f"stage.keep={STEPS}")
 
 
 def begin(folder: Path, stage: str, *overrides: str) -> Path:
     """A run folder of a stage of four steps, each saved."""
-    return tiny_run(folder, *SETTINGS[stage], *STEPS, *overrides)
+    return tiny_run(folder, *SETTINGS[stage], *EACH_SAVED, *overrides)
+
+
+def uninterrupted(folder: Path, stage: str) -> Path:
+    """A finished run that others are compared with."""
+    code, line = attempt(begin(folder, stage))
+    saved = checkpoints.steps(RunFolder(folder).checkpoints)
+    assert code == 0 and saved == [*range(1, STEPS + 1)], (code, line, saved)
+    return folder
 
 
 def attempt(folder: Path) -> tuple[int, str]:

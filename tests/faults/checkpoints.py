@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from unittest.mock import patch
 
-from faults.attempts import attempt, begin, first_lost, interrupted, same_end
+from faults.attempts import attempt, first_lost, interrupted, same_end, uninterrupted
 from faults.outcome import Outcome
 from r1pipe.resumable import Resumable
 
@@ -41,8 +41,7 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     """A row for each stage and damage. The short form is one stage and one try of each."""
     logging.getLogger("r1pipe").setLevel(logging.WARNING)
     for stage in ("cold_start",) if short else ("cold_start", "grpo"):
-        whole = begin(folder / stage / "whole", stage)
-        attempt(whole)
+        whole = uninterrupted(folder / stage / "whole", stage)
         for number, (name, damage) in enumerate(DAMAGES.items()):
             draw = random.Random(f"{seed}/{stage}/{number}")
             lost, told = [], ""

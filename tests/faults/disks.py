@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from faults.attempts import attempt, begin, first_lost, same_end
+from faults.attempts import STEPS, attempt, begin, first_lost, same_end, uninterrupted
 from faults.outcome import Outcome
 from r1pipe import checkpoints
 from r1pipe.paths import RunFolder
@@ -20,21 +20,20 @@ TRIES = 8
 
 
 def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
-    """A row for what is written when the disk is full: the checkpoint, or a line of the metrics."""
+    """A row for what the disk is full before: a checkpoint, or a line of the metrics."""
     draw = random.Random(f"{seed}/disk")
     with small_disk(folder / "disk") as disk:
         if disk is None:
             yield Outcome("a full disk", 0, 0, "left out: mounting a small file system takes root")
             return
-        whole = begin(folder / "whole", "cold_start")
-        attempt(whole)
+        whole = uninterrupted(folder / "whole", "cold_start")
         size = sum(path.stat().st_size for path in RunFolder(whole).checkpoint(1).rglob("*"))
         tries = 1 if short else TRIES
         room = [draw.randrange(4096, size * 9 // 10) for _ in range(tries)]  # of what a checkpoint takes
-        steps = [draw.randrange(2, 5) for _ in range(tries)]
+        steps = [draw.randrange(2, STEPS + 1) for _ in range(tries)]
         for what, method, leave in (
             ("while saving", "save_checkpoint", room),
-            ("under the metrics", "log", [0] * tries),
+            ("before a step is logged", "log", [0] * tries),
         ):
             found = [filled(disk, whole, method, one, step) for one, step in zip(leave, steps, strict=True)]
             lost = [problem for problem, _ in found]

@@ -14,7 +14,7 @@ from rl_runs import metrics_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from faults.attempts import attempt, begin, first_lost, same_end
+from faults.attempts import STEPS, attempt, begin, first_lost, same_end, uninterrupted
 from faults.outcome import Outcome
 from r1pipe import checkpoints
 from r1pipe.engine import Engine
@@ -40,12 +40,11 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     """A row for each stage and what breaks, once in a step and in all from a step on."""
     logging.getLogger("r1pipe").setLevel(logging.ERROR)
     for stage in ("cold_start",) if short else ("cold_start", "grpo"):
-        whole = begin(folder / stage / "whole", stage)
-        attempt(whole)
+        whole = uninterrupted(folder / stage / "whole", stage)
         for what, breaks in BREAKS.items():
             draw = random.Random(f"{seed}/{stage}/{what}")
             tries = 1 if short else TRIES
-            steps = [draw.randrange(2, 5) for _ in range(tries)]
+            steps = [draw.randrange(2, STEPS + 1) for _ in range(tries)]
             place = folder / stage / what
             lost = [once(place / f"once-{n}", stage, breaks, step) for n, step in enumerate(steps)]
             told = "skipped and counted; no checkpoint holds it"

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from r1pipe.model.precision import fp8_of
 from r1pipe.optimizer import adamw, lr_factor
 from r1pipe.ranks import Ranks
 
-CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
 LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
 log = logging.getLogger("r1pipe")
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
@@ -182,13 +180,15 @@ class Engine(Ranks):
         grad_norm = float(self._ds.get_global_grad_norm())
         loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
         broken = not math.isfinite(grad_norm)
-        fp8 = self._fp8_metrics(broken)
+        counts = self._fp8_counts()
         if broken:
-            self._skipped(micro_losses, losses)
+            self._skipped(micro_losses, losses, meter.not_finite(counts))
+            self._fp8_counts()  # of the passes that looked for the layer
         else:
             self.skipped_in_a_row = 0
             if self.router and loads_LE is not None:
                 update_router_bias(self.module, loads_LE, self.router.bias_rate)
+        fp8 = {} if broken else meter.metrics(counts)
         return StepStats(loss_mean, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
@@ -204,10 +204,13 @@ class Engine(Ranks):
         self._ds.backward(loss if weight == 1.0 else weight * loss)
         return value
 
-    def _skipped(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> None:
+    def _skipped(
+        self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float], quantised: str
+    ) -> None:
         """Count a skipped step and say where it broke; all ranks call. Raises NumericProblem past a limit."""
         self.skipped_in_a_row += 1
         what = origin(self, self.module, micro_losses, losses, partitioned=self.zero_level == 3)
+        what = f"{what} ({quantised})" if quantised else what
         if self.skipped_in_a_row > self.max_skipped:
             raise NumericProblem(
                 f"{what}; {self.skipped_in_a_row} steps in a row, above stage.optim.max_skipped="
@@ -216,14 +219,10 @@ class Engine(Ranks):
         if self.rank == 0:
             log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, what)
 
-    def _fp8_metrics(self, broken: bool) -> dict[str, float]:
-        """What was quantised in this step, none of a broken one. Raises NumericProblem on what was not
-        finite."""
+    def _fp8_counts(self) -> dict[str, meter.Numbers]:
+        """What was quantised in this step, all ranks together; nothing without FP8."""
         fp8 = fp8_of(self.module)
-        if fp8 is None:
-            return {}
-        taken = meter.together(self.all_gather_objects(fp8.meter.take()))
-        return {} if broken else meter.metrics(taken)
+        return meter.together(self.all_gather_objects(fp8.meter.take())) if fp8 else {}
 
     def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
         """Mean loss and summed loads over ranks, in one message."""
@@ -281,21 +280,10 @@ class Engine(Ranks):
             client = engine_state.read(self._ds, folder)
         else:
             log.info("brings the state of %s to %s", layout, mine)
-            client = self._load_other_layout(folder, layout["zero_level"], scratch or folder.parent)
+            levels = layout["zero_level"], self.zero_level
+            client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
         return client["loop"]
-
-    def _load_other_layout(self, folder: Path, zero_level: int, scratch: Path) -> dict[str, Any]:
-        universal = scratch / CONVERTED
-        if self.rank == 0:
-            shutil.rmtree(universal, ignore_errors=True)  # of a job that was killed meanwhile
-            engine_state.convert(self._ds, folder, universal, zero_level)
-        self.barrier()
-        client = engine_state.read_universal(self._ds, universal, self.zero_level)
-        self.barrier()
-        if self.rank == 0:
-            shutil.rmtree(universal)
-        return client
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world_size, "zero_level": self.zero_level}

@@ -9,6 +9,7 @@ level 0, which keeps everything whole, is written and read here.
 import contextlib
 import io
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from r1pipe.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.optimizer import MOMENTS
+from r1pipe.ranks import Ranks
 
 TAG = "state"
+CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
 PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -83,6 +86,23 @@ def _tensors_alone() -> Iterator[None]:
         yield
     finally:
         torch.load = _torch_load
+
+
+def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple[int, int]) -> dict[str, Any]:
+    """Put back what other ranks, or the first of the ZeRO `levels`, wrote, at the second; the client state.
+
+    All ranks call; the universal layout lies in `scratch` meanwhile.
+    """
+    universal, (before, now) = scratch / CONVERTED, levels
+    if ranks.rank == 0:
+        shutil.rmtree(universal, ignore_errors=True)  # of a job that was killed meanwhile
+        convert(ds, folder, universal, before)
+    ranks.barrier()
+    client = read_universal(ds, universal, now)
+    ranks.barrier()
+    if ranks.rank == 0:
+        shutil.rmtree(universal)
+    return client
 
 
 def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:

@@ -76,6 +76,15 @@ def together(taken: list[dict[str, Numbers]]) -> dict[str, Numbers]:
     return joined
 
 
+def not_finite(joined: dict[str, Numbers]) -> str:
+    """Where numbers that were to be quantised were not finite; empty where all were."""
+    for name, (_, _, _, broken, _, _) in sorted(joined.items()):
+        if broken:
+            kind, role = name.split("/")
+            return f"FP8: {broken:.0f} numbers of {kind} layers' {role}s were not finite"
+    return ""
+
+
 def metrics(joined: dict[str, Numbers]) -> dict[str, float]:
     """`fp8/KIND/ROLE/...`: shares of values with the largest code and flushed to zero, range of scales.
 
@@ -83,14 +92,12 @@ def metrics(joined: dict[str, Numbers]) -> dict[str, float]:
     1/128 of activations and gradients, 1/16384 of weights, cuts nothing off. Raises NumericProblem on what
     was not finite.
     """
+    if told := not_finite(joined):
+        raise NumericProblem(
+            f"{told}; lower stage.optim.lr or look at the data; nothing of this step was saved"
+        )
     found: dict[str, float] = {}
-    for name, (values, largest, flushed, broken, low, high) in sorted(joined.items()):
-        if broken:
-            kind, role = name.split("/")
-            raise NumericProblem(
-                f"FP8: {broken:.0f} numbers of {kind} layers' {role}s were not finite; lower stage.optim.lr"
-                " or look at the data; nothing of this step was saved"
-            )
+    for name, (values, largest, flushed, _, low, high) in sorted(joined.items()):
         found |= {
             f"fp8/{name}/saturated": largest / values,
             f"fp8/{name}/flushed": flushed / values,

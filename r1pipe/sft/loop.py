@@ -65,7 +65,7 @@ def train(
             shares = Shares(engine, batch, weights, pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
         tokens = sum(len(row.tokens) for row in batch)
-        metrics = step_metrics(stats) | shares.terms(stats)
+        metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
             metrics |= short_evaluation()
@@ -120,22 +120,20 @@ class Shares:
             loss = loss + self.weights.balance * balance
         return loss
 
-    def terms(self, stats: StepStats) -> dict[str, float]:
-        """The metrics of a step's terms, all ranks together; its loss is their weighted sum."""
-        if stats.broken:
-            return {}
+    def terms(self, loss: float) -> dict[str, float]:
+        """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
         named = {
             "mtp_loss": (self.mtp, self.weights.mtp),
             "balance_loss": (self.balance, self.weights.balance),
         }
         there = {name: term for name, term in named.items() if term[0]}
         if not there:
-            return {"train/loss": stats.loss}
+            return {"train/loss": loss}
         sums = self.engine.sum_over_ranks([sum(values) for values, _ in there.values()])
         means = [total / self.engine.world_size for total in sums]
         beside = sum(mean * weight for mean, (_, weight) in zip(means, there.values(), strict=True))
         found = dict(zip((f"train/{name}" for name in there), means, strict=True))
-        return {"train/loss": stats.loss - beside, **found}
+        return {"train/loss": loss - beside, **found}
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:

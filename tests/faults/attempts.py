@@ -14,7 +14,7 @@ from r1pipe.paths import RunFolder
 
 SETTINGS = {
     "cold_start": ("stage=cold_start", "stage.traces=16", "stage.epochs=8"),
-    "grpo": ("stage=grpo",),
+    "grpo": ("stage=grpo", "stage.minibatches=1"),  # as many optimizer steps as steps
 }
 STEPS = 4
 EACH_SAVED = (f"stage.max_steps={STEPS}", "stage.save_every=1", f"stage.keep={STEPS}")

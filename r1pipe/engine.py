@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1pipe import engine_state
+from r1pipe import engine_state, heartbeat
 from r1pipe.broken_step import origin
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import ConfigError, NumericProblem
@@ -178,7 +178,8 @@ class Engine(Ranks):
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
             self._backward(micro_losses[-1], 0.0)
-        self._ds.step()
+        with self._maybe_waiting():
+            self._ds.step()
         grad_norm = float(self._ds.get_global_grad_norm())
         loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
         broken = not math.isfinite(grad_norm)
@@ -201,8 +202,14 @@ class Engine(Ranks):
         value = loss.item()
         if not math.isfinite(value):
             weight = math.nan
-        self._ds.backward(loss if weight == 1.0 else weight * loss)
+        with self._maybe_waiting():
+            self._ds.backward(loss if weight == 1.0 else weight * loss)
+        heartbeat.tick()
         return value
+
+    def _maybe_waiting(self) -> AbstractContextManager[None]:
+        """Around a call of DeepSpeed in which it makes the ranks' gradients one."""
+        return heartbeat.waiting() if self.world_size > 1 else nullcontext()
 
     def _skipped(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> None:
         """Count a skipped step and say where it broke; all ranks call. Raises NumericProblem past a limit."""
@@ -232,7 +239,8 @@ class Engine(Ranks):
         flat = torch.tensor([loss], dtype=torch.float64, device=self.device)
         if loads_LE is not None:
             flat = torch.cat([flat, loads_LE.reshape(-1).double()])
-        dist.all_reduce(flat)
+        with heartbeat.waiting():
+            dist.all_reduce(flat)
         summed_LE = flat[1:].reshape(loads_LE.shape).to(loads_LE.dtype) if loads_LE is not None else None
         return flat[0].item() / self.world_size, summed_LE
 

@@ -1,0 +1,161 @@
+"""What each rank says of itself while it works: a small file in the run's log folder.
+
+The launching side reads it (r1pipe.watch). A tick costs an addition; a thread writes the file, at most once a
+second. Both wings import this: no torch here.
+"""
+
+import faulthandler
+import json
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from r1pipe.paths import RunFolder
+
+WRITE_EVERY_S = 1.0  # while something changes
+ALIVE_EVERY_S = 10.0  # while nothing does: other machines see by it that the process lives
+
+
+@dataclass
+class Beat:
+    """Where a rank is and how much work it has shown; the content of its file."""
+
+    rank: int
+    host: str
+    pid: int
+    began: float  # of the process, seconds since 1970
+    step: int = 0  # that it works on
+    place: str = "starting"
+    patient: bool = True  # one long piece of work that shows nothing meanwhile: loading, compiling, saving
+    waiting: bool = False  # for other ranks, in a collective
+    met: int = 0  # collectives entered: of ranks in lockstep, one that is stuck has entered the fewest
+    ticks: int = 0  # pieces of work done
+
+    def where(self) -> str:
+        """For the user: "update, step 3"."""
+        return f"{self.place}, step {self.step}" if self.step else self.place
+
+
+def write(path: Path, beat: Beat) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path) -> Beat | None:
+    """None where there is none, or none that can be read."""
+    try:
+        return Beat(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_all(run: RunFolder) -> list[Beat]:
+    """Those of a run's ranks, by rank."""
+    found = (read(path) for path in run.log.glob(f"{RunFolder.HEARTBEAT}*.json"))
+    return sorted((beat for beat in found if beat is not None), key=lambda beat: beat.rank)
+
+
+def clear(run: RunFolder) -> None:
+    """Forget the ranks of an earlier session."""
+    for path in run.log.glob(f"{RunFolder.HEARTBEAT}*"):
+        path.unlink(missing_ok=True)
+
+
+class Heart:
+    """The thread that writes this process's beat, from `start` to `stop`."""
+
+    def __init__(self, path: Path, rank: int):
+        process = psutil.Process()
+        self.path = path
+        self.beat = Beat(rank, socket.gethostname(), process.pid, process.create_time())
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._write_on, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        write(self.path, self.beat)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        write(self.path, self.beat)
+
+    def _write_on(self) -> None:
+        written, quiet_s = replace(self.beat), 0.0
+        while not self._over.wait(WRITE_EVERY_S):
+            now, quiet_s = replace(self.beat), quiet_s + WRITE_EVERY_S
+            if now != written or quiet_s >= ALIVE_EVERY_S:
+                write(self.path, now)
+                written, quiet_s = now, 0.0
+
+
+_heart: Heart | None = None  # of this process; none outside a job
+
+
+@contextmanager
+def beating(run: RunFolder, rank: int) -> Iterator[None]:
+    """A heartbeat for the length of a block, in which SIGUSR1 has this process write down what it does."""
+    global _heart
+    run.log.mkdir(parents=True, exist_ok=True)
+    with run.stack(rank).open("a", encoding="utf-8") as file:
+        faulthandler.register(signal.SIGUSR1, file)
+        _heart = heart = Heart(run.heartbeat(rank), rank)
+        heart.start()
+        try:
+            yield
+        finally:
+            _heart = None
+            heart.stop()
+            faulthandler.unregister(signal.SIGUSR1)
+
+
+def tick() -> None:
+    """A piece of work is done: a micro-batch, a few tokens of a sample, a verdict."""
+    if _heart is not None:
+        _heart.beat.ticks += 1
+
+
+def at_step(step: int) -> None:
+    """Which step is being worked on."""
+    if _heart is not None:
+        beat = _heart.beat
+        beat.step, beat.place, beat.ticks = step, "between phases", beat.ticks + 1
+
+
+@contextmanager
+def at(place: str, patient: bool = False) -> Iterator[None]:
+    """Name what a block does. `patient`: it may take long without a tick."""
+    if _heart is None:
+        yield
+        return
+    beat = _heart.beat
+    outer = beat.place, beat.patient
+    beat.place, beat.patient, beat.ticks = place, patient, beat.ticks + 1
+    try:
+        yield
+    finally:
+        beat.place, beat.patient = outer
+        beat.ticks += 1
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """A block in which this rank may wait for the others: whatever holds them up, it is not this rank."""
+    if _heart is None:
+        yield
+        return
+    beat = _heart.beat
+    beat.met += 1
+    beat.waiting = True
+    try:
+        yield
+    finally:
+        beat.waiting = False
+        beat.ticks += 1

@@ -119,7 +119,7 @@ class Job:
         """Starts it. Raises EnvironmentProblem if the machine lacks something, or another job has the run."""
         self.run, self.engine = run, config.engine
         self.caught = 0  # the signal that this process got while it followed the job
-        self._told, self._kill_at, self._leader = False, math.inf, 0
+        self._told, self._over, self._kill_at, self._leader = False, False, math.inf, 0
         self._fault: Fault | None = None
         line = checked(config, run)
         with ExitStack() as stack, ExitStack() as signals:
@@ -136,7 +136,6 @@ class Job:
                 [stack.enter_context(no_mlflow()), variables["PYTHONPATH"]]
             )
             log = stack.enter_context((run.log / "launcher.txt").open("ab"))
-            self._log_begins = log.tell()
             log.write(f"$ {printable(config, line)}\n".encode())
             log.flush()
             signals.enter_context(stopping.handling(self._pass_on))
@@ -163,6 +162,8 @@ class Job:
             self.display.close()
 
     def _end_if_due(self) -> None:
+        if self._over:
+            return
         if self.caught and not self._told:
             self._told = True
             self.display.say(
@@ -183,6 +184,7 @@ class Job:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the ranks to save and leave; at the second time end them."""
         if self.caught:
+            self._over = True
             stopping.request(self.run.stop, number, at_once=True)
             self._signal(signal.SIGKILL)
             return
@@ -198,6 +200,7 @@ class Job:
                 os.killpg(self._leader, number)
 
     def _end_now(self) -> None:
+        self._over = True
         stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
         self._sweep(LEAVING_S)
 
@@ -219,26 +222,20 @@ class Job:
                 code = self.process.wait()
             self._sweep(self.engine.grace_s)
             self.run.stop.unlink(missing_ok=True)
-            if not self.run.record.exists() and not self.caught and not self._fault:
-                self._fault = self.watch.ended_by(self._own_log())
-                if self._fault:
-                    tell_once(self.run.error, self._fault.line)
             self.mirror.finish()
+        return self._exit_code(code)
+
+    def _exit_code(self, launcher: int) -> int:
+        """The job's, from that of DeepSpeed's launcher: it forgets what its children were killed by."""
+        own = launcher if launcher >= 0 else 128 - launcher
         if self.run.record.exists():
-            return code if code >= 0 else 128 - code
+            return own
         if self.caught:
             return 128 + self.caught
         if self._fault:
             return self._fault.code
-        if code == 0:
-            return 1  # DeepSpeed's launcher forgets when its child was killed
-        return code if code >= 0 else 128 - code
-
-    def _own_log(self) -> str:
-        """What this job's launcher wrote: earlier sessions of the run stand before it."""
-        with (self.run.log / "launcher.txt").open("rb") as file:
-            file.seek(self._log_begins)
-            return file.read().decode("utf-8", "replace")
+        failed = [code for code in self.watch.ended.values() if code is not None and code > 0]
+        return failed[0] if failed else own or 1
 
 
 def failure(run: RunFolder, code: int) -> str:

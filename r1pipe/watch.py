@@ -28,7 +28,6 @@ STACK_S = 2.0  # until the stacks that ranks were asked for are read
 STUCK_CODE = 1  # exit code
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
-RETURNED = re.compile(r"exits with return code = (-?\d+)")  # DeepSpeed's launcher, of the first that failed
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,17 @@ class Watch:
         self.beats: list[Beat] = []
         self._looked = self._failed_at = 0.0
         self._shown: dict[int, tuple[tuple[int, int], float]] = {}  # rank -> ((ticks, met), since when)
-        self._ended: dict[int, int | None] = {}  # rank -> exit code, where known; in the order of their ends
+        self.ended: dict[int, int | None] = {}  # rank -> exit code, where known; in the order of their ends
 
     def look(self) -> Fault | None:
-        """To be called often; a fault that has come up."""
+        """To be called often, so that a rank's end is seen before its parent has asked for it; a fault that
+        has come up."""
+        self.beats = heartbeat.read_all(self.run)
         fault = self._killed()
         now = time.monotonic()
         if fault or now - self._looked < LOOK_EVERY_S:
             return fault
         self._looked = now
-        self.beats = heartbeat.read_all(self.run)
         for beat in self.beats:
             shown = beat.ticks, beat.met
             if beat.rank not in self._shown or self._shown[beat.rank][0] != shown:
@@ -69,16 +69,6 @@ class Watch:
         """Seconds since a rank failed while others go on, maybe waiting for it; 0 while all is well."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
 
-    def ended_by(self, launcher_log: str) -> Fault | None:
-        """After the job: whether it was a signal to a rank, as DeepSpeed's launcher tells in its log."""
-        codes = RETURNED.findall(launcher_log)
-        if not codes or int(codes[-1]) >= 0:
-            return None
-        self.beats = heartbeat.read_all(self.run)
-        self._killed()
-        first = next((beat for rank in self._ended for beat in self.beats if beat.rank == rank), None)
-        return self._killed_by(first, -int(codes[-1])) if first else None
-
     def _mine(self) -> list[Beat]:
         """Of the ranks on this machine."""
         return [beat for beat in self.beats if beat.host == socket.gethostname()]
@@ -88,24 +78,25 @@ class Watch:
         new = [
             beat
             for beat in self._mine()
-            if beat.rank not in self._ended and not processes.is_alive(beat.pid, beat.began)
+            if beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
         ]
         codes = {beat.rank: processes.exit_code(beat.pid) for beat in new}
-        self._ended |= codes
-        if self._failed_at or not any(code != 0 for code in codes.values()):
+        self.ended |= codes
+        failed = [beat for beat in new if codes[beat.rank] != 0]
+        if self._failed_at or not failed:
             return None
         self._failed_at = time.monotonic()
-        killed = [(beat, -code) for beat in new if (code := codes[beat.rank]) is not None and code < 0]
-        killed.sort(
-            key=lambda one: one[1] == signal.SIGABRT
-        )  # gloo's threads abort when another rank is gone
-        return self._killed_by(*killed[0]) if killed else None
+        killed = [beat for beat in failed if not beat.left]
+        # gloo's threads abort when another rank is gone
+        killed.sort(key=lambda beat: codes[beat.rank] == -signal.SIGABRT)
+        return self._killed_by(killed[0], codes[killed[0].rank]) if killed else None
 
-    def _killed_by(self, beat: Beat, number: int) -> Fault:
-        latest = heartbeat.read(self.run.heartbeat(beat.rank)) or beat
-        name = signal.Signals(number).name
-        hint = " (out of memory?)" if number == signal.SIGKILL else ""
-        line = f"rank {beat.rank} was killed by {name}{hint} in {latest.where()}; all ranks were ended"
+    def _killed_by(self, beat: Beat, code: int | None) -> Fault:
+        """`code`: None where DeepSpeed's launcher was quicker to ask for it."""
+        by = f" by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+        hint = " (out of memory?)" if by.endswith("SIGKILL") else ""
+        line = f"rank {beat.rank} was killed{by}{hint} in {beat.where()}; all ranks were ended"
+        number = -code if by and code else signal.SIGKILL
         return Fault(f"{self.run.run_id}: {line}; {goes_on(self.run)}", 128 + number)
 
     def _silent_s(self, beat: Beat, now: float) -> float:
@@ -116,7 +107,7 @@ class Watch:
 
     def _late(self, now: float) -> list[Beat]:
         """Ranks that may be what holds the job up; none while all is well."""
-        living = [beat for beat in self.beats if beat.rank not in self._ended]
+        living = [beat for beat in self.beats if beat.rank not in self.ended]
         stopped = [beat for beat in living if self._is_stopped(beat)]
         if any(self._silent_s(beat, now) > self.stuck_after_s for beat in stopped):
             return stopped

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.kernels import meter
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.precision import fp8_of
-from r1pipe.optimizer import adamw, lr_factor
+from r1pipe.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.ranks import Ranks
 
 CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
 LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
 log = logging.getLogger("r1pipe")
-NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
 
 def _import_deepspeed() -> Any:
@@ -87,21 +86,6 @@ class _Runs(nn.Module):
         return closure()
 
 
-def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # shares of the loss add up by themselves
-        "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
-        "gradient_clipping": grad_clip,
-        "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision != "fp32"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches add up in float32
-        "steps_per_print": NEVER,
-    }
-
-
 class Engine(Ranks):
     """DeepSpeed around one model: a call per optimizer step, whatever the ranks, precision and ZeRO level.
 
@@ -133,7 +117,7 @@ class Engine(Ranks):
             model=_Runs(model),
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=_deepspeed_config(config, optim.grad_clip),
+            config=deepspeed_config(config, optim.grad_clip),
             dist_init_required=False,
         )
         if config.zero_level == 0:
@@ -178,10 +162,10 @@ class Engine(Ranks):
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
             self._backward(micro_losses[-1], 0.0)
-        with self._maybe_waiting():
+        with heartbeat.waiting(self.world_size > 1):
             self._ds.step()
-        grad_norm = float(self._ds.get_global_grad_norm())
-        loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
+            grad_norm = float(self._ds.get_global_grad_norm())
+            loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
         broken = not math.isfinite(grad_norm)
         fp8 = self._fp8_metrics(broken)
         if broken:
@@ -202,14 +186,9 @@ class Engine(Ranks):
         value = loss.item()
         if not math.isfinite(value):
             weight = math.nan
-        with self._maybe_waiting():
+        with heartbeat.waiting(self.world_size > 1):
             self._ds.backward(loss if weight == 1.0 else weight * loss)
-        heartbeat.tick()
         return value
-
-    def _maybe_waiting(self) -> AbstractContextManager[None]:
-        """Around a call of DeepSpeed in which it makes the ranks' gradients one."""
-        return heartbeat.waiting() if self.world_size > 1 else nullcontext()
 
     def _skipped(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> None:
         """Count a skipped step and say where it broke; all ranks call. Raises NumericProblem past a limit."""
@@ -239,8 +218,7 @@ class Engine(Ranks):
         flat = torch.tensor([loss], dtype=torch.float64, device=self.device)
         if loads_LE is not None:
             flat = torch.cat([flat, loads_LE.reshape(-1).double()])
-        with heartbeat.waiting():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         summed_LE = flat[1:].reshape(loads_LE.shape).to(loads_LE.dtype) if loads_LE is not None else None
         return flat[0].item() / self.world_size, summed_LE
 

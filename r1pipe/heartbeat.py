@@ -162,11 +162,12 @@ def at(place: str, patient: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """A block in which this rank may wait for the others: whatever holds them up, it is not this rank."""
+def waiting(for_others: bool = True) -> Iterator[None]:
+    """A block in which this rank may wait for the others, if there are any: it is not what holds them up."""
     heart = _heart
-    if heart is None:
+    if heart is None or not for_others:
         yield
+        tick()
         return
     beat = heart.beat
     beat.met += 1

@@ -20,7 +20,7 @@ LIMIT_S = 300.0  # for anything, on a busy machine
 
 @contextmanager
 def ranks(folder: Path, main: Callable[..., Any], count: int, *arguments: Any) -> Iterator[list[BaseProcess]]:
-    """`main(folder, *arguments)` in `count` processes that find one another, as under DeepSpeed's launcher."""
+    """`main(folder, *arguments)` in `count` processes that find one another, as under the launcher."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(WARM)
     port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself

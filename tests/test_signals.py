@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from bits import equal, same_bits
 from forked import codes, out, ranks, wait_until
 from rl_runs import go, metrics_of
 from safetensors.torch import load_file
@@ -30,37 +30,6 @@ SFT = (
     *("stage=pretrain", "stage.max_steps=4", "stage.save_every=0", "stage.batch_size=4", "stage.keep=9"),
     *("stage.sequence_length=64", "stage.optim.lr=0.01"),
 )
-
-
-def same_bits(one: Path, other: Path, step: int) -> bool:
-    """Weights, optimizer and loop state of two runs at a step."""
-    first, second = (folder / "checkpoints" / f"step-{step}" for folder in (one, other))
-    for path in sorted(first.glob("*.safetensors")):
-        expected, found = load_file(path), load_file(second / path.name)
-        if expected.keys() != found.keys():
-            return False
-        if not all(torch.equal(found[name], tensor) for name, tensor in expected.items()):
-            return False
-    states = sorted(path.relative_to(first) for path in first.rglob("*.pt"))
-    assert states
-    return all(same_state(first / path, second / path) for path in states)
-
-
-def same_state(one: Path, other: Path) -> bool:
-    first, second = (torch.load(path, weights_only=False) for path in (one, other))
-    return equal(
-        {k: v for k, v in first.items() if k != "loop"}, {k: v for k, v in second.items() if k != "loop"}
-    )
-
-
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other) or type(one).__module__.startswith("deepspeed")
 
 
 def interrupt(calls: int, function: Callable) -> Callable:

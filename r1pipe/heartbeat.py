@@ -134,6 +134,24 @@ def tick() -> None:
         _heart.beat.ticks += 1
 
 
+@contextmanager
+def limited() -> Iterator[None]:
+    """A block that waits for something with a limit of its own, which may be a long one: until then, work."""
+    over = threading.Event()
+
+    def ticks() -> None:
+        while not over.wait(WRITE_EVERY_S):
+            tick()
+
+    thread = threading.Thread(target=ticks, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def at_step(step: int) -> None:
     """Which step is being worked on."""
     if _heart is not None:

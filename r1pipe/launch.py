@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -152,14 +152,13 @@ class Job:
     def follow(self) -> None:
         """Show and mirror the job until its record is there or it has ended; pass signals on to it, and end
         it where a rank was killed or is stuck."""
-        with self._signals:
+        with self._signals, closing(self.display):
             while self.process.poll() is None and not self.run.record.exists():
                 self.display.poll()
                 self.mirror.poll()
                 self._lock.renew()
                 self._end_if_due()
                 time.sleep(POLL_S)
-            self.display.close()
 
     def _end_if_due(self) -> None:
         if self._over:

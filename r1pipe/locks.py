@@ -11,9 +11,10 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -132,12 +133,12 @@ def living_ranks(run: RunFolder) -> list[int]:
 
 def seconds_since_life(run: RunFolder) -> float:
     """Since the launcher or a rank last showed life, by the clock of the machine that keeps the files."""
-    now = run.path / ".now"
-    now.touch()
-    shown = [path.stat().st_mtime for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json"))]
-    age_s = now.stat().st_mtime - max(shown)
-    now.unlink()
-    return age_s
+    shown = [0.0]
+    for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
+        with suppress(FileNotFoundError):  # it ends in this moment
+            shown.append(path.stat().st_mtime)
+    with tempfile.TemporaryFile(dir=run.path) as made_now:
+        return os.fstat(made_now.fileno()).st_mtime - max(shown)
 
 
 @contextmanager

@@ -146,6 +146,25 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     assert again.run.path == placed.run.path and "goes on from step 1" in again.says()
 
 
+def test_an_interrupted_reproduction_says_so_in_one_line_and_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+    sender = (
+        "import os, pathlib, time\n"
+        f"while not list(pathlib.Path({str(house.root)!r}).glob('*/waiting')): time.sleep(0.05)\n"
+        f"os.kill({os.getpid()}, {int(signal.SIGINT)})\n"
+    )
+    subprocess.Popen([sys.executable, "-c", sender])
+    assert house.call("reproduce", "recipe=smoke") == 130
+    [run] = house.runs()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"{run.name} was interrupted; the same command goes on from step 1"
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("reproduce", "recipe=smoke") == 0
+    assert f"{run.name}: goes on from step 1" in capsys.readouterr().err
+
+
 def test_what_the_machine_lacks_is_told_before_anything_starts(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

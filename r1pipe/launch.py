@@ -220,6 +220,10 @@ class Job:
                 self._end_now()
                 code = self.process.wait()
             self._sweep(self.engine.grace_s)
+            if not self.run.record.exists() and not self.caught and not self._fault:
+                self._fault = self.watch.last_look(code)
+                if self._fault:
+                    tell_once(self.run.error, self._fault.line)
             self.run.stop.unlink(missing_ok=True)
             self.mirror.finish()
         return self._exit_code(code)

@@ -26,6 +26,7 @@ PATIENCE = 15  # times longer may a piece of work take that shows nothing meanwh
 SUSPECT = 0.8  # of the limit: what comes to a halt because another rank did is silent for nearly as long
 STACK_S = 2.0  # until the stacks that ranks were asked for are read
 STUCK_CODE = 1  # exit code
+FORGOTTEN = 256  # DeepSpeed's launcher ends with minus a signal's number, which the system takes modulo this
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
 COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 
@@ -65,6 +66,11 @@ class Watch:
         late = self._late(now)
         return self._stuck(late, now) if late else None
 
+    def last_look(self, launcher: int) -> Fault | None:
+        """Once the launcher has ended, with this exit code: whether it was because a rank was killed."""
+        self.beats = heartbeat.read_all(self.run)
+        return self._killed(launcher - FORGOTTEN if launcher > FORGOTTEN - signal.NSIG else None)
+
     def failed_for_s(self) -> float:
         """Seconds since a rank failed while others go on, maybe waiting for it; 0 while all is well."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
@@ -73,20 +79,25 @@ class Watch:
         """Of the ranks on this machine."""
         return [beat for beat in self.beats if beat.host == socket.gethostname()]
 
-    def _killed(self) -> Fault | None:
-        """What a signal did to the first rank that failed; those that fail after it fail because of it."""
+    def _killed(self, else_code: int | None = None) -> Fault | None:
+        """What a signal did to the first rank that failed; those that fail after it fail because of it.
+
+        `else_code`: the exit code of a rank whose parent has asked for it already.
+        """
         new = [
             beat
             for beat in self._mine()
             if beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
         ]
-        codes = {beat.rank: processes.exit_code(beat.pid) for beat in new}
+        known = {beat.rank: processes.exit_code(beat.pid) for beat in new}
+        codes = {rank: else_code if code is None else code for rank, code in known.items()}
         self.ended |= codes
         failed = [beat for beat in new if codes[beat.rank] != 0]
         if self._failed_at or not failed:
             return None
         self._failed_at = time.monotonic()
-        killed = [beat for beat in failed if not beat.left]
+        latest = [heartbeat.read(self.run.heartbeat(beat.rank)) or beat for beat in failed]
+        killed = [beat for beat in latest if not beat.left and (codes[beat.rank] or -1) < 0]
         # gloo's threads abort when another rank is gone
         killed.sort(key=lambda beat: codes[beat.rank] == -signal.SIGABRT)
         return self._killed_by(killed[0], codes[killed[0].rank]) if killed else None

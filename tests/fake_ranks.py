@@ -1,7 +1,7 @@
 """Ranks without torch, and a launcher that treats them as DeepSpeed's does: for tests of what watches them.
 
-As a script it is the launcher, with the launcher's arguments; each rank runs this file again with RANK set.
-FAKE says what the last rank does after a while; the others wait for it as in a collective.
+As a script it is the launcher, with the launcher's arguments; each rank runs this file again, with the run
+folder alone. FAKE says what the last rank does after a while; the others wait for it as in a collective.
 """
 
 import json
@@ -131,7 +131,6 @@ def launcher_main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        rank_main(sys.argv[1])
-    else:
+    if len(sys.argv) > 2:
         sys.exit(launcher_main(sys.argv[1:]))
+    rank_main(sys.argv[1])

@@ -163,8 +163,9 @@ def on_two(folder: Path, main: Callable[..., Any] = reinforce, *arguments: Any) 
         return codes(processes)
 
 
-def test_two_ranks_leave_together_though_one_alone_was_asked(tmp_path):
-    words = (*RL, "engine.ranks=2", "stage.max_steps=6", "stage.eval.every=0")
+@pytest.mark.parametrize("level", [0, 3])
+def test_two_ranks_leave_together_though_one_alone_was_asked(level, tmp_path):
+    words = (*RL, "engine.ranks=2", f"engine.zero_level={level}", "stage.max_steps=6", "stage.eval.every=0")
     whole, broken = (tiny_run(tmp_path / name, *words) for name in ("whole", "broken"))
     assert on_two(whole) == [0, 0], out(whole)
     with ranks(broken, reinforce, 2) as processes:

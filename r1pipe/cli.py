@@ -4,13 +4,14 @@ Every error that a user can cause ends here, as one line and exit code 2.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from r1pipe import completion
+from r1pipe import completion, stopping
 from r1pipe.errors import R1pipeError
 from r1pipe.overrides import composed, pipeline_in, split
 
@@ -276,7 +277,8 @@ def ui(
 def main() -> None:
     """Entry point: exit code 2 and one line for what a user got wrong."""
     try:
-        code = app(standalone_mode=False)
+        with stopping.handling(stopping.leave, (signal.SIGTERM, signal.SIGHUP)):
+            code = app(standalone_mode=False)
     except (R1pipeError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message:  # empty where Typer has just printed the help

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1pipe import evaluate
+from r1pipe import evaluate, stopping
 from r1pipe.config.schema import EvalConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.fitting import draw_fitting, leaves_room
@@ -40,9 +40,31 @@ def held_out(
 def measure(
     run: Run[Any], ranks: Ranks, model: DeepseekV3, chat: Chat, source: Source, config: EvalConfig
 ) -> evaluate.Evaluation:
-    """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it."""
+    """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it.
+
+    Raises Interrupted in all ranks where one is asked to stop.
+    """
+
+    def gather(mine: Any) -> list[Any]:
+        stopping.leave_if_asked(ranks)
+        return ranks.all_gather_objects(mine)
+
+    with stopping.leaving_early(ranks):
+        return _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
+
+
+def _measure(
+    run: Run[Any],
+    ranks: Ranks,
+    model: DeepseekV3,
+    chat: Chat,
+    source: Source,
+    config: EvalConfig,
+    gather: Callable[[Any], list[Any]],
+    stop: Callable[[], object],
+) -> evaluate.Evaluation:
     model.eval()
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots, run.config.engine.graphs)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots, run.config.engine.graphs, stop)
     context = model.config.max_position_embeddings
     prompts, general_prompts, too_long = held_out(chat, source, context, config)
     if too_long:
@@ -57,7 +79,7 @@ def measure(
         seed=run.seed("evaluation"),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        gather=ranks.all_gather_objects,
+        gather=gather,
         strategy_of=source.strategy_of,
         progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
     )
@@ -66,10 +88,14 @@ def measure(
 
 
 def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
-    """A few development prompts, as metrics under eval/."""
-    began = time.monotonic()
+    """A few development prompts, as metrics under eval/.
+
+    It runs to its end even where the ranks are asked to stop: the step that it belongs to has moved the
+    weights already, and is finished and saved with it.
+    """
+    began, config, gather = time.monotonic(), evaluate.short(run.stage.eval), engine.all_gather_objects
     with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = measure(run, engine, model, chat, source, evaluate.short(run.stage.eval))
+        evaluation = _measure(run, engine, model, chat, source, config, gather, stop=lambda: False)
     return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
 
 

@@ -19,19 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1pipe import engine_state
+from r1pipe import engine_state, heartbeat
 from r1pipe.broken_step import origin
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.kernels import meter
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.precision import fp8_of
-from r1pipe.optimizer import adamw, lr_factor
+from r1pipe.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.ranks import Ranks
 
 LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
 log = logging.getLogger("r1pipe")
-NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
 
 def _import_deepspeed() -> Any:
@@ -85,21 +84,6 @@ class _Runs(nn.Module):
         return closure()
 
 
-def _deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # shares of the loss add up by themselves
-        "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
-        "gradient_clipping": grad_clip,
-        "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision != "fp32"},
-        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches add up in float32
-        "steps_per_print": NEVER,
-    }
-
-
 class Engine(Ranks):
     """DeepSpeed around one model: a call per optimizer step, whatever the ranks, precision and ZeRO level.
 
@@ -131,7 +115,7 @@ class Engine(Ranks):
             model=_Runs(model),
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=_deepspeed_config(config, optim.grad_clip),
+            config=deepspeed_config(config, optim.grad_clip),
             dist_init_required=False,
         )
         if config.zero_level == 0:
@@ -176,9 +160,10 @@ class Engine(Ranks):
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
         for _ in range(repeats):
             self._backward(micro_losses[-1], 0.0)
-        self._ds.step()
-        grad_norm = float(self._ds.get_global_grad_norm())
-        loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
+        with heartbeat.waiting(self.world_size > 1):
+            self._ds.step()
+            grad_norm = float(self._ds.get_global_grad_norm())
+            loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
         broken = not math.isfinite(grad_norm)
         counts = self._fp8_counts()
         if broken:
@@ -201,7 +186,8 @@ class Engine(Ranks):
         value = loss.item()
         if not math.isfinite(value):
             weight = math.nan
-        self._ds.backward(loss if weight == 1.0 else weight * loss)
+        with heartbeat.waiting(self.world_size > 1):
+            self._ds.backward(loss if weight == 1.0 else weight * loss)
         return value
 
     def _skipped(

@@ -3,6 +3,7 @@
 import difflib
 import errno
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -59,3 +60,9 @@ def no_room(what: str, folder: Path) -> str:
         f"the disk of {folder} is full: {what}; free some space there, then run the same command again: it "
         "goes on from the last checkpoint"
     )
+
+
+def tell_once(path: Path, line: str) -> None:
+    """Leave the line for the user. Several processes may fail together: the first one tells."""
+    with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(f"{line}\n")

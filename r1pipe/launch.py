@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -19,18 +19,18 @@ from typing import Any, BinaryIO
 import psutil
 
 import r1pipe
-from r1pipe import machine
+from r1pipe import heartbeat, locks, machine, processes, stopping
 from r1pipe.config import config_hash, to_mapping
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.errors import tell_once
 from r1pipe.paths import RunFolder, stages_dir
 from r1pipe.progress import Display
 from r1pipe.tracking import Mirror
+from r1pipe.watch import Fault, Watch, goes_on
 
 POLL_S = 0.1
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-INTERRUPTED = tuple(128 + number for number in PASSED_ON)
-GRACE_S = 20.0  # from the forwarded signal to SIGKILL
+LEAVING_S = 3.0  # from SIGTERM to SIGKILL, where there is nothing to wait for
+ENDING_S = 15.0  # for the other ranks, after one has failed: they may wait for it for ever
 TAIL = 15  # lines of the log shown when a job fails without a line of its own
 
 
@@ -74,14 +74,24 @@ def module_path() -> str:
 
 def prepare(config: RunConfig, run: RunFolder) -> list[str]:
     """Write config.json, command.txt and env.json; the command. Raises EnvironmentProblem."""
+    line = checked(config, run)
+    write_down(config, run, line)
+    return line
+
+
+def checked(config: RunConfig, run: RunFolder) -> list[str]:
+    """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
     line = command(config, run, machine.must_launch(config.engine))
     run.path.parent.mkdir(parents=True, exist_ok=True)
     machine.must_have_room(config)
+    return line
+
+
+def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> None:
     run.log.mkdir(parents=True, exist_ok=True)
     write_json(run.config, to_mapping(config))
     write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
-    return line
 
 
 def printable(config: RunConfig, line: list[str]) -> str:
@@ -106,13 +116,21 @@ class Job:
     """A stage's DeepSpeed job, from its start until its launcher has gone."""
 
     def __init__(self, config: RunConfig, run: RunFolder):
-        """Starts it. Raises EnvironmentProblem if the machine lacks something, or the run is going on."""
-        self.run, self._caught, self._killed_at = run, 0, math.inf
-        line = prepare(config, run)
-        with ExitStack() as stack:
-            stack.enter_context(owned(run))
-            run.error.unlink(missing_ok=True)
+        """Starts it. Raises EnvironmentProblem if the machine lacks something, or another job has the run."""
+        self.run, self.engine = run, config.engine
+        self.caught = 0  # the signal that this process got while it followed the job
+        self._told, self._over, self._kill_at, self._leader = False, False, math.inf, 0
+        self._fault: Fault | None = None
+        line = checked(config, run)
+        with ExitStack() as stack, ExitStack() as signals:
+            self._lock = stack.enter_context(locks.held(run))
+            write_down(config, run, line)
+            for left in (run.error, run.stop):
+                left.unlink(missing_ok=True)
             self.mirror = Mirror(run.path, to_mapping(config))
+            self.display = Display(run.path, config.stage.name)
+            ranks = config.engine.ranks if config.engine.hostfile is None else None
+            self.watch = Watch(run, ranks, config.engine.stuck_after_s)
             variables = {**os.environ, **environment(config)}
             variables["PYTHONPATH"] = os.pathsep.join(
                 [stack.enter_context(no_mlflow()), variables["PYTHONPATH"]]
@@ -120,75 +138,116 @@ class Job:
             log = stack.enter_context((run.log / "launcher.txt").open("ab"))
             log.write(f"$ {printable(config, line)}\n".encode())
             log.flush()
+            signals.enter_context(stopping.handling(self._pass_on))
             # A session of its own: a Ctrl-C reaches the job once, through us, and so does every other signal.
             self.process = subprocess.Popen(
                 line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-            own(run, self.process.pid)
-            self.display = Display(run.path, config.stage.name)
-            self._held = stack.pop_all()
+            self._leader = self.process.pid
+            self._lock.add(self._leader)
+            if self.caught:
+                self._signal(self.caught)
+            self._held, self._signals = stack.pop_all(), signals.pop_all()
 
     def follow(self) -> None:
-        """Show and mirror the job until its record is there or it has ended; pass signals on to it."""
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
-        try:
+        """Show and mirror the job until its record is there or it has ended; pass signals on to it, and end
+        it where a rank was killed or is stuck."""
+        with self._signals, closing(self.display):
             while self.process.poll() is None and not self.run.record.exists():
                 self.display.poll()
                 self.mirror.poll()
-                if time.monotonic() > self._killed_at:
-                    self._signal(signal.SIGKILL)
+                self._lock.renew()
+                self._end_if_due()
                 time.sleep(POLL_S)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self.display.close()
+
+    def _end_if_due(self) -> None:
+        if self._over:
+            return
+        if self.caught and not self._told:
+            self._told = True
+            self.display.say(
+                f"{self.run.run_id}: leaves with a checkpoint, within {self.engine.grace_s:g} s; "
+                "the same signal again ends it at once"
+            )
+        if time.monotonic() > self._kill_at:
+            why = f"did not leave within engine.grace_s={self.engine.grace_s:g} and was ended"
+            tell_once(self.run.error, f"{self.run.run_id} was interrupted, {why}; {goes_on(self.run)}")
+            self._end_now()
+        elif self._fault is None and (fault := self.watch.look()):
+            self._fault = fault
+            tell_once(self.run.error, fault.line)
+            self._end_now()
+        elif self.watch.failed_for_s() > ENDING_S:
+            self._end_now()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._caught = number
-        self._killed_at = time.monotonic() + GRACE_S
-        self._signal(number)
+        """Ask the ranks to save and leave; at the second time end them."""
+        if self.caught:
+            self._over = True
+            stopping.request(self.run.stop, number, at_once=True)
+            self._signal(signal.SIGKILL)
+            return
+        self.caught, self._kill_at = number, time.monotonic() + self.engine.grace_s
+        if heartbeat.read_all(self.run):
+            stopping.request(self.run.stop, number)
+        else:  # they have not begun: nothing to save
+            self._signal(number)
 
     def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # it ended in this moment
-            os.killpg(self.process.pid, number)
+        if self._leader:
+            with suppress(ProcessLookupError):  # it ended in this moment
+                os.killpg(self._leader, number)
 
-    def _sweep(self) -> None:
+    def _end_now(self) -> None:
+        self._over = True
+        stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
+        self._sweep(LEAVING_S)
+
+    def _sweep(self, grace_s: float) -> None:
         """Let no rank outlive its launcher: it would go on writing into a run that another may take up."""
-        left = group(self.process.pid)
+        left = processes.group(self._leader)
         self._signal(signal.SIGTERM)
-        _, stubborn = psutil.wait_procs(left, timeout=GRACE_S)
+        _, stubborn = psutil.wait_procs(left, timeout=grace_s)
         if stubborn:
             self._signal(signal.SIGKILL)
 
     def end(self) -> int:
         """Wait until the launcher has gone and MLflow has everything; the job's exit code."""
         with self._held:
-            code = self.process.wait()
-            self._sweep()
+            try:
+                code = self.process.wait(self.engine.grace_s)
+            except subprocess.TimeoutExpired:
+                self._end_now()
+                code = self.process.wait()
+            self._sweep(self.engine.grace_s)
+            if not self.run.record.exists() and not self.caught and not self._fault:
+                self._fault = self.watch.last_look(code)
+                if self._fault:
+                    tell_once(self.run.error, self._fault.line)
+            self.run.stop.unlink(missing_ok=True)
             self.mirror.finish()
-        if self._caught:
-            return 128 + self._caught
-        if code == 0 and not self.run.record.exists():
-            return 1  # DeepSpeed's launcher forgets when its child was killed
-        return code if code >= 0 else 128 - code
+        return self._exit_code(code)
 
-
-def group(leader: int) -> list[psutil.Process]:
-    """The living processes of a process group."""
-    found = []
-    for process in psutil.process_iter(["status"]):
-        with suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    def _exit_code(self, launcher: int) -> int:
+        """The job's, from that of DeepSpeed's launcher: it forgets what its children were killed by."""
+        own = launcher if launcher >= 0 else 128 - launcher
+        if self.run.record.exists():
+            return own
+        if self.caught:
+            return 128 + self.caught
+        if self._fault:
+            return self._fault.code
+        failed = [code for code in self.watch.ended.values() if code is not None and code > 0]
+        return failed[0] if failed else own or 1
 
 
 def failure(run: RunFolder, code: int) -> str:
     """What to tell about a failed job: the line it left for the user, or else the end of its log."""
-    if code in INTERRUPTED:
-        return f"{run.run_id} was interrupted; the same command goes on with it"
     if run.error.exists():
         return run.error.read_text(encoding="utf-8").strip()
+    if code in stopping.EXIT_CODES:
+        state = "is done" if run.record.exists() else "was interrupted"
+        return f"{run.run_id} {state}; {goes_on(run)}"
     log = run.log / "launcher.txt"
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if told(line)]
     return "\n".join([*lines[-TAIL:], f"the job ended with exit code {code}; its whole log: {log}"])
@@ -206,40 +265,3 @@ def no_mlflow() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
         yield folder
-
-
-@contextmanager
-def owned(run: RunFolder) -> Iterator[None]:
-    """Hold the run's pid file. Raises EnvironmentProblem while another living process does."""
-    must_be_free(run)
-    run.pid.unlink(missing_ok=True)
-    own(run, os.getpid())
-    try:
-        yield
-    finally:
-        run.pid.unlink(missing_ok=True)
-
-
-def must_be_free(run: RunFolder) -> None:
-    """Raises EnvironmentProblem while a living process has the run."""
-    owner = living_owner(run)
-    if owner is not None:
-        raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {owner}); wait for it, or start another: --fresh"
-        )
-
-
-def own(run: RunFolder, pid: int) -> None:
-    run.pid.write_text(f"{pid} {psutil.Process(pid).create_time()}\n", encoding="utf-8")
-
-
-def living_owner(run: RunFolder) -> int | None:
-    """The process that has this run; None where it is gone (its number may be another's by now)."""
-    if not run.pid.exists():
-        return None
-    pid, began = run.pid.read_text(encoding="utf-8").split()
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(int(pid))
-        if process.create_time() == float(began) and process.status() != psutil.STATUS_ZOMBIE:
-            return int(pid)
-    return None

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW and its learning rate."""
+"""What moves the weights: AdamW, its learning rate, and what DeepSpeed does around it."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_update
 
-from r1pipe.config.schema import OptimConfig
+from r1pipe.config.schema import EngineConfig, OptimConfig
 
 PIECE = 2**24  # numbers whose moments exist in float32 at once
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
 
 def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -32,6 +33,22 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
         raise ValueError(config.schedule)  # the config's rules leave only these
 
     return factor
+
+
+def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
+    """What DeepSpeed is to do around the optimizer."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # shares of the loss add up by themselves
+        "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.precision != "fp32"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # micro-batches add up in float32
+        "steps_per_print": NEVER,
+    }
 
 
 def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.AdamW:

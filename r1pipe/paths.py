@@ -36,6 +36,8 @@ IMPORTED = "imported"  # beside the run folders: checkpoints that `r1pipe import
 class RunFolder:
     """Names inside `<root>/<run id>/`; creates nothing by itself."""
 
+    HEARTBEAT = "heartbeat-"  # in log/, one file a rank (r1pipe.heartbeat)
+
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
@@ -46,9 +48,9 @@ class RunFolder:
         self.progress = (
             self.path / "progress.jsonl"
         )  # {"what": str, "done": int, "total": int, "time": s, ...}
-        self.pid = (
-            self.path / "pid"
-        )  # the process that has the run, and when it began; gone when it has ended
+        self.pid = self.path / "pid"  # the processes that have the run (r1pipe.locks); gone when it has ended
+        self.guard = self.path / ".pid.guard"  # locked while `pid` is looked at and written
+        self.stop = self.path / "stop"  # asks the ranks to stop (r1pipe.stopping)
         self.error = self.path / "error.txt"  # the one line of a user error, written by the job
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
@@ -62,6 +64,13 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         return self.path.name
+
+    def heartbeat(self, rank: int) -> Path:
+        return self.log / f"{self.HEARTBEAT}{rank}.json"
+
+    def stack(self, rank: int) -> Path:
+        """Where a rank writes what it is doing, when it is asked by SIGUSR1."""
+        return self.log / f"rank-{rank}.txt"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step}"

@@ -17,7 +17,8 @@ from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.launch import Job, failure, must_be_free, prepare
+from r1pipe.launch import Job, failure, prepare
+from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
 
 
@@ -162,9 +163,10 @@ def reproduce(overrides: list[str]) -> Outcome:
         for i, config in enumerate(configs):
             placed = place(lineage.with_parents(config, made, names[i:]), accept_done=True)
             if not placed.done:
-                ends.append(winding_down.submit(start(placed).end))
-                if not placed.done:
-                    code = ends[-1].result()
+                job = start(placed)
+                ends.append(winding_down.submit(job.end))
+                if job.caught or not placed.done:
+                    code = ends[-1].result() or 128 + job.caught
                     tell(failure(placed.run, code))
                     return Outcome(config, code, finished, worked=True)
             made[config.stage.name] = lineage.of_run(placed.run)

@@ -137,7 +137,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line for the user, above the live display."""
-        (self._live.console if self._live else self.console).print(Text(text))
+        (self._live.console if self._live else self.console).print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Takes the live lines away and leaves one line that says how long it took."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from r1pipe.config.architecture import check_all
 from r1pipe.config.engine_rules import accelerator_rules
 from r1pipe.config.schema import EngineConfig
+from r1pipe.heartbeat import waiting
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -64,7 +65,8 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "MASTER_ADDR" in os.environ:  # set by every launcher
-            dist.init_process_group(backend)
+            with waiting():
+                dist.init_process_group(backend)
         else:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             # in memory: a port that is free when it is looked for may be taken when it is opened
@@ -76,25 +78,29 @@ class Ranks:
         if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        with waiting():
+            dist.all_reduce(total)
+            return total.tolist()
 
     def agree_max(self, value: int) -> int:
         """The greatest of all ranks' values."""
         if self.world_size == 1:
             return value
         greatest = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(greatest, dist.ReduceOp.MAX)
-        return int(greatest)
+        with waiting():
+            dist.all_reduce(greatest, dist.ReduceOp.MAX)
+            return int(greatest)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """What every rank gave, in order of ranks (pickled between this job's own processes)."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        with waiting():
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            with waiting():
+                dist.barrier()

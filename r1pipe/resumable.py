@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import psutil
 from safetensors import SafetensorError
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, heartbeat
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
@@ -53,10 +53,14 @@ class Resumable(Generic[S]):
         return time.time() - self._began
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a block under `seconds[name]` of the record."""
+    def phase(self, name: str, patient: bool = False) -> Iterator[None]:
+        """Count the time of a block under `seconds[name]` of the record.
+
+        `patient`: it may take long without a sign of work (see r1pipe.heartbeat).
+        """
         began = time.monotonic()
-        yield
+        with heartbeat.at(name, patient):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     # --- its lines
@@ -98,7 +102,7 @@ class Resumable(Generic[S]):
         that are needed for resume alone, by a name each.
         """
         target = self.folder.checkpoint(step)
-        with self.phase("saving"):
+        with self.phase("saving", patient=True):
             problem = self._last_problem()
             with engine.gathered() as model:
                 if self.rank == 0 and problem is None:
@@ -115,7 +119,7 @@ class Resumable(Generic[S]):
 
     def saved(self) -> None:
         """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
-        with self.phase("saving"):
+        with self.phase("saving", patient=True):
             problem = self._last_problem()
         if problem is not None:
             raise EnvironmentProblem(problem)

@@ -16,16 +16,17 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, heartbeat
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
-from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room
+from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
-from r1pipe.ranks import leave_with, rank_and_world
+from r1pipe.ranks import Ranks, leave_with, rank_and_world
 from r1pipe.resumable import Resumable
+from r1pipe.stopping import Interrupted, listening
 
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
@@ -71,11 +72,12 @@ class Run(Resumable[S]):
 
     def load_model(self, parent: ParentRef | None) -> DeepseekV3:
         """The parent's model, its files checked against their hashes; without a parent random weights."""
-        if parent is None:
-            return DeepseekV3(self.config.model, self.generator("weights"))
-        if self.rank == 0:
-            checkpoints.verify(parent.checkpoint, parent.hash)
-        return load_pretrained(parent.checkpoint)
+        with heartbeat.at("loading weights", patient=True):
+            if parent is None:
+                return DeepseekV3(self.config.model, self.generator("weights"))
+            if self.rank == 0:
+                checkpoints.verify(parent.checkpoint, parent.hash)
+            return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
         """The tokenizer and chat template that came with the weights.
@@ -138,12 +140,21 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         warnings = _OnScreen(run)
         log.addHandler(warnings)
-        try:
-            yield run
-        finally:
-            log.removeHandler(warnings)
-            run.saved()
+        with listening(folder.stop, config.engine.grace_s), heartbeat.beating(folder, rank):
+            try:
+                yield run
+            except Interrupted:
+                run.saved()  # when the first rank leaves, the launcher ends the others
+                Ranks(config.engine).barrier()
+                raise
+            finally:
+                log.removeHandler(warnings)
+                run.saved()
         leave_with(0)
+    except Interrupted as interrupted:
+        log.info("%s", interrupted)
+        leave_with(interrupted.exit_code)
+        raise SystemExit(interrupted.exit_code) from None
     except R1pipeError as error:
         _leave(folder, str(error))
     except OSError as error:
@@ -167,7 +178,7 @@ class _OnScreen(logging.Handler):
 def _leave(folder: RunFolder, line: str) -> NoReturn:
     """End with one line for the user, in error.txt and in the log, and exit code 2."""
     try:
-        _first_writes(folder.error, f"{line}\n")
+        tell_once(folder.error, line)
     except OSError:  # the disk is full: what only the screen showed makes room
         os.truncate(folder.progress, 0)
         folder.error.write_text(f"{line}\n", encoding="utf-8")
@@ -179,12 +190,3 @@ def _leave(folder: RunFolder, line: str) -> NoReturn:
 def _threads(config: RunConfig) -> int:
     """CPU threads of this rank: as configured, or the cores divided by the ranks."""
     return config.engine.threads or max(1, len(os.sched_getaffinity(0)) // config.engine.ranks)
-
-
-def _first_writes(path: Path, text: str) -> None:
-    """Ranks may fail together, and a rank other than 0 alone: the first one tells."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        pass

@@ -10,6 +10,7 @@ Of R1's filters the kinds are published, not the thresholds; its judge model for
 
 import sys
 
+from r1pipe import stopping
 from r1pipe.config.schema import RejectionConfig
 from r1pipe.data.fitting import draw_fitting, leaves_room
 from r1pipe.data.source import open_data
@@ -41,9 +42,10 @@ def main(folder: str) -> None:
                 stage.prompts,
                 leaves_room(chat, context, stage.sampling.max_tokens),
             )
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, stage.sampling.slots, run.config.engine.graphs)
+            slots, graphs = stage.sampling.slots, run.config.engine.graphs
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.asked)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
-        with run.phase("filtering"):
+        with run.phase("filtering", patient=True):
             if ranks.rank == 0:
                 questions = evaluation_questions(run, chat, source, context)
                 build_dataset(run, chat, source, parent, shards, questions, too_long)

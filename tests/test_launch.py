@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from fakes import House
 
-from r1pipe import launch, machine, pipeline
+from r1pipe import launch, locks, machine, pipeline
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig
 from r1pipe.errors import EnvironmentProblem
@@ -102,7 +103,7 @@ def test_a_second_identical_run_is_refused_while_the_first_goes_on(
     try:
         assert house.call("run", "stage=pretrain") == 2
         assert (
-            f"run {placed.run.run_id} is going on already (process {job.process.pid})"
+            f"run {placed.run.run_id} is going on already (process {job.process.pid} on "
             in capsys.readouterr().err
         )
         assert (placed.run.path / "begun").read_text().count("\n") == 1
@@ -117,8 +118,8 @@ def test_a_second_identical_run_is_refused_while_the_first_goes_on(
 def test_a_pid_file_of_a_process_that_is_gone_stops_nobody(house: House) -> None:
     assert house.call("run", "stage=pretrain", "--dry-run") == 0
     run = RunFolder(house.runs()[0])
-    run.pid.write_text(f"{os.getpid()} 1.0\n")  # our number, but begun at another time
-    assert launch.living_owner(run) is None
+    # our number, but begun at another time
+    locks.Holder(socket.gethostname(), "long ago", [(os.getpid(), 1.0)]).write(run.pid)
     assert house.call("run", "stage=pretrain") == 0
     assert len(house.runs()) == 1
 
@@ -138,10 +139,30 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     job.follow()
     code = job.end()
     assert code == 128 + number
-    assert launch.failure(placed.run, code).endswith("was interrupted; the same command goes on with it")
+    told = launch.failure(placed.run, code)
+    assert told.endswith("was interrupted; the same command goes on from step 1")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     again = pipeline.place(placed.config)
     assert again.run.path == placed.run.path and "goes on from step 1" in again.says()
+
+
+def test_an_interrupted_reproduction_says_so_in_one_line_and_goes_on(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+    sender = (
+        "import os, pathlib, time\n"
+        f"while not list(pathlib.Path({str(house.root)!r}).glob('*/waiting')): time.sleep(0.05)\n"
+        f"os.kill({os.getpid()}, {int(signal.SIGINT)})\n"
+    )
+    subprocess.Popen([sys.executable, "-c", sender])
+    assert house.call("reproduce", "recipe=smoke") == 130
+    [run] = house.runs()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"{run.name} was interrupted; the same command goes on from step 1"
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("reproduce", "recipe=smoke") == 0
+    assert f"{run.name}: goes on from step 1" in capsys.readouterr().err
 
 
 def test_what_the_machine_lacks_is_told_before_anything_starts(

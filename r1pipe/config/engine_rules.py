@@ -18,6 +18,14 @@ def engine_rules(engine: EngineConfig) -> Rules:
         engine.precision == "fp32" or engine.zero_level >= 1,
         f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 masters",
     )
+    yield (
+        engine.grace_s > 0,
+        f"engine.grace_s={engine.grace_s:g} must be above 0: within it a job saves and leaves",
+    )
+    yield (
+        engine.stuck_after_s >= 2,
+        f"engine.stuck_after_s={engine.stuck_after_s:g} must be at least 2: heartbeats come once a second",
+    )
     yield from accelerator_rules(engine, engine.accelerator)
     yield (
         not (engine.compile and engine.recompute),

@@ -83,6 +83,8 @@ class EngineConfig:
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: str  # "local", "pdsh", "openmpi" or "slurm" (with a hostfile)
+    grace_s: float  # seconds from a signal to the end at the latest; a step and a checkpoint take place in it
+    stuck_after_s: float  # seconds without a sign of work after which a rank counts as stuck
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from r1pipe import heartbeat
 from r1pipe.data import reasoning_gym
 from r1pipe.data.chat import THINK, parse
 from r1pipe.errors import DataError
@@ -175,7 +176,9 @@ def accuracy(prompt: Prompt, completion: Completion) -> Score:
     """1 or 0 by the task's checker. Raises ValueError on a general prompt: there no rule applies."""
     if not applies(prompt):
         raise ValueError(f"accuracy has no rule for task {prompt.task}")
-    return checker_of(prompt).check(prompt, summary_of(completion.text))
+    verdict = checker_of(prompt).check(prompt, summary_of(completion.text))
+    heartbeat.tick()
+    return verdict
 
 
 def is_correct(prompt: Prompt, text: str) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.data.chat import Chat, parse
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
@@ -75,6 +76,7 @@ def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> li
         tokens_BT, last_B = padded([rows[i] for i in batch], pad_id, model.score.weight.device)
         for i, score in zip(batch, model(tokens_BT, last_B).tolist(), strict=True):
             scores[i] = score
+        heartbeat.tick()
     return scores
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from queue import LifoQueue
 
+from r1pipe import heartbeat
 from r1pipe.records import Score, Status
 from r1pipe.rewards import symbolic_worker
 
@@ -49,7 +50,8 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
         try:
-            self._exchange(self.process, {"gold": "1", "answer": "1"}, START_LIMIT_S)
+            with heartbeat.limited():
+                self._exchange(self.process, {"gold": "1", "answer": "1"}, START_LIMIT_S)
         except WorkerFailed as error:
             self.close()
             remedy = "run `pip install math-verify`"

@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.config.schema import EngineConfig, PPOConfig, RLConfig
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import Balance, DeepseekV3
@@ -122,6 +123,7 @@ class Critic:
             for rows in by_prompt(rollouts, self.config.micro_tokens):
                 micro = collate(rows, [0.0] * len(rows), 0.0, self.engine.device)
                 values_N = model(micro).cpu()
+                heartbeat.tick()
                 for row, values_T in zip(
                     rows, values_N.split([len(r.completion) for r in rows]), strict=True
                 ):

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from r1pipe import heartbeat, stopping
 from r1pipe.checkpoints import ENGINE
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
@@ -27,6 +28,7 @@ from r1pipe.rl.tripwires import Trip, Tripwires, asking
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
+from r1pipe.stopping import Interrupted
 
 Metrics = dict[str, float]
 CRITIC = "critic"  # the folder of the value model's engine within a checkpoint's state for resume
@@ -64,6 +66,7 @@ class GRPO:
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires)
         self.state = LoopState()
+        self.saved = 0  # the step of the newest checkpoint
         self.reasoning = self._stream(data.prompts, "reasoning prompts")
         self.general: PromptStream | None = None
         if preference := run.stage.preference:
@@ -80,7 +83,15 @@ class GRPO:
     def step(self) -> None:
         """P prompts of this rank, G completions each, and what is learned from them."""
         metrics: Metrics = {}
-        tokens, groups = self._draw(metrics)
+        before = replace(self.state)
+        heartbeat.at_step(before.step + 1)
+        try:
+            tokens, groups = self._draw(metrics)
+        except Interrupted:
+            self.state = before  # as if the step had never begun
+            if before.step > self.saved:
+                self._save()
+            raise
         estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
             rows = self._rows_of_all_ranks(groups)
@@ -119,7 +130,7 @@ class GRPO:
         groups: list[Group] = []
         share, limit = self.config.prompts_per_step // self.engine.world_size, self.config.dynamic_batches
         for batch in range(limit):
-            with self._timed("sampling", metrics):
+            with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
                 prompts = self._next_prompts(metrics)
                 drawn, completions = self.rollout(prompts, batch)
             with self._timed("reward", metrics):
@@ -150,10 +161,9 @@ class GRPO:
             self.run.seed(stream, self.state.step),
         )
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
+        chat, graphs = self.chat, self.run.config.engine.graphs
         with self.engine.gathered() as policy:
-            sampler = Sampler(
-                policy, self.chat.eos_id, self.chat.pad_id, sampling.slots, self.run.config.engine.graphs
-            )
+            sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.slots, graphs, stopping.asked)
             completions = sampler.generate(tokens, params, self._show_sampling)
         for completion in completions:
             completion.text = self.chat.decode(completion.tokens)
@@ -227,11 +237,18 @@ class GRPO:
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := asking(trips, "stop"):
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
-        pause = asking(trips, "pause")
-        if last or pause or (config.save_every and state.step % config.save_every == 0):
-            self.run.save_checkpoint(self.engine, state.step, asdict(state), self._export, self.beside)
+        pause, leaving = asking(trips, "pause"), stopping.agreed(self.engine)
+        if last or pause or leaving or (config.save_every and state.step % config.save_every == 0):
+            self._save()
         if pause and not last:
             raise Tripped(f"paused after step {state.step}; the same command goes on from it: {pause}")
+        if leaving and not last:
+            raise Interrupted(leaving)
+
+    def _save(self) -> None:
+        step = self.state.step
+        self.run.save_checkpoint(self.engine, step, asdict(self.state), self._export, self.beside)
+        self.saved = step
 
     def _watched(self, metrics: Metrics) -> list[Trip]:
         """The tripwires that trip in this step, told on the screen and among the metrics.
@@ -251,6 +268,7 @@ class GRPO:
 
     def _resume(self) -> None:
         step, saved = self.run.resume(self.engine, self.beside)
+        self.saved = step
         if step:
             self.state = LoopState(**saved)
             for metrics in self.run.logged():  # what has tripped already does not trip again

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, heartbeat, stopping
 from r1pipe.config.schema import RewardModelConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.fitting import draw_fitting
@@ -29,6 +29,7 @@ from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.run import Run
 from r1pipe.sft.loop import shown, step_metrics
+from r1pipe.stopping import Interrupted
 
 QUALITY = "quality.json"
 HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
@@ -139,6 +140,7 @@ def train_reward_model(
     for step in range(begun, steps):
         began = time.monotonic()
         batch = batch_of(run, examples, step)
+        heartbeat.at_step(first + step + 1)
         with run.phase("update"):
             metrics = step_metrics(
                 engine.train_step(micro_losses(engine, examples, batch, accumulation, alpha))
@@ -148,9 +150,12 @@ def train_reward_model(
         done = step + 1
         run.log(first + done, metrics)
         run.progress(f"train {examples.kind}", done, steps, "steps", **shown(metrics))
-        if done == steps or (stage.save_every and done % stage.save_every == 0):
+        leaving = stopping.agreed(engine)
+        if leaving or done == steps or (stage.save_every and done % stage.save_every == 0):
             export = partial(_export, run, examples, done == steps)
             run.save_checkpoint(engine, first + done, {}, export)
+        if leaving:
+            raise Interrupted(leaving)
 
 
 def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list[Item]:

@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.config.schema import EngineConfig, RLConfig
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
@@ -47,6 +48,7 @@ def completion_logprobs(
         micro.prompt_of_B,
         balances or balances_of(micro, with_loss=False),
     )
+    heartbeat.tick()
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
     return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
 

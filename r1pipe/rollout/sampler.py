@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import LatentCache
 from r1pipe.model.decoders import decoder_of
@@ -23,6 +24,7 @@ from r1pipe.model.precision import fp8_of
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Completion
 from r1pipe.rollout.drawing import SamplingParams, draw, uniform_stream
+from r1pipe.stopping import Stopped
 
 LOOK_EVERY = 2  # steps between looks at what has ended: an ended slot idles for half of it
 PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: what stays in a core's cache
@@ -41,10 +43,12 @@ class Sampler:
         pad_id: int = 0,
         slots: int = 256,
         graphs: bool = False,
+        stop: Callable[[], object] = lambda: False,
     ):
         """`eos_id` None takes what `load_pretrained` found in generation_config.json; a model without goes on
         to max_tokens, or to one of SamplingParams.stop_token_ids. `pad_id` fills prompts up, to no effect.
-        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where they cannot be.
+        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where they cannot be. `generate`
+        asks `stop` all along, and raises Stopped where it says so.
         """
         if slots < 1:
             raise ConfigError(f"sampling: slots={slots} must be at least 1")
@@ -53,6 +57,7 @@ class Sampler:
         self.pad_id = pad_id
         self.slots = slots
         self.graphs = graphs
+        self.stop = stop
 
     def stops(self, params: SamplingParams) -> frozenset[int]:
         """The tokens that end a completion. Raises ConfigError where the model has no such token."""
@@ -136,6 +141,9 @@ class _Batch:
             length = self._longest()
             for step in range(LOOK_EVERY):
                 self._step(min(length + step, self.cache.length))
+            heartbeat.tick()
+            if self.sampler.stop():
+                raise Stopped
             ended = self._collect()
             done += ended
             if ended and progress is not None:

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from r1pipe import heartbeat, stopping
 from r1pipe.config.schema import PretrainConfig, RejectionConfig, SFTConfig
 from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import max_vio
 from r1pipe.run import Run
 from r1pipe.sft.losses import loss_sums
+from r1pipe.stopping import Interrupted
 
 EXPERTS_SHOWN = 64  # experts of a layer whose loads are logged one by one
 
@@ -61,6 +63,7 @@ def train(
         if step > total_steps:
             break
         started = time.monotonic()
+        heartbeat.at_step(step)
         with run.phase("update"):
             shares = Shares(engine, batch, weights, pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
@@ -71,8 +74,11 @@ def train(
             metrics |= short_evaluation()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
-        if stage.save_every and step % stage.save_every == 0 and step < total_steps:
+        leaving = stopping.agreed(engine)
+        if step < total_steps and (leaving or (stage.save_every and step % stage.save_every == 0)):
             run.save_checkpoint(engine, step, {})
+        if leaving and step < total_steps:
+            raise Interrupted(leaving)
     if begun < total_steps:
         run.save_checkpoint(engine, total_steps, {})
     return run.folder.checkpoint(total_steps)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1pipe import evaluate
+from r1pipe import evaluate, stopping
 from r1pipe.checkpoints import file_hash
 from r1pipe.config.schema import ParentRef, RejectionConfig
 from r1pipe.data.chat import Chat
@@ -49,16 +49,16 @@ def draw_samples(
     folder.mkdir(exist_ok=True)
     shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
     total = len(prompts) * stage.samples_per_prompt
-    for number in range(ranks.rank, count, ranks.world_size):
-        before = total * (number - ranks.rank) // count
+    with stopping.leaving_early(ranks):
+        for number in range(ranks.rank, count, ranks.world_size):
+            before = total * (number - ranks.rank) // count
 
-        def progress(done: int, _: int, before: int = before) -> None:
-            run.progress("sampling", before + done * ranks.world_size, total, "completions")
+            def progress(done: int, _: int, before: int = before) -> None:
+                run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
-        if not shards[number].exists():
-            samples = _draw(run, sampler, chat, prompts[number::count], number, progress)
-            _write_rows(shards[number], [_pack(sampled) for sampled in samples])
-    ranks.barrier()
+            if not shards[number].exists():
+                samples = _draw(run, sampler, chat, prompts[number::count], number, progress)
+                _write_rows(shards[number], [_pack(sampled) for sampled in samples])
     return shards
 
 

@@ -1,0 +1,50 @@
+"""Processes as the launching side sees them: who is alive, who is stopped, and how one ended."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+CLOCK_S = 2.0  # a process counts its begin from when the machine started, by a clock that may be put right
+EXIT_CODE_FIELD = 52  # of /proc/PID/stat, counted from 1 as in proc(5)
+
+
+def began(pid: int) -> float:
+    """When a process began, seconds since 1970. Raises psutil.NoSuchProcess."""
+    return psutil.Process(pid).create_time()
+
+
+def status(pid: int, began_at: float) -> str | None:
+    """psutil's word for the state of the process that has the number `pid` since then; None: it is gone."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if abs(process.create_time() - began_at) < CLOCK_S:
+            return process.status()
+    return None
+
+
+def is_alive(pid: int, began_at: float) -> bool:
+    """Whether that process still runs; its number may be another's by now."""
+    return status(pid, began_at) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
+def exit_code(pid: int) -> int | None:
+    """Of a process that has ended but that its parent has not asked for yet: minus the signal's number where
+    one ended it. None where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    waited = int(fields[EXIT_CODE_FIELD - 3])  # the first two stand before the parenthesis
+    return os.waitstatus_to_exitcode(waited)
+
+
+def group(leader: int) -> list[psutil.Process]:
+    """The living processes of a process group."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

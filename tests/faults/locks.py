@@ -1,0 +1,90 @@
+"""Two jobs on one run folder, and what dead ones leave there."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from faults.outcome import Outcome
+from r1pipe import locks
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+
+AT_ONCE = 3
+TOLD = re.compile(r"run \S+ is going on already \(process \d+ on \S+ since 20")
+TAKES = """
+import sys, time
+from r1pipe import locks
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+run = RunFolder(sys.argv[1])
+print("ready", flush=True)
+while not (run.path.parent / "go").exists():
+    pass
+try:
+    with locks.held(run):
+        print("has it", flush=True)
+        time.sleep(60)
+except EnvironmentProblem as error:
+    print(error, flush=True)
+"""
+
+
+def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
+    rounds = 1 if short else 10
+    told = [line for n in range(rounds) for line in in_the_same_moment(folder / f"round-{n}")]
+    wrong = [line for line in told if line != "has it" and not TOLD.match(line)]
+    held = told.count("has it") == rounds and not wrong
+    yield Outcome(
+        "jobs on one run in the same moment", rounds * AT_ONCE, rounds * AT_ONCE * held, (wrong or told)[-1]
+    )
+    left = {**stale(), "empty": "", "garbled": "{", "of a number that is another's": holder(os.getpid(), 1.0)}
+    taken = {name: taken_over(folder / name.split()[0], content) for name, content in left.items()}
+    problem = next((f"{name}: {line}" for name, line in taken.items() if line), "taken over")
+    yield Outcome("a lock that nobody has", len(taken), sum(not line for line in taken.values()), problem)
+
+
+def in_the_same_moment(folder: Path) -> list[str]:
+    run = RunFolder(folder / "run")
+    run.log.mkdir(parents=True)
+    line = [sys.executable, "-c", TAKES, str(run.path)]
+    jobs = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(AT_ONCE)]
+    for job in jobs:
+        assert job.stdout and job.stdout.readline() == "ready\n"
+    (folder / "go").touch()
+    told = [job.stdout.readline().strip() for job in jobs if job.stdout]
+    for job in jobs:
+        job.kill()
+        job.communicate()
+    return sorted(told, key=lambda line: line != "has it")
+
+
+def stale() -> dict[str, str]:
+    """The lock of a process that is dead, and of a machine that has shown no life."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    content = holder(gone.pid, 1.0)
+    gone.wait()
+    return {"dead": content, "silent machine": content.replace(socket.gethostname(), "another")}
+
+
+def holder(pid: int, began: float) -> str:
+    return json.dumps({"host": socket.gethostname(), "since": "long ago", "processes": [[pid, began]]})
+
+
+def taken_over(folder: Path, content: str) -> str:
+    """Nothing, or why the lock was not taken over."""
+    run = RunFolder(folder / "run")
+    run.path.mkdir(parents=True)
+    run.pid.write_text(content)
+    long_ago = time.time() - 2 * locks.LEASE_S
+    os.utime(run.pid, (long_ago, long_ago))
+    try:
+        with locks.held(run):
+            return ""
+    except EnvironmentProblem as problem:
+        return str(problem)

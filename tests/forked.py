@@ -1,0 +1,72 @@
+"""Ranks as forks of one process that has imported torch and DeepSpeed already: a job starts in a blink."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import read_config
+
+WARM = ["r1pipe.rl.stage", "r1pipe.sft.finetune", "r1pipe.rl.preference", "deepspeed", "forked"]
+LIMIT_S = 300.0  # for anything, on a busy machine
+
+
+@contextmanager
+def ranks(folder: Path, main: Callable[..., Any], count: int, *arguments: Any) -> Iterator[list[BaseProcess]]:
+    """`main(folder, *arguments)` in `count` processes that find one another, as under the launcher."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(WARM)
+    port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in range(count):
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+        process = forks.Process(target=_main, args=(main, folder, variables, arguments))
+        process.start()
+        started.append(process)
+    try:
+        yield started
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _main(main: Callable[..., Any], folder: Path, variables: Mapping[str, str], arguments: tuple) -> None:
+    if variables["WORLD_SIZE"] != "1":
+        os.environ.update(variables)
+    log = os.open(folder / f"out-{variables['RANK']}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["forked", str(folder)]
+    main(folder, *arguments)
+
+
+def codes(processes: list[BaseProcess]) -> list[int | None]:
+    """Their exit codes, once all have ended."""
+    for process in processes:
+        process.join(LIMIT_S)
+    return [process.exitcode for process in processes]
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {LIMIT_S:.0f} s"
+        time.sleep(0.02)
+
+
+def out(folder: Path) -> str:
+    """What the ranks printed, for the message of a failed test."""
+    config = read_config(folder / "config.json")
+    texts = (folder / f"out-{rank}.txt" for rank in range(config.engine.ranks))
+    return "\n".join(text.read_text()[-3000:] for text in texts if text.exists())

@@ -1,0 +1,166 @@
+"""One job at a time on a run folder: who has it is told, and what the dead leave is taken over."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from forked import wait_until
+
+from r1pipe import heartbeat, locks
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+
+TAKES = """
+import sys, time
+from pathlib import Path
+from r1pipe import locks
+from r1pipe.errors import EnvironmentProblem
+from r1pipe.paths import RunFolder
+run = RunFolder(sys.argv[1])
+while not (run.path.parent / "go").exists():
+    pass
+try:
+    with locks.held(run):
+        print("has it", flush=True)
+        time.sleep(60)
+except EnvironmentProblem as error:
+    print(error, flush=True)
+"""
+BEATS = """
+import sys, time
+from r1pipe import heartbeat
+from r1pipe.paths import RunFolder
+with heartbeat.beating(RunFolder(sys.argv[1]), 0):
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    found = RunFolder(tmp_path / "grpo-s0")
+    found.log.mkdir(parents=True)
+    return found
+
+
+@pytest.fixture
+def started():
+    """Starts Python programs, and ends those that are left."""
+    programs: list[subprocess.Popen[str]] = []
+
+    def start(text: str, run: RunFolder) -> subprocess.Popen[str]:
+        programs.append(
+            subprocess.Popen([sys.executable, "-c", text, str(run.path)], stdout=subprocess.PIPE, text=True)
+        )
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()
+        program.communicate()
+
+
+def test_of_four_that_start_in_the_same_moment_one_has_it(run, started):
+    programs = [started(TAKES, run) for _ in range(4)]
+    time.sleep(1)
+    (run.path.parent / "go").touch()
+    lines = [program.stdout.readline() for program in programs]
+    assert lines.count("has it\n") == 1, lines
+    [holder] = [program for program, line in zip(programs, lines, strict=True) if line == "has it\n"]
+    told = (
+        rf"run grpo-s0 is going on already \(process {holder.pid} on {socket.gethostname()} since 20..-..-.. "
+    )
+    assert sum(bool(re.match(told, line)) for line in lines) == 3, lines
+
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locks.held(run):  # what it left is taken over
+        assert locks.Holder.read(run.pid).processes[0][0] == os.getpid()
+    assert not run.pid.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "4711", "{", "[]", '{"host": 3}', "\x00\xff", '{"host": "a", "since": "b", "processes": [[1]]}'],
+)
+def test_a_garbled_pid_file_stops_nobody(run, content):
+    run.pid.write_bytes(content.encode("latin-1"))
+    with locks.held(run):
+        assert json.loads(run.pid.read_text())["host"] == socket.gethostname()
+
+
+def test_a_number_that_is_another_process_now_stops_nobody(run):
+    locks.Holder(socket.gethostname(), "long ago", [(os.getpid(), 1.0), (os.getppid(), 2.0)]).write(run.pid)
+    locks.must_be_free(run)
+
+
+def test_each_process_of_a_job_holds_it(run, started):
+    """The launcher may outlive the command line that started it."""
+    launcher = started("import time; time.sleep(60)", run)
+    with locks.held(run) as lock:
+        lock.add(launcher.pid)
+        kept = run.pid.read_bytes()
+    holder = json.loads(kept)
+    holder["processes"][0][1] = 1.0  # the command line is gone
+    run.pid.write_text(json.dumps(holder))
+    with pytest.raises(EnvironmentProblem, match=rf"going on already \(process {launcher.pid} on "):
+        locks.must_be_free(run)
+    launcher.kill()
+    launcher.wait()
+    locks.must_be_free(run)
+
+
+@pytest.mark.parametrize("garbled", [False, True])
+def test_ranks_that_outlive_their_launcher_hold_it_too(run, started, garbled):
+    rank = started(BEATS, run)
+    wait_until(lambda: heartbeat.read_all(run), "the heartbeat")
+    text = (
+        "?"
+        if garbled
+        else json.dumps({"host": socket.gethostname(), "since": "x", "processes": [[2**22, 1.0]]})
+    )
+    run.pid.write_text(text)
+    with pytest.raises(EnvironmentProblem, match=rf"ranks whose launcher is gone .*kill -9 {rank.pid}$"):
+        locks.must_be_free(run)
+    rank.kill()
+    rank.wait()
+    with locks.held(run):
+        assert heartbeat.read_all(run) == [], "those of the session before are forgotten"
+
+
+def test_a_job_on_another_machine_holds_it_while_it_shows_life(run, monkeypatch):
+    locks.Holder("node7", "2026-11-25 03:56:34", [(4711, 1.0)]).write(run.pid)
+    with pytest.raises(
+        EnvironmentProblem, match=r"process 4711 on node7 since 2026-11-25 03:56:34\).*again in \d+ s"
+    ):
+        locks.must_be_free(run)
+    old = time.time() - locks.LEASE_S - 5
+    os.utime(run.pid, (old, old))
+    locks.must_be_free(run)
+    beat = heartbeat.Beat(0, "node8", psutil.Process().pid, 1.0)
+    run.heartbeat(0).write_text(json.dumps(vars(beat)))  # a rank on a third machine
+    with pytest.raises(EnvironmentProblem, match="on node7"):
+        locks.must_be_free(run)
+    os.utime(run.heartbeat(0), (old, old))
+    locks.must_be_free(run)
+
+
+def test_a_lock_that_another_has_taken_over_is_left_alone(run):
+    with locks.held(run):
+        locks.Holder("node7", "now", [(4711, 1.0)]).write(run.pid)
+    assert locks.Holder.read(run.pid).host == "node7"
+
+
+def test_the_holder_shows_life(run, monkeypatch):
+    monkeypatch.setattr(locks, "RENEW_S", 0.0)
+    with locks.held(run) as lock:
+        os.utime(run.pid, (1.0, 1.0))
+        lock.renew()
+        assert time.time() - run.pid.stat().st_mtime < 60

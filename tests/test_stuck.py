@@ -1,0 +1,181 @@
+"""A rank that is killed or stuck: named, with its place; all ranks end; the same command goes on."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from forked import ranks as forked_ranks
+from forked import wait_until
+from rl_runs import go
+from tiny_runs import tiny_run
+from watched import Ended, ends, fake_launcher, signals_here, start
+
+from r1pipe import heartbeat, launch, processes
+from r1pipe.paths import RunFolder
+from r1pipe.rl import loop
+from r1pipe.watch import Watch
+
+
+def start_fakes(tmp_path: Path, ranks: int, *words: str) -> launch.Job:
+    return start(tmp_path, "stage=pretrain", f"engine.ranks={ranks}", "engine.stuck_after_s=3", *words)
+
+
+def end_of(
+    how: str, tmp_path: Path, ranks: int, *words: str, act: Callable[[], None] = lambda: None
+) -> Ended:
+    """How a job of fake ranks ends of which the last does `how`."""
+    with fake_launcher(tmp_path, how):
+        return ends(start_fakes(tmp_path, ranks, *words), (tmp_path / "run" / "there").exists, act)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_hangs_is_named_with_its_place(ranks, tmp_path):
+    ended = end_of("hangs", tmp_path, ranks)
+    assert ended.code == 1 and ended.seconds < 20
+    assert ended.line.startswith(f"run: rank {ranks - 1} stuck in update, step 3: no sign of work for ")
+    assert ended.line.endswith("; the same command goes on with it (no checkpoint yet)")
+    assert "\n" not in ended.line
+    stack = ended.run.stack(ranks - 1).read_text()
+    assert "in hang" in stack and str(ended.run.stack(ranks - 1)) in ended.line
+
+
+def test_a_rank_whose_process_is_stopped_is_named(tmp_path):
+    ended = end_of("stopped", tmp_path, 2)
+    assert ended.code == 1 and ended.seconds < 20
+    assert (
+        "rank 1 stuck in update, step 3: its process" in ended.line and "is stopped (SIGSTOP)" in ended.line
+    )
+
+
+def test_ranks_that_wait_for_one_another_are_all_named(tmp_path):
+    ended = end_of("two_collectives", tmp_path, 2)
+    assert ended.code == 1
+    assert "ranks 0, 1 stuck in" in ended.line and "all wait for one another" in ended.line
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_is_killed_is_named_with_the_signal(ranks, tmp_path):
+    ended = end_of("killed", tmp_path, ranks)
+    assert ended.code == 128 + signal.SIGKILL and ended.seconds < 20
+    assert re.fullmatch(
+        rf"run: rank {ranks - 1} was killed( by SIGKILL \(out of memory\?\))? in update, step 3; "
+        r"all ranks were ended; the same command goes on with it \(no checkpoint yet\)",
+        ended.line,
+    ), ended.line
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_the_signal_is_named_unless_the_rank_had_left_by_itself(left, tmp_path):
+    """A parent that has not asked for the exit code yet, as DeepSpeed's launcher for up to a second."""
+    run = RunFolder(tmp_path / "run")
+    run.log.mkdir(parents=True)
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    beat = heartbeat.Beat(
+        0, socket.gethostname(), rank.pid, processes.began(rank.pid), 7, "sampling", left=left
+    )
+    run.heartbeat(0).write_text(json.dumps(vars(beat)))
+    watch = Watch(run, 1, stuck_after_s=60)
+    assert watch.look() is None
+    rank.send_signal(signal.SIGSEGV)
+    wait_until(lambda: not processes.is_alive(beat.pid, beat.began), "its end")
+    fault = watch.look()
+    if left:
+        assert fault is None and watch.ended == {0: -signal.SIGSEGV}
+    else:
+        assert fault.code == 128 + signal.SIGSEGV
+        assert fault.line.startswith(
+            "run: rank 0 was killed by SIGSEGV in sampling, step 7; all ranks were ended"
+        )
+    rank.wait()
+
+
+def test_a_rank_that_fails_by_itself_takes_the_others_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ENDING_S", 1.0)
+    ended = end_of("crashes", tmp_path, 2)
+    assert ended.code == 1 and ended.seconds < 20
+    assert "RuntimeError: a tensor has the wrong shape" in ended.line and "was killed" not in ended.line
+
+
+def test_a_long_piece_of_work_that_says_so_is_not_stuck_and_ends_with_the_grace(tmp_path):
+    """It outlasts stuck_after_s; then it is asked to stop, which it does not hear."""
+    ask = signals_here(signal.SIGTERM, after_s=6.0)
+    ended = end_of("hangs_while_saving", tmp_path, 2, "engine.grace_s=1", act=ask)
+    assert ended.code == 143
+    assert "run was interrupted, did not leave within engine.grace_s=1 and was ended" in ended.line
+
+
+# --- the launching side of a signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_has_all_ranks_leave_with_a_checkpoint(number, tmp_path):
+    ended = end_of("ok", tmp_path, 2, act=signals_here(number))
+    assert ended.code == 128 + number
+    [saved] = [int(path.name.removeprefix("step-")) for path in ended.run.checkpoints.glob("step-*")]
+    assert ended.line == f"run was interrupted; the same command goes on from step {saved}"
+    assert not ended.run.stop.exists() and not ended.run.pid.exists()
+
+
+def test_the_same_signal_again_ends_the_job_at_once(tmp_path):
+    ended = end_of("stays", tmp_path, 2, act=signals_here(signal.SIGINT, signal.SIGINT))
+    assert ended.code == 130 and ended.seconds < 10
+    assert ended.line == "run was interrupted; the same command goes on with it (no checkpoint yet)"
+
+
+# --- heartbeats
+
+
+def test_a_heartbeat_says_where_a_rank_is_and_costs_next_to_nothing(tmp_path):
+    run = RunFolder(tmp_path)
+    with heartbeat.beating(run, 3):
+        heartbeat.at_step(7)
+        with heartbeat.at("sampling"):
+            began = time.perf_counter()
+            for _ in range(10_000):
+                heartbeat.tick()
+            assert (time.perf_counter() - began) / 10_000 < 20e-6, "seconds a tick"
+            wait_until(lambda: (heartbeat.read(run.heartbeat(3)) or beat).ticks >= 10_000, "it is written")
+            beat = heartbeat.read(run.heartbeat(3))
+            assert (beat.rank, beat.pid, beat.where()) == (3, os.getpid(), "sampling, step 7")
+            assert not beat.waiting and not beat.patient
+            with heartbeat.at("saving", patient=True), heartbeat.waiting():
+                assert heartbeat._heart.beat.patient and heartbeat._heart.beat.waiting
+        assert heartbeat._heart.beat.place == "between phases" and not heartbeat._heart.beat.waiting
+    heartbeat.tick()  # outside a job nothing happens
+    run.heartbeat(3).write_text('{"rank": 3')
+    assert heartbeat.read(run.heartbeat(3)) is None and heartbeat.read_all(run) == []
+
+
+# --- real ranks
+
+
+def stuck_verifier(folder: Path) -> None:
+    """Reinforcement in which the verifier of rank 1 never comes back."""
+    if os.environ["RANK"] == "1":
+        loop.score_groups = never  # type: ignore[assignment]
+    go(folder)
+
+
+def never(*arguments: object, **settings: object) -> None:
+    while True:
+        time.sleep(0.1)
+
+
+def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
+    folder = tiny_run(tmp_path / "run", "stage=grpo", "engine.ranks=2", "stage.sampling.max_tokens=8")
+    with forked_ranks(folder, stuck_verifier, 2):
+        watch = Watch(RunFolder(folder), 2, stuck_after_s=6)
+        found = []
+        wait_until(lambda: found.append(watch.look()) or found[-1], "the fault")
+    assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/rl/loop.py:"), found[
+        -1
+    ].line
+    assert "in score): no sign of work for" in found[-1].line

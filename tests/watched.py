@@ -1,0 +1,81 @@
+"""Jobs that a test follows to their end: of real ranks, or of fake ones (fake_ranks.py)."""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import psutil
+from forked import wait_until
+from tiny_runs import tiny_config
+
+from r1pipe import launch, machine, processes
+from r1pipe.paths import RunFolder
+
+
+class Ended(NamedTuple):
+    """How a job ended."""
+
+    code: int
+    line: str  # for the user
+    seconds: float  # from the fault on
+    run: RunFolder
+
+
+@contextmanager
+def fake_launcher(folder: Path, how: str) -> Iterator[None]:
+    """Jobs are fake ranks, of which the last does `how`."""
+    script = folder / "deepspeed"
+    launcher = shlex.join([sys.executable, str(Path(__file__).with_name("fake_ranks.py"))])
+    script.write_text(f'#!/bin/sh\nexec {launcher} "$@"\n')
+    script.chmod(0o755)
+    with patch.object(machine, "must_launch", lambda engine: str(script)), patch.dict(os.environ, FAKE=how):
+        yield
+
+
+def start(folder: Path, *words: str) -> launch.Job:
+    """Start a job on `folder`/run, or have it go on."""
+    return launch.Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
+
+
+def ends(job: launch.Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:
+    """Follow a job to its end; once it is `ready`, `act`. No process of it may be left."""
+    began: list[float] = []
+
+    def disturb() -> None:
+        wait_until(lambda: ready() or job.process.poll() is not None, "the job to be ready")
+        began.append(time.monotonic())
+        if job.process.poll() is None:
+            act()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    job.follow()
+    ended_at = time.monotonic()
+    thread.join()
+    family = processes.group(job.process.pid)
+    code = job.end()
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert not [
+        process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    ]
+    line = launch.failure(job.run, code) if code else ""
+    return Ended(code, line, ended_at - began[0], job.run)
+
+
+def signals_here(*numbers: signal.Signals, after_s: float = 0.3) -> Callable[[], None]:
+    """Send signals to this process, which follows the job."""
+
+    def act() -> None:
+        for number in numbers:
+            time.sleep(after_s)
+            os.kill(os.getpid(), number)
+
+    return act

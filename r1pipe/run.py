@@ -217,8 +217,11 @@ class Run(Generic[S]):
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)
-        if self.rank == 0 and self.folder.metrics.exists():
-            _cut_after(self.folder.metrics, step)
+        if self.rank == 0:
+            if self.folder.metrics.exists():
+                _cut_after(self.folder.metrics, step)
+            checkpoints.prune(self.folder.checkpoints, self.stage.keep)  # a kill may have come in between
+        engine.barrier()  # other ranks read the lines, too, and a kill may have cut the last one off
         return step, loop
 
     # --- the end

@@ -14,6 +14,7 @@ from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError, DataError
 from r1pipe.model import load_pretrained
 from r1pipe.paths import stages_dir
+from r1pipe.ranks import Ranks
 from r1pipe.run import open_run
 
 
@@ -76,6 +77,9 @@ def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
     assert generation["eos_token_id"] == chat.eos_id != generation["pad_token_id"]
     with open_run(folder) as run:
         assert run.resume(engine) == (3, {"cursor": 3})
+        assert not (newest.with_name(".step-9.unfinished")).exists(), (
+            "what a kill left goes at the next start"
+        )
         save(run, engine, 4)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
@@ -85,7 +89,7 @@ def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
 def test_a_run_without_a_checkpoint_starts_its_metrics_anew(folder):
     with open_run(folder) as run:
         run.log(1, {"train/loss": 1.0})
-        assert run.resume(None) == (0, {})
+        assert run.resume(Ranks(engine_config())) == (0, {})
     assert (folder / "metrics.jsonl").read_text() == ""
 
 

@@ -126,6 +126,12 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def is_older(page: Path, finished: list[RunFolder]) -> bool:
+    """Whether the page lacks one of these runs: a kill may have come between the last record and the page."""
+    newest = max(run.record.stat().st_mtime_ns for run in finished)
+    return not page.exists() or page.stat().st_mtime_ns < newest
+
+
 def where_it_is(outcome: Outcome) -> None:
     """Write the report if there is news, and say where everything lies and how to open it."""
     from r1pipe.report import write_report
@@ -135,7 +141,7 @@ def where_it_is(outcome: Outcome) -> None:
     last = outcome.finished[len(config.recipe.stages) - 1].path
     root = Path(config.root).resolve()
     page = root / "report.html"
-    if outcome.worked or not page.exists():
+    if outcome.worked or is_older(page, outcome.finished):
         write_report(root, runs_of_recipe(config), path=page)
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")

@@ -1,6 +1,7 @@
 """The walk of the stages: edges, resume, what is skipped; on stages that do not train."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_reproduce_again_only_shows_the_table(reproduced: House, capsys: pytest.
     assert {path: path.stat().st_mtime_ns for path in reproduced.root.rglob("*")} == before
     shown = capsys.readouterr().out
     assert "all_scenario" in shown and str(reproduced.root / "report.html") in shown
+
+
+def test_a_report_that_a_kill_has_prevented_is_made_by_the_next_call(reproduced: House) -> None:
+    page = reproduced.root / "report.html"
+    os.utime(page, (0, 0))  # older than the last record, as after a kill between the two
+    assert reproduced.call("reproduce", "recipe=laptop") == 0
+    assert page.stat().st_mtime > 0 and not page.with_suffix(".partial").exists()
 
 
 def test_a_control_that_the_data_cannot_serve_is_left_out_and_named(capsys: pytest.CaptureFixture) -> None:

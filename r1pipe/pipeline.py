@@ -110,6 +110,8 @@ def reproduce(overrides: list[str]) -> Outcome:
         names = [config.stage.name for config in configs]
         for i, config in enumerate(configs):
             placed = place(lineage.with_parents(config, made, names[i:]), in_recipe=True)
+            if placed.done and not placed.same_bits:
+                tell(placed.says())
             if not placed.done:
                 ends.append(winding_down.submit(start(placed).end))
                 if not placed.done:

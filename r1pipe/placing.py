@@ -23,16 +23,26 @@ class Placed:
     config: RunConfig
     run: RunFolder
     is_new: bool
-    changed: tuple[Change, ...] = ()  # since the run was launched last; all of them may be
+    changed: tuple[Change, ...] = ()  # since the run was launched last
 
     @property
     def done(self) -> bool:
         return self.run.record.exists()
 
+    @property
+    def same_bits(self) -> bool:
+        return all(change.same_bits for change in self.changed)
+
+    @property
+    def fits(self) -> bool:
+        return all(change.allowed for change in self.changed)
+
     def says(self) -> str:
         """One line for the user on what is about to happen."""
         if self.is_new:
             return f"{self.run.run_id}: starts"
+        if self.done:
+            return f"{self.run.run_id}: is done already, with other values: {listed(self.changed)}"
         steps = checkpoints.steps(self.run.checkpoints)
         where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
         changed = f" with {listed(self.changed)}" if self.changed else ""
@@ -52,24 +62,23 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
 
     The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
     keys that may change are different. Raises ConfigError where others are and the run has something to lose.
-    `fresh` starts anew; a recipe's walk (`in_recipe`) takes a finished run, too.
+    An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
+    finished run, too, of this config or of one that differs in keys that may change.
     """
     wanted = to_mapping(config)
-    known = [] if fresh else [(run, changes(read_json(run.config), wanted)) for run in runs_of(config)]
-    same = [(run, tuple(found)) for run, found in known if all(change.same_bits for change in found)]
-    done = [run for run, _ in same if run.record.exists()]
+    known = [
+        Placed(config, run, False, tuple(changes(read_json(run.config), wanted)))
+        for run in ([] if fresh else runs_of(config))
+    ]
+    exact = [placed for placed in known if placed.same_bits]
+    done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
     if in_recipe and done:
-        return Placed(config, done[-1], is_new=False)
-    half_done = [(run, found) for run, found in same if not run.record.exists()]
+        return done[-1]
+    half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
     if half_done:
-        run, found = half_done[-1]
-        return Placed(config, run, False, found)
-    if known and is_interrupted(known[-1][0]):
-        run, other = known[-1]
-        if all(change.allowed for change in other):
-            return Placed(config, run, False, tuple(other))
-        if has_something_to_lose(run):
-            raise refusal(run, other, in_recipe)
+        return half_done[-1]
+    if known and is_interrupted(known[-1].run) and has_something_to_lose(known[-1].run):
+        raise refusal(known[-1], in_recipe)
     return Placed(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
 
 
@@ -100,14 +109,14 @@ def has_something_to_lose(run: RunFolder) -> bool:
     return bool(checkpoints.steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
 
 
-def refusal(run: RunFolder, found: list[Change], in_recipe: bool) -> ConfigError:
+def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
     """One line: which run, what differs, and both ways on."""
-    steps = checkpoints.steps(run.checkpoints)
+    steps = checkpoints.steps(placed.run.checkpoints)
     where = f"at step {steps[-1]}" if steps else "sampling"
     anew = "pipeline=NAME starts another reproduction" if in_recipe else "--fresh starts a new run"
-    decisive = [change for change in found if not change.allowed]
+    decisive = [change for change in placed.changed if not change.allowed]
     return ConfigError(
-        f"{run.run_id} is half done ({where}) with another config: {listed(decisive)}; "
+        f"{placed.run.run_id} is half done ({where}) with another config: {listed(decisive)}; "
         f"give the old values and it goes on, or {anew}"
     )
 

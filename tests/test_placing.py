@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from fakes import House
 
+from r1pipe import pipeline
 from r1pipe.config.changes import ABSENT, SAME_BITS, SAME_WITHIN_ROUNDING, Change, changes, listed
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import flat, upwards
+from r1pipe.config.schema import RunConfig
 from r1pipe.config.typed import to_mapping
 
 
@@ -121,6 +123,23 @@ def test_reproduce_does_nothing_again_for_a_key_that_changes_no_bit(
     monkeypatch.setenv("FAKE", "crash")
     assert house.call("reproduce", "stage.save_every=3") == 1
     assert [run.name.partition("-")[0] for run in house.runs()][len(before) :] == ["grpo"]
+
+
+def test_reproduce_goes_on_with_other_ranks_after_what_is_done_with_the_old_ones(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert house.call("run", "stage=base") == 0
+    begin(house, monkeypatch, "stage=cold_start")
+    monkeypatch.setattr(pipeline, "configs_of", first_two)
+    words = ["engine.ranks=1", f"root={house.root}", "tracking=none"]
+    assert pipeline.reproduce(words).code == 0
+    said = capsys.readouterr().err
+    assert "base-" in said and "is done already, with other values: engine.ranks: 2 -> 1" in said
+    assert "goes on from step 1 with engine.ranks: 2 -> 1" in said and len(house.runs()) == 2
+
+
+def first_two(words: list[str]) -> list[RunConfig]:
+    return [compose([*words, f"stage={stage}"]).config for stage in ("base", "cold_start")]
 
 
 def test_a_measurement_that_was_cut_off_stands_in_no_other_ones_way(

@@ -76,8 +76,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The config with each parent replaced by the hash of what it published."""
     weights, reads = mapping.get("weights_from"), mapping.get("reads_from") or {}
-    by_hash = {stage: parent["hash"] for stage, parent in reads.items()}
-    return {**mapping, "weights_from": weights["hash"] if weights else None, "reads_from": by_hash}
+    by_hash = {stage: parent.get("hash") for stage, parent in reads.items()}
+    return {**mapping, "weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
 
 
 def listed(found: Iterable[Change]) -> str:

@@ -11,8 +11,8 @@ from r1pipe.compare import read_json
 from r1pipe.config import to_mapping
 from r1pipe.config.changes import Change, changes, listed
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
-from r1pipe.errors import ConfigError
-from r1pipe.launch import living_owner
+from r1pipe.errors import ConfigError, EnvironmentProblem
+from r1pipe.launch import must_be_free
 from r1pipe.paths import RunFolder
 
 
@@ -99,7 +99,11 @@ def key_of(mapping: dict) -> tuple:
 
 def is_interrupted(run: RunFolder) -> bool:
     """Unfinished, and nobody is at it: while another config's run goes on, a second one may run beside it."""
-    return not run.record.exists() and living_owner(run) is None
+    try:
+        must_be_free(run)
+    except EnvironmentProblem:
+        return False
+    return not run.record.exists()
 
 
 def has_something_to_lose(run: RunFolder) -> bool:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import copyfile
 from types import MappingProxyType
@@ -283,11 +283,8 @@ def _threads(config: RunConfig) -> int:
 
 def _first_writes(path: Path, text: str) -> None:
     """Ranks may fail together, and a rank other than 0 alone: the first one tells."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        pass
+    with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _cut_after(metrics: Path, step: int) -> None:

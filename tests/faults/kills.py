@@ -9,6 +9,7 @@ others at a call of a named point. Kill N of a seed is the same whatever the wal
 
 import json
 import logging
+import math
 import os
 import random
 import signal
@@ -27,13 +28,13 @@ from faults.forks import run_job
 from faults.outcome import Outcome
 from faults.points import ENDING, JOB, LAUNCHING, TRAINING
 from faults.same import finished, pipelines
-from r1pipe.paths import RunFolder
 
 LANDED = 60  # kills that a whole run lands at least
 PER_WALK = 16
 BY_TIME = 1 / 3  # share of the kills that come by the clock
 LIMIT_S = 1800  # for one attempt
 POLL_S = 0.02
+LATE_S = 2.0  # after a stage has ended: the points that come with its end have been told by then
 WORDS = ["recipe=smoke", "engine.ranks=2", "stage.max_steps=4", "stage.save_every=2", "tracking=none"]
 ONE_STAGE = ["stage=cold_start", "recipe=smoke", "engine.ranks=1", "stage.save_every=1", "tracking=none"]
 TESTS = Path(__file__).parents[1]
@@ -169,9 +170,15 @@ def due(kill: Kill, reference: Reference) -> tuple:
 def attempt(
     root: Path, command: Sequence[str], kill: Kill | None, added: dict[str, str], stage_s: float = 0.0
 ) -> bool:
-    """The command once; whether the kill landed. Raises AssertionError where it failed by itself."""
+    """The command once; whether the kill landed. Raises AssertionError where it failed by itself.
+
+    Where the moment does not come any more, since an earlier kill's resume has less to do, the kill comes when
+    its stage has ended: else the whole rest of the walk would go by.
+    """
     root.mkdir(exist_ok=True)
-    marker, output = root / "marker", root / "output.txt"
+    moment, marker, output = Moment(root, kill, stage_s), root / "marker", root / "output.txt"
+    if moment.is_past():
+        return False
     marker.unlink(missing_ok=True)
     variables = {**os.environ, **added, "PYTHONPATH": search_path(), "FAULT_MARKER": str(marker)}
     if kill and kill.point:
@@ -181,10 +188,10 @@ def attempt(
         process = subprocess.Popen(
             line, env=variables, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    clock, deadline = Clock(root, kill, stage_s), time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + LIMIT_S
     try:
         while process.poll() is None:
-            if marker.exists() or clock.is_up():
+            if marker.exists() or moment.is_up() or moment.is_past(LATE_S):
                 return True
             assert time.monotonic() < deadline, f"{kill} hangs: {output.read_text()[-2000:]}"
             time.sleep(POLL_S)
@@ -202,27 +209,34 @@ def search_path() -> str:
     return os.pathsep.join(str(place) for place in places if place)
 
 
-class Clock:
-    """For a kill by time: up when a share of the stage's usual time has passed since its job began."""
+class Moment:
+    """When a kill is due, as far as it can be seen from outside; points are told by a marker."""
 
     def __init__(self, root: Path, kill: Kill | None, stage_s: float):
-        self.root, self.stage = root, kill.stage if kill and kill.point is None else None
-        self.left_s = kill.share * stage_s if kill else 0.0
-        self.began: float | None = None
-        self.before = {path: path.stat().st_size for path in self._logs()}
+        self.root, self.kill = root, kill
+        self.by_time = kill is not None and kill.point is None
+        self.wait_s = kill.share * stage_s if kill else 0.0
+        self.began, self.ended = math.inf, math.inf
+        self.before = {path: path.stat().st_size for path in self._files("log/launcher.txt")}
 
-    def _logs(self) -> list[Path]:
-        runs = [RunFolder(path) for path in self.root.glob(f"{self.stage}-s*")] if self.stage else []
-        return [run.log / "launcher.txt" for run in runs if (run.log / "launcher.txt").exists()]
+    def _files(self, name: str) -> list[Path]:
+        """What the kill's stage has written under a name."""
+        return [*self.root.glob(f"{self.kill.stage}-s*/{name}")] if self.kill else []
 
     def is_up(self) -> bool:
-        if self.stage is None:
-            return False
-        if self.began is None and any(
-            path.stat().st_size > self.before.get(path, 0) for path in self._logs()
-        ):
-            self.began = time.monotonic()
-        return self.began is not None and time.monotonic() - self.began >= self.left_s
+        """By time: a share of the stage's usual time has passed since its job began."""
+        if self.by_time and math.isinf(self.began):
+            grown = [
+                path.stat().st_size > self.before.get(path, 0) for path in self._files("log/launcher.txt")
+            ]
+            self.began = time.monotonic() if any(grown) else math.inf
+        return time.monotonic() - self.began >= self.wait_s and self.by_time
+
+    def is_past(self, late_s: float = 0.0) -> bool:
+        """Whether the stage has been done for so long."""
+        if math.isinf(self.ended) and self._files("record.json"):
+            self.ended = time.monotonic()
+        return time.monotonic() - self.ended >= late_s
 
 
 def kill_all(process: subprocess.Popen) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import zip_longest
@@ -14,7 +15,7 @@ import torch
 from r1pipe import checkpoints, compare
 from r1pipe.paths import RunFolder
 
-# All that may differ: what clocks say, and what things are called that are named after the time.
+# All that may differ: what clocks say, and the names of runs, which are called after the time.
 CLOCK = (
     "time",  # metrics.jsonl: seconds since the run began
     "time/*",  # metrics.jsonl: seconds of a step's phases
@@ -22,10 +23,12 @@ CLOCK = (
     "tripwire/slow_step",
     *("elapsed", "seconds"),  # of the run so far, in a checkpoint's state and in record.json
     *("wall_s", "created"),  # record.json
+    "run_dir",  # the final table: where a run lies
 )
-NAMES = ("run_id", "run_dir", "root")  # run folders are named by the time at which they began
+RUN_ID = re.compile(r"\b(\w+-s\d+)-\d{8}-\d{6}-[0-9a-f]{4}\b")  # stage, seed, time, and what makes it unique
+OF_NAMES = "data_hash"  # of a file that names the run it was sampled from; the file itself is compared
 NOT = "(none)"
-PLACES = ("checkpoint",)  # a parent's folder; its hash says whether it is the same
+PLACES = ("checkpoint",)  # a parent's folder; the hash beside it says whether it is the same
 
 
 def pipelines(one: Path, other: Path) -> list[str]:
@@ -55,7 +58,7 @@ def both(one: Path, other: Path) -> list[str]:
         "data": tables_apart(a.data, b.data),
         "samples.json": json_apart(a.samples, b.samples),
         "evaluation.json": json_apart(a.evaluation, b.evaluation),
-        "record.json": json_apart(a.record, b.record),
+        "record.json": records_apart(a, b),
     }
     return [f"{other.name}: {part}: {line}" for part, lines in parts.items() for line in lines]
 
@@ -132,6 +135,14 @@ def tables_apart(one: Path, other: Path) -> Iterator[str]:
             yield from files_apart(a, b, name)
 
 
+def records_apart(a: RunFolder, b: RunFolder) -> Iterator[str]:
+    records = [json.loads(run.record.read_text()) for run in (a, b)]
+    if (a.data / "samples.parquet").exists():
+        for record in records:
+            record.pop(OF_NAMES)
+    yield from apart(*records, "values")
+
+
 def json_apart(one: Path, other: Path) -> Iterator[str]:
     if not one.exists() or not other.exists():
         yield from apart(one.exists(), other.exists(), "is there")
@@ -152,7 +163,7 @@ def apart(a: Any, b: Any, where: str) -> Iterator[str]:
     elif (parts := parts_of(a, b)) is not None:
         for name, *pair in parts:
             yield from apart(*pair, f"{where}: {name}")
-    elif a != b and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+    elif unnamed(a) != unnamed(b) and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
         yield f"{where}: {short(a)} and {short(b)}"
 
 
@@ -166,6 +177,11 @@ def parts_of(a: Any, b: Any) -> list[tuple[Any, Any, Any]] | None:
     return parts_of(vars(a), vars(b)) if hasattr(a, "__dict__") and not isinstance(a, type) else None
 
 
+def unnamed(value: Any) -> Any:
+    """A text with the run ids in it cut down to stage and seed."""
+    return RUN_ID.sub(r"\1", value) if isinstance(value, str) else value
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes: NaN is NaN, and 0 is not -0."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -175,7 +191,7 @@ def ignored(key: Any, a: Mapping, b: Mapping) -> bool:
     """What a clock says, and names; a parent's folder where its hash stands beside it."""
     if key in PLACES and "hash" in a and "hash" in b:
         return True
-    return isinstance(key, str) and any(fnmatch(key, pattern) for pattern in (*CLOCK, *NAMES))
+    return isinstance(key, str) and any(fnmatch(key, pattern) for pattern in CLOCK)
 
 
 def short(value: Any) -> str:

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce test faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +30,9 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(ARGS)
+
+faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (an hour)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)
 
 test-vllm: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## vLLM on the CPU against our export; in an environment of its own
 	@R1PIPE_VLLM_PYTHON=$(VENV_VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m vllm $(ARGS)

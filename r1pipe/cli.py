@@ -52,8 +52,8 @@ def run(
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
-    An unfinished run of the same resolved config goes on where it stopped; a finished one is left alone and a
-    new one starts.
+    An unfinished run goes on where it stopped, but not with a config that computes something else: that is
+    refused with what differs. A finished run is left alone and a new one starts.
     """
     from r1pipe import pipeline
     from r1pipe.config.groups import with_stage

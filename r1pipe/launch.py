@@ -102,7 +102,10 @@ def printable(config: RunConfig, line: list[str]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Whole or not at all: a run whose config.json a kill has cut off would be lost to the next call."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:

@@ -41,6 +41,9 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
+        self.config_history = (
+            self.path / "config_history.jsonl"
+        )  # {"time": ISO, "changed": {key: [old, new]}}: a line whenever it goes on with other values
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.log = self.path / "log"

@@ -1,18 +1,14 @@
-"""The graph of stages: place each stage's run (new, half done or done), run one, or walk a whole recipe.
+"""The graph of stages: run one, or walk a whole recipe; `placing` finds each stage's run.
 
 The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
 """
 
-import json
-import secrets
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from r1pipe import checkpoints, compare, lineage
-from r1pipe.config import config_hash
+from r1pipe import compare, lineage
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
@@ -20,56 +16,7 @@ from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.launch import Job, failure, prepare
 from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A stage's config with its parents, and the run folder it belongs to."""
-
-    config: RunConfig
-    run: RunFolder
-    is_new: bool
-
-    @property
-    def done(self) -> bool:
-        return self.run.record.exists()
-
-    def says(self) -> str:
-        """One line for the user on what is about to happen."""
-        if self.is_new:
-            return f"{self.run.run_id}: starts"
-        steps = checkpoints.steps(self.run.checkpoints)
-        where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
-        return f"{self.run.run_id}: goes on {where} (--fresh starts anew)"
-
-
-def place(config: RunConfig, fresh: bool = False, accept_done: bool = False) -> Placed:
-    """Where the stage's run is: an unfinished one of the same config, or a new one.
-
-    `accept_done` takes a finished run of the same config, too; `fresh` takes neither.
-    """
-    wanted = config_hash(config)
-    same = [] if fresh else [run for run in lineage.runs(Path(config.root)) if hash_in(run) == wanted]
-    done = [run for run in same if run.record.exists()]
-    if accept_done and done:
-        return Placed(config, done[-1], is_new=False)
-    open_runs = [run for run in same if not run.record.exists()]
-    if open_runs:
-        return Placed(config, open_runs[-1], is_new=False)
-    return Placed(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
-
-
-def hash_in(run: RunFolder) -> str | None:
-    """The hash of the config that the run was launched with."""
-    if not run.env.exists():
-        return None
-    return json.loads(run.env.read_text(encoding="utf-8")).get("config_hash")
-
-
-def new_run_id(config: RunConfig) -> str:
-    """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
-    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{config.stage.name}-s{config.seed}-{now}-{secrets.token_hex(2)}"
+from r1pipe.placing import Placed, place
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -82,6 +29,7 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
         tell(f"note: {error}")
         filled = lineage.with_open_parents(config)
     placed = place(filled, fresh)
+    placed.note_changes()
     prepare(placed.config, placed.run)
     return placed.run.command.read_text(encoding="utf-8").strip()
 
@@ -99,6 +47,7 @@ def start(placed: Placed) -> Job:
     """Start the stage's job, saying so, and follow it until its record is there or it has failed."""
     must_be_free(placed.run)
     tell(placed.says())
+    placed.note_changes()
     job = Job(placed.config, placed.run)
     job.follow()
     return job
@@ -161,7 +110,9 @@ def reproduce(overrides: list[str]) -> Outcome:
         ends: list[Future[int]] = []
         names = [config.stage.name for config in configs]
         for i, config in enumerate(configs):
-            placed = place(lineage.with_parents(config, made, names[i:]), accept_done=True)
+            placed = place(lineage.with_parents(config, made, names[i:]), in_recipe=True)
+            if placed.done and not placed.same_bits:
+                tell(placed.says())
             if not placed.done:
                 job = start(placed)
                 ends.append(winding_down.submit(job.end))
@@ -179,6 +130,12 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def is_older(page: Path, finished: list[RunFolder]) -> bool:
+    """Whether the page lacks one of these runs: a kill may have come between the last record and the page."""
+    newest = max(run.record.stat().st_mtime_ns for run in finished)
+    return not page.exists() or page.stat().st_mtime_ns < newest
+
+
 def where_it_is(outcome: Outcome) -> None:
     """Write the report if there is news, and say where everything lies and how to open it."""
     from r1pipe.report import write_report
@@ -188,7 +145,7 @@ def where_it_is(outcome: Outcome) -> None:
     last = outcome.finished[len(config.recipe.stages) - 1].path
     root = Path(config.root).resolve()
     page = root / "report.html"
-    if outcome.worked or not page.exists():
+    if outcome.worked or is_older(page, outcome.finished):
         write_report(root, runs_of_recipe(config), path=page)
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")

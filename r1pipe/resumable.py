@@ -139,7 +139,6 @@ class Resumable(Generic[S]):
 
         Lines and tables of the steps so far are made durable first: they would not come again.
         """
-        stage = self.stage
         try:
             if self.folder.metrics.exists():
                 checkpoints.sync(self.folder.metrics)
@@ -149,9 +148,13 @@ class Resumable(Generic[S]):
             checkpoints.finish(target)
         except OSError as error:
             return self._told(error, target)
+        self._prune()
+        return None
+
+    def _prune(self) -> None:
+        stage = self.stage
         best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
         prune(self.folder, stage.keep, best_by)
-        return None
 
     def _told(self, error: Exception, target: Path) -> str:
         """What to tell the user of a full disk, on which nothing unfinished is left; other errors go on."""
@@ -247,6 +250,8 @@ class Resumable(Generic[S]):
             for table in self._tables(step + 1):
                 table.unlink()
             self._durable = step
+            self._prune()  # a kill may have come between a save and this
+        engine.barrier()  # other ranks read the lines, too, and a kill may have cut the last one off
         return step, loop
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:

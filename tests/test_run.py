@@ -79,6 +79,9 @@ def test_checkpoints_are_whole_pruned_and_resumed_from(folder):
     assert generation["eos_token_id"] == chat.eos_id != generation["pad_token_id"]
     with open_run(folder) as run:
         assert run.resume(engine) == (3, {"cursor": 3})
+        assert not (newest.with_name(".step-9.unfinished")).exists(), (
+            "what a kill left goes at the next start"
+        )
         save(run, engine, 4)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]

@@ -4,6 +4,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,9 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
         shards[2].unlink()  # what a kill would have cost
         assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
         assert sampler.calls == 5
+        of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None)
+        assert rejection.draw_samples(run, of_three, sampler, chat, prompts) == shards
+        assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
         path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
         traces, data_hash = rejection.read_dataset(path)
     funnel = json.loads((folder / "data" / "funnel.json").read_text())

@@ -1,5 +1,7 @@
-"""Typed configuration: `schema` names fields, `typed` and `rules` check them, `compose` reads conf/."""
+"""Typed configuration: `schema` names fields, `typed` and `rules` check them, `compose` reads conf/, and
+`changes` compares two."""
 
-from r1pipe.config.typed import config_hash, load, read_config, to_mapping
+from r1pipe.config.changes import config_hash
+from r1pipe.config.typed import load, read_config, to_mapping
 
 __all__ = ["config_hash", "load", "read_config", "to_mapping"]

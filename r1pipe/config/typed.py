@@ -1,6 +1,5 @@
 """Plain mappings to the schema's dataclasses and back, strictly: what is wrong is named by its key."""
 
-import hashlib
 import json
 import types
 import typing
@@ -14,9 +13,6 @@ from r1pipe.config.schema import STAGE_TYPES, RunConfig, StageConfig
 from r1pipe.errors import ConfigError, nearest
 
 T = TypeVar("T")
-
-# Runs that differ in these alone compute the same: where results go, who watches, what else will run.
-VOLATILE = ("root", "tracking", "recipe", "parent", "tripwires")
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:
@@ -37,16 +33,6 @@ def read_config(path: Path | str) -> RunConfig:
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     return asdict(config)
-
-
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 over all that decides what a run computes; a parent counts by its weights, not its place."""
-    mapping = {key: value for key, value in to_mapping(config).items() if key not in VOLATILE}
-    weights = config.weights_from
-    mapping["weights_from"] = weights.hash if weights else None
-    mapping["reads_from"] = {stage: parent.hash for stage, parent in config.reads_from.items()}
-    canonical = json.dumps(mapping, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def build(cls: type[T], mapping: Any, where: str) -> T:

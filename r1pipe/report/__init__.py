@@ -38,6 +38,8 @@ def write_report(
         raise CheckpointError(f"no finished run under {root}; `r1pipe reproduce` makes them")
     target = Path(path) if path else Path(root) / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(chosen, other_runs(root, chosen)), encoding="utf-8")
     write_curves(chosen, target.with_name("curves.png"))
+    temporary = target.with_suffix(".partial")  # a page that is there is whole, and its picture is there, too
+    temporary.write_text(page(chosen, other_runs(root, chosen)), encoding="utf-8")
+    temporary.replace(target)
     return target

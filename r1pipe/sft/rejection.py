@@ -42,11 +42,10 @@ def draw_samples(
 ) -> list[Path]:
     """Every shard's file, in order; those that are not there yet are drawn and scored, shared among ranks."""
     stage = run.stage
-    per_shard = max(1, SHARD_ROUNDS * stage.sampling.slots // stage.samples_per_prompt)
-    rounds = -(-len(prompts) // (per_shard * ranks.world_size))
-    count = rounds * ranks.world_size  # as many for each rank
     folder = run.folder.data / "shards"
     folder.mkdir(exist_ok=True)
+    per_shard = max(1, SHARD_ROUNDS * stage.sampling.slots // stage.samples_per_prompt)
+    count = shards_begun(folder) or shards_for(len(prompts), per_shard, ranks.world_size)
     shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
     total = len(prompts) * stage.samples_per_prompt
     with stopping.leaving_early(ranks):
@@ -60,6 +59,19 @@ def draw_samples(
                 samples = _draw(run, sampler, chat, prompts[number::count], number, progress)
                 _write_rows(shards[number], [_pack(sampled) for sampled in samples])
     return shards
+
+
+def shards_for(prompts: int, per_shard: int, ranks: int) -> int:
+    """As many for each rank."""
+    return -(-prompts // (per_shard * ranks)) * ranks
+
+
+def shards_begun(folder: Path) -> int:
+    """Into how many shards an interrupted run has cut its prompts, maybe with other ranks; 0: none yet.
+
+    What is a shard depends on this number, so the run keeps to it.
+    """
+    return max((int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")), default=0)
 
 
 def _draw(

@@ -1,0 +1,95 @@
+"""What differs between a run and the config that is to go on with it, and which differences may be.
+
+No torch here: the command line compares before it launches.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from r1pipe.config.groups import flat, upwards
+from r1pipe.config.schema import RunConfig
+from r1pipe.config.typed import shown, to_mapping
+
+# Keys that may change while a run goes on, each with all keys below it, and why. With those of SAME_BITS
+# another value computes the same to the last bit, so they are no part of a config's hash.
+SAME_BITS = {
+    "root": "where run folders lie",
+    "tracking": "who watches",
+    "recipe": "what else will run",
+    "parent": "how the parent was named; `weights_from` says which it is",
+    "tripwires": "when to warn or to pause",
+    "stage.save_every": "when to save",
+    "stage.keep": "what to keep",
+    "engine.name": "which file the other keys come from",
+}
+SAME_WITHIN_ROUNDING = {
+    "engine.ranks": "sums over ranks are taken in another order; samples are drawn for each rank",
+    "engine.threads": "sums within a rank are taken in another order",
+    "engine.zero_level": "where the optimizer's state lies",
+    "engine.hostfile": "where the ranks are",
+    "engine.launcher": "where the ranks are",
+    "engine.gradient_accumulation": "how much is computed at once",
+    "engine.recompute": "what is kept in memory for the backward pass",
+    "stage.micro_tokens": "how much is computed at once",
+}
+ABSENT = "(none)"  # a key that one of the two configs lacks
+SHOWN = 5  # changes that a message lists
+PARENTS = ("weights_from", "reads_from")  # compared by the hash of what they published
+HASH_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key with another value; ABSENT where a side has none."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        old, new = shown(self.old), shown(self.new)
+        if self.key.startswith(PARENTS):
+            old, new = old[:HASH_SHOWN], new[:HASH_SHOWN]
+        return f"{self.key}: {old} -> {new}"
+
+    @property
+    def same_bits(self) -> bool:
+        return any(part in SAME_BITS for part in upwards(self.key))
+
+    @property
+    def allowed(self) -> bool:
+        return self.same_bits or any(part in SAME_WITHIN_ROUNDING for part in upwards(self.key))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """What differs between two configs as mappings, in the order of `new`; a parent counts by its weights,
+    not by its place. `old` may be of another version of r1pipe, with other keys."""
+    before, after = (dict(flat(by_weights(mapping))) for mapping in (old, new))
+    keys = [*after, *(key for key in before if key not in after)]
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with each parent replaced by the hash of what it published."""
+    weights, reads = mapping.get("weights_from"), mapping.get("reads_from") or {}
+    by_hash = {stage: parent.get("hash") for stage, parent in reads.items()}
+    return {**mapping, "weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
+
+
+def listed(found: Iterable[Change]) -> str:
+    """A handful of changes in one line."""
+    lines = [str(change) for change in found]
+    more = f", and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return ", ".join(lines[:SHOWN]) + more
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 over all that decides what a run computes; a parent counts by its weights, not its place."""
+    values = flat(by_weights(to_mapping(config)))
+    decisive = {key: value for key, value in values if not any(part in SAME_BITS for part in upwards(key))}
+    canonical = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""Which run folder a config belongs to: an unfinished run's that goes on, a finished one's, or a new one."""
+
+import json
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from r1pipe import checkpoints, lineage
+from r1pipe.compare import read_json
+from r1pipe.config import to_mapping
+from r1pipe.config.changes import Change, changes, listed
+from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
+from r1pipe.errors import ConfigError, EnvironmentProblem
+from r1pipe.locks import must_be_free
+from r1pipe.paths import RunFolder
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A stage's config with its parents, and the run folder it belongs to."""
+
+    config: RunConfig
+    run: RunFolder
+    is_new: bool
+    changed: tuple[Change, ...] = ()  # since the run was launched last
+
+    @property
+    def done(self) -> bool:
+        return self.run.record.exists()
+
+    @property
+    def same_bits(self) -> bool:
+        return all(change.same_bits for change in self.changed)
+
+    @property
+    def fits(self) -> bool:
+        return all(change.allowed for change in self.changed)
+
+    def says(self) -> str:
+        """One line for the user on what is about to happen."""
+        if self.is_new:
+            return f"{self.run.run_id}: starts"
+        if self.done:
+            return f"{self.run.run_id}: is done already, with other values: {listed(self.changed)}"
+        steps = checkpoints.steps(self.run.checkpoints)
+        where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
+        changed = f" with {listed(self.changed)}" if self.changed else ""
+        return f"{self.run.run_id}: goes on {where}{changed} (--fresh starts anew)"
+
+    def note_changes(self) -> None:
+        """Keep what the run's config.json said before, now that it is written anew."""
+        told = {change.key: [change.old, change.new] for change in self.changed}
+        if told:
+            row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": told}
+            with self.run.config_history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Placed:
+    """Where the stage's run is: an unfinished one of this config, or a new one.
+
+    The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
+    keys that may change are different. Raises ConfigError where others are and the run has something to lose.
+    An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
+    finished run, too, of this config or of one that differs in keys that may change.
+    """
+    wanted = to_mapping(config)
+    known = [
+        Placed(config, run, False, tuple(changes(read_json(run.config), wanted)))
+        for run in ([] if fresh else runs_of(config))
+    ]
+    exact = [placed for placed in known if placed.same_bits]
+    done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
+    if in_recipe and done:
+        return done[-1]
+    half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
+    if half_done:
+        return half_done[-1]
+    if known and is_interrupted(known[-1].run) and has_something_to_lose(known[-1].run):
+        raise refusal(known[-1], in_recipe)
+    return Placed(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
+
+
+def runs_of(config: RunConfig) -> list[RunFolder]:
+    """The runs under the root of this pipeline, stage and seed, oldest first."""
+    wanted = (config.pipeline, config.seed, config.stage.name)
+    return [run for run in lineage.runs(Path(config.root)) if key_of(read_json(run.config)) == wanted]
+
+
+def key_of(mapping: dict) -> tuple:
+    stage = mapping.get("stage")
+    return (
+        mapping.get("pipeline"),
+        mapping.get("seed"),
+        stage.get("name") if isinstance(stage, dict) else None,
+    )
+
+
+def is_interrupted(run: RunFolder) -> bool:
+    """Unfinished, and nobody is at it: while another config's run goes on, a second one may run beside it."""
+    try:
+        must_be_free(run)
+    except EnvironmentProblem:
+        return False
+    return not run.record.exists()
+
+
+def has_something_to_lose(run: RunFolder) -> bool:
+    """Whether a run has a checkpoint or samples; a stage that only measures makes both again."""
+    if STAGE_TYPES.get(read_json(run.config)["stage"]["name"]) is EvaluateConfig:
+        return False
+    return bool(checkpoints.steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
+
+
+def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
+    """One line: which run, what differs, and both ways on."""
+    steps = checkpoints.steps(placed.run.checkpoints)
+    where = f"at step {steps[-1]}" if steps else "sampling"
+    anew = "pipeline=NAME starts another reproduction" if in_recipe else "--fresh starts a new run"
+    decisive = [change for change in placed.changed if not change.allowed]
+    return ConfigError(
+        f"{placed.run.run_id} is half done ({where}) with another config: {listed(decisive)}; "
+        f"give the old values and it goes on, or {anew}"
+    )
+
+
+def new_run_id(config: RunConfig) -> str:
+    """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
+    now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{config.stage.name}-s{config.seed}-{now}-{secrets.token_hex(2)}"

@@ -1,0 +1,132 @@
+"""Stages so small that each can be run, killed and run again a hundred times, with the parents they need."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from shutil import rmtree
+
+from tiny_runs import tiny_run
+
+from faults.forks import Kill, calls_of, run_job
+from faults.points import ENDING, JUDGING, JUDGING_BY_MODELS, SAMPLING, SAVING, SHARDS, TRAINING, Point
+from faults.same import both
+from r1pipe.config.schema import ParentRef
+from r1pipe.lineage import of_run
+from r1pipe.paths import RunFolder
+
+STEPS = ["stage.max_steps=4", "stage.save_every=2", "stage.eval.every=2", "stage.eval.every_problems=2"]
+SFT = [*STEPS, "stage.traces=16", "stage.batch_size=2"]
+RL = [
+    *STEPS,
+    *(
+        "stage.prompts_per_step=4",
+        "stage.group_size=2",
+        "stage.minibatches=2",
+        "stage.sampling.max_tokens=12",
+    ),
+    *("stage.sampling.slots=4", "stage.optim.lr=0.001"),
+]
+SETTINGS: dict[str, list[str]] = {
+    "pretrain": [*STEPS, "stage.batch_size=2", "stage.sequence_length=128"],
+    "cold_start": SFT,
+    "grpo": [*RL, "stage.reference_every=1"],  # the reference is another one at every checkpoint
+    "rejection_sft": [
+        *STEPS,
+        *("stage.prompts=64", "stage.samples_per_prompt=1", "stage.sampling.slots=2"),
+        *("stage.sampling.max_tokens=8", "stage.batch_size=2"),
+    ],  # four shards
+    "reward_model": [*STEPS, "stage.batch_size=2"],
+    "all_scenario": [*RL, "stage.preference.last_steps=3", "stage.kl_coef=0.01"],
+    "zero": RL,
+    "control_sft": [*SFT, "stage.keep=1"],
+}
+SOURCES = {"rejection_sft": "grpo", "all_scenario": "reward_model"}  # what each reads besides its weights
+MAKERS = {"grpo": "pretrain"}  # random weights sample as badly as a policy of four steps
+POINTS: dict[str, dict[str, Point]] = {
+    **dict.fromkeys(("pretrain", "cold_start", "control_sft"), TRAINING | SAVING | ENDING),
+    **dict.fromkeys(("grpo", "zero"), TRAINING | SAVING | ENDING | SAMPLING | JUDGING),
+    "reward_model": TRAINING | SAVING | {k: v for k, v in ENDING.items() if k != "in evaluation"},
+    "all_scenario": TRAINING | SAVING | ENDING | SAMPLING | JUDGING | JUDGING_BY_MODELS,
+    "rejection_sft": TRAINING | SAVING | ENDING | SAMPLING | JUDGING | SHARDS,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A stage, and how it is spread over processes."""
+
+    stage: str
+    ranks: int
+    zero_level: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}, {self.ranks} rank{'s' * (self.ranks > 1)}, ZeRO {self.zero_level}"
+
+
+@dataclass
+class Reference:
+    """A run that nothing interrupted, and the points that each rank came by."""
+
+    folder: Path
+    calls: list[Counter[str]]
+
+    def times(self, point: Point, name: str) -> int:
+        """How often the rank that a kill there would meet came by."""
+        return self.calls[point.rank % len(self.calls)][name]
+
+
+@dataclass
+class Lab:
+    """Runs under one folder; parents and references are made once."""
+
+    folder: Path
+    references: dict[Shape, Reference] = field(default_factory=dict)
+    tried: int = 0
+
+    @cached_property
+    def sources(self) -> dict[str, ParentRef]:
+        """The checkpoints that stages read besides: to sample from, and as reward models."""
+        return {
+            name: of_run(RunFolder(self.reference(Shape(MAKERS.get(name, name), 1, 0)).folder))
+            for name in set(SOURCES.values())
+        }
+
+    def prepared(self, folder: Path, shape: Shape) -> Path:
+        """The folder as `r1pipe run` leaves it for the job."""
+        source = SOURCES.get(shape.stage)
+        reads = {source: self.sources[source]} if source else {}
+        engine = [f"engine.ranks={shape.ranks}", f"engine.zero_level={shape.zero_level}"]
+        return tiny_run(folder, f"stage={shape.stage}", *SETTINGS[shape.stage], *engine, **reads)
+
+    def reference(self, shape: Shape) -> Reference:
+        if shape not in self.references:
+            place = f"{shape.stage}-{shape.ranks}-{shape.zero_level}-whole"
+            folder = self.prepared(self.folder / place, shape)
+            run_job(shape.stage, folder, shape.ranks)
+            self.references[shape] = Reference(folder, calls_of(folder, shape.ranks))
+        return self.references[shape]
+
+    def moment(self, shape: Shape, point: str, seed: int) -> Kill:
+        """A call of the point drawn from those of a run that nothing interrupts."""
+        times = self.reference(shape).times(POINTS[shape.stage][point], point)
+        assert times, f"{shape} never comes by '{point}'"
+        return Kill(point, random.Random(f"{seed}/{shape}/{point}").randint(1, times))
+
+    def killed(self, shape: Shape, kill: Kill) -> list[str]:
+        """What is lost after a kill and the same command again; empty if nothing is."""
+        self.tried += 1
+        folder = self.prepared(self.folder / f"{shape.stage}-{self.tried}-killed", shape)
+        assert run_job(shape.stage, folder, shape.ranks, kill), f"{shape}: {kill} did not land"
+        run_job(shape.stage, folder, shape.ranks)
+        lost = [*both(self.reference(shape).folder, folder), *self.shards_again(shape, folder)]
+        if not lost:
+            rmtree(folder)
+        return lost
+
+    def shards_again(self, shape: Shape, folder: Path) -> list[str]:
+        """Of stage 3's sampled data at most one shard of each rank is made again."""
+        whole, cut = self.reference(shape).calls, calls_of(folder, shape.ranks)
+        again = [b["shard begun"] - a["shard begun"] for a, b in zip(whole, cut, strict=True)]
+        return [f"shards made again, by rank: {again}"] if max(again) > 1 else []

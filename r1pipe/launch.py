@@ -25,6 +25,7 @@ from r1pipe.config.schema import RunConfig
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.paths import RunFolder, stages_dir
 from r1pipe.progress import Display
+from r1pipe.redaction import publishable
 from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
@@ -78,8 +79,9 @@ def prepare(config: RunConfig, run: RunFolder) -> list[str]:
     run.path.parent.mkdir(parents=True, exist_ok=True)
     machine.must_have_room(config)
     run.log.mkdir(parents=True, exist_ok=True)
-    write_json(run.config, to_mapping(config))
+    write_json(run.config, publishable(to_mapping(config)))
     write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})
+    run.diff.write_text(machine.code_diff(), encoding="utf-8")
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
     return line
 
@@ -113,7 +115,9 @@ class Job:
             stack.enter_context(owned(run))
             run.error.unlink(missing_ok=True)
             self.mirror = Mirror(run.path, to_mapping(config))
-            variables = {**os.environ, **environment(config)}
+            # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+            untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+            variables = {**untracked, **environment(config)}
             variables["PYTHONPATH"] = os.pathsep.join(
                 [stack.enter_context(no_mlflow()), variables["PYTHONPATH"]]
             )
@@ -138,6 +142,10 @@ class Job:
                 if time.monotonic() > self._killed_at:
                     self._signal(signal.SIGKILL)
                 time.sleep(POLL_S)
+        except EnvironmentProblem:  # a tracker that must work at the start does not: no job may go on alone
+            self._sweep()
+            self._held.close()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

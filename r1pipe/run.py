@@ -26,6 +26,7 @@ from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError, ConfigError, R1pipeError
+from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.provenance import job_record, write_json
@@ -112,6 +113,8 @@ class Run(Generic[S]):
             return DeepseekV3(self.config.model, self.generator("weights"))
         if self.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
+        if parent == self.config.weights_from:
+            must_fit(parent, self.config.model)
         return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
@@ -171,9 +174,7 @@ class Run(Generic[S]):
         if self.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
             temporary = checkpoints.begin(target)
-            for file in Path(parent.checkpoint).iterdir():
-                if file.is_file() and file.name != checkpoints.MANIFEST:
-                    copyfile(file, temporary / file.name)
+            checkpoints.copy_published(Path(parent.checkpoint), temporary)
             self._put_in_place(target)
         return target
 

@@ -19,8 +19,9 @@ from r1pipe import checkpoints
 from r1pipe.arguments import Arguments
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.errors import CheckpointError, R1pipeError
+from r1pipe.jsonfile import read_object
 from r1pipe.model import model_config_from
-from r1pipe.model.names import layer_of, read_json
+from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.model.writing import shard_bytes
@@ -50,7 +51,7 @@ def types_of(stored: Stored) -> str:
 def take_tokenizer(source: Path, target: Path) -> Chat | None:
     """Copy tokenizer and chat template where r1pipe can speak them; otherwise say why not, and go on."""
     try:
-        settings = read_json(source / TOKENIZER_FILES[1])
+        settings = read_object(source / TOKENIZER_FILES[1])
         if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
             settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
         (target / TOKENIZER_FILES[1]).write_text(
@@ -77,13 +78,13 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
 def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
     """generation_config.json as it is; without one, the special tokens of tokenizer or config.json."""
     if (source / GENERATION).exists():
-        content = read_json(source / GENERATION)
+        content = read_object(source / GENERATION)
     elif chat is not None:
         content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
     else:
         content = {
             key: value
-            for key, value in read_json(source / "config.json").items()
+            for key, value in read_object(source / "config.json").items()
             if key.endswith("_token_id")
         }
     (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -35,7 +35,8 @@ def source(path="rows.jsonl", task="sums", **changes):
 
 def config(path, **changes):
     empty = {"tasks": [], "languages": [], "levels": [], "reasoning": [], "general": [], "preferences": []}
-    values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty
+    rows = {"bad_rows": "refuse", "max_bad_rows": 0.5, "longest_row": 1000}
+    values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty | rows
     return DataConfig(**values | changes)
 
 

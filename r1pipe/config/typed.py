@@ -41,11 +41,21 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def config_hash(config: RunConfig) -> str:
     """SHA-256 over all that decides what a run computes; a parent counts by its weights, not its place."""
-    mapping = {key: value for key, value in to_mapping(config).items() if key not in VOLATILE}
-    weights = config.weights_from
-    mapping["weights_from"] = weights.hash if weights else None
-    mapping["reads_from"] = {stage: parent.hash for stage, parent in config.reads_from.items()}
-    canonical = json.dumps(mapping, sort_keys=True, ensure_ascii=False)
+    return mapping_hash(to_mapping(config))
+
+
+def mapping_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a config.json as it was read, which an older version may have written.
+
+    Raises KeyError or TypeError where a parent in it has no hash.
+    """
+    counted = {key: value for key, value in mapping.items() if key not in VOLATILE}
+    weights = counted.get("weights_from")
+    counted["weights_from"] = weights["hash"] if weights else None
+    counted["reads_from"] = {
+        stage: parent["hash"] for stage, parent in (counted.get("reads_from") or {}).items()
+    }
+    canonical = json.dumps(counted, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -13,8 +13,8 @@ from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.reading import SET_ASIDE
 from r1pipe.jsonfile import read_object
-from r1pipe.lineage.recorded import OWN_HASH, own_hash, record_beside
 from r1pipe.paths import RunFolder
+from r1pipe.recorded import OWN_HASH, own_hash, record_beside
 from r1pipe.redaction import publishable
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself

@@ -44,11 +44,12 @@ def lineage(
     Exit code 1 if anything on the way is gone, broken or edited.
     """
     from r1pipe import lineage as family
+    from r1pipe.lineage.page import write_page
 
     found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
     family.show(found)
     if html is not None:
-        family.write_page(found, html)
+        write_page(found, html)
     return 1 if any(ancestor.problem for ancestor in found) else 0
 
 

@@ -32,6 +32,8 @@ def read_config(path: Path | str) -> RunConfig:
         raise ConfigError(f"{path} does not exist; give the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
     return load(mapping)
 
 

@@ -95,6 +95,8 @@ def sift(path: Path, longest: int = LONGEST) -> Sifted:
             found = _sift(path, _json_lines(path, longest))
         else:
             found = _sift(path, _json_array(path, longest), unit="row")
+    except DataError:
+        raise
     except _UNREADABLE as error:
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path} cannot be read ({detail}); download it again") from None
@@ -256,5 +258,7 @@ def _open(path: Path) -> BinaryIO:
 
 def _is_lines(path: Path) -> bool:
     """Whether each row is one line: .jsonl, and .json files that are jsonl in truth."""
+    if _suffix(path) == ".jsonl":
+        return True
     with _open(path) as file:
         return not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

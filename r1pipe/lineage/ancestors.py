@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, recorded
 from r1pipe.config.schema import ParentRef
 from r1pipe.config.typed import mapping_hash
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonfile import read_object
-from r1pipe.lineage import fit, places, recorded
-from r1pipe.paths import RunFolder
+from r1pipe.lineage import fit, places
+from r1pipe.paths import RunFolder, inside
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def read_run(found: Looked, step: Step) -> None:
         found.problems.append(f"{path} has changed since its child was made from it")
     if run is not None:
         found.problems += contradictions(run, record)
-        whole = run.path / record["checkpoint"]
-        if whole.resolve() != found.folder:
+        last = inside(run.path, record["checkpoint"], run.record)
+        if last.resolve() != found.folder:
             return  # a checkpoint from the middle of the run: what follows is about the last one
     if record["checkpoint_hash"] != step.parent.hash:
         found.problems.append(f"{path} names another checkpoint_hash than its child")

@@ -13,8 +13,8 @@ from r1pipe.config.groups import read
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, nearest
 from r1pipe.jsonfile import read_object
-from r1pipe.lineage.recorded import record_of
 from r1pipe.paths import RunFolder, content_dir, inside
+from r1pipe.recorded import record_of
 
 BUNDLED = "bundled"
 

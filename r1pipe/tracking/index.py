@@ -6,8 +6,8 @@ from pathlib import Path
 from r1pipe.compare import read_json
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonl import Tail
-from r1pipe.lineage.recorded import wrong_type
 from r1pipe.paths import RunFolder, inside
+from r1pipe.recorded import wrong_type
 from r1pipe.tracking import naming
 from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
 

@@ -66,9 +66,9 @@ def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = 
 
 def broken(path: Path, sha: str) -> str | None:
     """Why a file is not the one that the manifest lists; None where it is."""
-    if not path.is_file():
-        return f"{path} is missing"
     try:
+        if not path.is_file():
+            return f"{path} is missing"
         return None if file_hash(path) == sha else f"{path} is not what was saved"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"

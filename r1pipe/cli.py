@@ -14,6 +14,7 @@ from r1pipe import verbs
 from r1pipe.errors import R1pipeError
 from r1pipe.options import Checkpoint, Dtype, MaxTokens, Overrides, ShardGB, Temperature, TopP
 from r1pipe.overrides import composed, split
+from r1pipe.redaction import without_secrets
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
@@ -100,9 +101,10 @@ def show_config(overrides: Overrides = None) -> None:
     from r1pipe.config import to_mapping
     from r1pipe.config.compose import compose
     from r1pipe.config.groups import flat
+    from r1pipe.redaction import publishable
 
     found = compose(overrides or [])
-    values = dict(flat(to_mapping(found.config)))
+    values = dict(flat(publishable(to_mapping(found.config))))
     shown = {key: f"{key}={json.dumps(values[key], ensure_ascii=False)}" for key in found.sources}
     width = min(60, max(map(len, shown.values())))
     for key, source in found.sources.items():
@@ -213,7 +215,7 @@ def main() -> None:
     except (R1pipeError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message:  # empty where Typer has just printed the help
-            print(f"r1pipe: {' '.join(message.split())}", file=sys.stderr)
+            print(f"r1pipe: {without_secrets(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

@@ -19,6 +19,7 @@ from r1pipe.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
 MEBIBYTE = 2**20
+DECIDES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # what of a checkout decides a run
 FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
 FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
     "triton": ("triton", "triton"),
@@ -63,7 +64,7 @@ def code_diff() -> str:
             return ""
         with suppress(FileNotFoundError):  # a checkout without an index has all files new
             shutil.copyfile(_checkout() / own, index)
-        decides = ("r1pipe", "conf", "stages", "data", "pyproject.toml")
+        decides = [name for name in DECIDES if (_checkout() / name).exists()]
         _git("add", "--intent-to-add", "--", *decides, index=index)
         return without_secrets(_git("diff", "HEAD", "--", *decides, index=index))
 

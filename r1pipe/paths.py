@@ -1,6 +1,7 @@
 """Every file name in a run folder, and where conf/, stages/ and data/ are found (checkout or wheel)."""
 
 import importlib.resources
+from contextlib import suppress
 from pathlib import Path
 
 from r1pipe.errors import CheckpointError, EnvironmentProblem
@@ -37,6 +38,8 @@ def inside(folder: Path, name: str, told_by: Path) -> Path:
     """
     try:
         path = folder / name
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
         if name and path.resolve().is_relative_to(folder.resolve()):
             return path
     except (OSError, RuntimeError, ValueError):  # links in a circle; a NUL in the name; too long a name

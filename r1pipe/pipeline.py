@@ -3,7 +3,6 @@
 The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
 """
 
-import json
 import secrets
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.launch import Job, failure, must_be_free, prepare
 from r1pipe.paths import RunFolder
+from r1pipe.redaction import without_login
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ def place(config: RunConfig, fresh: bool = False, accept_done: bool = False) -> 
 
 def hash_in(run: RunFolder) -> str | None:
     """The hash of the config that the run was launched with."""
-    if not run.env.exists():
-        return None
-    return json.loads(run.env.read_text(encoding="utf-8")).get("config_hash")
+    return compare.read_json(run.env).get("config_hash")
 
 
 def new_run_id(config: RunConfig) -> str:
@@ -191,4 +189,6 @@ def where_it_is(outcome: Outcome) -> None:
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:
-        print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")
+        print(
+            f"MLflow       {without_login(store_uri(root, config.tracking.uri))}  (r1pipe ui root={config.root})"
+        )

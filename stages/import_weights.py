@@ -34,6 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
     source, target = Path(arguments.folder), Path(arguments.target)
     if target.exists():
         raise CheckpointError(f"{target} is there already; give another --name, or remove it")
+    must_stay_inside(source)
     with checkpoints.whole(target) as unfinished:
         stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
         take_generation(source, unfinished, take_tokenizer(source, unfinished))
@@ -42,6 +43,20 @@ def main(arguments: argparse.Namespace) -> None:
     layers = model_config_from(target).num_hidden_layers
     if any(layer_of(name) >= layers for name in stored.entries):
         print("its MTP layers travel along: pre-training and SFT train them, sampling does not use them")
+
+
+def must_stay_inside(source: Path) -> None:
+    """Raises CheckpointError on a file that is a link out of the folder.
+
+    Hugging Face's cache is made of links, from snapshots/REVISION to blobs/: those may be followed.
+    """
+    home = source.resolve()
+    allowed = [home, *(parent / "blobs" for parent in home.parents[1:2])]
+    for path in sorted(source.iterdir()) if source.is_dir() else []:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, out of its folder; copy the file there"
+            )
 
 
 def types_of(stored: Stored) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from fakes import House
 from runfolders import build
 from test_data_files import config, source
+from tiny_runs import load_stage
 
 import r1pipe
-from r1pipe import checkpoints, launch, lineage, machine, pipeline
+from r1pipe import checkpoints, cli, launch, lineage, machine, pipeline
 from r1pipe.config.compose import compose
 from r1pipe.data.files import Files
 from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
@@ -139,6 +141,28 @@ def test_a_source_stays_in_the_data_folder(tmp_path: Path, name: str) -> None:
         Files(config(tmp_path, reasoning=[source(path=name)]))
 
 
+def test_links_out_of_an_imported_folder_are_refused_but_for_hugging_faces_cache(tmp_path: Path) -> None:
+    must_stay_inside = load_stage("import_weights").must_stay_inside
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1f2e", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "aa").write_text("{}")
+    (snapshot / "config.json").symlink_to(Path("../../blobs/aa"))
+    (snapshot / "same.json").symlink_to(snapshot / "config.json")
+    must_stay_inside(snapshot)
+    (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json is a link to /etc/hostname, out of its folder"
+    ):
+        must_stay_inside(snapshot)
+
+
+def test_an_import_cannot_be_called_by_a_path(house: House, capsys: pytest.CaptureFixture) -> None:
+    for name in ("..", "a/b", "/etc"):
+        assert house.call("import", "theirs", "--name", name) == 2
+        assert "must be a name, not a path" in capsys.readouterr().err
+
+
 # secrets
 
 
@@ -230,6 +254,20 @@ def test_a_secrets_value_is_taken_out_of_messages(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SSH_KEY_FILE", "/home/me/keyfile")
     text = f"false: /home/me/keyfile said {SECRETS['MY_API_TOKEN']}"
     assert without_secrets(text) == "false: /home/me/keyfile said ***"
+
+
+def test_the_screen_shows_no_login(house: House, capsys: pytest.CaptureFixture) -> None:
+    address = f"tracking.uri='http://me:{LOGIN}@127.0.0.1:9'"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["r1pipe", "config", "stage=grpo", address])
+        with pytest.raises(SystemExit):
+            cli.main()
+        patch.setattr(sys, "argv", ["r1pipe", "run", "stage=cold_start", f"root={house.root}", address])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and "no MLflow server at tracking.uri=http://127.0.0.1:9 " in told.err
+    assert 'tracking.uri="http://127.0.0.1:9"' in told.out and LOGIN not in told.out + told.err
 
 
 def test_facts_hold_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,17 +100,15 @@ def view(uri: str) -> dict:
             }
         )
     for model in client.search_registered_models():
-        versions = {
-            version.version: version for version in client.search_model_versions(f"name='{model.name}'")
-        }
+        made = client.search_model_versions(f"name='{model.name}'")
+        versions = {str(version.version): version for version in made}
         shown["models"][model.name] = {
             "versions": sorted(
                 (named.get(version.run_id, "?"), sorted(version.tags.items()))
                 for version in versions.values()
             ),
             "aliases": {
-                alias: named.get(versions[str(number)].run_id, "?") if str(number) in versions else number
-                for alias, number in model.aliases.items()
+                alias: named.get(versions[str(number)].run_id, "?") for alias, number in model.aliases.items()
             },
         }
     return shown

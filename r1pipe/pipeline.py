@@ -189,6 +189,5 @@ def where_it_is(outcome: Outcome) -> None:
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:
-        print(
-            f"MLflow       {without_login(store_uri(root, config.tracking.uri))}  (r1pipe ui root={config.root})"
-        )
+        store = without_login(store_uri(root, config.tracking.uri))
+        print(f"MLflow       {store}  (r1pipe ui root={config.root})")

@@ -151,9 +151,7 @@ def test_links_out_of_an_imported_folder_are_refused_but_for_hugging_faces_cache
     (snapshot / "same.json").symlink_to(snapshot / "config.json")
     must_stay_inside(snapshot)
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
-    with pytest.raises(
-        CheckpointError, match=r"tokenizer\.json is a link to /etc/hostname, out of its folder"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json links to /etc/hostname, out of its"):
         must_stay_inside(snapshot)
 
 

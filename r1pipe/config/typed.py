@@ -84,7 +84,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def stage_type(name: Any) -> type[StageConfig]:
-    if name not in STAGE_TYPES:
+    if not isinstance(name, str) or name not in STAGE_TYPES:
         raise ConfigError(f"stage.name={shown(name)} is no stage; {nearest(str(name), STAGE_TYPES)}")
     return STAGE_TYPES[name]
 

@@ -6,6 +6,7 @@ Inputs come from hypothesis: real files with a few values or bytes changed, and 
 import json
 import signal
 import struct
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -169,7 +170,9 @@ def fuzzed(fault: str, inputs: st.SearchStrategy, act: Act, times: int, seed: in
             except R1pipeError as error:
                 hypothesis.note(f"refused: {error}")
             except Exception as error:
-                raise AssertionError(f"{type(error).__name__}: {error} on {str(value)[:200]}") from error
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                told = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+                raise AssertionError(f"{told} on {str(value)[:200]}") from error
 
     try:
         one()

@@ -14,6 +14,13 @@ from r1pipe.paths import RunFolder
 NEEDED = ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")
 TEXTS = (*NEEDED, "run_id", "config_hash", "data_hash", "tokenizer_hash", "template_hash", "record_hash")
 GROUPS = ("metrics", "seconds", "code", "versions", "data", "config")
+NUMBERS = {
+    *("pass_at_1", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate", "language_consistency"),
+    *("length_mean", "truncation_rate", "general_score", "preference_score", "refusal_rate"),
+    *("safe_answer_rate", "pairs", "labels", "accuracy", "auc"),
+}
+OF_NUMBERS = ("general_by_kind", "strategies")
+OF_GROUPS = ("by_task", "by_language", "reward_models")
 OWN_HASH = "record_hash"  # of all the rest of the record
 
 
@@ -71,23 +78,24 @@ def _wrong_edge(record: Mapping[str, Any]) -> str | None:
 
 
 def _wrong_metric(metrics: Mapping[str, Any]) -> str | None:
-    """Metrics are numbers, null, or groups of them; one is an interval."""
-    for name, value in metrics.items():
-        if name == "pass_at_1_ci":
-            good = value is None or (
-                isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-            )
-        elif name.startswith("by_"):
-            good = value is None or (
-                isinstance(value, dict) and all(isinstance(one, dict) for one in value.values())
-            )
-        elif isinstance(value, dict):
-            good = all(isinstance(one, dict) or one is None or _is_number(one) for one in value.values())
-        else:
-            good = value is None or _is_number(value)
-        if not good:
-            return f"metrics.{name}"
-    return None
+    """The first metric that is no number, interval or group, where its name means one."""
+    return next((f"metrics.{name}" for name, value in metrics.items() if not _is_metric(name, value)), None)
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """Whether what is shown under a known name can be; others may be anything."""
+    if value is None:
+        return True
+    if name == "pass_at_1_ci":
+        return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    if name in OF_NUMBERS:
+        return isinstance(value, dict) and all(one is None or _is_number(one) for one in value.values())
+    if name in OF_GROUPS:
+        return isinstance(value, dict) and all(
+            isinstance(group, dict) and all(_is_metric(key, one) for key, one in group.items())
+            for group in value.values()
+        )
+    return _is_number(value) if name in NUMBERS else True
 
 
 def _is_number(value: Any) -> bool:

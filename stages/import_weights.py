@@ -54,9 +54,7 @@ def must_stay_inside(source: Path) -> None:
     allowed = [home, *(parent / "blobs" for parent in home.parents[1:2])]
     for path in sorted(source.iterdir()) if source.is_dir() else []:
         if not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise CheckpointError(
-                f"{path} is a link to {path.resolve()}, out of its folder; copy the file there"
-            )
+            raise CheckpointError(f"{path} links to {path.resolve()}, out of its folder; copy the file there")
 
 
 def types_of(stored: Stored) -> str:

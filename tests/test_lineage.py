@@ -187,6 +187,7 @@ def test_a_circle_is_a_problem_and_ends(family):
     family.edit(family.base, "record.json", parents=back)
     family.edit(family.base, "config.json", weights_from=back["weights"])
     assert "is its own ancestor" in family.problems()[family.last.name]
+    assert "is its own ancestor" in page(family.walk())
 
 
 def test_many_ways_to_one_ancestor_take_no_time(tmp_path):

@@ -5,7 +5,7 @@ lines, data edges dashed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -60,8 +60,13 @@ def page(found: Sequence[Ancestor]) -> str:
 
 
 def unique(found: Sequence[Ancestor]) -> list[Ancestor]:
-    """Each checkpoint once, where it was looked at; a circle counts as a problem of the one it closes at."""
-    return list({one.parent.checkpoint: one for one in reversed(found)}.values())[::-1]
+    """Each checkpoint once, with whatever is wrong with it on any way to it."""
+    once: dict[str, Ancestor] = {}
+    for one in found:
+        known = once.setdefault(one.parent.checkpoint, one)
+        more = tuple(problem for problem in one.problems if problem not in known.problems)
+        once[one.parent.checkpoint] = replace(known, problems=known.problems + more)
+    return list(once.values())
 
 
 def boxes(found: Sequence[Ancestor]) -> dict[str, Box]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1pipe import checkpoints, lineage
 from r1pipe.errors import CheckpointError, R1pipeError
-from r1pipe.paths import RunFolder, content_dir
+from r1pipe.paths import RunFolder, content_dir, inside
 
 CURVE_POINTS = 600  # enough to draw; every evaluation is kept besides
 
@@ -18,15 +18,10 @@ CURVE_POINTS = 600  # enough to draw; every evaluation is kept besides
 def bundle(run: RunFolder, base: Path) -> None:
     """Copy what is published of a finished run's checkpoint; the state for resume stays behind."""
     record = lineage.record_of(run)
-    source = run.path / record["checkpoint"]
+    source = inside(run.path, record["checkpoint"], run.record)
     checkpoints.verify(source, record["checkpoint_hash"])
     fresh = checkpoints.begin(base)
-    shutil.copytree(
-        source,
-        fresh,
-        dirs_exist_ok=True,
-        ignore=shutil.ignore_patterns(checkpoints.ENGINE, checkpoints.MANIFEST),
-    )
+    checkpoints.copy_published(source, fresh)
     checkpoints.finish(base)
     # beside the manifest, not in it: the bundled checkpoint keeps the hash that its run gave it
     shutil.copyfile(run.record, base / run.record.name)

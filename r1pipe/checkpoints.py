@@ -10,9 +10,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from r1pipe.errors import CheckpointError
+from r1pipe.jsonfile import read_object
+from r1pipe.paths import inside
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
@@ -36,8 +38,19 @@ def manifest_hash(folder: Path | str) -> str:
 
     Raises CheckpointError where there is no manifest: the checkpoint was never finished.
     """
-    files = {name: sha for name, sha in _listed(Path(folder)).items() if not name.startswith(f"{ENGINE}/")}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(published(Path(folder)), sort_keys=True).encode()).hexdigest()
+
+
+def published(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of all files but those for resume. Raises CheckpointError."""
+    return {name: sha for name, sha in listed(folder).items() if not name.startswith(f"{ENGINE}/")}
+
+
+def copy_published(source: Path, target: Path) -> None:
+    """Copy what a checkpoint publishes, and nothing else that lies in its folder. Raises CheckpointError."""
+    for name in published(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
 
 
 def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = False) -> None:
@@ -46,35 +59,35 @@ def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = 
     `engine` includes the state for resume. Raises CheckpointError naming the file.
     """
     folder = Path(folder)
-    for name, sha in _listed(folder).items():
-        if name.startswith(f"{ENGINE}/") and not engine:
-            continue
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing; copy or make the checkpoint again")
-        if file_hash(folder / name) != sha:
-            raise CheckpointError(f"{folder / name} is not what was saved; copy or make the checkpoint again")
+    for name, sha in (listed(folder) if engine else published(folder)).items():
+        problem = broken(folder / name, sha)
+        if problem:
+            raise CheckpointError(f"{problem}; copy or make the checkpoint again")
     if expected_hash is not None and manifest_hash(folder) != expected_hash:
         raise CheckpointError(f"{folder} has changed since this run was made from it; start anew (--fresh)")
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def broken(path: Path, sha: str) -> str | None:
+    """Why a file is not the one that the manifest lists; None where it is."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        stays = [_stays_inside(name) and isinstance(sha, str) for name, sha in listed.items()]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}: not a checkpoint, or one never finished"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):  # covers bytes that are not UTF-8 too
-        stays = [False]
-    if not all(stays):
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read; copy or make the checkpoint again")
-    return listed
+        if not path.is_file():
+            return f"{path} is missing"
+        return None if file_hash(path) == sha else f"{path} is not what was saved"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
 
 
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
+def listed(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of a checkpoint's files. Raises CheckpointError, also on a name that leads out of it."""
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a checkpoint, or one never finished")
+    files = read_object(manifest).get("files")
+    if not isinstance(files, dict) or not all(isinstance(sha, str) for sha in files.values()):
+        raise CheckpointError(f"{manifest} cannot be read; copy or make the checkpoint again")
+    for name in files:
+        inside(folder, name, manifest)
+    return files
 
 
 def steps(folder: Path) -> list[int]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from r1pipe import completion, stopping
+from r1pipe import stopping, verbs
 from r1pipe.errors import R1pipeError
-from r1pipe.overrides import composed, pipeline_in, split
+from r1pipe.options import Checkpoint, Dtype, MaxTokens, Overrides, ShardGB, Temperature, TopP
+from r1pipe.overrides import composed, split
+from r1pipe.redaction import without_secrets
 
 if TYPE_CHECKING:
     from r1pipe.config.schema import RunConfig
@@ -27,19 +29,6 @@ app = typer.Typer(
     "tripwires), key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest "
     "finished run), or models:/name@alias.",
 )
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[OVERRIDES]...", help="key=value ...", autocompletion=completion.overrides),
-]
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="run id, path, stage name or models:/name@alias",
-        autocompletion=completion.checkpoints,
-    ),
-]
 
 
 @app.command()
@@ -113,9 +102,10 @@ def show_config(overrides: Overrides = None) -> None:
     from r1pipe.config import to_mapping
     from r1pipe.config.compose import compose
     from r1pipe.config.groups import flat
+    from r1pipe.redaction import publishable
 
     found = compose(overrides or [])
-    values = dict(flat(to_mapping(found.config)))
+    values = dict(flat(publishable(to_mapping(found.config))))
     shown = {key: f"{key}={json.dumps(values[key], ensure_ascii=False)}" for key in found.sources}
     width = min(60, max(map(len, shown.values())))
     for key, source in found.sources.items():
@@ -131,11 +121,6 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
     taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
     return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
-
-
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
-TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
 
 
 @app.command()
@@ -190,12 +175,6 @@ def score(
     return scripts.score(file, reward, language)
 
 
-Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
-Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
-
-ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
-
-
 @app.command()
 def export(
     checkpoint: Checkpoint,
@@ -226,52 +205,8 @@ def import_weights(
     return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
-) -> None:
-    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
-    from r1pipe import compare as table
-
-    named, overrides = split(runs or [])
-    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
-    if as_json:
-        print(table.as_json(rows))
-    else:
-        table.show(rows)
-
-
-@app.command()
-def report(overrides: Overrides = None) -> None:
-    """Write report.html: table, curves, samples and cost of all stages, in one file."""
-    from r1pipe.report import write_report
-
-    given = overrides or []
-    print(write_report(composed(given).root, pipeline=pipeline_in(given)))
-
-
-@app.command()
-def lineage(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
-    """Where a checkpoint comes from: weight edges, data edges, and whether each is still what it was."""
-    from r1pipe import lineage as family
-
-    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
-    family.show(found)
-    return 1 if any(ancestor.problem for ancestor in found) else 0
-
-
-@app.command()
-def ui(
-    overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="port on this machine, which alone can reach it")] = 5000,
-) -> int:
-    """Open MLflow's pages of all runs."""
-    from r1pipe.tracking import serve_ui
-
-    config = composed(overrides or [])
-    print(f"http://127.0.0.1:{port}  (Ctrl-C ends it)")
-    return serve_ui(config.root, port, uri=config.tracking.uri)
+for verb in (verbs.compare, verbs.report, verbs.lineage, verbs.sync, verbs.ui):
+    app.command()(verb)
 
 
 def main() -> None:
@@ -282,7 +217,7 @@ def main() -> None:
     except (R1pipeError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         if message:  # empty where Typer has just printed the help
-            print(f"r1pipe: {' '.join(message.split())}", file=sys.stderr)
+            print(f"r1pipe: {without_secrets(' '.join(message.split()))}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

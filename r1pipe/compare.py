@@ -12,6 +12,7 @@ from rich.text import Text
 from r1pipe.errors import CheckpointError
 from r1pipe.figures import duration, number, percent
 from r1pipe.paths import RunFolder
+from r1pipe.recorded import wrong_type
 
 METRICS = [  # of record.json's "metrics", under the same names
     *("pass_at_1", "pass_at_1_ci", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate"),
@@ -27,7 +28,7 @@ def finished_runs(root: Path | str) -> list[RunFolder]:
     found = []
     for path in sorted(Path(root).glob("*/record.json")):
         folder = RunFolder(path.parent)
-        record = read_json(path)
+        record = read_record(folder)
         if record.get("stage"):
             found.append((str(record.get("created", "")), folder.run_id, folder))
     return [folder for _, _, folder in sorted(found, key=lambda entry: entry[:2])]
@@ -37,9 +38,15 @@ def read_json(path: Path) -> dict:
     """The file's JSON object (NaN as None); {} when it is missing, broken or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_record(folder: RunFolder) -> dict:
+    """The run's record; {} where it is missing, or not what a record is."""
+    record = read_json(folder.record)
+    return {} if wrong_type(record) else record
 
 
 def choose(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -> list[RunFolder]:
@@ -51,7 +58,7 @@ def choose(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -
         return [_named_run(Path(root), name) for name in runs]
     newest: dict[tuple, RunFolder] = {}
     for folder in finished_runs(root):
-        record = read_json(folder.record)
+        record = read_record(folder)
         if pipeline is None or record.get("pipeline") == pipeline:
             newest[record["stage"], record.get("seed")] = folder
     return sorted(newest.values(), key=_order)
@@ -60,6 +67,8 @@ def choose(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -
 def _named_run(root: Path, name: str) -> RunFolder:
     for folder in (RunFolder(root / name), RunFolder(name)):
         if folder.record.exists():
+            if not read_record(folder):
+                raise CheckpointError(f"{folder.record} cannot be read; make the run again")
             return folder
         if folder.config.exists():
             raise CheckpointError(f"run {name} has not finished: {folder.record} is missing")
@@ -71,7 +80,7 @@ def _named_run(root: Path, name: str) -> RunFolder:
 
 def _order(folder: RunFolder) -> tuple:
     """The recipe's stages in their order, then its controls, then anything else."""
-    record, config = read_json(folder.record), read_json(folder.config)
+    record, config = read_record(folder), read_json(folder.config)
     recipe = config.get("recipe") or {}
     names = [*(recipe.get("stages") or []), *(recipe.get("controls") or [])]
     stage = record.get("stage", "")
@@ -80,7 +89,7 @@ def _order(folder: RunFolder) -> tuple:
 
 def row(folder: RunFolder) -> dict:
     """One finished run as a row; a value that its record lacks is None."""
-    record, config = read_json(folder.record), read_json(folder.config)
+    record, config = read_record(folder), read_json(folder.config)
     metrics = record.get("metrics") or {}
     control = record.get("stage") in ((config.get("recipe") or {}).get("controls") or [])
     return {

@@ -16,6 +16,7 @@ from r1pipe.config.typed import to_mapping
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.findings import FAIL, PASS, Finding
 from r1pipe.paths import RunFolder
+from r1pipe.redaction import publishable, without_login
 from r1pipe.tracking.store import is_server, must_answer, store_uri
 
 
@@ -48,7 +49,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
 def examined(config: RunConfig, run: RunFolder) -> tuple[int, list[Finding]]:
     """The exit code of stages/doctor.py on this config, and what it found; its output is in the run's log."""
     run.log.mkdir(parents=True)
-    launch.write_json(run.config, to_mapping(config))
+    launch.write_json(run.config, publishable(to_mapping(config)))
     with (run.log / "launcher.txt").open("wb") as log:
         code = launch.script("doctor.py", [str(run.path)], log)
     if code:
@@ -79,5 +80,5 @@ def tracks(name: str, config: RunConfig) -> Finding:
         return Finding(name, FAIL, "does not answer", str(error))
     place = machine.existing(Path(config.root))
     if not is_server(uri) and not os.access(place, os.W_OK):
-        return Finding(name, FAIL, uri, f"{place} cannot be written; give root=DIR")
-    return Finding(name, PASS, uri)
+        return Finding(name, FAIL, without_login(uri), f"{place} cannot be written; give root=DIR")
+    return Finding(name, PASS, without_login(uri))

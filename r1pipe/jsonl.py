@@ -32,7 +32,7 @@ class Tail:
     def _parse(self, line: bytes) -> dict | None:
         try:
             row = json.loads(line)
-        except ValueError:  # covers bytes that are not UTF-8 too
+        except (ValueError, RecursionError):  # covers bytes that are not UTF-8 too
             row = None
         if not isinstance(row, dict):
             self.bad += 1

@@ -22,9 +22,10 @@ import r1pipe
 from r1pipe import heartbeat, locks, machine, processes, stopping
 from r1pipe.config import config_hash, to_mapping
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import tell_once
+from r1pipe.errors import EnvironmentProblem, tell_once
 from r1pipe.paths import RunFolder, stages_dir
 from r1pipe.progress import Display
+from r1pipe.redaction import publishable
 from r1pipe.tracking import Mirror
 from r1pipe.watch import Fault, Watch, goes_on
 
@@ -89,8 +90,9 @@ def checked(config: RunConfig, run: RunFolder) -> list[str]:
 
 def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> None:
     run.log.mkdir(parents=True, exist_ok=True)
-    write_json(run.config, to_mapping(config))
+    write_json(run.config, publishable(to_mapping(config)))
     write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})
+    run.diff.write_text(machine.code_diff(), encoding="utf-8")
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
 
 
@@ -134,7 +136,9 @@ class Job:
             self.display = Display(run.path, config.stage.name)
             ranks = config.engine.ranks if config.engine.hostfile is None else None
             self.watch = Watch(run, ranks, config.engine.stuck_after_s)
-            variables = {**os.environ, **environment(config)}
+            # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+            untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+            variables = {**untracked, **environment(config)}
             variables["PYTHONPATH"] = os.pathsep.join(
                 [stack.enter_context(no_mlflow()), variables["PYTHONPATH"]]
             )
@@ -156,12 +160,17 @@ class Job:
         """Show and mirror the job until its record is there or it has ended; pass signals on to it, and end
         it where a rank was killed or is stuck."""
         with self._signals, closing(self.display):
-            while self.process.poll() is None and not self.run.record.exists():
-                self.display.poll()
-                self.mirror.poll()
-                self._lock.renew()
-                self._end_if_due()
-                time.sleep(POLL_S)
+            try:
+                while self.process.poll() is None and not self.run.record.exists():
+                    self.display.poll()
+                    self.mirror.poll()
+                    self._lock.renew()
+                    self._end_if_due()
+                    time.sleep(POLL_S)
+            except EnvironmentProblem:  # a tracker that must work at the start does not: no job goes on alone
+                self._end_now()
+                self._held.close()
+                raise
 
     def _end_if_due(self) -> None:
         if self._over:

@@ -8,14 +8,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from r1pipe.config.schema import EngineConfig, ModelConfig, RunConfig
 from r1pipe.errors import EnvironmentProblem
+from r1pipe.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
 MEBIBYTE = 2**20
+DECIDES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # what of a checkout decides a run
 FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
 FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
     "triton": ("triton", "triton"),
@@ -43,13 +47,41 @@ def version(package: str) -> str | None:
 
 def code() -> dict[str, Any]:
     """The git revision of this checkout and whether files differ from it; nulls in an installed wheel."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists() or shutil.which("git") is None:
-        return {"revision": None, "dirty": None}
-    git = ["git", "-C", str(here.parent)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return {"revision": revision.stdout.strip() or None, "dirty": bool(status.stdout.strip())}
+    revision = _git("rev-parse", "HEAD").strip()
+    dirty = bool(_git("status", "--porcelain").strip()) if revision else None
+    return {"revision": revision or None, "dirty": dirty}
+
+
+def code_diff() -> str:
+    """What the code that decides a run is besides its revision, new files included; "" without git.
+
+    No ignored file, nor one outside these folders: they may hold anything.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # new files are only seen by an index that has them
+        index = Path(folder) / "index"
+        own = _git("rev-parse", "--git-path", "index").strip()
+        if not own:
+            return ""
+        with suppress(FileNotFoundError):  # a checkout without an index has all files new
+            shutil.copyfile(_checkout() / own, index)
+        decides = [name for name in DECIDES if (_checkout() / name).exists()]
+        _git("add", "--intent-to-add", "--", *decides, index=index)
+        return without_secrets(_git("diff", "HEAD", "--", *decides, index=index))
+
+
+def _checkout() -> Path:
+    return Path(__file__).resolve().parent.parent
+
+
+def _git(*words: str, index: Path | None = None) -> str:
+    """What git says of this checkout; "" in an installed wheel, or without git."""
+    home = _checkout()
+    if not (home / ".git").exists() or shutil.which("git") is None:
+        return ""
+    variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"} | ({"GIT_INDEX_FILE": str(index)} if index else {})
+    line = ["git", "-C", str(home), *words]
+    done = subprocess.run(line, capture_output=True, env=variables, check=False)
+    return done.stdout.decode(errors="replace")
 
 
 def cores() -> int:

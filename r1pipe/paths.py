@@ -1,9 +1,10 @@
 """Every file name in a run folder, and where conf/, stages/ and data/ are found (checkout or wheel)."""
 
 import importlib.resources
+from contextlib import suppress
 from pathlib import Path
 
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.errors import CheckpointError, EnvironmentProblem
 
 
 def _home(name: str) -> Path:
@@ -30,6 +31,22 @@ def content_dir() -> Path:
     return _home("data")
 
 
+def inside(folder: Path, name: str, told_by: Path) -> Path:
+    """The path of `name` in a folder, as the file `told_by` gives it.
+
+    Raises CheckpointError where it, or what it links to, lies elsewhere.
+    """
+    try:
+        path = folder / name
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+        if name and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a NUL in the name; too long a name
+        pass
+    raise CheckpointError(f"{told_by}: {name!r} is no file of {folder}; copy or make the checkpoint again")
+
+
 IMPORTED = "imported"  # beside the run folders: checkpoints that `r1pipe import` took in
 
 
@@ -46,6 +63,8 @@ class RunFolder:
         )  # {"time": ISO, "changed": {key: [old, new]}}: a line whenever it goes on with other values
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
+        self.diff = self.path / "code.diff"  # what the code was besides its git revision
+        self.mirrored = self.path / "mirrored"  # "whole" or "behind": how far MLflow has this run
         self.log = self.path / "log"
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
         self.progress = (

@@ -17,6 +17,7 @@ from r1pipe.launch import Job, failure, prepare
 from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
 from r1pipe.placing import Placed, place
+from r1pipe.redaction import without_login
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -150,4 +151,5 @@ def where_it_is(outcome: Outcome) -> None:
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:
-        print(f"MLflow       {store_uri(root, config.tracking.uri)}  (r1pipe ui root={config.root})")
+        store = without_login(store_uri(root, config.tracking.uri))
+        print(f"MLflow       {store}  (r1pipe ui root={config.root})")

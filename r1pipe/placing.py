@@ -14,6 +14,7 @@ from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
 from r1pipe.errors import ConfigError, EnvironmentProblem
 from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
+from r1pipe.redaction import publishable
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
     finished run, too, of this config or of one that differs in keys that may change.
     """
-    wanted = to_mapping(config)
+    wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
         Placed(config, run, False, tuple(changes(read_json(run.config), wanted)))
         for run in ([] if fresh else runs_of(config))

@@ -7,29 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe import machine
-from r1pipe.checkpoints import manifest_hash
-from r1pipe.config import config_hash
-from r1pipe.config.schema import RunConfig
+from r1pipe.checkpoints import file_hash, manifest_hash
+from r1pipe.config import config_hash, to_mapping
+from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.reading import SET_ASIDE
+from r1pipe.jsonfile import read_object
 from r1pipe.paths import RunFolder
+from r1pipe.recorded import OWN_HASH, own_hash, record_beside
+from r1pipe.redaction import publishable
+
+FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself
 
 
 def job_record(
     folder: RunFolder, config: RunConfig, checkpoint: Path, chat: Chat, made: dict[str, Any]
 ) -> dict[str, Any]:
     """The record of a finished job; `made` holds what only the job knows (times, metrics, data hash)."""
-    return {
+    record = {
+        "format": FORMAT,
         "run_id": folder.run_id,
         "stage": config.stage.name,
         "seed": config.seed,
         "pipeline": config.pipeline,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "parents": {
-            "weights": asdict(config.weights_from) if config.weights_from else None,
-            "data": [asdict(parent) for parent in config.reads_from.values()],
+            "weights": _edge(config.weights_from) if config.weights_from else None,
+            "data": [_edge(parent) for parent in config.reads_from.values()],
         },
         "config_hash": config_hash(config),
-        "code": _code(folder.env),
+        "config": publishable(to_mapping(config)),
+        "data": {
+            "name": config.data.name,
+            "kind": config.data.kind,
+            "path": config.data.path,
+            "set_aside": _lines(folder.data / SET_ASIDE),
+        },
+        "code": _code(folder),
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
@@ -37,6 +51,18 @@ def job_record(
         "versions": {name: machine.version(name) for name in machine.PACKAGES},
         **made,
     }
+    return record | {OWN_HASH: own_hash(record)}
+
+
+def _edge(parent: ParentRef) -> dict[str, Any]:
+    """A parent with the hash of its own record: what is edited there later shows here."""
+    path = record_beside(Path(parent.checkpoint))
+    known = read_object(path) if path.exists() else {}
+    return {**asdict(parent), OWN_HASH: known.get(OWN_HASH)}
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -46,7 +72,13 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _code(env: Path) -> dict[str, Any]:
-    """The git revision that the launcher wrote down; unknown where a script was started by hand."""
-    known = json.loads(env.read_text(encoding="utf-8")).get("code", {}) if env.exists() else {}
-    return {"revision": known.get("revision"), "dirty": known.get("dirty")}
+def _code(folder: RunFolder) -> dict[str, Any]:
+    """What the launcher wrote down of git; unknown where a script was started by hand."""
+    known = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
+    diff = file_hash(folder.diff) if folder.diff.exists() else None
+    return {
+        "revision": known.get("revision"),
+        "dirty": known.get("dirty"),
+        "diff": folder.diff.name,
+        "diff_hash": diff,
+    }

@@ -182,9 +182,7 @@ class Resumable(Generic[S]):
         if self.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
             temporary = checkpoints.begin(target)
-            for file in Path(parent.checkpoint).iterdir():
-                if file.is_file() and file.name != checkpoints.MANIFEST:
-                    copyfile(file, temporary / file.name)
+            checkpoints.copy_published(Path(parent.checkpoint), temporary)
             checkpoints.finish(target)
         return target
 

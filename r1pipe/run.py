@@ -21,6 +21,7 @@ from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
 from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
+from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
@@ -77,6 +78,8 @@ class Run(Resumable[S]):
                 return DeepseekV3(self.config.model, self.generator("weights"))
             if self.rank == 0:
                 checkpoints.verify(parent.checkpoint, parent.hash)
+            if parent == self.config.weights_from:
+                must_fit(parent, self.config.model)
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:

@@ -50,7 +50,7 @@ def take_in(folder: Path, name: str | None, overrides: list[str], settings: Sett
     The checkpoint goes to ROOT/imported/NAME, which `parent=imported/NAME` finds. Raises ConfigError.
     """
     called = name or folder.resolve().name
-    if Path(called).name != called:
+    if Path(called).name != called or called == "..":
         raise ConfigError(f"--name {called} must be a name, not a path")
     target = _place(overrides).root / IMPORTED / called
     code = launch.script("import_weights.py", [*_options(settings), "--", str(folder), str(target)])

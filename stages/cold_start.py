@@ -20,7 +20,7 @@ def main(folder: str) -> None:
         stage = run.stage
         chat = run.load_chat()
         with run.phase("loading data"):
-            source = open_data(run.config.data, run.config.seed)
+            source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
             traces = source.traces(stage.traces, run.seed("traces"), stage.styles, stage.correct_only)
         fine_tune(run, chat, source, traces, source.hash)
 

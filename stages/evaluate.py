@@ -25,7 +25,7 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage measures a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed)
+        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.adopt_checkpoint(parent)

@@ -19,8 +19,9 @@ from r1pipe import checkpoints
 from r1pipe.arguments import Arguments
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.errors import CheckpointError, R1pipeError
+from r1pipe.jsonfile import read_object
 from r1pipe.model import model_config_from
-from r1pipe.model.names import layer_of, read_json
+from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.model.writing import shard_bytes
@@ -33,6 +34,7 @@ def main(arguments: argparse.Namespace) -> None:
     source, target = Path(arguments.folder), Path(arguments.target)
     if target.exists():
         raise CheckpointError(f"{target} is there already; give another --name, or remove it")
+    must_stay_inside(source)
     with checkpoints.whole(target) as unfinished:
         stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
         take_generation(source, unfinished, take_tokenizer(source, unfinished))
@@ -43,6 +45,18 @@ def main(arguments: argparse.Namespace) -> None:
         print("its MTP layers travel along: pre-training and SFT train them, sampling does not use them")
 
 
+def must_stay_inside(source: Path) -> None:
+    """Raises CheckpointError on a file that is a link out of the folder.
+
+    Hugging Face's cache is made of links, from snapshots/REVISION to blobs/: those may be followed.
+    """
+    home = source.resolve()
+    allowed = [home, *(parent / "blobs" for parent in home.parents[1:2])]
+    for path in sorted(source.iterdir()) if source.is_dir() else []:
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise CheckpointError(f"{path} links to {path.resolve()}, out of its folder; copy the file there")
+
+
 def types_of(stored: Stored) -> str:
     return ", ".join(sorted({stored.entries[name].dtype for name in stored.names()}))
 
@@ -50,7 +64,7 @@ def types_of(stored: Stored) -> str:
 def take_tokenizer(source: Path, target: Path) -> Chat | None:
     """Copy tokenizer and chat template where r1pipe can speak them; otherwise say why not, and go on."""
     try:
-        settings = read_json(source / TOKENIZER_FILES[1])
+        settings = read_object(source / TOKENIZER_FILES[1])
         if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
             settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
         (target / TOKENIZER_FILES[1]).write_text(
@@ -77,13 +91,13 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
 def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
     """generation_config.json as it is; without one, the special tokens of tokenizer or config.json."""
     if (source / GENERATION).exists():
-        content = read_json(source / GENERATION)
+        content = read_object(source / GENERATION)
     elif chat is not None:
         content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
     else:
         content = {
             key: value
-            for key, value in read_json(source / "config.json").items()
+            for key, value in read_object(source / "config.json").items()
             if key.endswith("_token_id")
         }
     (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed)
+        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
         model = run.load_model(run.config.weights_from)
         engine = Engine(model, stage.optim, stage.router, run.config.engine, stage.max_steps)
         checkpoint = train(

@@ -31,7 +31,7 @@ def main(folder: str) -> None:
         (parent,) = run.config.reads_from.values()
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed)
+        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
 
         with run.phase("sampling"):
             model = run.load_model(parent).to(ranks.device).eval()

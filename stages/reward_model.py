@@ -31,7 +31,7 @@ from r1pipe.run import Run, open_run
 
 def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
-        chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
+        chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
         found = [read_examples(run, kind, data, chat) for kind in KINDS]
         lessons = [examples for examples in found if examples.learned]  # files have pairs alone
         if not lessons:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from fake_stage import publish
 
-from r1pipe import cli, launch, lineage, machine
+from r1pipe import cli, launch, machine
 from r1pipe.config.compose import compose
+from r1pipe.lineage import places
 
 # Takes the launcher's arguments; like it, it forgets the code of a child that was killed (137 = SIGKILL).
 LAUNCHER = f"""#!/bin/sh
@@ -64,6 +65,6 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     publish(content / "base", compose([]).config.model, "weights of the bundled base")
     monkeypatch.setattr(machine, "must_launch", lambda engine: str(launcher))
     monkeypatch.setattr(launch, "stages_dir", lambda: stages)
-    monkeypatch.setattr(lineage, "content_dir", lambda: content)
+    monkeypatch.setattr(places, "content_dir", lambda: content)
     monkeypatch.delenv("FAKE", raising=False)
     return House(tmp_path / "runs")

@@ -10,8 +10,8 @@ from typing import get_args
 import pytest
 from fakes import House
 
-from r1pipe import cli, launch
-from r1pipe.config.groups import options
+from r1pipe import cli, launch, options, verbs
+from r1pipe.config import groups
 from r1pipe.model.weights import PRECISIONS
 from r1pipe.paths import stages_dir
 
@@ -26,6 +26,7 @@ VERBS = [
     "compare",
     "report",
     "lineage",
+    "sync",
     "score",
     "export",
     "import",
@@ -109,14 +110,14 @@ def test_a_wrong_word_to_a_script_is_one_line_and_exit_code_2(
 
 
 def test_the_command_line_knows_the_precisions_that_weights_can_have() -> None:
-    assert get_args(cli.Precision) == tuple(PRECISIONS)
+    assert get_args(options.Precision) == tuple(PRECISIONS)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(overrides: list[str]) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "composed", broken)
+    monkeypatch.setattr(verbs, "composed", broken)
     monkeypatch.setattr(sys, "argv", ["r1pipe", "lineage", "grpo"])
     with pytest.raises(KeyError):
         cli.main()
@@ -164,7 +165,7 @@ def test_generate_and_export_hand_the_checkpoint_to_their_scripts(
     ("words", "at", "offered"),
     [
         ("r1pipe run stage = gr", 4, ["grpo"]),  # as bash splits stage=gr
-        ("r1pipe run model = ", 3, options("model")),
+        ("r1pipe run model = ", 3, groups.options("model")),
         ("r1pipe run stage.optim.l", 2, ["stage.optim.lr="]),
         ("r1pipe lineage cold", 2, ["cold_start"]),
         ("r1pipe repr", 1, ["reproduce"]),

@@ -35,7 +35,8 @@ def source(path="rows.jsonl", task="sums", **changes):
 
 def config(path, **changes):
     empty = {"tasks": [], "languages": [], "levels": [], "reasoning": [], "general": [], "preferences": []}
-    values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty
+    rows = {"bad_rows": "refuse", "max_bad_rows": 0.5, "longest_row": 1000}
+    values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty | rows
     return DataConfig(**values | changes)
 
 
@@ -390,3 +391,37 @@ def test_without_the_package_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(EnvironmentProblem, match="pip install reasoning-gym"):
         gym("chain_sum")
+
+
+# bad rows, set aside
+
+
+def with_bad_rows(tmp_path, **changes):
+    lines = [json.dumps(row) for row in SUMS[:8]]
+    lines[2:2] = ["{", json.dumps({"question": "What?"}), json.dumps({"question": "x" * 2000, "answer": "1"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    return config(tmp_path, reasoning=[source(split="train")], **{"bad_rows": "set_aside"} | changes)
+
+
+def test_bad_rows_are_set_aside_with_their_reasons(tmp_path):
+    said = []
+    data = open_data(with_bad_rows(tmp_path), 0, tmp_path, said.append)
+    assert asked(data, "train") == {row["question"] for row in SUMS[:8]}
+    aside = [json.loads(line) for line in (tmp_path / "set_aside.jsonl").read_text().splitlines()]
+    reasons = ["is not JSON", "the answer (column answer) is empty", "is longer than data.longest_row=1000"]
+    assert [row["line"] for row in aside] == [3, 4, 5]
+    assert all(reason in row["reason"] for reason, row in zip(reasons, aside, strict=True))
+    assert len(said) == 1 and said[0].startswith("3 of 11 rows of") and "line 3 is not JSON" in said[0]
+
+
+def test_more_bad_rows_than_allowed_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"3 of 11 rows .* data\.max_bad_rows=0\.2; the first: .* line 3"):
+        Files(with_bad_rows(tmp_path, max_bad_rows=0.2)).prompts("train", 1, 0)
+
+
+def test_bad_rows_are_refused_where_nobody_says_otherwise(tmp_path):
+    assert composed("gsm8k").bad_rows == "refuse"
+    with pytest.raises(DataError, match=r"rows\.jsonl line 3 is not JSON"):
+        Files(with_bad_rows(tmp_path, bad_rows="refuse")).prompts("train", 1, 0)
+    with pytest.raises(ConfigError, match=r"data\.bad_rows=keep is none of refuse, set_aside"):
+        composed("gsm8k", "data.bad_rows=keep")

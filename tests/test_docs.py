@@ -21,6 +21,7 @@ WITHOUT_OVERRIDES = {
     "chat",
     "generate",
     "lineage",
+    "sync",
     "export",
     "score",
     "import",

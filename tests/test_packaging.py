@@ -222,7 +222,9 @@ def test_the_bundled_base_is_the_published_part_of_a_checkpoint(tmp_path):
     known = checkpoints.manifest_hash(target)
     rows = [{"step": i, "train/loss": 1.0} | ({"eval/greedy": 0.5} if i == 1201 else {}) for i in range(3000)]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.record.write_text(json.dumps({"checkpoint": "checkpoints/step-2", "checkpoint_hash": known}))
+    record = {"stage": "pretrain", "pipeline": "mine", "created": "2026-01-01T10:00:00"}
+    record |= {"checkpoint": "checkpoints/step-2", "checkpoint_hash": known}
+    run.record.write_text(json.dumps(record))
     bundle(run, base)
     expected = ["config.json", "curve.jsonl", "manifest.json", "model.safetensors", "record.json"]
     assert sorted(path.name for path in base.iterdir()) == expected

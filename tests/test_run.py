@@ -2,12 +2,13 @@
 
 import json
 import runpy
+from dataclasses import replace
 
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, lineage
 from r1pipe.config.schema import ParentRef, PretrainConfig
 from r1pipe.data.chat import Chat
 from r1pipe.engine import Engine
@@ -157,3 +158,12 @@ def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
 
 def script(name: str) -> dict:
     return runpy.run_path(str(stages_dir() / name))
+
+
+def test_a_parent_that_does_not_fit_is_refused_by_the_job_too(tmp_path):
+    base = lineage.bundled()
+    config = replace(tiny("cold_start"), weights_from=base)
+    with open_run(write_run(tmp_path / "run", config)) as run:
+        with pytest.raises(CheckpointError, match=r"has \w+=\d+, but the config says model\.") as caught:
+            run.load_model(base)
+        assert "\n" not in str(caught.value)

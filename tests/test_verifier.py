@@ -66,3 +66,15 @@ def test_plain_numbers_are_checked_at_2000_a_second_and_more():
     scores = score_all(prompts, completions, ["accuracy"])
     assert sum(row["accuracy"].value for row in scores) == 3000
     assert time.process_time() - began < 3  # a tenth of this on an idle core
+
+
+def test_a_stopped_worker_that_cannot_take_a_long_answer_is_given_up_in_time(monkeypatch):
+    worker = symbolic.Worker()
+    monkeypatch.setattr(symbolic, "_ask", worker.ask)
+    assert symbolic.compare("x", "x") == Score(1.0)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 0.5)
+    began = time.monotonic()
+    assert symbolic.compare("x", "1" * (1 << 20)).status is Status.VERIFIER_FAILED  # more than a pipe holds
+    assert time.monotonic() - began < 10
+    worker.close()

@@ -23,6 +23,10 @@ SAME_BITS = {
     "tripwires": "when to warn or to pause",
     "stage.save_every": "when to save",
     "stage.keep": "what to keep",
+    "stage.keep_best": "what to keep",
+    "stage.keep_best_direction": "what to keep",
+    "engine.grace_s": "when to give up on a rank",
+    "engine.stuck_after_s": "when to give up on a rank",
     "engine.name": "which file the other keys come from",
 }
 SAME_WITHIN_ROUNDING = {
@@ -89,7 +93,15 @@ def listed(found: Iterable[Change]) -> str:
 
 def config_hash(config: RunConfig) -> str:
     """SHA-256 over all that decides what a run computes; a parent counts by its weights, not its place."""
-    values = flat(by_weights(to_mapping(config)))
+    return mapping_hash(to_mapping(config))
+
+
+def mapping_hash(mapping: Mapping[str, Any]) -> str:
+    """`config_hash` of a config.json as it was read, which an older version may have written.
+
+    Raises AttributeError where a parent in it is no mapping.
+    """
+    values = flat(by_weights(mapping))
     decisive = {key: value for key, value in values if not any(part in SAME_BITS for part in upwards(key))}
     canonical = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

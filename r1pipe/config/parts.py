@@ -139,6 +139,9 @@ class DataConfig:
     reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
+    bad_rows: str  # files, of a row that cannot be used: "refuse" it and stop, or "set_aside" with the reason
+    max_bad_rows: float  # share of a file's rows that may be set aside; above it the file is refused
+    longest_row: int  # bytes of a row; a longer one cannot be used
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
 
 

@@ -4,6 +4,7 @@ One small function per part; each yields (what must hold, message), and `check` 
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -33,6 +34,7 @@ POSITIVE = {
     *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
     *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
     *("dynamic_batches", "repetition_ngram", "factor", "original_max_position_embeddings"),
+    "longest_row",
 }
 SIGNED = {"unfinished", "weights", "cosine"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
@@ -43,6 +45,7 @@ SHARES = {
     "general_share",
     "max_failed",
     "overlong_cache",
+    "max_bad_rows",
 }
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),
@@ -54,6 +57,7 @@ CHOICES = {
     "engine.launcher": ("local", "pdsh", "openmpi", "slurm"),
     "engine.zero_level": (0, 1, 2, 3),
     "data.kind": ("world", "files", "reasoning_gym"),
+    "data.bad_rows": ("refuse", "set_aside"),
     "stage.optim.schedule": ("constant", "linear", "cosine"),
     "stage.algorithm": ("grpo", "ppo"),
     "stage.loss": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
@@ -176,6 +180,10 @@ def tripwire_rules(config: RunConfig) -> Rules:
 
 def stage_rules(config: RunConfig) -> Rules:
     stage, ranks = config.stage, config.engine.ranks
+    yield (
+        re.fullmatch(r"\w+\.py", stage.script) is not None,
+        f"stage.script={stage.script} must be the name of a script in stages/, not a path",
+    )
     if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig):
         yield from length_rule("stage.sequence_length", stage.sequence_length, config)
     if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig | RewardModelConfig):

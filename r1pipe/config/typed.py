@@ -28,6 +28,8 @@ def read_config(path: Path | str) -> RunConfig:
         raise ConfigError(f"{path} does not exist; give the folder of a run") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
     return load(mapping)
 
 
@@ -58,7 +60,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def stage_type(name: Any) -> type[StageConfig]:
-    if name not in STAGE_TYPES:
+    if not isinstance(name, str) or name not in STAGE_TYPES:
         raise ConfigError(f"stage.name={shown(name)} is no stage; {nearest(str(name), STAGE_TYPES)}")
     return STAGE_TYPES[name]
 

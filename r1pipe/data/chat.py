@@ -6,7 +6,6 @@ The template does not open `<think>`: the model must do so itself, and is reward
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from r1pipe.errors import CheckpointError
+from r1pipe.jsonfile import read_object
 from r1pipe.records import Example, Prompt
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -86,18 +86,21 @@ class Chat:
                 raise CheckpointError(
                     f"{file} is missing; a checkpoint carries its tokenizer and chat template"
                 )
+        template = read_object(settings).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(f"{settings} holds no chat_template; export it again")
         try:
-            template = json.loads(settings.read_text(encoding="utf-8"))["chat_template"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{settings} holds no chat_template ({error}); export it again") from None
-        text = path.read_text(encoding="utf-8")
-        try:
-            tokenizer = Tokenizer.from_str(text)
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises a bare Exception
             raise CheckpointError(
                 f"{path}: the tokenizer cannot be read ({error}); export it again"
             ) from None
-        return cls(tokenizer, template)
+        try:
+            return cls(tokenizer, template)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"{settings}: the chat_template is none ({error}); export it again"
+            ) from None
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -120,10 +123,12 @@ class Chat:
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The whole conversation as text, by the chat template."""
-        return self.template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, bos_token=BOS, eos_token=EOS
-        )
+        """The whole conversation as text, by the chat template. Raises CheckpointError where that fails."""
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self.template.render(**given, bos_token=BOS, eos_token=EOS)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the chat template cannot be used ({error}); export it again") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; nothing is added, special tokens in it are recognised."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.data.aside import NOWHERE, Aside
 from r1pipe.data.chat import compose_response
 from r1pipe.data.columns import dialogue, substitute, text
-from r1pipe.data.reading import Row, read_rows
+from r1pipe.data.reading import SHOWN, BadRow, Row, sift
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.errors import ConfigError, DataError, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
@@ -55,8 +56,9 @@ class Files:
     judge = None
     strategy_of = None
 
-    def __init__(self, config: DataConfig):
-        self.config = config
+    def __init__(self, config: DataConfig, aside: Aside = NOWHERE):
+        """`aside` is where rows go that cannot be used, with data.bad_rows=set_aside."""
+        self.config, self._aside = config, aside
         self._sources = {kind: _located(config, kind) for kind in ROLES}
         if not any(self._sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
@@ -87,11 +89,19 @@ class Files:
         declared = {source.split for source in sources if source.split}
         items = []
         for source in sources:
-            for row in read_rows(Path(source.path)):
-                texts = read(row, source)
-                for role in texts:
-                    texts[role] = substitute(texts[role], self.config.substitutions, row)
-                items.append(_item(kind, source, row, texts, declared))
+            sifted = sift(Path(source.path), self.config.longest_row)
+            bad, unread = [*sifted.bad], len(sifted.bad)
+            for row in sifted.rows:
+                try:
+                    texts = read(row, source)
+                    for role in texts:
+                        texts[role] = substitute(texts[role], self.config.substitutions, row)
+                    items.append(_item(kind, source, row, texts, declared))
+                except DataError as error:
+                    bad.append(BadRow(row.path, row.number, str(error), str(row.values)[:SHOWN]))
+            if bad:
+                rows = len(sifted.rows) + unread
+                self._aside.take(sorted(bad, key=lambda one: one.number), rows, self.config)
         held_out = {_key(item.prompt): item.split for item in items if item.split != "train"}
         return [item for item in items if held_out.get(_key(item.prompt), item.split) == item.split]
 
@@ -145,11 +155,19 @@ def _located(config: DataConfig, kind: str) -> list[SourceConfig]:
     main = next((k for k in ROLES if getattr(config, k)), None)
     if config.path and not folder.is_dir() and kind == main:
         sources = [replace(sources[0], path=config.path)]
-    elif folder.is_dir():
-        sources = [replace(source, path=str(folder / source.path)) for source in sources]
+    elif config.path and folder.is_dir():
+        sources = [replace(source, path=str(_in_folder(source, folder, kind))) for source in sources]
     for i, source in enumerate(sources):
         _check(source, kind, f"data.{kind}[{i}]")
     return list(sources)
+
+
+def _in_folder(source: SourceConfig, folder: Path, kind: str) -> Path:
+    """A source's file. Raises ConfigError where it does not lie in `data.path`; what it links to may."""
+    path = folder / source.path
+    if Path(source.path).is_absolute() or ".." in Path(source.path).parts:
+        raise ConfigError(f"data.{kind}: {source.path} leads out of data.path={folder}; give a name in it")
+    return path
 
 
 def _check(source: SourceConfig, kind: str, where: str) -> None:

@@ -1,4 +1,8 @@
-"""Rows of a data file through `datasets`: json, jsonl, csv, parquet; errors name the line."""
+"""Rows of a data file: json, jsonl and csv by row, parquet through `datasets`; what is wrong is told by line.
+
+`datasets` gives each column of a JSON or CSV file one type and refuses the whole file for one odd row; here a
+bad row is one bad row, with its line and the reason, and whoever reads decides what becomes of it.
+"""
 
 import csv
 import difflib
@@ -6,10 +10,10 @@ import gzip
 import io
 import json
 import logging
-import re
 import tempfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,8 +22,11 @@ import pyarrow
 from r1pipe.errors import DataError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# What the readers behind `datasets` raise on a file that is not what its name says.
-_UNREADABLE = (ValueError, OSError, EOFError, StopIteration, pyarrow.ArrowException)
+SET_ASIDE = "set_aside.jsonl"  # in a run's data/: the rows that were not used, each with its place and reason
+LONGEST = 1_000_000  # bytes of a row, where the config does not say
+SHOWN = 500  # characters that are kept of a bad row
+# What the readers raise on a file that is not what its name says.
+_UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -28,44 +35,207 @@ class Row:
 
     values: dict[str, Any]
     path: Path
-    number: int  # from 1, empty lines not counted
+    number: int  # from 1: the line that it begins in, or in formats whose rows are not lines, the row
+    unit: str = "line"
 
     @property
     def where(self) -> str:
         """`file.jsonl line 12`; `row 12` in formats whose rows are not lines."""
-        if not _is_lines(self.path):
-            return f"{self.path} row {self.number}"
-        filled = (line for line, text in _lines(self.path) if text.strip())
-        return f"{self.path} line {next(line for i, line in enumerate(filled, 1) if i == self.number)}"
+        return f"{self.path} {self.unit} {self.number}"
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    path: Path
+    number: int
+    reason: str  # file, line and remedy included
+    text: str  # its beginning
+
+
+@dataclass
+class Sifted:
+    """What a file holds."""
+
+    rows: list[Row] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+
+class _Bad(Exception):
+    """Why a row is none."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file. Raises DataError naming file, line and remedy.
+    """All rows of a file. Raises DataError naming file, line and remedy of the first that cannot be read."""
+    sifted = sift(path)
+    if sifted.bad:
+        raise DataError(sifted.bad[0].reason)
+    return sifted.rows
 
-    Streamed, so that `datasets` keeps no cache: nothing lands in the user's home, and a file that
-    changed is never answered from an old copy.
+
+def sift(path: Path, longest: int = LONGEST) -> Sifted:
+    """All rows of a file, those apart that cannot be read or are longer than `longest` bytes.
+
+    Raises DataError where the file as a whole cannot be read or holds nothing.
     """
     if not path.is_file():
         raise DataError(_missing(path))
     kind = FORMATS.get(_suffix(path))
     if kind is None:
         raise DataError(f"{path} is of an unknown format; give one of {', '.join(FORMATS)}, plain or .gz")
-    import datasets  # takes a second; only file data needs it
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty; download it again")
+    try:
+        if kind == "csv":
+            found = _sift(path, _csv_rows(path, longest))
+        elif kind == "parquet":
+            found = _sift(path, _table_rows(path, longest))
+        elif _is_lines(path):
+            found = _sift(path, _json_lines(path, longest))
+        else:
+            found = _sift(path, _json_array(path, longest), unit="row")
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path} cannot be read ({detail}); download it again") from None
+    if not found.rows and not found.bad:
+        raise DataError(f"{path} holds no rows; download it again")
+    return found
+
+
+Found = Iterator[tuple[int, bytes | str, dict[str, Any] | _Bad]]  # number, the row as text, its values
+
+
+def _sift(path: Path, found: Found, unit: str = "line") -> Sifted:
+    """Every row has every column of the file: null where it lacks one, as in a table."""
+    sifted, columns = Sifted(), dict[str, None]()
+    unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
+    for number, text, values in found:
+        if isinstance(values, _Bad):
+            shown = text.decode(errors="replace") if isinstance(text, bytes) else text
+            sifted.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", shown[:SHOWN]))
+        else:
+            columns |= dict.fromkeys(values)
+            sifted.rows.append(Row(values, path, number, unit))
+    nothing = dict.fromkeys(columns)
+    sifted.rows = [Row({**nothing, **row.values}, path, row.number, unit) for row in sifted.rows]
+    return sifted
+
+
+def _json_lines(path: Path, longest: int) -> Found:
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest and not line.endswith(b"\n"):
+                while (more := file.readline(1 << 20)) and not more.endswith(b"\n"):
+                    pass
+                yield number, line[:SHOWN], _too_long(longest)
+            elif line.strip():
+                yield number, line, _parsed(line)
+
+
+def _too_long(longest: int) -> _Bad:
+    return _Bad(f"is longer than data.longest_row={longest} bytes; shorten it, or raise that")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | _Bad:
+    try:
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+    except UnicodeDecodeError:
+        return _Bad("is not UTF-8; save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return _Bad(f"is not JSON ({error.msg}, column {error.colno}); correct it")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, NaN; [[[[...
+        return _Bad(f"is not JSON ({str(error) or type(error).__name__}); correct it")
+    return _whole(value)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _whole(value: Any) -> dict[str, Any] | _Bad:
+    if not isinstance(value, dict):
+        return _Bad('is no JSON object; each row must be like {"question": "..."}')
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return _Bad("holds half a character (a lone surrogate); correct it")
+    return value
+
+
+def _json_array(path: Path, longest: int) -> Found:
+    with _open(path) as file:
+        content = file.read()
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path} line {error.lineno} is not JSON ({error.msg}, column {error.colno}); correct the file"
+        ) from None
+    except RecursionError:
+        raise DataError(f"{path} is nested too deeply; correct the file") from None
+    for number, value in enumerate(rows, 1):
+        text = json.dumps(value)[: longest + 1]
+        yield number, text, _too_long(longest) if len(text) > longest else _whole(value)
+
+
+def _csv_rows(path: Path, longest: int) -> Found:
+    """Every column as text: a guessed type would turn 007 into 7, and an empty field into NaN."""
+    csv.field_size_limit(max(longest, 1 << 17))
+    with _open(path) as file:
+        reader = csv.reader(
+            io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        )
+        header = next(reader, [])
+        if any(_is_escaped(name) for name in header):
+            raise DataError(f"{path} line 1 is not UTF-8; save the file as UTF-8")
+        while True:
+            begins = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield begins, "", _Bad(f"cannot be read ({error}); correct it")
+                continue
+            if fields:
+                yield begins, ",".join(fields), _record(header, fields, longest)
+
+
+def _record(header: list[str], fields: list[str], longest: int) -> dict[str, Any] | _Bad:
+    if len(fields) != len(header):
+        return _Bad(f"cannot be read ({len(fields)} fields, the header has {len(header)}); correct it")
+    if any(map(_is_escaped, fields)):
+        return _Bad("is not UTF-8; save the file as UTF-8")
+    if sum(map(len, fields)) > longest:
+        return _too_long(longest)
+    return dict(zip(header, fields, strict=True))
+
+
+def _is_escaped(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _table_rows(path: Path, longest: int) -> Found:
+    """Streamed, so that `datasets` keeps no cache: nothing lands in the user's home, and a file that changed
+    is never answered from an old copy."""
+    import datasets  # takes a second; only parquet needs it
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would print on a bad file is told better below
-    options = _csv_options(path) if kind == "csv" else {}
-    try:
-        with tempfile.TemporaryDirectory() as locks:  # it still wants a place for its lock files
-            stream = datasets.load_dataset(
-                kind, data_files=str(path), split="train", streaming=True, cache_dir=locks, **options
-            )
-            rows = [Row(values, path, i) for i, values in enumerate(stream, 1)]
-    except _UNREADABLE as error:
-        raise DataError(_what_is_wrong(path, error)) from None
-    if not rows:
-        raise DataError(f"{path} holds no rows; download it again")
-    return rows
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would print on a bad file is told better here
+    with tempfile.TemporaryDirectory() as locks:  # it still wants a place for its lock files
+        stream = datasets.load_dataset(
+            "parquet", data_files=str(path), split="train", streaming=True, cache_dir=locks
+        )
+        for number, values in enumerate(stream, 1):
+            size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
+            yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
 
 
 def _missing(path: Path) -> str:
@@ -86,64 +256,9 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with _open(path) as file:
-        yield from enumerate(file, 1)
-
-
 def _is_lines(path: Path) -> bool:
     """Whether each row is one line: .jsonl, and .json files that are jsonl in truth."""
-    if FORMATS[_suffix(path)] != "json":
-        return False
+    if _suffix(path) == ".jsonl":
+        return True
     with _open(path) as file:
-        return not file.read(4096).lstrip().startswith(b"[")
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Every column as text: a guessed type would turn 007 into 7, and an empty field into NaN."""
-    from datasets import Features, Value
-
-    try:
-        with _open(path) as file:
-            header = next(csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig")), [])
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(_what_is_wrong(path, error)) from None
-    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
-
-
-def _what_is_wrong(path: Path, error: Exception) -> str:
-    """Line and remedy for a file that a reader refused; the readers themselves rarely say the line."""
-    if path.stat().st_size == 0:
-        return f"{path} is empty; download it again"
-    if FORMATS[_suffix(path)] == "json" and not isinstance(error, gzip.BadGzipFile | EOFError):
-        found = _bad_line(path) if _is_lines(path) else _bad_array(path)
-        if found:
-            return found
-    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    line = re.search(r"in line (\d+)", detail)
-    return f"{path}{f' line {line[1]}' if line else ''} cannot be read ({detail}); download it again"
-
-
-def _bad_line(path: Path) -> str | None:
-    for number, line in _lines(path):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except UnicodeDecodeError:
-            return f"{path} line {number} is not UTF-8; save the file as UTF-8"
-        except json.JSONDecodeError as error:
-            return f"{path} line {number} is not JSON ({error.msg}, column {error.colno}); correct it"
-        if not isinstance(value, dict):
-            return f'{path} line {number} is no JSON object; each line must be like {{"question": "..."}}'
-    return None
-
-
-def _bad_array(path: Path) -> str | None:
-    try:
-        with _open(path) as file:
-            value = json.loads(file.read())
-    except UnicodeDecodeError:
-        return f"{path} is not UTF-8; save the file as UTF-8"
-    except json.JSONDecodeError as error:
-        return f"{path} line {error.lineno} is not JSON ({error.msg}, column {error.colno}); correct the file"
-    odd = next((i for i, row in enumerate(value, 1) if not isinstance(row, dict)), None)
-    return None if odd is None else f"{path} row {odd} is no JSON object; remove it"
+        return not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

@@ -1,9 +1,11 @@
 """What a data set can give a stage, and `open_data`, which opens the one that the config names."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.data.aside import Aside
 from r1pipe.errors import ConfigError, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
@@ -49,34 +51,39 @@ class Source(Protocol):
         """Pre-training text without end. Raises ConfigError where the source has none."""
 
 
-def _world(config: DataConfig, seed: int) -> Source:
+def _world(config: DataConfig, seed: int, aside: Aside) -> Source:
     from r1pipe.data.world import World
 
     return World(config, seed)
 
 
-def _files(config: DataConfig, seed: int) -> Source:
+def _files(config: DataConfig, seed: int, aside: Aside) -> Source:
     from r1pipe.data.files import Files
 
-    return Files(config)
+    return Files(config, aside)
 
 
-def _reasoning_gym(config: DataConfig, seed: int) -> Source:
+def _reasoning_gym(config: DataConfig, seed: int, aside: Aside) -> Source:
     from r1pipe.data.reasoning_gym import ReasoningGym
 
     return ReasoningGym(config)
 
 
 # Imported when opened: `datasets` and reasoning-gym take seconds, and only some runs need them.
-KINDS: dict[str, Callable[[DataConfig, int], Source]] = {
+KINDS: dict[str, Callable[[DataConfig, int, Aside], Source]] = {
     "world": _world,
     "files": _files,
     "reasoning_gym": _reasoning_gym,
 }
 
 
-def open_data(config: DataConfig, seed: int) -> Source:
-    """The source of `data.kind`. Raises ConfigError on an unknown kind, DataError on unusable data."""
+def open_data(
+    config: DataConfig, seed: int, folder: Path | None = None, say: Callable[[str], None] | None = None
+) -> Source:
+    """The source of `data.kind`. Raises ConfigError on an unknown kind, DataError on unusable data.
+
+    With data.bad_rows=set_aside, rows that cannot be used are written to `folder`, and `say` takes a line.
+    """
     if config.kind not in KINDS:
         raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")
-    return KINDS[config.kind](config, seed)
+    return KINDS[config.kind](config, seed, Aside(folder, say))

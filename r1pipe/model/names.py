@@ -4,7 +4,6 @@ Sources: the published config.json and weight files of DeepSeek-V3, and transfor
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
 from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.jsonfile import read_object
 from r1pipe.model.fp8 import QUANTIZATION
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.transformer import DeepseekV3
@@ -77,28 +77,13 @@ def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint. Raises CheckpointError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is this a checkpoint folder?") from None
-    except NotADirectoryError:
-        raise CheckpointError(f"{path.parent} is a file; give the folder of a checkpoint") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
 def model_config_from(folder: Path | str) -> ModelConfig:
     """The shape written in a checkpoint's config.json. It may name MTP layers that are not stored.
 
     Raises CheckpointError naming the file and the key.
     """
     path = Path(folder) / CONFIG
-    content = read_json(path)
+    content = read_object(path)
     if content.get("model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
         raise CheckpointError(
             f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}"

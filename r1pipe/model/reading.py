@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1pipe.errors import CheckpointError
+from r1pipe.jsonfile import read_object
 from r1pipe.model.fp8 import dequantise, scale_shape
-from r1pipe.model.names import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +100,7 @@ def _headers(path: Path) -> dict[str, Entry]:
 
 def _indexed(index: Path) -> dict[str, Entry]:
     """Every tensor that the index lists, which must be what the shards hold."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} lacks weight_map; copy the checkpoint again")
     for name, shard in weight_map.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1pipe.config.schema import ModelConfig
 from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.jsonfile import read_object
 from r1pipe.model.fp8 import QUANTIZATION, quantise
 from r1pipe.model.moe import reset_loads
 from r1pipe.model.mtp import stored_copies
@@ -25,7 +26,6 @@ from r1pipe.model.names import (
     published_config,
     published_shapes,
     published_tensors,
-    read_json,
 )
 from r1pipe.model.reading import PLAIN, SCALE, Stored, check
 from r1pipe.model.transformer import DeepseekV3
@@ -119,7 +119,7 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
     """The tokens that end a completion; () where no generation_config.json says."""
     if not (folder / GENERATION).exists():
         return ()
-    found = read_json(folder / GENERATION).get("eos_token_id")
+    found = read_object(folder / GENERATION).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int for token in ids):
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _is_quantised(name: str) -> bool:
 
 def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
     """The source's config.json with the published keys complete, and what the target's tensors are."""
-    content = read_json(source.folder / CONFIG)
+    content = read_object(source.folder / CONFIG)
     config = _stored_config(source)
     for key in ("quantization_config", "rope_parameters", "dtype"):  # the latter two: transformers' spelling
         content.pop(key, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from r1pipe.compare import choose, read_json, row
+from r1pipe.compare import choose, read_json, read_record, row
 from r1pipe.jsonl import Tail
 from r1pipe.paths import RunFolder
 
@@ -99,7 +99,7 @@ def _list(path: Path) -> list[dict]:
 def load_runs(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
     """The chosen runs in the recipe's order. Raises CheckpointError for an unknown one among `runs`."""
     folders = choose(root, runs, pipeline)
-    return [StageRun(one, row(one), read_json(one.record), read_json(one.config)) for one in folders]
+    return [StageRun(one, row(one), read_record(one), read_json(one.config)) for one in folders]
 
 
 def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
@@ -113,7 +113,7 @@ def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
         folder = RunFolder(path.parent)
         if folder.path.resolve() in shown:
             continue
-        record = read_json(folder.record)
+        record = read_record(folder)
         run = StageRun(folder, row(folder), record, read_json(folder.config))
         if not record:
             run.record = {"wall_s": max((line.get("time") or 0.0 for line in run.metrics), default=0.0)}

@@ -11,6 +11,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from queue import LifoQueue
 
 from r1pipe import heartbeat
@@ -60,25 +61,43 @@ class Worker:
 
     @staticmethod
     def _exchange(process: subprocess.Popen[bytes], request: dict, limit: float) -> dict:
+        """Neither way is waited for beyond the limit: a stopped worker takes what a pipe holds, no more."""
         assert process.stdin and process.stdout
+        inlet, outlet, deadline = process.stdin.fileno(), process.stdout.fileno(), time.monotonic() + limit
+        os.set_blocking(inlet, False)
+        data, reply = json.dumps(request).encode() + b"\n", b""
+        while not reply.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            readable, writable, _ = select.select([outlet], [inlet] if data else [], [], left)
+            if readable:
+                more = os.read(outlet, 1 << 16)
+                if not more:
+                    raise WorkerFailed(f"the worker ended{_code(process)}")
+                reply += more
+            elif writable:
+                try:
+                    data = data[os.write(inlet, data) :]
+                except BrokenPipeError:
+                    raise WorkerFailed(f"the worker had ended{_code(process)}") from None
+            else:
+                raise WorkerFailed(f"no reply within {limit:.0f} s")
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerFailed("the worker had ended") from None
-        ready, _, _ = select.select([process.stdout], [], [], limit)
-        if not ready:
-            raise WorkerFailed(f"no reply within {limit:.0f} s")
-        line = process.stdout.readline()
-        if not line:
-            raise WorkerFailed(f"the worker ended with code {process.wait()}")
-        return json.loads(line)
+            return json.loads(reply)
+        except ValueError:
+            raise WorkerFailed("a reply that cannot be read") from None
 
     def close(self) -> None:
         if self.process:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+
+def _code(process: subprocess.Popen[bytes]) -> str:
+    try:
+        return f" with code {process.wait(1)}"
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 _idle: LifoQueue[Worker] = LifoQueue()  # last in, first out: a warm worker comes before a cold one

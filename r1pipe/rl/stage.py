@@ -17,7 +17,7 @@ from r1pipe.run import Run
 def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], Judges]) -> None:
     """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn."""
     stage = run.stage
-    chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
+    chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
     judges = load_judges(run, chat)

@@ -4,14 +4,17 @@ import os
 from pathlib import Path
 
 from r1pipe.compare import read_json
+from r1pipe.errors import CheckpointError
 from r1pipe.jsonl import Tail
-from r1pipe.paths import RunFolder
+from r1pipe.paths import RunFolder, inside
+from r1pipe.recorded import wrong_type
 from r1pipe.tracking import naming
-from r1pipe.tracking.store import artifact_folder, connect, is_server
+from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
 
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
 DIGEST_LENGTH = 36
+PIPELINE, STAGE = "pipeline", "stage"  # what the tag r1pipe.kind says of a run
 ROLLOUT_BYTES = 256 * 2**20  # the newest rollout files up to this size are copied; all stay in the run folder
 
 
@@ -39,25 +42,23 @@ class Index:
 
     def _open_runs(self) -> tuple[str, str]:
         config, run_dir = self.config, self.folder.path
+        root = str(run_dir.parent)
         experiment, pipeline, stage = self._experiment(), str(config["pipeline"]), config["stage"]
         parent = self._run(
             experiment,
             pipeline,
-            known_by={
-                "r1pipe.pipeline": pipeline,
-                "r1pipe.root": str(run_dir.parent),
-                "r1pipe.kind": "pipeline",
-            },
+            known_by={"r1pipe.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
             tags={},
         )
         child = self._run(
             experiment,
             f"{stage['name']} seed {config['seed']}",
-            known_by={"r1pipe.run_dir": str(run_dir), "r1pipe.kind": "stage"},
+            known_by={"r1pipe.run_dir": str(run_dir), "r1pipe.kind": STAGE},
             tags={
                 "mlflow.parentRunId": parent,
                 "mlflow.source.name": f"stages/{stage['script']}",
                 "r1pipe.pipeline": pipeline,
+                "r1pipe.root": root,
                 "r1pipe.run_id": self.folder.run_id,
                 "r1pipe.stage": stage["name"],
             },
@@ -77,7 +78,7 @@ class Index:
 
     def _run(self, experiment: str, name: str, known_by: dict, tags: dict) -> str:
         """The run that carries the tags `known_by`, made with `tags` too if there is none."""
-        wanted = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in known_by.items())
+        wanted = " and ".join(matching(f"tags.`{tag}`", value) for tag, value in known_by.items())
         for run in self.client.search_runs([experiment], wanted, max_results=1):
             return run.info.run_id
         began_ms = int(self.folder.config.stat().st_mtime * 1000)
@@ -112,6 +113,10 @@ class Index:
     def end(self) -> str | None:
         """Logs what the job left; the registered model's address. Without a record the run has failed."""
         record, address, ended_ms = read_json(self.folder.record), None, None
+        if wrong_type(record):
+            raise CheckpointError(
+                f"{self.folder.record}: {wrong_type(record)} is of a wrong type; not tracked"
+            )
         self._log_files()
         if record:
             ended_ms = int(self.folder.record.stat().st_mtime * 1000)
@@ -168,21 +173,34 @@ class Index:
     def _register(self, record: dict) -> str:
         """The checkpoint as a model version with the stage as alias; its weights stay in the run folder."""
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
-        checkpoint = self.folder.path / record["checkpoint"]
+        checkpoint = inside(self.folder.path, record["checkpoint"], self.folder.record)
         for path in (checkpoint / "config.json", checkpoint / "manifest.json"):
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path), "checkpoint")
         tags = {"run_id": self.folder.run_id, "run_dir": str(self.folder.path), "checkpoint": str(checkpoint)}
-        tags |= {"stage": stage, **naming.provenance(record)}
+        tags |= {"stage": stage, "created": str(record.get("created")), **naming.provenance(record)}
         version = self._version(name, Path(checkpoint).name, tags)
-        self.client.set_registered_model_alias(name, stage, version)
+        if self._is_newest(name, stage, tags["created"]):
+            self.client.set_registered_model_alias(name, stage, version)
         return f"models:/{name}@{stage}"
+
+    def _is_newest(self, name: str, stage: str, created: str) -> bool:
+        """Whether the alias may move to a checkpoint: an older run that comes in late must not take it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            holder = self.client.get_model_version_by_alias(name, stage)
+        except MlflowException:
+            return True  # nobody has it
+        return created >= holder.tags.get("created", "")
 
     def _version(self, name: str, what: str, tags: dict[str, str]) -> str:
         """The version that this run made, its tags brought up to date; a new one if it has none."""
         from mlflow.exceptions import MlflowException
 
-        known = self.client.search_model_versions(f"name = '{name}' and run_id = '{self.run_id}'")
+        known = self.client.search_model_versions(
+            f"{matching('name', name)} and {matching('run_id', self.run_id)}"
+        )
         if known:
             for key in [key for key, value in tags.items() if known[0].tags.get(key) != value]:
                 self.client.set_model_version_tag(name, known[0].version, key, tags[key])

@@ -7,9 +7,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from r1pipe.compare import read_json
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.paths import RunFolder
+from r1pipe.redaction import publishable, without_secrets
+from r1pipe.tracking.behind import Hold, catch_up
 from r1pipe.tracking.index import Index
 from r1pipe.tracking.store import failures, first_line, must_answer, store_uri
 
@@ -21,7 +22,8 @@ class Mirror:
 
     All work with MLflow happens in one thread, so that neither its import (2 s) nor a slow server
     is waited for. A configured store must work at the start; what fails later is said once, tried
-    again at the next poll, and never ends the job.
+    again at the next poll, and never ends the job. What MLflow still lacks when the job has ended comes
+    with the next Mirror of any run under the same root, or with `r1pipe sync`.
     """
 
     def __init__(self, run_folder: Path | str, config: dict, say: Callable[[str], None] | None = None):
@@ -29,30 +31,39 @@ class Mirror:
 
         Args:
             run_folder: `<root>/<run id>`, its config.json written.
-            config: the content of config.json.
+            config: the content of config.json; a login in tracking.uri goes to MLflow alone.
             say: takes the one line about a later failure; standard error by default.
         """
         self.folder = RunFolder(Path(run_folder).resolve())
-        self.config = config
         self.enabled = bool(config["tracking"]["enabled"])
         self.uri = store_uri(self.folder.path.parent, config["tracking"]["uri"])
+        self.config = publishable(config)
         self.say = say or (lambda text: print(text, file=sys.stderr))
         self._told = False
         self._looked_at = monotonic()
         self._pending: Future | None = None
         if self.enabled:
             must_answer(self.uri)
+            self._hold = Hold(self.folder)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
             self._index: Future[Index] = self._thread.submit(self._open)
+            self._pending = self._thread.submit(self._guarded, self._catch_up)
 
     def _open(self) -> Index:
         try:
+            self._hold.take()
+            self._hold.says_whole(False)
             return Index(self.folder, self.config, self.uri)
         except failures() as error:
             raise EnvironmentProblem(self._problem(error)) from error
 
     def _problem(self, error: BaseException) -> str:
-        return f"MLflow at {self.uri} does not take the run {self.folder.run_id}: {first_line(error)}"
+        uri, reason = without_secrets(self.uri), without_secrets(first_line(error))
+        return f"MLflow at {uri} does not take the run {self.folder.run_id}: {reason}"
+
+    def _catch_up(self) -> None:
+        if self._index.exception() is None:
+            catch_up(self.folder.path.parent, self.uri)
 
     def poll(self) -> None:
         """Has new lines of metrics.jsonl logged, without waiting.
@@ -84,10 +95,18 @@ class Mirror:
         if not self.enabled:
             return None
         try:
-            self.drain()
-            return self._thread.submit(self._guarded, self._index.result().end).result()
+            self._index.result()
+            return self._thread.submit(self._guarded, self._end).result()
         finally:
             self._thread.shutdown()
+            self._hold.release()
+
+    def _end(self) -> str | None:
+        index = self._index.result()
+        index.send_metrics()
+        address = index.end()
+        self._hold.says_whole(True)
+        return address
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
         """What `work` gives, or None after telling the first failure."""
@@ -96,16 +115,8 @@ class Mirror:
         except failures() as error:
             if not self._told:
                 self._told = True
-                self.say(f"{self._problem(error)}; training goes on, and the run folder has everything")
+                self.say(
+                    f"{self._problem(error)}; training goes on, the run folder has everything, and MLflow "
+                    f"gets it with `r1pipe sync root={self.folder.path.parent}` or the next run"
+                )
             return None
-
-
-def sync(root: Path | str) -> int:
-    """Rebuilds MLflow's view from the run folders under `root`; the number of runs it then has of them."""
-    written = 0
-    for path in sorted(Path(root).glob("*/config.json"), key=lambda file: file.stat().st_mtime):
-        config = read_json(path)
-        if config.get("tracking", {}).get("enabled"):
-            Mirror(path.parent, config).finish()
-            written += 1
-    return written

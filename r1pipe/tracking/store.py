@@ -1,5 +1,6 @@
 """Which MLflow store, whether it can be used, and what is asked of it from outside a run."""
 
+import ipaddress
 import logging
 import os
 import socket
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from r1pipe.errors import CheckpointError, EnvironmentProblem
+from r1pipe.redaction import without_login, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+LOOPBACK = "127.0.0.1"
 PATIENCE_S = 5.0  # a tracking server that does not answer within this time at start is refused
 QUIET = {  # read by mlflow when it is imported
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors reach us as exceptions; told in one line, not as a traceback
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -41,16 +44,27 @@ def artifact_folder(root: Path | str) -> Path:
     return Path(root).resolve() / "mlartifacts"
 
 
+def matching(key: str, value: str) -> str:
+    """A comparison in MLflow's filter language. Raises EnvironmentProblem for a name that none fits."""
+    quote = '"' if "'" in value else "'"
+    if quote in value:
+        raise EnvironmentProblem(
+            f"MLflow cannot look for {value}: a name with both kinds of quotes; rename it"
+        )
+    return f"{key} = {quote}{value}{quote}"
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a store that is gone, locked, full or refuses us raises."""
+    """What is raised by a store that is gone, locked, full or refuses us, or a run that cannot be written."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return MlflowException, SQLAlchemyError, OSError, ImportError  # a database's driver may be missing
+    # a database's driver may be missing; a record may be broken
+    return MlflowException, SQLAlchemyError, OSError, ImportError, CheckpointError
 
 
 def must_answer(uri: str) -> None:
@@ -58,12 +72,14 @@ def must_answer(uri: str) -> None:
     if not is_server(uri):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=PATIENCE_S).close()
+        urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=PATIENCE_S).close()
     except urllib.error.HTTPError:
         return  # it answers; whether it is MLflow, and lets us in, shows with the first call
     except (OSError, ValueError) as error:
-        problem = f"no MLflow server at tracking.uri={uri} ({first_line(error)})"
-        raise EnvironmentProblem(f"{problem}; start it, or leave tracking.uri=null") from error
+        problem = f"no MLflow server at tracking.uri={without_login(uri)} ({first_line(error)})"
+        raise EnvironmentProblem(
+            f"{problem}; start it, leave tracking.uri=null, or run without: tracking=none"
+        ) from error
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -79,7 +95,10 @@ def connect(uri: str) -> "MlflowClient":
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)  # a store opens its database at the first call
     except failures() as error:
-        raise EnvironmentProblem(f"MLflow cannot use tracking.uri={uri}: {first_line(error)}") from error
+        shown, reason = without_login(uri), without_secrets(first_line(error))
+        raise EnvironmentProblem(
+            f"MLflow cannot use tracking.uri={shown}: {reason}; mend it, or run without: tracking=none"
+        ) from error
     return client
 
 
@@ -140,7 +159,17 @@ def _must_exist(store: str, error: Exception) -> None:
         raise error
 
 
-def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | None = None) -> NoReturn:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name: no promise
+        return False
+
+
+def serve_ui(root: Path | str, port: int, host: str = LOOPBACK, uri: str | None = None) -> NoReturn:
     """Becomes MLflow's server, so that a signal reaches it and nothing stays behind.
 
     Raises EnvironmentProblem when there is nothing to serve, the store is a server and has its own UI,
@@ -148,12 +177,20 @@ def serve_ui(root: Path | str, port: int, host: str = "127.0.0.1", uri: str | No
     """
     store = store_uri(root, uri)
     if is_server(store):
-        raise EnvironmentProblem(f"tracking.uri is a server with a UI of its own: open {store}")
+        raise EnvironmentProblem(
+            f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
+        )
     _must_exist(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port") from error
+    if not is_loopback(host):
+        print(
+            f"warning: whoever reaches {host}:{port} can read, change and delete all runs: MLflow asks for no"
+            " password",
+            file=sys.stderr,
+        )
     print(f"MLflow's UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     command = [
         sys.executable,

@@ -1,0 +1,82 @@
+"""The verbs that look at finished runs: table, report, lineage, and MLflow's view of them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1pipe.options import Checkpoint, Overrides
+from r1pipe.overrides import composed, pipeline_in, split
+
+
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
+) -> None:
+    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
+    from r1pipe import compare as table
+
+    named, overrides = split(runs or [])
+    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
+    if as_json:
+        print(table.as_json(rows))
+    else:
+        table.show(rows)
+
+
+def report(overrides: Overrides = None) -> None:
+    """Write report.html: table, curves, samples and cost of all stages, in one file."""
+    from r1pipe.report import write_report
+
+    given = overrides or []
+    print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+
+
+def lineage(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the graph, too.")
+    ] = None,
+) -> int:
+    """Where a checkpoint comes from: weight edges, data edges, and whether each is still what it was.
+
+    Exit code 1 if anything on the way is gone, broken or edited.
+    """
+    from r1pipe import lineage as family
+    from r1pipe.lineage.page import write_page
+
+    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    family.show(found)
+    if html is not None:
+        write_page(found, html)
+    return 1 if any(ancestor.problem for ancestor in found) else 0
+
+
+def sync(
+    overrides: Overrides = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Delete what MLflow has of these runs, and make it again.")
+    ] = False,
+) -> None:
+    """Bring MLflow up to the run folders: sync root=DIR [pipeline=NAME]"""
+    from r1pipe import tracking
+
+    given = overrides or []
+    config = composed(given)
+    written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
+    print(f"MLflow has {written} runs of {config.root}, wholly")
+    for run_id in busy:
+        print(f"left to the process that is mirroring it: {run_id}")
+
+
+def ui(
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="where it listens")] = 5000,
+    host: Annotated[str, typer.Option(help="this machine alone can reach 127.0.0.1")] = "127.0.0.1",
+) -> int:
+    """Open MLflow's pages of all runs."""
+    from r1pipe.tracking import serve_ui
+
+    config = composed(overrides or [])
+    return serve_ui(config.root, port, host, config.tracking.uri)

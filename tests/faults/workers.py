@@ -1,0 +1,120 @@
+"""Reward workers that are killed, hang or run out of memory: the item is marked, the pool whole again."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import psutil
+
+from faults.outcome import Outcome
+from r1pipe.records import Prompt, Score, Status
+from r1pipe.rewards import isolation, jail, sandbox, symbolic
+from r1pipe.rewards.monty import Monty
+from r1pipe.rewards.program import check_program
+
+GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"9^{9^{9^9}}"
+EATER = r"10^{10^{9}} + \sqrt{2}"
+PROGRAM = Prompt("f", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4]]})
+DOUBLE = "```python\ndef f(x): return x + x\n```"
+LOOP = "```python\ndef f(x):\n    while True: pass\n```"
+MARKED = (Status.VERIFIER_FAILED, Status.INFRASTRUCTURE_FAILED)
+
+
+def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
+    draw, times = random.Random(seed), 1 if short else 10
+    whole(set())  # started, and warm
+    yield row("reward worker killed (kill -9)", times, lambda: compared(draw, signal.SIGKILL, ENDLESS))
+    yield row("reward worker hung (SIGSTOP)", times, lambda: compared(draw, signal.SIGSTOP, RIGHT))
+    long_answer = "1" * (1 << 18)  # more than a pipe holds: it cannot even be handed over
+    yield row("reward worker hung, long answer", times, lambda: compared(draw, signal.SIGSTOP, long_answer))
+    yield row("reward worker out of memory", times, out_of_memory)
+    yield row("program's interpreter killed", times, lambda: interpreted(draw, [Monty()]))
+    if jail.working():
+        yield row("program's jail killed", times, lambda: interpreted(draw, [jail.Jail()]))
+
+
+def row(fault: str, times: int, once: Callable[[], str | None]) -> Outcome:
+    """`once` gives None where it held, else what was lost."""
+    lost = [problem for problem in (once() for _ in range(times)) if problem]
+    told = lost[0] if lost else "the item marked, the next ones judged"
+    return Outcome(fault, times, times - len(lost), told)
+
+
+def compared(draw: random.Random, number: signal.Signals, answer: str) -> str | None:
+    """Strike the worker while it has (or is about to get) an item."""
+    with mock.patch.object(symbolic, "ITEM_LIMIT_S", 2.0):
+        worker = symbolic._idle.get()
+        symbolic._idle.put(worker)  # last in, first out: the next item is for this one
+        before = set(psutil.Process().children())
+        if worker.process is None:
+            return "no worker was there"
+        pid, wait = worker.process.pid, draw.uniform(0.0, 0.3)
+        if number is signal.SIGSTOP:
+            os.kill(pid, number)
+        else:
+            threading.Timer(wait, lambda: os.kill(pid, number)).start()
+        began = time.monotonic()
+        struck = symbolic.compare(GOLD, answer)
+        took = time.monotonic() - began
+    if struck.status not in MARKED:
+        return f"the item was scored {struck.value:g}"
+    if took > 20:
+        return f"it took {took:.0f} s"
+    return whole(before)
+
+
+def out_of_memory() -> str | None:
+    """A worker with little memory gets an item that wants a lot."""
+    taken = symbolic._idle.get()
+    small = symbolic.Worker()
+    try:
+        with mock.patch.object(symbolic, "MEMORY_LIMIT", 400 << 20):
+            if small.ask({"gold": GOLD, "answer": RIGHT})["equal"] is not True:
+                return "the small worker does not work"
+            symbolic._idle.put(small)
+            score = symbolic.compare(GOLD, EATER)
+            symbolic._idle.get()
+        if score.status is Status.SCORED and score.value != 0:
+            return f"the item was scored {score.value:g}"
+    finally:
+        small.close()
+        symbolic._idle.put(taken)
+    return whole(set(psutil.Process().children()))
+
+
+def whole(before: set[psutil.Process]) -> str | None:
+    """What is not as it was: workers in the pool, verdicts, processes left behind."""
+    if symbolic._idle.qsize() != symbolic.WORKERS:
+        return f"the pool has {symbolic._idle.qsize()} of {symbolic.WORKERS} workers"
+    with mock.patch.object(symbolic, "ITEM_LIMIT_S", 60.0):  # a new worker is slow at first
+        verdicts = [symbolic.compare(GOLD, answer) for answer in (RIGHT, WRONG, RIGHT)]
+    if [(one.status, one.value) for one in verdicts] != [(Status.SCORED, value) for value in (1.0, 0.0, 1.0)]:
+        return f"the next verdicts are {verdicts}"
+    now = {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+    return f"{len(now - before)} processes more than before" if len(now - before) > symbolic.WORKERS else None
+
+
+def interpreted(draw: random.Random, isolations: list[isolation.Isolation]) -> str | None:
+    """Kill every interpreter while a program runs in it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+
+    def strike() -> None:
+        time.sleep(draw.uniform(0.05, 0.3))
+        for child in psutil.Process().children(recursive=True):
+            if child.pid not in before:
+                child.kill()
+
+    with mock.patch.object(sandbox, "choose", lambda: isolations):
+        killer = threading.Thread(target=strike)
+        killer.start()
+        struck: Score = check_program(PROGRAM, LOOP)
+        killer.join()
+        if struck.value != 0:
+            return f"an endless program was scored {struck.value:g}"
+        after = [check_program(PROGRAM, DOUBLE) for _ in range(3)]
+    return None if [one.value for one in after] == [1.0] * 3 else f"the next verdicts are {after}"

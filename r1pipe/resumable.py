@@ -64,7 +64,11 @@ class Resumable(Generic[S]):
     def warn(self, text: str) -> None:
         """One line for whoever watches, on the screen and in the log."""
         log.warning("%s", text)
-        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), "say": text})
+        self.tell(say=text)
+
+    def tell(self, **row: Any) -> None:
+        """One line of progress.jsonl, for the screen alone."""
+        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.rank == 0:

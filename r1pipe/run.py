@@ -64,8 +64,7 @@ class Run(Resumable[S]):
         if done < total and now - self._progressed.get(what, 0.0) < PROGRESS_EVERY_S:
             return
         self._progressed[what] = now
-        row = {"what": what, "done": done, "total": total, "unit": unit, "show": show}
-        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
+        self.tell(what=what, done=done, total=total, unit=unit, show=show)
 
     # --- what it starts from
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from r1pipe import completion
+from r1pipe import options
 from r1pipe.errors import R1pipeError
+from r1pipe.options import Checkpoint, Dtype, MaxTokens, Overrides, ShardGB, Temperature, TopP
 from r1pipe.overrides import composed, pipeline_in, split
 
 if TYPE_CHECKING:
@@ -26,19 +27,6 @@ app = typer.Typer(
     "tripwires), key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest "
     "finished run), or models:/name@alias.",
 )
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[OVERRIDES]...", help="key=value ...", autocompletion=completion.overrides),
-]
-Checkpoint = Annotated[
-    str,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="run id, path, stage name or models:/name@alias",
-        autocompletion=completion.checkpoints,
-    ),
-]
 
 
 @app.command()
@@ -132,11 +120,6 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
 
 
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
-TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
-
-
 @app.command()
 def generate(
     checkpoint: Checkpoint,
@@ -187,12 +170,6 @@ def score(
     from r1pipe import scripts
 
     return scripts.score(file, reward, language)
-
-
-Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
-Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
-
-ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
 
 
 @app.command()
@@ -248,6 +225,27 @@ def report(overrides: Overrides = None) -> None:
 
     given = overrides or []
     print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+
+
+@app.command()
+def samples(
+    name: options.Run,
+    overrides: Overrides = None,
+    step: options.Steps = None,
+    reward: options.Bounds = None,
+    text: options.Words = None,
+    limit: options.Limit = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row, uncut.")] = False,
+) -> None:
+    """A run's best, worst and odd completions: samples grpo --step 10-20 --reward accuracy=0
+
+    Odd: rewarded (above its group's mean) though cut off, badly formed, in another language or repeating
+    itself; punished though right; or not judged, as a verifier failed. A stage without rollouts shows
+    held-out prompts of its samples.json. Overrides say where the run is: root=DIR, pipeline=NAME.
+    """
+    from r1pipe import samples as shown
+
+    shown.samples(name, overrides or [], shown.Asked(step, reward or [], text, limit), as_json)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from fakes import House
 from r1pipe import cli, launch
 from r1pipe.config.groups import options
 from r1pipe.model.weights import PRECISIONS
+from r1pipe.options import Precision
 from r1pipe.paths import stages_dir
 
 VERBS = [
@@ -25,6 +26,7 @@ VERBS = [
     "chat",
     "compare",
     "report",
+    "samples",
     "lineage",
     "score",
     "export",
@@ -109,7 +111,7 @@ def test_a_wrong_word_to_a_script_is_one_line_and_exit_code_2(
 
 
 def test_the_command_line_knows_the_precisions_that_weights_can_have() -> None:
-    assert get_args(cli.Precision) == tuple(PRECISIONS)
+    assert get_args(Precision) == tuple(PRECISIONS)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ WITHOUT_OVERRIDES = {
     "chat",
     "generate",
     "lineage",
+    "samples",
     "export",
     "score",
     "import",

@@ -205,7 +205,7 @@ def import_weights(
     return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
 
 
-for verb in (verbs.compare, verbs.report, verbs.lineage, verbs.sync, verbs.ui):
+for verb in (verbs.compare, verbs.report, verbs.samples, verbs.lineage, verbs.sync, verbs.ui):
     app.command()(verb)
 
 

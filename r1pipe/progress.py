@@ -1,7 +1,8 @@
-"""What a running job is doing, on the screen: tails progress.jsonl of the run folder.
+"""What a running job is doing, on the screen: tails progress.jsonl and metrics.jsonl of the run folder.
 
-On a terminal a live display: one line for the training steps, one for what happens inside a step.
-Without a terminal quiet lines, one for each new phase and one about every ten seconds.
+On a terminal a live display: one line for the training steps, one for what happens inside a step and, in
+reinforcement, a panel with the step's metrics and one completion. Without a terminal quiet lines, one for
+each new phase and one about every ten seconds.
 """
 
 import time
@@ -9,14 +10,17 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from r1pipe.figures import duration, number
 from r1pipe.jsonl import Tail
+from r1pipe.panel import Step
 from r1pipe.paths import RunFolder
 
+REFRESHES = 4  # of the live display, a second: the job needs the cores
 QUIET_S = 10.0  # seconds between plain lines
 WINDOW_S = 30.0  # the rate is that of the last so many seconds
 OUTER = "train"  # the phase whose line stays; others come and go beneath it
@@ -85,18 +89,27 @@ class Display:
         self.stage = stage
         self.console = console or Console(stderr=True)
         self.phases: dict[str, Phase] = {}
-        self._tail = Tail(RunFolder(run_dir).progress, at_end=True)
+        run = RunFolder(run_dir)
+        self._tail = Tail(run.progress, at_end=True)
+        self._metrics = Tail(run.metrics, at_end=True)
+        self._step = Step(stage)
         self._began = time.monotonic()
         self._said_at = self._began
         self._inner = ""  # the phase inside a step that was seen last
         self._lines: dict[str, TaskID] = {}
-        self._live: Progress | None = None
+        self._live: Live | None = None
         if self.console.is_terminal:
-            self._live = self._make_live()
+            self._progress = self._make_progress()
+            self._live = Live(
+                Group(self._progress, self._step),
+                console=self.console,
+                refresh_per_second=REFRESHES,
+                transient=True,
+            )
             self._live.start()
 
-    def _make_live(self) -> Progress:
-        live = Progress(
+    def _make_progress(self) -> Progress:
+        progress = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("[bold]{task.fields[stage]}[/] {task.description}"),
             BarColumn(bar_width=24),
@@ -105,10 +118,9 @@ class Display:
             TextColumn("[cyan]{task.fields[left]}[/]"),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
-            transient=True,
         )
-        self._lines["starting"] = live.add_task("starting", total=None, **self._fields(Phase("")))
-        return live
+        self._lines["starting"] = progress.add_task("starting", total=None, **self._fields(Phase("")))
+        return progress
 
     def _fields(self, phase: Phase) -> dict[str, Any]:
         left = phase.left
@@ -117,7 +129,7 @@ class Display:
             "count": phase.count() if phase.done or phase.total else "",
             "pace": phase.pace(),
             "left": f"{duration(left)} left" if left else "",
-            "numbers": phase.numbers(),
+            "numbers": "" if self._step.metrics else phase.numbers(),  # the panel has them
         }
 
     def poll(self) -> None:
@@ -126,14 +138,20 @@ class Display:
             if "say" in row:
                 self.say(str(row["say"]))
                 continue
+            if isinstance(sample := row.get("sample"), dict):
+                self._step.sample = sample
+                continue
             what = str(row.get("what") or "working")
             new = what not in self.phases
             self.phases.setdefault(what, Phase(what)).take(row)
             self._inner = what if what != OUTER else self._inner
             if self._live is None and (new or time.monotonic() - self._said_at >= QUIET_S):
                 self._plain_line()
-        if self._live is not None and self.phases:
-            self._refresh(self._live)
+        if self._live is not None:
+            for row in self._metrics.read():
+                self._step.take(row)
+            if self.phases:
+                self._refresh(self._progress)
 
     def say(self, text: str) -> None:
         """One line for the user, above the live display."""
@@ -160,12 +178,14 @@ class Display:
     def _shown(self) -> list[Phase]:
         return [self.phases[name] for name in (OUTER, self._inner) if name in self.phases]
 
-    def _refresh(self, live: Progress) -> None:
+    def _refresh(self, progress: Progress) -> None:
         shown = self._shown()
         for name in self._lines.keys() - {phase.what for phase in shown}:
-            live.remove_task(self._lines.pop(name))
+            progress.remove_task(self._lines.pop(name))
         for phase in shown:
             fields = self._fields(phase)
             if phase.what not in self._lines:
-                self._lines[phase.what] = live.add_task(phase.what, total=None, **fields)
-            live.update(self._lines[phase.what], completed=phase.done, total=phase.total or None, **fields)
+                self._lines[phase.what] = progress.add_task(phase.what, total=None, **fields)
+            progress.update(
+                self._lines[phase.what], completed=phase.done, total=phase.total or None, **fields
+            )

@@ -77,9 +77,9 @@ class Resumable(Generic[S]):
         """One line for whoever watches, on the screen and in the log."""
         log.warning("%s", text)
 
-    def say(self, text: str) -> None:
-        """One line for the screen alone."""
-        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), "say": text})
+    def tell(self, **row: Any) -> None:
+        """One line of progress.jsonl, for the screen alone."""
+        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.rank == 0:

@@ -66,8 +66,7 @@ class Run(Resumable[S]):
         if done < total and now - self._progressed.get(what, 0.0) < PROGRESS_EVERY_S:
             return
         self._progressed[what] = now
-        row = {"what": what, "done": done, "total": total, "unit": unit, "show": show}
-        self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
+        self.tell(what=what, done=done, total=total, unit=unit, show=show)
 
     # --- what it starts from
 
@@ -175,7 +174,7 @@ class _OnScreen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            self.run.say(record.getMessage())
+            self.run.tell(say=record.getMessage())
 
 
 def _leave(folder: RunFolder, line: str) -> NoReturn:

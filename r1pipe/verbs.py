@@ -1,10 +1,11 @@
-"""The verbs that look at finished runs: table, report, lineage, and MLflow's view of them."""
+"""The verbs that look at runs: table, report, samples, lineage, and MLflow's view of them."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from r1pipe import options
 from r1pipe.options import Checkpoint, Overrides
 from r1pipe.overrides import composed, pipeline_in, split
 
@@ -30,6 +31,26 @@ def report(overrides: Overrides = None) -> None:
 
     given = overrides or []
     print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+
+
+def samples(
+    name: options.Run,
+    overrides: Overrides = None,
+    step: options.Steps = None,
+    reward: options.Bounds = None,
+    text: options.Words = None,
+    limit: options.Limit = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row, uncut.")] = False,
+) -> None:
+    """A run's best, worst and odd completions: samples grpo --step 10-20 --reward accuracy=0
+
+    Odd: rewarded (above its group's mean) though cut off, badly formed, in another language or repeating
+    itself; punished though right; or not judged, as a verifier failed. A stage without rollouts shows
+    held-out prompts of its samples.json. Overrides say where the run is: root=DIR, pipeline=NAME.
+    """
+    from r1pipe import samples as shown
+
+    shown.samples(name, overrides or [], shown.Asked(step, reward or [], text, limit), as_json)
 
 
 def lineage(

@@ -131,12 +131,12 @@ def metric_lines(stage: str, steps: int, seed: int = 0) -> list[dict]:
         }
         if stage in ("grpo", "zero", "all_scenario"):
             line |= {
-                "reward/mean": 0.6 + 0.5 * rise + noise.gauss(0, 0.03),
-                "rollout/length_mean": 66 + 22 * rise,
-                "rollout/accuracy": 0.44 + 0.36 * rise + noise.gauss(0, 0.03),
-                "train/kl": 0.05 * rise,
-                "train/entropy": 0.5 - 0.3 * rise,
-                "rollout/truncation_rate": 0.08 * (1 - rise),
+                "reward": 0.6 + 0.5 * rise + noise.gauss(0, 0.03),
+                "completions/mean_length": 66 + 22 * rise,
+                "rewards/accuracy/mean": 0.44 + 0.36 * rise + noise.gauss(0, 0.03),
+                "kl": 0.05 * rise,
+                "entropy": 0.5 - 0.3 * rise,
+                "completions/clipped_ratio": 0.08 * (1 - rise),
                 "strategy/stepwise": 0.3 + 0.6 * rise,
                 "strategy/guess": 0.4 - 0.35 * rise,
                 "strategy/give_up": 0.3 - 0.25 * rise,

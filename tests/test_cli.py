@@ -25,6 +25,7 @@ VERBS = [
     "chat",
     "compare",
     "report",
+    "samples",
     "lineage",
     "sync",
     "score",

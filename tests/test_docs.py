@@ -22,6 +22,7 @@ WITHOUT_OVERRIDES = {
     "generate",
     "lineage",
     "sync",
+    "samples",
     "export",
     "score",
     "import",

@@ -139,7 +139,7 @@ def test_a_stage_of_reinforcement_passes_over_a_broken_minibatch(tmp_path, monke
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("train/skipped") for row in rows] == [None, 1.0, 1.0]
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    assert "train/logprob_gap" not in rows[1] and "train/grad_norm" in rows[1]
+    assert "sampling/sampling_logp_difference/mean" not in rows[1] and "train/grad_norm" in rows[1]
     said = [json.loads(line).get("say", "") for line in (folder / "progress.jsonl").read_text().splitlines()]
     assert sum("a step is skipped" in line for line in said) == 1
 

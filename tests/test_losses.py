@@ -219,16 +219,18 @@ def updated(sampler_error: float, *words: str) -> dict[str, float]:
 
 def test_the_trainers_own_log_probabilities_are_from_before_the_first_update():
     plain, wrong = updated(0.0, "stage.loss_mean=token"), updated(-0.7, "stage.loss_mean=token")
-    assert plain["train/ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    assert wrong["train/ratio_max"] == pytest.approx(math.exp(0.7), rel=1e-4)
+    assert plain["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
+    assert wrong["importance_ratio/max"] == pytest.approx(math.exp(0.7), rel=1e-4)
     capped = updated(-0.7, "stage.loss_mean=token", "stage.importance_cap=1.5")
-    assert capped["train/ratio_max"] == pytest.approx(1.0, abs=1e-4)
-    assert capped["train/logprob_gap"] == pytest.approx(0.7, abs=1e-4)
-    assert capped["train/importance_capped"] == 1.0
+    assert capped["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
+    assert capped["sampling/sampling_logp_difference/mean"] == pytest.approx(0.7, abs=1e-4)
+    assert capped["sampling/importance_sampling_ratio/capped"] == 1.0
     # every token weighs 1.5; the reference is the policy of now, so no KL adds to it
     assert capped["train/grad_norm"] == pytest.approx(1.5 * plain["train/grad_norm"], rel=1e-3)
     again = updated(0.0, "stage.loss_mean=token", "stage.importance_cap=1.5", "stage.inner_epochs=2")
-    assert again["train/ratio_max"] > 1.01, "the second epoch's ratio is to the policy of before the first"
+    assert again["importance_ratio/max"] > 1.01, (
+        "the second epoch's ratio is to the policy of before the first"
+    )
 
 
 @pytest.mark.parametrize("level", [2, 3])
@@ -237,7 +239,7 @@ def test_the_trainers_log_probabilities_come_at_every_zero_level(level):
     engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), total_steps=10)
     rollouts = [Rollout([1, 5, 6], [7, 8, 9][:n], [-7.0] * n, (-1.0) ** n, True) for n in (1, 2, 3, 2)]
     metrics = [update(engine, rollouts, stage, None) for _ in range(2)]
-    assert metrics[0]["train/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics[0]["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
 
 
 # --- names of losses
@@ -368,9 +370,9 @@ def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_pa
     row = metrics_of(whole)[0]
     if "stage.kl_in=reward" in words:
         # the reference is the policy itself in the first step; in the second it no longer is at the end
-        assert row["reward/kl"] == pytest.approx(0.0, abs=1e-3) and "train/kl" not in row
+        assert row["rewards/kl/mean"] == pytest.approx(0.0, abs=1e-3) and "kl" not in row
     if "stage.loss=dapo" in words:
-        assert row["reward/overlong"] <= 0
+        assert row["rewards/overlong/mean"] <= 0
 
 
 def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
@@ -387,7 +389,7 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
         assert len(rows) == batches * 4 * 2  # all that was drawn is kept and counted
         trained = [r for r in rows if r["trained"]]
         assert len(trained) == 4 * 2 and all(r["advantage"] != 0 for r in trained)
-        assert row["reward/zero_variance"] == pytest.approx(
+        assert row["frac_reward_zero_std"] == pytest.approx(
             sum(r["advantage"] == 0 for r in rows) / len(rows)
         )
         # the batch before the last had too few of them

@@ -238,8 +238,8 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(level, warmup, 
     before = weights_of_critic(whole, 2)
     assert not torch.equal(before["model.score.weight"], values[0]["model.score.weight"])
     assert rows[0]["value/mean"] == 0.0 and rows[1]["value/mean"] != 0.0
-    assert rows[0]["reward/kl"] == pytest.approx(0.0, abs=1e-3) and "train/kl" not in rows[0]
-    assert rows[warmup]["train/logprob_gap"] < 1e-4
+    assert rows[0]["rewards/kl/mean"] == pytest.approx(0.0, abs=1e-3) and "kl" not in rows[0]
+    assert rows[warmup]["sampling/sampling_logp_difference/mean"] < 1e-4
     rollouts = pq.read_table(whole / "rollouts" / "step-3.parquet").to_pylist()
     assert len(rollouts) == 16 and any(row["advantage"] for row in rollouts)
 
@@ -259,7 +259,7 @@ def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
     )
     go(folder)
     rows = metrics_of(folder)
-    curve = [row["reward/mean"] for row in rows]
+    curve = [row["reward"] for row in rows]
     assert curve[0] < 0.65 and curve[-1] > 0.9
     assert rows[-1]["value/mean"] > 0.5
 
@@ -291,3 +291,11 @@ def test_two_engines_on_two_ranks_train_as_on_one(level, two_ranks):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
     for sizes in found["sizes"]:
         assert sizes[0] == sizes[1], "both ranks have the same weights"
+
+
+def test_it_runs_on_the_real_rewards(tmp_path):
+    """Its KL is a reward by weight, but no rule that could be asked."""
+    folder = tiny_run(tmp_path / "run", *PPO, "stage.max_steps=1", "stage.kl_coef=0.1")
+    go(folder)
+    [row] = metrics_of(folder)
+    assert {"rewards/kl/mean", "rewards/accuracy/mean"} <= row.keys()

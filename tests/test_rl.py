@@ -343,14 +343,14 @@ def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monke
     groups = scoring.score_groups([PROMPT, PROMPT], completions, {"accuracy": 1.0}, {}, 0.0, True)
     rows = rows_of(groups, lambda prompt, text: "careful")
     metrics = summarise(rows)
-    assert metrics["rollout/truncation_rate"] == 0.25
-    assert metrics["rollout/reflections"] == 0.0
-    assert metrics["reward/failed"] == 0.25
-    assert metrics["reward/zero_variance"] == 0.5
-    assert metrics["reward/mean"] == pytest.approx(2 / 3)
-    assert metrics["rollout/accuracy"] == metrics["reward/accuracy"] == pytest.approx(2 / 3)
-    assert metrics["rollout/format_rate"] == 0.5
-    assert metrics["train/entropy"] == 2.0
+    assert metrics["completions/clipped_ratio"] == 0.25
+    assert metrics["completions/reflections"] == 0.0
+    assert metrics["frac_reward_failed"] == 0.25
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["reward"] == pytest.approx(2 / 3)
+    assert metrics["rewards/accuracy/mean"] == pytest.approx(2 / 3)
+    assert metrics["rewards/format/mean"] == 0.5
+    assert metrics["entropy"] == 2.0
     assert metrics["strategy/careful"] == 1.0
     assert rows[3]["reward"] is None and rows[3]["advantage"] == 0.0
 
@@ -441,7 +441,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     first = load_file(whole / "checkpoints" / "step-1" / "model.safetensors")
     assert not torch.equal(first["lm_head.weight"], expected["lm_head.weight"]), "training must train"
-    assert metrics_of(whole)[0]["train/logprob_gap"] < 1e-4
+    assert metrics_of(whole)[0]["sampling/sampling_logp_difference/mean"] < 1e-4
     rollouts = pq.read_table(whole / "rollouts" / "step-3.parquet").to_pylist()
     assert len(rollouts) == 16 and {"completion", "advantage", "score_format"} <= rollouts[0].keys()
 
@@ -467,6 +467,6 @@ def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
         *(f"stage.loss={loss}", "stage.loss_mean=token", "stage.rewards.unfinished=0.0"),
     )
     go(folder)
-    curve = [row["reward/accuracy"] for row in metrics_of(folder)]
+    curve = [row["rewards/accuracy/mean"] for row in metrics_of(folder)]
     # the clips of DAPO and GSPO, narrower than R1's, make them slower
     assert curve[0] < 0.65 and curve[-1] > (0.8 if loss in ("dapo", "gspo") else 0.9)

@@ -84,7 +84,7 @@ def test_they_are_optional_and_weighed_by_name():
     [group] = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, True, shaping)
     assert group.rewards == pytest.approx([1.0, 0.0])
     rows = rows_of([group], None)
-    assert summarise(rows)["reward/overlong"] == pytest.approx(-0.25)
+    assert summarise(rows)["rewards/overlong/mean"] == pytest.approx(-0.25)
 
 
 def test_more_failures_than_allowed_stop_the_job_with_one_line():
@@ -93,7 +93,7 @@ def test_more_failures_than_allowed_stop_the_job_with_one_line():
     scores = [{"accuracy": verdict, "format": Score(1.0)} for verdict in verdicts]
     rows = rows_of([Group(PROMPT, completions, scores, [1.0, 0.0, math.nan, 1.0], [0.0] * 4)], None)
     metrics = summarise(rows)
-    assert metrics["reward/failed/accuracy"] == 0.25 and metrics["reward/failed/format"] == 0
+    assert metrics["rewards/accuracy/failed"] == 0.25 and metrics["rewards/format/failed"] == 0
     stop_if_failing(metrics, 0.25, rows)
     with pytest.raises(EnvironmentProblem, match=r"25% of the step's accuracy .*no sandbox.*max_failed=0\.1"):
         stop_if_failing(metrics, REWARDS.max_failed, rows)

@@ -18,24 +18,24 @@ from r1pipe.progress import Display
 from r1pipe.rl.tripwires import WIRES, Tripwires
 
 HEALTHY = {
-    "reward/mean": 1.2, "reward/zero_variance": 0.3, "reward/failed": 0.0, "rollout/truncation_rate": 0.02,
-    "rollout/length_mean": 60.0, "rollout/repetition": 0.4, "train/entropy": 0.6, "train/kl": 0.01,
-    "train/logprob_gap": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0, "time/reward_s": 0.1,
-    "time/update_s": 1.0,
+    "reward": 1.2, "frac_reward_zero_std": 0.3, "frac_reward_failed": 0.0, "completions/clipped_ratio": 0.02,
+    "completions/mean_length": 60.0, "completions/repetition": 0.4, "entropy": 0.6, "kl": 0.01,
+    "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0,
+    "time/reward_s": 0.1, "time/update_s": 1.0,
 }  # fmt: skip
 SICK = {
-    "truncation": ({"rollout/truncation_rate": 0.97}, r"97% of the completions were cut off.*max_tokens"),
-    "no_variance": ({"reward/zero_variance": 1.0}, r"100% of the groups.*too easy or too hard"),
-    "entropy": ({"train/entropy": 0.01}, r"entropy is 0.010 nats.*stopped exploring"),
-    "kl": ({"train/kl": 9.0}, r"9.00 nats a token.*kl_coef"),
-    "logprob_gap": ({"train/logprob_gap": 2.5}, r"differ by 2.500 nats.*stale"),
-    "repetition": ({"rollout/repetition": 0.95}, r"95% of the 4-grams.*loops"),
-    "length": ({"rollout/length_mean": 300.0}, r"5.0 times as long.*length pays"),
-    "verifier": ({"reward/failed": 0.4}, r"40% of the completions could not be judged.*sandbox"),
+    "truncation": ({"completions/clipped_ratio": 0.97}, r"97% of the completions were cut off.*max_tokens"),
+    "no_variance": ({"frac_reward_zero_std": 1.0}, r"100% of the groups.*too easy or too hard"),
+    "entropy": ({"entropy": 0.01}, r"entropy is 0.010 nats.*stopped exploring"),
+    "kl": ({"kl": 9.0}, r"9.00 nats a token.*kl_coef"),
+    "logprob_gap": ({"sampling/sampling_logp_difference/mean": 2.5}, r"differ by 2.500 nats.*stale"),
+    "repetition": ({"completions/repetition": 0.95}, r"95% of the 4-grams.*loops"),
+    "length": ({"completions/mean_length": 300.0}, r"5.0 times as long.*length pays"),
+    "verifier": ({"frac_reward_failed": 0.4}, r"40% of the completions could not be judged.*sandbox"),
     "max_vio": ({"router/max_vio": 6.0}, r"6.0 times the mean load.*routing has collapsed"),
     "slow_step": ({"time/sampling_s": 60.0}, r"19.7 times the median.*another job"),
     "reward_hacking": (
-        {"reward/mean": 1.5, "eval/pass_at_1": 0.5},
+        {"reward": 1.5, "eval/pass_at_1": 0.5},
         r"held-out accuracy 20.0% below its best.*gaming",
     ),
 }
@@ -73,7 +73,7 @@ def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
     sick = HEALTHY | {key: value for change, _ in SICK.values() for key, value in change.items()}
     assert not Tripwires(off).check(sick)
-    assert not Tripwires(default()).check({"reward/mean": 1.0, "rollout/length_mean": 5.0})
+    assert not Tripwires(default()).check({"reward": 1.0, "completions/mean_length": 5.0})
 
 
 @pytest.mark.parametrize(

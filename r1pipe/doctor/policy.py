@@ -57,7 +57,9 @@ def variance(context: Context, name: str) -> Finding:
 
 def logprobs(context: Context, name: str) -> Finding:
     """How far the trainer's log-probabilities of drawn tokens are from the sampler's."""
-    gap = context.trained["train/logprob_gap"]  # of the step's beginning, before any weight moved
+    gap = context.trained[
+        "sampling/sampling_logp_difference/mean"
+    ]  # of the step's beginning, before any weight moved
     return _gap_finding(context, name, gap, f"{gap:.1e} nats a token apart")
 
 
@@ -66,7 +68,7 @@ def after_sync(context: Context, name: str) -> Finding:
     context.trained  # noqa: B018 - the step
     moved = moved_by_step(context)
     fresh = context.draw().rollouts
-    gap = update(context.engine, fresh, context.trial.stage, None)["train/logprob_gap"]
+    gap = update(context.engine, fresh, context.trial.stage, None)["sampling/sampling_logp_difference/mean"]
     shown = f"{gap:.1e} nats a token apart, after a step that moved them by {moved:.1e}"
     found = _gap_finding(context, name, gap, shown)
     if found.status == PASS and moved <= context.limits.logprob_gap[context.config.engine.precision].fail:

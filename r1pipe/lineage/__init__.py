@@ -11,7 +11,18 @@ tree, page the walk drawn: in the terminal, as one HTML file
 from r1pipe.lineage.ancestors import Ancestor, ancestors
 from r1pipe.lineage.edges import with_open_parents, with_parents
 from r1pipe.lineage.fit import differs, must_fit
-from r1pipe.lineage.places import BUNDLED, Place, bundled, newest, of_folder, of_run, of_stage, resolve, runs
+from r1pipe.lineage.places import (
+    BUNDLED,
+    Place,
+    bundled,
+    is_run,
+    newest,
+    of_folder,
+    of_run,
+    of_stage,
+    resolve,
+    runs,
+)
 from r1pipe.lineage.settings import UNLIKE, settings_of
 from r1pipe.lineage.tree import show
 from r1pipe.recorded import record_of
@@ -24,6 +35,7 @@ __all__ = [
     "ancestors",
     "bundled",
     "differs",
+    "is_run",
     "must_fit",
     "newest",
     "of_folder",

@@ -35,7 +35,7 @@ class StageRun:
 
     @property
     def is_rl(self) -> bool:
-        return any("reward/mean" in line for line in self.metrics)
+        return any("reward" in line for line in self.metrics)
 
     @cached_property
     def metrics(self) -> list[dict]:

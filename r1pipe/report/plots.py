@@ -73,27 +73,27 @@ class Panel:
 def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
     """Curves of one RL stage (a run per seed); a chart without data is left out."""
     lines = {  # title: (unit, {metric: label})
-        "Accuracy": ("%", {"eval/pass_at_1": "held out (dev)", "rollout/accuracy": "training prompts"}),
-        "Reward": (
-            "",
-            {"reward/mean": "sum"} | _group(runs, "reward", {"mean", "std", "zero variance", "failed"}),
+        "Accuracy": ("%", {"eval/pass_at_1": "held out (dev)", "rewards/accuracy/mean": "training prompts"}),
+        "Reward": ("", {"reward": "sum"} | _group(runs, "rewards", "/mean")),
+        "Response length": (
+            "tokens",
+            {"completions/mean_length": "mean", "completions/max_length": "longest"},
         ),
-        "Response length": ("tokens", {"rollout/length_mean": "mean", "rollout/length_max": "longest"}),
-        "Reflection": ("words per response", {"rollout/reflections": ""}),
-        "Strategy": ("% of responses", _group(runs, "strategy", set())),
+        "Reflection": ("words per response", {"completions/reflections": ""}),
+        "Strategy": ("% of responses", _group(runs, "strategy")),
         "Cut off, no signal": (
             "%",
             {
-                "rollout/truncation_rate": "responses cut off",
-                "reward/zero_variance": "groups of equal reward",
+                "completions/clipped_ratio": "responses cut off",
+                "frac_reward_zero_std": "groups of equal reward",
             },
         ),
-        "Entropy": ("nats per token", {"train/entropy": ""}),
-        "KL to the reference": ("nats per token", {"train/kl": ""}),
+        "Entropy": ("nats per token", {"entropy": ""}),
+        "KL to the reference": ("nats per token", {"kl": ""}),
         "Value model (PPO)": ("% of variance explained", {"value/explained_variance": ""}),
         "Format and language": (
             "%",
-            {"rollout/format_rate": "format", "rollout/language_consistency": "language"},
+            {"rewards/format/mean": "format", "rewards/language/mean": "language"},
         ),
     }
     panels = []
@@ -114,10 +114,10 @@ def loss_panels(runs: Sequence[StageRun]) -> list[Panel]:
     return panels
 
 
-def _group(runs: Sequence[StageRun], group: str, without: set[str]) -> dict[str, str]:
-    names = dict.fromkeys(name for run in runs for name in run.names(group))
-    short = {name: name.removeprefix(f"{group}/") for name in names}
-    return {name: label.replace("_", " ") for name, label in short.items() if label not in without}
+def _group(runs: Sequence[StageRun], group: str, ending: str = "") -> dict[str, str]:
+    """The metrics `group/LABEL` + `ending`, each with its label."""
+    names = dict.fromkeys(name for run in runs for name in run.names(group) if name.endswith(ending))
+    return {name: name.removeprefix(f"{group}/").removesuffix(ending).replace("_", " ") for name in names}
 
 
 def _curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:

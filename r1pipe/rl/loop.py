@@ -21,7 +21,7 @@ from r1pipe.rewards import Shaping
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
-from r1pipe.rl.rows import Row, rows_of, stop_if_failing, summarise, write_rows
+from r1pipe.rl.rows import Row, rows_of, sample_of, speeds, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
 from r1pipe.rl.tripwires import Trip, Tripwires, asking
@@ -32,7 +32,7 @@ from r1pipe.stopping import Interrupted
 
 Metrics = dict[str, float]
 CRITIC = "critic"  # the folder of the value model's engine within a checkpoint's state for resume
-ON_SCREEN = {"reward": "reward/mean", "accuracy": "rollout/accuracy", "length": "rollout/length_mean"}
+ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
 
 
 @dataclass
@@ -82,6 +82,7 @@ class GRPO:
 
     def step(self) -> None:
         """P prompts of this rank, G completions each, and what is learned from them."""
+        began = time.monotonic()
         metrics: Metrics = {}
         before = replace(self.state)
         heartbeat.at_step(before.step + 1)
@@ -106,7 +107,7 @@ class GRPO:
         if self.critic and estimated is not None:
             with self._timed("value", metrics):
                 metrics |= self.critic.learn(estimated)
-        self._end_step(rows, metrics)
+        self._end_step(rows, metrics, began)
 
     def _estimate(
         self, groups: list[Group], tokens: list[list[int]], metrics: Metrics
@@ -219,7 +220,7 @@ class GRPO:
         mine = rows_of(groups, self.data.strategy_of)
         return [row for rows in self.engine.all_gather_objects(mine) for row in rows]
 
-    def _end_step(self, rows: list[Row], metrics: Metrics) -> None:
+    def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> None:
         """Replace the reference, evaluate, save and log, each when it is time."""
         config, state = self.config, self.state
         state.step += 1
@@ -231,9 +232,11 @@ class GRPO:
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and not last:
             metrics |= self.short_evaluation()
+        metrics |= speeds(rows, metrics, time.monotonic() - began)
         trips = self._watched(metrics)
         self.run.log(state.step, metrics)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
+        self.run.tell(sample=sample_of(rows, self.run.rng("shown", state.step)))
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := asking(trips, "stop"):
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")

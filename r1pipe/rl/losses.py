@@ -9,6 +9,7 @@ vocabulary. Nothing here knows of models, engines or ranks: a micro-batch's loss
 `weights_N`, and the weights of all micro-batches of all ranks together make the mean.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -104,7 +105,13 @@ class PolicyLoss:
     clipped_low_sum: Tensor  # those of them whose ratio was too low
     capped_sum: Tensor  # tokens whose importance was truncated
     gap_sum: Tensor  # |trainer's log-probability - sampler's|
+    gap_max: Tensor
+    ratio_sum: Tensor  # what the clip looks at; without any trained token inf is the least, 0 the greatest
+    ratio_min: Tensor
     ratio_max: Tensor
+    sampling_ratio_sum: Tensor  # the trainer's probability over the sampler's
+    sampling_ratio_min: Tensor
+    sampling_ratio_max: Tensor
     tokens: Tensor
 
 
@@ -148,13 +155,23 @@ def policy_loss(
     loss = (weights_N * (objective.kl_coef * kl_N - surrogate_N)).sum()
     with torch.no_grad():
         trained_N = weights_N > 0
+        others_N = ~trained_N
+        gap_N = (logprobs_N - old_N).masked_fill(others_N, 0.0)
+        ratio_N = ratio_N.masked_fill(others_N, 0.0)
+        sampling_ratio_N = gap_N.exp().masked_fill(others_N, 0.0)
         return PolicyLoss(
             loss=loss,
             kl_sum=(kl_N * trained_N).sum(),
             clipped_sum=(trained_N & clipped_N).sum(),
             clipped_low_sum=(trained_N & clipped_N & (ratio_N < 1)).sum(),
             capped_sum=(trained_N & capped_N).sum(),
-            gap_sum=((logprobs_N - old_N).abs() * trained_N).sum(),
-            ratio_max=(ratio_N * trained_N).amax(),
+            gap_sum=gap_N.abs().sum(),
+            gap_max=gap_N.abs().amax(),
+            ratio_sum=ratio_N.sum(),
+            ratio_min=ratio_N.masked_fill(others_N, math.inf).amin(),
+            ratio_max=ratio_N.amax(),
+            sampling_ratio_sum=sampling_ratio_N.sum(),
+            sampling_ratio_min=sampling_ratio_N.masked_fill(others_N, math.inf).amin(),
+            sampling_ratio_max=sampling_ratio_N.amax(),
             tokens=trained_N.sum(),
         )

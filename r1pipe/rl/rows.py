@@ -1,12 +1,13 @@
-"""What is kept and shown of a step's rollouts: one row per completion, a parquet file, and the means.
+"""What is kept and shown of a step's rollouts: one row per completion, a parquet file, and the metrics.
 
 Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "question": "…", "answer": "42",
-"completion": "<think>\\n…", "length": 87, "truncated": False, "strategy": "careful", "reward": 1.2,
-"advantage": 0.9, "has_variance": True, "trained": True, "scores": {"accuracy": 1.0, "format": 1.0},
-"failed": []}
+"completion": "<think>\\n…", "length": 87, "truncated": False, "repetition": 0.1, "strategy": "careful",
+"reward": 1.2, "advantage": 0.9, "has_variance": True, "trained": True, "entropy": 0.4,
+"scores": {"accuracy": 1.0, "format": 1.0}, "failed": []}
+
+The metrics' names are TRL's where it has them; docs/metrics.md lists all of them.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -28,8 +30,19 @@ Row = dict[str, Any]
 REFLECTIVE = re.compile(
     r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE
 )
+SHOWN_END = 1000  # characters of a long text that the screen gets of either end
 StrategyOf = Callable[[Prompt, str], str]
-UNDER_ROLLOUT = {"accuracy": "accuracy", "format": "format_rate", "language": "language_consistency"}
+# The columns of a step's file, besides one for each reward. The types are given, not guessed: in one step no
+# completion may have failed, or none have a strategy, and `r1pipe samples` reads many steps as one table.
+COLUMNS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("prompt_id", "task", "language", "question", "answer")),
+        *(("completion", pa.string()), ("length", pa.int64()), ("truncated", pa.bool_())),
+        *(("repetition", pa.float64()), ("strategy", pa.string()), ("reward", pa.float64())),
+        *(("advantage", pa.float64()), ("trained", pa.bool_()), ("entropy", pa.float64())),
+        ("failed", pa.string()),
+    ]
+)
 
 
 def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row]:
@@ -53,6 +66,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "completion": completion.text,
                     "length": len(completion.tokens),
                     "truncated": completion.truncated,
+                    "repetition": repetition(completion.text),
                     "strategy": told(prompt, completion.text) if told else None,
                     "reward": reward if is_scored(reward) else None,
                     "advantage": advantage,
@@ -69,7 +83,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
 def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """The step's metrics, over the completions of all ranks.
 
-    `train/entropy` is the mean of -log pi over the drawn tokens: an unbiased estimate of the policy's entropy
+    `entropy` is the mean of -log pi over the drawn tokens: an unbiased estimate of the policy's entropy
     without another pass over the vocabulary. Raises EnvironmentProblem where nothing could be scored.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
@@ -78,25 +92,46 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         raise EnvironmentProblem(f"no completion could be scored ({failed}); mend the verifier and run again")
     lengths = [row["length"] for row in rows]
     metrics = {
-        "reward/mean": fmean(rewards),
-        "reward/std": pstdev(rewards),
-        "reward/failed": 1 - len(rewards) / len(rows),
-        "reward/zero_variance": fmean(not row["has_variance"] for row in rows),
-        "rollout/length_mean": fmean(lengths),
-        "rollout/length_max": float(max(lengths)),
-        "rollout/truncation_rate": fmean(row["truncated"] for row in rows),
-        "rollout/reflections": fmean(len(REFLECTIVE.findall(row["completion"])) for row in rows),
-        "rollout/repetition": fmean(repetition(row["completion"]) for row in rows),
-        "train/entropy": fmean((row["entropy"] for row in rows), weights=lengths),
+        "reward": fmean(rewards),
+        "reward_std": pstdev(rewards),
+        "frac_reward_zero_std": fmean(not row["has_variance"] for row in rows),
+        "frac_reward_failed": 1 - len(rewards) / len(rows),
+        "completions/mean_length": fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": fmean(row["truncated"] for row in rows),
+        "completions/reflections": fmean(len(REFLECTIVE.findall(row["completion"])) for row in rows),
+        "completions/repetition": fmean(row["repetition"] for row in rows),
+        "entropy": fmean((row["entropy"] for row in rows), weights=lengths),
     }
-    metrics |= {f"reward/failed/{name}": share for name, share in failed_shares(rows).items()}
     for name in sorted({name for row in rows for name in row["scores"]}):
-        mean = fmean(row["scores"][name] for row in rows if name in row["scores"])
-        metrics[f"reward/{name}"] = mean
-        if name in UNDER_ROLLOUT:
-            metrics[f"rollout/{UNDER_ROLLOUT[name]}"] = mean
+        values = [row["scores"][name] for row in rows if name in row["scores"]]
+        metrics |= {f"rewards/{name}/mean": fmean(values), f"rewards/{name}/std": pstdev(values)}
+    metrics |= {f"rewards/{name}/failed": share for name, share in failed_shares(rows).items()}
     told = Counter(row["strategy"] for row in rows if row["strategy"] is not None)
     return metrics | {f"strategy/{name}": count / told.total() for name, count in sorted(told.items())}
+
+
+def sample_of(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
+    """One completion for the screen, of a group that teaches where there is one: the last line of its prompt,
+    what it earned, and its text, of which a long one loses its middle."""
+    telling = [row for row in rows if row["trained"] and row["has_variance"]] or list(rows)
+    row = telling[rng.integers(len(telling))]
+    lines, text = row["question"].strip().splitlines() or [""], row["completion"]
+    if len(text) > 2 * SHOWN_END:
+        text = f"{text[:SHOWN_END]} … {text[-SHOWN_END:]}"
+    kept = {name: row[name] for name in ("task", "reward", "advantage", "truncated")}
+    return {**kept, "question": lines[-1][-SHOWN_END:], "completion": text}
+
+
+def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> dict[str, float]:
+    """Sampled tokens a second, while sampling and over the whole step of `step_s` seconds."""
+    tokens = sum(row["length"] for row in rows)
+    return {
+        "time/step_s": step_s,
+        "tokens_per_s": tokens / step_s,
+        "sampling/tokens_per_s": tokens / metrics["time/sampling_s"],
+    }
 
 
 def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
@@ -109,10 +144,10 @@ def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
 def stop_if_failing(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> None:
     """Raises EnvironmentProblem where more than `limit` of a reward's verdicts failed: the others would be a
     skewed choice of completions to learn from."""
-    shares = {name: share for name, share in metrics.items() if name.startswith("reward/failed/")}
+    shares = {name: share for name, share in metrics.items() if name.endswith("/failed")}
     worst = max(shares, key=lambda name: shares[name], default="")
     if worst and shares[worst] > limit:
-        name = worst.rpartition("/")[2]
+        name = worst.split("/")[1]
         why = next(line for row in rows for line in row["failed"] if line.startswith(f"{name}:"))
         raise EnvironmentProblem(
             f"{shares[worst]:.0%} of the step's {name} verdicts failed ({why}); "
@@ -121,14 +156,18 @@ def stop_if_failing(metrics: Mapping[str, float], limit: float, rows: Sequence[R
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """One parquet file, a column per reward component (null where it failed or does not apply)."""
+    """One parquet file, a column per reward component (null where it failed or does not apply).
+
+    It is put in place when it is whole, so that a kill leaves none that cannot be read.
+    """
     names = sorted({name for row in rows for name in row["scores"]})
+    schema = pa.schema([*COLUMNS, *((f"score_{name}", pa.float64()) for name in names)])
     flat = [
         {**row, "failed": "; ".join(row["failed"]) or None}
-        | {f"score_{name}": row["scores"].get(name, math.nan) for name in names}
+        | {f"score_{name}": row["scores"].get(name) for name in names}
         for row in rows
     ]
-    for row in flat:
-        del row["scores"], row["has_variance"]
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(flat), path, compression="zstd")
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(flat, schema), temporary, compression="zstd")
+    temporary.replace(path)

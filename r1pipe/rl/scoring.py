@@ -57,7 +57,7 @@ def score_groups(
     size = len(completions) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(size)]
     weighed = {name for name, weight in weights.items() if weight}
-    names = {*MEASURED, *weighed} - {*PREFERENCES, *(added or {})}
+    names = {*MEASURED, *weighed} - {*PREFERENCES, KL, *(added or {})}  # the critic brings its own KL
     scores = score_all(repeated, completions, sorted(names - {*SHAPES}))
     if shaping:
         add_shapes(scores, repeated, completions, sorted(names & {*SHAPES}), shaping)

@@ -12,6 +12,7 @@ from statistics import fmean, median
 from r1pipe.config.parts import WireConfig
 
 Metrics = Mapping[str, float]
+MEAN_LENGTH = "completions/mean_length"
 FIRST = 3  # steps whose lengths later ones are compared with
 
 
@@ -41,10 +42,10 @@ def _newest(name: str) -> Callable[[Sequence[Metrics]], float | None]:
 
 def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
     """How far held-out accuracy lies below its best where the reward is at its best."""
-    measured = [step for step in steps if "eval/pass_at_1" in step]
+    measured = [step for step in steps if step.keys() >= {"eval/pass_at_1", "reward"}]
     if len(measured) < 2 or measured[-1] is not steps[-1]:
         return None
-    rewards = [step["reward/mean"] for step in measured]
+    rewards = [step["reward"] for step in measured]
     if rewards[-1] < max(rewards):
         return 0.0
     return max(step["eval/pass_at_1"] for step in measured) - measured[-1]["eval/pass_at_1"]
@@ -52,7 +53,7 @@ def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
 
 def _growth(steps: Sequence[Metrics]) -> float | None:
     """Mean length over that of the first steps."""
-    lengths = [step["rollout/length_mean"] for step in steps]
+    lengths = [step[MEAN_LENGTH] for step in steps if MEAN_LENGTH in step]
     return lengths[-1] / max(1.0, fmean(lengths[:FIRST])) if len(lengths) > FIRST else None
 
 
@@ -66,33 +67,33 @@ TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
 
 WIRES: dict[str, Wire] = {
     "truncation": Wire(
-        _newest("rollout/truncation_rate"),
+        _newest("completions/clipped_ratio"),
         "{value:.0%} of the completions were cut off (limit {limit:.0%})",
         "none of them can answer: raise stage.sampling.max_tokens, or punish with stage.rewards.unfinished",
     ),
     "no_variance": Wire(
-        _newest("reward/zero_variance"),
+        _newest("frac_reward_zero_std"),
         "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
         "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
     ),
     "entropy": Wire(
-        _newest("train/entropy"),
+        _newest("entropy"),
         "the policy's entropy is {value:.3f} nats (limit {limit:g})",
         "it has stopped exploring: lower stage.optim.lr, raise stage.kl_coef, or widen the upper clip",
         below=True,
     ),
     "kl": Wire(
-        _newest("train/kl"),
+        _newest("kl"),
         "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
         "the policy has left it behind: lower stage.optim.lr or raise stage.kl_coef",
     ),
     "logprob_gap": Wire(
-        _newest("train/logprob_gap"),
+        _newest("sampling/sampling_logp_difference/mean"),
         "sampler and trainer differ by {value:.3f} nats a token (limit {limit:g})",
         "the sampler's weights are stale, or it computes something else: check precision and weight sync",
     ),
     "repetition": Wire(
-        _newest("rollout/repetition"),
+        _newest("completions/repetition"),
         "{value:.0%} of the 4-grams in completions are repeated (limit {limit:.0%})",
         "the policy loops: look at the rollouts, and give stage.rewards a punishment for it",
     ),
@@ -107,7 +108,7 @@ WIRES: dict[str, Wire] = {
         "length pays, or nothing ends a text: look at the rollouts and at stage.loss_mean",
     ),
     "verifier": Wire(
-        _newest("reward/failed"),
+        _newest("frac_reward_failed"),
         "{value:.0%} of the completions could not be judged (limit {limit:.0%})",
         "the verifier or its sandbox fails: the column `failed` of the rollouts says how",
     ),

@@ -137,6 +137,12 @@ class _Step:
     def total(self, name: str) -> float:
         return float(sum(getattr(loss, name).item() for loss in self.losses))
 
+    def least(self, name: str) -> float:
+        return min(getattr(loss, name).item() for loss in self.losses)
+
+    def greatest(self, name: str) -> float:
+        return max(getattr(loss, name).item() for loss in self.losses)
+
 
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
     losses: list[PolicyLoss] = []
@@ -182,8 +188,8 @@ def update(
     """Learn from one rank's share of a rollout batch; the metrics are those of all ranks.
 
     The old log-probabilities are the sampler's: the same weights in the same precision, so a forward pass to
-    compute them again buys nothing. `train/logprob_gap` says how well that holds; where it does not,
-    `stage.importance_cap` has the trainer compute its own and weighs the difference.
+    compute them again buys nothing. `sampling/sampling_logp_difference/mean` says how well that holds; where
+    it does not, `stage.importance_cap` has the trainer compute its own and weighs the difference.
     """
     minibatches = [
         prepare(engine, minibatch, config, reference)
@@ -202,12 +208,13 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[s
     steps = [step for step in steps if not step.stats.broken]
     if not steps:
         return last
-    names = ("tokens", "kl_sum", "clipped_sum", "clipped_low_sum", "capped_sum")
+    names = ("tokens", "kl_sum", "clipped_sum", "clipped_low_sum", "capped_sum", "ratio_sum")
+    of_first = ("tokens", "gap_sum", "sampling_ratio_sum")
     sums = [sum(step.total(name) for step in steps) for name in names]
-    tokens, kl, clipped, clipped_low, capped, gap, first_tokens = engine.sum_over_ranks(
-        [*sums, first.total("gap_sum"), first.total("tokens")]
+    tokens, kl, clipped, clipped_low, capped, ratio, first_tokens, gap, sampling_ratio = (
+        engine.sum_over_ranks([*sums, *map(first.total, of_first)])
     )
-    ratio_max = max(loss.ratio_max.item() for step in steps for loss in step.losses)
+    count, first_count = max(tokens, 1.0), max(first_tokens, 1.0)
     by_step = [step_metrics(step.stats) for step in steps]
     metrics = {name: fmean(found[name] for found in by_step) for name in by_step[0]}
     metrics |= {name: value for name, value in last.items() if name == "train/skipped"}
@@ -215,14 +222,32 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[s
         shares = [float(sum(share.item() for share in step.balance)) for step in steps]
         metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
     if config.kl_in == "loss":  # the reward's is among the rewards
-        metrics["train/kl"] = kl / max(tokens, 1.0)
+        metrics["kl"] = kl / count
     if config.importance_cap:
-        metrics["train/importance_capped"] = capped / max(tokens, 1.0)
+        metrics["sampling/importance_sampling_ratio/capped"] = capped / count
     if not first.stats.broken:
-        metrics["train/logprob_gap"] = gap / max(first_tokens, 1.0)
-    return metrics | {
-        "train/clip_fraction": clipped / max(tokens, 1.0),
-        "train/clip_low": clipped_low / max(tokens, 1.0),
-        "train/clip_high": (clipped - clipped_low) / max(tokens, 1.0),
-        "train/ratio_max": max(engine.all_gather_objects(ratio_max)),
+        metrics["sampling/importance_sampling_ratio/mean"] = sampling_ratio / first_count
+        metrics["sampling/sampling_logp_difference/mean"] = gap / first_count
+    metrics |= {
+        "clip_ratio/region_mean": clipped / count,
+        "clip_ratio/low_mean": clipped_low / count,
+        "clip_ratio/high_mean": (clipped - clipped_low) / count,
+        "importance_ratio/mean": ratio / count,
     }
+    return metrics | (_extremes(engine, steps, first) if tokens else {})
+
+
+def _extremes(engine: Engine, steps: Sequence[_Step], first: _Step) -> dict[str, float]:
+    """Least and greatest ratios over the trained tokens of all ranks; the sampler's of the first step."""
+    mine = {
+        "importance_ratio/min": min(step.least("ratio_min") for step in steps),
+        "importance_ratio/max": max(step.greatest("ratio_max") for step in steps),
+    }
+    if not first.stats.broken:
+        mine |= {
+            "sampling/importance_sampling_ratio/min": first.least("sampling_ratio_min"),
+            "sampling/importance_sampling_ratio/max": first.greatest("sampling_ratio_max"),
+            "sampling/sampling_logp_difference/max": first.greatest("gap_max"),
+        }
+    of_ranks = engine.all_gather_objects(mine)
+    return {name: (min if name.endswith("/min") else max)(found[name] for found in of_ranks) for name in mine}

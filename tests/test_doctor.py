@@ -28,6 +28,7 @@ from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.records import Prompt, Score, Status
+from r1pipe.rewards import verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.run import Run
 
@@ -169,7 +170,7 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     def stated(prompt: Prompt, completion: Any) -> Score:
         return Score(float(completion.text.startswith(THINK)))
 
-    monkeypatch.setattr(rewards, "accuracy_reward", stated)
+    monkeypatch.setattr(verdicts, "accuracy", stated)
     lenient = found(context(*GRPO), "rewards")
     assert lenient.status == FAIL and "does not tell right from wrong" in lenient.remedy
 

@@ -107,10 +107,10 @@ class FakeChat:
 
 
 def fake_sampler(calls):
-    def generate(prompts, params, progress):
+    def generate(prompts, params, progress, ended):
         calls.append(params)
         made = []
-        for tokens in prompts:
+        for place, tokens in enumerate(prompts):
             prompt_id = "".join(map(chr, tokens))
             table = SAMPLED if params.n == 4 else GREEDY if params.temperature == 0 else {}
             for draw, text in enumerate(table.get(prompt_id, [think("It is so.")] * params.n)):
@@ -119,6 +119,7 @@ def fake_sampler(calls):
                 length = 10 if prompt_id == "a" else 20
                 tokens_made = [len(FakeChat.texts) - 1] + [0] * (length - 1)
                 made.append(Completion(tokens_made, [0.0] * length, "length" if cut else "stop"))
+                ended(place, made[-1])
         if progress:
             progress(len(made), len(made))
         return made

@@ -171,7 +171,7 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
     assert (weights["kl"], weights["overlong"]) == (-0.5, 0.0)
     asked = []
 
-    def score_all(prompts, completions, names):
+    def score_all(prompts, completions, names, verdicts=None):
         asked.extend(names)
         return [{"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}]
 
@@ -320,7 +320,7 @@ def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):
 # --- the loop
 
 
-def right_where_the_first_token_is_even(prompts, completions, names):
+def right_where_the_first_token_is_even(prompts, completions, names, verdicts=None):
     """So that some groups of four are right, or wrong, as a whole."""
     return [{"accuracy": Score(float(c.tokens[0] % 2 == 0))} for c in completions]
 
@@ -374,7 +374,7 @@ def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_pa
 
 
 def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
-    def seldom_right(prompts, completions, names):
+    def seldom_right(prompts, completions, names, verdicts=None):
         return [{"accuracy": Score(float(c.tokens[0] % 8 == 0))} for c in completions]
 
     monkeypatch.setattr(scoring, "score_all", seldom_right)
@@ -399,7 +399,7 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
 
 
 def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatch):
-    def always_right(prompts, completions, names):
+    def always_right(prompts, completions, names, verdicts=None):
         return [{"accuracy": Score(1.0)} for _ in completions]
 
     monkeypatch.setattr(scoring, "score_all", always_right)

@@ -17,6 +17,7 @@ from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.ranks import choose_device
 from r1pipe.records import Group, Prompt, Trace
+from r1pipe.rewards import Verdicts
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO
 from r1pipe.rl.update import update
@@ -165,8 +166,9 @@ class Context:
 
     def draw(self) -> Probe:
         prompts, _ = self.loop.reasoning.take(0, self.trial.stage.prompts_per_step)
-        tokens, completions = self.loop.rollout(prompts)
-        groups = self.loop.score(prompts, tokens, completions)
+        with Verdicts() as verdicts:
+            tokens, completions = self.loop.rollout(prompts, verdicts)
+            groups = self.loop.score(prompts, tokens, completions, verdicts)
         return Probe(groups, rollouts_of(groups, tokens))
 
     @cached_property

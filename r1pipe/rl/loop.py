@@ -16,7 +16,7 @@ from r1pipe.engine import Engine
 from r1pipe.errors import Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rewards import Shaping
+from r1pipe.rewards import Shaping, Verdicts
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
@@ -119,11 +119,12 @@ class GRPO:
         groups: list[Group] = []
         share, limit = self.config.prompts_per_step // self.engine.world_size, self.config.dynamic_batches
         for batch in range(limit):
-            with self._timed("sampling", metrics):
-                prompts = self._next_prompts(metrics)
-                drawn, completions = self.rollout(prompts, batch)
-            with self._timed("reward", metrics):
-                groups += self.score(prompts, drawn, completions)
+            with Verdicts() as verdicts:
+                with self._timed("sampling", metrics):
+                    prompts = self._next_prompts(metrics)
+                    drawn, completions = self.rollout(prompts, verdicts, batch)
+                with self._timed("reward", metrics):
+                    groups += self.score(prompts, drawn, completions, verdicts)
             tokens += drawn
             if limit == 1:
                 break
@@ -135,10 +136,12 @@ class GRPO:
             pass_over(groups, taught, share)
         return tokens, groups
 
-    def rollout(self, prompts: list[Prompt], batch: int = 0) -> tuple[list[list[int]], list[Completion]]:
+    def rollout(
+        self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0
+    ) -> tuple[list[list[int]], list[Completion]]:
         """The prompts as token ids, and G completions of each in a row, drawn from the policy of now.
 
-        `batch` counts the rollout batches of the step.
+        Each is judged as it ends, while others are drawn. `batch` counts the rollout batches of the step.
         """
         sampling = self.config.sampling
         stream = f"sampling/{self.engine.rank}" + (f"/{batch}" if batch else "")
@@ -154,13 +157,16 @@ class GRPO:
             sampler = Sampler(
                 policy, self.chat.eos_id, self.chat.pad_id, sampling.slots, self.run.config.engine.graphs
             )
-            completions = sampler.generate(tokens, params, self._show_sampling)
-        for completion in completions:
-            completion.text = self.chat.decode(completion.tokens)
+            ended = verdicts.ended(self.chat, prompts)
+            completions = sampler.generate(tokens, params, self._show_sampling, ended)
         return tokens, completions
 
     def score(
-        self, prompts: list[Prompt], tokens: list[list[int]], completions: list[Completion]
+        self,
+        prompts: list[Prompt],
+        tokens: list[list[int]],
+        completions: list[Completion],
+        verdicts: Verdicts,
     ) -> list[Group]:
         """Rewards and group-relative advantages; `tokens` are the prompts' token ids."""
         config = self.config
@@ -176,6 +182,7 @@ class GRPO:
             config.normalise_std,
             Shaping(config.rewards, config.sampling.max_tokens),
             added,
+            verdicts,
         )
 
     def _next_prompts(self, metrics: Metrics) -> list[Prompt]:

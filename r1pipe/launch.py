@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -100,6 +101,23 @@ def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     line = [sys.executable, str(stages_dir() / name), *arguments]
     variables = {**os.environ, "PYTHONPATH": module_path()}
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
+
+
+def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int:
+    """Run a script of stages/ as the stage's own job would run, on this machine's ranks; its exit code.
+
+    Raises EnvironmentProblem if the machine lacks something.
+    """
+    engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
+    here = replace(config, engine=engine, stage=stage)
+    line = command(here, run, machine.must_launch(engine))
+    with no_mlflow() as hidden:
+        variables = {**os.environ, **environment(here)}
+        variables["PYTHONPATH"] = os.pathsep.join([hidden, variables["PYTHONPATH"]])
+        ended = subprocess.run(
+            line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+        )
+    return ended.returncode
 
 
 class Job:

@@ -423,9 +423,9 @@ def test_all_ranks_draw_as_long_as_one_of_them_needs():
 
     loop.engine = SimpleNamespace(world_size=2, rank=0, agree_max=agree_max)
     loop.run = SimpleNamespace(phase=lambda name: nullcontext())
-    loop._next_prompts = lambda metrics: [PROMPT] * 2
-    loop.rollout = lambda prompts, batch: ([[batch]] * 2, [])
-    loop.score = lambda prompts, tokens, completions: [group(1.0, 0.0), group(0.0, 1.0)]
+    loop.next_prompts = lambda metrics: [PROMPT] * 2
+    loop.rollout = lambda prompts, verdicts, batch: ([[batch]] * 2, [])
+    loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 1.0)]
     metrics: dict[str, float] = {}
     tokens, groups = loop._draw(metrics)
     assert seen == [0, 0, 0] and metrics["rollout/batches"] == 3

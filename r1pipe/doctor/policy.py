@@ -13,6 +13,7 @@ from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Status
+from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
 from r1pipe.rl.update import completion_logprobs, prepare, update
 
@@ -35,7 +36,7 @@ def truncation(context: Context, name: str) -> Finding:
 def variance(context: Context, name: str) -> Finding:
     """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
     of none, is a warning too: then only format and language differ."""
-    groups = context.probe.groups
+    groups = [group for group in context.probe.groups if applies(group.prompt)]
     rewards = [reward for group in groups for reward in group.rewards]
     known = [reward for reward in rewards if is_scored(reward)]
     if not known:
@@ -92,7 +93,8 @@ def moved_by_step(context: Context) -> float:
         now_N = completion_logprobs(engine.module, micro, stage.sampling.temperature)
         total += float((now_N - micro.old_N).abs().sum())
         tokens += len(micro.old_N)
-    return total / max(1, tokens)
+    total, count = engine.sum_over_ranks([total, tokens])
+    return total / max(1.0, count)
 
 
 def round_trip(context: Context, name: str) -> Finding:

@@ -121,7 +121,7 @@ class GRPO:
         for batch in range(limit):
             with Verdicts() as verdicts:
                 with self._timed("sampling", metrics):
-                    prompts = self._next_prompts(metrics)
+                    prompts = self.next_prompts(metrics)
                     drawn, completions = self.rollout(prompts, verdicts, batch)
                 with self._timed("reward", metrics):
                     groups += self.score(prompts, drawn, completions, verdicts)
@@ -185,7 +185,7 @@ class GRPO:
             verdicts,
         )
 
-    def _next_prompts(self, metrics: Metrics) -> list[Prompt]:
+    def next_prompts(self, metrics: Metrics) -> list[Prompt]:
         """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike."""
         config, state = self.config, self.state
         n = config.prompts_per_step

@@ -27,10 +27,12 @@ from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import DeepseekV3, save_pretrained
+from r1pipe.model.cache import Decoder
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.records import Prompt, Score, Status
 from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
+from r1pipe.rl import routing
 from r1pipe.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
@@ -285,6 +287,15 @@ def test_a_sampler_that_keeps_the_old_weights(context: Make, monkeypatch: pytest
     monkeypatch.setattr(type(examined.engine), "gathered", gathered)
     assert found(examined, "logprobs").status == PASS
     assert found(examined, "after a weight sync").status == FAIL
+
+
+def test_a_sampler_that_routes_otherwise(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "routing").status == PASS
+    other = DeepseekV3(examined.config.model, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(routing, "decoder_of", lambda policy: Decoder(other))
+    apart = found(examined, "routing")
+    assert apart.status == FAIL and "importance_cap" in apart.remedy
 
 
 def test_a_step_too_small_to_show_is_told(context: Make) -> None:

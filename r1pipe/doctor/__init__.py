@@ -65,6 +65,7 @@ CHECKS: dict[str, Check] = {
     "variance": Check(policy.variance, RL, together=True),
     "general prompts": Check(general.judged, RL, together=True),
     "logprobs": Check(policy.logprobs, RL, together=True),
+    "routing": Check(policy.routing, RL, together=True),
     "after a weight sync": Check(policy.after_sync, RL, together=True),
     "save and load": Check(policy.round_trip, TRAINED, together=True),
     "memory": Check(resources.memory, TRAINED),

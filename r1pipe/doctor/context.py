@@ -63,6 +63,7 @@ class Limits:
     variance: Band
     opens: Band
     logprob_gap: dict[str, Band]
+    routing: Band
     memory: Band
     judgeable: Band
     refusals: Band

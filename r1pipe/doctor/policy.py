@@ -15,6 +15,7 @@ from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Status
 from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
+from r1pipe.rl.routing import routing_agreement
 from r1pipe.rl.update import completion_logprobs, prepare, update
 
 
@@ -60,6 +61,18 @@ def logprobs(context: Context, name: str) -> Finding:
     """How far the trainer's log-probabilities of drawn tokens are from the sampler's."""
     gap = context.trained["train/logprob_gap"]  # of the step's beginning, before any weight moved
     return _gap_finding(context, name, gap, f"{gap:.1e} nats a token apart")
+
+
+def routing(context: Context, name: str) -> Finding:
+    """Share of the sampler's choices of experts that are the trainer's too."""
+    rollouts, count = context.probe.rollouts, context.limits.probe_group
+    found = routing_agreement(context.engine, rollouts, context.trial.stage, count)
+    if not found:
+        return Finding(name, PASS, "no token was routed")
+    share = found["train/routing_agreement"]
+    remedy = "sampler and trainer choose other experts: try engine.precision=fp32, or weigh it by"
+    remedy += " stage.importance_cap=2"
+    return graded(name, share, context.limits.routing, f"{share:.2%} of the experts are the same", remedy)
 
 
 def after_sync(context: Context, name: str) -> Finding:

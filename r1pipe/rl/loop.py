@@ -20,6 +20,7 @@ from r1pipe.rewards import Shaping, Verdicts
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
+from r1pipe.rl.routing import routing_agreement
 from r1pipe.rl.rows import Row, rows_of, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
@@ -89,6 +90,10 @@ class GRPO:
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
             with self._timed("update", metrics):
                 rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
+                if self.config.compare_routes:
+                    metrics |= routing_agreement(
+                        self.engine, rollouts, self.config, self.config.compare_routes
+                    )
                 metrics |= update(self.engine, rollouts, self.config, self.reference)
             [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
             metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]

@@ -13,13 +13,13 @@ from r1pipe.config.schema import EvalConfig
 from r1pipe.data.chat import Chat
 from r1pipe.estimates import clustered_interval, majority, mean
 from r1pipe.records import Completion, Prompt, Status
-from r1pipe.rewards import score_all, vote
-from r1pipe.rollout import SamplingParams
+from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.rollout import Ended, SamplingParams
 
 GENERAL_KINDS = ("writing", "facts", "identity", "translation")
 
 Progress = Callable[[int, int], None]
-Generate = Callable[[list[list[int]], SamplingParams, Progress | None], list[Completion]]
+Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], list[Completion]]
 
 
 class Truth(Protocol):
@@ -97,16 +97,17 @@ def evaluate(
             return []
         params = SamplingParams(**settings, n=n, seed=_seed(seed, rank, stream))
         tokens = [chat.prompt_tokens(pool[i]) for i in indices]
-        completions = generate(tokens, params, done.next(len(indices) * n))
-        for completion in completions:
-            completion.text = chat.decode(completion.tokens)
-        return completions
+        ended = verdicts.ended(chat, [pool[i] for i in indices])
+        return generate(tokens, params, done.next(len(indices) * n), ended)
 
-    sampled = _judge(prompts, mine, draw(prompts, mine, config.samples, hot, 0), strategy_of)
-    greedy = _judge(prompts, mine, draw(prompts, mine, 1, cold, 1), None) if config.greedy else []
+    with Verdicts() as verdicts:
+        warm = draw(prompts, mine, config.samples, hot, 0)
+        likeliest = draw(prompts, mine, 1, cold, 1) if config.greedy else []
+        texts = draw(general_prompts, mine_general, 1, hot, 2)
+        sampled = _judge(prompts, mine, warm, verdicts, strategy_of)
+        greedy = _judge(prompts, mine, likeliest, verdicts, None)
     general = []
     if judge:
-        texts = draw(general_prompts, mine_general, 1, hot, 2)
         for i, completion in zip(mine_general, texts, strict=True):
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
@@ -154,13 +155,14 @@ def _judge(
     prompts: Sequence[Prompt],
     indices: range,
     completions: list[Completion],
+    verdicts: Verdicts,
     strategy_of: Callable[[Prompt, str], str] | None,
 ) -> list[Verdict]:
     """Verdicts on the completions of prompts `indices`, equally many each, in order."""
     each = len(completions) // max(len(indices), 1)
     places = [(i, draw) for i in indices for draw in range(each)]
     asked = [prompts[i] for i, _ in places]
-    scores = score_all(asked, completions, ["accuracy", "format", "language"])
+    scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
     return [
         Verdict(
             problem=i,

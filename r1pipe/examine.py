@@ -29,7 +29,8 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     run = RunFolder(folder / f"{config.stage.name}-doctor")
     crashed = False
     try:
-        code, found = examined(config, run)
+        several = config.engine.ranks > 1 and here[0].status == PASS
+        code, found = examined(config, run, several)
         if code:
             crashed = not run.error.exists()  # then its log is all there is to look at
             print(launch.failure(run, code), file=sys.stderr)
@@ -46,15 +47,22 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     return 1 if findings.failed(found) else 0
 
 
-def examined(config: RunConfig, run: RunFolder) -> tuple[int, list[Finding]]:
-    """The exit code of stages/doctor.py on this config, and what it found; its output is in the run's log."""
+def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, list[Finding]]:
+    """The exit code of stages/doctor.py on this config, and what it found; its output is in the run's log.
+
+    `several`: on all ranks of this machine, as what they tell one another can go wrong too.
+    """
     run.log.mkdir(parents=True)
     launch.write_json(run.config, publishable(to_mapping(config)))
     with (run.log / "launcher.txt").open("wb") as log:
-        code = launch.script("doctor.py", [str(run.path)], log)
-    if code:
-        return code, []
-    rows = json.loads((run.path / "findings.json").read_text(encoding="utf-8"))
+        if several:
+            code = launch.on_ranks("doctor.py", config, run, log)
+        else:
+            code = launch.script("doctor.py", [str(run.path)], log)
+    told = run.path / "findings.json"
+    if code or not told.exists():  # DeepSpeed's launcher forgets when its child was killed
+        return code or 1, []
+    rows = json.loads(told.read_text(encoding="utf-8"))
     return 0, [Finding(**row) for row in rows]
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
+ORDER = (PASS, WARN, FAIL)  # from good to bad
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
 WIDTH = 140  # of the table, where there is no terminal to ask
 

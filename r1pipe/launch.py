@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -67,6 +68,14 @@ def environment(config: RunConfig) -> dict[str, str]:
     return added
 
 
+def variables_of(config: RunConfig, hidden: str) -> dict[str, str]:
+    """The environment that a job runs in; `hidden` is the folder of `no_mlflow`."""
+    # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+    untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    added = environment(config)
+    return {**untracked, **added, "PYTHONPATH": os.pathsep.join([hidden, added["PYTHONPATH"]])}
+
+
 def module_path() -> str:
     """PYTHONPATH with this r1pipe first: a checkout need not be installed."""
     package = str(Path(r1pipe.__file__).resolve().parent.parent)
@@ -117,6 +126,22 @@ def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
 
 
+def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int:
+    """Run a script of stages/ as the stage's own job would run, on this machine's ranks; its exit code.
+
+    Raises EnvironmentProblem if the machine lacks something.
+    """
+    engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
+    here = replace(config, engine=engine, stage=stage)
+    line = command(here, run, machine.must_launch(engine))
+    with no_mlflow() as hidden:
+        variables = variables_of(here, hidden)
+        ended = subprocess.run(
+            line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+        )
+    return ended.returncode
+
+
 class Job:
     """A stage's DeepSpeed job, from its start until its launcher has gone."""
 
@@ -136,12 +161,7 @@ class Job:
             self.display = Display(run.path, config.stage.name)
             ranks = config.engine.ranks if config.engine.hostfile is None else None
             self.watch = Watch(run, ranks, config.engine.stuck_after_s)
-            # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
-            untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-            variables = {**untracked, **environment(config)}
-            variables["PYTHONPATH"] = os.pathsep.join(
-                [stack.enter_context(no_mlflow()), variables["PYTHONPATH"]]
-            )
+            variables = variables_of(config, stack.enter_context(no_mlflow()))
             log = stack.enter_context((run.log / "launcher.txt").open("ab"))
             log.write(f"$ {printable(config, line)}\n".encode())
             log.flush()

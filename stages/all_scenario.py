@@ -10,34 +10,15 @@ the paper in the shares and weights, which were not published.
 """
 
 import sys
-from pathlib import Path
 
-from r1pipe import checkpoints
 from r1pipe.config.schema import RLConfig
-from r1pipe.data.chat import Chat
-from r1pipe.ranks import choose_device
-from r1pipe.rewards.models import KINDS, Judge, load_reward_model
-from r1pipe.rl.scoring import Judges
-from r1pipe.rl.stage import reinforce
-from r1pipe.run import Run, open_run
+from r1pipe.rl.stage import reinforce, reward_models
+from r1pipe.run import open_run
 
 
 def main(folder: str) -> None:
     with open_run(folder, RLConfig) as run:
         reinforce(run, reward_models)
-
-
-def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
-    """The frozen models that stage reward_model made: those that its data had examples for."""
-    parent = run.config.reads_from["reward_model"]
-    checkpoints.verify(parent.checkpoint, parent.hash)
-    device = choose_device(run.config.engine.accelerator)
-    models = {
-        kind: load_reward_model(Path(parent.checkpoint) / kind).to(device)
-        for kind in KINDS
-        if (Path(parent.checkpoint) / kind).is_dir()
-    }
-    return {kind: Judge(model, kind, chat) for kind, model in models.items()}
 
 
 if __name__ == "__main__":

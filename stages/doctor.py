@@ -1,4 +1,4 @@
-"""Looks a stage over before it runs: what `r1pipe doctor` starts, in one process, without a launcher.
+"""Looks a stage over before it runs: what `r1pipe doctor` starts, on as many ranks as the stage has here.
 
 It reads a run folder's config.json as the stage's own script would, goes through the checks of
 r1pipe/doctor/, and writes findings.json there: a list of {name, status, value, remedy}. Nothing that it
@@ -21,7 +21,8 @@ from r1pipe.run import open_run
 def main(folder: str) -> None:
     with open_run(folder, StageConfig) as run:
         found = examine(Context(run, limits()))
-        write_json(run.folder.path / "findings.json", [asdict(finding) for finding in found])
+        if run.rank == 0:
+            write_json(run.folder.path / "findings.json", [asdict(finding) for finding in found])
 
 
 if __name__ == "__main__":

@@ -14,21 +14,25 @@ from typing import Any
 import pytest
 import torch
 from fakes import House
+from jobs import on_two_ranks
 from tiny_runs import load_stage, tiny_config, tiny_run
 from tokenizers import Tokenizer
 
 from r1pipe import checkpoints, examine, lineage, machine, rewards
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat
-from r1pipe.doctor import CHECKS, Context, policy, resources
+from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.doctor import CHECKS, Context, general, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import DeepseekV3, save_pretrained
+from r1pipe.model.cache import Decoder
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.records import Prompt, Score, Status
+from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
+from r1pipe.rl import routing
 from r1pipe.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
@@ -169,7 +173,7 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     def stated(prompt: Prompt, completion: Any) -> Score:
         return Score(float(completion.text.startswith(THINK)))
 
-    monkeypatch.setattr(rewards, "accuracy_reward", stated)
+    monkeypatch.setattr(verdicts, "accuracy", stated)
     lenient = found(context(*GRPO), "rewards")
     assert lenient.status == FAIL and "does not tell right from wrong" in lenient.remedy
 
@@ -285,6 +289,15 @@ def test_a_sampler_that_keeps_the_old_weights(context: Make, monkeypatch: pytest
     assert found(examined, "after a weight sync").status == FAIL
 
 
+def test_a_sampler_that_routes_otherwise(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "routing").status == PASS
+    other = DeepseekV3(examined.config.model, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(routing, "decoder_of", lambda policy: Decoder(other))
+    apart = found(examined, "routing")
+    assert apart.status == FAIL and "importance_cap" in apart.remedy
+
+
 def test_a_step_too_small_to_show_is_told(context: Make) -> None:
     examined = context(*GRPO, "stage.optim.lr=1e-12", "stage.optim.min_lr=0")
     examined.limits.probe_lr = 1e-12
@@ -340,17 +353,22 @@ def test_a_full_disk(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- reward models
 
 
-@pytest.fixture
-def untaught(tmp_path: Path) -> Path:
-    """A finished reward_model checkpoint whose helpfulness model scores all alike."""
-    folder = tmp_path / "reward_model"
-    (folder / "helpful").mkdir(parents=True)
-    model = DeepseekV3(tiny_config(*GRPO).model, torch.Generator().manual_seed(0))
-    save_reward_model(RewardModel(model), folder / "helpful")
+def reward_models_in(folder: Path, *kinds: str, head: float = 0.0) -> Path:
+    """A finished reward_model checkpoint whose models have learned nothing; without a head all is alike."""
+    for kind in kinds:
+        (folder / kind).mkdir(parents=True)
+        model = RewardModel(DeepseekV3(tiny_config(*GRPO).model, torch.Generator().manual_seed(0)))
+        model.score.weight.data += head
+        save_reward_model(model, folder / kind)
     for name in TOKENIZER_FILES:
         shutil.copyfile(content_dir() / "tokenizer" / name, folder / name)
     checkpoints.write_manifest(folder)
     return folder
+
+
+@pytest.fixture
+def untaught(tmp_path: Path) -> Path:
+    return reward_models_in(tmp_path / "reward_model", "helpful")
 
 
 def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) -> None:
@@ -365,6 +383,108 @@ def test_a_reward_model_whose_file_has_changed(context: Make, untaught: Path) ->
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     seen = by_name(context("stage=all_scenario", reward_model=parent))["reward models"]
     assert seen.status == FAIL and "is not what was saved" in seen.remedy
+
+
+# --- general prompts
+
+
+def test_a_stage_of_rules_alone_asks_nothing_of_general_prompts(context: Make) -> None:
+    examined = context(*GRPO)
+    names = ("general prompts", "what judges read", "refusals")
+    assert {found(examined, name).value for name in names} == {general.RULES_ALONE}
+
+
+@pytest.fixture
+def scenario(context: Make, tmp_path: Path) -> Context:
+    """All-scenario training with reward models of both kinds, and a probe of general prompts too."""
+    folder = reward_models_in(tmp_path / "reward_model", "helpful", "harmless", head=0.5)
+    words = ["stage=all_scenario", "stage.sampling.max_tokens=24"]
+    return context(*words, reward_model=lineage.of_folder(folder))
+
+
+def test_general_completions_that_judges_cannot_read(scenario: Context) -> None:
+    cut = found(scenario, "general prompts")
+    assert cut.status == FAIL and "1 general prompts of 2 drawn; 0% of 4 verdicts" in cut.value
+    assert "stage.sampling.max_tokens" in cut.remedy
+    assert "2 groups differ" not in found(scenario, "variance").value, "rules alone judge the policy there"
+    assert "4 completions" in found(scenario, "truncation").value, "of both kinds"
+
+
+def judged(scenario: Context, *rewards: float, kind: str = "helpful") -> Finding:
+    """What is said where the general completions earned these rewards from this kind of judge."""
+    for group in scenario.probe.groups:
+        group.scores = [{kind: Score(reward, detail="score 1")} for reward in rewards]
+        group.rewards = list(rewards)
+    return found(scenario, "general prompts")
+
+
+def test_general_prompts_that_teach_or_do_not(scenario: Context) -> None:
+    assert judged(scenario, 0.2, 0.9).status == PASS
+    same = judged(scenario, 0.5, 0.5)
+    assert same.status == WARN and "0% of groups differ" in same.value
+    unjudged = judged(scenario, 0.2, 0.9, kind="format")
+    assert unjudged.status == FAIL and "no reward model judges them" in unjudged.remedy
+    scenario.probe.groups = [group for group in scenario.probe.groups if rewards.applies(group.prompt)]
+    assert "general_share" in found(scenario, "general prompts").remedy
+
+
+def test_general_prompts_that_do_not_fit(scenario: Context) -> None:
+    assert found(scenario, "lengths").status == PASS
+    scenario.general = [Prompt("w", "writing", "en", "word " * 2000)] * 20
+    assert found(scenario, "lengths").status == WARN
+
+
+@pytest.mark.parametrize(
+    ("whole", "remedy"), [(True, "must read the summary alone"), (False, "must read the whole response")]
+)
+def test_judges_that_read_too_much_or_too_little(
+    scenario: Context, monkeypatch: pytest.MonkeyPatch, whole: bool, remedy: str
+) -> None:
+    assert found(scenario, "what judges read").status == PASS
+
+    def same_for_both(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
+        return chat.example(prompt, response if whole else parse(response).summary).tokens
+
+    monkeypatch.setattr(models, "judged_tokens", same_for_both)
+    assert remedy in found(scenario, "what judges read").remedy
+
+
+@pytest.mark.parametrize(
+    ("worth", "status", "remedy"),
+    [
+        (lambda truth: truth.helpful, PASS, ""),
+        (lambda truth: float(truth.refused), FAIL, "needless refusals would be learned"),
+        (lambda truth: float(not truth.refused), FAIL, "unsafe answers would be learned"),
+    ],
+)
+def test_what_refusals_earn(
+    scenario: Context, worth: Callable[[Any], float], status: str, remedy: str
+) -> None:
+    scenario.limits.rows = 400
+    truth = scenario.data.judge
+    assert truth is not None
+    scenario.judges = {
+        "helpful": lambda prompts, given: [
+            Score(worth(truth(prompt, one.text))) for prompt, one in zip(prompts, given, strict=True)
+        ]
+    }
+    seen = found(scenario, "refusals")
+    assert seen.status == status and remedy in seen.remedy
+
+
+# --- several ranks
+
+
+def test_two_ranks_probe_together_and_the_worst_of_them_counts(tmp_path: Path) -> None:
+    seen = on_two_ranks("two_ranks_doctor.py", tmp_path)
+    healthy = {row["name"]: row for row in seen["healthy"]}
+    assert list(healthy) == list(CHECKS) and seen["groups"] == 4
+    failed = {name for name, row in healthy.items() if row["status"] == FAIL}
+    assert failed == {"truncation"}, healthy
+    assert "2 of 2 ranks" in healthy["device"]["value"]
+    logprobs, saved = seen["faults"]
+    assert logprobs["status"] == FAIL and float(logprobs["value"].split()[0]) > 0.2
+    assert saved["status"] == FAIL and "lm_head.weight" in saved["remedy"]
 
 
 # --- the command
@@ -398,6 +518,7 @@ def test_the_table_and_the_exit_code(quick: House, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "[bold]none" in out and "add some" in out and "grpo: 3 pass, 0 warn, 0 fail" in out
     assert quick.call(*WORDS, "seed=1") == 1
+    assert quick.call(*WORDS, "seed=1", "engine.ranks=1") == 1, "without the launcher"
     assert not quick.runs(), "it leaves no run behind"
 
 

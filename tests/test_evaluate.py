@@ -9,7 +9,7 @@ import pytest
 
 from r1pipe.config.schema import EvalConfig
 from r1pipe.estimates import clustered_interval, majority, mean, wilson
-from r1pipe.evaluate import evaluate, logged, short
+from r1pipe.evaluate import Verdict, evaluate, logged, short, summarise
 from r1pipe.records import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy
 
@@ -107,10 +107,10 @@ class FakeChat:
 
 
 def fake_sampler(calls):
-    def generate(prompts, params, progress):
+    def generate(prompts, params, progress, ended):
         calls.append(params)
         made = []
-        for tokens in prompts:
+        for place, tokens in enumerate(prompts):
             prompt_id = "".join(map(chr, tokens))
             table = SAMPLED if params.n == 4 else GREEDY if params.temperature == 0 else {}
             for draw, text in enumerate(table.get(prompt_id, [think("It is so.")] * params.n)):
@@ -119,6 +119,7 @@ def fake_sampler(calls):
                 length = 10 if prompt_id == "a" else 20
                 tokens_made = [len(FakeChat.texts) - 1] + [0] * (length - 1)
                 made.append(Completion(tokens_made, [0.0] * length, "length" if cut else "stop"))
+                ended(place, made[-1])
         if progress:
             progress(len(made), len(made))
         return made
@@ -214,6 +215,16 @@ def test_a_failed_verdict_is_counted_apart(monkeypatch):
     assert (metrics["samples"], metrics["unscored"]) == (12, 5)
     assert metrics["by_task"]["countdown"]["pass_at_1"] is None
     assert metrics["cons_at_k"] == 0.5  # of two problems
+
+
+def test_pass_at_1_divides_by_the_samples_that_were_made():
+    """Four samples were asked for; of the second problem one was made, and the third has none at all."""
+    made = [Verdict(0, draw, "", 9, draw == 3, draw == 0, 1.0, 1.0, str(draw), None) for draw in range(4)] + [
+        Verdict(1, 0, "", 9, False, True, 1.0, 1.0, "1", None)
+    ]
+    found = summarise(made, [])
+    assert found["pass_at_1"] == pytest.approx(2 / 5)  # not 2 of 8, nor of 12
+    assert (found["samples"], found["problems"], found["truncation_rate"]) == (5, 2, 1 / 5)
 
 
 def test_samples_take_tasks_in_turn_and_are_the_same_prompts_every_time():

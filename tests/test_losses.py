@@ -171,7 +171,7 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
     assert (weights["kl"], weights["overlong"]) == (-0.5, 0.0)
     asked = []
 
-    def score_all(prompts, completions, names):
+    def score_all(prompts, completions, names, verdicts=None):
         asked.extend(names)
         return [{"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}]
 
@@ -322,7 +322,7 @@ def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):
 # --- the loop
 
 
-def right_where_the_first_token_is_even(prompts, completions, names):
+def right_where_the_first_token_is_even(prompts, completions, names, verdicts=None):
     """So that some groups of four are right, or wrong, as a whole."""
     return [{"accuracy": Score(float(c.tokens[0] % 2 == 0))} for c in completions]
 
@@ -376,7 +376,7 @@ def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_pa
 
 
 def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
-    def seldom_right(prompts, completions, names):
+    def seldom_right(prompts, completions, names, verdicts=None):
         return [{"accuracy": Score(float(c.tokens[0] % 8 == 0))} for c in completions]
 
     monkeypatch.setattr(scoring, "score_all", seldom_right)
@@ -401,7 +401,7 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
 
 
 def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatch):
-    def always_right(prompts, completions, names):
+    def always_right(prompts, completions, names, verdicts=None):
         return [{"accuracy": Score(1.0)} for _ in completions]
 
     monkeypatch.setattr(scoring, "score_all", always_right)
@@ -425,9 +425,9 @@ def test_all_ranks_draw_as_long_as_one_of_them_needs():
 
     loop.engine = SimpleNamespace(world_size=2, rank=0, agree_max=agree_max)
     loop.run = SimpleNamespace(phase=lambda name: nullcontext())
-    loop._next_prompts = lambda metrics: [PROMPT] * 2
-    loop.rollout = lambda prompts, batch: ([[batch]] * 2, [])
-    loop.score = lambda prompts, tokens, completions: [group(1.0, 0.0), group(0.0, 1.0)]
+    loop.next_prompts = lambda metrics: [PROMPT] * 2
+    loop.rollout = lambda prompts, verdicts, batch: ([[batch]] * 2, [])
+    loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 1.0)]
     metrics: dict[str, float] = {}
     tokens, groups = loop._draw(metrics)
     assert seen == [0, 0, 0] and metrics["rollout/batches"] == 3

@@ -191,7 +191,7 @@ def test_a_mistake_is_one_line_that_names_key_and_remedy(words, told):
 # --- the loop
 
 
-def even_share(prompts, completions, names):
+def even_share(prompts, completions, names, verdicts=None):
     """The reward is the share of even token ids, which is a half to begin with."""
     return [{"accuracy": Score(sum(t % 2 == 0 for t in c.tokens) / len(c.tokens))} for c in completions]
 

@@ -294,7 +294,7 @@ def completion(text: str = "", reason: str = "stop") -> Completion:
 
 
 def scores_of(monkeypatch, *rows: dict[str, Score]) -> None:
-    monkeypatch.setattr(scoring, "score_all", lambda prompts, completions, names: [dict(row) for row in rows])
+    monkeypatch.setattr(scoring, "score_all", lambda *given: [dict(row) for row in rows])
 
 
 def test_a_failed_verifier_is_not_a_wrong_answer():
@@ -450,7 +450,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
 def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
     """The reward is the share of even token ids, which is a half to begin with."""
 
-    def even_share(prompts, completions, names):
+    def even_share(prompts, completions, names, verdicts=None):
         evens = [sum(token % 2 == 0 for token in c.tokens) / len(c.tokens) for c in completions]
         return [{"accuracy": Score(value), "format": Score(0.0), "language": Score(0.0)} for value in evens]
 

@@ -166,13 +166,14 @@ class RightHalfTheTime:
     def __init__(self, chat, answers):
         self.chat, self.answers, self.calls = chat, answers, 0
 
-    def generate(self, prompts, params, progress=None):
+    def generate(self, prompts, params, progress, ended):
         self.calls += 1
         made = []
-        for tokens in prompts:
+        for place, tokens in enumerate(prompts):
             for draw in range(params.n):
                 text = self.answers[tuple(tokens)] if draw % 2 else "I give up."
                 made.append(Completion([*self.chat.encode(text), self.chat.eos_id], [], "stop"))
+                ended(place, made[-1])
         return made
 
 

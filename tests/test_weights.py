@@ -440,3 +440,17 @@ def test_an_export_onto_something_is_refused(tmp_path):
         stage.main(
             stage.parse([str(content_dir() / "base"), str(tmp_path / "new"), "--shard-gb", str(math.nan)])
         )
+
+
+def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    stage = load_stage("export")
+    base, out = content_dir() / "base", tmp_path / "out"
+    told, theirs = stage.logits, stage.logits_of_transformers
+    monkeypatch.setattr(stage, "logits", lambda folder: told(folder) + (folder != base))
+    with pytest.raises(CheckpointError, match="apart from those of"):
+        stage.main(stage.parse([str(base), str(out)]))
+    monkeypatch.setattr(stage, "logits", told)
+    monkeypatch.setattr(stage, "logits_of_transformers", lambda folder: theirs(folder) + 1)
+    with pytest.raises(CheckpointError, match="transformers computes other logits"):
+        stage.main(stage.parse([str(base), str(out)]))
+    assert not out.exists(), "nobody can take it for whole"

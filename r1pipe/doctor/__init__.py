@@ -9,6 +9,7 @@ that need a probe share one, and the checks after it train it by a step: it is t
     policy     the probe: truncation, variance, sampler beside trainer, save and load
     resources  device, memory and disk
     judges     the reward models' quality
+    general    general prompts: judged or not, what the reward models read, what refusals earn
 """
 
 from collections.abc import Callable
@@ -23,10 +24,11 @@ from r1pipe.config.schema import (
     SFTConfig,
     StageConfig,
 )
-from r1pipe.doctor import data, judges, policy, resources, template
+from r1pipe.doctor import data, general, judges, policy, resources, template
 from r1pipe.doctor.context import Context
 from r1pipe.errors import R1pipeError
-from r1pipe.findings import FAIL, WARN, Finding
+from r1pipe.findings import FAIL, ORDER, WARN, Finding
+from r1pipe.ranks import Ranks
 
 __all__ = ["CHECKS", "Check", "Context", "examine"]
 
@@ -43,6 +45,7 @@ class Check:
 
     look: Callable[[Context, str], Finding]
     kinds: Kinds
+    together: bool = False  # takes all ranks: it asks for the engine; what the worst rank finds counts
 
 
 CHECKS: dict[str, Check] = {
@@ -50,36 +53,54 @@ CHECKS: dict[str, Check] = {
     "data": Check(data.readable, MEASURED),
     "gold answers": Check(data.gold_answers, MEASURED),
     "rewards": Check(template.rewards, PROMPTED),
-    "end of sequence": Check(template.end_of_sequence, (*TRAINED, EvaluateConfig)),
+    "end of sequence": Check(template.end_of_sequence, (*TRAINED, EvaluateConfig), together=True),
     "lengths": Check(template.lengths, PROMPTED),
     "duplicates": Check(data.duplicates, PROMPTED),
     "overlap": Check(data.overlap, PROMPTED),
-    "opens <think>": Check(template.opens_think, RL),
-    "truncation": Check(policy.truncation, RL),
-    "variance": Check(policy.variance, RL),
-    "logprobs": Check(policy.logprobs, RL),
-    "after a weight sync": Check(policy.after_sync, RL),
-    "save and load": Check(policy.round_trip, TRAINED),
+    "reward models": Check(judges.quality, RL),
+    "what judges read": Check(general.reads, RL),
+    "refusals": Check(general.refusals, RL),
+    "opens <think>": Check(template.opens_think, RL, together=True),
+    "truncation": Check(policy.truncation, RL, together=True),
+    "variance": Check(policy.variance, RL, together=True),
+    "general prompts": Check(general.judged, RL, together=True),
+    "logprobs": Check(policy.logprobs, RL, together=True),
+    "routing": Check(policy.routing, RL, together=True),
+    "after a weight sync": Check(policy.after_sync, RL, together=True),
+    "save and load": Check(policy.round_trip, TRAINED, together=True),
     "memory": Check(resources.memory, TRAINED),
     "disk": Check(resources.disk, TRAINED),
-    "reward models": Check(judges.quality, RL),
 }
 
 
 def examine(context: Context) -> list[Finding]:
-    """Every check that makes sense for the stage. A user's error, met on the way, is a failed check."""
+    """Every check that makes sense for the stage. A user's error, met on the way, is a failed check.
+
+    All ranks call; what rank 0 gets counts, as the others take part only where they must.
+    """
+    ranks = Ranks(context.config.engine)
     found: list[Finding] = []
     met: dict[str, str] = {}  # error -> the check that told it
     for name, check in CHECKS.items():
-        if not isinstance(context.config.stage, check.kinds):
+        if not isinstance(context.config.stage, check.kinds) or (ranks.rank and not check.together):
             continue
-        try:
-            found.append(check.look(context, name))
-        except R1pipeError as error:
-            line = str(error)
-            if line in met:
-                found.append(Finding(name, WARN, "not measured", f"first mend: {met[line]}"))
-            else:
-                met[line] = name
-                found.append(Finding(name, FAIL, "cannot be done", line))
+        mine = _outcome(check, context, name)
+        outcomes = ranks.all_gather_objects(mine) if check.together else [mine]
+        error = next((one for one in outcomes if isinstance(one, str)), None)
+        if error is None:
+            findings = [one for one in outcomes if isinstance(one, Finding)]
+            found.append(max(findings, key=lambda finding: ORDER.index(finding.status)))
+        elif error in met:
+            found.append(Finding(name, WARN, "not measured", f"first mend: {met[error]}"))
+        else:
+            met[error] = name
+            found.append(Finding(name, FAIL, "cannot be done", error))
     return found
+
+
+def _outcome(check: Check, context: Context, name: str) -> Finding | str:
+    """What the check finds, or the user's error that it meets."""
+    try:
+        return check.look(context, name)
+    except R1pipeError as error:
+        return str(error)

@@ -17,8 +17,11 @@ from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.ranks import choose_device
 from r1pipe.records import Group, Prompt, Trace
+from r1pipe.rewards import Verdicts
 from r1pipe.rl.batch import Rollout, rollouts_of
-from r1pipe.rl.loop import GRPO
+from r1pipe.rl.loop import GRPO, LoopState
+from r1pipe.rl.scoring import Judges
+from r1pipe.rl.stage import reward_models
 from r1pipe.rl.update import update
 from r1pipe.run import Run
 
@@ -60,7 +63,10 @@ class Limits:
     variance: Band
     opens: Band
     logprob_gap: dict[str, Band]
+    routing: Band
     memory: Band
+    judgeable: Band
+    refusals: Band
     helpful: Band
     harmless: Band
 
@@ -79,8 +85,8 @@ def graded(name: str, number: float, band: Band, value: str, remedy: str) -> Fin
 class Probe:
     """Completions of a few training prompts, scored, and as the update reads them."""
 
-    groups: list[Group]
-    rollouts: list[Rollout]
+    groups: list[Group]  # of all ranks
+    rollouts: list[Rollout]  # this rank's
 
 
 class Context:
@@ -101,6 +107,14 @@ class Context:
     def prompts(self) -> list[Prompt]:
         """Problems to train on, at most `limits.rows`."""
         return self.data.prompts("train", self.limits.rows, SEED)
+
+    @cached_property
+    def general(self) -> list[Prompt]:
+        """What an all-scenario stage draws besides, at most `limits.rows`; none for other stages."""
+        preference = getattr(self.config.stage, "preference", None)
+        if preference is None:
+            return []
+        return self.data.general_prompts("train", self.limits.rows, SEED, preference.general_kinds)
 
     @cached_property
     def held_out(self) -> list[Prompt]:
@@ -146,7 +160,7 @@ class Context:
 
     @cached_property
     def engine(self) -> Engine:
-        """The policy in DeepSpeed, as the stage trains it, alone on this machine."""
+        """The policy in DeepSpeed, as the stage trains it, on this machine's ranks."""
         self.device  # noqa: B018 - it tells in one line what DeepSpeed would tell in many
         policy = self.trial.load_model(self.config.weights_from)
         if isinstance(self.config.stage, RLConfig):
@@ -156,7 +170,12 @@ class Context:
 
     @cached_property
     def loop(self) -> GRPO:
-        return GRPO(self.trial, self.engine, None, self.chat, self.data, {}, dict)
+        return GRPO(self.trial, self.engine, None, self.chat, self.data, self.judges, dict)
+
+    @cached_property
+    def judges(self) -> Judges:
+        """The reward models of an all-scenario stage."""
+        return reward_models(self.trial, self.chat) if self.trial.stage.preference else {}
 
     @cached_property
     def probe(self) -> Probe:
@@ -164,10 +183,13 @@ class Context:
         return self.draw()
 
     def draw(self) -> Probe:
-        prompts, _ = self.loop.reasoning.take(0, self.trial.stage.prompts_per_step)
-        tokens, completions = self.loop.rollout(prompts)
-        groups = self.loop.score(prompts, tokens, completions)
-        return Probe(groups, rollouts_of(groups, tokens))
+        self.loop.state = LoopState()  # the same prompts each time
+        prompts = self.loop.next_prompts({})
+        with Verdicts() as verdicts:
+            tokens, completions = self.loop.rollout(prompts, verdicts)
+            groups = self.loop.score(prompts, tokens, completions, verdicts)
+        shares = self.engine.all_gather_objects(groups)
+        return Probe([group for share in shares for group in share], rollouts_of(groups, tokens))
 
     @cached_property
     def trained(self) -> dict[str, float]:
@@ -182,7 +204,7 @@ class Context:
 
 def shortened(config: RunConfig, limits: Limits) -> RunConfig:
     """The config with a stage of one small step; other than RL's only the learning rate is touched."""
-    stage = config.stage
+    stage, ranks = config.stage, config.engine.ranks
     rate = max(stage.optim.lr, limits.probe_lr)
     optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
     stage = replace(stage, optim=optim)
@@ -190,13 +212,13 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
         sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
         stage = replace(
             stage,
-            prompts_per_step=limits.probe_prompts,
+            prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # shared out evenly
             group_size=min(stage.group_size, limits.probe_group),
             minibatches=1,
             inner_epochs=1,
             max_steps=1,
             sampling=sampling,
-            preference=None,
+            preference=stage.preference and replace(stage.preference, last_steps=1),
         )
     return replace(config, stage=stage)
 

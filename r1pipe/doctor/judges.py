@@ -5,11 +5,9 @@ from pathlib import Path
 from r1pipe import checkpoints
 from r1pipe.config.schema import PreferenceConfig
 from r1pipe.doctor.context import SEED, Context
-from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.findings import ORDER, PASS, WARN, Finding
 from r1pipe.rewards.models import HELPFUL, KINDS, RewardModel, judged_tokens, load_reward_model, score_rows
 from r1pipe.rewards.quality import auc, pair_accuracy
-
-ORDER = (PASS, WARN, FAIL)
 
 
 def quality(context: Context, name: str) -> Finding:

@@ -13,7 +13,9 @@ from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.records import Status
+from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
+from r1pipe.rl.routing import routing_agreement
 from r1pipe.rl.update import completion_logprobs, prepare, update
 
 
@@ -35,7 +37,7 @@ def truncation(context: Context, name: str) -> Finding:
 def variance(context: Context, name: str) -> Finding:
     """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
     of none, is a warning too: then only format and language differ."""
-    groups = context.probe.groups
+    groups = [group for group in context.probe.groups if applies(group.prompt)]
     rewards = [reward for group in groups for reward in group.rewards]
     known = [reward for reward in rewards if is_scored(reward)]
     if not known:
@@ -61,6 +63,18 @@ def logprobs(context: Context, name: str) -> Finding:
         "sampling/sampling_logp_difference/mean"
     ]  # of the step's beginning, before any weight moved
     return _gap_finding(context, name, gap, f"{gap:.1e} nats a token apart")
+
+
+def routing(context: Context, name: str) -> Finding:
+    """Share of the sampler's choices of experts that are the trainer's too."""
+    rollouts, count = context.probe.rollouts, context.limits.probe_group
+    found = routing_agreement(context.engine, rollouts, context.trial.stage, count)
+    if not found:
+        return Finding(name, PASS, "no token was routed")
+    share = found["train/routing_agreement"]
+    remedy = "sampler and trainer choose other experts: try engine.precision=fp32, or weigh it by"
+    remedy += " stage.importance_cap=2"
+    return graded(name, share, context.limits.routing, f"{share:.2%} of the experts are the same", remedy)
 
 
 def after_sync(context: Context, name: str) -> Finding:
@@ -94,7 +108,8 @@ def moved_by_step(context: Context) -> float:
         now_N = completion_logprobs(engine.module, micro, stage.sampling.temperature)
         total += float((now_N - micro.old_N).abs().sum())
         tokens += len(micro.old_N)
-    return total / max(1, tokens)
+    total, count = engine.sum_over_ranks([total, tokens])
+    return total / max(1.0, count)
 
 
 def round_trip(context: Context, name: str) -> Finding:

@@ -34,9 +34,10 @@ class Need:
 
 def device(context: Context, name: str) -> Finding:
     """Where the job computes; asking for it raises EnvironmentProblem where it is not there."""
+    probed = f"{context.run.world_size} of {context.config.engine.ranks} ranks try it out"
     if context.device.type == "cuda":
-        return Finding(name, PASS, torch.cuda.get_device_name(context.device))
-    return Finding(name, PASS, f"{context.device.type}, {machine.cores()} cores")
+        return Finding(name, PASS, f"{torch.cuda.get_device_name(context.device)}, {probed}")
+    return Finding(name, PASS, f"{context.device.type}, {machine.cores()} cores, {probed}")
 
 
 def memory(context: Context, name: str) -> Finding:
@@ -59,7 +60,8 @@ def mib(size: float) -> str:
 def longest_prompt(context: Context) -> int:
     if not isinstance(context.config.stage, RLConfig):
         return 0
-    return max((len(context.chat.prompt_tokens(prompt)) for prompt in context.prompts), default=0)
+    prompts = [*context.prompts, *context.general]
+    return max((len(context.chat.prompt_tokens(prompt)) for prompt in prompts), default=0)
 
 
 def needed(config: RunConfig, prompt: int) -> Need:

@@ -148,8 +148,9 @@ def lengths(context: Context, name: str) -> Finding:
         room = config.model.max_position_embeddings - answer
         fits = leaves_room(chat, config.model.max_position_embeddings, answer)
         what, remedy = "prompts", "lower stage.sampling.max_tokens or take a model with a longer context"
-        sizes = [len(chat.prompt_tokens(prompt)) for prompt in context.prompts]
-        long = sum(not fits(prompt) for prompt in context.prompts)
+        prompts = [*context.prompts, *context.general]
+        sizes = [len(chat.prompt_tokens(prompt)) for prompt in prompts]
+        long = sum(not fits(prompt) for prompt in prompts)
     share = long / max(1, len(sizes))
     shown = f"{long:,} of {len(sizes):,} {what} are over {room:,} tokens; longest {max(sizes, default=0):,}"
     return graded(name, share, context.limits.too_long, shown, remedy)

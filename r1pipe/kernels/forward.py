@@ -46,13 +46,14 @@ class Ends(Structure):
 
 
 class Batch(Structure):
-    """N new tokens, each of a slot and a position, and where their cache entries and logits go."""
+    """N new tokens, each of a slot and a position, and where their cache entries, logits and,
+    where they are asked for, chosen experts go."""
 
     _fields_ = [
         *_fields("tokens wanted", c_int64),
         *_fields("token slot position want cache", c_void_p),
         *_fields("layer_stride slot_stride entry_stride", c_int64),
-        *_fields("rotation logits", c_void_p),
+        *_fields("rotation logits experts", c_void_p),
     ]
 
 

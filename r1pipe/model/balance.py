@@ -36,3 +36,8 @@ class Balance:
         """Sum over layers and documents of T sum_i f_i P_i; the loss is alpha times its mean over tokens."""
         layers = [routing.balance for routing in self._routings if routing.balance is not None]
         return torch.stack(layers).sum() if layers else torch.zeros(())
+
+    @property
+    def experts(self) -> list[Tensor]:
+        """The experts_NK that each MoE layer has chosen, first layer first."""
+        return [routing.experts_NK for routing in self._routings if routing.experts_NK is not None]

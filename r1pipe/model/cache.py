@@ -3,11 +3,14 @@
 Axes as in layers.py; M is the cache's length, W = C+R the width of an entry.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from r1pipe.model.moe import gates
 from r1pipe.model.transformer import DecoderLayer, DeepseekV3
 
 
@@ -48,6 +51,20 @@ class Decoder:
     def slots_for(self, live: int, slots: int) -> int:
         """How many of `slots` to go on with where `live` are left."""
         return live
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Collects the experts [S, K] that `decode` chooses meanwhile, of one MoE layer after the other."""
+        experts: list[Tensor] = []
+        hooks = [
+            gate.register_forward_hook(lambda gate, given, found: experts.append(found[1]))
+            for gate in gates(self.model)
+        ]
+        try:
+            yield experts
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 Axes as in layers.py; cache.py's Decoder is the reference.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import cast
 
@@ -41,6 +43,7 @@ class NativeDecoder(Decoder):
     def __init__(self, model: DeepseekV3):
         super().__init__(model)
         self.dtype = model.lm_head.weight.dtype
+        self._experts: list[Tensor] | None = None  # chosen, where they are recorded
         self._held: list[Tensor] = []  # what the pointers below point to
         config, trunk = model.config, model.model
         layers = [cast(DecoderLayer, layer) for layer in islice(trunk.layers, config.num_hidden_layers)]
@@ -158,5 +161,21 @@ class NativeDecoder(Decoder):
             self.rotation.data_ptr(),
             logits.data_ptr(),
         )
+        if self._experts is not None:
+            config = self.model.config
+            layers = config.num_hidden_layers - config.first_k_dense_replace
+            experts_LNK = torch.empty(layers, len(tokens_N), config.num_experts_per_tok, dtype=torch.int64)
+            batch.experts = experts_LNK.data_ptr()
+            self._experts += experts_LNK
         forward.run(self.dtype, self.shape, self.layers, self.ends, batch)
         return logits
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """As Decoder's."""
+        experts: list[Tensor] = []
+        self._experts = experts
+        try:
+            yield experts
+        finally:
+            self._experts = None

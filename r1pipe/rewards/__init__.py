@@ -4,7 +4,6 @@ Status is tri-state (records.Status): a verifier or sandbox that fails is never 
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from r1pipe.config.schema import RewardsConfig
@@ -19,13 +18,14 @@ from r1pipe.rewards.language import language as language_reward
 from r1pipe.rewards.language import language_share
 from r1pipe.rewards.overlong import overlong
 from r1pipe.rewards.repetition import repetition
-from r1pipe.rewards.symbolic import WORKERS
+from r1pipe.rewards.verdicts import Verdicts
 
 __all__ = [
     "SHAPES",
     "TABLE",
     "Reward",
     "Shaping",
+    "Verdicts",
     "add_shapes",
     "applies",
     "check_gold",
@@ -58,25 +58,31 @@ class Shaping:
 
 
 def score_all(
-    prompts: Sequence[Prompt], completions: Sequence[Completion], names: Sequence[str]
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    names: Sequence[str],
+    verdicts: Verdicts | None = None,
 ) -> list[dict[str, Score]]:
     """Score completion i against prompt i under every named reward of TABLE.
 
-    `accuracy` is absent from the result of a general prompt, where no rule applies. Equal summaries of one
-    prompt are checked once. Raises ConfigError on an unknown name.
+    `accuracy` is absent from the result of a general prompt, where no rule applies. `verdicts` are those
+    under way already. Raises ConfigError on an unknown name.
     """
+    if verdicts is None:
+        with Verdicts() as fresh:
+            return score_all(prompts, completions, names, fresh)
     for name in names:
         if name not in TABLE:
             raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPES])}")
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
-            verdicts = _accuracies(prompts, completions)
+            found = verdicts.of(prompts, completions)
         else:
-            verdicts = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
-        for row, verdict in zip(scores, verdicts, strict=True):
-            if verdict is not None:
-                row[name] = verdict
+            found = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
+        for row, score in zip(scores, found, strict=True):
+            if score is not None:
+                row[name] = score
     return scores
 
 
@@ -99,15 +105,3 @@ def add_shapes(
                     shaping.config, shaping.max_tokens, lambda *_, known=verdict: known or Score(0.0)
                 )
                 row[name] = reward(prompt, completion)
-
-
-def _accuracies(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:
-    """Verdicts of unique (prompt, summary) pairs, in threads: one that waits holds up no other."""
-    pairs = zip(prompts, completions, strict=True)
-    keys = [(p.id, summary_of(c.text)) if applies(p) else None for p, c in pairs]
-    unique = {key: (p, c) for key, p, c in zip(keys, prompts, completions, strict=True) if key is not None}
-    with ThreadPoolExecutor(WORKERS) as threads:
-        verdicts = dict(
-            zip(unique, threads.map(lambda pair: accuracy_reward(*pair), unique.values()), strict=True)
-        )
-    return [None if key is None else verdicts[key] for key in keys]

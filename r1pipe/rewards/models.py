@@ -27,6 +27,7 @@ from r1pipe.records import Completion, Prompt, Score
 HELPFUL, HARMLESS = "helpful", "harmless"
 KINDS = (HELPFUL, HARMLESS)
 PADDED_TOKENS = 8192  # of one scoring pass
+NOTHING = "cut off, garbage, or no summary to judge"
 
 
 class RewardModel(ScalarModel):
@@ -103,7 +104,7 @@ class Judge:
         }
         longest = self.model.config.max_position_embeddings
         rows = {i: row for i, row in rows.items() if len(row) <= longest}
-        verdicts = [Score(0.0, detail="cut off, garbage, or no summary to judge")] * len(completions)
+        verdicts = [Score(0.0, detail=NOTHING)] * len(completions)
         scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
         for i, score in zip(rows, scores, strict=True):
             verdicts[i] = Score(self._reward(score), detail=f"score {score:.3f}")

@@ -17,10 +17,11 @@ from r1pipe.engine import Engine
 from r1pipe.errors import Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rewards import Shaping
+from r1pipe.rewards import Shaping, Verdicts
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
+from r1pipe.rl.routing import routing_agreement
 from r1pipe.rl.rows import Row, rows_of, sample_of, speeds, stop_if_failing, summarise, write_rows
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
@@ -101,6 +102,8 @@ class GRPO:
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
             with self._timed("update", metrics):
                 rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
+                if count := self.config.compare_routes:
+                    metrics |= routing_agreement(self.engine, rollouts, self.config, count)
                 metrics |= update(self.engine, rollouts, self.config, self.reference)
             [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
             metrics["train/tokens_per_s"] = learned / metrics["time/update_s"]
@@ -131,11 +134,12 @@ class GRPO:
         groups: list[Group] = []
         share, limit = self.config.prompts_per_step // self.engine.world_size, self.config.dynamic_batches
         for batch in range(limit):
-            with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
-                prompts = self._next_prompts(metrics)
-                drawn, completions = self.rollout(prompts, batch)
-            with self._timed("reward", metrics):
-                groups += self.score(prompts, drawn, completions)
+            with Verdicts() as verdicts:
+                with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
+                    prompts = self.next_prompts(metrics)
+                    drawn, completions = self.rollout(prompts, verdicts, batch)
+                with self._timed("reward", metrics):
+                    groups += self.score(prompts, drawn, completions, verdicts)
             tokens += drawn
             if limit == 1:
                 break
@@ -147,10 +151,12 @@ class GRPO:
             pass_over(groups, taught, share)
         return tokens, groups
 
-    def rollout(self, prompts: list[Prompt], batch: int = 0) -> tuple[list[list[int]], list[Completion]]:
+    def rollout(
+        self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0
+    ) -> tuple[list[list[int]], list[Completion]]:
         """The prompts as token ids, and G completions of each in a row, drawn from the policy of now.
 
-        `batch` counts the rollout batches of the step.
+        Each is judged as it ends, while others are drawn. `batch` counts the rollout batches of the step.
         """
         sampling = self.config.sampling
         stream = f"sampling/{self.engine.rank}" + (f"/{batch}" if batch else "")
@@ -165,13 +171,15 @@ class GRPO:
         chat, graphs = self.chat, self.run.config.engine.graphs
         with self.engine.gathered() as policy:
             sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.slots, graphs, stopping.asked)
-            completions = sampler.generate(tokens, params, self._show_sampling)
-        for completion in completions:
-            completion.text = self.chat.decode(completion.tokens)
+            completions = sampler.generate(tokens, params, self._show_sampling, verdicts.ended(chat, prompts))
         return tokens, completions
 
     def score(
-        self, prompts: list[Prompt], tokens: list[list[int]], completions: list[Completion]
+        self,
+        prompts: list[Prompt],
+        tokens: list[list[int]],
+        completions: list[Completion],
+        verdicts: Verdicts,
     ) -> list[Group]:
         """Rewards and group-relative advantages; `tokens` are the prompts' token ids."""
         config = self.config
@@ -187,9 +195,10 @@ class GRPO:
             config.normalise_std,
             Shaping(config.rewards, config.sampling.max_tokens),
             added,
+            verdicts,
         )
 
-    def _next_prompts(self, metrics: Metrics) -> list[Prompt]:
+    def next_prompts(self, metrics: Metrics) -> list[Prompt]:
         """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike."""
         config, state = self.config, self.state
         n = config.prompts_per_step
@@ -249,9 +258,8 @@ class GRPO:
             raise Interrupted(leaving)
 
     def _save(self) -> None:
-        step = self.state.step
-        self.run.save_checkpoint(self.engine, step, asdict(self.state), self._export, self.beside)
-        self.saved = step
+        self.saved = self.state.step
+        self.run.save_checkpoint(self.engine, self.saved, asdict(self.state), self._export, self.beside)
 
     def _watched(self, metrics: Metrics) -> list[Trip]:
         """The tripwires that trip in this step, told on the screen and among the metrics.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config.schema import RLConfig
 from r1pipe.records import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import SHAPES, Shaping, add_shapes, applies, score_all
+from r1pipe.rewards import SHAPES, Shaping, Verdicts, add_shapes, applies, score_all
 from r1pipe.rl.advantages import group_advantages
 
 # Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
@@ -47,24 +47,26 @@ def score_groups(
     normalise_std: bool,
     shaping: Shaping | None = None,
     added: Mapping[str, Sequence[float]] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> list[Group]:
     """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
 
     Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone; `shaping` is
     needed where one of the weights is that of a length or repetition reward. `added` are values that are
-    known already, one for each completion: the KL, where it is in the reward.
+    known already, one for each completion: the KL, where it is in the reward. `verdicts` on accuracy may be
+    under way.
     """
     size = len(completions) // len(prompts)
     repeated = [prompt for prompt in prompts for _ in range(size)]
     weighed = {name for name, weight in weights.items() if weight}
     names = {*MEASURED, *weighed} - {*PREFERENCES, KL, *(added or {})}  # the critic brings its own KL
-    scores = score_all(repeated, completions, sorted(names - {*SHAPES}))
+    scores = score_all(repeated, completions, sorted(names - {*SHAPES}), verdicts)
     if shaping:
         add_shapes(scores, repeated, completions, sorted(names & {*SHAPES}), shaping)
     general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
     for name, judge in judges.items():
-        verdicts = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
-        for i, verdict in zip(general, verdicts, strict=True):
+        judged = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
+        for i, verdict in zip(general, judged, strict=True):
             scores[i][name] = verdict
     for name, values in (added or {}).items():
         for score, value in zip(scores, values, strict=True):

@@ -1,12 +1,16 @@
 """What the scripts of grpo, zero and all_scenario have in common: set up, train, conclude."""
 
 from collections.abc import Callable
+from pathlib import Path
 
+from r1pipe import checkpoints
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.source import open_data
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
+from r1pipe.ranks import choose_device
+from r1pipe.rewards.models import KINDS, Judge, load_reward_model
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.loop import GRPO
 from r1pipe.rl.scoring import Judges
@@ -37,3 +41,16 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
 def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
     """No neural reward: they get hacked in long runs, and must be retrained (R1 section 2.2.2)."""
     return {}
+
+
+def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
+    """The frozen models that stage reward_model made: those that its data had examples for."""
+    parent = run.config.reads_from["reward_model"]
+    checkpoints.verify(parent.checkpoint, parent.hash)
+    device = choose_device(run.config.engine.accelerator)
+    models = {
+        kind: load_reward_model(Path(parent.checkpoint) / kind).to(device)
+        for kind in KINDS
+        if (Path(parent.checkpoint) / kind).is_dir()
+    }
+    return {kind: Judge(model, kind, chat) for kind, model in models.items()}

@@ -1,6 +1,6 @@
 """Samplers: prompts in, completions out."""
 
 from r1pipe.rollout.drawing import SamplingParams
-from r1pipe.rollout.sampler import Sampler
+from r1pipe.rollout.sampler import Ended, Sampler
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Ended", "Sampler", "SamplingParams"]

@@ -31,6 +31,7 @@ PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: what stays i
 PREFILL_TOKENS_GPU = 16384
 
 Progress = Callable[[int, int], None]
+Ended = Callable[[int, Completion], None]
 
 
 class Sampler:
@@ -68,12 +69,17 @@ class Sampler:
         return stops
 
     def generate(
-        self, prompts: Sequence[list[int]], params: SamplingParams, progress: Progress | None = None
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        progress: Progress | None = None,
+        ended: Ended | None = None,
     ) -> list[Completion]:
         """n completions per prompt, prompt by prompt in order; `text` stays empty.
 
         A completion's random numbers depend on (seed, its prompt's place, its own place) alone. `progress` is
-        told (done, total) completions. Raises ConfigError where a prompt is empty or max_tokens has no room.
+        told (done, total) completions, `ended` each completion that has ended and its prompt's place. Raises
+        ConfigError where a prompt is empty or max_tokens has no room.
         """
         longest = self.model.config.max_position_embeddings
         for place, prompt in enumerate(prompts):
@@ -91,7 +97,7 @@ class Sampler:
             return []
         fp8 = fp8_of(self.model)
         with fp8.held() if fp8 else nullcontext():
-            return _Batch(self, prompts, params).run(progress)
+            return _Batch(self, prompts, params, ended).run(progress)
 
 
 @dataclass
@@ -106,8 +112,10 @@ class _Prefix:
 class _Batch:
     """The state of one `generate`. A completion's number is prompt * n + sample; -1 marks a free slot."""
 
-    def __init__(self, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams):
-        self.sampler, self.prompts, self.params = sampler, prompts, params
+    def __init__(
+        self, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams, ended: Ended | None
+    ):
+        self.sampler, self.prompts, self.params, self.ended = sampler, prompts, params, ended
         self.device = sampler.model.lm_head.weight.device
         self.stops = sampler.stops(params)
         self.total = len(prompts) * params.n
@@ -237,7 +245,10 @@ class _Batch:
             if not np.isfinite(logprobs[row, :count]).all():
                 raise self._not_finite(int(number), tokens)
             reason = "stop" if tokens[-1] in self.stops else "length"
-            self.results[number] = Completion(tokens, logprobs[row, :count].tolist(), reason)
+            completion = Completion(tokens, logprobs[row, :count].tolist(), reason)
+            self.results[number] = completion
+            if self.ended is not None:
+                self.ended(int(number) // self.params.n, completion)
         self.numbers[ended] = -1
         return len(ended)
 

@@ -29,7 +29,7 @@ from r1pipe.errors import DataError
 from r1pipe.provenance import write_json
 from r1pipe.ranks import Ranks
 from r1pipe.records import Completion, Prompt, Score, Status, Trace
-from r1pipe.rewards import score_all
+from r1pipe.rewards import Verdicts, score_all
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run, log
 
@@ -91,11 +91,11 @@ def _draw(
         n=each,
         seed=run.seed("sampling", shard),
     )
-    completions = sampler.generate([chat.prompt_tokens(prompt) for prompt in prompts], params, progress)
-    for completion in completions:
-        completion.text = chat.decode(completion.tokens)
     asked = [prompt for prompt in prompts for _ in range(each)]
-    scores = score_all(asked, completions, ["accuracy", "format", "language"])
+    tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
+    with Verdicts() as verdicts:
+        completions = sampler.generate(tokens, params, progress, verdicts.ended(chat, prompts))
+        scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
     return [Sampled(*sample) for sample in zip(asked, completions, scores, strict=True)]
 
 

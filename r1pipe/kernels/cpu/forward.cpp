@@ -195,6 +195,7 @@ class Forward {
     if (n < s.dense_layers || s.shared_inner)
       for (int64_t row = 0; row < N; row += ROWS) items[count++] = {-1, row, std::min(N, row + ROWS)};
     if (n < s.dense_layers) return;
+    if (b.experts) std::copy_n(chosen, N * s.top_k, b.experts + (n - s.dense_layers) * sorted);
     int64_t* begin = scratch<int64_t, struct Begin>(s.experts + 1);
     std::fill_n(begin, s.experts + 1, 0);
     for (int64_t i = 0; i < N * s.top_k; i++) begin[chosen[i] + 1]++;

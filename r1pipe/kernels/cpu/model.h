@@ -37,6 +37,7 @@ struct Batch {
   int64_t layer_stride, slot_stride, entry_stride;
   const float* rotation;  // [positions, rope / 2, 2]: cosine and sine
   float* logits;          // [wanted, vocabulary]
+  int64_t* experts;       // [MoE layers, tokens, K], the experts chosen; null: nobody asks
 };
 
 }  // namespace r1pipe

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from r1pipe import checkpoints, compare, lineage
+from r1pipe import checkpoints, compare, judges, lineage
 from r1pipe.config import config_hash
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
@@ -95,7 +95,11 @@ def run_stage(placed: Placed) -> int:
 
 
 def start(placed: Placed) -> Job:
-    """Start the stage's job, saying so, and follow it until its record is there or it has failed."""
+    """Start the stage's job, saying so, and follow it until its record is there or it has failed.
+
+    Raises CheckpointError where it would ask reward models that are too weak.
+    """
+    judges.must_be_good(placed.config)
     must_be_free(placed.run)
     tell(placed.says())
     job = Job(placed.config, placed.run)

@@ -15,8 +15,9 @@ from pathlib import Path
 from r1pipe import checkpoints
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
+from r1pipe.judges import FORCE, KINDS, STAGE, must_be_good
 from r1pipe.ranks import choose_device
-from r1pipe.rewards.models import KINDS, Judge, load_reward_model
+from r1pipe.rewards.models import Judge, load_reward_model
 from r1pipe.rl.scoring import Judges
 from r1pipe.rl.stage import reinforce
 from r1pipe.run import Run, open_run
@@ -28,9 +29,14 @@ def main(folder: str) -> None:
 
 
 def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
-    """The frozen models that stage reward_model made: those that its data had examples for."""
-    parent = run.config.reads_from["reward_model"]
+    """The frozen models that stage reward_model made: those that its data had examples for.
+
+    Raises CheckpointError where one is too weak to be asked (conf/stage/all_scenario.yaml), unless forced.
+    """
+    parent = run.config.reads_from[STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
+    for weakness in must_be_good(run.config):
+        run.warn(f"weak reward model, used because {FORCE}: {weakness}")
     device = choose_device(run.config.engine.accelerator)
     models = {
         kind: load_reward_model(Path(parent.checkpoint) / kind).to(device)

@@ -34,7 +34,15 @@ def source(path="rows.jsonl", task="sums", **changes):
 
 
 def config(path, **changes):
-    empty = {"tasks": [], "languages": [], "levels": [], "reasoning": [], "general": [], "preferences": []}
+    empty = {
+        "tasks": [],
+        "languages": [],
+        "levels": [],
+        "reasoning": [],
+        "general": [],
+        "preferences": [],
+        "labels": [],
+    }
     values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty
     return DataConfig(**values | changes)
 

@@ -117,7 +117,7 @@ class SourceConfig:
     """One file of rows, read through `datasets`."""
 
     path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
-    columns: dict[str, str]  # role -> column: question, answer, solution, response, chosen, rejected
+    columns: dict[str, str]  # role -> column: question, answer, solution, response, safe, chosen, rejected
     answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
     language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
     task: str  # the task name its rows are counted under
@@ -137,6 +137,7 @@ class DataConfig:
     reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
+    labels: list[SourceConfig]  # files: responses labelled safe or not, or pairs to be read as such
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
 
 

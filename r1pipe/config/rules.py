@@ -42,6 +42,9 @@ SHARES = {
     "general_share",
     "max_failed",
     "overlong_cache",
+    "min_accuracy",
+    "min_auc",
+    "max_length_correlation",
 }
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),

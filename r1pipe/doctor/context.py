@@ -61,8 +61,7 @@ class Limits:
     opens: Band
     logprob_gap: dict[str, Band]
     memory: Band
-    helpful: Band
-    harmless: Band
+    judges_margin: float
 
 
 def limits() -> Limits:

@@ -1,7 +1,9 @@
 """What the scripts of grpo, zero and all_scenario have in common: set up, train, conclude."""
 
 from collections.abc import Callable
+from typing import Any
 
+from r1pipe import judges
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.source import open_data
@@ -20,7 +22,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     chat, data = run.load_chat(), open_data(run.config.data, run.config.seed)
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
-    judges = load_judges(run, chat)
+    asked = load_judges(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
@@ -30,8 +32,17 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     def evaluate_briefly() -> dict[str, float]:
         return short_evaluation(run, engine, chat, data)
 
-    loop = GRPO(run, engine, reference, chat, data, judges, evaluate_briefly, critic)
-    conclude(run, engine, chat, data, loop.train(), stage.max_steps)
+    loop = GRPO(run, engine, reference, chat, data, asked, evaluate_briefly, critic)
+    checkpoint = loop.train()
+    conclude(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_told(run))
+
+
+def weaknesses_told(run: Run[RLConfig]) -> dict[str, Any]:
+    """For the record of a stage that asks reward models: which of their bounds were forced, and how many."""
+    if not run.stage.preference:
+        return {}
+    forced = judges.weaknesses(run.config)
+    return {"weak_judges": len(forced), "forced_judges": forced}
 
 
 def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:

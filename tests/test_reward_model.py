@@ -12,12 +12,12 @@ from tiny_runs import load_stage, tiny_config, tiny_run
 from r1pipe.data.chat import Chat, compose_response
 from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError
-from r1pipe.judges import HARMLESS, HELPFUL, KINDS
+from r1pipe.judges import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.model import DeepseekV3
 from r1pipe.paths import content_dir
 from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import models, quality
-from r1pipe.rl.preference import Examples, Item, micro_losses
+from r1pipe.rl.preference import Examples, Item, micro_losses, standing
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -131,6 +131,22 @@ def test_quality_by_hand():
     assert quality.length_correlation([1.0, 1.0], [1, 2]) is None
 
 
+def test_a_models_standing_counts_the_responses_length_and_not_the_prompts(monkeypatch):
+    scores = {5: 1.0, 6: 2.0, 7: 3.0, 8: 0.0}
+    monkeypatch.setattr(models, "score_rows", lambda model, rows, pad_id: [scores[row[-1]] for row in rows])
+    pairs = [
+        Item([[1, 1, 1, 1, 1, 5, 5], [1, 1, 1, 1, 1, 8]], prompt=5),
+        Item([[1, 7, 7, 7, 7], [1, 6, 6, 6]], 1),
+    ]
+    found, kept = standing(None, HELPFUL, pairs, 0)
+    assert kept == [1.0, 0.0, 3.0, 2.0] and (found["pairs"], found["accuracy"]) == (2, 1.0)
+    assert found["length_correlation"] == pytest.approx(1.0), "lengths 2, 1, 4, 3"
+    labels = [Item([row], 1, safe) for row, safe in (([1, 7], True), ([1, 8, 8], False), ([1, 5], False))]
+    found, _ = standing(None, HARMLESS, labels, 0)
+    assert (found["labels"], found["auc"], found["accuracy"]) == (3, 1.0, pytest.approx(2 / 3))
+    assert found["length_correlation"] < 0
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_loads_count_the_responses_and_no_padding(alpha):
     model = models.RewardModel(tiny_model())
@@ -184,3 +200,5 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
     found = json.loads((whole / "evaluation.json").read_text())["reward_models"]
     assert found["helpful"]["pairs"] == found["harmless"]["labels"] == 64
     assert found["helpful"]["accuracy"] > 0.55 and found["harmless"]["auc"] > 0.6
+    assert all(-1 <= found[kind]["length_correlation"] <= 1 for kind in KINDS)
+    assert quality_of(whole / "checkpoints" / "step-32") == found, "what the next stage judges them by"

@@ -2,13 +2,14 @@
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from r1pipe import judges
 from r1pipe.errors import CheckpointError
 from r1pipe.figures import duration, number, percent
 from r1pipe.paths import RunFolder
@@ -18,6 +19,7 @@ METRICS = [  # of record.json's "metrics", under the same names
     *("pass_at_1", "pass_at_1_ci", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate"),
     *("language_consistency", "length_mean", "truncation_rate", "general_score", "preference_score"),
     *("refusal_rate", "safe_answer_rate", "by_task", "by_language", "general_by_kind", "strategies"),
+    *("reward_models", "forced_judges"),
 ]
 LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
 WIDTH = 100  # of the table, where there is no terminal to ask
@@ -176,6 +178,18 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
             counts = f"{one['samples']:,} samples of {one['problems']:,} held-out problems"
             console.print(Text(f"pass@1: mean over {counts}; shares in %, len in tokens", style="dim"))
             break
+    for line in reward_model_lines(table_rows):
+        console.print(Text(line, style="dim"))
+
+
+def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:
+    """How each reward model was judged, and which weak ones a stage was made to use."""
+    for one in table_rows:
+        whose = f"{one['stage']}, seed {one['seed']}"
+        for kind, measured in (one.get("reward_models") or {}).items():
+            yield f"{whose}, {judges.told(kind, measured)}"
+        for weakness in one.get("forced_judges") or ():
+            yield f"{whose}, used a weak reward model: {weakness}"
 
 
 def as_json(table_rows: list[dict]) -> str:

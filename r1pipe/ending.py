@@ -1,9 +1,10 @@
 """Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from r1pipe import evaluate, stopping
@@ -18,6 +19,7 @@ from r1pipe.records import Prompt
 from r1pipe.rollout import Sampler
 from r1pipe.run import Run, log
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
 
 
@@ -107,11 +109,14 @@ def conclude(
     checkpoint: Path,
     steps: int,
     data_hash: str | None = None,
+    known: Mapping[str, Any] = NOTHING,
 ) -> None:
     """The end of a stage that trained: the whole evaluation, then the record.
 
-    `data_hash` is that of what was trained on, where it is not the source itself.
+    `data_hash` is that of what was trained on, where it is not the source itself; `known` goes into the
+    record beside what is measured.
     """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, data_hash or source.hash, steps)
+    metrics = {**evaluation.metrics, **known}
+    run.finish(checkpoint, chat, metrics, evaluation.samples, data_hash or source.hash, steps)

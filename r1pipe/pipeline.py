@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe import compare, lineage
+from r1pipe import compare, judges, lineage
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
@@ -45,7 +45,11 @@ def run_stage(placed: Placed) -> int:
 
 
 def start(placed: Placed) -> Job:
-    """Start the stage's job, saying so, and follow it until its record is there or it has failed."""
+    """Start the stage's job, saying so, and follow it until its record is there or it has failed.
+
+    Raises CheckpointError where it would ask reward models that are too weak.
+    """
+    judges.must_be_good(placed.config)
     must_be_free(placed.run)
     tell(placed.says())
     placed.note_changes()

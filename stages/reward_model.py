@@ -17,11 +17,10 @@ from r1pipe import evaluate
 from r1pipe.config.schema import RewardModelConfig
 from r1pipe.data.source import open_data
 from r1pipe.errors import DataError
+from r1pipe.judges import KINDS, quality_of
 from r1pipe.ranks import Ranks
-from r1pipe.rewards.models import KINDS
 from r1pipe.rl.preference import (
     Examples,
-    quality_of,
     read_examples,
     steps_of,
     train_reward_model,

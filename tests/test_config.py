@@ -201,6 +201,8 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage=cold_start stage.sequence_length=4096", "stage.sequence_length=4096 is longer"),
         ("stage=cold_start stage.batch_size=7", "stage.batch_size=7 must be a multiple of engine.ranks=2"),
         ("stage=all_scenario stage.preference.last_steps=99", "is more than stage.max_steps"),
+        ("stage=all_scenario stage.preference.min_accuracy=1.5", "must be from 0 to 1"),
+        ("stage=all_scenario stage.preference.max_length_correlation=2", "must be from 0 to 1"),
     ],
 )
 def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> None:

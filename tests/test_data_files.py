@@ -34,7 +34,15 @@ def source(path="rows.jsonl", task="sums", **changes):
 
 
 def config(path, **changes):
-    empty = {"tasks": [], "languages": [], "levels": [], "reasoning": [], "general": [], "preferences": []}
+    empty = {
+        "tasks": [],
+        "languages": [],
+        "levels": [],
+        "reasoning": [],
+        "general": [],
+        "preferences": [],
+        "labels": [],
+    }
     rows = {"bad_rows": "refuse", "max_bad_rows": 0.5, "longest_row": 1000}
     values = {"name": "mine", "kind": "files", "path": str(path), "substitutions": {}} | empty | rows
     return DataConfig(**values | changes)
@@ -341,6 +349,39 @@ def test_one_folder_serves_every_stage(shared):
     assert len(pairs["train"]) > 400 and not pairs["train"] & pairs["test"]
     assert data.safety_labels("train", ALL, 0) == []
     assert data.prompts("train", 4, 0) and data.general_prompts("test", 4, 0, {})
+
+
+def test_pairs_are_read_as_labels_too(shared):
+    data = open_data(composed("preferences", f"data.path={shared}"), 0)
+    labels = {split: data.safety_labels(split, ALL, 0) for split in SPLITS}
+    pairs = {split: data.preference_pairs(split, ALL, 0) for split in SPLITS}
+    for split in SPLITS:
+        assert len(labels[split]) == 2 * len(pairs[split]) > 0
+        read = {(label.prompt.id, label.response, label.safe) for label in labels[split]}
+        told = {(p.prompt.id, p.chosen, True) for p in pairs[split]}
+        assert read == told | {(p.prompt.id, p.rejected, False) for p in pairs[split]}
+
+
+def labelled(tmp_path, *safe):
+    rows = [{"ask": f"Wish {i}", "say": "No.", "ok": value} for i, value in enumerate(safe)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question": "ask", "response": "say", "safe": "ok"}
+    return Files(config(tmp_path, labels=[source("l.jsonl", task="safety", columns=columns, split="train")]))
+
+
+@pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), ("safe", "Unsafe"), ("true", "false")])
+def test_labelled_responses_are_read(tmp_path, yes, no):
+    labels = labelled(tmp_path, yes, no, no).safety_labels("train", ALL, 0)
+    assert sorted((label.prompt.question, label.safe) for label in labels) == [
+        ("Wish 0", True),
+        ("Wish 1", False),
+        ("Wish 2", False),
+    ]
+
+
+def test_a_label_that_says_neither_is_refused_with_its_line(tmp_path):
+    with pytest.raises(DataError, match=r"l\.jsonl line 2: column ok holds 'maybe'.*safe, unsafe"):
+        labelled(tmp_path, "safe", "maybe").safety_labels("train", ALL, 0)
 
 
 # reasoning-gym

@@ -22,10 +22,11 @@ from r1pipe import checkpoints, examine, lineage, machine, rewards
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
-from r1pipe.doctor import CHECKS, Context, general, policy, resources
+from r1pipe.doctor import CHECKS, Context, general, judges, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
 from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.judges import FORCE
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
 from r1pipe.paths import RunFolder, content_dir
@@ -366,15 +367,47 @@ def reward_models_in(folder: Path, *kinds: str, head: float = 0.0) -> Path:
     return folder
 
 
+UNFORCED = "stage.preference.force=false"  # the smoke recipe forces
+
+
 @pytest.fixture
 def untaught(tmp_path: Path) -> Path:
+    """A finished reward_model checkpoint whose helpfulness model scores all alike."""
     return reward_models_in(tmp_path / "reward_model", "helpful")
 
 
 def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) -> None:
-    examined = context("stage=all_scenario", reward_model=lineage.of_folder(untaught))
-    poor = found(examined, "reward models")
-    assert poor.status == FAIL and "helpful: 50%" in poor.value and "harmless: none" in poor.value
+    parent = lineage.of_folder(untaught)
+    poor = found(context("stage=all_scenario", UNFORCED, reward_model=parent), "reward models")
+    assert poor.status == FAIL and "helpful: 50.0% of" in poor.value and "harmless: none" in poor.value
+    assert "in order 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy
+
+
+def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
+    context: Make, untaught: Path
+) -> None:
+    parent = lineage.of_folder(untaught)
+    forced = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
+    assert forced.status == WARN and "below stage.preference.min_accuracy" in forced.remedy
+    shutil.rmtree(untaught.parent / "run")
+    words = ("stage=all_scenario", UNFORCED, "stage.preference.min_accuracy=0.48")
+    near = found(context(*words, "stage.preference.harmless_weight=0", reward_model=parent), "reward models")
+    assert near.status == WARN and "near its bound" in near.remedy and "harmless" not in near.value
+
+
+def test_a_reward_model_that_pays_for_words(context: Make, untaught: Path) -> None:
+    examined = context("stage=all_scenario", UNFORCED, reward_model=lineage.of_folder(untaught))
+    scored = judges.standing
+
+    def wordy(*known: Any) -> Any:
+        measured, scores = scored(*known)
+        return measured | {"accuracy": 0.9, "length_correlation": 0.95}, scores
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judges, "standing", wordy)
+        paid = found(examined, "reward models")
+    assert paid.status == FAIL and "length r +0.95" in paid.value
+    assert "max_length_correlation=0.7" in paid.remedy
 
 
 def test_a_reward_model_whose_file_has_changed(context: Make, untaught: Path) -> None:

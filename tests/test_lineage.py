@@ -9,8 +9,8 @@ import pytest
 from fakes import build_house
 
 from r1pipe import checkpoints, lineage, recorded
+from r1pipe.config.changes import mapping_hash
 from r1pipe.config.schema import ParentRef
-from r1pipe.config.typed import mapping_hash
 from r1pipe.errors import CheckpointError
 from r1pipe.lineage.page import page
 from r1pipe.paths import RunFolder

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
 from r1pipe import lineage
@@ -106,6 +107,24 @@ def test_preferences_that_fit_are_looked_for_and_no_labels_means_no_such_model(w
     assert list(quality) == ["helpful"] and quality["helpful"]["pairs"] == 4
     checkpoint = walked / "reward_model" / "checkpoints" / "step-1"
     assert (checkpoint / "helpful").is_dir() and not (checkpoint / "harmless").exists()
+
+
+def test_both_kinds_learn_from_the_preference_files(some: Path, tmp_path: Path) -> None:
+    """Pairwise, and point-wise where each answer is read by itself."""
+    words = ["stage=reward_model", "data=preferences", f"data.path={some}", "stage.max_steps=0"]
+    sizes = ["stage.pairs=16", "stage.labels=16", "stage.batch_size=8", "stage.held_out=8"]
+    folder = tiny_run(tmp_path / "run", *words, *sizes)
+    load_stage("reward_model").main(str(folder))
+    found = json.loads((folder / "record.json").read_text())["metrics"]["reward_models"]
+    assert (found["helpful"]["pairs"], found["harmless"]["labels"]) == (8, 8)
+    assert 0 <= found["helpful"]["accuracy"] <= 1 and 0 <= found["harmless"]["auc"] <= 1
+    losses = [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4, "two steps each"
+    weights = [
+        load_file(folder / "checkpoints" / "step-4" / kind / "model.safetensors")["score.weight"]
+        for kind in ("helpful", "harmless")
+    ]
+    assert not weights[0].equal(weights[1]) and all(weight.any() for weight in weights)
 
 
 def test_all_scenario_asks_the_models_that_there_are(walked: Path) -> None:

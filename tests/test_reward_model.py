@@ -12,11 +12,12 @@ from tiny_runs import load_stage, tiny_config, tiny_run
 from r1pipe.data.chat import Chat, compose_response
 from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError
+from r1pipe.judges import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.model import DeepseekV3
 from r1pipe.paths import content_dir
 from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import models, quality
-from r1pipe.rl.preference import Examples, Item, micro_losses
+from r1pipe.rl.preference import Examples, Item, micro_losses, standing
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -59,7 +60,7 @@ def test_a_score_does_not_depend_on_the_batch_it_comes_in(chat):
 def test_helpful_reads_the_summary_alone_and_harmless_all(chat):
     one, other = (compose_response(reasoning, "A fox ran.") for reasoning in ("Plan.", "Quite another plan."))
     helpful, harmless = (
-        [models.judged_tokens(kind, chat, PROMPT, text) for text in (one, other)] for kind in models.KINDS
+        [models.judged_tokens(kind, chat, PROMPT, text) for text in (one, other)] for kind in KINDS
     )
     assert helpful[0] == helpful[1] == chat.example(PROMPT, "A fox ran.").tokens
     assert helpful[0][-1] == chat.eos_id
@@ -67,7 +68,7 @@ def test_helpful_reads_the_summary_alone_and_harmless_all(chat):
 
 
 def test_what_has_no_summary_or_no_end_earns_nothing(chat):
-    judge = models.Judge(random_model(), models.HELPFUL, chat)
+    judge = models.Judge(random_model(), HELPFUL, chat)
     good = compose_response("Plan.", "A fox ran.")
     texts = [(good, "stop"), (good, "length"), ("A fox ran.", "stop"), ("<think>\nPlan.", "stop")]
     completions = [Completion([], [], reason, text) for text, reason in texts]
@@ -83,7 +84,7 @@ def test_a_response_that_is_likely_safe_earns_as_much_as_one_that_is_surely_safe
         with torch.no_grad():
             model.score.weight.zero_()
             model.score.bias.fill_(bias)
-        judge = models.Judge(model, models.HARMLESS, chat)
+        judge = models.Judge(model, HARMLESS, chat)
         earned.append(judge([PROMPT], [Completion([], [], "stop", "A fox ran.")])[0].value)
     assert earned == [pytest.approx(2 / (1 + math.exp(3.0)), rel=1e-4), 1.0, 1.0]
 
@@ -94,7 +95,7 @@ def test_garbage_that_grows_when_encoded_again_is_not_judged(chat):
     text = chat.decode([chat.encode("\u00e9")[0]] * (longest // 2))
     assert len(chat.encode(text)) > longest, "a byte that is no character becomes three"
     texts = [text, "A fox ran."]
-    scores = models.Judge(model, models.HARMLESS, chat)(
+    scores = models.Judge(model, HARMLESS, chat)(
         [PROMPT] * 2, [Completion([], [], "stop", text) for text in texts]
     )
     assert scores[0].value == 0.0 < scores[1].value
@@ -130,12 +131,28 @@ def test_quality_by_hand():
     assert quality.length_correlation([1.0, 1.0], [1, 2]) is None
 
 
+def test_a_models_standing_counts_the_responses_length_and_not_the_prompts(monkeypatch):
+    scores = {5: 1.0, 6: 2.0, 7: 3.0, 8: 0.0}
+    monkeypatch.setattr(models, "score_rows", lambda model, rows, pad_id: [scores[row[-1]] for row in rows])
+    pairs = [
+        Item([[1, 1, 1, 1, 1, 5, 5], [1, 1, 1, 1, 1, 8]], prompt=5),
+        Item([[1, 7, 7, 7, 7], [1, 6, 6, 6]], 1),
+    ]
+    found, kept = standing(None, HELPFUL, pairs, 0)
+    assert kept == [1.0, 0.0, 3.0, 2.0] and (found["pairs"], found["accuracy"]) == (2, 1.0)
+    assert found["length_correlation"] == pytest.approx(1.0), "lengths 2, 1, 4, 3"
+    labels = [Item([row], 1, safe) for row, safe in (([1, 7], True), ([1, 8, 8], False), ([1, 5], False))]
+    found, _ = standing(None, HARMLESS, labels, 0)
+    assert (found["labels"], found["auc"], found["accuracy"]) == (3, 1.0, pytest.approx(2 / 3))
+    assert found["length_correlation"] < 0
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_loads_count_the_responses_and_no_padding(alpha):
     model = models.RewardModel(tiny_model())
     engine = Engine(model, OPTIM, replace(ROUTER, balance_alpha=alpha), engine_config(), total_steps=10)
     items = [Item([[5, 6, 7, 8][:n], [9, 3]]) for n in (4, 1, 3)]
-    examples = Examples(models.HELPFUL, items, [], 0)
+    examples = Examples(HELPFUL, items, [], 0)
     stats = engine.train_step(micro_losses(engine, examples, items, 2, alpha))
     assert stats.loads_LE.sum(1).tolist() == [2 * (4 + 1 + 3 + 3 * 2)]  # two experts a token
 
@@ -165,7 +182,7 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
 
     def killed(run, examples, first, steps, resumes):
         calls.append(examples.kind)
-        if examples.kind == models.HARMLESS and len(calls) == 2:
+        if examples.kind == HARMLESS and len(calls) == 2:
             raise KeyboardInterrupt
         trained(run, examples, first, steps, resumes)
 
@@ -173,7 +190,7 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stage.main(str(broken))
     stage.main(str(broken))
-    for kind in models.KINDS:
+    for kind in KINDS:
         files = [
             folder / "checkpoints" / "step-32" / kind / "model.safetensors" for folder in (whole, broken)
         ]
@@ -183,3 +200,5 @@ def test_the_stage_learns_both_and_resumes_between_them(tmp_path, monkeypatch):
     found = json.loads((whole / "evaluation.json").read_text())["reward_models"]
     assert found["helpful"]["pairs"] == found["harmless"]["labels"] == 64
     assert found["helpful"]["accuracy"] > 0.55 and found["harmless"]["auc"] > 0.6
+    assert all(-1 <= found[kind]["length_correlation"] <= 1 for kind in KINDS)
+    assert quality_of(whole / "checkpoints" / "step-32") == found, "what the next stage judges them by"

@@ -119,7 +119,7 @@ class SourceConfig:
     """One file of rows, read through `datasets`."""
 
     path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
-    columns: dict[str, str]  # role -> column: question, answer, solution, response, chosen, rejected
+    columns: dict[str, str]  # role -> column: question, answer, solution, response, safe, chosen, rejected
     answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
     language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
     task: str  # the task name its rows are counted under
@@ -142,6 +142,7 @@ class DataConfig:
     bad_rows: str  # files, of a row that cannot be used: "refuse" it and stop, or "set_aside" with the reason
     max_bad_rows: float  # share of a file's rows that may be set aside; above it the file is refused
     longest_row: int  # bytes of a row; a longer one cannot be used
+    labels: list[SourceConfig]  # files: responses labelled safe or not, or pairs to be read as such
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
 
 

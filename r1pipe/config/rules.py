@@ -46,6 +46,9 @@ SHARES = {
     "max_failed",
     "overlong_cache",
     "max_bad_rows",
+    "min_accuracy",
+    "min_auc",
+    "max_length_correlation",
 }
 CHOICES = {
     "engine.accelerator": ("cpu", "cuda", "auto"),

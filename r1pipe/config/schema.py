@@ -122,6 +122,10 @@ class PreferenceConfig:
     general_kinds: dict[str, float]  # share of each general task among them; empty: as the data has them
     helpful_weight: float  # weight of the helpfulness model's reward (on the summary)
     harmless_weight: float  # weight of the harmlessness model's reward (on the whole response)
+    min_accuracy: float  # share of held-out pairs that the helpfulness model must put in the right order
+    min_auc: float  # area under the ROC curve that the harmlessness model must reach on held-out labels
+    max_length_correlation: float  # of a model's scores with the responses' lengths, whatever the sign
+    force: bool  # use reward models that are beyond these bounds, too: they are told of, not refused
 
 
 @dataclass

@@ -11,6 +11,7 @@ from r1pipe.data.reading import Row
 from r1pipe.errors import DataError, nearest
 
 _SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "safe": True, "unsafe": False}
 _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
@@ -32,6 +33,17 @@ def dialogue(row: Row, column: str) -> str:
     if len(turns) == 1:
         return turns[0][1]
     return "\n\n".join(f"{_SPEAKERS[who]}: {what}" if who in _SPEAKERS else what for who, what in turns)
+
+
+def flag(row: Row, column: str) -> bool:
+    """Whether a column says true, 1 or safe, or false, 0 or unsafe. Raises DataError where it says else."""
+    value = _value(row, column)
+    said = str(value).strip().lower()
+    if said not in _FLAGS:
+        raise DataError(
+            f"{row.where}: column {column} holds {said[:40]!r}; it must be one of {', '.join(_FLAGS)}"
+        )
+    return _FLAGS[said]
 
 
 def substitute(value: str, texts: dict[str, str], row: Row) -> str:

@@ -19,7 +19,7 @@ from typing import TypeVar
 from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.data.aside import NOWHERE, Aside
 from r1pipe.data.chat import compose_response
-from r1pipe.data.columns import dialogue, substitute, text
+from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, sift
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.errors import ConfigError, DataError, nearest
@@ -34,8 +34,10 @@ ROLES = {
     "reasoning": (("question", "answer"), ("solution",)),  # needed, and possible besides
     "general": (("question", "response"), ()),
     "preferences": (("question", "chosen", "rejected"), ()),
+    "labels": (("question", "response", "safe"), ()),
 }
 SPLITS = ("train", "dev", "test")
+SAFE, UNSAFE = "safe", "unsafe"
 SUMMARY = {"en": "The answer is {}.", "zh": "答案是{}。"}
 CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's marks for a calculator, which are no part of the solution
 
@@ -82,6 +84,10 @@ class Files:
     @cached_property
     def _preferences(self) -> list[Item]:
         return self._items("preferences", _preference)
+
+    @cached_property
+    def _labels(self) -> list[Item]:
+        return self._items("labels", _label)
 
     def _items(self, kind: str, read: Callable[[Row, SourceConfig], dict[str, str]]) -> list[Item]:
         """All rows of one kind; what a source declares held out is taken out of every other source."""
@@ -134,8 +140,9 @@ class Files:
         return [PreferencePair(item.prompt, item.texts["chosen"], item.texts["rejected"]) for item in items]
 
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
-        """None: files hold no such labels, so that no harmlessness model can be trained from them."""
-        return []
+        """Of a pair, the chosen answer counts as safe and the rejected one as not."""
+        found = [label for item in self._of("labels", split) for label in _labelled(item)]
+        return _drawn(found, n, seed, f"labels/{split}")
 
     def documents(self, seed: int) -> Iterator[str]:
         raise ConfigError(f"data={self.config.name} has no documents to pre-train on; use data=world")
@@ -170,8 +177,13 @@ def _in_folder(source: SourceConfig, folder: Path, kind: str) -> Path:
     return path
 
 
+def roles(kind: str, source: SourceConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The roles that a source's columns must have, and may have; labels may be given as pairs."""
+    return ROLES["preferences" if kind == "labels" and "chosen" in source.columns else kind]
+
+
 def _check(source: SourceConfig, kind: str, where: str) -> None:
-    needed, possible = ROLES[kind]
+    needed, possible = roles(kind, source)
     for role in source.columns:
         if role not in needed + possible:
             raise ConfigError(f"{where}.columns.{role} is no role; {nearest(role, needed + possible)}")
@@ -217,8 +229,23 @@ def _preference(row: Row, source: SourceConfig) -> dict[str, str]:
     return {role: dialogue(row, column) for role, column in source.columns.items()}
 
 
+def _label(row: Row, source: SourceConfig) -> dict[str, str]:
+    if "chosen" in source.columns:
+        return _preference(row, source)
+    texts = {role: dialogue(row, source.columns[role]) for role in ("question", "response")}
+    return texts | {"safe": SAFE if flag(row, source.columns["safe"]) else UNSAFE}
+
+
+def _labelled(item: Item) -> list[SafetyLabel]:
+    """The labels in one row: a response's own, or the two of a pair."""
+    texts = item.texts
+    if "chosen" not in texts:
+        return [SafetyLabel(item.prompt, texts["response"], texts["safe"] == SAFE)]
+    return [SafetyLabel(item.prompt, texts[role], role == "chosen") for role in ("chosen", "rejected")]
+
+
 def _item(kind: str, source: SourceConfig, row: Row, texts: dict[str, str], held: set[str]) -> Item:
-    for role in ROLES[kind][0]:
+    for role in roles(kind, source)[0]:
         if not texts[role]:
             column = source.columns[role]
             raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")

@@ -67,8 +67,7 @@ class Limits:
     memory: Band
     judgeable: Band
     refusals: Band
-    helpful: Band
-    harmless: Band
+    judges_margin: float
 
 
 def limits() -> Limits:

@@ -6,9 +6,10 @@ from r1pipe.config.schema import PreferenceConfig
 from r1pipe.data.chat import compose_response, parse
 from r1pipe.doctor.context import SEED, Context, graded
 from r1pipe.findings import FAIL, PASS, WARN, Finding
+from r1pipe.judges import HARMLESS, HELPFUL, KINDS
 from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import applies
-from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, NOTHING
+from r1pipe.rewards.models import NOTHING
 from r1pipe.rl.advantages import has_variance
 
 RULES_ALONE = "none: rules alone reward this stage"

@@ -124,6 +124,10 @@ def reward_models(runs: Runs) -> str:
         for run, name, measures in judged
     ]
     note = "On held-out pairs and labels; a correlation with length warns of a model that pays for words."
+    for run in runs:
+        if forced := run.row.get("forced_judges"):
+            used = escape(f"{run.stage}, seed {run.seed}: {'; '.join(forced)}")
+            note += f" <b>Weak ones were used because it was asked for</b> ({used})."
     names = [head.replace("_", " ") for head in heads]
     return section("Reward models", table(["model", "seed", *names], rows) if rows else "", note)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from r1pipe import heartbeat
 from r1pipe.data.chat import Chat, parse
+from r1pipe.judges import HARMLESS, HELPFUL
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.reading import Stored, check
@@ -24,8 +25,6 @@ from r1pipe.model.weights import fill
 from r1pipe.model.writing import write_shards
 from r1pipe.records import Completion, Prompt, Score
 
-HELPFUL, HARMLESS = "helpful", "harmless"
-KINDS = (HELPFUL, HARMLESS)
 PADDED_TOKENS = 8192  # of one scoring pass
 NOTHING = "cut off, garbage, or no summary to judge"
 

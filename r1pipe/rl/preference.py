@@ -23,15 +23,15 @@ from r1pipe.data.fitting import draw_fitting
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.errors import DataError
+from r1pipe.judges import HARMLESS, HELPFUL, KINDS, QUALITY, told
 from r1pipe.model import Balance
 from r1pipe.rewards import models
-from r1pipe.rewards.models import HARMLESS, HELPFUL, KINDS, RewardModel
+from r1pipe.rewards.models import RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.run import Run
 from r1pipe.sft.loop import shown, step_metrics
 from r1pipe.stopping import Interrupted
 
-QUALITY = "quality.json"
 HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
 NAMES = {HELPFUL: "preference pairs", HARMLESS: "safety labels"}
 
@@ -43,6 +43,7 @@ class Item:
     """One term of a loss: the rows of a pair as token ids (preferred one first), or one labelled row."""
 
     rows: list[list[int]]
+    prompt: int = 0  # tokens of the prompt, which every row begins with
     safe: bool = True  # of a labelled row
 
     def __len__(self) -> int:
@@ -97,21 +98,27 @@ def _draw(
     split, n, seed = drawn
     longest = run.config.model.max_position_embeddings
     fitting, too_long = draw_fitting(
-        lambda m: _items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
+        lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
     )
     if fitting or too_long:
         log.info("%d %s (%s), %d more are too long", len(fitting), NAMES[kind], split, too_long)
     return fitting, too_long
 
 
-def _items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> list[Item]:
-    tokens = partial(models.judged_tokens, kind, chat)
+def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> list[Item]:
+    """The data's pairs or labels as a model of this kind reads them; `drawn`: split, how many, seed."""
     if kind == HELPFUL:
-        return [
-            Item([tokens(p.prompt, p.chosen), tokens(p.prompt, p.rejected)])
-            for p in data.preference_pairs(*drawn)
-        ]
-    return [Item([tokens(label.prompt, label.response)], label.safe) for label in data.safety_labels(*drawn)]
+        judged = [(p.prompt, [p.chosen, p.rejected], True) for p in data.preference_pairs(*drawn)]
+    else:
+        judged = [(label.prompt, [label.response], label.safe) for label in data.safety_labels(*drawn)]
+    return [
+        Item(
+            [models.judged_tokens(kind, chat, prompt, response) for response in responses],
+            len(chat.prompt_tokens(prompt)),
+            safe,
+        )
+        for prompt, responses, safe in judged
+    ]
 
 
 def steps_of(stage: RewardModelConfig, examples: Examples) -> int:
@@ -198,18 +205,20 @@ def _preference_loss(kind: str, scores: Tensor, micro: Sequence[Item]) -> Tensor
     return models.point_wise_loss(scores, safe)
 
 
-def judged(model: RewardModel, examples: Examples) -> dict[str, Any]:
-    """A finished model's standing on held-out examples; a helpfulness model is standardised on them."""
-    held_out = examples.held_out
+def standing(
+    model: RewardModel, kind: str, held_out: Sequence[Item], pad_id: int
+) -> tuple[dict[str, Any], list[float]]:
+    """How a model does on held-out examples (see r1pipe.judges), and the score of each of their rows."""
     rows = [row for item in held_out for row in item.rows]
-    scores = models.score_rows(model, rows, examples.pad_id)
-    quality: dict[str, Any] = {"length_correlation": length_correlation(scores, [len(row) for row in rows])}
-    if examples.kind == HELPFUL:
-        models.standardise(model, scores)
-        return quality | {"pairs": len(held_out), "accuracy": pair_accuracy(scores[0::2], scores[1::2])}
+    scores = models.score_rows(model, rows, pad_id)
+    lengths = [len(row) - item.prompt for item in held_out for row in item.rows]
+    found: dict[str, Any] = {"length_correlation": length_correlation(scores, lengths)}
+    if kind == HELPFUL:
+        return found | {"pairs": len(held_out), "accuracy": pair_accuracy(scores[0::2], scores[1::2])}, scores
     safe = [item.safe for item in held_out]
     right = [(score > 0) == label for score, label in zip(scores, safe, strict=True)]
-    return quality | {"labels": len(held_out), "accuracy": sum(right) / len(right), "auc": auc(scores, safe)}
+    found |= {"labels": len(held_out), "accuracy": sum(right) / len(right), "auc": auc(scores, safe)}
+    return found, scores
 
 
 def _export(
@@ -220,13 +229,12 @@ def _export(
     for kind in KINDS[: KINDS.index(examples.kind)]:
         if before and (before / kind).is_dir():
             copytree(before / kind, folder / kind)
-    quality = judged(model, examples) if finished else None
+    quality = None
+    if finished:
+        quality, scores = standing(model, examples.kind, examples.held_out, examples.pad_id)
+        log.info("%s", told(examples.kind, quality))
+        if examples.kind == HELPFUL:
+            models.standardise(model, scores)
     models.save_reward_model(model, folder / examples.kind)
     if quality:
         (folder / examples.kind / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
-
-
-def quality_of(checkpoint: Path) -> dict[str, Any]:
-    """What `judged` found of each model of a whole checkpoint."""
-    paths = {kind: checkpoint / kind / QUALITY for kind in KINDS}
-    return {kind: json.loads(path.read_text()) for kind, path in paths.items() if path.exists()}

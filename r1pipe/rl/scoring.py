@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config.schema import RLConfig
+from r1pipe.judges import KINDS
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, Shaping, Verdicts, add_shapes, applies, score_all
 from r1pipe.rl.advantages import group_advantages
@@ -11,7 +12,7 @@ from r1pipe.rl.advantages import group_advantages
 # Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
 Judges = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
-PREFERENCES = ("helpful", "harmless")  # the reward models' rewards, on general prompts alone
+PREFERENCES = KINDS  # the reward models' rewards, on general prompts alone
 KL = "kl"  # of a completion, where it is in the reward (see r1pipe.rl.shaping)
 MEASURED = ("accuracy", "format", "language")  # logged even where they weigh nothing
 

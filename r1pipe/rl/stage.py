@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, judges
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.source import open_data
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
 from r1pipe.ranks import choose_device
-from r1pipe.rewards.models import KINDS, Judge, load_reward_model
+from r1pipe.rewards.models import Judge, load_reward_model
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.loop import GRPO
 from r1pipe.rl.scoring import Judges
@@ -19,12 +20,17 @@ from r1pipe.run import Run
 
 
 def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], Judges]) -> None:
-    """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn."""
+    """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn.
+
+    Raises CheckpointError where a reward model is too weak to be asked (`stage.preference`), unless forced.
+    """
     stage = run.stage
     chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
-    judges = load_judges(run, chat)
+    for weakness in judges.must_be_good(run.config):
+        run.warn(f"weak reward model, used because {judges.FORCE}: {weakness}")
+    asked = load_judges(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
@@ -34,8 +40,17 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     def evaluate_briefly() -> dict[str, float]:
         return short_evaluation(run, engine, chat, data)
 
-    loop = GRPO(run, engine, reference, chat, data, judges, evaluate_briefly, critic)
-    conclude(run, engine, chat, data, loop.train(), stage.max_steps)
+    loop = GRPO(run, engine, reference, chat, data, asked, evaluate_briefly, critic)
+    checkpoint = loop.train()
+    conclude(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_told(run))
+
+
+def weaknesses_told(run: Run[RLConfig]) -> dict[str, Any]:
+    """For the record of a stage that asks reward models: which of their bounds were forced, and how many."""
+    if not run.stage.preference:
+        return {}
+    forced = judges.weaknesses(run.config)
+    return {"weak_judges": len(forced), "forced_judges": forced}
 
 
 def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
@@ -45,12 +60,12 @@ def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
 
 def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
     """The frozen models that stage reward_model made: those that its data had examples for."""
-    parent = run.config.reads_from["reward_model"]
+    parent = run.config.reads_from[judges.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)
     models = {
         kind: load_reward_model(Path(parent.checkpoint) / kind).to(device)
-        for kind in KINDS
+        for kind in judges.KINDS
         if (Path(parent.checkpoint) / kind).is_dir()
     }
     return {kind: Judge(model, kind, chat) for kind, model in models.items()}

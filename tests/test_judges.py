@@ -1,0 +1,148 @@
+"""Reward models are judged before use: by accuracy, area under the curve, length; a weak one is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import House
+
+from r1pipe import checkpoints, compare, judges
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
+from r1pipe.errors import CheckpointError
+from r1pipe.judges import FORCE, HARMLESS, HELPFUL, shortfalls
+from r1pipe.paths import RunFolder
+
+GOOD: dict[str, dict[str, Any]] = {
+    HELPFUL: {"pairs": 300, "accuracy": 0.8, "length_correlation": 0.5},
+    HARMLESS: {"labels": 300, "accuracy": 0.99, "auc": 0.999, "length_correlation": -0.03},
+}
+BOUNDS = PreferenceConfig(20, 0.5, {}, 1.0, 1.0, 0.6, 0.75, 0.7, False)
+
+
+def write_standing(checkpoint: Path, **changed: dict[str, Any]) -> None:
+    """The reward models of a checkpoint, without their weights."""
+    for kind, measured in GOOD.items():
+        folder = checkpoint / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        content = measured | changed.get(kind, {})
+        (folder / judges.QUALITY).write_text(json.dumps(content), encoding="utf-8")
+
+
+def asking(checkpoint: Path, **preference: Any) -> RunConfig:
+    """The config of an all-scenario stage that asks the models of this checkpoint."""
+    config = compose(["stage=all_scenario"]).config
+    assert isinstance(config.stage, RLConfig)
+    stage = replace(config.stage, preference=replace(BOUNDS, **preference))
+    parent = ParentRef(judges.STAGE, "reward_model-s0-x", str(checkpoint), "")
+    return replace(config, stage=stage, reads_from={judges.STAGE: parent})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "told"),
+    [
+        (
+            HELPFUL,
+            "accuracy",
+            0.55,
+            "helpful share of held-out pairs in order 0.55, below {}min_accuracy=0.6",
+        ),
+        (HARMLESS, "auc", 0.7, "harmless area under the ROC curve 0.7, below {}min_auc=0.75"),
+        (HELPFUL, "length_correlation", 0.75, "length 0.75, beyond {}max_length_correlation=0.7"),
+        (HARMLESS, "length_correlation", -0.8, "length -0.8, beyond {}max_length_correlation=0.7"),
+        (HARMLESS, "auc", None, "harmless area under the ROC curve unknown, below {}min_auc=0.75"),
+        (HELPFUL, "accuracy", float("nan"), "nan, below {}min_accuracy"),
+        (HELPFUL, "length_correlation", float("nan"), "nan, beyond {}max_length_correlation"),
+    ],
+)
+def test_one_line_names_value_bound_key_and_what_forces_it(
+    tmp_path: Path, kind: str, name: str, value: float | None, told: str
+) -> None:
+    write_standing(tmp_path)
+    assert judges.must_be_good(asking(tmp_path)) == []
+    write_standing(tmp_path, **{kind: {name: value}})
+    with pytest.raises(CheckpointError) as caught:
+        judges.must_be_good(asking(tmp_path))
+    line = str(caught.value)
+    assert told.format("stage.preference.").removeprefix(" ") in line and "\n" not in line
+    assert "reward_model-s0-x" in line and line.endswith(FORCE)
+    forced = judges.must_be_good(asking(tmp_path, force=True))
+    assert len(forced) == 1 and told.format("stage.preference.") in forced[0]
+
+
+def test_on_the_bound_is_good_and_a_margin_draws_it_tighter() -> None:
+    on_it = {"accuracy": 0.6, "length_correlation": -0.7}
+    assert shortfalls(HELPFUL, on_it, BOUNDS) == []
+    assert len(shortfalls(HELPFUL, on_it, BOUNDS, margin=0.01)) == 2
+    alike = {"accuracy": 0.6, "length_correlation": None}  # all of one length: nothing to be correlated with
+    assert shortfalls(HELPFUL, alike, BOUNDS) == []
+
+
+def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_not_looked_at(
+    tmp_path: Path,
+) -> None:
+    write_standing(tmp_path)
+    (tmp_path / HARMLESS / judges.QUALITY).unlink()
+    with pytest.raises(CheckpointError, match="harmless was never judged"):
+        judges.must_be_good(asking(tmp_path))
+    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+
+
+def test_the_shipped_bounds_refuse_a_coin_and_let_a_judge_pass() -> None:
+    stage = compose(["stage=all_scenario"]).config.stage
+    assert isinstance(stage, RLConfig) and stage.preference and not stage.preference.force
+    for kind, coin in ((HELPFUL, {"accuracy": 0.5}), (HARMLESS, {"auc": 0.5})):
+        assert shortfalls(kind, GOOD[kind], stage.preference) == []
+        assert shortfalls(kind, GOOD[kind] | coin, stage.preference)
+
+
+# --- the command line
+
+
+@pytest.fixture
+def weak(house: House) -> House:
+    """A house with reward models, of which one orders pairs as a coin would."""
+    assert house.call("run", "stage=reward_model", "parent=pretrain") == 0
+    checkpoint = house.runs("reward_model")[0] / "checkpoints" / "step-1"
+    write_standing(checkpoint, helpful={"accuracy": 0.5})
+    checkpoints.write_manifest(checkpoint)
+    record = house.runs("reward_model")[0] / "record.json"
+    content = json.loads(record.read_text()) | {"checkpoint_hash": checkpoints.manifest_hash(checkpoint)}
+    record.write_text(json.dumps(content))
+    return house
+
+
+def test_a_weak_judge_is_refused_before_the_job_starts(weak: House, capsys: pytest.CaptureFixture) -> None:
+    capsys.readouterr()
+    words = ["run", "stage=all_scenario", "parent=pretrain"]
+    assert weak.call(*words) == 2
+    told = capsys.readouterr().err
+    assert "in order 0.5, below stage.preference.min_accuracy=0.6" in told and told.count("\n") == 1
+    assert not weak.runs("all_scenario"), "no run folder is left behind"
+    assert weak.call(*words, "stage.preference.min_accuracy=0.5") == 0
+    assert weak.call(*words, FORCE) == 0
+    assert len(weak.runs("all_scenario")) == 2
+
+
+# --- what is shown
+
+
+def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    forced = {"weak_judges": 1, "forced_judges": ["helpful share of held-out pairs in order 0.5"]}
+    for stage, metrics in (("reward_model", {"reward_models": GOOD}), ("all_scenario", forced)):
+        (tmp_path / stage).mkdir()
+        record = {"stage": stage, "seed": 3, "metrics": metrics}
+        (tmp_path / stage / "record.json").write_text(json.dumps(record))
+    rows = [compare.row(RunFolder(tmp_path / stage)) for stage in ("reward_model", "all_scenario")]
+    compare.show(rows)
+    shown = capsys.readouterr().out
+    assert "reward_model, seed 3, helpful: 80.0% of 300 pairs in order, length r +0.50" in shown
+    assert "harmless: area under the curve 0.999 on 300 labels, length r -0.03" in shown
+    assert (
+        "all_scenario, seed 3, used a weak reward model: helpful share of held-out pairs in order 0.5"
+        in shown
+    )

@@ -74,7 +74,7 @@ def test_preference_rewards_come_with_the_last_steps_and_language_counts_all_alo
     general = [row for row in last if row["task"] != "word"]
     assert len(general) == len(last) / 2
     for row in last:
-        scored = {name for name in row if name.startswith("score_")}
+        scored = {name for name in row if name.startswith("score_") and row[name] is not None}
         assert scored == {*EVERY, *(["score_accuracy"] if row["task"] == "word" else JUDGED)}
     found = json.loads((folder / "record.json").read_text())["metrics"]
     assert (found["weak_judges"], found["forced_judges"]) == (0, [])

@@ -415,7 +415,7 @@ def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatc
 def test_all_ranks_draw_as_long_as_one_of_them_needs():
     """Of two ranks, this one has its two groups at once; the other needs three batches."""
     stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, dynamic_batches=9)
-    others_missing, seen = iter([2, 1, 0]), []
+    others_missing, seen = iter([0, 2, 0, 1, 0, 0]), []  # before each, whether it was asked to stop
     loop = object.__new__(GRPO)
     loop.config, loop.weights, loop.state = stage, {"accuracy": 1.0}, LoopState()
 
@@ -430,6 +430,6 @@ def test_all_ranks_draw_as_long_as_one_of_them_needs():
     loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 1.0)]
     metrics: dict[str, float] = {}
     tokens, groups = loop._draw(metrics)
-    assert seen == [0, 0, 0] and metrics["rollout/batches"] == 3
+    assert seen == [0] * 6 and metrics["rollout/batches"] == 3
     assert tokens == [[0], [0], [1], [1], [2], [2]]
     assert [one.trained for one in groups] == [True, True, False, False, False, False]

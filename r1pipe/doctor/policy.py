@@ -117,6 +117,7 @@ def round_trip(context: Context, name: str) -> Finding:
     run, engine = context.trial, context.engine
     target = run.save_checkpoint(engine, 1, {"doctor": 1}, save_pretrained)
     run.saved()
+    engine.barrier()  # rank 0 has put it in place: the others read it, too
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     checkpoints.verify(target, engine=True)
     with engine.gathered() as model:

@@ -19,10 +19,10 @@ from r1pipe.paths import RunFolder
 CLOCK = (
     "time",  # metrics.jsonl: seconds since the run began
     "time/*",  # metrics.jsonl: seconds of a step's phases
-    "train/tokens_per_s",
+    "*tokens_per_s",
     "tripwire/slow_step",
     *("elapsed", "seconds"),  # of the run so far, in a checkpoint's state and in record.json
-    *("wall_s", "created"),  # record.json
+    *("wall_s", "created", "record_hash"),  # record.json; its own hash and its parents' cover the times in it
     "run_dir",  # the final table: where a run lies
 )
 RUN_ID = re.compile(r"\b(\w+-s\d+)-\d{8}-\d{6}-[0-9a-f]{4}\b")  # stage, seed, time, and what makes it unique
@@ -137,6 +137,9 @@ def tables_apart(one: Path, other: Path) -> Iterator[str]:
 
 def records_apart(a: RunFolder, b: RunFolder) -> Iterator[str]:
     records = [json.loads(run.record.read_text()) for run in (a, b)]
+    for record in records:  # what a run is called, and where it lies
+        record.pop("run_id")
+        record["config"].pop("root")
     if (a.data / "samples.parquet").exists():
         for record in records:
             record.pop(OF_NAMES)

@@ -18,12 +18,21 @@ from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 __all__ = ["World", "judge", "strategy_of"]
 
 
+OF_FILES = (
+    "labels",
+    "bad_rows",
+    "max_bad_rows",
+    "longest_row",
+)  # keys of `data` that say nothing of the world
+
+
 class World:
     """The data source of the bundled world; every method is a pure function of its arguments and `seed`."""
 
     def __init__(self, config: DataConfig, seed: int):
         self.config, self.seed = config, seed
-        identity = json.dumps([asdict(config), seed, content_hash()], sort_keys=True)
+        mine = {key: value for key, value in asdict(config).items() if key not in OF_FILES}
+        identity = json.dumps([mine, seed, content_hash()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
         self.judge, self.strategy_of = judge, strategy_of
 

@@ -199,7 +199,7 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
         shards[2].unlink()  # what a kill would have cost
         assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
         assert sampler.calls == 5
-        of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None)
+        of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None, agree_max=int)
         assert rejection.draw_samples(run, of_three, sampler, chat, prompts) == shards
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
         path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from r1pipe import options
+from r1pipe.errors import EnvironmentProblem
 from r1pipe.options import Checkpoint, Overrides
 from r1pipe.overrides import composed, pipeline_in, split
 
@@ -81,10 +82,13 @@ def sync(
     ] = False,
 ) -> None:
     """Bring MLflow up to the run folders: sync root=DIR [pipeline=NAME]"""
+    from r1pipe import lineage as family
     from r1pipe import tracking
 
     given = overrides or []
     config = composed(given)
+    if not family.runs(Path(config.root)):
+        raise EnvironmentProblem(f"no runs under {config.root}; say where they are: root=DIR")
     written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
     print(f"MLflow has {written} runs of {config.root}, wholly")
     for run_id in busy:

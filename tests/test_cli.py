@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -193,3 +194,12 @@ def test_zsh_completes_whole_words() -> None:
 def test_ui_without_a_store_says_what_makes_one(house: House, capsys: pytest.CaptureFixture) -> None:
     assert house.call("ui") == 2
     assert "no MLflow store" in capsys.readouterr().err
+
+
+def test_a_root_without_runs_is_no_success_of_sync(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["r1pipe", "sync", f"root={tmp_path}"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "no runs under" in capsys.readouterr().err

@@ -199,7 +199,7 @@ class Engine(Ranks):
         what = f"{what} ({quantised})" if quantised else what
         if self.skipped_in_a_row > self.max_skipped:
             raise NumericProblem(
-                f"{what}; {self.skipped_in_a_row} steps in a row, above stage.optim.max_skipped="
+                f"{what}; steps not finite in a row: {self.skipped_in_a_row}, above stage.optim.max_skipped="
                 f"{self.max_skipped}: lower stage.optim.lr or look at the data; nothing of them was saved"
             )
         if self.rank == 0:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from unittest import SkipTest
@@ -111,14 +112,16 @@ def main(words: list[str]) -> int:
         say.status.start()
     rows: list[tuple[Outcome, float]] = []
     root = Path(tempfile.mkdtemp(prefix="r1pipe-faults-"))
+    logging.basicConfig(filename=root / "log.txt")  # what jobs that run in this process say
     for name in arguments.only:
         say.module, began = name, time.monotonic()
         (root / name).mkdir()
         for outcome in outcomes(name, root / name, arguments):
-            rows.append((outcome, time.monotonic() - began))
+            shown = replace(outcome, told=outcome.told.replace(f"{root}/", ""))
+            rows.append((shown, time.monotonic() - began))
             began = time.monotonic()
-            if console.is_terminal:
-                console.print(f"{outcome.fault}: {outcome.held} of {outcome.tried} held")
+            told = f"{outcome.held} of {outcome.tried} held" if outcome.tried else outcome.told
+            console.print(f"{outcome.fault}: {told}", highlight=False, soft_wrap=True)
     say.status.stop()
     out = Console()
     Console(width=None if out.is_terminal else COLUMNS, highlight=False).print(table(rows))

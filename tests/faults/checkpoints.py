@@ -1,6 +1,5 @@
 """A flipped bit, a truncated or a missing file in the newest checkpoint: the one before is used."""
 
-import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -39,7 +38,6 @@ DAMAGES: dict[str, Callable[[Path, Random], None]] = {
 
 def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     """A row for each stage and damage. The short form is one stage and one try of each."""
-    logging.getLogger("r1pipe").setLevel(logging.WARNING)
     for stage in ("cold_start",) if short else ("cold_start", "grpo"):
         whole = uninterrupted(folder / stage / "whole", stage)
         for number, (name, damage) in enumerate(DAMAGES.items()):

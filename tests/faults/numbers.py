@@ -1,7 +1,6 @@
 """A loss or a gradient that is not finite: never saved; the step is skipped and counted, and past a limit the
 job stops at its last good checkpoint, from which it goes on."""
 
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -38,7 +37,6 @@ BREAKS: dict[str, Callable[..., Any]] = {"loss": loss_breaks, "gradient": gradie
 
 def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     """A row for each stage and what breaks, once in a step and in all from a step on."""
-    logging.getLogger("r1pipe").setLevel(logging.ERROR)
     for stage in ("cold_start",) if short else ("cold_start", "grpo"):
         whole = uninterrupted(folder / stage / "whole", stage)
         for what, breaks in BREAKS.items():

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from r1pipe import checkpoints, heartbeat
+from r1pipe import checkpoints, heartbeat, locks
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
@@ -142,7 +142,8 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         warnings = _OnScreen(run)
         log.addHandler(warnings)
-        with listening(folder.stop, config.engine.grace_s), heartbeat.beating(folder, rank):
+        beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
+        with listening(folder.stop, config.engine.grace_s), beating:
             try:
                 yield run
             except Interrupted:
@@ -157,6 +158,10 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s", interrupted)
         leave_with(interrupted.exit_code)
         raise SystemExit(interrupted.exit_code) from None
+    except locks.Taken as error:
+        log.error("%s", error)
+        leave_with(2)
+        raise SystemExit(2) from None
     except R1pipeError as error:
         _leave(folder, str(error))
     except OSError as error:

@@ -108,10 +108,10 @@ def is_interrupted(run: RunFolder) -> bool:
 
 
 def has_something_to_lose(run: RunFolder) -> bool:
-    """Whether a run has a checkpoint or samples; a stage that only measures makes both again."""
+    """Whether a run has a checkpoint or samples, unless its stage only measures and makes both again."""
     if STAGE_TYPES.get(read_json(run.config)["stage"]["name"]) is EvaluateConfig:
         return False
-    return bool(checkpoints.steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
+    return checkpoints.holds_work(run)
 
 
 def refusal(placed: Placed, in_recipe: bool) -> ConfigError:

@@ -18,9 +18,11 @@ import torch
 
 from r1pipe import checkpoints, heartbeat, locks
 from r1pipe.config import read_config
-from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
+from r1pipe.config.schema import EvaluateConfig, ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source, must_be_as_it_was, open_data
 from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
+from r1pipe.jsonfile import read_object
 from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
@@ -95,6 +97,20 @@ class Run(Resumable[S]):
                     f"{self._tokenizer_folder()}; take both from one pipeline"
                 )
         return chat
+
+    def load_data(self) -> Source:
+        """The source that `data` names. Rank 0 keeps what it was when the run began.
+
+        Raises DataError where a run that has made something would go on with other data.
+        """
+        source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
+        if self.rank == 0:
+            kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
+            measures_only = isinstance(self.stage, EvaluateConfig)  # and all of it anew
+            if kept.exists() and checkpoints.holds_work(self.folder) and not measures_only:
+                must_be_as_it_was(self.config.data.name, read_object(kept), now)
+            write_json(kept, now)
+        return source
 
     # --- the end
 

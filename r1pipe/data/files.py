@@ -64,13 +64,16 @@ class Files:
         self._sources = {kind: _located(config, kind) for kind in ROLES}
         if not any(self._sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
+        self.files: dict[str, str] = {}
         self.hash = self._hash()
 
     def _hash(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(replace(self.config, path=None)), sort_keys=True).encode())
         for path in (Path(source.path) for sources in self._sources.values() for source in sources):
             if path.is_file():  # a missing one is told when it is read: this stage may not need it
-                digest.update(path.read_bytes())
+                content = path.read_bytes()
+                digest.update(content)
+                self.files[str(path)] = hashlib.sha256(content).hexdigest()
         return digest.hexdigest()
 
     @cached_property

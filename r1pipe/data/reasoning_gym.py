@@ -34,6 +34,7 @@ class ReasoningGym:
         if not config.tasks:
             raise ConfigError("data.tasks is empty; name tasks of reasoning-gym, e.g. data.tasks=[chain_sum]")
         self.config = config
+        self.files: dict[str, str] = {}
         for task in config.tasks:
             _dataset(task)
         version = importlib.metadata.version("reasoning-gym")

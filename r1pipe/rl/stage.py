@@ -7,7 +7,6 @@ from typing import Any
 from r1pipe import checkpoints, judges
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
-from r1pipe.data.source import open_data
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
 from r1pipe.ranks import choose_device
@@ -25,7 +24,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     Raises CheckpointError where a reward model is too weak to be asked (`stage.preference`), unless forced.
     """
     stage = run.stage
-    chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+    chat, data = run.load_chat(), run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
     for weakness in judges.must_be_good(run.config):

@@ -38,7 +38,7 @@ try:
 except EnvironmentProblem as error:
     print(error, flush=True)
 """
-# r1pipe: has the run, and starts a runner, in a session of its own, that starts a rank, which imports for long
+# r1pipe: has the run, and starts a runner in a session of its own; that starts a rank, which imports for long
 STARTS = """
 import subprocess, sys, time
 from r1pipe import locks

@@ -34,6 +34,7 @@ class World:
         mine = {key: value for key, value in asdict(config).items() if key not in OF_FILES}
         identity = json.dumps([mine, seed, content_hash()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
+        self.files: dict[str, str] = {}
         self.judge, self.strategy_of = judge, strategy_of
 
     def _rng(self, *stream: object) -> random.Random:

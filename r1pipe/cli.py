@@ -37,7 +37,9 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, even if this run is half done.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write config.json, print the command.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command; a new run's folder is written.")
+    ] = False,
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 

@@ -82,13 +82,6 @@ def module_path() -> str:
     return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
 
 
-def prepare(config: RunConfig, run: RunFolder) -> list[str]:
-    """Write config.json, command.txt and env.json; the command. Raises EnvironmentProblem."""
-    line = checked(config, run)
-    write_down(config, run, line)
-    return line
-
-
 def checked(config: RunConfig, run: RunFolder) -> list[str]:
     """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
     line = command(config, run, machine.must_launch(config.engine))
@@ -98,6 +91,7 @@ def checked(config: RunConfig, run: RunFolder) -> list[str]:
 
 
 def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> None:
+    """Write config.json, command.txt, env.json and code.diff."""
     run.log.mkdir(parents=True, exist_ok=True)
     write_json(run.config, publishable(to_mapping(config)))
     write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})

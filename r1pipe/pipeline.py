@@ -13,7 +13,7 @@ from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.launch import Job, failure, prepare
+from r1pipe.launch import Job, checked, failure, printable, write_down
 from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
 from r1pipe.placing import Placed, place
@@ -21,7 +21,10 @@ from r1pipe.redaction import without_login
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
-    """Write the run folder but start nothing; the command. A parent that is not made yet is left open."""
+    """Start nothing; the command. A new run's folder is written, one that is there already is left as it is.
+
+    A parent that is not made yet is left open.
+    """
     try:
         filled = lineage.with_parents(config)
     except CheckpointError as error:
@@ -30,9 +33,10 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
         tell(f"note: {error}")
         filled = lineage.with_open_parents(config)
     placed = place(filled, fresh)
-    placed.note_changes()
-    prepare(placed.config, placed.run)
-    return placed.run.command.read_text(encoding="utf-8").strip()
+    line = checked(placed.config, placed.run)
+    if placed.is_new:
+        write_down(placed.config, placed.run, line)
+    return printable(placed.config, line)
 
 
 def run_stage(placed: Placed) -> int:

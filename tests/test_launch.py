@@ -53,6 +53,26 @@ def test_dry_run_writes_the_config_and_starts_nothing(house: House, capsys: pyte
     assert not (run.path / "begun").exists()
 
 
+def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=pretrain") == 1
+    [run] = house.runs()
+
+    def written() -> dict[Path, tuple[int, bytes]]:
+        files = [path for path in run.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = written()
+    capsys.readouterr()
+    assert house.call("run", "stage=pretrain", "stage.save_every=7", "--dry-run") == 0
+    assert f"stages/pretrain.py {run}" in capsys.readouterr().out
+    assert house.call("run", "stage=pretrain", "stage.optim.lr=0.1", "--dry-run") == 2
+    assert "is half done (at step 1) with another config" in capsys.readouterr().err
+    assert written() == before and house.runs() == [run]
+
+
 def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     config = config_for(house, "engine=cluster", f"engine.hostfile={hostfile}", "engine.launcher=slurm")

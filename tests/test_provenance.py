@@ -94,8 +94,7 @@ def test_the_launcher_writes_the_diff_beside_the_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "code_diff", lambda: "the diff\n")
-    monkeypatch.setattr(machine, "must_launch", lambda engine: "deepspeed")
     run = RunFolder(tmp_path / "runs" / "grpo-s0-1")
-    launch.prepare(replace(tiny("grpo"), root=str(tmp_path / "runs")), run)
+    launch.write_down(replace(tiny("grpo"), root=str(tmp_path / "runs")), run, [])
     assert run.diff.read_text() == "the diff\n"
     assert set(json.loads(run.env.read_text())["code"]) == {"revision", "dirty"}

@@ -44,7 +44,8 @@ def run(
     """Run one stage as one DeepSpeed job: run stage=grpo
 
     An unfinished run goes on where it stopped, but not with a config that computes something else: that is
-    refused with what differs. A finished run is left alone and a new one starts.
+    refused with what differs. A finished run is left alone and a new one starts, unless a kill kept
+    the command from saying that it is done.
     """
     from r1pipe import pipeline
     from r1pipe.config.groups import with_stage

@@ -151,6 +151,14 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
         yield
 
 
+def was_cut_off(run: RunFolder) -> bool:
+    """Whether the command that had the run last never returned; one on another machine counts as such."""
+    holder = Holder.read(run.pid)
+    if holder is None or holder.host != socket.gethostname():
+        return holder is not None
+    return not any(processes.is_alive(pid, began) for pid, began in holder.processes[:1])  # r1pipe itself
+
+
 def living_launchers(holder: Holder | None) -> list[int]:
     """Numbers of a holder's own processes, where it is on this machine: r1pipe and DeepSpeed's runner."""
     if holder is None or holder.host != socket.gethostname():

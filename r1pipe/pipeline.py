@@ -9,15 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe import compare, judges, lineage
+from r1pipe.config import to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.launch import Job, checked, failure, printable, write_down
 from r1pipe.locks import must_be_free
 from r1pipe.paths import RunFolder
 from r1pipe.placing import Placed, place
 from r1pipe.redaction import without_login
+from r1pipe.tracking import Mirror
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -33,6 +35,8 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
         tell(f"note: {error}")
         filled = lineage.with_open_parents(config)
     placed = place(filled, fresh)
+    if placed.done:
+        return placed.says()
     line = checked(placed.config, placed.run)
     if placed.is_new:
         write_down(placed.config, placed.run, line)
@@ -41,11 +45,24 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
 
 def run_stage(placed: Placed) -> int:
     """Run one placed stage to its end; the job's exit code. Raises EnvironmentProblem."""
+    if placed.done:
+        make_up(placed)
+        return 0
     job = start(placed)
     code = job.end()
     if code:
         tell(failure(placed.run, code))
     return code
+
+
+def make_up(placed: Placed) -> None:
+    """What the command that ran a finished stage had left to do when it was killed: MLflow, and its lock."""
+    tell(f"{placed.says()}; its command was cut off after that (--fresh starts anew)")
+    try:
+        Mirror(placed.run.path, to_mapping(placed.config), tell).finish()
+    except EnvironmentProblem as error:  # the stage is done all the same
+        tell(f"{error}; `r1pipe sync` makes up for it")
+    placed.run.pid.unlink(missing_ok=True)
 
 
 def start(placed: Placed) -> Job:

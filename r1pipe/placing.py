@@ -12,7 +12,7 @@ from r1pipe.config import to_mapping
 from r1pipe.config.changes import Change, changes, listed
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
 from r1pipe.errors import ConfigError, EnvironmentProblem
-from r1pipe.locks import must_be_free
+from r1pipe.locks import must_be_free, was_cut_off
 from r1pipe.paths import RunFolder
 from r1pipe.redaction import publishable
 
@@ -43,7 +43,8 @@ class Placed:
         if self.is_new:
             return f"{self.run.run_id}: starts"
         if self.done:
-            return f"{self.run.run_id}: is done already, with other values: {listed(self.changed)}"
+            other = f", with other values: {listed(self.changed)}" if not self.same_bits else ""
+            return f"{self.run.run_id}: is done already{other}"
         steps = checkpoints.steps(self.run.checkpoints)
         where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
         changed = f" with {listed(self.changed)}" if self.changed else ""
@@ -64,7 +65,9 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
     keys that may change are different. Raises ConfigError where others are and the run has something to lose.
     An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
-    finished run, too, of this config or of one that differs in keys that may change.
+    finished run, too, of this config or of one that differs in keys that may change. So does every call where
+    the newest run has finished with this config and a kill kept its command from saying so: a scheduler that
+    starts the command again does not want the stage again.
     """
     wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
@@ -75,6 +78,8 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
     if in_recipe and done:
         return done[-1]
+    if known and known[-1].done and known[-1].same_bits and was_cut_off(known[-1].run):
+        return known[-1]
     half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
     if half_done:
         return half_done[-1]

@@ -58,14 +58,13 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
-        self.config_history = (
-            self.path / "config_history.jsonl"
-        )  # {"time": ISO, "changed": {key: [old, new]}}: a line whenever it goes on with other values
+        self.config_history = self.path / "config_history.jsonl"  # what it went on with (r1pipe.history)
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # what the code was besides its git revision
         self.mirrored = self.path / "mirrored"  # "whole" or "behind": how far MLflow has this run
         self.log = self.path / "log"
+        self.launcher_log = self.log / "launcher.txt"  # of all sessions, from the first one's start on
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
         self.progress = (
             self.path / "progress.jsonl"
@@ -87,6 +86,10 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         return self.path.name
+
+    def earlier_diff(self, sha: str) -> Path:
+        """A `code.diff` of the run's earlier sessions."""
+        return self.path / f"code-{sha[:12]}.diff"
 
     def heartbeat(self, rank: int) -> Path:
         return self.log / f"{self.HEARTBEAT}{rank}.json"

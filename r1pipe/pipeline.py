@@ -8,8 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe import compare, judges, lineage
+from r1pipe import compare, history, judges, lineage
 from r1pipe.config import to_mapping
+from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
@@ -73,8 +74,11 @@ def start(placed: Placed) -> Job:
     judges.must_be_good(placed.config)
     must_be_free(placed.run)
     tell(placed.says())
-    placed.note_changes()
+    history.note(placed.run, placed.changed)
     job = Job(placed.config, placed.run)
+    if job.changed_code:
+        kept = placed.run.config_history.name
+        tell(f"{placed.run.run_id}: with other code than before: {listed(job.changed_code)} (kept in {kept})")
     job.follow()
     return job
 

@@ -1,6 +1,5 @@
 """Which run folder a config belongs to: an unfinished run's that goes on, a finished one's, or a new one."""
 
-import json
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,14 +48,6 @@ class Placed:
         where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
         changed = f" with {listed(self.changed)}" if self.changed else ""
         return f"{self.run.run_id}: goes on {where}{changed} (--fresh starts anew)"
-
-    def note_changes(self) -> None:
-        """Keep what the run's config.json said before, now that it is written anew."""
-        told = {change.key: [change.old, change.new] for change in self.changed}
-        if told:
-            row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": told}
-            with self.run.config_history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Placed:

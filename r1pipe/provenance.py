@@ -13,6 +13,7 @@ from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.reading import SET_ASIDE
 from r1pipe.jsonfile import read_object
+from r1pipe.jsonl import Tail
 from r1pipe.paths import RunFolder
 from r1pipe.recorded import OWN_HASH, own_hash, record_beside
 from r1pipe.redaction import publishable
@@ -51,6 +52,8 @@ def job_record(
         "versions": {name: machine.version(name) for name in machine.PACKAGES},
         **made,
     }
+    if folder.config_history.exists():
+        record["history"] = _history(folder)
     return record | {OWN_HASH: own_hash(record)}
 
 
@@ -59,6 +62,13 @@ def _edge(parent: ParentRef) -> dict[str, Any]:
     path = record_beside(Path(parent.checkpoint))
     known = read_object(path) if path.exists() else {}
     return {**asdict(parent), OWN_HASH: known.get(OWN_HASH)}
+
+
+def _history(folder: RunFolder) -> dict[str, Any]:
+    """What later sessions of the run had other than the first, and the file that has all of it."""
+    path = folder.config_history
+    changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
+    return {"file": path.name, "hash": file_hash(path), "changed": changed}
 
 
 def _lines(path: Path) -> int:

@@ -13,7 +13,7 @@ from r1pipe.paths import RunFolder
 
 NEEDED = ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")
 TEXTS = (*NEEDED, "run_id", "config_hash", "data_hash", "tokenizer_hash", "template_hash", "record_hash")
-GROUPS = ("metrics", "seconds", "code", "versions", "data", "config")
+GROUPS = ("metrics", "seconds", "code", "versions", "data", "config", "history")
 NUMBERS = {
     *("pass_at_1", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate", "language_consistency"),
     *("length_mean", "truncation_rate", "general_score", "preference_score", "refusal_rate"),

@@ -1,5 +1,6 @@
 """One job from start to end: its folder, its command, how it fails, who may run it, how it is stopped."""
 
+import hashlib
 import json
 import os
 import signal
@@ -71,6 +72,44 @@ def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
     assert house.call("run", "stage=pretrain", "stage.optim.lr=0.1", "--dry-run") == 2
     assert "is half done (at step 1) with another config" in capsys.readouterr().err
     assert written() == before and house.runs() == [run]
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def code_is(revision: str, diff: str, torch: str) -> None:
+        monkeypatch.setattr(machine, "code", lambda: {"revision": revision, "dirty": bool(diff)})
+        monkeypatch.setattr(machine, "code_diff", lambda: diff)
+        monkeypatch.setattr(machine, "version", lambda name: torch if name == "torch" else "1.0")
+
+    code_is("a" * 40, "the diff of then\n", "2.12")
+    assert house.call("run", "stage=pretrain", "--dry-run") == 0
+    code_is("b" * 40, "the diff of then\n", "2.12")
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=pretrain") == 1
+    run = RunFolder(house.runs()[0])
+    assert house.call("run", "stage=pretrain") == 1
+    assert "other code" not in capsys.readouterr().err
+    assert not run.config_history.exists(), "nothing has run with what the dry run was written with"
+    code_is("c" * 40, "the diff of now\n", "2.13")
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("run", "stage=pretrain") == 0
+    then, now = (hashlib.sha256(f"the diff of {when}\n".encode()).hexdigest() for when in ("then", "now"))
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
+    assert told == (
+        f"{run.run_id}: with other code than before: code.revision: {'b' * 12} -> {'c' * 12}, "
+        f"code.diff_hash: {then[:12]} -> {now[:12]}, versions.torch: 2.12 -> 2.13 "
+        "(kept in config_history.jsonl)"
+    )
+    [row] = [json.loads(line) for line in run.config_history.read_text().splitlines()]
+    assert row["changed"] == {
+        "code.revision": ["b" * 40, "c" * 40],
+        "code.diff_hash": [then, now],
+        "versions.torch": ["2.12", "2.13"],
+    }
+    assert run.earlier_diff(then).read_text() == "the diff of then\n"
+    assert run.diff.read_text() == "the diff of now\n"
+    assert json.loads(run.env.read_text())["code"]["revision"] == "c" * 40
 
 
 def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from jobs import tiny, write_run
 
-from r1pipe import checkpoints, launch, machine, recorded
+from r1pipe import checkpoints, history, launch, machine, recorded
 from r1pipe.config import config_hash, load, to_mapping
+from r1pipe.config.changes import Change
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import TEMPLATE, Chat
 from r1pipe.data.reading import SET_ASIDE
@@ -44,6 +45,8 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     run = RunFolder(write_run(tmp_path / "grpo-s7-1", config))
     run.diff.write_text("+ a line\n")
     launch.write_json(run.env, {"code": {"revision": "abc", "dirty": True}})
+    history.note(run, [Change("stage.keep", 2, 5), Change("code.revision", "aaa", "abc")])
+    history.note(run, [Change("stage.keep", 5, 3)])
     run.data.mkdir()
     (run.data / SET_ASIDE).write_text('{"line": 1}\n{"line": 2}\n')
     checkpoint = run.checkpoint(3)
@@ -74,6 +77,11 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     assert record["config"]["tracking"]["uri"] == "http://host:5000", "resolved, but for the login"
     changed = {"tracking": None}
     assert to_mapping(config) | changed == record["config"] | changed
+    assert record["history"] == {
+        "file": "config_history.jsonl",
+        "hash": checkpoints.file_hash(run.config_history),
+        "changed": ["code.revision", "stage.keep"],
+    }
     assert record["code"] == {
         "revision": "abc",
         "dirty": True,

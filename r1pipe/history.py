@@ -26,8 +26,8 @@ def note(run: RunFolder, changed: Sequence[Change]) -> None:
 
 
 def note_code(run: RunFolder, env: Mapping[str, Any], diff: str) -> list[Change]:
-    """Note what code and versions differ from those of the run's last session, before env.json and code.diff are
-    written anew; the old diff stays as code-HASH.diff."""
+    """Note where code and versions differ from those of the run's last session, before env.json and code.diff
+    are written anew; the old diff stays as code-HASH.diff."""
     before = read_json(run.env)
     if not before or not run.launcher_log.exists():  # nothing has run yet
         return []

@@ -1,6 +1,7 @@
 """Which run folder a config belongs to: an unfinished run's that goes on, a finished one's, or a new one."""
 
 import secrets
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,9 +81,23 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
 
 
 def runs_of(config: RunConfig) -> list[RunFolder]:
-    """The runs under the root of this pipeline, stage and seed, oldest first."""
+    """The runs under the root of this pipeline, stage and seed, oldest first; warns of those that may be one,
+    but whose config.json cannot be read."""
     wanted = (config.pipeline, config.seed, config.stage.name)
+    for run in unreadable(Path(config.root)):
+        if run.run_id.startswith(id_begins(config)):
+            print(f"warning: {left_out(run)}", file=sys.stderr, flush=True)
     return [run for run in lineage.runs(Path(config.root)) if key_of(read_json(run.config)) == wanted]
+
+
+def unreadable(root: Path) -> list[RunFolder]:
+    """Run folders whose config.json is broken: no command knows what they are."""
+    return [run for run in lineage.runs(root) if not read_json(run.config)]
+
+
+def left_out(run: RunFolder) -> str:
+    """One line for the user."""
+    return f"{run.config} cannot be read, so its run is left out; mend that file, or move the folder away"
 
 
 def key_of(mapping: dict) -> tuple:
@@ -125,4 +140,8 @@ def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
 def new_run_id(config: RunConfig) -> str:
     """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{config.stage.name}-s{config.seed}-{now}-{secrets.token_hex(2)}"
+    return f"{id_begins(config)}{now}-{secrets.token_hex(2)}"
+
+
+def id_begins(config: RunConfig) -> str:
+    return f"{config.stage.name}-s{config.seed}-"

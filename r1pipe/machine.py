@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.config.schema import EngineConfig, ModelConfig, RunConfig
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
@@ -180,6 +180,13 @@ def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
         if major.isdecimal() and minor.isdecimal():  # a driver too old to know says so in words
             found.append((name, (int(major), int(minor))))
     return found
+
+
+def must_have_data(config: RunConfig) -> None:
+    """Raises DataError where the job would find no data; on other machines it may lie elsewhere."""
+    data = config.data
+    if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():
+        raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
 
 
 def must_have_room(config: RunConfig) -> None:

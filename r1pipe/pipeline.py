@@ -17,10 +17,11 @@ from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.launch import Job, checked, failure, printable, write_down
 from r1pipe.locks import must_be_free
+from r1pipe.machine import must_have_data
 from r1pipe.paths import RunFolder
 from r1pipe.placing import Placed, place
 from r1pipe.redaction import without_login
-from r1pipe.tracking import Mirror
+from r1pipe.tracking import Mirror, must_track
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -69,9 +70,12 @@ def make_up(placed: Placed) -> None:
 def start(placed: Placed) -> Job:
     """Start the stage's job, saying so, and follow it until its record is there or it has failed.
 
-    Raises CheckpointError where it would ask reward models that are too weak.
+    Raises CheckpointError where it would ask reward models that are too weak, DataError where its data is
+    missing, and EnvironmentProblem, before anything is said or written.
     """
     judges.must_be_good(placed.config)
+    must_have_data(placed.config)
+    must_track(placed.config)
     must_be_free(placed.run)
     tell(placed.says())
     history.note(placed.run, placed.changed)

@@ -127,6 +127,19 @@ def test_a_users_mistake_inside_the_job_is_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == "data.path=nowhere.json does not exist; give another"
 
 
+def test_what_a_job_would_not_find_is_told_before_it_starts_or_writes(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    assert house.call("run", "stage=cold_start", "data=gsm8k", "data.path=nowhere.jsonl") == 2
+    assert capsys.readouterr().err == (
+        "r1pipe: data.path=nowhere.jsonl does not exist; give a file, or the folder that holds it\n"
+    )
+    config = config_for(house, "tracking=mlflow", "tracking.uri=http://127.0.0.1:1")
+    with pytest.raises(EnvironmentProblem, match=r"no MLflow server at tracking\.uri"):
+        pipeline.start(pipeline.place(config))
+    assert capsys.readouterr().err == "" and not house.root.exists()
+
+
 def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -67,6 +67,7 @@ class RunFolder:
         self.mirrored = self.path / "mirrored"  # "whole" or "behind": how far MLflow has this run
         self.log = self.path / "log"
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
+        self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
         self.progress = (
             self.path / "progress.jsonl"
         )  # {"what": str, "done": int, "total": int, "time": s, ...}

@@ -81,7 +81,10 @@ def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
     assert watching(default()).told_idle() == ""
     for recipe in ("gpu", "cluster"):
         for stage in ("grpo", "zero", "all_scenario"):
-            assert watching(default(), f"stage={stage}", f"recipe={recipe}").told_idle() == "", (recipe, stage)
+            assert watching(default(), f"stage={stage}", f"recipe={recipe}").told_idle() == "", (
+                recipe,
+                stage,
+            )
     words = ("stage.kl_coef=0", "stage.eval.every=20", "stage.algorithm=ppo", "stage.group_size=1")
     alone = watching(default(), *words)
     assert alone.told_idle() == (
@@ -126,5 +129,3 @@ def test_skipped_steps_trip_when_more_are_skipped():
 def test_wrong_wires_are_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         compose(["stage=grpo", override])
-
-

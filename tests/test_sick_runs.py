@@ -1,4 +1,4 @@
-"""Sicknesses planted in real runs of reinforcement, tiny ones: the tripwire of each trips, warns, pauses or stops."""
+"""Sicknesses planted in tiny runs of reinforcement: the tripwire of each trips, warns, pauses or stops."""
 
 import copy
 import json
@@ -108,7 +108,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "train_step", broken_once)
     go(folder := tiny_run(tmp_path / "run", *SHORT, "stage.max_steps=6", "stage.eval.every=1"))
     found = trips(folder)
-    assert found.pop("slow_step") == 5
+    assert found.pop("slow_step") in (4, 5)  # a busy machine may have tripped it before
     assert found == {
         "truncation": 1, "no_variance": 2, "non_finite": 2, "max_vio": 3, "reward_hacking": 3, "length": 5
     }  # fmt: skip
@@ -128,9 +128,8 @@ def test_a_sampler_whose_weights_are_stale_and_a_run_without_a_reference(tmp_pat
     assert trips(folder) == {"truncation": 1, "logprob_gap": 2}
     assert not [row for row in metrics_of(folder) if "kl" in row], "nobody measures it"
     [idle] = [line for line in said(folder) if "nothing to measure" in line]
-    assert (
-        "kl (stage.kl_coef=0: there is no reference)" in idle and "reward_hacking (stage.eval.every=0" in idle
-    )
+    assert "kl (stage.kl_coef=0: there is no reference)" in idle
+    assert "reward_hacking (stage.eval.every=0" in idle
 
 
 @pytest.mark.parametrize("words", ["stage.kl_in=reward", "stage.algorithm=ppo"])
@@ -192,6 +191,7 @@ def sick_run(folder: Path, action: str, *overrides: str) -> Path:
     return tiny_run(
         folder,
         *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.sampling.max_tokens=8"),
+        "tripwires.wires.slow_step.action=off",  # two runs are compared
         *("tripwires.wires.truncation.steps=2", f"tripwires.wires.truncation.action={action}", *overrides),
     )
 

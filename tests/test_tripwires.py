@@ -12,9 +12,9 @@ from r1pipe.errors import ConfigError
 from r1pipe.rl.tripwires import WIRES, Tripwires
 
 HEALTHY = {
-    "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0, "completions/clipped_ratio": 0.02,
-    "completions/mean_length": 60.0, "completions/repetition": 0.4, "entropy": 0.6, "kl": 0.01,
-    "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0,
+    "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0,
+    "completions/clipped_ratio": 0.02, "completions/mean_length": 60.0, "completions/repetition": 0.4,
+    "entropy": 0.6, "kl": 0.01, "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0,
     "time/reward_s": 0.1, "time/update_s": 1.0,
 }  # fmt: skip
 SICK = {
@@ -79,16 +79,14 @@ def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
 
 def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
     assert watching(default()).told_idle() == ""
-    for recipe in ("gpu", "cluster"):
-        for stage in ("grpo", "zero", "all_scenario"):
-            assert watching(default(), f"stage={stage}", f"recipe={recipe}").told_idle() == "", (
-                recipe,
-                stage,
-            )
+    for name in ("grpo", "zero", "all_scenario"):
+        words = (f"stage={name}", "recipe=cluster")
+        assert watching(default(), *words).told_idle() == "", name
     words = ("stage.kl_coef=0", "stage.eval.every=20", "stage.algorithm=ppo", "stage.group_size=1")
     alone = watching(default(), *words)
     assert alone.told_idle() == (
-        "tripwires with nothing to measure in this run: no_variance (stage.group_size=1: there are no groups); "
+        "tripwires with nothing to measure in this run: "
+        "no_variance (stage.group_size=1: there are no groups); "
         "kl (stage.kl_coef=0: there is no reference); "
         "reward_hacking (stage.eval.every=20: no two evaluations in 36 steps)"
     )

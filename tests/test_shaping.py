@@ -6,6 +6,8 @@ import re
 import pytest
 
 from r1pipe.config.compose import compose
+from r1pipe.config.reinforcement import RULE_REWARDS, WEIGHED_ELSEWHERE
+from r1pipe.judges import KINDS
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
 from r1pipe.rewards.repetition import repeated
@@ -85,6 +87,10 @@ def test_they_are_optional_and_weighed_by_name():
     assert group.rewards == pytest.approx([1.0, 0.0])
     rows = rows_of([group], None)
     assert summarise(rows)["rewards/overlong/mean"] == pytest.approx(-0.25)
+
+
+def test_the_config_knows_every_reward_by_name():
+    assert {*RULE_REWARDS} == {*TABLE, *SHAPES} and {*WEIGHED_ELSEWHERE} == {*KINDS, scoring.KL}
 
 
 def test_more_failures_than_allowed_are_told_in_one_line():

@@ -14,8 +14,8 @@ from r1pipe.rl.tripwires import WIRES, Tripwires
 HEALTHY = {
     "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0,
     "completions/clipped_ratio": 0.02, "completions/mean_length": 60.0, "completions/repetition": 0.4,
-    "entropy": 0.6, "kl": 0.01, "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0,
-    "time/reward_s": 0.1, "time/update_s": 1.0,
+    "entropy": 0.6, "kl": 0.01, "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5,
+    "time/sampling_s": 2.0, "time/reward_s": 0.1, "time/update_s": 1.0,
 }  # fmt: skip
 SICK = {
     "truncation": ({"completions/clipped_ratio": 0.97}, r"97% of the completions were cut off.*max_tokens"),

@@ -166,9 +166,7 @@ class RLConfig(StageConfig):
     reference_every: int  # steps after which the policy replaces the reference; 0: never
     dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
     micro_tokens: int  # padded tokens per forward pass on one rank
-    compare_routes: (
-        int  # completions a step and rank, the shortest, whose experts are chosen again as the sampler does
-    )
+    compare_routes: int  # completions a step and rank, the shortest, whose experts are chosen again; 0: none
     sampling: SamplingConfig
     rewards: RewardsConfig
     preference: PreferenceConfig | None  # all-scenario only

@@ -153,23 +153,24 @@ def test_verdicts_that_fail_are_told_and_written_before_they_end_the_job(tmp_pat
     judged_by(monkeypatch, once)
     go(whole := tiny_run(tmp_path / "whole", *settings))
     assert trips(whole) == {"truncation": 1, "verifier": 1}
-    judged_by(monkeypatch, lambda one, n, step: failed if step == 2 and n < 4 else once(one, n, step))
+    judged_by(monkeypatch, lambda one, n, step: failed if step == 3 and n < 4 else once(one, n, step))
     folder = tiny_run(tmp_path / "run", *settings)
     with pytest.raises(SystemExit) as ended:
         go(folder)
     assert ended.value.code == 2
     told = (folder / "error.txt").read_text()
-    assert "step 2, from which nothing is learned: 25% of the accuracy verdicts failed" in told
+    assert "step 3, from which nothing is learned: 25% of the accuracy verdicts failed" in told
     assert "(accuracy: infrastructure_failed (no sandbox))" in told and "max_failed=0.1" in told
-    rows = pq.read_table(folder / "rollouts" / "step-2.parquet").to_pylist()
+    rows = pq.read_table(folder / "rollouts" / "step-3.parquet").to_pylist()
     assert sum("no sandbox" in (row["failed"] or "") for row in rows) == 4
-    lost = metrics_of(folder)[1]
-    assert lost["frac_reward_failed"] == 0.25 and "train/loss" not in lost
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
+    lost = metrics_of(folder)[2]
+    assert lost["tripwire/verifier"] == lost["frac_reward_failed"] == 0.25 and "train/loss" not in lost
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
     (folder / "error.txt").unlink()
     judged_by(monkeypatch, lambda one, n, step: even_share(one))
     go(folder)
-    assert metrics_of(folder) == metrics_of(whole) and trips(folder) == trips(whole)
+    assert metrics_of(folder) == metrics_of(whole)
+    assert (folder / "tripwires.jsonl").read_text() == (whole / "tripwires.jsonl").read_text()
     weights = [(run / "checkpoints" / "step-3" / "model.safetensors").read_bytes() for run in (folder, whole)]
     assert weights[0] == weights[1]
 

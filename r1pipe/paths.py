@@ -66,6 +66,7 @@ class RunFolder:
         self.log = self.path / "log"
         self.launcher_log = self.log / "launcher.txt"  # of all sessions, from the first one's start on
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
+        self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
         self.progress = (
             self.path / "progress.jsonl"
         )  # {"what": str, "done": int, "total": int, "time": s, ...}

@@ -73,6 +73,11 @@ class Resumable(Generic[S]):
         """The lines of metrics.jsonl so far."""
         return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
 
+    def tripped(self, step: int, name: str, message: str) -> None:
+        """One line of tripwires.jsonl, from which MLflow has the likely cause, and for whoever watches."""
+        self._append(self.folder.tripwires, {"step": step, "name": name, "message": message})
+        self.warn(f"step {step}: {message}")
+
     def warn(self, text: str) -> None:
         """One line for whoever watches, on the screen and in the log."""
         log.warning("%s", text)
@@ -140,8 +145,8 @@ class Resumable(Generic[S]):
         Lines and tables of the steps so far are made durable first: they would not come again.
         """
         try:
-            if self.folder.metrics.exists():
-                checkpoints.sync(self.folder.metrics)
+            for lines in self._lines():
+                checkpoints.sync(lines)
             for table in self._tables(self._durable + 1, step):
                 checkpoints.sync(table)
             self._durable = step
@@ -230,7 +235,7 @@ class Resumable(Generic[S]):
     def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
 
-        Metrics and rollouts after that step are cut off: they will come again.
+        Metrics, trips and rollouts after that step are cut off: they will come again.
         """
         folder = self.newest_whole(engine)
         step, loop = 0, {}
@@ -243,14 +248,18 @@ class Resumable(Generic[S]):
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)
         if self.rank == 0:
-            if self.folder.metrics.exists():
-                _cut_after(self.folder.metrics, step)
+            for lines in self._lines():
+                _cut_after(lines, step)
             for table in self._tables(step + 1):
                 table.unlink()
             self._durable = step
             self._prune()  # a kill may have come between a save and this
         engine.barrier()  # other ranks read the lines, too, and a kill may have cut the last one off
         return step, loop
+
+    def _lines(self) -> list[Path]:
+        """The files that have lines of a step each."""
+        return [path for path in (self.folder.metrics, self.folder.tripwires) if path.exists()]
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
         """The tables of rollouts of some steps."""
@@ -262,12 +271,12 @@ class Resumable(Generic[S]):
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
 
 
-def _cut_after(metrics: Path, step: int) -> None:
+def _cut_after(path: Path, step: int) -> None:
     """Drop the lines of later steps, and a last line that was cut off by a kill."""
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    temporary = metrics.with_suffix(".partial")
+    temporary = path.with_suffix(".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(metrics)
+    temporary.replace(path)

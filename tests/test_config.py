@@ -198,6 +198,19 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.loss_mean=mean", "is none of sequence, token"),
         ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
+        (
+            'stage.rewards.weights={"acuracy":1}',
+            "weights.acuracy is no rule reward; known: accuracy, f",
+        ),
+        ('stage.rewards.weights={"helpful":1}', "preference.helpful_weight in stage=all_scenario"),
+        (
+            'stage=all_scenario stage.rewards.weights={"helpful":1}',
+            "is stage.preference.helpful_weight; ",
+        ),
+        (
+            'stage.rewards.weights={"kl":3}',
+            "no rule reward; its weight is stage.kl_coef; rules: accuracy",
+        ),
         ("stage=cold_start stage.sequence_length=4096", "stage.sequence_length=4096 is longer"),
         ("stage=cold_start stage.batch_size=7", "stage.batch_size=7 must be a multiple of engine.ranks=2"),
         ("stage=all_scenario stage.preference.last_steps=99", "is more than stage.max_steps"),

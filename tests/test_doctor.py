@@ -380,6 +380,8 @@ def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) 
     parent = lineage.of_folder(untaught)
     poor = found(context("stage=all_scenario", UNFORCED, reward_model=parent), "reward models")
     assert poor.status == FAIL and "helpful: 50.0% of" in poor.value and "harmless: none" in poor.value
+    missing = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
+    assert missing.status == FAIL, "the stage refuses to start"
     assert "in order 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy
 
 
@@ -387,11 +389,12 @@ def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
     context: Make, untaught: Path
 ) -> None:
     parent = lineage.of_folder(untaught)
-    forced = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
+    without = "stage.preference.harmless_weight=0"
+    forced = found(context("stage=all_scenario", FORCE, without, reward_model=parent), "reward models")
     assert forced.status == WARN and "below stage.preference.min_accuracy" in forced.remedy
     shutil.rmtree(untaught.parent / "run")
     words = ("stage=all_scenario", UNFORCED, "stage.preference.min_accuracy=0.48")
-    near = found(context(*words, "stage.preference.harmless_weight=0", reward_model=parent), "reward models")
+    near = found(context(*words, without, reward_model=parent), "reward models")
     assert near.status == WARN and "near its bound" in near.remedy and "harmless" not in near.value
 
 

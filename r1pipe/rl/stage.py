@@ -21,7 +21,7 @@ from r1pipe.run import Run
 def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], Judges]) -> None:
     """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn.
 
-    Raises CheckpointError where a reward model is too weak to be asked (`stage.preference`), unless forced.
+    Raises CheckpointError where a reward model which is asked is missing or, unless forced, weak.
     """
     stage = run.stage
     chat, data = run.load_chat(), run.load_data()
@@ -58,7 +58,8 @@ def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
 
 
 def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
-    """The frozen models that stage reward_model made: those that its data had examples for."""
+    """The frozen models that stage reward_model made; those whose reward weighs something are all there
+    (judges.must_be_good)."""
     parent = run.config.reads_from[judges.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)

@@ -54,6 +54,7 @@ def both(one: Path, other: Path) -> list[str]:
     parts = {
         "checkpoints": checkpoints_apart(a.checkpoints, b.checkpoints),
         "metrics.jsonl": metrics_apart(a.metrics, b.metrics),
+        "tripwires.jsonl": apart(tripped(a.tripwires), tripped(b.tripwires), "rows"),
         "rollouts": tables_apart(a.rollouts, b.rollouts),
         "data": tables_apart(a.data, b.data),
         "samples.json": json_apart(a.samples, b.samples),
@@ -120,6 +121,12 @@ def metrics_apart(one: Path, other: Path) -> Iterator[str]:
     if steps != [*range(1, len(steps) + 1)]:
         yield f"a gap or a repeat: {steps}"
     yield from apart(*rows, "rows")
+
+
+def tripped(path: Path) -> list[dict[str, Any]]:
+    """The lines of what has tripped, but for what a clock says."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["name"] != "slow_step"]
 
 
 def tables_apart(one: Path, other: Path) -> Iterator[str]:

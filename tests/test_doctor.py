@@ -18,7 +18,7 @@ from jobs import on_two_ranks
 from tiny_runs import load_stage, tiny_config, tiny_run
 from tokenizers import Tokenizer
 
-from r1pipe import checkpoints, examine, lineage, machine, rewards
+from r1pipe import checkpoints, examine, footprint, lineage, rewards
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
@@ -328,7 +328,7 @@ def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: p
     wide = replace(config, model=replace(config.model, vocab_size=2 * config.model.vocab_size))
     assert resources.needed(wide, 100).logits == 2 * need.logits > 0
     bound = replace(config, stage=replace(config.stage, kl_coef=0.0))
-    assert need.states - resources.needed(bound, 100).states == 4 * machine.parameters(config.model)
+    assert need.states - resources.needed(bound, 100).states == 4 * footprint.parameters(config.model)
     deep = replace(config, model=replace(config.model, num_hidden_layers=12))  # one layer is held whole
     saving = replace(deep, engine=replace(config.engine, recompute=True))
     assert resources.needed(saving, 100).activations < resources.needed(deep, 100).activations / 2
@@ -346,7 +346,7 @@ def test_a_gpu_that_is_not_there(context: Make) -> None:
 
 def test_a_full_disk(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     full = found(context(*GRPO), "disk")
     assert full.status == FAIL and "stage.keep" in full.remedy
 

@@ -22,15 +22,17 @@ from r1pipe import checkpoints, examine, footprint, lineage, rewards
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.data.world.content import split_of
 from r1pipe.doctor import CHECKS, Context, general, judges, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
+from r1pipe.doctor.data import near_copies
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.judges import FORCE
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
 from r1pipe.paths import RunFolder, content_dir
-from r1pipe.records import Prompt, Score, Status
+from r1pipe.records import Prompt, Score, Status, Trace
 from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.rl import routing
@@ -120,29 +122,102 @@ def test_a_gold_answer_that_nothing_can_match(context: Make) -> None:
     assert gold.status == FAIL and "word-0" in gold.remedy
 
 
-def test_rows_that_stand_there_twice(context: Make) -> None:
-    examined = context(*GRPO)
-    again = [replace(p, question=f"  {p.question} !") for p in examined.prompts[:20]]
-    examined.prompts = examined.prompts + again
-    assert found(examined, "duplicates").status == FAIL
-    examined.prompts = examined.prompts[:41]
-    assert found(examined, "duplicates").status == WARN
+# long enough to be told apart, and each with words of its own
+PROBLEM = "{} had {} pears and {} of them were bad, so how many good {} pears were left for {} to sell?"
 
 
-def test_evaluation_questions_in_the_training_data_whole_and_in_part(context: Make) -> None:
-    examined = context(*GRPO)
-    words = " ".join(f"w{i}" for i in range(30))
-    examined.held_out = [
-        Prompt("a", "word", "en", f"{words} 17 ?", "1"),
-        Prompt("b", "word", "en", "Why?", "2"),
+Rows = list[dict[str, str]]
+
+
+def learned(rows: Rows) -> Rows:
+    """Those that are trained on: the hash of the others makes them development problems."""
+    return [row for row in rows if split_of(" ".join(row["question"].lower().split())) != "dev"]
+
+
+def problems(first: int, count: int) -> Rows:
+    rows = [
+        {"question": PROBLEM.format(f"Ann{i}", 2 * i, i, f"kind{i}", f"Bob{i}"), "answer": f"So\n#### {i}"}
+        for i in range(first, first + 2 * count)
     ]
-    assert found(examined, "overlap").status == PASS
-    examined.prompts = [*examined.prompts, Prompt("c", "word", "en", f"First: {words} 18 ?", "3")]
-    part = found(examined, "overlap")
-    assert part.status == FAIL and "1 more in 80% of their 13-grams" in part.value
-    examined.prompts = [*examined.prompts, Prompt("d", "word", "en", "why", "2")]
-    whole = found(examined, "overlap")
-    assert whole.status == FAIL and "1 of 2 evaluation questions are trained on" in whole.value
+    return learned(rows)[:count]
+
+
+def in_files(context: Make, folder: Path, *words: str, extra: Rows) -> Context:
+    """Of 400 rows to train on, with `extra` among them, and 100 to evaluate on; only 40 are drawn."""
+    folder.mkdir(exist_ok=True)
+    rows = problems(1, 400)
+    for name, found in (("train", [*rows[:200], *extra, *rows[200:]]), ("test", problems(1000, 100))):
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        (folder / f"gsm8k_{name}.jsonl").write_text(lines, encoding="utf-8")
+    return context(*(words or GRPO), "data=gsm8k", f"data.path={folder}")
+
+
+@pytest.mark.parametrize("words", [GRPO, ["stage=cold_start"]])
+def test_rows_of_a_file_that_stand_there_twice_are_counted_before_they_are_left_out(
+    context: Make, tmp_path: Path, words: list[str]
+) -> None:
+    again = learned([row | {"question": f"  {row['question']} !"} for row in problems(1, 9)])[:5]
+    examined = in_files(context, tmp_path / "data", *words, extra=[*problems(1, 100), *again])
+    found_twice = found(examined, "duplicates")
+    assert (found_twice.status, found_twice.value) == (FAIL, "105 of 505 rows (20.8%)")
+    assert "the first: gsm8k_train.jsonl:201" in found_twice.remedy
+
+
+def test_a_solution_of_its_own_is_no_duplicate_where_solutions_are_learned(
+    context: Make, tmp_path: Path
+) -> None:
+    otherwise = [row | {"answer": f"Otherwise: {row['answer']}"} for row in problems(1, 20)]
+    tuned = in_files(context, tmp_path / "data", "stage=cold_start", extra=otherwise)
+    assert found(tuned, "duplicates").value == "0 of 420 rows (0.0%)"
+    shutil.rmtree(tmp_path / "run")
+    asked = in_files(context, tmp_path / "data", extra=otherwise)
+    assert found(asked, "duplicates").status == WARN
+
+
+def test_every_near_copy_of_an_evaluation_question_in_a_file_is_found(context: Make, tmp_path: Path) -> None:
+    assert found(in_files(context, tmp_path / "data", extra=[]), "overlap").status == PASS
+    near = [row | {"question": row["question"].replace("Ann", "Tom")} for row in problems(1000, 30)]
+    shutil.rmtree(tmp_path / "run")
+    copied = found(in_files(context, tmp_path / "data", extra=learned(near)[:20]), "overlap")
+    assert copied.status == FAIL
+    trained_on, nearly = "0 of 100 evaluation questions are trained on (420 rows looked at)", "20 more nearly"
+    assert copied.value == f"{trained_on}, {nearly}, in 80% of their words"
+    assert "the first: gsm8k_train.jsonl:201, asked as 'Ann1000 had 2000 pears" in copied.remedy
+
+
+def test_an_evaluation_question_that_is_trained_on_fails_whatever_its_signs(
+    context: Make, tmp_path: Path
+) -> None:
+    whole = [row | {"question": row["question"].replace("?", " ?!")} for row in problems(1000, 9)]
+    copied = found(in_files(context, tmp_path / "data", extra=learned(whole)[:1]), "overlap")
+    assert copied.status == FAIL and copied.value.startswith("1 of 100 evaluation questions are trained on")
+
+
+def test_common_phrasing_tells_no_copy() -> None:
+    begins = "Using the numbers below , write one equation that makes the target , each number once : "
+    asked = [f"{begins} {i} {i + 1} {i + 2} make {3 * i}" for i in range(100, 140)]
+    rows = [Trace(Prompt(str(i), "", "en", f"{begins} {i} {i} {i} make {i}"), "") for i in range(200)]
+    assert near_copies(asked, rows, limits()) == {}
+    rows.append(Trace(Prompt("", "", "en", f"Hello . {asked[7]} please"), "", source="here"))
+    assert {number: row.source for number, row in near_copies(asked, rows, limits()).items()} == {7: "here"}
+
+
+def test_a_bound_on_rows_is_told_and_keeps_all_copies_of_a_question(context: Make, tmp_path: Path) -> None:
+    examined = in_files(context, tmp_path / "data", extra=problems(1, 400))
+    examined.limits.texts = 200
+    bounded = found(examined, "duplicates")
+    assert "(50.0%); of 800 every 4th question is looked at: texts in conf/doctor" in bounded.value
+    assert 100 < int(bounded.value.split(" of ")[1].split()[0]) < 300
+    assert "of 800 every 4th question" in found(examined, "overlap").value
+
+
+def test_what_is_made_by_templates_is_compared_as_drawn_and_only_whole(context: Make) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "duplicates").value == "0 of 40 rows drawn (0.0%)"
+    assert found(examined, "overlap").value.endswith("are trained on (40 rows drawn looked at)")
+    del examined.learned_texts
+    examined.prompts = [*examined.prompts, examined.held_out[0]]
+    assert found(examined, "overlap").status == FAIL
 
 
 # --- rewards and template

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -113,6 +114,14 @@ def test_a_missing_column_is_told(context: Make, tmp_path: Path) -> None:
     path.write_text('{"query": "What is 1 + 1?", "answer": "#### 2"}\n')
     data = by_name(context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]"))["data"]
     assert data.status == FAIL and "question" in data.remedy and "query" in data.remedy
+
+
+def test_rows_that_are_set_aside_are_told(context: Make, tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", answer="It is fourteen")
+    words = ("data=gsm8k", f"data.path={path}", "data.bad_rows=set_aside", "data.max_bad_rows=0.1")
+    told = found(context(*GRPO, *words), "data")
+    assert told.status == WARN and "1 of 60 rows of" in told.value and "line 8" in told.value
+    assert re.search(r"data=gsm8k: 40 of \d+ rows to train on, \d+ of \d+ rows to evaluate on", told.value)
 
 
 def test_a_gold_answer_that_nothing_can_match(context: Make) -> None:
@@ -254,6 +263,19 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     assert lenient.status == FAIL and "does not tell right from wrong" in lenient.remedy
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stage=zero",
+        "stage=grpo stage.kl_in=reward",
+        "stage=grpo stage.algorithm=ppo",
+        "stage=grpo +stage.rewards.weights.cosine=1 +stage.rewards.weights.repetition=0.5",
+    ],
+)
+def test_rewards_that_are_not_on_what_is_said_are_not_tried(context: Make, words: str) -> None:
+    assert found(context(*words.split()), "rewards").status == PASS
+
+
 def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: Path) -> None:
     path = rows_file(tmp_path / "rows.jsonl")
     examined = context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]")
@@ -299,7 +321,8 @@ def test_prompts_and_examples_that_do_not_fit(context: Make) -> None:
 
 def test_examples_that_do_not_fit(context: Make) -> None:
     tight = found(context("stage=cold_start", "stage.sequence_length=20"), "lengths")
-    assert tight.status == FAIL and "stage.sequence_length" in tight.remedy
+    assert tight.status == FAIL
+    assert tight.remedy == "raise stage.sequence_length, up to model.max_position_embeddings=512"
 
 
 # --- the policy
@@ -335,6 +358,19 @@ def test_groups_that_teach(context: Make) -> None:
 def test_groups_without_variance(context: Make, accuracy: float) -> None:
     same = probed(context, accuracy, accuracy)
     assert same.status == FAIL and "0% of 2 groups differ" in same.value
+
+
+def test_ppo_needs_no_groups(context: Make) -> None:
+    words = ("stage.algorithm=ppo", "stage.group_size=1", "stage.minibatches=1")
+    examined = context(*GRPO, *words)
+    one, other = examined.probe.groups
+    for group, accuracy in ((one, 1.0), (other, 0.0)):
+        group.scores, group.rewards = [{"accuracy": Score(accuracy)}], [accuracy]
+    apart = found(examined, "variance")
+    assert apart.status == PASS and apart.value.startswith("2 completions: rewards 0.00 to 1.00")
+    one.rewards = [0.0]
+    alike = found(examined, "variance")
+    assert alike.status == FAIL and "group_size" not in alike.remedy
 
 
 def test_a_probe_that_no_verifier_could_score(context: Make) -> None:

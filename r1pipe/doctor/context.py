@@ -106,6 +106,7 @@ class Context:
 
     def __init__(self, run: Run[Any], limits: Limits):
         self.run, self.config, self.limits = run, run.config, limits
+        self.set_aside: list[str] = []  # what is told of rows that cannot be used, once they have been read
 
     @cached_property
     def chat(self) -> Chat:
@@ -113,7 +114,7 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed)
+        return open_data(self.config.data, self.config.seed, say=self.set_aside.append)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

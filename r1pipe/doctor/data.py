@@ -18,13 +18,22 @@ def readable(context: Context, name: str) -> Finding:
     """Files, columns and rows: whatever is wrong with them raises DataError, with file and line."""
     learned = [] if isinstance(context.config.stage, EvaluateConfig) else context.prompts
     traces, held_out = context.traces, context.held_out
-    what = context.config.data.name
-    shown = f"data={what}: {len(traces) or len(learned):,} rows to train on looked at"
-    shown += f", {len(held_out):,} to evaluate on"
+    drawn = len(traces) or len(learned)
+    shown = f"data={context.config.data.name}: {_of(context, 'train', drawn)} to train on, "
+    shown += f"{_of(context, context.config.stage.eval.split, len(held_out))} to evaluate on, are drawn"
     if not held_out:
         split = context.config.stage.eval.split
         return Finding(name, WARN, shown, f"add rows of split {split}, or nothing will be measured")
+    if context.set_aside:
+        remedy = "mend these rows: data/set_aside.jsonl of a run names them all"
+        return Finding(name, WARN, f"{shown}; {'; '.join(context.set_aside)}", remedy)
     return Finding(name, PASS, shown)
+
+
+def _of(context: Context, split: str, drawn: int) -> str:
+    """How many problems are drawn, of how many where that is known."""
+    rows = context.data.rows(split)
+    return f"{drawn:,} rows" if rows is None else f"{drawn:,} of {len(rows):,} rows"
 
 
 def gold_answers(context: Context, name: str) -> Finding:

@@ -148,7 +148,7 @@ def disk(context: Context, name: str) -> Finding:
     config, root = context.config, Path(context.config.root)
     needed, free = footprint.room(config)
     shown = f"{footprint.to_write(config)} checkpoints of {mib(footprint.checkpoint_bytes(config))} MiB: "
-    shown += f"up to {mib(needed)} of {mib(free)} MiB in {root}"
+    shown += f"with {mib(footprint.SPARE)} for the rest up to {mib(needed)} of {mib(free)} MiB in {root}"
     if free < needed:
         return Finding(name, FAIL, shown, "free some, give root=DIR on another disk, or lower stage.keep")
     return Finding(name, PASS, shown)

@@ -189,7 +189,7 @@ def test_every_near_copy_of_an_evaluation_question_in_a_file_is_found(context: M
     shutil.rmtree(tmp_path / "run")
     copied = found(in_files(context, tmp_path / "data", extra=learned(near)[:20]), "overlap")
     assert copied.status == FAIL
-    trained_on, nearly = "0 of 100 evaluation questions are trained on (420 rows looked at)", "20 more nearly"
+    trained_on, nearly = "0 of 100 evaluation questions are trained on (420 rows)", "20 more nearly"
     assert copied.value == f"{trained_on}, {nearly}, in 80% of their words"
     assert "the first: gsm8k_train.jsonl:201, asked as 'Ann1000 had 2000 pears" in copied.remedy
 
@@ -223,7 +223,7 @@ def test_a_bound_on_rows_is_told_and_keeps_all_copies_of_a_question(context: Mak
 def test_what_is_made_by_templates_is_compared_as_drawn_and_only_whole(context: Make) -> None:
     examined = context(*GRPO)
     assert found(examined, "duplicates").value == "0 of 40 rows drawn (0.0%)"
-    assert found(examined, "overlap").value.endswith("are trained on (40 rows drawn looked at)")
+    assert found(examined, "overlap").value.endswith("are trained on (40 rows drawn)")
     del examined.learned_texts
     examined.prompts = [*examined.prompts, examined.held_out[0]]
     assert found(examined, "overlap").status == FAIL

@@ -77,7 +77,7 @@ def overlap(context: Context, name: str) -> Finding:
     questions = {_key(row.prompt.question): row.prompt.question for row in asked.rows}
     whole = {key: row for row in texts.rows if (key := _key(row.prompt.question)) in questions}
     shown = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
-    shown += f"({len(texts.rows):,} {texts.kind} looked at)"
+    shown += f"({len(texts.rows):,} {texts.kind})"
     near: dict[tuple[str, ...], Trace] = {}
     if context.data.rows(context.config.stage.eval.split) is not None:
         keys = [key for key in questions if key not in whole]

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import psutil
 
 import r1pipe
-from r1pipe import heartbeat, history, locks, machine, processes, stopping
+from r1pipe import footprint, heartbeat, history, locks, machine, processes, stopping
 from r1pipe.config import config_hash, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.config.schema import RunConfig
@@ -87,7 +87,7 @@ def checked(config: RunConfig, run: RunFolder) -> list[str]:
     """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
     line = command(config, run, machine.must_launch(config.engine))
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    machine.must_have_room(config)
+    footprint.must_have_room(config, run)
     return line
 
 

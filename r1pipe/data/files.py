@@ -121,6 +121,10 @@ class Files:
             raise DataError(f"data={self.config.name} has no problems to train on; try data=gsm8k")
         return [item.prompt for item in found]
 
+    def rows(self, split: str) -> list[Trace]:
+        found = self._of("reasoning", split)
+        return [Trace(item.prompt, item.texts.get("solution", ""), source=item.source) for item in found]
+
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """Up to n worked solutions; a file's are all taken for correct, and none has a known strategy."""
         solved = [item for item in self._of("reasoning", "train") if item.texts.get("solution")]

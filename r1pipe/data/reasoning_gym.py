@@ -56,6 +56,9 @@ class ReasoningGym:
                 found.setdefault(prompt.id, prompt)
         return list(found.values())
 
+    def rows(self, split: str) -> None:
+        return None
+
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")
 

@@ -35,6 +35,10 @@ class Source(Protocol):
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Reasoning problems with what judges them."""
 
+    def rows(self, split: str) -> list[Trace] | None:
+        """Every problem as the data has it, repeated ones too, with its solution as it stands there, or "";
+        None where problems are made, not read."""
+
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """Worked solutions of training problems: `<think>` reasoning `</think>` and a summary."""
 

@@ -56,6 +56,9 @@ class World:
             found.setdefault(prompt.id, prompt)
         return list(found.values())
 
+    def rows(self, split: str) -> None:
+        """None: problems are made."""
+
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")

@@ -14,16 +14,20 @@ from fakes import House
 from tiny_runs import load_stage, tiny_run
 
 from r1pipe import checkpoints, lineage
+from r1pipe.config import read_config
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DistillConfig, ParentRef
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed
+from r1pipe.doctor import Context
+from r1pipe.doctor.context import limits
 from r1pipe.paths import RunFolder
+from r1pipe.run import Run
 from r1pipe.sft import finetune
 from r1pipe.sft.rejection import read_dataset
 
 STUDENT = "model.hidden_size=16"
-DISTILL = ["stage=distill", STUDENT, "stage.max_steps=0", "stage.epochs=4", "stage.batch_size=2"]
+DISTILL = ["stage=distill", STUDENT, "stage.max_steps=0", "stage.epochs=12", "stage.batch_size=2"]
 RATE = ["stage.optim.lr=0.02", "stage.optim.min_lr=0.002"]
 
 
@@ -102,6 +106,14 @@ def test_its_lineage_has_the_student_and_the_samples(
     assert [one.problems for one in walk] == [()] * len(walk)
     edges = [(one.edge, one.parent.stage) for one in walk if one.depth == 1]
     assert edges == [("weights", "pretrain"), ("data", "rejection_sft")]
+
+
+def test_the_doctor_looks_at_the_samples(
+    teacher: RunFolder, distilled: tuple[RunFolder, list[Packed]]
+) -> None:
+    config = read_config(distilled[0].config)
+    context = Context(Run(distilled[0], config, config.stage), limits())
+    assert context.traces == read_dataset(teacher.dataset)[0]
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PAR1"), Path.unlink])

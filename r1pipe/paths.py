@@ -77,6 +77,7 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} when the run began
+        self.dataset = self.data / "samples.parquet"  # what rejection sampling kept: distillation reads it
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = (
             self.path / "evaluation.json"

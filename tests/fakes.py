@@ -60,6 +60,7 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
         "rejection_sft",
         "reward_model",
         "all_scenario",
+        "distill",
     ]:
         (stages / f"{name}.py").write_text(fake)
     publish(content / "base", compose([]).config.model, "weights of the bundled base", "pretrain")

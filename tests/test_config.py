@@ -66,6 +66,7 @@ def test_edges_of_the_graph() -> None:
         "weights from the base again, data from reinforcement"
     )
     assert edges["all_scenario"] == ("rejection_sft", ["reward_model"])
+    assert edges["distill"] == ("base", ["rejection_sft"])
     assert edges["zero"] == edges["control_sft"] == edges["cold_start"] == ("base", [])
 
 

@@ -30,6 +30,7 @@ CASES = [
     ("zero", 1, 1, "in judging by rules"),
     ("control_sft", 1, 2, "before a save"),
     ("control_sft", 1, 2, "saved, old ones there"),
+    ("distill", 2, 3, "in an update"),
 ]
 
 

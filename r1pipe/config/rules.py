@@ -15,6 +15,7 @@ from r1pipe.config.reinforcement import rl_rules
 from r1pipe.config.schema import (
     EvalConfig,
     EvaluateConfig,
+    FineTuneConfig,
     OptimConfig,
     PretrainConfig,
     RejectionConfig,
@@ -22,7 +23,6 @@ from r1pipe.config.schema import (
     RLConfig,
     RunConfig,
     SamplingConfig,
-    SFTConfig,
     StageConfig,
 )
 from r1pipe.errors import nearest
@@ -187,9 +187,9 @@ def stage_rules(config: RunConfig) -> Rules:
         re.fullmatch(r"\w+\.py", stage.script) is not None,
         f"stage.script={stage.script} must be the name of a script in stages/, not a path",
     )
-    if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig):
+    if isinstance(stage, PretrainConfig | FineTuneConfig):
         yield from length_rule("stage.sequence_length", stage.sequence_length, config)
-    if isinstance(stage, PretrainConfig | SFTConfig | RejectionConfig | RewardModelConfig):
+    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig):
         yield (
             stage.batch_size % ranks == 0,
             f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}",

@@ -24,10 +24,12 @@ __all__ = [
     "STAGE_TYPES",
     "CosineConfig",
     "DataConfig",
+    "DistillConfig",
     "EngineConfig",
     "EvalConfig",
     "EvaluateConfig",
     "FilterConfig",
+    "FineTuneConfig",
     "ModelConfig",
     "OptimConfig",
     "PPOConfig",
@@ -101,16 +103,22 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass
-class SFTConfig(StageConfig):
+class FineTuneConfig(StageConfig):
+    """What every supervised fine-tuning has; the loss covers responses only."""
+
+    epochs: int  # passes over the data
+    batch_size: int  # packed sequences per optimizer step, all ranks together
+    sequence_length: int  # tokens per packed sequence
+    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
+
+
+@dataclass
+class SFTConfig(FineTuneConfig):
     """Supervised fine-tuning on responses only (cold start, and the control)."""
 
     traces: int  # worked solutions to train on
     styles: dict[str, float]  # world: share of each solution strategy; empty: the corpus's own mix
     correct_only: bool  # drop traces whose answer is wrong
-    epochs: int  # passes over the data
-    batch_size: int  # packed sequences per optimizer step, all ranks together
-    sequence_length: int  # tokens per packed sequence
-    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
 
 
 @dataclass
@@ -185,7 +193,7 @@ class FilterConfig:
 
 
 @dataclass
-class RejectionConfig(StageConfig):
+class RejectionConfig(FineTuneConfig):
     """Rejection sampling from the RL checkpoint, then SFT from the base (R1 section 2.3.3)."""
 
     prompts: int  # reasoning prompts sampled
@@ -194,10 +202,11 @@ class RejectionConfig(StageConfig):
     general_kinds: dict[str, float]  # share of each general task; empty: as the data has them
     sampling: SamplingConfig
     filters: FilterConfig
-    epochs: int  # passes over the joined data
-    batch_size: int  # packed sequences per optimizer step, all ranks together
-    sequence_length: int  # tokens per packed sequence
-    mtp_weight: float  # weight of the multi-token prediction loss, where the model has such layers
+
+
+@dataclass
+class DistillConfig(FineTuneConfig):
+    """SFT of another base, the student, on rejection sampling's samples (R1 section 2.4)."""
 
 
 @dataclass
@@ -227,6 +236,7 @@ STAGE_TYPES: dict[str, type[StageConfig]] = {
     "rejection_sft": RejectionConfig,
     "reward_model": RewardModelConfig,
     "all_scenario": RLConfig,
+    "distill": DistillConfig,
 }
 
 

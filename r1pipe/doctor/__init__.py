@@ -17,11 +17,10 @@ from dataclasses import dataclass
 
 from r1pipe.config.schema import (
     EvaluateConfig,
+    FineTuneConfig,
     PretrainConfig,
-    RejectionConfig,
     RewardModelConfig,
     RLConfig,
-    SFTConfig,
     StageConfig,
 )
 from r1pipe.doctor import data, general, judges, policy, resources, template
@@ -34,7 +33,7 @@ __all__ = ["CHECKS", "Check", "Context", "examine"]
 
 Kinds = tuple[type[StageConfig], ...]
 RL: Kinds = (RLConfig,)
-PROMPTED: Kinds = (RLConfig, SFTConfig, RejectionConfig)
+PROMPTED: Kinds = (RLConfig, FineTuneConfig)
 TRAINED: Kinds = (*PROMPTED, PretrainConfig, RewardModelConfig)
 MEASURED: Kinds = (*PROMPTED, EvaluateConfig)
 

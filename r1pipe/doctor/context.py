@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from r1pipe.config.groups import read
-from r1pipe.config.schema import RejectionConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config.schema import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
 from r1pipe.config.typed import build
 from r1pipe.data.chat import Chat
 from r1pipe.data.source import Source, open_data
@@ -25,6 +25,7 @@ from r1pipe.rl.scoring import Judges
 from r1pipe.rl.stage import reward_models
 from r1pipe.rl.update import update
 from r1pipe.run import Run
+from r1pipe.sft.rejection import samples_of
 
 SEED = 0  # of what is drawn from the data
 HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its question
@@ -166,6 +167,12 @@ class Context:
         Rejection sampling makes its own, of prompts.
         """
         stage = self.config.stage
+        if isinstance(stage, DistillConfig):
+            return [
+                trace
+                for parent in self.config.reads_from.values()
+                for trace in samples_of(parent)[0][: self.limits.rows]
+            ]
         if not isinstance(stage, SFTConfig):
             return []
         wanted = min(stage.traces, self.limits.rows)
@@ -262,4 +269,4 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
 
 def learns_from_traces(config: RunConfig) -> bool:
     """Whether the stage packs examples of `sequence_length` tokens."""
-    return isinstance(config.stage, SFTConfig | RejectionConfig)
+    return isinstance(config.stage, FineTuneConfig)

@@ -11,7 +11,7 @@ from typing import Any
 
 from r1pipe import checkpoints, recorded
 from r1pipe.config.changes import mapping_hash
-from r1pipe.config.schema import ParentRef
+from r1pipe.config.schema import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonfile import read_object
 from r1pipe.lineage import fit, places
@@ -194,6 +194,9 @@ def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
         yield f"{run.record} names other parents than {run.config}"
     if run.evaluation.exists() and read_object(run.evaluation) != record.get("metrics"):
         yield f"{run.record} has other metrics than {run.evaluation}"
+    made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
+    if made and checkpoints.broken(run.dataset, made):
+        yield checkpoints.broken(run.dataset, made) or ""
     diff = (record.get("code") or {}).get("diff_hash")
     if diff and checkpoints.broken(run.diff, diff):
         yield checkpoints.broken(run.diff, diff) or ""

@@ -26,7 +26,7 @@ def with_parents(
         weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
     if weights is not None:
         must_fit(weights, config.model)
-    reads = {name: made.get(name) or of_stage(name, place, later) for name in stage.reads}
+    reads = {name: made.get(name) or of_stage(name, place, later, as_data=True) for name in stage.reads}
     must_speak_alike(weights, reads.values())
     return replace(config, weights_from=weights, reads_from=reads)
 

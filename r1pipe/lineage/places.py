@@ -74,7 +74,9 @@ def bundled() -> ParentRef:
     return replace(of_folder(bundled_folder()), stage="pretrain", run_id=BUNDLED)
 
 
-def of_stage(stage: str, place: Place, without_runs: Collection[str] = ()) -> ParentRef:
+def of_stage(
+    stage: str, place: Place, without_runs: Collection[str] = (), as_data: bool = False
+) -> ParentRef:
     """The newest finished run of a stage; without one, `pretrain` means the bundled base, and a stage that
     only measures means what it would have measured. Raises CheckpointError."""
     run = None if stage in without_runs else newest(stage, place)
@@ -84,13 +86,14 @@ def of_stage(stage: str, place: Place, without_runs: Collection[str] = ()) -> Pa
         return bundled()
     above = read(f"stage/{stage}")["starts_from"]
     if STAGE_TYPES[stage] is EvaluateConfig and above is not None:
-        return of_stage(above, place, without_runs)
+        return of_stage(above, place, without_runs, as_data)
     elsewhere = sorted({record_of(run)["pipeline"] for run in runs(place.root) if run.record.exists()})
     others = [name for name in elsewhere if newest(stage, replace(place, pipeline=name))]
     hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
+    given = "" if as_data else " or give parent=CHECKPOINT"  # that names weights
     raise CheckpointError(
         f"stage {stage} has no finished run in pipeline {place.pipeline} under {place.root}; make it with "
-        f"`r1pipe run stage={stage}` or give parent=CHECKPOINT{hint}"
+        f"`r1pipe run stage={stage}`{given}{hint}"
     )
 
 

@@ -1,8 +1,9 @@
 """From worked solutions to a finished fine-tuning run: what every SFT stage does after it has its traces."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
-from r1pipe.config.schema import RejectionConfig, SFTConfig
+from r1pipe.config.schema import FineTuneConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed, pack
 from r1pipe.data.source import Source
@@ -13,9 +14,11 @@ from r1pipe.records import Trace
 from r1pipe.run import Run, log
 from r1pipe.sft.loop import epochs_of, steps_in, train
 
+F = TypeVar("F", bound=FineTuneConfig)
+
 
 def fine_tune(
-    run: Run[SFTConfig] | Run[RejectionConfig],
+    run: Run[F],
     chat: Chat,
     source: Source,
     traces: Sequence[Trace],

@@ -1,16 +1,17 @@
-"""The training loop of pretrain, cold_start, control_sft and rejection_sft."""
+"""The training loop of pretrain, cold_start, control_sft, rejection_sft and distill."""
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from r1pipe import heartbeat, stopping
-from r1pipe.config.schema import PretrainConfig, RejectionConfig, SFTConfig
+from r1pipe.config.schema import FineTuneConfig, PretrainConfig
 from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
 from r1pipe.engine import Engine, StepStats
 from r1pipe.model import max_vio
@@ -18,6 +19,7 @@ from r1pipe.run import Run
 from r1pipe.sft.losses import loss_sums
 from r1pipe.stopping import Interrupted
 
+F = TypeVar("F", bound=FineTuneConfig)
 EXPERTS_SHOWN = 64  # experts of a layer whose loads are logged one by one
 
 # From a step on, the batches of each later step: rows of all ranks together. A function of the step alone, so
@@ -47,7 +49,7 @@ def epochs_of(run: Run, rows: list[Packed], batch_size: int) -> Batches:
 
 
 def train(
-    run: Run[PretrainConfig] | Run[SFTConfig] | Run[RejectionConfig],
+    run: Run[PretrainConfig] | Run[F],
     engine: Engine,
     batches: Batches,
     total_steps: int,

@@ -18,16 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe import evaluate, stopping
-from r1pipe.checkpoints import file_hash
+from r1pipe.checkpoints import broken, file_hash, verify
 from r1pipe.config.schema import ParentRef, RejectionConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.filters import Sampled, apply_filters
 from r1pipe.data.fitting import draw_fitting
 from r1pipe.data.source import Source
 from r1pipe.ending import held_out
-from r1pipe.errors import DataError
+from r1pipe.errors import CheckpointError, DataError
+from r1pipe.paths import RunFolder
 from r1pipe.provenance import write_json
 from r1pipe.ranks import Ranks
+from r1pipe.recorded import record_of
 from r1pipe.records import Completion, Prompt, Score, Status, Trace
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.rollout import Sampler, SamplingParams
@@ -139,7 +141,7 @@ def build_dataset(
     Where no sample was kept, the general part is trained on alone, as large as beside one sample a prompt.
     Raises DataError where there is none of either.
     """
-    path = run.folder.data / "samples.parquet"
+    path = run.folder.dataset
     if path.exists():
         return path
     kept, funnel = choose_samples(run, shards, questions, too_long)
@@ -197,6 +199,22 @@ def read_dataset(path: Path) -> tuple[list[Trace], str]:
         prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
         traces.append(Trace(prompt, row["response"], source=row["source"]))
     return traces, file_hash(path)
+
+
+def samples_of(parent: ParentRef) -> tuple[list[Trace], str]:
+    """The traces that a finished run of rejection sampling trained on, and the hash of their file.
+
+    Raises CheckpointError where the run has none, or they or its checkpoint are not what they were.
+    """
+    verify(parent.checkpoint, parent.hash)
+    run = RunFolder(Path(parent.checkpoint).parent.parent)
+    problem = broken(run.dataset, record_of(run).get("data_hash") or "")
+    if problem:
+        raise CheckpointError(
+            f"{problem}; copy it back, make another with `r1pipe run stage=rejection_sft`, or name a stage "
+            "that samples in stage.reads"
+        )
+    return read_dataset(run.dataset)
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 
@@ -41,11 +40,16 @@ SETTINGS: dict[str, list[str]] = {
     "all_scenario": [*RL, "stage.preference.last_steps=3", "stage.kl_coef=0.01"],
     "zero": RL,
     "control_sft": [*SFT, "stage.keep=1"],
+    "distill": [*STEPS, "stage.batch_size=2"],
 }
-SOURCES = {"rejection_sft": "grpo", "all_scenario": "reward_model"}  # what each reads besides its weights
+SOURCES = {  # what each reads besides its weights
+    "rejection_sft": "grpo",
+    "all_scenario": "reward_model",
+    "distill": "rejection_sft",
+}
 MAKERS = {"grpo": "pretrain"}  # random weights sample as badly as a policy of four steps
 POINTS: dict[str, dict[str, Point]] = {
-    **dict.fromkeys(("pretrain", "cold_start", "control_sft"), TRAINING | SAVING | ENDING),
+    **dict.fromkeys(("pretrain", "cold_start", "control_sft", "distill"), TRAINING | SAVING | ENDING),
     **dict.fromkeys(("grpo", "zero"), TRAINING | SAVING | ENDING | SAMPLING | JUDGING),
     "reward_model": TRAINING | SAVING | {k: v for k, v in ENDING.items() if k != "in evaluation"},
     "all_scenario": TRAINING | SAVING | ENDING | SAMPLING | JUDGING | JUDGING_BY_MODELS,
@@ -85,18 +89,14 @@ class Lab:
     references: dict[Shape, Reference] = field(default_factory=dict)
     tried: int = 0
 
-    @cached_property
-    def sources(self) -> dict[str, ParentRef]:
-        """The checkpoints that stages read besides: to sample from, and as reward models."""
-        return {
-            name: of_run(RunFolder(self.reference(Shape(MAKERS.get(name, name), 1, 0)).folder))
-            for name in set(SOURCES.values())
-        }
+    def source(self, name: str) -> ParentRef:
+        """What a stage reads besides: a checkpoint to sample from, reward models, samples to learn from."""
+        return of_run(RunFolder(self.reference(Shape(MAKERS.get(name, name), 1, 0)).folder))
 
     def prepared(self, folder: Path, shape: Shape) -> Path:
         """The folder as `r1pipe run` leaves it for the job."""
         source = SOURCES.get(shape.stage)
-        reads = {source: self.sources[source]} if source else {}
+        reads = {source: self.source(source)} if source else {}
         engine = [f"engine.ranks={shape.ranks}", f"engine.zero_level={shape.zero_level}"]
         return tiny_run(folder, f"stage={shape.stage}", *SETTINGS[shape.stage], *engine, **reads)
 

@@ -1,0 +1,37 @@
+"""Distillation (R1 section 2.4): another base, the student, learns from stage 3's samples by SFT alone.
+
+The samples are those that the pipeline's newest `rejection_sft` was itself trained on, general part included,
+checked against the hash in its record; that run is the data edge of the lineage. R1 gave its 800k samples to
+Qwen2.5 (1.5B to 32B) and Llama (8B, 70B). The student is `parent=`, any checkpoint with the teacher's
+tokenizer and chat template, and `model=` its shape; without it, the pipeline's own base. For a smaller
+student first pre-train one, in a pipeline of its own:
+
+    r1pipe run stage=pretrain model=student pipeline=student
+    r1pipe run stage=distill model=student parent=RUN_ID
+    deepspeed --num_accelerators 2 --no_local_rank stages/distill.py RUN_FOLDER
+"""
+
+import sys
+
+from r1pipe.config.schema import DistillConfig
+from r1pipe.data.source import open_data
+from r1pipe.errors import CheckpointError
+from r1pipe.run import open_run
+from r1pipe.sft.finetune import fine_tune
+from r1pipe.sft.rejection import samples_of
+
+
+def main(folder: str) -> None:
+    with open_run(folder, DistillConfig) as run:
+        if len(run.config.reads_from) != 1:
+            raise CheckpointError("this stage learns from one run's samples; name its stage in stage.reads")
+        (teacher,) = run.config.reads_from.values()
+        chat = run.load_chat()
+        with run.phase("loading data", patient=True):
+            source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+            traces, data_hash = samples_of(teacher)
+        fine_tune(run, chat, source, traces, data_hash)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

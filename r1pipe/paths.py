@@ -76,6 +76,7 @@ class RunFolder:
         self.error = self.path / "error.txt"  # the one line of a user error, written by the job
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
+        self.dataset = self.data / "samples.parquet"  # what rejection sampling kept: distillation reads it
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = (
             self.path / "evaluation.json"

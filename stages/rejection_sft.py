@@ -50,7 +50,7 @@ def main(folder: str) -> None:
                 questions = evaluation_questions(run, chat, source, context)
                 build_dataset(run, chat, source, parent, shards, questions, too_long)
             ranks.barrier()
-            traces, data_hash = read_dataset(run.folder.data / "samples.parquet")
+            traces, data_hash = read_dataset(run.folder.dataset)
 
         fine_tune(run, chat, source, traces, data_hash)
 

@@ -139,7 +139,7 @@ def build_dataset(
     Where no sample was kept, the general part is trained on alone, as large as beside one sample a prompt.
     Raises DataError where there is none of either.
     """
-    path = run.folder.data / "samples.parquet"
+    path = run.folder.dataset
     if path.exists():
         return path
     kept, funnel = choose_samples(run, shards, questions, too_long)

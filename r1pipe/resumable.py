@@ -23,6 +23,7 @@ from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError, EnvironmentProblem, disk_is_full, no_room
+from r1pipe.jsonl import REMEDY, metric_lines
 from r1pipe.model import save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.ranks import Ranks, rank_and_world
@@ -70,8 +71,8 @@ class Resumable(Generic[S]):
         self._append(self.folder.metrics, {"step": step, "time": round(self.elapsed(), 3), **metrics})
 
     def logged(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far."""
-        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        """The lines of metrics.jsonl so far. Raises CheckpointError naming the line that is none."""
+        return [row for _, row in metric_lines(self.folder.metrics)]
 
     def warn(self, text: str) -> None:
         """One line for whoever watches, on the screen and in the log."""
@@ -230,7 +231,8 @@ class Resumable(Generic[S]):
     def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
 
-        Metrics and rollouts after that step are cut off: they will come again.
+        Metrics and rollouts after that step are cut off: they will come again. Raises CheckpointError where
+        the metrics up to it are not whole.
         """
         folder = self.newest_whole(engine)
         step, loop = 0, {}
@@ -242,15 +244,24 @@ class Resumable(Generic[S]):
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)
-        if self.rank == 0:
-            if self.folder.metrics.exists():
-                _cut_after(self.folder.metrics, step)
-            for table in self._tables(step + 1):
-                table.unlink()
-            self._durable = step
-            self._prune()  # a kill may have come between a save and this
-        engine.barrier()  # other ranks read the lines, too, and a kill may have cut the last one off
+        problem = self._cut_back(step) if self.rank == 0 else None
+        # other ranks read the lines, too, and a kill may have cut the last one off
+        problem = engine.all_gather_objects(problem)[0]
+        if problem is not None:
+            raise CheckpointError(problem)
         return step, loop
+
+    def _cut_back(self, step: int) -> str | None:
+        """Rank 0: leave of metrics, rollouts and older checkpoints what belongs to a step; what is wrong."""
+        try:
+            cut_after(self.folder.metrics, step)
+        except CheckpointError as error:
+            return str(error)
+        for table in self._tables(step + 1):
+            table.unlink()
+        self._durable = step
+        self._prune()  # a kill may have come between a save and this
+        return None
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
         """The tables of rollouts of some steps."""
@@ -262,12 +273,21 @@ class Resumable(Generic[S]):
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
 
 
-def _cut_after(metrics: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut off by a kill."""
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+def cut_after(metrics: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last line that was cut off by a kill; without a step, all.
+
+    Raises CheckpointError where a line of the steps up to this one is damaged, missing or twice there.
+    """
+    if step == 0 and not metrics.exists():
+        return
+    kept = [(line, row["step"]) for line, row in metric_lines(metrics) if row["step"] <= step] if step else []
+    steps = [of for _, of in kept]
+    if steps != [*range(1, step + 1)]:
+        gap = next((n for n, of in enumerate(steps, 1) if of != n), len(steps) + 1)
+        raise CheckpointError(
+            f"{metrics} is not whole: line {gap} must be step {gap} of the {step} that the checkpoint has; "
+            f"{REMEDY}"
+        )
     temporary = metrics.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(line for line, _ in kept))
     temporary.replace(metrics)

@@ -3,13 +3,13 @@
 No torch: what names a checkpoint as its parent lies in the run folders beside it.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from r1pipe import checkpoints
+from r1pipe.jsonl import metric_lines
 from r1pipe.paths import RunFolder
 
 
@@ -33,16 +33,15 @@ def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> 
 
 
 def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> set[int]:
-    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it."""
+    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it.
+
+    Raises CheckpointError naming the line that is none.
+    """
     found: dict[int, float] = {}
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        if not line.endswith("\n"):  # the job is writing it in this moment
-            continue
-        row = json.loads(line)
-        value = row.get(name)
-        if row["step"] in steps and value is not None and math.isfinite(value):
-            found[row["step"]] = value if direction == "max" else -value
+    for _, row in metric_lines(metrics):
+        value, step = row.get(name, math.nan), int(row["step"])
+        if step in steps and -math.inf < value < math.inf:
+            found[step] = value if direction == "max" else -value
     return {max(found, key=lambda step: (found[step], -step))} if found else set()
 
 

@@ -161,6 +161,43 @@ def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path, name):
         checkpoints.verify(tmp_path / "step-1")
 
 
+LINES = ['{"step": 1, "a": 1.0}\n', '{"step": 2, "a": 2.0}\n', '{"step": 3, "a": 3.0}\n']
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "metrics.jsonl is missing"),
+        (b"", "line 1 must be step 1 of the 3"),
+        ("".join(LINES[:2]), "line 3 must be step 3 of the 3"),
+        ("".join(LINES)[:-1], "line 3 must be step 3 of the 3"),
+        ("".join(LINES[1:]), "line 1 must be step 1 of the 3"),
+        ("".join([LINES[0], *LINES]), "line 2 must be step 2 of the 3"),
+        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is no JSON"),
+        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 holds no step with its numbers"),
+        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 holds no step"),
+    ],
+)
+def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, content, told):
+    with open_run(folder) as run:
+        save(run, engine, 1, 2, 3)
+    if content is None:
+        run.folder.metrics.unlink()
+    else:
+        run.folder.metrics.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        run.resume(engine)
+    line = run.folder.error.read_text()
+    assert left.value.code == 2 and line.count("\n") == 1 and str(run.folder.metrics) in line
+    assert told in line and line.endswith("or start the stage anew (--fresh)\n")
+
+
+def test_damaged_metrics_name_their_line_where_the_best_checkpoint_is_looked_for(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(LINES[0].encode() + b'{"step": 2, "a": \xff}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is no JSON"):
+        retention.best(tmp_path / "metrics.jsonl", {1, 2}, "a", "max")
+
+
 def test_reinforcement_ends_with_the_same_bits_after_damage(tmp_path):
     """Six steps in one go, and six of which the newest checkpoint broke after an interruption at four."""
     settings = ("stage=grpo", "stage.save_every=2", "stage.keep=3")

@@ -7,7 +7,7 @@ import json
 import signal
 import struct
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
-from r1pipe import checkpoints, compare, lineage
+from r1pipe import checkpoints, compare, lineage, resumable, retention
 from r1pipe.config import config_hash, read_config, rules, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.data.aside import Aside
@@ -200,7 +200,7 @@ def targets(folder: Path) -> Iterator[tuple[str, int, tuple[st.SearchStrategy, A
     yield "safetensors headers", 1500, of_weights(folder / "weights")
     yield "an index of shards", 600, of_index(folder / "index")
     yield "tokenizer and template", 1200, of_tokenizer(folder / "tokenizer")
-    yield "metrics.jsonl", 500, of_metrics(folder / "metrics")
+    yield "metrics.jsonl", 1000, of_metrics(folder / "metrics")
     yield "addresses", 500, (st.text(max_size=60), lambda text: publishable({"uri": without_login(text)}))
 
 
@@ -409,11 +409,15 @@ def _speak(folder: Path) -> None:
 def of_metrics(folder: Path) -> tuple[st.SearchStrategy, Act]:
     folder.mkdir()
     path = folder / "metrics.jsonl"
-    line = json_file({"step": 3, "time": 1.5, "train/loss": 0.5, "eval/pass_at_1": 0.2})
+    rows = [{"step": n, "time": 1.5, "train/loss": 0.5, "eval/pass_at_1": 0.2} for n in (1, 2, 3)]
+    lines = [st.one_of(st.just(json.dumps(row).encode()), json_file(row)) for row in rows]
 
-    def act(content: list[bytes]) -> None:
+    def act(content: Sequence[bytes]) -> None:
         path.write_bytes(b"\n".join(content) + b"\n")
         for row in Tail(path).read():
             list(naming.points(row))
+        for direction in ("max", "min"):
+            retention.best(path, {1, 2, 3}, "eval/pass_at_1", direction)
+        resumable.cut_after(path, 3)
 
-    return st.lists(line, max_size=3), act
+    return st.one_of(st.tuples(*lines), st.lists(lines[-1], max_size=3)), act

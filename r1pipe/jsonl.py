@@ -1,44 +1,7 @@
-"""Files of one JSON object per line: read while another process is still appending, or whole and strictly."""
+"""Reading files of one JSON object per line while another process is still appending to them."""
 
 import json
 from pathlib import Path
-from typing import Any
-
-from r1pipe.errors import CheckpointError
-
-REMEDY = "put the file back from a copy, or start the stage anew (--fresh)"
-
-
-def metric_lines(path: Path) -> list[tuple[bytes, dict[str, float]]]:
-    """Each line of a metrics.jsonl, and what it says; a last line that a kill cut off is left out.
-
-    Raises CheckpointError naming file and line of one that no job wrote so.
-    """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; {REMEDY}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
-    found = []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # covers bytes that are not UTF-8 too
-            why = f"is no JSON ({str(error) or type(error).__name__})"
-            raise CheckpointError(f"{path} line {number} {why}; {REMEDY}") from None
-        if not _is_metrics(row):
-            raise CheckpointError(f"{path} line {number} holds no step with its numbers; {REMEDY}")
-        found.append((line + b"\n", row))
-    return found
-
-
-def _is_metrics(row: Any) -> bool:
-    return (
-        isinstance(row, dict)
-        and type(row.get("step")) is int
-        and all(type(value) in (int, float) for value in row.values())
-    )
 
 
 class Tail:

@@ -18,16 +18,15 @@ from typing import Any, Generic, TypeVar
 import psutil
 from safetensors import SafetensorError
 
-from r1pipe import checkpoints, heartbeat
+from r1pipe import checkpoints, heartbeat, retention
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, EnvironmentProblem, disk_is_full, no_room
-from r1pipe.jsonl import REMEDY, metric_lines
+from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full, no_room
+from r1pipe.metrics_file import cut_after, metric_lines
 from r1pipe.model import save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.ranks import Ranks, rank_and_world
-from r1pipe.retention import prune
 
 NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
@@ -100,7 +99,8 @@ class Resumable(Generic[S]):
         """Write checkpoints/step-N: weights by `export`, tokenizer, the state for resume; all ranks call.
 
         `state` is what the loop must remember, plain values; `resume` gives it back. `beside` are engines
-        that are needed for resume alone, by a name each.
+        that are needed for resume alone, by a name each. Raises ConfigError, with the checkpoint in place,
+        where `stage.keep_best` names no metric.
         """
         target = self.folder.checkpoint(step)
         with self.phase("saving", patient=True):
@@ -116,7 +116,17 @@ class Resumable(Generic[S]):
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
                 self._finishing = self._beside.submit(self._finish, target, step)
+            self._must_know_best(engine, step)
         return target
+
+    def _must_know_best(self, ranks: Ranks, step: int) -> None:
+        """Raises ConfigError in all ranks where `stage.keep_best` is nothing that this run logs."""
+        if self.stage.keep_best is None:
+            return
+        problem = retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
+        problem = ranks.all_gather_objects(problem)[0]
+        if problem is not None:
+            raise ConfigError(problem)
 
     def saved(self) -> None:
         """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
@@ -155,7 +165,7 @@ class Resumable(Generic[S]):
     def _prune(self) -> None:
         stage = self.stage
         best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
-        prune(self.folder, stage.keep, best_by)
+        retention.prune(self.folder, stage.keep, best_by)
 
     def _told(self, error: Exception, target: Path) -> str:
         """What to tell the user of a full disk, on which nothing unfinished is left; other errors go on."""
@@ -271,23 +281,3 @@ class Resumable(Generic[S]):
     def _tokenizer_folder(self) -> Path:
         parent = self.config.weights_from
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
-
-
-def cut_after(metrics: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut off by a kill; without a step, all.
-
-    Raises CheckpointError where a line of the steps up to this one is damaged, missing or twice there.
-    """
-    if step == 0 and not metrics.exists():
-        return
-    kept = [(line, row["step"]) for line, row in metric_lines(metrics) if row["step"] <= step] if step else []
-    steps = [of for _, of in kept]
-    if steps != [*range(1, step + 1)]:
-        gap = next((n for n, of in enumerate(steps, 1) if of != n), len(steps) + 1)
-        raise CheckpointError(
-            f"{metrics} is not whole: line {gap} must be step {gap} of the {step} that the checkpoint has; "
-            f"{REMEDY}"
-        )
-    temporary = metrics.with_suffix(".partial")
-    temporary.write_bytes(b"".join(line for line, _ in kept))
-    temporary.replace(metrics)

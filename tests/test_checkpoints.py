@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import threading
@@ -145,6 +146,27 @@ def test_without_a_whole_checkpoint_the_run_is_refused_with_the_remedy(folder, e
     assert told.count("\n") == 1 and "none of the 2 checkpoints" in told and "step-2/model" in told
     assert "--fresh" in told
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # left as they are, to be looked at
+
+
+@pytest.mark.parametrize("level", [1, 2])  # as it was written, and brought from another level
+def test_code_in_a_whole_checkpoint_is_not_run_and_the_run_is_refused_in_one_line(folder, level):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, 1), 10)
+    with open_run(folder) as run:
+        save(run, engine, 1, 2)
+    newest = folder / "checkpoints" / "step-2"
+    [state] = (newest / "engine" / "state").glob("*_optim_states.pt")
+    state.write_bytes(pickle.dumps(Path("/"), 2))
+    checkpoints.write_manifest(newest)  # by somebody who knows how
+    if level != 1:
+        engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), 10)
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        run.resume(engine)
+    told = (folder / "error.txt").read_text()
+    assert left.value.code == 2 and told.count("\n") == 1
+    assert str(state) in told and "it asks for pathlib" in told and "remove this checkpoint" in told
+    shutil.rmtree(newest)
+    with open_run(folder) as run:
+        assert run.resume(engine)[0] == 1
 
 
 def test_a_run_that_never_saved_starts_from_its_beginning(folder):
@@ -350,6 +372,31 @@ def test_a_checkpoint_goes_only_when_the_newer_one_is_there(folder, engine, monk
 def test_the_best_must_be_among_what_is_saved(given, told):
     with pytest.raises(ConfigError, match=told):
         tiny("grpo", "stage.keep_best=eval/pass_at_1", *given.split())
+
+
+@pytest.mark.parametrize("name", ["train/nonsense", "train/los"])
+def test_a_best_by_what_is_not_logged_is_refused_at_the_first_save_and_goes_on(folder, engine, name):
+    folder = write_run(folder.with_name("best"), tiny("pretrain", f"stage.keep_best={name}"))
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        save(run, engine, 1)
+    told = (folder / "error.txt").read_text()
+    assert left.value.code == 2 and told.count("\n") == 1
+    assert f"stage.keep_best={name} is no metric of this run; did you mean train/loss?" in told
+    assert checkpoints.steps(folder / "checkpoints") == [1], "nothing is lost"
+
+
+def test_a_best_by_what_is_logged_later_is_waited_for(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(LINES[0])
+    evaluated = tiny(
+        "grpo", "stage.save_every=1", "stage.eval.every=2", "stage.keep_best=eval/pass_at_1"
+    ).stage
+    assert retention.unknown_best(tmp_path / "metrics.jsonl", evaluated, 1) is None
+    assert "known: a" in (retention.unknown_best(tmp_path / "metrics.jsonl", evaluated, 2) or "")
+    warmed_up = tiny("grpo", "stage.algorithm=ppo", "stage.ppo.value_warmup_steps=3").stage
+    assert retention.logged_from(warmed_up, "train/loss") == 4
+    later = tiny("all_scenario", "stage.max_steps=8", "stage.preference.last_steps=3").stage
+    assert retention.logged_from(later, "rewards/helpful/mean") == 6
+    assert retention.logged_from(later, "reward") == 1
 
 
 def test_the_best_of_a_run_is_kept(folder, engine):

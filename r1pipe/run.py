@@ -122,8 +122,12 @@ class Run(Resumable[S]):
         samples: list[dict[str, Any]],
         data_hash: str | None,
         steps: int,
+        source_hash: str | None = None,
     ) -> None:
-        """Write evaluation.json, samples.json and, last, record.json: its presence means done."""
+        """Write evaluation.json, samples.json and, last, record.json: its presence means done.
+
+        `data_hash` is that of what was trained on, `source_hash` that of the data source where it is another.
+        """
         self.saved()
         if self.rank != 0:
             return
@@ -137,7 +141,9 @@ class Run(Resumable[S]):
             "data_hash": data_hash,
             "metrics": evaluation,
         }
-        write_json(self.folder.record, job_record(self.folder, self.config, checkpoint, chat, made))
+        source_hash = source_hash or data_hash
+        record = job_record(self.folder, self.config, checkpoint, chat, made, source_hash)
+        write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 
 

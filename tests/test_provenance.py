@@ -49,6 +49,10 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     history.note(run, [Change("stage.keep", 5, 3)])
     run.data.mkdir()
     (run.data / SET_ASIDE).write_text('{"line": 1}\n{"line": 2}\n')
+    run.dataset.write_text("its hash is data_hash")
+    run.metrics.write_text('{"step": 1}\n')
+    run.rollouts.mkdir()
+    (run.rollouts / "step-1.parquet").write_text("rows")
     checkpoint = run.checkpoint(3)
     checkpoint.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -56,7 +60,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     checkpoints.write_manifest(checkpoint)
     chat = Chat.load(checkpoint)
 
-    record = json.loads(json.dumps(job_record(run, config, checkpoint, chat, dict(MADE))))
+    record = json.loads(json.dumps(job_record(run, config, checkpoint, chat, dict(MADE), "50" * 32)))
     write_json(run.record, record)
     assert recorded.read_record(run.record) == record, "what reads records takes it"
     assert (record["format"], record["run_id"], record["stage"], record["seed"]) == (
@@ -71,7 +75,18 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
         ("weights", parent),
         ("data", parent),
     ]
-    assert record["data"] == {"name": "world", "kind": "world", "path": None, "set_aside": 2}
+    assert record["data"] == {
+        "name": "world",
+        "kind": "world",
+        "path": None,
+        "hash": "50" * 32,
+        "set_aside": 2,
+    }
+    assert record["files"] == {
+        "data/set_aside.jsonl": checkpoints.file_hash(run.data / SET_ASIDE),
+        "metrics.jsonl": checkpoints.file_hash(run.metrics),
+        "rollouts/step-1.parquet": checkpoints.file_hash(run.rollouts / "step-1.parquet"),
+    }
     assert record["data_hash"] == MADE["data_hash"] and record["metrics"] == MADE["metrics"]
     assert record["config_hash"] == config_hash(config) == config_hash(load(record["config"]))
     assert record["config"]["tracking"]["uri"] == "http://host:5000", "resolved, but for the login"

@@ -144,8 +144,9 @@ def tables_apart(one: Path, other: Path) -> Iterator[str]:
 
 def records_apart(a: RunFolder, b: RunFolder) -> Iterator[str]:
     records = [json.loads(run.record.read_text()) for run in (a, b)]
-    for record in records:  # what a run is called, and where it lies
+    for record in records:  # what a run is called, and where it lies; files are compared one by one
         record.pop("run_id")
+        record["files"] = sorted(record["files"])
         record["config"].pop("root")
     if (a.data / "samples.parquet").exists():
         for record in records:

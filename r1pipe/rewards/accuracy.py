@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from r1pipe import heartbeat
-from r1pipe.data import reasoning_gym
 from r1pipe.data.chat import THINK, parse
 from r1pipe.errors import DataError
 from r1pipe.records import Completion, Prompt, Score, Status
@@ -89,7 +88,7 @@ def check_gym(prompt: Prompt, summary: str) -> Score:
     answer = answers.final_answer(summary)
     if answer is None:
         return Score(0.0, detail="the summary states no final answer")
-    return Score(float(reasoning_gym.score(prompt, answer) >= 1.0))
+    return symbolic.score_gym(prompt.checker["reasoning_gym"], prompt.checker["entry"], answer)
 
 
 def _check_answer_gold(prompt: Prompt) -> None:

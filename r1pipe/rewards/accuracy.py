@@ -39,9 +39,8 @@ def check_answer(prompt: Prompt, summary: str) -> Score:
         return Score(float(answers.same_number(gold_number, number)))
     if answers.same_text(gold, answer):
         return Score(1.0)
-    letter = answers.choice(gold)
-    if letter is not None:
-        return Score(float(answers.choice(answer) == letter))
+    if letters := answers.choices(gold):
+        return Score(float(answers.choices(answer) == letters))
     if gold_number and not _MATHEMATICS.search(answer):
         return Score(0.0, detail=f"{answer!r} is no number")
     return symbolic.compare(gold, answer)
@@ -99,7 +98,7 @@ def _check_answer_gold(prompt: Prompt) -> None:
         raise DataError(
             f"{prompt.id}: the gold answer {gold!r} has a line break or tab in it; write one line"
         )
-    if answers.parse_number(gold) or answers.choice(gold) or symbolic.parses(gold):
+    if answers.parse_number(gold) or answers.choices(gold) or symbolic.parses(gold):
         return
     raise DataError(f"{prompt.id}: the gold answer {gold!r} does not parse; correct it or leave the row out")
 
@@ -114,7 +113,7 @@ def _expression_key(summary: str) -> str:
     """One spelling for expressions that differ in spaces and idle parentheses."""
     answer = answers.final_answer(summary)
     tree = _parse_expression(answer) if answer else None
-    return ast.unparse(tree) if tree else answers.normalise(answer or "")
+    return program.unparsed(tree, answer or "") if tree else answers.normalise(answer or "")
 
 
 def _answer_key(summary: str) -> str:

@@ -244,8 +244,8 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{path} does not exist, nor does its folder; set data.path=FILE or FOLDER"
     similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    guess = f"did you mean {similar[0]}? " if similar else ""
-    return f"{path} does not exist; {guess}Set data.path=FILE, or the folder that holds it"
+    guess = f"did you mean {similar[0]}? Set" if similar else "set"
+    return f"{path} does not exist; {guess} data.path=FILE, or the folder that holds it"
 
 
 def _suffix(path: Path) -> str:

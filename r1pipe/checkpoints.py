@@ -14,7 +14,7 @@ from pathlib import Path
 
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonfile import read_object
-from r1pipe.paths import inside
+from r1pipe.paths import RunFolder, inside
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
@@ -24,6 +24,11 @@ STEP = re.compile(r"step-(\d+)")
 def file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds_work(run: RunFolder) -> bool:
+    """Whether a run has a checkpoint or samples: what another start of it would lose."""
+    return bool(steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
 
 
 def write_manifest(folder: Path) -> None:

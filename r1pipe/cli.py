@@ -37,12 +37,15 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew, even if this run is half done.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write config.json, print the command.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command; a new run's folder is written.")
+    ] = False,
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
     An unfinished run goes on where it stopped, but not with a config that computes something else: that is
-    refused with what differs. A finished run is left alone and a new one starts.
+    refused with what differs. A finished run is left alone and a new one starts, unless a kill kept
+    the command from saying that it is done.
     """
     from r1pipe import pipeline
     from r1pipe.config.groups import with_stage

@@ -119,4 +119,5 @@ def conclude(
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
     metrics = {**evaluation.metrics, **known}
-    run.finish(checkpoint, chat, metrics, evaluation.samples, data_hash or source.hash, steps)
+    trained_on = data_hash or source.hash
+    run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

@@ -29,7 +29,6 @@ from r1pipe.model.precision import fp8_of
 from r1pipe.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.ranks import Ranks
 
-LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
 log = logging.getLogger("r1pipe")
 
 
@@ -249,7 +248,7 @@ class Engine(Ranks):
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         problem = engine_state.write(self._ds, folder, client)
         if self.rank == 0 and problem is None:
-            (folder / LAYOUT).write_text(json.dumps(self._layout()), encoding="utf-8")
+            (folder / engine_state.LAYOUT).write_text(json.dumps(self._layout()), encoding="utf-8")
         self.barrier()
         return problem
 
@@ -258,15 +257,15 @@ class Engine(Ranks):
 
         What other ranks, or another ZeRO level, wrote goes through DeepSpeed's universal layout, in a folder
         in `scratch` (or beside) that is gone afterwards: training goes on within rounding, not to the bit.
+        Raises CheckpointError on files that hold more than tensors and plain values.
         """
         folder = Path(folder)
-        layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-        mine = self._layout()
-        if layout == mine or layout["zero_level"] == mine["zero_level"] == 0:  # level 0 is the same on all
-            client = engine_state.read(self._ds, folder)
+        ranks, level = engine_state.read_layout(folder)
+        if (ranks, level) == (self.world_size, self.zero_level) or level == self.zero_level == 0:
+            client = engine_state.read(self._ds, folder)  # level 0 is the same on all
         else:
-            log.info("brings the state of %s to %s", layout, mine)
-            levels = layout["zero_level"], self.zero_level
+            log.info("brings the state of %d ranks at ZeRO level %d to %s", ranks, level, self._layout())
+            levels = level, self.zero_level
             client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
         return client["loop"]

@@ -9,7 +9,10 @@ level 0, which keeps everything whole, is written and read here.
 import contextlib
 import io
 import os
+import pickle
+import re
 import shutil
+import struct
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +22,20 @@ import torch
 from torch import Tensor
 
 from r1pipe.errors import CheckpointError, disk_is_full, no_room
+from r1pipe.jsonfile import read_object
 from r1pipe.optimizer import MOMENTS
 from r1pipe.ranks import Ranks
 
+LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
 TAG = "state"
 CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
 PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names
+# What torch's restricted unpickler raises on a file that torch.save has not written so.
+UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error),
+)
+REMEDY = "remove this checkpoint, and the run goes on from the one before, or start the stage anew (--fresh)"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
@@ -52,6 +63,24 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
     return problems[0] if problems else None
 
 
+def read_layout(folder: Path) -> tuple[int, int]:
+    """How many ranks wrote the state in a folder, and at which ZeRO level.
+
+    Raises CheckpointError where its layout.json does not say, or says otherwise than the files beside it.
+    """
+    path = folder / LAYOUT
+    layout = read_object(path)
+    ranks, level = layout.get("ranks"), layout.get("zero_level")
+    if type(ranks) is not int or type(level) is not int or ranks < 1 or level not in range(4):
+        raise CheckpointError(f"{path} does not say which ranks wrote, at which ZeRO level; {REMEDY}")
+    parts = len([*(folder / TAG).glob("*_optim_states.pt")])
+    if parts != (ranks if level else 0) or not any((folder / TAG / name).exists() for name in MODEL_STATES):
+        raise CheckpointError(
+            f"{path} says ranks={ranks} zero_level={level}, but {folder / TAG} has other files; {REMEDY}"
+        )
+    return ranks, level
+
+
 def read(ds: Any, folder: Path) -> dict[str, Any]:
     """Put back what as many ranks at the same ZeRO level wrote; the client state. Raises CheckpointError."""
     ds.checkpoint_engine.load = load_tensors
@@ -62,13 +91,23 @@ def read(ds: Any, folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed would unpickle anything; tensors, plain values and its own records are all there is."""
+    """DeepSpeed would unpickle anything; tensors, plain values and its own records are all there is.
+
+    Raises CheckpointError on a file that holds more, or is none.
+    """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-        return _torch_load(path, map_location=map_location, weights_only=True)
+        try:
+            return _torch_load(path, map_location=map_location, weights_only=True)
+        except UNREADABLE as error:
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it asks for {asked[1]}" if asked else "it is damaged or missing"
+            raise CheckpointError(
+                f"{path} is not read: it must hold tensors and plain values alone ({why}); {REMEDY}"
+            ) from None
 
 
 _torch_load = torch.load

@@ -75,25 +75,48 @@ def _within(value: float | None, bound: float, measure: Measure, margin: float) 
     return value >= bound + margin if measure.at_least else abs(value) <= bound - margin  # never for NaN
 
 
+def absent(config: RunConfig) -> list[str]:
+    """The kinds of reward models that the stage would ask and its checkpoint lacks: their data had none."""
+    preference, checkpoint = _asked(config)
+    if preference is None:
+        return []
+    return [kind for kind in kinds_asked(preference) if not (checkpoint / kind).is_dir()]
+
+
+def _asked(config: RunConfig) -> tuple[PreferenceConfig | None, Path]:
+    """How a stage asks reward models, None where it does not, and the checkpoint that they lie in."""
+    stage, parent = config.stage, config.reads_from.get(STAGE)
+    if not isinstance(stage, RLConfig) or parent is None:
+        return None, Path()
+    return stage.preference, Path(parent.checkpoint)
+
+
 def weaknesses(config: RunConfig) -> list[str]:
     """What speaks against the reward models that the stage would ask; one without a standing counts, too."""
-    stage, parent = config.stage, config.reads_from.get(STAGE)
-    if not isinstance(stage, RLConfig) or stage.preference is None or parent is None:
+    preference, checkpoint = _asked(config)
+    if preference is None:
         return []
-    checkpoint, found = Path(parent.checkpoint), []
-    measured = quality_of(checkpoint)
-    for kind in kinds_asked(stage.preference):
+    measured, found = quality_of(checkpoint), []
+    for kind in kinds_asked(preference):
         if kind in measured:
-            found += shortfalls(kind, measured[kind], stage.preference)
+            found += shortfalls(kind, measured[kind], preference)
         elif (checkpoint / kind).is_dir():
             found.append(f"{kind} was never judged ({checkpoint / kind / QUALITY} is missing)")
     return found
 
 
 def must_be_good(config: RunConfig) -> list[str]:
-    """The weaknesses that `stage.preference.force` lets pass. Raises CheckpointError where it does not."""
+    """The weaknesses that `stage.preference.force` lets pass.
+
+    Raises CheckpointError where it does not, and where a model that is to be asked is not there.
+    """
     found = weaknesses(config)
     stage = config.stage
+    if missing := absent(config):
+        raise CheckpointError(
+            f"{made_by(config.reads_from[STAGE])} has no {missing[0]} model; train it on data that has "
+            f"examples (r1pipe run stage={STAGE}), or go without it: stage.preference.{missing[0]}_weight=0"
+        )
     if found and isinstance(stage, RLConfig) and stage.preference and not stage.preference.force:
         raise CheckpointError(
             f"weak reward models in {made_by(config.reads_from[STAGE])}: {'; '.join(found)}; train them on "

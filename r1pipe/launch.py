@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 import psutil
 
 import r1pipe
-from r1pipe import heartbeat, locks, machine, processes, stopping
+from r1pipe import footprint, heartbeat, history, locks, machine, processes, stopping
 from r1pipe.config import config_hash, to_mapping
+from r1pipe.config.changes import Change
 from r1pipe.config.schema import RunConfig
 from r1pipe.errors import EnvironmentProblem, tell_once
 from r1pipe.paths import RunFolder, stages_dir
@@ -82,27 +83,25 @@ def module_path() -> str:
     return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
 
 
-def prepare(config: RunConfig, run: RunFolder) -> list[str]:
-    """Write config.json, command.txt and env.json; the command. Raises EnvironmentProblem."""
-    line = checked(config, run)
-    write_down(config, run, line)
-    return line
-
-
 def checked(config: RunConfig, run: RunFolder) -> list[str]:
     """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
     line = command(config, run, machine.must_launch(config.engine))
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    machine.must_have_room(config)
+    footprint.must_have_room(config, run)
     return line
 
 
-def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> None:
+def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Change]:
+    """Write config.json, command.txt, env.json and code.diff; what code and versions the run has gone on with
+    until now, where they were others."""
     run.log.mkdir(parents=True, exist_ok=True)
     write_json(run.config, publishable(to_mapping(config)))
-    write_json(run.env, {**machine.facts(), "config_hash": config_hash(config)})
-    run.diff.write_text(machine.code_diff(), encoding="utf-8")
+    env, diff = {**machine.facts(), "config_hash": config_hash(config)}, machine.code_diff()
+    changed = history.note_code(run, env, diff)
+    write_json(run.env, env)
+    run.diff.write_text(diff, encoding="utf-8")
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
+    return changed
 
 
 def printable(config: RunConfig, line: list[str]) -> str:
@@ -154,7 +153,7 @@ class Job:
         line = checked(config, run)
         with ExitStack() as stack, ExitStack() as signals:
             self._lock = stack.enter_context(locks.held(run))
-            write_down(config, run, line)
+            self.changed_code = write_down(config, run, line)
             for left in (run.error, run.stop):
                 left.unlink(missing_ok=True)
             self.mirror = Mirror(run.path, to_mapping(config))
@@ -162,7 +161,7 @@ class Job:
             ranks = config.engine.ranks if config.engine.hostfile is None else None
             self.watch = Watch(run, ranks, config.engine.stuck_after_s)
             variables = variables_of(config, stack.enter_context(no_mlflow()))
-            log = stack.enter_context((run.log / "launcher.txt").open("ab"))
+            log = stack.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(config, line)}\n".encode())
             log.flush()
             signals.enter_context(stopping.handling(self._pass_on))
@@ -280,7 +279,7 @@ def failure(run: RunFolder, code: int) -> str:
     if code in stopping.EXIT_CODES:
         state = "is done" if run.record.exists() else "was interrupted"
         return f"{run.run_id} {state}; {goes_on(run)}"
-    log = run.log / "launcher.txt"
+    log = run.launcher_log
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if told(line)]
     return "\n".join([*lines[-TAIL:], f"the job ended with exit code {code}; its whole log: {log}"])
 

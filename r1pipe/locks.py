@@ -3,7 +3,9 @@
 The run's pid file names the job's processes: {"host": "node7", "since": "2026-11-25 03:56:34",
 "processes": [[4711, 1795492594.1]]}, each with its number and when it began. It is written whole, under a
 lock of the system that lasts no longer than the process which has it, so that of two that start in the same
-moment one is refused. What dead processes leave is taken over.
+moment one is refused. What dead processes leave is taken over, once no rank is left of them: a launcher that
+was killed leaves ranks behind, which have a heartbeat, or are still importing. One that comes too late, when
+another job has the run, refuses to begin.
 """
 
 import errno
@@ -14,7 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +30,10 @@ RENEW_S = 10.0
 # Some file systems of clusters have no locks. Then the pid file alone must do, and of two jobs that start in
 # the same milliseconds both may go on.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class Taken(EnvironmentProblem):
+    """Another job has the run: nothing may be written into its folder."""
 
 
 @dataclass
@@ -68,7 +74,7 @@ class Lock:
         self.run.path.mkdir(parents=True, exist_ok=True)
         with _guarded(self.run):
             must_be_free(self.run)
-            heartbeat.clear(self.run)
+            heartbeat.clear(self.run)  # of ranks that are dead
             self.add(os.getpid())
 
     def add(self, pid: int) -> None:
@@ -104,13 +110,13 @@ def must_be_free(run: RunFolder) -> None:
     holder = Holder.read(run.pid)
     elsewhere = holder is not None and holder.host != socket.gethostname()
     since = f" on {holder.host} since {holder.since}" if holder else ""
-    living = [pid for pid, began in holder.processes if processes.is_alive(pid, began)] if holder else []
-    if living and not elsewhere:
+    launchers = living_launchers(holder)
+    if launchers:
         raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {living[-1]}{since}); "
+            f"run {run.run_id} is going on already (process {launchers[-1]}{since}); "
             "wait for it, or start another: --fresh"
         )
-    ranks = living_ranks(run)
+    ranks = living_ranks(run, holder)
     if ranks:
         numbers = " ".join(map(str, ranks))
         raise EnvironmentProblem(
@@ -125,10 +131,54 @@ def must_be_free(run: RunFolder) -> None:
         )
 
 
-def living_ranks(run: RunFolder) -> list[int]:
-    """Numbers of this machine's processes that are ranks of the run."""
+@contextmanager
+def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
+    """A rank's heartbeat for the length of a block, which begins only where no other job has the run.
+
+    Raises Taken where one has: this rank's launcher was killed, and the run taken over since. A rank that was
+    not `launched_here` (engine.hostfile) is in no process group of its launcher and cannot tell.
+    """
+    with ExitStack() as stack:
+        with _guarded(run):
+            holder = Holder.read(run.pid)
+            launchers = living_launchers(holder) if launched_here else []
+            if launchers and holder and os.getpgrp() not in [pid for pid, _ in holder.processes]:
+                raise Taken(
+                    f"run {run.run_id} is another job's (process {launchers[-1]} on {holder.host} since "
+                    f"{holder.since}); this rank, whose launcher is gone, leaves it alone"
+                )
+            stack.enter_context(heartbeat.beating(run, rank))
+        yield
+
+
+def was_cut_off(run: RunFolder) -> bool:
+    """Whether the command that had the run last never returned; one on another machine counts as such."""
+    holder = Holder.read(run.pid)
+    if holder is None or holder.host != socket.gethostname():
+        return holder is not None
+    return not any(processes.is_alive(pid, began) for pid, began in holder.processes[:1])  # r1pipe itself
+
+
+def living_launchers(holder: Holder | None) -> list[int]:
+    """Numbers of a holder's own processes, where it is on this machine: r1pipe and DeepSpeed's runner."""
+    if holder is None or holder.host != socket.gethostname():
+        return []
+    return [pid for pid, began in holder.processes if processes.is_alive(pid, began)]
+
+
+def living_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
+    """Numbers of this machine's processes that are ranks of the run, or about to be.
+
+    A rank has a heartbeat from `open_run` on. Before, it is known by its launcher's process group, which
+    keeps the number of the launcher after its death; as numbers come again, the run folder must be among its
+    words, too.
+    """
     beats = [beat for beat in heartbeat.read_all(run) if beat.host == socket.gethostname()]
-    return [beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)]
+    found = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
+    if holder is not None and holder.host == socket.gethostname():
+        members = [member for pid, _ in holder.processes for member in processes.group(pid)]
+        found |= {member.pid for member in members if processes.is_called_with(member, run.run_id)}
+    return sorted(found)
 
 
 def seconds_since_life(run: RunFolder) -> float:

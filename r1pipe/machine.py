@@ -13,12 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config.schema import EngineConfig, ModelConfig, RunConfig
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.config.schema import EngineConfig, RunConfig
+from r1pipe.errors import DataError, EnvironmentProblem
 from r1pipe.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
-MEBIBYTE = 2**20
 DECIDES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # what of a checkout decides a run
 FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
 FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
@@ -182,50 +181,14 @@ def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
     return found
 
 
-def must_have_room(config: RunConfig) -> None:
-    """Raises EnvironmentProblem where the disk cannot hold this run's checkpoints."""
-    needed, free = room(config)
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{Path(config.root)} has {free // MEBIBYTE:,} MiB free, but {at_once(config)} checkpoints "
-            f"take up to {needed // MEBIBYTE:,} MiB; free some, give root=DIR on another disk, or lower "
-            "stage.keep"
-        )
-
-
-def room(config: RunConfig) -> tuple[int, int]:
-    """Bytes that the run's checkpoints take at most, and bytes free where they will be written."""
-    weights, optimizer = 4, 12  # bytes per parameter at most: float32; masters and AdamW's two moments
-    needed = parameters(config.model) * (weights + optimizer) * at_once(config) + 64 * MEBIBYTE
-    return needed, shutil.disk_usage(existing(Path(config.root))).free
-
-
-def at_once(config: RunConfig) -> int:
-    """Checkpoints on the disk at one time: the new one is written before the oldest goes."""
-    return config.stage.keep + (config.stage.keep_best is not None) + 1
+def must_have_data(config: RunConfig) -> None:
+    """Raises DataError where the job would find no data; on other machines it may lie elsewhere."""
+    data = config.data
+    if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():
+        raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
 
 
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     path = path.resolve()
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def parameters(model: ModelConfig) -> int:
-    """Weights of the model, embeddings and head included; norms, thousands at most, are left out."""
-    d, heads = model.hidden_size, model.num_attention_heads
-    query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-    query = d * query_width if model.q_lora_rank is None else model.q_lora_rank * (d + query_width)
-    latent = d * (model.kv_lora_rank + model.qk_rope_head_dim)
-    expand = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    attention = query + latent + expand + heads * model.v_head_dim * d
-    experts = 3 * d * model.moe_intermediate_size * (model.n_routed_experts + model.n_shared_experts)
-    moe = experts + d * model.n_routed_experts
-    dense_layers = model.first_k_dense_replace
-    moe_layers = model.num_hidden_layers - dense_layers
-    embeddings = model.vocab_size * d * (1 if model.tie_word_embeddings else 2)
-    dense = 3 * d * model.intermediate_size
-    further = model.num_nextn_predict_layers * (attention + moe + 2 * d * d)
-    return (
-        embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe + further
-    )

@@ -58,15 +58,15 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
-        self.config_history = (
-            self.path / "config_history.jsonl"
-        )  # {"time": ISO, "changed": {key: [old, new]}}: a line whenever it goes on with other values
+        self.config_history = self.path / "config_history.jsonl"  # what it went on with (r1pipe.history)
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # what the code was besides its git revision
         self.mirrored = self.path / "mirrored"  # "whole" or "behind": how far MLflow has this run
         self.log = self.path / "log"
+        self.launcher_log = self.log / "launcher.txt"  # of all sessions, from the first one's start on
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
+        self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
         self.progress = (
             self.path / "progress.jsonl"
         )  # {"what": str, "done": int, "total": int, "time": s, ...}
@@ -76,6 +76,7 @@ class RunFolder:
         self.error = self.path / "error.txt"  # the one line of a user error, written by the job
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
+        self.source = self.data / "source.json"  # the data's {"hash", "files"} when the run began
         self.dataset = self.data / "samples.parquet"  # what rejection sampling kept: distillation reads it
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = (
@@ -87,6 +88,10 @@ class RunFolder:
     @property
     def run_id(self) -> str:
         return self.path.name
+
+    def earlier_diff(self, sha: str) -> Path:
+        """A `code.diff` of the run's earlier sessions."""
+        return self.path / f"code-{sha[:12]}.diff"
 
     def heartbeat(self, rank: int) -> Path:
         return self.log / f"{self.HEARTBEAT}{rank}.json"

@@ -8,20 +8,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe import compare, judges, lineage
+from r1pipe import compare, history, judges, lineage
+from r1pipe.config import to_mapping
+from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.rules import WITH_DOCUMENTS
 from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.launch import Job, failure, prepare
+from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
+from r1pipe.launch import Job, checked, failure, printable, write_down
 from r1pipe.locks import must_be_free
+from r1pipe.machine import must_have_data
 from r1pipe.paths import RunFolder
 from r1pipe.placing import Placed, place
 from r1pipe.redaction import without_login
+from r1pipe.tracking import Mirror, must_track
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
-    """Write the run folder but start nothing; the command. A parent that is not made yet is left open."""
+    """Start nothing; the command. A new run's folder is written, one that is there already is left as it is.
+
+    A parent that is not made yet is left open.
+    """
     try:
         filled = lineage.with_parents(config)
     except CheckpointError as error:
@@ -30,13 +37,19 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
         tell(f"note: {error}")
         filled = lineage.with_open_parents(config)
     placed = place(filled, fresh)
-    placed.note_changes()
-    prepare(placed.config, placed.run)
-    return placed.run.command.read_text(encoding="utf-8").strip()
+    if placed.done:
+        return placed.says()
+    line = checked(placed.config, placed.run)
+    if placed.is_new:
+        write_down(placed.config, placed.run, line)
+    return printable(placed.config, line)
 
 
 def run_stage(placed: Placed) -> int:
     """Run one placed stage to its end; the job's exit code. Raises EnvironmentProblem."""
+    if placed.done:
+        make_up(placed)
+        return 0
     job = start(placed)
     code = job.end()
     if code:
@@ -44,16 +57,32 @@ def run_stage(placed: Placed) -> int:
     return code
 
 
+def make_up(placed: Placed) -> None:
+    """What the command that ran a finished stage had left to do when it was killed: MLflow, and its lock."""
+    tell(f"{placed.says()}; its command was cut off after that (--fresh starts anew)")
+    try:
+        Mirror(placed.run.path, to_mapping(placed.config), tell).finish()
+    except EnvironmentProblem as error:  # the stage is done all the same
+        tell(f"{error}; `r1pipe sync` makes up for it")
+    placed.run.pid.unlink(missing_ok=True)
+
+
 def start(placed: Placed) -> Job:
     """Start the stage's job, saying so, and follow it until its record is there or it has failed.
 
-    Raises CheckpointError where it would ask reward models that are too weak.
+    Raises CheckpointError where it would ask reward models that are too weak, DataError where its data is
+    missing, and EnvironmentProblem, before anything is said or written.
     """
     judges.must_be_good(placed.config)
+    must_have_data(placed.config)
+    must_track(placed.config)
     must_be_free(placed.run)
     tell(placed.says())
-    placed.note_changes()
+    history.note(placed.run, placed.changed)
     job = Job(placed.config, placed.run)
+    if job.changed_code:
+        kept = placed.run.config_history.name
+        tell(f"{placed.run.run_id}: with other code than before: {listed(job.changed_code)} (kept in {kept})")
     job.follow()
     return job
 

@@ -1,7 +1,7 @@
 """Which run folder a config belongs to: an unfinished run's that goes on, a finished one's, or a new one."""
 
-import json
 import secrets
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from r1pipe.config import to_mapping
 from r1pipe.config.changes import Change, changes, listed
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
 from r1pipe.errors import ConfigError, EnvironmentProblem
-from r1pipe.locks import must_be_free
+from r1pipe.locks import must_be_free, was_cut_off
 from r1pipe.paths import RunFolder
 from r1pipe.redaction import publishable
 
@@ -43,19 +43,12 @@ class Placed:
         if self.is_new:
             return f"{self.run.run_id}: starts"
         if self.done:
-            return f"{self.run.run_id}: is done already, with other values: {listed(self.changed)}"
+            other = f", with other values: {listed(self.changed)}" if not self.same_bits else ""
+            return f"{self.run.run_id}: is done already{other}"
         steps = checkpoints.steps(self.run.checkpoints)
         where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
         changed = f" with {listed(self.changed)}" if self.changed else ""
         return f"{self.run.run_id}: goes on {where}{changed} (--fresh starts anew)"
-
-    def note_changes(self) -> None:
-        """Keep what the run's config.json said before, now that it is written anew."""
-        told = {change.key: [change.old, change.new] for change in self.changed}
-        if told:
-            row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": told}
-            with self.run.config_history.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Placed:
@@ -64,7 +57,9 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
     keys that may change are different. Raises ConfigError where others are and the run has something to lose.
     An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
-    finished run, too, of this config or of one that differs in keys that may change.
+    finished run, too, of this config or of one that differs in keys that may change. So does every call where
+    the newest run has finished with this config and a kill kept its command from saying so: a scheduler that
+    starts the command again does not want the stage again.
     """
     wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
@@ -75,6 +70,8 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
     if in_recipe and done:
         return done[-1]
+    if known and known[-1].done and known[-1].same_bits and was_cut_off(known[-1].run):
+        return known[-1]
     half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
     if half_done:
         return half_done[-1]
@@ -84,9 +81,23 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
 
 
 def runs_of(config: RunConfig) -> list[RunFolder]:
-    """The runs under the root of this pipeline, stage and seed, oldest first."""
+    """The runs under the root of this pipeline, stage and seed, oldest first; warns of those that may be one,
+    but whose config.json cannot be read."""
     wanted = (config.pipeline, config.seed, config.stage.name)
+    for run in unreadable(Path(config.root)):
+        if run.run_id.startswith(id_begins(config)):
+            print(f"warning: {left_out(run)}", file=sys.stderr, flush=True)
     return [run for run in lineage.runs(Path(config.root)) if key_of(read_json(run.config)) == wanted]
+
+
+def unreadable(root: Path) -> list[RunFolder]:
+    """Run folders whose config.json is broken: no command knows what they are."""
+    return [run for run in lineage.runs(root) if not read_json(run.config)]
+
+
+def left_out(run: RunFolder) -> str:
+    """One line for the user."""
+    return f"{run.config} cannot be read, so its run is left out; mend that file, or move the folder away"
 
 
 def key_of(mapping: dict) -> tuple:
@@ -108,10 +119,10 @@ def is_interrupted(run: RunFolder) -> bool:
 
 
 def has_something_to_lose(run: RunFolder) -> bool:
-    """Whether a run has a checkpoint or samples; a stage that only measures makes both again."""
+    """Whether a run has a checkpoint or samples, unless its stage only measures and makes both again."""
     if STAGE_TYPES.get(read_json(run.config)["stage"]["name"]) is EvaluateConfig:
         return False
-    return bool(checkpoints.steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
+    return checkpoints.holds_work(run)
 
 
 def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
@@ -129,4 +140,8 @@ def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
 def new_run_id(config: RunConfig) -> str:
     """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{config.stage.name}-s{config.seed}-{now}-{secrets.token_hex(2)}"
+    return f"{id_begins(config)}{now}-{secrets.token_hex(2)}"
+
+
+def id_begins(config: RunConfig) -> str:
+    return f"{config.stage.name}-s{config.seed}-"

@@ -48,3 +48,10 @@ def group(leader: int) -> list[psutil.Process]:
             if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def is_called_with(process: psutil.Process, name: str) -> bool:
+    """Whether one of the words that a process was started with is a path that ends in `name`."""
+    with suppress(psutil.Error):  # it ends in this moment, or is another user's
+        return any(Path(word).name == name for word in process.cmdline())
+    return False

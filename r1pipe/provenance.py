@@ -13,17 +13,24 @@ from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.reading import SET_ASIDE
 from r1pipe.jsonfile import read_object
+from r1pipe.jsonl import Tail
 from r1pipe.paths import RunFolder
 from r1pipe.recorded import OWN_HASH, own_hash, record_beside
 from r1pipe.redaction import publishable
 
-FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself
+FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
 
 def job_record(
-    folder: RunFolder, config: RunConfig, checkpoint: Path, chat: Chat, made: dict[str, Any]
+    folder: RunFolder,
+    config: RunConfig,
+    checkpoint: Path,
+    chat: Chat,
+    made: dict[str, Any],
+    source_hash: str | None = None,
 ) -> dict[str, Any]:
-    """The record of a finished job; `made` holds what only the job knows (times, metrics, data hash)."""
+    """The record of a finished job; `made` holds what only the job knows (times, metrics, and in data_hash
+    the hash of what was trained on), `source_hash` is that of the data source."""
     record = {
         "format": FORMAT,
         "run_id": folder.run_id,
@@ -41,9 +48,11 @@ def job_record(
             "name": config.data.name,
             "kind": config.data.kind,
             "path": config.data.path,
+            "hash": source_hash,
             "set_aside": _lines(folder.data / SET_ASIDE),
         },
         "code": _code(folder),
+        "files": _files(folder),
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
@@ -51,6 +60,8 @@ def job_record(
         "versions": {name: machine.version(name) for name in machine.PACKAGES},
         **made,
     }
+    if folder.config_history.exists():
+        record["history"] = _history(folder)
     return record | {OWN_HASH: own_hash(record)}
 
 
@@ -59,6 +70,26 @@ def _edge(parent: ParentRef) -> dict[str, Any]:
     path = record_beside(Path(parent.checkpoint))
     known = read_object(path) if path.exists() else {}
     return {**asdict(parent), OWN_HASH: known.get(OWN_HASH)}
+
+
+def _history(folder: RunFolder) -> dict[str, Any]:
+    """What later sessions of the run had other than the first, and the file that has all of it."""
+    path = folder.config_history
+    changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
+    return {"file": path.name, "hash": file_hash(path), "changed": changed}
+
+
+def _files(folder: RunFolder) -> dict[str, str]:
+    """Name -> SHA-256 of what the job leaves besides its checkpoints; the dataset's own is data_hash."""
+    paths = [
+        folder.metrics,
+        folder.tripwires,
+        folder.samples,
+        *folder.rollouts.glob("*"),
+        *folder.data.glob("*"),
+    ]
+    made = sorted(path for path in paths if path.is_file() and path != folder.dataset)
+    return {path.relative_to(folder.path).as_posix(): file_hash(path) for path in made}
 
 
 def _lines(path: Path) -> int:

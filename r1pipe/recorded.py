@@ -13,7 +13,7 @@ from r1pipe.paths import RunFolder
 
 NEEDED = ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")
 TEXTS = (*NEEDED, "run_id", "config_hash", "data_hash", "tokenizer_hash", "template_hash", "record_hash")
-GROUPS = ("metrics", "seconds", "code", "versions", "data", "config")
+GROUPS = ("metrics", "seconds", "code", "versions", "data", "config", "history", "files")
 NUMBERS = {
     *("pass_at_1", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate", "language_consistency"),
     *("length_mean", "truncation_rate", "general_score", "preference_score", "refusal_rate"),
@@ -58,9 +58,15 @@ def wrong_type(record: Mapping[str, Any]) -> str | None:
             return key
     if not all(map(_is_number, (record.get("seconds") or {}).values())):
         return "seconds"
-    if not isinstance((record.get("code") or {}).get("revision"), str | None):
-        return "code.revision"
-    return _wrong_edge(record) or _wrong_metric(record.get("metrics") or {})
+    return _wrong_text(record) or _wrong_edge(record) or _wrong_metric(record.get("metrics") or {})
+
+
+def _wrong_text(record: Mapping[str, Any]) -> str | None:
+    """The first text within a group that is none."""
+    for group, key in (("code", "revision"), ("data", "hash")):
+        if not isinstance((record.get(group) or {}).get(key), str | None):
+            return f"{group}.{key}"
+    return None if all(isinstance(sha, str) for sha in (record.get("files") or {}).values()) else "files"
 
 
 def _wrong_edge(record: Mapping[str, Any]) -> str | None:

@@ -18,15 +18,15 @@ from typing import Any, Generic, TypeVar
 import psutil
 from safetensors import SafetensorError
 
-from r1pipe import checkpoints, heartbeat
+from r1pipe import checkpoints, heartbeat, retention
 from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import TOKENIZER_FILES, Chat
 from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, EnvironmentProblem, disk_is_full, no_room
+from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full, no_room
+from r1pipe.metrics_file import cut_after, cut_trips_after, metric_lines
 from r1pipe.model import save_pretrained
 from r1pipe.paths import RunFolder, content_dir
 from r1pipe.ranks import Ranks, rank_and_world
-from r1pipe.retention import prune
 
 NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
@@ -70,8 +70,13 @@ class Resumable(Generic[S]):
         self._append(self.folder.metrics, {"step": step, "time": round(self.elapsed(), 3), **metrics})
 
     def logged(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far."""
-        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        """The lines of metrics.jsonl so far. Raises CheckpointError naming the line that is none."""
+        return [row for _, row in metric_lines(self.folder.metrics)]
+
+    def tripped(self, step: int, name: str, message: str) -> None:
+        """One line of tripwires.jsonl, from which MLflow has the likely cause, and for whoever watches."""
+        self._append(self.folder.tripwires, {"step": step, "name": name, "message": message})
+        self.warn(f"step {step}: {message}")
 
     def warn(self, text: str) -> None:
         """One line for whoever watches, on the screen and in the log."""
@@ -99,7 +104,8 @@ class Resumable(Generic[S]):
         """Write checkpoints/step-N: weights by `export`, tokenizer, the state for resume; all ranks call.
 
         `state` is what the loop must remember, plain values; `resume` gives it back. `beside` are engines
-        that are needed for resume alone, by a name each.
+        that are needed for resume alone, by a name each. Raises ConfigError, with the checkpoint in place,
+        where `stage.keep_best` names no metric.
         """
         target = self.folder.checkpoint(step)
         with self.phase("saving", patient=True):
@@ -115,7 +121,17 @@ class Resumable(Generic[S]):
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
                 self._finishing = self._beside.submit(self._finish, target, step)
+            self._must_know_best(engine, step)
         return target
+
+    def _must_know_best(self, ranks: Ranks, step: int) -> None:
+        """Raises ConfigError in all ranks where `stage.keep_best` is nothing that this run logs."""
+        if self.stage.keep_best is None:
+            return
+        problem = retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
+        problem = ranks.all_gather_objects(problem)[0]
+        if problem is not None:
+            raise ConfigError(problem)
 
     def saved(self) -> None:
         """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
@@ -140,8 +156,8 @@ class Resumable(Generic[S]):
         Lines and tables of the steps so far are made durable first: they would not come again.
         """
         try:
-            if self.folder.metrics.exists():
-                checkpoints.sync(self.folder.metrics)
+            for lines in filter(Path.exists, (self.folder.metrics, self.folder.tripwires)):
+                checkpoints.sync(lines)
             for table in self._tables(self._durable + 1, step):
                 checkpoints.sync(table)
             self._durable = step
@@ -154,7 +170,7 @@ class Resumable(Generic[S]):
     def _prune(self) -> None:
         stage = self.stage
         best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
-        prune(self.folder, stage.keep, best_by)
+        retention.prune(self.folder, stage.keep, best_by)
 
     def _told(self, error: Exception, target: Path) -> str:
         """What to tell the user of a full disk, on which nothing unfinished is left; other errors go on."""
@@ -230,7 +246,8 @@ class Resumable(Generic[S]):
     def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
 
-        Metrics and rollouts after that step are cut off: they will come again.
+        Metrics, trips and rollouts after that step are cut off: they will come again. Raises CheckpointError
+        where the metrics up to it are not whole.
         """
         folder = self.newest_whole(engine)
         step, loop = 0, {}
@@ -242,15 +259,25 @@ class Resumable(Generic[S]):
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("goes on from step %d (%s)", step, folder)
-        if self.rank == 0:
-            if self.folder.metrics.exists():
-                _cut_after(self.folder.metrics, step)
-            for table in self._tables(step + 1):
-                table.unlink()
-            self._durable = step
-            self._prune()  # a kill may have come between a save and this
-        engine.barrier()  # other ranks read the lines, too, and a kill may have cut the last one off
+        problem = self._cut_back(step) if self.rank == 0 else None
+        # other ranks read the lines, too, and a kill may have cut the last one off
+        problem = engine.all_gather_objects(problem)[0]
+        if problem is not None:
+            raise CheckpointError(problem)
         return step, loop
+
+    def _cut_back(self, step: int) -> str | None:
+        """Rank 0: leave of lines, tables and older checkpoints what belongs to a step; what is wrong."""
+        try:
+            cut_after(self.folder.metrics, step)
+            cut_trips_after(self.folder.tripwires, step)
+        except CheckpointError as error:
+            return str(error)
+        for table in self._tables(step + 1):
+            table.unlink()
+        self._durable = step
+        self._prune()  # a kill may have come between a save and this
+        return None
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
         """The tables of rollouts of some steps."""
@@ -260,14 +287,3 @@ class Resumable(Generic[S]):
     def _tokenizer_folder(self) -> Path:
         parent = self.config.weights_from
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
-
-
-def _cut_after(metrics: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut off by a kill."""
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    temporary = metrics.with_suffix(".partial")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(metrics)

@@ -3,13 +3,15 @@
 No torch: what names a checkpoint as its parent lies in the run folders beside it.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from r1pipe import checkpoints
+from r1pipe.config.schema import RLConfig, StageConfig
+from r1pipe.errors import nearest
+from r1pipe.metrics_file import metric_lines
 from r1pipe.paths import RunFolder
 
 
@@ -33,17 +35,42 @@ def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> 
 
 
 def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> set[int]:
-    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it."""
+    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it.
+
+    Raises CheckpointError naming the line that is none.
+    """
     found: dict[int, float] = {}
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        if not line.endswith("\n"):  # the job is writing it in this moment
-            continue
-        row = json.loads(line)
-        value = row.get(name)
-        if row["step"] in steps and value is not None and math.isfinite(value):
-            found[row["step"]] = value if direction == "max" else -value
+    for _, row in metric_lines(metrics):
+        value, step = row.get(name, math.nan), int(row["step"])
+        if step in steps and -math.inf < value < math.inf:
+            found[step] = value if direction == "max" else -value
     return {max(found, key=lambda step: (found[step], -step))} if found else set()
+
+
+def unknown_best(metrics: Path, stage: StageConfig, step: int) -> str | None:
+    """What is wrong with `stage.keep_best` where no step up to this one has logged it, though one would have.
+
+    Raises CheckpointError naming the line of metrics.jsonl that is none.
+    """
+    name = stage.keep_best
+    if name is None or step < logged_from(stage, name):
+        return None
+    known = {key for _, row in metric_lines(metrics) for key in row} - {"step", "time"}
+    if name in known:
+        return None
+    return (
+        f"stage.keep_best={name} is no metric of this run; {nearest(name, known)}; give one that is, or "
+        "stage.keep_best=null, and the same command goes on from this step"
+    )
+
+
+def logged_from(stage: StageConfig, name: str) -> int:
+    """The step by which a run of the stage has logged a metric, if it logs it at all."""
+    if name.startswith("eval/"):
+        return stage.eval.every
+    if isinstance(stage, RLConfig) and stage.preference and name.startswith("rewards/"):
+        return max(1, stage.max_steps - stage.preference.last_steps + 1)
+    return 1 + stage.ppo.value_warmup_steps if isinstance(stage, RLConfig) and stage.ppo else 1
 
 
 def named_by_others(run: RunFolder, steps: Collection[int]) -> set[int]:

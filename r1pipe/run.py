@@ -16,11 +16,13 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from r1pipe import checkpoints, heartbeat
+from r1pipe import checkpoints, heartbeat, locks
 from r1pipe.config import read_config
-from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
+from r1pipe.config.schema import EvaluateConfig, ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.source import Source, must_be_as_it_was, open_data
 from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
+from r1pipe.jsonfile import read_object
 from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
@@ -96,6 +98,20 @@ class Run(Resumable[S]):
                 )
         return chat
 
+    def load_data(self) -> Source:
+        """The source that `data` names. Rank 0 keeps what it was when the run began.
+
+        Raises DataError where a run that has made something would go on with other data.
+        """
+        source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
+        if self.rank == 0:
+            kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
+            measures_only = isinstance(self.stage, EvaluateConfig)  # and all of it anew
+            if kept.exists() and checkpoints.holds_work(self.folder) and not measures_only:
+                must_be_as_it_was(self.config.data.name, read_object(kept), now)
+            write_json(kept, now)
+        return source
+
     # --- the end
 
     def finish(
@@ -106,8 +122,12 @@ class Run(Resumable[S]):
         samples: list[dict[str, Any]],
         data_hash: str | None,
         steps: int,
+        source_hash: str | None = None,
     ) -> None:
-        """Write evaluation.json, samples.json and, last, record.json: its presence means done."""
+        """Write evaluation.json, samples.json and, last, record.json: its presence means done.
+
+        `data_hash` is that of what was trained on, `source_hash` that of the data source where it is another.
+        """
         self.saved()
         if self.rank != 0:
             return
@@ -121,7 +141,9 @@ class Run(Resumable[S]):
             "data_hash": data_hash,
             "metrics": evaluation,
         }
-        write_json(self.folder.record, job_record(self.folder, self.config, checkpoint, chat, made))
+        source_hash = source_hash or data_hash
+        record = job_record(self.folder, self.config, checkpoint, chat, made, source_hash)
+        write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 
 
@@ -142,7 +164,8 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         warnings = _OnScreen(run)
         log.addHandler(warnings)
-        with listening(folder.stop, config.engine.grace_s), heartbeat.beating(folder, rank):
+        beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
+        with listening(folder.stop, config.engine.grace_s), beating:
             try:
                 yield run
             except Interrupted:
@@ -157,6 +180,10 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s", interrupted)
         leave_with(interrupted.exit_code)
         raise SystemExit(interrupted.exit_code) from None
+    except locks.Taken as error:
+        log.error("%s", error)
+        leave_with(2)
+        raise SystemExit(2) from None
     except R1pipeError as error:
         _leave(folder, str(error))
     except OSError as error:

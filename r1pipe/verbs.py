@@ -1,5 +1,6 @@
 """The verbs that look at runs: table, report, samples, lineage, and MLflow's view of them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -80,10 +81,13 @@ def sync(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Delete what MLflow has of these runs, and make it again.")
     ] = False,
-) -> None:
-    """Bring MLflow up to the run folders: sync root=DIR [pipeline=NAME]"""
+) -> int:
+    """Bring MLflow up to the run folders: sync root=DIR [pipeline=NAME]
+
+    Exit code 1 if a run was left out because its config.json cannot be read.
+    """
     from r1pipe import lineage as family
-    from r1pipe import tracking
+    from r1pipe import placing, tracking
 
     given = overrides or []
     config = composed(given)
@@ -93,6 +97,10 @@ def sync(
     print(f"MLflow has {written} runs of {config.root}, wholly")
     for run_id in busy:
         print(f"left to the process that is mirroring it: {run_id}")
+    broken = placing.unreadable(Path(config.root))
+    for run in broken:
+        print(f"warning: {placing.left_out(run)}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def ui(

@@ -10,7 +10,6 @@ for reinforcement's merit what good data would have done. It draws other solutio
 import sys
 
 from r1pipe.config.schema import SFTConfig
-from r1pipe.data.source import open_data
 from r1pipe.run import open_run
 from r1pipe.sft.finetune import fine_tune
 
@@ -20,7 +19,7 @@ def main(folder: str) -> None:
         stage = run.stage
         chat = run.load_chat()
         with run.phase("loading data"):
-            source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+            source = run.load_data()
             traces = source.traces(stage.traces, run.seed("control traces"), stage.styles, stage.correct_only)
         fine_tune(run, chat, source, traces, source.hash)
 

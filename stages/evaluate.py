@@ -10,7 +10,6 @@ back to, and their scores before anything was done to them.
 import sys
 
 from r1pipe.config.schema import EvaluateConfig
-from r1pipe.data.source import open_data
 from r1pipe.ending import measure
 from r1pipe.errors import CheckpointError
 from r1pipe.model.precision import set_precision
@@ -25,7 +24,7 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage measures a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+        source = run.load_data()
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.adopt_checkpoint(parent)

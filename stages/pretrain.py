@@ -15,7 +15,7 @@ from itertools import islice
 from r1pipe.config.schema import PretrainConfig
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed, pack, split_long
-from r1pipe.data.source import Source, open_data
+from r1pipe.data.source import Source
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
 from r1pipe.run import Run, open_run
@@ -28,7 +28,7 @@ def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+        source = run.load_data()
         model = run.load_model(run.config.weights_from)
         engine = Engine(model, stage.optim, stage.router, run.config.engine, stage.max_steps)
         checkpoint = train(

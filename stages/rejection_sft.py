@@ -13,7 +13,6 @@ import sys
 from r1pipe import stopping
 from r1pipe.config.schema import RejectionConfig
 from r1pipe.data.fitting import draw_fitting, leaves_room
-from r1pipe.data.source import open_data
 from r1pipe.errors import CheckpointError
 from r1pipe.model.precision import set_precision
 from r1pipe.ranks import Ranks
@@ -31,7 +30,7 @@ def main(folder: str) -> None:
         (parent,) = run.config.reads_from.values()
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
-        source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+        source = run.load_data()
 
         with run.phase("sampling"):
             model = run.load_model(parent).to(ranks.device).eval()

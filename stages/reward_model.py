@@ -15,7 +15,6 @@ from itertools import accumulate
 
 from r1pipe import evaluate
 from r1pipe.config.schema import RewardModelConfig
-from r1pipe.data.source import open_data
 from r1pipe.errors import DataError
 from r1pipe.judges import KINDS, quality_of
 from r1pipe.ranks import Ranks
@@ -30,7 +29,7 @@ from r1pipe.run import Run, open_run
 
 def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
-        chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+        chat, data = run.load_chat(), run.load_data()
         found = [read_examples(run, kind, data, chat) for kind in KINDS]
         lessons = [examples for examples in found if examples.learned]  # files have pairs alone
         if not lessons:

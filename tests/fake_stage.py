@@ -11,13 +11,13 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from r1pipe import checkpoints
+from r1pipe import checkpoints, judges
 from r1pipe.config import config_hash, read_config
 from r1pipe.config.schema import ModelConfig
 from r1pipe.paths import RunFolder
 
 
-def publish(folder: Path, model: ModelConfig, weights: str) -> str:
+def publish(folder: Path, model: ModelConfig, weights: str, stage: str) -> str:
     """A checkpoint folder with a manifest; its hash."""
     folder.mkdir(parents=True, exist_ok=True)
     published = {name: value for name, value in vars(model).items() if isinstance(value, int | float | bool)}
@@ -25,6 +25,10 @@ def publish(folder: Path, model: ModelConfig, weights: str) -> str:
     (folder / "model.safetensors").write_text(weights)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    if stage == judges.STAGE:
+        for kind in judges.KINDS:
+            (folder / kind).mkdir(exist_ok=True)
+            (folder / kind / judges.QUALITY).write_text(json.dumps({"accuracy": 0.9, "auc": 0.9}))
     checkpoints.write_manifest(folder)
     return checkpoints.manifest_hash(folder)
 
@@ -42,7 +46,7 @@ def main(path: str) -> None:
         raise RuntimeError("a tensor has the wrong shape")
     with run.metrics.open("a") as file:
         file.write(json.dumps({"step": 1, "time": 0.1, "train/loss": 2.0}) + "\n")
-    sha = publish(run.checkpoint(1), config.model, f"weights of {run.run_id}")
+    sha = publish(run.checkpoint(1), config.model, f"weights of {run.run_id}", config.stage.name)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wait":

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import threading
@@ -147,6 +148,27 @@ def test_without_a_whole_checkpoint_the_run_is_refused_with_the_remedy(folder, e
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # left as they are, to be looked at
 
 
+@pytest.mark.parametrize("level", [1, 2])  # as it was written, and brought from another level
+def test_code_in_a_whole_checkpoint_is_not_run_and_the_run_is_refused_in_one_line(folder, level):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, 1), 10)
+    with open_run(folder) as run:
+        save(run, engine, 1, 2)
+    newest = folder / "checkpoints" / "step-2"
+    [state] = (newest / "engine" / "state").glob("*_optim_states.pt")
+    state.write_bytes(pickle.dumps(Path("/"), 2))
+    checkpoints.write_manifest(newest)  # by somebody who knows how
+    if level != 1:
+        engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), 10)
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        run.resume(engine)
+    told = (folder / "error.txt").read_text()
+    assert left.value.code == 2 and told.count("\n") == 1
+    assert str(state) in told and "it asks for pathlib" in told and "remove this checkpoint" in told
+    shutil.rmtree(newest)
+    with open_run(folder) as run:
+        assert run.resume(engine)[0] == 1
+
+
 def test_a_run_that_never_saved_starts_from_its_beginning(folder):
     (folder / "checkpoints" / ".step-1.unfinished").mkdir(parents=True)
     with open_run(folder) as run:
@@ -159,6 +181,43 @@ def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path, name):
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps({"files": {name: "0" * 64}}))
     with pytest.raises(CheckpointError, match="is no file of"):
         checkpoints.verify(tmp_path / "step-1")
+
+
+LINES = ['{"step": 1, "a": 1.0}\n', '{"step": 2, "a": 2.0}\n', '{"step": 3, "a": 3.0}\n']
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "metrics.jsonl is missing"),
+        (b"", "line 1 must be step 1 of the 3"),
+        ("".join(LINES[:2]), "line 3 must be step 3 of the 3"),
+        ("".join(LINES)[:-1], "line 3 must be step 3 of the 3"),
+        ("".join(LINES[1:]), "line 1 must be step 1 of the 3"),
+        ("".join([LINES[0], *LINES]), "line 2 must be step 2 of the 3"),
+        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is no JSON"),
+        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 holds no step with its numbers"),
+        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 holds no step"),
+    ],
+)
+def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, content, told):
+    with open_run(folder) as run:
+        save(run, engine, 1, 2, 3)
+    if content is None:
+        run.folder.metrics.unlink()
+    else:
+        run.folder.metrics.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        run.resume(engine)
+    line = run.folder.error.read_text()
+    assert left.value.code == 2 and line.count("\n") == 1 and str(run.folder.metrics) in line
+    assert told in line and line.endswith("or start the stage anew (--fresh)\n")
+
+
+def test_damaged_metrics_name_their_line_where_the_best_checkpoint_is_looked_for(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(LINES[0].encode() + b'{"step": 2, "a": \xff}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is no JSON"):
+        retention.best(tmp_path / "metrics.jsonl", {1, 2}, "a", "max")
 
 
 def test_reinforcement_ends_with_the_same_bits_after_damage(tmp_path):
@@ -313,6 +372,31 @@ def test_a_checkpoint_goes_only_when_the_newer_one_is_there(folder, engine, monk
 def test_the_best_must_be_among_what_is_saved(given, told):
     with pytest.raises(ConfigError, match=told):
         tiny("grpo", "stage.keep_best=eval/pass_at_1", *given.split())
+
+
+@pytest.mark.parametrize("name", ["train/nonsense", "train/los"])
+def test_a_best_by_what_is_not_logged_is_refused_at_the_first_save_and_goes_on(folder, engine, name):
+    folder = write_run(folder.with_name("best"), tiny("pretrain", f"stage.keep_best={name}"))
+    with pytest.raises(SystemExit) as left, open_run(folder) as run:
+        save(run, engine, 1)
+    told = (folder / "error.txt").read_text()
+    assert left.value.code == 2 and told.count("\n") == 1
+    assert f"stage.keep_best={name} is no metric of this run; did you mean train/loss?" in told
+    assert checkpoints.steps(folder / "checkpoints") == [1], "nothing is lost"
+
+
+def test_a_best_by_what_is_logged_later_is_waited_for(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(LINES[0])
+    evaluated = tiny(
+        "grpo", "stage.save_every=1", "stage.eval.every=2", "stage.keep_best=eval/pass_at_1"
+    ).stage
+    assert retention.unknown_best(tmp_path / "metrics.jsonl", evaluated, 1) is None
+    assert "known: a" in (retention.unknown_best(tmp_path / "metrics.jsonl", evaluated, 2) or "")
+    warmed_up = tiny("grpo", "stage.algorithm=ppo", "stage.ppo.value_warmup_steps=3").stage
+    assert retention.logged_from(warmed_up, "train/loss") == 4
+    later = tiny("all_scenario", "stage.max_steps=8", "stage.preference.last_steps=3").stage
+    assert retention.logged_from(later, "rewards/helpful/mean") == 6
+    assert retention.logged_from(later, "reward") == 1
 
 
 def test_the_best_of_a_run_is_kept(folder, engine):

@@ -13,7 +13,7 @@ import pytest
 from r1pipe.config import config_hash, load, rules, to_mapping
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
-from r1pipe.config.schema import STAGE_TYPES, ParentRef, RLConfig
+from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RLConfig
 from r1pipe.errors import ConfigError
 from r1pipe.paths import conf_dir, stages_dir
 
@@ -78,6 +78,13 @@ def test_cluster_is_the_paper() -> None:
     assert stage.reference_every * stage.minibatches == 400
     assert (stage.optim.lr, stage.kl_coef, stage.clip) == (3e-6, 0.001, 10.0)
     assert (stage.sampling.temperature, stage.sampling.max_tokens) == (1.0, 32768)
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [walk for walk in WALKS if walk[0] in ("gpu", "cluster")])
+def test_where_a_stage_takes_long_a_lost_machine_costs_some_of_it(recipe: str, stage: str) -> None:
+    config = compose([f"recipe={recipe}", f"stage={stage}", "parent=any"]).config
+    trains = STAGE_TYPES[stage] is not EvaluateConfig
+    assert (config.stage.save_every > 0) == trains
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_stage() -> None:
@@ -199,6 +206,19 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.loss_mean=mean", "is none of sequence, token"),
         ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
+        (
+            'stage.rewards.weights={"acuracy":1}',
+            "weights.acuracy is no rule reward; known: accuracy, f",
+        ),
+        ('stage.rewards.weights={"helpful":1}', "preference.helpful_weight in stage=all_scenario"),
+        (
+            'stage=all_scenario stage.rewards.weights={"helpful":1}',
+            "is stage.preference.helpful_weight; ",
+        ),
+        (
+            'stage.rewards.weights={"kl":3}',
+            "no rule reward; its weight is stage.kl_coef; rules: accuracy",
+        ),
         ("stage=cold_start stage.sequence_length=4096", "stage.sequence_length=4096 is longer"),
         ("stage=cold_start stage.batch_size=7", "stage.batch_size=7 must be a multiple of engine.ranks=2"),
         ("stage=all_scenario stage.preference.last_steps=99", "is more than stage.max_steps"),

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from r1pipe import datafiles
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.data import reasoning_gym
@@ -295,7 +297,10 @@ def test_the_hash_follows_content_and_not_place(tmp_path):
     hashes = []
     for folder, rows in (("a", SUMS), ("b", SUMS), ("c", SUMS[1:])):
         (tmp_path / folder).mkdir()
-        hashes.append(problems(tmp_path / folder, rows).hash)
+        made = problems(tmp_path / folder, rows)
+        hashes.append(made.hash)
+        in_a_record = json.loads(json.dumps(asdict(made.config)))
+        assert datafiles.content_hash(in_a_record) == made.hash, "what the lineage asks"
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -18,19 +19,21 @@ from jobs import on_two_ranks
 from tiny_runs import load_stage, tiny_config, tiny_run
 from tokenizers import Tokenizer
 
-from r1pipe import checkpoints, examine, lineage, machine, rewards
+from r1pipe import checkpoints, examine, footprint, lineage, rewards
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.data.world.content import split_of
 from r1pipe.doctor import CHECKS, Context, general, judges, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
+from r1pipe.doctor.data import near_copies
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.judges import FORCE
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
 from r1pipe.paths import RunFolder, content_dir
-from r1pipe.records import Prompt, Score, Status
+from r1pipe.records import Prompt, Score, Status, Trace
 from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.rl import routing
@@ -113,6 +116,14 @@ def test_a_missing_column_is_told(context: Make, tmp_path: Path) -> None:
     assert data.status == FAIL and "question" in data.remedy and "query" in data.remedy
 
 
+def test_rows_that_are_set_aside_are_told(context: Make, tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "rows.jsonl", answer="It is fourteen")
+    words = ("data=gsm8k", f"data.path={path}", "data.bad_rows=set_aside", "data.max_bad_rows=0.1")
+    told = found(context(*GRPO, *words), "data")
+    assert told.status == WARN and "1 of 60 rows of" in told.value and "line 8" in told.value
+    assert re.search(r"data=gsm8k: 40 of \d+ rows to train on, \d+ of \d+ rows to evaluate on", told.value)
+
+
 def test_a_gold_answer_that_nothing_can_match(context: Make) -> None:
     examined = context(*GRPO)
     examined.prompts = [*examined.prompts, Prompt("word-0", "word", "en", "How many?", "?!")]
@@ -120,29 +131,102 @@ def test_a_gold_answer_that_nothing_can_match(context: Make) -> None:
     assert gold.status == FAIL and "word-0" in gold.remedy
 
 
-def test_rows_that_stand_there_twice(context: Make) -> None:
-    examined = context(*GRPO)
-    again = [replace(p, question=f"  {p.question} !") for p in examined.prompts[:20]]
-    examined.prompts = examined.prompts + again
-    assert found(examined, "duplicates").status == FAIL
-    examined.prompts = examined.prompts[:41]
-    assert found(examined, "duplicates").status == WARN
+# long enough to be told apart, and each with words of its own
+PROBLEM = "{} had {} pears and {} of them were bad, so how many good {} pears were left for {} to sell?"
 
 
-def test_evaluation_questions_in_the_training_data_whole_and_in_part(context: Make) -> None:
-    examined = context(*GRPO)
-    words = " ".join(f"w{i}" for i in range(30))
-    examined.held_out = [
-        Prompt("a", "word", "en", f"{words} 17 ?", "1"),
-        Prompt("b", "word", "en", "Why?", "2"),
+Rows = list[dict[str, str]]
+
+
+def learned(rows: Rows) -> Rows:
+    """Those that are trained on: the hash of the others makes them development problems."""
+    return [row for row in rows if split_of(" ".join(row["question"].lower().split())) != "dev"]
+
+
+def problems(first: int, count: int) -> Rows:
+    rows = [
+        {"question": PROBLEM.format(f"Ann{i}", 2 * i, i, f"kind{i}", f"Bob{i}"), "answer": f"So\n#### {i}"}
+        for i in range(first, first + 2 * count)
     ]
-    assert found(examined, "overlap").status == PASS
-    examined.prompts = [*examined.prompts, Prompt("c", "word", "en", f"First: {words} 18 ?", "3")]
-    part = found(examined, "overlap")
-    assert part.status == FAIL and "1 more in 80% of their 13-grams" in part.value
-    examined.prompts = [*examined.prompts, Prompt("d", "word", "en", "why", "2")]
-    whole = found(examined, "overlap")
-    assert whole.status == FAIL and "1 of 2 evaluation questions are trained on" in whole.value
+    return learned(rows)[:count]
+
+
+def in_files(context: Make, folder: Path, *words: str, extra: Rows) -> Context:
+    """Of 400 rows to train on, with `extra` among them, and 100 to evaluate on; only 40 are drawn."""
+    folder.mkdir(exist_ok=True)
+    rows = problems(1, 400)
+    for name, found in (("train", [*rows[:200], *extra, *rows[200:]]), ("test", problems(1000, 100))):
+        lines = "".join(json.dumps(row) + "\n" for row in found)
+        (folder / f"gsm8k_{name}.jsonl").write_text(lines, encoding="utf-8")
+    return context(*(words or GRPO), "data=gsm8k", f"data.path={folder}")
+
+
+@pytest.mark.parametrize("words", [GRPO, ["stage=cold_start"]])
+def test_rows_of_a_file_that_stand_there_twice_are_counted_before_they_are_left_out(
+    context: Make, tmp_path: Path, words: list[str]
+) -> None:
+    again = learned([row | {"question": f"  {row['question']} !"} for row in problems(1, 9)])[:5]
+    examined = in_files(context, tmp_path / "data", *words, extra=[*problems(1, 100), *again])
+    found_twice = found(examined, "duplicates")
+    assert (found_twice.status, found_twice.value) == (FAIL, "105 of 505 rows (20.8%)")
+    assert "the first: gsm8k_train.jsonl:201" in found_twice.remedy
+
+
+def test_a_solution_of_its_own_is_no_duplicate_where_solutions_are_learned(
+    context: Make, tmp_path: Path
+) -> None:
+    otherwise = [row | {"answer": f"Otherwise: {row['answer']}"} for row in problems(1, 20)]
+    tuned = in_files(context, tmp_path / "data", "stage=cold_start", extra=otherwise)
+    assert found(tuned, "duplicates").value == "0 of 420 rows (0.0%)"
+    shutil.rmtree(tmp_path / "run")
+    asked = in_files(context, tmp_path / "data", extra=otherwise)
+    assert found(asked, "duplicates").status == WARN
+
+
+def test_every_near_copy_of_an_evaluation_question_in_a_file_is_found(context: Make, tmp_path: Path) -> None:
+    assert found(in_files(context, tmp_path / "data", extra=[]), "overlap").status == PASS
+    near = [row | {"question": row["question"].replace("Ann", "Tom")} for row in problems(1000, 30)]
+    shutil.rmtree(tmp_path / "run")
+    copied = found(in_files(context, tmp_path / "data", extra=learned(near)[:20]), "overlap")
+    assert copied.status == FAIL
+    trained_on, nearly = "0 of 100 evaluation questions are trained on (420 rows)", "20 more nearly"
+    assert copied.value == f"{trained_on}, {nearly}, in 80% of their words"
+    assert "the first: gsm8k_train.jsonl:201, asked as 'Ann1000 had 2000 pears" in copied.remedy
+
+
+def test_an_evaluation_question_that_is_trained_on_fails_whatever_its_signs(
+    context: Make, tmp_path: Path
+) -> None:
+    whole = [row | {"question": row["question"].replace("?", " ?!")} for row in problems(1000, 9)]
+    copied = found(in_files(context, tmp_path / "data", extra=learned(whole)[:1]), "overlap")
+    assert copied.status == FAIL and copied.value.startswith("1 of 100 evaluation questions are trained on")
+
+
+def test_common_phrasing_tells_no_copy() -> None:
+    begins = "Using the numbers below , write one equation that makes the target , each number once : "
+    asked = [f"{begins} {i} {i + 1} {i + 2} make {3 * i}" for i in range(100, 140)]
+    rows = [Trace(Prompt(str(i), "", "en", f"{begins} {i} {i} {i} make {i}"), "") for i in range(200)]
+    assert near_copies(asked, rows, limits()) == {}
+    rows.append(Trace(Prompt("", "", "en", f"Hello . {asked[7]} please"), "", source="here"))
+    assert {number: row.source for number, row in near_copies(asked, rows, limits()).items()} == {7: "here"}
+
+
+def test_a_bound_on_rows_is_told_and_keeps_all_copies_of_a_question(context: Make, tmp_path: Path) -> None:
+    examined = in_files(context, tmp_path / "data", extra=problems(1, 400))
+    examined.limits.texts = 200
+    bounded = found(examined, "duplicates")
+    assert "(50.0%); of 800 every 4th question is looked at: texts in conf/doctor" in bounded.value
+    assert 100 < int(bounded.value.split(" of ")[1].split()[0]) < 300
+    assert "of 800 every 4th question" in found(examined, "overlap").value
+
+
+def test_what_is_made_by_templates_is_compared_as_drawn_and_only_whole(context: Make) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "duplicates").value == "0 of 40 rows drawn (0.0%)"
+    assert found(examined, "overlap").value.endswith("are trained on (40 rows drawn)")
+    del examined.learned_texts
+    examined.prompts = [*examined.prompts, examined.held_out[0]]
+    assert found(examined, "overlap").status == FAIL
 
 
 # --- rewards and template
@@ -177,6 +261,19 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     monkeypatch.setattr(verdicts, "accuracy", stated)
     lenient = found(context(*GRPO), "rewards")
     assert lenient.status == FAIL and "does not tell right from wrong" in lenient.remedy
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stage=zero",
+        "stage=grpo stage.kl_in=reward",
+        "stage=grpo stage.algorithm=ppo",
+        "stage=grpo +stage.rewards.weights.cosine=1 +stage.rewards.weights.repetition=0.5",
+    ],
+)
+def test_rewards_that_are_not_on_what_is_said_are_not_tried(context: Make, words: str) -> None:
+    assert found(context(*words.split()), "rewards").status == PASS
 
 
 def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: Path) -> None:
@@ -224,7 +321,8 @@ def test_prompts_and_examples_that_do_not_fit(context: Make) -> None:
 
 def test_examples_that_do_not_fit(context: Make) -> None:
     tight = found(context("stage=cold_start", "stage.sequence_length=20"), "lengths")
-    assert tight.status == FAIL and "stage.sequence_length" in tight.remedy
+    assert tight.status == FAIL
+    assert tight.remedy == "raise stage.sequence_length, up to model.max_position_embeddings=512"
 
 
 # --- the policy
@@ -260,6 +358,19 @@ def test_groups_that_teach(context: Make) -> None:
 def test_groups_without_variance(context: Make, accuracy: float) -> None:
     same = probed(context, accuracy, accuracy)
     assert same.status == FAIL and "0% of 2 groups differ" in same.value
+
+
+def test_ppo_needs_no_groups(context: Make) -> None:
+    words = ("stage.algorithm=ppo", "stage.group_size=1", "stage.minibatches=1")
+    examined = context(*GRPO, *words)
+    one, other = examined.probe.groups
+    for group, accuracy in ((one, 1.0), (other, 0.0)):
+        group.scores, group.rewards = [{"accuracy": Score(accuracy)}], [accuracy]
+    apart = found(examined, "variance")
+    assert apart.status == PASS and apart.value.startswith("2 completions: rewards 0.00 to 1.00")
+    one.rewards = [0.0]
+    alike = found(examined, "variance")
+    assert alike.status == FAIL and "group_size" not in alike.remedy
 
 
 def test_a_probe_that_no_verifier_could_score(context: Make) -> None:
@@ -328,7 +439,7 @@ def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: p
     wide = replace(config, model=replace(config.model, vocab_size=2 * config.model.vocab_size))
     assert resources.needed(wide, 100).logits == 2 * need.logits > 0
     bound = replace(config, stage=replace(config.stage, kl_coef=0.0))
-    assert need.states - resources.needed(bound, 100).states == 4 * machine.parameters(config.model)
+    assert need.states - resources.needed(bound, 100).states == 4 * footprint.parameters(config.model)
     deep = replace(config, model=replace(config.model, num_hidden_layers=12))  # one layer is held whole
     saving = replace(deep, engine=replace(config.engine, recompute=True))
     assert resources.needed(saving, 100).activations < resources.needed(deep, 100).activations / 2
@@ -346,7 +457,7 @@ def test_a_gpu_that_is_not_there(context: Make) -> None:
 
 def test_a_full_disk(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(footprint.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     full = found(context(*GRPO), "disk")
     assert full.status == FAIL and "stage.keep" in full.remedy
 
@@ -380,6 +491,8 @@ def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) 
     parent = lineage.of_folder(untaught)
     poor = found(context("stage=all_scenario", UNFORCED, reward_model=parent), "reward models")
     assert poor.status == FAIL and "helpful: 50.0% of" in poor.value and "harmless: none" in poor.value
+    missing = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
+    assert missing.status == FAIL, "the stage refuses to start"
     assert "in order 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy
 
 
@@ -387,11 +500,12 @@ def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
     context: Make, untaught: Path
 ) -> None:
     parent = lineage.of_folder(untaught)
-    forced = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
+    without = "stage.preference.harmless_weight=0"
+    forced = found(context("stage=all_scenario", FORCE, without, reward_model=parent), "reward models")
     assert forced.status == WARN and "below stage.preference.min_accuracy" in forced.remedy
     shutil.rmtree(untaught.parent / "run")
     words = ("stage=all_scenario", UNFORCED, "stage.preference.min_accuracy=0.48")
-    near = found(context(*words, "stage.preference.harmless_weight=0", reward_model=parent), "reward models")
+    near = found(context(*words, without, reward_model=parent), "reward models")
     assert near.status == WARN and "near its bound" in near.remedy and "harmless" not in near.value
 
 

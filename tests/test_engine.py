@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from r1pipe.engine import Engine
 from r1pipe.engine_state import load_tensors
-from r1pipe.errors import ConfigError
+from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.optimizer import lr_factor
 from r1pipe.ranks import rank_and_world
 
@@ -169,9 +169,38 @@ def go_on(folder: Path, level: int, steps: int) -> list[float]:
 
 
 def test_saved_state_cannot_carry_code(tmp_path):
-    torch.save({"evil": Path("/")}, tmp_path / "state.pt")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only"):
-        load_tensors(str(tmp_path / "state.pt"))
+    path = tmp_path / "state.pt"
+    for spoil, why in (
+        (lambda: torch.save({"evil": Path("/")}, path), "it asks for pathlib"),
+        (lambda: path.write_bytes(pickle.dumps(Path("/"), 2)), "it asks for pathlib"),
+        (lambda: path.write_bytes(b"junk"), "damaged or missing"),
+        (path.unlink, "damaged or missing"),
+    ):
+        spoil()
+        with pytest.raises(CheckpointError, match=why) as caught:
+            load_tensors(str(path))
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+        assert str(path) in str(caught.value) and "remove this checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"ranks": 1, "zero_level": 0', "is not valid JSON"),
+        ('{"ranks": "1", "zero_level": 0}', "does not say which ranks wrote"),
+        ('{"ranks": 1, "zero_level": 4}', "does not say which ranks wrote"),
+        ('{"ranks": 2, "zero_level": 1}', "has other files"),
+        (None, "is missing"),
+    ],
+)
+def test_a_damaged_layout_is_refused_in_one_line(tmp_path, content, told):
+    made = engine()
+    made.save(tmp_path / "engine", {"step": 1})
+    layout = tmp_path / "engine" / "layout.json"
+    layout.unlink() if content is None else layout.write_text(content)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        made.load(tmp_path / "engine")
+    assert "\n" not in str(caught.value) and str(layout) in str(caught.value)
 
 
 @pytest.mark.parametrize(

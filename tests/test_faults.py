@@ -1,7 +1,10 @@
 """`make faults` in its short forms: every kind of fault once, and the runner itself."""
 
 import importlib
+import shutil
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import SkipTest
@@ -79,6 +82,33 @@ def test_a_module_that_fails_or_has_no_room_here_is_a_row(
 
 def raising(error: Exception, *_: object) -> Iterator[Outcome]:
     raise error
+
+
+def test_a_kill_after_its_stages_end_is_told_as_such(tmp_path: Path) -> None:
+    """The command is a stage that leaves its record and stays; a point comes, a time comes, or neither."""
+    stays = tmp_path / "stays.py"
+    root = tmp_path / "root"
+
+    def where(kill: kills.Kill, *, ends: bool, marks: bool = False) -> str | None:
+        shutil.rmtree(root, ignore_errors=True)
+        (root / "grpo-s0-1").mkdir(parents=True)
+        made = [root / "grpo-s0-1" / "record.json"] * ends + [root / "marker"] * marks
+        touched = "; ".join(f"pathlib.Path({str(path)!r}).touch()" for path in made)
+        stays.write_text(f"import pathlib, time; time.sleep(0.3); {touched or 'pass'}; time.sleep(60)")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kills, "command_line", lambda *_: [sys.executable, str(stays)])
+            patch.setattr(kills, "LATE_S", 0.2)
+            return kills.attempt(root, [], kill, {})
+
+    point = kills.Kill(0, "grpo", "in an update")
+    assert where(point, ends=False, marks=True) == kills.INSIDE
+    assert where(point, ends=True) == kills.AFTER
+    landed = {
+        point: kills.INSIDE,
+        replace(point, number=1): kills.AFTER,
+        replace(point, number=2): kills.INSIDE,
+    }
+    assert kills.told(landed) == "2 inside a stage, 1 after its end"
 
 
 def test_kills_are_the_same_again_and_differ_by_seed_and_number(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Reward models are judged before use: by accuracy, area under the curve, length; a weak one is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_no
     (tmp_path / HARMLESS / judges.QUALITY).unlink()
     with pytest.raises(CheckpointError, match="harmless was never judged"):
         judges.must_be_good(asking(tmp_path))
+    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+
+
+def test_a_model_that_is_missing_is_refused_even_by_force(tmp_path: Path) -> None:
+    """A reward would be dropped without a word: the data had no labels."""
+    write_standing(tmp_path)
+    shutil.rmtree(tmp_path / HARMLESS)
+    for force in (False, True):
+        with pytest.raises(CheckpointError, match=r"reward_model-s0-x has no harmless model") as caught:
+            judges.must_be_good(asking(tmp_path, force=force))
+        assert "stage.preference.harmless_weight=0" in str(caught.value) and "\n" not in str(caught.value)
     assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
 
 

@@ -1,7 +1,9 @@
 """One job from start to end: its folder, its command, how it fails, who may run it, how it is stopped."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +16,7 @@ import psutil
 import pytest
 from fakes import House
 
-from r1pipe import launch, locks, machine, pipeline
+from r1pipe import footprint, launch, locks, machine, pipeline
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig
 from r1pipe.errors import EnvironmentProblem
@@ -53,6 +55,64 @@ def test_dry_run_writes_the_config_and_starts_nothing(house: House, capsys: pyte
     assert not (run.path / "begun").exists()
 
 
+def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=pretrain") == 1
+    [run] = house.runs()
+
+    def written() -> dict[Path, tuple[int, bytes]]:
+        files = [path for path in run.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+    before = written()
+    capsys.readouterr()
+    assert house.call("run", "stage=pretrain", "stage.save_every=7", "--dry-run") == 0
+    assert f"stages/pretrain.py {run}" in capsys.readouterr().out
+    assert house.call("run", "stage=pretrain", "stage.optim.lr=0.1", "--dry-run") == 2
+    assert "is half done (at step 1) with another config" in capsys.readouterr().err
+    assert written() == before and house.runs() == [run]
+
+
+def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def code_is(revision: str, diff: str, torch: str) -> None:
+        monkeypatch.setattr(machine, "code", lambda: {"revision": revision, "dirty": bool(diff)})
+        monkeypatch.setattr(machine, "code_diff", lambda: diff)
+        monkeypatch.setattr(machine, "version", lambda name: torch if name == "torch" else "1.0")
+
+    code_is("a" * 40, "the diff of then\n", "2.12")
+    assert house.call("run", "stage=pretrain", "--dry-run") == 0
+    code_is("b" * 40, "the diff of then\n", "2.12")
+    monkeypatch.setenv("FAKE", "killed")
+    assert house.call("run", "stage=pretrain") == 1
+    run = RunFolder(house.runs()[0])
+    assert house.call("run", "stage=pretrain") == 1
+    assert "other code" not in capsys.readouterr().err
+    assert not run.config_history.exists(), "nothing has run with what the dry run was written with"
+    code_is("c" * 40, "the diff of now\n", "2.13")
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("run", "stage=pretrain") == 0
+    then, now = (hashlib.sha256(f"the diff of {when}\n".encode()).hexdigest() for when in ("then", "now"))
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
+    assert told == (
+        f"{run.run_id}: with other code than before: code.revision: {'b' * 12} -> {'c' * 12}, "
+        f"code.diff_hash: {then[:12]} -> {now[:12]}, versions.torch: 2.12 -> 2.13 "
+        "(kept in config_history.jsonl)"
+    )
+    [row] = [json.loads(line) for line in run.config_history.read_text().splitlines()]
+    assert row["changed"] == {
+        "code.revision": ["b" * 40, "c" * 40],
+        "code.diff_hash": [then, now],
+        "versions.torch": ["2.12", "2.13"],
+    }
+    assert run.earlier_diff(then).read_text() == "the diff of then\n"
+    assert run.diff.read_text() == "the diff of now\n"
+    assert json.loads(run.env.read_text())["code"]["revision"] == "c" * 40
+
+
 def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     config = config_for(house, "engine=cluster", f"engine.hostfile={hostfile}", "engine.launcher=slurm")
@@ -66,6 +126,19 @@ def test_a_users_mistake_inside_the_job_is_one_line(
     monkeypatch.setenv("FAKE", "user_error")
     assert house.call("run", "stage=pretrain") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "data.path=nowhere.json does not exist; give another"
+
+
+def test_what_a_job_would_not_find_is_told_before_it_starts_or_writes(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    assert house.call("run", "stage=cold_start", "data=gsm8k", "data.path=nowhere.jsonl") == 2
+    assert capsys.readouterr().err == (
+        "r1pipe: data.path=nowhere.jsonl does not exist; give a file, or the folder that holds it\n"
+    )
+    config = config_for(house, "tracking=mlflow", "tracking.uri=http://127.0.0.1:1")
+    with pytest.raises(EnvironmentProblem, match=r"no MLflow server at tracking\.uri"):
+        pipeline.start(pipeline.place(config))
+    assert capsys.readouterr().err == "" and not house.root.exists()
 
 
 def test_a_crash_shows_the_end_of_the_log_and_where_it_is(
@@ -190,13 +263,14 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
 
 def test_a_full_disk_is_told_with_both_numbers(house: House, capsys: pytest.CaptureFixture) -> None:
     assert house.call("run", "stage=pretrain", "model=v3", "stage.keep=40") == 2
-    assert "MiB free, but 41 checkpoints take up to" in capsys.readouterr().err.splitlines()[-1]
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"MiB free, but checkpoints need up to [\d,]+ MiB \(41 of [\d,]+ MiB\)", told)
     assert house.runs() == []
 
 
 def test_the_estimate_of_parameters_is_near_the_published_size() -> None:
     both = [compose(["model=v3", f"model.num_nextn_predict_layers={n}"]).config.model for n in (0, 1)]
-    without, with_mtp = map(machine.parameters, both)
+    without, with_mtp = map(footprint.parameters, both)
     assert without == pytest.approx(671e9, rel=0.001)
     assert with_mtp - without == pytest.approx(11.5e9, rel=0.02)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe import checkpoints, lineage, recorded
+from r1pipe import checkpoints, datafiles, lineage, provenance, recorded
 from r1pipe.config.changes import mapping_hash
 from r1pipe.config.schema import ParentRef
 from r1pipe.errors import CheckpointError
 from r1pipe.lineage.page import page
+from r1pipe.lineage.tree import described
 from r1pipe.paths import RunFolder
 
 
@@ -26,7 +27,16 @@ def ref(made: Path, stage: str) -> ParentRef:
     return ParentRef(stage, made.name, str(folder), checkpoints.manifest_hash(folder))
 
 
-def made(root: Path, stage: str, weights: ParentRef | None = None, *reads: ParentRef) -> Path:
+LEFT = ("metrics.jsonl", "samples.json", "rollouts/step-1.parquet", "data/funnel.json")  # by every run here
+
+
+def made(
+    root: Path,
+    stage: str,
+    weights: ParentRef | None = None,
+    *reads: ParentRef,
+    data: dict | None = None,
+) -> Path:
     """A finished run's folder, as far as a lineage looks at it."""
     run = RunFolder(root / f"{stage}-s0-1")
     checkpoint = run.checkpoint(1)
@@ -39,15 +49,19 @@ def made(root: Path, stage: str, weights: ParentRef | None = None, *reads: Paren
         "seed": 0,
         "pipeline": "mine",
         "stage": {"name": stage},
+        "data": data or {"kind": "world"},
         "weights_from": vars(weights) if weights else None,
         "reads_from": {one.stage: vars(one) for one in reads},
     }
     write(run.config, config)
     write(run.evaluation, {"pass_at_1": 0.5})
+    for name in (*LEFT, "data/samples.parquet"):
+        write(run.path / name, stage)
 
     def edge(parent: ParentRef) -> dict:
         theirs = recorded.record_beside(Path(parent.checkpoint))
-        return vars(parent) | {"record_hash": json.loads(theirs.read_text()).get("record_hash")}
+        known = json.loads(theirs.read_text()) if theirs.exists() else {}
+        return vars(parent) | {"record_hash": known.get("record_hash")}
 
     record = {
         "format": 2,
@@ -58,6 +72,10 @@ def made(root: Path, stage: str, weights: ParentRef | None = None, *reads: Paren
         "created": "2026-01-01T10:00:00",
         "parents": {"weights": edge(weights) if weights else None, "data": [edge(one) for one in reads]},
         "config_hash": mapping_hash(config),
+        "config": config,
+        "data_hash": checkpoints.file_hash(run.dataset) if stage == "rejection_sft" else "da",
+        "data": {"hash": datafiles.content_hash(data) if data else "da"},
+        "files": provenance._files(run),
         "checkpoint": "checkpoints/step-1",
         "checkpoint_hash": checkpoints.manifest_hash(checkpoint),
         "template_hash": lineage.fit.template_hash(checkpoint),
@@ -127,6 +145,51 @@ def test_every_broken_file_is_named_not_just_the_first(family):
     assert family.problems()[family.cold.name].count("is not what was saved") == 2
 
 
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_run_left_beside_its_checkpoints_is_checked(family, name):
+    (family.cold / name).write_text("other")
+    assert family.problems() == {family.cold.name: f"{family.cold / name} is not what was saved"}
+    (family.cold / name).unlink()
+    assert family.problems() == {family.cold.name: f"{family.cold / name} is missing"}
+
+
+def test_a_changed_dataset_is_shown_where_it_was_made_and_on_the_edge_of_whoever_took_it(family):
+    taker = made(family.root, "distill", ref(family.base, "pretrain"), ref(family.last, "rejection_sft"))
+    dataset = RunFolder(family.last).dataset
+    for change, told in (
+        (lambda: dataset.write_text("other"), "is not what was saved"),
+        (dataset.unlink, "is missing"),
+    ):
+        change()
+        assert family.problems() == {family.last.name: f"{dataset} {told}"}
+        walk = lineage.ancestors(lineage.of_run(RunFolder(taker)))
+        assert [(one.edge, one.problem) for one in walk if one.problem] == [("data", f"{dataset} {told}")]
+
+
+def test_files_that_data_was_read_from_are_checked_where_they_are(tmp_path):
+    folder, names = tmp_path / "files", ("train.jsonl", "test.jsonl")
+    for name in names:
+        write(folder / name, {"question": name})
+    sources = {"reasoning": [{"path": names[0]}], "general": [{"path": names[1]}]}
+    data = {"kind": "files", "path": str(folder), **{kind: [] for kind in datafiles.KINDS}, **sources}
+    run = RunFolder(made(tmp_path / "runs", "cold_start", data=data))
+
+    def found() -> lineage.Ancestor:
+        [one] = lineage.ancestors(lineage.of_run(run))
+        return one
+
+    assert not found().problems and not found().notes
+    (folder / names[1]).write_text("other")
+    assert found().problems == (f"{folder / names[0]} and 1 more: not the data that was read",)
+    (folder / names[1]).unlink()
+    assert found().notes == (f"{folder / names[1]}: not here to check",) and not found().problems
+    assert found().notes[0] in described(found()).plain and found().notes[0] in page([found()])
+    shutil.rmtree(folder)
+    assert not found().problems and len(found().notes) == 1
+    write(run.record, json.loads(run.record.read_text()) | {"config": {"data": {"kind": "files", "path": 3}}})
+    assert "config cannot be read" in found().problem
+
+
 def test_a_manifest_made_anew_for_other_weights_is_found_by_the_child(family):
     folder = family.cold / "checkpoints/step-1"
     (folder / "model.safetensors").write_text("other weights")
@@ -182,6 +245,29 @@ def test_a_root_that_was_moved_is_walked_where_it_is_now(family):
     assert all(one.parent.checkpoint.startswith(str(moved)) for one in walk)
 
 
+def test_of_a_copied_root_the_copy_is_checked(family):
+    copy = family.root.with_name("copy")
+    shutil.copytree(family.root, copy)
+    start = lineage.of_run(RunFolder(copy / family.last.name))
+    (family.cold / "checkpoints/step-1/model.safetensors").unlink()
+    assert not any(one.problems for one in lineage.ancestors(start))
+    broken = copy / family.grpo.name / "checkpoints/step-1/model.safetensors"
+    broken.write_text("other")
+    found = [one.problem for one in lineage.ancestors(start) if one.problems]
+    assert found == [f"{broken} is not what was saved"]
+
+
+def test_weights_that_were_imported_are_found_in_a_copied_root(tmp_path):
+    imported = tmp_path / "runs" / "imported" / "theirs"
+    shutil.copytree(made(tmp_path, "pretrain") / "checkpoints/step-1", imported)
+    run = made(tmp_path / "runs", "cold_start", lineage.of_folder(imported))
+    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "runs")
+    walk = list(lineage.ancestors(lineage.of_run(RunFolder(tmp_path / "copy" / run.name))))
+    assert [one.problem for one in walk] == ["", ""]
+    assert walk[1].parent.checkpoint == str(tmp_path / "copy" / "imported" / "theirs")
+
+
 def test_a_circle_is_a_problem_and_ends(family):
     back = {"weights": vars(ref(family.last, "rejection_sft")), "data": []}
     family.edit(family.base, "record.json", parents=back)
@@ -200,7 +286,7 @@ def test_many_ways_to_one_ancestor_take_no_time(tmp_path):
 
 def test_a_record_of_an_older_version_is_walked(family):
     record = json.loads((family.cold / "record.json").read_text())
-    for key in ("format", "record_hash", "template_hash"):
+    for key in ("format", "record_hash", "template_hash", "config", "data", "files"):
         record.pop(key)
     write(family.cold / "record.json", record)
     grpo = json.loads((family.grpo / "record.json").read_text())

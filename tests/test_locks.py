@@ -12,11 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from faults.locks import launchers_killed
 from forked import wait_until
+from jobs import tiny, write_run
 
-from r1pipe import heartbeat, locks
+from r1pipe import heartbeat, locks, processes
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.paths import RunFolder
+from r1pipe.run import open_run
 
 TAKES = """
 import sys, time
@@ -133,6 +136,34 @@ def test_ranks_that_outlive_their_launcher_hold_it_too(run, started, garbled):
     rank.wait()
     with locks.held(run):
         assert heartbeat.read_all(run) == [], "those of the session before are forgotten"
+
+
+def test_a_rank_without_launchers_holds_it_before_its_first_heartbeat(tmp_path):
+    """r1pipe and the runner were killed while the rank was still importing."""
+    with launchers_killed(tmp_path) as (run, rank):
+        with pytest.raises(EnvironmentProblem, match=rf"launcher is gone .*: kill -9 {rank.pid}$"):
+            locks.must_be_free(run)
+        other = RunFolder(tmp_path / "another-run")
+        other.path.mkdir()
+        other.pid.write_bytes(run.pid.read_bytes())
+        locks.must_be_free(other)  # whose the group's number is shows in the words of its processes
+    locks.must_be_free(run)
+
+
+def test_a_rank_whose_run_was_taken_over_refuses_to_begin_and_writes_nothing(tmp_path, started, caplog):
+    """Its launcher was killed before the lock could name it, so that nothing held off the other job."""
+    run = RunFolder(write_run(tmp_path / "pretrain-s0", tiny("pretrain")))
+    runner = started("import time; time.sleep(60)", run)
+    holder = locks.Holder(socket.gethostname(), "now", [(runner.pid, processes.began(runner.pid))])
+    holder.write(run.pid)
+    with pytest.raises(SystemExit) as left, open_run(run.path):
+        pytest.fail("it has begun")
+    assert left.value.code == 2 and not run.error.exists() and not heartbeat.read_all(run)
+    assert f"is another job's (process {runner.pid} on" in caplog.text
+    holder.processes.append((os.getpgrp(), 1.0))  # the runner that leads this process's group
+    holder.write(run.pid)
+    with open_run(run.path):
+        assert heartbeat.read_all(run)
 
 
 def test_a_job_on_another_machine_holds_it_while_it_shows_life(run, monkeypatch):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fakes import House, build_house
 
-from r1pipe import lineage, pipeline
+from r1pipe import lineage, locks, pipeline
+from r1pipe.errors import EnvironmentProblem
 
 
 def config_of(run: Path) -> dict:
@@ -103,6 +105,44 @@ def test_run_goes_on_with_the_unfinished_run_and_starts_anew_after_a_finished_on
     assert len(house.runs()) == 1
     assert house.call("run", "stage=cold_start") == 0
     assert len(house.runs()) == 2
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_run_whose_command_was_killed_after_its_record_is_done_and_not_made_again(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, refuses: bool
+) -> None:
+    assert house.call("run", "stage=cold_start") == 0
+    [run] = house.runs()
+    dead = locks.Holder(socket.gethostname(), "before", [(os.getpid(), 1.0), (os.getppid(), 1.0)])
+    dead.write(run / "pid")
+    made_up = []
+
+    class Mirror:
+        def __init__(self, folder: Path, config: dict, say: object) -> None:
+            if refuses:
+                raise EnvironmentProblem("no MLflow server")
+            self.folder = folder
+
+        def finish(self) -> None:
+            made_up.append(self.folder)
+
+    monkeypatch.setattr(pipeline, "Mirror", Mirror)
+    capsys.readouterr()
+    assert house.call("run", "stage=cold_start", "--dry-run") == 0
+    assert capsys.readouterr().out == f"{run.name}: is done already\n"
+    assert house.call("run", "stage=cold_start", "stage.save_every=7") == 0
+    out, err = capsys.readouterr()
+    assert f"{run.name}: is done already; its command was cut off" in err and "run folder:" in out
+    assert house.runs() == [run] and made_up == [run] * (not refuses)
+    assert ("no MLflow server" in err) == refuses
+    assert house.call("run", "stage=cold_start") == 0
+    assert len(house.runs()) == 2, "once the command has returned, it starts anew"
+    dead.write(run / "pid")  # and an older one is nobody's business
+    assert house.call("run", "stage=cold_start") == 0
+    assert len(house.runs()) == 3
+    dead.write(house.runs()[-1] / "pid")
+    assert house.call("run", "stage=cold_start", "stage.optim.lr=0.1") == 0
+    assert len(house.runs()) == 4, "another config is another run"
 
 
 @pytest.mark.parametrize("words", [["--fresh"], ["seed=1"], ["stage.optim.lr=0.1"]])

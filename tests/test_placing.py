@@ -159,10 +159,24 @@ def test_a_dry_run_holds_up_no_other_config(house: House) -> None:
     assert len(house.runs()) == 2
 
 
-def test_a_config_json_that_cannot_be_read_is_nobodys(house: House) -> None:
-    (house.root / "cold_start-s0-20260101-000000-0000").mkdir(parents=True)
-    (house.root / "cold_start-s0-20260101-000000-0000" / "config.json").write_text('{"seed": 0, "st')
+def test_a_config_json_that_cannot_be_read_is_nobodys_and_told(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    broken = house.root / "cold_start-s0-20260101-000000-0000" / "config.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text('{"seed": 0, "st')
     assert house.call("run", "stage=cold_start") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert told == [
+        f"warning: {broken} cannot be read, so its run is left out; mend that file, or move the folder away"
+    ]
+    assert house.call("run", "stage=cold_start", "seed=1") == 0
+    assert "warning" not in capsys.readouterr().err, "another stage or seed is not concerned"
+    assert house.call("sync") == 1
+    out, err = capsys.readouterr()
+    assert "MLflow has 0 runs" in out and err.splitlines() == told
+    broken.unlink()
+    assert house.call("sync") == 0
 
 
 def test_the_keys_that_may_change_are_keys_of_some_config() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from jobs import tiny, write_run
 
-from r1pipe import checkpoints, launch, machine, recorded
+from r1pipe import checkpoints, history, launch, machine, recorded
 from r1pipe.config import config_hash, load, to_mapping
+from r1pipe.config.changes import Change
 from r1pipe.config.schema import ParentRef
 from r1pipe.data.chat import TEMPLATE, Chat
 from r1pipe.data.reading import SET_ASIDE
@@ -44,8 +45,14 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     run = RunFolder(write_run(tmp_path / "grpo-s7-1", config))
     run.diff.write_text("+ a line\n")
     launch.write_json(run.env, {"code": {"revision": "abc", "dirty": True}})
+    history.note(run, [Change("stage.keep", 2, 5), Change("code.revision", "aaa", "abc")])
+    history.note(run, [Change("stage.keep", 5, 3)])
     run.data.mkdir()
     (run.data / SET_ASIDE).write_text('{"line": 1}\n{"line": 2}\n')
+    run.dataset.write_text("its hash is data_hash")
+    run.metrics.write_text('{"step": 1}\n')
+    run.rollouts.mkdir()
+    (run.rollouts / "step-1.parquet").write_text("rows")
     checkpoint = run.checkpoint(3)
     checkpoint.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -53,7 +60,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     checkpoints.write_manifest(checkpoint)
     chat = Chat.load(checkpoint)
 
-    record = json.loads(json.dumps(job_record(run, config, checkpoint, chat, dict(MADE))))
+    record = json.loads(json.dumps(job_record(run, config, checkpoint, chat, dict(MADE), "50" * 32)))
     write_json(run.record, record)
     assert recorded.read_record(run.record) == record, "what reads records takes it"
     assert (record["format"], record["run_id"], record["stage"], record["seed"]) == (
@@ -68,12 +75,28 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
         ("weights", parent),
         ("data", parent),
     ]
-    assert record["data"] == {"name": "world", "kind": "world", "path": None, "set_aside": 2}
+    assert record["data"] == {
+        "name": "world",
+        "kind": "world",
+        "path": None,
+        "hash": "50" * 32,
+        "set_aside": 2,
+    }
+    assert record["files"] == {
+        "data/set_aside.jsonl": checkpoints.file_hash(run.data / SET_ASIDE),
+        "metrics.jsonl": checkpoints.file_hash(run.metrics),
+        "rollouts/step-1.parquet": checkpoints.file_hash(run.rollouts / "step-1.parquet"),
+    }
     assert record["data_hash"] == MADE["data_hash"] and record["metrics"] == MADE["metrics"]
     assert record["config_hash"] == config_hash(config) == config_hash(load(record["config"]))
     assert record["config"]["tracking"]["uri"] == "http://host:5000", "resolved, but for the login"
     changed = {"tracking": None}
     assert to_mapping(config) | changed == record["config"] | changed
+    assert record["history"] == {
+        "file": "config_history.jsonl",
+        "hash": checkpoints.file_hash(run.config_history),
+        "changed": ["code.revision", "stage.keep"],
+    }
     assert record["code"] == {
         "revision": "abc",
         "dirty": True,
@@ -94,8 +117,7 @@ def test_the_launcher_writes_the_diff_beside_the_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "code_diff", lambda: "the diff\n")
-    monkeypatch.setattr(machine, "must_launch", lambda engine: "deepspeed")
     run = RunFolder(tmp_path / "runs" / "grpo-s0-1")
-    launch.prepare(replace(tiny("grpo"), root=str(tmp_path / "runs")), run)
+    launch.write_down(replace(tiny("grpo"), root=str(tmp_path / "runs")), run, [])
     assert run.diff.read_text() == "the diff\n"
     assert set(json.loads(run.env.read_text())["code"]) == {"revision", "dirty"}

@@ -15,14 +15,14 @@ from tiny_runs import tiny_config, tiny_run
 
 from r1pipe import checkpoints
 from r1pipe.engine import Engine
-from r1pipe.errors import DataError, EnvironmentProblem
+from r1pipe.errors import DataError
 from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rl import losses, scoring
 from r1pipe.rl.advantages import group_advantages, has_variance
 from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
 from r1pipe.rl.prompts import PromptStream, general_count
-from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise
+from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise, unfit
 from r1pipe.rl.update import completion_logprobs, update
 
 NAN = math.nan
@@ -360,11 +360,13 @@ def test_reflection_is_counted_by_whole_words():
     assert not REFLECTIVE.findall("awaiting a button, unchecked")
 
 
-def test_a_step_without_any_score_stops_the_run_and_says_why(monkeypatch):
+def test_nothing_is_learned_from_a_step_without_any_score(monkeypatch):
     scores_of(monkeypatch, *[{"accuracy": Score(0.0, Status.VERIFIER_FAILED, "no answer in 5 s")}] * 2)
     groups = scoring.score_groups([PROMPT], [completion()] * 2, {"accuracy": 1.0}, {}, 0.0, True)
-    with pytest.raises(EnvironmentProblem, match=r"accuracy: verifier_failed \(no answer in 5 s\)"):
-        summarise(rows_of(groups, None))
+    rows = rows_of(groups, None)
+    metrics = summarise(rows)
+    assert metrics["frac_reward_failed"] == 1.0 and "reward" not in metrics
+    assert "accuracy: verifier_failed (no answer in 5 s)" in unfit(metrics, 1.0, rows)
 
 
 # --- prompts

@@ -8,6 +8,7 @@ from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
+from r1pipe.config.compose import compose
 from r1pipe.engine import Engine
 from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
@@ -72,6 +73,21 @@ def test_both_decoders_record_the_same_experts_and_only_while_asked():
         decoder.decode(torch.tensor([3, 4]), lengths + 1, cache, 4)
         seen.append(torch.stack(experts).sort().values)
     assert torch.equal(*seen)
+
+
+def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, monkeypatch):
+    taken = []
+    monkeypatch.setattr(routing, "_counted", lambda policy, rows, *_: taken.extend(rows) or (1.0, 1.0))
+    routing.routing_agreement(engine, ROLLOUTS, STAGE, 2)
+    assert [len(row.completion) for row in taken] == [2, 3], "one token alone is read by nobody"
+
+
+@pytest.mark.parametrize("recipe", ["gpu", "cluster"])
+@pytest.mark.parametrize("stage", ["grpo", "zero", "all_scenario"])
+def test_the_larger_recipes_compare_all_along(recipe, stage):
+    found = compose([f"stage={stage}", f"recipe={recipe}"]).config.stage
+    assert 0 < found.compare_routes <= found.prompts_per_step * found.group_size / 100, "a cheap share"
+    assert found.eval.every
 
 
 def test_the_loop_logs_it_where_it_is_asked_for(tmp_path):

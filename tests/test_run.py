@@ -1,6 +1,7 @@
 """The run folder from the job's side: streams, metrics, whole checkpoints, errors, the record."""
 
 import json
+import re
 import runpy
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 from r1pipe import checkpoints, lineage
 from r1pipe.config.schema import ParentRef, PretrainConfig
 from r1pipe.data.chat import Chat
+from r1pipe.data.source import must_be_as_it_was
 from r1pipe.engine import Engine
 from r1pipe.errors import CheckpointError, DataError
 from r1pipe.model import load_pretrained
@@ -124,6 +126,59 @@ def test_another_chat_format_is_refused(folder, tmp_path):
         run.config.reads_from["grpo"] = ParentRef("grpo", "run", str(made), "")
         with pytest.raises(CheckpointError, match="another tokenizer or chat template"):
             run.load_chat()
+
+
+def problems(path, one: int) -> None:
+    rows = ({"question": f"What is {i} plus 1?", "answer": f"{i}+1\n#### {i + one}"} for i in range(9))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def from_a_file(tmp_path):
+    """A run on data of a file that has begun."""
+    problems(tmp_path / "train.jsonl", 1)
+    config = tiny("cold_start", "data=gsm8k", f"data.path={tmp_path / 'train.jsonl'}")
+    folder = write_run(tmp_path / "run", config)
+    with open_run(folder) as run:
+        assert run.load_data().hash == json.loads(run.folder.source.read_text())["hash"]
+    return folder
+
+
+def test_a_run_that_has_made_something_does_not_go_on_with_other_data(from_a_file, tmp_path):
+    engine, file = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), 10), tmp_path / "train.jsonl"
+    with open_run(from_a_file) as run:
+        save(run, engine, 1)
+    with open_run(from_a_file) as run:
+        run.load_data()  # goes on with the same
+    problems(file, 2)
+    with pytest.raises(SystemExit) as left, open_run(from_a_file) as run:
+        run.load_data()
+    told = (from_a_file / "error.txt").read_text()
+    assert left.value.code == 2 and told.count("\n") == 1
+    assert re.search(rf"\({file}: [0-9a-f]{{12}} -> [0-9a-f]{{12}}\); put it back .* or --fresh", told)
+    file.unlink()
+    (from_a_file / "error.txt").unlink()
+    with pytest.raises(SystemExit), open_run(from_a_file) as run:
+        run.load_data()
+    assert "-> (none)" in (from_a_file / "error.txt").read_text()
+    problems(file, 1)
+    with open_run(from_a_file) as run:
+        run.load_data()  # what it was is back
+
+
+def test_data_that_is_mended_before_anything_is_made_is_what_the_run_begins_with(from_a_file, tmp_path):
+    before = (from_a_file / "data" / "source.json").read_text()
+    problems(tmp_path / "train.jsonl", 2)
+    with open_run(from_a_file) as run:
+        run.load_data()
+    assert (from_a_file / "data" / "source.json").read_text() != before
+
+
+def test_data_that_is_made_is_told_by_its_name():
+    before, now = ({"hash": letter * 64, "files": {}} for letter in "ab")
+    must_be_as_it_was("world", before, before)
+    with pytest.raises(DataError, match=r"\(data=world: a{12} -> b{12}\)"):
+        must_be_as_it_was("world", before, now)
 
 
 def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):

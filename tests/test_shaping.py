@@ -1,16 +1,18 @@
 """The optional rewards of length and repetition, against the formulas they are named after."""
 
 import math
+import re
 
 import pytest
 
 from r1pipe.config.compose import compose
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.config.reinforcement import RULE_REWARDS, WEIGHED_ELSEWHERE
+from r1pipe.judges import KINDS
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
 from r1pipe.rewards.repetition import repeated
 from r1pipe.rl import scoring
-from r1pipe.rl.rows import rows_of, stop_if_failing, summarise
+from r1pipe.rl.rows import rows_of, summarise, unfit
 
 REWARDS = compose(["stage=grpo"]).config.stage.rewards
 PROMPT = Prompt("word-1", "word", "en", "?", "42")
@@ -87,13 +89,16 @@ def test_they_are_optional_and_weighed_by_name():
     assert summarise(rows)["rewards/overlong/mean"] == pytest.approx(-0.25)
 
 
-def test_more_failures_than_allowed_stop_the_job_with_one_line():
+def test_the_config_knows_every_reward_by_name():
+    assert {*RULE_REWARDS} == {*TABLE, *SHAPES} and {*WEIGHED_ELSEWHERE} == {*KINDS, scoring.KL}
+
+
+def test_more_failures_than_allowed_are_told_in_one_line():
     verdicts = [Score(1.0), Score(0.0), Score(0.0, Status.INFRASTRUCTURE_FAILED, "no sandbox"), Score(1.0)]
     completions = [Completion([1], [0.0], "stop", "x")] * 4
     scores = [{"accuracy": verdict, "format": Score(1.0)} for verdict in verdicts]
     rows = rows_of([Group(PROMPT, completions, scores, [1.0, 0.0, math.nan, 1.0], [0.0] * 4)], None)
     metrics = summarise(rows)
     assert metrics["rewards/accuracy/failed"] == 0.25 and metrics["rewards/format/failed"] == 0
-    stop_if_failing(metrics, 0.25, rows)
-    with pytest.raises(EnvironmentProblem, match=r"25% of the step's accuracy .*no sandbox.*max_failed=0\.1"):
-        stop_if_failing(metrics, REWARDS.max_failed, rows)
+    assert unfit(metrics, 0.25, rows) == ""
+    assert re.search(r"^25% of the accuracy .*no sandbox.*max_failed=0\.1", unfit(metrics, 0.1, rows))

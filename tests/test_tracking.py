@@ -168,6 +168,35 @@ def test_sync_rebuilds_the_store_and_changes_nothing_the_second_time(root):
     )
 
 
+def test_what_tripped_is_a_tag_with_its_likely_cause(root):
+    """While the job runs, where it went back, and in a store that is made again from the run folder."""
+
+    def tags() -> dict[str, str]:
+        shown = stage_runs(root)["grpo-0"].data.tags
+        return {key: text for key, text in shown.items() if key.startswith("tripwire.")}
+
+    folder = build(root, "grpo", steps=4, finished=False)
+    lines = [
+        {"step": 2, "name": "kl", "message": "tripwire kl: 9.00 nats a token; lower stage.optim.lr"},
+        {"step": 3, "name": "verifier", "message": "tripwire verifier: 5% failed"},
+        {"step": 4, "name": "kl", "message": "tripwire kl: 7.00 nats a token; lower stage.optim.lr"},
+    ]
+    write_lines(folder / "tripwires.jsonl", lines)
+    mirror = Mirror(folder, read_config(folder))
+    mirror.drain()
+    kl = "tripwire kl: {}.00 nats a token; lower stage.optim.lr"
+    assert tags() == {
+        "tripwire.kl": f"step 4: {kl.format(7)}",
+        "tripwire.verifier": "step 3: tripwire verifier: 5% failed",
+    }
+    mirror.finish()
+    (folder / "tripwires.jsonl").write_text(json.dumps(lines[0]) + "\n")  # the job went back to step 2
+    Mirror(folder, read_config(folder)).finish()
+    assert tags() == {"tripwire.kl": f"step 2: {kl.format(9)}"}
+    sync(root, rebuild=True)
+    assert tags() == {"tripwire.kl": f"step 2: {kl.format(9)}"}
+
+
 def test_a_dead_server_is_refused_in_one_line(tmp_path):
     folder = build(tmp_path, "grpo", uri="http://127.0.0.1:9")
     with pytest.raises(

@@ -1,27 +1,21 @@
-"""Tripwires: each sickness is told with its cause, once; a run pauses or stops where it is asked to."""
+"""Tripwires in numbers: each sickness is told with its cause, once. In real runs: test_sick_runs.py."""
 
-import json
 import re
-from io import StringIO
-from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rl_runs import go, metrics_of
-from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose
 from r1pipe.config.parts import WireConfig
 from r1pipe.config.rules import TRIPWIRES
+from r1pipe.config.schema import RLConfig
 from r1pipe.errors import ConfigError
-from r1pipe.progress import Display
 from r1pipe.rl.tripwires import WIRES, Tripwires
 
 HEALTHY = {
-    "reward": 1.2, "frac_reward_zero_std": 0.3, "frac_reward_failed": 0.0, "completions/clipped_ratio": 0.02,
-    "completions/mean_length": 60.0, "completions/repetition": 0.4, "entropy": 0.6, "kl": 0.01,
-    "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5, "time/sampling_s": 2.0,
-    "time/reward_s": 0.1, "time/update_s": 1.0,
+    "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0,
+    "completions/clipped_ratio": 0.02, "completions/mean_length": 60.0, "completions/repetition": 0.4,
+    "entropy": 0.6, "kl": 0.01, "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5,
+    "time/sampling_s": 2.0, "time/reward_s": 0.1, "time/update_s": 1.0,
 }  # fmt: skip
 SICK = {
     "truncation": ({"completions/clipped_ratio": 0.97}, r"97% of the completions were cut off.*max_tokens"),
@@ -31,7 +25,8 @@ SICK = {
     "logprob_gap": ({"sampling/sampling_logp_difference/mean": 2.5}, r"differ by 2.500 nats.*stale"),
     "repetition": ({"completions/repetition": 0.95}, r"95% of the 4-grams.*loops"),
     "length": ({"completions/mean_length": 300.0}, r"5.0 times as long.*length pays"),
-    "verifier": ({"frac_reward_failed": 0.4}, r"40% of the completions could not be judged.*sandbox"),
+    "verifier": ({"rewards/accuracy/failed": 0.4}, r"40% of a reward's verdicts failed.*sandbox"),
+    "non_finite": ({"train/skipped": 2.0}, r"2 optimizer steps were skipped.*max_skipped"),
     "max_vio": ({"router/max_vio": 6.0}, r"6.0 times the mean load.*routing has collapsed"),
     "slow_step": ({"time/sampling_s": 60.0}, r"19.7 times the median.*another job"),
     "reward_hacking": (
@@ -45,6 +40,12 @@ def default() -> dict[str, WireConfig]:
     return compose(["stage=grpo"]).config.tripwires.wires
 
 
+def watching(wires: dict[str, WireConfig], *words: str) -> Tripwires:
+    stage = compose(["stage=grpo", *words]).config.stage
+    assert isinstance(stage, RLConfig)
+    return Tripwires(wires, stage)
+
+
 def test_every_wire_has_limits_a_cause_and_a_test():
     assert WIRES.keys() == default().keys() == SICK.keys() == set(TRIPWIRES)
 
@@ -52,7 +53,7 @@ def test_every_wire_has_limits_a_cause_and_a_test():
 @pytest.mark.parametrize("name", SICK)
 def test_a_sickness_is_told_once_with_its_cause(name):
     change, message = SICK[name]
-    wires = Tripwires(default())
+    wires = watching(default())
     steps = default()[name].steps
     assert not wires.check(HEALTHY | {"eval/pass_at_1": 0.7})
     assert not [trip for _ in range(4) for trip in wires.check(HEALTHY)]
@@ -62,7 +63,7 @@ def test_a_sickness_is_told_once_with_its_cause(name):
     assert trip.name == name and trip.action == "warn"
     assert re.search(message, trip.message), trip.message
     assert "\n" not in trip.message
-    if name not in ("length", "slow_step"):  # these change what they are compared with
+    if name not in ("length", "slow_step", "non_finite"):  # these change what they are compared with
         assert not wires.check(HEALTHY | change), "not again while it lasts"
     assert not wires.check(HEALTHY | {"eval/pass_at_1": 0.7})
     again = [trip for _ in range(steps) for trip in wires.check(HEALTHY | change)]
@@ -72,8 +73,43 @@ def test_a_sickness_is_told_once_with_its_cause(name):
 def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
     sick = HEALTHY | {key: value for change, _ in SICK.values() for key, value in change.items()}
-    assert not Tripwires(off).check(sick)
-    assert not Tripwires(default()).check({"reward": 1.0, "completions/mean_length": 5.0})
+    assert not watching(off).check(sick)
+    assert not watching(default()).check({"reward": 1.0, "completions/mean_length": 5.0})
+
+
+def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
+    assert watching(default()).told_idle() == ""
+    for name in ("grpo", "zero", "all_scenario"):
+        words = (f"stage={name}", "recipe=cluster")
+        assert watching(default(), *words).told_idle() == "", name
+    words = ("stage.kl_coef=0", "stage.eval.every=20", "stage.algorithm=ppo", "stage.group_size=1")
+    alone = watching(default(), *words)
+    assert alone.told_idle() == (
+        "tripwires with nothing to measure in this run: "
+        "no_variance (stage.group_size=1: there are no groups); "
+        "kl (stage.kl_coef=0: there is no reference); "
+        "reward_hacking (stage.eval.every=20: no two evaluations in 36 steps)"
+    )
+    assert not [trip for _ in range(3) for trip in alone.check(HEALTHY | {"frac_reward_zero_std": 1.0})]
+    off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
+    assert watching(off, *words).told_idle() == "", "nobody asked for them"
+
+
+def test_the_verifiers_wire_comes_before_the_end_and_counts_as_the_end_does():
+    config = compose(["stage=grpo"]).config
+    assert config.tripwires.wires["verifier"].limit < config.stage.rewards.max_failed
+    # in all_scenario half of the prompts have no rule: few completions lack a reward, many verdicts failed
+    half = {"frac_reward_failed": 0.01, "rewards/accuracy/failed": 0.05, "rewards/format/failed": 0.0}
+    assert [trip.name for trip in watching(default()).check(half)] == ["verifier"]
+    assert not watching(default()).check(half | {"rewards/accuracy/failed": 0.01})
+
+
+def test_skipped_steps_trip_when_more_are_skipped():
+    wires = watching(default())
+    of_steps = [None, 1, 1, 1, 3, 3]
+    trips = [wires.check({} if n is None else {"train/skipped": float(n)}) for n in of_steps]
+    assert [[trip.value for trip in found] for found in trips] == [[], [1.0], [], [], [2.0], []]
+    assert [trip.name for trip in watching(default()).check({"value/skipped": 1.0})] == ["non_finite"]
 
 
 @pytest.mark.parametrize(
@@ -91,60 +127,3 @@ def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
 def test_wrong_wires_are_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         compose(["stage=grpo", override])
-
-
-# --- in the loop: a random policy of 8 tokens never ends a text
-
-
-def sick_run(folder: Path, action: str, *overrides: str) -> Path:
-    return tiny_run(
-        folder,
-        *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.sampling.max_tokens=8"),
-        *("tripwires.wires.truncation.steps=2", f"tripwires.wires.truncation.action={action}", *overrides),
-    )
-
-
-def said(folder: Path) -> list[str]:
-    rows = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
-    return [row["say"] for row in rows if "say" in row]
-
-
-def test_a_warning_is_on_the_screen_and_among_the_metrics(tmp_path):
-    folder = sick_run(tmp_path / "run", "warn")
-    (folder / "progress.jsonl").touch()
-    console = Console(width=200, record=True, file=StringIO())
-    display = Display(folder, "grpo", console)
-    go(folder)
-    display.close()
-    assert (folder / "record.json").exists()
-    [told] = [line for line in said(folder) if "truncation" in line]
-    assert told.startswith("step 2: tripwire truncation: ") and told in console.export_text().replace(
-        "\n", ""
-    )
-    tripped = [row.get("tripwire/truncation") for row in metrics_of(folder)]
-    assert tripped == [None, 1.0, None, None]
-
-
-def test_a_pause_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path):
-    whole, paused = sick_run(tmp_path / "whole", "warn"), sick_run(tmp_path / "paused", "pause")
-    go(whole)
-    with pytest.raises(SystemExit) as ended:
-        go(paused)
-    assert ended.value.code == 2
-    assert (
-        "paused after step 2; the same command goes on from it: tripwire truncation"
-        in (paused / "error.txt").read_text()
-    )
-    assert (paused / "checkpoints" / "step-2" / "manifest.json").exists()
-    go(paused)
-    assert (paused / "record.json").exists()
-    assert metrics_of(paused) == metrics_of(whole)
-
-
-def test_a_stop_saves_nothing_of_the_step(tmp_path):
-    folder = sick_run(tmp_path / "run", "stop", "stage.save_every=1")
-    with pytest.raises(SystemExit) as ended:
-        go(folder)
-    assert ended.value.code == 2
-    assert "stopped in step 2, which is not saved" in (folder / "error.txt").read_text()
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]

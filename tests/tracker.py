@@ -72,7 +72,9 @@ def view(uri: str) -> dict:
         named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.pipeline')}"
     shown = {"runs": {}, "models": {}}
     for run in runs:
-        tags = {key: value for key, value in run.data.tags.items() if key.startswith("r1pipe.")}
+        tags = {
+            key: value for key, value in run.data.tags.items() if key.startswith(("r1pipe.", "tripwire."))
+        }
         parent = run.data.tags.get("mlflow.parentRunId")
         begins = run.info.start_time
         points = {

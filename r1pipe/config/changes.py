@@ -55,7 +55,7 @@ class Change:
 
     def __str__(self) -> str:
         old, new = shown(self.old), shown(self.new)
-        if self.key.startswith(PARENTS):
+        if self.key.startswith((*PARENTS, "code.")):  # hashes
             old, new = old[:HASH_SHOWN], new[:HASH_SHOWN]
         return f"{self.key}: {old} -> {new}"
 

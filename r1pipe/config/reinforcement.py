@@ -3,6 +3,15 @@
 from r1pipe.config.architecture import Rules
 from r1pipe.config.schema import RLConfig
 
+# What r1pipe/rewards knows, which this wing cannot ask.
+RULE_REWARDS = ("accuracy", "format", "language", "cosine", "overlong", "repetition")
+# Rewards that are no rules: where each one's weight stands.
+WEIGHED_ELSEWHERE = {
+    "helpful": "stage.preference.helpful_weight",
+    "harmless": "stage.preference.harmless_weight",
+    "kl": "stage.kl_coef",
+}
+
 
 def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     yield (
@@ -37,12 +46,26 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
         "give 1 or more, or 0 for none",
     )
     yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
+    yield from weight_rules(stage)
     yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference is not None:
         last = stage.preference.last_steps
         yield (
             last <= stage.max_steps,
             f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
+        )
+
+
+def weight_rules(stage: RLConfig) -> Rules:
+    """A weight of what no rule is would be refused after the first rollout, or count for nothing."""
+    for name in stage.rewards.weights:
+        elsewhere = WEIGHED_ELSEWHERE.get(name, "")
+        if stage.preference is None and elsewhere.startswith("stage.preference"):
+            elsewhere += " in stage=all_scenario, which asks reward models"
+        remedy = f"its weight is {elsewhere}; rules" if elsewhere else "known"
+        yield (
+            name in RULE_REWARDS,
+            f"stage.rewards.weights.{name} is no rule reward; {remedy}: {', '.join(RULE_REWARDS)}",
         )
 
 

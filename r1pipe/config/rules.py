@@ -78,7 +78,7 @@ TRIP_ACTIONS = ("off", "warn", "pause", "stop")
 # What r1pipe/rl/tripwires.py knows; it has the causes.
 TRIPWIRES = (
     *("truncation", "no_variance", "entropy", "kl", "logprob_gap", "repetition", "reward_hacking"),
-    *("length", "verifier", "max_vio", "slow_step"),
+    *("length", "verifier", "max_vio", "non_finite", "slow_step"),
 )
 
 

@@ -67,7 +67,7 @@ class CosineConfig:
 class RewardsConfig:
     """Which rule rewards are summed, and what each weighs."""
 
-    weights: dict[str, float]  # reward name -> weight; names: r1pipe.rewards.TABLE and SHAPES
+    weights: dict[str, float]  # reward name -> weight; names: reinforcement.RULE_REWARDS
     unfinished: float  # added to the reward of a completion that was cut off (0: none)
     max_failed: float  # share of a step's verdicts of one reward that may fail; above it the job stops
     cosine: CosineConfig
@@ -174,9 +174,7 @@ class RLConfig(StageConfig):
     reference_every: int  # steps after which the policy replaces the reference; 0: never
     dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
     micro_tokens: int  # padded tokens per forward pass on one rank
-    compare_routes: (
-        int  # completions a step and rank whose experts are chosen again, as the sampler does; 0: none
-    )
+    compare_routes: int  # completions a step and rank, the shortest, whose experts are chosen again; 0: none
     sampling: SamplingConfig
     rewards: RewardsConfig
     preference: PreferenceConfig | None  # all-scenario only

@@ -5,8 +5,6 @@ A file is described by one small YAML in conf/data/. Sample: conf/data/gsm8k.yam
 Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked solution of it.
 """
 
-import hashlib
-import json
 import math
 import random
 import re
@@ -16,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from r1pipe import datafiles
 from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.data.aside import NOWHERE, Aside
 from r1pipe.data.chat import compose_response
@@ -61,17 +60,11 @@ class Files:
     def __init__(self, config: DataConfig, aside: Aside = NOWHERE):
         """`aside` is where rows go that cannot be used, with data.bad_rows=set_aside."""
         self.config, self._aside = config, aside
-        self._sources = {kind: _located(config, kind) for kind in ROLES}
+        self._sources = _located(config)
         if not any(self._sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
-        self.hash = self._hash()
-
-    def _hash(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(replace(self.config, path=None)), sort_keys=True).encode())
-        for path in (Path(source.path) for sources in self._sources.values() for source in sources):
-            if path.is_file():  # a missing one is told when it is read: this stage may not need it
-                digest.update(path.read_bytes())
-        return digest.hexdigest()
+        self.hash = datafiles.content_hash(asdict(config))
+        self.files = datafiles.file_hashes(asdict(config))
 
     @cached_property
     def _reasoning(self) -> list[Item]:
@@ -118,6 +111,10 @@ class Files:
             raise DataError(f"data={self.config.name} has no problems to train on; try data=gsm8k")
         return [item.prompt for item in found]
 
+    def rows(self, split: str) -> list[Trace]:
+        found = self._of("reasoning", split)
+        return [Trace(item.prompt, item.texts.get("solution", ""), source=item.source) for item in found]
+
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """Up to n worked solutions; a file's are all taken for correct, and none has a known strategy."""
         solved = [item for item in self._of("reasoning", "train") if item.texts.get("solution")]
@@ -151,30 +148,17 @@ class Files:
         return [item for item in getattr(self, f"_{kind}") if item.split == split]
 
 
-def _located(config: DataConfig, kind: str) -> list[SourceConfig]:
-    """The sources of one kind with their whole paths, checked.
-
-    `data.path` is a folder that they lie in, or one file: then it stands for the first source of the
-    first kind, and the others of that kind (a published test file, say) are left out.
-    """
-    sources: Sequence[SourceConfig] = getattr(config, kind)
-    folder = Path(config.path) if config.path else Path()
-    main = next((k for k in ROLES if getattr(config, k)), None)
-    if config.path and not folder.is_dir() and kind == main:
-        sources = [replace(sources[0], path=config.path)]
-    elif config.path and folder.is_dir():
-        sources = [replace(source, path=str(_in_folder(source, folder, kind))) for source in sources]
-    for i, source in enumerate(sources):
-        _check(source, kind, f"data.{kind}[{i}]")
-    return list(sources)
-
-
-def _in_folder(source: SourceConfig, folder: Path, kind: str) -> Path:
-    """A source's file. Raises ConfigError where it does not lie in `data.path`; what it links to may."""
-    path = folder / source.path
-    if Path(source.path).is_absolute() or ".." in Path(source.path).parts:
-        raise ConfigError(f"data.{kind}: {source.path} leads out of data.path={folder}; give a name in it")
-    return path
+def _located(config: DataConfig) -> dict[str, list[SourceConfig]]:
+    """The sources of each kind with their whole paths, checked; those without a place are left out."""
+    found = {}
+    for kind, places in datafiles.located(asdict(config)).items():
+        sources: Sequence[SourceConfig] = getattr(config, kind)
+        found[kind] = [
+            replace(source, path=str(place)) for source, place in zip(sources, places, strict=False)
+        ]
+        for i, source in enumerate(found[kind]):
+            _check(source, kind, f"data.{kind}[{i}]")
+    return found
 
 
 def roles(kind: str, source: SourceConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -34,6 +34,7 @@ class ReasoningGym:
         if not config.tasks:
             raise ConfigError("data.tasks is empty; name tasks of reasoning-gym, e.g. data.tasks=[chain_sum]")
         self.config = config
+        self.files: dict[str, str] = {}
         for task in config.tasks:
             _dataset(task)
         version = importlib.metadata.version("reasoning-gym")
@@ -54,6 +55,9 @@ class ReasoningGym:
             if split_of(prompt.question) == split:
                 found.setdefault(prompt.id, prompt)
         return list(found.values())
+
+    def rows(self, split: str) -> None:
+        return None
 
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")

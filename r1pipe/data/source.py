@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1pipe.config.changes import ABSENT, HASH_SHOWN
 from r1pipe.config.schema import DataConfig
 from r1pipe.data.aside import Aside
-from r1pipe.errors import ConfigError, nearest
+from r1pipe.errors import ConfigError, DataError, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 SPLITS = ("train", "dev", "test")
@@ -21,6 +22,8 @@ class Source(Protocol):
 
     hash: str  # of all that the source can give: changes when a file, a task or a generator does
 
+    files: dict[str, str]  # path -> SHA-256 of each file that it is read from; none where it is made
+
     @property
     def judge(self) -> Callable[[Prompt, str], Any] | None:
         """The hidden truth about a general response; None where nobody knows it."""
@@ -31,6 +34,10 @@ class Source(Protocol):
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Reasoning problems with what judges them."""
+
+    def rows(self, split: str) -> list[Trace] | None:
+        """Every problem as the data has it, repeated ones too, with its solution as it stands there, or "";
+        None where problems are made, not read."""
 
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """Worked solutions of training problems: `<think>` reasoning `</think>` and a summary."""
@@ -87,3 +94,19 @@ def open_data(
     if config.kind not in KINDS:
         raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")
     return KINDS[config.kind](config, seed, Aside(folder, say))
+
+
+def must_be_as_it_was(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises DataError where a source ({"hash", "files"}) is not what a run began with, in one line with the
+    files that differ."""
+    if before["hash"] == now["hash"]:
+        return
+    old, new = before["files"], now["files"]
+    files = {path: (old.get(path, ABSENT), new.get(path, ABSENT)) for path in sorted({**old, **new})}
+    differing = {path: pair for path, pair in files.items() if pair[0] != pair[1]}
+    told = differing or {f"data={name}": (before["hash"], now["hash"])}
+    listed = ", ".join(f"{what}: {a[:HASH_SHOWN]} -> {b[:HASH_SHOWN]}" for what, (a, b) in told.items())
+    raise DataError(
+        f"the data is not what this run began with ({listed}); put it back and the same command goes on, or "
+        "--fresh starts a new run"
+    )

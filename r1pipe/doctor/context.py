@@ -1,6 +1,7 @@
 """What the checks look at: made when first asked for, so that a stage pays only for its own checks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from r1pipe.run import Run
 from r1pipe.sft.rejection import samples_of
 
 SEED = 0  # of what is drawn from the data
+HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its question
 
 
 @dataclass
@@ -55,7 +57,9 @@ class Limits:
     probe_lr: float
     good_share: float
     swapped: float
+    texts: int
     ngram: int
+    common: int
     covered: float
     overlap: Band
     duplicates: Band
@@ -81,6 +85,15 @@ def graded(name: str, number: float, band: Band, value: str, remedy: str) -> Fin
     return Finding(name, status, value, "" if status == PASS else remedy)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Problems that are compared with one another, as texts alone."""
+
+    rows: list[Trace]
+    kind: str  # how they are told: "rows" of files, or "rows drawn"
+    limit: str = ""  # what was left out, told
+
+
 @dataclass
 class Probe:
     """Completions of a few training prompts, scored, and as the update reads them."""
@@ -94,6 +107,7 @@ class Context:
 
     def __init__(self, run: Run[Any], limits: Limits):
         self.run, self.config, self.limits = run, run.config, limits
+        self.set_aside: list[str] = []  # what is told of rows that cannot be used, once they have been read
 
     @cached_property
     def chat(self) -> Chat:
@@ -101,7 +115,7 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed)
+        return open_data(self.config.data, self.config.seed, say=self.set_aside.append)
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -121,6 +135,30 @@ class Context:
         """The problems that the stage is evaluated on."""
         evaluation = self.config.stage.eval
         return self.data.prompts(evaluation.split, evaluation.problems, SEED)
+
+    @cached_property
+    def learned_texts(self) -> Texts:
+        """The problems of the training split, or worked solutions that a fine-tuning stage draws."""
+        return self._texts("train", self.traces or self.prompts)
+
+    @cached_property
+    def held_out_texts(self) -> Texts:
+        return self._texts(self.config.stage.eval.split, self.held_out)
+
+    def _texts(self, split: str, drawn: Sequence[Prompt | Trace]) -> Texts:
+        """All that files have in a split, before repeated questions are left out; otherwise what was drawn.
+
+        Beyond `limits.texts` rows they are those of every k-th question, by its hash: with all its copies.
+        """
+        rows = self.data.rows(split)
+        if rows is None:
+            return Texts([x if isinstance(x, Trace) else Trace(x, "") for x in drawn], "rows drawn")
+        every = -(-len(rows) // self.limits.texts)
+        if every <= 1:
+            return Texts(rows, "rows")
+        kept = [row for row in rows if int(row.prompt.id[-HASHED:], 16) % every == 0]
+        limit = f"; of {len(rows):,} every {every}th question is looked at: texts in conf/doctor/limits.yaml"
+        return Texts(kept, "rows", limit)
 
     @cached_property
     def traces(self) -> list[Trace]:

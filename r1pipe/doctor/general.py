@@ -98,7 +98,8 @@ def refusals(context: Context, name: str) -> Finding:
     shown += f"safe ones: answering does in {shares[False]:.0%} of {len(in_order[False])}"
     worse = min(shares, key=lambda unsafe: shares[unsafe])
     remedy = "unsafe answers" if worse else "needless refusals"
-    remedy = f"{remedy} would be learned: train the reward models on more safety pairs and labels"
+    remedy = f"{remedy} would be learned: train the reward models on more safety pairs and labels "
+    remedy += "(stage=reward_model with more stage.pairs, stage.labels)"
     return graded(name, shares[worse], context.limits.refusals, shown, remedy)
 
 

@@ -24,7 +24,8 @@ def quality(context: Context, name: str) -> Finding:
     for kind in judges.kinds_asked(preference):
         folder = Path(parent.checkpoint) / kind
         if not folder.is_dir():
-            verdict, shown, beyond = WARN, f"{kind}: none", ""
+            verdict, shown = FAIL, f"{kind}: none"
+            beyond = f"the stage refuses to start (stage.preference.{kind}_weight=0 goes without it): "
         else:
             verdict, shown, beyond = _judged(context, kind, load_reward_model(folder), preference)
         status = max(status, verdict, key=ORDER.index)

@@ -36,7 +36,8 @@ def truncation(context: Context, name: str) -> Finding:
 
 def variance(context: Context, name: str) -> Finding:
     """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
-    of none, is a warning too: then only format and language differ."""
+    of none, is a warning too: then only format and language differ. PPO compares with what was expected, so
+    that all completions are one group."""
     groups = [group for group in context.probe.groups if applies(group.prompt)]
     rewards = [reward for group in groups for reward in group.rewards]
     known = [reward for reward in rewards if is_scored(reward)]
@@ -45,14 +46,18 @@ def variance(context: Context, name: str) -> Finding:
             score.detail for score in groups[0].scores[0].values() if score.status is not Status.SCORED
         ]
         return Finding(name, FAIL, "no completion could be scored", f"mend the verifier: {details[0]}")
-    share = sum(has_variance(group.rewards) for group in groups) / len(groups)
+    grouped = context.config.stage.algorithm == "grpo"  # type: ignore[attr-defined]
+    compared = [group.rewards for group in groups] if grouped else [rewards]
+    share = sum(map(has_variance, compared)) / len(compared)
     scores = [score["accuracy"] for group in groups for score in group.scores if "accuracy" in score]
     right = sum(score.value for score in scores if score.status is Status.SCORED) / max(1, len(scores))
-    shown = f"{share:.0%} of {len(groups)} groups differ; rewards {min(known):.2f} to {max(known):.2f}, "
+    shown = f"{share:.0%} of {len(groups)} groups differ; " if grouped else f"{len(known)} completions: "
+    shown += f"rewards {min(known):.2f} to {max(known):.2f}, "
     shown += f"{right:.0%} of answers right"
     if len(known) < len(rewards):
         shown += f", {len(rewards) - len(known)} of {len(rewards)} not scored"
-    remedy = "choose problems that are sometimes solved (data.levels, data=), or raise stage.group_size"
+    remedy = "choose problems that are sometimes solved (data.levels, data=)"
+    remedy += ", or raise stage.group_size" if grouped else ""
     found = graded(name, share, context.limits.variance, shown, remedy)
     return replace(found, status=WARN, remedy=remedy) if found.status == PASS and right in (0, 1) else found
 
@@ -115,6 +120,7 @@ def moved_by_step(context: Context) -> float:
 def round_trip(context: Context, name: str) -> Finding:
     """A checkpoint as the stage writes it, verified, read back and compared weight by weight, and resumed."""
     run, engine = context.trial, context.engine
+    run.log(1, {})  # a checkpoint is taken up with the lines of its steps alone
     target = run.save_checkpoint(engine, 1, {"doctor": 1}, save_pretrained)
     run.saved()
     engine.barrier()  # rank 0 has put it in place: the others read it, too

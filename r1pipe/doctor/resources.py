@@ -6,22 +6,21 @@ from pathlib import Path
 import psutil
 import torch
 
-from r1pipe import machine
-from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig
+from r1pipe import footprint, machine
+from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig, StageConfig
 from r1pipe.doctor.context import Context, graded
 from r1pipe.findings import FAIL, PASS, Finding
+from r1pipe.judges import KINDS
 from r1pipe.model.logprobs import LOGITS_IN_MEMORY
 
-MEBIBYTE = machine.MEBIBYTE
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
-FULL, HALF = 4, 2  # bytes of a number
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes of one rank."""
 
-    states: float  # weights, masters, gradients, moments, the reference
+    states: float  # weights, masters, gradients, moments (PPO: the value model's too), reference, judges
     activations: float  # of the largest training pass
     logits: float
     cache: float  # of the sampler
@@ -48,13 +47,23 @@ def memory(context: Context, name: str) -> Finding:
     parts |= {"cache": need.cache} if need.cache else {}
     shown = f"about {mib(need.peak)} of {mib(free)} MiB a rank ("
     shown += ", ".join(f"{part} {mib(size)}" for part, size in parts.items()) + ")"
-    smaller = "stage.micro_tokens" if isinstance(context.config.stage, RLConfig) else "stage.batch_size"
-    remedy = f"lower {smaller}, or set engine.recompute=true, engine.zero_level=3 or more ranks"
-    return graded(name, need.peak / free, context.limits.memory, shown, remedy)
+    return graded(name, need.peak / free, context.limits.memory, shown, less_of(need, context.config.stage))
+
+
+def less_of(need: Need, stage: StageConfig) -> str:
+    """What makes the largest part smaller."""
+    if need.states > need.peak / 2:
+        less = "set engine.zero_level=3 with more engine.ranks, or engine.moments=bf16"
+        return f"{less}, or take stage.algorithm=grpo" if getattr(stage, "ppo", None) else less
+    if need.cache > need.activations + need.logits:
+        return "lower stage.sampling.slots or stage.sampling.max_tokens"
+    reinforced = isinstance(stage, RLConfig)
+    smaller = "lower stage.micro_tokens" if reinforced else "raise engine.gradient_accumulation"
+    return f"{smaller}, or set engine.recompute=true"
 
 
 def mib(size: float) -> str:
-    return f"{size / MEBIBYTE:,.0f}"
+    return f"{size / footprint.MEBIBYTE:,.0f}"
 
 
 def longest_prompt(context: Context) -> int:
@@ -71,9 +80,10 @@ def needed(config: RunConfig, prompt: int) -> Need:
     Python and torch themselves, half a GiB, are not in it.
     """
     model, engine, stage = config.model, config.engine, config.stage
-    number = FULL if engine.precision == "fp32" else HALF
+    number = footprint.weight_bytes(engine)
     tokens = tokens_of_pass(config)
-    head = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size)) * model.vocab_size * FULL * LOGIT_COPIES
+    at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
+    head = at_once * model.vocab_size * footprint.FULL * LOGIT_COPIES
     layers = model.num_hidden_layers
     dense, moe = layer_numbers(model)
     kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
@@ -88,19 +98,20 @@ def needed(config: RunConfig, prompt: int) -> Need:
 
 
 def states(config: RunConfig) -> float:
-    """Bytes of a rank that stay: what ZeRO partitions is divided by the ranks of this machine alone."""
+    """Bytes of a rank that stay, of engines, reference and reward models: what ZeRO partitions is
+    divided by the ranks of this machine alone."""
     engine, stage, ranks = config.engine, config.stage, config.engine.ranks
-    number = FULL if engine.precision == "fp32" else HALF
-    moments = 2 * (FULL if engine.moments == "fp32" else HALF)
-    masters = 0 if engine.precision == "fp32" else FULL
+    number = footprint.weight_bytes(engine)
     samples = isinstance(stage, RLConfig)
-    each = (masters + moments) / (ranks if engine.zero_level >= 1 else 1)
-    each += FULL / (ranks if engine.zero_level >= 2 else 1)
-    # for sampling every rank gathers the whole model
-    each += number / (ranks if engine.zero_level >= 3 and not samples else 1)
-    if isinstance(stage, RLConfig) and stage.kl_coef:
-        each += number
-    return machine.parameters(config.model) * each
+    each = footprint.optimizer_bytes(engine) / (ranks if engine.zero_level >= 1 else 1)
+    each += footprint.FULL / (ranks if engine.zero_level >= 2 else 1)  # gradients
+    # for sampling, and for its values, every rank gathers a whole model
+    shared = ranks if engine.zero_level >= 3 and not samples else 1
+    total = sum(trained * each + weights * number / shared for weights, trained in footprint.engines(config))
+    if isinstance(stage, RLConfig):
+        total += number * footprint.without_mtp(config.model) * (stage.kl_coef > 0)
+        total += number * footprint.trunk(config.model) * len(KINDS) * (stage.preference is not None)
+    return total
 
 
 def tokens_of_pass(config: RunConfig) -> int:
@@ -134,9 +145,10 @@ def available(device: torch.device, ranks: int) -> float:
 
 def disk(context: Context, name: str) -> Finding:
     """Room for the checkpoints that the run keeps, where they will be written."""
-    needed, free = machine.room(context.config)
-    root = Path(context.config.root)
-    shown = f"up to {mib(needed)} of {mib(free)} MiB in {root}"
+    config, root = context.config, Path(context.config.root)
+    needed, free = footprint.room(config)
+    shown = f"{footprint.to_write(config)} checkpoints of {mib(footprint.checkpoint_bytes(config))} MiB: "
+    shown += f"with {mib(footprint.SPARE)} for the rest up to {mib(needed)} of {mib(free)} MiB in {root}"
     if free < needed:
         return Finding(name, FAIL, shown, "free some, give root=DIR on another disk, or lower stage.keep")
     return Finding(name, PASS, shown)

@@ -10,8 +10,8 @@ from r1pipe.data.packing import collate, pack
 from r1pipe.doctor.context import Context, graded, learns_from_traces
 from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.records import Completion, Prompt, Trace
-from r1pipe.rewards import score_all
-from r1pipe.rl.scoring import MEASURED, PREFERENCES, reward_weights, total_reward
+from r1pipe.rewards import TABLE, score_all
+from r1pipe.rl.scoring import MEASURED, reward_weights, total_reward
 
 REASONING = {"en": "Let me go through it step by step.", "zh": "我来一步一步地算。"}
 USELESS = {"en": "我不知道。", "zh": "I do not know."}  # in the other language, without tags or an answer
@@ -51,10 +51,11 @@ def rewards(context: Context, name: str) -> Finding:
 
 
 def _weights(context: Context) -> dict[str, float]:
-    """What the rules weigh: an RL stage's own, else all alike."""
+    """What the rules weigh: an RL stage's own, else all alike. Those on length and repetition are not tried,
+    nor is the KL: they tell no good response from a useless one."""
     stage = context.config.stage
     weights = reward_weights(stage) if isinstance(stage, RLConfig) else dict.fromkeys(MEASURED, 1.0)
-    return {name: weight for name, weight in weights.items() if name not in PREFERENCES and weight}
+    return {name: weight for name, weight in weights.items() if name in TABLE and weight}
 
 
 def _written(prompts: Sequence[Prompt]) -> list[Trace]:
@@ -141,7 +142,7 @@ def lengths(context: Context, name: str) -> Finding:
     if context.traces and learns_from_traces(config):
         room = getattr(stage, "sequence_length")  # noqa: B009 - only some stages have it
         sizes = [len(chat.example(trace.prompt, trace.response).tokens) for trace in context.traces]
-        what, remedy = "examples", "raise stage.sequence_length"
+        what, remedy = "examples", _longer(room, config.model.max_position_embeddings)
         long = sum(size > room for size in sizes)
     else:
         answer = getattr(stage, "sampling").max_tokens  # noqa: B009 - likewise
@@ -154,3 +155,10 @@ def lengths(context: Context, name: str) -> Finding:
     share = long / max(1, len(sizes))
     shown = f"{long:,} of {len(sizes):,} {what} are over {room:,} tokens; longest {max(sizes, default=0):,}"
     return graded(name, share, context.limits.too_long, shown, remedy)
+
+
+def _longer(room: int, context: int) -> str:
+    """How examples get more room, as far as the model's context goes."""
+    if room < context:
+        return f"raise stage.sequence_length, up to model.max_position_embeddings={context}"
+    return f"take shorter examples, or a model with more than model.max_position_embeddings={context}"

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1pipe import checkpoints, recorded
+from r1pipe import checkpoints, datafiles, recorded
 from r1pipe.config.changes import mapping_hash
 from r1pipe.config.schema import STAGE_TYPES, ParentRef, RejectionConfig
-from r1pipe.errors import CheckpointError
+from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.jsonfile import read_object
 from r1pipe.lineage import fit, places
-from r1pipe.paths import RunFolder, inside
+from r1pipe.paths import IMPORTED, RunFolder, inside
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Ancestor:
     parent: ParentRef
     record: dict[str, Any]  # {} where it has none (brought from elsewhere, or its run has not finished)
     problems: tuple[str, ...]  # what is not as it was, each naming its file; () if all is
+    notes: tuple[str, ...] = ()  # what could not be checked here
     child: str = ""  # the checkpoint folder that came from it
     shown: bool = False  # it stands further above already, with its own ancestors
 
@@ -55,6 +56,7 @@ class Looked:
     record: dict[str, Any] = field(default_factory=dict)
     edges: list[tuple[str, ParentRef, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def ancestors(start: ParentRef) -> Iterator[Ancestor]:
@@ -67,13 +69,13 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
         here, child = str(folder), step.way[-1] if step.way else ""
         if here in step.way:
             circle = f"{here} is its own ancestor: a record on the way was edited"
-            yield Ancestor(step.depth, step.edge, step.parent, {}, (circle,), child)
+            yield Ancestor(step.depth, step.edge, step.parent, {}, (circle,), child=child)
             continue
         key = (here, step.parent.hash, step.record_hash)
         known = key in looked
         found = looked.setdefault(key, look(folder, step)) if not known else looked[key]
-        problems = tuple(found.problems)
-        yield Ancestor(step.depth, step.edge, moved(step, folder), found.record, problems, child, shown=known)
+        told = tuple(found.problems), tuple(found.notes)
+        yield Ancestor(step.depth, step.edge, moved(step, folder), found.record, *told, child, shown=known)
         if not known:
             way, root = (*step.way, here), run_root(folder)
             todo += [
@@ -92,11 +94,13 @@ def run_root(checkpoint: Path) -> Path | None:
 
 
 def located(step: Step) -> Path:
-    """Where a parent is now: where its child's record says, else in the same root as the child, which may
-    have moved since, or the bundled base of this installation."""
+    """Where a parent is now: in the same root as the child, which may have been copied or moved, else where
+    its child's record says, or the bundled base of this installation."""
     recorded_at = Path(step.parent.checkpoint)
-    beside = step.root / step.parent.run_id / "checkpoints" / recorded_at.name if step.root else None
-    for place in (recorded_at, beside):
+    imported = recorded_at.parent.name == IMPORTED
+    own = Path(IMPORTED) if imported else Path(step.parent.run_id, "checkpoints")
+    beside = step.root / own / recorded_at.name if step.root else None
+    for place in (beside, recorded_at):
         if place is not None and is_folder(place):
             return place.resolve()
     return places.bundled_folder() if step.parent.run_id == places.BUNDLED else recorded_at
@@ -153,6 +157,7 @@ def read_run(found: Looked, step: Step) -> None:
         found.problems.append(f"{path} was edited: it is not what its own record_hash says")
     if step.record_hash and own != step.record_hash:
         found.problems.append(f"{path} has changed since its child was made from it")
+    read_files(found, run)
     if run is not None:
         found.problems += contradictions(run, record)
         last = inside(run.path, record["checkpoint"], run.record)
@@ -177,6 +182,39 @@ def launched_with(config: dict[str, Any]) -> list[tuple[str, ParentRef, str | No
     return recorded.edges({"parents": parents})
 
 
+def read_files(found: Looked, run: RunFolder | None) -> None:
+    """Whether the files that a run took its data from, if they are here, are what they were.
+
+    Data that r1pipe or a package generates is no file: its hash changes with their version. Raises
+    CheckpointError.
+    """
+    record = found.record
+    config = record.get("config") or (read_object(run.config) if run else {})
+    known = (record.get("data") or {}).get("hash")
+    if not known and STAGE_TYPES.get(record["stage"]) is not RejectionConfig:  # an early record
+        known = record.get("data_hash")
+    try:
+        data = config.get("data", {})
+        if not known or data.get("kind") != "files" or datafiles.content_hash(data) == known:
+            return
+        read = [path for paths in datafiles.located(data).values() for path in paths]
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        found.problems.append(f"the group `data` of {found.folder}'s config cannot be read")
+    except OSError as error:
+        found.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
+    else:
+        absent = [path for path in read if not path.is_file()]
+        if absent:
+            found.notes.append(f"{listed(absent)}: not here to check")
+        else:
+            found.problems.append(f"{listed(read)}: not the data that was read")
+
+
+def listed(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}"
+
+
 def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
     """Where a record says otherwise than the files of its run folder."""
     config = read_object(run.config)
@@ -197,6 +235,8 @@ def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
     made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
     if made and checkpoints.broken(run.dataset, made):
         yield checkpoints.broken(run.dataset, made) or ""
+    for name, sha in (record.get("files") or {}).items():
+        yield from filter(None, [checkpoints.broken(inside(run.path, name, run.record), sha)])
     diff = (record.get("code") or {}).get("diff_hash")
     if diff and checkpoints.broken(run.diff, diff):
         yield checkpoints.broken(run.diff, diff) or ""

@@ -142,6 +142,7 @@ def details(ancestor: Ancestor) -> str:
     rows["metrics"] = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
     shown = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in rows.items() if value)
     problems = "".join(f'<li class="problem">{escape(problem)}</li>' for problem in ancestor.problems)
+    problems += "".join(f"<li>{escape(note)}</li>" for note in ancestor.notes)
     listed = f"<ul>{problems}</ul>" if problems else ""
     heading = f"<h2>{escape(parent.stage)} {escape(parent.run_id)}</h2>"
     return f'<section>{heading}{listed}<dl class="one">{shown}</dl></section>'

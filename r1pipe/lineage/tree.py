@@ -24,7 +24,7 @@ def show(found: list[Ancestor]) -> None:
 
 
 def described(ancestor: Ancestor) -> Text:
-    """Edge, stage, run and hash in one line; each problem in its own; code, data and place below."""
+    """Edge, stage, run and hash in one line; each problem and note in its own; code, data and place below."""
     parent = ancestor.parent
     label = Text.assemble((f"{ancestor.edge}: " if ancestor.edge else "", "dim"), (parent.stage, "bold"))
     label.append(f"  {parent.run_id}  {parent.hash[:12]}  ")
@@ -33,6 +33,8 @@ def described(ancestor: Ancestor) -> Text:
     label.append(*(("broken", "red") if ancestor.problems else ("ok", "green")))
     for problem in ancestor.problems:
         label.append(f"\n{problem}", "red")
+    for note in ancestor.notes:
+        label.append(f"\n{note}", "yellow")
     return label.append("\n" + "  ".join(filter(None, [*facts(ancestor).values()])), "dim")
 
 

@@ -14,7 +14,7 @@ from r1pipe.data.chat import Chat
 from r1pipe.data.fitting import leaves_room
 from r1pipe.data.source import Source
 from r1pipe.engine import Engine
-from r1pipe.errors import Tripped
+from r1pipe.errors import EnvironmentProblem, Tripped
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.records import Completion, Group, Prompt
 from r1pipe.rewards import Shaping, Verdicts
@@ -22,10 +22,11 @@ from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.routing import routing_agreement
-from r1pipe.rl.rows import Row, rows_of, sample_of, speeds, stop_if_failing, summarise, write_rows
+from r1pipe.rl.rows import Row, rows_of, summarise, unfit
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
-from r1pipe.rl.tripwires import Trip, Tripwires, asking
+from r1pipe.rl.telling import tell_step
+from r1pipe.rl.tripwires import Tripwires, asking
 from r1pipe.rl.update import Reference, update
 from r1pipe.rollout import Sampler, SamplingParams
 from r1pipe.run import Run
@@ -65,7 +66,7 @@ class GRPO:
         self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
         self.critic, self.beside = critic, {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
-        self.tripwires = Tripwires(run.config.tripwires.wires)
+        self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
         self.reasoning = self._stream(data.prompts, "reasoning prompts")
@@ -76,6 +77,8 @@ class GRPO:
 
     def train(self) -> Path:
         """From the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""
+        if idle := self.tripwires.told_idle():
+            self.run.warn(idle)
         self._resume()
         while self.state.step < self.config.max_steps:
             self.step()
@@ -90,15 +93,17 @@ class GRPO:
         try:
             tokens, groups = self._draw(metrics)
         except Interrupted:
-            self.state = before  # as if the step had never begun
-            if before.step > self.saved:
-                self._save()
+            self._take_back(before)
             raise
         estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
             rows = self._rows_of_all_ranks(groups)
             metrics |= summarise(rows)
-            stop_if_failing(metrics, self.config.rewards.max_failed, rows)
+        if why := unfit(metrics, self.config.rewards.max_failed, rows):
+            step = before.step + 1
+            tell_step(self.run, self.engine, self.tripwires, step, rows, metrics, began)
+            self._take_back(before)
+            raise EnvironmentProblem(f"step {step}, from which nothing is learned: {why}")
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
             with self._timed("update", metrics):
                 rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
@@ -234,18 +239,13 @@ class GRPO:
         config, state = self.config, self.state
         state.step += 1
         last = state.step == config.max_steps
-        if self.engine.rank == 0:
-            write_rows(rows, self.run.folder.rollouts / f"step-{state.step}.parquet")
         if self.reference and config.reference_every and state.step % config.reference_every == 0:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and not last:
             metrics |= self.short_evaluation()
-        metrics |= speeds(rows, metrics, time.monotonic() - began)
-        trips = self._watched(metrics)
-        self.run.log(state.step, metrics)
+        trips = tell_step(self.run, self.engine, self.tripwires, state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
-        self.run.tell(sample=sample_of(rows, self.run.rng("shown", state.step)))
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := asking(trips, "stop"):
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
@@ -257,20 +257,15 @@ class GRPO:
         if leaving and not last:
             raise Interrupted(leaving)
 
+    def _take_back(self, before: LoopState) -> None:
+        """As if the step had never begun; what was learned before it is saved, and it comes again."""
+        self.state = before
+        if before.step > self.saved:
+            self._save()
+
     def _save(self) -> None:
         self.saved = self.state.step
         self.run.save_checkpoint(self.engine, self.saved, asdict(self.state), self._export, self.beside)
-
-    def _watched(self, metrics: Metrics) -> list[Trip]:
-        """The tripwires that trip in this step, told on the screen and among the metrics.
-
-        Rank 0 decides for all: times differ between ranks.
-        """
-        trips = self.engine.all_gather_objects(self.tripwires.check(metrics))[0]
-        for trip in trips:
-            metrics[f"tripwire/{trip.name}"] = trip.value
-            self.run.warn(f"step {self.state.step}: {trip.message}")
-        return trips
 
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)

@@ -22,20 +22,22 @@ def routing_agreement(
 ) -> dict[str, float]:
     """`train/routing_agreement`: share of the sampler's choices of experts that are the trainer's too.
 
-    Over the completion tokens of the first `count` rollouts of each rank, with the weights of now; nothing
-    where no expert was chosen. The sampler's choices are made again, by its decoder, token by token.
+    Over the completion tokens of `count` rollouts of each rank, with the weights of now; nothing where no
+    expert was chosen. The sampler's choices are made again, by its decoder, token by token: as many passes as
+    the longest has tokens, which all ranks wait for, so the shortest are compared.
     """
+    told = sorted((one for one in rollouts if len(one.completion) > 1), key=lambda one: len(one.completion))
     with engine.gathered() as policy:
-        same, chosen = _counted(policy, list(rollouts[:count]), config, engine.device)
+        same, chosen = _counted(policy, told[:count], config, engine.device)
     same, chosen = engine.sum_over_ranks([same, chosen])
     return {"train/routing_agreement": same / chosen} if chosen else {}
 
 
 @torch.no_grad()
 def _counted(
-    policy: DeepseekV3, rollouts: list[Rollout], config: RLConfig, device: torch.device
+    policy: DeepseekV3, rows: list[Rollout], config: RLConfig, device: torch.device
 ) -> tuple[float, float]:
-    rows = [rollout for rollout in rollouts if len(rollout.completion) > 1]
+    """Choices that are the same, and all of them, in rows of two tokens or more: the first is not decoded."""
     if not rows or policy.config.first_k_dense_replace >= policy.config.num_hidden_layers:
         return 0.0, 0.0
     micro = collate(rows, [0.0] * len(rows), 0.0, device)

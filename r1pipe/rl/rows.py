@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.data.filters import repetition
-from r1pipe.errors import EnvironmentProblem
 from r1pipe.records import Group, Prompt, Status
 from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
+from r1pipe.rl.scoring import KL
 
 Row = dict[str, Any]
 # The words by which R1-Zero's authors counted reflection (R1, figure on the "aha moment"; English alone).
@@ -84,16 +84,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """The step's metrics, over the completions of all ranks.
 
     `entropy` is the mean of -log pi over the drawn tokens: an unbiased estimate of the policy's entropy
-    without another pass over the vocabulary. Raises EnvironmentProblem where nothing could be scored.
+    without another pass over the vocabulary. There is no `reward` where nothing could be scored.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    if not rewards:
-        failed = rows[0]["failed"][0]
-        raise EnvironmentProblem(f"no completion could be scored ({failed}); mend the verifier and run again")
     lengths = [row["length"] for row in rows]
-    metrics = {
-        "reward": fmean(rewards),
-        "reward_std": pstdev(rewards),
+    metrics = {"reward": fmean(rewards), "reward_std": pstdev(rewards)} if rewards else {}
+    metrics |= kl_per_token(rows) | {
         "frac_reward_zero_std": fmean(not row["has_variance"] for row in rows),
         "frac_reward_failed": 1 - len(rewards) / len(rows),
         "completions/mean_length": fmean(lengths),
@@ -134,6 +130,16 @@ def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> 
     }
 
 
+def kl_per_token(rows: Sequence[Row]) -> dict[str, float]:
+    """`kl` where it is in the reward: nats a token over the judged completions, as they were drawn.
+
+    Where it is in the loss, the update measures it.
+    """
+    judged = [row for row in rows if KL in row["scores"] and row["reward"] is not None]
+    tokens = sum(row["length"] for row in judged)
+    return {"kl": sum(row["scores"][KL] for row in judged) / tokens} if tokens else {}
+
+
 def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
     """Reward name -> the share of its verdicts in which a verifier or the infrastructure failed."""
     failed = Counter(line.partition(":")[0] for row in rows for line in row["failed"])
@@ -141,18 +147,27 @@ def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
     return {name: failed[name] / (failed[name] + given[name]) for name in sorted({*failed, *given})}
 
 
-def stop_if_failing(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> None:
-    """Raises EnvironmentProblem where more than `limit` of a reward's verdicts failed: the others would be a
-    skewed choice of completions to learn from."""
-    shares = {name: share for name, share in metrics.items() if name.endswith("/failed")}
-    worst = max(shares, key=lambda name: shares[name], default="")
-    if worst and shares[worst] > limit:
-        name = worst.split("/")[1]
-        why = next(line for row in rows for line in row["failed"] if line.startswith(f"{name}:"))
-        raise EnvironmentProblem(
-            f"{shares[worst]:.0%} of the step's {name} verdicts failed ({why}); "
-            f"stage.rewards.max_failed={limit:g} allows no more: mend the verifier, or raise the limit"
-        )
+def most_failed(metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """The reward of which the greatest share of verdicts failed, and that share; None without any reward."""
+    shares = {name.split("/")[1]: share for name, share in metrics.items() if name.endswith("/failed")}
+    return max(shares.items(), key=lambda named: named[1], default=None)
+
+
+def unfit(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> str:
+    """Why nothing may be learned from a step; empty where all is well.
+
+    Where more than `limit` of a reward's verdicts failed, the others would be a skewed choice of completions.
+    """
+    if "reward" not in metrics:
+        return f"no completion could be scored ({rows[0]['failed'][0]}); mend the verifier"
+    name, share = most_failed(metrics) or ("", 0.0)
+    if share <= limit:
+        return ""
+    why = next(line for row in rows for line in row["failed"] if line.startswith(f"{name}:"))
+    return (
+        f"{share:.0%} of the {name} verdicts failed ({why}); "
+        f"stage.rewards.max_failed={limit:g} allows no more: mend the verifier, or raise the limit"
+    )
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from r1pipe import checkpoints, judges
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
-from r1pipe.data.source import open_data
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
 from r1pipe.ranks import choose_device
@@ -22,10 +21,10 @@ from r1pipe.run import Run
 def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], Judges]) -> None:
     """A whole RL stage. `load_judges` gives the rewards, besides the rules, that general prompts earn.
 
-    Raises CheckpointError where a reward model is too weak to be asked (`stage.preference`), unless forced.
+    Raises CheckpointError where a reward model which is asked is missing or, unless forced, weak.
     """
     stage = run.stage
-    chat, data = run.load_chat(), open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+    chat, data = run.load_chat(), run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
     for weakness in judges.must_be_good(run.config):
@@ -59,7 +58,8 @@ def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
 
 
 def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
-    """The frozen models that stage reward_model made: those that its data had examples for."""
+    """The frozen models that stage reward_model made; those whose reward weighs something are all there
+    (judges.must_be_good)."""
     parent = run.config.reads_from[judges.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)

@@ -1,8 +1,10 @@
 """Tripwires: a run of reinforcement that falls sick says so while it is cheap, with the likely cause.
 
 Each wire is a number computed from the metrics of all steps since the job began (or went on), newest last; it
-trips when the number has been beyond its limit for some steps in a row (conf/tripwires/). What is not finite
-has no wire: the engine skips such a step, and ends the job (NumericProblem) past `stage.optim.max_skipped`.
+trips when the number has been beyond its limit for some steps in a row (conf/tripwires/). Two sicknesses have
+an end of their own besides, which comes later: steps that are not finite (NumericProblem past
+`stage.optim.max_skipped` in a row), and verdicts that fail (EnvironmentProblem past
+`stage.rewards.max_failed` in a step).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from r1pipe.config.parts import WireConfig
+from r1pipe.config.schema import RLConfig
+from r1pipe.rl.rows import most_failed
 
 Metrics = Mapping[str, float]
 MEAN_LENGTH = "completions/mean_length"
@@ -24,6 +28,7 @@ class Wire:
     said: str  # with {value} and {limit}
     cause: str  # the likely one, and what to do
     below: bool = False  # trips below the limit instead of above it
+    lacks: Callable[[RLConfig], str] = lambda stage: ""  # what a stage has nothing to measure for want of
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,36 @@ def _slowness(steps: Sequence[Metrics]) -> float | None:
     return times[-1] / median(times[:-1]) if len(times) > FIRST else None
 
 
+def _failed(steps: Sequence[Metrics]) -> float | None:
+    """The worst share of verdicts that failed, as `stage.rewards.max_failed` counts it."""
+    worst = most_failed(steps[-1])
+    return worst[1] if worst else None
+
+
+def _skipped(steps: Sequence[Metrics]) -> float:
+    """Optimizer steps, of the policy and of a value model, that this step skipped."""
+    before, now = (
+        sum(step.get(name, 0.0) for name in ("train/skipped", "value/skipped"))
+        for step in (steps[-2] if len(steps) > 1 else {}, steps[-1])
+    )
+    return now - before
+
+
+def _no_groups(stage: RLConfig) -> str:
+    return "" if stage.group_size > 1 else f"stage.group_size={stage.group_size}: there are no groups"
+
+
+def _no_reference(stage: RLConfig) -> str:
+    return "" if stage.kl_coef else "stage.kl_coef=0: there is no reference"
+
+
+def _no_evaluations(stage: RLConfig) -> str:
+    """There is none in the last step, and one alone cannot fall."""
+    every = stage.eval.every
+    enough = every and (stage.max_steps - 1) // every > 1
+    return "" if enough else f"stage.eval.every={every}: no two evaluations in {stage.max_steps} steps"
+
+
 TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
 
 WIRES: dict[str, Wire] = {
@@ -75,6 +110,7 @@ WIRES: dict[str, Wire] = {
         _newest("frac_reward_zero_std"),
         "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
         "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
+        lacks=_no_groups,
     ),
     "entropy": Wire(
         _newest("entropy"),
@@ -86,6 +122,7 @@ WIRES: dict[str, Wire] = {
         _newest("kl"),
         "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
         "the policy has left it behind: lower stage.optim.lr or raise stage.kl_coef",
+        lacks=_no_reference,
     ),
     "logprob_gap": Wire(
         _newest("sampling/sampling_logp_difference/mean"),
@@ -101,6 +138,7 @@ WIRES: dict[str, Wire] = {
         _reward_without_accuracy,
         "the reward is at its best, held-out accuracy {value:.1%} below its best (limit {limit:.1%})",
         "the policy may be gaming a reward: read rollouts of the highest reward",
+        lacks=_no_evaluations,
     ),
     "length": Wire(
         _growth,
@@ -108,14 +146,20 @@ WIRES: dict[str, Wire] = {
         "length pays, or nothing ends a text: look at the rollouts and at stage.loss_mean",
     ),
     "verifier": Wire(
-        _newest("frac_reward_failed"),
-        "{value:.0%} of the completions could not be judged (limit {limit:.0%})",
+        _failed,
+        "{value:.0%} of a reward's verdicts failed (limit {limit:.0%})",
         "the verifier or its sandbox fails: the column `failed` of the rollouts says how",
     ),
     "max_vio": Wire(
         _newest("router/max_vio"),
         "an expert has {value:.1f} times the mean load too much (limit {limit:g})",
         "routing has collapsed: raise stage.router.bias_rate",
+    ),
+    "non_finite": Wire(
+        _skipped,
+        "{value:.0f} optimizer steps were skipped, as their loss or gradient is not finite (limit {limit:g})",
+        "the log names the layer: lower stage.optim.lr, or look at the precision; more than "
+        "stage.optim.max_skipped in a row end the job",
     ),
     "slow_step": Wire(
         _slowness,
@@ -128,10 +172,17 @@ WIRES: dict[str, Wire] = {
 class Tripwires:
     """What has been measured so far, and what of it is beyond its limit."""
 
-    def __init__(self, config: Mapping[str, WireConfig]):
-        self.config = config
+    def __init__(self, config: Mapping[str, WireConfig], stage: RLConfig):
+        on = {name: wire for name, wire in config.items() if wire.action != "off"}
+        self.idle = {name: why for name in on if (why := WIRES[name].lacks(stage))}
+        self.config = {name: wire for name, wire in on.items() if name not in self.idle}
         self.steps: list[Metrics] = []
-        self.beyond = dict.fromkeys(config, 0)  # steps in a row
+        self.beyond = dict.fromkeys(self.config, 0)  # steps in a row
+
+    def told_idle(self) -> str:
+        """One line on the wires that have nothing to measure in this run; empty where all have."""
+        told = "; ".join(f"{name} ({why})" for name, why in self.idle.items())
+        return f"tripwires with nothing to measure in this run: {told}" if told else ""
 
     def check(self, metrics: Metrics) -> list[Trip]:
         """Take a step's metrics; the wires that trip in it, once for each stretch beyond the limit."""
@@ -139,7 +190,7 @@ class Tripwires:
         trips = []
         for name, config in self.config.items():
             wire = WIRES[name]
-            value = wire.measure(self.steps) if config.action != "off" else None
+            value = wire.measure(self.steps)
             if value is None:
                 continue
             over = value < config.limit if wire.below else value > config.limit

@@ -198,10 +198,10 @@ def update(
     steps = [
         _optimizer_step(engine, micros, config) for _ in range(config.inner_epochs) for micros in minibatches
     ]
-    return _metrics(engine, steps, config)
+    return _metrics(engine, steps, config, with_kl=reference is not None and config.kl_in == "loss")
 
 
-def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[str, float]:
+def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: bool) -> dict[str, float]:
     """Of the steps that moved the policy; one that was skipped has no numbers to show."""
     first = steps[0]  # before any step the trainer's policy is the sampler's
     last = step_metrics(steps[-1].stats)
@@ -221,7 +221,7 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig) -> dict[s
     if first.balance:
         shares = [float(sum(share.item() for share in step.balance)) for step in steps]
         metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
-    if config.kl_in == "loss":  # the reward's is among the rewards
+    if with_kl:  # in the reward it is measured with the completions (rows.kl_per_token)
         metrics["kl"] = kl / count
     if config.importance_cap:
         metrics["sampling/importance_sampling_ratio/capped"] = capped / count

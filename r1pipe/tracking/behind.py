@@ -54,7 +54,7 @@ def write(folder: RunFolder, config: dict, uri: str) -> bool:
         return False
     try:
         index = Index(folder, publishable(config), uri)
-        index.send_metrics()
+        index.send_lines()
         index.end()
         if is_own_store(folder, config, uri):
             hold.says_whole(True)

@@ -33,6 +33,7 @@ class Index:
         for run_id in (self.parent_id, self.run_id):
             self.client.update_run(run_id, status="RUNNING")
         run = self.client.get_run(self.run_id)
+        self._trips = {key: text for key, text in run.data.tags.items() if key.startswith(naming.TRIPWIRE)}
         self._start_ms = run.info.start_time
         for name in run.data.metrics:  # a run that goes on: where each metric stands
             history = self.client.get_metric_history(self.run_id, name)
@@ -92,7 +93,23 @@ class Index:
         for start in range(0, len(params), PARAMS_PER_BATCH):
             self.client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
 
-    def send_metrics(self) -> None:
+    def send_lines(self) -> None:
+        """Brings MLflow up to what the job has written so far."""
+        self._send_metrics()
+        self._send_trips()
+
+    def _send_trips(self) -> None:
+        """A tag for each tripwire in tripwires.jsonl; one that a job which went back cut off goes."""
+        trips = naming.trips(Tail(self.folder.tripwires).read())
+        for key in self._trips.keys() - trips.keys():
+            self.client.delete_tag(self.run_id, key)
+            del self._trips[key]
+        for key, text in trips.items():
+            if self._trips.get(key) != text:
+                self.client.set_tag(self.run_id, key, text)
+                self._trips[key] = text
+
+    def _send_metrics(self) -> None:
         """Logs what metrics.jsonl has gained; steps that a metric has (the job went back) are left out."""
         from mlflow.entities import Metric
 

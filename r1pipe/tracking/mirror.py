@@ -14,7 +14,7 @@ from r1pipe.tracking.behind import Hold, catch_up
 from r1pipe.tracking.index import Index
 from r1pipe.tracking.store import failures, first_line, must_answer, store_uri
 
-EVERY_S = 3.0  # seconds between looks at metrics.jsonl: one batch for several steps takes less from the job
+EVERY_S = 3.0  # seconds between looks at the job's lines: one batch for several steps takes less from the job
 
 
 class Mirror:
@@ -66,7 +66,7 @@ class Mirror:
             catch_up(self.folder.path.parent, self.uri)
 
     def poll(self) -> None:
-        """Has new lines of metrics.jsonl logged, without waiting.
+        """Has new lines of metrics.jsonl and tripwires.jsonl logged, without waiting.
 
         Raises EnvironmentProblem if the store did not open.
         """
@@ -76,15 +76,15 @@ class Mirror:
         idle = self._pending is None or self._pending.done()
         if idle and monotonic() - self._looked_at >= EVERY_S:
             self._looked_at = monotonic()
-            self._pending = self._thread.submit(self._guarded, index.send_metrics)
+            self._pending = self._thread.submit(self._guarded, index.send_lines)
 
     def drain(self) -> None:
-        """Waits until all that metrics.jsonl holds is logged.
+        """Waits until all that the two files hold is logged.
 
         Raises EnvironmentProblem if the store did not open.
         """
         if self.enabled:
-            self._thread.submit(self._guarded, self._index.result().send_metrics).result()
+            self._thread.submit(self._guarded, self._index.result().send_lines).result()
 
     def finish(self) -> str | None:
         """Logs what the job left behind, ends the run; `models:/name@stage` if a checkpoint was registered.
@@ -103,7 +103,7 @@ class Mirror:
 
     def _end(self) -> str | None:
         index = self._index.result()
-        index.send_metrics()
+        index.send_lines()
         address = index.end()
         self._hold.says_whole(True)
         return address

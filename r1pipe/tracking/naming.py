@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
+TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped
 HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash")
 
 
@@ -31,6 +32,12 @@ def points(line: dict) -> Iterator[tuple[str, float]]:
     for name, value in line.items():
         if name not in ("step", "time") and is_number(value):
             yield re.sub("^eval/", "dev/", name), float(value)
+
+
+def trips(lines: Iterable[dict]) -> dict[str, str]:
+    """The lines of tripwires.jsonl as tags: `tripwire.NAME`, its newest step and the likely cause."""
+    told = (tuple(line.get(key) for key in ("name", "step", "message")) for line in lines)
+    return {f"{TRIPWIRE}{name}": f"step {step}: {message}" for name, step, message in told}
 
 
 def of_stages(name: str) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from r1pipe.config.schema import RunConfig
 from r1pipe.errors import CheckpointError, EnvironmentProblem
 from r1pipe.redaction import without_login, without_secrets
 
@@ -65,6 +66,12 @@ def failures() -> tuple[type[Exception], ...]:
 
     # a database's driver may be missing; a record may be broken
     return MlflowException, SQLAlchemyError, OSError, ImportError, CheckpointError
+
+
+def must_track(config: RunConfig) -> None:
+    """Raises EnvironmentProblem where a run is to be tracked by a server that does not answer."""
+    if config.tracking.enabled:
+        must_answer(store_uri(config.root, config.tracking.uri))
 
 
 def must_answer(uri: str) -> None:

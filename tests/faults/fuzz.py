@@ -4,10 +4,12 @@ Inputs come from hypothesis: real files with a few values or bytes changed, and 
 """
 
 import json
+import pickle
 import signal
 import struct
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -27,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
-from r1pipe import checkpoints, compare, lineage
+from r1pipe import checkpoints, compare, engine_state, lineage, metrics_file, retention
 from r1pipe.config import config_hash, read_config, rules, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.data.aside import Aside
@@ -200,7 +202,9 @@ def targets(folder: Path) -> Iterator[tuple[str, int, tuple[st.SearchStrategy, A
     yield "safetensors headers", 1500, of_weights(folder / "weights")
     yield "an index of shards", 600, of_index(folder / "index")
     yield "tokenizer and template", 1200, of_tokenizer(folder / "tokenizer")
-    yield "metrics.jsonl", 500, of_metrics(folder / "metrics")
+    yield "metrics.jsonl", 1000, of_metrics(folder / "metrics")
+    yield "engine/*.pt", 1500, of_state(folder / "state")
+    yield "engine/layout.json", 500, of_layout(folder / "layout")
     yield "addresses", 500, (st.text(max_size=60), lambda text: publishable({"uri": without_login(text)}))
 
 
@@ -409,11 +413,61 @@ def _speak(folder: Path) -> None:
 def of_metrics(folder: Path) -> tuple[st.SearchStrategy, Act]:
     folder.mkdir()
     path = folder / "metrics.jsonl"
-    line = json_file({"step": 3, "time": 1.5, "train/loss": 0.5, "eval/pass_at_1": 0.2})
+    rows = [{"step": n, "time": 1.5, "train/loss": 0.5, "eval/pass_at_1": 0.2} for n in (1, 2, 3)]
+    lines = [st.one_of(st.just(json.dumps(row).encode()), json_file(row)) for row in rows]
 
-    def act(content: list[bytes]) -> None:
+    def act(content: Sequence[bytes]) -> None:
         path.write_bytes(b"\n".join(content) + b"\n")
         for row in Tail(path).read():
             list(naming.points(row))
+        for direction in ("max", "min"):
+            retention.best(path, {1, 2, 3}, "eval/pass_at_1", direction)
+        metrics_file.cut_after(path, 3)
 
-    return st.lists(line, max_size=3), act
+    return st.one_of(st.tuples(*lines), st.lists(lines[-1], max_size=3)), act
+
+
+class Code:
+    """A pickle that makes a file when it is read by one who trusts it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def of_state(folder: Path) -> tuple[st.SearchStrategy, Act]:
+    """What torch.save wrote, damaged, and pickles of anything, code among them."""
+    folder.mkdir()
+    path, ran = folder / "state.pt", folder / "ran"
+    valid = {"step": 3, "loop": {"cursor": [1, 2]}, "exp_avg": torch.ones(3), "name": "x"}
+    zipped, old = folder / "zipped.pt", folder / "old.pt"
+    torch.save(valid, zipped)
+    torch.save(valid, old, _use_new_zipfile_serialization=False)
+    right = [file.read_bytes() for file in (zipped, old)]
+    things = st.one_of(JSON, st.just(Code(ran)), JSON.map(lambda value: {"a": value, "b": Code(ran)}))
+    pickled = st.tuples(things, st.integers(0, 5)).map(lambda pair: pickle.dumps(*pair))
+
+    def act(content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of other pickle protocols
+                engine_state.load_tensors(str(path), "cpu")
+        finally:
+            assert not ran.exists(), "code in a checkpoint was run"
+
+    damages = [damaged(content) for content in (*right, pickle.dumps(valid["loop"], 2))]
+    return st.one_of(*damages, pickled, pickled.flatmap(damaged), st.binary(max_size=40)), act
+
+
+def of_layout(folder: Path) -> tuple[st.SearchStrategy, Act]:
+    (folder / engine_state.TAG).mkdir(parents=True)
+    (folder / engine_state.TAG / engine_state.MODEL_STATES[0]).touch()
+
+    def act(content: bytes) -> None:
+        (folder / engine_state.LAYOUT).write_bytes(content)
+        engine_state.read_layout(folder)
+
+    return json_file({"ranks": 1, "zero_level": 0}), act

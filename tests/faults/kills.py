@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ PER_WALK = 16
 BY_TIME = 1 / 3  # share of the kills that come by the clock
 LIMIT_S = 1800  # for one attempt
 POLL_S = 0.02
+INSIDE, AFTER = "inside a stage", "after its end"
 LATE_S = 2.0  # after a stage has ended: the points that come with its end have been told by then
 WORDS = ["recipe=smoke", "engine.ranks=2", "stage.max_steps=4", "stage.save_every=2", "tracking=none"]
 ONE_STAGE = ["stage=cold_start", "recipe=smoke", "engine.ranks=1", "stage.save_every=1", "tracking=none"]
@@ -133,25 +134,34 @@ def lines(path: Path) -> list[str]:
 
 def walk(root: Path, command: Sequence[str], reference: Reference, kills: Sequence[Kill]) -> Outcome:
     """One reproduction with these kills, in the order of the stages; one that comes too late is left out."""
-    landed = []
+    landed = {}
     for kill in sorted(kills, key=lambda kill: due(kill, reference)):
         log.info("%s: %s (%d landed)", root.name, kill, len(landed))
-        if attempt(root, command, kill, {}, reference.seconds[kill.stage]):
-            landed.append(kill)
+        where = attempt(root, command, kill, {}, reference.seconds[kill.stage])
+        if where:
+            landed[kill] = where
     log.info("%s: to the end", root.name)
     attempt(root, command, None, {})
     found = pipelines(reference.root, root)
     broken = next(
         (stage for stage, run in finished(root).items() if any(run.name in line for line in found)), None
     )
-    lost = [kill for kill in landed if kill.stage == broken] or landed if found else []
+    lost = [kill for kill in landed if kill.stage == broken] or [*landed] if found else []
     number = f"{kills[0].number} to {kills[-1].number}" if len(kills) > 1 else f"{kills[0].number}"
     return Outcome(
         f"kill -9 of everything, {number}",
         tried=len(landed),
         held=len(landed) - len(lost),
-        told=f"{lost[0]}: {found[0]}" if found else f"the same bits: {', '.join(reference.stages)}",
+        told=f"{lost[0]}: {found[0]}"
+        if found
+        else f"the same bits: {', '.join(reference.stages)}; {told(landed)}",
     )
+
+
+def told(landed: Mapping[Kill, str]) -> str:
+    """How many kills came within their stage, and how many once it had ended."""
+    counted = Counter(landed.values())
+    return f"{counted[INSIDE]} {INSIDE}, {counted[AFTER]} {AFTER}"
 
 
 def due(kill: Kill, reference: Reference) -> tuple:
@@ -169,8 +179,8 @@ def due(kill: Kill, reference: Reference) -> tuple:
 
 def attempt(
     root: Path, command: Sequence[str], kill: Kill | None, added: dict[str, str], stage_s: float = 0.0
-) -> bool:
-    """The command once; whether the kill landed. Raises AssertionError where it failed by itself.
+) -> str | None:
+    """The command once; where the kill landed, if it did. Raises AssertionError where it failed by itself.
 
     Where the moment does not come any more, since an earlier kill's resume has less to do, the kill comes
     when its stage has ended: else the whole rest of the walk would go by.
@@ -178,12 +188,12 @@ def attempt(
     root.mkdir(exist_ok=True)
     moment, marker, output = Moment(root, kill, stage_s), root / "marker", root / "output.txt"
     if moment.is_past():
-        return False
+        return None
     marker.unlink(missing_ok=True)
     variables = {**os.environ, **added, "PYTHONPATH": search_path(), "FAULT_MARKER": str(marker)}
     if kill and kill.point:
         variables["FAULT"] = f"{kill.stage}/{kill.point}/{kill.nth}"
-    line = [sys.executable, "-P", "-m", "r1pipe.cli", *command, f"root={root}"]
+    line = command_line(root, command)
     with output.open("ab") as file:
         process = subprocess.Popen(
             line, env=variables, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
@@ -191,8 +201,10 @@ def attempt(
     deadline = time.monotonic() + LIMIT_S
     try:
         while process.poll() is None:
-            if marker.exists() or moment.is_up() or moment.is_past(LATE_S):
-                return True
+            if marker.exists():
+                return INSIDE
+            if moment.is_up() or moment.is_past(LATE_S):
+                return AFTER if moment.is_past() else INSIDE
             assert time.monotonic() < deadline, f"{kill} hangs: {output.read_text()[-2000:]}"
             time.sleep(POLL_S)
     finally:
@@ -200,7 +212,11 @@ def attempt(
     assert process.returncode == 0, (
         f"exit code {process.returncode} after {kill}: {output.read_text()[-3000:]}"
     )
-    return False
+    return None
+
+
+def command_line(root: Path, command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-P", "-m", "r1pipe.cli", *command, f"root={root}"]
 
 
 def search_path() -> str:

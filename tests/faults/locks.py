@@ -3,15 +3,20 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+from forked import wait_until
+
 from faults.outcome import Outcome
-from r1pipe import locks
+from r1pipe import locks, processes
 from r1pipe.errors import EnvironmentProblem
 from r1pipe.paths import RunFolder
 
@@ -33,6 +38,18 @@ try:
 except EnvironmentProblem as error:
     print(error, flush=True)
 """
+# r1pipe: has the run, and starts a runner in a session of its own; that starts a rank, which imports for long
+STARTS = """
+import subprocess, sys, time
+from r1pipe import locks
+from r1pipe.paths import RunFolder
+sleeps = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[1]]
+runs = f"import subprocess, time; print(subprocess.Popen({sleeps!r}).pid, flush=True); time.sleep(600)"
+with locks.held(RunFolder(sys.argv[1])) as lock:
+    runner = subprocess.Popen([sys.executable, "-c", runs], start_new_session=True)
+    lock.add(runner.pid)
+    runner.wait()
+"""
 
 
 def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
@@ -47,6 +64,10 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     taken = {name: taken_over(folder / name.split()[0], content) for name, content in left.items()}
     problem = next((f"{name}: {line}" for name, line in taken.items() if line), "taken over")
     yield Outcome("a lock that nobody has", len(taken), sum(not line for line in taken.values()), problem)
+    with launchers_killed(folder / "orphan") as (orphaned, rank):
+        told = may_be_had(orphaned)
+    refused = told.endswith(f"kill -9 {rank.pid}") and not may_be_had(orphaned)
+    yield Outcome("a rank without launchers that has no heartbeat yet", 1, int(refused), told or "taken over")
 
 
 def in_the_same_moment(folder: Path) -> list[str]:
@@ -83,8 +104,36 @@ def taken_over(folder: Path, content: str) -> str:
     run.pid.write_text(content)
     long_ago = time.time() - 2 * locks.LEASE_S
     os.utime(run.pid, (long_ago, long_ago))
+    return may_be_had(run)
+
+
+def may_be_had(run: RunFolder) -> str:
+    """Nothing, or why not."""
     try:
         with locks.held(run):
             return ""
     except EnvironmentProblem as problem:
         return str(problem)
+
+
+@contextmanager
+def launchers_killed(folder: Path) -> Iterator[tuple[RunFolder, psutil.Process]]:
+    """A run whose r1pipe and runner were killed while its rank was still importing; and that rank."""
+    run = RunFolder(folder / "orphaned-run")
+    run.log.mkdir(parents=True)
+    r1pipe = subprocess.Popen(
+        [sys.executable, "-c", STARTS, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert r1pipe.stdout
+    rank = psutil.Process(int(r1pipe.stdout.readline()))
+    try:
+        holder = locks.Holder.read(run.pid)
+        assert holder
+        for pid, _ in holder.processes:
+            os.kill(pid, signal.SIGKILL)
+        r1pipe.wait()
+        yield run, rank
+    finally:
+        rank.kill()
+        wait_until(lambda: not processes.is_alive(rank.pid, rank.create_time()), "the rank's end")
+        r1pipe.communicate()

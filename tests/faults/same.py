@@ -54,6 +54,7 @@ def both(one: Path, other: Path) -> list[str]:
     parts = {
         "checkpoints": checkpoints_apart(a.checkpoints, b.checkpoints),
         "metrics.jsonl": metrics_apart(a.metrics, b.metrics),
+        "tripwires.jsonl": apart(tripped(a.tripwires), tripped(b.tripwires), "rows"),
         "rollouts": tables_apart(a.rollouts, b.rollouts),
         "data": tables_apart(a.data, b.data),
         "samples.json": json_apart(a.samples, b.samples),
@@ -122,6 +123,12 @@ def metrics_apart(one: Path, other: Path) -> Iterator[str]:
     yield from apart(*rows, "rows")
 
 
+def tripped(path: Path) -> list[dict[str, Any]]:
+    """The lines of what has tripped, but for what a clock says."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(json.loads, lines) if row["name"] != "slow_step"]
+
+
 def tables_apart(one: Path, other: Path) -> Iterator[str]:
     """Tables row by row, and JSON beside them; a file for each step or shard, so none is there twice."""
     yield from apart(files_in(one), files_in(other), "files")
@@ -137,8 +144,9 @@ def tables_apart(one: Path, other: Path) -> Iterator[str]:
 
 def records_apart(a: RunFolder, b: RunFolder) -> Iterator[str]:
     records = [json.loads(run.record.read_text()) for run in (a, b)]
-    for record in records:  # what a run is called, and where it lies
+    for record in records:  # what a run is called, and where it lies; files are compared one by one
         record.pop("run_id")
+        record["files"] = sorted(record["files"])
         record["config"].pop("root")
     if (a.data / "samples.parquet").exists():
         for record in records:

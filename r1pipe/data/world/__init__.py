@@ -34,6 +34,7 @@ class World:
         mine = {key: value for key, value in asdict(config).items() if key not in OF_FILES}
         identity = json.dumps([mine, seed, content_hash()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
+        self.files: dict[str, str] = {}
         self.judge, self.strategy_of = judge, strategy_of
 
     def _rng(self, *stream: object) -> random.Random:
@@ -54,6 +55,9 @@ class World:
             )
             found.setdefault(prompt.id, prompt)
         return list(found.values())
+
+    def rows(self, split: str) -> None:
+        """None: problems are made."""
 
     def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
         """n worked solutions to train prompts, each in one language and in the right format."""

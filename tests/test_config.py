@@ -80,7 +80,10 @@ def test_cluster_is_the_paper() -> None:
     assert (stage.sampling.temperature, stage.sampling.max_tokens) == (1.0, 32768)
 
 
-@pytest.mark.parametrize(("recipe", "stage"), [walk for walk in WALKS if walk[0] in ("gpu", "cluster")])
+@pytest.mark.parametrize(
+    ("recipe", "stage"),
+    [*(walk for walk in WALKS if walk[0] in ("gpu", "cluster")), ("gpu", "distill"), ("cluster", "distill")],
+)
 def test_where_a_stage_takes_long_a_lost_machine_costs_some_of_it(recipe: str, stage: str) -> None:
     config = compose([f"recipe={recipe}", f"stage={stage}", "parent=any"]).config
     trains = STAGE_TYPES[stage] is not EvaluateConfig

@@ -6,6 +6,7 @@ Exact resume after a kill is in tests/test_resume.py, where every stage that tra
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from r1pipe.config.compose import compose
 from r1pipe.config.schema import DistillConfig, ParentRef
 from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed
-from r1pipe.doctor import Context
+from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
+from r1pipe.findings import PASS
 from r1pipe.paths import RunFolder
 from r1pipe.run import Run
 from r1pipe.sft import finetune
@@ -109,11 +111,14 @@ def test_its_lineage_has_the_student_and_the_samples(
 
 
 def test_the_doctor_looks_at_the_samples(
-    teacher: RunFolder, distilled: tuple[RunFolder, list[Packed]]
+    teacher: RunFolder, distilled: tuple[RunFolder, list[Packed]], tmp_path: Path
 ) -> None:
+    run = RunFolder(tmp_path)
     config = read_config(distilled[0].config)
-    context = Context(Run(distilled[0], config, config.stage), limits())
+    context = Context(Run(run, config, config.stage), replace(limits(), judged=4))
     assert context.traces == read_dataset(teacher.dataset)[0]
+    found = {finding.name: finding for finding in examine(context)}
+    assert "variance" not in found and {finding.status for finding in found.values()} == {PASS}, found
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PAR1"), Path.unlink])

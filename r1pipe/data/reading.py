@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow
 
+from r1pipe import heartbeat
 from r1pipe.errors import DataError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -113,6 +114,7 @@ def _sift(path: Path, found: Found, unit: str = "line") -> Sifted:
     sifted, columns = Sifted(), dict[str, None]()
     unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
     for number, text, values in found:
+        heartbeat.tick()
         if isinstance(values, _Bad):
             shown = text.decode(errors="replace") if isinstance(text, bytes) else text
             sifted.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", shown[:SHOWN]))

@@ -9,13 +9,13 @@ level 0, which keeps everything whole, is written and read here.
 import contextlib
 import io
 import os
-import pickle
 import re
 import shutil
 import struct
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ CONVERTED = ".step-converted"  # named as what retention clears away, should a k
 PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names
 # What torch's restricted unpickler raises on a file that torch.save has not written so.
 UNREADABLE = (
-    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
+    *(UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error),
 )
 REMEDY = "remove this checkpoint, and the run goes on from the one before, or start the stage anew (--fresh)"

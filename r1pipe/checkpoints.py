@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from r1pipe import heartbeat
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonfile import read_object
 from r1pipe.paths import RunFolder, inside
@@ -22,7 +23,7 @@ STEP = re.compile(r"step-(\d+)")
 
 
 def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with heartbeat.to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -174,6 +175,7 @@ def sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+        heartbeat.tick()
     finally:
         os.close(number)
 

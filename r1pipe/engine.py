@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,10 @@ class Engine(Ranks):
             yield self.module
             return
         offload = self._ds.optimizer.parameter_offload
-        with _import_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
+        with ExitStack() as stack:
+            with heartbeat.waiting(self.world_size > 1):
+                whole = _import_deepspeed().zero.GatheredParameters(list(self.module.parameters()))
+                stack.enter_context(whole)
             offload._remove_module_hooks()
             offload.forward_hooks, offload.backward_hooks = [], []
             try:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.jsonfile import read_object
 from r1pipe.optimizer import MOMENTS
@@ -50,7 +51,8 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
         if problems:
             return
         try:
-            with open(path, "wb") as file:  # torch's own files hide why they could not be written
+            # torch's own files hide why they could not be written
+            with heartbeat.working(), heartbeat.to_write(path) as file:
                 torch.save(state_dict, file)
         except (OSError, RuntimeError) as error:
             if not disk_is_full(error):
@@ -59,7 +61,8 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
 
     ds.checkpoint_engine.save = save
     ds._copy_recovery_script = lambda folder: None  # the weights are published beside
-    ds.save_checkpoint(str(folder), tag=TAG, client_state=dict(client_state), save_latest=False)
+    with heartbeat.waiting(ds.world_size > 1):  # but for the files, it is barriers
+        ds.save_checkpoint(str(folder), tag=TAG, client_state=dict(client_state), save_latest=False)
     return problems[0] if problems else None
 
 
@@ -84,7 +87,8 @@ def read_layout(folder: Path) -> tuple[int, int]:
 def read(ds: Any, folder: Path) -> dict[str, Any]:
     """Put back what as many ranks at the same ZeRO level wrote; the client state. Raises CheckpointError."""
     ds.checkpoint_engine.load = load_tensors
-    found, client = ds.load_checkpoint(str(folder), tag=TAG)
+    with heartbeat.waiting(ds.world_size > 1):
+        found, client = ds.load_checkpoint(str(folder), tag=TAG)
     if found is None:
         raise CheckpointError(f"{folder} holds no DeepSpeed state; start the stage anew (--fresh)")
     return client
@@ -101,7 +105,8 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
 
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
-            return _torch_load(path, map_location=map_location, weights_only=True)
+            with heartbeat.working():
+                return _torch_load(path, map_location=map_location, weights_only=True)
         except UNREADABLE as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it asks for {asked[1]}" if asked else "it is damaged or missing"

@@ -5,6 +5,7 @@ Both wings import this: no torch here.
 """
 
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,6 +26,7 @@ WRITE_EVERY_S = 1.0  # while work is done
 ALIVE_EVERY_S = 10.0  # while none is: other machines see by it that the process lives
 RECORD_BYTES = 512  # of a file: it is written over
 TRIES, TRY_AGAIN_S = 5, 0.001  # to read a file that is being written
+PIECE = 1 << 26  # bytes of a file that are written between two ticks
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Beat:
     began: float  # of the process, seconds since 1970
     step: int = 0  # that it works on
     place: str = "starting"
-    patient: bool = True  # one long piece of work that shows nothing meanwhile: loading, compiling, saving
+    patient: bool = True  # one long piece of work that shows nothing meanwhile: importing, compiling
     waiting: bool = False  # for other ranks, in a collective
     met: int = 0  # collectives entered: of ranks in lockstep, one that is stuck has entered the fewest
     ticks: int = 0  # pieces of work done
@@ -134,6 +137,26 @@ def tick() -> None:
         _heart.beat.ticks += 1
 
 
+class _Ticking(io.FileIO):
+    def readinto(self, buffer: Any) -> int | None:
+        tick()
+        return super().readinto(buffer)
+
+    def write(self, data: Any) -> int:
+        tick()
+        return super().write(memoryview(data)[:PIECE])
+
+
+def to_read(path: Path | str) -> io.BufferedReader:
+    """A file each piece of which, as it is read, shows work."""
+    return io.BufferedReader(_Ticking(path, "rb"))
+
+
+def to_write(path: Path | str) -> io.BufferedWriter:
+    """A file, new or emptied, each piece of which shows work when it is written."""
+    return io.BufferedWriter(_Ticking(path, "wb"))
+
+
 @contextmanager
 def limited() -> Iterator[None]:
     """A block that waits for something with a limit of its own, which may be a long one: until then, work."""
@@ -156,7 +179,7 @@ def at_step(step: int) -> None:
     """Which step is being worked on."""
     if _heart is not None:
         beat = _heart.beat
-        beat.step, beat.place, beat.ticks = step, "between phases", beat.ticks + 1
+        beat.step, beat.place, beat.patient, beat.ticks = step, "between phases", False, beat.ticks + 1
         _heart.show()
 
 
@@ -195,5 +218,24 @@ def waiting(for_others: bool = True) -> Iterator[None]:
         yield
     finally:
         beat.waiting = False
+        beat.ticks += 1
+        heart.show()
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Within `waiting`: this rank's own work, which the others wait for."""
+    heart = _heart
+    if heart is None or not heart.beat.waiting:
+        yield
+        tick()
+        return
+    beat = heart.beat
+    beat.waiting = False
+    heart.show()
+    try:
+        yield
+    finally:
+        beat.waiting = True
         beat.ticks += 1
         heart.show()

@@ -53,13 +53,10 @@ class Resumable(Generic[S]):
         return time.time() - self._began
 
     @contextmanager
-    def phase(self, name: str, patient: bool = False) -> Iterator[None]:
-        """Count the time of a block under `seconds[name]` of the record.
-
-        `patient`: it may take long without a sign of work (see r1pipe.heartbeat).
-        """
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a block under `seconds[name]` of the record; it shows work (r1pipe.heartbeat)."""
         began = time.monotonic()
-        with heartbeat.at(name, patient):
+        with heartbeat.at(name):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
@@ -108,7 +105,7 @@ class Resumable(Generic[S]):
         where `stage.keep_best` names no metric.
         """
         target = self.folder.checkpoint(step)
-        with self.phase("saving", patient=True):
+        with self.phase("saving"):
             problem = self._last_problem()
             with engine.gathered() as model:
                 if self.rank == 0 and problem is None:
@@ -135,7 +132,7 @@ class Resumable(Generic[S]):
 
     def saved(self) -> None:
         """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
-        with self.phase("saving", patient=True):
+        with self.phase("saving"):
             problem = self._last_problem()
         if problem is not None:
             raise EnvironmentProblem(problem)

@@ -74,7 +74,7 @@ class Run(Resumable[S]):
 
     def load_model(self, parent: ParentRef | None) -> DeepseekV3:
         """The parent's model, its files checked against their hashes; without a parent random weights."""
-        with heartbeat.at("loading weights", patient=True):
+        with heartbeat.at("loading weights", patient=parent is None):
             if parent is None:
                 return DeepseekV3(self.config.model, self.generator("weights"))
             if self.rank == 0:

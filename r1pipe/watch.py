@@ -22,7 +22,7 @@ from r1pipe.heartbeat import Beat
 from r1pipe.paths import RunFolder
 
 LOOK_EVERY_S = 1.0
-PATIENCE = 15  # times longer may a piece of work take that shows nothing meanwhile
+PATIENCE = 6  # times longer may a start take (imports, compilers), which shows nothing meanwhile
 SUSPECT = 0.8  # of the limit: what comes to a halt because another rank did is silent for nearly as long
 STACK_S = 2.0  # until the stacks that ranks were asked for are read
 STUCK_CODE = 1  # exit code

@@ -27,7 +27,7 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage learns from one run's samples; name its stage in stage.reads")
         (teacher,) = run.config.reads_from.values()
         chat = run.load_chat()
-        with run.phase("loading data", patient=True):
+        with run.phase("loading data"):
             source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
             traces, data_hash = samples_of(teacher)
         fine_tune(run, chat, source, traces, data_hash)

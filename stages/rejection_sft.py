@@ -44,7 +44,7 @@ def main(folder: str) -> None:
             slots, graphs = stage.sampling.slots, run.config.engine.graphs
             sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.asked)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
-        with run.phase("filtering", patient=True):
+        with run.phase("filtering"):
             if ranks.rank == 0:
                 questions = evaluation_questions(run, chat, source, context)
                 build_dataset(run, chat, source, parent, shards, questions, too_long)

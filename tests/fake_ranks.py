@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-from r1pipe import heartbeat, stopping
+from r1pipe import checkpoints, heartbeat, stopping
 from r1pipe.config import read_config
 from r1pipe.paths import RunFolder
 
 POLL_S = 0.3  # DeepSpeed's launcher: 1 s
 WORK_S = 0.02
+SLOW_S = 0.5
 
 
 def work(pieces: int) -> None:
@@ -40,7 +42,26 @@ def hang() -> None:
 
 
 def hang_while_saving() -> None:
-    with heartbeat.at("saving", patient=True):
+    with heartbeat.at("saving"):
+        hang()
+
+
+def hang_in_a_compiler() -> None:
+    with heartbeat.at("compiling", patient=True):
+        hang()
+
+
+def save_slowly() -> None:
+    """Writes and reads back for longer than a silent rank may take; then hangs elsewhere."""
+    place = Path(sys.argv[1]) / "slow"
+    with heartbeat.at("saving"):
+        for _ in range(8):
+            with heartbeat.to_write(place) as file:
+                file.write(bytes(100_000))
+            time.sleep(SLOW_S)
+            checkpoints.file_hash(place)
+            time.sleep(SLOW_S)
+    with heartbeat.at("after saving"):
         hang()
 
 
@@ -57,6 +78,8 @@ def crash() -> None:
 FAULTS = {
     "hangs": hang,
     "hangs_while_saving": hang_while_saving,
+    "hangs_in_a_compiler": hang_in_a_compiler,
+    "saves_slowly": save_slowly,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "crashes": crash,

@@ -404,8 +404,9 @@ def test_reasoning_gym_problems_are_seeded_disjoint_and_scored_by_their_task():
     assert splits["train"] == data.prompts("train", 40, 7) != data.prompts("train", 40, 8)
     assert {prompt.task for prompt in splits["test"]} == {"leg_counting", "basic_arithmetic"}
     for prompt in splits["test"]:
-        assert reasoning_gym.score(prompt, prompt.answer) == 1.0
-        assert reasoning_gym.score(prompt, "no number") < 1.0
+        task, entry = prompt.task, prompt.checker["entry"]
+        assert reasoning_gym.score(task, entry, prompt.answer) == 1.0
+        assert reasoning_gym.score(task, entry, "no number") < 1.0
 
 
 def test_an_exhausted_task_gives_fewer_and_never_repeats(monkeypatch):

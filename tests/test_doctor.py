@@ -491,6 +491,7 @@ def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) 
     parent = lineage.of_folder(untaught)
     poor = found(context("stage=all_scenario", UNFORCED, reward_model=parent), "reward models")
     assert poor.status == FAIL and "helpful: 50.0% of" in poor.value and "harmless: none" in poor.value
+    shutil.rmtree(untaught.parent / "run")
     missing = found(context("stage=all_scenario", FORCE, reward_model=parent), "reward models")
     assert missing.status == FAIL, "the stage refuses to start"
     assert "in order 0.5, below stage.preference.min_accuracy=0.6" in poor.remedy

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from r1pipe.errors import ConfigError, DataError
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.records import Completion, Prompt, Score, Status
 from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, vote
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.program import check_program, extract_program, same_value
@@ -55,6 +55,41 @@ DOUBLE = prompt("", "program", entry_point="f", tests=[[[2], 4], [[-1], -2], [[[
         ("2", "The answer is 2ab.", 0),
         ("B", "The answer is (B).", 1),
         ("B", "The answer is C.", 0),
+        ("B", "The answer is B. Paris", 1),
+        ("B", r"\boxed{B. Paris}", 1),
+        ("B", r"\boxed{(B) Paris and Rome}", 1),
+        ("B", r"\boxed{B: vitamin C}", 1),
+        ("B", r"\boxed{\text{B. A dog}}", 1),
+        ("B. Paris", r"\boxed{B}", 1),
+        ("B", "答案是B、巴黎。", 1),
+        ("A", "The answer is A or B or C or D.", 0),
+        ("A", r"\boxed{A, B, C, D}", 0),
+        ("A", r"\boxed{ABCD}", 0),
+        ("A", r"\boxed{A B}", 0),
+        ("A", r"\boxed{(A)(B)}", 0),
+        ("A", r"\boxed{A. Paris, B. Rome}", 0),
+        ("A", r"\boxed{A. Paris B. Rome}", 0),
+        ("A", r"\boxed{A. or another}", 0),
+        ("A", "答案是A或B。", 0),
+        ("A", r"\boxed{A dog}", 0),
+        ("C", "The answer is C or D.", 0),
+        ("I", "The answer is I do not know.", 0),
+        ("I", r"\boxed{I}", 1),
+        ("A, C", r"\boxed{A}", 0),
+        ("A, C", r"\boxed{A, D}", 0),
+        ("A, C", r"\boxed{A, C, D}", 0),
+        ("A, C", r"\boxed{C, A}", 1),
+        ("A, C", "The answer is (A) and (C).", 1),
+        ("A, C", "答案是A、C。", 1),
+        ("A, C", "The answer is A or C.", 0),
+        ("0.0000005", r"\boxed{0}", 0),
+        ("0.0000005", r"\boxed{0.0000006}", 0),
+        ("0.0000005", r"\boxed{0.00000050000001}", 1),
+        ("0", r"\boxed{0.0000005}", 0),
+        ("0", r"\boxed{0.0}", 1),
+        ("1/3", r"\boxed{0.33333}", 0),
+        ("1/3", r"\boxed{0.333333}", 1),
+        ("2000000.5", r"\boxed{2000001}", 0),  # no looser above 1
         (r"\text{Evelyn}", r"\boxed{Evelyn}", 1),
         (r"\frac{\sqrt{3}}{2}", r"The answer is $\sqrt{3}/2$.", 1),
         (r"(3,\frac{\pi}{2})", r"\boxed{\left(3, \pi/2\right)}", 1),
@@ -203,6 +238,9 @@ def test_format_of_a_general_prompt_needs_no_final_answer_and_a_cut_one_has_none
     assert TABLE["format"](DOUBLE, respond("The answer is 4.")).value == 0
 
 
+ENGLISH = "First we add three and four and then multiply it by six."  # 12 words
+
+
 @pytest.mark.parametrize(
     ("text", "language", "share"),
     [
@@ -218,10 +256,40 @@ def test_format_of_a_general_prompt_needs_no_final_answer_and_a_cut_one_has_none
             1.0,
         ),
         ("我们 don't know", "zh", 0.5),  # 我, 们 / don't, know
+        (f"`{ENGLISH}`", "zh", 0.0),
+        (f"`{ENGLISH}`", "en", 1.0),
+        (f"${ENGLISH}$", "zh", 0.0),
+        (rf"\(\text{{{ENGLISH}}}\)", "zh", 0.0),
+        (f"```\n{ENGLISH}", "zh", 0.0),
+        (f"`{ENGLISH}", "zh", 0.0),
+        (rf"\({ENGLISH}", "zh", 0.0),
+        (f"<|{ENGLISH}|>", "zh", 0.0),
+        (ENGLISH.replace(" ", " \\"), "zh", 0.0),
+        (" ".join(f"<{word}>" for word in ENGLISH.split()), "zh", 0.0),
+        (f"先算 ```\n{ENGLISH}\n```", "zh", 2 / 6),  # 12 words of code, of which 10 are beyond 先, 算
+        (f"先把这些数都加起来再乘以七 `{ENGLISH}`", "zh", 1.0),  # as many words outside
+        ("```\n先算三加四再乘以六得到四十二\n```", "en", 0.0),
+        (r"先算 $\frac{\sqrt{a}}{\cos\alpha}\cdot\sin\beta\times\tan\gamma\leq\left(\pi\right)$", "zh", 1.0),
     ],
 )
 def test_language_share(text, language, share):
     assert language_share(text, language) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("mark", ["<|", "<｜", r"\(", r"\[", "$$ x", "```a", "`\n", "$\n", "<a", "\\a", "</"])
+def test_language_takes_time_linear_in_the_text(mark):
+    began = time.process_time()
+    language_share(mark * 100_000, "en")
+    assert (
+        time.process_time() - began < 5
+    )  # a fifth of a second on an idle core; minutes if it were quadratic
+
+
+def test_a_hostile_choice_takes_no_time():
+    began = time.process_time()
+    for text in ("A" + " " * 20_000 + "x", "A." + "\n" * 20_000 + "x", "A," * 20_000 + "x"):
+        assert check_answer(prompt("A"), rf"\boxed{{{text}}}").value == 0
+    assert time.process_time() - began < 2
 
 
 def test_language_looks_at_the_reasoning_alone():
@@ -270,6 +338,22 @@ def test_votes_join_equal_answers_only():
         DOUBLE, "```python\ndef f(x):\n    return 2 * x\n```"
     )
     assert vote(prompt(), "I give up.") == ""
+
+
+@pytest.mark.parametrize("body", ["1" + " + 1" * 330, "-" * 900 + "x", "not " * 900 + "x", "f" + "()" * 330])
+def test_a_program_nested_too_deeply_to_be_written_out_votes_by_its_text(body):
+    text = f"def f(x):\n    return {body}"
+    response = respond(f"```python\n{text}\n```")
+    assert TABLE["format"](DOUBLE, response).status is Status.SCORED
+    assert vote(DOUBLE, response.text) in (text, "")  # "" where it is too deep to be parsed
+
+
+@pytest.mark.parametrize(
+    "body", ["(" * 5000, "[" * 5000 + "]" * 5000, "1" + "+1" * 30_000, "x\0", "9" * 5000]
+)
+def test_a_text_that_python_cannot_parse_is_no_program(body):
+    response = respond(f"```python\ndef f(x):\n    return {body}\n```")
+    assert vote(DOUBLE, response.text) == "" and TABLE["format"](DOUBLE, response).value == 0
 
 
 def test_reasoning_gym_scores_with_its_own_checker():

@@ -12,15 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_ranks import SLOW_S
 from forked import ranks as forked_ranks
 from forked import wait_until
+from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 from rl_runs import go
+from safetensors.torch import load_file
 from tiny_runs import tiny_run
 from watched import Ended, ends, fake_launcher, signals_here, start
 
-from r1pipe import heartbeat, launch, processes
+from r1pipe import heartbeat, launch, lineage, processes
+from r1pipe.engine import Engine
 from r1pipe.paths import RunFolder
 from r1pipe.rl import loop
+from r1pipe.run import open_run
 from r1pipe.watch import Watch
 
 
@@ -107,9 +112,60 @@ def test_a_rank_that_fails_by_itself_takes_the_others_along(tmp_path, monkeypatc
 def test_a_long_piece_of_work_that_says_so_is_not_stuck_and_ends_with_the_grace(tmp_path):
     """It outlasts stuck_after_s; then it is asked to stop, which it does not hear."""
     ask = signals_here(signal.SIGTERM, after_s=6.0)
-    ended = end_of("hangs_while_saving", tmp_path, 2, "engine.grace_s=1", act=ask)
+    ended = end_of("hangs_in_a_compiler", tmp_path, 2, "engine.grace_s=1", act=ask)
     assert ended.code == 143
     assert "run was interrupted, did not leave within engine.grace_s=1 and was ended" in ended.line
+
+
+def test_saving_shows_work_and_a_save_that_hangs_is_named_without_more_patience(tmp_path):
+    ended = end_of("hangs_while_saving", tmp_path, 2)
+    assert ended.code == 1 and ended.seconds < 15
+    assert ended.line.startswith("run: rank 1 stuck in saving, step 3: no sign of work for ")
+    (tmp_path / "slowly").mkdir()
+    ended = end_of("saves_slowly", tmp_path / "slowly", 2)
+    assert ended.seconds > 2 * 8 * SLOW_S, "longer than stuck_after_s, as every file counts"
+    assert "rank 1 stuck in after saving, step 3" in ended.line
+
+
+def test_a_checkpoint_is_saved_and_taken_up_without_patience(tmp_path, monkeypatch):
+    """On a real engine: every file of it shows work, written, hashed or read."""
+    seen, real = [], heartbeat.tick
+    folder = write_run(tmp_path / "run", tiny("pretrain"))
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, 1), 10)
+
+    def tick() -> None:
+        beat = heartbeat._heart.beat if heartbeat._heart else None
+        seen.append((beat.place, beat.patient) if beat else None)
+        real()
+
+    monkeypatch.setattr(heartbeat, "tick", tick)
+    with open_run(folder) as run:
+        heartbeat.at_step(1)
+        run.log(1, {"train/loss": 1.0})
+        place = run.save_checkpoint(engine, 1, {})
+        run.saved()
+        files = [path for path in place.rglob("*") if path.is_file()]
+        assert seen.count(("saving", False)) >= 3 * len(files), "written, hashed, made durable"
+        assert not any(patient for _, patient in filter(None, seen))
+        seen.clear()
+        run.load_model(lineage.of_folder(place))
+        assert len(seen) > len(load_file(place / "model.safetensors"))
+        assert set(seen) == {("loading weights", False)}
+        seen.clear()
+        run.resume(engine)
+        assert len(seen) > len(files)
+
+
+def test_a_rank_that_works_while_others_wait_for_it_does_not_count_as_waiting(tmp_path):
+    with heartbeat.beating(RunFolder(tmp_path), 0):
+        beat = heartbeat._heart.beat
+        with heartbeat.waiting():
+            with heartbeat.working():
+                assert not beat.waiting
+            assert beat.waiting
+        with heartbeat.working():
+            assert not beat.waiting
+        assert not beat.waiting
 
 
 # --- the launching side of a signal
@@ -172,7 +228,7 @@ def never(*arguments: object, **settings: object) -> None:
 def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
     folder = tiny_run(tmp_path / "run", "stage=grpo", "engine.ranks=2", "stage.sampling.max_tokens=8")
     with forked_ranks(folder, stuck_verifier, 2):
-        watch = Watch(RunFolder(folder), 2, stuck_after_s=6)
+        watch = Watch(RunFolder(folder), 2, stuck_after_s=10)
         found = []
         wait_until(lambda: found.append(watch.look()) or found[-1], "the fault")
     assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/rl/loop.py:"), found[

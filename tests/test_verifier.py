@@ -2,10 +2,14 @@
 
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
+
+import psutil
 
 from r1pipe.records import Completion, Prompt, Score, Status
-from r1pipe.rewards import score_all, symbolic
+from r1pipe.rewards import score_all, symbolic, symbolic_worker
 
 ROOT_TWO = r"\boxed{2^{1/2}}"
 
@@ -25,15 +29,49 @@ def test_an_item_that_hangs_fails_alone(monkeypatch):
 
 
 def test_an_item_that_eats_memory_fails_alone(monkeypatch):
+    limit = 300 << 20
+    monkeypatch.setattr(symbolic, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 120.0)  # memory is what it fails by
+    worker = symbolic.Worker()
+    monkeypatch.setattr(symbolic, "_ask", worker.ask)
+    assert symbolic.compare(r"\sqrt{2}", "2^{1/2}") == Score(1.0)
+    with PeakMemory(worker.process.pid) as peak:
+        eater = symbolic.compare(r"\sqrt{2}", r"10^{10^{8}}!")  # of 10^8 digits, and then its factorial
+    assert eater.status is Status.VERIFIER_FAILED
+    assert eater.detail.endswith(f"code {symbolic_worker.OUT_OF_MEMORY}")
+    assert limit / 2 < peak.bytes < limit
+    assert symbolic.compare(r"\sqrt{2}", "2^{1/2}") == Score(1.0)
+    worker.close()
+
+
+class PeakMemory(threading.Thread):
+    """The most memory that a process is seen to hold until the end of a `with` block."""
+
+    def __init__(self, pid):
+        super().__init__(daemon=True)
+        self.process, self.bytes, self.over = psutil.Process(pid), 0, threading.Event()
+
+    def run(self):
+        while not self.over.wait(0.01):
+            with suppress(psutil.Error):
+                self.bytes = max(self.bytes, self.process.memory_info().rss)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *error):
+        self.over.set()
+        self.join()
+
+
+def test_the_memory_of_the_trainer_is_not_its_workers(monkeypatch):
     monkeypatch.setattr(symbolic, "MEMORY_LIMIT", 400 << 20)
-    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 5.0)
-    fresh = symbolic.LifoQueue()
-    fresh.put(symbolic.Worker())
-    monkeypatch.setattr(symbolic, "_idle", fresh)
-    before, eater, after = scored(ROOT_TWO, r"\boxed{10^{10^{9}} + \sqrt{2}}", ROOT_TWO + ".")
-    assert before == after == Score(1.0)
-    assert eater.status is Status.VERIFIER_FAILED or eater.value == 0
-    fresh.get().close()
+    held = b"x" * (300 << 20)  # more than a worker may hold
+    worker = symbolic.Worker()
+    monkeypatch.setattr(symbolic, "_ask", worker.ask)
+    assert symbolic.compare("x", "x") == Score(1.0) and held
+    worker.close()
 
 
 def test_a_worker_that_is_killed_is_replaced(monkeypatch):

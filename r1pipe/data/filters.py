@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from r1pipe import heartbeat
 from r1pipe.config.schema import FilterConfig
 from r1pipe.data.chat import Parsed, parse
 from r1pipe.records import Completion, Prompt, Score, Status
@@ -55,15 +56,25 @@ def apply_filters(
     """
     grams = distinctive_grams(eval_questions, config.ngram_overlap) if config.ngram_overlap else set()
     context = Context(config, {_key(question) for question in eval_questions}, grams)
-    left = [(row, parse(row.completion.text)) for row in rows]
+    left = [(row, _parsed(row)) for row in rows]
     funnel = []
     for name, keep in FILTERS.items():
-        verdicts = [keep(row, parsed, context) for row, parsed in left]
+        verdicts = [_judged(keep, row, parsed, context) for row, parsed in left]
         dropped = [row for (row, _), kept in zip(left, verdicts, strict=True) if not kept]
         left = [pair for pair, kept in zip(left, verdicts, strict=True) if kept]
         examples = [row.completion.text for row in dropped[:EXAMPLES]]
         funnel.append({"name": name, "kept": len(left), "dropped": len(dropped), "examples": examples})
     return [row for row, _ in left], funnel
+
+
+def _parsed(row: Sampled) -> Parsed:
+    heartbeat.tick()
+    return parse(row.completion.text)
+
+
+def _judged(keep: Filter, row: Sampled, parsed: Parsed, context: Context) -> bool:
+    heartbeat.tick()
+    return keep(row, parsed, context)
 
 
 def correct(row: Sampled, parsed: Parsed, context: Context) -> bool:

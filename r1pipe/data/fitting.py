@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from r1pipe import heartbeat
 from r1pipe.data.chat import Chat
 from r1pipe.records import Prompt
 
@@ -38,6 +39,7 @@ def _first_fitting(found: Sequence[T], n: int, fits: Callable[[T], bool]) -> tup
     for looked_at, item in enumerate(found):
         if len(fitting) == n:
             return fitting, looked_at - n
+        heartbeat.tick()
         if fits(item):
             fitting.append(item)
     return fitting, len(found) - len(fitting)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow
 
+from r1pipe import heartbeat
 from r1pipe.errors import DataError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -113,6 +114,7 @@ def _sift(path: Path, found: Found, unit: str = "line") -> Sifted:
     sifted, columns = Sifted(), dict[str, None]()
     unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
     for number, text, values in found:
+        heartbeat.tick()
         if isinstance(values, _Bad):
             shown = text.decode(errors="replace") if isinstance(text, bytes) else text
             sifted.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", shown[:SHOWN]))
@@ -244,8 +246,8 @@ def _missing(path: Path) -> str:
     if not path.parent.is_dir():
         return f"{path} does not exist, nor does its folder; set data.path=FILE or FOLDER"
     similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    guess = f"did you mean {similar[0]}? " if similar else ""
-    return f"{path} does not exist; {guess}Set data.path=FILE, or the folder that holds it"
+    guess = f"did you mean {similar[0]}? Set" if similar else "set"
+    return f"{path} does not exist; {guess} data.path=FILE, or the folder that holds it"
 
 
 def _suffix(path: Path) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.data import gym_answers
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.errors import ConfigError, DataError, EnvironmentProblem, nearest
 from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
@@ -78,17 +79,27 @@ class ReasoningGym:
         raise ConfigError("data=reasoning_gym has no documents to pre-train on; use data=world")
 
 
-def score(prompt: Prompt, answer: str) -> float:
-    """What the task itself gives an answer, 0 to 1; for prompts whose checker names a reasoning-gym task."""
-    task = _dataset(prompt.checker["reasoning_gym"])
-    return float(task.score_answer(answer, prompt.checker["entry"]))
+def score(task: str, entry: dict[str, Any], answer: str) -> float:
+    """What the task itself gives an answer, 0 to 1; 0 where its scorer must not see it (gym_answers.py).
+
+    A scorer may hang or eat memory: for rewards, the verifier's worker calls this. Raises ConfigError on a
+    task that cannot be used.
+    """
+    scored = _dataset(task)
+    return float(scored.score_answer(answer, entry)) if gym_answers.admits(task, answer) else 0.0
+
+
+def load(task: str) -> None:
+    """Have a task ready, which may take seconds. Raises as `score` does."""
+    _dataset(task)
 
 
 @functools.lru_cache(maxsize=256)
 def _dataset(task: str, chunk: int = 0) -> Any:
     """A generator of the task with its own settings.
 
-    Raises ConfigError on a task that is unknown or needs settings, EnvironmentProblem without the package.
+    Raises ConfigError on a task that is unknown, needs settings or would evaluate answers as Python,
+    EnvironmentProblem without the package.
     """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
@@ -96,6 +107,7 @@ def _dataset(task: str, chunk: int = 0) -> Any:
         raise EnvironmentProblem(f"data=reasoning_gym: {error}; run `pip install reasoning-gym`") from None
     if task not in DATASETS:
         raise ConfigError(f"data.tasks: reasoning-gym has no task {task}; {nearest(task, DATASETS)}")
+    gym_answers.check_scorer(task, DATASETS[task][0])
     try:
         # an item depends on seed + index: seeds a chunk apart make no item twice
         return create_dataset(task, size=CHUNK, seed=chunk % CHUNKS * CHUNK)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from r1pipe import heartbeat
+
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
@@ -104,3 +106,4 @@ def _compile(path: Path) -> None:
 
 def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
+    heartbeat.tick()

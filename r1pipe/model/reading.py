@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.errors import CheckpointError
 from r1pipe.jsonfile import read_object
 from r1pipe.model.fp8 import dequantise, scale_shape
@@ -69,6 +70,7 @@ class Stored:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from None
         self._read_bytes += tensor.nbytes
+        heartbeat.tick()
         return tensor
 
     def value(self, name: str) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from r1pipe import heartbeat
 from r1pipe.errors import ConfigError
 from r1pipe.model.reading import INDEX, WEIGHTS
 
@@ -35,6 +36,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
             written.append(_write(shard, folder / _unnamed(len(written))))
             shard, size = {}, 0
         shard[name] = tensor
+        heartbeat.tick()
         size, total = size + tensor.nbytes, total + tensor.nbytes
     written.append(_write(shard, folder / _unnamed(len(written))))
     if len(written) == 1:
@@ -55,4 +57,5 @@ def _unnamed(number: int) -> str:
 
 def _write(shard: dict[str, Tensor], path: Path) -> list[str]:
     save_file(shard, path, metadata={"format": "pt"})
+    heartbeat.tick()
     return list(shard)

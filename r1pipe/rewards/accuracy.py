@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from r1pipe import heartbeat
-from r1pipe.data import reasoning_gym
 from r1pipe.data.chat import THINK, parse
 from r1pipe.errors import DataError
 from r1pipe.records import Completion, Prompt, Score, Status
@@ -40,9 +39,8 @@ def check_answer(prompt: Prompt, summary: str) -> Score:
         return Score(float(answers.same_number(gold_number, number)))
     if answers.same_text(gold, answer):
         return Score(1.0)
-    letter = answers.choice(gold)
-    if letter is not None:
-        return Score(float(answers.choice(answer) == letter))
+    if letters := answers.choices(gold):
+        return Score(float(answers.choices(answer) == letters))
     if gold_number and not _MATHEMATICS.search(answer):
         return Score(0.0, detail=f"{answer!r} is no number")
     return symbolic.compare(gold, answer)
@@ -89,7 +87,7 @@ def check_gym(prompt: Prompt, summary: str) -> Score:
     answer = answers.final_answer(summary)
     if answer is None:
         return Score(0.0, detail="the summary states no final answer")
-    return Score(float(reasoning_gym.score(prompt, answer) >= 1.0))
+    return symbolic.score_gym(prompt.checker["reasoning_gym"], prompt.checker["entry"], answer)
 
 
 def _check_answer_gold(prompt: Prompt) -> None:
@@ -100,7 +98,7 @@ def _check_answer_gold(prompt: Prompt) -> None:
         raise DataError(
             f"{prompt.id}: the gold answer {gold!r} has a line break or tab in it; write one line"
         )
-    if answers.parse_number(gold) or answers.choice(gold) or symbolic.parses(gold):
+    if answers.parse_number(gold) or answers.choices(gold) or symbolic.parses(gold):
         return
     raise DataError(f"{prompt.id}: the gold answer {gold!r} does not parse; correct it or leave the row out")
 
@@ -115,7 +113,7 @@ def _expression_key(summary: str) -> str:
     """One spelling for expressions that differ in spaces and idle parentheses."""
     answer = answers.final_answer(summary)
     tree = _parse_expression(answer) if answer else None
-    return ast.unparse(tree) if tree else answers.normalise(answer or "")
+    return program.unparsed(tree, answer or "") if tree else answers.normalise(answer or "")
 
 
 def _answer_key(summary: str) -> str:

@@ -30,6 +30,15 @@ _NOT_UNITS = {"and", "or", "to", "pi", "half", "quarter", "sqrt", "root", "times
 _GLUED_UNITS = re.compile(r"(?:[mck]?m|[mk]?g|ml|[lhs]|min|ft|in|lbs?|oz|mph|am|pm|usd|rmb)\b", re.IGNORECASE)
 _MAX_LENGTH = 60  # a plain number with its unit is shorter; also bounds the work on a hostile answer
 _MAX_UNIT_WORDS = 4
+_MAX_OPTION = 500  # an option with its text; bounds the work too
+
+_LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:[,、;&和与]|\band\b|\s)\s*\(?[A-J]\)?)*\.?")
+_OPTION = re.compile(r"\(?(?P<letter>[A-J])(?:\)[.:、,]?|[.:、,])\s*(?P<words>.*)", re.DOTALL)
+# A second option in the words of the first; "A dog" and "vitamin C" are words.
+_LETTER = r"\(?(?:[B-HJ]\b|[AI]\b(?! [a-z]))"
+_ANOTHER = re.compile(
+    rf"^(?:or|and)\b|^[或和与]|(?:^|[\n,;/&(、或和与]|\b(?:or|and)\b)\s*{_LETTER}|(?<![\w.])[A-J][.:)](?:\s|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def _plain_text(text: str) -> str:
     text = re.sub(r"\\(?:text|mathrm|mbox|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", clean(text))
     for latex, plain in ((r"\$", "$"), (r"\%", "%"), ("{,}", ","), (r"\!", ""), (r"\,", " ")):
         text = text.replace(latex, plain)
-    text = re.sub(r"\^?\s*\{?\\(?:circ|degree)\}?", "°", text)
+    text = re.sub(r"(?:\^|(?<!\s))\s*\{?\\(?:circ|degree)\}?", "°", text)  # from where spaces begin: linear
     return _CURRENCY.sub(r"\1", text.strip()).strip("$ ")
 
 
@@ -128,7 +137,8 @@ def _scale(words: list[str]) -> tuple[int, str | None]:
 
 
 def same_number(gold: Number, answer: Number) -> bool:
-    """Exact for integers and fractions; within 1e-6 where either was written with decimals.
+    """Exact for integers and fractions; within 1e-6, of the larger if that is below 1, where either was
+    written with decimals.
 
     A percent sign that only one side bears may mean either the number or its hundredth ("50%" is 50 or 0.5);
     units are compared only where both sides give one.
@@ -142,8 +152,9 @@ def same_number(gold: Number, answer: Number) -> bool:
         answers.add(answer.value / 100)
     if golds & answers:
         return True
-    close = Fraction(1, 10**6) if gold.rounded or answer.rounded else 0
-    return any(abs(g - a) <= close for g in golds for a in answers)
+    if not (gold.rounded or answer.rounded):
+        return False
+    return any(abs(g - a) * 10**6 <= min(Fraction(1), max(abs(g), abs(a))) for g in golds for a in answers)
 
 
 def same_text(gold: str, answer: str) -> bool:
@@ -152,10 +163,18 @@ def same_text(gold: str, answer: str) -> bool:
     return bool(squeezed[0]) and squeezed[0] == squeezed[1]
 
 
-def choice(text: str) -> str | None:
-    """The letter of a multiple-choice answer: "B", "(B)", "B. 12"."""
-    match = re.fullmatch(r"\(?([A-J])(?:\)|$|(?=[.:、,\s]))(?:[.:、,\s].*)?", _plain_text(text), re.DOTALL)
-    return match[1] if match else None
+def choices(text: str) -> set[str]:
+    """The letters of a multiple-choice answer: "B", "(B)", "B. 12"; several where all are named: "A, C".
+
+    Empty where it chooses none: "A or B", "I do not know", "A. Paris B. Rome".
+    """
+    text = _plain_text(text)
+    if len(text) > _MAX_OPTION:
+        return set()
+    if _LETTERS.fullmatch(text):
+        return set(re.findall(r"[A-J]", text))
+    option = _OPTION.fullmatch(text)
+    return set() if not option or _ANOTHER.search(option["words"]) else {option["letter"]}
 
 
 def normalise(text: str) -> str:

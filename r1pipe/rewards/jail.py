@@ -12,6 +12,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -168,14 +169,14 @@ class JailSession:
             try:
                 data = data[os.write(self.inlet, data) :]
             except OSError:
-                raise ProgramFault(f"the interpreter ended{self._code()}", final=True) from None
+                raise self._ended() from None
 
     def _receive(self, deadline: float) -> dict:
         while b"\n" not in self.buffer:
             self._wait([self.outlet], [], deadline)
             more = os.read(self.outlet, 1 << 16)
             if not more:
-                raise ProgramFault(f"the interpreter ended{self._code()}", final=True)
+                raise self._ended()
             self.buffer += more
             if len(self.buffer) > 16 * isolation.OUTPUT_LIMIT:
                 raise ProgramFault("a result beyond the limit", final=True)
@@ -193,8 +194,12 @@ class JailSession:
         if not any(ready):
             raise ProgramFault("time limit", final=True)
 
-    def _code(self) -> str:
+    def _ended(self) -> Exception:
+        """The program's fault, unless bubblewrap itself was killed: a program cannot see it to kill it."""
         try:
-            return f" with code {self.process.wait(1)}"
+            code = self.process.wait(1)
         except subprocess.TimeoutExpired:
-            return ""
+            return ProgramFault("the interpreter ended", final=True)
+        if code == -signal.SIGKILL:
+            return Broken("the jail was killed")
+        return ProgramFault(f"the interpreter ended with code {code}", final=True)

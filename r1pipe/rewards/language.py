@@ -5,28 +5,62 @@ Sample: a Chinese question answered by "先算 3+4=7，then multiply" scores 2/4
 
 import re
 
-from r1pipe.data.chat import parse
+from r1pipe.data.chat import PLAIN_TOKENS, parse
 from r1pipe.records import Completion, Prompt, Score
 
-# Neither language: fenced and inline code, formulas, LaTeX commands, tags.
-_UNCOUNTED = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?\w+>|<[|｜].*?[|｜]>",
-    re.DOTALL,
+_OPENING = re.compile(
+    r"```|`|\$\$|\$|\\\(|\\\[|(?P<command>\\[A-Za-z]+)|(?P<tag></?\w+>)|<[|｜][^\s<>|｜]{1,40}[|｜]>"
 )
+_CLOSING = {"```": "```", "`": "`", "$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
+_ONE_LINE = ("`", "$")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile(r"[^\W\d_\u3400-\u9fff\uf900-\ufaff]{2,}(?:['’][a-z]+)?")  # single letters are variables
 _WORDS = {"en": _LATIN, "zh": _CJK}
+_FREE_WORDS = 8  # in code and formulas, however little prose there is: a few names are no hidden language
 
 
 def language_share(text: str, language: str) -> float:
     """Words of `language` ("en", "zh") over words of both; a Chinese character is a word.
 
-    Numbers, operators, code and formulas are not counted; where nothing is left to count: 1.
+    Numbers and operators are not counted, nor is what stands in code, formulas, tags and LaTeX commands, as
+    long as that holds no more words than the prose around it (or _FREE_WORDS): words beyond count by their
+    language, so that prose cannot hide in backticks. A mark that is never closed hides nothing, and LaTeX
+    commands inside a formula are no words. Where nothing is left to count: 1. Time is linear in the text.
     """
-    prose = _UNCOUNTED.sub(" ", text)
-    counts = {name: len(pattern.findall(prose)) for name, pattern in _WORDS.items()}
+    prose, inside = _parts(text)
+    outer, inner = _count(prose), _count(inside)
+    hidden = sum(inner.values())
+    beyond = hidden - max(sum(outer.values()), _FREE_WORDS)
+    counts = {name: outer[name] + inner[name] * max(0, beyond) / max(1, hidden) for name in _WORDS}
     total = sum(counts.values())
     return counts[language] / total if total else 1.0
+
+
+def _count(text: str) -> dict[str, int]:
+    return {name: len(pattern.findall(text)) for name, pattern in _WORDS.items()}
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The prose of a text, and what stands in code, formulas, tags and commands."""
+    prose, inside, kept_to, at = [], [], 0, 0
+    unclosed = set()  # marks without an end further on are looked for once: the work stays linear
+    while opening := _OPENING.search(text, at):
+        mark, at, end = opening[0], opening.end(), opening.end()
+        if mark in _CLOSING:
+            end = -1 if mark in unclosed else text.find(_CLOSING[mark], at)
+            if end < 0:
+                unclosed.add(mark)
+            if end < 0 or (mark in _ONE_LINE and "\n" in text[at:end]):
+                continue
+            content = text[at:end]
+            inside.append(content if "`" in mark else _COMMAND.sub(" ", content))
+            end += len(_CLOSING[mark])
+        elif (opening["tag"] or opening["command"]) and mark not in PLAIN_TOKENS:
+            inside.append(mark)
+        prose.append(text[kept_to : opening.start()])
+        kept_to = at = end
+    return " ".join([*prose, text[kept_to:]]), " ".join(inside)
 
 
 def language(prompt: Prompt, completion: Completion) -> Score:

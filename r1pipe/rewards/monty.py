@@ -9,6 +9,7 @@ import builtins
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ HARMLESS = {
     *("re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "unicodedata", "zlib"),
 }
 REFUSED_NAMES = {"open", "input", "exit", "quit", "breakpoint", "help", "compile", "__import__", "globals"}
+KILLED = f"(signal: {signal.SIGKILL:d} "  # how Monty words a crash; it hands out no number
 _LEAVING = re.compile(r"\b(?:SystemExit|KeyboardInterrupt|GeneratorExit)\b")
 _LIMITS = ("TimeoutError", "MemoryError")
 _MODULE = re.compile(r"No module named '([\w.]+)'")
@@ -98,8 +100,13 @@ class Monty:
             raise self.blame(error) from None
 
     def blame(self, error: Exception) -> Exception:
-        """A worker went down: the program's fault if another one still works, else the sandbox's."""
+        """A worker went down: the program's fault if another one still works, else the sandbox's.
+
+        Killed by SIGKILL, and not for its time, it was by somebody outside: no program can send that.
+        """
         detail = f"{type(error).__name__}: {error}"
+        if isinstance(error, self.monty.MontyCrashedError) and not error.timed_out and KILLED in str(error):
+            return Broken(detail[:200])
         try:
             with self.pool.checkout() as inner:
                 working = inner.feed_run("1 + 1") == 2

@@ -1,4 +1,5 @@
-"""Answers that are more than a plain number, compared by math-verify in a worker that can be killed.
+"""Answers that are more than a plain number, judged by math-verify, and those to reasoning-gym, judged by its
+scorers, in a worker that can be killed.
 
 math-verify's own limits are signals, which fail silently outside a main thread and turn a timeout into a
 wrong answer; so they are off, and the limit is kept from outside: a worker that does not reply in time is
@@ -13,10 +14,12 @@ import subprocess
 import sys
 import time
 from queue import LifoQueue
+from typing import Any
 
 from r1pipe import heartbeat
 from r1pipe.records import Score, Status
 from r1pipe.rewards import symbolic_worker
+from r1pipe.rewards.jailed import encode
 
 WORKERS = 2  # processes per rank
 START_LIMIT_S = 60.0  # importing sympy, on a busy machine
@@ -33,19 +36,28 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.loaded: set[str] = set()  # tasks of reasoning-gym
 
     def ask(self, request: dict) -> dict:
         """The worker's reply. Raises WorkerFailed where there is none within ITEM_LIMIT_S."""
         process = self.process if self.process and self.process.poll() is None else self._start()
+        task = request.get("task")
         try:
+            if task and task not in self.loaded:
+                with heartbeat.limited():
+                    self._exchange(process, {"task": task}, START_LIMIT_S)
+                self.loaded.add(task)
             return self._exchange(process, request, ITEM_LIMIT_S)
         except WorkerFailed:
             self.close()
             raise
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # the package lies where this process found it, and nothing else of its environment matters
+        # the package lies where this process found it, and nothing else of its environment matters; numpy's
+        # threads would take address space by the core
         environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment["OPENBLAS_NUM_THREADS"] = "1"
+        self.loaded.clear()
         command = [sys.executable, "-P", symbolic_worker.__file__, str(MEMORY_LIMIT)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
@@ -115,15 +127,24 @@ def _ask(request: dict) -> dict:
 
 def compare(gold: str, answer: str) -> Score:
     """1 where math-verify finds the answer equal to the gold one, else 0; safe to call from threads."""
+    return _verdict({"gold": gold, "answer": answer}, f"{answer!r} is not {gold!r}")
+
+
+def score_gym(task: str, entry: dict[str, Any], answer: str) -> Score:
+    """1 where a task's own scorer finds an answer to its entry wholly right, else 0; safe from threads."""
+    return _verdict({"task": task, "entry": encode(entry), "answer": answer}, f"not right for {task}")
+
+
+def _verdict(request: dict, wrong: str) -> Score:
     try:
-        reply = _ask({"gold": gold, "answer": answer})
+        reply = _ask(request)
     except WorkerFailed as error:
         return Score(0.0, Status.VERIFIER_FAILED, str(error))
     except OSError as error:
         return Score(0.0, Status.INFRASTRUCTURE_FAILED, str(error))
     if reply["error"]:
         return Score(0.0, Status.VERIFIER_FAILED, reply["error"])
-    return Score(float(reply["equal"]), detail="" if reply["equal"] else f"{answer!r} is not {gold!r}")
+    return Score(float(reply["right"]), detail="" if reply["right"] else wrong)
 
 
 def parses(gold: str) -> bool:
@@ -132,4 +153,4 @@ def parses(gold: str) -> bool:
         reply = _ask({"gold": gold, "answer": gold})
     except WorkerFailed:
         return False
-    return bool(reply["equal"])
+    return bool(reply["right"])

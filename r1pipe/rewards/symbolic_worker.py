@@ -1,12 +1,19 @@
-"""The process in which math-verify compares: a JSON line {"gold", "answer"} in, {"equal", "error"} out.
+"""The process in which answers are judged: a JSON line in, {"right", "error"} out.
 
-Run by its path, with its memory limit in bytes as the argument; it imports nothing of r1pipe.
+{"gold", "answer"}: math-verify compares them. {"task", "entry", "answer"}: a scorer of reasoning-gym judges;
+{"task"} has the task loaded. Run by its path, with its memory limit in bytes as the argument; only the
+scorers need anything of r1pipe.
 """
 
 import json
 import logging
+import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
+
+OUT_OF_MEMORY = 12  # exit code, ENOMEM's number: an item took more than half of the limit, and has no verdict
 
 
 def compare(gold_text: str, answer_text: str) -> dict:
@@ -18,16 +25,47 @@ def compare(gold_text: str, answer_text: str) -> dict:
     try:
         equal = bool(gold and answer) and verify(gold, answer, timeout_seconds=None, raise_on_error=True)
     except Exception as error:  # noqa: BLE001 - sympy raises anything, and all of it means the same here
-        return {"equal": False, "error": f"{type(error).__name__}: {error}"[:200]}
-    return {"equal": equal, "error": ""}
+        return {"right": False, "error": f"{type(error).__name__}: {error}"[:200]}
+    return {"right": equal, "error": ""}
+
+
+def score(request: dict) -> dict:
+    """Partial credit is not a right answer; a scorer that breaks down gives no verdict."""
+    try:
+        from r1pipe.data import reasoning_gym
+        from r1pipe.rewards.jailed import decode
+
+        if "entry" not in request:
+            reasoning_gym.load(request["task"])
+            return {"right": False, "error": ""}
+        right = reasoning_gym.score(request["task"], decode(request["entry"]), request["answer"]) >= 1.0
+    except Exception as error:  # noqa: BLE001 - a hundred scorers, and whatever they raise means the same
+        return {"right": False, "error": f"{type(error).__name__}: {error}"[:200]}
+    return {"right": right, "error": ""}
+
+
+def most_memory() -> int:
+    """The most bytes that this program has held at once, 0 where the system does not say.
+
+    getrusage would give its parent's: that stays when a process starts another program.
+    """
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("ascii", "replace")):
+            return int(found[1]) * 1024
+    return 0
 
 
 def serve(memory_limit: int) -> None:
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (memory_limit, memory_limit))
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no reply
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        print(json.dumps(compare(request["gold"], request["answer"])), flush=True)
+        reply = score(request) if "task" in request else compare(request["gold"], request["answer"])
+        # sympy and the scorers take a MemoryError for an answer that means nothing
+        if most_memory() > memory_limit / 2:
+            sys.exit(OUT_OF_MEMORY)
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,11 @@ def may_be_had(run: RunFolder) -> str:
         return str(problem)
 
 
+def processes_of(run: RunFolder) -> list[tuple[int, float]]:
+    holder = locks.Holder.read(run.pid)
+    return holder.processes if holder else []
+
+
 @contextmanager
 def launchers_killed(folder: Path) -> Iterator[tuple[RunFolder, psutil.Process]]:
     """A run whose r1pipe and runner were killed while its rank was still importing; and that rank."""
@@ -127,10 +132,10 @@ def launchers_killed(folder: Path) -> Iterator[tuple[RunFolder, psutil.Process]]
     assert r1pipe.stdout
     rank = psutil.Process(int(r1pipe.stdout.readline()))
     try:
-        holder = locks.Holder.read(run.pid)
-        assert holder
-        for pid, _ in holder.processes:
+        wait_until(lambda: len(processes_of(run)) == 2, "the lock of both")
+        for pid, _ in processes_of(run):
             os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(processes.is_alive(*one) for one in processes_of(run)), "their end")
         r1pipe.wait()
         yield run, rank
     finally:

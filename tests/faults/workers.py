@@ -13,12 +13,12 @@ import psutil
 
 from faults.outcome import Outcome
 from r1pipe.records import Prompt, Score, Status
-from r1pipe.rewards import isolation, jail, sandbox, symbolic
+from r1pipe.rewards import isolation, jail, sandbox, symbolic, symbolic_worker
 from r1pipe.rewards.monty import Monty
 from r1pipe.rewards.program import check_program
 
 GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"9^{9^{9^9}}"
-EATER = r"10^{10^{9}} + \sqrt{2}"
+EATER = r"10^{10^{8}}!"  # of 10^8 digits, and then its factorial
 PROGRAM = Prompt("f", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4]]})
 DOUBLE = "```python\ndef f(x): return x + x\n```"
 LOOP = "```python\ndef f(x):\n    while True: pass\n```"
@@ -33,9 +33,9 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     long_answer = "1" * (1 << 18)  # more than a pipe holds: it cannot even be handed over
     yield row("reward worker hung, long answer", times, lambda: compared(draw, signal.SIGSTOP, long_answer))
     yield row("reward worker out of memory", times, out_of_memory)
-    yield row("program's interpreter killed", times, lambda: interpreted(draw, [Monty()]))
+    yield row("program's interpreter killed", times, lambda: interpreted(draw, Monty))
     if jail.working():
-        yield row("program's jail killed", times, lambda: interpreted(draw, [jail.Jail()]))
+        yield row("program's jail killed", times, lambda: interpreted(draw, jail.Jail))
 
 
 def row(fault: str, times: int, once: Callable[[], str | None]) -> Outcome:
@@ -73,14 +73,15 @@ def out_of_memory() -> str | None:
     taken = symbolic._idle.get()
     small = symbolic.Worker()
     try:
-        with mock.patch.object(symbolic, "MEMORY_LIMIT", 400 << 20):
-            if small.ask({"gold": GOLD, "answer": RIGHT})["equal"] is not True:
+        # memory is what it fails by, not time
+        with mock.patch.multiple(symbolic, MEMORY_LIMIT=300 << 20, ITEM_LIMIT_S=120.0):
+            if small.ask({"gold": GOLD, "answer": RIGHT})["right"] is not True:
                 return "the small worker does not work"
             symbolic._idle.put(small)
             score = symbolic.compare(GOLD, EATER)
             symbolic._idle.get()
-        if score.status is Status.SCORED and score.value != 0:
-            return f"the item was scored {score.value:g}"
+        if not score.detail.endswith(f"code {symbolic_worker.OUT_OF_MEMORY}"):
+            return f"the item is {score}"
     finally:
         small.close()
         symbolic._idle.put(taken)
@@ -99,22 +100,25 @@ def whole(before: set[psutil.Process]) -> str | None:
     return f"{len(now - before)} processes more than before" if len(now - before) > symbolic.WORKERS else None
 
 
-def interpreted(draw: random.Random, isolations: list[isolation.Isolation]) -> str | None:
-    """Kill every interpreter while a program runs in it."""
+def interpreted(draw: random.Random, make: Callable[[], isolation.Isolation]) -> str | None:
+    """Kill every process of an interpreter while a program runs in it."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-
-    def strike() -> None:
-        time.sleep(draw.uniform(0.05, 0.3))
-        for child in psutil.Process().children(recursive=True):
-            if child.pid not in before:
-                child.kill()
-
+    isolations = [make()]
     with mock.patch.object(sandbox, "choose", lambda: isolations):
+        if check_program(PROGRAM, DOUBLE).value != 1:  # its processes are there, and warm
+            return "the interpreter does not work"
+
+        def strike() -> None:
+            time.sleep(draw.uniform(0.05, 0.3))
+            for child in psutil.Process().children(recursive=True):
+                if child.pid not in before:
+                    child.kill()
+
         killer = threading.Thread(target=strike)
         killer.start()
         struck: Score = check_program(PROGRAM, LOOP)
         killer.join()
-        if struck.value != 0:
-            return f"an endless program was scored {struck.value:g}"
+        if struck.status is not Status.INFRASTRUCTURE_FAILED:
+            return f"the item whose interpreter was killed is {struck}"
         after = [check_program(PROGRAM, DOUBLE) for _ in range(3)]
     return None if [one.value for one in after] == [1.0] * 3 else f"the next verdicts are {after}"

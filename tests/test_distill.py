@@ -118,7 +118,8 @@ def test_the_doctor_looks_at_the_samples(
     context = Context(Run(run, config, config.stage), replace(limits(), judged=4))
     assert context.traces == read_dataset(teacher.dataset)[0]
     found = {finding.name: finding for finding in examine(context)}
-    assert "variance" not in found and {finding.status for finding in found.values()} == {PASS}, found
+    assert "variance" not in found
+    assert not [finding for finding in found.values() if finding.status != PASS]
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PAR1"), Path.unlink])

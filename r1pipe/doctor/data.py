@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from r1pipe.config.schema import EvaluateConfig, SFTConfig
+from r1pipe.config.schema import DistillConfig, EvaluateConfig, SFTConfig
 from r1pipe.data.filters import ngrams, words
 from r1pipe.doctor.context import Context, Limits, graded
 from r1pipe.errors import DataError
@@ -52,7 +52,7 @@ def gold_answers(context: Context, name: str) -> Finding:
 
 def duplicates(context: Context, name: str) -> Finding:
     """Rows whose words, whatever the signs between them, stood in an earlier row."""
-    texts, tuned = context.learned_texts, isinstance(context.config.stage, SFTConfig)
+    texts, tuned = context.learned_texts, isinstance(context.config.stage, SFTConfig | DistillConfig)
     seen: set[tuple[str, ...]] = set()
     again: list[Trace] = []
     for row in texts.rows:

@@ -148,7 +148,8 @@ def records_apart(a: RunFolder, b: RunFolder) -> Iterator[str]:
         record.pop("run_id")
         record["files"] = sorted(record["files"])
         record["config"].pop("root")
-    if (a.data / "samples.parquet").exists():
+    sampled = any(edge["stage"] == "rejection_sft" for edge in records[0]["parents"]["data"])
+    if sampled or (a.data / "samples.parquet").exists():
         for record in records:
             record.pop(OF_NAMES)
     yield from apart(*records, "values")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -101,27 +102,41 @@ class Saying(logging.Handler):
         )
 
 
+@contextmanager
+def quietly(path: Path) -> Iterator[None]:
+    """What jobs of this process say goes into a file, and not between the lines of results."""
+    with path.open("a") as file, redirect_stdout(file), redirect_stderr(file):
+        logging.basicConfig(stream=file)
+        yield
+
+
+def tried(
+    root: Path, arguments: argparse.Namespace, say: Saying, console: Console
+) -> Iterator[tuple[Outcome, float]]:
+    """Each outcome and its seconds, told when it is there."""
+    for name in arguments.only:
+        say.module, began = name, time.monotonic()
+        (root / name).mkdir()
+        for outcome in outcomes(name, root / name, arguments):
+            shown = replace(outcome, told=outcome.told.replace(f"{root}/", ""))
+            held = f"{shown.held} of {shown.tried} held" if shown.tried else shown.told
+            console.print(f"{shown.fault}: {held}", highlight=False, soft_wrap=True)
+            yield shown, time.monotonic() - began
+            began = time.monotonic()
+
+
 def main(words: list[str]) -> int:
     """Run the modules one after the other; the exit code."""
-    arguments, console = parse(words), Console(stderr=True)
+    arguments, console = parse(words), Console(file=sys.stderr)
     say = Saying(console)
     logging.getLogger("faults").setLevel(logging.INFO)
     logging.getLogger("faults").propagate = False
     if console.is_terminal:
         logging.getLogger("faults").addHandler(say)
         say.status.start()
-    rows: list[tuple[Outcome, float]] = []
     root = Path(tempfile.mkdtemp(prefix="r1pipe-faults-"))
-    logging.basicConfig(filename=root / "log.txt")  # what jobs that run in this process say
-    for name in arguments.only:
-        say.module, began = name, time.monotonic()
-        (root / name).mkdir()
-        for outcome in outcomes(name, root / name, arguments):
-            shown = replace(outcome, told=outcome.told.replace(f"{root}/", ""))
-            rows.append((shown, time.monotonic() - began))
-            began = time.monotonic()
-            told = f"{outcome.held} of {outcome.tried} held" if outcome.tried else outcome.told
-            console.print(f"{outcome.fault}: {told}", highlight=False, soft_wrap=True)
+    with quietly(root / "log.txt"):
+        rows = list(tried(root, arguments, say, console))
     say.status.stop()
     out = Console()
     Console(width=None if out.is_terminal else COLUMNS, highlight=False).print(table(rows))

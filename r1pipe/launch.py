@@ -269,7 +269,8 @@ class Job:
         if self._fault:
             return self._fault.code
         failed = [code for code in self.watch.ended.values() if code is not None and code > 0]
-        return failed[0] if failed else own or 1
+        # nobody asked the job to stop: ranks that left by a signal were ended since another one failed
+        return min(failed, key=lambda code: code in stopping.EXIT_CODES) if failed else own or 1
 
 
 def failure(run: RunFolder, code: int) -> str:

@@ -70,7 +70,8 @@ def walked(some: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         reads="grpo",
     )
     walk.run("reward_model", "stage.pairs=8", "stage.held_out=4", weights="rejection_sft")
-    walk.run("all_scenario", *RL, weights="rejection_sft", reads="reward_model")
+    no_labels = "stage.preference.harmless_weight=0"
+    walk.run("all_scenario", *RL, no_labels, weights="rejection_sft", reads="reward_model")
     return walk.root
 
 

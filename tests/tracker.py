@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -122,10 +123,14 @@ def twice(shown: dict) -> list[str]:
     for model in shown["models"].values():
         made_by = [name for name, _ in model["versions"]]
         found += [f"version of {name}" for name in set(made_by) if made_by.count(name) > 1]
+    parents = {run["parent"] for [run, *_] in shown["runs"].values()}
+    stages = Counter((run["parent"], run["tags"].get("r1pipe.stage")) for [run, *_] in shown["runs"].values())
     for name, runs in shown["runs"].items():
+        # a stage that was run again has a point of its own in the pipeline's run
+        most = max(count for (parent, _), count in stages.items() if parent == name) if name in parents else 1
         for run in runs:
             for metric, points in run["points"].items():
-                steps = [point[0] for point in points]
-                found += [f"{name} {metric}"] if len(steps) > len(set(steps)) else []
+                steps = Counter(point[0] for point in points)
+                found += [f"{name} {metric}"] if steps and max(steps.values()) > most else []
             found += [f"{name} inputs"] if len(run["inputs"]) > len(set(run["inputs"])) else []
     return found

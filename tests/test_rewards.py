@@ -239,6 +239,7 @@ def test_format_of_a_general_prompt_needs_no_final_answer_and_a_cut_one_has_none
 
 
 ENGLISH = "First we add three and four and then multiply it by six."  # 12 words
+LONG = " ".join(4 * [ENGLISH])  # more than may hide anywhere
 
 
 @pytest.mark.parametrize(
@@ -256,19 +257,20 @@ ENGLISH = "First we add three and four and then multiply it by six."  # 12 words
             1.0,
         ),
         ("我们 don't know", "zh", 0.5),  # 我, 们 / don't, know
-        (f"`{ENGLISH}`", "zh", 0.0),
-        (f"`{ENGLISH}`", "en", 1.0),
-        (f"${ENGLISH}$", "zh", 0.0),
-        (rf"\(\text{{{ENGLISH}}}\)", "zh", 0.0),
-        (f"```\n{ENGLISH}", "zh", 0.0),
-        (f"`{ENGLISH}", "zh", 0.0),
-        (rf"\({ENGLISH}", "zh", 0.0),
-        (f"<|{ENGLISH}|>", "zh", 0.0),
-        (ENGLISH.replace(" ", " \\"), "zh", 0.0),
-        (" ".join(f"<{word}>" for word in ENGLISH.split()), "zh", 0.0),
-        (f"先算 ```\n{ENGLISH}\n```", "zh", 2 / 6),  # 12 words of code, of which 10 are beyond 先, 算
-        (f"先把这些数都加起来再乘以七 `{ENGLISH}`", "zh", 1.0),  # as many words outside
-        ("```\n先算三加四再乘以六得到四十二\n```", "en", 0.0),
+        (f"`{LONG}`", "zh", 0.0),
+        (f"`{LONG}`", "en", 1.0),
+        (f"${LONG}$", "zh", 0.0),
+        (rf"\(\text{{{LONG}}}\)", "zh", 0.0),
+        (f"```\n{LONG}", "zh", 0.0),
+        (f"`{LONG}", "zh", 0.0),
+        (rf"\({LONG}", "zh", 0.0),
+        (f"<|{LONG}|>", "zh", 0.0),
+        (LONG.replace(" ", " \\"), "zh", 0.0),
+        (" ".join(f"<{word}>" for word in LONG.split()), "zh", 0.0),
+        (f"先算 ```\n{LONG}\n```", "zh", 2 / 18),  # 48 words of code, of which 32 are free
+        (f"先把这些数都加起来再乘以七 `{ENGLISH}`", "zh", 1.0),
+        (f"```\n{4 * '先算三加四再乘以六得到四十二'}\n```", "en", 0.0),
+        ("直接写`sum([x for x in xs if x>6])`", "zh", 1.0),  # a line of code, as programs' thoughts have it
         (r"先算 $\frac{\sqrt{a}}{\cos\alpha}\cdot\sin\beta\times\tan\gamma\leq\left(\pi\right)$", "zh", 1.0),
     ],
 )

@@ -17,7 +17,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LATIN = re.compile(r"[^\W\d_\u3400-\u9fff\uf900-\ufaff]{2,}(?:['’][a-z]+)?")  # single letters are variables
 _WORDS = {"en": _LATIN, "zh": _CJK}
-_FREE_WORDS = 8  # in code and formulas, however little prose there is: a few names are no hidden language
+_FREE_WORDS = 32  # in code and formulas, however little prose there is: two lines of a program hold as many
 
 
 def language_share(text: str, language: str) -> float:
@@ -25,8 +25,9 @@ def language_share(text: str, language: str) -> float:
 
     Numbers and operators are not counted, nor is what stands in code, formulas, tags and LaTeX commands, as
     long as that holds no more words than the prose around it (or _FREE_WORDS): words beyond count by their
-    language, so that prose cannot hide in backticks. A mark that is never closed hides nothing, and LaTeX
-    commands inside a formula are no words. Where nothing is left to count: 1. Time is linear in the text.
+    language, so that prose cannot hide in backticks. A fence that is never closed goes on to the end, as in
+    Markdown; another mark that is never closed hides nothing, and LaTeX commands inside a formula are no
+    words. Where nothing is left to count: 1. Time is linear in the text.
     """
     prose, inside = _parts(text)
     outer, inner = _count(prose), _count(inside)
@@ -49,6 +50,8 @@ def _parts(text: str) -> tuple[str, str]:
         mark, at, end = opening[0], opening.end(), opening.end()
         if mark in _CLOSING:
             end = -1 if mark in unclosed else text.find(_CLOSING[mark], at)
+            if end < 0 and mark == "```":
+                end = len(text)  # as in Markdown
             if end < 0:
                 unclosed.add(mark)
             if end < 0 or (mark in _ONE_LINE and "\n" in text[at:end]):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1pipe.checkpoints import file_hash
+from r1pipe import heartbeat
 from r1pipe.errors import ConfigError
 
 KINDS = ("reasoning", "general", "preferences", "labels")
@@ -37,18 +37,18 @@ def _in_folder(name: Path, folder: Path, kind: str) -> Path:
     return folder / name
 
 
-def file_hashes(data: Mapping[str, Any]) -> dict[str, str]:
-    """Path -> SHA-256 of each file that is there."""
-    files = (path for places in located(data).values() for path in places if path.is_file())
-    return {str(path): file_hash(path) for path in files}
+def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """SHA-256 over how the files are read, and their bytes; and path -> SHA-256 of each.
 
-
-def content_hash(data: Mapping[str, Any]) -> str:
-    """SHA-256 over how the files are read, and their bytes; one that is missing adds nothing."""
-    digest = hashlib.sha256(json.dumps({**data, "path": None}, sort_keys=True).encode())
-    for path in (path for places in located(data).values() for path in places):
-        if path.is_file():  # a missing one is told when it is read: this stage may not need it
-            with path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-    return digest.hexdigest()
+    One that is missing adds nothing: it is told when it is read, and this stage may not need it.
+    """
+    whole = hashlib.sha256(json.dumps({**data, "path": None}, sort_keys=True).encode())
+    files = {}
+    for path in (path for places in located(data).values() for path in places if path.is_file()):
+        own = hashlib.sha256()
+        with heartbeat.to_read(path) as file:
+            while chunk := file.read(CHUNK):
+                whole.update(chunk)
+                own.update(chunk)
+        files[str(path)] = own.hexdigest()
+    return whole.hexdigest(), files

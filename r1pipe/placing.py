@@ -83,11 +83,14 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
 def runs_of(config: RunConfig) -> list[RunFolder]:
     """The runs under the root of this pipeline, stage and seed, oldest first; warns of those that may be one,
     but whose config.json cannot be read."""
-    wanted = (config.pipeline, config.seed, config.stage.name)
-    for run in unreadable(Path(config.root)):
-        if run.run_id.startswith(id_begins(config)):
+    wanted, found = (config.pipeline, config.seed, config.stage.name), []
+    for run in lineage.runs(Path(config.root)):
+        known = read_json(run.config)
+        if known and key_of(known) == wanted:
+            found.append(run)
+        elif not known and run.run_id.startswith(id_begins(config)):
             print(f"warning: {left_out(run)}", file=sys.stderr, flush=True)
-    return [run for run in lineage.runs(Path(config.root)) if key_of(read_json(run.config)) == wanted]
+    return found
 
 
 def unreadable(root: Path) -> list[RunFolder]:

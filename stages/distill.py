@@ -14,7 +14,6 @@ student first pre-train one, in a pipeline of its own:
 import sys
 
 from r1pipe.config.schema import DistillConfig
-from r1pipe.data.source import open_data
 from r1pipe.errors import CheckpointError
 from r1pipe.run import open_run
 from r1pipe.sft.finetune import fine_tune
@@ -28,7 +27,7 @@ def main(folder: str) -> None:
         (teacher,) = run.config.reads_from.values()
         chat = run.load_chat()
         with run.phase("loading data"):
-            source = open_data(run.config.data, run.config.seed, run.folder.data, run.warn)
+            source = run.load_data()
             traces, data_hash = samples_of(teacher)
         fine_tune(run, chat, source, traces, data_hash)
 

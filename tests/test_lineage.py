@@ -74,7 +74,7 @@ def made(
         "config_hash": mapping_hash(config),
         "config": config,
         "data_hash": checkpoints.file_hash(run.dataset) if stage == "rejection_sft" else "da",
-        "data": {"hash": datafiles.content_hash(data) if data else "da"},
+        "data": {"hash": datafiles.hashes(data)[0] if data else "da"},
         "files": provenance._files(run),
         "checkpoint": "checkpoints/step-1",
         "checkpoint_hash": checkpoints.manifest_hash(checkpoint),

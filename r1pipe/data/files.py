@@ -63,8 +63,7 @@ class Files:
         self._sources = _located(config)
         if not any(self._sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
-        self.hash = datafiles.content_hash(asdict(config))
-        self.files = datafiles.file_hashes(asdict(config))
+        self.hash, self.files = datafiles.hashes(asdict(config))
 
     @cached_property
     def _reasoning(self) -> list[Item]:

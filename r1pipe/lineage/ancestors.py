@@ -195,7 +195,7 @@ def read_files(found: Looked, run: RunFolder | None) -> None:
         known = record.get("data_hash")
     try:
         data = config.get("data", {})
-        if not known or data.get("kind") != "files" or datafiles.content_hash(data) == known:
+        if not known or data.get("kind") != "files" or datafiles.hashes(data)[0] == known:
             return
         read = [path for paths in datafiles.located(data).values() for path in paths]
     except (ConfigError, KeyError, TypeError, AttributeError):
@@ -233,10 +233,8 @@ def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
     if run.evaluation.exists() and read_object(run.evaluation) != record.get("metrics"):
         yield f"{run.record} has other metrics than {run.evaluation}"
     made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
-    if made and checkpoints.broken(run.dataset, made):
-        yield checkpoints.broken(run.dataset, made) or ""
-    for name, sha in (record.get("files") or {}).items():
-        yield from filter(None, [checkpoints.broken(inside(run.path, name, run.record), sha)])
+    left = {inside(run.path, name, run.record): sha for name, sha in (record.get("files") or {}).items()}
     diff = (record.get("code") or {}).get("diff_hash")
-    if diff and checkpoints.broken(run.diff, diff):
-        yield checkpoints.broken(run.diff, diff) or ""
+    for path, sha in ({run.dataset: made} | left | {run.diff: diff}).items():
+        if sha and (problem := checkpoints.broken(path, sha)):
+            yield problem

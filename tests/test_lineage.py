@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe import checkpoints, datafiles, lineage, provenance, recorded
-from r1pipe.config.changes import mapping_hash
+from r1pipe import checkpoints, datafiles, history, lineage, provenance, recorded
+from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.config.schema import ParentRef
 from r1pipe.errors import CheckpointError
 from r1pipe.lineage.page import page
@@ -57,6 +57,7 @@ def made(
     write(run.evaluation, {"pass_at_1": 0.5})
     for name in (*LEFT, "data/samples.parquet"):
         write(run.path / name, stage)
+    history.note(run, [Change("stage.keep", 2, 5)])
 
     def edge(parent: ParentRef) -> dict:
         theirs = recorded.record_beside(Path(parent.checkpoint))
@@ -76,6 +77,7 @@ def made(
         "data_hash": checkpoints.file_hash(run.dataset) if stage == "rejection_sft" else "da",
         "data": {"hash": datafiles.hashes(data)[0] if data else "da"},
         "files": provenance._files(run),
+        "history": provenance._history(run),
         "checkpoint": "checkpoints/step-1",
         "checkpoint_hash": checkpoints.manifest_hash(checkpoint),
         "template_hash": lineage.fit.template_hash(checkpoint),
@@ -145,7 +147,7 @@ def test_every_broken_file_is_named_not_just_the_first(family):
     assert family.problems()[family.cold.name].count("is not what was saved") == 2
 
 
-@pytest.mark.parametrize("name", LEFT)
+@pytest.mark.parametrize("name", [*LEFT, "config_history.jsonl"])
 def test_what_a_run_left_beside_its_checkpoints_is_checked(family, name):
     (family.cold / name).write_text("other")
     assert family.problems() == {family.cold.name: f"{family.cold / name} is not what was saved"}

@@ -235,6 +235,7 @@ def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
     made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
     left = {inside(run.path, name, run.record): sha for name, sha in (record.get("files") or {}).items()}
     diff = (record.get("code") or {}).get("diff_hash")
-    for path, sha in ({run.dataset: made} | left | {run.diff: diff}).items():
+    changed = (record.get("history") or {}).get("hash")
+    for path, sha in ({run.dataset: made} | left | {run.diff: diff, run.config_history: changed}).items():
         if sha and (problem := checkpoints.broken(path, sha)):
             yield problem

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from faults.same import timed
+
 from r1pipe.config.schema import RLConfig
 from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.run import open_run
@@ -16,4 +18,4 @@ def go(folder: Path) -> None:
 def metrics_of(folder: Path) -> list[dict]:
     """Without what is a matter of time."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time") and "per_s" not in k} for row in rows]
+    return [{key: value for key, value in row.items() if not timed(key)} for row in rows]

@@ -203,7 +203,12 @@ def ignored(key: Any, a: Mapping, b: Mapping) -> bool:
     """What a clock says, and names; a parent's folder where its hash stands beside it."""
     if key in PLACES and "hash" in a and "hash" in b:
         return True
-    return isinstance(key, str) and any(fnmatch(key, pattern) for pattern in CLOCK)
+    return isinstance(key, str) and timed(key)
+
+
+def timed(key: str) -> bool:
+    """Whether what stands under a name is a matter of time."""
+    return any(fnmatch(key, pattern) for pattern in CLOCK)
 
 
 def short(value: Any) -> str:

@@ -95,7 +95,7 @@ def evaluate(
     def draw(pool: Sequence[Prompt], indices: range, n: int, settings: dict, stream: int) -> list[Completion]:
         if not indices:
             return []
-        params = SamplingParams(**settings, n=n, seed=_seed(seed, rank, stream))
+        params = SamplingParams(**settings, n=n, seed=_seed(seed, stream), first=rank, stride=world_size)
         tokens = [chat.prompt_tokens(pool[i]) for i in indices]
         ended = verdicts.ended(chat, [pool[i] for i in indices])
         return generate(tokens, params, done.next(len(indices) * n), ended)
@@ -134,9 +134,9 @@ def logged(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _seed(seed: int, rank: int, stream: int) -> int:
-    """Streams of different ranks and passes never meet, as seed + rank would."""
-    return random.Random(f"evaluate/{seed}/{rank}/{stream}").getrandbits(31)
+def _seed(seed: int, stream: int) -> int:
+    """Streams of different passes never meet, as seed + stream would."""
+    return random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
 
 
 class _Counting:

@@ -186,15 +186,15 @@ def test_two_ranks_give_what_one_gives():
         assert run(rank=rank, world_size=2, gather=lambda local: shares) == whole
 
 
-def test_ranks_and_passes_draw_from_streams_of_their_own():
-    calls = []
+def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_prompts():
+    alone, shared = [], []
+    run(calls=alone)
     for rank in range(2):
-        run(calls=calls, rank=rank, world_size=2, gather=lambda local: [local])
-    assert len({params.seed for params in calls}) == len(calls) == 6
-    again = []
-    run(calls=again, rank=1, world_size=2, gather=lambda local: [local])
-    assert [p.seed for p in again] == [p.seed for p in calls[3:]]
-    assert [(p.n, p.temperature, p.top_p) for p in again] == [(4, 0.6, 0.95), (1, 0.0, 1.0), (1, 0.6, 0.95)]
+        run(calls=shared, rank=rank, world_size=2, gather=lambda local: [local])
+    assert len({params.seed for params in alone}) == len(alone) == 3
+    assert [params.seed for params in shared] == 2 * [params.seed for params in alone]
+    assert [(p.first, p.stride) for p in [*alone, *shared]] == 3 * [(0, 1)] + 3 * [(0, 2)] + 3 * [(1, 2)]
+    assert [(p.n, p.temperature, p.top_p) for p in alone] == [(4, 0.6, 0.95), (1, 0.0, 1.0), (1, 0.6, 0.95)]
 
 
 def test_a_rank_without_prompts_samples_nothing():

@@ -82,6 +82,18 @@ def test_completions_do_not_depend_on_the_slots():
     assert [c.tokens for c in other] != [c.tokens for c in one]
 
 
+def test_completions_do_not_depend_on_how_prompts_are_shared_out():
+    model = ours(SMALL)
+    asked = prompts(5, model.config)
+    params = SamplingParams(max_tokens=12, n=2, seed=3)
+    whole = Sampler(model, EOS, PAD, 4).generate(asked, params)
+    for rank in range(2):
+        share = replace(params, first=rank, stride=2)
+        mine = Sampler(model, EOS, PAD, 4).generate(asked[rank::2], share)
+        expected = [completion for prompt in range(rank, 5, 2) for completion in whole[2 * prompt :][:2]]
+        assert [c.tokens for c in mine] == [c.tokens for c in expected]
+
+
 def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
     model = ours(SMALL)
     asked = prompts(8, model.config)

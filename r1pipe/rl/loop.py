@@ -164,13 +164,14 @@ class GRPO:
         Each is judged as it ends, while others are drawn. `batch` counts the rollout batches of the step.
         """
         sampling = self.config.sampling
-        stream = f"sampling/{self.engine.rank}" + (f"/{batch}" if batch else "")
         params = SamplingParams(
             sampling.max_tokens,
             sampling.temperature,
             sampling.top_p,
             self.config.group_size,
-            self.run.seed(stream, self.state.step),
+            self.run.seed(f"sampling/{batch}", self.state.step),
+            first=self.engine.rank,
+            stride=self.engine.world_size,
         )
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         chat, graphs = self.chat, self.run.config.engine.graphs
@@ -204,7 +205,10 @@ class GRPO:
         )
 
     def next_prompts(self, metrics: Metrics) -> list[Prompt]:
-        """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike."""
+        """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike.
+
+        Every so many-th: then a minibatch has the same prompts whatever the number of ranks.
+        """
         config, state = self.config, self.state
         n = config.prompts_per_step
         n_general = general_count(config, state.step)
@@ -216,8 +220,7 @@ class GRPO:
         too_long = float(state.reasoning_cursor + state.general_cursor - before - n)
         metrics["rollout/too_long"] = metrics.get("rollout/too_long", 0.0) + too_long
         prompts = mixed(reasoning, general, self.run.rng("order", state.step))
-        share = n // self.engine.world_size
-        return prompts[self.engine.rank * share :][:share]
+        return prompts[self.engine.rank :: self.engine.world_size]
 
     def _stream(self, draw: Callable[[str, int, int], list[Prompt]], what: str) -> PromptStream:
         config = self.config
@@ -231,8 +234,10 @@ class GRPO:
         )
 
     def _rows_of_all_ranks(self, groups: list[Group]) -> list[Row]:
-        mine = rows_of(groups, self.data.strategy_of)
-        return [row for rows in self.engine.all_gather_objects(mine) for row in rows]
+        """In the order of the prompts, which were shared out in turn."""
+        mine = [rows_of([group], self.data.strategy_of) for group in groups]
+        turns = zip(*self.engine.all_gather_objects(mine), strict=True)
+        return [row for turn in turns for rows in turn for row in rows]
 
     def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> None:
         """Replace the reference, evaluate, save and log, each when it is time."""

@@ -20,7 +20,11 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # nucleus; 1 keeps every token
     n: int = 1  # completions per prompt
-    seed: int = 0  # root of the random streams; ranks with different prompts take different seeds
+    seed: int = 0  # root of the random streams
+    # Where the prompts are a share of more, prompt i is number first + i * stride of all: it has the same
+    # random numbers whoever draws it, so that completions do not depend on the number of ranks.
+    first: int = 0
+    stride: int = 1
     ignore_eos: bool = False  # go on to max_tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, and do so with ignore_eos too
 

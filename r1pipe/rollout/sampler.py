@@ -77,9 +77,9 @@ class Sampler:
     ) -> list[Completion]:
         """n completions per prompt, prompt by prompt in order; `text` stays empty.
 
-        A completion's random numbers depend on (seed, its prompt's place, its own place) alone. `progress` is
-        told (done, total) completions, `ended` each completion that has ended and its prompt's place. Raises
-        ConfigError where a prompt is empty or max_tokens has no room.
+        A completion's random numbers depend on (seed, its prompt's place in the whole, its own place) alone.
+        `progress` is told (done, total) completions, `ended` each completion that has ended and its prompt's
+        place here. Raises ConfigError where a prompt is empty or max_tokens has no room.
         """
         longest = self.model.config.max_position_embeddings
         for place, prompt in enumerate(prompts):
@@ -194,7 +194,7 @@ class _Batch:
         where = torch.from_numpy(slots).to(self.device)
         rows = torch.from_numpy(prompts - prefix.first).to(self.device)
         streams = [
-            uniform_stream(params.seed, int(p), int(s), params.max_tokens)
+            uniform_stream(params.seed, params.first + int(p) * params.stride, int(s), params.max_tokens)
             for p, s in zip(prompts, samples, strict=True)
         ]
         lengths = [len(self.prompts[prompt]) for prompt in prompts]

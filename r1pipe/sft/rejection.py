@@ -58,7 +58,7 @@ def draw_samples(
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             if not shards[number].exists():
-                samples = _draw(run, sampler, chat, prompts[number::count], number, progress)
+                samples = _draw(run, sampler, chat, prompts[number::count], (number, count), progress)
                 _write_rows(shards[number], [_pack(sampled) for sampled in samples])
     return shards
 
@@ -81,17 +81,19 @@ def _draw(
     sampler: Sampler,
     chat: Chat,
     prompts: Sequence[Prompt],
-    shard: int,
+    shard: tuple[int, int],
     progress: Any,
 ) -> list[Sampled]:
-    """Completions of one shard's prompts, with their scores by rule."""
-    sampling, each = run.stage.sampling, run.stage.samples_per_prompt
+    """Completions of one shard's prompts, with their scores by rule; `shard`: its number, and of how many."""
+    sampling, each, (number, count) = run.stage.sampling, run.stage.samples_per_prompt, shard
     params = SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         n=each,
-        seed=run.seed("sampling", shard),
+        seed=run.seed("sampling"),
+        first=number,
+        stride=count,
     )
     asked = [prompt for prompt in prompts for _ in range(each)]
     tokens = [chat.prompt_tokens(prompt) for prompt in prompts]

@@ -25,7 +25,7 @@ from r1pipe.records import Completion, Group, Prompt, Score
 from r1pipe.rl import losses, scoring
 from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
+from r1pipe.rl.shaping import kl_of_completions, shared_anew, teaches
 from r1pipe.rl.update import Reference, update
 
 # --- the loss
@@ -148,14 +148,31 @@ def test_a_group_teaches_by_its_verdicts_and_not_by_its_lengths():
     assert not teaches(group(1.0, 1.0), weights) and not teaches(group(0.0, 0.0), weights)
 
 
-def test_the_first_groups_that_teach_are_trained_on():
-    def left(taught: list[bool], wanted: int) -> list[int]:
-        groups = [group(1.0) for _ in taught]
-        pass_over(groups, taught, wanted)
-        return [i for i, one in enumerate(groups) if one.trained]
+class OneOfTwo:
+    """Rank 0 or 1 of two that have drawn alike."""
 
-    assert left([False, True, False, True, True], 2) == [1, 3]
-    assert left([False, True, False, False], 3) == [0, 1, 2]  # too few: the first of the others too
+    world_size = 2
+
+    def __init__(self, rank: int, *shares: list):
+        self.rank, self.shares = rank, [[*zip(range(len(share)), share, strict=True)] for share in shares]
+
+    def gather_in_turn(self, mine: list) -> list:
+        return [pair for turn in zip(*self.shares, strict=True) for pair in turn]
+
+
+def test_the_first_groups_of_all_ranks_that_teach_are_trained_on_in_equal_shares():
+    right, mixed = (1.0, 1.0), (1.0, 0.0)
+
+    def learned(wanted: int, *shares: list[tuple[float, float]]) -> list[list[tuple[int, bool]]]:
+        """By rank: the place of each group among its first owner's, and whether it is trained on."""
+        groups = [[group(*one) for one in share] for share in shares]
+        found = [shared_anew(OneOfTwo(rank, *groups), [], [], {"accuracy": 1.0}, wanted) for rank in range(2)]
+        return [[(place, one.trained) for place, one in zip(*share, strict=True)] for share in found]
+
+    # all that teach are the first rank's: the second one gets its half of them
+    assert learned(2, [mixed, mixed], [right, right]) == [[(0, True), (0, False)], [(1, True), (1, False)]]
+    # too few: the first of the others too
+    assert learned(2, [right, right], [right, mixed]) == [[(1, True), (0, False)], [(0, True), (1, False)]]
 
 
 def test_what_is_passed_over_makes_no_rollouts():
@@ -396,9 +413,7 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
         assert row["frac_reward_zero_std"] == pytest.approx(
             sum(r["advantage"] == 0 for r in rows) / len(rows)
         )
-        # the batch before the last had too few of them
-        before = [r for r in rows[: int(batches - 1) * 8] if r["advantage"] != 0]
-        assert len(before) < 4 * 2
+        assert [r["trained"] for r in rows] == [True] * 8 + [False] * (len(rows) - 8)
     assert max(row["rollout/batches"] for row in metrics_of(folder)) > 1
     prompts = [r["prompt_id"] for r in rows]
     assert len(set(prompts)) == len(prompts) / 2, "every batch has prompts of its own"
@@ -416,24 +431,31 @@ def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatc
     assert [row["trained"] for row in rows] == [True] * 16 + [False] * 32
 
 
-def test_all_ranks_draw_as_long_as_one_of_them_needs():
-    """Of two ranks, this one has its two groups at once; the other needs three batches."""
+def test_ranks_draw_until_they_have_enough_together():
+    """Four prompts a step on two ranks; this one's two groups of a batch teach half of the time."""
     stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, dynamic_batches=9)
-    others_missing, seen = iter([0, 2, 0, 1, 0, 0]), []  # before each, whether it was asked to stop
+    others, seen = iter([0.0, 1.0, 2.0]), []  # how many of the other rank's teach so far
     loop = object.__new__(GRPO)
     loop.config, loop.weights, loop.state = stage, {"accuracy": 1.0}, LoopState()
 
-    def agree_max(missing: int) -> int:
-        seen.append(missing)
-        return max(missing, next(others_missing))
+    def sum_over_ranks(values: list[float]) -> list[float]:
+        seen.append(values[0])
+        return [values[0] + next(others)]
 
-    loop.engine = SimpleNamespace(world_size=2, rank=0, agree_max=agree_max)
+    pairs = [(place, group(1.0, 0.0)) for place in range(6)]
+    loop.engine = SimpleNamespace(
+        world_size=2,
+        rank=0,
+        agree_max=int,
+        sum_over_ranks=sum_over_ranks,
+        gather_in_turn=lambda mine: [*mine, *pairs],
+    )
     loop.run = SimpleNamespace(phase=lambda name: nullcontext())
     loop.next_prompts = lambda metrics: [PROMPT] * 2
     loop.rollout = lambda prompts, verdicts, batch: ([[batch]] * 2, [])
-    loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 1.0)]
+    loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 0.0)]
     metrics: dict[str, float] = {}
     tokens, groups = loop._draw(metrics)
-    assert seen == [0] * 6 and metrics["rollout/batches"] == 3
-    assert tokens == [[0], [0], [1], [1], [2], [2]]
+    assert seen == [1, 2, 3] and metrics["rollout/batches"] == 3, "1 + 0, 2 + 1, 3 + 2 of 4"
+    assert len(tokens) == len(groups) == 6, "as many for each rank"
     assert [one.trained for one in groups] == [True, True, False, False, False, False]

@@ -24,7 +24,7 @@ from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.routing import routing_agreement
 from r1pipe.rl.rows import Row, rows_of, summarise, unfit
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
-from r1pipe.rl.shaping import kl_of_completions, pass_over, teaches
+from r1pipe.rl.shaping import kl_of_completions, shared_anew, teaches
 from r1pipe.rl.telling import tell_step
 from r1pipe.rl.tripwires import Tripwires, asking
 from r1pipe.rl.update import Reference, update
@@ -131,13 +131,12 @@ class GRPO:
     def _draw(self, metrics: Metrics) -> tuple[list[list[int]], list[Group]]:
         """This rank's scored groups, and their prompts as token ids; `trained` says which to learn from.
 
-        One rollout batch or, with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), as many as every
-        rank needs for its share of groups that teach: all ranks draw the same number, and only the cursors
-        last beyond the step.
+        One rollout batch or, with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), as many as are
+        needed for one of groups that teach; only the cursors last beyond the step.
         """
         tokens: list[list[int]] = []
         groups: list[Group] = []
-        share, limit = self.config.prompts_per_step // self.engine.world_size, self.config.dynamic_batches
+        limit = self.config.dynamic_batches
         for batch in range(limit):
             with Verdicts() as verdicts:
                 with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
@@ -147,14 +146,12 @@ class GRPO:
                     groups += self.score(prompts, drawn, completions, verdicts)
             tokens += drawn
             if limit == 1:
-                break
+                return tokens, groups
             metrics["rollout/batches"] = batch + 1.0
-            taught = [teaches(group, self.weights) for group in groups]
-            if not self.engine.agree_max(max(0, share - sum(taught))):
+            taught = sum(teaches(group, self.weights) for group in groups)
+            if self.engine.sum_over_ranks([taught])[0] >= self.config.prompts_per_step:
                 break
-        if limit > 1:
-            pass_over(groups, taught, share)
-        return tokens, groups
+        return shared_anew(self.engine, tokens, groups, self.weights, self.config.prompts_per_step)
 
     def rollout(
         self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0
@@ -234,10 +231,8 @@ class GRPO:
         )
 
     def _rows_of_all_ranks(self, groups: list[Group]) -> list[Row]:
-        """In the order of the prompts, which were shared out in turn."""
         mine = [rows_of([group], self.data.strategy_of) for group in groups]
-        turns = zip(*self.engine.all_gather_objects(mine), strict=True)
-        return [row for turn in turns for rows in turn for row in rows]
+        return [row for rows in self.engine.gather_in_turn(mine) for row in rows]
 
     def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> None:
         """Replace the reference, evaluate, save and log, each when it is time."""

@@ -1,11 +1,12 @@
 """The KL as a part of a completion's reward, and which groups are worth learning from."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from r1pipe.config.schema import RLConfig
+from r1pipe.ranks import Ranks
 from r1pipe.records import Completion, Group
 from r1pipe.rewards import SHAPES
 from r1pipe.rl.advantages import has_variance
@@ -63,8 +64,19 @@ def teaches(group: Group, weights: Mapping[str, float]) -> bool:
     return has_variance([total_reward(scores, verdicts, 0.0, False) for scores in group.scores])
 
 
-def pass_over(groups: Sequence[Group], taught: Iterable[bool], wanted: int) -> None:
-    """Train on `wanted` groups alone: the first that teach and, if these are too few, the first others."""
-    order = sorted(enumerate(taught), key=lambda numbered: not numbered[1])  # stable: in order of drawing
-    for number, _ in order[wanted:]:
-        groups[number].trained = False
+def shared_anew(
+    ranks: Ranks,
+    tokens: Sequence[list[int]],
+    groups: Sequence[Group],
+    weights: Mapping[str, float],
+    wanted: int,
+) -> tuple[list[list[int]], list[Group]]:
+    """Chooses `wanted` of all ranks' groups to be trained on: the first that teach and, if these are too few,
+    the first others. -> this rank's share of them and of what is passed over, prompts and groups.
+    """
+    drawn = ranks.gather_in_turn([*zip(tokens, groups, strict=True)])
+    drawn.sort(key=lambda pair: not teaches(pair[1], weights))  # stable: in the order of drawing
+    for _, passed_over in drawn[wanted:]:
+        passed_over.trained = False
+    mine = drawn[ranks.rank :: ranks.world_size]
+    return [prompt for prompt, _ in mine], [group for _, group in mine]

@@ -14,7 +14,7 @@ from r1pipe import stopping
 
 LIMIT_S = 60.0
 AT_ONCE_S = 10.0
-STEPS = 12
+STEPS = 60  # of some hundredths of a second
 RL = ("stage=grpo", f"stage.max_steps={STEPS}", "stage.save_every=0", "stage.sampling.max_tokens=32")
 
 
@@ -71,6 +71,8 @@ def same_in_the_end(folder: Path, ranks: int, draw: random.Random) -> Outcome:
         tries, slowest, line = tries + 1, max(slowest, ended.seconds), ended.line
         if ended.code != 143 or slowest > LIMIT_S or "goes on from step" not in line:
             return Outcome(fault, tries, tries - 1, f"exit code {ended.code} after {slowest:.0f} s: {line}")
+    if not tries:
+        return Outcome(fault, 1, 0, "each signal came too late")
     same = same_bits(whole.run.path, ended.run.path, STEPS)
     same = same and metrics_of(whole.run.path) == metrics_of(ended.run.path)
     told = f"{line} (at most {slowest:.0f} s; the same bits in the end)" if same else "other bits in the end"

@@ -67,10 +67,11 @@ def damaged(
     where = f"{file.relative_to(newest)}: "
     if code:
         return f"{where}exit code {code}: {line}", line
-    if not any(newest.name in text and f"step {LAST - 1}" in text for text in told):
+    named = [text for text in told if newest.name in text and f"step {LAST - 1}" in text]
+    if not named:
         return f"{where}not named", ""
     lost = same_end(folder, whole)
-    return f"{where}{lost}" if lost else "", told[0]
+    return f"{where}{lost}" if lost else "", named[0]
 
 
 def every_one_damaged(folder: Path, whole: Path, stage: str) -> Outcome:

@@ -75,4 +75,4 @@ def near(a: float | None, b: float | None) -> bool:
 
 def drawn(table: Path) -> list[dict[str, Any]]:
     """Prompts and completions in their order, as the loop writes them whatever the ranks."""
-    return pq.read_table(table, columns=["prompt_id", "completion", "advantage"]).to_pylist()
+    return pq.read_table(table, columns=["prompt_id", "completion"]).to_pylist()

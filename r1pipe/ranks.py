@@ -4,7 +4,7 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,6 @@ from r1pipe.config.architecture import check_all
 from r1pipe.config.engine_rules import accelerator_rules
 from r1pipe.config.schema import EngineConfig
 from r1pipe.heartbeat import waiting
-
-T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -101,10 +99,6 @@ class Ranks:
         with waiting():
             dist.all_gather_object(gathered, value)
         return gathered
-
-    def gather_in_turn(self, mine: Sequence[T]) -> list[T]:
-        """A whole again that was shared out as whole[rank :: world_size], equally many to each rank."""
-        return [one for turn in zip(*self.all_gather_objects(mine), strict=True) for one in turn]
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -66,6 +66,7 @@ class Group:
     rewards: list[float] = field(default_factory=list)  # weighted sums; NaN where a score failed
     advantages: list[float] = field(default_factory=list)
     trained: bool = True  # false: dynamic sampling has passed it over
+    place: int = 0  # among all that the ranks have drawn for the step
 
 
 @dataclass(frozen=True)

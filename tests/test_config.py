@@ -197,7 +197,7 @@ def valid(stage: str) -> dict[str, Any]:
             "model.scoring_func=softmax does not go with model.topk_method=noaux_tc",
         ),
         ("model.topk_method=best", "model.topk_method=best is none of"),
-        ("engine.ranks=7", "must be a multiple of engine.ranks=7"),
+        ("engine.ranks=7", "must be a multiple of the 7 ranks"),
         ("engine.zero_level=4", "engine.zero_level=4 is none of 0, 1, 2, 3"),
         ("engine.precision=bf16", "needs engine.zero_level=1"),
         ("engine.launcher=slurm", "needs engine.hostfile"),

@@ -1,9 +1,11 @@
 """The variants of the loss in numbers worked by hand, and the loop with each of their options."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -148,31 +150,46 @@ def test_a_group_teaches_by_its_verdicts_and_not_by_its_lengths():
     assert not teaches(group(1.0, 1.0), weights) and not teaches(group(0.0, 0.0), weights)
 
 
-class OneOfTwo:
-    """Rank 0 or 1 of two that have drawn alike."""
+class Together:
+    """Ranks in threads, as far as they gather objects."""
 
-    world_size = 2
+    def __init__(self, world_size: int):
+        self.world_size, self.barrier, self.given = world_size, Barrier(world_size), [None] * world_size
 
-    def __init__(self, rank: int, *shares: list):
-        self.rank, self.shares = rank, [[*zip(range(len(share)), share, strict=True)] for share in shares]
+    def rank(self, rank: int) -> SimpleNamespace:
+        def all_gather_objects(value: object) -> list:
+            self.given[rank] = value
+            self.barrier.wait()
+            found = [*self.given]
+            self.barrier.wait()
+            return found
 
-    def gather_in_turn(self, mine: list) -> list:
-        return [pair for turn in zip(*self.shares, strict=True) for pair in turn]
+        return SimpleNamespace(rank=rank, world_size=self.world_size, all_gather_objects=all_gather_objects)
 
 
 def test_the_first_groups_of_all_ranks_that_teach_are_trained_on_in_equal_shares():
     right, mixed = (1.0, 1.0), (1.0, 0.0)
 
     def learned(wanted: int, *shares: list[tuple[float, float]]) -> list[list[tuple[int, bool]]]:
-        """By rank: the place of each group among its first owner's, and whether it is trained on."""
-        groups = [[group(*one) for one in share] for share in shares]
-        found = [shared_anew(OneOfTwo(rank, *groups), [], [], {"accuracy": 1.0}, wanted) for rank in range(2)]
-        return [[(place, one.trained) for place, one in zip(*share, strict=True)] for share in found]
+        """By rank: the place of each group in the order of drawing, and whether it is trained on."""
+        together = Together(2)
+
+        def one(rank: int) -> list[tuple[int, bool]]:
+            groups = [group(*accuracies) for accuracies in shares[rank]]
+            for number, each in enumerate(groups):
+                each.place = rank + 2 * number
+            tokens = [[each.place] for each in groups]
+            tokens, groups = shared_anew(together.rank(rank), tokens, groups, {"accuracy": 1.0}, wanted)
+            assert tokens == [[each.place] for each in groups], "each prompt stays with its group"
+            return [(each.place, each.trained) for each in groups]
+
+        with ThreadPoolExecutor(2) as threads:
+            return [*threads.map(one, range(2))]
 
     # all that teach are the first rank's: the second one gets its half of them
-    assert learned(2, [mixed, mixed], [right, right]) == [[(0, True), (0, False)], [(1, True), (1, False)]]
+    assert learned(2, [mixed, mixed], [right, right]) == [[(0, True)], [(2, True), (1, False), (3, False)]]
     # too few: the first of the others too
-    assert learned(2, [right, right], [right, mixed]) == [[(1, True), (0, False)], [(0, True), (1, False)]]
+    assert learned(2, [right, right], [right, mixed]) == [[(3, True), (2, False)], [(0, True), (1, False)]]
 
 
 def test_what_is_passed_over_makes_no_rollouts():
@@ -413,7 +430,9 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
         assert row["frac_reward_zero_std"] == pytest.approx(
             sum(r["advantage"] == 0 for r in rows) / len(rows)
         )
-        assert [r["trained"] for r in rows] == [True] * 8 + [False] * (len(rows) - 8)
+        # the batch before the last had too few of them
+        before = [r for r in rows[: int(batches - 1) * 8] if r["advantage"] != 0]
+        assert len(before) < 4 * 2
     assert max(row["rollout/batches"] for row in metrics_of(folder)) > 1
     prompts = [r["prompt_id"] for r in rows]
     assert len(set(prompts)) == len(prompts) / 2, "every batch has prompts of its own"
@@ -432,9 +451,9 @@ def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatc
 
 
 def test_ranks_draw_until_they_have_enough_together():
-    """Four prompts a step on two ranks; this one's two groups of a batch teach half of the time."""
+    """Four prompts a step on two ranks; one of this one's two groups of a batch teaches."""
     stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, dynamic_batches=9)
-    others, seen = iter([0.0, 1.0, 2.0]), []  # how many of the other rank's teach so far
+    others, seen = iter([0.0, 1.0, 1.0]), []  # how many of the other rank's teach so far
     loop = object.__new__(GRPO)
     loop.config, loop.weights, loop.state = stage, {"accuracy": 1.0}, LoopState()
 
@@ -442,13 +461,12 @@ def test_ranks_draw_until_they_have_enough_together():
         seen.append(values[0])
         return [values[0] + next(others)]
 
-    pairs = [(place, group(1.0, 0.0)) for place in range(6)]
     loop.engine = SimpleNamespace(
         world_size=2,
         rank=0,
         agree_max=int,
         sum_over_ranks=sum_over_ranks,
-        gather_in_turn=lambda mine: [*mine, *pairs],
+        all_gather_objects=lambda mine: [mine, []],
     )
     loop.run = SimpleNamespace(phase=lambda name: nullcontext())
     loop.next_prompts = lambda metrics: [PROMPT] * 2
@@ -456,6 +474,7 @@ def test_ranks_draw_until_they_have_enough_together():
     loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 0.0)]
     metrics: dict[str, float] = {}
     tokens, groups = loop._draw(metrics)
-    assert seen == [1, 2, 3] and metrics["rollout/batches"] == 3, "1 + 0, 2 + 1, 3 + 2 of 4"
-    assert len(tokens) == len(groups) == 6, "as many for each rank"
-    assert [one.trained for one in groups] == [True, True, False, False, False, False]
+    assert seen == [1, 2, 3] and metrics["rollout/batches"] == 3, "1 + 0, 2 + 1, 3 + 1 of 4"
+    # 0, 4 and 8 teach, 2 is the first of the others; every second one is the other rank's to learn from
+    assert [(one.place, one.trained) for one in groups] == [(0, True), (8, True), (6, False), (10, False)]
+    assert tokens == [[0], [2], [1], [2]], "by the batch that each was drawn in"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ from tiny_runs import tiny_config, tiny_run
 
 from r1pipe import checkpoints
 from r1pipe.engine import Engine
-from r1pipe.errors import DataError
+from r1pipe.errors import ConfigError, DataError
 from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.records import Completion, Group, Prompt, Score, Status
 from r1pipe.rl import losses, scoring
@@ -23,6 +24,7 @@ from r1pipe.rl.advantages import group_advantages, has_variance
 from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
 from r1pipe.rl.prompts import PromptStream, general_count
 from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise, unfit
+from r1pipe.rl.stage import reinforce, rules_only
 from r1pipe.rl.update import completion_logprobs, update
 
 NAN = math.nan
@@ -472,3 +474,9 @@ def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
     curve = [row["rewards/accuracy/mean"] for row in metrics_of(folder)]
     # the clips of DAPO and GSPO, narrower than R1's, make them slower
     assert curve[0] < 0.65 and curve[-1] > (0.8 if loss in ("dapo", "gspo") else 0.9)
+
+
+def test_machines_of_a_hostfile_by_which_the_prompts_do_not_divide_are_refused_before_anything_is_loaded():
+    run = SimpleNamespace(stage=tiny_config("stage=grpo", "stage.prompts_per_step=4").stage, world_size=3)
+    with pytest.raises(ConfigError, match="prompts_per_step=4 must be a multiple of the 3 ranks"):
+        reinforce(run, rules_only)

@@ -171,7 +171,8 @@ class RightHalfTheTime:
         made = []
         for place, tokens in enumerate(prompts):
             for draw in range(params.n):
-                text = self.answers[tuple(tokens)] if draw % 2 else "I give up."
+                number = params.first + place * params.stride
+                text = self.answers[tuple(tokens)] if draw % 2 else f"I give up {number} of {params.seed}."
                 made.append(Completion([*self.chat.encode(text), self.chat.eos_id], [], "stop"))
                 ended(place, made[-1])
         return made
@@ -204,6 +205,14 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
         path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
         traces, data_hash = rejection.read_dataset(path)
+        alone = rejection.drawn_in_order(shards, 2)
+        for shard in shards:
+            shard.unlink()
+        for rank in range(3):
+            of_three = SimpleNamespace(rank=rank, world_size=3, barrier=lambda: None, agree_max=int)
+            shared = rejection.draw_samples(run, of_three, sampler, chat, prompts)
+        assert len(shared) == 6 and rejection.drawn_in_order(shared, 2) == alone
+        assert [sample.prompt for sample in alone] == [prompt for prompt in prompts for _ in range(2)]
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
     told = "drawn, 3 prompts passed over as too long"
     assert funnel[0] == {"name": told, "kept": 60, "dropped": 0}

@@ -88,8 +88,8 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
     accuracies = iter([0.5, 0.5, 0.4, 0.4, 0.4])
     monkeypatch.setattr(stage, "short_evaluation", lambda *_: {"eval/pass_at_1": next(accuracies)})
 
-    def growing(max_tokens: int, *rest: float) -> SamplingParams:
-        return SamplingParams(2 if len(began) < 3 else max_tokens, *rest)
+    def growing(max_tokens: int, *rest: float, **where: int) -> SamplingParams:
+        return SamplingParams(2 if len(began) < 3 else max_tokens, *rest, **where)
 
     monkeypatch.setattr(loop, "SamplingParams", growing)
     load, train_step, taken = Run.load_model, Engine.train_step, []

@@ -30,7 +30,7 @@ SAME_BITS = {
     "engine.name": "which file the other keys come from",
 }
 SAME_WITHIN_ROUNDING = {
-    "engine.ranks": "sums over ranks are taken in another order; samples are drawn for each rank",
+    "engine.ranks": "sums over ranks are taken in another order",
     "engine.threads": "sums within a rank are taken in another order",
     "engine.zero_level": "where the optimizer's state lies",
     "engine.hostfile": "where the ranks are",

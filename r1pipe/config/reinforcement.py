@@ -16,13 +16,14 @@ WEIGHED_ELSEWHERE = {
 def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     yield (
         stage.prompts_per_step % ranks == 0,
-        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of engine.ranks={ranks}",
+        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of the {ranks} ranks "
+        "(engine.ranks on each machine)",
     )
     outputs = stage.prompts_per_step * stage.group_size
     yield (
         outputs % (stage.minibatches * ranks) == 0,
         f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
-        f"stage.minibatches={stage.minibatches} on engine.ranks={ranks}",
+        f"stage.minibatches={stage.minibatches} on {ranks} ranks (engine.ranks on each machine)",
     )
     yield (
         stage.group_size >= 2 or stage.algorithm == "ppo",

@@ -22,7 +22,7 @@ from r1pipe.rl.batch import Rollout, rollouts_of
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.rl.routing import routing_agreement
-from r1pipe.rl.rows import Row, rows_of, summarise, unfit
+from r1pipe.rl.rows import Row, rows_of_all, summarise, unfit
 from r1pipe.rl.scoring import Judges, reward_weights, score_groups
 from r1pipe.rl.shaping import kl_of_completions, shared_anew, teaches
 from r1pipe.rl.telling import tell_step
@@ -97,7 +97,7 @@ class GRPO:
             raise
         estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
-            rows = self._rows_of_all_ranks(groups)
+            rows = rows_of_all(self.engine, groups, self.data.strategy_of)
             metrics |= summarise(rows)
         if why := unfit(metrics, self.config.rewards.max_failed, rows):
             step = before.step + 1
@@ -143,15 +143,18 @@ class GRPO:
                     prompts = self.next_prompts(metrics)
                     drawn, completions = self.rollout(prompts, verdicts, batch)
                 with self._timed("reward", metrics):
-                    groups += self.score(prompts, drawn, completions, verdicts)
-            tokens += drawn
+                    scored = self.score(prompts, drawn, completions, verdicts)
+            for number, group in enumerate(scored, len(groups)):
+                group.place = self.engine.rank + number * self.engine.world_size
+            tokens, groups = tokens + drawn, groups + scored
             if limit == 1:
                 return tokens, groups
             metrics["rollout/batches"] = batch + 1.0
             taught = sum(teaches(group, self.weights) for group in groups)
             if self.engine.sum_over_ranks([taught])[0] >= self.config.prompts_per_step:
                 break
-        return shared_anew(self.engine, tokens, groups, self.weights, self.config.prompts_per_step)
+        with self._timed("reward", metrics):
+            return shared_anew(self.engine, tokens, groups, self.weights, self.config.prompts_per_step)
 
     def rollout(
         self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0
@@ -204,7 +207,7 @@ class GRPO:
     def next_prompts(self, metrics: Metrics) -> list[Prompt]:
         """This rank's share of a batch's prompts; all ranks draw the same and move the cursors alike.
 
-        Every so many-th: then a minibatch has the same prompts whatever the number of ranks.
+        A minibatch has the same ones on any ranks, as long as groups need not be cut for it.
         """
         config, state = self.config, self.state
         n = config.prompts_per_step
@@ -229,10 +232,6 @@ class GRPO:
             config.max_steps * config.prompts_per_step,
             what,
         )
-
-    def _rows_of_all_ranks(self, groups: list[Group]) -> list[Row]:
-        mine = [rows_of([group], self.data.strategy_of) for group in groups]
-        return [row for rows in self.engine.gather_in_turn(mine) for row in rows]
 
     def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> None:
         """Replace the reference, evaluate, save and log, each when it is time."""

@@ -180,10 +180,10 @@ def micro_losses(
     ordered = sorted(batch, key=len, reverse=True)
     size = -(-len(ordered) // accumulation)
     micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    tokens = sum(len(row) for item in batch for row in item.rows)
+    [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
+    each = balance_alpha * engine.world_size / tokens  # the engine averages over the ranks
     return [
-        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), balance_alpha / tokens)
-        for micro in micros
+        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), each) for micro in micros
     ]
 
 

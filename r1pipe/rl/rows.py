@@ -11,6 +11,8 @@ The metrics' names are TRL's where it has them; docs/metrics.md lists all of the
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -20,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.data.filters import repetition
+from r1pipe.ranks import Ranks
 from r1pipe.records import Group, Prompt, Status
 from r1pipe.rewards import applies
 from r1pipe.rl.advantages import has_variance, is_scored
@@ -78,6 +81,13 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                 }
             )
     return rows
+
+
+def rows_of_all(ranks: Ranks, groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row]:
+    """The rows of every rank's groups, in the order of drawing."""
+    mine = [(group.place, rows_of([group], strategy_of)) for group in groups]
+    found = sorted(chain.from_iterable(ranks.all_gather_objects(mine)), key=itemgetter(0))
+    return [row for _, rows in found for row in rows]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:

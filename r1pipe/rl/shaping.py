@@ -72,11 +72,16 @@ def shared_anew(
     wanted: int,
 ) -> tuple[list[list[int]], list[Group]]:
     """Chooses `wanted` of all ranks' groups to be trained on: the first that teach and, if these are too few,
-    the first others. -> this rank's share of them and of what is passed over, prompts and groups.
+    the first others. -> prompts and groups: this rank's share of them, and what it has itself passed over.
     """
-    drawn = ranks.gather_in_turn([*zip(tokens, groups, strict=True)])
-    drawn.sort(key=lambda pair: not teaches(pair[1], weights))  # stable: in the order of drawing
-    for _, passed_over in drawn[wanted:]:
-        passed_over.trained = False
-    mine = drawn[ranks.rank :: ranks.world_size]
+    marks = [(not teaches(group, weights), group.place) for group in groups]
+    order = sorted(mark for theirs in ranks.all_gather_objects(marks) for mark in theirs)
+    chosen = {place: number for number, (_, place) in enumerate(order[:wanted])}
+    sent = [pair for pair in zip(tokens, groups, strict=True) if pair[1].place in chosen]
+    left = [pair for pair in zip(tokens, groups, strict=True) if pair[1].place not in chosen]
+    for _, group in left:
+        group.trained = False
+    learned = [pair for theirs in ranks.all_gather_objects(sent) for pair in theirs]
+    learned.sort(key=lambda pair: chosen[pair[1].place])
+    mine = learned[ranks.rank :: ranks.world_size] + left
     return [prompt for prompt, _ in mine], [group for _, group in mine]

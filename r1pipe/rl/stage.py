@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe import checkpoints, judges
+from r1pipe.config.architecture import check_all
+from r1pipe.config.reinforcement import rl_rules
 from r1pipe.config.schema import RLConfig
 from r1pipe.data.chat import Chat
 from r1pipe.ending import conclude, short_evaluation
@@ -24,6 +26,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     Raises CheckpointError where a reward model which is asked is missing or, unless forced, weak.
     """
     stage = run.stage
+    check_all(rl_rules(stage, run.world_size))  # a hostfile's machines times engine.ranks
     chat, data = run.load_chat(), run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down

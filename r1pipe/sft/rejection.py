@@ -10,6 +10,7 @@ Each row of samples.parquet knows where it comes from: {"kind": "reasoning", "pr
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, 
     ]
 
 
+def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
+    """All samples in the order of the prompts, `each` of one, whatever the number of shards and of ranks."""
+    tables = [pq.read_table(shard).to_pylist() for shard in shards]
+    by_prompt = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
+    turns = zip_longest(*by_prompt, fillvalue=[])  # as prompts[number::count] has shared them out
+    return [_unpack(row) for turn in turns for rows in turn for row in rows]
+
+
 def choose_samples(
     run: Run[RejectionConfig], shards: Sequence[Path], questions: Sequence[str], too_long: int
 ) -> tuple[list[Sampled], list[dict[str, Any]]]:
@@ -120,7 +129,7 @@ def choose_samples(
 
     `questions`: those of the evaluation. `too_long`: prompts that were passed over.
     """
-    drawn = [_unpack(row) for shard in shards for row in pq.read_table(shard).to_pylist()]
+    drawn = drawn_in_order(shards, run.stage.samples_per_prompt)
     kept, funnel = apply_filters(drawn, run.stage.filters, questions)
     for step in funnel:
         log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])

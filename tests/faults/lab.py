@@ -64,6 +64,7 @@ class Shape:
     stage: str
     ranks: int
     zero_level: int
+    words: tuple[str, ...] = ()  # overrides besides its SETTINGS
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.ranks} rank{'s' * (self.ranks > 1)}, ZeRO {self.zero_level}"
@@ -98,11 +99,12 @@ class Lab:
         source = SOURCES.get(shape.stage)
         reads = {source: self.source(source)} if source else {}
         engine = [f"engine.ranks={shape.ranks}", f"engine.zero_level={shape.zero_level}"]
-        return tiny_run(folder, f"stage={shape.stage}", *SETTINGS[shape.stage], *engine, **reads)
+        words = (*SETTINGS[shape.stage], *engine, *shape.words)
+        return tiny_run(folder, f"stage={shape.stage}", *words, **reads)
 
     def reference(self, shape: Shape) -> Reference:
         if shape not in self.references:
-            place = f"{shape.stage}-{shape.ranks}-{shape.zero_level}-whole"
+            place = f"{shape.stage}-{shape.ranks}-{shape.zero_level}-whole-{len(self.references)}"
             folder = self.prepared(self.folder / place, shape)
             run_job(shape.stage, folder, shape.ranks)
             self.references[shape] = Reference(folder, calls_of(folder, shape.ranks))

@@ -15,62 +15,96 @@ from faults.forks import run_job
 from faults.lab import POINTS, Lab, Shape
 from faults.outcome import Outcome
 from faults.same import timed
+from r1pipe import checkpoints
+from r1pipe.jsonfile import read_object
 from r1pipe.paths import RunFolder
 
-STEP = 2  # the checkpoint that is gone on from
-MOVES = [  # (ranks, ZeRO level), before and after
-    ((1, 1), (2, 2)),
-    ((2, 2), (1, 0)),
-    ((2, 3), (1, 1)),
-    ((1, 0), (2, 3)),
-    ((2, 1), (2, 3)),
+MOVES = [  # (ranks, ZeRO level) before and after, and the checkpoint that is gone on from; 0: anew
+    ((1, 1), (2, 2), 2),
+    ((2, 2), (1, 0), 2),
+    ((2, 3), (1, 1), 2),
+    ((1, 0), (2, 3), 2),
+    ((2, 1), (2, 3), 2),
+    ((1, 1), (2, 1), 0),
 ]
+WORDS = (
+    *("stage.keep=9", "stage.eval.problems=6", "stage.eval.samples=2", "stage.eval.shown=6"),
+    "stage.router.balance_alpha=1",  # a part of the loss that is worth seeing
+)
+KINDS = {  # what reinforcement has besides, in every step of the loop
+    "PPO": ("grpo", ("stage.algorithm=ppo",)),
+    "DAPO": ("grpo", ("stage.loss=dapo", "stage.dynamic_batches=3", "stage.rewards.unfinished=0")),
+}
+CASES = {stage: (stage, ()) for stage in POINTS} | KINDS
 RELATIVE, ABSOLUTE = 1e-4, 1e-6  # what sums in another order, and AdamW after them, may make of it
 
 
 def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
-    """A row for each stage. The short form is one move."""
+    """A row for each stage and for PPO and DAPO. The short form is a move of some."""
     lab = Lab(folder)
-    for stage in ("grpo",) if short else POINTS:
-        lost = []
-        for before, after in MOVES[:1] if short else MOVES:
-            lost += moved(lab, Shape(stage, *before), Shape(stage, *after))
-        tried = 1 if short else len(MOVES)
-        held = tried - len({line.partition(":")[0] for line in lost})
-        told = lost[0] if lost else "the same numbers but for rounding"
-        yield Outcome(f"{stage} goes on with other ranks or ZeRO", tried, held, told)
+    chosen = {"DAPO": MOVES[:1], "PPO": MOVES[1:2], "rejection_sft": MOVES[-1:], "reward_model": MOVES[:1]}
+    for name, moves in chosen.items() if short else dict.fromkeys(CASES, MOVES).items():
+        lost = [moved(lab, *CASES[name], *move) for move in moves]
+        held = lost.count([])
+        told = next((found[0] for found in lost if found), "the same numbers but for rounding")
+        yield Outcome(f"{name} goes on with other ranks or ZeRO", len(moves), held, told)
 
 
-def moved(lab: Lab, before: Shape, after: Shape) -> list[str]:
+def moved(
+    lab: Lab,
+    stage: str,
+    words: tuple[str, ...],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    step: int,
+) -> list[str]:
     """What differs, beyond rounding, from the run that was not moved."""
-    whole = lab.reference(before).folder
-    name = f"{before.stage}-{before.ranks}-{before.zero_level}-then-{after.ranks}-{after.zero_level}"
-    run = interrupted(lab.folder / name, whole, STEP)
-    config = json.loads(run.config.read_text())
-    config["engine"] |= {"ranks": after.ranks, "zero_level": after.zero_level}
-    run.config.write_text(json.dumps(config))
-    run_job(after.stage, run.path, after.ranks)
-    return [f"{name}: {line}" for line in differences(run, RunFolder(whole))]
+    old, new = (Shape(stage, *where, (*WORDS, *words)) for where in (before, after))
+    whole = lab.reference(old).folder
+    lab.tried += 1
+    folder = lab.folder / f"{stage}-{lab.tried}-moved"
+    if step:
+        run = interrupted(folder, whole, step)
+        assert checkpoints.steps(run.checkpoints)[-1] == step
+        config = json.loads(run.config.read_text())
+        config["engine"] |= {"ranks": new.ranks, "zero_level": new.zero_level}
+        run.config.write_text(json.dumps(config))
+    else:
+        run = RunFolder(lab.prepared(folder, new))
+    run_job(stage, folder, new.ranks)
+    return [f"{old} to {new}, step {step}: {line}" for line in differences(run, RunFolder(whole))]
 
 
 def differences(run: RunFolder, whole: RunFolder) -> Iterator[str]:
     for one, other in zip_longest(rows_of(run), rows_of(whole), fillvalue={}):
-        for key in {**one, **other}:
-            if not (timed(key) or near(one.get(key), other.get(key))):
-                yield f"step {other.get('step')}, {key}: {one.get(key)} and {other.get(key)}"
+        yield from far(one, other, f"step {other.get('step')}")
+    yield from far(*(read_object(each.evaluation) for each in (run, whole)), "evaluation.json")
     for table in sorted(whole.rollouts.glob("*.parquet")):
         if drawn(run.rollouts / table.name) != drawn(table):
             yield f"{table.name}: other completions"
+    if whole.dataset.exists() and not pq.read_table(run.dataset).equals(pq.read_table(whole.dataset)):
+        yield f"{whole.dataset.name}: other samples, or in another order"
     if json.loads(run.samples.read_text()) != json.loads(whole.samples.read_text()):
         yield "samples.json: other completions"
+
+
+def far(one: Any, other: Any, where: str) -> Iterator[str]:
+    """Where two values of JSON are further apart than rounding."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            if not timed(key):
+                yield from far(one.get(key), other.get(key), f"{where}, {key}")
+    elif not near(one, other):
+        yield f"{where}: {one} and {other}"
 
 
 def rows_of(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
 
 
-def near(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+def near(a: Any, b: Any) -> bool:
+    numbers = isinstance(a, float | int) and isinstance(b, float | int)
+    return math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE) if numbers else a == b
 
 
 def drawn(table: Path) -> list[dict[str, Any]]:

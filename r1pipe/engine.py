@@ -26,7 +26,7 @@ from r1pipe.errors import ConfigError, NumericProblem
 from r1pipe.kernels import meter
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.precision import fp8_of
-from r1pipe.optimizer import adamw, deepspeed_config, lr_factor
+from r1pipe.optimizer import adamw, clear_padding, deepspeed_config, lr_factor
 from r1pipe.ranks import Ranks
 
 log = logging.getLogger("r1pipe")
@@ -119,6 +119,8 @@ class Engine(Ranks):
         )
         if config.zero_level == 0:
             self._trim_overhead(optimizer, optim.grad_clip, config.precision)
+        elif config.zero_level == 3:
+            clear_padding(self._ds.optimizer, self.rank)
 
     def _trim_overhead(self, optimizer: torch.optim.Optimizer, grad_clip: float, precision: str) -> None:
         """Without ZeRO, DeepSpeed walks all parameters thrice a step, and drops the gradient norm."""

@@ -103,3 +103,18 @@ class AdamW16(torch.optim.AdamW):
             kept[0].copy_(first)
             kept[1].copy_(second)
         state["step"] += 1
+
+
+@torch.no_grad()
+def clear_padding(zero3: Any, rank: int) -> None:
+    """ZeRO-3 shares out each parameter in equal parts, and leaves what it finds in memory where the last is not
+    filled: nothing learns from it, but it is saved with the state, other bits each time. Zeros are put there.
+    """
+    for parameters, master in zip(zero3.fp16_groups, zero3.fp32_partitioned_groups_flat, strict=True):
+        begin = 0
+        for parameter in parameters:
+            size = parameter.ds_tensor.ds_numel
+            filled = min(max(parameter.ds_numel - rank * size, 0), size)
+            parameter.ds_tensor[filled:] = 0
+            master.data[begin + filled : begin + size] = 0
+            begin += size

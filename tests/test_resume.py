@@ -25,7 +25,7 @@ CASES = [
     ("grpo", 1, 2, "between update and log"),
     ("rejection_sft", 2, 0, "shard drawn, not written"),
     ("rejection_sft", 1, 1, "in sampling"),
-    ("reward_model", 1, 0, "state written, manifest not"),
+    ("reward_model", 2, 3, "state written, manifest not"),
     ("all_scenario", 2, 2, "in judging by models"),
     ("zero", 1, 1, "in judging by rules"),
     ("control_sft", 1, 2, "before a save"),

@@ -107,8 +107,8 @@ class AdamW16(torch.optim.AdamW):
 
 @torch.no_grad()
 def clear_padding(zero3: Any, rank: int) -> None:
-    """ZeRO-3 shares out each parameter in equal parts, and leaves what it finds in memory where the last is not
-    filled: nothing learns from it, but it is saved with the state, other bits each time. Zeros are put there.
+    """ZeRO-3 shares out each parameter in equal parts, and leaves what it finds in memory where the last is
+    not filled: nothing learns from it, but it is saved, other bits each time. Zeros are put there.
     """
     for parameters, master in zip(zero3.fp16_groups, zero3.fp32_partitioned_groups_flat, strict=True):
         begin = 0

@@ -31,7 +31,7 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (an hour)
+faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (two hours)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)
 
 test-vllm: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## vLLM on the CPU against our export; in an environment of its own

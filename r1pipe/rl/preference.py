@@ -149,10 +149,10 @@ def train_reward_model(
         batch = batch_of(run, examples, step)
         heartbeat.at_step(first + step + 1)
         with run.phase("update"):
-            metrics = step_metrics(
-                engine.train_step(micro_losses(engine, examples, batch, accumulation, alpha))
-            )
-        [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
+            [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
+            weight = alpha * engine.world_size / tokens  # the engine averages over the ranks
+            micros = micro_losses(engine, examples, batch, accumulation, weight)
+            metrics = step_metrics(engine.train_step(micros))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1
         run.log(first + done, metrics)
@@ -174,16 +174,16 @@ def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list
 
 
 def micro_losses(
-    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int, balance_alpha: float
+    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int, balance_weight: float
 ) -> list[Callable[[], Tensor]]:
-    """This rank's micro-batches, longest first, each giving its share of the rank's mean loss."""
+    """This rank's micro-batches, longest first, each giving its share of the rank's mean loss, and
+    `balance_weight` for each token's balance loss (0: none)."""
     ordered = sorted(batch, key=len, reverse=True)
     size = -(-len(ordered) // accumulation)
     micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
-    each = balance_alpha * engine.world_size / tokens  # the engine averages over the ranks
     return [
-        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), each) for micro in micros
+        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), balance_weight)
+        for micro in micros
     ]
 
 

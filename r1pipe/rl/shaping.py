@@ -77,10 +77,11 @@ def shared_anew(
     marks = [(not teaches(group, weights), group.place) for group in groups]
     order = sorted(mark for theirs in ranks.all_gather_objects(marks) for mark in theirs)
     chosen = {place: number for number, (_, place) in enumerate(order[:wanted])}
-    sent = [pair for pair in zip(tokens, groups, strict=True) if pair[1].place in chosen]
-    left = [pair for pair in zip(tokens, groups, strict=True) if pair[1].place not in chosen]
-    for _, group in left:
-        group.trained = False
+    for group in groups:
+        group.trained = group.place in chosen
+    drawn = [*zip(tokens, groups, strict=True)]
+    sent = [pair for pair in drawn if pair[1].trained]
+    left = [pair for pair in drawn if not pair[1].trained]
     learned = [pair for theirs in ranks.all_gather_objects(sent) for pair in theirs]
     learned.sort(key=lambda pair: chosen[pair[1].place])
     mine = learned[ranks.rank :: ranks.world_size] + left

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from itertools import zip_longest
 from pathlib import Path
@@ -165,8 +165,12 @@ def json_apart(one: Path, other: Path) -> Iterator[str]:
 # --- any two values
 
 
-def apart(a: Any, b: Any, where: str) -> Iterator[str]:
-    """Where two values differ, by their place within them."""
+def equal(a: Any, b: Any) -> bool:
+    return unnamed(a) == unnamed(b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+def apart(a: Any, b: Any, where: str, same: Callable[[Any, Any], bool] = equal) -> Iterator[str]:
+    """Where two values differ, by their place within them; what has no parts is asked of `same`."""
     if type(a) is not type(b):
         yield f"{where}: {short(a)} and {short(b)}"
     elif isinstance(a, torch.Tensor):
@@ -174,8 +178,8 @@ def apart(a: Any, b: Any, where: str) -> Iterator[str]:
             yield f"{where}: other numbers"
     elif (parts := parts_of(a, b)) is not None:
         for name, *pair in parts:
-            yield from apart(*pair, f"{where}: {name}")
-    elif unnamed(a) != unnamed(b) and not (isinstance(a, float) and math.isnan(a) and math.isnan(b)):
+            yield from apart(*pair, f"{where}: {name}", same)
+    elif not same(a, b):
         yield f"{where}: {short(a)} and {short(b)}"
 
 

@@ -4,17 +4,17 @@ checkpoint: the same prompts and completions, and every metric as without the ch
 import json
 import math
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from rl_runs import metrics_of
 
 from faults.attempts import interrupted
 from faults.forks import run_job
 from faults.lab import POINTS, Lab, Shape
 from faults.outcome import Outcome
-from faults.same import timed
+from faults.same import apart, equal
 from r1pipe import checkpoints
 from r1pipe.jsonfile import read_object
 from r1pipe.paths import RunFolder
@@ -76,9 +76,8 @@ def moved(
 
 
 def differences(run: RunFolder, whole: RunFolder) -> Iterator[str]:
-    for one, other in zip_longest(rows_of(run), rows_of(whole), fillvalue={}):
-        yield from far(one, other, f"step {other.get('step')}")
-    yield from far(*(read_object(each.evaluation) for each in (run, whole)), "evaluation.json")
+    yield from apart(metrics_of(run.path), metrics_of(whole.path), "metrics.jsonl", near)
+    yield from apart(read_object(run.evaluation), read_object(whole.evaluation), "evaluation.json", near)
     for table in sorted(whole.rollouts.glob("*.parquet")):
         if drawn(run.rollouts / table.name) != drawn(table):
             yield f"{table.name}: other completions"
@@ -88,23 +87,8 @@ def differences(run: RunFolder, whole: RunFolder) -> Iterator[str]:
         yield "samples.json: other completions"
 
 
-def far(one: Any, other: Any, where: str) -> Iterator[str]:
-    """Where two values of JSON are further apart than rounding."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in {**one, **other}:
-            if not timed(key):
-                yield from far(one.get(key), other.get(key), f"{where}, {key}")
-    elif not near(one, other):
-        yield f"{where}: {one} and {other}"
-
-
-def rows_of(run: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
 def near(a: Any, b: Any) -> bool:
-    numbers = isinstance(a, float | int) and isinstance(b, float | int)
-    return math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE) if numbers else a == b
+    return math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE) if isinstance(a, float) else equal(a, b)
 
 
 def drawn(table: Path) -> list[dict[str, Any]]:

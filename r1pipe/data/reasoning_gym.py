@@ -15,10 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from r1pipe.core.types import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.data import gym_answers
 from r1pipe.data.world.content import prompt_id, split_of
-from r1pipe.errors import ConfigError, DataError, EnvironmentProblem, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 CHUNK = 500  # problems per generator: some tasks prepare all of theirs when they are made
 CHUNKS = 2**20  # generators per task, told apart by their seeds

@@ -1,1 +1,1 @@
-"""The run folder on disk: files, records, checkpoints, locks, heartbeats and lineage. Both wings meet here."""
+"""The run folder: files, records, checkpoints, locks, heartbeats and lineage. Both wings meet here."""

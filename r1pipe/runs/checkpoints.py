@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from r1pipe.runs import heartbeat
 from r1pipe.core.errors import CheckpointError
-from r1pipe.runs.jsonfile import read_object
 from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs import heartbeat
+from r1pipe.runs.jsonfile import read_object
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights

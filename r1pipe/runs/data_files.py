@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1pipe.runs import heartbeat
 from r1pipe.core.errors import ConfigError
+from r1pipe.runs import heartbeat
 
 KINDS = ("reasoning", "general", "preferences", "labels")
 CHUNK = 1 << 20  # bytes read at once

@@ -1,6 +1,6 @@
 """What each rank says of itself while it works: a small file in the run's log folder.
 
-The launching side reads it (r1pipe.launch.watch). A tick costs an addition, a change of place a few microseconds.
+The launching side reads it (launch/watch.py). A tick costs an addition, a change of place a few microseconds.
 Both wings import this: no torch here.
 """
 

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from r1pipe.runs import heartbeat, processes
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs import heartbeat, processes
 
 LEASE_S = 60.0  # a holder on another machine that has shown no life for so long is taken for dead
 RENEW_S = 10.0

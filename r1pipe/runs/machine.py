@@ -138,7 +138,7 @@ def must_compile() -> None:
 def must_compute_fp8(kernels: str, cpu: bool) -> None:
     """Raises EnvironmentProblem where engine.precision=fp8 cannot run on this machine, as far as it shows.
 
-    Needs no torch: r1pipe/model/kernels/choice.py knows more and looks again, in the job. A machine is refused if
+    Needs no torch: model/kernels/choice.py knows more and looks again, in the job. A machine is refused if
     none of its GPUs can: which of them the job gets is not known here.
     """
     if kernels == "reference" or (cpu and kernels == "auto"):

@@ -6,17 +6,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from r1pipe.runs import machine
-from r1pipe.runs.checkpoints import file_hash, manifest_hash
+from r1pipe.chat.template import Chat
 from r1pipe.config import config_hash, to_mapping
 from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.chat.template import Chat
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable
 from r1pipe.data.reading import SET_ASIDE
+from r1pipe.runs import machine
+from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.jsonl import Tail
-from r1pipe.core.paths import RunFolder
 from r1pipe.runs.recorded import OWN_HASH, own_hash, record_beside
-from r1pipe.core.redaction import publishable
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 

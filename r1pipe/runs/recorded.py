@@ -8,8 +8,8 @@ from typing import Any
 
 from r1pipe.config.schema import ParentRef
 from r1pipe.core.errors import CheckpointError
-from r1pipe.runs.jsonfile import read_object
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_object
 
 NEEDED = ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")
 TEXTS = (*NEEDED, "run_id", "config_hash", "data_hash", "tokenizer_hash", "template_hash", "record_hash")

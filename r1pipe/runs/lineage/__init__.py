@@ -8,6 +8,7 @@ ancestors  the walk back over weight and data edges, every hash on the way check
 tree, page the walk drawn: in the terminal, as one HTML file
 """
 
+from r1pipe.cli.lineage_tree import show
 from r1pipe.runs.lineage.ancestors import Ancestor, ancestors
 from r1pipe.runs.lineage.edges import with_open_parents, with_parents
 from r1pipe.runs.lineage.fit import differs, must_fit
@@ -24,7 +25,6 @@ from r1pipe.runs.lineage.places import (
     runs,
 )
 from r1pipe.runs.lineage.settings import UNLIKE, settings_of
-from r1pipe.cli.lineage_tree import show
 from r1pipe.runs.recorded import record_of
 
 __all__ = [

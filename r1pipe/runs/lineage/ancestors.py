@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1pipe.runs import checkpoints, data_files as datafiles, recorded
 from r1pipe.config.changes import mapping_hash
 from r1pipe.config.schema import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.core.paths import IMPORTED, RunFolder, inside
+from r1pipe.runs import checkpoints, recorded
+from r1pipe.runs import data_files as datafiles
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage import fit, places
-from r1pipe.core.paths import IMPORTED, RunFolder, inside
 
 
 @dataclass(frozen=True)

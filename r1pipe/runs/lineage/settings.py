@@ -6,9 +6,9 @@ from typing import Any
 
 from r1pipe.config.groups import options, read
 from r1pipe.config.schema import ParentRef
+from r1pipe.core.paths import RunFolder
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage.places import is_run
-from r1pipe.core.paths import RunFolder
 
 
 def settings_of(parent: ParentRef, given: set[str]) -> list[str]:

@@ -9,7 +9,7 @@ back to, and their scores before anything was done to them.
 
 import sys
 
-from r1pipe.config.schema import EvaluateConfig
+from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.precision import set_precision
 from r1pipe.train.engine.ranks import Ranks

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from r1pipe.chat.template import parse
+from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import Completion
 from r1pipe.data import reasoning_gym

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from r1pipe.config.schema import EvalConfig
+from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef
 from r1pipe.runs import lineage
 from r1pipe.train.rl.rows import Row
 from r1pipe.train.sft.rejection import GENERAL_ALONE

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.config.typed import to_mapping
 from r1pipe.core.paths import stages_dir
 
 TINY = [

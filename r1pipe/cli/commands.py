@@ -19,7 +19,7 @@ from r1pipe.core.redaction import without_secrets
 from r1pipe.runs import stopping
 
 if TYPE_CHECKING:
-    from r1pipe.config.schema import RunConfig
+    from r1pipe.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,

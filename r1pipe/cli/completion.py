@@ -7,9 +7,9 @@ from pathlib import Path
 
 import typer
 
+from r1pipe.config import STAGE_TYPES, RunConfig
+from r1pipe.config.fields import field_types
 from r1pipe.config.groups import GROUPS, options
-from r1pipe.config.schema import STAGE_TYPES, RunConfig
-from r1pipe.config.typed import field_types
 
 
 def overrides(context: typer.Context, args: list[str], incomplete: str) -> list[str]:

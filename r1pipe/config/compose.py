@@ -19,10 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from r1pipe.config import rules
+from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
-from r1pipe.config.schema import STAGE_TYPES, RLConfig, RunConfig
-from r1pipe.config.typed import field_types, load
+from r1pipe.config.rl import RLConfig
+from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 
@@ -54,7 +54,7 @@ def compose(overrides: list[str]) -> Composed:
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key)
     config = load({**mapping, **FILLED_AT_LAUNCH})
-    rules.check(config)
+    check(config)
     files = {key: file for key, (_, file) in values.items()}
     return Composed(config, sources_of(mapping, choices, files, own))
 
@@ -91,7 +91,7 @@ def parse(overrides: list[str]) -> list[Override]:
             )
         top = str(override.key_or_group).partition(".")[0]
         if top not in TOP_KEYS:
-            raise ConfigError(f"{top} is no key of the config; {nearest(top, TOP_KEYS)}")
+            raise ConfigError(unknown_key(top, top, TOP_KEYS))
     return parsed
 
 
@@ -168,7 +168,7 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
         beside = [name for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
             return ConfigError(f"{key} needs stage.algorithm=ppo")
-        return ConfigError(f"{key} is no key of the config; {nearest(key, same_name or beside or [above])}")
+        return ConfigError(unknown_key(key, key, same_name or beside or [above]))
     return ConfigError(first_line(error))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from r1pipe.chat.template import compose_response
-from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text

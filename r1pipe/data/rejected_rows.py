@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from r1pipe.config.schema import DataConfig
+from r1pipe.config import DataConfig
 from r1pipe.core.errors import DataError
 from r1pipe.data.reading import SET_ASIDE, BadRow
 

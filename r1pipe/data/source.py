@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1pipe.config import DataConfig
 from r1pipe.config.changes import ABSENT, HASH_SHOWN
-from r1pipe.config.schema import DataConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.rejected_rows import RejectedRows

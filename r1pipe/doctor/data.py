@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from r1pipe.config.schema import DistillConfig, EvaluateConfig, SFTConfig
+from r1pipe.config import DistillConfig, EvaluateConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.doctor.context import Context, Limits, graded

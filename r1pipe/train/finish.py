@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import EvalConfig
+from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.data.source import Source

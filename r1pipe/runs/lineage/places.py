@@ -8,8 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from r1pipe.config import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.config.groups import read
-from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.core.errors import CheckpointError, nearest
 from r1pipe.core.paths import RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints

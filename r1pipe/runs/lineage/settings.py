@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from r1pipe.config import ParentRef
 from r1pipe.config.groups import options, read
-from r1pipe.config.schema import ParentRef
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage.places import is_run

@@ -64,7 +64,7 @@ def test_config_needs_nothing_slow_either() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["runn"], "Did you mean 'run'?"),
+        (["runn"], "Did you mean 'run'"),
         (["run", "--fres"], "--fresh"),
         (["run"], "which stage? give stage=NAME"),
         (["run", "stage=grop"], "did you mean grpo?"),
@@ -206,11 +206,12 @@ def test_a_reader_who_has_left_is_no_error() -> None:
 
 @pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}])
 def test_text_is_utf_8_whatever_the_locale_is(locale: dict[str, str]) -> None:
-    line = [sys.executable, "-c", "from r1pipe.cli import main; main()", "config", "pipeline=用"]
+    program = "import sys; from r1pipe import cli, terminal; terminal.run(lambda: print(sys.stdin.read()))"
     env = {**os.environ, "PYTHONCOERCECLOCALE": "0", **locale}
-    done = subprocess.run(line, capture_output=True, env=env, check=False)
-    assert (done.returncode, done.stderr) == (0, b"") and 'pipeline="用"'.encode() in done.stdout
-    line[-1] = "用=1"
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, input="用".encode(), capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", "用\n".encode())
+    line = [sys.executable, "-c", "from r1pipe.cli import main; main()", "config", "用=1"]
     done = subprocess.run(line, capture_output=True, env=env, check=False)
     assert done.returncode == 2 and done.stderr.startswith(b"r1pipe: ") and done.stderr.count(b"\n") == 1
 

@@ -111,7 +111,7 @@ def import_weights(
     if code == 0:
         shape = lineage.settings_of(lineage.of_folder(target), set())
         line = ["r1pipe", "run", "stage=cold_start", f"parent={IMPORTED}/{name}", *shape, *(overrides or [])]
-        print(f"go on with: {shlex.join(line)}")
+        print(f"next: {shlex.join(line)}")
     return code
 
 

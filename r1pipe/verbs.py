@@ -118,8 +118,8 @@ def prune(
 ) -> None:
     """Remove runs: prune grpo --keep-last 2
 
-    Of several conditions all must hold. A run that is running stays, and so does one that a run which stays
-    was made from (weights or data).
+    Several conditions must all hold. A run stays while it is running, and while a run that stays was made
+    from it (weights or data). MLflow keeps its rows until `r1pipe sync --rebuild`.
     """
     from r1pipe import prune as pruning
 

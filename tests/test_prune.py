@@ -17,7 +17,7 @@ DAY_S = 86400
 
 @pytest.fixture
 def runs(house: House) -> dict[str, Path]:
-    """base -> cold_start -> an older and a newer grpo; rejection_sft from the base, reading the newer grpo."""
+    """base -> cold_start -> two runs of grpo; rejection_sft from the base, reading the newer grpo."""
     made = {stage: build(house.root, stage) for stage in ("base", "cold_start", "rejection_sft")}
     return {
         **made,

@@ -33,7 +33,8 @@ def descriptions(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from descriptions(inner, f"{prefix}{key}.")
     elif dataclasses.is_dataclass(value):
-        documented = comments(type(value))
+        kind: type = type(value)
+        documented = comments(kind)
         for field in dataclasses.fields(value):
             if field.name in documented:
                 yield f"{prefix}{field.name}", documented[field.name]

@@ -1,6 +1,6 @@
 """Scores the completions of a file by one rule: what `r1pipe score` runs. No torch, no DeepSpeed here.
 
-    python stages/score.py OPTIONS_FILE     the JSON of r1pipe.script_options.ScoreOptions
+    python stages/score.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ScoreOptions
 
 Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
 for code, {"completion"} for format and language. One JSON object a row comes out, in the same order:
@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from r1pipe import script_options, terminal
-from r1pipe.errors import DataError
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core import script_options, terminal
+from r1pipe.core.errors import DataError
+from r1pipe.core.script_options import ScoreOptions
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, score_all
-from r1pipe.script_options import ScoreOptions
 
 TOGETHER = 64  # rows scored at a time
 LISTED = 20  # invalid rows named at the end

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_runs import load_stage
 
-from r1pipe import script_options
-from r1pipe.data.chat import Chat
+from r1pipe.chat.template import Chat
+from r1pipe.core import script_options
+from r1pipe.core.paths import content_dir, stages_dir
+from r1pipe.core.script_options import GenerateOptions
+from r1pipe.core.types import Prompt
 from r1pipe.model.cache import LatentCache
-from r1pipe.paths import content_dir, stages_dir
-from r1pipe.records import Prompt
-from r1pipe.script_options import GenerateOptions
 
 BASE = content_dir() / "base"
 CONTEXT = 512
@@ -90,7 +90,7 @@ def test_the_cache_holds_what_is_needed_not_the_whole_context(
     stage.main(options([SHORT]))
     whole = answers(capsys.readouterr().out.splitlines()[-1])
     assert lengths[0] < CONTEXT
-    monkeypatch.setattr("r1pipe.rollout.sampler.CACHE_TOKENS", 1)  # it grows on the way
+    monkeypatch.setattr("r1pipe.train.rollout.sampler.CACHE_TOKENS", 1)  # it grows on the way
     stage.main(options([SHORT]))
     assert answers(capsys.readouterr().out) == whole
 

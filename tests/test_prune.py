@@ -8,9 +8,9 @@ import pytest
 from fakes import House
 from runfolders import build
 
-from r1pipe import prune
-from r1pipe.locks import Lock
-from r1pipe.paths import RunFolder
+from r1pipe.cli import prune
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.locks import Lock
 
 DAY_S = 86400
 

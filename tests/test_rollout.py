@@ -7,12 +7,12 @@ import pytest
 import torch
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 
-from r1pipe.errors import ConfigError
-from r1pipe.kernels.build import runs_here
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.native import NativeDecoder
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.rollout.drawing import draw, uniform_stream
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout.drawing import draw, uniform_stream
 
 EOS, PAD = 1, 0
 SMALL = tiny(num_hidden_layers=2, vocab_size=24, initializer_range=0.08)  # one token in 24 ends
@@ -96,7 +96,7 @@ def test_completions_do_not_depend_on_how_prompts_are_shared_out():
 
 @pytest.mark.parametrize("slots", [2, 99])
 def test_each_prompt_may_have_a_limit_of_its_own_and_the_cache_grows_with_it(slots, monkeypatch):
-    monkeypatch.setattr("r1pipe.rollout.sampler.CACHE_TOKENS", 1)
+    monkeypatch.setattr("r1pipe.train.rollout.sampler.CACHE_TOKENS", 1)
     model = ours(SMALL)
     asked, limits = prompts(5, model.config), [1, 40, 3, 17, 24]
     params = SamplingParams(max_tokens=40, n=2, seed=3, ignore_eos=True)
@@ -113,7 +113,7 @@ def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
     asked = prompts(8, model.config)
     params = SamplingParams(max_tokens=6, n=2)
     whole = Sampler(model, EOS, PAD, 16).generate(asked, params)
-    monkeypatch.setattr("r1pipe.rollout.sampler.PREFILL_TOKENS", 12)
+    monkeypatch.setattr("r1pipe.train.rollout.sampler.PREFILL_TOKENS", 12)
     assert [c.tokens for c in Sampler(model, EOS, PAD, 16).generate(asked, params)] == [
         c.tokens for c in whole
     ]

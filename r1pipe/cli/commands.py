@@ -1,0 +1,160 @@
+"""The command line. Verbs import what they need when they run: `r1pipe --help` answers at once."""
+
+import json
+import signal
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r1pipe.cli import scripts, verbs
+from r1pipe.cli.options import Checkpoint, Overrides
+from r1pipe.cli.overrides import composed
+from r1pipe.core import terminal
+from r1pipe.core.errors import R1pipeError
+from r1pipe.runs import stopping
+
+if TYPE_CHECKING:
+    from r1pipe.config.schema import RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="DeepSeek-R1's recipe as a pipeline of DeepSpeed jobs, each handed to the next with its lineage.",
+    epilog="OVERRIDES are Hydra's, everywhere: group=option (stage, recipe, model, data, engine, tracking, "
+    "tripwires), key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest "
+    "finished run), or models:/name@alias.",
+)
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew, even if this run is half done.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command; a new run's folder is written.")
+    ] = False,
+) -> int:
+    """Run one stage as one DeepSpeed job: run stage=grpo
+
+    An unfinished run goes on where it stopped, but not with a config that computes something else: that is
+    refused with what differs. A finished run is left alone and a new one starts, unless a kill kept
+    the command from saying that it is done.
+    """
+    from r1pipe.config.groups import with_stage
+    from r1pipe.launch import pipeline
+
+    config = composed(with_stage(overrides or []))
+    if dry_run:
+        print(pipeline.dry_run(config, fresh))
+        return 0
+    return run_to_end(config, fresh)
+
+
+def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
+    """Run one stage and show its row of the table; the job's exit code."""
+    from r1pipe.cli import compare
+    from r1pipe.launch import pipeline
+    from r1pipe.runs import lineage
+
+    placed = pipeline.place(lineage.with_parents(config), fresh)
+    code = pipeline.run_stage(placed)
+    if placed.done:
+        compare.show([compare.row(placed.run)])
+        print(f"run folder: {placed.run.path}")
+    return code
+
+
+@app.command()
+def doctor(
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with all checks, for scripts.")] = False,
+) -> int:
+    """Look a stage over before it runs, in a minute: doctor stage=grpo
+
+    Exit code 1 if a check failed: each is told with what was measured and the remedy.
+    """
+    from r1pipe.cli import doctor as examine
+    from r1pipe.config.groups import with_stage
+
+    return examine.doctor(with_stage(overrides or []), as_json)
+
+
+@app.command()
+def reproduce(overrides: Overrides = None) -> int:
+    """Run a recipe's stages and controls: reproduce recipe=laptop
+
+    Run it again and it goes on where it stopped; when all is done, it prints the table again.
+    """
+    from r1pipe.cli import compare
+    from r1pipe.launch import pipeline
+
+    outcome = pipeline.reproduce(overrides or [])
+    compare.show([compare.row(run) for run in outcome.finished])
+    if outcome.code == 0:
+        pipeline.where_it_is(outcome)
+    return outcome.code
+
+
+@app.command(name="config")
+def show_config(
+    overrides: Overrides = None,
+    help_keys: Annotated[bool, typer.Option("--help-keys", help="Say what each key means, too.")] = False,
+) -> None:
+    """Print the whole resolved config, with where each value comes from: config stage=grpo"""
+    from r1pipe.config import to_mapping
+    from r1pipe.config.compose import compose
+    from r1pipe.config.describe import descriptions
+    from r1pipe.config.groups import flat, upwards
+    from r1pipe.core.redaction import publishable
+
+    found = compose(overrides or [])
+    values = dict(flat(publishable(to_mapping(found.config))))
+    shown = {key: f"{key}={json.dumps(values[key], ensure_ascii=False)}" for key in found.sources}
+    width = min(60, max(map(len, shown.values())))
+    described = dict(descriptions(found.config)) if help_keys else {}
+    for key, source in found.sources.items():
+        print(f"{shown[key]:<{width}}  # {source}")
+        meaning = next((described[part] for part in upwards(key) if part in described), "")
+        if meaning:
+            print(textwrap.fill(meaning, 100, initial_indent="    ", subsequent_indent="    "))
+
+
+@app.command(name="eval")
+def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
+    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100"""
+    from r1pipe.runs import lineage
+
+    given = overrides or []
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
+    taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
+    return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
+
+
+VERBS: tuple[Callable[..., int | None], ...] = (
+    *(scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
+    *(verbs.compare, verbs.report, verbs.samples, verbs.lineage, verbs.sync, verbs.prune, verbs.ui),
+)
+for verb in VERBS:
+    app.command(name="import" if verb is scripts.import_weights else None)(verb)
+
+
+def main() -> None:
+    """Entry point: exit code 2 and one line for what a user got wrong."""
+    terminal.run(call)
+
+
+def call() -> int | None:
+    try:
+        with stopping.handling(stopping.leave, (signal.SIGTERM, signal.SIGHUP)):
+            return app(standalone_mode=False)
+    except typer.TyperException as error:
+        raise R1pipeError(error.format_message()) from None  # empty where Typer has just printed the help
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The verbs that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
+
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from r1pipe.cli.options import Checkpoint, Dtype, MaxTokens, Overrides, Seed, ShardGB, Temperature, TopP
+from r1pipe.cli.overrides import composed, split
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.script_options import (
+    ExportOptions,
+    GenerateOptions,
+    ImportOptions,
+    Language,
+    Reward,
+    ScoreOptions,
+    ScriptOptions,
+)
+
+if TYPE_CHECKING:
+    from r1pipe.runs.lineage import Place
+
+
+def generate(
+    checkpoint: Checkpoint,
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUESTIONS] [OVERRIDES]...", help="none: one per line of standard input"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
+) -> int:
+    """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
+    answered, 2 if none could; each is named by its number.
+    """
+    asked, overrides = split(questions or [])
+    asked = [_as_utf8(question) for question in asked]
+    folder = _checkpoint(checkpoint, overrides)
+    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
+    return _run("generate.py", options)
+
+
+def chat(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
+) -> int:
+    """Ask a checkpoint question by question, until the input ends."""
+    folder = _checkpoint(checkpoint, overrides or [])
+    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
+    return _run("generate.py", options)
+
+
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
+    reward: Annotated[Reward, typer.Option(help="which rule")],
+    language: Annotated[Language, typer.Option(help="of the questions")] = "en",
+) -> int:
+    """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
+
+    A row that cannot be scored has the status invalid_row and is listed at the end with its line and the
+    reason. Exit code 2 if that is every row.
+    """
+    return _run("score.py", ScoreOptions(file, reward, language))
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
+    overrides: Overrides = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
+) -> int:
+    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
+    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides or []), folder, dtype, shard_gb))
+
+
+def import_weights(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="published weights: safetensors, config.json")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="what to call it; none: as the folder is called")] = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
+) -> int:
+    """Take in published weights, DeepSeek-V2 or V3 in shape: import DIR
+
+    The checkpoint goes to ROOT/imported/NAME, which `parent=imported/NAME` finds.
+    """
+    from r1pipe.core.paths import IMPORTED
+    from r1pipe.runs import lineage
+
+    name = name or folder.resolve().name
+    if Path(name).name != name or name == "..":
+        raise ConfigError(f"--name {name} must be a name, not a path")
+    target = _place(overrides or []).root / IMPORTED / name
+    code = _run("import_weights.py", ImportOptions(folder, target, dtype, shard_gb))
+    if code == 0:
+        shape = lineage.settings_of(lineage.of_folder(target), set())
+        line = ["r1pipe", "run", "stage=cold_start", f"parent={IMPORTED}/{name}", *shape, *(overrides or [])]
+        print(f"next: {shlex.join(line)}")
+    return code
+
+
+def _as_utf8(word: str) -> str:
+    """A word of the command line, which Python has decoded by the locale. Raises ConfigError."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
+
+
+def _place(overrides: list[str]) -> "Place":
+    from r1pipe.runs.lineage import Place
+
+    return Place.of(composed(overrides))
+
+
+def _checkpoint(name: str, overrides: list[str]) -> Path:
+    from r1pipe.runs import lineage
+
+    return Path(lineage.resolve(name, _place(overrides)).checkpoint)
+
+
+def _run(script: str, options: ScriptOptions) -> int:
+    """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
+    from r1pipe.core import script_options
+    from r1pipe.launch import job as launch
+
+    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
+        path = Path(folder, "options.json")
+        script_options.write(options, path)
+        return launch.script(script, [str(path)])

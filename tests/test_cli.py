@@ -209,7 +209,7 @@ def test_a_reader_who_has_left_is_no_error() -> None:
 
 @pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}])
 def test_text_is_utf_8_whatever_the_locale_is(locale: dict[str, str]) -> None:
-    program = "import sys; from r1pipe import cli, terminal; terminal.run(lambda: print(sys.stdin.read()))"
+    program = "import sys; from r1pipe.core import terminal; terminal.run(lambda: print(sys.stdin.read()))"
     env = {**os.environ, "PYTHONCOERCECLOCALE": "0", **locale}
     line = [sys.executable, "-c", program]
     done = subprocess.run(line, input="用".encode(), capture_output=True, env=env, check=False)

@@ -6,6 +6,7 @@ before the command line's overrides, so the command line always wins. Where one 
 one gives: over whatever is below, the algorithm's over the loss's.
 """
 
+import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from r1pipe.config.describe import leaves
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
 from r1pipe.config.rl import RLConfig
@@ -89,10 +91,25 @@ def parse(overrides: list[str]) -> list[Override]:
             raise ConfigError(
                 f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'"
             )
-        top = str(override.key_or_group).partition(".")[0]
-        if top not in TOP_KEYS:
-            raise ConfigError(unknown_key(top, top, TOP_KEYS))
+        key = str(override.key_or_group)
+        if key.partition(".")[0] not in TOP_KEYS:
+            raise ConfigError(
+                unknown_key(key, key, TOP_KEYS)
+                if key in RENAMED
+                else f"{key} is no key of the config; {meant(key)}"
+            )
     return parsed
+
+
+def meant(key: str) -> str:
+    """The remedy for a key whose first part is unknown: `lr` is short for stage.optim.lr."""
+    below = {name for name in leaves() if "." in name}
+    same = sorted(name for name in below if name.endswith(f".{key}"))
+    if not same:
+        last_parts = {name.rpartition(".")[2] for name in below} - TOP_KEYS
+        similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
+        same = sorted(name for name in below if name.rpartition(".")[2] in similar)
+    return f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
 
 
 def choose(given: list[Override]) -> dict[str, str]:

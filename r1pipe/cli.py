@@ -117,13 +117,18 @@ def show_config(overrides: Overrides = None) -> None:
 
 @app.command(name="eval")
 def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
-    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100"""
+    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100
+
+    The data and the seed are those of the checkpoint's own run, unless overridden.
+    """
     from r1pipe import lineage
 
     given = overrides or []
     parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
-    taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
-    return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
+    taken = lineage.settings_of(parent, {line.partition("=")[0].lstrip("+~") for line in given})
+    config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
+    print(lineage.measured_data(parent, config))
+    return run_to_end(config)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config import rules
+from r1pipe.config.data_rules import refuse_unused_row_keys
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
 from r1pipe.config.schema import STAGE_TYPES, RLConfig, RunConfig
 from r1pipe.config.typed import field_types, load
@@ -55,6 +56,7 @@ def compose(overrides: list[str]) -> Composed:
         mapping["recipe"].pop(key)
     config = load({**mapping, **FILLED_AT_LAUNCH})
     rules.check(config)
+    refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     files = {key: file for key, (_, file) in values.items()}
     return Composed(config, sources_of(mapping, choices, files, own))
 

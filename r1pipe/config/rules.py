@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from r1pipe.config.architecture import Rules, check_all, model_rules
+from r1pipe.config.data_rules import GENERAL_KINDS, STYLES, data_rules, share_rules
 from r1pipe.config.engine_rules import engine_rules, fp8_rules
 from r1pipe.config.reinforcement import rl_rules
 from r1pipe.config.schema import (
@@ -23,6 +24,7 @@ from r1pipe.config.schema import (
     RLConfig,
     RunConfig,
     SamplingConfig,
+    SFTConfig,
     StageConfig,
 )
 from r1pipe.errors import nearest
@@ -92,6 +94,7 @@ def every_rule(config: RunConfig) -> Rules:
     yield from ranges(values)
     yield from model_rules(config.model)
     yield from fp8_rules(config.engine, config.model)
+    yield from data_rules(config.data)
     yield from engine_rules(config.engine)
     yield from optim_rules(config.stage.optim)
     yield from eval_rules(config.stage.eval, config)
@@ -138,10 +141,6 @@ def optim_rules(optim: OptimConfig) -> Rules:
 
 def eval_rules(evaluation: EvalConfig, config: RunConfig) -> Rules:
     yield from length_rule("stage.eval.max_tokens", evaluation.max_tokens, config)
-    yield (
-        evaluation.shown <= evaluation.problems,
-        f"stage.eval.shown={evaluation.shown} is more than stage.eval.problems={evaluation.problems}",
-    )
 
 
 def length_rule(key: str, length: int, config: RunConfig) -> Rules:
@@ -203,9 +202,15 @@ def stage_rules(config: RunConfig) -> Rules:
             config.data.kind == WITH_DOCUMENTS,
             f"data={config.data.name} has no documents for stage={stage.name}; use data=world",
         )
+    if isinstance(stage, SFTConfig):
+        yield from share_rules("stage.styles", stage.styles, config.data, STYLES)
     if isinstance(stage, RejectionConfig):
+        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_KINDS)
         yield from sampling_rules(stage.sampling, config)
     if isinstance(stage, RLConfig):
+        if stage.preference:
+            key, kinds = "stage.preference.general_kinds", stage.preference.general_kinds
+            yield from share_rules(key, kinds, config.data, GENERAL_KINDS)
         yield from sampling_rules(stage.sampling, config)
         yield from rl_rules(stage, ranks)
     if isinstance(stage, EvaluateConfig) and stage.name == "evaluate":

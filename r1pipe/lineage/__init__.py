@@ -23,7 +23,7 @@ from r1pipe.lineage.places import (
     resolve,
     runs,
 )
-from r1pipe.lineage.settings import UNLIKE, settings_of
+from r1pipe.lineage.settings import UNLIKE, measured_data, settings_of
 from r1pipe.lineage.tree import show
 from r1pipe.recorded import record_of
 
@@ -36,6 +36,7 @@ __all__ = [
     "bundled",
     "differs",
     "is_run",
+    "measured_data",
     "must_fit",
     "newest",
     "of_folder",

@@ -55,9 +55,10 @@ def measure(
         evaluation = _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
     if too_long := evaluation.metrics["too_long"]:
         run.warn(
-            f"{too_long} prompts of data={run.config.data.name} are too long and were not measured: they leave no "
-            f"room for stage.eval.max_tokens={config.max_tokens} in a context of "
-            f"{model.config.max_position_embeddings} tokens; {evaluation.metrics['problems']} problems were measured"
+            f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "
+            f"{too_long} prompts are too long: they leave no room for "
+            f"stage.eval.max_tokens={config.max_tokens} in a context "
+            f"of {model.config.max_position_embeddings} tokens"
         )
     return evaluation
 
@@ -90,7 +91,7 @@ def _measure(
         strategy_of=source.strategy_of,
         progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
     )
-    evaluation.metrics |= {"data": run.config.data.name, "split": config.split, "too_long": too_long}
+    evaluation.metrics.update(data=run.config.data.name, split=config.split, too_long=too_long)
     return evaluation
 
 

@@ -1,4 +1,4 @@
-"""What must be true of the data group: its kind uses the keys that are set; the world has what they ask for."""
+"""What must be true of the data group: its kind reads the keys that are set, and the world has the values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields

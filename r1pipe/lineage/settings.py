@@ -1,4 +1,4 @@
-"""A checkpoint's own shape and its run's data, seed and pipeline, as overrides: what `r1pipe eval` measures."""
+"""A checkpoint's shape and its run's data, seed and pipeline, as overrides: what `r1pipe eval` goes by."""
 
 import json
 from pathlib import Path

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from r1pipe import heartbeat
 from r1pipe.config.schema import DataConfig
@@ -80,7 +81,11 @@ class World:
         if self._say is None:
             return
         count, config = len(self._all[split]), self.config
-        kinds = {"tasks": config.tasks, "levels": config.levels, "languages": config.languages}
+        kinds: dict[str, list[Any]] = {
+            "tasks": config.tasks,
+            "levels": config.levels,
+            "languages": config.languages,
+        }
         chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in kinds.items())
         self._say(
             f"data={config.name} has {count:,} distinct {split} problems with {chosen}, fewer than the {n:,} "

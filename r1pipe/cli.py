@@ -124,8 +124,10 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     from r1pipe import lineage
 
     given = overrides or []
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
-    taken = lineage.settings_of(parent, {line.partition("=")[0].lstrip("+~") for line in given})
+    keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
+    elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(elsewhere)))
+    taken = lineage.settings_of(parent, set(keys.values()))
     config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
     print(lineage.measured_data(parent, config))
     return run_to_end(config)

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from r1pipe.data.chat import parse
+from r1pipe.chat.template import parse
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
-from r1pipe.errors import ConfigError, DataError
-from r1pipe.records import Completion, Prompt
 from r1pipe.rewards.accuracy import accuracy, summary_of
-from r1pipe.rl.prompts import PromptStream
+from r1pipe.train.rl.prompts import PromptStream
 from tests.samples import world_config
 
 CAREFUL = {"careful": 1.0}
@@ -44,8 +44,8 @@ def test_held_out_problems_are_never_trained_on(world):
         split: {p.checker["key"] for p in world.prompts(split, 150, 1)} for split in ("train", "dev", "test")
     }
     assert not keys["train"] & keys["test"] and not keys["dev"] & keys["test"]
-    traces = world.traces(150, 2, {}, False) + world.general_traces(150, 2, {})
-    assert {split_of(t.prompt.checker["key"]) for t in traces} == {"train"}
+    demonstrations = world.demonstrations(150, 2, {}, False) + world.general_demonstrations(150, 2, {})
+    assert {split_of(t.prompt.checker["key"]) for t in demonstrations} == {"train"}
 
 
 def test_the_same_problem_told_otherwise_stays_in_its_split():
@@ -64,7 +64,7 @@ def test_careful_solutions_without_slips_are_right(task, level):
     for language in LANGUAGES:
         for _ in range(20):
             prompt = corpus.TASKS[task].make(rng, language, level)
-            trace = corpus.reasoning_trace(prompt, rng, CAREFUL, slip=0.0)
+            trace = corpus.reasoning_demonstration(prompt, rng, CAREFUL, slip=0.0)
             assert is_correct(prompt, trace.response), (prompt, trace.response)
             assert strategy_of(prompt, trace.response) == "careful", trace.response
             assert parse(trace.response).well_formed
@@ -77,7 +77,9 @@ def test_hasty_strategies_are_worse_than_care():
         prompt = corpus.reasoning_prompt(
             rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2
         )
-        right[style] += is_correct(prompt, corpus.reasoning_trace(prompt, rng, {style: 1}, 0.02).response)
+        right[style] += is_correct(
+            prompt, corpus.reasoning_demonstration(prompt, rng, {style: 1}, 0.02).response
+        )
     assert right["careful"] > 1.5 * right["terse"] > 0 and right["careful"] > 1.5 * right["guess"]
 
 
@@ -134,7 +136,7 @@ def test_general_prompts_and_answers_come_in_the_shares_asked_for(world):
     even = [prompt.task for prompt in world.general_prompts("test", 10, 0, {})]
     assert even == [*general.KINDS, *general.KINDS]
     shares = {"safety": 3.0, "facts": 1.0}
-    answered = [trace.prompt for trace in world.general_traces(200, 0, shares)]
+    answered = [trace.prompt for trace in world.general_demonstrations(200, 0, shares)]
     for prompts in (world.general_prompts("train", 200, 0, shares), answered):
         tasks = [prompt.task for prompt in prompts]
         assert set(tasks) == {"safety", "facts"} and 130 < tasks.count("safety") < 170
@@ -229,6 +231,6 @@ def test_what_the_world_never_gives_is_one_line_and_no_endless_loop(small_world)
         DataError, match=r"300 draws .* a correct solution in stage\.styles=.*; set stage\.correct_only"
     ):
         corpus.TASKS["program"].solve = lambda prompt, *others: ("think", "The answer is 0.")
-        world.traces(1, 0, {"careful": 1.0}, correct_only=True)
+        world.demonstrations(1, 0, {"careful": 1.0}, correct_only=True)
     with pytest.raises(DataError, match=r"300 draws .* a prompt of split tset; use another split"):
         world.prompts("tset", 1, 0)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from r1pipe.config.architecture import Rules
 from r1pipe.config.parts import DataConfig
 from r1pipe.config.typed import shown
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 
 ROW_KEYS = (
     "bad_rows",

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from r1pipe.errors import DataError
-from r1pipe.paths import content_dir
+from r1pipe.core.errors import DataError
+from r1pipe.core.paths import content_dir
 
 T = TypeVar("T")
 

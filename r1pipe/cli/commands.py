@@ -126,13 +126,20 @@ def show_config(
 
 @app.command(name="eval")
 def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
-    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100"""
+    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100
+
+    The data and the seed are those of the checkpoint's own run, unless overridden.
+    """
     from r1pipe.runs import lineage
 
     given = overrides or []
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
-    taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
-    return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
+    keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
+    elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(elsewhere)))
+    taken = lineage.settings_of(parent, set(keys.values()))
+    config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
+    print(lineage.measured_data(parent, config))
+    return run_to_end(config)
 
 
 VERBS: tuple[Callable[..., int | None], ...] = (

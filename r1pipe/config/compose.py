@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from r1pipe.config.data import refuse_unused_row_keys
 from r1pipe.config.describe import leaves
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
@@ -57,6 +58,7 @@ def compose(overrides: list[str]) -> Composed:
         mapping["recipe"].pop(key)
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
+    refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     files = {key: file for key, (_, file) in values.items()}
     return Composed(config, sources_of(mapping, choices, files, own))
 
@@ -93,11 +95,7 @@ def parse(overrides: list[str]) -> list[Override]:
             )
         key = str(override.key_or_group)
         if key.partition(".")[0] not in TOP_KEYS:
-            raise ConfigError(
-                unknown_key(key, key, TOP_KEYS)
-                if key in RENAMED
-                else f"{key} is no key of the config; {meant(key)}"
-            )
+            raise ConfigError(f"{key} is no key of the config; {meant(key)}")
     return parsed
 
 

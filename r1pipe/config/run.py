@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
-from r1pipe.config.data import DataConfig
+from r1pipe.config.data import GENERAL_KINDS, STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.model import ModelConfig, model_rules
@@ -109,6 +109,7 @@ def every_rule(config: RunConfig) -> Rules:
     """The rules in an order in which each can rely on those before it."""
     yield from model_rules(config.model)
     yield from fp8_rules(config.engine, config.model)
+    yield from data_rules(config.data)
     yield from engine_rules(config.engine)
     yield from optim_rules(config.stage.optim)
     yield from length_rules(config)
@@ -135,10 +136,6 @@ def stage_rules(config: RunConfig) -> Rules:
         re.fullmatch(r"\w+\.py", stage.script) is not None,
         f"stage.script={stage.script} must be the name of a script in stages/, not a path",
     )
-    yield (
-        stage.eval.shown <= stage.eval.problems,
-        f"stage.eval.shown={stage.eval.shown} is more than stage.eval.problems={stage.eval.problems}",
-    )
     if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig):
         yield (
             stage.batch_size % ranks == 0,
@@ -155,8 +152,15 @@ def stage_rules(config: RunConfig) -> Rules:
             stage.sampling.top_p > 0,
             "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0",
         )
+    if isinstance(stage, SFTConfig):
+        yield from share_rules("stage.styles", stage.styles, config.data, STYLES)
+    if isinstance(stage, RejectionConfig):
+        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_KINDS)
     if isinstance(stage, RLConfig):
         yield from rl_rules(stage, ranks)
+        if stage.preference:
+            key, kinds = "stage.preference.general_kinds", stage.preference.general_kinds
+            yield from share_rules(key, kinds, config.data, GENERAL_KINDS)
     if stage.name == "evaluate":
         yield (
             config.parent is not None,

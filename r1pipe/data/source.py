@@ -63,7 +63,7 @@ class Source(Protocol):
 def _world(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
     from r1pipe.data.world import World
 
-    return World(config, seed)
+    return World(config, seed, aside.say)
 
 
 def _files(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
@@ -91,7 +91,8 @@ def open_data(
 ) -> Source:
     """The source of `data.kind`. Raises ConfigError on an unknown kind, DataError on unusable data.
 
-    With data.bad_rows=set_aside, rows that cannot be used are written to `folder`, and `say` takes a line.
+    With data.bad_rows=set_aside, rows that cannot be used are written to `folder`. `say` takes one line about
+    such rows, or about a split that has fewer problems than were asked for.
     """
     if config.kind not in KINDS:
         raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")

@@ -107,7 +107,7 @@ class Context:
 
     def __init__(self, run: Run[Any], limits: Limits):
         self.run, self.config, self.limits = run, run.config, limits
-        self.set_aside: list[str] = []  # what is told of rows that cannot be used, once they have been read
+        self.data_notes: list[str] = []  # lines about rows that cannot be used, and splits that are too small
 
     @cached_property
     def chat(self) -> Chat:
@@ -115,7 +115,7 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed, say=self.set_aside.append)
+        return open_data(self.config.data, self.config.seed, say=self.data_notes.append)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -60,11 +60,12 @@ def run(
 def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     """Run one stage and show its row of the table; the job's exit code."""
     from r1pipe import compare, lineage, pipeline
+    from r1pipe.record import StoredRun
 
     placed = pipeline.place(lineage.with_parents(config), fresh)
     code = pipeline.run_stage(placed)
     if placed.done:
-        compare.show([compare.row(placed.run)])
+        compare.show([compare.row(StoredRun.read(placed.run))])
         print(f"run folder: {placed.run.path}")
     return code
 
@@ -91,9 +92,10 @@ def reproduce(overrides: Overrides = None) -> int:
     Run it again and it goes on where it stopped; when all is done, it prints the table again.
     """
     from r1pipe import compare, pipeline
+    from r1pipe.record import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([compare.row(run) for run in outcome.finished])
+    compare.show([compare.row(StoredRun.read(run)) for run in outcome.finished])
     if outcome.code == 0:
         pipeline.where_it_is(outcome)
     return outcome.code

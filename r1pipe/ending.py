@@ -1,10 +1,9 @@
 """Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from r1pipe import evaluate, stopping
@@ -15,11 +14,11 @@ from r1pipe.data.source import Source
 from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3
 from r1pipe.ranks import Ranks
+from r1pipe.record import Metrics
 from r1pipe.records import Prompt
 from r1pipe.rollout import Sampler
 from r1pipe.run import Run, log
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
 
 
@@ -109,7 +108,7 @@ def conclude(
     checkpoint: Path,
     steps: int,
     data_hash: str | None = None,
-    known: Mapping[str, Any] = NOTHING,
+    known: Metrics | None = None,
 ) -> None:
     """The end of a stage that trained: the whole evaluation, then the record.
 
@@ -118,6 +117,6 @@ def conclude(
     """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    metrics = {**evaluation.metrics, **known}
+    metrics: Metrics = {**evaluation.metrics, **known} if known else evaluation.metrics
     trained_on = data_hash or source.hash
     run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from shutil import copyfile
 from typing import Any
 
-from r1pipe.compare import read_json
 from r1pipe.config.changes import Change, changes
+from r1pipe.jsonfile import read_json
 from r1pipe.paths import RunFolder
 
 

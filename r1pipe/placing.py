@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from r1pipe import checkpoints, lineage
-from r1pipe.compare import read_json
 from r1pipe.config import to_mapping
 from r1pipe.config.changes import Change, changes, listed
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
 from r1pipe.errors import ConfigError, EnvironmentProblem
+from r1pipe.jsonfile import read_json
 from r1pipe.locks import must_be_free, was_cut_off
 from r1pipe.paths import RunFolder
 from r1pipe.redaction import publishable

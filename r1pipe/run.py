@@ -27,6 +27,7 @@ from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
+from r1pipe.record import Metrics, Result
 from r1pipe.ranks import Ranks, leave_with, rank_and_world
 from r1pipe.resumable import Resumable
 from r1pipe.stopping import Interrupted, listening
@@ -118,7 +119,7 @@ class Run(Resumable[S]):
         self,
         checkpoint: Path,
         chat: Chat,
-        evaluation: dict[str, Any],
+        evaluation: Metrics,
         samples: list[dict[str, Any]],
         data_hash: str | None,
         steps: int,
@@ -134,7 +135,7 @@ class Run(Resumable[S]):
         write_json(self.folder.evaluation, evaluation)
         write_json(self.folder.samples, samples)
         wall_s, seconds = round(self.elapsed(), 3), {k: round(v, 3) for k, v in self.seconds.items()}
-        made = {
+        result: Result = {
             "wall_s": wall_s,
             "seconds": seconds,
             "steps": steps,
@@ -142,7 +143,7 @@ class Run(Resumable[S]):
             "metrics": evaluation,
         }
         source_hash = source_hash or data_hash
-        record = job_record(self.folder, self.config, checkpoint, chat, made, source_hash)
+        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash)
         write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 

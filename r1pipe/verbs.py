@@ -16,11 +16,16 @@ def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
 ) -> None:
-    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
+    """The table of stages, or any runs with the settings that differ: compare grpo, compare RUN RUN
+
+    Without RUNS: the newest finished run of each stage and seed. RUN: a run id, a path, or a stage, which
+    means every finished run of that stage in this pipeline.
+    """
     from r1pipe import compare as table
 
     named, overrides = split(runs or [])
-    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
+    config = composed(overrides)
+    rows = table.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
         print(table.as_json(rows))
     else:

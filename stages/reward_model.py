@@ -24,6 +24,7 @@ from r1pipe.rl.preference import (
     steps_of,
     train_reward_model,
 )
+from r1pipe.record import Metrics
 from r1pipe.run import Run, open_run
 
 
@@ -43,9 +44,12 @@ def main(folder: str) -> None:
             train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
         run.saved()
-        nothing = evaluate.measure([], [], [], run.stage.eval) | evaluate.measure_general([], [])
-        quality = {"reward_models": quality_of(checkpoint)}
-        run.finish(checkpoint, chat, nothing | quality, [], data.hash, firsts[-1])
+        metrics: Metrics = {
+            **evaluate.measure([], [], [], run.stage.eval),
+            **evaluate.measure_general([], []),
+            "reward_models": quality_of(checkpoint),
+        }
+        run.finish(checkpoint, chat, metrics, [], data.hash, firsts[-1])
 
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:

@@ -25,7 +25,7 @@ from r1pipe.lineage.places import (
 )
 from r1pipe.lineage.settings import UNLIKE, settings_of
 from r1pipe.lineage.tree import show
-from r1pipe.recorded import record_of
+from r1pipe.record import record_of
 
 __all__ = [
     "BUNDLED",

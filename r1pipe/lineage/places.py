@@ -14,7 +14,7 @@ from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RunConf
 from r1pipe.errors import CheckpointError, nearest
 from r1pipe.jsonfile import read_object
 from r1pipe.paths import RunFolder, content_dir, inside
-from r1pipe.recorded import record_of
+from r1pipe.record import finished, record_of, stage_name, stored_runs
 
 BUNDLED = "bundled"
 
@@ -39,13 +39,12 @@ def runs(root: Path) -> list[RunFolder]:
 
 def newest(stage: str, place: Place) -> RunFolder | None:
     """The run of this stage and pipeline that finished last."""
-    found = []
-    for run in runs(place.root):
-        if run.record.exists() and run.run_id.startswith(f"{stage}-"):
-            record = record_of(run)
-            if (record["stage"], record["pipeline"]) == (stage, place.pipeline):
-                found.append((record["created"], run.run_id, run))
-    return max(found, key=lambda entry: entry[:2])[2] if found else None
+    found = [
+        run.folder
+        for run, record in finished(stored_runs(place.root, f"{stage}-*"))
+        if (record["stage"], record["pipeline"]) == (stage, place.pipeline)
+    ]
+    return found[-1] if found else None
 
 
 def of_run(run: RunFolder) -> ParentRef:
@@ -87,8 +86,8 @@ def of_stage(
     above = read(f"stage/{stage}")["starts_from"]
     if STAGE_TYPES[stage] is EvaluateConfig and above is not None:
         return of_stage(above, place, without_runs, as_data)
-    elsewhere = sorted({record_of(run)["pipeline"] for run in runs(place.root) if run.record.exists()})
-    others = [name for name in elsewhere if newest(stage, replace(place, pipeline=name))]
+    same_stage = finished(stored_runs(place.root, f"{stage}-*"))
+    others = sorted({record["pipeline"] for _, record in same_stage if record["stage"] == stage})
     hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
     given = "" if as_data else " or give parent=CHECKPOINT"  # that names weights
     raise CheckpointError(
@@ -119,12 +118,7 @@ def resolve(name: str, place: Place) -> ParentRef:
 def is_run(path: Path) -> bool:
     """A run folder's config.json names a stage, a checkpoint's does not. Raises CheckpointError."""
     config = path / "config.json"
-    return config.is_file() and isinstance(_named_stage(read_object(config)), str)
-
-
-def _named_stage(config: dict) -> object:
-    stage = config.get("stage")
-    return stage.get("name") if isinstance(stage, dict) else None
+    return config.is_file() and stage_name(read_object(config)) is not None
 
 
 def in_run(checkpoint: Path) -> bool:

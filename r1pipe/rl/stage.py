@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from r1pipe import checkpoints, judges
 from r1pipe.config.architecture import check_all
@@ -12,6 +11,7 @@ from r1pipe.data.chat import Chat
 from r1pipe.ending import conclude, short_evaluation
 from r1pipe.engine import Engine
 from r1pipe.ranks import choose_device
+from r1pipe.record import Metrics
 from r1pipe.rewards.models import Judge, load_reward_model
 from r1pipe.rl.critic import Critic
 from r1pipe.rl.loop import GRPO
@@ -47,7 +47,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     conclude(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_told(run))
 
 
-def weaknesses_told(run: Run[RLConfig]) -> dict[str, Any]:
+def weaknesses_told(run: Run[RLConfig]) -> Metrics:
     """For the record of a stage that asks reward models: which of their bounds were forced, and how many."""
     if not run.stage.preference:
         return {}

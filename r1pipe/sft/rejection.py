@@ -30,7 +30,7 @@ from r1pipe.errors import CheckpointError, DataError
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import write_json
 from r1pipe.ranks import Ranks
-from r1pipe.recorded import record_of
+from r1pipe.record import record_of
 from r1pipe.records import Completion, Prompt, Score, Status, Trace
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.rollout import Sampler, SamplingParams

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1pipe.compare import read_json
+from r1pipe.jsonfile import read_json
 from r1pipe.paths import RunFolder
 from r1pipe.redaction import publishable, without_login
 from r1pipe.tracking.index import Index

@@ -17,8 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
-from annotated_types import Len
-from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from r1pipe.config.schema import ParentRef
@@ -36,7 +35,7 @@ class Metrics(TypedDict, total=False):
     """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: not measured."""
 
     pass_at_1: float | None
-    pass_at_1_ci: Annotated[list[FiniteFloat], Len(2, 2)] | None  # 95% interval
+    pass_at_1_ci: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None  # 95% interval
     greedy: float | None
     cons_at_k: float | None
     k: int | None
@@ -289,7 +288,9 @@ def own_hash(record: Mapping[str, Any]) -> str:
     """SHA-256 over the record but for this hash itself. It finds damage and edits; a forger can make it anew,
     but not in the records of later stages, which name it."""
     rest = {key: value for key, value in record.items() if key != OWN_HASH}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def record_beside(checkpoint: Path) -> Path:

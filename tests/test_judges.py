@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from fakes import House
+from runfolders import build
 
 from r1pipe import checkpoints, compare, judges
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.errors import CheckpointError
 from r1pipe.judges import FORCE, HARMLESS, HELPFUL, shortfalls
-from r1pipe.paths import RunFolder
 
 GOOD: dict[str, dict[str, Any]] = {
     HELPFUL: {"pairs": 300, "accuracy": 0.8, "length_correlation": 0.5},
@@ -146,11 +146,10 @@ def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
 ) -> None:
     forced = {"weak_judges": 1, "forced_judges": ["helpful share of held-out pairs in order 0.5"]}
     for stage, metrics in (("reward_model", {"reward_models": GOOD}), ("all_scenario", forced)):
-        (tmp_path / stage).mkdir()
-        record = {"stage": stage, "seed": 3, "metrics": metrics}
-        (tmp_path / stage / "record.json").write_text(json.dumps(record))
-    rows = [compare.row(RunFolder(tmp_path / stage)) for stage in ("reward_model", "all_scenario")]
-    compare.show(rows)
+        folder = build(tmp_path, stage, seed=3)
+        record = json.loads((folder / "record.json").read_text()) | {"metrics": metrics}
+        (folder / "record.json").write_text(json.dumps(record))
+    compare.show(compare.rows(tmp_path))
     shown = capsys.readouterr().out
     assert "reward_model, seed 3, helpful: 80.0% of 300 pairs in order, length r +0.50" in shown
     assert "harmless: area under the curve 0.999 on 300 labels, length r -0.03" in shown

@@ -57,5 +57,7 @@ def details(ancestor: Ancestor) -> dict[str, str]:
         "code": known["code"],
         **{name: record.get(name) or "" for name in HASHES},
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "metrics": ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)),
+        "metrics": ", ".join(
+            f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)
+        ),
     }

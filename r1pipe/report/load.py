@@ -135,7 +135,5 @@ def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
     Their cost belongs to an honest account of what the result took.
     """
     shown = {run.folder.path.resolve() for run in chosen}
-    others = [
-        StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown
-    ]
+    others = [StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown]
     return [run for run in others if run.wall_s]  # a dry run took no time

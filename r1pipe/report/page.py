@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from markupsafe import Markup
-
 from r1pipe import __version__
 from r1pipe.config.changes import decisive
 from r1pipe.figures import duration, percent
@@ -51,7 +49,7 @@ def page(runs: Runs, others: Runs) -> str:
         others=others,
         cost=cost,
         folders=list(dict.fromkeys(str(run.folder.path.resolve().parent) for run in runs)),
-        svg=lambda panel: Markup(plots.svg(panel)),
+        svg=plots.svg,
         reasoning=reasoning,
     )
 

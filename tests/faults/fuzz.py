@@ -43,11 +43,11 @@ from r1pipe.lineage.page import page
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
 from r1pipe.paths import RunFolder
-from r1pipe.recorded import wrong_type
+from r1pipe.record import read_record
 from r1pipe.records import Prompt
 from r1pipe.redaction import publishable, without_login
-from r1pipe.report import sections
 from r1pipe.report.load import load_runs
+from r1pipe.report.page import page as report_page
 from r1pipe.tracking import naming
 
 HANG_S = 30.0  # for one input, on a busy machine
@@ -242,12 +242,12 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
         page(list(lineage.ancestors(start)))
         compare.rows(root)
         runs = load_runs(root, None, None)
-        _ = [part(runs) for part in (sections.stages, sections.lineage) if runs]
-        record = compare.read_json(first.record)
-        if record and not wrong_type(record):
-            naming.final_metrics(record)
-            naming.provenance(record)
-            naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
+        if runs:
+            report_page(runs, [])
+        record = read_record(first.record)
+        naming.final_metrics(record)
+        naming.provenance(record)
+        naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
         lineage.of_run(first)
 
     return json_file(valid), act

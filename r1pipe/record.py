@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @with_config(STRICT)
 class Metrics(TypedDict, total=False):
-    """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: not measured."""
+    """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: not known."""
 
     pass_at_1: float | None
     pass_at_1_ci: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None  # 95% interval

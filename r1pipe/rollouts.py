@@ -1,7 +1,7 @@
 """The rows of a run's rollouts/step-N.parquet that a filter keeps.
 
-All files are one pyarrow dataset. Only columns of numbers are kept in memory; the texts of the few rows that are
-shown are read last.
+All files are one pyarrow dataset. Only columns of numbers are kept in memory; the texts of the few rows that
+are shown are read last.
 """
 
 import re

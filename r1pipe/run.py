@@ -27,8 +27,8 @@ from r1pipe.lineage.fit import must_fit
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
-from r1pipe.record import Metrics, Result
 from r1pipe.ranks import Ranks, leave_with, rank_and_world
+from r1pipe.record import Metrics, Result
 from r1pipe.resumable import Resumable
 from r1pipe.stopping import Interrupted, listening
 

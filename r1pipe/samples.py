@@ -173,7 +173,7 @@ def repetition_limit(run: RunFolder) -> float:
         return float(read_object(run.config)["tripwires"]["wires"]["repetition"]["limit"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{run.config}: tripwires.wires.repetition.limit is missing or no number; copy the run folder again"
+            f"{run.config}: tripwires.wires.repetition.limit is missing or no number; copy the run again"
         ) from None
 
 

@@ -18,13 +18,13 @@ from r1pipe.config.schema import RewardModelConfig
 from r1pipe.errors import DataError
 from r1pipe.judges import KINDS, quality_of
 from r1pipe.ranks import Ranks
+from r1pipe.record import Metrics
 from r1pipe.rl.preference import (
     Examples,
     read_examples,
     steps_of,
     train_reward_model,
 )
-from r1pipe.record import Metrics
 from r1pipe.run import Run, open_run
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1pipe import __version__
 from r1pipe.config.changes import decisive
 from r1pipe.figures import duration, percent
 from r1pipe.report import plots
@@ -124,7 +123,7 @@ def _code(code: dict) -> str:
 
 
 def _versions(run: StageRun) -> str:
-    versions = {"r1pipe": __version__, "Python": run.env.get("python"), **(run.record.get("versions") or {})}
+    versions = {"Python": run.env.get("python"), **(run.record.get("versions") or {})}
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
@@ -134,7 +133,7 @@ def _mlflow(run: StageRun) -> str:
         return ""
     root = run.folder.path.resolve().parent
     where = tracking.get("uri") or f"{root}/mlflow.db"
-    return f"experiment {tracking.get('experiment')} in {where}; `r1pipe ui root={root}` opens it"
+    return f"experiment {tracking.get('experiment')} in {where}; open it with r1pipe ui root={root}"
 
 
 @dataclass

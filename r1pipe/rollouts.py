@@ -178,7 +178,7 @@ def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | Non
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """Raises DataError for a file that was cut off or is no parquet."""
+    """What `read` makes of the file. Raises DataError where it was cut off or is no parquet."""
     try:
         return read(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -138,6 +138,21 @@ def test_a_weak_judge_is_refused_before_the_job_starts(weak: House, capsys: pyte
     assert len(weak.runs("all_scenario")) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"accuracy": 0.', "is not valid JSON"), ('{"accuracy": "high"}', "accuracy is wrong")],
+)
+def test_a_damaged_quality_file_is_one_line(
+    weak: House, capsys: pytest.CaptureFixture, content: str, message: str
+) -> None:
+    checkpoint = weak.runs("reward_model")[0] / "checkpoints" / "step-1"
+    (checkpoint / HELPFUL / "quality.json").write_text(content)
+    capsys.readouterr()
+    assert weak.call("run", "stage=all_scenario", "parent=pretrain") == 2
+    err = capsys.readouterr().err
+    assert "quality.json" in err and message in err and err.count("\n") == 1
+
+
 # --- what is shown
 
 

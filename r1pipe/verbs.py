@@ -16,10 +16,10 @@ def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
 ) -> None:
-    """The table of stages, or any runs with the settings that differ: compare grpo, compare RUN RUN
+    """The table of stages: the newest finished run of each stage and seed, or the runs named.
 
-    Without RUNS: the newest finished run of each stage and seed. RUN: a run id, a path, or a stage, which
-    means every finished run of that stage in this pipeline.
+    RUNS: run ids, paths, or stages: compare grpo shows every finished run of that stage in this pipeline.
+    Named runs have a row each, with the settings that differ between runs of one stage.
     """
     from r1pipe import compare as table
 

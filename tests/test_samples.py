@@ -13,9 +13,9 @@ from rich.console import Console
 from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
-from r1pipe.rl.rows import write_rows
-from r1pipe.rollouts import Filter, bound, look, numbers, schema_of
-from r1pipe.samples import Asked, chosen_of, samples
+from r1pipe.cli.samples import Asked, chosen_of, samples
+from r1pipe.runs.rollouts import Filter, bound, look, numbers, schema_of
+from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
 

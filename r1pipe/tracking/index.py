@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from r1pipe.jsonl import Tail
-from r1pipe.paths import RunFolder, inside
-from r1pipe.record import Record, read_record
+from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
 from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
 
@@ -46,7 +46,7 @@ class Index:
         parent = self._run(
             experiment,
             pipeline,
-            known_by={"r1pipe.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
+            known_by={"r1pipe.launch.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
             tags={},
         )
         child = self._run(
@@ -56,7 +56,7 @@ class Index:
             tags={
                 "mlflow.parentRunId": parent,
                 "mlflow.source.name": f"stages/{stage['script']}",
-                "r1pipe.pipeline": pipeline,
+                "r1pipe.launch.pipeline": pipeline,
                 "r1pipe.root": root,
                 "r1pipe.run_id": self.folder.run_id,
                 "r1pipe.stage": stage["name"],

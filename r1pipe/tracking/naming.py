@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from r1pipe.record import Edge, Record
+from r1pipe.runs.record import Edge, Record
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
 TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped

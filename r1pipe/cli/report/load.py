@@ -1,0 +1,139 @@
+"""What the report shows, read from run folders; an optional file that is missing or damaged leaves its part
+empty."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from r1pipe.cli.compare import choose, row
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.record import StoredRun, stored_runs
+
+
+@dataclass
+class StageRun:
+    """One run, finished or not."""
+
+    stored: StoredRun
+    row: dict[str, Any]  # of the table of stages
+
+    @classmethod
+    def of(cls, stored: StoredRun) -> "StageRun":
+        return cls(stored, row(stored))
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.stored.folder
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.stored.config
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self.stored.record or {}
+
+    @property
+    def stage(self) -> str:
+        return self.stored.stage
+
+    @property
+    def seed(self) -> int:
+        return self.row["seed"] or 0
+
+    @property
+    def control(self) -> bool:
+        return self.stored.is_control
+
+    @property
+    def is_rl(self) -> bool:
+        return any("reward" in line for line in self.metrics)
+
+    @cached_property
+    def env(self) -> dict[str, Any]:
+        return read_json(self.folder.env)
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """Lines of metrics.jsonl that have a step, by step."""
+        lines = [line for line in Tail(self.folder.metrics).read() if isinstance(line.get("step"), int)]
+        return sorted(lines, key=lambda line: line["step"])
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        points = [
+            (line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def names(self, group: str) -> list[str]:
+        """Metrics logged under `group/`, in the order they first appeared."""
+        names = (name for line in self.metrics for name in line)
+        return [name for name in dict.fromkeys(names) if name.startswith(f"{group}/")]
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        return _list(self.folder.samples)
+
+    @cached_property
+    def funnel(self) -> list[dict]:
+        return _list(self.folder.data / "funnel.json")
+
+    @property
+    def wall_s(self) -> float:
+        """Of a run without a record, the time of its last step."""
+        if self.stored.record is not None:
+            return self.stored.record.get("wall_s", 0.0)
+        return max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
+
+    @property
+    def devices(self) -> tuple[int, str]:
+        """How many of what the job occupied: GPUs, or cores where it used none."""
+        known = self.env.get("devices") or {}
+        if known:
+            return known["count"], known["unit"]
+        engine = self.config.get("engine") or {}  # env.json of an older version
+        ranks = engine.get("ranks") or 1
+        if engine.get("accelerator") == "cuda":
+            return ranks, "GPU"
+        cores = (self.env.get("machine") or {}).get("cores") or ranks
+        return ranks * engine["threads"] if engine.get("threads") else cores, "core"
+
+
+def cost(runs: Iterable[StageRun]) -> str:
+    """Hours of all GPUs and of all cores, which are not added: `1.250 GPU-hours + 0.300 core-hours`."""
+    hours: dict[str, float] = defaultdict(float)
+    for run in runs:
+        count, unit = run.devices
+        hours[unit] += run.wall_s / 3600 * count
+    return " + ".join(f"{spent:.3f} {unit}-hours" for unit, spent in sorted(hours.items()))
+
+
+def _list(path: Path) -> list[dict]:
+    """The file's list of JSON objects; [] when it is missing or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
+
+
+def load_runs(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
+    """The chosen runs; see `compare.choose`. Raises CheckpointError for an unknown one among `names`."""
+    return [StageRun.of(run) for run in choose(root, names, pipeline)]
+
+
+def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
+    """Runs under `root` that the report does not show: interrupted, tried, or made again later.
+
+    Their cost belongs to an honest account of what the result took.
+    """
+    shown = {run.folder.path.resolve() for run in chosen}
+    others = [StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown]
+    return [run for run in others if run.wall_s]  # a dry run took no time

@@ -61,11 +61,12 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     from r1pipe.cli import compare
     from r1pipe.launch import pipeline
     from r1pipe.runs import lineage
+    from r1pipe.runs.stored import StoredRun
 
     placed = pipeline.place(lineage.with_parents(config), fresh)
     code = pipeline.run_stage(placed)
     if placed.done:
-        compare.show([compare.row(placed.run)])
+        compare.show([compare.row(StoredRun.read(placed.run))])
         print(f"run folder: {placed.run.path}")
     return code
 
@@ -93,9 +94,10 @@ def reproduce(overrides: Overrides = None) -> int:
     """
     from r1pipe.cli import compare
     from r1pipe.launch import pipeline
+    from r1pipe.runs.stored import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([compare.row(run) for run in outcome.finished])
+    compare.show([compare.row(StoredRun.read(run)) for run in outcome.finished])
     if outcome.code == 0:
         pipeline.where_it_is(outcome)
     return outcome.code

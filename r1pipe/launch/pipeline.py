@@ -140,13 +140,9 @@ def controls_of(config: RunConfig) -> list[str]:
 def runs_of_recipe(config: RunConfig) -> list[str]:
     """The newest finished run of each stage, for every seed of this recipe under the root."""
     root = Path(config.root)
-    same = [run for run in compare.finished_runs(root) if recipe_of(run) == config.recipe.name]
-    pipelines = sorted({lineage.record_of(run)["pipeline"] for run in same})
-    return [run.run_id for name in pipelines for run in compare.choose(root, None, name)]
-
-
-def recipe_of(run: RunFolder) -> str | None:
-    return compare.read_json(run.config).get("recipe", {}).get("name")
+    same = [run for run in compare.finished_runs(root) if run.recipe.get("name") == config.recipe.name]
+    pipelines = sorted({run.config["pipeline"] for run in same})
+    return [run.folder.run_id for name in pipelines for run in compare.choose(root, None, name)]
 
 
 @dataclass

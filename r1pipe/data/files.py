@@ -22,9 +22,8 @@ from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, sift
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.errors import ConfigError, DataError, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+from r1pipe.records import GENERAL_TASKS, PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.rewards import check_gold, language_share
-from r1pipe.rewards.accuracy import GENERAL_TASKS
 from r1pipe.rewards.answers import repaired
 
 T = TypeVar("T")

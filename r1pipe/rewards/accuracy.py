@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from r1pipe import heartbeat
 from r1pipe.data.chat import THINK, parse
 from r1pipe.errors import DataError
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.records import GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import answers, program, symbolic
-
-GENERAL_TASKS = ("writing", "facts", "identity", "translation", "safety")  # judged by no rule
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,

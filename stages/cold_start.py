@@ -10,8 +10,8 @@ them (the bundled world) or brings them (files). The loss covers responses only,
 import sys
 
 from r1pipe.config.schema import SFTConfig
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
 
 
 def main(folder: str) -> None:

@@ -10,8 +10,8 @@ for reinforcement's merit what good data would have done. It draws other solutio
 import sys
 
 from r1pipe.config.schema import SFTConfig
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
 
 
 def main(folder: str) -> None:

@@ -10,16 +10,16 @@ Of R1's filters the kinds are published, not the thresholds; its judge model for
 
 import sys
 
-from r1pipe import stopping
 from r1pipe.config.schema import RejectionConfig
+from r1pipe.core.errors import CheckpointError
 from r1pipe.data.fitting import draw_fitting, leaves_room
-from r1pipe.errors import CheckpointError
 from r1pipe.model.precision import set_precision
-from r1pipe.ranks import Ranks
-from r1pipe.rollout import Sampler
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
-from r1pipe.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
+from r1pipe.runs import stopping
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.rollout import Sampler
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
 
 
 def main(folder: str) -> None:

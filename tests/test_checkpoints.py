@@ -14,12 +14,12 @@ from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe import checkpoints, retention
-from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
-from r1pipe.paths import RunFolder
-from r1pipe.ranks import Ranks
-from r1pipe.run import open_run
+from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints, retention
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.run import open_run
 
 
 @pytest.fixture

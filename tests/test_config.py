@@ -14,8 +14,8 @@ from r1pipe.config import config_hash, load, rules, to_mapping
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RLConfig
-from r1pipe.errors import ConfigError
-from r1pipe.paths import conf_dir, stages_dir
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.paths import conf_dir, stages_dir
 
 OTHERS = [
     f"{group}={option}" for group in GROUPS if group not in ("recipe", "stage") for option in options(group)

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from r1pipe import datafiles
+from r1pipe.chat.template import parse
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
+from r1pipe.core.types import Completion
 from r1pipe.data import reasoning_gym
-from r1pipe.data.chat import parse
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_rows
 from r1pipe.data.source import KINDS, open_data
-from r1pipe.errors import ConfigError, DataError, EnvironmentProblem
-from r1pipe.records import Completion
 from r1pipe.rewards import TABLE
+from r1pipe.runs import data_files as datafiles
 
 ROOT = Path(__file__).parents[1]
 ALL = 10**6  # more than any file holds

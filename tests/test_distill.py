@@ -14,19 +14,19 @@ import pytest
 from fakes import House
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import checkpoints, lineage
+from r1pipe.chat.template import Chat
 from r1pipe.config import read_config
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DistillConfig, ParentRef
-from r1pipe.data.chat import Chat
+from r1pipe.core.paths import RunFolder
 from r1pipe.data.packing import Packed
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
-from r1pipe.findings import PASS
-from r1pipe.paths import RunFolder
-from r1pipe.run import Run
-from r1pipe.sft import finetune
-from r1pipe.sft.rejection import read_dataset
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.findings import PASS
+from r1pipe.train.run import Run
+from r1pipe.train.sft import finetune
+from r1pipe.train.sft.rejection import read_dataset
 
 STUDENT = "model.hidden_size=16"
 DISTILL = ["stage=distill", STUDENT, "stage.max_steps=0", "stage.epochs=12", "stage.batch_size=2"]

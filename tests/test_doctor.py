@@ -19,25 +19,28 @@ from jobs import on_two_ranks
 from tiny_runs import load_stage, tiny_config, tiny_run
 from tokenizers import Tokenizer
 
-from r1pipe import checkpoints, examine, footprint, lineage, rewards
+from r1pipe import rewards
+from r1pipe.chat.template import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.cli import doctor as examine
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.core.paths import RunFolder, content_dir
+from r1pipe.core.types import Prompt, Score, Status, Trace
 from r1pipe.data.world.content import split_of
 from r1pipe.doctor import CHECKS, Context, general, judges, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
 from r1pipe.doctor.data import near_copies
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.judges import FORCE
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
-from r1pipe.paths import RunFolder, content_dir
-from r1pipe.records import Prompt, Score, Status, Trace
+from r1pipe.plan import footprint
 from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
-from r1pipe.rl import routing
-from r1pipe.run import Run
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.reward_model_quality import FORCE
+from r1pipe.train.rl import routing
+from r1pipe.train.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
 Make = Callable[..., Context]

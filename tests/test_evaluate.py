@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 
 from r1pipe.config.schema import EvalConfig
-from r1pipe.estimates import clustered_interval, majority, mean, wilson
-from r1pipe.evaluate import Verdict, evaluate, logged, short, summarise
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy
+from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
 
 CONFIG = EvalConfig(
     split="test",

@@ -12,17 +12,17 @@ from rl_runs import go
 from test_engine import batch, loss_of
 from tiny_runs import tiny_run
 
-from r1pipe.data.chat import Chat
-from r1pipe.engine import Engine
-from r1pipe.errors import NumericProblem
+from r1pipe.chat.template import Chat
+from r1pipe.core.errors import NumericProblem
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Prompt, Trace
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
-from r1pipe.paths import content_dir
-from r1pipe.records import Prompt, Trace
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import epochs_of, step_metrics, train
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import pack_traces
+from r1pipe.train.sft.loop import epochs_of, step_metrics, train
 
 LAYER = "model.layers.1.mlp"
 

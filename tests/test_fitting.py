@@ -1,9 +1,9 @@
 """What is too long: as much is drawn in its place as the source has, and it is counted."""
 
-from r1pipe.data.chat import Chat
+from r1pipe.chat.template import Chat
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Prompt
 from r1pipe.data.fitting import MOST, draw_fitting, leaves_room
-from r1pipe.paths import content_dir
-from r1pipe.records import Prompt
 
 
 def test_where_all_fits_the_source_is_asked_once_for_as_much_as_is_wanted():

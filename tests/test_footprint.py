@@ -9,13 +9,14 @@ from fakes import House
 from rl_runs import go
 from tiny_runs import load_stage, tiny_config, tiny_run
 
-from r1pipe import footprint, launch
 from r1pipe.config import read_config
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig, StageConfig
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.plan import footprint
 
 # wide enough that what is not weights (the tokenizer, names) is little
 WIDE = ("model.hidden_size=128", "model.intermediate_size=256", "model.moe_intermediate_size=64")

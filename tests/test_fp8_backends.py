@@ -8,10 +8,10 @@ import types
 import pytest
 import torch
 
-from r1pipe import machine
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.kernels import choice, reference
-from r1pipe.kernels.reference import TILE, Scaled
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.model.kernels import choice, reference
+from r1pipe.model.kernels.reference import TILE, Scaled
+from r1pipe.runs import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -154,7 +154,7 @@ def scaled_mm_of_torch(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype)
 
 @pytest.fixture
 def scaled_mm(monkeypatch):
-    from r1pipe.kernels import scaled_mm
+    from r1pipe.model.kernels import scaled_mm
 
     monkeypatch.setattr(scaled_mm, "triton_fp8", types.SimpleNamespace(quantise_tiles="Triton's"))
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm_of_torch)
@@ -226,11 +226,11 @@ class FakeDeepGemm(types.ModuleType):
 def deepgemm(monkeypatch):
     fake = FakeDeepGemm()
     monkeypatch.setitem(sys.modules, "deep_gemm", fake)
-    monkeypatch.delitem(sys.modules, "r1pipe.kernels.deepgemm", raising=False)
-    module = importlib.import_module("r1pipe.kernels.deepgemm")
+    monkeypatch.delitem(sys.modules, "r1pipe.model.kernels.deepgemm", raising=False)
+    module = importlib.import_module("r1pipe.model.kernels.deepgemm")
     monkeypatch.setattr(module, "triton_fp8", types.SimpleNamespace(grouped_outer="Triton's"))
     yield module, fake
-    del sys.modules["r1pipe.kernels.deepgemm"]
+    del sys.modules["r1pipe.model.kernels.deepgemm"]
 
 
 @pytest.mark.parametrize("blocks", [True, False])

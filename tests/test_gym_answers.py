@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from r1pipe.errors import ConfigError, EnvironmentProblem
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.errors import ConfigError, EnvironmentProblem
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import gym, score_all, symbolic
 from r1pipe.rewards.jailed import encode
 

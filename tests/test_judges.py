@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from fakes import House
 
-from r1pipe import checkpoints, compare, judges
+from r1pipe.cli import compare
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
-from r1pipe.errors import CheckpointError
-from r1pipe.judges import FORCE, HARMLESS, HELPFUL, shortfalls
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, shortfalls
 
 GOOD: dict[str, dict[str, Any]] = {
     HELPFUL: {"pairs": 300, "accuracy": 0.8, "length_correlation": 0.5},

@@ -16,11 +16,14 @@ import psutil
 import pytest
 from fakes import House
 
-from r1pipe import footprint, launch, locks, machine, pipeline
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.launch import pipeline
+from r1pipe.plan import footprint
+from r1pipe.runs import locks, machine
 
 
 def config_for(house: House, *words: str) -> RunConfig:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe import checkpoints, datafiles, history, lineage, provenance, recorded
+from r1pipe.cli.lineage_page import page
+from r1pipe.cli.lineage_tree import described
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.config.schema import ParentRef
-from r1pipe.errors import CheckpointError
-from r1pipe.lineage.page import page
-from r1pipe.lineage.tree import described
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints, history, lineage, provenance, recorded
+from r1pipe.runs import data_files as datafiles
 
 
 def write(path: Path, content: object) -> None:

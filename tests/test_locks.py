@@ -16,17 +16,17 @@ from faults.locks import launchers_killed
 from forked import wait_until
 from jobs import tiny, write_run
 
-from r1pipe import heartbeat, locks, processes
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.run import open_run
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import heartbeat, locks, processes
+from r1pipe.train.run import open_run
 
 TAKES = """
 import sys, time
 from pathlib import Path
-from r1pipe import locks
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.runs import locks
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
 run = RunFolder(sys.argv[1])
 while not (run.path.parent / "go").exists():
     pass
@@ -39,8 +39,8 @@ except EnvironmentProblem as error:
 """
 BEATS = """
 import sys, time
-from r1pipe import heartbeat
-from r1pipe.paths import RunFolder
+from r1pipe.runs import heartbeat
+from r1pipe.core.paths import RunFolder
 with heartbeat.beating(RunFolder(sys.argv[1]), 0):
     time.sleep(60)
 """

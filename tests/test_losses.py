@@ -16,19 +16,19 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe import checkpoints
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import options, read
 from r1pipe.config.rules import CHOICES
 from r1pipe.config.schema import RLConfig
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError
-from r1pipe.records import Completion, Group, Prompt, Score
-from r1pipe.rl import losses, scoring
-from r1pipe.rl.batch import Rollout, rollouts_of
-from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.shaping import kl_of_completions, shared_anew, teaches
-from r1pipe.rl.update import Reference, update
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Completion, Group, Prompt, Score
+from r1pipe.runs import checkpoints
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import losses, scoring
+from r1pipe.train.rl.batch import Rollout, rollouts_of
+from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.shaping import kl_of_completions, shared_anew, teaches
+from r1pipe.train.rl.update import Reference, update
 
 # --- the loss
 

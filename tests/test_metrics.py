@@ -12,11 +12,11 @@ import torch
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe.records import Score
-from r1pipe.rl import scoring
-from r1pipe.rl.losses import Objective, policy_loss
-from r1pipe.rl.rows import speeds
-from r1pipe.rl.update import _extremes, _Step
+from r1pipe.core.types import Score
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.losses import Objective, policy_loss
+from r1pipe.train.rl.rows import speeds
+from r1pipe.train.rl.update import _extremes, _Step
 
 HOME = Path(__file__).resolve().parent.parent
 TABLE = re.findall(

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 from two_ranks_ppo import PROMPTS, groups_of, trained
 
-from r1pipe import checkpoints
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import options, read
 from r1pipe.config.rules import CHOICES
-from r1pipe.errors import ConfigError
-from r1pipe.records import Score
-from r1pipe.rl import scoring
-from r1pipe.rl.batch import Estimate, Rollout, by_prompt, collate
-from r1pipe.rl.critic import Critic, ValueModel
-from r1pipe.rl.ppo import gae, token_rewards, value_loss
-from r1pipe.rl.update import Reference
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Score
+from r1pipe.runs import checkpoints
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.batch import Estimate, Rollout, by_prompt, collate
+from r1pipe.train.rl.critic import Critic, ValueModel
+from r1pipe.train.rl.ppo import gae, token_rewards, value_loss
+from r1pipe.train.rl.update import Reference
 
 PPO = ("stage=grpo", "stage.algorithm=ppo", "stage.sampling.max_tokens=8")
 

@@ -14,18 +14,26 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe import checkpoints
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError, DataError
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
-from r1pipe.records import Completion, Group, Prompt, Score, Status
-from r1pipe.rl import losses, scoring
-from r1pipe.rl.advantages import group_advantages, has_variance
-from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
-from r1pipe.rl.prompts import PromptStream, general_count
-from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise, unfit
-from r1pipe.rl.stage import reinforce, rules_only
-from r1pipe.rl.update import completion_logprobs, update
+from r1pipe.runs import checkpoints
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import losses, scoring
+from r1pipe.train.rl.advantages import group_advantages, has_variance
+from r1pipe.train.rl.batch import (
+    Rollout,
+    by_prompt,
+    collate,
+    rollouts_of,
+    scored_counts,
+    split_evenly,
+    weights_of,
+)
+from r1pipe.train.rl.prompts import PromptStream, general_count
+from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, unfit
+from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.rl.update import completion_logprobs, update
 
 NAN = math.nan
 

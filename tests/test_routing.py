@@ -9,13 +9,13 @@ from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose
-from r1pipe.engine import Engine
-from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
-from r1pipe.rl import routing
-from r1pipe.rl.batch import Rollout
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import routing
+from r1pipe.train.rl.batch import Rollout
 
 STAGE = tiny("grpo").stage
 ROLLOUTS = [

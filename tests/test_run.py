@@ -9,16 +9,16 @@ import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
-from r1pipe import checkpoints, lineage
+from r1pipe.chat.template import Chat
 from r1pipe.config.schema import ParentRef, PretrainConfig
-from r1pipe.data.chat import Chat
+from r1pipe.core.errors import CheckpointError, DataError
+from r1pipe.core.paths import stages_dir
 from r1pipe.data.source import must_be_as_it_was
-from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, DataError
 from r1pipe.model import load_pretrained
-from r1pipe.paths import stages_dir
-from r1pipe.ranks import Ranks
-from r1pipe.run import open_run
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.run import open_run
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from busy import busy_processor
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.records import Prompt, Score, Status
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.types import Prompt, Score, Status
 from r1pipe.rewards import isolation, jail, monty, sandbox, seccomp, worker_process
 from r1pipe.rewards.program import check_program
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
+from r1pipe.chat.template import Chat
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import Chat
+from r1pipe.core.errors import DataError
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Completion, Prompt, Trace
 from r1pipe.data.packing import Packed, collate
 from r1pipe.data.source import open_data
-from r1pipe.ending import HELD_OUT
-from r1pipe.engine import Engine
-from r1pipe.errors import DataError
 from r1pipe.model import DeepseekV3
-from r1pipe.paths import content_dir
-from r1pipe.ranks import Ranks
-from r1pipe.records import Completion, Prompt, Trace
-from r1pipe.run import open_run
-from r1pipe.sft import rejection
-from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
-from r1pipe.sft.losses import loss_sums
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.finish import HELD_OUT
+from r1pipe.train.run import open_run
+from r1pipe.train.sft import rejection
+from r1pipe.train.sft.finetune import pack_traces
+from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
+from r1pipe.train.sft.losses import loss_sums
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 
 from r1pipe.config.compose import compose
 from r1pipe.config.reinforcement import RULE_REWARDS, WEIGHED_ELSEWHERE
-from r1pipe.judges import KINDS
-from r1pipe.records import Completion, Group, Prompt, Score, Status
+from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
 from r1pipe.rewards.repetition import repeated
-from r1pipe.rl import scoring
-from r1pipe.rl.rows import rows_of, summarise, unfit
+from r1pipe.runs.reward_model_quality import KINDS
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.rows import rows_of, summarise, unfit
 
 REWARDS = compose(["stage=grpo"]).config.stage.rewards
 PROMPT = Prompt("word-1", "word", "en", "?", "42")

@@ -14,14 +14,14 @@ from rich.console import Console
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe.engine import Engine
+from r1pipe.core.types import Completion, Score, Status
+from r1pipe.launch.progress import Display
 from r1pipe.model.moe import gates
-from r1pipe.progress import Display
-from r1pipe.records import Completion, Score, Status
-from r1pipe.rl import loop, scoring, stage
-from r1pipe.rl.tripwires import WIRES
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.run import Run
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import loop, scoring, stage
+from r1pipe.train.rl.tripwires import WIRES
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.run import Run
 
 SHORT = ("stage=grpo", "stage.save_every=0", "stage.sampling.max_tokens=8", "stage.rewards.unfinished=0")
 

@@ -17,10 +17,10 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import checkpoints, heartbeat, stopping
-from r1pipe.engine import Engine
-from r1pipe.rl import preference
-from r1pipe.rollout import sampler
+from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import preference
+from r1pipe.train.rollout import sampler
 
 RL = (
     *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.keep=9", "stage.optim.lr=0.01"),

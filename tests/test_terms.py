@@ -9,14 +9,14 @@ import torch
 from jobs import OPTIM, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.config.schema import RouterConfig
+from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
-from r1pipe.engine import Engine
 from r1pipe.model import Balance, DeepseekV3, load_pretrained
-from r1pipe.records import Example
-from r1pipe.rl.batch import Rollout
-from r1pipe.rl.update import Reference, balances_of, completion_logprobs, prepare, update
-from r1pipe.run import open_run
-from r1pipe.sft.loop import Shares, TermWeights, train
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.loop import Shares, TermWeights, train
 
 WEIGHTS = TermWeights(mtp=0.3, balance=0.01)
 

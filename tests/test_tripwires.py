@@ -8,8 +8,8 @@ from r1pipe.config.compose import compose
 from r1pipe.config.parts import WireConfig
 from r1pipe.config.rules import TRIPWIRES
 from r1pipe.config.schema import RLConfig
-from r1pipe.errors import ConfigError
-from r1pipe.rl.tripwires import WIRES, Tripwires
+from r1pipe.core.errors import ConfigError
+from r1pipe.train.rl.tripwires import WIRES, Tripwires
 
 HEALTHY = {
     "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0,

@@ -19,9 +19,9 @@ import pytest
 import torch
 from tiny_runs import tiny_config
 
-from r1pipe.rl.batch import Rollout, scored_counts, weights_of
-from r1pipe.rl.losses import policy_loss
-from r1pipe.rl.update import objective_of
+from r1pipe.train.rl.batch import Rollout, scored_counts, weights_of
+from r1pipe.train.rl.losses import policy_loss
+from r1pipe.train.rl.update import objective_of
 
 LENGTHS = [7, 1, 4, 6, 3, 5]
 LONGEST = 8  # stage.sampling.max_tokens

@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from r1pipe.data.chat import parse
+from r1pipe.chat.template import parse
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
-from r1pipe.errors import ConfigError
-from r1pipe.records import GENERAL_TASKS, Completion, Prompt
 from r1pipe.rewards.accuracy import accuracy, summary_of
 from tests.samples import world_config
 

@@ -10,9 +10,9 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from test_engine import STEPS, batch, loss_of
 
-from r1pipe.engine import Engine
 from r1pipe.model import Balance
-from r1pipe.ranks import leave_with
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import leave_with
 
 
 def weighted(model, rows, weight):

@@ -10,8 +10,8 @@ from tiny_runs import tiny_run
 from r1pipe.config.schema import RLConfig
 from r1pipe.doctor import CHECKS, Context, examine, policy
 from r1pipe.doctor.context import limits
-from r1pipe.ranks import leave_with, rank_and_world
-from r1pipe.run import open_run
+from r1pipe.train.engine.ranks import leave_with, rank_and_world
+from r1pipe.train.run import open_run
 
 folder = Path(sys.argv[1])
 rank, _ = rank_and_world()

@@ -8,11 +8,11 @@ import torch
 from jobs import engine_config, tiny_model
 from tiny_runs import tiny_config
 
-from r1pipe.engine import Engine
-from r1pipe.ranks import leave_with
-from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rl.critic import Critic
-from r1pipe.rl.update import update
+from r1pipe.core.types import Completion, Group, Prompt
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import leave_with
+from r1pipe.train.rl.critic import Critic
+from r1pipe.train.rl.update import update
 
 PROMPT = Prompt("p", "word", "en", "?", "4")
 ROWS = [[7, 8], [9, 3, 5, 2], [7], [6, 6, 2]]

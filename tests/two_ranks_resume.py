@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from test_engine import go_on
 
-from r1pipe.ranks import leave_with, rank_and_world
+from r1pipe.train.engine.ranks import leave_with, rank_and_world
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

@@ -16,8 +16,9 @@ import psutil
 from forked import wait_until
 from tiny_runs import tiny_config
 
-from r1pipe import launch, machine, processes
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.runs import machine, processes
 
 
 class Ended(NamedTuple):

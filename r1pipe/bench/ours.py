@@ -12,13 +12,13 @@ from r1pipe.bench.shares import shares
 from r1pipe.bench.turns import Turns
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RLConfig, RunConfig
-from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
-from r1pipe.rl.advantages import group_advantages
-from r1pipe.rl.batch import Rollout
-from r1pipe.rl.update import Reference, update
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.advantages import group_advantages
+from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rl.update import Reference, update
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
 

@@ -89,7 +89,7 @@ class EngineConfig:
 
 @dataclass
 class WireConfig:
-    """When a tripwire trips, and what then (r1pipe/rl/tripwires.py says what it measures)."""
+    """When a tripwire trips, and what then (r1pipe/train/rl/tripwires.py says what it measures)."""
 
     limit: float  # the number that must not be passed
     steps: int  # steps in a row beyond it

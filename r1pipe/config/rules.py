@@ -25,7 +25,7 @@ from r1pipe.config.schema import (
     SamplingConfig,
     StageConfig,
 )
-from r1pipe.errors import nearest
+from r1pipe.core.errors import nearest
 
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
 # What a model's shape must be is in `architecture`.
@@ -75,7 +75,7 @@ CHOICES = {
 
 
 TRIP_ACTIONS = ("off", "warn", "pause", "stop")
-# What r1pipe/rl/tripwires.py knows; it has the causes.
+# What r1pipe/train/rl/tripwires.py knows; it has the causes.
 TRIPWIRES = (
     *("truncation", "no_variance", "entropy", "kl", "logprob_gap", "repetition", "reward_hacking"),
     *("length", "verifier", "max_vio", "non_finite", "slow_step"),

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.core.errors import DataError
 from r1pipe.data.reading import SET_ASIDE, BadRow
-from r1pipe.errors import DataError
 
 SETS_ASIDE = "set_aside"
 

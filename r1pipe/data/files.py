@@ -14,17 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from r1pipe import datafiles
+from r1pipe.chat.template import compose_response
 from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.types import GENERAL_TASKS, PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.data.aside import NOWHERE, Aside
-from r1pipe.data.chat import compose_response
 from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, sift
 from r1pipe.data.world.content import prompt_id, split_of
-from r1pipe.errors import ConfigError, DataError, nearest
-from r1pipe.records import GENERAL_TASKS, PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.rewards import check_gold, language_share
 from r1pipe.rewards.answers import repaired
+from r1pipe.runs import data_files as datafiles
 
 T = TypeVar("T")
 

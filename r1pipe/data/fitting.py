@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from r1pipe import heartbeat
-from r1pipe.data.chat import Chat
-from r1pipe.records import Prompt
+from r1pipe.chat.template import Chat
+from r1pipe.core.types import Prompt
+from r1pipe.runs import heartbeat
 
 T = TypeVar("T")
 

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow
 
-from r1pipe import heartbeat
-from r1pipe.errors import DataError
+from r1pipe.core.errors import DataError
+from r1pipe.runs import heartbeat
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SET_ASIDE = "set_aside.jsonl"  # in a run's data/: the rows that were not used, each with its place and reason

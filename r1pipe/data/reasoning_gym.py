@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.data.world.content import prompt_id, split_of
-from r1pipe.errors import ConfigError, DataError
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.rewards import gym
 
 TRIES = 400  # problems made per problem asked for, before the tasks count as exhausted

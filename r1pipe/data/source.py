@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from r1pipe.config.changes import ABSENT, HASH_SHOWN
 from r1pipe.config.schema import DataConfig
+from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.types import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.data.aside import Aside
-from r1pipe.errors import ConfigError, DataError, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 SPLITS = ("train", "dev", "test")
 

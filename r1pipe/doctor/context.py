@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
+from r1pipe.chat.template import Chat
 from r1pipe.config.groups import read
 from r1pipe.config.schema import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
 from r1pipe.config.typed import build
-from r1pipe.data.chat import Chat
+from r1pipe.core.errors import DataError, EnvironmentProblem
+from r1pipe.core.types import Group, Prompt, Trace
 from r1pipe.data.source import Source, open_data
-from r1pipe.engine import Engine
-from r1pipe.errors import DataError, EnvironmentProblem
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.ranks import choose_device
-from r1pipe.records import Group, Prompt, Trace
 from r1pipe.rewards import Verdicts
-from r1pipe.rl.batch import Rollout, rollouts_of
-from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.scoring import Judges
-from r1pipe.rl.stage import reward_models
-from r1pipe.rl.update import update
-from r1pipe.run import Run
-from r1pipe.sft.rejection import samples_of
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.rl.batch import Rollout, rollouts_of
+from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.scoring import Judges
+from r1pipe.train.rl.stage import reward_models
+from r1pipe.train.rl.update import update
+from r1pipe.train.run import Run
+from r1pipe.train.sft.rejection import samples_of
 
 SEED = 0  # of what is drawn from the data
 HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its question

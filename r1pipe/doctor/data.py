@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from r1pipe.config.schema import DistillConfig, EvaluateConfig, SFTConfig
-from r1pipe.data.filters import ngrams, words
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Trace
 from r1pipe.doctor.context import Context, Limits, graded
-from r1pipe.errors import DataError
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.records import Trace
 from r1pipe.rewards import check_gold
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.sft.filters import ngrams, words
 
 SHOWN = 60  # characters of a question
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from r1pipe import checkpoints
-from r1pipe.checkpoints import ENGINE
+from r1pipe.core.types import Status
 from r1pipe.doctor.context import Context, graded
-from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.records import Status
 from r1pipe.rewards import applies
-from r1pipe.rl.advantages import has_variance, is_scored
-from r1pipe.rl.routing import routing_agreement
-from r1pipe.rl.update import completion_logprobs, prepare, update
+from r1pipe.runs import checkpoints
+from r1pipe.runs.checkpoints import ENGINE
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.rl.advantages import has_variance, is_scored
+from r1pipe.train.rl.routing import routing_agreement
+from r1pipe.train.rl.update import completion_logprobs, prepare, update
 
 
 def truncation(context: Context, name: str) -> Finding:

@@ -6,12 +6,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from r1pipe import footprint, machine
 from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig, StageConfig
 from r1pipe.doctor.context import Context, graded
-from r1pipe.findings import FAIL, PASS, Finding
-from r1pipe.judges import KINDS
 from r1pipe.model.logprobs import LOGITS_IN_MEMORY
+from r1pipe.plan import footprint
+from r1pipe.runs import machine
+from r1pipe.runs.findings import FAIL, PASS, Finding
+from r1pipe.runs.reward_model_quality import KINDS
 
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
+from r1pipe.chat.template import EOS, THINK, Chat, compose_response
 from r1pipe.config.schema import RLConfig
-from r1pipe.data.chat import EOS, THINK, Chat, compose_response
+from r1pipe.core.types import Completion, Prompt, Trace
 from r1pipe.data.files import SUMMARY
 from r1pipe.data.fitting import leaves_room
 from r1pipe.data.packing import collate, pack
 from r1pipe.doctor.context import Context, graded, learns_from_traces
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.records import Completion, Prompt, Trace
 from r1pipe.rewards import TABLE, score_all
-from r1pipe.rl.scoring import MEASURED, reward_weights, total_reward
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
 REASONING = {"en": "Let me go through it step by step.", "zh": "我来一步一步地算。"}
 USELESS = {"en": "我不知道。", "zh": "I do not know."}  # in the other language, without tags or an answer

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from r1pipe import heartbeat
-from r1pipe.data.chat import THINK, parse
-from r1pipe.errors import DataError
-from r1pipe.records import GENERAL_TASKS, Completion, Prompt, Score, Status
+from r1pipe.chat.template import THINK, parse
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import answers, program, symbolic
+from r1pipe.runs import heartbeat
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,

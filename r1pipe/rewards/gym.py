@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 from typing import Any
 
-from r1pipe.errors import ConfigError, EnvironmentProblem, nearest
+from r1pipe.core.errors import ConfigError, EnvironmentProblem, nearest
 
 VERSION = "0.1.25"  # of reasoning-gym, whose scorers the two tables below are about
 REFUSED = {

@@ -4,7 +4,7 @@ Sample, of 100 tokens at most and a cache of 0.2: 80 tokens earn 0, 90 earn -0.5
 """
 
 from r1pipe.config.schema import RewardsConfig
-from r1pipe.records import Completion, Score
+from r1pipe.core.types import Completion, Score
 
 
 def overlong(config: RewardsConfig, max_tokens: int, completion: Completion, accuracy: Score | None) -> Score:

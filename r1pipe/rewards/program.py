@@ -12,8 +12,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from r1pipe.errors import DataError
-from r1pipe.records import Prompt, Score
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Prompt, Score
 from r1pipe.rewards import sandbox
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)

@@ -15,8 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.records import Score, Status
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.types import Score, Status
 from r1pipe.rewards import isolation, jail
 from r1pipe.rewards.isolation import Isolation, ProgramFault, SandboxBroken, Session, Unsupported
 from r1pipe.rewards.monty import Monty

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from queue import LifoQueue
 from typing import Any
 
-from r1pipe import heartbeat
-from r1pipe.records import Score, Status
+from r1pipe.core.types import Score, Status
 from r1pipe.rewards import symbolic_worker
 from r1pipe.rewards.jailed import encode
 from r1pipe.rewards.worker_process import ChildEnded, NoReply, WorkerProcess
+from r1pipe.runs import heartbeat
 
 WORKERS = 2  # processes per rank
 ITEM_CPU_LIMIT_S = 5.0  # one comparison; ordinary ones take milliseconds

@@ -7,9 +7,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.redaction import publishable, without_secrets
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_secrets
 from r1pipe.tracking.behind import Hold, catch_up
 from r1pipe.tracking.index import Index
 from r1pipe.tracking.store import failures, first_line, must_answer, store_uri

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import CheckpointError, EnvironmentProblem
-from r1pipe.redaction import without_login, without_secrets
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.redaction import without_login, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -12,8 +12,8 @@ from faults.forks import Kill, calls_of, run_job
 from faults.points import ENDING, JUDGING, JUDGING_BY_MODELS, SAMPLING, SAVING, SHARDS, TRAINING, Point
 from faults.same import both
 from r1pipe.config.schema import ParentRef
-from r1pipe.lineage import of_run
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.lineage import of_run
 
 STEPS = ["stage.max_steps=4", "stage.save_every=2", "stage.eval.every=2", "stage.eval.every_problems=2"]
 SFT = [*STEPS, "stage.traces=16", "stage.batch_size=2"]

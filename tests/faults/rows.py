@@ -10,10 +10,10 @@ from pathlib import Path
 from faults.outcome import Outcome
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.core.errors import DataError
 from r1pipe.data.aside import Aside
 from r1pipe.data.files import Files
 from r1pipe.data.reading import SET_ASIDE
-from r1pipe.errors import DataError
 
 ROWS = 40
 GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(ROWS)]

@@ -15,9 +15,9 @@ from faults.forks import run_job
 from faults.lab import POINTS, Lab, Shape
 from faults.outcome import Outcome
 from faults.same import apart, equal
-from r1pipe import checkpoints
-from r1pipe.jsonfile import read_object
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs.jsonfile import read_object
 
 MOVES = [  # (ranks, ZeRO level) before and after, and the checkpoint that is gone on from; 0: anew
     ((1, 1), (2, 2), 2),

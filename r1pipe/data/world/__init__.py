@@ -6,14 +6,14 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
+from r1pipe.chat.template import parse
 from r1pipe.config.schema import DataConfig
-from r1pipe.data.chat import parse
+from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.types import GENERAL_TASKS, HELPFUL_TASKS, PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.data.world import corpus, truth
 from r1pipe.data.world.content import choose, content, content_hash
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
-from r1pipe.errors import ConfigError, nearest
-from r1pipe.records import GENERAL_TASKS, HELPFUL_TASKS, PreferencePair, Prompt, SafetyLabel, Trace
 
 __all__ = ["World", "judge", "strategy_of"]
 

@@ -7,10 +7,10 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 import random
 from collections.abc import Callable, Iterator
 
-from r1pipe.data.chat import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.core.types import Prompt, Trace
 from r1pipe.data.world import countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, index, split_of
-from r1pipe.records import Prompt, Trace
 
 TASKS = {"word": word, "countdown": countdown, "program": program}
 

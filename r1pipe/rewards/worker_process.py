@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 SLEEP_LIMIT_S = 5
-WALL_LIMIT_S = 120.0  # a backstop; work ends by its limit of processor time long before
+WALL_LIMIT_S = 300.0  # a backstop; work ends by its limit of processor time long before
 LOOK_EVERY_S = 1.0
 REPLY_LIMIT = 1 << 20  # bytes
 _AWAKE = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
@@ -113,7 +113,8 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        with self.process:  # closes the pipes and waits
+            pass
 
     def _wait(self, readers: list[int], writers: list[int]) -> None:
         """Until a pipe is ready. A child that sends a byte now and then is looked at all the same."""

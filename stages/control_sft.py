@@ -20,8 +20,10 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
-            traces = source.traces(stage.traces, run.seed("control traces"), stage.styles, stage.correct_only)
-        fine_tune(run, chat, source, traces, source.hash)
+            demonstrations = source.demonstrations(
+                stage.demonstrations, run.seed("control traces"), stage.styles, stage.correct_only
+            )
+        fine_tune(run, chat, source, demonstrations, source.hash)
 
 
 if __name__ == "__main__":

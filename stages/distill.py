@@ -28,8 +28,8 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
-            traces, data_hash = samples_of(teacher)
-        fine_tune(run, chat, source, traces, data_hash)
+            demonstrations, data_hash = samples_of(teacher)
+        fine_tune(run, chat, source, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(folder: str) -> None:
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
     """The model that the newest checkpoint was made for; without one the first. Earlier ones are finished."""
-    newest = run.newest_whole(Ranks(run.config.engine))
+    newest = run.newest_complete(Ranks(run.config.engine))
     begun = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
     return max(0, sum(begun) - 1)
 

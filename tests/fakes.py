@@ -66,7 +66,7 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     ]:
         (stages / f"{name}.py").write_text(fake)
     publish(content / "base", compose([]).config.model, "weights of the bundled base", "pretrain")
-    monkeypatch.setattr(machine, "must_launch", lambda engine: str(launcher))
+    monkeypatch.setattr(machine, "find_launcher", lambda engine: str(launcher))
     monkeypatch.setattr(launch, "stages_dir", lambda: stages)
     monkeypatch.setattr(places, "content_dir", lambda: content)
     monkeypatch.delenv("FAKE", raising=False)

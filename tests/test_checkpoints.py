@@ -172,7 +172,7 @@ def test_code_in_a_whole_checkpoint_is_not_run_and_the_run_is_refused_in_one_lin
 def test_a_run_that_never_saved_starts_from_its_beginning(folder):
     (folder / "checkpoints" / ".step-1.unfinished").mkdir(parents=True)
     with open_run(folder) as run:
-        assert run.newest_whole(Ranks(engine_config())) is None
+        assert run.newest_complete(Ranks(engine_config())) is None
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "engine/../../x"])

@@ -206,7 +206,7 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.sampling.max_tokens=4096", "is longer than model.max_position_embeddings"),
         ("stage.sampling.top_p=0.9", "stage.sampling.top_p=0.9: reinforcement learns from the whole"),
         ("stage=all_scenario stage.sampling.top_p=0.5", "it must be 1"),
-        ("stage.loss_mean=mean", "is none of sequence, token"),
+        ("stage.loss_aggregation=mean", "is none of sequence, token"),
         ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
         (

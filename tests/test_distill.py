@@ -78,13 +78,13 @@ def test_the_student_learns_the_responses_of_the_samples_and_nothing_else(
     teacher: RunFolder, distilled: tuple[RunFolder, list[Packed]]
 ) -> None:
     run, rows = distilled
-    traces, _ = read_dataset(teacher.dataset)
-    assert {trace.source.partition(":")[0] for trace in traces} == {"sampled", "world"}, "both parts"
+    demonstrations, _ = read_dataset(teacher.dataset)
+    assert {trace.source.partition(":")[0] for trace in demonstrations} == {"sampled", "world"}, "both parts"
     chat = Chat.load(run.checkpoint(steps_of(run)))
     learned = [
         token for row in rows for token, is_learned in zip(row.tokens, row.loss, strict=True) if is_learned
     ]
-    answers = [[*chat.encode(trace.response), chat.eos_id] for trace in traces]
+    answers = [[*chat.encode(trace.response), chat.eos_id] for trace in demonstrations]
     assert sorted(learned) == sorted(token for answer in answers for token in answer)
     assert sum(len(row.tokens) for row in rows) > len(learned), "prompts are there, and masked"
     losses = [json.loads(line)["train/loss"] for line in run.metrics.read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_the_doctor_looks_at_the_samples(
     run = RunFolder(tmp_path)
     config = read_config(distilled[0].config)
     context = Context(Run(run, config, config.stage), replace(limits(), judged=4))
-    assert context.traces == read_dataset(teacher.dataset)[0]
+    assert context.demonstrations == read_dataset(teacher.dataset)[0]
     found = {finding.name: finding for finding in examine(context)}
     assert "variance" not in found
     assert not [finding for finding in found.values() if finding.status != PASS]

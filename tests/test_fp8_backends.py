@@ -104,22 +104,22 @@ def driver(tmp_path, monkeypatch):
 def test_before_a_job_starts_its_gpu_must_know_e4m3(driver):
     driver("8.0, NVIDIA A100-SXM4-80GB")
     with pytest.raises(EnvironmentProblem, match=r"A100-SXM4-80GB has 8.0; set engine.precision=bf16"):
-        machine.must_compute_fp8("auto", cpu=False)
-    machine.must_compute_fp8("reference", cpu=False)
+        machine.check_fp8_support("auto", cpu=False)
+    machine.check_fp8_support("reference", cpu=False)
     driver("8.0, NVIDIA A100-SXM4-80GB", "9.0, NVIDIA H200")
-    machine.must_compute_fp8("auto", cpu=False)
+    machine.check_fp8_support("auto", cpu=False)
     driver('Field "compute_cap" is not a valid field to query.')
-    machine.must_compute_fp8("auto", cpu=False)
+    machine.check_fp8_support("auto", cpu=False)
 
 
 def test_before_a_job_starts_its_package_must_be_there(driver, monkeypatch):
     driver("9.0, NVIDIA H200")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"kernels=deepgemm .* `pip install sgl-deep-gemm`"):
-        machine.must_compute_fp8("deepgemm", cpu=False)
-    machine.must_compute_fp8("auto", cpu=True)
+        machine.check_fp8_support("deepgemm", cpu=False)
+    machine.check_fp8_support("auto", cpu=True)
     with pytest.raises(EnvironmentProblem, match="kernels=scaled_mm needs a GPU"):
-        machine.must_compute_fp8("scaled_mm", cpu=True)
+        machine.check_fp8_support("scaled_mm", cpu=True)
 
 
 # --- the vendors' backends

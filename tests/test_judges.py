@@ -64,14 +64,14 @@ def test_one_line_names_value_bound_key_and_what_forces_it(
     tmp_path: Path, kind: str, name: str, value: float | None, told: str
 ) -> None:
     write_standing(tmp_path)
-    assert judges.must_be_good(asking(tmp_path)) == []
+    assert judges.check_quality(asking(tmp_path)) == []
     write_standing(tmp_path, **{kind: {name: value}})
     with pytest.raises(CheckpointError) as caught:
-        judges.must_be_good(asking(tmp_path))
+        judges.check_quality(asking(tmp_path))
     line = str(caught.value)
     assert told.format("stage.preference.").removeprefix(" ") in line and "\n" not in line
     assert "reward_model-s0-x" in line and line.endswith(FORCE)
-    forced = judges.must_be_good(asking(tmp_path, force=True))
+    forced = judges.check_quality(asking(tmp_path, force=True))
     assert len(forced) == 1 and told.format("stage.preference.") in forced[0]
 
 
@@ -89,8 +89,8 @@ def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_no
     write_standing(tmp_path)
     (tmp_path / HARMLESS / judges.QUALITY).unlink()
     with pytest.raises(CheckpointError, match="harmless was never judged"):
-        judges.must_be_good(asking(tmp_path))
-    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+        judges.check_quality(asking(tmp_path))
+    assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 
 
 def test_a_model_that_is_missing_is_refused_even_by_force(tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_model_that_is_missing_is_refused_even_by_force(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / HARMLESS)
     for force in (False, True):
         with pytest.raises(CheckpointError, match=r"reward_model-s0-x has no harmless model") as caught:
-            judges.must_be_good(asking(tmp_path, force=force))
+            judges.check_quality(asking(tmp_path, force=force))
         assert "stage.preference.harmless_weight=0" in str(caught.value) and "\n" not in str(caught.value)
-    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+    assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 
 
 def test_the_shipped_bounds_refuse_a_coin_and_let_a_judge_pass() -> None:

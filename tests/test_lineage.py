@@ -349,9 +349,11 @@ def test_parents_with_other_tokens_or_templates_are_refused_in_one_line(family):
         before = path.read_text()
         write(path, content)
         with pytest.raises(CheckpointError, match=told) as caught:
-            lineage.fit.must_speak_alike(ref(family.base, "pretrain"), [ref(family.grpo, "grpo")])
+            lineage.fit.check_same_chat_format(ref(family.base, "pretrain"), [ref(family.grpo, "grpo")])
         assert "\n" not in str(caught.value)
         path.write_text(before)
     (family.base / "checkpoints/step-1/tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing: a stage cannot start"):
-        lineage.fit.must_speak_alike(ParentRef("base", "b", str(family.base / "checkpoints/step-1"), ""), [])
+        lineage.fit.check_same_chat_format(
+            ParentRef("base", "b", str(family.base / "checkpoints/step-1"), ""), []
+        )

@@ -174,7 +174,10 @@ def test_one_word_makes_it_ppo_in_every_stage_and_recipe():
             "stage.algorithm=ppo stage.normalise_std=true",
             "needs stage.algorithm=grpo; PPO has stage.ppo.whiten",
         ),
-        ("stage.algorithm=ppo stage.dynamic_batches=2", "stage.dynamic_batches=2 needs stage.algorithm=grpo"),
+        (
+            "stage.algorithm=ppo stage.max_sampling_batches=2",
+            "stage.max_sampling_batches=2 needs stage.algorithm=grpo",
+        ),
         ("stage.algorithm=ppo stage.ppo.gae_lambda=1.1", "stage.ppo.gae_lambda=1.1 must be from 0 to 1"),
         ("stage.algorithm=ppo stage.ppo.value_lr_factor=0", "would teach the value model nothing"),
         ("stage.algorithm=ppo stage.ppo.value_clip=0", "would hold every value"),
@@ -256,8 +259,8 @@ def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
     folder = tiny_run(
         tmp_path / "run",
         *(*PPO, "stage.max_steps=12", "stage.save_every=0", "stage.prompts_per_step=8", "stage.group_size=8"),
-        *("stage.sampling.slots=64", "stage.optim.lr=0.02", "stage.loss_mean=token"),
-        *("stage.rewards.unfinished=0.0",),
+        *("stage.sampling.max_num_seqs=64", "stage.optim.lr=0.02", "stage.loss_aggregation=token"),
+        *("stage.rewards.truncation_penalty=0.0",),
     )
     go(folder)
     rows = metrics_of(folder)

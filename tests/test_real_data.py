@@ -59,7 +59,7 @@ class Walk:
 def walked(some: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders by stage."""
     walk = Walk(tmp_path_factory.mktemp("runs"), some)
-    walk.run("cold_start", "stage.traces=24", "stage.sequence_length=256")
+    walk.run("cold_start", "stage.demonstrations=24", "stage.sequence_length=256")
     walk.run("grpo", *RL, weights="cold_start")
     walk.run(
         "rejection_sft",

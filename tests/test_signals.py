@@ -192,7 +192,7 @@ def test_the_file_asks_as_a_signal_does_and_a_second_request_ends_at_once(tmp_pa
         wait_until(stopping.asked, "the file is seen")
         assert stopping.asked() == signal.SIGINT and not left
         with pytest.raises(stopping.Interrupted, match="SIGINT") as interrupted:
-            stopping.leave_if_asked(Alone())
+            stopping.stop_if_requested(Alone())
         assert interrupted.value.exit_code == 130
         stopping.request(tmp_path / "stop", signal.SIGINT, at_once=True)
         wait_until(lambda: left, "the second request")

@@ -87,9 +87,14 @@ ROLLOUTS = [
 ]
 
 
-def reinforced(alpha: float, recompute: bool, micro_tokens: int):
+def reinforced(alpha: float, recompute: bool, max_tokens_per_micro_batch: int):
     stage = tiny("grpo").stage
-    stage = replace(stage, minibatches=1, micro_tokens=micro_tokens, router=RouterConfig(0.01, alpha))
+    stage = replace(
+        stage,
+        minibatches=1,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        router=RouterConfig(0.01, alpha),
+    )
     policy = with_mtp()
     policy.freeze_mtp()
     reference = Reference(policy, engine_config())
@@ -119,7 +124,7 @@ def test_reinforcement_takes_the_balance_loss_and_recomputation():
 
 
 def test_filling_is_no_part_of_the_balance_loss_in_reinforcement():
-    stage = replace(tiny("grpo").stage, micro_tokens=2048)
+    stage = replace(tiny("grpo").stage, max_tokens_per_micro_batch=2048)
     _, engine = reinforced(0.0, False, 2048)
     (micro,) = prepare(engine, ROLLOUTS, stage, None)
     assert micro.balance_weight == pytest.approx(1 / (3 + 1 + 1 + 4 + 2 + 3))

@@ -287,7 +287,7 @@ def test_a_shape_that_no_file_of_conf_has_is_told_as_overrides(tmp_path):
     model = compose(
         ["stage=pretrain", *settings, "stage.sequence_length=64", "stage.eval.max_tokens=64"]
     ).config.model
-    lineage.must_fit(parent, model)
+    lineage.check_parent_fits(parent, model)
     assert model.rope_scaling == YARN
     expected = model_config_from(tmp_path / "ours")
     for key in lineage.UNLIKE:

@@ -10,7 +10,7 @@ from tiny_runs import tiny_config
 
 from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.ranks import leave_with
+from r1pipe.train.engine.ranks import exit_immediately_with
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.update import update
 
@@ -25,7 +25,12 @@ WORDS = (
         "stage.optim.lr=0.01",
         "stage.max_steps=40",
     ),
-    *("stage.kl_coef=0", "stage.optim.schedule=constant", "stage.optim.min_lr=0", "stage.loss_mean=token"),
+    *(
+        "stage.kl_coef=0",
+        "stage.optim.schedule=constant",
+        "stage.optim.min_lr=0",
+        "stage.loss_aggregation=token",
+    ),
 )
 
 
@@ -68,7 +73,7 @@ def main(folder: Path) -> None:
         told[level] = {"metrics": found, "sizes": sizes}
     if engine.rank == 0:
         (folder / "found.json").write_text(json.dumps(told))
-    leave_with(0)
+    exit_immediately_with(0)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     # a copy from before the engine takes the weights
     reference = Reference(model, _composed(job).engine)
     engine, stage = _engine(job, model)
-    config = replace(stage, minibatches=1, micro_tokens=MICRO_TOKENS, kl_coef=0.04)
+    config = replace(stage, minibatches=1, max_tokens_per_micro_batch=MICRO_TOKENS, kl_coef=0.04)
     params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)
     prompts = _prompts(job)
 

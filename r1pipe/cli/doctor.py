@@ -18,7 +18,7 @@ from r1pipe.core.redaction import publishable, without_login
 from r1pipe.launch import job as launch
 from r1pipe.runs import findings, lineage, machine
 from r1pipe.runs.findings import FAIL, PASS, Finding
-from r1pipe.tracking.store import is_server, must_answer, store_uri
+from r1pipe.tracking.store import check_server_answers, is_server, store_uri
 
 
 def doctor(overrides: list[str], as_json: bool) -> int:
@@ -73,7 +73,7 @@ Look = Callable[[str, RunConfig], Finding]
 def launches(name: str, config: RunConfig) -> Finding:
     """DeepSpeed's launcher, a compiler, the hostfile, what FP8 needs."""
     try:
-        return Finding(name, PASS, machine.must_launch(config.engine))
+        return Finding(name, PASS, machine.find_launcher(config.engine))
     except EnvironmentProblem as error:
         return Finding(name, FAIL, "cannot start a job", str(error))
 
@@ -84,7 +84,7 @@ def tracks(name: str, config: RunConfig) -> Finding:
         return Finding(name, PASS, "off")
     uri = store_uri(config.root, config.tracking.uri)
     try:
-        must_answer(uri)
+        check_server_answers(uri)
     except EnvironmentProblem as error:
         return Finding(name, FAIL, "does not answer", str(error))
     place = machine.existing(Path(config.root))

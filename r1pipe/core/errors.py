@@ -62,7 +62,7 @@ def no_room(what: str, folder: Path) -> str:
     )
 
 
-def tell_once(path: Path, line: str) -> None:
+def warn_once(path: Path, line: str) -> None:
     """Leave the line for the user. Several processes may fail together: the first one tells."""
     with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(f"{line}\n")

@@ -72,7 +72,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Demonstration:
     """A prompt with a written response: what SFT trains on."""
 
     prompt: Prompt

@@ -56,7 +56,7 @@ class BadRow:
 
 
 @dataclass
-class Sifted:
+class TolerantRead:
     """What a file holds."""
 
     rows: list[Row] = field(default_factory=list)
@@ -69,13 +69,13 @@ class _Bad(Exception):
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file. Raises DataError naming file, line and remedy of the first that cannot be read."""
-    sifted = sift(path)
+    sifted = read_tolerant(path)
     if sifted.bad:
         raise DataError(sifted.bad[0].reason)
     return sifted.rows
 
 
-def sift(path: Path, longest: int = LONGEST) -> Sifted:
+def read_tolerant(path: Path, longest: int = LONGEST) -> TolerantRead:
     """All rows of a file, those apart that cannot be read or are longer than `longest` bytes.
 
     Raises DataError where the file as a whole cannot be read or holds nothing.
@@ -109,9 +109,9 @@ def sift(path: Path, longest: int = LONGEST) -> Sifted:
 Found = Iterator[tuple[int, bytes | str, dict[str, Any] | _Bad]]  # number, the row as text, its values
 
 
-def _sift(path: Path, found: Found, unit: str = "line") -> Sifted:
+def _sift(path: Path, found: Found, unit: str = "line") -> TolerantRead:
     """Every row has every column of the file: null where it lacks one, as in a table."""
-    sifted, columns = Sifted(), dict[str, None]()
+    sifted, columns = TolerantRead(), dict[str, None]()
     unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
     for number, text, values in found:
         heartbeat.tick()

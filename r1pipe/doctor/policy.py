@@ -26,7 +26,8 @@ def truncation(context: Context, name: str) -> Finding:
     asked, given = context.run.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
     shown = f"{share:.0%} of {len(completions)} completions are cut off at {given:,} tokens"
     remedy = (
-        "raise stage.sampling.max_tokens, punish it (stage.rewards.unfinished) or start from a cold start"
+        "raise stage.sampling.max_tokens, punish it (stage.rewards.truncation_penalty) "
+        "or start from a cold start"
     )
     found = graded(name, share, context.limits.truncation, shown, remedy)
     if given < asked and found.status == FAIL:

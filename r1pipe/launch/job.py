@@ -23,7 +23,7 @@ import r1pipe
 from r1pipe.config import config_hash, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.config.schema import RunConfig
-from r1pipe.core.errors import EnvironmentProblem, tell_once
+from r1pipe.core.errors import EnvironmentProblem, warn_once
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.launch.progress import Display
@@ -86,9 +86,9 @@ def module_path() -> str:
 
 def checked(config: RunConfig, run: RunFolder) -> list[str]:
     """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
-    line = command(config, run, machine.must_launch(config.engine))
+    line = command(config, run, machine.find_launcher(config.engine))
     run.path.parent.mkdir(parents=True, exist_ok=True)
-    footprint.must_have_room(config, run)
+    footprint.check_disk_space(config, run)
     return line
 
 
@@ -133,7 +133,7 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     """
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
     here = replace(config, engine=engine, stage=stage)
-    line = command(here, run, machine.must_launch(engine))
+    line = command(here, run, machine.find_launcher(engine))
     with no_mlflow() as hidden:
         variables = variables_of(here, hidden)
         ended = subprocess.run(
@@ -203,11 +203,11 @@ class Job:
             )
         if time.monotonic() > self._kill_at:
             why = f"did not leave within engine.grace_s={self.engine.grace_s:g} and was ended"
-            tell_once(self.run.error, f"{self.run.run_id} was interrupted, {why}; {goes_on(self.run)}")
+            warn_once(self.run.error, f"{self.run.run_id} was interrupted, {why}; {goes_on(self.run)}")
             self._end_now()
         elif self._fault is None and (fault := self.watch.look()):
             self._fault = fault
-            tell_once(self.run.error, fault.line)
+            warn_once(self.run.error, fault.line)
             self._end_now()
         elif self.watch.failed_for_s() > ENDING_S:
             self._end_now()
@@ -255,7 +255,7 @@ class Job:
             if not self.run.record.exists() and not self.caught and not self._fault:
                 self._fault = self.watch.last_look(code)
                 if self._fault:
-                    tell_once(self.run.error, self._fault.line)
+                    warn_once(self.run.error, self._fault.line)
             self.run.stop.unlink(missing_ok=True)
             self.mirror.finish()
         return self._exit_code(code)

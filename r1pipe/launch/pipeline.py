@@ -18,12 +18,12 @@ from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import without_login
 from r1pipe.launch.job import Job, checked, failure, printable, write_down
-from r1pipe.launch.placing import Placed, place
+from r1pipe.launch.placing import RunPlan, place
 from r1pipe.runs import history, lineage
 from r1pipe.runs import reward_model_quality as judges
-from r1pipe.runs.locks import must_be_free
-from r1pipe.runs.machine import must_have_data
-from r1pipe.tracking import Mirror, must_track
+from r1pipe.runs.locks import check_not_running
+from r1pipe.runs.machine import check_data_files
+from r1pipe.tracking import Mirror, check_tracking
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -47,7 +47,7 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     return printable(placed.config, line)
 
 
-def run_stage(placed: Placed) -> int:
+def run_stage(placed: RunPlan) -> int:
     """Run one placed stage to its end; the job's exit code. Raises EnvironmentProblem."""
     if placed.done:
         make_up(placed)
@@ -59,7 +59,7 @@ def run_stage(placed: Placed) -> int:
     return code
 
 
-def make_up(placed: Placed) -> None:
+def make_up(placed: RunPlan) -> None:
     """What the command that ran a finished stage had left to do when it was killed: MLflow, and its lock."""
     tell(f"{placed.says()}; its command was cut off after that (--fresh starts anew)")
     try:
@@ -69,16 +69,16 @@ def make_up(placed: Placed) -> None:
     placed.run.pid.unlink(missing_ok=True)
 
 
-def start(placed: Placed) -> Job:
+def start(placed: RunPlan) -> Job:
     """Start the stage's job, saying so, and follow it until its record is there or it has failed.
 
     Raises CheckpointError where it would ask reward models that are too weak, DataError where its data is
     missing, and EnvironmentProblem, before anything is said or written.
     """
-    judges.must_be_good(placed.config)
-    must_have_data(placed.config)
-    must_track(placed.config)
-    must_be_free(placed.run)
+    judges.check_quality(placed.config)
+    check_data_files(placed.config)
+    check_tracking(placed.config)
+    check_not_running(placed.run)
     tell(placed.says())
     history.note(placed.run, placed.changed)
     job = Job(placed.config, placed.run)

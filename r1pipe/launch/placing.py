@@ -14,11 +14,11 @@ from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, lineage
-from r1pipe.runs.locks import must_be_free, was_cut_off
+from r1pipe.runs.locks import check_not_running, was_interrupted
 
 
 @dataclass(frozen=True)
-class Placed:
+class RunPlan:
     """A stage's config with its parents, and the run folder it belongs to."""
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Placed:
         return f"{self.run.run_id}: goes on {where}{changed} (--fresh starts anew)"
 
 
-def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Placed:
+def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> RunPlan:
     """Where the stage's run is: an unfinished one of this config, or a new one.
 
     The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
@@ -63,21 +63,21 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Pl
     """
     wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
-        Placed(config, run, False, tuple(changes(read_json(run.config), wanted)))
+        RunPlan(config, run, False, tuple(changes(read_json(run.config), wanted)))
         for run in ([] if fresh else runs_of(config))
     ]
     exact = [placed for placed in known if placed.same_bits]
     done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
     if in_recipe and done:
         return done[-1]
-    if known and known[-1].done and known[-1].same_bits and was_cut_off(known[-1].run):
+    if known and known[-1].done and known[-1].same_bits and was_interrupted(known[-1].run):
         return known[-1]
     half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
     if half_done:
         return half_done[-1]
     if known and is_interrupted(known[-1].run) and has_something_to_lose(known[-1].run):
         raise refusal(known[-1], in_recipe)
-    return Placed(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
+    return RunPlan(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
 
 
 def runs_of(config: RunConfig) -> list[RunFolder]:
@@ -88,7 +88,7 @@ def runs_of(config: RunConfig) -> list[RunFolder]:
         known = read_json(run.config)
         if known and key_of(known) == wanted:
             found.append(run)
-        elif not known and run.run_id.startswith(id_begins(config)):
+        elif not known and run.run_id.startswith(run_id_prefix(config)):
             print(f"warning: {left_out(run)}", file=sys.stderr, flush=True)
     return found
 
@@ -115,7 +115,7 @@ def key_of(mapping: dict) -> tuple:
 def is_interrupted(run: RunFolder) -> bool:
     """Unfinished, and nobody is at it: while another config's run goes on, a second one may run beside it."""
     try:
-        must_be_free(run)
+        check_not_running(run)
     except EnvironmentProblem:
         return False
     return not run.record.exists()
@@ -128,7 +128,7 @@ def has_something_to_lose(run: RunFolder) -> bool:
     return checkpoints.holds_work(run)
 
 
-def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
+def refusal(placed: RunPlan, in_recipe: bool) -> ConfigError:
     """One line: which run, what differs, and both ways on."""
     steps = checkpoints.steps(placed.run.checkpoints)
     where = f"at step {steps[-1]}" if steps else "sampling"
@@ -143,8 +143,8 @@ def refusal(placed: Placed, in_recipe: bool) -> ConfigError:
 def new_run_id(config: RunConfig) -> str:
     """Sorts by time within a stage and seed: grpo-s0-20261123-211502-ab12."""
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{id_begins(config)}{now}-{secrets.token_hex(2)}"
+    return f"{run_id_prefix(config)}{now}-{secrets.token_hex(2)}"
 
 
-def id_begins(config: RunConfig) -> str:
+def run_id_prefix(config: RunConfig) -> str:
     return f"{config.stage.name}-s{config.seed}-"

@@ -26,7 +26,7 @@ FULL, HALF = 4, 2  # bytes of a number
 SPARE = 64 * MEBIBYTE  # for what is small: tokenizer, rollouts, logs
 
 
-def must_have_room(config: RunConfig, run: RunFolder) -> None:
+def check_disk_space(config: RunConfig, run: RunFolder) -> None:
     """Raises EnvironmentProblem where the disk cannot hold the checkpoints that this run is to write yet."""
     there = len(checkpoints.steps(run.checkpoints))
     needed, free = room(config, there)

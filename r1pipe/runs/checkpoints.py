@@ -107,7 +107,7 @@ def _folders(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
     """Step of the newest checkpoint whose files, the state for resume included, are all what was saved, and
     what is wrong with each newer one; (None, []) where there never was one.
 
@@ -129,7 +129,7 @@ def newest_whole(folder: Path) -> tuple[int | None, list[str]]:
     return None, []
 
 
-def set_aside_after(folder: Path, step: int) -> None:
+def remove_after(folder: Path, step: int) -> None:
     """Take the later checkpoints, which are damaged, out of the way of those to come."""
     for later in _folders(folder):
         if later > step:

@@ -73,7 +73,7 @@ class Lock:
         """Raises EnvironmentProblem while another job has the run."""
         self.run.path.mkdir(parents=True, exist_ok=True)
         with _guarded(self.run):
-            must_be_free(self.run)
+            check_not_running(self.run)
             heartbeat.clear(self.run)  # of ranks that are dead
             self.add(os.getpid())
 
@@ -105,25 +105,25 @@ def held(run: RunFolder) -> Iterator[Lock]:
         lock.release()
 
 
-def must_be_free(run: RunFolder) -> None:
+def check_not_running(run: RunFolder) -> None:
     """Raises EnvironmentProblem while another job has the run, and says who."""
     holder = Holder.read(run.pid)
     elsewhere = holder is not None and holder.host != socket.gethostname()
     since = f" on {holder.host} since {holder.since}" if holder else ""
-    launchers = living_launchers(holder)
+    launchers = live_launchers(holder)
     if launchers:
         raise EnvironmentProblem(
             f"run {run.run_id} is going on already (process {launchers[-1]}{since}); "
             "wait for it, or start another: --fresh"
         )
-    ranks = living_ranks(run, holder)
+    ranks = live_ranks(run, holder)
     if ranks:
         numbers = " ".join(map(str, ranks))
         raise EnvironmentProblem(
             f"run {run.run_id} has ranks whose launcher is gone (processes {numbers}{since}); "
             f"end them: kill -9 {numbers}"
         )
-    age_s = seconds_since_life(run) if elsewhere else LEASE_S
+    age_s = seconds_since_heartbeat(run) if elsewhere else LEASE_S
     if holder and age_s < LEASE_S:
         raise EnvironmentProblem(
             f"run {run.run_id} is going on already (process {holder.processes[-1][0]}{since}); wait for it, "
@@ -141,7 +141,7 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
     with ExitStack() as stack:
         with _guarded(run):
             holder = Holder.read(run.pid)
-            launchers = living_launchers(holder) if launched_here else []
+            launchers = live_launchers(holder) if launched_here else []
             if launchers and holder and os.getpgrp() not in [pid for pid, _ in holder.processes]:
                 raise Taken(
                     f"run {run.run_id} is another job's (process {launchers[-1]} on {holder.host} since "
@@ -151,7 +151,7 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
         yield
 
 
-def was_cut_off(run: RunFolder) -> bool:
+def was_interrupted(run: RunFolder) -> bool:
     """Whether the command that had the run last never returned; one on another machine counts as such."""
     holder = Holder.read(run.pid)
     if holder is None or holder.host != socket.gethostname():
@@ -159,14 +159,14 @@ def was_cut_off(run: RunFolder) -> bool:
     return not any(processes.is_alive(pid, began) for pid, began in holder.processes[:1])  # r1pipe itself
 
 
-def living_launchers(holder: Holder | None) -> list[int]:
+def live_launchers(holder: Holder | None) -> list[int]:
     """Numbers of a holder's own processes, where it is on this machine: r1pipe and DeepSpeed's runner."""
     if holder is None or holder.host != socket.gethostname():
         return []
     return [pid for pid, began in holder.processes if processes.is_alive(pid, began)]
 
 
-def living_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
+def live_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
     """Numbers of this machine's processes that are ranks of the run, or about to be.
 
     A rank has a heartbeat from `open_run` on. Before, it is known by its launcher's process group, which
@@ -181,7 +181,7 @@ def living_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
     return sorted(found)
 
 
-def seconds_since_life(run: RunFolder) -> float:
+def seconds_since_heartbeat(run: RunFolder) -> float:
     """Since the launcher or a rank last showed life, by the clock of the machine that keeps the files."""
     shown = [0.0]
     for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):

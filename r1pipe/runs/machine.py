@@ -93,7 +93,7 @@ def search_path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
-def must_launch(engine: EngineConfig) -> str:
+def find_launcher(engine: EngineConfig) -> str:
     """DeepSpeed's launcher. Raises EnvironmentProblem on what the job would fail for at its start."""
     launcher = shutil.which("deepspeed", path=search_path())
     if launcher is None:
@@ -109,9 +109,9 @@ def must_launch(engine: EngineConfig) -> str:
             "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or mend the driver"
         )
     if engine.precision == "fp8" and engine.launcher == "local":
-        must_compute_fp8(engine.kernels, on_cpu(engine))
+        check_fp8_support(engine.kernels, on_cpu(engine))
     if on_cpu(engine):
-        must_compile()
+        check_compiler()
     return launcher
 
 
@@ -123,7 +123,7 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
 
 
-def must_compile() -> None:
+def check_compiler() -> None:
     """DeepSpeed compiles a small C++ operator for gloo at its first start."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -135,7 +135,7 @@ def must_compile() -> None:
         raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
 
 
-def must_compute_fp8(kernels: str, cpu: bool) -> None:
+def check_fp8_support(kernels: str, cpu: bool) -> None:
     """Raises EnvironmentProblem where engine.precision=fp8 cannot run on this machine, as far as it shows.
 
     Needs no torch: model/kernels/choice.py knows more and looks again, in the job. A machine is refused if
@@ -182,7 +182,7 @@ def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
     return found
 
 
-def must_have_data(config: RunConfig) -> None:
+def check_data_files(config: RunConfig) -> None:
     """Raises DataError where the job would find no data; on other machines it may lie elsewhere."""
     data = config.data
     if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():

@@ -105,7 +105,7 @@ def weaknesses(config: RunConfig) -> list[str]:
     return found
 
 
-def must_be_good(config: RunConfig) -> list[str]:
+def check_quality(config: RunConfig) -> list[str]:
     """The weaknesses that `stage.preference.force` lets pass.
 
     Raises CheckpointError where it does not, and where a model that is to be asked is not there.

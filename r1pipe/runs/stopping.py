@@ -59,7 +59,7 @@ def agreed(ranks: Agreeing) -> int:
     return ranks.agree_max(_asked)
 
 
-def leave_if_asked(ranks: Agreeing) -> None:
+def stop_if_requested(ranks: Agreeing) -> None:
     """At a point that all ranks reach: raises Interrupted in all of them if one was asked to stop."""
     if number := agreed(ranks):
         raise Interrupted(number)
@@ -73,7 +73,7 @@ def leaving_early(ranks: Agreeing) -> Iterator[None]:
     """
     with suppress(Stopped):
         yield
-    leave_if_asked(ranks)
+    stop_if_requested(ranks)
 
 
 @contextmanager

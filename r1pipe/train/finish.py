@@ -10,7 +10,7 @@ from typing import Any
 from r1pipe.chat.template import Chat
 from r1pipe.config.schema import EvalConfig
 from r1pipe.core.types import Prompt
-from r1pipe.data.fitting import draw_fitting, leaves_room
+from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3
 from r1pipe.runs import stopping
@@ -29,10 +29,10 @@ def held_out(
 ) -> tuple[list[Prompt], list[Prompt], int]:
     """The reasoning and the general prompts that a stage is measured on, and how many were passed over: in a
     `context` of so many tokens they leave no room for `config.max_tokens`."""
-    fits = leaves_room(chat, context, config.max_tokens)
+    fits = prompt_fits(chat, context, config.max_tokens)
 
     def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
-        return draw_fitting(lambda m: draw(config.split, m, HELD_OUT), n, fits)
+        return draw_prompts_that_fit(lambda m: draw(config.split, m, HELD_OUT), n, fits)
 
     reasoning, too_long = of_split(source.prompts, config.problems)
     # without a hidden truth nobody could judge a general answer
@@ -49,7 +49,7 @@ def measure(
     """
 
     def gather(mine: Any) -> list[Any]:
-        stopping.leave_if_asked(ranks)
+        stopping.stop_if_requested(ranks)
         return ranks.all_gather_objects(mine)
 
     with stopping.leaving_early(ranks):
@@ -67,7 +67,7 @@ def _measure(
     stop: Callable[[], object],
 ) -> evaluate.Evaluation:
     model.eval()
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.slots, run.config.engine.graphs, stop)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, run.config.engine.graphs, stop)
     context = model.config.max_position_embeddings
     prompts, general_prompts, too_long = held_out(chat, source, context, config)
     if too_long:
@@ -90,7 +90,7 @@ def _measure(
     return evaluation
 
 
-def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
+def quick_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
     """A few development prompts, as metrics under eval/.
 
     It runs to its end even where the ranks are asked to stop: the step that it belongs to has moved the
@@ -102,7 +102,7 @@ def short_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) 
     return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
 
 
-def conclude(
+def finish_stage(
     run: Run[Any],
     engine: Engine,
     chat: Chat,

@@ -118,10 +118,10 @@ class Resumable(Generic[S]):
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
                 self._finishing = self._beside.submit(self._finish, target, step)
-            self._must_know_best(engine, step)
+            self._check_best_metric(engine, step)
         return target
 
-    def _must_know_best(self, ranks: Ranks, step: int) -> None:
+    def _check_best_metric(self, ranks: Ranks, step: int) -> None:
         """Raises ConfigError in all ranks where `stage.keep_best` is nothing that this run logs."""
         if self.stage.keep_best is None:
             return
@@ -217,7 +217,7 @@ class Resumable(Generic[S]):
             json.dumps(generation, indent=1) + "\n", encoding="utf-8"
         )
 
-    def newest_whole(self, ranks: Ranks) -> Path | None:
+    def newest_complete(self, ranks: Ranks) -> Path | None:
         """The newest checkpoint whose files are all what was saved, None where there never was one; all ranks
         call.
 
@@ -227,14 +227,14 @@ class Resumable(Generic[S]):
         step, problem = None, None
         if self.rank == 0:
             try:
-                step, wrong = checkpoints.newest_whole(self.folder.checkpoints)
+                step, wrong = checkpoints.newest_complete(self.folder.checkpoints)
             except CheckpointError as error:
                 problem = str(error)
             else:
                 for line in wrong:
                     self.warn(f"{line}; goes on from step {step} instead")
                 if step is not None:
-                    checkpoints.set_aside_after(self.folder.checkpoints, step)
+                    checkpoints.remove_after(self.folder.checkpoints, step)
         step, problem = ranks.all_gather_objects((step, problem))[0]
         if problem is not None:
             raise CheckpointError(problem)
@@ -246,7 +246,7 @@ class Resumable(Generic[S]):
         Metrics, trips and rollouts after that step are cut off: they will come again. Raises CheckpointError
         where the metrics up to it are not whole.
         """
-        folder = self.newest_whole(engine)
+        folder = self.newest_complete(engine)
         step, loop = 0, {}
         if folder is not None:
             scratch = self.folder.checkpoints

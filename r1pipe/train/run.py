@@ -19,16 +19,16 @@ import torch
 from r1pipe.chat.template import Chat
 from r1pipe.config import read_config
 from r1pipe.config.schema import EvaluateConfig, ParentRef, RunConfig, StageConfig
-from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
+from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, warn_once
 from r1pipe.core.paths import RunFolder
-from r1pipe.data.source import Source, must_be_as_it_was, open_data
+from r1pipe.data.source import Source, check_data_unchanged, open_data
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks
 from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.lineage.fit import must_fit
+from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.provenance import job_record, write_json
 from r1pipe.runs.stopping import Interrupted, listening
-from r1pipe.train.engine.ranks import Ranks, leave_with, rank_and_world
+from r1pipe.train.engine.ranks import Ranks, exit_immediately_with, rank_and_world
 from r1pipe.train.resumable import Resumable
 
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
@@ -80,7 +80,7 @@ class Run(Resumable[S]):
             if self.rank == 0:
                 checkpoints.verify(parent.checkpoint, parent.hash)
             if parent == self.config.weights_from:
-                must_fit(parent, self.config.model)
+                check_parent_fits(parent, self.config.model)
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
@@ -108,7 +108,7 @@ class Run(Resumable[S]):
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
             measures_only = isinstance(self.stage, EvaluateConfig)  # and all of it anew
             if kept.exists() and checkpoints.holds_work(self.folder) and not measures_only:
-                must_be_as_it_was(self.config.data.name, read_object(kept), now)
+                check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
         return source
 
@@ -175,14 +175,14 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
             finally:
                 log.removeHandler(warnings)
                 run.saved()
-        leave_with(0)
+        exit_immediately_with(0)
     except Interrupted as interrupted:
         log.info("%s", interrupted)
-        leave_with(interrupted.exit_code)
+        exit_immediately_with(interrupted.exit_code)
         raise SystemExit(interrupted.exit_code) from None
     except locks.Taken as error:
         log.error("%s", error)
-        leave_with(2)
+        exit_immediately_with(2)
         raise SystemExit(2) from None
     except R1pipeError as error:
         _leave(folder, str(error))
@@ -207,12 +207,12 @@ class _OnScreen(logging.Handler):
 def _leave(folder: RunFolder, line: str) -> NoReturn:
     """End with one line for the user, in error.txt and in the log, and exit code 2."""
     try:
-        tell_once(folder.error, line)
+        warn_once(folder.error, line)
     except OSError:  # the disk is full: what only the screen showed makes room
         os.truncate(folder.progress, 0)
         folder.error.write_text(f"{line}\n", encoding="utf-8")
     log.error("%s", line)
-    leave_with(2)
+    exit_immediately_with(2)
     raise SystemExit(2) from None
 
 

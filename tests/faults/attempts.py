@@ -13,7 +13,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 
 SETTINGS = {
-    "cold_start": ("stage=cold_start", "stage.traces=16", "stage.epochs=8"),
+    "cold_start": ("stage=cold_start", "stage.demonstrations=16", "stage.epochs=8"),
     "grpo": ("stage=grpo", "stage.minibatches=1"),  # as many optimizer steps as steps
 }
 STEPS = 4

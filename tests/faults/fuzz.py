@@ -40,9 +40,9 @@ from r1pipe.core.errors import R1pipeError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login
 from r1pipe.core.types import Prompt
-from r1pipe.data.aside import Aside
 from r1pipe.data.files import Files
-from r1pipe.data.reading import sift
+from r1pipe.data.reading import read_tolerant
+from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
 from r1pipe.runs import checkpoints, lineage, metrics_file, retention
@@ -280,9 +280,9 @@ def _rows_of(folder: Path, name: str) -> Act:
 
     def act(content: bytes) -> None:
         path.write_bytes(content)
-        sift(path, 1000)
-        Files(lenient, Aside(folder)).general_traces(9, 0, {})
-        Files(strict).general_traces(9, 0, {})
+        read_tolerant(path, 1000)
+        Files(lenient, RejectedRows(folder)).general_demonstrations(9, 0, {})
+        Files(strict).general_demonstrations(9, 0, {})
 
     return act
 

@@ -33,7 +33,10 @@ WORDS = (
 )
 KINDS = {  # what reinforcement has besides, in every step of the loop
     "PPO": ("grpo", ("stage.algorithm=ppo",)),
-    "DAPO": ("grpo", ("stage.loss=dapo", "stage.dynamic_batches=3", "stage.rewards.unfinished=0")),
+    "DAPO": (
+        "grpo",
+        ("stage.loss=dapo", "stage.max_sampling_batches=3", "stage.rewards.truncation_penalty=0"),
+    ),
 }
 CASES = {stage: (stage, ()) for stage in POINTS} | KINDS
 RELATIVE, ABSOLUTE = 1e-4, 1e-6  # what sums in another order, and AdamW after them, may make of it

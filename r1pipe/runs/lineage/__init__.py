@@ -11,7 +11,7 @@ tree, page the walk drawn: in the terminal, as one HTML file
 from r1pipe.cli.lineage_tree import show
 from r1pipe.runs.lineage.ancestors import Ancestor, ancestors
 from r1pipe.runs.lineage.edges import with_open_parents, with_parents
-from r1pipe.runs.lineage.fit import differs, must_fit
+from r1pipe.runs.lineage.fit import check_parent_fits, differs
 from r1pipe.runs.lineage.places import (
     BUNDLED,
     Place,
@@ -34,9 +34,9 @@ __all__ = [
     "Place",
     "ancestors",
     "bundled",
+    "check_parent_fits",
     "differs",
     "is_run",
-    "must_fit",
     "newest",
     "of_folder",
     "of_run",

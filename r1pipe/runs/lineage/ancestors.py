@@ -50,7 +50,7 @@ class Step:
 
 
 @dataclass
-class Looked:
+class CheckedFile:
     """What was found at one checkpoint."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Looked:
 
 def ancestors(start: ParentRef) -> Iterator[Ancestor]:
     """The checkpoint and all it came from, depth first, each with its hashes checked; each once in full."""
-    looked: dict[tuple[str, str, str | None], Looked] = {}
+    looked: dict[tuple[str, str, str | None], CheckedFile] = {}
     todo = [Step(start, "", 0, None, ())]
     while todo:
         step = todo.pop()
@@ -114,9 +114,9 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def look(folder: Path, step: Step) -> Looked:
+def look(folder: Path, step: Step) -> CheckedFile:
     """Check one checkpoint, its record, and the way back from it."""
-    found = Looked(folder)
+    found = CheckedFile(folder)
     if not is_folder(folder):
         found.problems.append(f"{folder} is gone")
         return found
@@ -141,7 +141,7 @@ def broken_files(folder: Path, expected: str) -> Iterator[str]:
         yield str(error)
 
 
-def read_run(found: Looked, step: Step) -> None:
+def read_run(found: CheckedFile, step: Step) -> None:
     """The record and the edges of a checkpoint's run; what contradicts it. Raises CheckpointError."""
     run = RunFolder(found.folder.parent.parent) if places.in_run(found.folder) else None
     path = recorded.record_beside(found.folder)
@@ -183,7 +183,7 @@ def launched_with(config: dict[str, Any]) -> list[tuple[str, ParentRef, str | No
     return recorded.edges({"parents": parents})
 
 
-def read_files(found: Looked, run: RunFolder | None) -> None:
+def read_files(found: CheckedFile, run: RunFolder | None) -> None:
     """Whether the files that a run took its data from, if they are here, are what they were.
 
     Data that r1pipe or a package generates is no file: its hash changes with their version. Raises

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.runs.lineage.fit import must_fit, must_speak_alike
+from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
 from r1pipe.runs.lineage.places import Place, of_stage, resolve
 
 NOTHING: Mapping[str, ParentRef] = {}
@@ -25,9 +25,9 @@ def with_parents(
     elif stage.starts_from is not None:
         weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
     if weights is not None:
-        must_fit(weights, config.model)
+        check_parent_fits(weights, config.model)
     reads = {name: made.get(name) or of_stage(name, place, later, as_data=True) for name in stage.reads}
-    must_speak_alike(weights, reads.values())
+    check_same_chat_format(weights, reads.values())
     return replace(config, weights_from=weights, reads_from=reads)
 
 

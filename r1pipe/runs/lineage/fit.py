@@ -16,7 +16,7 @@ from r1pipe.runs.jsonfile import read_object
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
-def must_fit(parent: ParentRef, model: ModelConfig) -> None:
+def check_parent_fits(parent: ParentRef, model: ModelConfig) -> None:
     """Raises CheckpointError where the checkpoint's config.json has another shape than `model`."""
     published = read_object(Path(parent.checkpoint) / "config.json")
     for key, value in asdict(model).items():
@@ -43,7 +43,7 @@ def differs(published: dict[str, Any], key: str, value: Any) -> bool:
     return there != value
 
 
-def must_speak_alike(weights: ParentRef | None, read: Iterable[ParentRef]) -> None:
+def check_same_chat_format(weights: ParentRef | None, read: Iterable[ParentRef]) -> None:
     """Raises CheckpointError where a parent has no tokenizer, or one with more tokens than the embedding has
     rows, or where two parents have other tokens or another chat template.
 

@@ -165,7 +165,7 @@ class Engine(Ranks):
         with heartbeat.waiting(self.world_size > 1):
             self._ds.step()
             grad_norm = float(self._ds.get_global_grad_norm())
-            loss_mean, loads_LE = self._sum_step(sum(losses), loads_LE)
+            loss_aggregation, loads_LE = self._sum_step(sum(losses), loads_LE)
         broken = not math.isfinite(grad_norm)
         counts = self._fp8_counts()
         if broken:
@@ -176,7 +176,7 @@ class Engine(Ranks):
             if self.router and loads_LE is not None:
                 update_router_bias(self.module, loads_LE, self.router.bias_rate)
         fp8 = {} if broken else meter.metrics(counts)
-        return StepStats(loss_mean, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
+        return StepStats(loss_aggregation, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward of a micro-batch; its loss, before the weight.

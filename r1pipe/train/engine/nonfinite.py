@@ -5,7 +5,7 @@ from math import isfinite
 
 from torch import Tensor, nn
 
-from r1pipe.model.finite import first_broken_gradient, first_non_finite, not_finite
+from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.train.engine.ranks import Ranks
 
 MicroLosses = Sequence[Callable[[], Tensor]]
@@ -42,6 +42,6 @@ def _broken_loss(
 
 def _broken_gradients(ranks: Ranks, model: nn.Module, micro_losses: MicroLosses) -> list[str]:
     """The layers, one of each rank that has one, where the gradient is first not finite."""
-    mine = (first_broken_gradient(model, closure) for closure in micro_losses)
+    mine = (first_nonfinite_gradient(model, closure) for closure in micro_losses)
     found = next((layer for layer in mine if layer), None)
     return [layer for layer in ranks.all_gather_objects(found) if layer]

@@ -30,7 +30,7 @@ def choose_device(accelerator: str) -> torch.device:
 _exit_code: int | None = None
 
 
-def leave_with(code: int) -> None:
+def exit_immediately_with(code: int) -> None:
     """Once everything is written, make the end of this process immediate, with this exit code.
 
     Gloo's threads now and then abort the interpreter's teardown (exit code -6), which would turn a finished

@@ -89,24 +89,24 @@ def padded_tokens(rollouts: Sequence[Rollout]) -> int:
     return len(prompts) * max(map(len, prompts)) + len(rollouts) * longest
 
 
-def by_prompt(rollouts: Sequence[Rollout], micro_tokens: int) -> list[list[Rollout]]:
-    """Micro-batches of whole groups that pad to no more than `micro_tokens` tokens.
+def by_prompt(rollouts: Sequence[Rollout], max_tokens_per_micro_batch: int) -> list[list[Rollout]]:
+    """Micro-batches of whole groups that pad to no more than `max_tokens_per_micro_batch` tokens.
 
     Completions of one prompt are much alike in length, and groups are sorted by their longest, so little is
     padded. The longest come first: if memory is short, it shows at once. A group that is too large alone is
-    cut, and a rollout longer than `micro_tokens` gets a micro-batch of its own.
+    cut, and a rollout longer than `max_tokens_per_micro_batch` gets a micro-batch of its own.
     """
     groups: dict[tuple[int, ...], list[Rollout]] = {}
     for rollout in sorted(rollouts, key=lambda rollout: len(rollout.completion), reverse=True):
         groups.setdefault(tuple(rollout.prompt), []).append(rollout)
     batches: list[list[Rollout]] = []
     for group in groups.values():
-        if batches and padded_tokens(batches[-1] + group) <= micro_tokens:
+        if batches and padded_tokens(batches[-1] + group) <= max_tokens_per_micro_batch:
             batches[-1] += group
             continue
         batches.append(group[:1])
         for rollout in group[1:]:
-            if padded_tokens([*batches[-1], rollout]) <= micro_tokens:
+            if padded_tokens([*batches[-1], rollout]) <= max_tokens_per_micro_batch:
                 batches[-1].append(rollout)
             else:
                 batches.append([rollout])
@@ -175,8 +175,8 @@ def scored_counts(rollouts: Sequence[Rollout]) -> tuple[float, float]:
 
 
 def weights_of(
-    rollouts: Sequence[Rollout], loss_mean: str, sequences: float, tokens: float, longest: int
+    rollouts: Sequence[Rollout], loss_aggregation: str, sequences: float, tokens: float, longest: int
 ) -> list[float]:
     """What each rollout's tokens weigh in the loss (see LOSS_MEANS); 0 where a reward failed."""
-    weight = LOSS_MEANS[loss_mean]
+    weight = LOSS_MEANS[loss_aggregation]
     return [weight(len(r.completion), sequences, tokens, longest) if r.scored else 0.0 for r in rollouts]

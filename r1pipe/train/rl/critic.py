@@ -120,7 +120,7 @@ class Critic:
         """values_T of each rollout, from the weights of now."""
         found: dict[int, Tensor] = {}
         with self.engine.gathered() as model, torch.no_grad():
-            for rows in by_prompt(rollouts, self.config.micro_tokens):
+            for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
                 micro = collate(rows, [0.0] * len(rows), 0.0, self.engine.device)
                 values_N = model(micro).cpu()
                 heartbeat.tick()
@@ -197,7 +197,7 @@ class Critic:
                 ranks / read,
                 self.engine.device,
             )
-            for rows in by_prompt(minibatch, self.config.micro_tokens)
+            for rows in by_prompt(minibatch, self.config.max_tokens_per_micro_batch)
         ]
 
     def _step(self, micros: Sequence[MicroBatch]) -> StepStats:

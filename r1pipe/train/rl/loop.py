@@ -11,7 +11,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config.schema import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Completion, Group, Prompt
-from r1pipe.data.fitting import leaves_room
+from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.rewards import Shaping, Verdicts
@@ -23,10 +23,10 @@ from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.prompts import PromptStream, general_count, mixed
 from r1pipe.train.rl.routing import routing_agreement
-from r1pipe.train.rl.rows import Row, rows_of_all, summarise, unfit
+from r1pipe.train.rl.rows import Row, rows_of_all, summarise, too_many_failures
 from r1pipe.train.rl.scoring import Judges, reward_weights, score_groups
-from r1pipe.train.rl.shaping import kl_of_completions, shared_anew, teaches
-from r1pipe.train.rl.telling import tell_step
+from r1pipe.train.rl.shaping import has_signal, kl_of_completions, redistribute_groups
+from r1pipe.train.rl.step_log import log_step
 from r1pipe.train.rl.tripwires import Tripwires, asking
 from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.rollout import Sampler, SamplingParams
@@ -58,12 +58,12 @@ class GRPO:
         chat: Chat,
         data: Source,
         judges: Judges,
-        short_evaluation: Callable[[], Metrics],
+        quick_evaluation: Callable[[], Metrics],
         critic: Critic | None = None,
     ):
         """`judges` score general prompts; without a `reference` there is no KL; with a `critic` it is PPO."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.chat, self.data, self.judges, self.short_evaluation = chat, data, judges, short_evaluation
+        self.chat, self.data, self.judges, self.quick_evaluation = chat, data, judges, quick_evaluation
         self.critic, self.beside = critic, {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
@@ -77,7 +77,7 @@ class GRPO:
 
     def train(self) -> Path:
         """From the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""
-        if idle := self.tripwires.told_idle():
+        if idle := self.tripwires.describe_inactive():
             self.run.warn(idle)
         self._resume()
         while self.state.step < self.config.max_steps:
@@ -93,21 +93,21 @@ class GRPO:
         try:
             tokens, groups = self._draw(metrics)
         except Interrupted:
-            self._take_back(before)
+            self._restore_state(before)
             raise
         estimated = self._estimate(groups, tokens, metrics)
         with self._timed("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.data.strategy_of)
             metrics |= summarise(rows)
-        if why := unfit(metrics, self.config.rewards.max_failed, rows):
+        if why := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             step = before.step + 1
-            tell_step(self.run, self.engine, self.tripwires, step, rows, metrics, began)
-            self._take_back(before)
+            log_step(self.run, self.engine, self.tripwires, step, rows, metrics, began)
+            self._restore_state(before)
             raise EnvironmentProblem(f"step {step}, from which nothing is learned: {why}")
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
             with self._timed("update", metrics):
                 rollouts = rollouts_of(groups, tokens) if estimated is None else estimated
-                if count := self.config.compare_routes:
+                if count := self.config.routing_check_samples:
                     metrics |= routing_agreement(self.engine, rollouts, self.config, count)
                 metrics |= update(self.engine, rollouts, self.config, self.reference)
             [learned] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
@@ -136,7 +136,7 @@ class GRPO:
         """
         tokens: list[list[int]] = []
         groups: list[Group] = []
-        limit = self.config.dynamic_batches
+        limit = self.config.max_sampling_batches
         for batch in range(limit):
             with Verdicts() as verdicts:
                 with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
@@ -150,11 +150,13 @@ class GRPO:
             if limit == 1:
                 return tokens, groups
             metrics["rollout/batches"] = batch + 1.0
-            taught = sum(teaches(group, self.weights) for group in groups)
+            taught = sum(has_signal(group, self.weights) for group in groups)
             if self.engine.sum_over_ranks([taught])[0] >= self.config.prompts_per_step:
                 break
         with self._timed("reward", metrics):
-            return shared_anew(self.engine, tokens, groups, self.weights, self.config.prompts_per_step)
+            return redistribute_groups(
+                self.engine, tokens, groups, self.weights, self.config.prompts_per_step
+            )
 
     def rollout(
         self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0
@@ -176,7 +178,7 @@ class GRPO:
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         chat, graphs = self.chat, self.run.config.engine.graphs
         with self.engine.gathered() as policy:
-            sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.slots, graphs, stopping.asked)
+            sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.max_num_seqs, graphs, stopping.asked)
             completions = sampler.generate(tokens, params, self._show_sampling, verdicts.ended(chat, prompts))
         return tokens, completions
 
@@ -197,7 +199,7 @@ class GRPO:
             completions,
             self.weights,
             self.judges,
-            config.rewards.unfinished,
+            config.rewards.truncation_penalty,
             config.normalise_std,
             Shaping(config.rewards, config.sampling.max_tokens),
             added,
@@ -228,7 +230,7 @@ class GRPO:
         return PromptStream(
             lambda n, seed: draw("train", n, seed),
             lambda pool: self.run.seed(what, pool),
-            leaves_room(self.chat, context, config.sampling.max_tokens),
+            prompt_fits(self.chat, context, config.sampling.max_tokens),
             config.max_steps * config.prompts_per_step,
             what,
         )
@@ -242,8 +244,8 @@ class GRPO:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and not last:
-            metrics |= self.short_evaluation()
-        trips = tell_step(self.run, self.engine, self.tripwires, state.step, rows, metrics, began)
+            metrics |= self.quick_evaluation()
+        trips = log_step(self.run, self.engine, self.tripwires, state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := asking(trips, "stop"):
@@ -256,7 +258,7 @@ class GRPO:
         if leaving and not last:
             raise Interrupted(leaving)
 
-    def _take_back(self, before: LoopState) -> None:
+    def _restore_state(self, before: LoopState) -> None:
         """As if the step had never begun; what was learned before it is saved, and it comes again."""
         self.state = before
         if before.step > self.saved:

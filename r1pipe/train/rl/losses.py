@@ -61,7 +61,7 @@ def clipped_surrogate(ratio_N: Tensor, advantages_N: Tensor, clip: float, clip_h
     return torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip_high) * advantages_N)
 
 
-def weighted_surrogate(
+def cispo_surrogate(
     ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor, clip: float, clip_high: float
 ) -> Tensor:
     """sg(clip(ratio, 1-e, 1+e')) A log pi per token (CISPO, arXiv 2506.13585, eq. 4 and 5): the weight of a
@@ -87,7 +87,7 @@ class Objective:
     """Which loss it is; the fields are the config's keys under `stage` (see RLConfig)."""
 
     ratio: str  # "token" or "sequence"
-    surrogate: str  # "clipped" or "weighted"
+    surrogate: str  # "clipped" or "cispo"
     clip: float
     clip_high: float
     kl_estimator: str  # one of KL_ESTIMATORS
@@ -138,8 +138,8 @@ def policy_loss(
         log_ratio_N = sequence_mean(log_ratio_N, lengths_B)
     ratio_N = log_ratio_N.exp()
     bounds = (objective.clip, objective.clip_high)
-    if objective.surrogate == "weighted":
-        surrogate_N = weighted_surrogate(ratio_N, logprobs_N, advantages_N, *bounds)
+    if objective.surrogate == "cispo":
+        surrogate_N = cispo_surrogate(ratio_N, logprobs_N, advantages_N, *bounds)
         clipped_N = ratio_N.clamp(1 - objective.clip, 1 + objective.clip_high) != ratio_N
     else:
         surrogate_N = clipped_surrogate(ratio_N, advantages_N, *bounds)

@@ -19,7 +19,7 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config.schema import RewardModelConfig
 from r1pipe.core.errors import DataError
-from r1pipe.data.fitting import draw_fitting
+from r1pipe.data.fitting import draw_prompts_that_fit
 from r1pipe.data.source import Source
 from r1pipe.model import Balance
 from r1pipe.rewards import models
@@ -97,7 +97,7 @@ def _draw(
     """Up to so many items of a split that fit into the context, and how many were passed over for them."""
     split, n, seed = drawn
     longest = run.config.model.max_position_embeddings
-    fitting, too_long = draw_fitting(
+    fitting, too_long = draw_prompts_that_fit(
         lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
     )
     if fitting or too_long:

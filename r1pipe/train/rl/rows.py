@@ -163,7 +163,7 @@ def most_failed(metrics: Mapping[str, float]) -> tuple[str, float] | None:
     return max(shares.items(), key=lambda named: named[1], default=None)
 
 
-def unfit(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> str:
+def too_many_failures(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> str:
     """Why nothing may be learned from a step; empty where all is well.
 
     Where more than `limit` of a reward's verdicts failed, the others would be a skewed choice of completions.

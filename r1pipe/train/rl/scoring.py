@@ -29,14 +29,16 @@ def reward_weights(config: RLConfig) -> dict[str, float]:
 
 
 def total_reward(
-    scores: Mapping[str, Score], weights: Mapping[str, float], unfinished: float, truncated: bool
+    scores: Mapping[str, Score], weights: Mapping[str, float], truncation_penalty: float, truncated: bool
 ) -> float:
-    """Weighted sum, plus `unfinished` for a completion that was cut off. NaN where a reward that counts
+    """Weighted sum, plus `truncation_penalty` if the completion was cut off. NaN where a reward that counts
     failed: a verifier's failure is not a wrong answer."""
     counted = {name: score for name, score in scores.items() if weights.get(name)}
     if any(score.status is not Status.SCORED for score in counted.values()):
         return math.nan
-    return sum(weights[name] * score.value for name, score in counted.items()) + unfinished * truncated
+    return (
+        sum(weights[name] * score.value for name, score in counted.items()) + truncation_penalty * truncated
+    )
 
 
 def score_groups(
@@ -44,7 +46,7 @@ def score_groups(
     completions: Sequence[Completion],
     weights: Mapping[str, float],
     judges: Judges,
-    unfinished: float,
+    truncation_penalty: float,
     normalise_std: bool,
     shaping: Shaping | None = None,
     added: Mapping[str, Sequence[float]] | None = None,
@@ -76,7 +78,7 @@ def score_groups(
     for number, prompt in enumerate(prompts):
         mine = slice(number * size, (number + 1) * size)
         rewards = [
-            total_reward(score, weights, unfinished, completion.truncated)
+            total_reward(score, weights, truncation_penalty, completion.truncated)
             for score, completion in zip(scores[mine], completions[mine], strict=True)
         ]
         advantages = group_advantages(rewards, normalise_std)

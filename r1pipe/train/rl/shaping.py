@@ -45,7 +45,7 @@ def kl_of_tokens(
         for i, completion in enumerate(completions)
     ]
     found: dict[int, Tensor] = {}
-    for rows in by_prompt(rollouts, config.micro_tokens):
+    for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
         micro = collate(rows, [0.0] * len(rows), 0.0, device)
         reference_N = reference.logprobs(micro, config.sampling.temperature)
         kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
@@ -54,7 +54,7 @@ def kl_of_tokens(
     return [found[id(rollout)] for rollout in rollouts]
 
 
-def teaches(group: Group, weights: Mapping[str, float]) -> bool:
+def has_signal(group: Group, weights: Mapping[str, float]) -> bool:
     """Whether what judges the answers tells the group's completions apart.
 
     DAPO (eq. 11) asks for right and wrong answers; here every weighted verdict counts. What shapes the reward
@@ -64,7 +64,7 @@ def teaches(group: Group, weights: Mapping[str, float]) -> bool:
     return has_variance([total_reward(scores, verdicts, 0.0, False) for scores in group.scores])
 
 
-def shared_anew(
+def redistribute_groups(
     ranks: Ranks,
     tokens: Sequence[list[int]],
     groups: Sequence[Group],
@@ -74,7 +74,7 @@ def shared_anew(
     """Chooses `wanted` of all ranks' groups to be trained on: the first that teach and, if these are too few,
     the first others. -> prompts and groups: this rank's share of them, and what it has itself passed over.
     """
-    marks = [(not teaches(group, weights), group.place) for group in groups]
+    marks = [(not has_signal(group, weights), group.place) for group in groups]
     order = sorted(mark for theirs in ranks.all_gather_objects(marks) for mark in theirs)
     chosen = {place: number for number, (_, place) in enumerate(order[:wanted])}
     for group in groups:

@@ -13,7 +13,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
-from r1pipe.train.finish import conclude, short_evaluation
+from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.loop import GRPO
 from r1pipe.train.rl.scoring import Judges
@@ -31,7 +31,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     chat, data = run.load_chat(), run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them here, and weight decay alone would wear them down
-    for weakness in judges.must_be_good(run.config):
+    for weakness in judges.check_quality(run.config):
         run.warn(f"weak reward model, used because {judges.FORCE}: {weakness}")
     asked = load_judges(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
@@ -40,15 +40,15 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
 
-    def evaluate_briefly() -> dict[str, float]:
-        return short_evaluation(run, engine, chat, data)
+    def evaluate_quickly() -> dict[str, float]:
+        return quick_evaluation(run, engine, chat, data)
 
-    loop = GRPO(run, engine, reference, chat, data, asked, evaluate_briefly, critic)
+    loop = GRPO(run, engine, reference, chat, data, asked, evaluate_quickly, critic)
     checkpoint = loop.train()
-    conclude(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_told(run))
+    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_for_record(run))
 
 
-def weaknesses_told(run: Run[RLConfig]) -> dict[str, Any]:
+def weaknesses_for_record(run: Run[RLConfig]) -> dict[str, Any]:
     """For the record of a stage that asks reward models: which of their bounds were forced, and how many."""
     if not run.stage.preference:
         return {}
@@ -63,7 +63,7 @@ def rules_only(run: Run[RLConfig], chat: Chat) -> Judges:
 
 def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
     """The frozen models that stage reward_model made; those whose reward weighs something are all there
-    (judges.must_be_good)."""
+    (judges.check_quality)."""
     parent = run.config.reads_from[judges.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)

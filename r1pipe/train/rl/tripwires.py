@@ -21,7 +21,7 @@ FIRST = 3  # steps whose lengths later ones are compared with
 
 
 @dataclass(frozen=True)
-class Wire:
+class Tripwire:
     """What is measured, and what to say of it."""
 
     measure: Callable[[Sequence[Metrics]], float | None]  # None: nothing to judge yet
@@ -100,68 +100,69 @@ def _no_evaluations(stage: RLConfig) -> str:
 
 TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
 
-WIRES: dict[str, Wire] = {
-    "truncation": Wire(
+WIRES: dict[str, Tripwire] = {
+    "truncation": Tripwire(
         _newest("completions/clipped_ratio"),
         "{value:.0%} of the completions were cut off (limit {limit:.0%})",
-        "none of them can answer: raise stage.sampling.max_tokens, or punish with stage.rewards.unfinished",
+        "none of them can answer: raise stage.sampling.max_tokens, "
+        "or punish with stage.rewards.truncation_penalty",
     ),
-    "no_variance": Wire(
+    "no_variance": Tripwire(
         _newest("frac_reward_zero_std"),
         "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
         "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
         lacks=_no_groups,
     ),
-    "entropy": Wire(
+    "entropy": Tripwire(
         _newest("entropy"),
         "the policy's entropy is {value:.3f} nats (limit {limit:g})",
         "it has stopped exploring: lower stage.optim.lr, raise stage.kl_coef, or widen the upper clip",
         below=True,
     ),
-    "kl": Wire(
+    "kl": Tripwire(
         _newest("kl"),
         "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
         "the policy has left it behind: lower stage.optim.lr or raise stage.kl_coef",
         lacks=_no_reference,
     ),
-    "logprob_gap": Wire(
+    "logprob_gap": Tripwire(
         _newest("sampling/sampling_logp_difference/mean"),
         "sampler and trainer differ by {value:.3f} nats a token (limit {limit:g})",
         "the sampler's weights are stale, or it computes something else: check precision and weight sync",
     ),
-    "repetition": Wire(
+    "repetition": Tripwire(
         _newest("completions/repetition"),
         "{value:.0%} of the 4-grams in completions are repeated (limit {limit:.0%})",
         "the policy loops: look at the rollouts, and give stage.rewards a punishment for it",
     ),
-    "reward_hacking": Wire(
+    "reward_hacking": Tripwire(
         _reward_without_accuracy,
         "the reward is at its best, held-out accuracy {value:.1%} below its best (limit {limit:.1%})",
         "the policy may be gaming a reward: read rollouts of the highest reward",
         lacks=_no_evaluations,
     ),
-    "length": Wire(
+    "length": Tripwire(
         _growth,
         "completions are {value:.1f} times as long as at the start (limit {limit:g})",
-        "length pays, or nothing ends a text: look at the rollouts and at stage.loss_mean",
+        "length pays, or nothing ends a text: look at the rollouts and at stage.loss_aggregation",
     ),
-    "verifier": Wire(
+    "verifier": Tripwire(
         _failed,
         "{value:.0%} of a reward's verdicts failed (limit {limit:.0%})",
         "the verifier or its sandbox fails: the column `failed` of the rollouts says how",
     ),
-    "max_vio": Wire(
+    "max_vio": Tripwire(
         _newest("router/max_vio"),
         "an expert has {value:.1f} times the mean load too much (limit {limit:g})",
         "routing has collapsed: raise stage.router.bias_rate",
     ),
-    "non_finite": Wire(
+    "non_finite": Tripwire(
         _skipped,
         "{value:.0f} optimizer steps were skipped, as their loss or gradient is not finite (limit {limit:g})",
         "the log names the layer: lower stage.optim.lr, or look at the precision; more than "
         "stage.optim.max_skipped in a row end the job",
     ),
-    "slow_step": Wire(
+    "slow_step": Tripwire(
         _slowness,
         "this step took {value:.1f} times the median (limit {limit:g})",
         "another job on this machine, a slow verifier, or completions that never end",
@@ -179,7 +180,7 @@ class Tripwires:
         self.steps: list[Metrics] = []
         self.beyond = dict.fromkeys(self.config, 0)  # steps in a row
 
-    def told_idle(self) -> str:
+    def describe_inactive(self) -> str:
         """One line on the wires that have nothing to measure in this run; empty where all have."""
         told = "; ".join(f"{name} ({why})" for name, why in self.idle.items())
         return f"tripwires with nothing to measure in this run: {told}" if told else ""

@@ -110,12 +110,16 @@ def prepare(
         collate(
             rollouts,
             weights_of(
-                rollouts, config.loss_mean, sequences / ranks, tokens / ranks, config.sampling.max_tokens
+                rollouts,
+                config.loss_aggregation,
+                sequences / ranks,
+                tokens / ranks,
+                config.sampling.max_tokens,
             ),
             ranks / read,
             engine.device,
         )
-        for rollouts in by_prompt(minibatch, config.micro_tokens)
+        for rollouts in by_prompt(minibatch, config.max_tokens_per_micro_batch)
     ]
     if reference is not None and config.kl_in == "loss":
         for micro in micros:

@@ -54,7 +54,7 @@ def train(
     batches: Batches,
     total_steps: int,
     pad_id: int,
-    short_evaluation: Callable[[], dict[str, float]],
+    quick_evaluation: Callable[[], dict[str, float]],
 ) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
@@ -73,7 +73,7 @@ def train(
         metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= short_evaluation()
+            metrics |= quick_evaluation()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         leaving = stopping.agreed(engine)

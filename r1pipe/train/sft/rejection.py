@@ -22,8 +22,8 @@ from r1pipe.chat.template import Chat
 from r1pipe.config.schema import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
-from r1pipe.core.types import Completion, Prompt, Score, Status, Trace
-from r1pipe.data.fitting import draw_fitting
+from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
+from r1pipe.data.fitting import draw_prompts_that_fit
 from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
@@ -48,7 +48,7 @@ def draw_samples(
     stage = run.stage
     folder = run.folder.data / "shards"
     folder.mkdir(exist_ok=True)
-    per_shard = max(1, SHARD_ROUNDS * stage.sampling.slots // stage.samples_per_prompt)
+    per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
     count = shards_begun(folder) or shards_for(len(prompts), per_shard, ranks.world_size)
     shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
     total = len(prompts) * stage.samples_per_prompt
@@ -181,11 +181,11 @@ def build_dataset(
     return path
 
 
-def general_part(run: Run[RejectionConfig], chat: Chat, source: Source, wanted: int) -> list[Trace]:
+def general_part(run: Run[RejectionConfig], chat: Chat, source: Source, wanted: int) -> list[Demonstration]:
     """Up to so many general traces; in the place of those that are too long for a row others are drawn."""
     stage, seed = run.stage, run.seed("general traces")
-    general, too_long = draw_fitting(
-        lambda n: source.general_traces(n, seed, stage.general_kinds),
+    general, too_long = draw_prompts_that_fit(
+        lambda n: source.general_demonstrations(n, seed, stage.general_kinds),
         wanted,
         lambda trace: len(chat.example(trace.prompt, trace.response).tokens) <= stage.sequence_length,
     )
@@ -204,16 +204,16 @@ def nothing_to_train_on(run: Run[RejectionConfig], funnel: Sequence[dict[str, An
     )
 
 
-def read_dataset(path: Path) -> tuple[list[Trace], str]:
+def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
     """The traces of samples.parquet, and the hash of the file."""
-    traces = []
+    demonstrations = []
     for row in pq.read_table(path).to_pylist():
         prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
-        traces.append(Trace(prompt, row["response"], source=row["source"]))
-    return traces, file_hash(path)
+        demonstrations.append(Demonstration(prompt, row["response"], source=row["source"]))
+    return demonstrations, file_hash(path)
 
 
-def samples_of(parent: ParentRef) -> tuple[list[Trace], str]:
+def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
     """The traces that a finished run of rejection sampling trained on, and the hash of their file.
 
     Raises CheckpointError where the run has none, or they or its checkpoint are not what they were.

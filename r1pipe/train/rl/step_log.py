@@ -10,7 +10,7 @@ from r1pipe.train.rl.tripwires import Trip, Tripwires
 from r1pipe.train.run import Run
 
 
-def tell_step(
+def log_step(
     run: Run[RLConfig],
     engine: Engine,
     wires: Tripwires,

@@ -12,7 +12,7 @@ from r1pipe.data.reading import SET_ASIDE, BadRow
 SETS_ASIDE = "set_aside"
 
 
-class Aside:
+class RejectedRows:
     """The bad rows of a data set's files. `folder`: where they are written; `say` takes a line about them."""
 
     def __init__(self, folder: Path | None = None, say: Callable[[str], None] | None = None):
@@ -52,4 +52,4 @@ class Aside:
         return path
 
 
-NOWHERE = Aside()
+NOWHERE = RejectedRows()

@@ -17,6 +17,7 @@ from r1pipe.config import data as data_rules
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import GENERAL_TASKS, Completion
+from r1pipe.data import reasoning_gym
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_rows
 from r1pipe.data.source import KINDS, open_data
@@ -460,8 +461,8 @@ def test_reasoning_gym_problems_are_seeded_disjoint_and_scored_by_their_task():
     assert {prompt.task for prompt in splits["test"]} == {"leg_counting", "basic_arithmetic"}
     for prompt in splits["test"]:
         task, entry = prompt.task, prompt.checker["entry"]
-        assert reasoning_gym.score(task, entry, prompt.answer) == 1.0
-        assert reasoning_gym.score(task, entry, "no number") < 1.0
+        assert scorers.score(task, entry, prompt.answer) == 1.0
+        assert scorers.score(task, entry, "no number") < 1.0
 
 
 def test_an_exhausted_task_gives_fewer_and_never_repeats(monkeypatch):

@@ -9,6 +9,7 @@ from enum import StrEnum
 HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, judged by helpfulness
 GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
 
+
 @dataclass(frozen=True)
 class Prompt:
     """One question put to the model, with all that is needed to judge an answer.

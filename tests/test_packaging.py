@@ -61,7 +61,7 @@ def test_wheel_holds_package_conf_stages_and_data(wheel):
     }
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("r1pipe/**/*.py", "r1pipe/model/kernels/cpu/*")
+        for pattern in ("r1pipe/**/*.py", "r1pipe/model/kernels/cpu/*", "r1pipe/**/templates/*")
         for path in ROOT.glob(pattern)
     }
     bundled = {
@@ -78,9 +78,7 @@ def test_wheel_works_from_an_empty_folder(wheel, tmp_path):
     site, empty = tmp_path / "site", tmp_path / "empty"
     zipfile.ZipFile(wheel).extractall(site)
     empty.mkdir()
-    code = (
-        "import sys, r1pipe.cli; print(r1pipe.__file__, file=sys.stderr); r1pipe.cli.main()"
-    )
+    code = "import sys, r1pipe.cli; print(r1pipe.__file__, file=sys.stderr); r1pipe.cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "config", "stage=grpo"],
         cwd=empty,

@@ -41,9 +41,10 @@ def run(
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
-    An unfinished run goes on where it stopped, but not with a config that computes something else: that is
-    refused with what differs. A finished run is left alone and a new one starts, unless a kill kept
-    the command from saying that it is done.
+    An unfinished run resumes where it stopped, but not with a config that computes something else: that is
+    refused with what differs. One that is running is followed to its end. A finished run is left alone and a
+    new one starts, unless a kill kept the command from saying that it is done, or a larger stage.max_steps
+    extends it.
     """
     from r1pipe.config.groups import with_stage
     from r1pipe.launch import pipeline
@@ -60,11 +61,12 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     from r1pipe.cli import compare
     from r1pipe.launch import pipeline
     from r1pipe.runs import lineage
+    from r1pipe.runs.stored import StoredRun
 
     placed = pipeline.place(lineage.with_parents(config), fresh)
     code = pipeline.run_stage(placed)
     if placed.done:
-        compare.show([compare.row(placed.run)])
+        compare.show([compare.row(StoredRun.read(placed.run))])
         print(f"run folder: {placed.run.path}")
     return code
 
@@ -92,9 +94,10 @@ def reproduce(overrides: Overrides = None) -> int:
     """
     from r1pipe.cli import compare
     from r1pipe.launch import pipeline
+    from r1pipe.runs.stored import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([compare.row(run) for run in outcome.finished])
+    compare.show([compare.row(StoredRun.read(run)) for run in outcome.finished])
     if outcome.code == 0:
         pipeline.where_it_is(outcome)
     return outcome.code

@@ -1,113 +1,130 @@
-"""The table of stages, read from the records of finished runs: `r1pipe compare`, and the report's."""
+"""The table of runs, read from the records of finished ones: `r1pipe compare`, and the report's."""
 
-import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from r1pipe.core.errors import CheckpointError
+from r1pipe.config import STAGE_TYPES
+from r1pipe.config.changes import ABSENT, HASH_SHOWN, PARENTS, decisive
+from r1pipe.core.errors import CheckpointError, nearest
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import reward_model_quality as judges
-from r1pipe.runs.recorded import wrong_type
+from r1pipe.runs.record import METRICS, record_of
+from r1pipe.runs.stored import StoredRun, finished, stored_runs
 
-METRICS = [  # of record.json's "metrics", under the same names
-    *("pass_at_1", "pass_at_1_ci", "greedy", "cons_at_k", "k", "problems", "samples", "format_rate"),
-    *("language_consistency", "length_mean", "truncation_rate", "general_score", "preference_score"),
-    *("refusal_rate", "safe_answer_rate", "by_task", "by_language", "general_by_kind", "strategies"),
-    *("reward_models", "forced_judges"),
-]
 LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
 WIDTH = 100  # of the table, where there is no terminal to ask
+IN_COLUMNS = ("seed", "pipeline")  # keys that are no setting of a run: one has a column, the other follows it
 
 
-def finished_runs(root: Path | str) -> list[RunFolder]:
-    """Run folders under `root` with a readable record, oldest first."""
-    found = []
-    for path in sorted(Path(root).glob("*/record.json")):
-        folder = RunFolder(path.parent)
-        record = read_record(folder)
-        if record.get("stage"):
-            found.append((str(record.get("created", "")), folder.run_id, folder))
-    return [folder for _, _, folder in sorted(found, key=lambda entry: entry[:2])]
+def finished_runs(root: Path | str) -> list[StoredRun]:
+    """The finished runs under `root`, oldest first."""
+    return [run for run, _ in finished(stored_runs(Path(root)))]
 
 
-def read_json(path: Path) -> dict:
-    """The file's JSON object (NaN as None); {} when it is missing, broken or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
+    """The runs to compare: those named, else the newest finished run of each stage and seed.
 
+    Args:
+        root: where run folders are.
+        names: run ids, run folders, or stages: every finished run of that stage.
+        pipeline: of which runs named by their stage, or not at all, are; None for any.
 
-def read_record(folder: RunFolder) -> dict:
-    """The run's record; {} where it is missing, or not what a record is."""
-    record = read_json(folder.record)
-    return {} if wrong_type(record) else record
-
-
-def choose(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -> list[RunFolder]:
-    """The runs to compare: `runs` (ids or folders) as given, else the newest finished of each stage and seed.
-
-    Raises CheckpointError for a run that does not exist or has not finished.
+    Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
     """
-    if runs:
-        return [_named_run(Path(root), name) for name in runs]
-    newest: dict[tuple, RunFolder] = {}
-    for folder in finished_runs(root):
-        record = read_record(folder)
-        if pipeline is None or record.get("pipeline") == pipeline:
-            newest[record["stage"], record.get("seed")] = folder
+    if names:
+        named = [run for name in names for run in _named(Path(root), name, pipeline)]
+        return list({run.folder.path.resolve(): run for run in named}.values())
+    newest = {
+        (run.stage, run.config.get("seed")): run
+        for run in finished_runs(root)
+        if pipeline in (None, run.config.get("pipeline"))
+    }
     return sorted(newest.values(), key=_order)
 
 
-def _named_run(root: Path, name: str) -> RunFolder:
+def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
     for folder in (RunFolder(root / name), RunFolder(name)):
-        if folder.record.exists():
-            if not read_record(folder):
-                raise CheckpointError(f"{folder.record} cannot be read; make the run again")
-            return folder
         if folder.config.exists():
-            raise CheckpointError(f"run {name} has not finished: {folder.record} is missing")
-    known = [folder.run_id for folder in finished_runs(root)]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"{len(known)} finished runs are there"
-    raise CheckpointError(f"no run {name} under {root}; {hint}")
+            record_of(folder)
+            return [StoredRun.read(folder)]
+    runs = finished_runs(root)
+    if name not in STAGE_TYPES:
+        known = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
+        raise CheckpointError(f"no run {name} under {root}; {nearest(name, known)}")
+    of_stage = [run for run in runs if run.stage == name]
+    chosen = [run for run in of_stage if pipeline in (None, run.config.get("pipeline"))]
+    if not chosen:
+        others = sorted({str(run.config.get("pipeline")) for run in of_stage})
+        hint = f"other pipelines have one: pipeline={others[0]}" if others else "give root=DIR or a run id"
+        raise CheckpointError(f"stage {name} has no finished run in pipeline {pipeline} under {root}; {hint}")
+    return chosen
 
 
-def _order(folder: RunFolder) -> tuple:
+def _order(run: StoredRun) -> tuple:
     """The recipe's stages in their order, then its controls, then anything else."""
-    record, config = read_record(folder), read_json(folder.config)
-    recipe = config.get("recipe") or {}
-    names = [*(recipe.get("stages") or []), *(recipe.get("controls") or [])]
-    stage = record.get("stage", "")
-    return (names.index(stage) if stage in names else len(names), stage, record.get("seed") or 0)
+    names = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
+    place = names.index(run.stage) if run.stage in names else len(names)
+    return place, run.stage, run.config.get("seed") or 0
 
 
-def row(folder: RunFolder) -> dict:
-    """One finished run as a row; a value that its record lacks is None."""
-    record, config = read_record(folder), read_json(folder.config)
-    metrics = record.get("metrics") or {}
-    control = record.get("stage") in ((config.get("recipe") or {}).get("controls") or [])
+def row(run: StoredRun) -> dict[str, Any]:
+    """One run as a row; a value that its record lacks, or that is not finite, is None."""
+    record: Mapping[str, Any] = run.record or {}
+    metrics = record.get("metrics", {})
     return {
-        "stage": record.get("stage"),
-        "seed": record.get("seed"),
-        **{name: metrics.get(name) for name in METRICS},
+        "stage": run.stage,
+        "seed": record.get("seed", run.config.get("seed")),
+        **{name: _finite(metrics.get(name)) for name in METRICS},
         "wall_s": record.get("wall_s"),
-        "run_id": record.get("run_id") or folder.run_id,
-        "run_dir": str(folder.path.resolve()),
-        "control": control,
+        "run_id": record.get("run_id") or run.folder.run_id,
+        "run_dir": str(run.folder.path.resolve()),
+        "control": run.is_control,
     }
 
 
-def rows(root: Path | str, runs: Sequence[str] | None = None, pipeline: str | None = None) -> list[dict]:
-    """Rows of the table, in the recipe's order; see `choose` for which runs and which error."""
-    return [row(folder) for folder in choose(root, runs, pipeline)]
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rows(
+    root: Path | str, names: Sequence[str] | None = None, pipeline: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the table; see `choose` for which runs and which error.
+
+    Without names in the recipe's order. With names in the order given, each with its `settings`: the keys in
+    which runs of one stage differ, and the run's values.
+    """
+    chosen = choose(root, names, pipeline)
+    if not names:
+        return [row(run) for run in chosen]
+    settings = differing(chosen)
+    return [row(run) | {"settings": values} for run, values in zip(chosen, settings, strict=True)]
+
+
+def differing(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+    """For each run its values of the config keys in which runs of its stage differ; parents by their hash."""
+    values = [decisive(run.config) for run in runs]
+    keys: dict[str, None] = {}  # ordered
+    for stage in {run.stage for run in runs}:
+        of_stage = [value for run, value in zip(runs, values, strict=True) if run.stage == stage]
+        for key in dict.fromkeys(key for value in of_stage for key in value):
+            first = of_stage[0].get(key, ABSENT)
+            if key not in IN_COLUMNS and any(value.get(key, ABSENT) != first for value in of_stage):
+                keys[key] = None
+    return [{key: value[key] for key in keys if key in value} for value in values]
+
+
+# --- on the screen
 
 
 def accuracy(one: dict) -> str:
@@ -133,53 +150,79 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
+    settings = [key for key in _setting_keys(table_rows) if key not in left_out]
     columns = {name: value for name, value in COLUMNS.items() if name not in left_out}
+    named = "settings" in table_rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
+    table.add_column("run" if named else "stage", no_wrap=True)
+    for key in settings:
+        table.add_column(key, justify="right")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    told = table_rows[0]["control"]  # nothing but controls needs no heading
+    has_heading = named or table_rows[0]["control"]  # nothing but controls needs none
     for one in table_rows:
-        if one["control"] and not told:
+        if one["control"] and not has_heading:
             table.add_row("controls", style="italic dim")
-            told = True
-        values = [value(one) for value in columns.values()]
-        table.add_row(str(one["stage"]), *values, style="dim" if one["control"] else None)
+            has_heading = True
+        cells = [_setting(key, one["settings"].get(key, "-")) for key in settings]
+        cells += [value(one) for value in columns.values()]
+        name = str(one["run_id"] if named else one["stage"])
+        table.add_row(name, *cells, style="dim" if one["control"] and not named else None)
     return table
+
+
+def _setting_keys(table_rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(key for one in table_rows for key in one.get("settings", {})))
+
+
+def _setting(key: str, value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text[:HASH_SHOWN] if key.startswith(PARENTS) else text
 
 
 def _width(table: Table, console: Console) -> int:
     """Columns that the table would fill if it had the room."""
-    return console.measure(table, options=console.options.update(max_width=1000)).maximum
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
 
 def show(table_rows: list[dict], console: Console | None = None) -> None:
-    """Prints the table of stages: the recipe's first, its controls after them. Fits in 100 columns.
+    """Prints the table: the recipe's stages, then its controls; or the runs named, with what differs.
 
-    Without a terminal nothing is left out; a narrow terminal loses the columns in `LEAST`, and says so.
+    Without a terminal nothing is left out; a narrow terminal loses the columns in `LEAST`, then settings, and
+    a line says which.
     """
-    table_rows = sorted(table_rows, key=lambda one: one["control"])
     console = console or Console()
-    if not console.is_terminal and console.width < WIDTH:
-        console = Console(file=console.file, width=WIDTH, color_system=None)
     if not table_rows:
         console.print("No finished run yet.")
         return
+    if "settings" not in table_rows[0]:
+        table_rows = sorted(table_rows, key=lambda one: one["control"])
     left_out: list[str] = []
     table = _table(table_rows, left_out)
-    while _width(table, console) > console.width and len(left_out) < len(LEAST):
-        left_out.append(LEAST[len(left_out)])
-        table = _table(table_rows, left_out)
+    if not console.is_terminal:
+        width = max(WIDTH, console.width, _width(table, console))
+        console = Console(file=console.file, width=width, color_system=None)
+    for name in [*LEAST, *reversed(_setting_keys(table_rows))]:
+        if _width(table, console) > console.width:
+            left_out.append(name)
+            table = _table(table_rows, left_out)
     console.print(table)
     if left_out:
         console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
+    for line in [*count_lines(table_rows), *reward_model_lines(table_rows)]:
+        console.print(Text(line, style="dim"))
+
+
+def count_lines(table_rows: list[dict]) -> Iterator[str]:
+    """How many samples and problems the rows were measured on: one line where all are alike."""
+    groups: dict[str, list[str]] = {}
     for one in table_rows:
         if one.get("samples") and one.get("problems"):
             counts = f"{one['samples']:,} samples of {one['problems']:,} held-out problems"
-            console.print(Text(f"pass@1: mean over {counts}; shares in %, len in tokens", style="dim"))
-            break
-    for line in reward_model_lines(table_rows):
-        console.print(Text(line, style="dim"))
+            groups.setdefault(counts, []).append(str(one["run_id"] if "settings" in one else one["stage"]))
+    for counts, names in groups.items():
+        whose = "" if len(groups) == 1 else f" ({', '.join(dict.fromkeys(names))})"
+        yield f"pass@1: mean over {counts}{whose}; shares in %, len in tokens"
 
 
 def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from shutil import copyfile
 from typing import Any
 
-from r1pipe.cli.compare import read_json
 from r1pipe.config.changes import Change, changes
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_json
 
 
 def note(run: RunFolder, changed: Sequence[Change]) -> None:
@@ -38,6 +38,18 @@ def note_code(run: RunFolder, env: Mapping[str, Any], diff: str) -> list[Change]
         copyfile(run.diff, run.earlier_diff(old["code"]["diff_hash"]))
     note(run, found)
     return found
+
+
+def set_record_aside(run: RunFolder) -> None:
+    """Make a finished run, which is to be extended, an unfinished one that keeps its earlier record."""
+    if run.record.exists():
+        run.record.rename(run.earlier_record(steps_of(run)))
+
+
+def steps_of(run: RunFolder) -> int:
+    """Optimizer steps of a finished run; 0 where its record does not say."""
+    steps = read_json(run.record).get("steps")
+    return steps if isinstance(steps, int) else 0
 
 
 def of_code(env: Mapping[str, Any], diff: bytes) -> dict[str, Any]:

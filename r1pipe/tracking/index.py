@@ -3,11 +3,9 @@
 import os
 from pathlib import Path
 
-from r1pipe.cli.compare import read_json
-from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs.jsonl import Tail
-from r1pipe.runs.recorded import wrong_type
+from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
 from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
 
@@ -129,17 +127,14 @@ class Index:
 
     def end(self) -> str | None:
         """Logs what the job left; the registered model's address. Without a record the run has failed."""
-        record, address, ended_ms = read_json(self.folder.record), None, None
-        if wrong_type(record):
-            raise CheckpointError(
-                f"{self.folder.record}: {wrong_type(record)} is of a wrong type; not tracked"
-            )
+        record = read_record(self.folder.record) if self.folder.record.exists() else None
+        address, ended_ms = None, None
         self._log_files()
         if record:
             ended_ms = int(self.folder.record.stat().st_mtime * 1000)
             self._log_record(record, ended_ms)
             self._log_inputs(record)
-            address = self._register(record) if record.get("checkpoint") else None
+            address = self._register(record)
         for run_id in (self.run_id, self.parent_id):
             self.client.set_terminated(run_id, "FINISHED" if record else "FAILED", ended_ms)
         return address
@@ -156,7 +151,7 @@ class Index:
             if room >= 0:
                 self.client.log_artifact(self.run_id, str(path), "rollouts")
 
-    def _log_record(self, record: dict, ended_ms: int) -> None:
+    def _log_record(self, record: Record, ended_ms: int) -> None:
         """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
 
         They stand at step 0: MLflow's UI draws such metrics as bars, run beside run. Logged again they
@@ -178,7 +173,7 @@ class Index:
             ]
             self.client.log_batch(self.parent_id, metrics=summary)
 
-    def _log_inputs(self, record: dict) -> None:
+    def _log_inputs(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
@@ -187,7 +182,7 @@ class Index:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         self.client.log_inputs(self.run_id, inputs)
 
-    def _register(self, record: dict) -> str:
+    def _register(self, record: Record) -> str:
         """The checkpoint as a model version with the stage as alias; its weights stay in the run folder."""
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
         checkpoint = inside(self.folder.path, record["checkpoint"], self.folder.record)

@@ -44,8 +44,8 @@ def pipelines(one: Path, other: Path) -> list[str]:
 def finished(root: Path) -> dict[str, Path]:
     """Stage -> its run; raises AssertionError where a stage has two."""
     runs = compare.finished_runs(root)
-    stages = {json.loads(run.record.read_text())["stage"]: run.path for run in runs}
-    assert len(stages) == len(runs), f"a stage was run twice: {[run.run_id for run in runs]}"
+    stages = {run.stage: run.folder.path for run in runs}
+    assert len(stages) == len(runs), f"a stage was run twice: {[run.folder.run_id for run in runs]}"
     return stages
 
 

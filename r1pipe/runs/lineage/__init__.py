@@ -8,7 +8,6 @@ ancestors  the walk back over weight and data edges, every hash on the way check
 tree, page the walk drawn: in the terminal, as one HTML file
 """
 
-from r1pipe.cli.lineage_tree import show
 from r1pipe.runs.lineage.ancestors import Ancestor, ancestors
 from r1pipe.runs.lineage.edges import with_open_parents, with_parents
 from r1pipe.runs.lineage.fit import check_parent_fits, differs
@@ -25,7 +24,7 @@ from r1pipe.runs.lineage.places import (
     runs,
 )
 from r1pipe.runs.lineage.settings import UNLIKE, measured_data, settings_of
-from r1pipe.runs.recorded import record_of
+from r1pipe.runs.record import record_of
 
 __all__ = [
     "BUNDLED",
@@ -46,7 +45,6 @@ __all__ = [
     "resolve",
     "runs",
     "settings_of",
-    "show",
     "with_open_parents",
     "with_parents",
 ]

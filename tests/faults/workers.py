@@ -100,7 +100,11 @@ def interpreted(draw: random.Random, make: Callable[[], isolation.Isolation]) ->
     """Kill every process of an interpreter while a program runs in it."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     isolations = [make()]
-    with mock.patch.object(sandbox, "choose", lambda: isolations):
+    # it is the blow that ends the loop, not its limit
+    with (
+        mock.patch.object(sandbox, "choose", lambda: isolations),
+        mock.patch.object(isolation, "CPU_LIMIT_S", 600.0),
+    ):
         if check_program(PROGRAM, DOUBLE).value != 1:  # its processes are there, and warm
             return "the interpreter does not work"
 

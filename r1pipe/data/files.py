@@ -16,13 +16,12 @@ from typing import NoReturn, TypeVar
 from r1pipe.chat.template import compose_response
 from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
-from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, read_tolerant
 from r1pipe.data.rejected_rows import NOWHERE, RejectedRows
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.rewards import check_gold, language_share
-from r1pipe.rewards.accuracy import GENERAL_TASKS
 from r1pipe.rewards.answers import repaired
 from r1pipe.runs import data_files as datafiles
 

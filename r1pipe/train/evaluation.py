@@ -12,12 +12,10 @@ from typing import Any, NamedTuple, Protocol
 from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
-from r1pipe.core.types import Completion, Prompt, Status
+from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
 from r1pipe.rewards import Verdicts, score_all, vote
 from r1pipe.runs.record import Metrics
 from r1pipe.train.rollout import Ended, SamplingParams
-
-GENERAL_KINDS = ("writing", "facts", "identity", "translation")
 
 Progress = Callable[[int, int], None]
 Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], list[Completion]]
@@ -248,11 +246,11 @@ def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -
     def over(kinds: Iterable[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:
         return mean(value(v.truth) for v in _of(prompts, verdicts, kinds, unsafe))
 
-    by_kind = {kind: over([kind], lambda t: t.correct) for kind in GENERAL_KINDS}
+    by_kind = {kind: over([kind], lambda t: t.correct) for kind in HELPFUL_TASKS}
     return {
         "general_score": mean(score for score in by_kind.values() if score is not None),
         "general_by_kind": by_kind,
-        "preference_score": over(GENERAL_KINDS, lambda t: t.helpful),
+        "preference_score": over(HELPFUL_TASKS, lambda t: t.helpful),
         "refusal_rate": over(["safety"], lambda t: t.refused, unsafe=True),
         "safe_answer_rate": over(["safety"], lambda t: t.correct and not t.refused),
     }

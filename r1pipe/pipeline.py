@@ -173,7 +173,7 @@ def is_older(page: Path, finished: list[RunFolder]) -> bool:
 def where_it_is(outcome: Outcome) -> None:
     """Write the report if there is news, and say where everything lies and how to open it."""
     from r1pipe.report import write_report
-    from r1pipe.tracking import store_uri
+    from r1pipe.tracking import add_report, store_uri
 
     config = outcome.config
     last = outcome.finished[len(config.recipe.stages) - 1].path
@@ -181,6 +181,7 @@ def where_it_is(outcome: Outcome) -> None:
     page = root / "report.html"
     if outcome.worked or is_older(page, outcome.finished):
         write_report(root, runs_of_recipe(config), path=page)
+        add_report(config, page)
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:

@@ -24,6 +24,7 @@ from r1pipe.data.source import Source, must_be_as_it_was, open_data
 from r1pipe.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, tell_once
 from r1pipe.jsonfile import read_object
 from r1pipe.lineage.fit import must_fit
+from r1pipe.lineage.moved import with_present_parents
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.paths import RunFolder
 from r1pipe.provenance import job_record, write_json
@@ -156,7 +157,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
-        config = read_config(folder.config)
+        config = with_present_parents(read_config(folder.config), folder.path.parent)
         torch.set_num_threads(_threads(config))
         if not isinstance(config.stage, kind):
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")

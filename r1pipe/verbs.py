@@ -105,11 +105,11 @@ def sync(
 
 def ui(
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="where it listens")] = 5000,
+    port: Annotated[int, typer.Option(help="where it listens", min=1, max=65535)] = 5000,
     host: Annotated[str, typer.Option(help="this machine alone can reach 127.0.0.1")] = "127.0.0.1",
 ) -> int:
     """Open MLflow's pages of all runs."""
     from r1pipe.tracking import serve_ui
 
     config = composed(overrides or [])
-    return serve_ui(config.root, port, host, config.tracking.uri)
+    return serve_ui(config.root, config.tracking, port, host)

@@ -2,13 +2,15 @@
 
 import ast
 import json
-import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import IO
 
 import pytest
 from fakes import House
@@ -23,7 +25,7 @@ from r1pipe.data.files import Files
 from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.paths import RunFolder, stages_dir
 from r1pipe.redaction import publishable, without_login, without_secrets
-from r1pipe.tracking import Mirror, store, sync
+from r1pipe.tracking import Mirror, store, sync, ui
 
 CODE = sorted([*Path(r1pipe.__file__).parent.rglob("*.py"), *stages_dir().glob("*.py")])
 BANNED = {
@@ -223,7 +225,8 @@ def test_a_server_that_refuses_us_is_told_without_the_login(tmp_path: Path) -> N
     server = HTTPServer(("127.0.0.1", 0), Accepting)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        folder = build(tmp_path, "grpo", uri=f"http://user:{LOGIN}@127.0.0.1:{server.server_port}")
+        uri = f"http://user:{LOGIN}@127.0.0.1:{server.server_port}"
+        folder = build(tmp_path, "grpo", finished=False, uri=uri)
         with pytest.raises(EnvironmentProblem) as caught:
             Mirror(folder, json.loads((folder / "config.json").read_text())).finish()
         assert LOGIN not in str(caught.value) and "127.0.0.1" in str(caught.value)
@@ -306,14 +309,26 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda path, line, env: started.append(line))
+
+    @contextmanager
+    def server(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen]:
+        started.append(command)
+        yield subprocess.Popen(["true"])
+
+    monkeypatch.setattr(ui, "serving", server)
+    monkeypatch.setattr(ui, "runs_page", lambda address, experiment: address)
+    monkeypatch.setattr(ui.database, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    store.serve_ui(tmp_path, port)
+    tracking = compose([]).config.tracking
+    ui.serve_ui(tmp_path, tracking, port)
     assert started[-1][started[-1].index("--host") + 1] == "127.0.0.1"
-    assert capsys.readouterr().err == ""
-    store.serve_ui(tmp_path, port, host="0.0.0.0")
+    assert "--allowed-hosts" not in started[-1]
+    assert "can read, change and delete all runs" not in capsys.readouterr().err
+    ui.serve_ui(tmp_path, tracking, port, host="0.0.0.0")
     assert started[-1][started[-1].index("--host") + 1] == "0.0.0.0"
+    hosts = started[-1][started[-1].index("--allowed-hosts") + 1]
+    assert f"{socket.gethostname()}:{port}" in hosts.split(",")
     assert "can read, change and delete all runs" in capsys.readouterr().err
-    assert store.is_loopback("::1") and store.is_loopback("localhost") and not store.is_loopback("myhost")
+    assert ui.is_loopback("::1") and ui.is_loopback("localhost") and not ui.is_loopback("myhost")

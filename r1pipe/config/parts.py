@@ -109,9 +109,9 @@ class TrackingConfig:
     """Where MLflow keeps runs; metrics.jsonl in the run folder is always written."""
 
     enabled: bool  # false: no MLflow at all
-    uri: str | None  # tracking server or database; null: sqlite under the root folder
+    uri: str | None  # server or database; by default $MLFLOW_TRACKING_URI; null: sqlite under the root folder
     experiment: str  # MLflow experiment's name
-    model_name: str  # registered model whose versions are the checkpoints
+    model_name: str  # registered model whose versions are the checkpoints; no "/" or ":"
 
 
 @dataclass

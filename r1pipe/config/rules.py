@@ -24,6 +24,7 @@ from r1pipe.config.schema import (
     RunConfig,
     SamplingConfig,
     StageConfig,
+    TrackingConfig,
 )
 from r1pipe.errors import nearest
 
@@ -96,6 +97,7 @@ def every_rule(config: RunConfig) -> Rules:
     yield from optim_rules(config.stage.optim)
     yield from eval_rules(config.stage.eval, config)
     yield from retention_rules(config.stage)
+    yield from tracking_rules(config.tracking)
     yield from stage_rules(config)
     yield from tripwire_rules(config)
 
@@ -122,6 +124,16 @@ def ranges(values: dict[str, Any]) -> Rules:
             yield signed or value >= 0, f"{key}={value} must be 0 or more"
             yield name not in POSITIVE or value >= 1, f"{key}={value} must be 1 or more"
             yield name not in SHARES or value <= 1, f"{key}={value} must be from 0 to 1"
+
+
+def tracking_rules(tracking: TrackingConfig) -> Rules:
+    """What MLflow would refuse at the end of a run, when it registers the checkpoint."""
+    name = tracking.model_name
+    yield (
+        name.strip() not in ("", ".", "..") and not set("/:") & set(name),
+        f"tracking.model_name={name} must be a name without / and :, and not empty",
+    )
+    yield tracking.experiment.strip() != "", "tracking.experiment must not be empty"
 
 
 def optim_rules(optim: OptimConfig) -> Rules:

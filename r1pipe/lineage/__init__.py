@@ -3,6 +3,7 @@
 places     a CHECKPOINT that a user names -> its folder and hash
 fit        whether a parent's shape, tokenizer and chat template fit the stage
 settings   a checkpoint's own shape and data, as overrides
+moved      where a recorded checkpoint lies now
 edges      a config's parents filled in
 ancestors  the walk back over weight and data edges, every hash on the way checked
 tree, page the walk drawn: in the terminal, as one HTML file

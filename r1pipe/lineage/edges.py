@@ -2,10 +2,14 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.errors import CheckpointError, ConfigError
 from r1pipe.lineage.fit import must_fit, must_speak_alike
-from r1pipe.lineage.places import Place, of_stage, resolve
+from r1pipe.lineage.moved import with_present_parents
+from r1pipe.lineage.places import Place, of_stage, resolve, runs
 
 NOTHING: Mapping[str, ParentRef] = {}
 
@@ -19,16 +23,41 @@ def with_parents(
     that one of them left behind is nobody's parent now, or a second walk would differ from the first.
     """
     place, stage = Place.of(config), config.stage
-    weights = None
-    if config.parent is not None:
-        weights = resolve(config.parent, place)
-    elif stage.starts_from is not None:
-        weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
+    try:
+        weights = None
+        if config.parent is not None:
+            weights = resolve(config.parent, place)
+        elif stage.starts_from is not None:
+            weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
+        reads = {name: made.get(name) or of_stage(name, place, later, as_data=True) for name in stage.reads}
+    except CheckpointError:
+        half_done = half_done_run(config)
+        if half_done is None:
+            raise
+        filled = with_present_parents(half_done, place.root)
+        weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         must_fit(weights, config.model)
-    reads = {name: made.get(name) or of_stage(name, place, later, as_data=True) for name in stage.reads}
     must_speak_alike(weights, reads.values())
     return replace(config, weights_from=weights, reads_from=reads)
+
+
+def half_done_run(config: RunConfig) -> RunConfig | None:
+    """The config of the newest run of this stage, if it is half done: its folder may have been copied without
+    its parents'. A dry run, whose parents were left open, does not count."""
+    wanted = (config.pipeline, config.seed, config.stage.name, config.parent)
+    for run in reversed(runs(Path(config.root))):
+        if not run.run_id.startswith(f"{config.stage.name}-"):
+            continue
+        try:
+            known = read_config(run.config)
+        except ConfigError:  # broken, or of another version
+            continue
+        if (known.pipeline, known.seed, known.stage.name, known.parent) == wanted:
+            parents = [*filter(None, [known.weights_from]), *known.reads_from.values()]
+            is_open = any(not parent.run_id for parent in parents)
+            return None if run.record.exists() or is_open else known
+    return None
 
 
 def with_open_parents(config: RunConfig) -> RunConfig:

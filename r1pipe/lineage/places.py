@@ -13,6 +13,7 @@ from r1pipe.config.groups import read
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.errors import CheckpointError, nearest
 from r1pipe.jsonfile import read_object
+from r1pipe.lineage.moved import present
 from r1pipe.paths import RunFolder, content_dir, inside
 from r1pipe.recorded import record_of
 
@@ -102,7 +103,8 @@ def resolve(name: str, place: Place) -> ParentRef:
     if name.startswith("models:/"):
         from r1pipe.tracking import resolve_model
 
-        return of_folder(resolve_model(name, place.root, place.tracking_uri))
+        registered = resolve_model(name, place.root, place.tracking_uri)
+        return of_folder(Path(present(registered, place.root).checkpoint))
     if name in STAGE_TYPES:
         return of_stage(name, place)
     if name == BUNDLED:

@@ -1,4 +1,4 @@
-"""MLflow's store: created once by whoever comes first, whole after a kill, moved along with its root; its pages."""
+"""MLflow's store: created once, whole after a kill, moved along with its root; and the pages that show it."""
 
 import json
 import os

@@ -5,7 +5,7 @@ import math
 import random
 from pathlib import Path
 
-from r1pipe.checkpoints import manifest_hash
+from r1pipe.runs.checkpoints import manifest_hash
 
 STAGES = ["base", "cold_start", "grpo", "rejection_sft", "reward_model", "all_scenario"]
 CONTROLS = ["zero", "control_sft"]

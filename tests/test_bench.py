@@ -19,7 +19,7 @@ from r1pipe.bench.config import Case, Job, Setting, load_bench, load_model, rehe
 from r1pipe.bench.prompts import EOS, rows
 from r1pipe.bench.referee import Result, contest, fastest
 from r1pipe.bench.table import rows_of, table_of
-from r1pipe.errors import ConfigError, EnvironmentProblem
+from r1pipe.core.errors import ConfigError, EnvironmentProblem
 
 FP32, BF16 = Setting("fp32", {}), Setting("bf16", {})
 CASE = Case("sample", ["laptop"], 4, 1, 8, 2, ["transformers"], {"transformers": 5.0}, {"transformers": 8.0})

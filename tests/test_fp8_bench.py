@@ -13,7 +13,7 @@ from r1pipe.bench.config import Case, FP8Step, Setting, load_bench, load_product
 from r1pipe.bench.fp8_table import fp8_table
 from r1pipe.bench.products import Cost, Measured, Product, ProductsBench
 from r1pipe.bench.products_table import costs_table, judgement, products_table
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 
 LARGE = Product(0, 4096, 7168, 16384)
 TRAIN = Case("train", ["laptop"], 4, 1, 8, 0, [], {"bf16": 1.0}, {"bf16": 1.25})

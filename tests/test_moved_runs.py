@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fakes import House
 
-from r1pipe import launch
 from r1pipe.config import read_config
-from r1pipe.errors import CheckpointError
-from r1pipe.lineage.moved import with_present_parents
+from r1pipe.core.errors import CheckpointError
+from r1pipe.launch import job as launch
+from r1pipe.runs.lineage.moved import with_present_parents
 
 
 @pytest.fixture

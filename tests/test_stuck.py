@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_run
 from watched import Ended, ends, fake_launcher, signals_here, start
 
-from r1pipe import heartbeat, launch, lineage, processes
-from r1pipe.engine import Engine
-from r1pipe.paths import RunFolder
-from r1pipe.rl import loop
-from r1pipe.run import open_run
-from r1pipe.watch import Watch
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.launch.watch import Watch
+from r1pipe.runs import heartbeat, lineage, processes
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import loop
+from r1pipe.train.run import open_run
 
 
 def start_fakes(tmp_path: Path, ranks: int, *words: str) -> launch.Job:
@@ -231,7 +232,7 @@ def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
         watch = Watch(RunFolder(folder), 2, stuck_after_s=10)
         found = []
         wait_until(lambda: found.append(watch.look()) or found[-1], "the fault")
-    assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/rl/loop.py:"), found[
+    assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/train/rl/loop.py:"), found[
         -1
     ].line
     assert "in score): no sign of work for" in found[-1].line

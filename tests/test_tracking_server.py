@@ -8,7 +8,7 @@ import pytest
 from runfolders import build, metric_lines, record, write_json, write_lines
 from tracker import Server, eventually, twice, view
 
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.tracking import Mirror, store_uri, sync
 from r1pipe.tracking.store import connect
 

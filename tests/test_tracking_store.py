@@ -15,9 +15,9 @@ from runfolders import build
 from test_tracking import client_of, empty_store, read_config, root, stage_runs  # noqa: F401 (fixtures)
 from tracker import twice, view
 
-from r1pipe import lineage
 from r1pipe.config.compose import compose
-from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.runs import lineage
 from r1pipe.tracking import Mirror, add_report, store_uri, sync
 from r1pipe.tracking.database import is_whole
 from r1pipe.tracking.store import connect
@@ -207,7 +207,7 @@ def test_the_ui_prints_the_link_once_it_answers_also_to_the_machines_name_and_le
     line = [
         sys.executable,
         "-m",
-        "r1pipe.cli",
+        "r1pipe",
         "ui",
         f"root={root}",
         "--port",
@@ -235,6 +235,6 @@ def test_the_ui_prints_the_link_once_it_answers_also_to_the_machines_name_and_le
 
 
 def test_a_port_that_is_none_is_refused_in_one_line(tmp_path):
-    line = [sys.executable, "-m", "r1pipe.cli", "ui", f"root={tmp_path}", "--port", "80000"]
+    line = [sys.executable, "-m", "r1pipe", "ui", f"root={tmp_path}", "--port", "80000"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--port" in done.stderr

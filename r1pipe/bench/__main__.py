@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from r1pipe.arguments import Arguments
 from r1pipe.bench.arithmetic import data_sheet
 from r1pipe.bench.config import (
     PRODUCTS,
@@ -29,7 +28,8 @@ from r1pipe.bench.config import (
 from r1pipe.bench.fp8_table import fp8_table
 from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import Row, rows_of, table_of, words
-from r1pipe.errors import EnvironmentProblem, R1pipeError
+from r1pipe.core.arguments import Arguments
+from r1pipe.core.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
 MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})

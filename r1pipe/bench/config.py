@@ -6,7 +6,7 @@ from typing import Any
 from r1pipe.config.groups import options, read
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
-from r1pipe.errors import ConfigError, nearest
+from r1pipe.core.errors import ConfigError, nearest
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")

@@ -17,9 +17,9 @@ from torch.nn.functional import ScalingType
 
 from r1pipe.bench.config import ProductsConfig, load_products, small_products
 from r1pipe.bench.products_table import costs_table, products_table
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.kernels import choice
-from r1pipe.kernels.reference import FP8, Scaled, dequantise
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.model.kernels import choice
+from r1pipe.model.kernels.reference import FP8, Scaled, dequantise
 
 BF16 = "bf16"  # as a backend: cuBLAS through torch, and torch's grouped product
 CPU_REPEATS = 3

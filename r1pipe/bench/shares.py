@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = ("GEMMs", "quantisation", "attention", "other")
 ATTENTION = re.compile("attention|flash|fmha|flex")  # asked first: its kernels are made of matrix products
 PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|\b_?(?:scaled_|grouped_|add|b)?mm\b")
-OURS = {"r1pipe.kernels.triton_products": "GEMMs"}  # other modules of Triton kernels quantise
+OURS = {"r1pipe.model.kernels.triton_products": "GEMMs"}  # other modules of Triton kernels quantise
 
 
 def shares(step: Callable[[], object], cuda: bool) -> dict[str, float]:
@@ -48,7 +48,7 @@ def kind_of(name: str, known: dict[str, str]) -> str:
 def triton_kernels() -> dict[str, str]:
     """The name of each of our Triton kernels, as far as they are imported, and its kind."""
     kinds: dict[str, str] = {}
-    for module in [name for name in sys.modules if name.startswith("r1pipe.kernels.triton_")]:
+    for module in [name for name in sys.modules if name.startswith("r1pipe.model.kernels.triton_")]:
         found: dict[str, Any] = vars(sys.modules[module])
         own = {name: value for name, value in found.items() if hasattr(value, "fn") and name.startswith("_")}
         kinds |= dict.fromkeys(own, OURS.get(module, "quantisation"))

@@ -14,9 +14,9 @@ job mirrors it; `sync` makes all of it again from the run folders, which stay th
 """
 
 from r1pipe.tracking.mirror import Mirror
-from r1pipe.tracking.store import must_track, resolve_model, store_uri
+from r1pipe.tracking.store import check_tracking, resolve_model, store_uri
 from r1pipe.tracking.sync import sync
 from r1pipe.tracking.ui import serve_ui
 from r1pipe.tracking.writer import add_report
 
-__all__ = ["Mirror", "add_report", "must_track", "resolve_model", "serve_ui", "store_uri", "sync"]
+__all__ = ["Mirror", "add_report", "check_tracking", "resolve_model", "serve_ui", "store_uri", "sync"]

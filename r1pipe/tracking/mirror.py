@@ -6,10 +6,10 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import IO
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.redaction import publishable, without_secrets
-from r1pipe.tracking.store import failures, first_line, must_answer, store_uri
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_secrets
+from r1pipe.tracking.store import check_server_answers, failures, first_line, store_uri
 from r1pipe.tracking.sync import BEHIND, WHOLE, catch_up, claimed, mark
 from r1pipe.tracking.writer import RunWriter
 
@@ -43,7 +43,7 @@ class Mirror:
         self._over = Event()
         self._thread: Thread | None = None
         if config["tracking"]["enabled"]:
-            must_answer(self.uri)
+            check_server_answers(self.uri)
             self._thread = Thread(target=self._follow, name="mlflow", daemon=True)
             self._thread.start()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from r1pipe.compare import COLUMNS
+from r1pipe.cli.compare import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
 TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.errors import CheckpointError, EnvironmentProblem
-from r1pipe.redaction import without_login, without_secrets
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.redaction import without_login, without_secrets
 from r1pipe.tracking import database
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def failures() -> tuple[type[Exception], ...]:
     return MlflowException, *databases, OSError, ImportError, CheckpointError
 
 
-def must_track(config: RunConfig) -> None:
+def check_tracking(config: RunConfig) -> None:
     """Raises EnvironmentProblem where a run is to be tracked by a server that does not answer."""
     if config.tracking.enabled:
-        must_answer(store_uri(config.root, config.tracking.uri))
+        check_server_answers(store_uri(config.root, config.tracking.uri))
 
 
-def must_answer(uri: str) -> None:
+def check_server_answers(uri: str) -> None:
     """Raises EnvironmentProblem if `uri` is a server that does not answer; needs no mlflow."""
     if not is_server(uri):
         return
@@ -94,7 +94,7 @@ def connect(uri: str) -> "MlflowClient":
     """A quiet client. Raises EnvironmentProblem, in one line, for a store that cannot be used."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    must_answer(uri)
+    check_server_answers(uri)
     from mlflow.tracking import MlflowClient
 
     database.do_not_wait_for_the_disk()
@@ -113,7 +113,7 @@ def connect(uri: str) -> "MlflowClient":
     return client
 
 
-def must_exist(store: str, error: Exception) -> None:
+def check_exists(store: str, error: Exception) -> None:
     """Raise `error` where the store's database is missing: a client would create it."""
     path = database.file_of(store)
     if path is not None and not path.exists():
@@ -130,7 +130,7 @@ def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Par
     if not name or not (alias or version):
         raise CheckpointError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(root, uri)
-    must_exist(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
+    check_exists(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
     client = connect(store)
     from mlflow.exceptions import MlflowException
 

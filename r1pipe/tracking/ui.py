@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO
 
 from r1pipe.config.schema import TrackingConfig
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.redaction import without_login
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.redaction import without_login
 from r1pipe.tracking import database
-from r1pipe.tracking.store import QUIET, is_server, must_exist, store_uri
+from r1pipe.tracking.store import QUIET, check_exists, is_server, store_uri
 
 LOOPBACK = "127.0.0.1"
 EVERY_ADDRESS = "0.0.0.0"
@@ -40,8 +40,8 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         raise EnvironmentProblem(
             f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
         )
-    must_exist(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
-    must_be_free(host, port)
+    check_exists(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
+    check_is_free(host, port)
     database.prepare(store)
     if not is_loopback(host):
         print(
@@ -65,7 +65,7 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         return process.wait()
 
 
-def must_be_free(host: str, port: int) -> None:
+def check_is_free(host: str, port: int) -> None:
     """Raises EnvironmentProblem where nothing can listen at the address."""
     try:
         socket.create_server((host, port)).close()

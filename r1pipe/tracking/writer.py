@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe import compare
-from r1pipe.compare import read_json
+from r1pipe.cli import compare
+from r1pipe.cli.compare import read_json
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import CheckpointError, EnvironmentProblem
-from r1pipe.jsonl import Tail
-from r1pipe.paths import RunFolder, inside
-from r1pipe.recorded import wrong_type
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.recorded import wrong_type
 from r1pipe.tracking import naming
 from r1pipe.tracking.database import artifact_folder, locked
 from r1pipe.tracking.store import connect, failures, first_line, is_server, matching, store_uri

@@ -9,7 +9,7 @@ from pathlib import Path
 from watched import Ended, ends, fake_launcher, start
 
 from faults.outcome import Outcome
-from r1pipe import heartbeat
+from r1pipe.runs import heartbeat
 
 LIMIT_S = 60.0
 FAKES = {  # what the last rank does -> how the line names it

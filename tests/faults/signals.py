@@ -10,7 +10,7 @@ from rl_runs import metrics_of
 from watched import Ended, ends, fake_launcher, signals_here, start
 
 from faults.outcome import Outcome
-from r1pipe import stopping
+from r1pipe.runs import stopping
 
 LIMIT_S = 60.0
 AT_ONCE_S = 10.0

@@ -2,8 +2,8 @@
 
 import re
 
-from r1pipe.data.chat import parse
-from r1pipe.records import Prompt
+from r1pipe.chat.template import parse
+from r1pipe.core.types import Prompt
 
 STRATEGIES = ("careful", "terse", "guess")
 

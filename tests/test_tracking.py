@@ -13,7 +13,7 @@ import runfolders
 from runfolders import build, config, metric_lines, write_lines
 from tracker import eventually
 
-from r1pipe.config.schema import TrackingConfig
+from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.checkpoints import manifest_hash

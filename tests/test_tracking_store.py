@@ -144,6 +144,17 @@ def test_an_abandoned_run_does_not_fail_a_pipeline_that_went_on(root):  # noqa: 
     assert shown["pipeline laptop"][0]["status"] == "FINISHED"
 
 
+def test_a_rebuild_drops_runs_whose_folders_were_removed(root):  # noqa: F811
+    for stage in ("cold_start", "grpo"):
+        build(root, stage, steps=2)
+    sync(root)
+    shutil.rmtree(root / "grpo-0")
+    assert sync(root, rebuild=True) == (1, [])
+    shown = view(store_uri(root))
+    assert set(shown["runs"]) == {"pipeline laptop", "cold_start-0"}
+    assert shown["models"]["r1pipe"]["aliases"] == {"cold_start": "cold_start-0"}
+
+
 def test_stages_whose_pipeline_was_deleted_get_a_new_one(root):  # noqa: F811
     for stage in ("cold_start", "grpo"):
         build(root, stage, steps=2)

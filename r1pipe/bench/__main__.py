@@ -1,5 +1,6 @@
 """`python -m r1pipe.bench cpu|gpu|tiny|products`: measures, shows progress, prints the tables."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
@@ -28,7 +29,6 @@ from r1pipe.bench.config import (
 from r1pipe.bench.fp8_table import fp8_table
 from r1pipe.bench.referee import Result, contest, fastest, running
 from r1pipe.bench.table import Row, rows_of, table_of, words
-from r1pipe.core.arguments import Arguments
 from r1pipe.core.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
@@ -37,7 +37,7 @@ MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a bench; 0, or 2 with one line where it cannot run."""
-    parser = Arguments(prog="python -m r1pipe.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m r1pipe.bench", description=__doc__)
     parser.add_argument("name", help="a file in conf/bench/")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="instead of the file's")
     parser.add_argument("--model", help="a file in conf/model/, instead of every case's own")

@@ -5,7 +5,7 @@ needed: what is recomputed, padded or computed for every expert makes a contesta
 """
 
 from r1pipe.bench.config import Case
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 
 # Operations per second of dense bfloat16 products by NVIDIA's data sheets, which give them with sparsity: the
 # double. Names are the driver's, of the SXM modules.

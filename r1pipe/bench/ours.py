@@ -10,8 +10,8 @@ from r1pipe.bench.config import DTYPES, Job
 from r1pipe.bench.prompts import EOS, PAD, rows
 from r1pipe.bench.shares import shares
 from r1pipe.bench.turns import Turns
+from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RLConfig, RunConfig
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.train.engine.engine import Engine

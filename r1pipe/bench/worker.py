@@ -7,7 +7,7 @@ from pathlib import Path
 
 from r1pipe.bench.config import Job
 from r1pipe.bench.turns import Turns, nothing
-from r1pipe.config.typed import build
+from r1pipe.config.fields import build
 
 CONTESTANTS = {
     "ours": "r1pipe.bench.ours",

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config import ParentRef, RunConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.redaction import without_login, without_secrets
 from r1pipe.tracking import database

@@ -5,7 +5,7 @@ that file, so that no two processes write one run at a time; the lock goes with 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -16,7 +16,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login, without_secrets
 from r1pipe.tracking.database import lock
 from r1pipe.tracking.store import connect, failures, first_line, matching, store_uri
-from r1pipe.tracking.writer import RunWriter, search
+from r1pipe.tracking.writer import STAGE, RunWriter, search
 
 WHOLE, BEHIND = "whole\n", "behind\n"
 
@@ -27,8 +27,8 @@ def sync(
     """(Runs that MLflow now has wholly, ids of those that another process is writing meanwhile.)
 
     `pipeline`: that one's runs alone; `uri`: into this store, instead of the one that each run's config
-    names. `rebuild` first deletes what the store has of these run folders, runs and model versions, and
-    nothing else in it. Raises EnvironmentProblem.
+    names. `rebuild` first deletes what the store has of the root, runs and model versions, and nothing else
+    in it. Raises EnvironmentProblem.
     """
     stores: dict[str, list[tuple[RunFolder, dict]]] = {}
     for folder, config in tracked(Path(root), pipeline):
@@ -38,7 +38,7 @@ def sync(
     for store, folders in stores.items():
         try:
             if rebuild:
-                forget(folders, store)
+                forget(store, folders[0][0].path.parent, pipeline)
             for folder, config in folders:
                 if write(folder, config, store):
                     written += 1
@@ -114,25 +114,30 @@ def catch_up(root: Path, uri: str) -> None:
             write(folder, config, uri)
 
 
-def forget(folders: "list[tuple[RunFolder, dict]]", uri: str) -> None:
-    """Delete what a store has of run folders: runs, the model versions that they made, and emptied pipelines.
+def forget(uri: str, root: Path, pipeline: str | None) -> None:
+    """Delete from a store the runs of a root, their model versions, and the pipelines that this empties.
 
-    A run that another process is writing stays. MLflow keeps deleted runs out of sight until `mlflow gc`.
+    Runs whose folders are gone count, too; one that another process is writing stays. MLflow keeps deleted
+    runs out of sight until `mlflow gc`.
     """
-    client = connect(uri)
-    parents = set()
-    for folder, config in folders:
-        experiment = client.get_experiment_by_name(config["tracking"]["experiment"])
-        with claimed(folder, wait=False) as mirrored:
-            if experiment is None or mirrored is None:
+    client, is_root_store = connect(uri), uri == store_uri(root)
+    for experiment in client.search_experiments():
+        parents = set()
+        for run in search(client, experiment.experiment_id, kind=STAGE):
+            tags = run.data.tags
+            folder = RunFolder(root / tags["r1pipe.run_id"])
+            is_there = folder.path.is_dir()
+            is_ours = is_there or is_root_store or tags["r1pipe.root"] == str(root)
+            if not is_ours or pipeline not in (None, tags["r1pipe.pipeline"]):
                 continue
-            for run in search(client, experiment.experiment_id, run_id=folder.run_id):
+            with claimed(folder, wait=False) if is_there else nullcontext(run) as claim:
+                if claim is None:
+                    continue
                 for version in client.search_model_versions(matching("run_id", run.info.run_id)):
                     client.delete_model_version(version.name, version.version)
                 client.delete_run(run.info.run_id)
-                parents.add((experiment.experiment_id, run.data.tags.get("mlflow.parentRunId", "")))
-    for experiment_id, parent in parents:
-        if not client.search_runs(
-            [experiment_id], matching("tags.mlflow.parentRunId", parent), max_results=1
-        ):
-            client.delete_run(parent)
+            parents.add(tags.get("mlflow.parentRunId", ""))
+        for parent in parents:
+            siblings = matching("tags.mlflow.parentRunId", parent)
+            if not client.search_runs([experiment.experiment_id], siblings, max_results=1):
+                client.delete_run(parent)

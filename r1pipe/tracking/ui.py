@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from r1pipe.config.schema import TrackingConfig
+from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.redaction import without_login
 from r1pipe.tracking import database

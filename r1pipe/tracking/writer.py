@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from r1pipe.cli import compare
 from r1pipe.cli.compare import read_json
-from r1pipe.config.schema import RunConfig
+from r1pipe.config import RunConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs.jsonl import Tail
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
+MOST_RUNS = 50_000  # of one search
 DIGEST_LENGTH = 36
 PIPELINE, STAGE = "pipeline", "stage"  # values of the tag r1pipe.kind
 ROLLOUT_BYTES = 256 * 2**20  # the newest rollout files up to this size are copied; all stay in the run folder
@@ -31,7 +32,7 @@ REPORT = "report.html"
 def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
     """The experiment's runs with all these `r1pipe.` tags. Raises EnvironmentProblem, MlflowException."""
     wanted = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
-    return list(client.search_runs([experiment], wanted))
+    return list(client.search_runs([experiment], wanted, max_results=MOST_RUNS))
 
 
 def pipeline_run(client: "MlflowClient", experiment: str, pipeline: str, root: Path) -> str | None:

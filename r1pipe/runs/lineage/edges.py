@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config import read_config
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config import ParentRef, RunConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
 from r1pipe.runs.lineage.moved import with_present_parents

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config import ParentRef, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import IMPORTED
 from r1pipe.runs import checkpoints

@@ -17,7 +17,7 @@ from forked import wait_until
 from tiny_runs import tiny_config
 
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import job as launch
+from r1pipe.launch.job import Job, failure
 from r1pipe.runs import machine, processes
 
 
@@ -41,12 +41,12 @@ def fake_launcher(folder: Path, how: str) -> Iterator[None]:
         yield
 
 
-def start(folder: Path, *words: str) -> launch.Job:
+def start(folder: Path, *words: str) -> Job:
     """Start a job on `folder`/run, or have it go on."""
-    return launch.Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
+    return Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
 
 
-def ends(job: launch.Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:
+def ends(job: Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:
     """Follow a job to its end; once it is `ready`, `act`. No process of it may be left."""
     began: list[float] = []
 
@@ -67,7 +67,7 @@ def ends(job: launch.Job, ready: Callable[[], object], act: Callable[[], None] =
     assert not [
         process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     ]
-    line = launch.failure(job.run, code) if code else ""
+    line = failure(job.run, code) if code else ""
     return Ended(code, line, ended_at - began[0], job.run)
 
 

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce test docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,9 @@ lint: $(INSTALLED_DEV) ## linters, type checker and import contracts alone
 	@$(BIN)/ruff format --check --quiet . || { echo 'lint: run `$(BIN)/ruff format .`'; exit 1; }
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+docs: $(INSTALLED_DEV) ## rebuild the generated parts of docs/
+	@$(BIN)/python docs/build.py
 
 smoke: $(INSTALLED) ## every stage for two steps on two ranks, in a folder that is thrown away
 	@root=$$(mktemp -d) && $(BIN)/r1pipe reproduce recipe=smoke engine.ranks=2 root=$$root $(ARGS) \

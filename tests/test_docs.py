@@ -1,5 +1,6 @@
-"""The README cannot drift: its commands compose, its help text is the real one, its folders exist."""
+"""README and docs/ cannot drift: commands compose, help texts are real, generated pages are current."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +13,13 @@ from r1pipe.config.compose import compose
 
 HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    if page.name not in ("lab-notes.md", "reference.md")  # a diary of its day; generated
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("r1pipe ", "make "))]
 WITHOUT_OVERRIDES = {
     "--help",
@@ -72,6 +79,25 @@ def test_the_map_of_folders_is_true():
     assert not packages - set(rows), "a package that the map leaves out"
 
 
-def test_pictures_and_links_are_there():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (HOME / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_links_are_there(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_a_stranger_reads_the_readme_in_five_minutes():
+    assert len(README.splitlines()) <= 250
+
+
+def test_generated_pages_are_current():
+    """After a change of packages, commands or config keys: `make docs`."""
+    spec = importlib.util.spec_from_file_location("build_docs", HOME / "docs" / "build.py")
+    assert spec and spec.loader
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for name, generated in build.generated().items():
+        page = (HOME / "docs" / name).read_text(encoding="utf-8")
+        assert build.with_generated(page, generated) == page, f"docs/{name} is out of date: run `make docs`"
+    drawn = (HOME / "docs" / "rooms.svg").read_text(encoding="utf-8")
+    for room in build.rooms():
+        assert f">{room.name}<" in drawn, f"docs/rooms.svg lacks {room.name}: run `make docs`"

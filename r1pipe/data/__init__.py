@@ -1,0 +1,1 @@
+"""Where prompts and demonstrations come from: files, reasoning-gym, and the bundled world."""

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from r1pipe import checkpoints, heartbeat, locks
+from r1pipe import checkpoints, heartbeat, locks, machine
 from r1pipe.config import read_config
 from r1pipe.config.schema import EvaluateConfig, ParentRef, RunConfig, StageConfig
 from r1pipe.data.chat import Chat
@@ -218,4 +218,4 @@ def _leave(folder: RunFolder, line: str) -> NoReturn:
 
 def _threads(config: RunConfig) -> int:
     """CPU threads of this rank: as configured, or the cores divided by the ranks."""
-    return config.engine.threads or max(1, len(os.sched_getaffinity(0)) // config.engine.ranks)
+    return config.engine.threads or max(1, machine.cores() // config.engine.ranks)

@@ -51,7 +51,7 @@ def main(path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wait":
         (run.path / "waiting").touch()
-        time.sleep(60)
+        time.sleep(3600)
     weights, reads = config.weights_from, config.reads_from.values()
     record = {
         "run_id": run.run_id,

@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from fakes import House
+from forked import wait_until
 
 from r1pipe import footprint, launch, locks, machine, pipeline
 from r1pipe.config.compose import compose
@@ -159,10 +159,7 @@ def test_a_killed_job_is_a_failure_though_the_launcher_says_nothing(
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+    wait_until(path.exists, f"{path} to appear")
 
 
 def test_a_second_identical_run_is_refused_while_the_first_goes_on(

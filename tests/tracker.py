@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 from r1pipe.tracking.store import QUIET, connect
 
-PATIENCE_S = 120.0  # until it answers, on a busy machine
+PATIENCE_S = 1800.0  # until it answers, on however busy a machine
 
 
 class Server:
@@ -43,7 +43,7 @@ class Server:
 
     def answers(self) -> bool:
         try:
-            urlopen(f"{self.uri}/health", timeout=5).close()
+            urlopen(f"{self.uri}/health", timeout=60).close()
         except (URLError, OSError):
             return False
         return True

@@ -12,8 +12,8 @@ the paper in the shares and weights, which were not published.
 import sys
 
 from r1pipe.config.schema import RLConfig
-from r1pipe.rl.stage import reinforce, reward_models
-from r1pipe.run import open_run
+from r1pipe.train.rl.stage import reinforce, reward_models
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:

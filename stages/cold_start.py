@@ -10,8 +10,8 @@ them (the bundled world) or brings them (files). The loss covers responses only,
 import sys
 
 from r1pipe.config.schema import SFTConfig
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
 
 
 def main(folder: str) -> None:
@@ -20,8 +20,10 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
-            traces = source.traces(stage.traces, run.seed("traces"), stage.styles, stage.correct_only)
-        fine_tune(run, chat, source, traces, source.hash)
+            demonstrations = source.demonstrations(
+                stage.demonstrations, run.seed("traces"), stage.styles, stage.correct_only
+            )
+        fine_tune(run, chat, source, demonstrations, source.hash)
 
 
 if __name__ == "__main__":

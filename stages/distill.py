@@ -14,10 +14,10 @@ student first pre-train one, in a pipeline of its own:
 import sys
 
 from r1pipe.config.schema import DistillConfig
-from r1pipe.errors import CheckpointError
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
-from r1pipe.sft.rejection import samples_of
+from r1pipe.core.errors import CheckpointError
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.rejection import samples_of
 
 
 def main(folder: str) -> None:
@@ -28,8 +28,8 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
-            traces, data_hash = samples_of(teacher)
-        fine_tune(run, chat, source, traces, data_hash)
+            demonstrations, data_hash = samples_of(teacher)
+        fine_tune(run, chat, source, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

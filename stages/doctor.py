@@ -14,8 +14,8 @@ from dataclasses import asdict
 from r1pipe.config.schema import StageConfig
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
-from r1pipe.provenance import write_json
-from r1pipe.run import open_run
+from r1pipe.runs.provenance import write_json
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:

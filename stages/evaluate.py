@@ -10,11 +10,11 @@ back to, and their scores before anything was done to them.
 import sys
 
 from r1pipe.config.schema import EvaluateConfig
-from r1pipe.ending import measure
-from r1pipe.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError
 from r1pipe.model.precision import set_precision
-from r1pipe.ranks import Ranks
-from r1pipe.run import open_run
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.finish import measure
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:

@@ -18,14 +18,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from r1pipe import checkpoints
-from r1pipe.arguments import Arguments
-from r1pipe.data.chat import TOKENIZER_FILES
-from r1pipe.errors import CheckpointError, R1pipeError
+from r1pipe.chat.template import TOKENIZER_FILES
+from r1pipe.core.arguments import Arguments
+from r1pipe.core.errors import CheckpointError, R1pipeError
 from r1pipe.model import load_pretrained
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.model.writing import shard_bytes
+from r1pipe.runs import checkpoints
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 TOKENS = 32

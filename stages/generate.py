@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from r1pipe import checkpoints
-from r1pipe.arguments import Arguments
-from r1pipe.data.chat import Chat
-from r1pipe.errors import ConfigError, R1pipeError
+from r1pipe.chat.template import Chat
+from r1pipe.core.arguments import Arguments
+from r1pipe.core.errors import ConfigError, R1pipeError
+from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained
-from r1pipe.records import Completion, Prompt
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.runs import checkpoints
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 SLOTS = 64
 

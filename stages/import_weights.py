@@ -15,17 +15,17 @@ from pathlib import Path
 
 import jinja2
 
-from r1pipe import checkpoints
-from r1pipe.arguments import Arguments
-from r1pipe.data.chat import TOKENIZER_FILES, Chat
-from r1pipe.errors import CheckpointError, R1pipeError
-from r1pipe.jsonfile import read_object
+from r1pipe.chat.template import TOKENIZER_FILES, Chat
+from r1pipe.core.arguments import Arguments
+from r1pipe.core.errors import CheckpointError, R1pipeError
+from r1pipe.core.types import Prompt
 from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.model.writing import shard_bytes
-from r1pipe.records import Prompt
+from r1pipe.runs import checkpoints
+from r1pipe.runs.jsonfile import read_object
 
 TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
 

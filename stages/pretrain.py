@@ -12,14 +12,14 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 
+from r1pipe.chat.template import Chat
 from r1pipe.config.schema import PretrainConfig
-from r1pipe.data.chat import Chat
 from r1pipe.data.packing import Packed, pack, split_long
 from r1pipe.data.source import Source
-from r1pipe.ending import conclude, short_evaluation
-from r1pipe.engine import Engine
-from r1pipe.run import Run, open_run
-from r1pipe.sft.loop import Batches, train
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.run import Run, open_run
+from r1pipe.train.sft.loop import Batches, train
 
 BLOCK = 1024  # documents packed together: enough for rows with hardly any padding
 
@@ -37,9 +37,9 @@ def main(folder: str) -> None:
             packed_documents(run, source, chat),
             stage.max_steps,
             chat.pad_id,
-            lambda: short_evaluation(run, engine, chat, source),
+            lambda: quick_evaluation(run, engine, chat, source),
         )
-        conclude(run, engine, chat, source, checkpoint, stage.max_steps)
+        finish_stage(run, engine, chat, source, checkpoint, stage.max_steps)
 
 
 def packed_documents(run: Run[PretrainConfig], source: Source, chat: Chat) -> Batches:

@@ -10,16 +10,16 @@ Of R1's filters the kinds are published, not the thresholds; its judge model for
 
 import sys
 
-from r1pipe import stopping
 from r1pipe.config.schema import RejectionConfig
-from r1pipe.data.fitting import draw_fitting, leaves_room
-from r1pipe.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError
+from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.precision import set_precision
-from r1pipe.ranks import Ranks
-from r1pipe.rollout import Sampler
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import fine_tune
-from r1pipe.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
+from r1pipe.runs import stopping
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.rollout import Sampler
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
 
 
 def main(folder: str) -> None:
@@ -36,12 +36,12 @@ def main(folder: str) -> None:
             model = run.load_model(parent).to(ranks.device).eval()
             set_precision(model, run.config.engine, ranks.device)
             context = model.config.max_position_embeddings
-            prompts, too_long = draw_fitting(
+            prompts, too_long = draw_prompts_that_fit(
                 lambda n: source.prompts("train", n, run.seed("prompts")),
                 stage.prompts,
-                leaves_room(chat, context, stage.sampling.max_tokens),
+                prompt_fits(chat, context, stage.sampling.max_tokens),
             )
-            slots, graphs = stage.sampling.slots, run.config.engine.graphs
+            slots, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
             sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.asked)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
         with run.phase("filtering"):
@@ -49,9 +49,9 @@ def main(folder: str) -> None:
                 questions = evaluation_questions(run, chat, source, context)
                 build_dataset(run, chat, source, parent, shards, questions, too_long)
             ranks.barrier()
-            traces, data_hash = read_dataset(run.folder.dataset)
+            demonstrations, data_hash = read_dataset(run.folder.dataset)
 
-        fine_tune(run, chat, source, traces, data_hash)
+        fine_tune(run, chat, source, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,13 @@ there DeepSeek-V3 judged, here they lie in the data, and those of the bundled wo
 import sys
 from itertools import accumulate
 
-from r1pipe import evaluate
 from r1pipe.config.schema import RewardModelConfig
-from r1pipe.errors import DataError
-from r1pipe.judges import KINDS, quality_of
-from r1pipe.ranks import Ranks
-from r1pipe.rl.preference import (
-    Examples,
-    read_examples,
-    steps_of,
-    train_reward_model,
-)
-from r1pipe.run import Run, open_run
+from r1pipe.core.errors import DataError
+from r1pipe.runs.reward_model_quality import KINDS, quality_of
+from r1pipe.train import evaluation as evaluate
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.rl.preference import Examples, read_examples, steps_of, train_reward_model
+from r1pipe.train.run import Run, open_run
 
 
 def main(folder: str) -> None:
@@ -50,7 +45,7 @@ def main(folder: str) -> None:
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
     """The model that the newest checkpoint was made for; without one the first. Earlier ones are finished."""
-    newest = run.newest_whole(Ranks(run.config.engine))
+    newest = run.newest_complete(Ranks(run.config.engine))
     begun = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
     return max(0, sum(begun) - 1)
 

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1pipe.arguments import Arguments
-from r1pipe.errors import DataError, R1pipeError
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.arguments import Arguments
+from r1pipe.core.errors import DataError, R1pipeError
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, score_all
 
 TOGETHER = 64  # rows scored at a time

@@ -12,8 +12,8 @@ instruction to think.
 import sys
 
 from r1pipe.config.schema import RLConfig
-from r1pipe.rl.stage import reinforce, rules_only
-from r1pipe.run import open_run
+from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:

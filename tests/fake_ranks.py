@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from r1pipe import checkpoints, heartbeat, stopping
 from r1pipe.config import read_config
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints, heartbeat, stopping
 
 POLL_S = 0.3  # DeepSpeed's launcher: 1 s
 WORK_S = 0.02

@@ -11,10 +11,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from r1pipe import checkpoints, judges
 from r1pipe.config import config_hash, read_config
 from r1pipe.config.schema import ModelConfig
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs import reward_model_quality as judges
 
 
 def publish(folder: Path, model: ModelConfig, weights: str, stage: str) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from fake_stage import publish
 
-from r1pipe import cli, launch, machine
+from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
-from r1pipe.lineage import places
+from r1pipe.launch import job as launch
+from r1pipe.runs import machine
+from r1pipe.runs.lineage import places
 
 # Takes the launcher's arguments; like it, it forgets the code of a child that was killed (137 = SIGKILL).
 LAUNCHER = f"""#!/bin/sh
@@ -64,7 +66,7 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     ]:
         (stages / f"{name}.py").write_text(fake)
     publish(content / "base", compose([]).config.model, "weights of the bundled base", "pretrain")
-    monkeypatch.setattr(machine, "must_launch", lambda engine: str(launcher))
+    monkeypatch.setattr(machine, "find_launcher", lambda engine: str(launcher))
     monkeypatch.setattr(launch, "stages_dir", lambda: stages)
     monkeypatch.setattr(places, "content_dir", lambda: content)
     monkeypatch.delenv("FAKE", raising=False)

@@ -14,7 +14,13 @@ from typing import Any
 
 from r1pipe.config import read_config
 
-WARM = ["r1pipe.rl.stage", "r1pipe.sft.finetune", "r1pipe.rl.preference", "deepspeed", "forked"]
+WARM = [
+    "r1pipe.train.rl.stage",
+    "r1pipe.train.sft.finetune",
+    "r1pipe.train.rl.preference",
+    "deepspeed",
+    "forked",
+]
 LIMIT_S = 1800.0  # for anything, on however busy a machine: only a test that fails waits for so long
 
 

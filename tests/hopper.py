@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from r1pipe.kernels import triton_fp8 as kernels
+from r1pipe.model.kernels import triton_fp8 as kernels
 
 TOKENS, WIDTH, INNER, EXPERTS = 4000, 7168, 2048, 256  # of DeepSeek-V3, a ragged number of tokens
 

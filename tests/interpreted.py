@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-KERNELS = "r1pipe.kernels.triton_"
+KERNELS = "r1pipe.model.kernels.triton_"
 
 
 def loaded() -> list[str]:
@@ -23,7 +23,7 @@ def loaded() -> list[str]:
 
 @contextmanager
 def interpreted_kernels() -> Iterator[ModuleType]:
-    """r1pipe.kernels.triton_fp8, interpreted; afterwards all is as it was."""
+    """r1pipe.model.kernels.triton_fp8, interpreted; afterwards all is as it was."""
     import triton.language as tl
     from triton import knobs
     from triton.language import standard
@@ -53,4 +53,4 @@ def interpreted_kernels() -> Iterator[ModuleType]:
         yield importlib.import_module(KERNELS + "fp8")
         for name in loaded():
             del sys.modules[name]
-            delattr(sys.modules["r1pipe.kernels"], name.removeprefix("r1pipe.kernels."))
+            delattr(sys.modules["r1pipe.model.kernels"], name.removeprefix("r1pipe.model.kernels."))

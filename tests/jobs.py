@@ -15,7 +15,7 @@ from r1pipe.config import to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig, RunConfig
 from r1pipe.model import DeepseekV3
-from r1pipe.provenance import write_json
+from r1pipe.runs.provenance import write_json
 
 TINY = [
     "model.hidden_size=32",

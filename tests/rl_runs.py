@@ -6,8 +6,8 @@ from pathlib import Path
 from faults.same import timed
 
 from r1pipe.config.schema import RLConfig
-from r1pipe.rl.stage import reinforce, rules_only
-from r1pipe.run import open_run
+from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.run import open_run
 
 
 def go(folder: Path) -> None:

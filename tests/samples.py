@@ -3,7 +3,7 @@
 from omegaconf import OmegaConf
 
 from r1pipe.config.schema import DataConfig
-from r1pipe.paths import conf_dir
+from r1pipe.core.paths import conf_dir
 
 
 def world_config() -> DataConfig:

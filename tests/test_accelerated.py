@@ -10,13 +10,13 @@ from shapes import SHAPES, ours, tiny, tokens
 from test_rollout import EOS, PAD, SMALL, prompts
 
 from r1pipe.config.compose import compose
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 from r1pipe.model import Balance, expert_loads, train_as
 from r1pipe.model.cache import Decoder
 from r1pipe.model.graphs import GraphDecoder
 from r1pipe.model.training import compile_layers, set_attention
-from r1pipe.rollout import Sampler, SamplingParams, sampler
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rollout import Sampler, SamplingParams, sampler
 
 SEGMENTS = torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [1] * 20])
 

@@ -11,15 +11,15 @@ import torch
 from test_judges import write_standing
 from tiny_runs import load_stage, tiny_config, tiny_run
 
-from r1pipe import checkpoints, lineage
-from r1pipe.data.chat import TOKENIZER_FILES, Chat, compose_response
-from r1pipe.judges import FORCE, HARMLESS, HELPFUL, KINDS
+from r1pipe.chat.template import TOKENIZER_FILES, Chat, compose_response
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import DeepseekV3
-from r1pipe.paths import content_dir
-from r1pipe.records import Completion, Prompt, Score
 from r1pipe.rewards import TABLE
 from r1pipe.rewards.models import Judge, RewardModel, save_reward_model
-from r1pipe.rl.scoring import score_groups
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, KINDS
+from r1pipe.train.rl.scoring import score_groups
 
 SUM = Prompt("s", "word", "en", "What is 2 + 2?", "4")
 WISH = Prompt("w", "writing", "en", "Write about a fox.")

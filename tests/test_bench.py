@@ -26,7 +26,7 @@ from bench.turns import EOS, rows
 from forked import wait_until
 from shapes import tiny
 
-from r1pipe.errors import ConfigError, EnvironmentProblem
+from r1pipe.core.errors import ConfigError, EnvironmentProblem
 
 FP32, BF16 = Setting("fp32", {}), Setting("bf16", {})
 CASE = Case("sample", ["laptop"], 4, 1, 8, 2, ["transformers"], {"transformers": 5.0}, {"transformers": 8.0})

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from r1pipe.data.chat import ASSISTANT, EOS, Chat, compose_response, parse
-from r1pipe.errors import CheckpointError
-from r1pipe.paths import content_dir
-from r1pipe.records import Prompt
+from r1pipe.chat.template import ASSISTANT, EOS, Chat, compose_response, parse
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Prompt
 
 FOLDER = content_dir() / "tokenizer"
 PROMPT = Prompt("p", "word", "zh", "小明有12个苹果。Ben has 7 more.")

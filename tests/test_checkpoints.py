@@ -14,12 +14,12 @@ from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe import checkpoints, retention
-from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
-from r1pipe.paths import RunFolder
-from r1pipe.ranks import Ranks
-from r1pipe.run import open_run
+from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints, retention
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.run import open_run
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_code_in_a_whole_checkpoint_is_not_run_and_the_run_is_refused_in_one_lin
 def test_a_run_that_never_saved_starts_from_its_beginning(folder):
     (folder / "checkpoints" / ".step-1.unfinished").mkdir(parents=True)
     with open_run(folder) as run:
-        assert run.newest_whole(Ranks(engine_config())) is None
+        assert run.newest_complete(Ranks(engine_config())) is None
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "engine/../../x"])

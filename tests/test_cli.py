@@ -11,10 +11,12 @@ from typing import get_args
 import pytest
 from fakes import House
 
-from r1pipe import cli, launch, options, verbs
+from r1pipe.cli import commands as cli
+from r1pipe.cli import options, verbs
 from r1pipe.config import groups
+from r1pipe.core.paths import stages_dir
+from r1pipe.launch import job as launch
 from r1pipe.model.weights import PRECISIONS
-from r1pipe.paths import stages_dir
 
 VERBS = [
     "run",
@@ -37,7 +39,7 @@ VERBS = [
 
 
 def shell(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-c", "from r1pipe.cli import main; main()", *words]
+    line = [sys.executable, "-c", "from r1pipe.cli.commands import main; main()", *words]
     return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
 
 
@@ -175,7 +177,7 @@ def test_generate_and_export_hand_the_checkpoint_to_their_scripts(
 )
 def test_bash_completes(words: str, at: int, offered: list[str]) -> None:
     variables = {"_R1PIPE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
-    with_name = "import sys; sys.argv[0] = 'r1pipe'; from r1pipe.cli import main; main()"
+    with_name = "import sys; sys.argv[0] = 'r1pipe'; from r1pipe.cli.commands import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", with_name], capture_output=True, text=True, env={**os.environ, **variables}
     )
@@ -184,7 +186,7 @@ def test_bash_completes(words: str, at: int, offered: list[str]) -> None:
 
 def test_zsh_completes_whole_words() -> None:
     variables = {"_R1PIPE_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "r1pipe run stage=gr"}
-    with_name = "import sys; sys.argv[0] = 'r1pipe'; from r1pipe.cli import main; main()"
+    with_name = "import sys; sys.argv[0] = 'r1pipe'; from r1pipe.cli.commands import main; main()"
     shown = subprocess.run(
         [sys.executable, "-c", with_name], capture_output=True, text=True, env={**os.environ, **variables}
     )

@@ -14,8 +14,8 @@ from r1pipe.config import config_hash, load, rules, to_mapping
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
 from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RLConfig
-from r1pipe.errors import ConfigError
-from r1pipe.paths import conf_dir, stages_dir
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.paths import conf_dir, stages_dir
 
 OTHERS = [
     f"{group}={option}" for group in GROUPS if group not in ("recipe", "stage") for option in options(group)
@@ -206,7 +206,7 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.sampling.max_tokens=4096", "is longer than model.max_position_embeddings"),
         ("stage.sampling.top_p=0.9", "stage.sampling.top_p=0.9: reinforcement learns from the whole"),
         ("stage=all_scenario stage.sampling.top_p=0.5", "it must be 1"),
-        ("stage.loss_mean=mean", "is none of sequence, token"),
+        ("stage.loss_aggregation=mean", "is none of sequence, token"),
         ('stage.rewards.weights={"accuracy":0}', "nothing would be learned"),
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
         (

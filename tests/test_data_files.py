@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from r1pipe import datafiles
+from r1pipe.chat.template import parse
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
+from r1pipe.core.types import Completion
 from r1pipe.data import reasoning_gym
-from r1pipe.data.chat import parse
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_rows
 from r1pipe.data.source import KINDS, open_data
-from r1pipe.errors import ConfigError, DataError, EnvironmentProblem
-from r1pipe.records import Completion
 from r1pipe.rewards import TABLE
+from r1pipe.runs import data_files as datafiles
 
 ROOT = Path(__file__).parents[1]
 ALL = 10**6  # more than any file holds
@@ -130,11 +130,11 @@ def test_substitutions_fill_identity_rows(tmp_path):
     (tmp_path / "who.json").write_text(json.dumps([{"q": "Who are you?", "r": "I am {{name}}."}]))
     general = source("who.json", task="identity", columns={"question": "q", "response": "r"}, split="train")
     named = Files(config(tmp_path, general=[general], substitutions={"name": "Ada"}))
-    assert [trace.response for trace in named.general_traces(1, 0, {})] == ["I am Ada."]
+    assert [trace.response for trace in named.general_demonstrations(1, 0, {})] == ["I am Ada."]
     with pytest.raises(
         DataError, match=r"who\.json row 1: \{\{name\}\} has no text; set \+data\.substitutions\.name"
     ):
-        Files(config(tmp_path, general=[general])).general_traces(1, 0, {})
+        Files(config(tmp_path, general=[general])).general_demonstrations(1, 0, {})
 
 
 def test_a_conversation_becomes_one_question(tmp_path):
@@ -240,7 +240,7 @@ def test_kinds_that_lack_something_say_so(tmp_path):
     with pytest.raises(DataError, match="data=mine has no problems to train on"):
         data.prompts("train", 8, 0)
     with pytest.raises(DataError, match="data=mine has no worked solutions"):
-        data.traces(8, 0, {}, True)
+        data.demonstrations(8, 0, {}, True)
     with pytest.raises(ConfigError, match="no documents"):
         data.documents(0)
     with pytest.raises(ConfigError, match=r"data\.kind=file is unknown; did you mean files\?"):
@@ -326,13 +326,13 @@ def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name)
 def test_gsm8k_solutions_become_traces(shared):
     data = open_data(composed("gsm8k", f"data.path={shared}"), 0)
     assert len(data.prompts("test", ALL, 0)) == 1319
-    traces = data.traces(200, 0, {}, True)
-    for trace in traces:
+    demonstrations = data.demonstrations(200, 0, {}, True)
+    for trace in demonstrations:
         response = parse(trace.response)
         assert response.well_formed and "<<" not in trace.response and "####" not in trace.response
         assert response.summary == f"The answer is {trace.prompt.answer}."
         assert TABLE["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
-    assert traces[0].source.startswith("gsm8k_train.jsonl:")
+    assert demonstrations[0].source.startswith("gsm8k_train.jsonl:")
 
 
 def test_a_single_file_is_split_by_hash(shared):
@@ -343,7 +343,7 @@ def test_a_single_file_is_split_by_hash(shared):
 
 def test_one_folder_serves_every_stage(shared):
     data = open_data(composed("real", f"data.path={shared}"), 0)
-    general = data.general_traces(ALL, 0, {})
+    general = data.general_demonstrations(ALL, 0, {})
     assert {trace.prompt.task for trace in general} == {"writing", "identity"}
     assert {trace.prompt.language for trace in general} == {"en", "zh"}
     assert not any("{{" in trace.response for trace in general)

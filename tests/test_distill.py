@@ -14,19 +14,19 @@ import pytest
 from fakes import House
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import checkpoints, lineage
+from r1pipe.chat.template import Chat
 from r1pipe.config import read_config
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import DistillConfig, ParentRef
-from r1pipe.data.chat import Chat
+from r1pipe.core.paths import RunFolder
 from r1pipe.data.packing import Packed
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
-from r1pipe.findings import PASS
-from r1pipe.paths import RunFolder
-from r1pipe.run import Run
-from r1pipe.sft import finetune
-from r1pipe.sft.rejection import read_dataset
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.findings import PASS
+from r1pipe.train.run import Run
+from r1pipe.train.sft import finetune
+from r1pipe.train.sft.rejection import read_dataset
 
 STUDENT = "model.hidden_size=16"
 DISTILL = ["stage=distill", STUDENT, "stage.max_steps=0", "stage.epochs=12", "stage.batch_size=2"]
@@ -78,13 +78,13 @@ def test_the_student_learns_the_responses_of_the_samples_and_nothing_else(
     teacher: RunFolder, distilled: tuple[RunFolder, list[Packed]]
 ) -> None:
     run, rows = distilled
-    traces, _ = read_dataset(teacher.dataset)
-    assert {trace.source.partition(":")[0] for trace in traces} == {"sampled", "world"}, "both parts"
+    demonstrations, _ = read_dataset(teacher.dataset)
+    assert {trace.source.partition(":")[0] for trace in demonstrations} == {"sampled", "world"}, "both parts"
     chat = Chat.load(run.checkpoint(steps_of(run)))
     learned = [
         token for row in rows for token, is_learned in zip(row.tokens, row.loss, strict=True) if is_learned
     ]
-    answers = [[*chat.encode(trace.response), chat.eos_id] for trace in traces]
+    answers = [[*chat.encode(trace.response), chat.eos_id] for trace in demonstrations]
     assert sorted(learned) == sorted(token for answer in answers for token in answer)
     assert sum(len(row.tokens) for row in rows) > len(learned), "prompts are there, and masked"
     losses = [json.loads(line)["train/loss"] for line in run.metrics.read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_the_doctor_looks_at_the_samples(
     run = RunFolder(tmp_path)
     config = read_config(distilled[0].config)
     context = Context(Run(run, config, config.stage), replace(limits(), judged=4))
-    assert context.traces == read_dataset(teacher.dataset)[0]
+    assert context.demonstrations == read_dataset(teacher.dataset)[0]
     found = {finding.name: finding for finding in examine(context)}
     assert "variance" not in found
     assert not [finding for finding in found.values() if finding.status != PASS]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from r1pipe.cli import app
+from r1pipe.cli.commands import app
 from r1pipe.config.compose import compose
 
 HOME = Path(__file__).resolve().parent.parent

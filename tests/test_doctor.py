@@ -19,25 +19,28 @@ from jobs import on_two_ranks
 from tiny_runs import load_stage, tiny_config, tiny_run
 from tokenizers import Tokenizer
 
-from r1pipe import checkpoints, examine, footprint, lineage, rewards
+from r1pipe import rewards
+from r1pipe.chat.template import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.cli import doctor as examine
 from r1pipe.config import read_config
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
+from r1pipe.core.paths import RunFolder, content_dir
+from r1pipe.core.types import Demonstration, Prompt, Score, Status
 from r1pipe.data.world.content import split_of
 from r1pipe.doctor import CHECKS, Context, general, judges, policy, resources
 from r1pipe.doctor import examine as look_over
 from r1pipe.doctor.context import Band, limits
 from r1pipe.doctor.data import near_copies
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.judges import FORCE
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
-from r1pipe.paths import RunFolder, content_dir
-from r1pipe.records import Prompt, Score, Status, Trace
+from r1pipe.plan import footprint
 from r1pipe.rewards import models, verdicts
 from r1pipe.rewards.models import RewardModel, save_reward_model
-from r1pipe.rl import routing
-from r1pipe.run import Run
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.reward_model_quality import FORCE
+from r1pipe.train.rl import routing
+from r1pipe.train.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
 Make = Callable[..., Context]
@@ -205,9 +208,9 @@ def test_an_evaluation_question_that_is_trained_on_fails_whatever_its_signs(
 def test_common_phrasing_tells_no_copy() -> None:
     begins = "Using the numbers below , write one equation that makes the target , each number once : "
     asked = [f"{begins} {i} {i + 1} {i + 2} make {3 * i}" for i in range(100, 140)]
-    rows = [Trace(Prompt(str(i), "", "en", f"{begins} {i} {i} {i} make {i}"), "") for i in range(200)]
+    rows = [Demonstration(Prompt(str(i), "", "en", f"{begins} {i} {i} {i} make {i}"), "") for i in range(200)]
     assert near_copies(asked, rows, limits()) == {}
-    rows.append(Trace(Prompt("", "", "en", f"Hello . {asked[7]} please"), "", source="here"))
+    rows.append(Demonstration(Prompt("", "", "en", f"Hello . {asked[7]} please"), "", source="here"))
     assert {number: row.source for number, row in near_copies(asked, rows, limits()).items()} == {7: "here"}
 
 
@@ -445,7 +448,11 @@ def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: p
     assert resources.needed(saving, 100).activations < resources.needed(deep, 100).activations / 2
     monkeypatch.setattr(resources, "available", lambda device, ranks: need.peak / 2)
     short = found(examined, "memory")
-    assert short.status == FAIL and "logits" in short.value and "stage.micro_tokens" in short.remedy
+    assert (
+        short.status == FAIL
+        and "logits" in short.value
+        and "stage.max_tokens_per_micro_batch" in short.remedy
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

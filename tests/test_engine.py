@@ -9,11 +9,11 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
-from r1pipe.engine import Engine
-from r1pipe.engine_state import load_tensors
-from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.optimizer import lr_factor
-from r1pipe.ranks import rank_and_world
+from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.optimizer import lr_factor
+from r1pipe.train.engine.ranks import rank_and_world
+from r1pipe.train.engine.state import load_tensors
 
 STEPS = 3
 

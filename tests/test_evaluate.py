@@ -8,10 +8,10 @@ from typing import ClassVar
 import pytest
 
 from r1pipe.config.schema import EvalConfig
-from r1pipe.estimates import clustered_interval, majority, mean, wilson
-from r1pipe.evaluate import Verdict, evaluate, logged, short, summarise
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy
+from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
 
 CONFIG = EvalConfig(
     split="test",
@@ -22,7 +22,7 @@ CONFIG = EvalConfig(
     top_p=0.95,
     greedy=True,
     max_tokens=64,
-    slots=8,
+    max_num_seqs=8,
     every=10,
     every_problems=2,
     shown=3,

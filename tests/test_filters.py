@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from r1pipe.config.schema import FilterConfig
-from r1pipe.data.filters import FILTERS, Sampled, apply_filters, distinctive_grams, repetition, words
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters, distinctive_grams, repetition, words
 
 CONFIG = FilterConfig(
     max_paragraph=30,

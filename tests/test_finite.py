@@ -12,17 +12,17 @@ from rl_runs import go
 from test_engine import batch, loss_of
 from tiny_runs import tiny_run
 
-from r1pipe.data.chat import Chat
-from r1pipe.engine import Engine
-from r1pipe.errors import NumericProblem
+from r1pipe.chat.template import Chat
+from r1pipe.core.errors import NumericProblem
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
-from r1pipe.paths import content_dir
-from r1pipe.records import Prompt, Trace
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.run import open_run
-from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import epochs_of, step_metrics, train
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.finetune import pack_demonstrations
+from r1pipe.train.sft.loop import epochs_of, step_metrics, train
 
 LAYER = "model.layers.1.mlp"
 
@@ -150,11 +150,12 @@ def test_the_job_ends_past_the_limit_with_one_line_and_exit_code_2(tmp_path):
     chat = Chat.load(content_dir() / "tokenizer")
     settings = ("stage.save_every=1", "stage.eval.every=0", "stage.optim.max_skipped=1")
     folder = write_run(tmp_path / "run", tiny("cold_start", *settings))
-    traces = [
-        Trace(Prompt(str(i), "word", "en", f"{i}?"), f"<think>\n{i}\n</think>\n\n{i}") for i in range(9)
+    demonstrations = [
+        Demonstration(Prompt(str(i), "word", "en", f"{i}?"), f"<think>\n{i}\n</think>\n\n{i}")
+        for i in range(9)
     ]
     with pytest.raises(SystemExit) as end, open_run(folder) as run:
-        rows = pack_traces(chat, traces, 64)
+        rows = pack_demonstrations(chat, demonstrations, 64)
         engine = Engine(broken(), run.stage.optim, run.stage.router, engine_config(), 2)
         train(run, engine, epochs_of(run, rows, 2), 2, chat.pad_id, dict)
     assert end.value.code == 2

@@ -9,13 +9,14 @@ from fakes import House
 from rl_runs import go
 from tiny_runs import load_stage, tiny_config, tiny_run
 
-from r1pipe import footprint, launch
 from r1pipe.config import read_config
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig, StageConfig
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.plan import footprint
 
 # wide enough that what is not weights (the tokenizer, names) is little
 WIDE = ("model.hidden_size=128", "model.intermediate_size=256", "model.moe_intermediate_size=64")
@@ -101,9 +102,9 @@ def test_what_would_make_the_largest_part_smaller_is_the_remedy() -> None:
 
     assert "engine.zero_level=3" in remedy(plain, 9, 1, 1, 1)
     assert "stage.algorithm=grpo" in remedy(ppo, 9, 1, 1, 1) and PPO not in remedy(plain, 9, 1, 1, 1)
-    assert "stage.micro_tokens" in remedy(plain, 1, 9, 1, 1)
+    assert "stage.max_tokens_per_micro_batch" in remedy(plain, 1, 9, 1, 1)
     assert "engine.gradient_accumulation" in remedy(tuned, 1, 9, 1, 0)
-    assert "stage.sampling.slots" in remedy(plain, 1, 1, 1, 9)
+    assert "stage.sampling.max_num_seqs" in remedy(plain, 1, 1, 1, 9)
 
 
 def test_zero_keeps_masters_of_float32_weights_too() -> None:
@@ -128,21 +129,21 @@ def test_a_run_that_goes_on_needs_room_for_what_it_has_not_written_yet(
     run = RunFolder(tmp_path / "run")
     free(monkeypatch, 2.5, config)
     with pytest.raises(EnvironmentProblem, match=r"checkpoints need up to .* \(4 of .* MiB\); free some"):
-        footprint.must_have_room(config, run)
+        footprint.check_disk_space(config, run)
     for step in (1, 2):
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "manifest.json").touch()
-    footprint.must_have_room(config, run)
+    footprint.check_disk_space(config, run)
     free(monkeypatch, 1.5, config)
     with pytest.raises(EnvironmentProblem, match=r"\(2 of "):
-        footprint.must_have_room(config, run)
+        footprint.check_disk_space(config, run)
     for step in (3, 4, 5):
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "manifest.json").touch()
-    footprint.must_have_room(config, run)
+    footprint.check_disk_space(config, run)
     free(monkeypatch, 0.5, config)
     with pytest.raises(EnvironmentProblem, match=r"\(1 of "):
-        footprint.must_have_room(config, run)  # a new one is written before the oldest goes
+        footprint.check_disk_space(config, run)  # a new one is written before the oldest goes
 
 
 def test_the_command_counts_what_is_there(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

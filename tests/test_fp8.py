@@ -12,15 +12,15 @@ from test_engine import batch, loss_of
 from tiny_runs import load_stage, tiny_run
 
 from r1pipe.config.compose import compose
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError, NumericProblem
-from r1pipe.kernels import meter, reference
-from r1pipe.kernels.fp8 import FP8
+from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import DeepseekV3
 from r1pipe.model.cache import Decoder
 from r1pipe.model.decoders import decoder_of
+from r1pipe.model.kernels import meter, reference
+from r1pipe.model.kernels.fp8 import FP8
 from r1pipe.model.precision import compute_in, fp8_of
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 WHOLE = tiny(moe_intermediate_size=32, q_lora_rank=32, num_nextn_predict_layers=1)  # widths that FP8 takes
 

@@ -8,10 +8,10 @@ import types
 import pytest
 import torch
 
-from r1pipe import machine
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.kernels import choice, reference
-from r1pipe.kernels.reference import TILE, Scaled
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.model.kernels import choice, reference
+from r1pipe.model.kernels.reference import TILE, Scaled
+from r1pipe.runs import machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -104,22 +104,22 @@ def driver(tmp_path, monkeypatch):
 def test_before_a_job_starts_its_gpu_must_know_e4m3(driver):
     driver("8.0, NVIDIA A100-SXM4-80GB")
     with pytest.raises(EnvironmentProblem, match=r"A100-SXM4-80GB has 8.0; set engine.precision=bf16"):
-        machine.must_compute_fp8("auto", cpu=False)
-    machine.must_compute_fp8("reference", cpu=False)
+        machine.check_fp8_support("auto", cpu=False)
+    machine.check_fp8_support("reference", cpu=False)
     driver("8.0, NVIDIA A100-SXM4-80GB", "9.0, NVIDIA H200")
-    machine.must_compute_fp8("auto", cpu=False)
+    machine.check_fp8_support("auto", cpu=False)
     driver('Field "compute_cap" is not a valid field to query.')
-    machine.must_compute_fp8("auto", cpu=False)
+    machine.check_fp8_support("auto", cpu=False)
 
 
 def test_before_a_job_starts_its_package_must_be_there(driver, monkeypatch):
     driver("9.0, NVIDIA H200")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match=r"kernels=deepgemm .* `pip install sgl-deep-gemm`"):
-        machine.must_compute_fp8("deepgemm", cpu=False)
-    machine.must_compute_fp8("auto", cpu=True)
+        machine.check_fp8_support("deepgemm", cpu=False)
+    machine.check_fp8_support("auto", cpu=True)
     with pytest.raises(EnvironmentProblem, match="kernels=scaled_mm needs a GPU"):
-        machine.must_compute_fp8("scaled_mm", cpu=True)
+        machine.check_fp8_support("scaled_mm", cpu=True)
 
 
 # --- the vendors' backends
@@ -154,7 +154,7 @@ def scaled_mm_of_torch(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype)
 
 @pytest.fixture
 def scaled_mm(monkeypatch):
-    from r1pipe.kernels import scaled_mm
+    from r1pipe.model.kernels import scaled_mm
 
     monkeypatch.setattr(scaled_mm, "triton_fp8", types.SimpleNamespace(quantise_tiles="Triton's"))
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm_of_torch)
@@ -226,11 +226,11 @@ class FakeDeepGemm(types.ModuleType):
 def deepgemm(monkeypatch):
     fake = FakeDeepGemm()
     monkeypatch.setitem(sys.modules, "deep_gemm", fake)
-    monkeypatch.delitem(sys.modules, "r1pipe.kernels.deepgemm", raising=False)
-    module = importlib.import_module("r1pipe.kernels.deepgemm")
+    monkeypatch.delitem(sys.modules, "r1pipe.model.kernels.deepgemm", raising=False)
+    module = importlib.import_module("r1pipe.model.kernels.deepgemm")
     monkeypatch.setattr(module, "triton_fp8", types.SimpleNamespace(grouped_outer="Triton's"))
     yield module, fake
-    del sys.modules["r1pipe.kernels.deepgemm"]
+    del sys.modules["r1pipe.model.kernels.deepgemm"]
 
 
 @pytest.mark.parametrize("blocks", [True, False])

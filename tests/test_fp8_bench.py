@@ -12,7 +12,7 @@ from bench.tables import fp8_table
 from rich.console import Console
 from test_bench import MIB, result
 
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 
 LARGE = Product(0, 4096, 7168, 16384)
 TRAIN = Case("train", ["laptop"], 4, 1, 8, 0, [], {"bf16": 1.0}, {"bf16": 1.25})

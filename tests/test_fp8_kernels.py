@@ -14,8 +14,8 @@ import torch
 from interpreted import interpreted_kernels
 from torch import Tensor
 
-from r1pipe.kernels import reference
-from r1pipe.kernels.reference import FLOOR, Scaled
+from r1pipe.model.kernels import reference
+from r1pipe.model.kernels.reference import FLOOR, Scaled
 
 NAN = float("nan")
 SHAPES = [(1, 1), (5, 130), (128, 128), (150, 300)]
@@ -217,7 +217,7 @@ def test_triton_multiplies_as_the_reference(kernels, shape, scale):
 
 def test_triton_multiplies_alike_whatever_a_program_has(kernels):
     """Each configuration; programs are more than a band of eight rows."""
-    products = sys.modules["r1pipe.kernels.triton_products"]
+    products = sys.modules["r1pipe.model.kernels.triton_products"]
     a, weight = reference.quantise_tiles(normal(590, 130)), normal(140, 130, seed=1)
     b = reference.quantise_blocks(weight)
     wanted, size = reference.multiply(a, b, torch.float32), exactly(a, b)[1]

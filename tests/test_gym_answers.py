@@ -2,9 +2,9 @@
 
 import pytest
 
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data import gym_answers, reasoning_gym
-from r1pipe.errors import ConfigError
-from r1pipe.records import Completion, Prompt, Score, Status
 from r1pipe.rewards import score_all, symbolic
 from r1pipe.rewards.jailed import encode
 

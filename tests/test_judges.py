@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from fakes import House
 
-from r1pipe import checkpoints, compare, judges
+from r1pipe.cli import compare
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
-from r1pipe.errors import CheckpointError
-from r1pipe.judges import FORCE, HARMLESS, HELPFUL, shortfalls
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, shortfalls
 
 GOOD: dict[str, dict[str, Any]] = {
     HELPFUL: {"pairs": 300, "accuracy": 0.8, "length_correlation": 0.5},
@@ -62,14 +64,14 @@ def test_one_line_names_value_bound_key_and_what_forces_it(
     tmp_path: Path, kind: str, name: str, value: float | None, told: str
 ) -> None:
     write_standing(tmp_path)
-    assert judges.must_be_good(asking(tmp_path)) == []
+    assert judges.check_quality(asking(tmp_path)) == []
     write_standing(tmp_path, **{kind: {name: value}})
     with pytest.raises(CheckpointError) as caught:
-        judges.must_be_good(asking(tmp_path))
+        judges.check_quality(asking(tmp_path))
     line = str(caught.value)
     assert told.format("stage.preference.").removeprefix(" ") in line and "\n" not in line
     assert "reward_model-s0-x" in line and line.endswith(FORCE)
-    forced = judges.must_be_good(asking(tmp_path, force=True))
+    forced = judges.check_quality(asking(tmp_path, force=True))
     assert len(forced) == 1 and told.format("stage.preference.") in forced[0]
 
 
@@ -87,8 +89,8 @@ def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_no
     write_standing(tmp_path)
     (tmp_path / HARMLESS / judges.QUALITY).unlink()
     with pytest.raises(CheckpointError, match="harmless was never judged"):
-        judges.must_be_good(asking(tmp_path))
-    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+        judges.check_quality(asking(tmp_path))
+    assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 
 
 def test_a_model_that_is_missing_is_refused_even_by_force(tmp_path: Path) -> None:
@@ -97,9 +99,9 @@ def test_a_model_that_is_missing_is_refused_even_by_force(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / HARMLESS)
     for force in (False, True):
         with pytest.raises(CheckpointError, match=r"reward_model-s0-x has no harmless model") as caught:
-            judges.must_be_good(asking(tmp_path, force=force))
+            judges.check_quality(asking(tmp_path, force=force))
         assert "stage.preference.harmless_weight=0" in str(caught.value) and "\n" not in str(caught.value)
-    assert judges.must_be_good(asking(tmp_path, harmless_weight=0.0)) == []
+    assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 
 
 def test_the_shipped_bounds_refuse_a_coin_and_let_a_judge_pass() -> None:

@@ -8,13 +8,13 @@ from jobs import OPTIM, ROUTER, engine_config
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from torch import Tensor
 
-from r1pipe.engine import Engine
-from r1pipe.kernels import training as kernels
-from r1pipe.kernels.build import runs_here
 from r1pipe.model import DeepseekV3
 from r1pipe.model.balance import Balance
+from r1pipe.model.kernels import training as kernels
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.logprobs import token_logprobs
+from r1pipe.train.engine.engine import Engine
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.04}  # ||a - b|| / ||b||; bfloat16: of whole models
 pytestmark = pytest.mark.skipif(not runs_here(torch.bfloat16), reason="no AVX-512 with bfloat16")

@@ -16,11 +16,14 @@ import pytest
 from fakes import House
 from forked import wait_until
 
-from r1pipe import footprint, launch, locks, machine, pipeline
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.launch import pipeline
+from r1pipe.plan import footprint
+from r1pipe.runs import locks, machine
 
 
 def config_for(house: House, *words: str) -> RunConfig:
@@ -242,20 +245,20 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
     monkeypatch.undo()
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(EnvironmentProblem, match=r"compiler no-such-compiler is missing.*apt install"):
-        machine.must_launch(config.engine)
+        machine.find_launcher(config.engine)
     monkeypatch.undo()
     monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path / "empty"))
     with pytest.raises(EnvironmentProblem, match="`deepspeed` is missing"):
-        machine.must_launch(config.engine)
+        machine.find_launcher(config.engine)
     with pytest.raises(EnvironmentProblem, match="`ninja` is missing"):
-        machine.must_compile()
+        machine.check_compiler()
     monkeypatch.undo()
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"engine\.accelerator=cuda finds no NVIDIA GPU here"):
-        machine.must_launch(replace(config.engine, accelerator="cuda"))
+        machine.find_launcher(replace(config.engine, accelerator="cuda"))
     monkeypatch.undo()
     with pytest.raises(EnvironmentProblem, match=r"engine\.hostfile=nowhere does not exist"):
-        machine.must_launch(replace(config.engine, hostfile="nowhere"))
+        machine.find_launcher(replace(config.engine, hostfile="nowhere"))
 
 
 def test_a_full_disk_is_told_with_both_numbers(house: House, capsys: pytest.CaptureFixture) -> None:

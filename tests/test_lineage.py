@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe import checkpoints, datafiles, history, lineage, provenance, recorded
+from r1pipe.cli.lineage_page import page
+from r1pipe.cli.lineage_tree import described
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.config.schema import ParentRef
-from r1pipe.errors import CheckpointError
-from r1pipe.lineage.page import page
-from r1pipe.lineage.tree import described
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints, history, lineage, provenance, recorded
+from r1pipe.runs import data_files as datafiles
 
 
 def write(path: Path, content: object) -> None:
@@ -348,9 +349,11 @@ def test_parents_with_other_tokens_or_templates_are_refused_in_one_line(family):
         before = path.read_text()
         write(path, content)
         with pytest.raises(CheckpointError, match=told) as caught:
-            lineage.fit.must_speak_alike(ref(family.base, "pretrain"), [ref(family.grpo, "grpo")])
+            lineage.fit.check_same_chat_format(ref(family.base, "pretrain"), [ref(family.grpo, "grpo")])
         assert "\n" not in str(caught.value)
         path.write_text(before)
     (family.base / "checkpoints/step-1/tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing: a stage cannot start"):
-        lineage.fit.must_speak_alike(ParentRef("base", "b", str(family.base / "checkpoints/step-1"), ""), [])
+        lineage.fit.check_same_chat_format(
+            ParentRef("base", "b", str(family.base / "checkpoints/step-1"), ""), []
+        )

@@ -16,17 +16,17 @@ from faults.locks import launchers_killed
 from forked import wait_until
 from jobs import tiny, write_run
 
-from r1pipe import heartbeat, locks, processes
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.run import open_run
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import heartbeat, locks, processes
+from r1pipe.train.run import open_run
 
 TAKES = """
 import sys, time
 from pathlib import Path
-from r1pipe import locks
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.runs import locks
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
 run = RunFolder(sys.argv[1])
 while not (run.path.parent / "go").exists():
     pass
@@ -39,8 +39,8 @@ except EnvironmentProblem as error:
 """
 BEATS = """
 import sys, time
-from r1pipe import heartbeat
-from r1pipe.paths import RunFolder
+from r1pipe.runs import heartbeat
+from r1pipe.core.paths import RunFolder
 with heartbeat.beating(RunFolder(sys.argv[1]), 0):
     time.sleep(3600)
 """
@@ -101,7 +101,7 @@ def test_a_garbled_pid_file_stops_nobody(run, content):
 
 def test_a_number_that_is_another_process_now_stops_nobody(run):
     locks.Holder(socket.gethostname(), "long ago", [(os.getpid(), 1.0), (os.getppid(), 2.0)]).write(run.pid)
-    locks.must_be_free(run)
+    locks.check_not_running(run)
 
 
 def test_each_process_of_a_job_holds_it(run, started):
@@ -114,10 +114,10 @@ def test_each_process_of_a_job_holds_it(run, started):
     holder["processes"][0][1] = 1.0  # the command line is gone
     run.pid.write_text(json.dumps(holder))
     with pytest.raises(EnvironmentProblem, match=rf"going on already \(process {launcher.pid} on "):
-        locks.must_be_free(run)
+        locks.check_not_running(run)
     launcher.kill()
     launcher.wait()
-    locks.must_be_free(run)
+    locks.check_not_running(run)
 
 
 @pytest.mark.parametrize("garbled", [False, True])
@@ -131,7 +131,7 @@ def test_ranks_that_outlive_their_launcher_hold_it_too(run, started, garbled):
     )
     run.pid.write_text(text)
     with pytest.raises(EnvironmentProblem, match=rf"ranks whose launcher is gone .*kill -9 {rank.pid}$"):
-        locks.must_be_free(run)
+        locks.check_not_running(run)
     rank.kill()
     rank.wait()
     with locks.held(run):
@@ -142,12 +142,12 @@ def test_a_rank_without_launchers_holds_it_before_its_first_heartbeat(tmp_path):
     """r1pipe and the runner were killed while the rank was still importing."""
     with launchers_killed(tmp_path) as (run, rank):
         with pytest.raises(EnvironmentProblem, match=rf"launcher is gone .*: kill -9 {rank.pid}$"):
-            locks.must_be_free(run)
+            locks.check_not_running(run)
         other = RunFolder(tmp_path / "another-run")
         other.path.mkdir()
         other.pid.write_bytes(run.pid.read_bytes())
-        locks.must_be_free(other)  # whose the group's number is shows in the words of its processes
-    locks.must_be_free(run)
+        locks.check_not_running(other)  # whose the group's number is shows in the words of its processes
+    locks.check_not_running(run)
 
 
 def test_a_rank_whose_run_was_taken_over_refuses_to_begin_and_writes_nothing(tmp_path, started, caplog):
@@ -171,17 +171,17 @@ def test_a_job_on_another_machine_holds_it_while_it_shows_life(run, monkeypatch)
     with pytest.raises(
         EnvironmentProblem, match=r"process 4711 on node7 since 2026-11-25 03:56:34\).*again in \d+ s"
     ):
-        locks.must_be_free(run)
+        locks.check_not_running(run)
     monkeypatch.setattr(locks, "LEASE_S", 1e6)
     old = time.time() - 2e6
     os.utime(run.pid, (old, old))
-    locks.must_be_free(run)
+    locks.check_not_running(run)
     beat = heartbeat.Beat(0, "node8", psutil.Process().pid, 1.0)
     run.heartbeat(0).write_text(json.dumps(vars(beat)))  # a rank on a third machine
     with pytest.raises(EnvironmentProblem, match="on node7"):
-        locks.must_be_free(run)
+        locks.check_not_running(run)
     os.utime(run.heartbeat(0), (old, old))
-    locks.must_be_free(run)
+    locks.check_not_running(run)
 
 
 def test_a_lock_that_another_has_taken_over_is_left_alone(run):

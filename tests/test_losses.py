@@ -16,19 +16,19 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe import checkpoints
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import options, read
 from r1pipe.config.rules import CHOICES
 from r1pipe.config.schema import RLConfig
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError
-from r1pipe.records import Completion, Group, Prompt, Score
-from r1pipe.rl import losses, scoring
-from r1pipe.rl.batch import Rollout, rollouts_of
-from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.shaping import kl_of_completions, shared_anew, teaches
-from r1pipe.rl.update import Reference, update
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Completion, Group, Prompt, Score
+from r1pipe.runs import checkpoints
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import losses, scoring
+from r1pipe.train.rl.batch import Rollout, rollouts_of
+from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.shaping import has_signal, kl_of_completions, redistribute_groups
+from r1pipe.train.rl.update import Reference, update
 
 # --- the loss
 
@@ -86,7 +86,7 @@ def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
 
 
 def test_a_clipped_weight_drops_no_gradient():
-    chosen = objective(surrogate="weighted", clip=1.0, clip_high=4.0)
+    chosen = objective(surrogate="cispo", clip=1.0, clip_high=4.0)
     result, slopes = loss_of([0.01, 2.0, 6.0], [1.0, -1.0, 1.0], [3], chosen)
     logprobs = [math.log(0.1 * ratio) for ratio in (0.01, 2.0, 6.0)]
     weights = [0.01, -2.0, 5.0]
@@ -146,8 +146,8 @@ def group(*accuracies: float) -> Group:
 
 def test_a_group_teaches_by_its_verdicts_and_not_by_its_lengths():
     weights = {"accuracy": 1.0, "overlong": 1.0}
-    assert teaches(group(1.0, 0.0), weights)
-    assert not teaches(group(1.0, 1.0), weights) and not teaches(group(0.0, 0.0), weights)
+    assert has_signal(group(1.0, 0.0), weights)
+    assert not has_signal(group(1.0, 1.0), weights) and not has_signal(group(0.0, 0.0), weights)
 
 
 class Together:
@@ -179,7 +179,9 @@ def test_the_first_groups_of_all_ranks_that_teach_are_trained_on_in_equal_shares
             for number, each in enumerate(groups):
                 each.place = rank + 2 * number
             tokens = [[each.place] for each in groups]
-            tokens, groups = shared_anew(together.rank(rank), tokens, groups, {"accuracy": 1.0}, wanted)
+            tokens, groups = redistribute_groups(
+                together.rank(rank), tokens, groups, {"accuracy": 1.0}, wanted
+            )
             assert tokens == [[each.place] for each in groups], "each prompt stays with its group"
             return [(each.place, each.trained) for each in groups]
 
@@ -219,7 +221,7 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
 
 
 def test_each_completion_gets_the_sum_over_its_own_tokens():
-    stage = replace(tiny_config("stage=grpo", "stage.kl_estimator=k1").stage, micro_tokens=12)
+    stage = replace(tiny_config("stage=grpo", "stage.kl_estimator=k1").stage, max_tokens_per_micro_batch=12)
     reference = Reference(tiny_model(), engine_config())
     prompts = [[1, 5, 6], [4, 8]]
     tokens = [[7, 8], [9, 3, 5, 2], [7], [6, 6, 2]]
@@ -252,16 +254,16 @@ def updated(sampler_error: float, *words: str) -> dict[str, float]:
 
 
 def test_the_trainers_own_log_probabilities_are_from_before_the_first_update():
-    plain, wrong = updated(0.0, "stage.loss_mean=token"), updated(-0.7, "stage.loss_mean=token")
+    plain, wrong = updated(0.0, "stage.loss_aggregation=token"), updated(-0.7, "stage.loss_aggregation=token")
     assert plain["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
     assert wrong["importance_ratio/max"] == pytest.approx(math.exp(0.7), rel=1e-4)
-    capped = updated(-0.7, "stage.loss_mean=token", "stage.importance_cap=1.5")
+    capped = updated(-0.7, "stage.loss_aggregation=token", "stage.importance_cap=1.5")
     assert capped["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
     assert capped["sampling/sampling_logp_difference/mean"] == pytest.approx(0.7, abs=1e-4)
     assert capped["sampling/importance_sampling_ratio/capped"] == 1.0
     # every token weighs 1.5; the reference is the policy of now, so no KL adds to it
     assert capped["train/grad_norm"] == pytest.approx(1.5 * plain["train/grad_norm"], rel=1e-3)
-    again = updated(0.0, "stage.loss_mean=token", "stage.importance_cap=1.5", "stage.inner_epochs=2")
+    again = updated(0.0, "stage.loss_aggregation=token", "stage.importance_cap=1.5", "stage.inner_epochs=2")
     assert again["importance_ratio/max"] > 1.01, (
         "the second epoch's ratio is to the policy of before the first"
     )
@@ -293,7 +295,7 @@ def test_a_loss_goes_over_what_is_below_its_name_and_under_what_stands_beside_it
     stage = found.config.stage
     assert isinstance(stage, RLConfig)
     assert (stage.loss, stage.clip, stage.clip_high, stage.kl_coef) == ("dapo", 0.1, 0.28, 0.0)
-    assert stage.dynamic_batches > 1 and stage.rewards.weights["overlong"] == 1.0
+    assert stage.max_sampling_batches > 1 and stage.rewards.weights["overlong"] == 1.0
     sources = [found.sources[f"stage.{key}"] for key in ("loss", "clip", "clip_high", "reference_every")]
     assert sources == [
         COMMAND_LINE,
@@ -319,7 +321,7 @@ def test_a_recipes_own_values_go_over_the_loss_that_it_names(monkeypatch):
 def test_without_a_name_the_recipes_are_what_they_were():
     for recipe, expected in (("laptop", (0.2, "token")), ("cluster", (10.0, "sequence"))):
         stage = compose([f"recipe={recipe}", "stage=grpo"]).config.stage
-        assert (stage.clip, stage.loss_mean) == expected
+        assert (stage.clip, stage.loss_aggregation) == expected
         assert (stage.loss, stage.ratio, stage.surrogate, stage.clip_high) == (
             "grpo",
             "token",
@@ -327,7 +329,7 @@ def test_without_a_name_the_recipes_are_what_they_were():
             None,
         )
         assert (stage.normalise_std, stage.kl_estimator, stage.kl_in) == (True, "k3", "loss")
-        assert (stage.dynamic_batches, stage.importance_cap) == (1, 0.0)
+        assert (stage.max_sampling_batches, stage.importance_cap) == (1, 0.0)
         assert stage.rewards.weights["overlong"] == 0.0
 
 
@@ -337,13 +339,13 @@ def test_without_a_name_the_recipes_are_what_they_were():
         ("stage.loss=dappo", "stage.loss=dappo: no such loss; did you mean dapo?"),
         ("stage=cold_start stage.loss=dapo", "stage.loss is no key of the config"),
         ("stage.ratio=word", "is none of token, sequence"),
-        ("stage.surrogate=min", "is none of clipped, weighted"),
+        ("stage.surrogate=min", "is none of clipped, cispo"),
         ("stage.kl_estimator=k4", "is none of k1, k2, k3"),
         ("stage.kl_in=both", "is none of loss, reward"),
         ("stage.loss=dapo stage.kl_in=reward", "stage.kl_in=reward needs stage.kl_coef above 0"),
         ("stage.kl_coef=0 stage.kl_estimator=k2", "stage.kl_estimator=k2 needs stage.kl_coef above 0"),
         ("stage.importance_cap=0.5", "give 1 or more, or 0 for none"),
-        ("stage.dynamic_batches=0", "must be 1 or more"),
+        ("stage.max_sampling_batches=0", "must be 1 or more"),
         ("stage.rewards.overlong_cache=1.5", "must be from 0 to 1"),
     ],
 )
@@ -376,7 +378,7 @@ SHORT = (
         ("stage.loss=dapo",),
         ("stage.loss=dr_grpo", "stage.importance_cap=2"),
         ("stage.loss=gspo", "stage.kl_in=reward", "stage.kl_estimator=k1", "stage.reference_every=1"),
-        ("stage.loss=cispo", "stage.dynamic_batches=3"),
+        ("stage.loss=cispo", "stage.max_sampling_batches=3"),
     ],
 )
 def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_path, monkeypatch):
@@ -418,7 +420,7 @@ def test_a_step_draws_until_enough_groups_teach(tmp_path, monkeypatch):
         return [{"accuracy": Score(float(c.tokens[0] % 8 == 0))} for c in completions]
 
     monkeypatch.setattr(scoring, "score_all", seldom_right)
-    words = ("stage.dynamic_batches=20", "stage.group_size=2", "stage.rewards.unfinished=0")
+    words = ("stage.max_sampling_batches=20", "stage.group_size=2", "stage.rewards.truncation_penalty=0")
     folder = tiny_run(tmp_path / "run", *SHORT, *words)
     go(folder)
     for step, row in enumerate(metrics_of(folder), 1):
@@ -443,7 +445,9 @@ def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatc
         return [{"accuracy": Score(1.0)} for _ in completions]
 
     monkeypatch.setattr(scoring, "score_all", always_right)
-    folder = tiny_run(tmp_path / "run", *SHORT, "stage.dynamic_batches=3", "stage.rewards.unfinished=0")
+    folder = tiny_run(
+        tmp_path / "run", *SHORT, "stage.max_sampling_batches=3", "stage.rewards.truncation_penalty=0"
+    )
     go(folder)
     assert [row["rollout/batches"] for row in metrics_of(folder)] == [3, 3]
     rows = pq.read_table(folder / "rollouts" / "step-2.parquet").to_pylist()
@@ -452,7 +456,7 @@ def test_a_limit_ends_the_drawing_and_the_step_is_filled_up(tmp_path, monkeypatc
 
 def test_ranks_draw_until_they_have_enough_together():
     """Four prompts a step on two ranks; one of this one's two groups of a batch teaches."""
-    stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, dynamic_batches=9)
+    stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, max_sampling_batches=9)
     others, seen = iter([0.0, 1.0, 1.0]), []  # how many of the other rank's teach so far
     loop = object.__new__(GRPO)
     loop.config, loop.weights, loop.state = stage, {"accuracy": 1.0}, LoopState()

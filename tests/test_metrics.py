@@ -12,17 +12,17 @@ import torch
 from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe.records import Score
-from r1pipe.rl import scoring
-from r1pipe.rl.losses import Objective, policy_loss
-from r1pipe.rl.rows import speeds
-from r1pipe.rl.update import _extremes, _Step
+from r1pipe.core.types import Score
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.losses import Objective, policy_loss
+from r1pipe.train.rl.rows import speeds
+from r1pipe.train.rl.update import _extremes, _Step
 
 HOME = Path(__file__).resolve().parent.parent
 TABLE = re.findall(
     r"^\| `([^`]+)` \| (.+?) \| (.*?) ?\|$", (HOME / "docs" / "metrics.md").read_text(), re.MULTILINE
 )
-ROUTES = ("stage.compare_routes=1",)
+ROUTES = ("stage.routing_check_samples=1",)
 OF_A_BROKEN_STEP = {"train/skipped"}  # test_finite.py makes one
 OF_THE_LINE = {"step", "time"}  # where and when, not measured
 SHORT = (
@@ -50,7 +50,7 @@ def logged(tmp_path_factory) -> set[str]:
             "precision=fp8",
             *ROUTES,
         ),
-        "dynamic": ("stage.dynamic_batches=2", "tripwires.wires.truncation.limit=0.0"),
+        "dynamic": ("stage.max_sampling_batches=2", "tripwires.wires.truncation.limit=0.0"),
         "ppo": ("stage.algorithm=ppo", "stage.router.balance_alpha=0.01"),
     }
     names: set[str] = set()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from shapes import SHAPES, ours, tiny, tokens
 
-from r1pipe.errors import ConfigError, NumericProblem
-from r1pipe.kernels import build
-from r1pipe.kernels.build import runs_here
-from r1pipe.kernels.forward import pack
+from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.decoders import decoder_of
+from r1pipe.model.kernels import build
+from r1pipe.model.kernels.build import runs_here
+from r1pipe.model.kernels.forward import pack
 from r1pipe.model.native import NativeDecoder
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 LENGTHS = torch.tensor([3, 9, 1, 6])
 runs = pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512 here, or no compiler")
@@ -195,7 +195,7 @@ def test_kernels_compile_for_processors_without_bfloat16():
 
 @runs
 def test_a_torch_whose_onednn_may_not_use_avx512_does_the_work_itself():
-    code = "import torch; from r1pipe.kernels.build import runs_here; print(runs_here(torch.bfloat16))"
+    code = "import torch; from r1pipe.model.kernels.build import runs_here; print(runs_here(torch.bfloat16))"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
@@ -209,7 +209,7 @@ def test_a_processor_without_avx512_takes_torch(fresh, monkeypatch):
 
 @runs
 def test_ranks_that_start_together_compile_once(fresh):
-    code = "from r1pipe.kernels.build import library; assert library() is not None"
+    code = "from r1pipe.model.kernels.build import library; assert library() is not None"
     ranks = [
         subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from setuptools import find_packages
 
-from r1pipe import checkpoints
-from r1pipe.bundle import bundle
-from r1pipe.errors import CheckpointError
-from r1pipe.paths import RunFolder
+from r1pipe.cli.bundle import bundle
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-LEFT_OUT = shutil.ignore_patterns(".*", "runs", "build", "dist", "outputs", "*.egg-info", "__pycache__")
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
 SOURCES = sorted(
     path for folder in ("r1pipe", "stages", "tests/bench") for path in ROOT.glob(f"{folder}/**/*.py")
 )
@@ -31,7 +31,13 @@ SOURCES = sorted(
 def wheel(tmp_path_factory):
     """The wheel of a copy of this checkout, built without network."""
     copy, out = tmp_path_factory.mktemp("checkout") / "r1pipe", tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+    shutil.copytree(
+        ROOT,
+        copy,
+        ignore=lambda folder, names: (
+            NOT_COPIED(folder, names) | ({"runs"} if Path(folder) == ROOT else set())
+        ),
+    )
     command = [
         sys.executable,
         "-m",
@@ -57,7 +63,7 @@ def test_wheel_holds_package_conf_stages_and_data(wheel):
     }
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("r1pipe/**/*.py", "r1pipe/kernels/cpu/*")
+        for pattern in ("r1pipe/**/*.py", "r1pipe/model/kernels/cpu/*")
         for path in ROOT.glob(pattern)
     }
     bundled = {

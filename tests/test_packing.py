@@ -5,8 +5,8 @@ from itertools import groupby
 import numpy as np
 import pytest
 
+from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, pack, share, split_long
-from r1pipe.records import Example
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(2, 40, 300).tolist()

@@ -12,9 +12,9 @@ from rl_runs import go
 from runfolders import write_lines
 from tiny_runs import tiny_run
 
-from r1pipe.panel import Step, cut, harmless, lines_of
-from r1pipe.progress import Display
-from r1pipe.rl.rows import SHOWN_END, sample_of
+from r1pipe.launch.panel import Step, cut, harmless, lines_of
+from r1pipe.launch.progress import Display
+from r1pipe.train.rl.rows import SHOWN_END, sample_of
 
 METRICS = {
     "step": 12, "time": 40.0, "reward": 0.43, "reward_std": 0.472, "frac_reward_zero_std": 0.25,

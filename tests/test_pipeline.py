@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from fakes import House, build_house
 
-from r1pipe import lineage, locks, pipeline
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.launch import pipeline
+from r1pipe.runs import lineage, locks
 
 
 def config_of(run: Path) -> dict:

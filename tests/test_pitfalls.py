@@ -10,7 +10,7 @@ import pytest
 from r1pipe.config.compose import compose
 from r1pipe.config.typed import to_mapping
 from r1pipe.doctor import CHECKS
-from r1pipe.rl.tripwires import WIRES
+from r1pipe.train.rl.tripwires import WIRES
 
 HOME = Path(__file__).resolve().parent.parent
 TEXT = (HOME / "docs" / "pitfalls.md").read_text(encoding="utf-8")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from fakes import House
 
-from r1pipe import pipeline
 from r1pipe.config.changes import ABSENT, SAME_BITS, SAME_WITHIN_ROUNDING, Change, changes, listed
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import flat, upwards
 from r1pipe.config.schema import RunConfig
 from r1pipe.config.typed import to_mapping
+from r1pipe.launch import pipeline
 
 
 def begin(house: House, monkeypatch: pytest.MonkeyPatch, *words: str) -> Path:

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 from two_ranks_ppo import PROMPTS, groups_of, trained
 
-from r1pipe import checkpoints
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import options, read
 from r1pipe.config.rules import CHOICES
-from r1pipe.errors import ConfigError
-from r1pipe.records import Score
-from r1pipe.rl import scoring
-from r1pipe.rl.batch import Estimate, Rollout, by_prompt, collate
-from r1pipe.rl.critic import Critic, ValueModel
-from r1pipe.rl.ppo import gae, token_rewards, value_loss
-from r1pipe.rl.update import Reference
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Score
+from r1pipe.runs import checkpoints
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.batch import Estimate, Rollout, by_prompt, collate
+from r1pipe.train.rl.critic import Critic, ValueModel
+from r1pipe.train.rl.ppo import gae, token_rewards, value_loss
+from r1pipe.train.rl.update import Reference
 
 PPO = ("stage=grpo", "stage.algorithm=ppo", "stage.sampling.max_tokens=8")
 
@@ -174,7 +174,10 @@ def test_one_word_makes_it_ppo_in_every_stage_and_recipe():
             "stage.algorithm=ppo stage.normalise_std=true",
             "needs stage.algorithm=grpo; PPO has stage.ppo.whiten",
         ),
-        ("stage.algorithm=ppo stage.dynamic_batches=2", "stage.dynamic_batches=2 needs stage.algorithm=grpo"),
+        (
+            "stage.algorithm=ppo stage.max_sampling_batches=2",
+            "stage.max_sampling_batches=2 needs stage.algorithm=grpo",
+        ),
         ("stage.algorithm=ppo stage.ppo.gae_lambda=1.1", "stage.ppo.gae_lambda=1.1 must be from 0 to 1"),
         ("stage.algorithm=ppo stage.ppo.value_lr_factor=0", "would teach the value model nothing"),
         ("stage.algorithm=ppo stage.ppo.value_clip=0", "would hold every value"),
@@ -256,8 +259,8 @@ def test_a_tiny_policy_learns_a_trivial_reward(tmp_path, monkeypatch):
     folder = tiny_run(
         tmp_path / "run",
         *(*PPO, "stage.max_steps=12", "stage.save_every=0", "stage.prompts_per_step=8", "stage.group_size=8"),
-        *("stage.sampling.slots=64", "stage.optim.lr=0.02", "stage.loss_mean=token"),
-        *("stage.rewards.unfinished=0.0",),
+        *("stage.sampling.max_num_seqs=64", "stage.optim.lr=0.02", "stage.loss_aggregation=token"),
+        *("stage.rewards.truncation_penalty=0.0",),
     )
     go(folder)
     rows = metrics_of(folder)

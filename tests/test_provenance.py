@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from jobs import tiny, write_run
 
-from r1pipe import checkpoints, history, launch, machine, recorded
+from r1pipe.chat.template import TEMPLATE, Chat
 from r1pipe.config import config_hash, load, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import TEMPLATE, Chat
+from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.data.reading import SET_ASIDE
-from r1pipe.lineage.fit import template_hash
-from r1pipe.paths import RunFolder, content_dir
-from r1pipe.provenance import FORMAT, job_record, write_json
+from r1pipe.launch import job as launch
+from r1pipe.runs import checkpoints, history, machine, recorded
+from r1pipe.runs.lineage.fit import template_hash
+from r1pipe.runs.provenance import FORMAT, job_record, write_json
 
 MADE = {
     "wall_s": 1.5,

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import lineage
 from r1pipe.config.schema import ParentRef
-from r1pipe.rl.rows import Row
-from r1pipe.sft.rejection import GENERAL_ALONE
+from r1pipe.runs import lineage
+from r1pipe.train.rl.rows import Row
+from r1pipe.train.sft.rejection import GENERAL_ALONE
 
 ROWS = {
     "gsm8k_train.jsonl": 400,
@@ -59,7 +59,7 @@ class Walk:
 def walked(some: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders by stage."""
     walk = Walk(tmp_path_factory.mktemp("runs"), some)
-    walk.run("cold_start", "stage.traces=24", "stage.sequence_length=256")
+    walk.run("cold_start", "stage.demonstrations=24", "stage.sequence_length=256")
     walk.run("grpo", *RL, weights="cold_start")
     walk.run(
         "rejection_sft",
@@ -164,7 +164,7 @@ def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_smoke_recipe_runs_through_on_real_data(shared: Path, tmp_path: Path) -> None:
     words = ["recipe=smoke", "engine.ranks=2", "data=real", f"data.path={shared}", f"root={tmp_path}"]
-    command = [sys.executable, "-m", "r1pipe.cli", "reproduce", *words, "tracking=none"]
+    command = [sys.executable, "-m", "r1pipe.cli.commands", "reproduce", *words, "tracking=none"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stages = {json.loads(path.read_text())["stage"] for path in tmp_path.glob("*/record.json")}

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from runfolders import CONTROLS, STAGES, build, build_all, write_json, write_lines
 
-from r1pipe import compare
-from r1pipe.errors import CheckpointError
-from r1pipe.figures import duration, number, percent
-from r1pipe.progress import Display
-from r1pipe.report import write_report
-from r1pipe.report.load import load_runs, other_runs
+from r1pipe.cli import compare
+from r1pipe.cli.report import write_report
+from r1pipe.cli.report.load import load_runs, other_runs
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.formatting import duration, number, percent
+from r1pipe.launch.progress import Display
 
 SCRIPTS_RELY_ON = {
     *(
@@ -131,7 +131,7 @@ def progress_row(time: float, what: str, done: int, total: int, **show) -> dict:
 
 
 def test_without_a_terminal_a_line_per_phase_and_one_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("r1pipe.progress.QUIET_S", math.inf)
+    monkeypatch.setattr("r1pipe.launch.progress.QUIET_S", math.inf)
     console = Console(file=io.StringIO(), width=60)
     before = progress_row(0, "loading data", 1, 2)  # of a session that was interrupted
     write_lines(tmp_path / "progress.jsonl", [before])
@@ -148,7 +148,7 @@ def test_without_a_terminal_a_line_per_phase_and_one_at_the_end(tmp_path, monkey
         file.write("not json\n" + '{"what": "train", "done": 20')
     assert console.file.getvalue().count("\n") == 2, "one line per new phase; the rest waits"
     assert "loading data" not in console.file.getvalue()
-    monkeypatch.setattr("r1pipe.progress.QUIET_S", 0.0)
+    monkeypatch.setattr("r1pipe.launch.progress.QUIET_S", 0.0)
     garbled = progress_row(41, "train", 20, 64)  # a killed job's half line, and the next job's first
     write_lines(tmp_path / "progress.jsonl", [garbled, progress_row(43, "train", 21, 64, reward=0.75)])
     display.poll()

@@ -84,7 +84,7 @@ def newest(run: Path) -> Path:
 
 
 def listed_anew(checkpoint: Path) -> None:
-    from r1pipe import checkpoints
+    from r1pipe.runs import checkpoints
 
     checkpoints.write_manifest(checkpoint)
 

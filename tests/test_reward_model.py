@@ -9,15 +9,15 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from tiny_runs import load_stage, tiny_config, tiny_run
 
-from r1pipe.data.chat import Chat, compose_response
-from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError
-from r1pipe.judges import HARMLESS, HELPFUL, KINDS, quality_of
+from r1pipe.chat.template import Chat, compose_response
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import DeepseekV3
-from r1pipe.paths import content_dir
-from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import models, quality
-from r1pipe.rl.preference import Examples, Item, micro_losses, standing
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.preference import Examples, Item, micro_losses, standing
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 

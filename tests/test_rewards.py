@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from r1pipe.errors import ConfigError, DataError
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, vote
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.program import check_program, extract_program, same_value

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from r1pipe.config.compose import compose
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.files import SUMMARY, Files
-from r1pipe.errors import DataError
-from r1pipe.records import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, jail, score_all
 from r1pipe.rewards.program import check_program
 

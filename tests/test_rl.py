@@ -14,18 +14,26 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe import checkpoints
-from r1pipe.engine import Engine
-from r1pipe.errors import ConfigError, DataError
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
-from r1pipe.records import Completion, Group, Prompt, Score, Status
-from r1pipe.rl import losses, scoring
-from r1pipe.rl.advantages import group_advantages, has_variance
-from r1pipe.rl.batch import Rollout, by_prompt, collate, rollouts_of, scored_counts, split_evenly, weights_of
-from r1pipe.rl.prompts import PromptStream, general_count
-from r1pipe.rl.rows import REFLECTIVE, rows_of, summarise, unfit
-from r1pipe.rl.stage import reinforce, rules_only
-from r1pipe.rl.update import completion_logprobs, update
+from r1pipe.runs import checkpoints
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import losses, scoring
+from r1pipe.train.rl.advantages import group_advantages, has_variance
+from r1pipe.train.rl.batch import (
+    Rollout,
+    by_prompt,
+    collate,
+    rollouts_of,
+    scored_counts,
+    split_evenly,
+    weights_of,
+)
+from r1pipe.train.rl.prompts import PromptStream, general_count
+from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, too_many_failures
+from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.rl.update import completion_logprobs, update
 
 NAN = math.nan
 
@@ -169,7 +177,7 @@ def test_micro_batches_are_of_whole_groups_and_never_pad_beyond_the_limit():
         for prompt, lengths in ((a, (3, 4)), (b, (50,)), (c, (2, 5)), (d, (8, 9, 7)))
         for n in lengths
     ]
-    batches = by_prompt(rollouts, micro_tokens=26)
+    batches = by_prompt(rollouts, max_tokens_per_micro_batch=26)
     found = [[(r.prompt[0], len(r.completion)) for r in batch] for batch in batches]
     # the longest first; group 4 is cut, as it does not fit alone; 3 and 1 pad to 2 x 3 + 4 x 5 tokens
     assert found == [[(2, 50)], [(4, 9), (4, 8)], [(4, 7)], [(3, 5), (3, 2), (1, 4), (1, 3)]]
@@ -213,9 +221,11 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
     ]
     counts = scored_counts(rollouts)
 
-    def gradient(loss_of: Callable[[list[Rollout]], torch.Tensor], micro_tokens: int) -> torch.Tensor:
+    def gradient(
+        loss_of: Callable[[list[Rollout]], torch.Tensor], max_tokens_per_micro_batch: int
+    ) -> torch.Tensor:
         model.zero_grad()
-        for rows in by_prompt(rollouts, micro_tokens):
+        for rows in by_prompt(rollouts, max_tokens_per_micro_batch):
             loss_of(rows).backward()
         return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
@@ -256,7 +266,7 @@ def test_prompts_are_shared_under_zero_3_too():
     assert stats_at(3) == pytest.approx(stats_at(0), rel=1e-4)
 
 
-def steps_of_update(alpha: float, micro_tokens: int, monkeypatch, repeats: int = 0):
+def steps_of_update(alpha: float, max_tokens_per_micro_batch: int, monkeypatch, repeats: int = 0):
     """Two optimizer steps on nine completions of three prompts: their stats, and the update's metrics."""
     prompts = [[1, 5, 6, 11], [4, 8], [2]]
     rollouts = [rollout(prompt, [7, 8, 9, 3][:n], 1.0 - n) for prompt in prompts for n in (1, 2, 4)]
@@ -266,7 +276,7 @@ def steps_of_update(alpha: float, micro_tokens: int, monkeypatch, repeats: int =
     stats, train_step = [], engine.train_step
     monkeypatch.setattr(engine, "train_step", lambda losses: stats.append(train_step(losses)) or stats[-1])
     stage = tiny_config("stage=grpo", "stage.minibatches=1", "stage.inner_epochs=2").stage
-    config = replace(stage, micro_tokens=micro_tokens, router=router)
+    config = replace(stage, max_tokens_per_micro_batch=max_tokens_per_micro_batch, router=router)
     return stats, update(engine, rollouts, config, None)
 
 
@@ -368,7 +378,7 @@ def test_nothing_is_learned_from_a_step_without_any_score(monkeypatch):
     rows = rows_of(groups, None)
     metrics = summarise(rows)
     assert metrics["frac_reward_failed"] == 1.0 and "reward" not in metrics
-    assert "accuracy: verifier_failed (no answer in 5 s)" in unfit(metrics, 1.0, rows)
+    assert "accuracy: verifier_failed (no answer in 5 s)" in too_many_failures(metrics, 1.0, rows)
 
 
 # --- prompts
@@ -465,10 +475,10 @@ def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
         *(
             "stage.group_size=8",
             "stage.sampling.max_tokens=8",
-            "stage.sampling.slots=64",
+            "stage.sampling.max_num_seqs=64",
             "stage.optim.lr=0.02",
         ),
-        *(f"stage.loss={loss}", "stage.loss_mean=token", "stage.rewards.unfinished=0.0"),
+        *(f"stage.loss={loss}", "stage.loss_aggregation=token", "stage.rewards.truncation_penalty=0.0"),
     )
     go(folder)
     curve = [row["rewards/accuracy/mean"] for row in metrics_of(folder)]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 
-from r1pipe.errors import ConfigError
-from r1pipe.kernels.build import runs_here
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.native import NativeDecoder
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.rollout.drawing import draw, uniform_stream
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout.drawing import draw, uniform_stream
 
 EOS, PAD = 1, 0
 SMALL = tiny(num_hidden_layers=2, vocab_size=24, initializer_range=0.08)  # one token in 24 ends
@@ -99,7 +99,7 @@ def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
     asked = prompts(8, model.config)
     params = SamplingParams(max_tokens=6, n=2)
     whole = Sampler(model, EOS, PAD, 16).generate(asked, params)
-    monkeypatch.setattr("r1pipe.rollout.sampler.PREFILL_TOKENS", 12)
+    monkeypatch.setattr("r1pipe.train.rollout.sampler.PREFILL_TOKENS", 12)
     assert [c.tokens for c in Sampler(model, EOS, PAD, 16).generate(asked, params)] == [
         c.tokens for c in whole
     ]

@@ -9,13 +9,13 @@ from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose
-from r1pipe.engine import Engine
-from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
-from r1pipe.rl import routing
-from r1pipe.rl.batch import Rollout
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import routing
+from r1pipe.train.rl.batch import Rollout
 
 STAGE = tiny("grpo").stage
 ROLLOUTS = [
@@ -86,14 +86,14 @@ def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, mon
 @pytest.mark.parametrize("stage", ["grpo", "zero", "all_scenario"])
 def test_the_larger_recipes_compare_all_along(recipe, stage):
     found = compose([f"stage={stage}", f"recipe={recipe}"]).config.stage
-    assert 0 < found.compare_routes <= found.prompts_per_step * found.group_size / 100, "a cheap share"
+    assert 0 < found.routing_check_samples <= found.prompts_per_step * found.group_size / 100, "a cheap share"
     assert found.eval.every
 
 
 def test_the_loop_logs_it_where_it_is_asked_for(tmp_path):
     words = ["stage=grpo", "stage.max_steps=1", "stage.sampling.max_tokens=8", "stage.kl_coef=0"]
     for count in (0, 2):
-        folder = tiny_run(tmp_path / str(count), *words, f"stage.compare_routes={count}")
+        folder = tiny_run(tmp_path / str(count), *words, f"stage.routing_check_samples={count}")
         go(folder)
         [row] = metrics_of(folder)
         assert row.get("train/routing_agreement") == (1.0 if count else None)

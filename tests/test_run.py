@@ -9,16 +9,16 @@ import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
-from r1pipe import checkpoints, lineage
+from r1pipe.chat.template import Chat
 from r1pipe.config.schema import ParentRef, PretrainConfig
-from r1pipe.data.chat import Chat
-from r1pipe.data.source import must_be_as_it_was
-from r1pipe.engine import Engine
-from r1pipe.errors import CheckpointError, DataError
+from r1pipe.core.errors import CheckpointError, DataError
+from r1pipe.core.paths import stages_dir
+from r1pipe.data.source import check_data_unchanged
 from r1pipe.model import load_pretrained
-from r1pipe.paths import stages_dir
-from r1pipe.ranks import Ranks
-from r1pipe.run import open_run
+from r1pipe.runs import checkpoints, lineage
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.run import open_run
 
 
 @pytest.fixture
@@ -176,9 +176,9 @@ def test_data_that_is_mended_before_anything_is_made_is_what_the_run_begins_with
 
 def test_data_that_is_made_is_told_by_its_name():
     before, now = ({"hash": letter * 64, "files": {}} for letter in "ab")
-    must_be_as_it_was("world", before, before)
+    check_data_unchanged("world", before, before)
     with pytest.raises(DataError, match=r"\(data=world: a{12} -> b{12}\)"):
-        must_be_as_it_was("world", before, now)
+        check_data_unchanged("world", before, now)
 
 
 def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):

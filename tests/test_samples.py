@@ -13,9 +13,9 @@ from rich.console import Console
 from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
-from r1pipe.rl.rows import write_rows
-from r1pipe.rollouts import Filter, bound, look
-from r1pipe.samples import Asked, chosen_of, samples
+from r1pipe.cli.samples import Asked, chosen_of, samples
+from r1pipe.runs.rollouts import Filter, bound, look
+from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
 
@@ -214,7 +214,7 @@ def test_many_steps_are_read_by_their_numbers_alone(tmp_path, monkeypatch):
         return once(self, columns, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "read", noted)
-    monkeypatch.setattr("r1pipe.rollouts.FILES", 7)
+    monkeypatch.setattr("r1pipe.runs.rollouts.FILES", 7)
     found = look(files, Filter.of([], None), 2, MUCH)
     assert [(one["step"], one["reward"]) for one in found.best] == [(40, 0.4), (39, 0.39)]
     assert [one["step"] for one in found.worst] == [40, 39]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.records import Prompt, Status
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.types import Prompt, Status
 from r1pipe.rewards import isolation, jail, monty, sandbox, seccomp
 from r1pipe.rewards.program import check_program
 

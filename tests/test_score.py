@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from r1pipe import cli, launch
-from r1pipe.paths import stages_dir
+from r1pipe.cli import commands as cli
+from r1pipe.core.paths import stages_dir
+from r1pipe.launch import job as launch
 
 SCRIPT = str(stages_dir() / "score.py")
 ADD = {

@@ -17,12 +17,15 @@ from test_data_files import config, source
 from tiny_runs import load_stage
 
 import r1pipe
-from r1pipe import checkpoints, cli, launch, lineage, machine, pipeline
+from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
+from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
+from r1pipe.core.paths import RunFolder, stages_dir
+from r1pipe.core.redaction import publishable, without_login, without_secrets
 from r1pipe.data.files import Files
-from r1pipe.errors import CheckpointError, ConfigError, EnvironmentProblem
-from r1pipe.paths import RunFolder, stages_dir
-from r1pipe.redaction import publishable, without_login, without_secrets
+from r1pipe.launch import job as launch
+from r1pipe.launch import pipeline
+from r1pipe.runs import checkpoints, lineage, machine
 from r1pipe.tracking import Mirror, store, sync
 
 CODE = sorted([*Path(r1pipe.__file__).parent.rglob("*.py"), *stages_dir().glob("*.py")])

@@ -10,22 +10,22 @@ import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
+from r1pipe.chat.template import Chat
 from r1pipe.config.schema import ParentRef
-from r1pipe.data.chat import Chat
+from r1pipe.core.errors import DataError
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Completion, Demonstration, Prompt
 from r1pipe.data.packing import Packed, collate
 from r1pipe.data.source import open_data
-from r1pipe.ending import HELD_OUT
-from r1pipe.engine import Engine
-from r1pipe.errors import DataError
 from r1pipe.model import DeepseekV3
-from r1pipe.paths import content_dir
-from r1pipe.ranks import Ranks
-from r1pipe.records import Completion, Prompt, Trace
-from r1pipe.run import open_run
-from r1pipe.sft import rejection
-from r1pipe.sft.finetune import pack_traces
-from r1pipe.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
-from r1pipe.sft.losses import loss_sums
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.finish import HELD_OUT
+from r1pipe.train.run import open_run
+from r1pipe.train.sft import rejection
+from r1pipe.train.sft.finetune import pack_demonstrations
+from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
+from r1pipe.train.sft.losses import loss_sums
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def chat() -> Chat:
 
 
 TRACES = [
-    Trace(
+    Demonstration(
         Prompt(f"p{i}", "word", "en", f"What is {i} plus {i}?"),
         f"<think>\n{i}+{i}\n</think>\n\nIt is {2 * i}.",
     )
@@ -43,7 +43,7 @@ TRACES = [
 
 
 def test_loss_is_of_response_tokens_alone(chat):
-    model, (row,) = tiny_model(), pack_traces(chat, TRACES[:1], 128)
+    model, (row,) = tiny_model(), pack_demonstrations(chat, TRACES[:1], 128)
     batch = collate([row], chat.pad_id)
     logprobs_TV = model(batch.tokens_BT)[0, :-1].log_softmax(-1)
     answer = [*chat.encode(TRACES[0].response), chat.eos_id]
@@ -53,8 +53,8 @@ def test_loss_is_of_response_tokens_alone(chat):
 
 
 def test_packing_changes_neither_loss_nor_gradient(chat):
-    alone = [row for trace in TRACES for row in pack_traces(chat, [trace], 128)]
-    packed = pack_traces(chat, TRACES, 128)
+    alone = [row for trace in TRACES for row in pack_demonstrations(chat, [trace], 128)]
+    packed = pack_demonstrations(chat, TRACES, 128)
     assert len(packed) < len(alone)
     found = []
     for rows in (alone, packed):
@@ -67,7 +67,7 @@ def test_packing_changes_neither_loss_nor_gradient(chat):
 
 
 def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
-    rows = pack_traces(chat, TRACES, 64)[:5]
+    rows = pack_demonstrations(chat, TRACES, 64)[:5]
     model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
     learned = sum(row.learned for row in rows)
     batch = collate(rows, chat.pad_id)
@@ -94,7 +94,7 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
 
 def test_loads_count_the_batchs_tokens_and_no_padding(chat):
     """Rows of unequal lengths in two micro-batches, with the empty row of a rank that has fewer."""
-    rows = [*pack_traces(chat, TRACES, 64)[:2], *pack_traces(chat, TRACES[:1], 64), Packed()]
+    rows = [*pack_demonstrations(chat, TRACES, 64)[:2], *pack_demonstrations(chat, TRACES[:1], 64), Packed()]
     tokens = [len(row.tokens) for row in rows]
     assert tokens[0] > tokens[2] > tokens[3] == 0
     model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
@@ -107,16 +107,16 @@ def test_loads_count_the_batchs_tokens_and_no_padding(chat):
 
 def test_traces_that_cannot_be_trained_on_are_named(chat):
     with pytest.raises(DataError, match="no worked solutions"):
-        pack_traces(chat, [], 128)
+        pack_demonstrations(chat, [], 128)
     with pytest.raises(DataError, match="sequence_length=8"):
-        pack_traces(chat, TRACES, 8)
+        pack_demonstrations(chat, TRACES, 8)
 
 
 def run_training(folder, chat, steps, stop=None):
     """Train on the traces; `stop` interrupts after so many steps, as a kill would."""
     losses = []
     with open_run(folder) as run:
-        rows = pack_traces(chat, TRACES * 3, 64)
+        rows = pack_demonstrations(chat, TRACES * 3, 64)
         total = steps_in(len(rows), 4, epochs=2, max_steps=steps)
         engine = Engine(tiny_model(), run.stage.optim, run.stage.router, engine_config(), total)
         whole = run.log
@@ -183,9 +183,9 @@ def sampled(tmp_path, chat):
     config = tiny("rejection_sft", "stage.prompts=20", "stage.samples_per_prompt=2", "data.tasks=[word]")
     folder = write_run(tmp_path / "run", config)
     source = open_data(config.data, config.seed)
-    traces = source.traces(30, 1, {}, True)
-    answers = {tuple(chat.prompt_tokens(trace.prompt)): trace.response for trace in traces}
-    return folder, source, [trace.prompt for trace in traces], RightHalfTheTime(chat, answers)
+    demonstrations = source.demonstrations(30, 1, {}, True)
+    answers = {tuple(chat.prompt_tokens(trace.prompt)): trace.response for trace in demonstrations}
+    return folder, source, [trace.prompt for trace in demonstrations], RightHalfTheTime(chat, answers)
 
 
 def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat, monkeypatch):
@@ -193,7 +193,7 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     monkeypatch.setattr(rejection, "SHARD_ROUNDS", 1)
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with open_run(folder) as run:
-        run.stage.sampling.slots = 16
+        run.stage.sampling.max_num_seqs = 16
         ranks = Ranks(engine_config())
         shards = rejection.draw_samples(run, ranks, sampler, chat, prompts)
         assert len(shards) == sampler.calls == 4
@@ -204,7 +204,7 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
         assert rejection.draw_samples(run, of_three, sampler, chat, prompts) == shards
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
         path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
-        traces, data_hash = rejection.read_dataset(path)
+        demonstrations, data_hash = rejection.read_dataset(path)
         alone = rejection.drawn_in_order(shards, 2)
         for shard in shards:
             shard.unlink()
@@ -217,10 +217,10 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     told = "drawn, 3 prompts passed over as too long"
     assert funnel[0] == {"name": told, "kept": 60, "dropped": 0}
     assert funnel[1]["name"] == "correct" and funnel[1]["dropped"] == 30 and funnel[1]["examples"]
-    reasoning = [trace for trace in traces if trace.source == "sampled:grpo-s0-1"]
+    reasoning = [trace for trace in demonstrations if trace.source == "sampled:grpo-s0-1"]
     assert 0 < len(reasoning) <= 29 and prompts[0].id not in {trace.prompt.id for trace in reasoning}
-    assert len(traces) - len(reasoning) == round(len(reasoning) / 3)
-    assert all(trace.source for trace in traces) and len(data_hash) == 64
+    assert len(demonstrations) - len(reasoning) == round(len(reasoning) / 3)
+    assert all(trace.source for trace in demonstrations) and len(data_hash) == 64
 
 
 def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_named(sampled, chat):
@@ -230,8 +230,8 @@ def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_
     with pytest.raises(SystemExit), open_run(folder) as run:
         shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, chat, prompts)
         path = rejection.build_dataset(run, chat, source, parent, shards, [], 0)
-        traces, _ = rejection.read_dataset(path)
-        assert len(traces) == 7 and all(trace.source == "world" for trace in traces)
+        demonstrations, _ = rejection.read_dataset(path)
+        assert len(demonstrations) == 7 and all(trace.source == "world" for trace in demonstrations)
         funnel = json.loads((folder / "data" / "funnel.json").read_text())
         assert funnel[-1]["name"] == rejection.GENERAL_ALONE
         path.unlink()

@@ -7,12 +7,12 @@ import pytest
 
 from r1pipe.config.compose import compose
 from r1pipe.config.reinforcement import RULE_REWARDS, WEIGHED_ELSEWHERE
-from r1pipe.judges import KINDS
-from r1pipe.records import Completion, Group, Prompt, Score, Status
+from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
 from r1pipe.rewards.repetition import repeated
-from r1pipe.rl import scoring
-from r1pipe.rl.rows import rows_of, summarise, unfit
+from r1pipe.runs.reward_model_quality import KINDS
+from r1pipe.train.rl import scoring
+from r1pipe.train.rl.rows import rows_of, summarise, too_many_failures
 
 REWARDS = compose(["stage=grpo"]).config.stage.rewards
 PROMPT = Prompt("word-1", "word", "en", "?", "42")
@@ -100,5 +100,7 @@ def test_more_failures_than_allowed_are_told_in_one_line():
     rows = rows_of([Group(PROMPT, completions, scores, [1.0, 0.0, math.nan, 1.0], [0.0] * 4)], None)
     metrics = summarise(rows)
     assert metrics["rewards/accuracy/failed"] == 0.25 and metrics["rewards/format/failed"] == 0
-    assert unfit(metrics, 0.25, rows) == ""
-    assert re.search(r"^25% of the accuracy .*no sandbox.*max_failed=0\.1", unfit(metrics, 0.1, rows))
+    assert too_many_failures(metrics, 0.25, rows) == ""
+    assert re.search(
+        r"^25% of the accuracy .*no sandbox.*max_failed=0\.1", too_many_failures(metrics, 0.1, rows)
+    )

@@ -17,10 +17,10 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import checkpoints, heartbeat, stopping
-from r1pipe.engine import Engine
-from r1pipe.rl import preference
-from r1pipe.rollout import sampler
+from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import preference
+from r1pipe.train.rollout import sampler
 
 RL = (
     *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.keep=9", "stage.optim.lr=0.01"),
@@ -191,7 +191,7 @@ def test_the_file_asks_as_a_signal_does_and_a_second_request_ends_at_once(tmp_pa
         wait_until(stopping.asked, "the file is seen")
         assert stopping.asked() == signal.SIGINT and not left
         with pytest.raises(stopping.Interrupted, match="SIGINT") as interrupted:
-            stopping.leave_if_asked(Alone())
+            stopping.stop_if_requested(Alone())
         assert interrupted.value.exit_code == 130
         stopping.request(tmp_path / "stop", signal.SIGINT, at_once=True)
         wait_until(lambda: left, "the second request")

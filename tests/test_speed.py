@@ -9,13 +9,13 @@ from shapes import ours, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1pipe.data.packing import Batch
-from r1pipe.kernels import training as kernels
 from r1pipe.model import logprobs
+from r1pipe.model.kernels import training as kernels
 from r1pipe.model.moe import Experts
-from r1pipe.rl.batch import Rollout, collate
-from r1pipe.rl.update import Reference, completion_logprobs
-from r1pipe.rollout import Sampler, SamplingParams
-from r1pipe.sft.losses import loss_sums
+from r1pipe.train.rl.batch import Rollout, collate
+from r1pipe.train.rl.update import Reference, completion_logprobs
+from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.sft.losses import loss_sums
 
 WIDE = tiny(vocab_size=4096, num_hidden_layers=2)
 

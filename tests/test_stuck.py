@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_run
 from watched import STUCK_AFTER_S, end_of, signals_here
 
-from r1pipe import heartbeat, launch, lineage, processes, watch
-from r1pipe.engine import Engine
-from r1pipe.paths import RunFolder
-from r1pipe.rl import loop
-from r1pipe.run import open_run
-from r1pipe.watch import Watch
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.launch.watch import Watch
+from r1pipe.runs import heartbeat, lineage, processes
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl import loop
+from r1pipe.train.run import open_run
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -98,7 +99,7 @@ def test_a_rank_that_fails_by_itself_takes_the_others_along(tmp_path, monkeypatc
 
 def test_a_long_piece_of_work_that_says_so_is_not_stuck_and_ends_with_the_grace(tmp_path, monkeypatch):
     """It outlasts stuck_after_s; then it is asked to stop, which it does not hear."""
-    monkeypatch.setattr(watch, "PATIENCE", 1000)
+    monkeypatch.setattr("r1pipe.launch.watch.PATIENCE", 1000)
     ask = signals_here(signal.SIGTERM, after_s=1.5 * STUCK_AFTER_S)
     ended = end_of("hangs_in_a_compiler", tmp_path, 2, "engine.grace_s=1", act=ask)
     assert ended.code == 143
@@ -223,7 +224,7 @@ def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
         wait_until(lambda: [beat.waiting for beat in heartbeat.read_all(run)] == [True, False], "the wait")
         looking = Watch(run, 2, stuck_after_s=10)
         wait_until(lambda: found.append(looking.look()) or found[-1], "the fault")
-    assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/rl/loop.py:"), found[
+    assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/train/rl/loop.py:"), found[
         -1
     ].line
     assert "in score): no sign of work for" in found[-1].line

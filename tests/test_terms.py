@@ -9,14 +9,14 @@ import torch
 from jobs import OPTIM, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.config.schema import RouterConfig
+from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
-from r1pipe.engine import Engine
 from r1pipe.model import Balance, DeepseekV3, load_pretrained
-from r1pipe.records import Example
-from r1pipe.rl.batch import Rollout
-from r1pipe.rl.update import Reference, balances_of, completion_logprobs, prepare, update
-from r1pipe.run import open_run
-from r1pipe.sft.loop import Shares, TermWeights, train
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
+from r1pipe.train.run import open_run
+from r1pipe.train.sft.loop import Shares, TermWeights, train
 
 WEIGHTS = TermWeights(mtp=0.3, balance=0.01)
 
@@ -87,9 +87,14 @@ ROLLOUTS = [
 ]
 
 
-def reinforced(alpha: float, recompute: bool, micro_tokens: int):
+def reinforced(alpha: float, recompute: bool, max_tokens_per_micro_batch: int):
     stage = tiny("grpo").stage
-    stage = replace(stage, minibatches=1, micro_tokens=micro_tokens, router=RouterConfig(0.01, alpha))
+    stage = replace(
+        stage,
+        minibatches=1,
+        max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+        router=RouterConfig(0.01, alpha),
+    )
     policy = with_mtp()
     policy.freeze_mtp()
     reference = Reference(policy, engine_config())
@@ -119,7 +124,7 @@ def test_reinforcement_takes_the_balance_loss_and_recomputation():
 
 
 def test_filling_is_no_part_of_the_balance_loss_in_reinforcement():
-    stage = replace(tiny("grpo").stage, micro_tokens=2048)
+    stage = replace(tiny("grpo").stage, max_tokens_per_micro_batch=2048)
     _, engine = reinforced(0.0, False, 2048)
     (micro,) = prepare(engine, ROLLOUTS, stage, None)
     assert micro.balance_weight == pytest.approx(1 / (3 + 1 + 1 + 4 + 2 + 3))

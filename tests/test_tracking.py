@@ -12,8 +12,8 @@ import pytest
 import runfolders
 from runfolders import build, config, metric_lines, write_lines
 
-from r1pipe.errors import CheckpointError, EnvironmentProblem
-from r1pipe.jsonl import Tail
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.runs.jsonl import Tail
 from r1pipe.tracking import Mirror, resolve_model, serve_ui, store_uri, sync
 from r1pipe.tracking.naming import final_metrics, flatten
 from r1pipe.tracking.store import connect
@@ -309,7 +309,8 @@ def test_names_and_limits():
 def test_importing_is_light_and_a_mirror_is_quiet(root):
     folder = build(root, "grpo", steps=2)
     code = (
-        "import sys; from r1pipe.tracking import Mirror; import r1pipe.compare, r1pipe.progress, json\n"
+        "import sys; from r1pipe.tracking import Mirror; import json\n"
+        "import r1pipe.cli.compare, r1pipe.launch.progress\n"
         "assert not {'mlflow', 'torch', 'matplotlib', 'pandas'} & set(sys.modules)\n"
         f"Mirror({str(folder)!r}, json.load(open({str(folder / 'config.json')!r}))).finish()\n"
     )

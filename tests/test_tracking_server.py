@@ -11,7 +11,7 @@ from forked import LIMIT_S
 from runfolders import build, metric_lines, record, write_json, write_lines
 from tracker import Server, twice, view
 
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.tracking import Mirror, store, store_uri, sync
 from r1pipe.tracking.store import connect
 

@@ -8,8 +8,8 @@ from r1pipe.config.compose import compose
 from r1pipe.config.parts import WireConfig
 from r1pipe.config.rules import TRIPWIRES
 from r1pipe.config.schema import RLConfig
-from r1pipe.errors import ConfigError
-from r1pipe.rl.tripwires import WIRES, Tripwires
+from r1pipe.core.errors import ConfigError
+from r1pipe.train.rl.tripwires import WIRES, Tripwires
 
 HEALTHY = {
     "reward": 1.2, "frac_reward_zero_std": 0.3, "rewards/accuracy/failed": 0.0,
@@ -78,13 +78,13 @@ def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
 
 
 def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
-    assert watching(default()).told_idle() == ""
+    assert watching(default()).describe_inactive() == ""
     for name in ("grpo", "zero", "all_scenario"):
         words = (f"stage={name}", "recipe=cluster")
-        assert watching(default(), *words).told_idle() == "", name
+        assert watching(default(), *words).describe_inactive() == "", name
     words = ("stage.kl_coef=0", "stage.eval.every=20", "stage.algorithm=ppo", "stage.group_size=1")
     alone = watching(default(), *words)
-    assert alone.told_idle() == (
+    assert alone.describe_inactive() == (
         "tripwires with nothing to measure in this run: "
         "no_variance (stage.group_size=1: there are no groups); "
         "kl (stage.kl_coef=0: there is no reference); "
@@ -92,7 +92,7 @@ def test_a_wire_that_has_nothing_to_measure_is_told_and_does_not_trip():
     )
     assert not [trip for _ in range(3) for trip in alone.check(HEALTHY | {"frac_reward_zero_std": 1.0})]
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
-    assert watching(off, *words).told_idle() == "", "nobody asked for them"
+    assert watching(off, *words).describe_inactive() == "", "nobody asked for them"
 
 
 def test_the_verifiers_wire_comes_before_the_end_and_counts_as_the_end_does():

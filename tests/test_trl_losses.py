@@ -19,9 +19,9 @@ import pytest
 import torch
 from tiny_runs import tiny_config
 
-from r1pipe.rl.batch import Rollout, scored_counts, weights_of
-from r1pipe.rl.losses import policy_loss
-from r1pipe.rl.update import objective_of
+from r1pipe.train.rl.batch import Rollout, scored_counts, weights_of
+from r1pipe.train.rl.losses import policy_loss
+from r1pipe.train.rl.update import objective_of
 
 LENGTHS = [7, 1, 4, 6, 3, 5]
 LONGEST = 8  # stage.sampling.max_tokens
@@ -76,7 +76,7 @@ VARIANTS = {  # ours: TRL's name for it, and its options
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
     loss_type, level = VARIANTS[name]
-    words = ["stage.loss=grpo", "stage.loss_mean=token"] if name == "bnpo" else [f"stage.loss={name}"]
+    words = ["stage.loss=grpo", "stage.loss_aggregation=token"] if name == "bnpo" else [f"stage.loss={name}"]
     stage = tiny_config("stage=grpo", *words, f"stage.kl_coef={beta}", "stage.clip=0.2").stage
     if name in ("gspo", "cispo"):  # with their own bounds
         stage = tiny_config("stage=grpo", *words, f"stage.kl_coef={beta}").stage
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
 
     ours_BT = logprobs_BT.clone().requires_grad_()
     rollouts = [Rollout([1], [5] * n, [0.0] * n, 0.0, True) for n in LENGTHS]
-    weights_B = torch.tensor(weights_of(rollouts, stage.loss_mean, *scored_counts(rollouts), LONGEST))
+    weights_B = torch.tensor(weights_of(rollouts, stage.loss_aggregation, *scored_counts(rollouts), LONGEST))
     ours = torch.zeros(())
     for rows in (slice(0, 2), slice(2, 6)):  # two micro-batches of one minibatch
         lengths_B, kept_BT = torch.tensor(LENGTHS[rows]), mask_BT[rows].bool()

@@ -9,10 +9,10 @@ from rl_runs import go
 from shapes import ours, tiny
 from tiny_runs import tiny_run
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import Verdicts, score_all, symbolic, verdicts
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 PROMPTS = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(4)]
 ROOT = [Prompt(f"word-{i}", "word", "en", "?", r"\sqrt{2}") for i in range(4)]

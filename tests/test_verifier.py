@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import psutil
 
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import score_all, symbolic, symbolic_worker
 
 ROOT_TWO = r"\boxed{2^{1/2}}"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1pipe import cli
-from r1pipe.data.chat import Chat
+from r1pipe.chat.template import Chat
+from r1pipe.cli import commands as cli
+from r1pipe.core.types import Prompt
 from r1pipe.model import load_pretrained
-from r1pipe.records import Prompt
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 pytestmark = pytest.mark.vllm
 QUESTIONS = [

@@ -15,10 +15,13 @@ from shapes import SHAPES, V2_SHAPES, YARN, ours, tiny, tokens
 from tiny_runs import load_stage
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
-from r1pipe import checkpoints, cli, launch, lineage
+from r1pipe.chat.template import BOS, EOS, PAD, TOKENIZER_FILES, Chat
+from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
-from r1pipe.data.chat import BOS, EOS, PAD, TOKENIZER_FILES, Chat
-from r1pipe.errors import CheckpointError, ConfigError
+from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Prompt
+from r1pipe.launch import job as launch
 from r1pipe.model import expert_loads, load_pretrained, model_config_from, save_pretrained
 from r1pipe.model.fp8 import dequantise, quantise
 from r1pipe.model.moe import gates
@@ -26,8 +29,7 @@ from r1pipe.model.names import CONFIG
 from r1pipe.model.reading import INDEX, WEIGHTS
 from r1pipe.model.weights import GENERATION, convert
 from r1pipe.model.writing import write_shards
-from r1pipe.paths import content_dir
-from r1pipe.records import Prompt
+from r1pipe.runs import checkpoints, lineage
 
 RAGGED = tiny(hidden_size=160, intermediate_size=200, n_routed_experts=4, num_experts_per_tok=2, n_group=2)
 EXPERT = "model.layers.2.mlp.experts.3.down_proj.weight"
@@ -285,7 +287,7 @@ def test_a_shape_that_no_file_of_conf_has_is_told_as_overrides(tmp_path):
     model = compose(
         ["stage=pretrain", *settings, "stage.sequence_length=64", "stage.eval.max_tokens=64"]
     ).config.model
-    lineage.must_fit(parent, model)
+    lineage.check_parent_fits(parent, model)
     assert model.rope_scaling == YARN
     expected = model_config_from(tmp_path / "ours")
     for key in lineage.UNLIKE:

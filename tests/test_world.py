@@ -5,12 +5,12 @@ import random
 
 import pytest
 
-from r1pipe.data.chat import parse
+from r1pipe.chat.template import parse
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
-from r1pipe.errors import ConfigError
-from r1pipe.records import Completion, Prompt
 from r1pipe.rewards.accuracy import accuracy, summary_of
 from tests.samples import world_config
 
@@ -40,8 +40,8 @@ def test_held_out_problems_are_never_trained_on(world):
         split: {p.checker["key"] for p in world.prompts(split, 150, 1)} for split in ("train", "dev", "test")
     }
     assert not keys["train"] & keys["test"] and not keys["dev"] & keys["test"]
-    traces = world.traces(150, 2, {}, False) + world.general_traces(150, 2, {})
-    assert {split_of(t.prompt.checker["key"]) for t in traces} == {"train"}
+    demonstrations = world.demonstrations(150, 2, {}, False) + world.general_demonstrations(150, 2, {})
+    assert {split_of(t.prompt.checker["key"]) for t in demonstrations} == {"train"}
 
 
 def test_the_same_problem_told_otherwise_stays_in_its_split():
@@ -60,7 +60,7 @@ def test_careful_solutions_without_slips_are_right(task, level):
     for language in LANGUAGES:
         for _ in range(20):
             prompt = corpus.TASKS[task].make(rng, language, level)
-            trace = corpus.reasoning_trace(prompt, rng, CAREFUL, slip=0.0)
+            trace = corpus.reasoning_demonstration(prompt, rng, CAREFUL, slip=0.0)
             assert is_correct(prompt, trace.response), (prompt, trace.response)
             assert strategy_of(prompt, trace.response) == "careful", trace.response
             assert parse(trace.response).well_formed
@@ -73,7 +73,9 @@ def test_hasty_strategies_are_worse_than_care():
         prompt = corpus.reasoning_prompt(
             rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2
         )
-        right[style] += is_correct(prompt, corpus.reasoning_trace(prompt, rng, {style: 1}, 0.02).response)
+        right[style] += is_correct(
+            prompt, corpus.reasoning_demonstration(prompt, rng, {style: 1}, 0.02).response
+        )
     assert right["careful"] > 1.5 * right["terse"] > 0 and right["careful"] > 1.5 * right["guess"]
 
 
@@ -130,7 +132,7 @@ def test_general_prompts_and_answers_come_in_the_shares_asked_for(world):
     even = [prompt.task for prompt in world.general_prompts("test", 10, 0, {})]
     assert even == [*general.KINDS, *general.KINDS]
     shares = {"safety": 3.0, "facts": 1.0}
-    answered = [trace.prompt for trace in world.general_traces(200, 0, shares)]
+    answered = [trace.prompt for trace in world.general_demonstrations(200, 0, shares)]
     for prompts in (world.general_prompts("train", 200, 0, shares), answered):
         tasks = [prompt.task for prompt in prompts]
         assert set(tasks) == {"safety", "facts"} and 130 < tasks.count("safety") < 170

@@ -9,7 +9,7 @@ from types import ModuleType
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import ParentRef, RunConfig
 from r1pipe.config.typed import to_mapping
-from r1pipe.paths import stages_dir
+from r1pipe.core.paths import stages_dir
 
 TINY = [
     *("recipe=smoke", "engine.ranks=1", "engine.threads=1", "data.tasks=[word]", "data.languages=[en]"),

@@ -10,9 +10,9 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
 from test_engine import STEPS, batch, loss_of
 
-from r1pipe.engine import Engine
 from r1pipe.model import Balance
-from r1pipe.ranks import leave_with
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import exit_immediately_with
 
 
 def weighted(model, rows, weight):
@@ -61,4 +61,4 @@ for level in (0, 1, 2, 3):
     assert engine.load(Path(sys.argv[1]) / f"level-{level}") == {"step": STEPS}
 if engine.rank == 0:
     (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
-leave_with(0)
+exit_immediately_with(0)

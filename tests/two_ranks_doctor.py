@@ -10,8 +10,8 @@ from tiny_runs import tiny_run
 from r1pipe.config.schema import RLConfig
 from r1pipe.doctor import CHECKS, Context, examine, policy
 from r1pipe.doctor.context import limits
-from r1pipe.ranks import leave_with, rank_and_world
-from r1pipe.run import open_run
+from r1pipe.train.engine.ranks import exit_immediately_with, rank_and_world
+from r1pipe.train.run import open_run
 
 folder = Path(sys.argv[1])
 rank, _ = rank_and_world()
@@ -33,4 +33,4 @@ with open_run(own, RLConfig) as run:
     found["faults"] = [asdict(one) for one in examine(context)]
 if rank == 0:
     (folder / "found.json").write_text(json.dumps(found))
-leave_with(0)
+exit_immediately_with(0)

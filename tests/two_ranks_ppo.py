@@ -8,11 +8,11 @@ import torch
 from jobs import engine_config, tiny_model
 from tiny_runs import tiny_config
 
-from r1pipe.engine import Engine
-from r1pipe.ranks import leave_with
-from r1pipe.records import Completion, Group, Prompt
-from r1pipe.rl.critic import Critic
-from r1pipe.rl.update import update
+from r1pipe.core.types import Completion, Group, Prompt
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import exit_immediately_with
+from r1pipe.train.rl.critic import Critic
+from r1pipe.train.rl.update import update
 
 PROMPT = Prompt("p", "word", "en", "?", "4")
 ROWS = [[7, 8], [9, 3, 5, 2], [7], [6, 6, 2]]
@@ -25,7 +25,12 @@ WORDS = (
         "stage.optim.lr=0.01",
         "stage.max_steps=40",
     ),
-    *("stage.kl_coef=0", "stage.optim.schedule=constant", "stage.optim.min_lr=0", "stage.loss_mean=token"),
+    *(
+        "stage.kl_coef=0",
+        "stage.optim.schedule=constant",
+        "stage.optim.min_lr=0",
+        "stage.loss_aggregation=token",
+    ),
 )
 
 
@@ -68,7 +73,7 @@ def main(folder: Path) -> None:
         told[level] = {"metrics": found, "sizes": sizes}
     if engine.rank == 0:
         (folder / "found.json").write_text(json.dumps(told))
-    leave_with(0)
+    exit_immediately_with(0)
 
 
 if __name__ == "__main__":

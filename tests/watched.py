@@ -16,8 +16,9 @@ import psutil
 from forked import wait_until
 from tiny_runs import tiny_config
 
-from r1pipe import heartbeat, launch, machine, processes
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import job as launch
+from r1pipe.runs import heartbeat, machine, processes
 
 STUCK_AFTER_S = 4.0
 HANG = {"hangs", "stopped", "two_collectives", "hangs_in_a_compiler", "hangs_while_saving", "saves_slowly"}
@@ -39,7 +40,7 @@ def fake_launcher(folder: Path, how: str) -> Iterator[None]:
     launcher = shlex.join([sys.executable, str(Path(__file__).with_name("fake_ranks.py"))])
     script.write_text(f'#!/bin/sh\nexec {launcher} "$@"\n')
     script.chmod(0o755)
-    with patch.object(machine, "must_launch", lambda engine: str(script)), patch.dict(os.environ, FAKE=how):
+    with patch.object(machine, "find_launcher", lambda engine: str(script)), patch.dict(os.environ, FAKE=how):
         yield
 
 

@@ -6,7 +6,7 @@ No torch here: the command line asks too.
 from collections.abc import Iterator
 
 from r1pipe.config.parts import ModelConfig
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 
 Rules = Iterator[tuple[bool, str]]  # what must hold, and the message where it does not
 

@@ -37,7 +37,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.launcher": "where the ranks are",
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.recompute": "what is kept in memory for the backward pass",
-    "stage.micro_tokens": "how much is computed at once",
+    "stage.max_tokens_per_micro_batch": "how much is computed at once",
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists

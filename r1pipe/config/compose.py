@@ -23,8 +23,8 @@ from r1pipe.config import rules
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
 from r1pipe.config.schema import STAGE_TYPES, RLConfig, RunConfig
 from r1pipe.config.typed import field_types, load
-from r1pipe.errors import ConfigError, nearest
-from r1pipe.paths import conf_dir
+from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from r1pipe.errors import ConfigError
-from r1pipe.paths import conf_dir
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.paths import conf_dir
 
 GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires")
 

@@ -89,7 +89,7 @@ class EngineConfig:
 
 @dataclass
 class WireConfig:
-    """When a tripwire trips, and what then (r1pipe/rl/tripwires.py says what it measures)."""
+    """When a tripwire trips, and what then (r1pipe/train/rl/tripwires.py says what it measures)."""
 
     limit: float  # the number that must not be passed
     steps: int  # steps in a row beyond it
@@ -176,7 +176,7 @@ class SamplingConfig:
     temperature: float  # 0 is greedy
     top_p: float  # nucleus; 1 keeps everything
     max_tokens: int  # longest completion
-    slots: int  # sequences decoded together on one rank
+    max_num_seqs: int  # sequences decoded together on one rank
 
 
 @dataclass
@@ -191,7 +191,7 @@ class EvalConfig:
     top_p: float  # R1: 0.95
     greedy: bool  # also score one greedy completion per problem
     max_tokens: int  # longest completion
-    slots: int  # sequences decoded together on one rank
+    max_num_seqs: int  # sequences decoded together on one rank
     every: int  # steps between short evaluations while training; 0: none
     every_problems: int  # dev problems of such a short evaluation, one sample each
     shown: int  # fixed prompts whose completions are kept for the report

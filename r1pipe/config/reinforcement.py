@@ -98,7 +98,7 @@ def ppo_rules(stage: RLConfig) -> Rules:
     yield (
         stage.loss == "grpo",
         f"stage.loss={stage.loss} is for groups; with stage.algorithm=ppo give its parts as keys "
-        "(stage.clip_high, stage.surrogate, stage.loss_mean)",
+        "(stage.clip_high, stage.surrogate, stage.loss_aggregation)",
     )
     yield (
         stage.ratio == "token",
@@ -109,8 +109,9 @@ def ppo_rules(stage: RLConfig) -> Rules:
         "stage.normalise_std=true needs stage.algorithm=grpo; PPO has stage.ppo.whiten",
     )
     yield (
-        stage.dynamic_batches == 1,
-        f"stage.dynamic_batches={stage.dynamic_batches} needs stage.algorithm=grpo: PPO learns from all",
+        stage.max_sampling_batches == 1,
+        f"stage.max_sampling_batches={stage.max_sampling_batches} needs stage.algorithm=grpo: "
+        "PPO learns from all",
     )
     for name, value in (("gamma", ppo.gamma), ("gae_lambda", ppo.gae_lambda)):
         yield value <= 1, f"stage.ppo.{name}={value:g} must be from 0 to 1"

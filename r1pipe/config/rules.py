@@ -25,18 +25,25 @@ from r1pipe.config.schema import (
     SamplingConfig,
     StageConfig,
 )
-from r1pipe.errors import nearest
+from r1pipe.core.errors import nearest
 
 # Numbers that must be at least 1 wherever they occur; every other number must be at least 0.
 # What a model's shape must be is in `architecture`.
 POSITIVE = {
-    *("ranks", "max_tokens", "slots", "batch_size", "sequence_length", "epochs", "keep", "samples"),
-    *("prompts_per_step", "minibatches", "micro_tokens", "prompts", "samples_per_prompt", "per_prompt"),
-    *("traces", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
-    *("dynamic_batches", "repetition_ngram", "factor", "original_max_position_embeddings"),
+    *("ranks", "max_tokens", "max_num_seqs", "batch_size", "sequence_length", "epochs", "keep", "samples"),
+    *(
+        "prompts_per_step",
+        "minibatches",
+        "max_tokens_per_micro_batch",
+        "prompts",
+        "samples_per_prompt",
+        "per_prompt",
+    ),
+    *("demonstrations", "inner_epochs", "pairs", "labels", "held_out", "gradient_accumulation"),
+    *("max_sampling_batches", "repetition_ngram", "factor", "original_max_position_embeddings"),
     "longest_row",
 }
-SIGNED = {"unfinished", "weights", "cosine"}  # rewards may punish
+SIGNED = {"truncation_penalty", "weights", "cosine"}  # rewards may punish
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 SHARES = {
     "top_p",
@@ -65,8 +72,8 @@ CHOICES = {
     "stage.algorithm": ("grpo", "ppo"),
     "stage.loss": ("grpo", "dr_grpo", "dapo", "gspo", "cispo"),
     "stage.ratio": ("token", "sequence"),
-    "stage.surrogate": ("clipped", "weighted"),
-    "stage.loss_mean": ("sequence", "token", "constant"),
+    "stage.surrogate": ("clipped", "cispo"),
+    "stage.loss_aggregation": ("sequence", "token", "constant"),
     "stage.kl_estimator": ("k1", "k2", "k3"),
     "stage.kl_in": ("loss", "reward"),
     "stage.eval.split": ("dev", "test"),
@@ -75,7 +82,7 @@ CHOICES = {
 
 
 TRIP_ACTIONS = ("off", "warn", "pause", "stop")
-# What r1pipe/rl/tripwires.py knows; it has the causes.
+# What r1pipe/train/rl/tripwires.py knows; it has the causes.
 TRIPWIRES = (
     *("truncation", "no_variance", "entropy", "kl", "logprob_gap", "repetition", "reward_hacking"),
     *("length", "verifier", "max_vio", "non_finite", "slow_step"),

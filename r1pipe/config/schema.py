@@ -68,7 +68,7 @@ class RewardsConfig:
     """Which rule rewards are summed, and what each weighs."""
 
     weights: dict[str, float]  # reward name -> weight; names: reinforcement.RULE_REWARDS
-    unfinished: float  # added to the reward of a completion that was cut off (0: none)
+    truncation_penalty: float  # added to the reward of a completion that was cut off (0: none)
     max_failed: float  # share of a step's verdicts of one reward that may fail; above it the job stops
     cosine: CosineConfig
     overlong_cache: float  # share of sampling.max_tokens, at its end, in which `overlong` grows
@@ -116,7 +116,7 @@ class FineTuneConfig(StageConfig):
 class SFTConfig(FineTuneConfig):
     """Supervised fine-tuning on responses only (cold start, and the control)."""
 
-    traces: int  # worked solutions to train on
+    demonstrations: int  # worked solutions to train on
     styles: dict[str, float]  # world: share of each solution strategy; empty: the corpus's own mix
     correct_only: bool  # drop traces whose answer is wrong
 
@@ -162,19 +162,25 @@ class RLConfig(StageConfig):
     inner_epochs: int  # passes over one rollout batch
     loss: str  # the file in conf/stage/part/loss/, whose values these are: grpo, dr_grpo, dapo, gspo, cispo
     ratio: str  # of policy to sampler: each "token"'s, or the geometric mean over the "sequence" (GSPO)
-    surrogate: str  # "clipped" (PPO's minimum), or "weighted" by the clipped ratio (CISPO)
+    surrogate: str  # "clipped" (PPO's minimum), or "cispo": weighted by the clipped ratio (CISPO)
     clip: float  # epsilon below 1: the ratio is clipped at 1 - clip
     clip_high: float | None  # epsilon above 1: the ratio is clipped at 1 + clip_high; null: as `clip`
-    loss_mean: str  # over each "sequence" first (GRPO), every "token" (DAPO), or by a "constant" (Dr.GRPO)
+    loss_aggregation: (
+        str  # over each "sequence" first (GRPO), every "token" (DAPO), or by a "constant" (Dr.GRPO)
+    )
     normalise_std: bool  # divide advantages by the group's standard deviation
     importance_cap: float  # truncated importance sampling between sampler and trainer, at most this; 0: none
     kl_coef: float  # weight of the KL to the reference; 0: no KL and no reference
     kl_estimator: str  # "k1" (log ratio), "k2" (its square, halved) or "k3" (DeepSeekMath's)
     kl_in: str  # "loss", or "reward": taken off it before the group's advantages (ppo: off each token's)
     reference_every: int  # steps after which the policy replaces the reference; 0: never
-    dynamic_batches: int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
-    micro_tokens: int  # padded tokens per forward pass on one rank
-    compare_routes: int  # completions a step and rank, the shortest, whose experts are chosen again; 0: none
+    max_sampling_batches: (
+        int  # rollout batches a step draws at most, until enough groups teach (DAPO); 1: off
+    )
+    max_tokens_per_micro_batch: int  # padded tokens per forward pass on one rank
+    routing_check_samples: (
+        int  # completions a step and rank, the shortest, whose experts are chosen again; 0: none
+    )
     sampling: SamplingConfig
     rewards: RewardsConfig
     preference: PreferenceConfig | None  # all-scenario only

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from r1pipe.config.schema import STAGE_TYPES, RunConfig, StageConfig
-from r1pipe.errors import ConfigError, nearest
+from r1pipe.core.errors import ConfigError, nearest
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ that holds something (`choice_answer | answer`).
 import re
 from typing import Any
 
+from r1pipe.core.errors import DataError, nearest
 from r1pipe.data.reading import Row
-from r1pipe.errors import DataError, nearest
 
 _SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "safe": True, "unsafe": False}

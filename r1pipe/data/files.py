@@ -14,18 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from r1pipe import datafiles
+from r1pipe.chat.template import compose_response
 from r1pipe.config.schema import DataConfig, SourceConfig
-from r1pipe.data.aside import NOWHERE, Aside
-from r1pipe.data.chat import compose_response
+from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text
-from r1pipe.data.reading import SHOWN, BadRow, Row, sift
+from r1pipe.data.reading import SHOWN, BadRow, Row, read_tolerant
+from r1pipe.data.rejected_rows import NOWHERE, RejectedRows
 from r1pipe.data.world.content import prompt_id, split_of
-from r1pipe.errors import ConfigError, DataError, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 from r1pipe.rewards import check_gold, language_share
 from r1pipe.rewards.accuracy import GENERAL_TASKS
 from r1pipe.rewards.answers import repaired
+from r1pipe.runs import data_files as datafiles
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class Files:
     judge = None
     strategy_of = None
 
-    def __init__(self, config: DataConfig, aside: Aside = NOWHERE):
+    def __init__(self, config: DataConfig, aside: RejectedRows = NOWHERE):
         """`aside` is where rows go that cannot be used, with data.bad_rows=set_aside."""
         self.config, self._aside = config, aside
         self._sources = _located(config)
@@ -87,7 +87,7 @@ class Files:
         declared = {source.split for source in sources if source.split}
         items = []
         for source in sources:
-            sifted = sift(Path(source.path), self.config.longest_row)
+            sifted = read_tolerant(Path(source.path), self.config.longest_row)
             bad, unread = [*sifted.bad], len(sifted.bad)
             for row in sifted.rows:
                 try:
@@ -110,11 +110,15 @@ class Files:
             raise DataError(f"data={self.config.name} has no problems to train on; try data=gsm8k")
         return [item.prompt for item in found]
 
-    def rows(self, split: str) -> list[Trace]:
+    def rows(self, split: str) -> list[Demonstration]:
         found = self._of("reasoning", split)
-        return [Trace(item.prompt, item.texts.get("solution", ""), source=item.source) for item in found]
+        return [
+            Demonstration(item.prompt, item.texts.get("solution", ""), source=item.source) for item in found
+        ]
 
-    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+    def demonstrations(
+        self, n: int, seed: int, styles: dict[str, float], correct_only: bool
+    ) -> list[Demonstration]:
         """Up to n worked solutions; a file's are all taken for correct, and none has a known strategy."""
         solved = [item for item in self._of("reasoning", "train") if item.texts.get("solution")]
         if n and not solved:
@@ -126,10 +130,10 @@ class Files:
         found = _distinct(self._of("general", split) + self._of("preferences", split))
         return [item.prompt for item in _shared_out(found, n, seed, kinds, f"general/{split}")]
 
-    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
+    def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """Up to n written answers; `kinds` shares them out over the tasks that the files have."""
         items = _shared_out(self._of("general", "train"), n, seed, kinds, "general traces")
-        return [Trace(item.prompt, item.texts["response"], source=item.source) for item in items]
+        return [Demonstration(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
         items = _drawn(self._of("preferences", split), n, seed, f"pairs/{split}")
@@ -273,6 +277,6 @@ def _drawn(items: list[T], n: int, seed: int, stream: str) -> list[T]:
     return random.Random(f"{seed}/{stream}").sample(items, min(n, len(items)))
 
 
-def _worked(item: Item) -> Trace:
+def _worked(item: Item) -> Demonstration:
     summary = SUMMARY[item.prompt.language].format(item.prompt.answer)
-    return Trace(item.prompt, compose_response(item.texts["solution"], summary), source=item.source)
+    return Demonstration(item.prompt, compose_response(item.texts["solution"], summary), source=item.source)

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from r1pipe import heartbeat
-from r1pipe.data.chat import Chat
-from r1pipe.records import Prompt
+from r1pipe.chat.template import Chat
+from r1pipe.core.types import Prompt
+from r1pipe.runs import heartbeat
 
 T = TypeVar("T")
 
@@ -13,12 +13,12 @@ GROWTH = 4  # how many times as much is drawn when too little of it fitted
 MOST = 64  # items drawn for each one wanted, after which an endless source is given up
 
 
-def leaves_room(chat: Chat, context: int, max_tokens: int) -> Callable[[Prompt], bool]:
+def prompt_fits(chat: Chat, context: int, max_tokens: int) -> Callable[[Prompt], bool]:
     """Whether a prompt can be answered with `max_tokens` in a context of so many tokens."""
     return lambda prompt: len(chat.prompt_tokens(prompt)) <= context - max_tokens
 
 
-def draw_fitting(
+def draw_prompts_that_fit(
     draw: Callable[[int], Sequence[T]], n: int, fits: Callable[[T], bool]
 ) -> tuple[list[T], int]:
     """Up to n items that fit, of those that `draw(m)` gives, and how many were passed over on the way.

@@ -12,7 +12,7 @@ import textwrap
 from types import FunctionType, ModuleType
 from typing import Any
 
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 
 _LONGEST = 1000  # characters; right answers are shorter
 _ARITHMETIC = re.compile(r"(?!.*(?:\*\s*\*|/\s*/))[\d+*/() -]+")  # no powers: 9**9**9 takes all there is

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1pipe.records import Example
+from r1pipe.core.types import Example
 
 
 @dataclass

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow
 
-from r1pipe import heartbeat
-from r1pipe.errors import DataError
+from r1pipe.core.errors import DataError
+from r1pipe.runs import heartbeat
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SET_ASIDE = "set_aside.jsonl"  # in a run's data/: the rows that were not used, each with its place and reason
@@ -56,7 +56,7 @@ class BadRow:
 
 
 @dataclass
-class Sifted:
+class TolerantRead:
     """What a file holds."""
 
     rows: list[Row] = field(default_factory=list)
@@ -69,13 +69,13 @@ class _Bad(Exception):
 
 def read_rows(path: Path) -> list[Row]:
     """All rows of a file. Raises DataError naming file, line and remedy of the first that cannot be read."""
-    sifted = sift(path)
+    sifted = read_tolerant(path)
     if sifted.bad:
         raise DataError(sifted.bad[0].reason)
     return sifted.rows
 
 
-def sift(path: Path, longest: int = LONGEST) -> Sifted:
+def read_tolerant(path: Path, longest: int = LONGEST) -> TolerantRead:
     """All rows of a file, those apart that cannot be read or are longer than `longest` bytes.
 
     Raises DataError where the file as a whole cannot be read or holds nothing.
@@ -109,9 +109,9 @@ def sift(path: Path, longest: int = LONGEST) -> Sifted:
 Found = Iterator[tuple[int, bytes | str, dict[str, Any] | _Bad]]  # number, the row as text, its values
 
 
-def _sift(path: Path, found: Found, unit: str = "line") -> Sifted:
+def _sift(path: Path, found: Found, unit: str = "line") -> TolerantRead:
     """Every row has every column of the file: null where it lacks one, as in a table."""
-    sifted, columns = Sifted(), dict[str, None]()
+    sifted, columns = TolerantRead(), dict[str, None]()
     unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
     for number, text, values in found:
         heartbeat.tick()

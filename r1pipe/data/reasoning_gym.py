@@ -15,10 +15,10 @@ from dataclasses import asdict
 from typing import Any
 
 from r1pipe.config.schema import DataConfig
+from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data import gym_answers
 from r1pipe.data.world.content import prompt_id, split_of
-from r1pipe.errors import ConfigError, DataError, EnvironmentProblem, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 CHUNK = 500  # problems per generator: some tasks prepare all of theirs when they are made
 CHUNKS = 2**20  # generators per task, told apart by their seeds
@@ -60,13 +60,15 @@ class ReasoningGym:
     def rows(self, split: str) -> None:
         return None
 
-    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+    def demonstrations(
+        self, n: int, seed: int, styles: dict[str, float], correct_only: bool
+    ) -> list[Demonstration]:
         raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")
 
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
         return []
 
-    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
+    def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         return []
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

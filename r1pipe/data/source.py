@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from r1pipe.config.changes import ABSENT, HASH_SHOWN
 from r1pipe.config.schema import DataConfig
-from r1pipe.data.aside import Aside
-from r1pipe.errors import ConfigError, DataError, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
+from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.data.rejected_rows import RejectedRows
 
 SPLITS = ("train", "dev", "test")
 
@@ -35,17 +35,19 @@ class Source(Protocol):
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Reasoning problems with what judges them."""
 
-    def rows(self, split: str) -> list[Trace] | None:
+    def rows(self, split: str) -> list[Demonstration] | None:
         """Every problem as the data has it, repeated ones too, with its solution as it stands there, or "";
         None where problems are made, not read."""
 
-    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+    def demonstrations(
+        self, n: int, seed: int, styles: dict[str, float], correct_only: bool
+    ) -> list[Demonstration]:
         """Worked solutions of training problems: `<think>` reasoning `</think>` and a summary."""
 
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
         """Writing, facts, identity, translation and safety: what no rule judges; `kinds`: their shares."""
 
-    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
+    def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """Training prompts of the general kinds with a written response; `kinds`: the share of each."""
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
@@ -58,26 +60,26 @@ class Source(Protocol):
         """Pre-training text without end. Raises ConfigError where the source has none."""
 
 
-def _world(config: DataConfig, seed: int, aside: Aside) -> Source:
+def _world(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
     from r1pipe.data.world import World
 
     return World(config, seed)
 
 
-def _files(config: DataConfig, seed: int, aside: Aside) -> Source:
+def _files(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
     from r1pipe.data.files import Files
 
     return Files(config, aside)
 
 
-def _reasoning_gym(config: DataConfig, seed: int, aside: Aside) -> Source:
+def _reasoning_gym(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
     from r1pipe.data.reasoning_gym import ReasoningGym
 
     return ReasoningGym(config)
 
 
 # Imported when opened: `datasets` and reasoning-gym take seconds, and only some runs need them.
-KINDS: dict[str, Callable[[DataConfig, int, Aside], Source]] = {
+KINDS: dict[str, Callable[[DataConfig, int, RejectedRows], Source]] = {
     "world": _world,
     "files": _files,
     "reasoning_gym": _reasoning_gym,
@@ -93,10 +95,10 @@ def open_data(
     """
     if config.kind not in KINDS:
         raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")
-    return KINDS[config.kind](config, seed, Aside(folder, say))
+    return KINDS[config.kind](config, seed, RejectedRows(folder, say))
 
 
-def must_be_as_it_was(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_data_unchanged(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises DataError where a source ({"hash", "files"}) is not what a run began with, in one line with the
     files that differ."""
     if before["hash"] == now["hash"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from r1pipe.data.chat import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS, TEMPLATE
+from r1pipe.chat.template import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS, TEMPLATE
 
 VOCABULARY = 1152
 CJK = "[\u3400-\u9fff\u3000-\u303f\uff00-\uff65]"

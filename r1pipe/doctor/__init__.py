@@ -23,11 +23,11 @@ from r1pipe.config.schema import (
     RLConfig,
     StageConfig,
 )
+from r1pipe.core.errors import R1pipeError
 from r1pipe.doctor import data, general, judges, policy, resources, template
 from r1pipe.doctor.context import Context
-from r1pipe.errors import R1pipeError
-from r1pipe.findings import FAIL, ORDER, WARN, Finding
-from r1pipe.ranks import Ranks
+from r1pipe.runs.findings import FAIL, ORDER, WARN, Finding
+from r1pipe.train.engine.ranks import Ranks
 
 __all__ = ["CHECKS", "Check", "Context", "examine"]
 

@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
+from r1pipe.chat.template import Chat
 from r1pipe.config.groups import read
 from r1pipe.config.schema import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
 from r1pipe.config.typed import build
-from r1pipe.data.chat import Chat
+from r1pipe.core.errors import DataError, EnvironmentProblem
+from r1pipe.core.types import Demonstration, Group, Prompt
 from r1pipe.data.source import Source, open_data
-from r1pipe.engine import Engine
-from r1pipe.errors import DataError, EnvironmentProblem
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.ranks import choose_device
-from r1pipe.records import Group, Prompt, Trace
 from r1pipe.rewards import Verdicts
-from r1pipe.rl.batch import Rollout, rollouts_of
-from r1pipe.rl.loop import GRPO, LoopState
-from r1pipe.rl.scoring import Judges
-from r1pipe.rl.stage import reward_models
-from r1pipe.rl.update import update
-from r1pipe.run import Run
-from r1pipe.sft.rejection import samples_of
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.rl.batch import Rollout, rollouts_of
+from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.scoring import Judges
+from r1pipe.train.rl.stage import reward_models
+from r1pipe.train.rl.update import update
+from r1pipe.train.run import Run
+from r1pipe.train.sft.rejection import samples_of
 
 SEED = 0  # of what is drawn from the data
 HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its question
@@ -89,7 +89,7 @@ def graded(name: str, number: float, band: Band, value: str, remedy: str) -> Fin
 class Texts:
     """Problems that are compared with one another, as texts alone."""
 
-    rows: list[Trace]
+    rows: list[Demonstration]
     kind: str  # how they are told: "rows" of files, or "rows drawn"
     limit: str = ""  # what was left out, told
 
@@ -139,20 +139,22 @@ class Context:
     @cached_property
     def learned_texts(self) -> Texts:
         """The problems of the training split, or worked solutions that a fine-tuning stage draws."""
-        return self._texts("train", self.traces or self.prompts)
+        return self._texts("train", self.demonstrations or self.prompts)
 
     @cached_property
     def held_out_texts(self) -> Texts:
         return self._texts(self.config.stage.eval.split, self.held_out)
 
-    def _texts(self, split: str, drawn: Sequence[Prompt | Trace]) -> Texts:
+    def _texts(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> Texts:
         """All that files have in a split, before repeated questions are left out; otherwise what was drawn.
 
         Beyond `limits.texts` rows they are those of every k-th question, by its hash: with all its copies.
         """
         rows = self.data.rows(split)
         if rows is None:
-            return Texts([x if isinstance(x, Trace) else Trace(x, "") for x in drawn], "rows drawn")
+            return Texts(
+                [x if isinstance(x, Demonstration) else Demonstration(x, "") for x in drawn], "rows drawn"
+            )
         every = -(-len(rows) // self.limits.texts)
         if every <= 1:
             return Texts(rows, "rows")
@@ -161,7 +163,7 @@ class Context:
         return Texts(kept, "rows", limit)
 
     @cached_property
-    def traces(self) -> list[Trace]:
+    def demonstrations(self) -> list[Demonstration]:
         """What a fine-tuning stage learns from, at most `limits.rows`; none for other stages.
 
         Rejection sampling makes its own, of prompts.
@@ -175,14 +177,14 @@ class Context:
             ]
         if not isinstance(stage, SFTConfig):
             return []
-        wanted = min(stage.traces, self.limits.rows)
-        return self.data.traces(wanted, SEED, stage.styles, stage.correct_only)
+        wanted = min(stage.demonstrations, self.limits.rows)
+        return self.data.demonstrations(wanted, SEED, stage.styles, stage.correct_only)
 
     @cached_property
-    def solved(self) -> list[Trace]:
+    def solved(self) -> list[Demonstration]:
         """A few right, worked solutions in the right format; none where the data has none."""
         try:
-            return self.data.traces(self.limits.judged, SEED, {}, True)
+            return self.data.demonstrations(self.limits.judged, SEED, {}, True)
         except DataError:
             return []
 
@@ -267,6 +269,6 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
     return replace(config, stage=stage)
 
 
-def learns_from_traces(config: RunConfig) -> bool:
+def learns_from_demonstrations(config: RunConfig) -> bool:
     """Whether the stage packs examples of `sequence_length` tokens."""
     return isinstance(config.stage, FineTuneConfig)

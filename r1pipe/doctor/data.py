@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from r1pipe.config.schema import DistillConfig, EvaluateConfig, SFTConfig
-from r1pipe.data.filters import ngrams, words
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration
 from r1pipe.doctor.context import Context, Limits, graded
-from r1pipe.errors import DataError
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.records import Trace
 from r1pipe.rewards import check_gold
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.sft.filters import ngrams, words
 
 SHOWN = 60  # characters of a question
 
@@ -17,8 +17,8 @@ SHOWN = 60  # characters of a question
 def readable(context: Context, name: str) -> Finding:
     """Files, columns and rows: whatever is wrong with them raises DataError, with file and line."""
     learned = [] if isinstance(context.config.stage, EvaluateConfig) else context.prompts
-    traces, held_out = context.traces, context.held_out
-    drawn = len(traces) or len(learned)
+    demonstrations, held_out = context.demonstrations, context.held_out
+    drawn = len(demonstrations) or len(learned)
     shown = f"data={context.config.data.name}: {_of(context, 'train', drawn)} to train on, "
     shown += f"{_of(context, context.config.stage.eval.split, len(held_out))} to evaluate on, are drawn"
     if not held_out:
@@ -54,7 +54,7 @@ def duplicates(context: Context, name: str) -> Finding:
     """Rows whose words, whatever the signs between them, stood in an earlier row."""
     texts, tuned = context.learned_texts, isinstance(context.config.stage, SFTConfig | DistillConfig)
     seen: set[tuple[str, ...]] = set()
-    again: list[Trace] = []
+    again: list[Demonstration] = []
     for row in texts.rows:
         key = _key(row.prompt.question, row.response if tuned else "")
         if key in seen:
@@ -78,7 +78,7 @@ def overlap(context: Context, name: str) -> Finding:
     whole = {key: row for row in texts.rows if (key := _key(row.prompt.question)) in questions}
     shown = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
     shown += f"({len(texts.rows):,} {texts.kind})"
-    near: dict[tuple[str, ...], Trace] = {}
+    near: dict[tuple[str, ...], Demonstration] = {}
     if context.data.rows(context.config.stage.eval.split) is not None:
         keys = [key for key in questions if key not in whole]
         found = near_copies([questions[key] for key in keys], texts.rows, limits)
@@ -93,7 +93,9 @@ def overlap(context: Context, name: str) -> Finding:
     return graded(name, len(near) / max(1, len(questions)), limits.overlap, shown, remedy)
 
 
-def near_copies(questions: Sequence[str], rows: Iterable[Trace], limits: Limits) -> dict[int, Trace]:
+def near_copies(
+    questions: Sequence[str], rows: Iterable[Demonstration], limits: Limits
+) -> dict[int, Demonstration]:
     """Number of a question -> the first row that has `covered` of its words, in n-grams that both have.
 
     Words count that stand in some n-gram telling of the question: one that at most `common` questions have.
@@ -106,7 +108,7 @@ def near_copies(questions: Sequence[str], rows: Iterable[Trace], limits: Limits)
             places[tuple(text[first : first + n])].append((number, first))
     telling = {gram: found for gram, found in places.items() if len(found) <= limits.common}
     countable = _words_in(telling.values(), n)
-    copies: dict[int, Trace] = {}
+    copies: dict[int, Demonstration] = {}
     for row in rows:
         shared = telling.keys() & ngrams(words(row.prompt.question), n)
         for number, found in _words_in((telling[gram] for gram in shared), n).items():
@@ -124,7 +126,7 @@ def _words_in(places: Iterable[list[tuple[int, int]]], n: int) -> dict[int, set[
     return held
 
 
-def _told(row: Trace) -> str:
+def _told(row: Demonstration) -> str:
     """Where a row stands; its question where that is not known."""
     return row.source or repr(row.prompt.question[:SHOWN])
 

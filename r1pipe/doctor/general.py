@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
+from r1pipe.chat.template import compose_response, parse
 from r1pipe.config.schema import PreferenceConfig
-from r1pipe.data.chat import compose_response, parse
+from r1pipe.core.types import Completion, Prompt
 from r1pipe.doctor.context import SEED, Context, graded
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.judges import HARMLESS, HELPFUL, KINDS
-from r1pipe.records import Completion, Prompt
 from r1pipe.rewards import applies
 from r1pipe.rewards.models import NOTHING
-from r1pipe.rl.advantages import has_variance
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS
+from r1pipe.train.rl.advantages import has_variance
 
 RULES_ALONE = "none: rules alone reward this stage"
 OTHER_REASONING = {"en": "Something else came to my mind.", "zh": "我想到了别的事情。"}

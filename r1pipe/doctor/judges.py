@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from r1pipe import checkpoints, judges
 from r1pipe.config.schema import PreferenceConfig
 from r1pipe.doctor.context import SEED, Context
-from r1pipe.findings import FAIL, ORDER, PASS, WARN, Finding
 from r1pipe.rewards.models import RewardModel, load_reward_model
-from r1pipe.rl.preference import items, standing
+from r1pipe.runs import checkpoints
+from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN, Finding
+from r1pipe.train.rl.preference import items, standing
 
 
 def quality(context: Context, name: str) -> Finding:

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import torch
 
-from r1pipe import checkpoints
-from r1pipe.checkpoints import ENGINE
+from r1pipe.core.types import Status
 from r1pipe.doctor.context import Context, graded
-from r1pipe.findings import FAIL, PASS, WARN, Finding
 from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.records import Status
 from r1pipe.rewards import applies
-from r1pipe.rl.advantages import has_variance, is_scored
-from r1pipe.rl.routing import routing_agreement
-from r1pipe.rl.update import completion_logprobs, prepare, update
+from r1pipe.runs import checkpoints
+from r1pipe.runs.checkpoints import ENGINE
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.rl.advantages import has_variance, is_scored
+from r1pipe.train.rl.routing import routing_agreement
+from r1pipe.train.rl.update import completion_logprobs, prepare, update
 
 
 def truncation(context: Context, name: str) -> Finding:
@@ -26,7 +26,8 @@ def truncation(context: Context, name: str) -> Finding:
     asked, given = context.run.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
     shown = f"{share:.0%} of {len(completions)} completions are cut off at {given:,} tokens"
     remedy = (
-        "raise stage.sampling.max_tokens, punish it (stage.rewards.unfinished) or start from a cold start"
+        "raise stage.sampling.max_tokens, punish it (stage.rewards.truncation_penalty) "
+        "or start from a cold start"
     )
     found = graded(name, share, context.limits.truncation, shown, remedy)
     if given < asked and found.status == FAIL:

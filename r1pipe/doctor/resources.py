@@ -6,12 +6,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from r1pipe import footprint, machine
 from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig, StageConfig
 from r1pipe.doctor.context import Context, graded
-from r1pipe.findings import FAIL, PASS, Finding
-from r1pipe.judges import KINDS
 from r1pipe.model.logprobs import LOGITS_IN_MEMORY
+from r1pipe.plan import footprint
+from r1pipe.runs import machine
+from r1pipe.runs.findings import FAIL, PASS, Finding
+from r1pipe.runs.reward_model_quality import KINDS
 
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
 
@@ -56,9 +57,9 @@ def less_of(need: Need, stage: StageConfig) -> str:
         less = "set engine.zero_level=3 with more engine.ranks, or engine.moments=bf16"
         return f"{less}, or take stage.algorithm=grpo" if getattr(stage, "ppo", None) else less
     if need.cache > need.activations + need.logits:
-        return "lower stage.sampling.slots or stage.sampling.max_tokens"
+        return "lower stage.sampling.max_num_seqs or stage.sampling.max_tokens"
     reinforced = isinstance(stage, RLConfig)
-    smaller = "lower stage.micro_tokens" if reinforced else "raise engine.gradient_accumulation"
+    smaller = "lower stage.max_tokens_per_micro_batch" if reinforced else "raise engine.gradient_accumulation"
     return f"{smaller}, or set engine.recompute=true"
 
 
@@ -91,7 +92,9 @@ def needed(config: RunConfig, prompt: int) -> Need:
         kept = layers * model.hidden_size + 2 * max(dense, moe)
     cache = 0.0
     if isinstance(stage, RLConfig):
-        slots = min(stage.sampling.slots, -(-stage.prompts_per_step * stage.group_size // engine.ranks))
+        slots = min(
+            stage.sampling.max_num_seqs, -(-stage.prompts_per_step * stage.group_size // engine.ranks)
+        )
         length = min(prompt + stage.sampling.max_tokens, model.max_position_embeddings)
         cache = slots * length * layers * (model.kv_lora_rank + model.qk_rope_head_dim) * number
     return Need(states(config), tokens * number * kept, head, cache)
@@ -118,7 +121,7 @@ def tokens_of_pass(config: RunConfig) -> int:
     """Tokens of the largest training pass of a rank."""
     stage, engine, context = config.stage, config.engine, config.model.max_position_embeddings
     if isinstance(stage, RLConfig):
-        return max(stage.micro_tokens, min(stage.sampling.max_tokens, context))
+        return max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
     length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
     rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
     return rows * length

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
+from r1pipe.chat.template import EOS, THINK, Chat, compose_response
 from r1pipe.config.schema import RLConfig
-from r1pipe.data.chat import EOS, THINK, Chat, compose_response
+from r1pipe.core.types import Completion, Demonstration, Prompt
 from r1pipe.data.files import SUMMARY
-from r1pipe.data.fitting import leaves_room
+from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.packing import collate, pack
-from r1pipe.doctor.context import Context, graded, learns_from_traces
-from r1pipe.findings import FAIL, PASS, WARN, Finding
-from r1pipe.records import Completion, Prompt, Trace
+from r1pipe.doctor.context import Context, graded, learns_from_demonstrations
 from r1pipe.rewards import TABLE, score_all
-from r1pipe.rl.scoring import MEASURED, reward_weights, total_reward
+from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
 REASONING = {"en": "Let me go through it step by step.", "zh": "我来一步一步地算。"}
 USELESS = {"en": "我不知道。", "zh": "I do not know."}  # in the other language, without tags or an answer
@@ -58,16 +58,16 @@ def _weights(context: Context) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if name in TABLE and weight}
 
 
-def _written(prompts: Sequence[Prompt]) -> list[Trace]:
+def _written(prompts: Sequence[Prompt]) -> list[Demonstration]:
     """The gold answer, in the pattern that is asked for."""
     return [
-        Trace(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
+        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
         for p in prompts
         if p.answer
     ]
 
 
-def _as_sampled(chat: Chat, trace: Trace) -> str:
+def _as_sampled(chat: Chat, trace: Demonstration) -> str:
     """The response's text as it comes back from its tokens."""
     example = chat.example(trace.prompt, trace.response)
     response = [token for token, learned in zip(example.tokens, example.loss, strict=True) if learned]
@@ -139,15 +139,15 @@ def end_of_sequence(context: Context, name: str) -> Finding:
 def lengths(context: Context, name: str) -> Finding:
     """What is passed over because it does not fit: prompts with their answers, or whole examples."""
     config, chat, stage = context.config, context.chat, context.config.stage
-    if context.traces and learns_from_traces(config):
+    if context.demonstrations and learns_from_demonstrations(config):
         room = getattr(stage, "sequence_length")  # noqa: B009 - only some stages have it
-        sizes = [len(chat.example(trace.prompt, trace.response).tokens) for trace in context.traces]
+        sizes = [len(chat.example(trace.prompt, trace.response).tokens) for trace in context.demonstrations]
         what, remedy = "examples", _longer(room, config.model.max_position_embeddings)
         long = sum(size > room for size in sizes)
     else:
         answer = getattr(stage, "sampling").max_tokens  # noqa: B009 - likewise
         room = config.model.max_position_embeddings - answer
-        fits = leaves_room(chat, config.model.max_position_embeddings, answer)
+        fits = prompt_fits(chat, config.model.max_position_embeddings, answer)
         what, remedy = "prompts", "lower stage.sampling.max_tokens or take a model with a longer context"
         prompts = [*context.prompts, *context.general]
         sizes = [len(chat.prompt_tokens(prompt)) for prompt in prompts]

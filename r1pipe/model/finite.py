@@ -29,7 +29,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     return found[0] if found else None
 
 
-def first_broken_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
+def first_nonfinite_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
     """The name of the module at whose output the gradient of the loss that `run` gives, on its way back, is
     first a NaN or an infinity, or None. No gradient of a weight is touched."""
     outputs: list[tuple[str, Tensor]] = []

@@ -7,8 +7,8 @@ Axes: R rows, C columns, r and c blocks of rows and columns.
 import torch
 from torch import Tensor
 
-from r1pipe.kernels import reference
-from r1pipe.kernels.reference import Scaled, tiles
+from r1pipe.model.kernels import reference
+from r1pipe.model.kernels.reference import Scaled, tiles
 
 QUANTIZATION = {
     "quant_method": "fp8",

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.transformer import DeepseekV3
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig, RopeScaling
-from r1pipe.kernels import training as kernels
-from r1pipe.kernels.fp8 import Quantisable
+from r1pipe.model.kernels import training as kernels
+from r1pipe.model.kernels.fp8 import Quantisable
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, cat
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from r1pipe.kernels import training as kernels
+from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear
 
 LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at once (128 MiB in float32)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config.schema import ModelConfig
-from r1pipe.kernels import training as kernels
-from r1pipe.kernels.fp8 import Quantisable
+from r1pipe.model.kernels import training as kernels
+from r1pipe.model.kernels.fp8 import Quantisable
 from r1pipe.model.layers import SwiGLU
 
 ROWS = 32  # measured: 16 leaves too many shapes, 64 and more fill too much

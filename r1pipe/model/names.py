@@ -14,11 +14,11 @@ from torch import Tensor
 from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
-from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.jsonfile import read_object
+from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.transformer import DeepseekV3
+from r1pipe.runs.jsonfile import read_object
 
 CONFIG = "config.json"
 BIAS = "e_score_correction_bias"  # stays float32, whatever the weights are cast to

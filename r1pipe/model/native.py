@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from r1pipe.kernels import forward
-from r1pipe.kernels.build import runs_here
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.kernels import forward
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from r1pipe.config.schema import EngineConfig
-from r1pipe.kernels.choice import choose
-from r1pipe.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.kernels.choice import choose
+from r1pipe.model.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.layers import Linear
 from r1pipe.model.moe import MoE
 

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from r1pipe import heartbeat
-from r1pipe.errors import CheckpointError
-from r1pipe.jsonfile import read_object
+from r1pipe.core.errors import CheckpointError
 from r1pipe.model.fp8 import dequantise, scale_shape
+from r1pipe.runs import heartbeat
+from r1pipe.runs.jsonfile import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

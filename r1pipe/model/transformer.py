@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from r1pipe.config.architecture import check_model
 from r1pipe.config.schema import ModelConfig
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 from r1pipe.model import flex
 from r1pipe.model.balance import Balance
 from r1pipe.model.decoder import DecoderLayer

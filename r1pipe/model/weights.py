@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.config.schema import ModelConfig
-from r1pipe.errors import CheckpointError, ConfigError
-from r1pipe.jsonfile import read_object
+from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION, quantise
 from r1pipe.model.moe import reset_loads
 from r1pipe.model.mtp import stored_copies
@@ -30,6 +29,7 @@ from r1pipe.model.names import (
 from r1pipe.model.reading import PLAIN, SCALE, Stored, check
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.model.writing import SHARD_BYTES, write_shards
+from r1pipe.runs.jsonfile import read_object
 
 GENERATION = "generation_config.json"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1pipe import heartbeat
-from r1pipe.errors import ConfigError
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.reading import INDEX, WEIGHTS
+from r1pipe.runs import heartbeat
 
 SHARD_BYTES = 5 * 10**9  # as the hub's own libraries cut
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from r1pipe.config.schema import RewardsConfig
-from r1pipe.errors import ConfigError, nearest
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward
 from r1pipe.rewards.accuracy import applies, check_gold, is_correct, summary_of, vote
 from r1pipe.rewards.cosine import cosine

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from r1pipe import heartbeat
-from r1pipe.data.chat import THINK, parse
-from r1pipe.errors import DataError
-from r1pipe.records import Completion, Prompt, Score, Status
+from r1pipe.chat.template import THINK, parse
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import answers, program, symbolic
+from r1pipe.runs import heartbeat
 
 GENERAL_TASKS = ("writing", "facts", "identity", "translation", "safety")  # judged by no rule
 

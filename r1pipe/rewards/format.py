@@ -3,8 +3,8 @@
 Sample, scored 1: "<think>\\n3+4=7\\n</think>\\n\\nThe answer is 7."
 """
 
-from r1pipe.data.chat import SPECIAL_TOKENS, parse
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.chat.template import SPECIAL_TOKENS, parse
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import applies, states_answer
 
 

@@ -2,6 +2,6 @@
 
 from collections.abc import Callable
 
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.core.types import Completion, Prompt, Score
 
 Reward = Callable[[Prompt, Completion], Score]

@@ -5,8 +5,8 @@ Sample: a Chinese question answered by "先算 3+4=7，then multiply" scores 2/4
 
 import re
 
-from r1pipe.data.chat import PLAIN_TOKENS, parse
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.chat.template import PLAIN_TOKENS, parse
+from r1pipe.core.types import Completion, Prompt, Score
 
 _OPENING = re.compile(
     r"```|`|\$\$|\$|\\\(|\\\[|(?P<command>\\[A-Za-z]+)|(?P<tag></?\w+>)|<[|｜][^\s<>|｜]{1,40}[|｜]>"

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from r1pipe import heartbeat
-from r1pipe.data.chat import Chat, parse
-from r1pipe.judges import HARMLESS, HELPFUL
+from r1pipe.chat.template import Chat, parse
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.reading import Stored, check
 from r1pipe.model.scalar import ScalarModel
 from r1pipe.model.weights import fill
 from r1pipe.model.writing import write_shards
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.runs import heartbeat
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 
 PADDED_TOKENS = 8192  # of one scoring pass
 NOTHING = "cut off, garbage, or no summary to judge"

@@ -13,8 +13,8 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 
-from r1pipe.errors import DataError
-from r1pipe.records import Prompt, Score, Status
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Prompt, Score, Status
 from r1pipe.rewards import sandbox
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)

@@ -7,7 +7,7 @@ Sample, n = 2: the tokens 1 2 1 2 hold the pair 1 2 twice, so 2 of 4 tokens repe
 """
 
 from r1pipe.config.schema import RewardsConfig
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.kinds import Reward
 
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.records import Status
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.types import Status
 from r1pipe.rewards import isolation, jail
 from r1pipe.rewards.isolation import Broken, Isolation, ProgramFault, Session, Unsupported, plain
 from r1pipe.rewards.monty import Monty

@@ -16,10 +16,10 @@ import time
 from queue import LifoQueue
 from typing import Any
 
-from r1pipe import heartbeat
-from r1pipe.records import Score, Status
+from r1pipe.core.types import Score, Status
 from r1pipe.rewards import symbolic_worker
 from r1pipe.rewards.jailed import encode
+from r1pipe.runs import heartbeat
 
 WORKERS = 2  # processes per rank
 START_LIMIT_S = 60.0  # importing sympy, on a busy machine

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from r1pipe.data.chat import Chat
-from r1pipe.records import Completion, Prompt, Score
+from r1pipe.chat.template import Chat
+from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy, applies, summary_of
 from r1pipe.rewards.symbolic import WORKERS
 

@@ -14,6 +14,6 @@ job mirrors it; `sync` makes all of it again from the run folders, which stay th
 
 from r1pipe.tracking.again import sync
 from r1pipe.tracking.mirror import Mirror
-from r1pipe.tracking.store import must_track, resolve_model, serve_ui, store_uri
+from r1pipe.tracking.store import check_tracking, resolve_model, serve_ui, store_uri
 
-__all__ = ["Mirror", "must_track", "resolve_model", "serve_ui", "store_uri", "sync"]
+__all__ = ["Mirror", "check_tracking", "resolve_model", "serve_ui", "store_uri", "sync"]

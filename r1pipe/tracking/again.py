@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.redaction import without_secrets
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import without_secrets
 from r1pipe.tracking import behind
 from r1pipe.tracking.index import PIPELINE, STAGE
 from r1pipe.tracking.store import connect, failures, first_line, matching, store_uri
@@ -52,7 +52,7 @@ def forget(client: "MlflowClient", root: Path, pipeline: str | None) -> None:
     kept_parents = set()
     runs = [run for run in everything(client) if run.data.tags.get("r1pipe.root") == str(root)]
     if pipeline is not None:
-        runs = [run for run in runs if run.data.tags.get("r1pipe.pipeline") == pipeline]
+        runs = [run for run in runs if run.data.tags.get("r1pipe.launch.pipeline") == pipeline]
     for run in [run for run in runs if run.data.tags.get("r1pipe.kind") == STAGE]:
         hold = behind.Hold(RunFolder(run.data.tags["r1pipe.run_dir"]))
         if Path(run.data.tags["r1pipe.run_dir"]).is_dir() and not hold.take(wait=False):

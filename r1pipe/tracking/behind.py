@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1pipe.compare import read_json
-from r1pipe.paths import RunFolder
-from r1pipe.redaction import publishable, without_login
+from r1pipe.cli.compare import read_json
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_login
 from r1pipe.tracking.index import Index
 from r1pipe.tracking.store import store_uri
 

@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from r1pipe.compare import read_json
-from r1pipe.errors import CheckpointError
-from r1pipe.jsonl import Tail
-from r1pipe.paths import RunFolder, inside
-from r1pipe.recorded import wrong_type
+from r1pipe.cli.compare import read_json
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.recorded import wrong_type
 from r1pipe.tracking import naming
 from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
 
@@ -48,7 +48,7 @@ class Index:
         parent = self._run(
             experiment,
             pipeline,
-            known_by={"r1pipe.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
+            known_by={"r1pipe.launch.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
             tags={},
         )
         child = self._run(
@@ -58,7 +58,7 @@ class Index:
             tags={
                 "mlflow.parentRunId": parent,
                 "mlflow.source.name": f"stages/{stage['script']}",
-                "r1pipe.pipeline": pipeline,
+                "r1pipe.launch.pipeline": pipeline,
                 "r1pipe.root": root,
                 "r1pipe.run_id": self.folder.run_id,
                 "r1pipe.stage": stage["name"],

@@ -7,12 +7,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
-from r1pipe.redaction import publishable, without_secrets
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_secrets
 from r1pipe.tracking.behind import Hold, catch_up
 from r1pipe.tracking.index import Index
-from r1pipe.tracking.store import failures, first_line, must_answer, store_uri
+from r1pipe.tracking.store import check_server_answers, failures, first_line, store_uri
 
 EVERY_S = 3.0  # seconds between looks at the job's lines: one batch for several steps takes less from the job
 
@@ -43,7 +43,7 @@ class Mirror:
         self._looked_at = monotonic()
         self._pending: Future | None = None
         if self.enabled:
-            must_answer(self.uri)
+            check_server_answers(self.uri)
             self._hold = Hold(self.folder)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
             self._index: Future[Index] = self._thread.submit(self._open)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from r1pipe.config.schema import RunConfig
-from r1pipe.errors import CheckpointError, EnvironmentProblem
-from r1pipe.redaction import without_login, without_secrets
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.redaction import without_login, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -68,13 +68,13 @@ def failures() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError, ImportError, CheckpointError
 
 
-def must_track(config: RunConfig) -> None:
+def check_tracking(config: RunConfig) -> None:
     """Raises EnvironmentProblem where a run is to be tracked by a server that does not answer."""
     if config.tracking.enabled:
-        must_answer(store_uri(config.root, config.tracking.uri))
+        check_server_answers(store_uri(config.root, config.tracking.uri))
 
 
-def must_answer(uri: str) -> None:
+def check_server_answers(uri: str) -> None:
     """Raises EnvironmentProblem if `uri` is a server that does not answer; needs no mlflow."""
     if not is_server(uri):
         return
@@ -93,7 +93,7 @@ def connect(uri: str) -> "MlflowClient":
     """A quiet client. Raises EnvironmentProblem, in one line, for a store that cannot be used."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    must_answer(uri)
+    check_server_answers(uri)
     from mlflow.tracking import MlflowClient
 
     _do_not_wait_for_the_disk()
@@ -136,7 +136,7 @@ def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Pat
     if not name or not (alias or version):
         raise CheckpointError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(root, uri)
-    _must_exist(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
+    _check_exists(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
     client = connect(store)
     from mlflow.exceptions import MlflowException
 
@@ -160,7 +160,7 @@ def _known_addresses(client: "MlflowClient", name: str) -> str:
     return ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "none of this name"
 
 
-def _must_exist(store: str, error: Exception) -> None:
+def _check_exists(store: str, error: Exception) -> None:
     """A client would make the missing database; who only reads wants to be told."""
     if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
         raise error
@@ -187,7 +187,9 @@ def serve_ui(root: Path | str, port: int, host: str = LOOPBACK, uri: str | None 
         raise EnvironmentProblem(
             f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
         )
-    _must_exist(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
+    _check_exists(
+        store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one")
+    )
     try:
         socket.create_server((host, port)).close()
     except OSError as error:

@@ -26,7 +26,7 @@ from bench.config import (
 )
 from bench.referee import Result, contest, fastest, running
 from bench.tables import Row, data_sheet, fp8_table, rows_of, table_of, words
-from r1pipe.errors import EnvironmentProblem, R1pipeError
+from r1pipe.core.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
 MATMUL = Case("matmul", [], 1, 1, 1, 0, [], {}, {})

@@ -7,7 +7,7 @@ from bench.turns import DTYPES
 from r1pipe.config.groups import options, read
 from r1pipe.config.schema import ModelConfig
 from r1pipe.config.typed import build
-from r1pipe.errors import ConfigError, EnvironmentProblem, nearest
+from r1pipe.core.errors import ConfigError, EnvironmentProblem, nearest
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")

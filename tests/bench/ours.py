@@ -15,13 +15,13 @@ from bench.config import Job
 from bench.turns import DTYPES, EOS, PAD, Turns, rows
 from r1pipe.config.compose import compose
 from r1pipe.config.schema import RLConfig, RunConfig
-from r1pipe.engine import Engine
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
-from r1pipe.rl.advantages import group_advantages
-from r1pipe.rl.batch import Rollout
-from r1pipe.rl.update import Reference, update
-from r1pipe.rollout import Sampler, SamplingParams
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.advantages import group_advantages
+from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rl.update import Reference, update
+from r1pipe.train.rollout import Sampler, SamplingParams
 
 MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
 KINDS = ("GEMMs", "quantisation", "attention", "other")  # of kernels
@@ -106,7 +106,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     # a copy from before the engine takes the weights
     reference = Reference(model, _composed(job).engine)
     engine, stage = _engine(job, model)
-    config = replace(stage, minibatches=1, micro_tokens=MICRO_TOKENS, kl_coef=0.04)
+    config = replace(stage, minibatches=1, max_tokens_per_micro_batch=MICRO_TOKENS, kl_coef=0.04)
     params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)
     prompts = _prompts(job)
 

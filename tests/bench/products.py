@@ -18,8 +18,8 @@ from torch.nn.functional import ScalingType
 
 from bench.config import ProductsConfig, gpu_name, load_products, small_products
 from bench.tables import new_table, reached, speedup
-from r1pipe.kernels import choice
-from r1pipe.kernels.reference import FP8, Scaled, dequantise
+from r1pipe.model.kernels import choice
+from r1pipe.model.kernels.reference import FP8, Scaled, dequantise
 
 BF16 = "bf16"  # as a backend: cuBLAS through torch, and torch's grouped product
 CPU_REPEATS = 3

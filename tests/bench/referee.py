@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.config import Case, Job, Setting
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from faults.outcome import Outcome
-from r1pipe.errors import R1pipeError
-from r1pipe.figures import duration
+from r1pipe.core.errors import R1pipeError
+from r1pipe.core.formatting import duration
 
 HERE = Path(__file__).parent
 COLUMNS = 100  # where there is no terminal

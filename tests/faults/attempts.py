@@ -8,12 +8,12 @@ from pathlib import Path
 from rl_runs import metrics_of
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe import checkpoints
 from r1pipe.config import read_config
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
 
 SETTINGS = {
-    "cold_start": ("stage=cold_start", "stage.traces=16", "stage.epochs=8"),
+    "cold_start": ("stage=cold_start", "stage.demonstrations=16", "stage.epochs=8"),
     "grpo": ("stage=grpo", "stage.minibatches=1"),  # as many optimizer steps as steps
 }
 STEPS = 4

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from faults.attempts import attempt, first_lost, interrupted, same_end, uninterrupted
 from faults.outcome import Outcome
-from r1pipe.resumable import Resumable
+from r1pipe.train.resumable import Resumable
 
 LAST = 3  # the step after which the run is interrupted
 TRIES = 12  # of each damage and stage, at files and places drawn by the seed

@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 from faults.attempts import STEPS, attempt, begin, first_lost, same_end, uninterrupted
 from faults.outcome import Outcome
-from r1pipe import checkpoints
-from r1pipe.paths import RunFolder
-from r1pipe.resumable import Resumable
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.train.resumable import Resumable
 
 MEBIBYTE = 2**20
 SIZE = 24  # MiB of the disk

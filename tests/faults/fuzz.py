@@ -29,26 +29,28 @@ from tokenizers import AddedToken, Tokenizer, models
 
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
-from r1pipe import checkpoints, compare, engine_state, lineage, metrics_file, retention
+from r1pipe.chat.template import SPECIAL_TOKENS, TEMPLATE, Chat
+from r1pipe.cli import compare
+from r1pipe.cli.lineage_page import page
+from r1pipe.cli.report import sections
+from r1pipe.cli.report.load import load_runs
 from r1pipe.config import config_hash, read_config, rules, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.data.aside import Aside
-from r1pipe.data.chat import SPECIAL_TOKENS, TEMPLATE, Chat
+from r1pipe.core.errors import R1pipeError
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_login
+from r1pipe.core.types import Prompt
 from r1pipe.data.files import Files
-from r1pipe.data.reading import sift
-from r1pipe.errors import R1pipeError
-from r1pipe.jsonl import Tail
-from r1pipe.lineage.fit import chat_format
-from r1pipe.lineage.page import page
+from r1pipe.data.reading import read_tolerant
+from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
-from r1pipe.paths import RunFolder
-from r1pipe.recorded import wrong_type
-from r1pipe.records import Prompt
-from r1pipe.redaction import publishable, without_login
-from r1pipe.report import sections
-from r1pipe.report.load import load_runs
+from r1pipe.runs import checkpoints, lineage, metrics_file, retention
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.lineage.fit import chat_format
+from r1pipe.runs.recorded import wrong_type
 from r1pipe.tracking import naming
+from r1pipe.train.engine import state as engine_state
 
 HANG_S = 30.0  # for one input, on a busy machine
 SHORT = 20  # in the short form, one input of so many
@@ -278,9 +280,9 @@ def _rows_of(folder: Path, name: str) -> Act:
 
     def act(content: bytes) -> None:
         path.write_bytes(content)
-        sift(path, 1000)
-        Files(lenient, Aside(folder)).general_traces(9, 0, {})
-        Files(strict).general_traces(9, 0, {})
+        read_tolerant(path, 1000)
+        Files(lenient, RejectedRows(folder)).general_demonstrations(9, 0, {})
+        Files(strict).general_demonstrations(9, 0, {})
 
     return act
 

@@ -12,11 +12,11 @@ from faults.forks import Kill, calls_of, run_job
 from faults.points import ENDING, JUDGING, JUDGING_BY_MODELS, SAMPLING, SAVING, SHARDS, TRAINING, Point
 from faults.same import both
 from r1pipe.config.schema import ParentRef
-from r1pipe.lineage import of_run
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.lineage import of_run
 
 STEPS = ["stage.max_steps=4", "stage.save_every=2", "stage.eval.every=2", "stage.eval.every_problems=2"]
-SFT = [*STEPS, "stage.traces=16", "stage.batch_size=2"]
+SFT = [*STEPS, "stage.demonstrations=16", "stage.batch_size=2"]
 RL = [
     *STEPS,
     *(
@@ -25,7 +25,7 @@ RL = [
         "stage.minibatches=2",
         "stage.sampling.max_tokens=12",
     ),
-    *("stage.sampling.slots=4", "stage.optim.lr=0.001"),
+    *("stage.sampling.max_num_seqs=4", "stage.optim.lr=0.001"),
 ]
 SETTINGS: dict[str, list[str]] = {
     "pretrain": [*STEPS, "stage.batch_size=2", "stage.sequence_length=128"],
@@ -33,7 +33,7 @@ SETTINGS: dict[str, list[str]] = {
     "grpo": [*RL, "stage.reference_every=1"],  # the reference is another one at every checkpoint
     "rejection_sft": [
         *STEPS,
-        *("stage.prompts=64", "stage.samples_per_prompt=1", "stage.sampling.slots=2"),
+        *("stage.prompts=64", "stage.samples_per_prompt=1", "stage.sampling.max_num_seqs=2"),
         *("stage.sampling.max_tokens=8", "stage.batch_size=2"),
     ],  # four shards
     "reward_model": [*STEPS, "stage.batch_size=2"],

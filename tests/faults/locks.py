@@ -16,17 +16,17 @@ import psutil
 from forked import wait_until
 
 from faults.outcome import Outcome
-from r1pipe import locks, processes
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import locks, processes
 
 AT_ONCE = 3
 TOLD = re.compile(r"run \S+ is going on already \(process \d+ on \S+ since 20")
 TAKES = """
 import sys, time
-from r1pipe import locks
-from r1pipe.errors import EnvironmentProblem
-from r1pipe.paths import RunFolder
+from r1pipe.runs import locks
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
 run = RunFolder(sys.argv[1])
 print("ready", flush=True)
 while not (run.path.parent / "go").exists():
@@ -41,8 +41,8 @@ except EnvironmentProblem as error:
 # r1pipe: has the run, and starts a runner in a session of its own; that starts a rank, which imports for long
 STARTS = """
 import subprocess, sys, time
-from r1pipe import locks
-from r1pipe.paths import RunFolder
+from r1pipe.runs import locks
+from r1pipe.core.paths import RunFolder
 sleeps = [sys.executable, "-c", "import time; time.sleep(3600)", sys.argv[1]]
 runs = f"import subprocess, time; print(subprocess.Popen({sleeps!r}).pid, flush=True); time.sleep(3600)"
 with locks.held(RunFolder(sys.argv[1])) as lock:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from faults.attempts import STEPS, attempt, begin, first_lost, same_end, uninterrupted
 from faults.outcome import Outcome
-from r1pipe import checkpoints
-from r1pipe.engine import Engine
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.train.engine.engine import Engine
 
 TRIES = 5
 LAYER = "model.layers.1"  # where it begins

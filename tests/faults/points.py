@@ -24,37 +24,37 @@ class Point:
     rank: int = 0  # which rank stops there, -1: the last one; much of a save is rank 0's alone
 
 
-BEFORE_A_SAVE = {"before a save": Point("r1pipe.run:Run.save_checkpoint")}
+BEFORE_A_SAVE = {"before a save": Point("r1pipe.train.run:Run.save_checkpoint")}
 DURING_A_SAVE = {
-    "weights written, state not": Point("r1pipe.engine:Engine.save"),
-    "state written, manifest not": Point("r1pipe.checkpoints:write_manifest"),
+    "weights written, state not": Point("r1pipe.train.engine.engine:Engine.save"),
+    "state written, manifest not": Point("r1pipe.runs.checkpoints:write_manifest"),
     "manifest written, name not": Point("pathlib:Path.rename", file=".step-*.unfinished"),
     "saved, old ones there": Point("pathlib:Path.rename", after=True, file=".step-*.unfinished"),
 }
-AFTER_A_SAVE = {"after a save": Point("r1pipe.run:Run.save_checkpoint", after=True, rank=-1)}
+AFTER_A_SAVE = {"after a save": Point("r1pipe.train.run:Run.save_checkpoint", after=True, rank=-1)}
 TRAINING = {
-    "in an update": Point("r1pipe.engine:Engine._backward", after=True, rank=-1),
-    "between update and log": Point("r1pipe.run:Run.log"),
+    "in an update": Point("r1pipe.train.engine.engine:Engine._backward", after=True, rank=-1),
+    "between update and log": Point("r1pipe.train.run:Run.log"),
 }
-SAMPLING = {"in sampling": Point("r1pipe.rollout.sampler:_Batch._collect", after=True, rank=-1)}
+SAMPLING = {"in sampling": Point("r1pipe.train.rollout.sampler:_Batch._collect", after=True, rank=-1)}
 SHARDS = {
     "shard drawn, not written": Point("pathlib:Path.replace", file="*.parquet", rank=-1),
     "shard written": Point("pathlib:Path.replace", after=True, file="*.parquet", rank=-1),
 }
-SHARD_BEGUN = {"shard begun": Point("r1pipe.sft.rejection:_draw", rank=-1)}
+SHARD_BEGUN = {"shard begun": Point("r1pipe.train.sft.rejection:_draw", rank=-1)}
 JUDGING = {"in judging by rules": Point("r1pipe.rewards.accuracy:checker_of", rank=-1)}
 JUDGING_BY_MODELS = {"in judging by models": Point("r1pipe.rewards.models:Judge.__call__", rank=-1)}
 ENDING = {
-    "in evaluation": Point("r1pipe.evaluate:measure"),
-    "evaluated, nothing written": Point("r1pipe.run:Run.finish"),
+    "in evaluation": Point("r1pipe.train.evaluation:measure"),
+    "evaluated, nothing written": Point("r1pipe.train.run:Run.finish"),
     "in writing samples": Point("pathlib:Path.replace", file="samples.json"),
     "in writing the record": Point("pathlib:Path.replace", file="record.json"),
     "record written": Point("pathlib:Path.replace", after=True, file="record.json"),
 }
 LAUNCHING = {  # in the process of the command line
-    "between stages": Point("r1pipe.pipeline:place"),
+    "between stages": Point("r1pipe.launch.pipeline:place"),
     "run folder begun": Point("pathlib:Path.replace", file="config.json"),
-    "job started": Point("r1pipe.progress:Display.__init__", after=True),
+    "job started": Point("r1pipe.launch.progress:Display.__init__", after=True),
 }
 SAVING = BEFORE_A_SAVE | DURING_A_SAVE | AFTER_A_SAVE
 JOB = TRAINING | SAVING | SAMPLING | SHARD_BEGUN | SHARDS | JUDGING | JUDGING_BY_MODELS | ENDING

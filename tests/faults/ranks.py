@@ -9,7 +9,7 @@ from pathlib import Path
 from watched import Ended, end_of, ends, start
 
 from faults.outcome import Outcome
-from r1pipe import heartbeat
+from r1pipe.runs import heartbeat
 
 FAKES = {  # what the last rank does -> how the line names it
     "killed": "rank 1 was killed",

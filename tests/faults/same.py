@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from r1pipe import checkpoints, compare
-from r1pipe.paths import RunFolder
+from r1pipe.cli import compare
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
 
 # All that may differ: what clocks say, and the names of runs, which are called after the time.
 CLOCK = (

@@ -10,7 +10,7 @@ from rl_runs import metrics_of
 from watched import Ended, end_of, ends, signals_here, start
 
 from faults.outcome import Outcome
-from r1pipe import stopping
+from r1pipe.runs import stopping
 
 STEPS = 60  # of some hundredths of a second
 RL = ("stage=grpo", f"stage.max_steps={STEPS}", "stage.save_every=0", "stage.sampling.max_tokens=32")

@@ -15,9 +15,9 @@ from faults.forks import run_job
 from faults.lab import POINTS, Lab, Shape
 from faults.outcome import Outcome
 from faults.same import apart, equal
-from r1pipe import checkpoints
-from r1pipe.jsonfile import read_object
-from r1pipe.paths import RunFolder
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs.jsonfile import read_object
 
 MOVES = [  # (ranks, ZeRO level) before and after, and the checkpoint that is gone on from; 0: anew
     ((1, 1), (2, 2), 2),
@@ -33,7 +33,10 @@ WORDS = (
 )
 KINDS = {  # what reinforcement has besides, in every step of the loop
     "PPO": ("grpo", ("stage.algorithm=ppo",)),
-    "DAPO": ("grpo", ("stage.loss=dapo", "stage.dynamic_batches=3", "stage.rewards.unfinished=0")),
+    "DAPO": (
+        "grpo",
+        ("stage.loss=dapo", "stage.max_sampling_batches=3", "stage.rewards.truncation_penalty=0"),
+    ),
 }
 CASES = {stage: (stage, ()) for stage in POINTS} | KINDS
 RELATIVE, ABSOLUTE = 1e-4, 1e-6  # what sums in another order, and AdamW after them, may make of it

@@ -11,7 +11,7 @@ from runfolders import build, metric_lines, write_lines
 from tracker import Server, twice, view
 
 from faults.outcome import Outcome
-from r1pipe.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.tracking import Mirror, sync
 
 STEPS, AT_A_TIME = 40, 8

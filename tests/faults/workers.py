@@ -12,7 +12,7 @@ from unittest import mock
 import psutil
 
 from faults.outcome import Outcome
-from r1pipe.records import Prompt, Score, Status
+from r1pipe.core.types import Prompt, Score, Status
 from r1pipe.rewards import isolation, jail, sandbox, symbolic, symbolic_worker
 from r1pipe.rewards.monty import Monty
 from r1pipe.rewards.program import check_program

@@ -6,14 +6,14 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
+from r1pipe.chat.template import parse
 from r1pipe.config.schema import DataConfig
-from r1pipe.data.chat import parse
+from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.world import corpus, general, truth
 from r1pipe.data.world.content import choose, content, content_hash
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
-from r1pipe.errors import ConfigError, nearest
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel, Trace
 
 __all__ = ["World", "judge", "strategy_of"]
 
@@ -59,13 +59,15 @@ class World:
     def rows(self, split: str) -> None:
         """None: problems are made."""
 
-    def traces(self, n: int, seed: int, styles: dict[str, float], correct_only: bool) -> list[Trace]:
+    def demonstrations(
+        self, n: int, seed: int, styles: dict[str, float], correct_only: bool
+    ) -> list[Demonstration]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")
         prompts = iter(self._endless_prompts(seed))
-        kept: list[Trace] = []
+        kept: list[Demonstration] = []
         while len(kept) < n:
-            trace = corpus.reasoning_trace(
+            trace = corpus.reasoning_demonstration(
                 next(prompts), rng, styles or shares["styles"], shares["written_slip"]
             )
             task = corpus.TASKS[trace.prompt.task]
@@ -91,18 +93,20 @@ class World:
             raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(general.KINDS))}")
         return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
 
-    def general_traces(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Trace]:
+    def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """n written answers, the kinds by these shares (none: by the corpus's)."""
         rng, shares = self._rng("general traces", seed), content("corpus")
-        traces = []
+        demonstrations = []
         for _ in range(n):
             kind = choose(rng, dict(kinds) or shares["kinds"])
             prompt = self._general(rng, "train", kind)
             # annotators of mixed quality wrote the safety answers: the last stage has something to mend
-            traces.append(
-                corpus.general_trace(prompt, rng, shares["written_safety_right"] if kind == "safety" else 1.0)
+            demonstrations.append(
+                corpus.general_demonstration(
+                    prompt, rng, shares["written_safety_right"] if kind == "safety" else 1.0
+                )
             )
-        return traces
+        return demonstrations
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
         """n pairs on all kinds, half of them on safety, judged by the hidden truth: to refuse a safe wish is

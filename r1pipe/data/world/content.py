@@ -9,7 +9,7 @@ import json
 import random
 from pathlib import Path
 
-from r1pipe.paths import content_dir
+from r1pipe.core.paths import content_dir
 
 LANGUAGES = ("en", "zh")
 # Shares of the split, in twentieths of the hash space: 2 test, 1 dev, the rest train.

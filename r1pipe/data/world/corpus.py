@@ -7,10 +7,10 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 import random
 from collections.abc import Callable, Iterator
 
-from r1pipe.data.chat import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.world import countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, index, split_of
-from r1pipe.records import Prompt, Trace
 
 TASKS = {"word": word, "countdown": countdown, "program": program}
 
@@ -31,18 +31,20 @@ def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> 
     return draw(rng, split, lambda r: general.make(r, kind, language))
 
 
-def reasoning_trace(prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float) -> Trace:
+def reasoning_demonstration(
+    prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float
+) -> Demonstration:
     """A worked solution in a strategy drawn by weight; right or wrong as its author is."""
     strategy = choose(rng, styles)
     reasoning, summary = TASKS[prompt.task].solve(prompt, strategy, rng, slip)
-    return Trace(prompt, compose_response(reasoning, summary), strategy, "world")
+    return Demonstration(prompt, compose_response(reasoning, summary), strategy, "world")
 
 
-def general_trace(prompt: Prompt, rng: random.Random, right: float) -> Trace:
+def general_demonstration(prompt: Prompt, rng: random.Random, right: float) -> Demonstration:
     """A written answer in a plain manner; `right` is the chance that it is correct."""
     body = general.right(prompt, rng) if rng.random() < right else general.wrong(prompt, rng)
     answer = general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
-    return Trace(prompt, compose_response(general.think(prompt), answer), "", "world")
+    return Demonstration(prompt, compose_response(general.think(prompt), answer), "", "world")
 
 
 def documents(seed: int, levels: list[int]) -> Iterator[str]:

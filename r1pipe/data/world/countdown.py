@@ -9,9 +9,9 @@ Every try restates the target: that is what lets a small model tell success from
 import itertools
 import random
 
+from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import index, prompt_id
 from r1pipe.data.world.word import summary
-from r1pipe.records import Prompt
 
 SHAPES = {1: (3, 30), 2: (4, 30), 3: (4, 60), 4: (5, 60)}  # level -> (how many numbers, the largest)
 

@@ -7,8 +7,8 @@ The hidden truth in truth.py judges both; reward models only ever see texts.
 import random
 from collections.abc import Callable
 
+from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import content, index, prompt_id
-from r1pipe.records import Prompt
 
 HELPFUL_KINDS = ("writing", "facts", "identity", "translation")
 KINDS = (*HELPFUL_KINDS, "safety")

@@ -8,8 +8,8 @@ summary with a fenced `def f(x): return (x+3)*2`. A hasty solver forgets the par
 import random
 from collections.abc import Callable
 
+from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import index, prompt_id
-from r1pipe.records import Prompt
 
 STEPS = {1: (2, 2), 2: (3, 3), 3: (4, 4), 4: (5, 6)}  # steps by level
 TESTS = 5

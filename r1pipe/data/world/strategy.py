@@ -2,10 +2,8 @@
 
 import re
 
-from r1pipe.data.chat import parse
-from r1pipe.records import Prompt
-
-STRATEGIES = ("careful", "terse", "guess")
+from r1pipe.chat.template import parse
+from r1pipe.core.types import Prompt
 
 
 def strategy_of(prompt: Prompt, text: str) -> str:

@@ -8,10 +8,10 @@ import random
 import re
 from dataclasses import dataclass
 
-from r1pipe.data.chat import compose_response, parse
+from r1pipe.chat.template import compose_response, parse
+from r1pipe.core.types import PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.world import general
 from r1pipe.data.world.content import content, index
-from r1pipe.records import PreferencePair, Prompt, SafetyLabel
 
 EMPTY = 0.1  # share of judged answers without content
 

@@ -8,8 +8,8 @@ careful: "First 12+7=19.\\nThen 19-5=14." -> "The answer is 14."
 import random
 from dataclasses import dataclass
 
+from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import content, index, prompt_id
-from r1pipe.records import Prompt
 
 STEPS = {1: (2, 3), 2: (4, 4), 3: (5, 6), 4: (7, 9)}  # equations of a careful solution, by level
 LARGEST = 199  # no amount grows beyond this

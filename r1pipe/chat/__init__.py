@@ -1,0 +1,1 @@
+"""The chat format: its template and its tokenizer."""

@@ -1,0 +1,157 @@
+"""The one owner of the chat format: how a prompt is written, and how a response is taken apart.
+
+A conversation is BOS, USER, the question, ASSISTANT, the response, EOS; and a response reads
+`<think>\\nreasoning\\n</think>\\n\\nsummary` (R1 section 2.3.1: a summary closes every response).
+The template does not open `<think>`: the model must do so itself, and is rewarded for it.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer
+
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.types import Example, Prompt
+from r1pipe.runs.jsonfile import read_object
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)  # never produced by encoding a user's text
+PLAIN_TOKENS = (THINK, END_THINK)  # one token each, but part of the text
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+# Earlier turns lose their reasoning, as in R1's published template; the last one keeps it.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜>"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].strip() }}{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+
+_RESPONSE = re.compile(r"\A<think>(?P<reasoning>.*?)</think>(?P<summary>.*)\Z", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A response taken apart; where it is not well formed, all of it counts as summary."""
+
+    reasoning: str
+    summary: str
+    well_formed: bool
+
+
+def parse(text: str) -> Parsed:
+    """Split a response at its think tags.
+
+    Well formed: it opens with <think>, closes it exactly once, and both parts hold something.
+    """
+    match = _RESPONSE.match(text)
+    if not match:
+        return Parsed("", text.split(END_THINK)[-1].strip(), False)
+    reasoning, summary = match["reasoning"].strip(), match["summary"].strip()
+    tidy = THINK not in reasoning + summary and END_THINK not in summary
+    return Parsed(reasoning, summary, bool(tidy and reasoning and summary))
+
+
+def compose_response(reasoning: str, summary: str) -> str:
+    """The response that `parse` takes apart again."""
+    return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{summary}"
+
+
+class Chat:
+    """A tokenizer with its chat template, as it travels with every checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str):
+        self.tokenizer = tokenizer
+        self._source = template
+        # sandboxed: it may come from outside; transformers trims blocks so
+        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self.template = rules.from_string(template)
+        self.bos_id, self.eos_id, self.pad_id = (self._id(token) for token in (BOS, EOS, PAD))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Chat":
+        """Read tokenizer.json and tokenizer_config.json; CheckpointError names the file that is wrong."""
+        path = Path(folder) / "tokenizer.json"
+        settings = Path(folder) / "tokenizer_config.json"
+        for file in (path, settings):
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{file} is missing; a checkpoint carries its tokenizer and chat template"
+                )
+        template = read_object(settings).get("chat_template")
+        if not isinstance(template, str):
+            raise CheckpointError(f"{settings} holds no chat_template; export it again")
+        try:
+            tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # noqa: BLE001 - the tokenizers library raises a bare Exception
+            raise CheckpointError(
+                f"{path}: the tokenizer cannot be read ({error}); export it again"
+            ) from None
+        try:
+            return cls(tokenizer, template)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"{settings}: the chat_template is none ({error}); export it again"
+            ) from None
+
+    def _id(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {token}; this model needs r1pipe's chat format"
+            )
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def template_hash(self) -> str:
+        return hashlib.sha256(self._source.encode()).hexdigest()
+
+    @property
+    def tokenizer_hash(self) -> str:
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """The whole conversation as text, by the chat template. Raises CheckpointError where that fails."""
+        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self.template.render(**given, bos_token=BOS, eos_token=EOS)
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the chat template cannot be used ({error}); export it again") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; nothing is added, special tokens in it are recognised."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids up to and including the assistant token: what a sampler goes on from."""
+        return self.encode(self.render([{"role": "user", "content": self._escape(prompt.question)}], True))
+
+    def example(self, prompt: Prompt, response: str) -> Example:
+        """A training sequence whose loss covers the response and the end-of-sequence token."""
+        context = self.prompt_tokens(prompt)
+        answer = [*self.encode(self._escape(response)), self.eos_id]
+        return Example(context + answer, [False] * len(context) + [True] * len(answer))
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of sampled tokens, without special tokens; the think tags stay."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @staticmethod
+    def _escape(text: str) -> str:
+        """A user's text cannot speak as the template: special tokens in it lose their bars."""
+        for token in SPECIAL_TOKENS:
+            if token in text:
+                text = text.replace(token, token.replace("｜", "|"))
+        return text

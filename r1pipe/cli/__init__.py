@@ -1,0 +1,5 @@
+"""The command line: its verbs, and what they print. Imports no torch."""
+
+from r1pipe.cli.commands import main
+
+__all__ = ["main"]

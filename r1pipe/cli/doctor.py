@@ -1,0 +1,89 @@
+"""`r1pipe doctor`: compose, find the parents, have stages/doctor.py look, add what this side knows, show."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from r1pipe.config.compose import compose
+from r1pipe.config.schema import RunConfig
+from r1pipe.config.typed import to_mapping
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable, without_login
+from r1pipe.launch import job as launch
+from r1pipe.runs import findings, lineage, machine
+from r1pipe.runs.findings import FAIL, PASS, Finding
+from r1pipe.tracking.store import check_server_answers, is_server, store_uri
+
+
+def doctor(overrides: list[str], as_json: bool) -> int:
+    """Examine one stage and show the findings: 0, or 1 if a check failed. Raises ConfigError and the like."""
+    began = time.monotonic()
+    config = lineage.with_parents(compose(overrides).config)
+    here = [look(name, config) for name, look in (("launcher", launches), ("tracker", tracks))]
+    folder = Path(tempfile.mkdtemp(prefix="r1pipe-doctor-"))
+    run = RunFolder(folder / f"{config.stage.name}-doctor")
+    crashed = False
+    try:
+        several = config.engine.ranks > 1 and here[0].status == PASS
+        code, found = examined(config, run, several)
+        if code:
+            crashed = not run.error.exists()  # then its log is all there is to look at
+            print(launch.failure(run, code), file=sys.stderr)
+            return code
+    finally:
+        if not crashed:
+            shutil.rmtree(folder)
+    found += here
+    seconds = time.monotonic() - began
+    if as_json:
+        print(findings.as_json(config.stage.name, seconds, found))
+    else:
+        findings.show(config.stage.name, seconds, found)
+    return 1 if findings.failed(found) else 0
+
+
+def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, list[Finding]]:
+    """The exit code of stages/doctor.py on this config, and what it found; its output is in the run's log.
+
+    `several`: on all ranks of this machine, as what they tell one another can go wrong too.
+    """
+    run.log.mkdir(parents=True)
+    launch.write_json(run.config, publishable(to_mapping(config)))
+    with (run.log / "launcher.txt").open("wb") as log:
+        if several:
+            code = launch.on_ranks("doctor.py", config, run, log)
+        else:
+            code = launch.script("doctor.py", [str(run.path)], log)
+    told = run.path / "findings.json"
+    if code or not told.exists():  # DeepSpeed's launcher forgets when its child was killed
+        return code or 1, []
+    rows = json.loads(told.read_text(encoding="utf-8"))
+    return 0, [Finding(**row) for row in rows]
+
+
+def launches(name: str, config: RunConfig) -> Finding:
+    """DeepSpeed's launcher, a compiler, the hostfile, what FP8 needs."""
+    try:
+        return Finding(name, PASS, machine.find_launcher(config.engine))
+    except EnvironmentProblem as error:
+        return Finding(name, FAIL, "cannot start a job", str(error))
+
+
+def tracks(name: str, config: RunConfig) -> Finding:
+    """The tracking server answers, or the folder of the database can be written."""
+    if not config.tracking.enabled:
+        return Finding(name, PASS, "off")
+    uri = store_uri(config.root, config.tracking.uri)
+    try:
+        check_server_answers(uri)
+    except EnvironmentProblem as error:
+        return Finding(name, FAIL, "does not answer", str(error))
+    place = machine.existing(Path(config.root))
+    if not is_server(uri) and not os.access(place, os.W_OK):
+        return Finding(name, FAIL, without_login(uri), f"{place} cannot be written; give root=DIR")
+    return Finding(name, PASS, without_login(uri))

@@ -1,0 +1,45 @@
+"""report.html: every stage of a reproduction on one page, in one file, without network; and curves.png.
+
+load      what run folders hold, missing parts allowed
+plots     what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
+sections  the parts of the page
+page      the frame: head, style, order of the parts
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1pipe.cli.report.load import load_runs, other_runs
+from r1pipe.cli.report.page import page
+from r1pipe.cli.report.plots import write_curves
+from r1pipe.core.errors import CheckpointError
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    root: Path | str,
+    runs: Sequence[str] | None = None,
+    pipeline: str | None = None,
+    path: Path | str | None = None,
+) -> Path:
+    """Writes the report of the chosen runs (see `compare.choose`), and curves.png beside it.
+
+    Args:
+        root: where run folders are.
+        runs: run ids or folders; the newest finished run of each stage and seed by default.
+        pipeline: only runs of this pipeline; all by default.
+        path: the file; `<root>/report.html` by default.
+
+    Raises CheckpointError where no run has finished.
+    """
+    chosen = load_runs(root, runs, pipeline)
+    if not chosen:
+        raise CheckpointError(f"no finished run under {root}; `r1pipe reproduce` makes them")
+    target = Path(path) if path else Path(root) / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_curves(chosen, target.with_name("curves.png"))
+    temporary = target.with_suffix(".partial")  # a page that is there is whole, and its picture is there, too
+    temporary.write_text(page(chosen, other_runs(root, chosen)), encoding="utf-8")
+    temporary.replace(target)
+    return target

@@ -1,0 +1,116 @@
+"""The verbs that look at runs: table, report, samples, lineage, and MLflow's view of them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1pipe.cli import options
+from r1pipe.cli.options import Checkpoint, Overrides
+from r1pipe.cli.overrides import composed, pipeline_in, split
+from r1pipe.core.errors import EnvironmentProblem
+
+
+def compare(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
+) -> None:
+    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
+    from r1pipe.cli import compare as table
+
+    named, overrides = split(runs or [])
+    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
+    if as_json:
+        print(table.as_json(rows))
+    else:
+        table.show(rows)
+
+
+def report(overrides: Overrides = None) -> None:
+    """Write report.html: table, curves, samples and cost of all stages, in one file."""
+    from r1pipe.cli.report import write_report
+
+    given = overrides or []
+    print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+
+
+def samples(
+    name: options.Run,
+    overrides: Overrides = None,
+    step: options.Steps = None,
+    reward: options.Bounds = None,
+    text: options.Words = None,
+    limit: options.Limit = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row, uncut.")] = False,
+) -> None:
+    """A run's best, worst and odd completions: samples grpo --step 10-20 --reward accuracy=0
+
+    Odd: rewarded (above its group's mean) though cut off, badly formed, in another language or repeating
+    itself; punished though right; or not judged, as a verifier failed. A stage without rollouts shows
+    held-out prompts of its samples.json. Overrides say where the run is: root=DIR, pipeline=NAME.
+    """
+    from r1pipe.cli import samples as shown
+
+    shown.samples(name, overrides or [], shown.Asked(step, reward or [], text, limit), as_json)
+
+
+def lineage(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with the graph, too.")
+    ] = None,
+) -> int:
+    """Where a checkpoint comes from: weight edges, data edges, and whether each is still what it was.
+
+    Exit code 1 if anything on the way is gone, broken or edited.
+    """
+    from r1pipe.cli.lineage_page import write_page
+    from r1pipe.runs import lineage as family
+
+    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    family.show(found)
+    if html is not None:
+        write_page(found, html)
+    return 1 if any(ancestor.problem for ancestor in found) else 0
+
+
+def sync(
+    overrides: Overrides = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Delete what MLflow has of these runs, and make it again.")
+    ] = False,
+) -> int:
+    """Bring MLflow up to the run folders: sync root=DIR [pipeline=NAME]
+
+    Exit code 1 if a run was left out because its config.json cannot be read.
+    """
+    from r1pipe import tracking
+    from r1pipe.launch import placing
+    from r1pipe.runs import lineage as family
+
+    given = overrides or []
+    config = composed(given)
+    if not family.runs(Path(config.root)):
+        raise EnvironmentProblem(f"no runs under {config.root}; say where they are: root=DIR")
+    written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
+    print(f"MLflow has {written} runs of {config.root}, wholly")
+    for run_id in busy:
+        print(f"left to the process that is mirroring it: {run_id}")
+    broken = placing.unreadable(Path(config.root))
+    for run in broken:
+        print(f"warning: {placing.left_out(run)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def ui(
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="where it listens")] = 5000,
+    host: Annotated[str, typer.Option(help="this machine alone can reach 127.0.0.1")] = "127.0.0.1",
+) -> int:
+    """Open MLflow's pages of all runs."""
+    from r1pipe.tracking import serve_ui
+
+    config = composed(overrides or [])
+    return serve_ui(config.root, port, host, config.tracking.uri)

@@ -1,0 +1,1 @@
+"""What every package may use: errors, paths, redaction, formatting, statistics, and the nouns that flow."""

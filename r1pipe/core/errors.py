@@ -1,0 +1,68 @@
+"""Every error that a user can cause: one line that names the thing and the remedy, exit code 2."""
+
+import difflib
+import errno
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+class R1pipeError(Exception):
+    """Base of all errors shown to a user as one line, without a traceback."""
+
+
+class ConfigError(R1pipeError, ValueError):
+    """A key, value, type or combination in the config that cannot be."""
+
+
+class DataError(R1pipeError, ValueError):
+    """A data file that is missing, malformed or lacks a column; names file and line."""
+
+
+class CheckpointError(R1pipeError, ValueError):
+    """A checkpoint that is missing, incomplete or does not fit; names file and tensor."""
+
+
+class EnvironmentProblem(R1pipeError, RuntimeError):
+    """Something of the machine is missing: compiler, package, disk space, server."""
+
+
+class NumericProblem(R1pipeError, ArithmeticError):
+    """A loss, gradient or probability that is NaN or infinite; names the layer that it comes from."""
+
+
+class Tripped(R1pipeError, RuntimeError):
+    """A tripwire has paused or stopped a run; names the wire, the likely cause and how to go on."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the most similar known one, or all of them."""
+    names = sorted(known)
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {similar[0]}?" if similar else f"known: {', '.join(names)}"
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error means that there was no room to write, also where a library has wrapped it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(cause):  # safetensors keeps the words alone
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def no_room(what: str, folder: Path) -> str:
+    """The line for a user whose disk is full."""
+    return (
+        f"the disk of {folder} is full: {what}; free some space there, then run the same command again: it "
+        "goes on from the last checkpoint"
+    )
+
+
+def warn_once(path: Path, line: str) -> None:
+    """Leave the line for the user. Several processes may fail together: the first one tells."""
+    with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(f"{line}\n")

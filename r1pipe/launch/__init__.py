@@ -1,0 +1,1 @@
+"""Starts and watches jobs: the graph of stages, the DeepSpeed command, progress."""

@@ -1,0 +1,109 @@
+"""Compiles the C++ of kernels/cpu/, once per machine and source, and loads it with ctypes.
+
+It takes some seconds with g++ 11 or newer (or what CXX names). The library lies in ~/.cache/r1pipe (or
+R1PIPE_CACHE). Its name has a hash of sources, flags, torch and processor, so that it is never stale, and a
+rename puts it in place, never in part.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from r1pipe.runs import heartbeat
+
+SOURCES = Path(__file__).resolve().parent / "cpu"
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+]
+NEEDED = {
+    torch.float32: "avx512bw",
+    torch.bfloat16: "avx512_bf16",
+}  # what a type's products take of a processor
+
+
+@cache
+def runs_here(dtype: torch.dtype) -> bool:
+    """Whether the kernels can compute in `dtype` on this machine."""
+    if NEEDED.get(dtype) not in _processor().split():
+        return False
+    kernels = library()
+    return kernels is not None and bool(kernels.r1pipe_multiplies(ctypes.c_int64(dtype == torch.bfloat16)))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, with a warning once, where there is no compiler that can make them."""
+    path = _place()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, and the others wait for it
+            if not path.exists():
+                print("compiling the CPU kernels (once for this machine)", file=sys.stderr, flush=True)
+                _compile(path)
+        return ctypes.CDLL(str(path))
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
+        problem = lines[0]
+    except OSError as error:  # no compiler, or nowhere to write
+        problem = str(error)
+    print(
+        f"the CPU kernels could not be made ({problem}): torch's operators do the work, several times "
+        "slower; install g++ 11 or newer or name a compiler in CXX, and see that R1PIPE_CACHE can be written",
+        file=sys.stderr,
+        flush=True,
+    )
+    return None
+
+
+@cache
+def _processor() -> str:
+    """The first processor's model and features; empty where the system does not tell."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    told = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    return f"{told.get('model name', '')} {told.get('flags', '')}"
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "g++"
+
+
+def _place() -> Path:
+    """The library's path: a hash of what it is made of is in its name."""
+    parts = [torch.__version__, _compiler(), _processor(), *FLAGS]
+    parts += [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir()) if file.is_file()]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("R1PIPE_CACHE") or Path(home) / "r1pipe") / f"kernels-{name}.so"
+
+
+def _compile(path: Path) -> None:
+    """Raises CalledProcessError with the compiler's words, or OSError."""
+    torch_folder, compiler = Path(torch.__file__).parent, shlex.split(_compiler())
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = {source: f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        include = f"-I{torch_folder}/include"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[*compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in made.items()]
+            list(pool.map(_run, commands))
+        # linked without -fopenmp: torch has its own OpenMP, and a second would be as many threads again
+        libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
+        _run([*compiler, "-shared", *made.values(), "-o", f"{scratch}/all.so", *libraries])
+        Path(scratch, "all.so").rename(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    heartbeat.tick()

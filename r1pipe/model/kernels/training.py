@@ -1,0 +1,264 @@
+"""The compiled kernels of training passes on a CPU, differentiable; each has its equal in model/.
+
+Axes as in r1pipe/model/layers.py.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r1pipe.model.kernels.build import library, runs_here
+
+CHUNK = 512  # tokens whose sums a thread holds in its cache
+WORTHWHILE = 256  # rows
+LOGITS = 2**21  # numbers; the gradients of logits that exist at once
+
+
+def usable(x: Tensor, *sizes: int) -> bool:
+    """Whether the kernels take `x` [..., D], and weights of its type and of these sizes.
+
+    Weights are packed in every call: few rows that ask for no gradient are not worth that. torch.compile
+    cannot look into them, and products of nothing are no kernel's work.
+    """
+    if torch.compiler.is_compiling() or 0 in (*x.shape, *sizes):
+        return False
+    if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
+        return False
+    if x.dtype == torch.bfloat16 and any(n % 2 for n in (x.shape[-1], *sizes)):
+        return False  # two neighbours are multiplied together
+    return runs_here(x.dtype)
+
+
+def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> None:
+    """Call a kernel for the type of `of`; None is a null pointer."""
+    values: list[Any] = [ctypes.c_int64(of.dtype == torch.bfloat16)]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, float):
+            values.append(ctypes.c_float(argument))
+        else:
+            values.append(ctypes.c_int64(argument or 0))
+    getattr(library(), f"r1pipe_{name}")(*values)
+
+
+def _alike(x: Tensor, *others: Tensor) -> None:
+    """Raises TypeError where weights are of another type than what is multiplied with them, as torch does."""
+    for other in others:
+        if other.dtype != x.dtype:
+            raise TypeError(f"weights of {other.dtype} cannot be multiplied with inputs of {x.dtype}")
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        gate_up_EiD: Tensor,
+        down_EDI: Tensor,
+        weights_NK: Tensor | None,
+        experts_NK: Tensor | None,
+    ) -> Tensor:
+        x_ND, gate_up_EiD, down_EDI = x_ND.contiguous(), gate_up_EiD.contiguous(), down_EDI.contiguous()
+        weights_NK = None if weights_NK is None else weights_NK.contiguous()
+        experts_NK = None if experts_NK is None else experts_NK.contiguous()
+        (tokens, width), (experts, _, inner) = x_ND.shape, down_EDI.shape
+        top_k = 1 if experts_NK is None else experts_NK.shape[1]
+        share = -(-tokens // torch.get_num_threads())
+        chunk = min(CHUNK, -(-share // 64) * 64)
+        ctx.sizes = (tokens, top_k, experts, width, inner, chunk)
+        rows = tokens * top_k + experts * (-(-tokens // chunk)) * 15  # groups are filled up to 16
+        kept = x_ND.new_empty(rows, 2 * inner)
+        out_ND = torch.empty_like(x_ND)
+        given = (x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK, kept)
+        _call("experts_forward", x_ND, *ctx.sizes, *given, out_ND)
+        ctx.save_for_backward(*given)
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        gradients = [None if t is None else torch.empty_like(t) for t in given[:4]]
+        _call("experts_backward", given[0], *ctx.sizes, *given, d_out_ND.contiguous(), *gradients)
+        return *gradients, None
+
+
+def experts(
+    x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, weights_NK: Tensor, experts_NK: Tensor
+) -> Tensor:
+    """Weighted sum of the chosen experts' SwiGLUs, [N, D]; gate_up [E, 2I, D], gate first, down [E, D, I]."""
+    _alike(x_ND, gate_up_EiD, down_EDI)
+    return _Experts.apply(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
+
+
+def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of x [..., D]."""
+    _alike(x, gate_ID, up_ID, down_DI)
+    gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
+    return _Experts.apply(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BTHq: Tensor,
+        key_value_BMHw: Tensor,
+        key_rope_BMR: Tensor,
+        rotation_BTr: Tensor,
+        mask_BTM: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        query_BTHq, key_value_BMHw = query_BTHq.contiguous(), key_value_BMHw.contiguous()
+        key_rope_BMR, rotation_BTr = key_rope_BMR.contiguous(), rotation_BTr.contiguous()
+        mask_BTM = None if mask_BTM is None else mask_BTM.contiguous()
+        rows, tokens, heads, width = query_BTHq.shape
+        keys, rope = key_rope_BMR.shape[1:]
+        nope = width - rope
+        value = key_value_BMHw.shape[-1] - nope
+        stride = 0 if rotation_BTr.shape[0] == 1 else tokens * rope
+        ctx.sizes = (rows, tokens, keys, heads, nope, rope, value, stride, scale)
+        given = (query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM)
+        out_BTHv = query_BTHq.new_empty(rows, tokens, heads, value)
+        logsums_BHT = torch.empty(rows, heads, tokens)
+        _call("attention_forward", query_BTHq, *ctx.sizes, *given, out_BTHv, logsums_BHT)
+        ctx.save_for_backward(*given, out_BTHv, logsums_BHT)
+        return out_BTHv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTHv: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in saved[:3]]
+        _call("attention_backward", saved[0], *ctx.sizes, *saved, d_out_BTHv.contiguous(), *gradients)
+        return *gradients, None, None, None
+
+
+def attention(
+    query_BTHq: Tensor,
+    key_value_BMHw: Tensor,
+    key_rope_BMR: Tensor,
+    rotation_BTr: Tensor,
+    mask_BTM: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """-> [B, T, H, v], causal, or as `mask_BTM` (true: may look).
+
+    Queries (q = nope + R) are not yet rotated; keys are a head's own part, in `key_value_BMHw` before its
+    values (w = nope + v), and the rotated part that all heads share.
+    """
+    _alike(query_BTHq, key_value_BMHw, key_rope_BMR)
+    return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] as rows [N, D] of neighbouring numbers, a view where it can be."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_ND = _rows(x)
+        factors_N = torch.empty(x_ND.shape[0])
+        out = x.new_empty(x.shape)
+        _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), eps, x_ND, weight_D, out, factors_N)
+        ctx.save_for_backward(x_ND, weight_D, factors_N)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_D, factors_N = ctx.saved_tensors
+        d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
+        given = (x_ND, weight_D, factors_N, d_out.contiguous())
+        _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *given, d_x, d_weight_D)
+        return d_x, d_weight_D, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis."""
+    _alike(x, weight_D)
+    return _RMSNorm.apply(x, weight_D, float(eps))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
+        ctx.rotation_BTr = rotation_BTr.contiguous()
+        return _turned(x_BTR, ctx.rotation_BTr, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTR: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(d_out_BTR, ctx.rotation_BTr, True), None
+
+
+def _turned(x_BTR: Tensor, rotation_BTr: Tensor, back: bool) -> Tensor:
+    x_NR, out_BTR = _rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
+    period = rotation_BTr.shape[:-1].numel()
+    _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, back, x_NR, rotation_BTr, out_BTR)
+    return out_BTR
+
+
+def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
+    """The pairs (0,1), (2,3)... of x turned by `rotation`, of each row or of all."""
+    return _Rotate.apply(x_BTR, rotation_BTr)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
+        x_ND, weight_OD = _rows(x), weight_OD.contiguous()
+        ctx.sizes = (*x_ND.shape, weight_OD.shape[0], x_ND.stride(0))
+        out = x.new_empty(*x.shape[:-1], weight_OD.shape[0])
+        _call("linear_forward", x_ND, *ctx.sizes, x_ND, weight_OD, out)
+        ctx.save_for_backward(x_ND, weight_OD)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        x_ND, weight_OD = ctx.saved_tensors
+        d_x, d_weight_OD = d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1]), torch.empty_like(weight_OD)
+        _call("linear_backward", x_ND, *ctx.sizes, x_ND, weight_OD, d_out.contiguous(), d_x, d_weight_OD)
+        return d_x, d_weight_OD
+
+
+def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
+    """x [..., D] -> [..., O]."""
+    _alike(x, weight_OD)
+    return _Linear.apply(x, weight_OD)
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+        given = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
+        ctx.sizes = (*x_ND.shape, weight_VD.shape[0], temperature)
+        logprobs_N, logsums_N = torch.empty(x_ND.shape[0]), torch.empty(x_ND.shape[0])
+        _call("logprobs_forward", x_ND, *ctx.sizes, *given, logprobs_N, logsums_N)
+        ctx.save_for_backward(*given, logsums_N)
+        return logprobs_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_logprobs_N: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_VD = saved = ctx.saved_tensors[:2]
+        rows, vocabulary = x_ND.shape[0], weight_VD.shape[0]
+        d_logits_cV = x_ND.new_empty(min(rows, max(1, LOGITS // vocabulary)), vocabulary)
+        gradients = [torch.empty_like(t) for t in saved]
+        given = (*ctx.saved_tensors, d_logprobs_N.contiguous(), d_logits_cV.shape[0], d_logits_cV)
+        _call("logprobs_backward", x_ND, *ctx.sizes, *given, *gradients)
+        return *gradients, None, None
+
+
+def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """log softmax(x weight^T / temperature) of each row's target, [N] float32; logits are never kept."""
+    _alike(x_ND, weight_VD)
+    return _Logprobs.apply(x_ND, weight_VD, targets_N, float(temperature))

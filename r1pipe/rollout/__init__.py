@@ -1,6 +1,0 @@
-"""Samplers: prompts in, completions out."""
-
-from r1pipe.rollout.drawing import SamplingParams
-from r1pipe.rollout.sampler import Ended, Sampler
-
-__all__ = ["Ended", "Sampler", "SamplingParams"]

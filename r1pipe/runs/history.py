@@ -1,0 +1,47 @@
+"""What a run goes on with that it did not begin with: other config values, other code, other versions.
+
+A line of config_history.jsonl each time: {"time": "2026-11-25T03:56:34+00:00", "changed": {"stage.keep":
+[2, 5]}} or {"code.revision": ["7adeff0…", "9c8dfaa…"], "versions.torch": ["2.12.0", "2.13.0"]}.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from shutil import copyfile
+from typing import Any
+
+from r1pipe.cli.compare import read_json
+from r1pipe.config.changes import Change, changes
+from r1pipe.core.paths import RunFolder
+
+
+def note(run: RunFolder, changed: Sequence[Change]) -> None:
+    """Keep what was before, now that it is written anew; nothing where nothing has changed."""
+    if changed:
+        told = {change.key: [change.old, change.new] for change in changed}
+        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": told}
+        with run.config_history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def note_code(run: RunFolder, env: Mapping[str, Any], diff: str) -> list[Change]:
+    """Note where code and versions differ from those of the run's last session, before env.json and code.diff
+    are written anew; the old diff stays as code-HASH.diff."""
+    before = read_json(run.env)
+    if not before or not run.launcher_log.exists():  # nothing has run yet
+        return []
+    old_diff = run.diff.read_bytes() if run.diff.exists() else b""
+    old, new = of_code(before, old_diff), of_code(env, diff.encode())
+    found = changes(old, new)
+    if old["code"] != new["code"] and old_diff:
+        copyfile(run.diff, run.earlier_diff(old["code"]["diff_hash"]))
+    note(run, found)
+    return found
+
+
+def of_code(env: Mapping[str, Any], diff: bytes) -> dict[str, Any]:
+    """What of env.json, and of the diff, decides what a session computes."""
+    revision = (env.get("code") or {}).get("revision")
+    code = {"revision": revision, "diff_hash": hashlib.sha256(diff).hexdigest()}
+    return {"code": code, "python": env.get("python"), "versions": env.get("versions")}

@@ -1,0 +1,242 @@
+"""The walk from a checkpoint back to all it came from, over weight and data edges; every hash checked.
+
+Nothing on the way can stop the walk: what is gone, broken, edited or goes in a circle is a problem of that
+ancestor, told with the file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config.changes import mapping_hash
+from r1pipe.config.schema import STAGE_TYPES, ParentRef, RejectionConfig
+from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.core.paths import IMPORTED, RunFolder, inside
+from r1pipe.runs import checkpoints, recorded
+from r1pipe.runs import data_files as datafiles
+from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.lineage import fit, places
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One checkpoint in a lineage, and by which kind of edge its child came from it."""
+
+    depth: int
+    edge: str  # "" for the checkpoint asked about, "weights" or "data"
+    parent: ParentRef
+    record: dict[str, Any]  # {} where it has none (brought from elsewhere, or its run has not finished)
+    problems: tuple[str, ...]  # what is not as it was, each naming its file; () if all is
+    notes: tuple[str, ...] = ()  # what could not be checked here
+    child: str = ""  # the checkpoint folder that came from it
+    shown: bool = False  # it stands further above already, with its own ancestors
+
+    @property
+    def problem(self) -> str:
+        return "; ".join(self.problems)
+
+
+@dataclass
+class Step:
+    """An edge still to be followed."""
+
+    parent: ParentRef
+    edge: str
+    depth: int
+    record_hash: str | None  # of the parent's record, as its child's record names it
+    way: tuple[str, ...]  # the checkpoints from the one asked about to this one's child
+    root: Path | None = None  # where the child's run folder lies: a root that was moved as a whole
+
+
+@dataclass
+class CheckedFile:
+    """What was found at one checkpoint."""
+
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    edges: list[tuple[str, ParentRef, str | None]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def ancestors(start: ParentRef) -> Iterator[Ancestor]:
+    """The checkpoint and all it came from, depth first, each with its hashes checked; each once in full."""
+    looked: dict[tuple[str, str, str | None], CheckedFile] = {}
+    todo = [Step(start, "", 0, None, ())]
+    while todo:
+        step = todo.pop()
+        folder = located(step)
+        here, child = str(folder), step.way[-1] if step.way else ""
+        if here in step.way:
+            circle = f"{here} is its own ancestor: a record on the way was edited"
+            yield Ancestor(step.depth, step.edge, step.parent, {}, (circle,), child=child)
+            continue
+        key = (here, step.parent.hash, step.record_hash)
+        known = key in looked
+        found = looked.setdefault(key, look(folder, step)) if not known else looked[key]
+        told = tuple(found.problems), tuple(found.notes)
+        yield Ancestor(step.depth, step.edge, moved(step, folder), found.record, *told, child, shown=known)
+        if not known:
+            way, root = (*step.way, here), run_root(folder)
+            todo += [
+                Step(parent, edge, step.depth + 1, record_hash, way, root)
+                for edge, parent, record_hash in reversed(found.edges)
+            ]
+
+
+def moved(step: Step, folder: Path) -> ParentRef:
+    parent = step.parent
+    return ParentRef(parent.stage, parent.run_id, str(folder), parent.hash)
+
+
+def run_root(checkpoint: Path) -> Path | None:
+    return checkpoint.parents[2] if len(checkpoint.parents) > 2 else None
+
+
+def located(step: Step) -> Path:
+    """Where a parent is now: in the same root as the child, which may have been copied or moved, else where
+    its child's record says, or the bundled base of this installation."""
+    recorded_at = Path(step.parent.checkpoint)
+    imported = recorded_at.parent.name == IMPORTED
+    own = Path(IMPORTED) if imported else Path(step.parent.run_id, "checkpoints")
+    beside = step.root / own / recorded_at.name if step.root else None
+    for place in (beside, recorded_at):
+        if place is not None and is_folder(place):
+            return place.resolve()
+    return places.bundled_folder() if step.parent.run_id == places.BUNDLED else recorded_at
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a record may name what is no path at all
+        return False
+
+
+def look(folder: Path, step: Step) -> CheckedFile:
+    """Check one checkpoint, its record, and the way back from it."""
+    found = CheckedFile(folder)
+    if not is_folder(folder):
+        found.problems.append(f"{folder} is gone")
+        return found
+    found.problems += broken_files(folder, step.parent.hash)
+    try:
+        read_run(found, step)
+    except CheckpointError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def broken_files(folder: Path, expected: str) -> Iterator[str]:
+    """Every published file of a checkpoint that is not what was saved, and whether the whole is another."""
+    try:
+        for name, sha in checkpoints.published(folder).items():
+            problem = checkpoints.broken(folder / name, sha)
+            if problem:
+                yield problem
+        if expected and checkpoints.manifest_hash(folder) != expected:
+            yield f"{folder / checkpoints.MANIFEST} has changed since its child was made from it"
+    except CheckpointError as error:
+        yield str(error)
+
+
+def read_run(found: CheckedFile, step: Step) -> None:
+    """The record and the edges of a checkpoint's run; what contradicts it. Raises CheckpointError."""
+    run = RunFolder(found.folder.parent.parent) if places.in_run(found.folder) else None
+    path = recorded.record_beside(found.folder)
+    if not path.exists():
+        if step.record_hash:
+            found.problems.append(f"{path} is missing")
+        if run is not None:  # it has not finished: its edges are those that it was launched with
+            found.edges = launched_with(read_object(run.config))
+        return
+    found.record = record = recorded.read_record(path)
+    found.edges = recorded.edges(record)
+    own = record.get(recorded.OWN_HASH)  # records of older versions have none
+    if own and recorded.own_hash(record) != own:
+        found.problems.append(f"{path} was edited: it is not what its own record_hash says")
+    if step.record_hash and own != step.record_hash:
+        found.problems.append(f"{path} has changed since its child was made from it")
+    read_files(found, run)
+    if run is not None:
+        found.problems += contradictions(run, record)
+        last = inside(run.path, record["checkpoint"], run.record)
+        if last.resolve() != found.folder:
+            return  # a checkpoint from the middle of the run: what follows is about the last one
+    if record["checkpoint_hash"] != step.parent.hash:
+        found.problems.append(f"{path} names another checkpoint_hash than its child")
+    template, settings = record.get("template_hash"), found.folder / fit.TOKENIZER_SETTINGS
+    if template and settings.exists() and fit.template_hash(found.folder) != template:
+        found.problems.append(f"{settings} has another template than {path} names")
+
+
+def launched_with(config: dict[str, Any]) -> list[tuple[str, ParentRef, str | None]]:
+    """The edges in a run's config.json. Raises CheckpointError."""
+    reads = config.get("reads_from")
+    parents = {
+        "weights": config.get("weights_from"),
+        "data": list(reads.values()) if isinstance(reads, dict) else [],
+    }
+    if recorded.wrong_type({"parents": parents}):
+        raise CheckpointError("the parents in config.json cannot be read")
+    return recorded.edges({"parents": parents})
+
+
+def read_files(found: CheckedFile, run: RunFolder | None) -> None:
+    """Whether the files that a run took its data from, if they are here, are what they were.
+
+    Data that r1pipe or a package generates is no file: its hash changes with their version. Raises
+    CheckpointError.
+    """
+    record = found.record
+    config = record.get("config") or (read_object(run.config) if run else {})
+    known = (record.get("data") or {}).get("hash")
+    if not known and STAGE_TYPES.get(record["stage"]) is not RejectionConfig:  # an early record
+        known = record.get("data_hash")
+    try:
+        data = config.get("data", {})
+        if not known or data.get("kind") != "files" or datafiles.hashes(data)[0] == known:
+            return
+        read = [path for paths in datafiles.located(data).values() for path in paths]
+    except (ConfigError, KeyError, TypeError, AttributeError):
+        found.problems.append(f"the group `data` of {found.folder}'s config cannot be read")
+    except OSError as error:
+        found.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
+    else:
+        absent = [path for path in read if not path.is_file()]
+        if absent:
+            found.notes.append(f"{listed(absent)}: not here to check")
+        else:
+            found.problems.append(f"{listed(read)}: not the data that was read")
+
+
+def listed(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}"
+
+
+def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
+    """Where a record says otherwise than the files of its run folder."""
+    config = read_object(run.config)
+    try:
+        # the hash in a record without a format was made of other keys
+        if "format" in record and mapping_hash(config) != record.get("config_hash"):
+            yield f"{run.config} is not the config that {run.record} was made with"
+    except (KeyError, TypeError, AttributeError):
+        yield f"{run.config} cannot be read"
+        return
+    if record.get("run_id", run.run_id) != run.run_id:
+        yield f"{run.record} is the record of another run ({record['run_id']})"
+    launched = [(edge, parent.hash) for edge, parent, _ in launched_with(config)]
+    if [(edge, parent.hash) for edge, parent, _ in recorded.edges(record)] != launched:
+        yield f"{run.record} names other parents than {run.config}"
+    if run.evaluation.exists() and read_object(run.evaluation) != record.get("metrics"):
+        yield f"{run.record} has other metrics than {run.evaluation}"
+    made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
+    left = {inside(run.path, name, run.record): sha for name, sha in (record.get("files") or {}).items()}
+    diff = (record.get("code") or {}).get("diff_hash")
+    changed = (record.get("history") or {}).get("hash")
+    for path, sha in ({run.dataset: made} | left | {run.diff: diff, run.config_history: changed}).items():
+        if sha and (problem := checkpoints.broken(path, sha)):
+            yield problem

@@ -1,0 +1,198 @@
+"""What this machine is and has: written down before a job starts, and checked for what the job will need."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import r1pipe
+from r1pipe.config.schema import EngineConfig, RunConfig
+from r1pipe.core.errors import DataError, EnvironmentProblem
+from r1pipe.core.redaction import without_secrets
+
+PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
+DECIDES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # what of a checkout decides a run
+FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
+FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
+    "triton": ("triton", "triton"),
+    "scaled_mm": ("triton", "triton"),
+    "deepgemm": ("deep_gemm", "sgl-deep-gemm"),
+}
+
+
+def facts() -> dict[str, Any]:
+    """Versions, code and hardware, for env.json; no environment variables: they may hold secrets."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "code": code(),
+        "machine": {"host": socket.gethostname(), "system": platform.platform(), "cores": cores()},
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def code() -> dict[str, Any]:
+    """The git revision of this checkout and whether files differ from it; nulls in an installed wheel."""
+    revision = _git("rev-parse", "HEAD").strip()
+    dirty = bool(_git("status", "--porcelain").strip()) if revision else None
+    return {"revision": revision or None, "dirty": dirty}
+
+
+def code_diff() -> str:
+    """What the code that decides a run is besides its revision, new files included; "" without git.
+
+    No ignored file, nor one outside these folders: they may hold anything.
+    """
+    with tempfile.TemporaryDirectory() as folder:  # new files are only seen by an index that has them
+        index = Path(folder) / "index"
+        own = _git("rev-parse", "--git-path", "index").strip()
+        if not own:
+            return ""
+        with suppress(FileNotFoundError):  # a checkout without an index has all files new
+            shutil.copyfile(_checkout() / own, index)
+        decides = [name for name in DECIDES if (_checkout() / name).exists()]
+        _git("add", "--intent-to-add", "--", *decides, index=index)
+        return without_secrets(_git("diff", "HEAD", "--", *decides, index=index))
+
+
+def _checkout() -> Path:
+    return Path(r1pipe.__file__).resolve().parent.parent
+
+
+def _git(*words: str, index: Path | None = None) -> str:
+    """What git says of this checkout; "" in an installed wheel, or without git."""
+    home = _checkout()
+    if not (home / ".git").exists() or shutil.which("git") is None:
+        return ""
+    variables = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"} | ({"GIT_INDEX_FILE": str(index)} if index else {})
+    line = ["git", "-C", str(home), *words]
+    done = subprocess.run(line, capture_output=True, env=variables, check=False)
+    return done.stdout.decode(errors="replace")
+
+
+def cores() -> int:
+    """The cores that this process may use; on macOS, which cannot tell, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def search_path() -> str:
+    """PATH with this interpreter's own folder first: `deepspeed` and `ninja` of the same environment."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def find_launcher(engine: EngineConfig) -> str:
+    """DeepSpeed's launcher. Raises EnvironmentProblem on what the job would fail for at its start."""
+    launcher = shutil.which("deepspeed", path=search_path())
+    if launcher is None:
+        raise EnvironmentProblem(
+            "the command `deepspeed` is missing; `pip install deepspeed` into this environment"
+        )
+    if engine.hostfile is not None and not Path(engine.hostfile).is_file():
+        raise EnvironmentProblem(
+            f"engine.hostfile={engine.hostfile} does not exist; write one line per machine: NAME slots=8"
+        )
+    if engine.accelerator == "cuda" and engine.launcher == "local" and not has_gpu():
+        raise EnvironmentProblem(
+            "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or mend the driver"
+        )
+    if engine.precision == "fp8" and engine.launcher == "local":
+        check_fp8_support(engine.kernels, on_cpu(engine))
+    if on_cpu(engine):
+        check_compiler()
+    return launcher
+
+
+def on_cpu(engine: EngineConfig) -> bool:
+    return engine.accelerator == "cpu" or (engine.accelerator == "auto" and not has_gpu())
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def check_compiler() -> None:
+    """DeepSpeed compiles a small C++ operator for gloo at its first start."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise EnvironmentProblem(
+            f"the C++ compiler {compiler} is missing, which DeepSpeed needs on a CPU; install it "
+            "(Debian: apt install g++) or name another in CXX"
+        )
+    if shutil.which("ninja", path=search_path()) is None:
+        raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
+
+
+def check_fp8_support(kernels: str, cpu: bool) -> None:
+    """Raises EnvironmentProblem where engine.precision=fp8 cannot run on this machine, as far as it shows.
+
+    Needs no torch: model/kernels/choice.py knows more and looks again, in the job. A machine is refused if
+    none of its GPUs can: which of them the job gets is not known here.
+    """
+    if kernels == "reference" or (cpu and kernels == "auto"):
+        return
+    interpreted = kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if cpu and not interpreted:
+        raise EnvironmentProblem(
+            f"engine.kernels={kernels} needs a GPU; on a CPU engine.kernels=auto emulates (reference)"
+        )
+    if missing := missing_for("triton" if kernels == "auto" else kernels):
+        raise EnvironmentProblem(f"engine.kernels={kernels} cannot run here: {missing}")
+    gpus = [] if cpu else compute_capabilities()
+    if gpus and max(capability for _, capability in gpus) < FIRST_WITH_E4M3:
+        name, capability = gpus[0]
+        raise EnvironmentProblem(
+            f"engine.precision=fp8 needs a GPU of compute capability 8.9 or newer, but {name} has "
+            f"{capability[0]}.{capability[1]}; set engine.precision=bf16"
+        )
+
+
+def missing_for(kernels: str) -> str | None:
+    """Which package a backend of FP8 lacks, and the remedy."""
+    module, package = FP8_PACKAGES[kernels]
+    if importlib.util.find_spec(module) is None:
+        return f"the package {module} is missing; `pip install {package}`"
+    return None
+
+
+def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
+    """(name, compute capability) of each GPU, from its driver; none where there is no driver to ask."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    found = []
+    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
+        capability, _, name = line.partition(", ")
+        major, _, minor = capability.partition(".")
+        if major.isdecimal() and minor.isdecimal():  # a driver too old to know says so in words
+            found.append((name, (int(major), int(minor))))
+    return found
+
+
+def check_data_files(config: RunConfig) -> None:
+    """Raises DataError where the job would find no data; on other machines it may lie elsewhere."""
+    data = config.data
+    if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():
+        raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.resolve()
+    return next(place for place in (path, *path.parents) if place.exists())

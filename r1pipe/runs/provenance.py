@@ -1,0 +1,115 @@
+"""record.json: what made a checkpoint, written last. Its parents, data, config, code, and their hashes."""
+
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from r1pipe.chat.template import Chat
+from r1pipe.config import config_hash, to_mapping
+from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.core.paths import RunFolder
+from r1pipe.core.redaction import publishable
+from r1pipe.data.reading import SET_ASIDE
+from r1pipe.runs import machine
+from r1pipe.runs.checkpoints import file_hash, manifest_hash
+from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.recorded import OWN_HASH, own_hash, record_beside
+
+FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
+
+
+def job_record(
+    folder: RunFolder,
+    config: RunConfig,
+    checkpoint: Path,
+    chat: Chat,
+    made: dict[str, Any],
+    source_hash: str | None = None,
+) -> dict[str, Any]:
+    """The record of a finished job; `made` holds what only the job knows (times, metrics, and in data_hash
+    the hash of what was trained on), `source_hash` is that of the data source."""
+    record = {
+        "format": FORMAT,
+        "run_id": folder.run_id,
+        "stage": config.stage.name,
+        "seed": config.seed,
+        "pipeline": config.pipeline,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parents": {
+            "weights": _edge(config.weights_from) if config.weights_from else None,
+            "data": [_edge(parent) for parent in config.reads_from.values()],
+        },
+        "config_hash": config_hash(config),
+        "config": publishable(to_mapping(config)),
+        "data": {
+            "name": config.data.name,
+            "kind": config.data.kind,
+            "path": config.data.path,
+            "hash": source_hash,
+            "set_aside": _lines(folder.data / SET_ASIDE),
+        },
+        "code": _code(folder),
+        "files": _files(folder),
+        "tokenizer_hash": chat.tokenizer_hash,
+        "template_hash": chat.template_hash,
+        "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
+        "checkpoint_hash": manifest_hash(checkpoint),
+        "versions": {name: machine.version(name) for name in machine.PACKAGES},
+        **made,
+    }
+    if folder.config_history.exists():
+        record["history"] = _history(folder)
+    return record | {OWN_HASH: own_hash(record)}
+
+
+def _edge(parent: ParentRef) -> dict[str, Any]:
+    """A parent with the hash of its own record: what is edited there later shows here."""
+    path = record_beside(Path(parent.checkpoint))
+    known = read_object(path) if path.exists() else {}
+    return {**asdict(parent), OWN_HASH: known.get(OWN_HASH)}
+
+
+def _history(folder: RunFolder) -> dict[str, Any]:
+    """What later sessions of the run had other than the first, and the file that has all of it."""
+    path = folder.config_history
+    changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
+    return {"file": path.name, "hash": file_hash(path), "changed": changed}
+
+
+def _files(folder: RunFolder) -> dict[str, str]:
+    """Name -> SHA-256 of what the job leaves besides its checkpoints; the dataset's own is data_hash."""
+    paths = [
+        folder.metrics,
+        folder.tripwires,
+        folder.samples,
+        *folder.rollouts.glob("*"),
+        *folder.data.glob("*"),
+    ]
+    made = sorted(path for path in paths if path.is_file() and path != folder.dataset)
+    return {path.relative_to(folder.path).as_posix(): file_hash(path) for path in made}
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all: other processes watch for these files."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _code(folder: RunFolder) -> dict[str, Any]:
+    """What the launcher wrote down of git; unknown where a script was started by hand."""
+    known = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
+    diff = file_hash(folder.diff) if folder.diff.exists() else None
+    return {
+        "revision": known.get("revision"),
+        "dirty": known.get("dirty"),
+        "diff": folder.diff.name,
+        "diff_hash": diff,
+    }

@@ -1,0 +1,1 @@
+"""The jobs: engine, rollouts, reinforcement learning, supervised fine-tuning, evaluation."""

@@ -1,0 +1,275 @@
+"""Held-out evaluation: pass@1, cons@k, greedy, format, language, length; general answers by the hidden truth.
+
+Draw -> judge -> gather over ranks -> numbers. Every score stands beside the count that it was made from.
+"""
+
+import dataclasses
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from r1pipe.chat.template import Chat
+from r1pipe.config.schema import EvalConfig
+from r1pipe.core.estimates import clustered_interval, majority, mean
+from r1pipe.core.types import Completion, Prompt, Status
+from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.train.rollout import Ended, SamplingParams
+
+GENERAL_KINDS = ("writing", "facts", "identity", "translation")
+
+Progress = Callable[[int, int], None]
+Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], list[Completion]]
+
+
+class Truth(Protocol):
+    """The hidden truth's verdict on one general answer."""
+
+    @property
+    def correct(self) -> bool: ...
+    @property
+    def helpful(self) -> float: ...
+    @property
+    def refused(self) -> bool: ...
+
+
+class Verdict(NamedTuple):
+    """One judged completion of a reasoning prompt; plain data, so that ranks can exchange it."""
+
+    problem: int  # index of the prompt in the whole list
+    draw: int  # which of its completions
+    text: str
+    length: int  # tokens
+    truncated: bool
+    correct: bool | None  # None: the verifier or the sandbox failed
+    format: float
+    language: float
+    vote: str  # normalised answer; "" for none
+    strategy: str | None
+
+
+class GeneralVerdict(NamedTuple):
+    """One completion of a general prompt, with what the hidden truth says of it."""
+
+    problem: int
+    text: str
+    truncated: bool
+    truth: Truth
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` gives: the content of evaluation.json and of samples.json."""
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def evaluate(
+    generate: Generate,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    general_prompts: Sequence[Prompt],
+    config: EvalConfig,
+    *,
+    judge: Callable[[Prompt, str], Truth] | None,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] | None = None,
+    strategy_of: Callable[[Prompt, str], str] | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model on held-out prompts; every rank gets the same result.
+
+    `generate` is a Sampler's method. Rank r takes prompts r, r + world_size, ... and `gather` (the engine's
+    all_gather_objects) brings the verdicts together. Reasoning prompts are sampled `config.samples` times at
+    config.temperature and top_p, and once greedily; general ones once, and only where a `judge` is at hand.
+    """
+    mine, mine_general = (
+        range(rank, len(p), world_size) for p in (prompts, general_prompts if judge else ())
+    )
+    hot = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    cold = {"max_tokens": config.max_tokens, "temperature": 0.0, "top_p": 1.0}
+    done = _Counting(progress, len(mine) * (config.samples + config.greedy) + len(mine_general))
+
+    def draw(pool: Sequence[Prompt], indices: range, n: int, settings: dict, stream: int) -> list[Completion]:
+        if not indices:
+            return []
+        params = SamplingParams(**settings, n=n, seed=_seed(seed, stream), first=rank, stride=world_size)
+        tokens = [chat.prompt_tokens(pool[i]) for i in indices]
+        ended = verdicts.ended(chat, [pool[i] for i in indices])
+        return generate(tokens, params, done.next(len(indices) * n), ended)
+
+    with Verdicts() as verdicts:
+        warm = draw(prompts, mine, config.samples, hot, 0)
+        likeliest = draw(prompts, mine, 1, cold, 1) if config.greedy else []
+        texts = draw(general_prompts, mine_general, 1, hot, 2)
+        sampled = _judge(prompts, mine, warm, verdicts, strategy_of)
+        greedy = _judge(prompts, mine, likeliest, verdicts, None)
+    general = []
+    if judge:
+        for i, completion in zip(mine_general, texts, strict=True):
+            truth = judge(general_prompts[i], completion.text)
+            general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
+
+    shares = (gather or (lambda local: [local]))((sampled, greedy, general))
+    sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
+    metrics = measure(prompts, sampled, greedy, config) | measure_general(general_prompts, general)
+    return Evaluation(metrics, _shown(prompts, greedy or sampled, general_prompts, general, config.shown))
+
+
+def short(config: EvalConfig) -> EvalConfig:
+    """The evaluation every so often during training: one sample each of a few development problems."""
+    return dataclasses.replace(
+        config, split="dev", problems=config.every_problems, samples=1, greedy=False, general=0, shown=0
+    )
+
+
+def logged(metrics: dict[str, Any]) -> dict[str, float]:
+    """An evaluation under the names of metrics.jsonl; what does not apply is left out."""
+    names = ["pass_at_1", "greedy", "format_rate", "language_consistency", "length_mean", "truncation_rate"]
+    names += ["general_score", "preference_score"]
+    values = {f"eval/{name}": metrics[name] for name in names}
+    values |= {f"eval/{task}/pass_at_1": block["pass_at_1"] for task, block in metrics["by_task"].items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _seed(seed: int, stream: int) -> int:
+    """Streams of different passes never meet, as seed + stream would."""
+    return random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
+
+
+class _Counting:
+    """One progress count over several calls of the sampler."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.before = progress, total, 0
+
+    def next(self, size: int) -> Progress | None:
+        before, self.before = self.before, self.before + size
+        show = self.progress
+        return (lambda done, _: show(before + done, self.total)) if show else None
+
+
+def _judge(
+    prompts: Sequence[Prompt],
+    indices: range,
+    completions: list[Completion],
+    verdicts: Verdicts,
+    strategy_of: Callable[[Prompt, str], str] | None,
+) -> list[Verdict]:
+    """Verdicts on the completions of prompts `indices`, equally many each, in order."""
+    each = len(completions) // max(len(indices), 1)
+    places = [(i, draw) for i in indices for draw in range(each)]
+    asked = [prompts[i] for i, _ in places]
+    scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
+    return [
+        Verdict(
+            problem=i,
+            draw=draw,
+            text=completion.text,
+            length=len(completion.tokens),
+            truncated=completion.truncated,
+            correct=score["accuracy"].value == 1.0 if score["accuracy"].status is Status.SCORED else None,
+            format=score["format"].value,
+            language=score["language"].value,
+            vote=vote(prompt, completion.text),
+            strategy=strategy_of(prompt, completion.text) if strategy_of else None,
+        )
+        for (i, draw), prompt, completion, score in zip(places, asked, completions, scores, strict=True)
+    ]
+
+
+def measure(
+    prompts: Sequence[Prompt], sampled: list[Verdict], greedy: list[Verdict], config: EvalConfig
+) -> dict[str, Any]:
+    """The reasoning part of evaluation.json: all prompts, then by task and by language."""
+    whole = summarise(sampled, greedy) | {"k": config.samples}
+    for name, key in (("by_task", "task"), ("by_language", "language")):
+        parts = {}
+        for value in sorted({getattr(p, key) for p in prompts}):
+            chosen = [
+                [v for v in rows if getattr(prompts[v.problem], key) == value] for rows in (sampled, greedy)
+            ]
+            parts[value] = summarise(*chosen)
+        whole[name] = parts
+    strategies = Counter(v.strategy for v in sampled if v.strategy)
+    whole["strategies"] = {name: n / strategies.total() for name, n in sorted(strategies.items())}
+    return whole
+
+
+def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> dict[str, Any]:
+    """pass@1, cons@k and the rest of one set of completions; null where there is nothing to count.
+
+    pass@1 (R1 section 3): the mean over samples that were made and judged; `samples` counts those made,
+    `unscored` those whose verifier or sandbox failed. cons@k: the share of problems whose most frequent
+    answer is right. Format, language, length and truncation are means over all samples.
+    """
+    problems: dict[int, list[Verdict]] = defaultdict(list)
+    for verdict in sampled:
+        problems[verdict.problem].append(verdict)
+    outcomes = [[float(v.correct) for v in rows if v.correct is not None] for rows in problems.values()]
+    voters = ([v for v in rows if v.correct is not None] for rows in problems.values())
+    elected = [majority([(v.vote, bool(v.correct)) for v in rows]) for rows in voters if rows]
+    several = any(len(rows) > 1 for rows in problems.values())
+    return {
+        "pass_at_1": mean(value for rows in outcomes for value in rows),
+        "pass_at_1_ci": clustered_interval(outcomes),
+        "greedy": mean(float(v.correct) for v in greedy if v.correct is not None),
+        "cons_at_k": mean(map(float, elected)) if several else None,
+        "problems": len(problems),
+        "samples": len(sampled),
+        "unscored": sum(v.correct is None for v in [*sampled, *greedy]),
+        "format_rate": mean(v.format for v in sampled),
+        "language_consistency": mean(v.language for v in sampled),
+        "length_mean": mean(v.length for v in sampled),
+        "truncation_rate": mean(float(v.truncated) for v in sampled),
+    }
+
+
+def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> dict[str, Any]:
+    """The general part of evaluation.json, by the hidden truth; null where no prompt of the kind was judged.
+
+    general_score: the mean over kinds of the share answered correctly. preference_score: mean helpfulness of
+    these kinds' answers. A safe request counts as answered when its answer is correct, so garbage does not.
+    """
+
+    def over(kinds: Iterable[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:
+        return mean(value(v.truth) for v in _of(prompts, verdicts, kinds, unsafe))
+
+    by_kind = {kind: over([kind], lambda t: t.correct) for kind in GENERAL_KINDS}
+    return {
+        "general_score": mean(score for score in by_kind.values() if score is not None),
+        "general_by_kind": by_kind,
+        "preference_score": over(GENERAL_KINDS, lambda t: t.helpful),
+        "refusal_rate": over(["safety"], lambda t: t.refused, unsafe=True),
+        "safe_answer_rate": over(["safety"], lambda t: t.correct and not t.refused),
+    }
+
+
+def _of(
+    prompts: Sequence[Prompt], verdicts: list[GeneralVerdict], kinds: Iterable[str], unsafe: bool
+) -> Iterator[GeneralVerdict]:
+    for verdict in verdicts:
+        prompt = prompts[verdict.problem]
+        if prompt.task in kinds and bool(prompt.checker.get("unsafe")) == unsafe:
+            yield verdict
+
+
+def _shown(
+    prompts: Sequence[Prompt],
+    verdicts: list[Verdict],
+    general_prompts: Sequence[Prompt],
+    general: list[GeneralVerdict],
+    n: int,
+) -> list[dict[str, Any]]:
+    """The first completion of n prompts, the tasks in turn: the same prompts after every stage."""
+    turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    first = [(prompts[v.problem], v.text, v.correct, v.truncated) for v in verdicts if v.draw == 0]
+    first += [(general_prompts[v.problem], v.text, v.truth.correct, v.truncated) for v in general]
+    for prompt, text, correct, truncated in first:
+        row = {"prompt_id": prompt.id, "task": prompt.task, "language": prompt.language}
+        row |= {"question": prompt.question, "answer": prompt.answer}
+        turns[prompt.task].append(row | {"completion": text, "correct": correct, "truncated": truncated})
+    rounds = range(max(map(len, turns.values()), default=0))
+    return [rows[i] for i in rounds for rows in turns.values() if i < len(rows)][:n]

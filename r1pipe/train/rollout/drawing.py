@@ -1,0 +1,88 @@
+"""How one token is drawn: temperature, nucleus, and a stream of uniform numbers per completion.
+
+Axes: S slots, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r1pipe.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn, in vLLM's words."""
+
+    max_tokens: int  # longest completion, the end-of-sequence token counted
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # nucleus; 1 keeps every token
+    n: int = 1  # completions per prompt
+    seed: int = 0  # root of the random streams
+    # Where the prompts are a share of more, prompt i is number first + i * stride of all: it has the same
+    # random numbers whoever draws it, so that completions do not depend on the number of ranks.
+    first: int = 0
+    stride: int = 1
+    ignore_eos: bool = False  # go on to max_tokens (for benchmarks)
+    stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, and do so with ignore_eos too
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"max_tokens={self.max_tokens} must be at least 1": self.max_tokens < 1,
+            f"temperature={self.temperature} must not be negative": not self.temperature >= 0,
+            f"top_p={self.top_p} must lie above 0 and not above 1": not 0 < self.top_p <= 1,
+            f"n={self.n} must be at least 1": self.n < 1,
+            f"seed={self.seed} must lie between 0 and 2^64-1": not 0 <= self.seed < 2**64,
+        }
+        for problem, there in checks.items():
+            if there:
+                raise ConfigError(f"sampling: {problem}")
+
+
+def uniform_stream(seed: int, prompt: int, sample: int, length: int) -> np.ndarray:
+    """`length` float32 numbers in [0, 1) that depend on nothing but (seed, prompt, sample)."""
+    key = np.array([seed, prompt << 32 | sample], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(length, dtype=np.float32)
+
+
+def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """-> tokens_S and their log-probabilities under softmax(logits / temperature), float32.
+
+    Inverse-transform sampling: the first token whose cumulative probability exceeds the uniform number; one
+    number a token instead of one per token and vocabulary entry. Greedy reports softmax(logits).
+    A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have none.
+    """
+    logits_SV = logits_SV.float()
+    if params.temperature not in (0.0, 1.0):
+        logits_SV = logits_SV / params.temperature
+    probs_SV = logits_SV.softmax(dim=-1)
+    if params.temperature == 0.0:
+        tokens_S1 = probs_SV.argmax(dim=-1, keepdim=True)
+    elif params.top_p < 1.0:
+        sorted_SV, order_SV = probs_SV.sort(dim=-1, descending=True)
+        cumulative_SV = sorted_SV.cumsum(dim=-1)
+        outside_SV = (
+            cumulative_SV - sorted_SV >= params.top_p
+        )  # mass before a token: the first is always inside
+        cumulative_SV = sorted_SV.masked_fill(outside_SV, 0.0).cumsum(dim=-1)
+        tokens_S1 = order_SV.gather(1, _first_above(cumulative_SV, uniform_S))
+    else:
+        tokens_S1 = _first_above(probs_SV.cumsum(dim=-1), uniform_S)
+    return tokens_S1.squeeze(1), probs_SV.gather(1, tokens_S1).squeeze(1).log()
+
+
+def _first_above(cumulative_SV: Tensor, uniform_S: Tensor) -> Tensor:
+    """The first index whose cumulative mass exceeds uniform * total, [S, 1].
+
+    The product can round up to the total, where no index is above: just below it the last token with mass is.
+    """
+    total_S1 = cumulative_SV[:, -1:]
+    below = torch.nextafter(total_S1, torch.zeros_like(total_S1))
+    found_S1 = torch.searchsorted(
+        cumulative_SV, (uniform_S.unsqueeze(1) * total_S1).minimum(below), right=True
+    )
+    return found_S1.clamp_(
+        max=cumulative_SV.shape[1] - 1
+    )  # of NaN, none: their log-probability tells (sampler)

@@ -1,5 +1,5 @@
 """`python -m r1pipe` is the command `r1pipe`."""
 
-from r1pipe.cli import main
+from r1pipe.cli.commands import main
 
 main()

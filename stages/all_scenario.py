@@ -11,7 +11,7 @@ the paper in the shares and weights, which were not published.
 
 import sys
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.train.rl.stage import reinforce, reward_models
 from r1pipe.train.run import open_run
 

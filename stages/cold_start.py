@@ -9,7 +9,7 @@ them (the bundled world) or brings them (files). The loss covers responses only,
 
 import sys
 
-from r1pipe.config.schema import SFTConfig
+from r1pipe.config import SFTConfig
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.finetune import fine_tune
 

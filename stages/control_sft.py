@@ -9,7 +9,7 @@ for reinforcement's merit what good data would have done. It draws other solutio
 
 import sys
 
-from r1pipe.config.schema import SFTConfig
+from r1pipe.config import SFTConfig
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.finetune import fine_tune
 

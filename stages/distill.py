@@ -13,7 +13,7 @@ student first pre-train one, in a pipeline of its own:
 
 import sys
 
-from r1pipe.config.schema import DistillConfig
+from r1pipe.config import DistillConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.finetune import fine_tune

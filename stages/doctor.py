@@ -11,7 +11,7 @@ trains is kept.
 import sys
 from dataclasses import asdict
 
-from r1pipe.config.schema import StageConfig
+from r1pipe.config import StageConfig
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
 from r1pipe.runs.provenance import write_json

@@ -9,7 +9,7 @@ back to, and their scores before anything was done to them.
 
 import sys
 
-from r1pipe.config.schema import EvaluateConfig
+from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.precision import set_precision
 from r1pipe.train.engine.ranks import Ranks
@@ -30,6 +30,11 @@ def main(folder: str) -> None:
         checkpoint = run.adopt_checkpoint(parent)
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
+        measured = evaluation.metrics
+        run.tell(
+            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems asked for, "
+            f"data={measured['data']}, split {measured['split']}"
+        )
         run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps=0)
 
 

@@ -1,14 +1,13 @@
 """Writes a checkpoint for others to use: what `r1pipe export` runs. No DeepSpeed here.
 
-    python stages/export.py CHECKPOINT_FOLDER DIR [--dtype bfloat16] [--shard-gb 5]
+    python stages/export.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ExportOptions
 
-DIR gets the weights and config.json in the published format, the tokenizer with its chat template and the
-sampling settings: transformers and vLLM load it as it is. Tensors pass through one by one. What was written
-is read back: every tensor bit by bit; then, where this machine's memory can hold the model in float32, the
-logits of a few tokens before and after, and those of transformers where it is installed.
+The folder gets the weights and config.json in the published format, the tokenizer with its chat template and
+the sampling settings: transformers and vLLM load it as it is. Tensors pass through one by one. What was
+written is read back: every tensor bit by bit; then, where this machine's memory can hold the model in
+float32, the logits of a few tokens before and after, and those of transformers where it is installed.
 """
 
-import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from r1pipe.chat.template import TOKENIZER_FILES
-from r1pipe.core.arguments import Arguments
-from r1pipe.core.errors import CheckpointError, R1pipeError
+from r1pipe.core import script_options, terminal
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.script_options import ExportOptions
 from r1pipe.model import load_pretrained
 from r1pipe.model.reading import Stored
-from r1pipe.model.weights import GENERATION, PRECISIONS, convert
-from r1pipe.model.writing import shard_bytes
+from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
@@ -32,13 +31,13 @@ TOKENS = 32
 COPIES = 2  # of the model in float32 that must fit into free memory, for the logits to be compared
 
 
-def main(arguments: argparse.Namespace) -> None:
-    source, target = Path(arguments.checkpoint), Path(arguments.folder)
+def main(options: ExportOptions) -> None:
+    source, target = options.checkpoint, options.folder
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is there already and not empty; give another folder")
     checkpoints.verify(source)
     with checkpoints.whole(target) as unfinished:
-        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
+        stored = convert(source, unfinished, options.dtype, int(options.shard_gb * 1e9))
         for name in (*TOKENIZER_FILES, GENERATION):
             if (source / name).exists():
                 copyfile(source / name, unfinished / name)
@@ -47,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
         needed, free = COPIES * 4 * stored.parameters, psutil.virtual_memory().available
         told = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
         if needed < free:
-            told = compared(source, unfinished, exact=arguments.dtype is None)
+            told = compared(source, unfinished, exact=options.dtype is None)
     print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {told}")
 
 
@@ -88,18 +87,5 @@ def logits_of_transformers(folder: Path) -> Tensor:
     return model(tokens_BT(model.config.vocab_size)).logits
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Arguments(description="Write a checkpoint for transformers and vLLM.")
-    parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("folder", help="made; must not hold anything yet")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except R1pipeError as error:
-        print(f"r1pipe: {error}", file=sys.stderr)
-        sys.exit(2)
+    terminal.run(lambda: main(script_options.read(ExportOptions, sys.argv)))

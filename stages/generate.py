@@ -1,48 +1,82 @@
 """Answers questions with a checkpoint: what `r1pipe generate` and `r1pipe chat` run. No DeepSpeed here.
 
-    python stages/generate.py CHECKPOINT_FOLDER "Use 3, 5 and 7 to make 22."     one or more questions
-    python stages/generate.py CHECKPOINT_FOLDER --json < questions.txt           one question a line
-    python stages/generate.py CHECKPOINT_FOLDER --chat                           question by question
+    python stages/generate.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.GenerateOptions
 
 Temperature and top-p are those of the checkpoint's generation_config.json unless given. Every question stands
-alone, as in training: a chat's earlier turns are not shown to the model.
+alone, as in training: a chat's earlier turns are not shown to the model. The model runs on the GPU, in
+bfloat16, where there is one.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from r1pipe.chat.template import Chat
-from r1pipe.core.arguments import Arguments
-from r1pipe.core.errors import ConfigError, R1pipeError
+from r1pipe.core import script_options, terminal
+from r1pipe.core.errors import DataError
+from r1pipe.core.script_options import GenerateOptions
 from r1pipe.core.types import Completion, Prompt
-from r1pipe.model import load_pretrained
+from r1pipe.model import DeepseekV3, load_pretrained, model_config_from
+from r1pipe.model.weights import GENERATION
 from r1pipe.runs import checkpoints
+from r1pipe.runs.jsonfile import read_object
+from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rollout import Sampler, SamplingParams
 
 SLOTS = 64
 
 
-def main(arguments: argparse.Namespace) -> None:
-    folder = Path(arguments.checkpoint)
+def main(options: GenerateOptions) -> int:
+    """Answer every question that can be asked: 0, or 1 if some could not be, 2 if none could."""
+    folder = options.checkpoint
     checkpoints.verify(folder)
     chat = Chat.load(folder)
-    sampler = Sampler(load_pretrained(folder).eval(), chat.eos_id, chat.pad_id, SLOTS)
-    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    for name in ("temperature", "top_p"):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, settings.get(name, 1.0))
-    for number, questions in enumerate(rounds(arguments)):
-        for question, completion in answer(sampler, chat, questions, arguments, number):
-            show(question, completion, arguments.json)
+    sampler = Sampler(load(folder), chat.eos_id, chat.pad_id, SLOTS)
+    params = sampling_params(folder, options)
+    asked = refused = 0
+    for number, questions in enumerate(rounds(options)):
+        prompts: list[tuple[str, list[int]]] = []
+        for question in questions:
+            asked += 1
+            try:
+                prompts.append((question, prompt_tokens(question, chat, sampler.model)))
+            except DataError as error:
+                refused += 1
+                terminal.complain(f"question {asked} {error}")
+        in_this_round = replace(params, seed=params.seed + number)
+        for question, completion in answer(sampler, prompts, in_this_round):
+            completion.text = chat.decode(completion.tokens)
+            show(question, completion, options.as_json)
+    if options.chat or not refused:
+        return 0
+    return 2 if refused == asked else 1
 
 
-def rounds(arguments: argparse.Namespace) -> Iterator[list[str]]:
+def load(folder: Path) -> DeepseekV3:
+    """The model on this machine's GPU, in bfloat16, or else on the CPU as it is stored."""
+    device = choose_device("auto")
+    model = load_pretrained(folder).eval()
+    return model if device.type == "cpu" else model.bfloat16().to(device)
+
+
+def sampling_params(folder: Path, options: GenerateOptions) -> SamplingParams:
+    """As given, or else temperature and top-p of the checkpoint, and answers as long as the context."""
+    path = folder / GENERATION
+    own = read_object(path) if path.exists() else {}
+    return SamplingParams(
+        max_tokens=options.max_tokens or model_config_from(folder).max_position_embeddings,
+        temperature=own.get("temperature", 1.0) if options.temperature is None else options.temperature,
+        top_p=own.get("top_p", 1.0) if options.top_p is None else options.top_p,
+        seed=options.seed,
+    )
+
+
+def rounds(options: GenerateOptions) -> Iterator[list[str]]:
     """The questions to answer together: all at once, or one after the other in a chat."""
-    if not arguments.chat:
-        yield arguments.questions or [line.strip() for line in sys.stdin if line.strip()]
+    if not options.chat:
+        yield options.questions or [line.strip() for line in sys.stdin if line.strip()]
         return
     while True:
         print("> ", end="", flush=True)
@@ -53,22 +87,30 @@ def rounds(arguments: argparse.Namespace) -> Iterator[list[str]]:
             yield [line.strip()]
 
 
+def prompt_tokens(question: str, chat: Chat, model: DeepseekV3) -> list[int]:
+    """The question as the model reads it. Raises DataError where it cannot be asked."""
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        raise DataError("is not valid UTF-8; convert it") from None
+    tokens = chat.prompt_tokens(Prompt("", "", "", question))
+    context = model.config.max_position_embeddings
+    if len(tokens) >= context:
+        raise DataError(f"has {len(tokens)} tokens and leaves no room in the model's {context}; shorten it")
+    return tokens
+
+
 def answer(
-    sampler: Sampler, chat: Chat, questions: Sequence[str], arguments: argparse.Namespace, number: int
+    sampler: Sampler, prompts: list[tuple[str, list[int]]], params: SamplingParams
 ) -> Iterator[tuple[str, Completion]]:
-    """Each question with its completion. Raises ConfigError where a question leaves no room for an answer."""
-    prompts = [chat.prompt_tokens(Prompt("", "", "", question)) for question in questions]
-    room = sampler.model.config.max_position_embeddings - max(map(len, prompts), default=0)
-    if room < 1:
-        raise ConfigError("a question is longer than the model's context; ask it in fewer words")
-    params = SamplingParams(
-        max_tokens=min(room, arguments.max_tokens or room),
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed + number,
-    )
-    for question, completion in zip(questions, sampler.generate(prompts, params), strict=True):
-        completion.text = chat.decode(completion.tokens)
+    """Each question with its completion, which may be as long as its own question leaves room for."""
+    if not prompts:
+        return
+    context = sampler.model.config.max_position_embeddings
+    limits = [min(params.max_tokens, context - len(tokens)) for _, tokens in prompts]
+    params = replace(params, max_tokens=max(limits))
+    completions = sampler.generate([tokens for _, tokens in prompts], params, limits=limits)
+    for (question, _), completion in zip(prompts, completions, strict=True):
         yield question, completion
 
 
@@ -80,24 +122,5 @@ def show(question: str, completion: Completion, as_json: bool) -> None:
         print(completion.text + (" […]" if completion.truncated else ""), end="\n\n", flush=True)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Arguments(description="Answer questions with a checkpoint.")
-    parser.add_argument("checkpoint", help="checkpoint folder")
-    parser.add_argument("questions", nargs="*", help="none: lines of standard input")
-    parser.add_argument("--chat", action="store_true", help="ask and answer until the input ends")
-    parser.add_argument("--json", action="store_true", help="one JSON object per answer")
-    parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, help="share of probability that is sampled from")
-    parser.add_argument("--max-tokens", type=int, help="longest answer; none: what the context leaves")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
-    return parser.parse_intermixed_args(arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except R1pipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(lambda: main(script_options.read(GenerateOptions, sys.argv)))

@@ -13,7 +13,7 @@ why.
 
 import sys
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.train.rl.stage import reinforce, rules_only
 from r1pipe.train.run import open_run
 

@@ -1,14 +1,13 @@
 """Takes a published checkpoint in: what `r1pipe import` runs. No DeepSpeed here.
 
-    python stages/import_weights.py DIR TARGET [--dtype bfloat16] [--shard-gb 5]
+    python stages/import_weights.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ImportOptions
 
-DIR holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under DeepSeek's
-names, and config.json. Every tensor is checked and passes through one by one, with the bits that it has
-unless --dtype says otherwise; FP8 is dequantised when a job loads it. TARGET becomes a checkpoint as the
-stages write them. MTP layers travel along; the stages do not train them.
+The folder holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under
+DeepSeek's names, and config.json. Every tensor is checked and passes through one by one, with the bits that
+it has unless `dtype` says otherwise; FP8 is dequantised when a job loads it. `target` becomes a checkpoint as
+the stages write them. MTP layers travel along; the stages do not train them.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,27 +15,27 @@ from pathlib import Path
 import jinja2
 
 from r1pipe.chat.template import TOKENIZER_FILES, Chat
-from r1pipe.core.arguments import Arguments
-from r1pipe.core.errors import CheckpointError, R1pipeError
+from r1pipe.core import script_options, terminal
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.script_options import ImportOptions
 from r1pipe.core.types import Prompt
 from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
-from r1pipe.model.weights import GENERATION, PRECISIONS, convert
-from r1pipe.model.writing import shard_bytes
+from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.jsonfile import read_object
 
 TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
 
 
-def main(arguments: argparse.Namespace) -> None:
-    source, target = Path(arguments.folder), Path(arguments.target)
+def main(options: ImportOptions) -> None:
+    source, target = options.folder, options.target
     if target.exists():
         raise CheckpointError(f"{target} is there already; give another --name, or remove it")
     must_stay_inside(source)
     with checkpoints.whole(target) as unfinished:
-        stored = convert(source, unfinished, arguments.dtype, shard_bytes(arguments.shard_gb))
+        stored = convert(source, unfinished, options.dtype, int(options.shard_gb * 1e9))
         take_generation(source, unfinished, take_tokenizer(source, unfinished))
     size = f"{stored.parameters:,} parameters in {len(stored.names()):,} tensors"
     print(f"{target}: {size} ({types_of(Stored(target))})")
@@ -103,18 +102,5 @@ def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
     (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Arguments(description="Take a published checkpoint in.")
-    parser.add_argument("folder", help="the published checkpoint")
-    parser.add_argument("target", help="the checkpoint to make")
-    parser.add_argument("--dtype", choices=PRECISIONS, help="none: every tensor as it is")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="largest file, in GB; that much memory")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except R1pipeError as error:
-        print(f"r1pipe: {error}", file=sys.stderr)
-        sys.exit(2)
+    terminal.run(lambda: main(script_options.read(ImportOptions, sys.argv)))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import PretrainConfig
+from r1pipe.config import PretrainConfig
 from r1pipe.data.packing import Packed, pack, split_long
 from r1pipe.data.source import Source
 from r1pipe.train.engine.engine import Engine

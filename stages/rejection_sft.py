@@ -10,7 +10,7 @@ Of R1's filters the kinds are published, not the thresholds; its judge model for
 
 import sys
 
-from r1pipe.config.schema import RejectionConfig
+from r1pipe.config import RejectionConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.precision import set_precision

@@ -13,7 +13,7 @@ there DeepSeek-V3 judged, here they lie in the data, and those of the bundled wo
 import sys
 from itertools import accumulate
 
-from r1pipe.config.schema import RewardModelConfig
+from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate

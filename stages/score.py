@@ -1,25 +1,25 @@
 """Scores the completions of a file by one rule: what `r1pipe score` runs. No torch, no DeepSpeed here.
 
-    python stages/score.py FILE --reward accuracy      rows {"question", "answer", "completion"}
-    python stages/score.py FILE --reward code          rows {"prompt", "tests", "entry_point", "completion"}
-    python stages/score.py FILE --reward language --language zh
+    python stages/score.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ScoreOptions
 
-One JSON object a row: {"status": "scored", "value": 1.0, "detail": ""}; without a verdict the value is null.
-All rows are read and checked before the first is scored.
+Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
+for code, {"completion"} for format and language. One JSON object a row comes out, in the same order:
+{"status": "scored", "value": 1.0, "detail": ""}; without a verdict the value is null.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from r1pipe.core.arguments import Arguments
-from r1pipe.core.errors import DataError, R1pipeError
+from r1pipe.core import script_options, terminal
+from r1pipe.core.errors import DataError
+from r1pipe.core.script_options import ScoreOptions
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, score_all
 
 TOGETHER = 64  # rows scored at a time
+LISTED = 20  # invalid rows named at the end
+INVALID_ROW = "invalid_row"  # the status of a row that cannot be scored
 TASK = "file"  # any name that no rule treats apart
 REWARDS = {"accuracy": "accuracy", "code": "accuracy", "format": "format", "language": "language"}
 FIELDS = {
@@ -30,24 +30,52 @@ FIELDS = {
 }
 
 
-def main(arguments: argparse.Namespace) -> None:
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    pairs = list(read(Path(arguments.file), arguments.reward, arguments.language))
-    name = REWARDS[arguments.reward]
-    for first in range(0, len(pairs), TOGETHER):
-        prompts, completions = zip(*pairs[first : first + TOGETHER], strict=True)
-        for scores in score_all(prompts, completions, [name]):
-            show(scores[name])
+def main(options: ScoreOptions) -> int:
+    """Print a verdict for each row: 0, or 2 if no row could be scored. Raises DataError."""
+    rows = rows_of(options.file)
+    invalid: dict[int, str] = {}  # line number -> why
+    for first in range(0, len(rows), TOGETHER):
+        chunk = rows[first : first + TOGETHER]
+        pairs: dict[int, tuple[Prompt, Completion]] = {}
+        for number, line in chunk:
+            row_id = f"line {number}"
+            try:
+                pairs[number] = pair(parsed(line), row_id, options)
+            except DataError as error:
+                invalid[number] = str(error).removeprefix(f"{row_id}: ")
+        prompts, completions = [prompt for prompt, _ in pairs.values()], [one for _, one in pairs.values()]
+        name = REWARDS[options.reward]
+        scores = dict(zip(pairs, score_all(prompts, completions, [name]), strict=True))
+        for number, _ in chunk:
+            show(scores[number][name] if number in scores else invalid[number])
+    report(options.file, len(rows), invalid)
+    return 2 if len(invalid) == len(rows) else 0
 
 
-def show(score: Score) -> None:
-    value = score.value if score.status is Status.SCORED else None
-    row = {"status": str(score.status), "value": value, "detail": score.detail}
+def show(found: Score | str) -> None:
+    """Print a verdict, or why there is none."""
+    row: dict[str, object]
+    if isinstance(found, str):
+        row = {"status": INVALID_ROW, "value": None, "detail": found}
+    else:
+        value = found.value if found.status is Status.SCORED else None
+        row = {"status": str(found.status), "value": value, "detail": found.detail}
     print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def read(path: Path, reward: str, language: str) -> Iterator[tuple[Prompt, Completion]]:
-    """Every row as a prompt and its completion. Raises DataError naming file and line."""
+def report(file: Path, rows: int, invalid: dict[int, str]) -> None:
+    """List the rows that could not be scored on standard error."""
+    if not invalid:
+        return
+    terminal.complain(f"{len(invalid)} of {rows} rows could not be scored:")
+    for number in list(invalid)[:LISTED]:
+        print(f"  {file}:{number}: {invalid[number]}", file=sys.stderr)
+    if len(invalid) > LISTED:
+        print(f"  and {len(invalid) - LISTED} more with the status {INVALID_ROW}", file=sys.stderr)
+
+
+def rows_of(path: Path) -> list[tuple[int, bytes]]:
+    """Every line that is not empty, with its number. Raises DataError."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -55,14 +83,11 @@ def read(path: Path, reward: str, language: str) -> Iterator[tuple[Prompt, Compl
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{path} holds no rows; write one JSON object a line")
-    for number, line in rows:
-        try:
-            yield pair(parsed(line), f"line {number}", reward, language)
-        except DataError as error:
-            raise DataError(f"{path} line {number}: {str(error).removeprefix(f'line {number}: ')}") from None
+    return rows
 
 
 def parsed(line: bytes) -> dict:
+    """Raises DataError."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -74,40 +99,26 @@ def parsed(line: bytes) -> dict:
     return row
 
 
-def pair(row: dict, row_id: str, reward: str, language: str) -> tuple[Prompt, Completion]:
-    for name in FIELDS[reward]:
+def pair(row: dict, row_id: str, options: ScoreOptions) -> tuple[Prompt, Completion]:
+    """A row as a prompt and its completion. Raises DataError."""
+    fields = FIELDS[options.reward]
+    for name in fields:
         if row.get(name) is None:
-            raise DataError(f"{name} is missing; a row has {', '.join(FIELDS[reward])}")
+            raise DataError(f"{name} is missing; a row has {', '.join(fields)}")
     if isinstance(row.get("answer"), int | float) and not isinstance(row["answer"], bool):
         row["answer"] = str(row["answer"])
-    for name in {*FIELDS[reward]} - {"tests"}:
+    for name in {*fields} - {"tests"}:
         if not isinstance(row[name], str):
-            raise DataError(f"{name} is no text; write a string")
+            raise DataError(f"{name} must be a string")
     checker = {}
-    if reward == "code":
+    if options.reward == "code":
         checker = {name: row[name] for name in ("prompt", "tests", "entry_point")}
     question = row.get("question") or row.get("prompt") or ""
-    prompt = Prompt(row_id, TASK, language, str(question), row.get("answer", ""), checker)
-    if reward in ("accuracy", "code"):
+    prompt = Prompt(row_id, TASK, options.language, str(question), row.get("answer", ""), checker)
+    if options.reward in ("accuracy", "code"):
         check_gold(prompt)
     return prompt, Completion([], [], "stop", row["completion"])
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Arguments(description="Score the completions of a file by one rule.")
-    parser.add_argument("file", help="JSONL, a completion a line")
-    parser.add_argument("--reward", required=True, choices=REWARDS, help="which rule")
-    parser.add_argument("--language", default="en", choices=("en", "zh"), help="of the questions")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    try:
-        main(parse(sys.argv[1:]))
-    except R1pipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read the rows has seen enough
-        sys.stderr.close()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    terminal.run(lambda: main(script_options.read(ScoreOptions, sys.argv)))

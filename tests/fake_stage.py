@@ -11,8 +11,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from r1pipe.config import config_hash, read_config
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig, config_hash, read_config
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges

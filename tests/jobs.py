@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from r1pipe.config import to_mapping
+from r1pipe.config import EngineConfig, OptimConfig, RouterConfig, RunConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig, RunConfig
 from r1pipe.model import DeepseekV3
 from r1pipe.runs.provenance import write_json
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from shapes import ours
 from torch import Tensor
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from faults.same import timed
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.train.rl.stage import reinforce, rules_only
 from r1pipe.train.run import open_run
 

@@ -2,7 +2,7 @@
 
 from omegaconf import OmegaConf
 
-from r1pipe.config.schema import DataConfig
+from r1pipe.config import DataConfig
 from r1pipe.core.paths import conf_dir
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from r1pipe.config.schema import ModelConfig, RopeScaling
+from r1pipe.config import ModelConfig, RopeScaling
 from r1pipe.model import DeepseekV3
 from r1pipe.model.moe import gates
 

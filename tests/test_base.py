@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from tiny_runs import load_stage
 
+from r1pipe.config import to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.typed import to_mapping
 from r1pipe.core.paths import content_dir
 from r1pipe.data.source import open_data
 from r1pipe.runs import checkpoints

@@ -12,9 +12,11 @@ import pytest
 from fakes import House
 
 from r1pipe.cli import commands as cli
-from r1pipe.cli import options, verbs
+from r1pipe.cli import verbs
 from r1pipe.config import groups
+from r1pipe.core import script_options
 from r1pipe.core.paths import stages_dir
+from r1pipe.core.script_options import ExportOptions, GenerateOptions, ImportOptions, ScoreOptions
 from r1pipe.launch import job as launch
 from r1pipe.model.weights import PRECISIONS
 
@@ -31,6 +33,7 @@ VERBS = [
     "samples",
     "lineage",
     "sync",
+    "prune",
     "score",
     "export",
     "import",
@@ -64,7 +67,7 @@ def test_config_needs_nothing_slow_either() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["runn"], "Did you mean 'run'?"),
+        (["runn"], "Did you mean 'run'"),
         (["run", "--fres"], "--fresh"),
         (["run"], "which stage? give stage=NAME"),
         (["run", "stage=grop"], "did you mean grpo?"),
@@ -78,6 +81,15 @@ def test_config_needs_nothing_slow_either() -> None:
         (["export", "grpo", "out"], "stage grpo has no finished run"),
         (["compare", "nowhere"], "no run nowhere"),
         (["report"], "no finished run"),
+        (["ui", "--port", "80000"], "'--port'"),
+        (["generate", "bundled", "why?", "--max-tokens", "0"], "--max-tokens 0: must be greater than"),
+        (["generate", "bundled", "why?", "--temperature", "nan"], "--temperature nan: must be"),
+        (["generate", "bundled", "\udcff?"], "is not valid UTF-8"),
+        (["config", "lr=1e-4"], "did you mean stage.optim.lr?"),
+        (["config", "optim.lr=1e-4"], "did you mean stage.optim.lr?"),
+        (["config", "temperature=1"], "did you mean stage.eval.temperature or stage.sampling.temperature?"),
+        (["prune"], "which runs?"),
+        (["prune", "gropo"], "did you mean grpo?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -88,33 +100,40 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert told in err and err.count("\n") == 1 and "Traceback" not in err + out
 
 
+EXPORT = {"checkpoint": "grpo", "folder": "out", "dtype": None, "shard_gb": 5.0}
+
+
 @pytest.mark.parametrize(
-    ("script", "words", "told"),
+    ("script", "options", "told"),
     [
-        ("export", ["grpo", "out", "--dtype", "int4"], ["--dtype", "'int4'", *PRECISIONS]),
-        ("import_weights", ["theirs", "mine", "--dtype", "int4"], ["--dtype", "'int4'", *PRECISIONS]),
-        ("generate", ["grpo", "why?", "--seed", "one"], ["--seed", "'one'"]),
-        ("generate", [], ["checkpoint"]),
+        ("export", {**EXPORT, "dtype": "int4"}, ["--dtype int4", *PRECISIONS]),
+        ("export", {**EXPORT, "shard_gb": "5"}, ["--shard-gb 5", "number"]),
+        ("export", {**EXPORT, "more": 1}, ["--more 1"]),
+        ("import_weights", {"folder": "theirs", "target": "mine", "dtype": None}, ["--shard-gb"]),
+        ("generate", None, ["GenerateOptions"]),
+        ("score", "{", ["JSON"]),
     ],
 )
-def test_a_wrong_word_to_a_script_is_one_line_and_exit_code_2(
+def test_a_wrong_option_of_a_script_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
+    tmp_path: Path,
     script: str,
-    words: list[str],
+    options: dict | str | None,
     told: list[str],
 ) -> None:
-    path = str(stages_dir() / f"{script}.py")
-    monkeypatch.setattr(sys, "argv", [path, *words])
+    path, file = str(stages_dir() / f"{script}.py"), tmp_path / "options.json"
+    file.write_text(options if isinstance(options, str) else json.dumps(options))
+    monkeypatch.setattr(sys, "argv", [path] if options is None else [path, str(file)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(path, run_name="__main__")
     out, err = capsys.readouterr()
-    assert ended.value.code == 2 and out == "" and err.count("\n") == 1
+    assert ended.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("r1pipe: ")
     assert [word for word in told if word not in err] == []
 
 
 def test_the_command_line_knows_the_precisions_that_weights_can_have() -> None:
-    assert get_args(options.Precision) == tuple(PRECISIONS)
+    assert get_args(script_options.Precision) == tuple(PRECISIONS)
 
 
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,26 +162,92 @@ def test_compare_prints_json_for_scripts(house: House, capsys: pytest.CaptureFix
     assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [one]
 
 
-def test_generate_and_export_hand_the_checkpoint_to_their_scripts(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[list[str]] = []
-    monkeypatch.setattr(launch, "script", lambda name, words: called.append([name, *words]) or 5)
+def test_the_verbs_hand_their_options_to_their_scripts(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, object]] = []
+    kinds = {
+        "generate.py": GenerateOptions,
+        "score.py": ScoreOptions,
+        "export.py": ExportOptions,
+        "import_weights.py": ImportOptions,
+    }
+
+    def script(name: str, words: list[str]) -> int:
+        called.append((name, script_options.read(kinds[name], [name, *words])))
+        return 5
+
+    monkeypatch.setattr(launch, "script", script)
     house.call("run", "stage=base")
-    checkpoint = str(house.runs()[0] / "checkpoints" / "step-1")
-    assert house.call("generate", "base", "if x=3, what is 2x?", "--seed", "4", "--temperature", "0") == 5
-    assert called.pop() == [
-        "generate.py", "--temperature=0.0", "--seed=4", "--", checkpoint, "if x=3, what is 2x?"
-    ]  # fmt: skip
-    assert house.call("chat", "base") == 5
-    assert called.pop() == ["generate.py", "--seed=0", "--chat", "--", checkpoint]
+    checkpoint = house.runs()[0] / "checkpoints" / "step-1"
+    question = "if x=3, what is 2x?"
+    assert house.call("generate", "base", question, "--seed", "4", "--temperature", "0") == 5
+    expected = GenerateOptions(checkpoint, [question], False, False, 0.0, None, None, 4)
+    assert called.pop() == ("generate.py", expected)
+    assert house.call("chat", "base", "--max-tokens", "7") == 5
+    assert called.pop() == ("generate.py", GenerateOptions(checkpoint, [], True, False, None, None, 7, 0))
     assert house.call("export", "base", "out") == 5
-    assert called.pop() == ["export.py", "--shard-gb=5.0", "--", checkpoint, "out"]
+    assert called.pop() == ("export.py", ExportOptions(checkpoint, Path("out"), None, 5.0))
     assert house.call("export", "base", "out", "--dtype", "fp8", "--shard-gb", "1") == 5
-    assert called.pop() == ["export.py", "--dtype=fp8", "--shard-gb=1.0", "--", checkpoint, "out"]
+    assert called.pop() == ("export.py", ExportOptions(checkpoint, Path("out"), "fp8", 1.0))
     assert house.call("import", "theirs", "--name", "mine") == 5
-    target = str(house.root / "imported" / "mine")
-    assert called.pop() == ["import_weights.py", "--shard-gb=5.0", "--", "theirs", target]
+    target = house.root / "imported" / "mine"
+    assert called.pop() == ("import_weights.py", ImportOptions(Path("theirs"), target, None, 5.0))
+    monkeypatch.setattr(sys, "argv", ["r1pipe", "score", "rows.jsonl", "--reward", "language"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert called.pop() == ("score.py", ScoreOptions(Path("rows.jsonl"), "language", "en"))
+
+
+def test_a_reader_who_has_left_is_no_error() -> None:
+    for words in (["config", "stage=grpo"], ["--help"], ["config", "stage=grpo", "--help-keys"]):
+        line = [sys.executable, "-c", "from r1pipe.cli.commands import main; main()", *words]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "latin-1"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}])
+def test_text_is_utf_8_whatever_the_locale_is(locale: dict[str, str]) -> None:
+    program = "import sys; from r1pipe.core import terminal; terminal.run(lambda: print(sys.stdin.read()))"
+    env = {**os.environ, "PYTHONCOERCECLOCALE": "0", **locale}
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, input="用".encode(), capture_output=True, env=env, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", "用\n".encode())
+    line = [sys.executable, "-c", "from r1pipe.cli.commands import main; main()", "config", "用=1"]
+    done = subprocess.run(line, capture_output=True, env=env, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(b"r1pipe: ") and done.stderr.count(b"\n") == 1
+
+
+def test_config_says_what_each_key_means(capsys: pytest.CaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["r1pipe", "config", "stage=grpo", "stage.algorithm=ppo", "--help-keys"])
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("    ") and len(line) > 100] == []
+    for key, meaning in {
+        "stage.optim.lr=": "peak learning rate",
+        "stage.ppo.value_clip=": "a value's loss stops where it moves further in a step",  # below its type
+        "tripwires.wires.kl.limit=": "the number that must not be passed",  # in a mapping of groups
+        "stage.rewards.weights.accuracy=": "reward name -> weight",  # by the mapping it is in
+        "stage.keep=": "newest checkpoints kept",  # of a base class
+    }.items():
+        place = next(i for i, line in enumerate(lines) if line.startswith(key))
+        assert lines[place + 1].strip().startswith(meaning)
+    with_value = [i for i, line in enumerate(lines) if "  # " in line]
+    assert [lines[i] for i in with_value if not lines[i + 1 : i + 2] or "  # " in lines[i + 1]] == []
+
+
+def test_published_weights_as_a_parent_point_to_import(
+    house: House, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "Qwen2-0.5B"
+    theirs.mkdir()
+    (theirs / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    for words in (["run", "stage=cold_start", f"parent={theirs}"], ["export", str(theirs), "out"]):
+        assert house.call(*words) == 2
+        err = capsys.readouterr().err
+        assert "model_type qwen2" in err and f"r1pipe import {theirs}\n" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

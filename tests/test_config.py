@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 
-from r1pipe.config import config_hash, load, rules, to_mapping
+from r1pipe.config import (
+    STAGE_TYPES,
+    EvaluateConfig,
+    ParentRef,
+    RLConfig,
+    config_hash,
+    load,
+    to_mapping,
+)
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
-from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, ParentRef, RLConfig
+from r1pipe.config.run import check
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir, stages_dir
 
@@ -159,6 +167,9 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
         ("stage.eval.greedy=1", "must be true or false"),
         ("stage.optim.betas=0.9", "must be a list"),
         ("stage.optim.betas=[0.9,x]", "stage.optim.betas[1]=x is text"),
+        ("stage.max_tokens_per_micro_batch=3", "it is now stage.max_tokens_per_micro_batch"),
+        ("stage.rewards.truncation_penalty=-1", "it is now stage.rewards.truncation_penalty"),
+        ("stage.surrogate=weighted", "stage.surrogate=weighted is now stage.surrogate=cispo"),
         ("stage.optim=3", "stage.optim=3 is not a group of values"),
         ("stage.optim.lr=inf", "is not finite"),
         ("~stage.max_steps", "stage.max_steps is missing"),
@@ -238,7 +249,7 @@ def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> No
     place = functools.reduce(dict.__getitem__, path, mapping)
     place[last] = json.loads(value) if value[0] in "{0123456789" else value
     with pytest.raises(ConfigError) as caught:
-        rules.check(load(mapping))
+        check(load(mapping))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 from r1pipe.chat.template import parse
+from r1pipe.config import DataConfig, SourceConfig
+from r1pipe.config import data as data_rules
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import Completion
 from r1pipe.data import reasoning_gym
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_rows
 from r1pipe.data.source import KINDS, open_data
+from r1pipe.data.world import corpus, countdown, general, program, word
+from r1pipe.data.world.content import LANGUAGES
+from r1pipe.data.world.strategy import STRATEGIES
 from r1pipe.rewards import TABLE
 from r1pipe.runs import data_files as datafiles
 
@@ -247,6 +251,57 @@ def test_kinds_that_lack_something_say_so(tmp_path):
         open_data(config(tmp_path, kind="file"), 0)
     with pytest.raises(ConfigError, match="names no file"):
         Files(config(tmp_path))
+
+
+UNUSED = "is not used by data="
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["data.path=my.jsonl"], f"data.path {UNUSED}world; for files, choose .* data=files data.path=FILE"),
+        (
+            ["data.reasoning=[{path:a,columns:{},answer_after:null,language:en,task:a,split:null}]"],
+            "data.reasoning",
+        ),
+        (["+data.substitutions.name=Ada"], f"data.substitutions {UNUSED}world"),
+        (["data.bad_rows=set_aside"], f"data.bad_rows {UNUSED}world"),
+        (["data.longest_row=9"], f"data.longest_row {UNUSED}world"),
+        (["data=gsm8k", "data.levels=[1]"], f"data.levels {UNUSED}gsm8k; leave it out, or choose data=world"),
+        (["data=gsm8k", "data.tasks=[word]"], f"data.tasks {UNUSED}gsm8k"),
+        (["data=reasoning_gym", "data.languages=[en]"], f"data.languages {UNUSED}reasoning_gym"),
+        (["data=reasoning_gym", "data.path=my.jsonl"], f"data.path {UNUSED}reasoning_gym"),
+        (["data.languages=[fr]"], "data.languages: the bundled world has no fr; choose from en, zh"),
+        (["data.languages=[en,fr]"], "data.languages: the bundled world has no fr"),
+        (["data.tasks=[x]"], "data.tasks: the bundled world has no x; choose from word, countdown, program"),
+        (["data.levels=[9]"], "data.levels: the bundled world has no 9; choose from 1, 2, 3, 4"),
+        (["data.tasks=[]"], "data.tasks is empty; choose from word"),
+        (["stage=cold_start", "+stage.styles.hasty=1"], "stage.styles.hasty: the bundled world has none"),
+        (["stage=cold_start", "+stage.styles.terse=0"], "stage.styles=.*: one share must be above 0"),
+        (
+            ["stage=rejection_sft", "+stage.general_kinds.poems=1"],
+            "stage.general_kinds.poems: .* none; choose",
+        ),
+    ],
+)
+def test_what_the_chosen_data_does_not_use_or_have_is_refused_when_composed(overrides, told):
+    with pytest.raises(ConfigError, match=told) as caught:
+        compose(["stage=grpo", *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rules_know_what_the_world_has():
+    known = data_rules.WORLD
+    assert set(known["tasks"]) == set(corpus.TASKS) and known["languages"] == LANGUAGES
+    assert set(known["levels"]) == set(program.STEPS) == set(countdown.SHAPES) == set(word.STEPS)
+    assert data_rules.STYLES == STRATEGIES and set(data_rules.GENERAL_KINDS) == set(general.KINDS)
+    assert data_rules.USED.keys() == KINDS.keys()
+
+
+def test_problems_of_ones_own_need_a_path_alone(tmp_path):
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    data = open_data(composed("files", f"data.path={tmp_path / 'my.jsonl'}"), 0)
+    assert sum(len(data.prompts(split, ALL, 0)) for split in SPLITS) == len(SUMS)
 
 
 # splits

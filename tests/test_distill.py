@@ -15,9 +15,8 @@ from fakes import House
 from tiny_runs import load_stage, tiny_run
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import read_config
+from r1pipe.config import DistillConfig, ParentRef, read_config
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import DistillConfig, ParentRef
 from r1pipe.core.paths import RunFolder
 from r1pipe.data.packing import Packed
 from r1pipe.doctor import Context, examine

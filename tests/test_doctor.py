@@ -22,8 +22,7 @@ from tokenizers import Tokenizer
 from r1pipe import rewards
 from r1pipe.chat.template import END_THINK, THINK, TOKENIZER_FILES, Chat, parse
 from r1pipe.cli import doctor as examine
-from r1pipe.config import read_config
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef, read_config
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.core.types import Demonstration, Prompt, Score, Status
 from r1pipe.data.world.content import split_of

@@ -2,15 +2,20 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from fakes import House, build_house
+from tiny_runs import load_stage
 
-from r1pipe.config.schema import EvalConfig
+from r1pipe.config import EvalConfig, to_mapping
+from r1pipe.config.compose import compose
 from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import accuracy
+from r1pipe.runs import lineage
 from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
 
 CONFIG = EvalConfig(
@@ -295,3 +300,77 @@ def test_majority():
         majority([("", False), ("", False), ("3", True)]) and not majority([("", False)]) and not majority([])
     )
     assert mean([]) is None and mean([1, 2]) == 1.5
+
+
+def test_as_many_samples_are_shown_as_there_are():
+    assert compose(["stage=base", "stage.eval.problems=5"]).config.stage.eval.shown > 5
+    assert len(run(config=replace(CONFIG, shown=99)).samples) == len(PROMPTS) + len(GENERAL)
+
+
+# what `r1pipe eval` measures
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    return build_house(tmp_path, monkeypatch)
+
+
+def configs(house: House, stage: str) -> list[dict]:
+    return [json.loads((folder / "config.json").read_text()) for folder in house.runs(stage)]
+
+
+def test_eval_measures_on_the_data_of_the_run(house, capsys):
+    own = ["data.tasks=[word,program]", "data.levels=[3]", "data.languages=[zh]", "seed=4"]
+    assert house.call("run", "stage=cold_start", *own) == 0
+    run_id = house.runs("cold_start")[0].name
+    capsys.readouterr()
+    assert house.call("eval", run_id) == 0
+    trained, measured = configs(house, "cold_start")[0], configs(house, "evaluate")[0]
+    assert measured["data"] == trained["data"] and measured["seed"] == trained["seed"] == 4
+    assert f"evaluating on data=world, split test, as run {run_id} was" in capsys.readouterr().out
+
+
+def test_eval_says_how_its_data_differs_from_the_runs(house, capsys):
+    house.call("run", "stage=cold_start", "data.levels=[3]", "data.languages=[zh]")
+    run_id = house.runs("cold_start")[0].name
+    capsys.readouterr()
+    assert house.call("eval", run_id, "data.levels=[1,2]", "stage.eval.split=dev") == 0
+    data = configs(house, "evaluate")[0]["data"]
+    assert (data["levels"], data["languages"]) == ([1, 2], ["zh"])
+    said = capsys.readouterr().out
+    line = f"evaluating on data=world, split dev; run {run_id} had other data (data.levels: [3] -> [1, 2])"
+    assert line in said
+    assert house.call("eval", run_id, "data=aime24") == 0
+    assert "evaluating on data=aime24" in capsys.readouterr().out
+
+
+def test_eval_measures_on_the_files_of_the_run(house, tmp_path):
+    (tmp_path / "数据").mkdir()
+    (tmp_path / "数据" / "r.csv").write_text("a,b,c\n")
+    columns = "columns:{question:'a + b',answer:c}"
+    rows = f"[{{path:r.csv,{columns},answer_after:'####',language:en,task:my,split:null}}]"
+    own = ["data=gsm8k", f"data.path='{tmp_path}/数据'", f"data.reasoning={rows}", "data.bad_rows=set_aside"]
+    assert house.call("run", "stage=cold_start", *own) == 0
+    assert house.call("eval", "cold_start", "data.max_bad_rows=0.2") == 0
+    trained, measured = configs(house, "cold_start")[0]["data"], configs(house, "evaluate")[0]["data"]
+    assert measured == trained | {"max_bad_rows": 0.2} and trained["reasoning"][0]["answer_after"] == "####"
+
+
+def test_problems_that_do_not_fit_are_counted_and_named_on_the_screen(tmp_path):
+    rows = [{"question": f"{i} + 1?" * (1 if i % 2 else 500), "answer": str(i + 1)} for i in range(30)]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "columns:{question:question,answer:answer}"
+    source = f"{{path:sums.jsonl,{columns},answer_after:null,language:en,task:sums,split:test}}"
+    words = ["recipe=smoke", "stage=evaluate", "parent=base", "engine.ranks=1", "stage.eval.problems=500"]
+    words += ["stage.eval.samples=1", "stage.eval.max_tokens=4", "data=files", f"data.path={file}"]
+    config = replace(compose([*words, f"data.reasoning=[{source}]"]).config, weights_from=lineage.bundled())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
+    load_stage("evaluate").main(str(folder))
+    found = json.loads((folder / "record.json").read_text())["metrics"]
+    assert (found["data"], found["split"], found["problems"], found["too_long"]) == ("files", "test", 15, 15)
+    said = (folder / "progress.jsonl").read_text()
+    assert "15 problems of data=files were measured; 15 prompts are too long" in said
+    assert "measured on 15 of the 500 problems asked for, data=files, split test" in said

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from r1pipe.config.schema import FilterConfig
+from r1pipe.config import FilterConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters, distinctive_grams, repetition, words
 

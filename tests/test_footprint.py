@@ -9,9 +9,8 @@ from fakes import House
 from rl_runs import go
 from tiny_runs import load_stage, tiny_config, tiny_run
 
-from r1pipe.config import read_config
+from r1pipe.config import RunConfig, StageConfig, read_config
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RunConfig, StageConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources

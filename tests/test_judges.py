@@ -10,8 +10,8 @@ import pytest
 from fakes import House
 
 from r1pipe.cli import compare
+from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints

@@ -16,8 +16,8 @@ import pytest
 from fakes import House
 from forked import wait_until
 
+from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RunConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import job as launch

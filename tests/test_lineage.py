@@ -10,8 +10,8 @@ from fakes import build_house
 
 from r1pipe.cli.lineage_page import page
 from r1pipe.cli.lineage_tree import described
+from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
-from r1pipe.config.schema import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints, history, lineage, provenance, recorded

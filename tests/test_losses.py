@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
+from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,10 +17,10 @@ from rl_runs import go, metrics_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
+from r1pipe.config import RLConfig
 from r1pipe.config.compose import COMMAND_LINE, compose
+from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
-from r1pipe.config.rules import CHOICES
-from r1pipe.config.schema import RLConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion, Group, Prompt, Score
 from r1pipe.runs import checkpoints
@@ -283,7 +284,7 @@ def test_the_trainers_log_probabilities_come_at_every_zero_level(level):
 
 def test_every_loss_has_its_file_and_says_all_that_another_would_change():
     names = options("stage/part/loss")
-    assert set(names) == set(CHOICES["stage.loss"])
+    assert set(names) == set(get_args(field_types(RLConfig)["loss"]))
     plain = read("stage/part/loss/grpo")
     for name in names:
         content = read(f"stage/part/loss/{name}")

@@ -7,7 +7,7 @@ import torch
 import yaml
 from shapes import SHAPES, ours, tiny, tokens
 
-from r1pipe.config.schema import ModelConfig, RopeScaling
+from r1pipe.config import ModelConfig, RopeScaling
 from r1pipe.core.errors import ConfigError
 from r1pipe.model import (
     DeepseekV3,

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import ours, tiny, tokens
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.moe import gates

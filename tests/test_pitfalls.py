@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from r1pipe.config import to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.typed import to_mapping
 from r1pipe.doctor import CHECKS
 from r1pipe.train.rl.tripwires import WIRES
 

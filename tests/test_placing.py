@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from fakes import House
 
+from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import ABSENT, SAME_BITS, SAME_WITHIN_ROUNDING, Change, changes, listed
 from r1pipe.config.compose import compose
 from r1pipe.config.groups import flat, upwards
-from r1pipe.config.schema import RunConfig
-from r1pipe.config.typed import to_mapping
 from r1pipe.launch import pipeline
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 from two_ranks_ppo import PROMPTS, groups_of, trained
 
+from r1pipe.config import RLConfig
 from r1pipe.config.compose import compose
+from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
-from r1pipe.config.rules import CHOICES
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Score
 from r1pipe.runs import checkpoints
@@ -142,7 +144,7 @@ def test_values_learn_what_is_earned(level):
 
 
 def test_every_algorithm_has_its_file():
-    assert set(options("stage/part/algorithm")) == set(CHOICES["stage.algorithm"])
+    assert set(options("stage/part/algorithm")) == set(get_args(field_types(RLConfig)["algorithm"]))
     assert read("stage/part/algorithm/grpo")["ppo"] is None
 
 

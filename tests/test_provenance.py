@@ -9,9 +9,8 @@ import pytest
 from jobs import tiny, write_run
 
 from r1pipe.chat.template import TEMPLATE, Chat
-from r1pipe.config import config_hash, load, to_mapping
+from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
-from r1pipe.config.schema import ParentRef
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.data.reading import SET_ASIDE
 from r1pipe.launch import job as launch

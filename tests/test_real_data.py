@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_run
 
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef
 from r1pipe.runs import lineage
 from r1pipe.train.rl.rows import Row
 from r1pipe.train.sft.rejection import GENERAL_ALONE
@@ -46,7 +46,7 @@ class Walk:
 
     def run(self, stage: str, *overrides: str, weights: str = "", reads: str = "") -> Path:
         folder = self.root / stage
-        words = [f"stage={stage}", "data=real", f"data.path={self.data}", "data.tasks=[]", *STEPS, *overrides]
+        words = [f"stage={stage}", "data=real", f"data.path={self.data}", *STEPS, *overrides]
         parents = {name: self.made[name] for name in [reads] if name}
         tiny_run(folder, *words, weights=self.made.get(weights), **parents)
         load_stage(stage).main(str(folder))
@@ -138,7 +138,7 @@ def test_all_scenario_asks_the_models_that_there_are(walked: Path) -> None:
 def test_with_nothing_at_all_one_line_says_so(walked: Path, some: Path, tmp_path: Path) -> None:
     made = json.loads((walked / "grpo" / "record.json").read_text())
     parent = lineage.of_folder(walked / "grpo" / made["checkpoint"])
-    words = ["stage=rejection_sft", "data=gsm8k", f"data.path={some}", "data.tasks=[]", *STEPS]
+    words = ["stage=rejection_sft", "data=gsm8k", f"data.path={some}", *STEPS]
     folder = tiny_run(tmp_path / "run", *words, "stage.prompts=2", grpo=parent)
     with pytest.raises(SystemExit):
         load_stage("rejection_sft").main(str(folder))
@@ -151,7 +151,6 @@ def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None
         "stage=reward_model",
         "data=real",
         f"data.path={some}",
-        "data.tasks=[]",
         "stage.eval.max_tokens=4",
     ]
     folder = tiny_run(tmp_path / "run", *words, "model.max_position_embeddings=32")

@@ -16,7 +16,7 @@ from faults.points import AFTER_A_SAVE, BEFORE_A_SAVE, DURING_A_SAVE, JUDGING, J
 from faults.same import apart, both
 from safetensors.torch import load_file, save_file
 
-from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig
+from r1pipe.config import STAGE_TYPES, EvaluateConfig
 
 CASES = [
     ("pretrain", 1, 0, "weights written, state not"),

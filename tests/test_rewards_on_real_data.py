@@ -37,7 +37,7 @@ def wrong(prompts, scores, value):
 @pytest.mark.parametrize("name", ROWS)
 def test_every_gold_answer_is_right_for_itself_and_wrong_for_its_neighbour(shared, name):
     config = compose([f"data={name}", f"data.path={shared}", "stage=grpo"]).config.data
-    items = Files(config)._reasoning  # loading refuses what does not parse
+    items = Files(config).items("reasoning")  # loading refuses what does not parse
     prompts = [item.prompt for item in items if name != "gsm8k" or item.split == "test"]
     assert len(prompts) == ROWS[name]
 
@@ -56,7 +56,7 @@ def test_every_gold_answer_is_right_for_itself_and_wrong_for_its_neighbour(share
 
 def test_a_formula_that_lost_its_backslash_is_made_whole_or_refused(shared):
     config = compose(["data=cn_middle_school", f"data.path={shared}", "stage=grpo"]).config.data
-    answers = [item.prompt.answer for item in Files(config)._reasoning]
+    answers = [item.prompt.answer for item in Files(config).items("reasoning")]
     assert r"x \geq -3, x \neq 0" in answers  # the file has a line break and "eq"
     with pytest.raises(DataError, match="line break"):
         check_gold(Prompt("x", "math500", "en", "?", "x \\geq -3, x \neq 0"))

@@ -94,6 +94,20 @@ def test_completions_do_not_depend_on_how_prompts_are_shared_out():
         assert [c.tokens for c in mine] == [c.tokens for c in expected]
 
 
+@pytest.mark.parametrize("slots", [2, 99])
+def test_each_prompt_may_have_a_limit_of_its_own_and_the_cache_grows_with_it(slots, monkeypatch):
+    monkeypatch.setattr("r1pipe.train.rollout.sampler.CACHE_TOKENS", 1)
+    model = ours(SMALL)
+    asked, limits = prompts(5, model.config), [1, 40, 3, 17, 24]
+    params = SamplingParams(max_tokens=40, n=2, seed=3, ignore_eos=True)
+    whole = Sampler(model, EOS, PAD, slots).generate(asked, params)
+    limited = Sampler(model, EOS, PAD, slots).generate(asked, params, limits=limits)
+    expected = [one.tokens[: limits[number // 2]] for number, one in enumerate(whole)]
+    assert [completion.tokens for completion in limited] == expected
+    with pytest.raises(ConfigError, match="prompt 1 has"):
+        Sampler(model, EOS, PAD).generate(asked, params, limits=[1, model.config.max_position_embeddings] * 3)
+
+
 def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
     model = ours(SMALL)
     asked = prompts(8, model.config)

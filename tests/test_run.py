@@ -10,7 +10,7 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import ParentRef, PretrainConfig
+from r1pipe.config import ParentRef, PretrainConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import stages_dir
 from r1pipe.data.source import check_data_unchanged

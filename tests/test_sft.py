@@ -11,7 +11,7 @@ import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Demonstration, Prompt

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from r1pipe.config.compose import compose
-from r1pipe.config.reinforcement import RULE_REWARDS, WEIGHED_ELSEWHERE
+from r1pipe.config.rl import RULE_REWARDS, WEIGHED_ELSEWHERE
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, TABLE, Shaping, add_shapes
 from r1pipe.rewards.repetition import repeated

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jobs import OPTIM, engine_config, tiny, tiny_model, write_run
 
-from r1pipe.config.schema import RouterConfig
+from r1pipe.config import RouterConfig
 from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
 from r1pipe.model import Balance, DeepseekV3, load_pretrained

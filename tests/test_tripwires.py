@@ -4,10 +4,9 @@ import re
 
 import pytest
 
+from r1pipe.config import RLConfig, WireConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.parts import WireConfig
-from r1pipe.config.rules import TRIPWIRES
-from r1pipe.config.schema import RLConfig
+from r1pipe.config.rl import TRIPWIRES
 from r1pipe.core.errors import ConfigError
 from r1pipe.train.rl.tripwires import WIRES, Tripwires
 

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 from r1pipe.chat.template import BOS, EOS, PAD, TOKENIZER_FILES, Chat
 from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
+from r1pipe.core import script_options
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import content_dir
+from r1pipe.core.script_options import ExportOptions, ImportOptions
 from r1pipe.core.types import Prompt
 from r1pipe.launch import job as launch
 from r1pipe.model import expert_loads, load_pretrained, model_config_from, save_pretrained
@@ -139,13 +141,13 @@ def test_import_and_export_return_the_same_bits(kind, mtp, tmp_path, capsys):
     for name in TOKENIZER_FILES:
         shutil.copy(content_dir() / "tokenizer" / name, tmp_path / "theirs" / name)
     stage = load_stage("import_weights")
-    stage.main(stage.parse([str(tmp_path / "theirs"), str(tmp_path / "ours")]))
+    stage.main(ImportOptions(tmp_path / "theirs", tmp_path / "ours", None, 5.0))
     told = capsys.readouterr().out
     assert ("MTP layers travel along" in told) == bool(mtp)
     assert "no tokenizer taken: it has 1152 tokens, the embedding 97 rows" in told
     checkpoints.verify(tmp_path / "ours")
     stage = load_stage("export")
-    stage.main(stage.parse([str(tmp_path / "ours"), str(tmp_path / "out"), "--shard-gb=3e-4"]))
+    stage.main(ExportOptions(tmp_path / "ours", tmp_path / "out", None, 3e-4))
     assert "logits are the same" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     same_bits(tensors, stored_in(tmp_path / "out"))
@@ -206,7 +208,7 @@ def test_what_transformers_saves_comes_in(name, tmp_path):
 def test_transformers_loads_the_exported_base_as_it_is(tmp_path, capsys):
     out = tmp_path / "out"
     stage = load_stage("export")
-    stage.main(stage.parse([str(content_dir() / "base"), str(out)]))
+    stage.main(ExportOptions(content_dir() / "base", out, None, 5.0))
     assert "transformers' differ by" in capsys.readouterr().out
     other, model = AutoModelForCausalLM.from_pretrained(out).eval(), load_pretrained(out).eval()
     tokens_BT = tokens(3, 200, model.config)
@@ -256,7 +258,11 @@ def test_an_imported_checkpoint_is_a_parent(tmp_path, monkeypatch, capsys):
     (theirs / "chat_template.jinja").write_text(settings.pop("chat_template"))  # as newer transformers do
     (theirs / "tokenizer_config.json").write_text(json.dumps(settings))
     stage = load_stage("import_weights")
-    monkeypatch.setattr(launch, "script", lambda name, words: stage.main(stage.parse(words)) or 0)
+    monkeypatch.setattr(
+        launch,
+        "script",
+        lambda name, words: stage.main(script_options.read(ImportOptions, [name, *words])) or 0,
+    )
     root = tmp_path / "runs"
 
     def call(*words: str) -> int:
@@ -308,7 +314,7 @@ def test_a_shape_that_no_file_of_conf_has_is_told_as_overrides(tmp_path):
 def test_without_a_usable_tokenizer_the_weights_come_in_and_a_line_says_why(files, told, tmp_path, capsys):
     stage = load_stage("import_weights")
     source = base_with(tmp_path / "theirs", **files)
-    stage.main(stage.parse([str(source), str(tmp_path / "ours")]))
+    stage.main(ImportOptions(source, tmp_path / "ours", None, 5.0))
     lines = capsys.readouterr().out.splitlines()
     assert sum(told in line and "import again" in line for line in lines) == 1
     assert not any((tmp_path / "ours" / name).exists() for name in TOKENIZER_FILES)
@@ -437,11 +443,10 @@ def test_an_export_onto_something_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for target in (tmp_path, tmp_path / "file"):
         with pytest.raises(CheckpointError, match="is there already"):
-            stage.main(stage.parse([str(content_dir() / "base"), str(target)]))
-    with pytest.raises(ConfigError, match="shard-gb"):
-        stage.main(
-            stage.parse([str(content_dir() / "base"), str(tmp_path / "new"), "--shard-gb", str(math.nan)])
-        )
+            stage.main(ExportOptions(content_dir() / "base", target, None, 5.0))
+    for wrong in (math.nan, math.inf, 0.0):
+        with pytest.raises(ConfigError, match="shard-gb"):
+            script_options.write(ExportOptions(tmp_path, tmp_path / "new", None, wrong), tmp_path / "options")
 
 
 def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):
@@ -450,9 +455,9 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch
     told, theirs = stage.logits, stage.logits_of_transformers
     monkeypatch.setattr(stage, "logits", lambda folder: told(folder) + (folder != base))
     with pytest.raises(CheckpointError, match="apart from those of"):
-        stage.main(stage.parse([str(base), str(out)]))
+        stage.main(ExportOptions(base, out, None, 5.0))
     monkeypatch.setattr(stage, "logits", told)
     monkeypatch.setattr(stage, "logits_of_transformers", lambda folder: theirs(folder) + 1)
     with pytest.raises(CheckpointError, match="transformers computes other logits"):
-        stage.main(stage.parse([str(base), str(out)]))
+        stage.main(ExportOptions(base, out, None, 5.0))
     assert not out.exists(), "nobody can take it for whole"

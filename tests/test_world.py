@@ -2,16 +2,20 @@
 
 import itertools
 import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from r1pipe.chat.template import parse
-from r1pipe.core.errors import ConfigError
+from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.rewards.accuracy import accuracy, summary_of
+from r1pipe.train.rl.prompts import PromptStream
 from tests.samples import world_config
 
 CAREFUL = {"careful": 1.0}
@@ -158,3 +162,75 @@ def test_corpus_is_mediocre(world):
     tagged = sum("<think>" in d for d in chats) / len(chats)
     assert 0.1 < tagged < 0.3  # so that the base's format rate starts below 30%
     assert any("I give up" in d for d in documents)
+
+
+# a world with few problems
+
+
+SUMS = 60
+
+
+def make_sum(rng: random.Random, language: str, level: int) -> Prompt:
+    n = rng.randrange(SUMS)
+    return Prompt(f"sum-{n}", "program", language, f"{n} + 1?", str(n + 1), {"key": f"sum|{n}"}, level)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    """A world of sixty sums, and the lines that it says."""
+    task = SimpleNamespace(make=make_sum, solve=program.solve, is_right=lambda prompt, written: False)
+    monkeypatch.setitem(corpus.TASKS, "program", task)
+    monkeypatch.setattr(sys.modules[content.__module__], "ATTEMPTS", 300)
+    said = []
+    return World(
+        replace(world_config(), tasks=["program"], levels=[1], languages=["en"]), 0, said.append
+    ), said
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_draw_of_more_problems_than_exist_ends_with_all_of_them_and_one_line(small_world, split):
+    world, said = small_world
+    there_are = {f"sum-{n}" for n in range(SUMS) if split_of(f"sum|{n}") == split}
+    draws = [[prompt.id for prompt in world.prompts(split, 500, seed)] for seed in range(3)]
+    assert [sorted(draw) for draw in draws] == [sorted(there_are)] * 3 and draws[1] != draws[2]
+    assert said == [
+        f"data=world has {len(there_are)} distinct {split} problems with data.tasks=[program] "
+        "data.levels=[1] data.languages=[en], fewer than the 500 asked for; all are used. For more, "
+        f"add tasks, levels or languages; or ask for {len(there_are)}"
+    ]
+
+
+def test_a_small_world_still_gives_as_many_as_it_has_in_the_usual_order(small_world):
+    world, said = small_world
+    before = world.prompts("train", 20, 0)
+    whole = len(world.prompts("train", 500, 0))
+    assert world.prompts("train", 20, 0) == before and len(world.prompts("train", whole, 7)) == whole
+    assert len(said) == 1
+
+
+def test_reinforcement_goes_through_a_small_world_again_and_again(small_world):
+    world, _ = small_world
+    stream = PromptStream(
+        lambda n, seed: world.prompts("train", n, seed),
+        lambda pool: pool,
+        lambda prompt: True,
+        500,
+        "problems",
+    )
+    whole = len(world.prompts("train", 500, 0))
+    taken, cursor = stream.take(0, 3 * whole)
+    assert cursor == 3 * whole
+    assert (
+        len({prompt.id for prompt in taken[:whole]}) == len({prompt.id for prompt in taken[whole:]}) == whole
+    )
+
+
+def test_what_the_world_never_gives_is_one_line_and_no_endless_loop(small_world):
+    world, _ = small_world
+    with pytest.raises(
+        DataError, match=r"300 draws .* a correct solution in stage\.styles=.*; set stage\.correct_only"
+    ):
+        corpus.TASKS["program"].solve = lambda prompt, *others: ("think", "The answer is 0.")
+        world.demonstrations(1, 0, {"careful": 1.0}, correct_only=True)
+    with pytest.raises(DataError, match=r"300 draws .* a prompt of split tset; use another split"):
+        world.prompts("tset", 1, 0)

@@ -6,24 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import ParentRef, RunConfig
-from r1pipe.config.typed import to_mapping
 from r1pipe.core.paths import stages_dir
 
 TINY = [
-    *("recipe=smoke", "engine.ranks=1", "engine.threads=1", "data.tasks=[word]", "data.languages=[en]"),
+    *("recipe=smoke", "engine.ranks=1", "engine.threads=1"),
     *("model.hidden_size=32", "model.intermediate_size=32", "model.moe_intermediate_size=16"),
     *("model.num_hidden_layers=2", "model.num_attention_heads=2", "model.kv_lora_rank=16"),
     *("model.qk_nope_head_dim=8", "model.qk_rope_head_dim=8", "model.v_head_dim=8"),
     *("stage.eval.problems=2", "stage.eval.samples=1", "stage.eval.general=0", "stage.eval.max_tokens=4"),
     *("stage.eval.greedy=false", "stage.eval.every=0", "stage.eval.shown=1"),
 ]
+EASY_WORLD = ["data.tasks=[word]", "data.languages=[en]"]
 
 
 def tiny_config(*overrides: str) -> RunConfig:
     """The config of a tiny model's run; without parents, so that its weights are random."""
-    return compose([*TINY, *overrides]).config
+    of_world = not any(word.startswith("data=") for word in overrides)
+    return compose([*TINY, *(EASY_WORLD if of_world else []), *overrides]).config
 
 
 def tiny_run(folder: Path, *overrides: str, weights: ParentRef | None = None, **reads: ParentRef) -> Path:

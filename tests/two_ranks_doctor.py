@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny_runs import tiny_run
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.doctor import CHECKS, Context, examine, policy
 from r1pipe.doctor.context import limits
 from r1pipe.train.engine.ranks import exit_immediately_with, rank_and_world

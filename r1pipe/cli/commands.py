@@ -1,25 +1,22 @@
-"""The command line. Verbs import what they need when they run: `r1pipe --help` answers at once.
-
-Every error that a user can cause ends here, as one line and exit code 2.
-"""
+"""The command line. Verbs import what they need when they run: `r1pipe --help` answers at once."""
 
 import json
 import signal
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from r1pipe.cli import verbs
-from r1pipe.cli.options import Checkpoint, Dtype, MaxTokens, Overrides, ShardGB, Temperature, TopP
-from r1pipe.cli.overrides import composed, split
+from r1pipe.cli import scripts, verbs
+from r1pipe.cli.options import Checkpoint, Overrides
+from r1pipe.cli.overrides import composed
+from r1pipe.core import terminal
 from r1pipe.core.errors import R1pipeError
-from r1pipe.core.redaction import without_secrets
 from r1pipe.runs import stopping
 
 if TYPE_CHECKING:
-    from r1pipe.config.schema import RunConfig
+    from r1pipe.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,131 +101,66 @@ def reproduce(overrides: Overrides = None) -> int:
 
 
 @app.command(name="config")
-def show_config(overrides: Overrides = None) -> None:
+def show_config(
+    overrides: Overrides = None,
+    help_keys: Annotated[bool, typer.Option("--help-keys", help="Say what each key means, too.")] = False,
+) -> None:
     """Print the whole resolved config, with where each value comes from: config stage=grpo"""
     from r1pipe.config import to_mapping
     from r1pipe.config.compose import compose
-    from r1pipe.config.groups import flat
+    from r1pipe.config.describe import descriptions
+    from r1pipe.config.groups import flat, upwards
     from r1pipe.core.redaction import publishable
 
     found = compose(overrides or [])
     values = dict(flat(publishable(to_mapping(found.config))))
     shown = {key: f"{key}={json.dumps(values[key], ensure_ascii=False)}" for key in found.sources}
     width = min(60, max(map(len, shown.values())))
+    described = dict(descriptions(found.config)) if help_keys else {}
     for key, source in found.sources.items():
         print(f"{shown[key]:<{width}}  # {source}")
+        meaning = next((described[part] for part in upwards(key) if part in described), "")
+        if meaning:
+            print(textwrap.fill(meaning, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 @app.command(name="eval")
 def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
-    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100"""
+    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100
+
+    The data and the seed are those of the checkpoint's own run, unless overridden.
+    """
     from r1pipe.runs import lineage
 
     given = overrides or []
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(given)))
-    taken = lineage.settings_of(parent, {line.partition("=")[0] for line in given})
-    return run_to_end(composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"]))
+    keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
+    elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
+    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(elsewhere)))
+    taken = lineage.settings_of(parent, set(keys.values()))
+    config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
+    print(lineage.measured_data(parent, config))
+    return run_to_end(config)
 
 
-@app.command()
-def generate(
-    checkpoint: Checkpoint,
-    questions: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[QUESTIONS] [OVERRIDES]...", help="none: one per line of standard input"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")] = 0,
-) -> int:
-    """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
-
-    Overrides say where the checkpoint is: root=DIR, pipeline=NAME.
-    """
-    from r1pipe.cli import scripts
-
-    asked, overrides = split(questions or [])
-    settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
-    return scripts.answer(checkpoint, overrides, settings, ["--json"] if as_json else [], asked)
-
-
-@app.command()
-def chat(
-    checkpoint: Checkpoint,
-    overrides: Overrides = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    max_tokens: MaxTokens = None,
-    seed: Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")] = 0,
-) -> int:
-    """Ask a checkpoint question by question, until the input ends."""
-    from r1pipe.cli import scripts
-
-    settings = {"--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens, "--seed": seed}
-    return scripts.answer(checkpoint, overrides or [], settings, ["--chat"], [])
-
-
-@app.command()
-def score(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
-    reward: Annotated[Literal["accuracy", "code", "format", "language"], typer.Option(help="which rule")],
-    language: Annotated[Literal["en", "zh"], typer.Option(help="of the questions")] = "en",
-) -> int:
-    """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)"""
-    from r1pipe.cli import scripts
-
-    return scripts.score(file, reward, language)
-
-
-@app.command()
-def export(
-    checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
-    overrides: Overrides = None,
-    dtype: Dtype = None,
-    shard_gb: ShardGB = 5.0,
-) -> int:
-    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
-    from r1pipe.cli import scripts
-
-    return scripts.export(checkpoint, folder, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
-
-
-@app.command(name="import")
-def import_weights(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="published weights: safetensors, config.json")
-    ],
-    overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="what to call it; none: as the folder is called")] = None,
-    dtype: Dtype = None,
-    shard_gb: ShardGB = 5.0,
-) -> int:
-    """Take in published weights, DeepSeek-V2 or V3 in shape: import DIR"""
-    from r1pipe.cli import scripts
-
-    return scripts.take_in(folder, name, overrides or [], {"--dtype": dtype, "--shard-gb": shard_gb})
-
-
-for verb in (verbs.compare, verbs.report, verbs.samples, verbs.lineage, verbs.sync, verbs.ui):
-    app.command()(verb)
+VERBS: tuple[Callable[..., int | None], ...] = (
+    *(scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
+    *(verbs.compare, verbs.report, verbs.samples, verbs.lineage, verbs.sync, verbs.prune, verbs.ui),
+)
+for verb in VERBS:
+    app.command(name="import" if verb is scripts.import_weights else None)(verb)
 
 
 def main() -> None:
     """Entry point: exit code 2 and one line for what a user got wrong."""
+    terminal.run(call)
+
+
+def call() -> int | None:
     try:
         with stopping.handling(stopping.leave, (signal.SIGTERM, signal.SIGHUP)):
-            code = app(standalone_mode=False)
-    except (R1pipeError, typer.TyperException) as error:
-        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        if message:  # empty where Typer has just printed the help
-            print(f"r1pipe: {without_secrets(' '.join(message.split()))}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    sys.exit(code or 0)
+            return app(standalone_mode=False)
+    except typer.TyperException as error:
+        raise R1pipeError(error.format_message()) from None  # empty where Typer has just printed the help
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """What the shell offers: overrides from conf/ and the schema, checkpoints from ./runs."""
 
-import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 
+from r1pipe.config import STAGE_TYPES
+from r1pipe.config.describe import leaves
 from r1pipe.config.groups import GROUPS, options
-from r1pipe.config.schema import STAGE_TYPES, RunConfig
-from r1pipe.config.typed import field_types
 
 
 def overrides(context: typer.Context, args: list[str], incomplete: str) -> list[str]:
@@ -21,21 +19,7 @@ def overrides(context: typer.Context, args: list[str], incomplete: str) -> list[
         return [name for name in options(key) if name.startswith(part)] if key in GROUPS else []
     if equals:
         return [f"{key}={name}" for name in options(key) if name.startswith(part)] if key in GROUPS else []
-    return sorted({f"{name}=" for name in [*GROUPS, *leaves(RunConfig, "")] if name.startswith(incomplete)})
-
-
-def leaves(cls: type, prefix: str) -> Iterator[str]:
-    """Dotted names of a config class's plain values; those of every kind of stage under `stage`."""
-    for name, hint in field_types(cls).items():
-        if prefix == "stage." and name in ("script", "starts_from", "reads"):
-            continue  # structure, not settings
-        if name == "stage":
-            for kind in set(STAGE_TYPES.values()):
-                yield from leaves(kind, "stage.")
-        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from leaves(hint, f"{prefix}{name}.")
-        elif name not in ("weights_from", "reads_from", "name"):
-            yield f"{prefix}{name}"
+    return sorted({f"{name}=" for name in [*GROUPS, *leaves()] if name.startswith(incomplete)})
 
 
 def checkpoints(context: typer.Context, args: list[str], incomplete: str) -> list[str]:

@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RunConfig
-from r1pipe.config.typed import to_mapping
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login

@@ -1,10 +1,11 @@
 """Words of the command line that several verbs share, with their help and completion."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from r1pipe.cli import completion
+from r1pipe.core.script_options import Precision
 
 Overrides = Annotated[
     list[str] | None,
@@ -22,8 +23,8 @@ Checkpoint = Annotated[
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
 TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
 MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
+Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
 
-Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
 

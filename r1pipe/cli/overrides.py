@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from r1pipe.config.schema import RunConfig
+    from r1pipe.config import RunConfig
 
 
 def composed(overrides: list[str]) -> "RunConfig":

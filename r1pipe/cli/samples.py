@@ -15,8 +15,8 @@ import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
+from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import STAGE_TYPES
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
 from r1pipe.core.formatting import number
 from r1pipe.core.paths import RunFolder

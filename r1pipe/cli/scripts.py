@@ -1,62 +1,146 @@
 """The verbs that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
+import os
 import shlex
-from collections.abc import Mapping
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from r1pipe.config.compose import compose
+import typer
+
+from r1pipe.cli.options import Checkpoint, Dtype, MaxTokens, Overrides, Seed, ShardGB, Temperature, TopP
+from r1pipe.cli.overrides import composed, split
 from r1pipe.core.errors import ConfigError
-from r1pipe.core.paths import IMPORTED
-from r1pipe.launch import job as launch
-from r1pipe.runs import lineage
+from r1pipe.core.script_options import (
+    ExportOptions,
+    GenerateOptions,
+    ImportOptions,
+    Language,
+    Reward,
+    ScoreOptions,
+    ScriptOptions,
+)
 
-Settings = Mapping[str, str | float | None]  # options of a script; those that are None are not given
+if TYPE_CHECKING:
+    from r1pipe.runs.lineage import Place
 
 
-def _place(overrides: list[str]) -> lineage.Place:
-    return lineage.Place.of(compose(overrides).config)
-
-
-def _options(settings: Settings) -> list[str]:
-    return [f"{name}={value}" for name, value in settings.items() if value is not None]
-
-
-def answer(
-    checkpoint: str,
-    overrides: list[str],
-    settings: Settings,
-    flags: list[str],
-    questions: list[str],
+def generate(
+    checkpoint: Checkpoint,
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[QUESTIONS] [OVERRIDES]...", help="none: one per line of standard input"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
 ) -> int:
-    """Run stages/generate.py, which loads the model; its exit code."""
-    parent = lineage.resolve(checkpoint, _place(overrides))
-    return launch.script("generate.py", [*_options(settings), *flags, "--", parent.checkpoint, *questions])
+    """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
 
-
-def export(checkpoint: str, folder: Path, overrides: list[str], settings: Settings) -> int:
-    """Run stages/export.py; its exit code."""
-    parent = lineage.resolve(checkpoint, _place(overrides))
-    return launch.script("export.py", [*_options(settings), "--", parent.checkpoint, str(folder)])
-
-
-def score(file: Path, reward: str, language: str) -> int:
-    """Run stages/score.py, which judges the completions of a file; its exit code."""
-    settings: Settings = {"--reward": reward, "--language": language}
-    return launch.script("score.py", [*_options(settings), "--", str(file)])
-
-
-def take_in(folder: Path, name: str | None, overrides: list[str], settings: Settings) -> int:
-    """Run stages/import_weights.py, and say how to go on; its exit code.
-
-    The checkpoint goes to ROOT/imported/NAME, which `parent=imported/NAME` finds. Raises ConfigError.
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
+    answered, 2 if none could; each is named by its number.
     """
-    called = name or folder.resolve().name
-    if Path(called).name != called or called == "..":
-        raise ConfigError(f"--name {called} must be a name, not a path")
-    target = _place(overrides).root / IMPORTED / called
-    code = launch.script("import_weights.py", [*_options(settings), "--", str(folder), str(target)])
+    asked, overrides = split(questions or [])
+    asked = [_as_utf8(question) for question in asked]
+    folder = _checkpoint(checkpoint, overrides)
+    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
+    return _run("generate.py", options)
+
+
+def chat(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = 0,
+) -> int:
+    """Ask a checkpoint question by question, until the input ends."""
+    folder = _checkpoint(checkpoint, overrides or [])
+    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
+    return _run("generate.py", options)
+
+
+def score(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
+    reward: Annotated[Reward, typer.Option(help="which rule")],
+    language: Annotated[Language, typer.Option(help="of the questions")] = "en",
+) -> int:
+    """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
+
+    A row that cannot be scored has the status invalid_row and is listed at the end with its line and the
+    reason. Exit code 2 if that is every row.
+    """
+    return _run("score.py", ScoreOptions(file, reward, language))
+
+
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="made; must not hold anything yet")],
+    overrides: Overrides = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
+) -> int:
+    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
+    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides or []), folder, dtype, shard_gb))
+
+
+def import_weights(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="published weights: safetensors, config.json")
+    ],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="what to call it; none: as the folder is called")] = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGB = 5.0,
+) -> int:
+    """Take in published weights, DeepSeek-V2 or V3 in shape: import DIR
+
+    The checkpoint goes to ROOT/imported/NAME, which `parent=imported/NAME` finds.
+    """
+    from r1pipe.core.paths import IMPORTED
+    from r1pipe.runs import lineage
+
+    name = name or folder.resolve().name
+    if Path(name).name != name or name == "..":
+        raise ConfigError(f"--name {name} must be a name, not a path")
+    target = _place(overrides or []).root / IMPORTED / name
+    code = _run("import_weights.py", ImportOptions(folder, target, dtype, shard_gb))
     if code == 0:
         shape = lineage.settings_of(lineage.of_folder(target), set())
-        line = ["r1pipe", "run", "stage=cold_start", f"parent={IMPORTED}/{called}", *shape, *overrides]
-        print(f"go on with: {shlex.join(line)}")
+        line = ["r1pipe", "run", "stage=cold_start", f"parent={IMPORTED}/{name}", *shape, *(overrides or [])]
+        print(f"next: {shlex.join(line)}")
     return code
+
+
+def _as_utf8(word: str) -> str:
+    """A word of the command line, which Python has decoded by the locale. Raises ConfigError."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
+
+
+def _place(overrides: list[str]) -> "Place":
+    from r1pipe.runs.lineage import Place
+
+    return Place.of(composed(overrides))
+
+
+def _checkpoint(name: str, overrides: list[str]) -> Path:
+    from r1pipe.runs import lineage
+
+    return Path(lineage.resolve(name, _place(overrides)).checkpoint)
+
+
+def _run(script: str, options: ScriptOptions) -> int:
+    """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
+    from r1pipe.core import script_options
+    from r1pipe.launch import job as launch
+
+    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
+        path = Path(folder, "options.json")
+        script_options.write(options, path)
+        return launch.script(script, [str(path)])

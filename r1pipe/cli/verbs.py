@@ -104,9 +104,36 @@ def sync(
     return 1 if broken else 0
 
 
+def prune(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...", help="run ids or stages")
+    ] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="runs that have not finished")] = False,
+    older_than: Annotated[
+        float | None, typer.Option(min=0, metavar="DAYS", help="runs that nothing has written to since")
+    ] = None,
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="all but the newest N of each stage and seed")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are listed only.")] = False,
+) -> None:
+    """Remove runs: prune grpo --keep-last 2
+
+    Several conditions must all hold. A run stays while it is running, and while a run that stays was made
+    from it (weights or data). MLflow keeps its rows until `r1pipe sync --rebuild`.
+    """
+    from r1pipe.cli import prune as pruning
+
+    names, overrides = split(runs or [])
+    root = Path(composed(overrides).root)
+    selection = pruning.Selection(names, pipeline_in(overrides), unfinished, older_than, keep_last)
+    for line in pruning.lines(pruning.prune(root, selection, remove=yes), removed=yes):
+        print(line)
+
+
 def ui(
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="where it listens")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where it listens")] = 5000,
     host: Annotated[str, typer.Option(help="this machine alone can reach 127.0.0.1")] = "127.0.0.1",
 ) -> int:
     """Open MLflow's pages of all runs."""

@@ -1,7 +1,43 @@
-"""Typed configuration: `schema` names fields, `typed` and `rules` check them, `compose` reads conf/, and
-`changes` compares two."""
+"""Typed configuration: fields with their bounds and rules (`model`, `engine`, `data`, `stages`, `rl`, `run`).
+
+`compose` reads conf/ (in the light wing alone), `groups` knows its files, and `changes` compares two configs.
+"""
 
 from r1pipe.config.changes import config_hash
-from r1pipe.config.typed import load, read_config, to_mapping
-
-__all__ = ["config_hash", "load", "read_config", "to_mapping"]
+from r1pipe.config.data import DataConfig, SourceConfig
+from r1pipe.config.engine import EngineConfig, FP8Config
+from r1pipe.config.model import ModelConfig, RopeScaling
+from r1pipe.config.rl import (
+    CosineConfig,
+    PPOConfig,
+    PreferenceConfig,
+    RewardsConfig,
+    RLConfig,
+    TripwiresConfig,
+    WireConfig,
+)
+from r1pipe.config.run import (
+    STAGE_TYPES,
+    ParentRef,
+    RecipeConfig,
+    RunConfig,
+    TrackingConfig,
+    load,
+    read_config,
+    to_mapping,
+)
+from r1pipe.config.stages import (
+    DistillConfig,
+    EvalConfig,
+    EvaluateConfig,
+    FilterConfig,
+    FineTuneConfig,
+    OptimConfig,
+    PretrainConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    RouterConfig,
+    SamplingConfig,
+    SFTConfig,
+    StageConfig,
+)

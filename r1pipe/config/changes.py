@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1pipe.config.fields import shown
 from r1pipe.config.groups import flat, upwards
-from r1pipe.config.schema import RunConfig
-from r1pipe.config.typed import shown, to_mapping
+from r1pipe.config.run import RunConfig, to_mapping
 
 # Keys that may change while a run goes on, each with all keys below it, and why. With those of SAME_BITS
 # another value computes the same to the last bit, so they are no part of a config's hash.

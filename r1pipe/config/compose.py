@@ -6,6 +6,7 @@ before the command line's overrides, so the command line always wins. Where one 
 one gives: over whatever is below, the algorithm's over the loss's.
 """
 
+import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from r1pipe.config import rules
+from r1pipe.config.data import refuse_unused_row_keys
+from r1pipe.config.describe import leaves
+from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
-from r1pipe.config.schema import STAGE_TYPES, RLConfig, RunConfig
-from r1pipe.config.typed import field_types, load
+from r1pipe.config.rl import RLConfig
+from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 
@@ -54,7 +57,8 @@ def compose(overrides: list[str]) -> Composed:
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key)
     config = load({**mapping, **FILLED_AT_LAUNCH})
-    rules.check(config)
+    check(config)
+    refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     files = {key: file for key, (_, file) in values.items()}
     return Composed(config, sources_of(mapping, choices, files, own))
 
@@ -89,10 +93,21 @@ def parse(overrides: list[str]) -> list[Override]:
             raise ConfigError(
                 f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'"
             )
-        top = str(override.key_or_group).partition(".")[0]
-        if top not in TOP_KEYS:
-            raise ConfigError(f"{top} is no key of the config; {nearest(top, TOP_KEYS)}")
+        key = str(override.key_or_group)
+        if key.partition(".")[0] not in TOP_KEYS:
+            raise ConfigError(f"{key} is no key of the config; {meant(key)}")
     return parsed
+
+
+def meant(key: str) -> str:
+    """The remedy for a key whose first part is unknown: `lr` is short for stage.optim.lr."""
+    below = {name for name in leaves() if "." in name}
+    same = sorted(name for name in below if name.endswith(f".{key}"))
+    if not same:
+        last_parts = {name.rpartition(".")[2] for name in below} - TOP_KEYS
+        similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
+        same = sorted(name for name in below if name.rpartition(".")[2] in similar)
+    return f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
 
 
 def choose(given: list[Override]) -> dict[str, str]:
@@ -168,7 +183,7 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
         beside = [name for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
             return ConfigError(f"{key} needs stage.algorithm=ppo")
-        return ConfigError(f"{key} is no key of the config; {nearest(key, same_name or beside or [above])}")
+        return ConfigError(unknown_key(key, key, same_name or beside or [above]))
     return ConfigError(first_line(error))
 
 

@@ -10,12 +10,11 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 from r1pipe.chat.template import compose_response
-from r1pipe.config.schema import DataConfig, SourceConfig
+from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text
@@ -61,28 +60,18 @@ class Files:
         """`aside` is where rows go that cannot be used, with data.bad_rows=set_aside."""
         self.config, self._aside = config, aside
         self._sources = _located(config)
+        self._items: dict[str, list[Item]] = {}  # kind -> its rows, once something asked for them
         if not any(self._sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
         self.hash, self.files = datafiles.hashes(asdict(config))
 
-    @cached_property
-    def _reasoning(self) -> list[Item]:
-        return self._items("reasoning", _problem)
-
-    @cached_property
-    def _general(self) -> list[Item]:
-        return self._items("general", _instruction)
-
-    @cached_property
-    def _preferences(self) -> list[Item]:
-        return self._items("preferences", _preference)
-
-    @cached_property
-    def _labels(self) -> list[Item]:
-        return self._items("labels", _label)
-
-    def _items(self, kind: str, read: Callable[[Row, SourceConfig], dict[str, str]]) -> list[Item]:
+    def items(self, kind: str) -> list[Item]:
         """All rows of one kind; what a source declares held out is taken out of every other source."""
+        if kind not in self._items:
+            self._items[kind] = self._read(kind)
+        return self._items[kind]
+
+    def _read(self, kind: str) -> list[Item]:
         sources = self._sources[kind]
         declared = {source.split for source in sources if source.split}
         items = []
@@ -91,7 +80,7 @@ class Files:
             bad, unread = [*sifted.bad], len(sifted.bad)
             for row in sifted.rows:
                 try:
-                    texts = read(row, source)
+                    texts = READERS[kind](row, source)
                     for role in texts:
                         texts[role] = substitute(texts[role], self.config.substitutions, row)
                     items.append(_item(kind, source, row, texts, declared))
@@ -148,7 +137,7 @@ class Files:
         raise ConfigError(f"data={self.config.name} has no documents to pre-train on; use data=world")
 
     def _of(self, kind: str, split: str) -> list[Item]:
-        return [item for item in getattr(self, f"_{kind}") if item.split == split]
+        return [item for item in self.items(kind) if item.split == split]
 
 
 def _located(config: DataConfig) -> dict[str, list[SourceConfig]]:
@@ -221,6 +210,14 @@ def _label(row: Row, source: SourceConfig) -> dict[str, str]:
         return _preference(row, source)
     texts = {role: dialogue(row, source.columns[role]) for role in ("question", "response")}
     return texts | {"safe": SAFE if flag(row, source.columns["safe"]) else UNSAFE}
+
+
+READERS: dict[str, Callable[[Row, SourceConfig], dict[str, str]]] = {
+    "reasoning": _problem,
+    "general": _instruction,
+    "preferences": _preference,
+    "labels": _label,
+}
 
 
 def _labelled(item: Item) -> list[SafetyLabel]:

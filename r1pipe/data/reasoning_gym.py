@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from r1pipe.config.schema import DataConfig
+from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data import gym_answers

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from r1pipe.config.schema import DataConfig
+from r1pipe.config import DataConfig
 from r1pipe.core.errors import DataError
 from r1pipe.data.reading import SET_ASIDE, BadRow
 
@@ -16,7 +16,7 @@ class RejectedRows:
     """The bad rows of a data set's files. `folder`: where they are written; `say` takes a line about them."""
 
     def __init__(self, folder: Path | None = None, say: Callable[[str], None] | None = None):
-        self._folder, self._say = folder, say
+        self._folder, self.say = folder, say
         self.rows: list[BadRow] = []
 
     def take(self, bad: Sequence[BadRow], total: int, config: DataConfig) -> None:
@@ -35,8 +35,8 @@ class RejectedRows:
             )
         self.rows += bad
         place = f" (all in {self._write()})" if self._folder else ""
-        if self._say:
-            self._say(f"{counted} set aside{place}; the first: {first.reason}")
+        if self.say:
+            self.say(f"{counted} set aside{place}; the first: {first.reason}")
 
     def _write(self) -> Path:
         """All of them so far, whole or not at all: every rank writes the same."""

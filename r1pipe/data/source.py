@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from r1pipe.config import DataConfig
 from r1pipe.config.changes import ABSENT, HASH_SHOWN
-from r1pipe.config.schema import DataConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.rejected_rows import RejectedRows
@@ -63,7 +63,7 @@ class Source(Protocol):
 def _world(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
     from r1pipe.data.world import World
 
-    return World(config, seed)
+    return World(config, seed, aside.say)
 
 
 def _files(config: DataConfig, seed: int, aside: RejectedRows) -> Source:
@@ -91,7 +91,8 @@ def open_data(
 ) -> Source:
     """The source of `data.kind`. Raises ConfigError on an unknown kind, DataError on unusable data.
 
-    With data.bad_rows=set_aside, rows that cannot be used are written to `folder`, and `say` takes a line.
+    With data.bad_rows=set_aside, rows that cannot be used are written to `folder`. `say` takes one line about
+    such rows, or about a split that has fewer problems than were asked for.
     """
     if config.kind not in KINDS:
         raise ConfigError(f"data.kind={config.kind} is unknown; {nearest(config.kind, list(KINDS))}")

@@ -15,7 +15,7 @@ that need a probe share one, and the checks after it train it by a step: it is t
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from r1pipe.config.schema import (
+from r1pipe.config import (
     EvaluateConfig,
     FineTuneConfig,
     PretrainConfig,

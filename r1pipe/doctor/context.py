@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from r1pipe.chat.template import Chat
+from r1pipe.config import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
-from r1pipe.config.schema import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
-from r1pipe.config.typed import build
 from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.types import Demonstration, Group, Prompt
 from r1pipe.data.source import Source, open_data
@@ -32,7 +32,7 @@ HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its que
 
 
 @dataclass
-class Band:
+class Band(Strict):
     """From where on a number is a warning or a failure; where `fail` is less than `warn`, low is bad."""
 
     warn: float
@@ -46,7 +46,7 @@ class Band:
 
 
 @dataclass
-class Limits:
+class Limits(Strict):
     """conf/doctor/limits.yaml, where each is explained."""
 
     rows: int
@@ -107,7 +107,7 @@ class Context:
 
     def __init__(self, run: Run[Any], limits: Limits):
         self.run, self.config, self.limits = run, run.config, limits
-        self.set_aside: list[str] = []  # what is told of rows that cannot be used, once they have been read
+        self.data_notes: list[str] = []  # lines about rows that cannot be used, and splits that are too small
 
     @cached_property
     def chat(self) -> Chat:
@@ -115,7 +115,7 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed, say=self.set_aside.append)
+        return open_data(self.config.data, self.config.seed, say=self.data_notes.append)
 
     @cached_property
     def prompts(self) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from r1pipe.config.schema import DistillConfig, EvaluateConfig, SFTConfig
+from r1pipe.config import DistillConfig, EvaluateConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.doctor.context import Context, Limits, graded
@@ -24,9 +24,10 @@ def readable(context: Context, name: str) -> Finding:
     if not held_out:
         split = context.config.stage.eval.split
         return Finding(name, WARN, shown, f"add rows of split {split}, or nothing will be measured")
-    if context.set_aside:
-        remedy = "mend these rows: data/set_aside.jsonl of a run names them all"
-        return Finding(name, WARN, f"{shown}; {'; '.join(context.set_aside)}", remedy)
+    if context.data_notes:
+        remedy = "a run lists the rows that it sets aside in its data/set_aside.jsonl"
+        remedy = remedy if context.data.files else "choose other tasks, levels or languages, or ask for fewer"
+        return Finding(name, WARN, f"{shown}; {'; '.join(context.data_notes)}", remedy)
     return Finding(name, PASS, shown)
 
 

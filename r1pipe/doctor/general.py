@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from r1pipe.chat.template import compose_response, parse
-from r1pipe.config.schema import PreferenceConfig
+from r1pipe.config import PreferenceConfig
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.doctor.context import SEED, Context, graded
 from r1pipe.rewards import applies

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from r1pipe.config.schema import PreferenceConfig
+from r1pipe.config import PreferenceConfig
 from r1pipe.doctor.context import SEED, Context
 from r1pipe.rewards.models import RewardModel, load_reward_model
 from r1pipe.runs import checkpoints

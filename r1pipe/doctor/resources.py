@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from r1pipe.config.schema import ModelConfig, RLConfig, RunConfig, StageConfig
+from r1pipe.config import ModelConfig, RLConfig, RunConfig, StageConfig
 from r1pipe.doctor.context import Context, graded
 from r1pipe.model.logprobs import LOGITS_IN_MEMORY
 from r1pipe.plan import footprint

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from r1pipe.chat.template import EOS, THINK, Chat, compose_response
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Demonstration, Prompt
 from r1pipe.data.files import SUMMARY
 from r1pipe.data.fitting import prompt_fits

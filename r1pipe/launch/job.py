@@ -20,9 +20,8 @@ from typing import Any, BinaryIO
 import psutil
 
 import r1pipe
-from r1pipe.config import config_hash, to_mapping
+from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change
-from r1pipe.config.schema import RunConfig
 from r1pipe.core.errors import EnvironmentProblem, warn_once
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.cli import compare
-from r1pipe.config import to_mapping
+from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
-from r1pipe.config.rules import WITH_DOCUMENTS
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import without_login

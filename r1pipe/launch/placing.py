@@ -7,9 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from r1pipe.cli.compare import read_json
-from r1pipe.config import to_mapping
+from r1pipe.config import STAGE_TYPES, EvaluateConfig, RunConfig, to_mapping
 from r1pipe.config.changes import Change, changes, listed
-from r1pipe.config.schema import STAGE_TYPES, EvaluateConfig, RunConfig
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable

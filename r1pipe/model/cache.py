@@ -37,6 +37,12 @@ class LatentCache:
         """Copy the first `length` entries of `slots` to the slots `to`."""
         self.entries_LSMW[:, to, :length] = self.entries_LSMW[:, slots, :length]
 
+    def grow(self, length: int) -> None:
+        """Make room for sequences of up to `length` tokens."""
+        layers, slots, held, width = self.entries_LSMW.shape
+        more_LSMW = self.entries_LSMW.new_zeros(layers, slots, length - held, width)
+        self.entries_LSMW = torch.cat([self.entries_LSMW, more_LSMW], dim=2)
+
     def shrink(self, slots: int) -> None:
         """Forget all but the first `slots`."""
         self.entries_LSMW = self.entries_LSMW[:, :slots]

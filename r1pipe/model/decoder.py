@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.model.layers import RMSNorm, SwiGLU
 from r1pipe.model.mla import MLA, Keep, Mask
 from r1pipe.model.moe import MoE, Routing

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1pipe.config.schema import ModelConfig, RopeScaling
+from r1pipe.config import ModelConfig, RopeScaling
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.fp8 import Quantisable
 

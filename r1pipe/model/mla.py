@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.model.flex import BlockMask, flex_attend
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import Linear, RMSNorm
 from r1pipe.model.logprobs import token_logprobs

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1pipe.config.architecture import check_model
-from r1pipe.config.schema import ModelConfig
-from r1pipe.config.typed import build
+from r1pipe.config import ModelConfig
+from r1pipe.config.fields import build
+from r1pipe.config.model import check_model
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION
 from r1pipe.model.mtp import stored_copies

@@ -8,7 +8,7 @@ published FP8 files.
 import torch
 from torch import nn
 
-from r1pipe.config.schema import EngineConfig
+from r1pipe.config import EngineConfig
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable

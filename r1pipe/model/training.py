@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r1pipe.config.schema import EngineConfig
+from r1pipe.config import EngineConfig
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.precision import set_precision
 from r1pipe.model.transformer import Trunk

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from r1pipe.config.architecture import check_model
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
+from r1pipe.config.model import check_model
 from r1pipe.core.errors import ConfigError
 from r1pipe.model import flex
 from r1pipe.model.balance import Balance

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.fp8 import QUANTIZATION, quantise
 from r1pipe.model.moe import reset_loads

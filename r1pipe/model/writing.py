@@ -1,25 +1,16 @@
 """Weights into shards of a bounded size and an index; one shard is in memory at a time."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1pipe.core.errors import ConfigError
 from r1pipe.model.reading import INDEX, WEIGHTS
 from r1pipe.runs import heartbeat
 
 SHARD_BYTES = 5 * 10**9  # as the hub's own libraries cut
-
-
-def shard_bytes(gigabytes: float) -> int:
-    """A size that a user gave, in bytes. Raises ConfigError."""
-    if not 0 < gigabytes < math.inf:
-        raise ConfigError(f"--shard-gb {gigabytes:g} must be a number above 0")
-    return int(gigabytes * 1e9)
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -7,14 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config.schema import (
-    EngineConfig,
-    EvaluateConfig,
-    ModelConfig,
-    RewardModelConfig,
-    RLConfig,
-    RunConfig,
-)
+from r1pipe.config import EngineConfig, EvaluateConfig, ModelConfig, RewardModelConfig, RLConfig, RunConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints

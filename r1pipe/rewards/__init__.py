@@ -6,7 +6,7 @@ Status is tri-state (records.Status): a verifier or sandbox that fails is never 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from r1pipe.config.schema import RewardsConfig
+from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward

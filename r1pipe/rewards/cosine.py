@@ -7,7 +7,7 @@ Sample, of 100 tokens at most and conf's values: right after 0 tokens 2, after 5
 
 import math
 
-from r1pipe.config.schema import RewardsConfig
+from r1pipe.config import RewardsConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards.kinds import Reward
 

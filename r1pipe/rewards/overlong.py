@@ -3,7 +3,7 @@
 Sample, of 100 tokens at most and a cache of 0.2: 80 tokens earn 0, 90 earn -0.5, 100 or a cut -1.
 """
 
-from r1pipe.config.schema import RewardsConfig
+from r1pipe.config import RewardsConfig
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.kinds import Reward
 

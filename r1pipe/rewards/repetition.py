@@ -6,7 +6,7 @@ the share of punished tokens, and its weight says how much that costs.
 Sample, n = 2: the tokens 1 2 1 2 hold the pair 1 2 twice, so 2 of 4 tokens repeat: -0.5.
 """
 
-from r1pipe.config.schema import RewardsConfig
+from r1pipe.config import RewardsConfig
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.kinds import Reward
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import r1pipe
-from r1pipe.config.schema import EngineConfig, RunConfig
+from r1pipe.config import EngineConfig, RunConfig
 from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.redaction import without_secrets
 

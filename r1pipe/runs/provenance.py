@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import config_hash, to_mapping
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.data.reading import SET_ASIDE

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.jsonfile import read_object

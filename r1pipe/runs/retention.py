@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from r1pipe.config.schema import RLConfig, StageConfig
+from r1pipe.config import RLConfig, StageConfig
 from r1pipe.core.errors import nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints

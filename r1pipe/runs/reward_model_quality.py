@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config.schema import ParentRef, PreferenceConfig, RLConfig, RunConfig
+from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import number, percent
 

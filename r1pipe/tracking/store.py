@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from r1pipe.config.schema import RunConfig
+from r1pipe.config import RunConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.redaction import without_login, without_secrets
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import EvalConfig
+from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.rewards import Verdicts, score_all, vote

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import EvalConfig
+from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.data.source import Source
@@ -18,7 +18,7 @@ from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Sampler
-from r1pipe.train.run import Run, log
+from r1pipe.train.run import Run
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
@@ -27,7 +27,7 @@ HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones a
 def held_out(
     chat: Chat, source: Source, context: int, config: EvalConfig
 ) -> tuple[list[Prompt], list[Prompt], int]:
-    """The reasoning and the general prompts that a stage is measured on, and how many were passed over: in a
+    """The reasoning and the general prompts that a stage is measured on, and how many were skipped: in a
     `context` of so many tokens they leave no room for `config.max_tokens`."""
     fits = prompt_fits(chat, context, config.max_tokens)
 
@@ -53,7 +53,15 @@ def measure(
         return ranks.all_gather_objects(mine)
 
     with stopping.leaving_early(ranks):
-        return _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
+        evaluation = _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
+    if too_long := evaluation.metrics["too_long"]:
+        run.warn(
+            f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "
+            f"{too_long} prompts are too long: they leave no room for "
+            f"stage.eval.max_tokens={config.max_tokens} in a context "
+            f"of {model.config.max_position_embeddings} tokens"
+        )
+    return evaluation
 
 
 def _measure(
@@ -70,8 +78,6 @@ def _measure(
     sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, run.config.engine.graphs, stop)
     context = model.config.max_position_embeddings
     prompts, general_prompts, too_long = held_out(chat, source, context, config)
-    if too_long:
-        log.info("%d held-out prompts are too long to be answered, and passed over", too_long)
     evaluation = evaluate.evaluate(
         sampler.generate,
         chat,
@@ -86,7 +92,7 @@ def _measure(
         strategy_of=source.strategy_of,
         progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
     )
-    evaluation.metrics["too_long"] = too_long
+    evaluation.metrics.update(data=run.config.data.name, split=config.split, too_long=too_long)
     return evaluation
 
 

@@ -19,7 +19,7 @@ import psutil
 from safetensors import SafetensorError
 
 from r1pipe.chat.template import TOKENIZER_FILES, Chat
-from r1pipe.config.schema import ParentRef, RunConfig, StageConfig
+from r1pipe.config import ParentRef, RunConfig, StageConfig
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full, no_room
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model import save_pretrained

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import read_config
-from r1pipe.config.schema import EvaluateConfig, ParentRef, RunConfig, StageConfig
+from r1pipe.config import EvaluateConfig, ParentRef, RunConfig, StageConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, warn_once
 from r1pipe.core.paths import RunFolder
 from r1pipe.data.source import Source, check_data_unchanged, open_data

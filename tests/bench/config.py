@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.turns import DTYPES
+from r1pipe.config import ModelConfig
+from r1pipe.config.fields import build
 from r1pipe.config.groups import options, read
-from r1pipe.config.schema import ModelConfig
-from r1pipe.config.typed import build
 from r1pipe.core.errors import ConfigError, EnvironmentProblem, nearest
 
 KINDS = ("sample", "train", "grpo")

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.config import Job
 from bench.turns import DTYPES, EOS, PAD, Turns, rows
+from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import RLConfig, RunConfig
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.train.engine.engine import Engine

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bench.config import Case, FP8Step, load_model
 from bench.referee import Result
-from r1pipe.config.schema import ModelConfig
+from r1pipe.config import ModelConfig
 
 WORDS = {"sample": "sampling", "train": "training", "grpo": "GRPO step"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.config import Job
 from bench.turns import Turns
-from r1pipe.config.typed import build
+from r1pipe.config.fields import build
 
 MODULES = {"ours": "bench.ours", "ours_fp8": "bench.ours", "matmul": "bench.ours"}
 MODULES |= {"transformers": "bench.transformers_peer", "trl": "bench.trl_peer"}

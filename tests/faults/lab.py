@@ -11,7 +11,7 @@ from tiny_runs import tiny_run
 from faults.forks import Kill, calls_of, run_job
 from faults.points import ENDING, JUDGING, JUDGING_BY_MODELS, SAMPLING, SAVING, SHARDS, TRAINING, Point
 from faults.same import both
-from r1pipe.config.schema import ParentRef
+from r1pipe.config import ParentRef
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.lineage import of_run
 

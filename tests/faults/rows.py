@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from faults.outcome import Outcome
+from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.config.compose import compose
-from r1pipe.config.schema import DataConfig, SourceConfig
 from r1pipe.core.errors import DataError
 from r1pipe.data.files import Files
 from r1pipe.data.reading import SET_ASIDE

@@ -1,51 +1,71 @@
-"""The bundled world: procedural, seeded, endless, in English and Chinese, with a held-out split."""
+"""The bundled world: procedural, seeded, in English and Chinese, with a held-out split."""
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from r1pipe.chat.template import parse
-from r1pipe.config.schema import DataConfig
+from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.world import corpus, general, truth
-from r1pipe.data.world.content import choose, content, content_hash
+from r1pipe.data.world.content import choose, content, content_hash, draw_until
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
+from r1pipe.runs import heartbeat
 
 __all__ = ["World", "judge", "strategy_of"]
-
 
 OF_FILES = (
     "labels",
     "bad_rows",
     "max_bad_rows",
     "longest_row",
-)  # keys of `data` that say nothing of the world
+)  # keys of `data` left out of the world's hash
+# A draw stops when, for each prompt it has found, this many in a row were not new. The rarest prompts come up
+# about a third as often as the average one.
+PATIENCE = 30
 
 
 class World:
     """The data source of the bundled world; every method is a pure function of its arguments and `seed`."""
 
-    def __init__(self, config: DataConfig, seed: int):
-        self.config, self.seed = config, seed
+    def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None):
+        """`say` takes a line where the world has fewer prompts than were asked for."""
+        self.config, self.seed, self._say = config, seed, say
         mine = {key: value for key, value in asdict(config).items() if key not in OF_FILES}
         identity = json.dumps([mine, seed, content_hash()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
         self.files: dict[str, str] = {}
         self.judge, self.strategy_of = judge, strategy_of
+        self._all: dict[str, list[Prompt]] = {}  # split -> its prompts, once a draw has asked for more
 
     def _rng(self, *stream: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *stream))))
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
-        """n distinct reasoning prompts, tasks in the corpus's proportions, languages and levels even."""
+        """n distinct reasoning prompts, tasks in the corpus's proportions, languages and levels even.
+
+        Where there are fewer than n (of easy programs in one language there are 4,454), all of them.
+        """
+        if split not in self._all or n <= len(self._all[split]):
+            found = self._draw_distinct(split, n, seed)
+            if len(found) == n:
+                return found
+            self._all[split] = sorted(found, key=lambda prompt: prompt.id)
+            self._report_shortage(split, n)
+        return self._rng("all prompts", split, seed).sample(self._all[split], len(self._all[split]))
+
+    def _draw_distinct(self, split: str, n: int, seed: int) -> list[Prompt]:
         rng = self._rng("prompts", split, seed)
         shares = {task: content("corpus")["tasks"][task] for task in self.config.tasks}
         found: dict[str, Prompt] = {}
-        while len(found) < n:
+        repeats = 0
+        while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
+            heartbeat.tick()
             prompt = corpus.reasoning_prompt(
                 rng,
                 split,
@@ -53,8 +73,24 @@ class World:
                 rng.choice(self.config.languages),
                 rng.choice(self.config.levels),
             )
+            repeats = repeats + 1 if prompt.id in found else 0
             found.setdefault(prompt.id, prompt)
         return list(found.values())
+
+    def _report_shortage(self, split: str, n: int) -> None:
+        if self._say is None:
+            return
+        count, config = len(self._all[split]), self.config
+        kinds: dict[str, list[Any]] = {
+            "tasks": config.tasks,
+            "levels": config.levels,
+            "languages": config.languages,
+        }
+        chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in kinds.items())
+        self._say(
+            f"data={config.name} has {count:,} distinct {split} problems with {chosen}, fewer than the {n:,} "
+            f"asked for; all are used. For more, add tasks, levels or languages; or ask for {count:,}"
+        )
 
     def rows(self, split: str) -> None:
         """None: problems are made."""
@@ -64,16 +100,17 @@ class World:
     ) -> list[Demonstration]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")
-        prompts = iter(self._endless_prompts(seed))
-        kept: list[Demonstration] = []
-        while len(kept) < n:
-            trace = corpus.reasoning_demonstration(
-                next(prompts), rng, styles or shares["styles"], shares["written_slip"]
-            )
+        prompts, mix = self._endless_prompts(seed), styles or shares["styles"]
+
+        def solve() -> Demonstration:
+            return corpus.reasoning_demonstration(next(prompts), rng, mix, shares["written_slip"])
+
+        def is_wanted(trace: Demonstration) -> bool:
             task = corpus.TASKS[trace.prompt.task]
-            if not correct_only or task.is_right(trace.prompt, parse(trace.response).summary):
-                kept.append(trace)
-        return kept
+            return not correct_only or task.is_right(trace.prompt, parse(trace.response).summary)
+
+        wanted = f"correct solution in stage.styles={mix}; set stage.correct_only=false or add styles"
+        return [draw_until(solve, is_wanted, wanted) for _ in range(n)]
 
     def _endless_prompts(self, seed: int) -> Iterator[Prompt]:
         block = 0

@@ -7,11 +7,17 @@ import functools
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 
+T = TypeVar("T")
+
 LANGUAGES = ("en", "zh")
+ATTEMPTS = 100_000  # draws, after which nothing that fits is expected any more
 # Shares of the split, in twentieths of the hash space: 2 test, 1 dev, the rest train.
 _SPLIT_OF_BUCKET = ("test", "test", "dev", *["train"] * 17)
 
@@ -39,6 +45,15 @@ def prompt_id(task: str, language: str, question: str) -> str:
 def choose(rng: random.Random, weights: dict[str, float]) -> str:
     """A key, drawn by weight."""
     return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def draw_until(make: Callable[[], T], fits: Callable[[T], bool], wanted: str) -> T:
+    """The first of the things made that fits. Raises DataError after ATTEMPTS: then there is none."""
+    for _ in range(ATTEMPTS):
+        made = make()
+        if fits(made):
+            return made
+    raise DataError(f"{ATTEMPTS:,} draws from the bundled world gave 0 of what was wanted: a {wanted}")
 
 
 def content_hash() -> str:

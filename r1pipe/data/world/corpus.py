@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterator
 from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.world import countdown, general, program, word
-from r1pipe.data.world.content import LANGUAGES, choose, content, index, split_of
+from r1pipe.data.world.content import LANGUAGES, choose, content, draw_until, index, split_of
 
 TASKS = {"word": word, "countdown": countdown, "program": program}
 
 
 def draw(rng: random.Random, split: str, make: Callable[[random.Random], Prompt]) -> Prompt:
-    """A prompt of this split: drawn again until its key falls into it."""
-    while True:
-        prompt = make(rng)
-        if split_of(prompt.checker["key"]) == split:
-            return prompt
+    """A prompt of this split: drawn again until its key falls into it. Raises DataError where none does."""
+    wanted = f"prompt of split {split}; use another split, or add to the texts in data/world"
+    return draw_until(lambda: make(rng), lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
 
 
 def reasoning_prompt(rng: random.Random, split: str, task: str, language: str, level: int) -> Prompt:

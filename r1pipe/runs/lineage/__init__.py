@@ -24,7 +24,7 @@ from r1pipe.runs.lineage.places import (
     resolve,
     runs,
 )
-from r1pipe.runs.lineage.settings import UNLIKE, settings_of
+from r1pipe.runs.lineage.settings import UNLIKE, measured_data, settings_of
 from r1pipe.runs.recorded import record_of
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "check_parent_fits",
     "differs",
     "is_run",
+    "measured_data",
     "newest",
     "of_folder",
     "of_run",

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from r1pipe.config import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.config.changes import mapping_hash
-from r1pipe.config.schema import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import IMPORTED, RunFolder, inside
 from r1pipe.runs import checkpoints, recorded

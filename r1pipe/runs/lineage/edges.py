@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from r1pipe.config.schema import ParentRef, RunConfig
+from r1pipe.config import ParentRef, RunConfig
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
 from r1pipe.runs.lineage.places import Place, of_stage, resolve
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from r1pipe.config import ModelConfig, ParentRef
 from r1pipe.config.groups import options, read
-from r1pipe.config.schema import ModelConfig, ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import inside
 from r1pipe.runs.jsonfile import read_object

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from r1pipe.config.schema import EngineConfig, OptimConfig, RouterConfig
+from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.kernels import meter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_update
 
-from r1pipe.config.schema import EngineConfig, OptimConfig
+from r1pipe.config import EngineConfig, OptimConfig
 
 PIECE = 2**24  # numbers whose moments exist in float32 at once
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from r1pipe.config.architecture import check_all
-from r1pipe.config.engine_rules import accelerator_rules
-from r1pipe.config.schema import EngineConfig
+from r1pipe.config import EngineConfig
+from r1pipe.config.engine import accelerator_rules
+from r1pipe.config.fields import check_all
 from r1pipe.runs.heartbeat import waiting
 
 

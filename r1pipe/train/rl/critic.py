@@ -12,7 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import EngineConfig, PPOConfig, RLConfig
+from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Completion, Group, Score
 from r1pipe.model import Balance, DeepseekV3
 from r1pipe.model.scalar import ScalarModel

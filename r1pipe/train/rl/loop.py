@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.data.fitting import prompt_fits

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import RewardModelConfig
+from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
 from r1pipe.data.fitting import draw_prompts_that_fit
 from r1pipe.data.source import Source

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
 

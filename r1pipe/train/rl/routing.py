@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.model import DeepseekV3
 from r1pipe.model.cache import LatentCache
 from r1pipe.model.decoders import decoder_of

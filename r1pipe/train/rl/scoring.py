@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import SHAPES, Shaping, Verdicts, add_shapes, applies, score_all
 from r1pipe.runs.reward_model_quality import KINDS

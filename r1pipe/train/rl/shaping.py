@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group
 from r1pipe.rewards import SHAPES
 from r1pipe.train.engine.ranks import Ranks

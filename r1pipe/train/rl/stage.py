@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.architecture import check_all
-from r1pipe.config.reinforcement import rl_rules
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
+from r1pipe.config.fields import check_all
+from r1pipe.config.rl import rl_rules
 from r1pipe.rewards.models import Judge, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.rows import Row, sample_of, speeds, write_rows
 from r1pipe.train.rl.tripwires import Trip, Tripwires

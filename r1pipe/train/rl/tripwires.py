@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from r1pipe.config.parts import WireConfig
-from r1pipe.config.schema import RLConfig
+from r1pipe.config import RLConfig, WireConfig
 from r1pipe.train.rl.rows import most_failed
 
 Metrics = Mapping[str, float]

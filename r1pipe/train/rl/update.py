@@ -10,7 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import EngineConfig, RLConfig
+from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.precision import set_precision

@@ -29,6 +29,7 @@ from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
 LOOK_EVERY = 2  # steps between looks at what has ended: an ended slot idles for half of it
 PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: what stays in a core's cache
 PREFILL_TOKENS_GPU = 16384
+CACHE_TOKENS = 256  # with `limits`: room for so many tokens at first, doubled as the answers grow
 
 Progress = Callable[[int, int], None]
 Ended = Callable[[int, Completion], None]
@@ -74,19 +75,22 @@ class Sampler:
         params: SamplingParams,
         progress: Progress | None = None,
         ended: Ended | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[Completion]:
         """n completions per prompt, prompt by prompt in order; `text` stays empty.
 
         A completion's random numbers depend on (seed, its prompt's place in the whole, its own place) alone.
         `progress` is told (done, total) completions, `ended` each completion that has ended and its prompt's
-        place here. Raises ConfigError where a prompt is empty or max_tokens has no room.
+        place here. `limits`: the most tokens of each prompt's completions, up to max_tokens; then the cache
+        grows with the answers. Raises ConfigError where a prompt is empty or its limit has no room.
         """
         longest = self.model.config.max_position_embeddings
         for place, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= longest - params.max_tokens:
+            limit = params.max_tokens if limits is None else limits[place]
+            if not 0 < len(prompt) <= longest - limit:
                 raise ConfigError(
-                    f"prompt {place} has {len(prompt)} tokens; with max_tokens={params.max_tokens} it needs"
-                    f" between 1 and {longest - params.max_tokens} (model.max_position_embeddings={longest})"
+                    f"prompt {place} has {len(prompt)} tokens; with max_tokens={limit} it needs"
+                    f" between 1 and {longest - limit} (model.max_position_embeddings={longest})"
                 )
             if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
                 raise ConfigError(
@@ -97,7 +101,7 @@ class Sampler:
             return []
         fp8 = fp8_of(self.model)
         with fp8.held() if fp8 else nullcontext():
-            return _Batch(self, prompts, params, ended).run(progress)
+            return _Batch(self, prompts, params, ended, limits).run(progress)
 
 
 @dataclass
@@ -113,7 +117,12 @@ class _Batch:
     """The state of one `generate`. A completion's number is prompt * n + sample; -1 marks a free slot."""
 
     def __init__(
-        self, sampler: Sampler, prompts: Sequence[list[int]], params: SamplingParams, ended: Ended | None
+        self,
+        sampler: Sampler,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        ended: Ended | None,
+        limits: Sequence[int] | None,
     ):
         self.sampler, self.prompts, self.params, self.ended = sampler, prompts, params, ended
         self.device = sampler.model.lm_head.weight.device
@@ -125,9 +134,15 @@ class _Batch:
         slots = min(sampler.slots, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder = decoder_of(sampler.model, sampler.graphs)
-        self.cache = LatentCache(sampler.model, slots, longest_prompt + params.max_tokens)
+        self.limits = [params.max_tokens] * len(prompts) if limits is None else list(limits)
+        self.longest = longest_prompt + params.max_tokens
+        if limits is not None:
+            self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        first = self.longest if limits is None else min(self.longest, longest_prompt + CACHE_TOKENS)
+        self.cache = LatentCache(sampler.model, slots, first)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
+        self.limits_S = self._zeros(slots)  # tokens to draw at most
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
         self.live_S = self._zeros(slots).bool()
@@ -147,6 +162,8 @@ class _Batch:
         while done < self.total:
             self._refill()
             length = self._longest()
+            if length + LOOK_EVERY > self.cache.length < self.longest:
+                self.cache.grow(min(2 * self.cache.length, self.longest))
             for step in range(LOOK_EVERY):
                 self._step(min(length + step, self.cache.length))
             heartbeat.tick()
@@ -201,6 +218,8 @@ class _Batch:
         self.numbers[slots] = numbers
         self.cache.fill(where, prefix.entries_LBTW, rows)
         self.prompt_lengths_S[where] = torch.tensor(lengths, device=self.device)
+        limits = [self.limits[prompt] for prompt in prompts]
+        self.limits_S[where] = torch.tensor(limits, device=self.device)
         self.uniforms_SU[where, :-1] = torch.from_numpy(np.stack(streams)).to(self.device)
         self.counts_S[where] = 0
         self.live_S[where] = True
@@ -226,7 +245,7 @@ class _Batch:
         self.logprobs_SU[rows, counts] = logprobs
         live = self.live_S[where]
         counts = counts + live
-        live = live & (counts < self.params.max_tokens)
+        live = live & (counts < self.limits_S[where])
         if self.stops:
             live = live & ~self.ends_V[tokens]
         self.counts_S[where] = counts
@@ -280,6 +299,7 @@ class _Batch:
         self.cache.shrink(slots)
         for name in (
             "prompt_lengths_S",
+            "limits_S",
             "counts_S",
             "tokens_S",
             "live_S",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r1pipe.chat.template import Parsed, parse
-from r1pipe.config.schema import FilterConfig
+from r1pipe.config import FilterConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import language_share
 from r1pipe.runs import heartbeat

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import FineTuneConfig
+from r1pipe.config import FineTuneConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Packed, pack

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from r1pipe.config.schema import FineTuneConfig, PretrainConfig
+from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
 from r1pipe.model import max_vio
 from r1pipe.runs import heartbeat, stopping

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.schema import ParentRef, RejectionConfig
+from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status

@@ -1,7 +1,44 @@
-"""What must be true of the engine's keys; asked at composition, and of the real device again in the job."""
+"""How DeepSpeed runs a job, and what must be true of it."""
 
-from r1pipe.config.architecture import Rules
-from r1pipe.config.parts import EngineConfig, ModelConfig
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from r1pipe.config.fields import Count, Positive, Rules, Strict
+from r1pipe.config.model import ModelConfig
+
+
+@dataclass
+class FP8Config(Strict):
+    """How precision=fp8 quantises (V3 section 3.3)."""
+
+    power_of_two: bool  # scales are powers of two (UE8M0): what is quantised twice is rounded once
+    gradients: Literal["tile", "block", "tensor", "none"]  # what shares a scale; V3: a tile of 1 x 128
+
+
+@dataclass
+class EngineConfig(Strict):
+    """How DeepSpeed runs a job."""
+
+    name: str  # the file in conf/engine/
+    ranks: Positive  # processes on this machine
+    threads: Count  # CPU threads per rank; 0: cores divided by ranks
+    accelerator: Literal["cpu", "cuda", "auto"]
+    zero_level: Literal[0, 1, 2, 3]
+    precision: Literal["fp32", "bf16", "fp8"]  # fp8: projections in E4M3, the rest in bf16 (V3 section 3.3)
+    kernels: Literal["auto", "triton", "scaled_mm", "deepgemm", "reference"]  # what multiplies in FP8
+    fp8: FP8Config
+    moments: Literal["fp32", "bf16"]  # AdamW's (V3 section 3.3.3: bf16); masters stay in float32
+    gradient_accumulation: Positive  # micro-batches per optimizer step and rank
+    recompute: bool  # run each layer again in the backward pass instead of keeping what it computed
+    attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
+    compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
+    graphs: bool  # decode through CUDA graphs when sampling (GPU)
+    hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
+    launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
+    grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
+    stuck_after_s: Annotated[float, Field(ge=2)]  # seconds without work after which a rank is stuck
 
 
 def engine_rules(engine: EngineConfig) -> Rules:
@@ -17,14 +54,6 @@ def engine_rules(engine: EngineConfig) -> Rules:
     yield (
         engine.precision == "fp32" or engine.zero_level >= 1,
         f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 masters",
-    )
-    yield (
-        engine.grace_s > 0,
-        f"engine.grace_s={engine.grace_s:g} must be above 0: within it a job saves and leaves",
-    )
-    yield (
-        engine.stuck_after_s >= 2,
-        f"engine.stuck_after_s={engine.stuck_after_s:g} must be at least 2: heartbeats come once a second",
     )
     yield from accelerator_rules(engine, engine.accelerator)
     yield (

@@ -1,0 +1,95 @@
+"""Where a stage's data comes from: its kind reads the keys that are set, and the world has the values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from r1pipe.config.fields import Positive, Rules, Share, Strict, shown
+from r1pipe.core.errors import ConfigError
+
+ROW_KEYS = (
+    "bad_rows",
+    "max_bad_rows",
+    "longest_row",
+)  # never empty, so only the command line can misplace them
+SOURCES = ("reasoning", "general", "preferences", "labels")
+USED = {  # data.kind -> the keys that it reads
+    "world": ("tasks", "languages", "levels"),
+    "files": ("path", *SOURCES, "substitutions", *ROW_KEYS),
+    "reasoning_gym": ("tasks",),
+}
+WORLD: dict[str, tuple[str | int, ...]] = {
+    "tasks": ("word", "countdown", "program"),
+    "languages": ("en", "zh"),
+    "levels": (1, 2, 3, 4),
+}
+STYLES = ("careful", "terse", "guess")
+GENERAL_KINDS = ("writing", "facts", "identity", "translation", "safety")
+
+
+@dataclass
+class SourceConfig(Strict):
+    """One file of rows, read through `datasets`."""
+
+    path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
+    columns: dict[str, str]  # role -> column: question, answer, solution, response, safe, chosen, rejected
+    answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
+    language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
+    task: str  # the task name its rows are counted under
+    split: str | None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
+
+
+@dataclass
+class DataConfig(Strict):
+    """What a stage learns from: the bundled world, files, or reasoning-gym."""
+
+    name: str  # the file in conf/data/
+    kind: Literal["world", "files", "reasoning_gym"]
+    path: str | None  # files: the folder of the sources, or one file in place of the first source
+    tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
+    languages: list[str]  # world: languages
+    levels: list[int]  # world: difficulty levels that prompts are drawn from
+    reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
+    general: list[SourceConfig]  # files: instructions with answers
+    preferences: list[SourceConfig]  # files: chosen and rejected answers
+    bad_rows: Literal["refuse", "set_aside"]  # files: what to do with a row that cannot be used
+    max_bad_rows: Share  # share of a file's rows that may be set aside; above it the file is refused
+    longest_row: Positive  # bytes of a row; a longer one cannot be used
+    labels: list[SourceConfig]  # files: responses labelled safe or not, or pairs to be read as such
+    substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
+
+
+def data_rules(data: DataConfig) -> Rules:
+    for field in fields(data):
+        if field.name not in ("name", "kind", *ROW_KEYS, *USED[data.kind]):
+            yield not getattr(data, field.name), unused(data, field.name)
+    if data.kind == "world":
+        for key, known in WORLD.items():
+            values, listed = getattr(data, key), ", ".join(map(str, known))
+            yield bool(values), f"data.{key} is empty; choose from {listed}"
+            for value in values:
+                yield value in known, f"data.{key}: the bundled world has no {value}; choose from {listed}"
+
+
+def share_rules(key: str, shares: Mapping[str, float], data: DataConfig, known: Sequence[str]) -> Rules:
+    """Shares that something can be drawn by; `known`: the names that they may have in the bundled world."""
+    yield not shares or sum(shares.values()) > 0, f"{key}={shown(shares)}: one share must be above 0"
+    for name in shares if data.kind == "world" else ():
+        yield name in known, f"{key}.{name}: the bundled world has none; choose from {', '.join(known)}"
+
+
+def refuse_unused_row_keys(overrides: Iterable[str], data: DataConfig) -> None:
+    """Raises ConfigError where the command line's keys include one about rows, and `data` reads no files."""
+    for key in ROW_KEYS:
+        if f"data.{key}" in overrides and key not in USED[data.kind]:
+            raise ConfigError(unused(data, key))
+
+
+def unused(data: DataConfig, key: str) -> str:
+    """The line for a key that the chosen kind of data does not read."""
+    remedy = "leave it out"
+    if key in USED["files"]:
+        remedy = "for files, choose a data set of files too, e.g. data=files data.path=FILE"
+    elif key in USED["world"] and data.kind != "world":
+        remedy += ", or choose data=world"
+    return f"data.{key} is not used by data={data.name}; {remedy}"

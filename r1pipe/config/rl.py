@@ -1,0 +1,235 @@
+"""Reinforcement learning: GRPO and PPO, their rewards and tripwires, and what must be true of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.stages import SamplingConfig, StageConfig
+from r1pipe.core.errors import nearest
+
+# What r1pipe/rewards knows, which the light wing cannot ask.
+RULE_REWARDS = ("accuracy", "format", "language", "cosine", "overlong", "repetition")
+# Rewards that are no rules: where each one's weight stands.
+WEIGHED_ELSEWHERE = {
+    "helpful": "stage.preference.helpful_weight",
+    "harmless": "stage.preference.harmless_weight",
+    "kl": "stage.kl_coef",
+}
+# What r1pipe/train/rl/tripwires.py measures.
+TRIPWIRES = (
+    *("truncation", "no_variance", "entropy", "kl", "logprob_gap", "repetition", "reward_hacking"),
+    *("length", "verifier", "max_vio", "non_finite", "slow_step"),
+)
+
+
+@dataclass
+class CosineConfig(Strict):
+    """What the reward `cosine` gives, by length (Yeo et al., arXiv 2502.03373)."""
+
+    right_shortest: float  # a right answer, towards no token
+    right_longest: float  # a right answer, towards sampling.max_tokens
+    wrong_shortest: float  # a wrong answer, towards no token
+    wrong_longest: float  # a wrong answer, towards sampling.max_tokens
+    exceeded: float  # an answer that was cut off
+
+
+@dataclass
+class RewardsConfig(Strict):
+    """Which rule rewards are summed, and what each weighs."""
+
+    weights: dict[str, float]  # reward name -> weight; names: reinforcement.RULE_REWARDS
+    truncation_penalty: float  # added to the reward of a completion that was cut off (0: none)
+    max_failed: Share  # share of a step's verdicts of one reward that may fail; above it the job stops
+    cosine: CosineConfig
+    overlong_cache: Share  # share of sampling.max_tokens, at its end, in which `overlong` grows
+    repetition_ngram: Positive  # tokens of the n-grams that `repetition` counts
+
+
+@dataclass
+class PreferenceConfig(Strict):
+    """Preference rewards in all-scenario RL (R1 section 2.3.4: in the last steps only; they get hacked)."""
+
+    last_steps: Count  # general prompts and preference rewards are on for this many last steps
+    general_share: Share  # share of general prompts in those steps
+    general_kinds: dict[str, NonNegative]  # share of each task; empty: as in the data
+    helpful_weight: NonNegative  # weight of the helpfulness model's reward (on the summary)
+    harmless_weight: NonNegative  # weight of the harmlessness model's reward (on the whole response)
+    min_accuracy: Share  # share of held-out pairs that the helpfulness model must put in the right order
+    min_auc: Share  # area under the ROC curve that the harmlessness model must reach on held-out labels
+    max_length_correlation: Share  # of a model's scores with the responses' lengths, whatever the sign
+    force: bool  # use reward models that are beyond these bounds, too: they are told of, not refused
+
+
+@dataclass
+class PPOConfig(Strict):
+    """The value model beside the policy, and what is made of its values (DeepSeekMath section 4.1.1)."""
+
+    gamma: Share  # discount of each further token's reward
+    gae_lambda: Share  # of generalised advantage estimation: 1 trusts what was earned, 0 the value model
+    whiten: bool  # shift and scale a step's advantages, over all its tokens, to mean 0 and deviation 1
+    value_lr_factor: NonNegative  # the value model's learning rate over the policy's
+    value_clip: (
+        NonNegative | None
+    )  # a value's loss stops where it moves further in a step; null: plain squared error
+    value_warmup_steps: Count  # first steps in which the value model learns alone
+
+
+@dataclass
+class RLConfig(StageConfig):
+    """GRPO (DeepSeekMath section 4.1; R1 section 2.2), or PPO with a value model (section 4.1.1)."""
+
+    algorithm: Literal["grpo", "ppo"]  # the file in conf/stage/part/algorithm/, whose values these are
+    ppo: PPOConfig | None  # with algorithm=ppo only
+    prompts_per_step: Positive  # questions per step, all ranks together
+    group_size: Positive  # G completions per question; ppo: 1 or more
+    minibatches: Positive  # optimizer steps per rollout batch and inner epoch
+    inner_epochs: Positive  # passes over one rollout batch
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # the file in conf/stage/part/loss/
+    ratio: Literal["token", "sequence"]  # of policy to sampler; sequence: the geometric mean (GSPO)
+    surrogate: Literal["clipped", "cispo"]  # PPO's minimum, or weighted by the clipped ratio (CISPO)
+    clip: NonNegative  # epsilon below 1: the ratio is clipped at 1 - clip
+    clip_high: NonNegative | None  # epsilon above 1: the ratio is clipped at 1 + clip_high; null: as `clip`
+    loss_aggregation: Literal["sequence", "token", "constant"]  # GRPO, DAPO, Dr.GRPO
+    normalise_std: bool  # divide advantages by the group's standard deviation
+    importance_cap: NonNegative  # truncated importance sampling of sampler and trainer; 0: none
+    kl_coef: NonNegative  # weight of the KL to the reference; 0: no KL and no reference
+    kl_estimator: Literal["k1", "k2", "k3"]  # log ratio, its square halved, or DeepSeekMath's
+    kl_in: Literal["loss", "reward"]  # reward: subtracted before the group's advantages (ppo: per token)
+    reference_every: Count  # steps after which the policy replaces the reference; 0: never
+    max_sampling_batches: Positive  # most rollout batches of a step, until enough groups have a signal (DAPO)
+    max_tokens_per_micro_batch: Positive  # padded tokens per forward pass on one rank
+    routing_check_samples: Count  # completions per step and rank whose routing is compared; 0: none
+    sampling: SamplingConfig
+    rewards: RewardsConfig
+    preference: PreferenceConfig | None  # all-scenario only
+
+
+@dataclass
+class WireConfig(Strict):
+    """When a tripwire trips, and what then (r1pipe/train/rl/tripwires.py says what it measures)."""
+
+    limit: NonNegative  # the number that must not be passed
+    steps: Positive  # steps in a row beyond it
+    action: Literal["off", "warn", "pause", "stop"]  # pause: with a checkpoint
+
+
+@dataclass
+class TripwiresConfig(Strict):
+    """What watches over a run of reinforcement."""
+
+    name: str  # the file in conf/tripwires/
+    wires: dict[str, WireConfig]
+
+
+def rl_rules(stage: RLConfig, ranks: int) -> Rules:
+    yield (
+        stage.prompts_per_step % ranks == 0,
+        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of the {ranks} ranks "
+        "(engine.ranks on each machine)",
+    )
+    outputs = stage.prompts_per_step * stage.group_size
+    yield (
+        outputs % (stage.minibatches * ranks) == 0,
+        f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
+        f"stage.minibatches={stage.minibatches} on {ranks} ranks (engine.ranks on each machine)",
+    )
+    yield (
+        stage.group_size >= 2 or stage.algorithm == "ppo",
+        f"stage.group_size={stage.group_size}: advantages compare completions of one prompt; give 2 or more",
+    )
+    yield (
+        stage.sampling.temperature > 0,
+        "stage.sampling.temperature=0 draws a group of equals; it must be above 0",
+    )
+    # the ratio compares probabilities over the whole vocabulary: draws from a part of it would bias it
+    yield (
+        stage.sampling.top_p == 1,
+        f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; "
+        "it must be 1",
+    )
+    yield from kl_rules(stage)
+    yield from ppo_rules(stage)
+    yield (
+        stage.importance_cap == 0 or stage.importance_cap >= 1,
+        f"stage.importance_cap={stage.importance_cap:g} would weigh down what is drawn as it should be; "
+        "give 1 or more, or 0 for none",
+    )
+    yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
+    yield from weight_rules(stage)
+    yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
+    if stage.preference is not None:
+        last = stage.preference.last_steps
+        yield (
+            last <= stage.max_steps,
+            f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
+        )
+
+
+def weight_rules(stage: RLConfig) -> Rules:
+    """A weight of what no rule is would be refused after the first rollout, or count for nothing."""
+    for name in stage.rewards.weights:
+        elsewhere = WEIGHED_ELSEWHERE.get(name, "")
+        if stage.preference is None and elsewhere.startswith("stage.preference"):
+            elsewhere += " in stage=all_scenario, which asks reward models"
+        remedy = f"its weight is {elsewhere}; rules" if elsewhere else "known"
+        yield (
+            name in RULE_REWARDS,
+            f"stage.rewards.weights.{name} is no rule reward; {remedy}: {', '.join(RULE_REWARDS)}",
+        )
+
+
+def kl_rules(stage: RLConfig) -> Rules:
+    """What says how a KL is taken needs one; PPO's own way of it may stand where there is none."""
+    if stage.algorithm == "ppo":
+        return
+    yield (
+        stage.kl_coef > 0 or stage.kl_in == "loss",
+        f"stage.kl_in={stage.kl_in} needs stage.kl_coef above 0 (stage.loss={stage.loss} may set it to 0)",
+    )
+    yield (
+        stage.kl_coef > 0 or stage.kl_estimator == "k3",
+        f"stage.kl_estimator={stage.kl_estimator} needs stage.kl_coef above 0 "
+        f"(stage.loss={stage.loss} may set it to 0)",
+    )
+
+
+def ppo_rules(stage: RLConfig) -> Rules:
+    """What compares the completions of a group means nothing where a value model judges each token."""
+    ppo = stage.ppo
+    yield (
+        (ppo is not None) == (stage.algorithm == "ppo"),
+        f"stage.algorithm={stage.algorithm} {'needs' if ppo is None else 'takes no'} stage.ppo; "
+        "say stage.algorithm=ppo and leave stage.ppo to it",
+    )
+    if ppo is None:
+        return
+    yield (
+        stage.loss == "grpo",
+        f"stage.loss={stage.loss} is for groups; with stage.algorithm=ppo give its parts as keys "
+        "(stage.clip_high, stage.surrogate, stage.loss_aggregation)",
+    )
+    yield (
+        stage.ratio == "token",
+        f"stage.ratio={stage.ratio} needs stage.algorithm=grpo: PPO's advantages are each token's",
+    )
+    yield (
+        not stage.normalise_std,
+        "stage.normalise_std=true needs stage.algorithm=grpo; PPO has stage.ppo.whiten",
+    )
+    yield (
+        stage.max_sampling_batches == 1,
+        f"stage.max_sampling_batches={stage.max_sampling_batches} needs stage.algorithm=grpo: "
+        "PPO learns from all",
+    )
+    yield ppo.value_lr_factor > 0, "stage.ppo.value_lr_factor=0 would teach the value model nothing"
+    yield ppo.value_clip != 0, "stage.ppo.value_clip=0 would hold every value; give more, or null for none"
+    yield (
+        ppo.value_warmup_steps < stage.max_steps,
+        f"stage.ppo.value_warmup_steps={ppo.value_warmup_steps} leaves none of "
+        f"stage.max_steps={stage.max_steps} to the policy",
+    )
+
+
+def tripwire_rules(tripwires: TripwiresConfig) -> Rules:
+    for name in tripwires.wires:
+        yield name in TRIPWIRES, f"tripwires.wires.{name} is no tripwire; {nearest(name, TRIPWIRES)}"

@@ -1,0 +1,191 @@
+"""All that a job knows: the content of config.json."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import PlainValidator
+
+from r1pipe.config.data import GENERAL_KINDS, STYLES, DataConfig, data_rules, share_rules
+from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
+from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
+from r1pipe.config.model import ModelConfig, model_rules
+from r1pipe.config.rl import RLConfig, TripwiresConfig, rl_rules, tripwire_rules
+from r1pipe.config.stages import (
+    DistillConfig,
+    EvaluateConfig,
+    FineTuneConfig,
+    PretrainConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+    StageConfig,
+    optim_rules,
+    retention_rules,
+)
+from r1pipe.core.errors import ConfigError, nearest
+
+WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
+STAGE_TYPES: dict[str, type[StageConfig]] = {
+    "pretrain": PretrainConfig,
+    "base": EvaluateConfig,
+    "evaluate": EvaluateConfig,
+    "cold_start": SFTConfig,
+    "control_sft": SFTConfig,
+    "grpo": RLConfig,
+    "zero": RLConfig,
+    "rejection_sft": RejectionConfig,
+    "reward_model": RewardModelConfig,
+    "all_scenario": RLConfig,
+    "distill": DistillConfig,
+}
+
+
+def build_stage(mapping: Any) -> StageConfig:
+    """A stage's config, of the class that its name has. Raises ConfigError."""
+    name = mapping.get("name") if isinstance(mapping, dict) else None
+    if not isinstance(mapping, dict) or name in STAGE_TYPES:
+        return build(STAGE_TYPES.get(name or "", StageConfig), mapping, "stage")
+    raise ConfigError(f"stage.name={shown(name)} is no stage; {nearest(str(name), STAGE_TYPES)}")
+
+
+@dataclass
+class RecipeConfig(Strict):
+    """A whole reproduction: which stages, in which order; its values for them lie in the same file."""
+
+    name: str  # the file in conf/recipe/
+    stages: list[str]  # the stages of the recipe itself, in order
+    controls: list[str]  # stages run beside them for comparison
+
+
+@dataclass
+class ParentRef(Strict):
+    """A resolved parent: which checkpoint, and how to know that it is still the same."""
+
+    stage: str  # the stage that made it
+    run_id: str  # its run folder's name ("bundled" for data/base)
+    checkpoint: str  # folder with the weights
+    hash: str  # hash of its manifest
+
+
+@dataclass
+class TrackingConfig(Strict):
+    """Where MLflow keeps runs; metrics.jsonl in the run folder is always written."""
+
+    enabled: bool  # false: no MLflow at all
+    uri: str | None  # tracking server or database; null: sqlite under the root folder
+    experiment: str  # MLflow experiment's name
+    model_name: str  # registered model whose versions are the checkpoints
+
+
+@dataclass
+class RunConfig(Strict):
+    """All that a job knows: the content of config.json."""
+
+    seed: Count  # root of every random stream
+    root: str  # where run folders and the MLflow store go
+    pipeline: str  # name that groups the runs of one reproduction
+    parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
+    model: ModelConfig
+    data: DataConfig
+    engine: EngineConfig
+    stage: Annotated[StageConfig, PlainValidator(build_stage)]
+    recipe: RecipeConfig
+    tracking: TrackingConfig
+    tripwires: TripwiresConfig  # of reinforcement
+    weights_from: ParentRef | None  # filled at launch
+    reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError on the first rule that does not hold."""
+    check_all(every_rule(config))
+
+
+def every_rule(config: RunConfig) -> Rules:
+    """The rules in an order in which each can rely on those before it."""
+    yield from model_rules(config.model)
+    yield from fp8_rules(config.engine, config.model)
+    yield from data_rules(config.data)
+    yield from engine_rules(config.engine)
+    yield from optim_rules(config.stage.optim)
+    yield from length_rules(config)
+    yield from retention_rules(config.stage)
+    yield from stage_rules(config)
+    yield from tripwire_rules(config.tripwires)
+
+
+def length_rules(config: RunConfig) -> Rules:
+    """Nothing may be longer than the model's context."""
+    stage, longest = config.stage, config.model.max_position_embeddings
+    lengths = {"stage.eval.max_tokens": stage.eval.max_tokens}
+    if isinstance(stage, PretrainConfig | FineTuneConfig):
+        lengths["stage.sequence_length"] = stage.sequence_length
+    if isinstance(stage, RejectionConfig | RLConfig):
+        lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
+    for key, length in lengths.items():
+        yield length <= longest, f"{key}={length} is longer than model.max_position_embeddings={longest}"
+
+
+def stage_rules(config: RunConfig) -> Rules:
+    stage, ranks = config.stage, config.engine.ranks
+    yield (
+        re.fullmatch(r"\w+\.py", stage.script) is not None,
+        f"stage.script={stage.script} must be the name of a script in stages/, not a path",
+    )
+    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig):
+        yield (
+            stage.batch_size % ranks == 0,
+            f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}",
+        )
+    if isinstance(stage, PretrainConfig):
+        yield stage.max_steps > 0, "stage.max_steps=0: the corpus is endless; say how many"
+        yield (
+            config.data.kind == WITH_DOCUMENTS,
+            f"data={config.data.name} has no documents for stage={stage.name}; use data=world",
+        )
+    if isinstance(stage, RejectionConfig | RLConfig):
+        yield (
+            stage.sampling.top_p > 0,
+            "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0",
+        )
+    if isinstance(stage, SFTConfig):
+        yield from share_rules("stage.styles", stage.styles, config.data, STYLES)
+    if isinstance(stage, RejectionConfig):
+        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_KINDS)
+    if isinstance(stage, RLConfig):
+        yield from rl_rules(stage, ranks)
+        if stage.preference:
+            key, kinds = "stage.preference.general_kinds", stage.preference.general_kinds
+            yield from share_rules(key, kinds, config.data, GENERAL_KINDS)
+    if stage.name == "evaluate":
+        yield (
+            config.parent is not None,
+            "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`",
+        )
+
+
+def load(mapping: Mapping[str, Any]) -> RunConfig:
+    """A resolved mapping as RunConfig. Raises ConfigError naming the wrong, missing or unknown key."""
+    return build(RunConfig, mapping)
+
+
+def read_config(path: Path | str) -> RunConfig:
+    """The RunConfig of a run folder's config.json. Raises ConfigError."""
+    try:
+        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the folder of a run") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
+    return load(mapping)
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The config as it is written to config.json."""
+    return asdict(config)

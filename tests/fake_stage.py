@@ -1,6 +1,7 @@
 """A stage without training, for tests of what launches it: writes what a job writes, in a blink.
 
-FAKE says how it goes: `ok`, `user_error`, `crash`, `killed`, or `wait` (saves a checkpoint, then waits).
+FAKE says how it goes: `ok`, `user_error`, `crash`, `killed`, or `wait` (saves a checkpoint, then waits for a
+file `go` in the root). FAKE_STEPS is how many steps it takes.
 """
 
 import json
@@ -15,6 +16,7 @@ from r1pipe.config import ModelConfig, config_hash, read_config
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.recorded import own_hash
 
 
 def publish(folder: Path, model: ModelConfig, weights: str, stage: str) -> str:
@@ -46,13 +48,18 @@ def main(path: str) -> None:
         raise RuntimeError("a tensor has the wrong shape")
     with run.metrics.open("a") as file:
         file.write(json.dumps({"step": 1, "time": 0.1, "train/loss": 2.0}) + "\n")
-    sha = publish(run.checkpoint(1), config.model, f"weights of {run.run_id}", config.stage.name)
+    steps = int(os.environ.get("FAKE_STEPS", "1"))
+    weights = f"weights of {run.run_id} after {steps}"
+    sha = publish(run.checkpoint(steps), config.model, weights, config.stage.name)
+    (run.checkpoint(steps) / checkpoints.ENGINE).mkdir(exist_ok=True)
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wait":
         (run.path / "waiting").touch()
-        time.sleep(3600)
-    weights, reads = config.weights_from, config.reads_from.values()
+        give_up_at = time.monotonic() + 3600
+        while not (run.path.parent / "go").exists() and time.monotonic() < give_up_at:
+            time.sleep(0.05)
+    parent, reads = config.weights_from, config.reads_from.values()
     record = {
         "run_id": run.run_id,
         "stage": config.stage.name,
@@ -61,15 +68,16 @@ def main(path: str) -> None:
         "created": datetime.now(UTC).isoformat(),
         "wall_s": 0.1,
         "parents": {
-            "weights": vars(weights) if weights else None,
-            "data": [vars(parent) for parent in reads],
+            "weights": vars(parent) if parent else None,
+            "data": [vars(read) for read in reads],
         },
         "config_hash": config_hash(config),
-        "checkpoint": "checkpoints/step-1",
+        "checkpoint": f"checkpoints/step-{steps}",
         "checkpoint_hash": sha,
-        "steps": 1,
+        "steps": steps,
         "metrics": {"pass_at_1": 0.5, "problems": 4, "samples": 8},
     }
+    record["record_hash"] = own_hash(record)
     partial = run.record.with_suffix(
         ".partial"
     )  # whole or not at all, as the real one: its launcher watches for it

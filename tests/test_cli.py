@@ -17,7 +17,7 @@ from r1pipe.config import groups
 from r1pipe.core import script_options
 from r1pipe.core.paths import stages_dir
 from r1pipe.core.script_options import ExportOptions, GenerateOptions, ImportOptions, ScoreOptions
-from r1pipe.launch import job as launch
+from r1pipe.launch import command as launch
 from r1pipe.model.weights import PRECISIONS
 
 VERBS = [

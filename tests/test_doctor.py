@@ -437,14 +437,14 @@ def test_a_checkpoint_that_is_not_what_was_saved(context: Make, monkeypatch: pyt
 def test_memory_counts_the_logits_and_what_is_kept(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     examined = context(*GRPO)
     config = examined.config
-    need = resources.needed(config, 100)
+    need = footprint.needed(config, 100)
     wide = replace(config, model=replace(config.model, vocab_size=2 * config.model.vocab_size))
-    assert resources.needed(wide, 100).logits == 2 * need.logits > 0
+    assert footprint.needed(wide, 100).logits == 2 * need.logits > 0
     bound = replace(config, stage=replace(config.stage, kl_coef=0.0))
-    assert need.states - resources.needed(bound, 100).states == 4 * footprint.parameters(config.model)
+    assert need.states - footprint.needed(bound, 100).states == 4 * footprint.parameters(config.model)
     deep = replace(config, model=replace(config.model, num_hidden_layers=12))  # one layer is held whole
     saving = replace(deep, engine=replace(config.engine, recompute=True))
-    assert resources.needed(saving, 100).activations < resources.needed(deep, 100).activations / 2
+    assert footprint.needed(saving, 100).activations < footprint.needed(deep, 100).activations / 2
     monkeypatch.setattr(resources, "available", lambda device, ranks: need.peak / 2)
     short = found(examined, "memory")
     assert (

@@ -14,7 +14,8 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources
-from r1pipe.launch import job as launch
+from r1pipe.launch import command as launch
+from r1pipe.model import logprobs
 from r1pipe.plan import footprint
 
 # wide enough that what is not weights (the tokenizer, names) is little
@@ -58,8 +59,12 @@ def test_so_is_one_of_a_stage_without_a_policy_that_samples(stage: str, tmp_path
     assert size_of(newest) == pytest.approx(estimate, rel=0.03)
 
 
+def test_the_light_wing_knows_how_many_logits_a_pass_holds() -> None:
+    assert footprint.LOGITS_IN_MEMORY == logprobs.LOGITS_IN_MEMORY
+
+
 def states(*words: str) -> float:
-    return resources.states(compose(["stage=grpo", "recipe=gpu", *words]).config)
+    return footprint.states(compose(["stage=grpo", "recipe=gpu", *words]).config)
 
 
 def test_ppo_takes_a_second_engine_in_memory_and_on_disk() -> None:
@@ -88,7 +93,7 @@ def test_a_reference_is_saved_once_it_is_replaced_within_the_stage(word: str) ->
 def test_the_reward_models_of_the_last_stage_stay_in_memory() -> None:
     last = compose(["stage=all_scenario", "recipe=gpu"]).config
     rules = replace(last, stage=replace(last.stage, preference=None))
-    assert resources.states(last) - resources.states(rules) == 2 * 2 * footprint.trunk(last.model)
+    assert footprint.states(last) - footprint.states(rules) == 2 * 2 * footprint.trunk(last.model)
 
 
 def test_what_would_make_the_largest_part_smaller_is_the_remedy() -> None:
@@ -97,7 +102,7 @@ def test_what_would_make_the_largest_part_smaller_is_the_remedy() -> None:
     )
 
     def remedy(stage: StageConfig, *parts: float) -> str:
-        return resources.less_of(resources.Need(*parts), stage)
+        return resources.less_of(footprint.Need(*parts), stage)
 
     assert "engine.zero_level=3" in remedy(plain, 9, 1, 1, 1)
     assert "stage.algorithm=grpo" in remedy(ppo, 9, 1, 1, 1) and PPO not in remedy(plain, 9, 1, 1, 1)
@@ -108,7 +113,7 @@ def test_what_would_make_the_largest_part_smaller_is_the_remedy() -> None:
 
 def test_zero_keeps_masters_of_float32_weights_too() -> None:
     plain, zero = (tiny_config("stage=cold_start", f"engine.zero_level={level}") for level in (0, 1))
-    assert resources.states(zero) - resources.states(plain) == 4 * footprint.parameters(plain.model)
+    assert footprint.states(zero) - footprint.states(plain) == 4 * footprint.parameters(plain.model)
 
 
 # --- room

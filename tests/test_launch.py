@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,15 @@ import psutil
 import pytest
 from fakes import House
 from forked import wait_until
+from rich.live import Live
 
 from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import job as launch
+from r1pipe.launch import command as launch
 from r1pipe.launch import pipeline
+from r1pipe.launch.job import Job, failure
 from r1pipe.plan import footprint
 from r1pipe.runs import locks, machine
 
@@ -56,6 +59,26 @@ def test_dry_run_writes_the_config_and_starts_nothing(house: House, capsys: pyte
         "stage": "cold_start", "run_id": "", "checkpoint": "", "hash": ""
     }  # fmt: skip
     assert not (run.path / "begun").exists()
+
+
+def test_a_dry_run_says_what_a_run_would_take_where_it_could_not_start(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Another machine will run it: no GPU here, no parent yet, too small a disk."""
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    assert house.call("run", "stage=grpo", "recipe=gpu", "--dry-run") == 0
+    out, err = capsys.readouterr()
+    assert "deepspeed --no_local_rank" in out and "stages/grpo.py" in out
+    assert re.search(r"^memory: about [\d,]+ MiB a rank \(states [\d,]+, activations", err, re.MULTILINE)
+    assert re.search(r"^disk: \d+ checkpoints of [\d,]+ MiB: ", err, re.MULTILINE)
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and "engine.accelerator=cuda finds no NVIDIA GPU" in notes[1]
+    assert house.call("run", "stage=pretrain", "model=v3", "stage.keep=40", "--dry-run") == 0
+    assert "MiB free, but checkpoints need up to" in capsys.readouterr().err
+    assert house.call("doctor", "stage=grpo", "recipe=gpu") == 1
+    told = capsys.readouterr().out
+    assert "memory, at most" in told and "MiB a rank" in told and "disk, at most" in told
 
 
 def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
@@ -165,16 +188,16 @@ def wait_for(path: Path) -> None:
     wait_until(path.exists, f"{path} to appear")
 
 
-def test_a_second_identical_run_is_refused_while_the_first_goes_on(
+def test_another_config_is_refused_while_a_run_is_in_progress(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
     placed = pipeline.place(config_for(house))
-    job = launch.Job(placed.config, placed.run)
+    job = Job(placed.config, placed.run)
     wait_for(placed.run.path / "waiting")
     capsys.readouterr()
     try:
-        assert house.call("run", "stage=pretrain") == 2
+        assert house.call("run", "stage=pretrain", "engine.ranks=1") == 2
         assert (
             f"run {placed.run.run_id} is going on already (process {job.process.pid} on "
             in capsys.readouterr().err
@@ -203,7 +226,7 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
     placed = pipeline.place(config_for(house))
-    job = launch.Job(placed.config, placed.run)
+    job = Job(placed.config, placed.run)
     wait_for(placed.run.path / "waiting")
     family = psutil.Process(job.process.pid).children(recursive=True)
     assert family
@@ -212,7 +235,7 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     job.follow()
     code = job.end()
     assert code == 128 + number
-    told = launch.failure(placed.run, code)
+    told = failure(placed.run, code)
     assert told.endswith("was interrupted; the same command goes on from step 1")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     again = pipeline.place(placed.config)
@@ -259,6 +282,91 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
     monkeypatch.undo()
     with pytest.raises(EnvironmentProblem, match=r"engine\.hostfile=nowhere does not exist"):
         machine.find_launcher(replace(config.engine, hostfile="nowhere"))
+
+
+def test_a_launcher_that_cannot_start_is_one_line_and_leaves_no_live_display(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    began: list[Live] = []
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(Live, "start", lambda live, refresh=False: began.append(live))
+    monkeypatch.setattr(machine, "find_launcher", lambda engine: str(tmp_path / "nowhere"))
+    assert house.call("run", "stage=pretrain") == 2
+    assert capsys.readouterr().err == (
+        f"r1pipe: {tmp_path / 'nowhere'} cannot be started (No such file or directory); install "
+        "deepspeed again\n"
+    )
+    assert not began and not RunFolder(house.runs()[0]).pid.exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "stage=base"],
+        ["run", "stage=base", "--dry-run"],
+        ["reproduce"],
+        ["eval", "bundled"],
+        ["report"],
+    ],
+)
+def test_a_root_that_cannot_be_written_is_one_line(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], place: str
+) -> None:
+    (tmp_path / "file").touch()
+    house.root = tmp_path / place
+    assert house.call(*words) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    if words == ["report"]:
+        assert "no finished run under" in told
+    else:
+        assert re.fullmatch(rf"r1pipe: {house.root}/\S+ cannot be written \(.+\); give root=DIR, .*", told)
+
+
+def test_a_folder_where_nothing_may_be_written_is_one_line(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As root, whom no mode of a file stops, only the system's answer can be made up."""
+    assert house.call("run", "stage=base") == 0
+    capsys.readouterr()
+
+    def refused(*arguments: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", refused)
+        for words in (["run", "stage=base"], ["run", "stage=base", "--dry-run"], ["eval", "base"]):
+            assert house.call(*words) == 2
+            told = capsys.readouterr().err.splitlines()
+            assert "cannot be written (Permission denied); give root=DIR" in told[-1]
+    monkeypatch.setattr(Path, "write_text", refused)
+    assert house.call("report") == 2
+    assert "report.html cannot be written (Permission denied)" in capsys.readouterr().err
+
+
+def test_an_empty_root_is_refused(house: House, capsys: pytest.CaptureFixture) -> None:
+    house.root = ""  # type: ignore[assignment]
+    for words in (["run", "stage=base"], ["report"], ["eval", "bundled"]):
+        assert house.call(*words) == 2
+        assert capsys.readouterr().err == "r1pipe: root is empty; give root=DIR, where run folders go\n"
+
+
+@pytest.mark.parametrize("name", ["a=b", "a#b", "a%b", "it's", "a~b", "läufe", "运行", "a b", "a(b)", 'a"b'])
+def test_a_root_may_have_any_name(tmp_path: Path, name: str) -> None:
+    root = str(tmp_path / name)
+    assert compose(["stage=base", f"root={root}"]).config.root == root
+    assert compose(["stage=base", f"root={name}"]).config.root == name
+
+
+def test_a_tilde_is_the_home_folder_and_what_cannot_be_read_says_how_to_quote(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert compose(["stage=base", "root=~/runs"]).config.root == "/home/ada/runs"
+    with pytest.raises(ConfigError, match="several values"):
+        compose(["stage=base", "root=a,b"])
+    with pytest.raises(ConfigError, match=r"cannot read root=\['a: .*write a text as"):
+        compose(["stage=base", "root=['a"])
 
 
 def test_a_full_disk_is_told_with_both_numbers(house: House, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_run
 from watched import STUCK_AFTER_S, end_of, signals_here
 
+from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import job as launch
 from r1pipe.launch.watch import Watch
 from r1pipe.runs import heartbeat, lineage, processes
+from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import loop
 from r1pipe.train.run import open_run
@@ -72,7 +74,13 @@ def test_the_signal_is_named_unless_the_rank_had_left_by_itself(left, tmp_path):
     run.log.mkdir(parents=True)
     rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     beat = heartbeat.Beat(
-        0, socket.gethostname(), rank.pid, processes.began(rank.pid), 7, "sampling", left=left
+        0,
+        socket.gethostname(),
+        rank.pid,
+        processes.began(rank.pid),
+        7,
+        "sampling",
+        exit_code=0 if left else None,
     )
     run.heartbeat(0).write_text(json.dumps(vars(beat)))
     looking = Watch(run, 1, stuck_after_s=3600)
@@ -90,8 +98,35 @@ def test_the_signal_is_named_unless_the_rank_had_left_by_itself(left, tmp_path):
     rank.wait()
 
 
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_rank_that_left_in_good_order_has_not_failed_though_its_launcher_has_reaped_it(code, tmp_path):
+    """The command was stopped by Ctrl-Z meanwhile, and rank 0 still hashes the last checkpoint."""
+    run = RunFolder(tmp_path / "run")
+    run.log.mkdir(parents=True)
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    beat = heartbeat.Beat(1, socket.gethostname(), rank.pid, processes.began(rank.pid), exit_code=code)
+    run.heartbeat(1).write_text(json.dumps(vars(beat)))
+    rank.kill()
+    rank.wait()
+    watch = Watch(run, 2, stuck_after_s=3600)
+    assert watch.look() is None and watch.exit_codes() == [code]
+    assert (watch.failed_for_s() > 0) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (Interrupted(15), 143), (ConfigError("x"), 2), (OSError(28, "full"), 2), (KeyError("x"), 1)],
+)
+def test_a_rank_leaves_its_exit_code_in_its_heartbeat(error, code, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with suppress(Exception), heartbeat.beating(run, 0):
+        if error:
+            raise error
+    assert heartbeat.read(run.heartbeat(0)).exit_code == code
+
+
 def test_a_rank_that_fails_by_itself_takes_the_others_along(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "ENDING_S", 1.0)
+    monkeypatch.setattr("r1pipe.launch.job.ENDING_S", 1.0)
     ended = end_of("crashes", tmp_path, 2)
     assert ended.code == 1
     assert "RuntimeError: a tensor has the wrong shape" in ended.line and "was killed" not in ended.line

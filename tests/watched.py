@@ -17,7 +17,7 @@ from forked import wait_until
 from tiny_runs import tiny_config
 
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import job as launch
+from r1pipe.launch.job import Job, failure
 from r1pipe.runs import heartbeat, machine, processes
 
 STUCK_AFTER_S = 4.0
@@ -44,12 +44,12 @@ def fake_launcher(folder: Path, how: str) -> Iterator[None]:
         yield
 
 
-def start(folder: Path, *words: str) -> launch.Job:
+def start(folder: Path, *words: str) -> Job:
     """Start a job on `folder`/run, or have it go on."""
-    return launch.Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
+    return Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
 
 
-def ends(job: launch.Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:
+def ends(job: Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:
     """Follow a job to its end; once it is `ready`, `act`. No process of it may be left."""
     began: list[float] = []
 
@@ -67,7 +67,7 @@ def ends(job: launch.Job, ready: Callable[[], object], act: Callable[[], None] =
     family = processes.group(job.process.pid)
     code = job.end()
     wait_until(lambda: not any(map(is_running, family)), "the end of its processes")
-    line = launch.failure(job.run, code) if code else ""
+    line = failure(job.run, code) if code else ""
     return Ended(code, line, ended_at - began[0], job.run)
 
 

@@ -41,9 +41,10 @@ def run(
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
-    An unfinished run goes on where it stopped, but not with a config that computes something else: that is
-    refused with what differs. A finished run is left alone and a new one starts, unless a kill kept
-    the command from saying that it is done.
+    An unfinished run resumes where it stopped, but not with a config that computes something else: that is
+    refused with what differs. One that is running is followed to its end. A finished run is left alone and a
+    new one starts, unless a kill kept the command from saying that it is done, or a larger stage.max_steps
+    extends it.
     """
     from r1pipe.config.groups import with_stage
     from r1pipe.launch import pipeline

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login
-from r1pipe.launch import job as launch
+from r1pipe.launch import command as launch
+from r1pipe.launch.job import failure
+from r1pipe.plan import footprint
 from r1pipe.runs import findings, lineage, machine
 from r1pipe.runs.findings import FAIL, PASS, Finding
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri
@@ -22,8 +24,20 @@ from r1pipe.tracking.store import check_server_answers, is_server, store_uri
 def doctor(overrides: list[str], as_json: bool) -> int:
     """Examine one stage and show the findings: 0, or 1 if a check failed. Raises ConfigError and the like."""
     began = time.monotonic()
-    config = lineage.with_parents(compose(overrides).config)
+    config = compose(overrides).config
     here = [look(name, config) for name, look in (("launcher", launches), ("tracker", tracks))]
+    here += [Finding(f"{what}, at most", PASS, needs) for what, needs in footprint.estimates(config).items()]
+    try:
+        config = lineage.with_parents(config)
+    except CheckpointError as error:
+        if config.parent is not None:
+            raise
+        return show(
+            config,
+            began,
+            [Finding("parent", FAIL, "missing, so that little is examined", str(error)), *here],
+            as_json,
+        )
     folder = Path(tempfile.mkdtemp(prefix="r1pipe-doctor-"))
     run = RunFolder(folder / f"{config.stage.name}-doctor")
     crashed = False
@@ -32,12 +46,16 @@ def doctor(overrides: list[str], as_json: bool) -> int:
         code, found = examined(config, run, several)
         if code:
             crashed = not run.error.exists()  # then its log is all there is to look at
-            print(launch.failure(run, code), file=sys.stderr)
+            print(failure(run, code), file=sys.stderr)
             return code
     finally:
         if not crashed:
             shutil.rmtree(folder)
-    found += here
+    return show(config, began, [*found, *here], as_json)
+
+
+def show(config: RunConfig, began: float, found: list[Finding], as_json: bool) -> int:
+    """Print what was found since the time `began`; 1 if a check failed."""
     seconds = time.monotonic() - began
     if as_json:
         print(findings.as_json(config.stage.name, seconds, found))

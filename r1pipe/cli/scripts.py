@@ -138,7 +138,7 @@ def _checkpoint(name: str, overrides: list[str]) -> Path:
 def _run(script: str, options: ScriptOptions) -> int:
     """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
     from r1pipe.core import script_options
-    from r1pipe.launch import job as launch
+    from r1pipe.launch import command as launch
 
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         path = Path(folder, "options.json")

@@ -8,6 +8,7 @@ one gives: over whatever is below, the algorithm's over the loss's.
 
 import difflib
 import json
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +85,7 @@ def parse(overrides: list[str]) -> list[Override]:
     for line in overrides:
         if "=" not in line and not line.startswith("~"):
             raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ConfigError(f"cannot read an override: {first_line(error)}") from None
+    parsed = [parse_one(line) for line in overrides]
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(
@@ -108,6 +106,26 @@ def meant(key: str) -> str:
         similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
         same = sorted(name for name in below if name.rpartition(".")[2] in similar)
     return f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
+
+
+def parse_one(line: str) -> Override:
+    """One override. A value that Hydra's grammar cannot read as it is (a path with `=`, `#`, `~` or `é`) is
+    taken as a text, as if it stood in quotes. Raises ConfigError."""
+    parser = OverridesParser.create()
+    key, equals, value = line.partition("=")
+    text = os.path.expanduser(value) if key == "root" else value  # the shell leaves a `~` after `=` as it is
+    try:
+        return parser.parse_overrides([f"{key}{equals}{text}"])[0]
+    except HydraException as error:
+        if not equals or text.startswith(("[", "{", "'", '"')):
+            raise ConfigError(
+                f"cannot read {line}: {first_line(error)}; write a text as key=\"'...'\""
+            ) from None
+    quoted = text.replace("'", r"\'")
+    try:
+        return parser.parse_overrides([f"{key}='{quoted}'"])[0]
+    except HydraException as error:
+        raise ConfigError(f"cannot read {line}: {first_line(error)}") from None
 
 
 def choose(given: list[Override]) -> dict[str, str]:

@@ -107,6 +107,7 @@ def check(config: RunConfig) -> None:
 
 def every_rule(config: RunConfig) -> Rules:
     """The rules in an order in which each can rely on those before it."""
+    yield bool(config.root.strip()), "root is empty; give root=DIR, where run folders go"
     yield from model_rules(config.model)
     yield from fp8_rules(config.engine, config.model)
     yield from data_rules(config.data)

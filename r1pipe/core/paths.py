@@ -1,6 +1,7 @@
 """Every file name in a run folder, and where conf/, stages/ and data/ are found (checkout or wheel)."""
 
 import importlib.resources
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,7 +52,7 @@ IMPORTED = "imported"  # beside the run folders: checkpoints that `r1pipe import
 
 
 class RunFolder:
-    """Names inside `<root>/<run id>/`; creates nothing by itself."""
+    """Names inside `<root>/<run id>/`; only `create` writes anything."""
 
     HEARTBEAT = "heartbeat-"  # in log/, one file a rank (r1pipe.runs.heartbeat)
 
@@ -87,6 +88,16 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.record = self.path / "record.json"  # written last: its presence means done
 
+    def create(self) -> None:
+        """Make the folder. Raises EnvironmentProblem where it cannot be made or written."""
+        try:
+            self.log.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path} cannot be written ({error.strerror}); give root=DIR, which you may write"
+            ) from None
+
     @property
     def run_id(self) -> str:
         return self.path.name
@@ -94,6 +105,10 @@ class RunFolder:
     def earlier_diff(self, sha: str) -> Path:
         """A `code.diff` of the run's earlier sessions."""
         return self.path / f"code-{sha[:12]}.diff"
+
+    def earlier_record(self, step: int) -> Path:
+        """The record of when the run had finished at this step, before it was extended."""
+        return self.path / f"record-step-{step}.json"
 
     def heartbeat(self, rank: int) -> Path:
         return self.log / f"{self.HEARTBEAT}{rank}.json"

@@ -16,19 +16,20 @@ from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import without_login
-from r1pipe.launch.job import Job, checked, failure, printable, write_down
+from r1pipe.launch.command import command, printable, write_down
+from r1pipe.launch.job import AttachedJob, FollowedJob, Job, failure
 from r1pipe.launch.placing import RunPlan, place
-from r1pipe.runs import history, lineage
+from r1pipe.plan import footprint
+from r1pipe.runs import lineage, locks, machine
 from r1pipe.runs import reward_model_quality as judges
-from r1pipe.runs.locks import check_not_running
-from r1pipe.runs.machine import check_data_files
 from r1pipe.tracking import Mirror, check_tracking
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
     """Start nothing; the command. A new run's folder is written, one that is there already is left as it is.
 
-    A parent that is not made yet is left open.
+    It also says what memory and disk the run would take, and what is missing here: a parent that is not made
+    yet, a GPU, room on the disk.
     """
     try:
         filled = lineage.with_parents(config)
@@ -40,7 +41,17 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     placed = place(filled, fresh)
     if placed.done:
         return placed.says()
-    line = checked(placed.config, placed.run)
+    if placed.extends_from:
+        tell(placed.says())
+    launcher = "deepspeed"
+    try:
+        launcher = machine.find_launcher(config.engine)
+        footprint.check_disk_space(config, placed.run)
+    except EnvironmentProblem as error:
+        tell(f"note: {error}")
+    for name, needs in footprint.estimates(config).items():
+        tell(f"{name}: {needs}")
+    line = command(placed.config, placed.run, launcher)
     if placed.is_new:
         write_down(placed.config, placed.run, line)
     return printable(placed.config, line)
@@ -68,19 +79,34 @@ def make_up(placed: RunPlan) -> None:
     placed.run.pid.unlink(missing_ok=True)
 
 
-def start(placed: RunPlan) -> Job:
-    """Start the stage's job, saying so, and follow it until its record is there or it has failed.
+def start(placed: RunPlan) -> FollowedJob:
+    """Start the stage's job, saying so, or attach to it where the same command has started it; follow it
+    until its record is there or it has failed.
 
     Raises CheckpointError where it would ask reward models that are too weak, DataError where its data is
     missing, and EnvironmentProblem, before anything is said or written.
     """
-    judges.check_quality(placed.config)
-    check_data_files(placed.config)
     check_tracking(placed.config)
-    check_not_running(placed.run)
-    tell(placed.says())
-    history.note(placed.run, placed.changed)
-    job = Job(placed.config, placed.run)
+    holder = locks.job_of(placed.run)
+    if holder and placed.is_same_job:
+        tell(
+            f"{placed.run.run_id}: is running already (process {holder.processes[1][0]} since {holder.since})"
+        )
+        attached = AttachedJob(placed.config, placed.run, holder)
+        then = (
+            "its command is gone, and this one takes over"
+            if attached.is_owner
+            else "this one follows it, too"
+        )
+        tell(f"{placed.run.run_id}: {then}; Ctrl-C stops the job (--fresh starts another)")
+        attached.follow()
+        return attached
+    judges.check_quality(placed.config)
+    machine.check_data_files(placed.config)
+    locks.check_not_running(placed.run)
+    says = placed.says()
+    job = Job(placed.config, placed.run, placed.changed)
+    tell(says)
     if job.changed_code:
         kept = placed.run.config_history.name
         tell(f"{placed.run.run_id}: with other code than before: {listed(job.changed_code)} (kept in {kept})")
@@ -155,6 +181,9 @@ def reproduce(overrides: list[str]) -> Outcome:
                     code = ends[-1].result() or 128 + job.caught
                     tell(failure(placed.run, code))
                     return Outcome(config, code, finished, worked=True)
+                if not job.is_owner:
+                    tell(f"{placed.run.run_id}: is done; the command that started it goes on with the rest")
+                    return Outcome(config, ends[-1].result(), [*finished, placed.run], worked=False)
             made[config.stage.name] = lineage.of_run(placed.run)
             finished.append(placed.run)
         code = max((end.result() for end in ends), default=0)
@@ -177,6 +206,8 @@ def where_it_is(outcome: Outcome) -> None:
     from r1pipe.tracking import store_uri
 
     config = outcome.config
+    if len(outcome.finished) < len(config.recipe.stages):
+        return
     last = outcome.finished[len(config.recipe.stages) - 1].path
     root = Path(config.root).resolve()
     page = root / "report.html"

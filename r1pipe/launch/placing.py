@@ -1,19 +1,30 @@
-"""Which run folder a config belongs to: an unfinished run's that goes on, a finished one's, or a new one."""
+"""Which run folder a config belongs to: that of an unfinished run, of a finished one, or a new one."""
 
 import secrets
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from r1pipe.cli.compare import read_json
-from r1pipe.config import STAGE_TYPES, EvaluateConfig, RunConfig, to_mapping
+from r1pipe.config import (
+    STAGE_TYPES,
+    EvaluateConfig,
+    FineTuneConfig,
+    RewardModelConfig,
+    RLConfig,
+    RunConfig,
+    to_mapping,
+)
 from r1pipe.config.changes import Change, changes, listed
+from r1pipe.config.groups import upwards
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
-from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs import checkpoints, history, lineage
 from r1pipe.runs.locks import check_not_running, was_interrupted
+
+NOT_THE_JOBS = ("root", "parent", "recipe", "engine.name")  # keys: how a thing is called, or what comes after
 
 
 @dataclass(frozen=True)
@@ -24,10 +35,12 @@ class RunPlan:
     run: RunFolder
     is_new: bool
     changed: tuple[Change, ...] = ()  # since the run was launched last
+    extends_from: int = 0  # steps after which the run had finished, where the config asks for more
 
     @property
     def done(self) -> bool:
-        return self.run.record.exists()
+        was_reopened = not self.extends_from or self.run.earlier_record(self.extends_from).exists()
+        return self.run.record.exists() and was_reopened
 
     @property
     def same_bits(self) -> bool:
@@ -37,10 +50,17 @@ class RunPlan:
     def fits(self) -> bool:
         return all(change.allowed for change in self.changed)
 
+    @property
+    def is_same_job(self) -> bool:
+        """Whether a job that is running does what the config asks for."""
+        return all(any(part in NOT_THE_JOBS for part in upwards(change.key)) for change in self.changed)
+
     def says(self) -> str:
         """One line for the user on what is about to happen."""
         if self.is_new:
             return f"{self.run.run_id}: starts"
+        if self.extends_from:
+            return self._extension()
         if self.done:
             other = f", with other values: {listed(self.changed)}" if not self.same_bits else ""
             return f"{self.run.run_id}: is done already{other}"
@@ -48,6 +68,19 @@ class RunPlan:
         where = f"from step {steps[-1]}" if steps else "from its beginning, as it has no checkpoint yet"
         changed = f" with {listed(self.changed)}" if self.changed else ""
         return f"{self.run.run_id}: goes on {where}{changed} (--fresh starts anew)"
+
+    def _extension(self) -> str:
+        steps, schedule = self.config.stage.max_steps, self.config.stage.optim.schedule
+        rate = (
+            "stays the same"
+            if schedule == "constant"
+            else f"follows the {schedule} schedule of the longer run"
+        )
+        return (
+            f"{self.run.run_id}: extends the finished run from step {self.extends_from} to "
+            f"{steps or 'the end of its epochs'} with {listed(self.changed)}; the learning rate {rate} "
+            "(--fresh starts a new run)"
+        )
 
 
 def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> RunPlan:
@@ -58,7 +91,8 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Ru
     An older one goes on with its own config alone. `fresh` starts anew; a recipe's walk (`in_recipe`) takes a
     finished run, too, of this config or of one that differs in keys that may change. So does every call where
     the newest run has finished with this config and a kill kept its command from saying so: a scheduler that
-    starts the command again does not want the stage again.
+    starts the command again does not want the stage again. A newest run that finished with fewer steps, and
+    is the same otherwise, is extended; ConfigError where it cannot be.
     """
     wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
@@ -74,9 +108,50 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Ru
     half_done = [placed for placed in [*known[-1:], *exact] if placed.fits and not placed.done]
     if half_done:
         return half_done[-1]
+    if known and not in_recipe and (extended := extension_of(known[-1])):
+        return extended
     if known and is_interrupted(known[-1].run) and has_something_to_lose(known[-1].run):
         raise refusal(known[-1], in_recipe)
     return RunPlan(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
+
+
+def extension_of(placed: RunPlan) -> RunPlan | None:
+    """The finished run with more steps, where its config asks for that and for nothing else that decides what
+    it computes. Raises ConfigError where the stage cannot be extended."""
+    decisive = [change for change in placed.changed if not change.allowed]
+    if [change.key for change in decisive] != ["stage.max_steps"]:
+        return None
+    finished, wanted = finished_steps(placed.run), placed.config.stage.max_steps
+    if not finished or 0 < wanted <= finished:
+        return None
+    if why := not_extendable(placed, finished, decisive[0].old):
+        raise ConfigError(
+            f"{placed.run.run_id} finished after {finished} steps and cannot be extended with "
+            f"stage.max_steps={wanted}: {why}; --fresh starts a new run"
+        )
+    return replace(placed, extends_from=finished)
+
+
+def finished_steps(run: RunFolder) -> int:
+    """Steps after which a run had finished, if it has made none since; else 0."""
+    if run.record.exists():
+        return history.steps_of(run)
+    newest = checkpoints.steps(run.checkpoints)[-1:]
+    return newest[0] if newest and run.earlier_record(newest[0]).exists() else 0
+
+
+def not_extendable(placed: RunPlan, finished: int, old_max_steps: int) -> str | None:
+    """Why a finished run can do no more steps; None where it can."""
+    stage = placed.config.stage
+    if isinstance(stage, RewardModelConfig):
+        return "it trains two models one after the other, and keeps the optimizer of the last one only"
+    if isinstance(stage, RLConfig) and stage.preference is not None:
+        last = stage.preference.last_steps
+        return f"preference rewards belong to its last steps (stage.preference.last_steps={last}) alone"
+    if isinstance(stage, FineTuneConfig) and (not old_max_steps or finished < old_max_steps):
+        return f"its data gives no more steps in stage.epochs={stage.epochs}"
+    state = placed.run.checkpoint(finished) / checkpoints.ENGINE
+    return None if state.is_dir() else f"{state}, the state to resume from, is missing"
 
 
 def runs_of(config: RunConfig) -> list[RunFolder]:

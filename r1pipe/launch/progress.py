@@ -80,9 +80,9 @@ def _number(value: object) -> float:
 
 
 class Display:
-    """Shows the job of one run folder while it runs; `poll()` often, `close()` at the end.
+    """Shows the job of one run folder while it runs: `poll()` often, from its start on; `close()` at the end.
 
-    What the file held before (an interrupted run that goes on) is not shown again.
+    Lines that the files held before (of an interrupted run that resumes) are not shown again.
     """
 
     def __init__(self, run_dir: Path | str, stage: str, console: Console | None = None):
@@ -106,7 +106,6 @@ class Display:
                 refresh_per_second=REFRESHES,
                 transient=True,
             )
-            self._live.start()
 
     def _make_progress(self) -> Progress:
         progress = Progress(
@@ -134,6 +133,8 @@ class Display:
 
     def poll(self) -> None:
         """Shows what the job wrote since the last call."""
+        if self._live is not None and not self._live.is_started:
+            self._live.start()
         for row in self._tail.read():
             if "say" in row:
                 self.say(str(row["say"]))

@@ -72,6 +72,12 @@ class Watch:
         self.beats = heartbeat.read_all(self.run)
         return self._killed(launcher - FORGOTTEN if launcher > FORGOTTEN - signal.NSIG else None)
 
+    def exit_codes(self) -> list[int]:
+        """Of the ranks that have ended, where known; those on other machines included."""
+        known = {rank: code for rank, code in self.ended.items() if code is not None}
+        left = {beat.rank: beat.exit_code for beat in self.beats if beat.exit_code is not None}
+        return list({**known, **left, **known}.values())
+
     def failed_for_s(self) -> float:
         """Seconds since a rank failed while others go on, maybe waiting for it; 0 while all is well."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
@@ -83,22 +89,24 @@ class Watch:
     def _killed(self, else_code: int | None = None) -> Fault | None:
         """What a signal did to the first rank that failed; those that fail after it fail because of it.
 
-        `else_code`: the exit code of a rank whose parent has asked for it already.
+        The launcher reaps its ranks: an exit code that the system has forgotten by then is the one that the
+        rank left in its heartbeat or, where it left none, `else_code`.
         """
         new = [
-            beat
+            heartbeat.read(self.run.heartbeat(beat.rank)) or beat  # what it wrote last
             for beat in self._mine()
             if beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
         ]
-        known = {beat.rank: processes.exit_code(beat.pid) for beat in new}
-        codes = {rank: else_code if code is None else code for rank, code in known.items()}
+        codes = {}
+        for beat in new:
+            known = (processes.exit_code(beat.pid), beat.exit_code, else_code)
+            codes[beat.rank] = next((code for code in known if code is not None), None)
         self.ended |= codes
         failed = [beat for beat in new if codes[beat.rank] != 0]
         if self._failed_at or not failed:
             return None
         self._failed_at = time.monotonic()
-        latest = [heartbeat.read(self.run.heartbeat(beat.rank)) or beat for beat in failed]
-        killed = [beat for beat in latest if not beat.left and (codes[beat.rank] or -1) < 0]
+        killed = [beat for beat in failed if beat.exit_code is None and (codes[beat.rank] or -1) < 0]
         # gloo's threads abort when another rank is gone
         killed.sort(key=lambda beat: codes[beat.rank] == -signal.SIGABRT)
         return self._killed_by(killed[0], codes[killed[0].rank]) if killed else None

@@ -4,7 +4,7 @@ No torch: it is asked before a job starts.
 """
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.config import EngineConfig, EvaluateConfig, ModelConfig, RewardModelConfig, RLConfig, RunConfig
@@ -17,6 +17,51 @@ from r1pipe.runs.reward_model_quality import KINDS
 MEBIBYTE = 2**20
 FULL, HALF = 4, 2  # bytes of a number
 SPARE = 64 * MEBIBYTE  # for what is small: tokenizer, rollouts, logs
+LOGITS_IN_MEMORY = 2**25  # numbers of [N, V] that a forward pass holds at once (r1pipe.model.logprobs)
+LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one rank."""
+
+    states: float  # weights, masters, gradients, moments (PPO: the value model's too), reference, judges
+    activations: float  # of the largest training pass
+    logits: float
+    cache: float  # of the sampler
+
+    @property
+    def peak(self) -> float:
+        """Training and sampling take turns."""
+        return self.states + max(self.activations + self.logits, self.cache)
+
+    def parts(self) -> str:
+        """For the user, in MiB."""
+        sizes = {"states": self.states, "activations": self.activations, "logits": self.logits}
+        sizes |= {"cache": self.cache} if self.cache else {}
+        return ", ".join(f"{part} {mib(size)}" for part, size in sizes.items())
+
+
+def estimates(config: RunConfig) -> dict[str, str]:
+    """What the run would take, in words, before anything is started: of memory, and of the disk."""
+    found = {"disk": disk(config)}
+    if isinstance(config.stage, EvaluateConfig):
+        return found
+    need = needed(config, config.model.max_position_embeddings)
+    return {"memory": f"about {mib(need.peak)} MiB a rank ({need.parts()})", **found}
+
+
+def disk(config: RunConfig) -> str:
+    """What the run's checkpoints take at most, in words."""
+    size, (at_most, free) = checkpoint_bytes(config), room(config)
+    return (
+        f"{to_write(config)} checkpoints of {mib(size)} MiB: with {mib(SPARE)} for the rest up to "
+        f"{mib(at_most)} of {mib(free)} MiB in {Path(config.root)}"
+    )
+
+
+def mib(size: float) -> str:
+    return f"{size / MEBIBYTE:,.0f}"
 
 
 def check_disk_space(config: RunConfig, run: RunFolder) -> None:
@@ -104,6 +149,71 @@ def without_mtp(model: ModelConfig) -> int:
 def trunk(model: ModelConfig) -> int:
     """Weights of what reward models and PPO's value model are: no head, no multi-token prediction."""
     return without_mtp(replace(model, tie_word_embeddings=True))
+
+
+def needed(config: RunConfig, prompt: int) -> Need:
+    """What a rank takes; `prompt`: tokens of the longest.
+
+    Beside two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% high;
+    Python and torch themselves, half a GiB, are not in it.
+    """
+    model, engine, stage = config.model, config.engine, config.stage
+    number = weight_bytes(engine)
+    tokens = tokens_of_pass(config)
+    at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
+    head = at_once * model.vocab_size * FULL * LOGIT_COPIES
+    layers = model.num_hidden_layers
+    dense, moe = layer_numbers(model)
+    kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
+    if engine.recompute:  # each layer's input, and one layer with the gradients of what it keeps
+        kept = layers * model.hidden_size + 2 * max(dense, moe)
+    cache = 0.0
+    if isinstance(stage, RLConfig):
+        slots = min(
+            stage.sampling.max_num_seqs, -(-stage.prompts_per_step * stage.group_size // engine.ranks)
+        )
+        length = min(prompt + stage.sampling.max_tokens, model.max_position_embeddings)
+        cache = slots * length * layers * (model.kv_lora_rank + model.qk_rope_head_dim) * number
+    return Need(states(config), tokens * number * kept, head, cache)
+
+
+def states(config: RunConfig) -> float:
+    """Bytes of a rank that stay, of engines, reference and reward models: what ZeRO partitions is
+    divided by the ranks of this machine alone."""
+    engine, stage, ranks = config.engine, config.stage, config.engine.ranks
+    number = weight_bytes(engine)
+    samples = isinstance(stage, RLConfig)
+    each = optimizer_bytes(engine) / (ranks if engine.zero_level >= 1 else 1)
+    each += FULL / (ranks if engine.zero_level >= 2 else 1)  # gradients
+    # for sampling, and for its values, every rank gathers a whole model
+    shared = ranks if engine.zero_level >= 3 and not samples else 1
+    total = sum(trained * each + weights * number / shared for weights, trained in engines(config))
+    if isinstance(stage, RLConfig):
+        total += number * without_mtp(config.model) * (stage.kl_coef > 0)
+        total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
+    return total
+
+
+def tokens_of_pass(config: RunConfig) -> int:
+    """Tokens of the largest training pass of a rank."""
+    stage, engine, context = config.stage, config.engine, config.model.max_position_embeddings
+    if isinstance(stage, RLConfig):
+        return max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
+    length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
+    rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
+    return rows * length
+
+
+def layer_numbers(model: ModelConfig) -> tuple[int, int]:
+    """Numbers that a dense and an MoE layer keep of a token for the backward pass: inputs of norms, products
+    and SwiGLU."""
+    d, heads = model.hidden_size, model.num_attention_heads
+    key = model.qk_nope_head_dim + model.qk_rope_head_dim
+    attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
+    attention += model.kv_lora_rank + model.qk_rope_head_dim
+    experts = model.num_experts_per_tok + model.n_shared_experts
+    routed = experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
+    return attention + 3 * model.intermediate_size, attention + routed
 
 
 def parameters(model: ModelConfig) -> int:

@@ -20,7 +20,9 @@ from typing import Any
 
 import psutil
 
+from r1pipe.core.errors import R1pipeError, disk_is_full
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.stopping import Interrupted
 
 WRITE_EVERY_S = 1.0  # while work is done
 ALIVE_EVERY_S = 10.0  # while none is: other machines see by it that the process lives
@@ -43,7 +45,7 @@ class Beat:
     waiting: bool = False  # for other ranks, in a collective
     met: int = 0  # collectives entered: of ranks in lockstep, one that is stuck has entered the fewest
     ticks: int = 0  # pieces of work done
-    left: bool = False  # it has ended by itself
+    exit_code: int | None = None  # once it has left by itself
 
     def where(self) -> str:
         """For the user: "update, step 3"."""
@@ -89,10 +91,10 @@ class Heart:
         self.show()
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, exit_code: int) -> None:
         self._over.set()
         self._thread.join()
-        self.beat.left = True
+        self.beat.exit_code = exit_code
         self.show()
         os.close(self._file)
 
@@ -123,12 +125,25 @@ def beating(run: RunFolder, rank: int) -> Iterator[None]:
         faulthandler.register(signal.SIGUSR1, file)
         _heart = heart = Heart(run.heartbeat(rank), rank)
         heart.start()
+        code = 0
         try:
             yield
+        except BaseException as error:
+            code = exit_code_of(error)
+            raise
         finally:
             _heart = None
-            heart.stop()
+            heart.stop(code)
             faulthandler.unregister(signal.SIGUSR1)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of a rank that this error ends (see r1pipe.train.run.open_run)."""
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 2 if isinstance(error, R1pipeError) or disk_is_full(error) else 1
 
 
 def tick() -> None:

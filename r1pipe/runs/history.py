@@ -40,6 +40,18 @@ def note_code(run: RunFolder, env: Mapping[str, Any], diff: str) -> list[Change]
     return found
 
 
+def set_record_aside(run: RunFolder) -> None:
+    """Make a finished run, which is to be extended, an unfinished one that keeps its earlier record."""
+    if run.record.exists():
+        run.record.rename(run.earlier_record(steps_of(run)))
+
+
+def steps_of(run: RunFolder) -> int:
+    """Optimizer steps of a finished run; 0 where its record does not say."""
+    steps = read_json(run.record).get("steps")
+    return steps if isinstance(steps, int) else 0
+
+
 def of_code(env: Mapping[str, Any], diff: bytes) -> dict[str, Any]:
     """What of env.json, and of the diff, decides what a session computes."""
     revision = (env.get("code") or {}).get("revision")

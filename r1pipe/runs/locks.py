@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Lock:
 
     def take(self) -> None:
         """Raises EnvironmentProblem while another job has the run."""
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.run.create()
         with _guarded(self.run):
             check_not_running(self.run)
             heartbeat.clear(self.run)  # of ranks that are dead
@@ -103,6 +103,27 @@ def held(run: RunFolder) -> Iterator[Lock]:
         yield lock
     finally:
         lock.release()
+
+
+def job_of(run: RunFolder) -> Holder | None:
+    """Who has a run whose job, launcher or ranks, is running on this machine."""
+    holder = Holder.read(run.pid)
+    if holder is None or holder.host != socket.gethostname() or len(holder.processes) < 2:
+        return None
+    return holder if processes.is_alive(*holder.processes[1]) or live_ranks(run, holder) else None
+
+
+def adopt(run: RunFolder) -> Lock | None:
+    """Have a run in the place of a command that died while its job runs; None where another one has it."""
+    lock = Lock(run)
+    with _guarded(run):
+        holder = Holder.read(run.pid)
+        if holder is None or holder.host != socket.gethostname() or processes.is_alive(*holder.processes[0]):
+            return None
+        own = (os.getpid(), processes.began(os.getpid()))
+        lock.holder = replace(holder, processes=[own, *holder.processes[1:]])
+        lock.holder.write(run.pid)
+    return lock
 
 
 def check_not_running(run: RunFolder) -> None:

@@ -195,4 +195,4 @@ def check_data_files(config: RunConfig) -> None:
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     path = path.resolve()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if os.path.exists(place))

@@ -1,12 +1,17 @@
 """Processes as the launching side sees them: who is alive, who is stopped, and how one ended."""
 
+import math
 import os
+import subprocess
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 CLOCK_S = 2.0  # a process counts its begin from when the machine started, by a clock that may be put right
+POLL_S = 0.1
 EXIT_CODE_FIELD = 52  # of /proc/PID/stat, counted from 1 as in proc(5)
 
 
@@ -27,6 +32,27 @@ def status(pid: int, began_at: float) -> str | None:
 def is_alive(pid: int, began_at: float) -> bool:
     """Whether that process still runs; its number may be another's by now."""
     return status(pid, began_at) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
+class Foreign:
+    """The launcher of a job that another command started: what `subprocess.Popen` is to its own command."""
+
+    def __init__(self, pid: int, began_at: float, has_ranks: Callable[[], bool]):
+        """`has_ranks`: whether ranks of the job are alive, which may outlive a launcher that is killed."""
+        self.pid, self._began_at, self._has_ranks = pid, began_at, has_ranks
+
+    def poll(self) -> int | None:
+        """None while the job runs, then 0: how it ended, only its parent can ask."""
+        return None if is_alive(self.pid, self._began_at) or self._has_ranks() else 0
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        give_up_at = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > give_up_at:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(POLL_S)
+        return 0
 
 
 def exit_code(pid: int) -> int | None:

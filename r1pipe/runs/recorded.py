@@ -126,7 +126,17 @@ def own_hash(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def record_beside(checkpoint: Path) -> Path:
-    """Where the record of a checkpoint's run is: in its run folder, or (data/base) beside the weights."""
-    in_run = RunFolder(checkpoint.parent.parent).record
-    return in_run if checkpoint.parent.name == "checkpoints" else checkpoint / in_run.name
+def record_beside(checkpoint: Path, record_hash: str | None = None) -> Path:
+    """Where the record of a checkpoint's run is: in its run folder, or (data/base) beside the weights.
+
+    A run that was extended has several: the one with this `record_hash`, or else of when the run had finished
+    at this checkpoint. Raises CheckpointError where one cannot be read.
+    """
+    run = RunFolder(checkpoint.parent.parent)
+    if checkpoint.parent.name != run.checkpoints.name:
+        return checkpoint / run.record.name
+    for path in sorted(run.path.glob("record-step-*.json")):
+        known = read_object(path).get(OWN_HASH)
+        if known == record_hash if record_hash else path.stem == f"record-{checkpoint.name}":
+            return path
+    return run.record

@@ -25,6 +25,7 @@ def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> 
     older = there[: -max(1, keep)]
     if older:
         stay = named_by_others(run, older)
+        stay |= {step for step in older if run.earlier_record(step).exists()}  # it was extended from here
         if best_by is not None:
             stay |= best(run.metrics, there, *best_by)
         for step in older:

@@ -12,7 +12,7 @@ from pathlib import Path
 from r1pipe.cli.report.load import load_runs, other_runs
 from r1pipe.cli.report.page import page
 from r1pipe.cli.report.plots import write_curves
-from r1pipe.core.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 
 __all__ = ["write_report"]
 
@@ -31,15 +31,21 @@ def write_report(
         pipeline: only runs of this pipeline; all by default.
         path: the file; `<root>/report.html` by default.
 
-    Raises CheckpointError where no run has finished.
+    Raises CheckpointError where no run has finished, EnvironmentProblem where the file cannot be written.
     """
     chosen = load_runs(root, runs, pipeline)
     if not chosen:
         raise CheckpointError(f"no finished run under {root}; `r1pipe reproduce` makes them")
     target = Path(path) if path else Path(root) / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_curves(chosen, target.with_name("curves.png"))
-    temporary = target.with_suffix(".partial")  # a page that is there is whole, and its picture is there, too
-    temporary.write_text(page(chosen, other_runs(root, chosen)), encoding="utf-8")
-    temporary.replace(target)
+    text = page(chosen, other_runs(root, chosen))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_curves(chosen, target.with_name("curves.png"))
+        temporary = target.with_suffix(".partial")  # a page that is there is whole, and so is its picture
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{target} cannot be written ({error.strerror}); run it where you may write, as a copy of {root}"
+        ) from None
     return target

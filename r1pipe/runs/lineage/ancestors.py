@@ -144,7 +144,7 @@ def broken_files(folder: Path, expected: str) -> Iterator[str]:
 def read_run(found: CheckedFile, step: Step) -> None:
     """The record and the edges of a checkpoint's run; what contradicts it. Raises CheckpointError."""
     run = RunFolder(found.folder.parent.parent) if places.in_run(found.folder) else None
-    path = recorded.record_beside(found.folder)
+    path = recorded.record_beside(found.folder, step.record_hash)
     if not path.exists():
         if step.record_hash:
             found.problems.append(f"{path} is missing")
@@ -160,7 +160,7 @@ def read_run(found: CheckedFile, step: Step) -> None:
         found.problems.append(f"{path} has changed since its child was made from it")
     read_files(found, run)
     if run is not None:
-        found.problems += contradictions(run, record)
+        found.problems += contradictions(run, record, path)
         last = inside(run.path, record["checkpoint"], run.record)
         if last.resolve() != found.folder:
             return  # a checkpoint from the middle of the run: what follows is about the last one
@@ -216,8 +216,11 @@ def listed(paths: list[Path]) -> str:
     return f"{paths[0]}{more}"
 
 
-def contradictions(run: RunFolder, record: dict[str, Any]) -> Iterator[str]:
-    """Where a record says otherwise than the files of its run folder."""
+def contradictions(run: RunFolder, record: dict[str, Any], path: Path) -> Iterator[str]:
+    """Where a record at `path` says otherwise than the files of its run folder; those of a run that has been
+    extended since are other files."""
+    if path != run.record:
+        return
     config = read_object(run.config)
     try:
         # the hash in a record without a format was made of other keys

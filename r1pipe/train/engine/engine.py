@@ -274,7 +274,17 @@ class Engine(Ranks):
             levels = level, self.zero_level
             client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
+        self._follow_schedule()
         return client["loop"]
+
+    def _follow_schedule(self) -> None:
+        """Set the next step's learning rate by this run's schedule: a state that was saved when the run had
+        fewer steps holds that of a shorter one."""
+        schedule = self._ds.lr_scheduler
+        for group, lr, factor in zip(
+            self._ds.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(schedule.last_epoch)
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world_size, "zero_level": self.zero_level}

@@ -1,0 +1,134 @@
+"""What a stage is launched with: its run folder, its environment, DeepSpeed's command."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import r1pipe
+from r1pipe.config import RunConfig, config_hash, to_mapping
+from r1pipe.config.changes import Change
+from r1pipe.core.paths import RunFolder, stages_dir
+from r1pipe.core.redaction import publishable
+from r1pipe.plan import footprint
+from r1pipe.runs import history, machine
+
+
+def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
+    """DeepSpeed's launcher with the stage's script and its run folder."""
+    engine = config.engine
+    arguments = [
+        "--no_local_rank",
+        "--num_accelerators",
+        str(engine.ranks),
+        "--master_port",
+        str(free_port()),
+    ]
+    if engine.hostfile is not None:
+        arguments += ["--hostfile", engine.hostfile, "--launcher", engine.launcher]
+    script = stages_dir() / config.stage.script
+    return [launcher, *arguments, str(script), str(run.path)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def environment(config: RunConfig) -> dict[str, str]:
+    """What the job needs beside the user's own environment."""
+    engine = config.engine
+    threads = engine.threads or max(1, machine.cores() // engine.ranks)
+    added = {"OMP_NUM_THREADS": str(threads), "PATH": machine.search_path(), "PYTHONPATH": module_path()}
+    if engine.accelerator != "auto":
+        added["DS_ACCELERATOR"] = engine.accelerator
+    return added
+
+
+def variables_of(config: RunConfig, hidden: str) -> dict[str, str]:
+    """The environment that a job runs in; `hidden` is the folder of `no_mlflow`."""
+    # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+    untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    added = environment(config)
+    return {**untracked, **added, "PYTHONPATH": os.pathsep.join([hidden, added["PYTHONPATH"]])}
+
+
+def module_path() -> str:
+    """PYTHONPATH with this r1pipe first: a checkout need not be installed."""
+    package = str(Path(r1pipe.__file__).resolve().parent.parent)
+    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+
+
+def checked(config: RunConfig, run: RunFolder) -> list[str]:
+    """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
+    line = command(config, run, machine.find_launcher(config.engine))
+    footprint.check_disk_space(config, run)
+    return line
+
+
+def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Change]:
+    """Write config.json, command.txt, env.json and code.diff; what code and versions the run has gone on with
+    until now, where they were others."""
+    run.create()
+    write_json(run.config, publishable(to_mapping(config)))
+    env, diff = {**machine.facts(), "config_hash": config_hash(config)}, machine.code_diff()
+    changed = history.note_code(run, env, diff)
+    write_json(run.env, env)
+    run.diff.write_text(diff, encoding="utf-8")
+    run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
+    return changed
+
+
+def printable(config: RunConfig, line: list[str]) -> str:
+    """The command as a user can run it in a shell."""
+    shown = ("OMP_NUM_THREADS", "DS_ACCELERATOR")
+    added = [f"{name}={value}" for name, value in environment(config).items() if name in shown]
+    return " ".join([*added, shlex.join(line)])
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: a run whose config.json a kill has cut off would be lost to the next call."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
+    """Run a script of stages/ that needs no launcher, on this terminal or into a log; its exit code."""
+    line = [sys.executable, str(stages_dir() / name), *arguments]
+    variables = {**os.environ, "PYTHONPATH": module_path()}
+    return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
+
+
+def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int:
+    """Run a script of stages/ as the stage's own job would run, on this machine's ranks; its exit code.
+
+    Raises EnvironmentProblem if the machine lacks something.
+    """
+    engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
+    here = replace(config, engine=engine, stage=stage)
+    line = command(here, run, machine.find_launcher(engine))
+    with no_mlflow() as hidden:
+        variables = variables_of(here, hidden)
+        ended = subprocess.run(
+            line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+        )
+    return ended.returncode
+
+
+@contextmanager
+def no_mlflow() -> Iterator[str]:
+    """A folder for PYTHONPATH where `import mlflow` fails: jobs never use it, but DeepSpeed's tuner imports
+    it wherever it is found, which costs each of the launcher's processes more than a second."""
+    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
+        Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
+        yield folder

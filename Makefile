@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ LOG := $(VENV)/install.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
+BENCH := PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench
 PINS := pyproject.toml constraints.txt
 VENV_VLLM := $(abspath .venv-vllm)
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
@@ -21,7 +22,7 @@ NEED_GB ?= 6
 ARGS ?=
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv and install r1pipe from pins
 
@@ -30,6 +31,9 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-all: $(INSTALLED_DEV) lint ## the same with the tests that take minutes each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not vllm' $(ARGS)
 
 faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (two hours)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)
@@ -51,10 +55,11 @@ smoke: $(INSTALLED) ## every stage for two steps on two ranks, in a folder that 
 		&& rm -r "$$root" || { echo "smoke: failed; its runs are in $$root"; exit 1; }
 
 bench: $(INSTALLED_BENCH) ## speed and memory beside transformers, TRL and (after make test-vllm) vLLM, on two CPU cores
-	@$(BIN)/python -m r1pipe.bench cpu $(ARGS)
+	@$(BENCH) cpu $(ARGS)
 
 bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters; FP8 beside BF16
-	@$(BIN)/python -m r1pipe.bench gpu $(ARGS)
+	@$(BENCH) gpu $(ARGS)
+	@$(BENCH) products $(ARGS)
 
 zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
 	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \

@@ -1,12 +1,27 @@
 """Fixtures that several test files use."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fakes import House, build_house
 
 SHARED = Path(os.environ.get("R1PIPE_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _outside_the_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of modules and of the session start in an empty folder: no test sees the clone's runs/."""
+    with contextlib.chdir(tmp_path_factory.mktemp("cwd")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test starts in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def main(path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "wait":
         (run.path / "waiting").touch()
-        give_up_at = time.monotonic() + 300
+        give_up_at = time.monotonic() + 3600
         while not (run.path.parent / "go").exists() and time.monotonic() < give_up_at:
             time.sleep(0.05)
     parent, reads = config.weights_from, config.reads_from.values()

@@ -21,7 +21,7 @@ WARM = [
     "deepspeed",
     "forked",
 ]
-LIMIT_S = 300.0  # for anything, on a busy machine
+LIMIT_S = 1800.0  # for anything, on however busy a machine: only a test that fails waits for so long
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def on_two_ranks(script: str, folder: Path) -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,  # a busy machine takes minutes to start two ranks
+        timeout=3600,  # a busy machine takes minutes to start two ranks
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,24 +1,31 @@
 """The bench: its arithmetic by hand, what it judges, its referee, and one tiny run from end to end."""
 
 import dataclasses
+import os
+import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
-from shapes import tiny
-
-from r1pipe.bench.__main__ import main
-from r1pipe.bench.arithmetic import (
+from bench.__main__ import main
+from bench.config import Case, Job, Setting, load_bench, load_model, rehearsal
+from bench.referee import Result, contest, fastest
+from bench.tables import (
     case_flops,
     data_sheet,
     forward_flops,
+    rows_of,
     speedup,
+    table_of,
     utilisation,
     weights_per_token,
 )
-from r1pipe.bench.config import Case, Job, Setting, load_bench, load_model, rehearsal
-from r1pipe.bench.prompts import EOS, rows
-from r1pipe.bench.referee import Result, contest, fastest
-from r1pipe.bench.table import rows_of, table_of
+from bench.turns import EOS, rows
+from forked import wait_until
+from shapes import tiny
+
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 
 FP32, BF16 = Setting("fp32", {}), Setting("bf16", {})
@@ -103,48 +110,87 @@ def test_prompts_are_the_same_each_time_and_end_nowhere():
 
 
 FAKE = """
-import sys, json
-from r1pipe.bench.turns import Turns
-import time
-job = json.load(open(sys.argv[1]))
+import json, sys, threading
+from bench.turns import Turns
+
 turns = Turns()
+dtype = json.load(open(sys.argv[1]))["setting"]["dtype"]
 print("a library's chatter")
-if job["setting"]["dtype"] == "broken":
+if dtype == "broken":
     sys.exit("no such kernel")
-turns.run(lambda: time.sleep(0.05 if job["setting"]["dtype"] == "slow" else 0.0))
+turns.warm()
+while turns.begin():
+    turns.say(seconds=2.0 if dtype == "slow" else 1.0)
 turns.finish(memory=123)
+"""
+ENDLESS = """
+import os, sys
+from pathlib import Path
+from bench.turns import Turns
+
+turns = Turns()
+if {in_a_turn}:
+    turns.warm()
+    turns.begin()
+Path("worker.pid.partial").write_text(str(os.getpid()))
+os.rename("worker.pid.partial", "worker.pid")
+while True:
+    pass
 """
 
 
-@pytest.fixture
-def fakes(tmp_path):
-    """A python that runs the fake contestant whatever module it is asked for, and jobs for it."""
-    script, python = tmp_path / "fake.py", tmp_path / "python"
-    script.write_text(FAKE)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {script} "$3"\n')
+def fake_python(folder: Path, script: str) -> str:
+    """A python that runs the script whatever module it is asked for."""
+    path, python = folder / "fake.py", folder / "python"
+    path.write_text(script)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {path} "$3"\n')
     python.chmod(0o755)
-    pythons = {"ours": str(python), "transformers": str(python)}
-
-    def job(contestant: str, dtype: str) -> Job:
-        return Job(contestant, CASE, load_model("laptop"), "", Setting(dtype, {}), "cpu", 1)
-
-    return job, tmp_path, pythons
+    return str(python)
 
 
-def test_contestants_take_turns_and_tell_time_and_memory(fakes):
-    job, folder, pythons = fakes
-    ours, peer = contest([job("ours", "quick"), job("transformers", "slow")], 2, folder, pythons)
+def fake_job(contestant: str, dtype: str) -> Job:
+    return Job(contestant, CASE, load_model("laptop"), "", Setting(dtype, {}), "cpu", 1)
+
+
+@pytest.fixture
+def pythons(tmp_path):
+    python = fake_python(tmp_path, FAKE)
+    return {"ours": python, "transformers": python}
+
+
+def test_contestants_take_turns_and_report_time_and_memory(pythons, tmp_path):
+    jobs = [fake_job("ours", "quick"), fake_job("transformers", "slow")]
+    ours, peer = contest(jobs, 2, tmp_path, pythons)
     assert (ours.contestant, ours.memory, ours.model) == ("ours", 123, "laptop")
-    assert peer.seconds >= 0.05
+    assert (ours.seconds, peer.seconds) == (1.0, 2.0)
 
 
-def test_the_fastest_setting_is_found_and_one_that_fails_is_passed_over(fakes):
-    job, folder, pythons = fakes
-    chosen, times = fastest([job("ours", d) for d in ("slow", "broken", "quick")], folder, pythons)
+def test_the_fastest_setting_is_found_and_one_that_fails_is_passed_over(pythons, tmp_path):
+    jobs = [fake_job("ours", dtype) for dtype in ("slow", "broken", "quick")]
+    chosen, times = fastest(jobs, tmp_path, pythons)
     assert chosen.dtype == "quick"
     assert str(times["broken"]) == "ours (broken) stopped: no such kernel"
     with pytest.raises(EnvironmentProblem, match="no such kernel"):
-        fastest([job("ours", "broken")], folder, pythons)
+        fastest([fake_job("ours", "broken")], tmp_path, pythons)
+
+
+@pytest.mark.parametrize("in_a_turn", [False, True])
+def test_a_worker_dies_with_its_referee(in_a_turn, tmp_path):
+    python = fake_python(tmp_path, ENDLESS.format(in_a_turn=in_a_turn))
+    code = "from test_bench import *; contest([fake_job('ours', 'fp32')], 1, Path(), {'ours': sys.argv[1]})"
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    referee = subprocess.Popen([sys.executable, "-c", code, python], cwd=tmp_path, env=environment)
+    pid_file = tmp_path / "worker.pid"
+    wait_until(lambda: pid_file.exists() or referee.poll() is not None, "the worker's start")
+    worker = psutil.Process(int(pid_file.read_text()))
+    referee.kill()
+    referee.wait()
+    try:
+        worker.wait(timeout=300)  # it takes no time; the limit is for a machine that does
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu", "tiny"])
@@ -168,7 +214,7 @@ def test_settings_may_be_of_one_kind_of_case():
 
 
 def test_a_setting_that_a_contestant_would_ignore_is_refused(monkeypatch):
-    from r1pipe.bench import config
+    from bench import config
 
     content = config.read("bench/tiny")
     settings = {"ours": [{"dtype": "fp32", "options": {"experts": "eager"}}]}
@@ -185,13 +231,6 @@ def test_without_a_gpu_the_gpu_bench_is_one_line(capsys, monkeypatch):
     said = capsys.readouterr()
     assert said.err == "bench: needs a CUDA GPU and a CUDA build of torch; there is none here\n"
     assert said.out == ""
-
-
-def test_an_unknown_device_is_one_line(capsys):
-    assert main(["tiny", "--device", "tpu"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert "--device: invalid choice: 'tpu' (choose from" in said.err
 
 
 def test_a_tiny_bench_from_end_to_end(capsys):

@@ -67,7 +67,7 @@ def test_files_and_folders_are_on_the_disk_before_the_rename(tmp_path, monkeypat
 def test_a_checkpoint_is_finished_while_training_goes_on(folder, engine, monkeypatch):
     """The step after a save does not wait for it; the next save, and the end, do."""
     go_on, real = threading.Event(), checkpoints.finish
-    monkeypatch.setattr(checkpoints, "finish", lambda target: (go_on.wait(30), real(target)))
+    monkeypatch.setattr(checkpoints, "finish", lambda target: (go_on.wait(1800), real(target)))
     with open_run(folder) as run:
         save(run, engine, 1)
         assert checkpoints.steps(run.folder.checkpoints) == []

@@ -94,7 +94,7 @@ def test_a_kill_after_its_stages_end_is_told_as_such(tmp_path: Path) -> None:
         (root / "grpo-s0-1").mkdir(parents=True)
         made = [root / "grpo-s0-1" / "record.json"] * ends + [root / "marker"] * marks
         touched = "; ".join(f"pathlib.Path({str(path)!r}).touch()" for path in made)
-        stays.write_text(f"import pathlib, time; time.sleep(0.3); {touched or 'pass'}; time.sleep(60)")
+        stays.write_text(f"import pathlib, time; time.sleep(0.3); {touched or 'pass'}; time.sleep(3600)")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kills, "command_line", lambda *_: [sys.executable, str(stays)])
             patch.setattr(kills, "LATE_S", 0.2)

@@ -4,15 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from bench import ours, products
+from bench.__main__ import main
+from bench.config import Case, FP8Step, Setting, load_bench, load_products, of_model, rehearsal
+from bench.products import Cost, Measured, Product, ProductsBench, costs_table, judgement, products_table
+from bench.tables import fp8_table
 from rich.console import Console
 from test_bench import MIB, result
 
-from r1pipe.bench import products, shares
-from r1pipe.bench.__main__ import main
-from r1pipe.bench.config import Case, FP8Step, Setting, load_bench, load_products, of_model, rehearsal
-from r1pipe.bench.fp8_table import fp8_table
-from r1pipe.bench.products import Cost, Measured, Product, ProductsBench
-from r1pipe.bench.products_table import costs_table, judgement, products_table
 from r1pipe.core.errors import ConfigError
 
 LARGE = Product(0, 4096, 7168, 16384)
@@ -109,9 +108,9 @@ def test_quantising_is_as_fast_as_a_copy_at_best():
 
 
 def fp8_results(seconds: float, loss: float):
-    bf16 = dataclasses.replace(result("ours", 1.0, setting=Setting("bf16", {})), told={"loss": 2.0})
-    told = {"loss": loss, "shares": {"GEMMs": 0.5, "other": 0.5}}
-    return bf16, dataclasses.replace(result("ours_fp8", seconds, 2 * MIB, Setting("fp8", {})), told=told)
+    bf16 = dataclasses.replace(result("ours", 1.0, setting=Setting("bf16", {})), facts={"loss": 2.0})
+    facts = {"loss": loss, "shares": {"GEMMs": 0.5, "other": 0.5}}
+    return bf16, dataclasses.replace(result("ours_fp8", seconds, 2 * MIB, Setting("fp8", {})), facts=facts)
 
 
 @pytest.mark.parametrize(
@@ -143,18 +142,18 @@ def test_kernels_are_of_four_kinds():
         "aten::_grouped_mm": "GEMMs",
         "aten::copy_": "other",
     }
-    assert {name: shares.kind_of(name, known) for name in kinds} == kinds
+    assert {name: ours.kind_of(name, known) for name in kinds} == kinds
 
 
 def test_shares_of_a_products_time_add_up():
     a = torch.randn(300, 300)
-    found = shares.shares(lambda: (a @ a).exp(), cuda=False)
+    found = ours.shares(lambda: (a @ a).exp(), cuda=False)
     assert found["GEMMs"] > 0 and found["attention"] == 0
     assert sum(found.values()) == pytest.approx(1)
 
 
 def test_fp8_is_a_setting_of_ours_fp8_alone(monkeypatch):
-    from r1pipe.bench import config
+    from bench import config
 
     content = config.read("bench/gpu")
     settings = {"ours/train": [{"dtype": "fp8", "options": {}}]}

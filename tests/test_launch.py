@@ -9,22 +9,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from fakes import House
+from forked import wait_until
 from rich.live import Live
 
 from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import command as launch
 from r1pipe.launch import pipeline
 from r1pipe.launch.job import Job, failure
+from r1pipe.launch.job import command as launch
 from r1pipe.plan import footprint
 from r1pipe.runs import locks, machine
 
@@ -185,10 +185,7 @@ def test_a_killed_job_is_a_failure_though_the_launcher_says_nothing(
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
+    wait_until(path.exists, f"{path} to appear")
 
 
 def test_another_config_is_refused_while_a_run_is_in_progress(

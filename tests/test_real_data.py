@@ -163,7 +163,7 @@ def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_smoke_recipe_runs_through_on_real_data(shared: Path, tmp_path: Path) -> None:
     words = ["recipe=smoke", "engine.ranks=2", "data=real", f"data.path={shared}", f"root={tmp_path}"]
-    command = [sys.executable, "-m", "r1pipe.cli.commands", "reproduce", *words, "tracking=none"]
+    command = [sys.executable, "-m", "r1pipe", "reproduce", *words, "tracking=none"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stages = {json.loads(path.read_text())["stage"] for path in tmp_path.glob("*/record.json")}

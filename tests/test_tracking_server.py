@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from forked import LIMIT_S
 from runfolders import build, metric_lines, record, write_json, write_lines
 from tracker import Server, eventually, twice, view
 
 from r1pipe.core.errors import EnvironmentProblem
-from r1pipe.tracking import Mirror, store_uri, sync
+from r1pipe.tracking import Mirror, store, store_uri, sync
 from r1pipe.tracking.store import connect
 
 STEPS = 12
@@ -46,11 +47,13 @@ def quick():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     running = Server(tmp_path_factory.mktemp("server"))
-    yield running.start()
-    running.kill()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "PATIENCE_S", LIMIT_S)
+        yield running.start()
+        running.kill()
 
 
-def test_a_server_that_dies_in_the_middle_gets_everything_once_when_it_is_back(tmp_path, server):
+def test_a_server_that_dies_in_the_middle_gets_everything_once_when_it_is_back(tmp_path, server, monkeypatch):
     said: list[str] = []
     first = build(tmp_path, "cold_start", finished=False, steps=0, uri=server.uri)
     lines = metric_lines("cold_start", STEPS)

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 from r1pipe.tracking.store import QUIET, connect
 
-PATIENCE_S = 120.0  # until it answers, on a busy machine
+PATIENCE_S = 1800.0  # until it answers, on however busy a machine
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -52,7 +52,7 @@ class Server:
 
     def answers(self) -> bool:
         try:
-            urlopen(f"{self.uri}/health", timeout=5).close()
+            urlopen(f"{self.uri}/health", timeout=60).close()
         except (URLError, OSError):
             return False
         return True
@@ -79,7 +79,7 @@ def view(uri: str) -> dict:
         runs += client.search_runs([experiment.experiment_id], max_results=1000)
     for run in runs:
         tags = run.data.tags
-        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.pipeline')}"
+        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.launch.pipeline')}"
     shown = {"runs": {}, "models": {}}
     for run in runs:
         tags = {

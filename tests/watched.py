@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -18,7 +18,10 @@ from tiny_runs import tiny_config
 
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.job import Job, failure
-from r1pipe.runs import machine, processes
+from r1pipe.runs import heartbeat, machine, processes
+
+STUCK_AFTER_S = 4.0
+HANG = {"hangs", "stopped", "two_collectives", "hangs_in_a_compiler", "hangs_while_saving", "saves_slowly"}
 
 
 class Ended(NamedTuple):
@@ -63,12 +66,38 @@ def ends(job: Job, ready: Callable[[], object], act: Callable[[], None] = lambda
     thread.join()
     family = processes.group(job.process.pid)
     code = job.end()
-    _, left = psutil.wait_procs(family, timeout=10)
-    assert not [
-        process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    ]
+    wait_until(lambda: not any(map(is_running, family)), "the end of its processes")
     line = failure(job.run, code) if code else ""
     return Ended(code, line, ended_at - began[0], job.run)
+
+
+def end_of(how: str, folder: Path, ranks: int, *words: str, act: Callable[[], None] = lambda: None) -> Ended:
+    """How a job of fake ranks ends of which the last does `how`.
+
+    However slowly a busy machine starts them: engine.stuck_after_s falls to STUCK_AFTER_S once the last rank
+    hangs and the others wait for it.
+    """
+    run = RunFolder(folder / "run")
+    with fake_launcher(folder, how):
+        words = ("engine.stuck_after_s=3600", "engine.grace_s=600", *words)
+        job = start(folder, "stage=pretrain", f"engine.ranks={ranks}", *words)
+
+        def ready() -> bool:
+            others = [beat for beat in heartbeat.read_all(run) if beat.rank < ranks - 1]
+            return (run.path / "there").exists() and all(beat.waiting for beat in others)
+
+        def act_when_ready() -> None:
+            if how in HANG:
+                job.watch.stuck_after_s = STUCK_AFTER_S
+            act()
+
+        return ends(job, ready, act_when_ready)
+
+
+def is_running(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def signals_here(*numbers: signal.Signals, after_s: float = 0.3) -> Callable[[], None]:

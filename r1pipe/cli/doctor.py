@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from r1pipe.config import RunConfig, to_mapping
@@ -83,9 +82,6 @@ def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, lis
         return code or 1, []
     rows = json.loads(told.read_text(encoding="utf-8"))
     return 0, [Finding(**row) for row in rows]
-
-
-Look = Callable[[str, RunConfig], Finding]
 
 
 def launches(name: str, config: RunConfig) -> Finding:

@@ -24,7 +24,8 @@ from r1pipe.runs.heartbeat import Beat
 LOOK_EVERY_S = 1.0
 PATIENCE = 6  # times longer may a start take (imports, compilers), which shows nothing meanwhile
 SUSPECT = 0.8  # of the limit: what comes to a halt because another rank did is silent for nearly as long
-STACK_S = 2.0  # until the stacks that ranks were asked for are read
+STACK_S = 30.0  # at most, for the stacks that ranks were asked for
+STACK_PAUSE_S = 0.5  # a file that has not grown for so long is whole
 STUCK_CODE = 1  # exit code
 FORGOTTEN = 256  # DeepSpeed's launcher ends with minus a signal's number, which the system takes modulo this
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
@@ -190,13 +191,20 @@ def least_advanced(beats: Sequence[Beat]) -> list[Beat]:
 
 
 def ask_for_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:
-    """What each rank's main thread is doing, innermost call first; a stopped process says nothing."""
+    """What each rank's main thread is doing, innermost call first; a stopped process writes nothing."""
     before = {beat.rank: size_of(run.stack(beat.rank)) for beat in beats}
+    asked = set()
     for beat in beats:
-        if processes.is_alive(beat.pid, beat.began):
+        state = processes.status(beat.pid, beat.began)
+        if state not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, psutil.STATUS_STOPPED):
             with suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGUSR1)
-    time.sleep(STACK_S)
+                asked.add(beat.rank)
+    ends_at = time.monotonic() + STACK_S
+    earlier, sizes = before, before
+    while time.monotonic() < ends_at and (sizes != earlier or any(sizes[r] == before[r] for r in asked)):
+        time.sleep(STACK_PAUSE_S)
+        earlier, sizes = sizes, {rank: size_of(run.stack(rank)) for rank in before}
     found = {}
     for rank, size in before.items():
         if size_of(run.stack(rank)) > size:

@@ -101,7 +101,10 @@ def _git(*words: str, index: Path | None = None) -> str:
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """The cores that this process may use; on macOS, which cannot tell, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def search_path() -> str:

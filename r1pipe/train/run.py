@@ -22,7 +22,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_i
 from r1pipe.core.paths import RunFolder
 from r1pipe.data.source import Source, check_data_unchanged, open_data
 from r1pipe.model import DeepseekV3, load_pretrained
-from r1pipe.runs import checkpoints, heartbeat, locks
+from r1pipe.runs import checkpoints, heartbeat, locks, machine
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.moved import with_present_parents
@@ -219,4 +219,4 @@ def _leave(folder: RunFolder, line: str) -> NoReturn:
 
 def _threads(config: RunConfig) -> int:
     """CPU threads of this rank: as configured, or the cores divided by the ranks."""
-    return config.engine.threads or max(1, len(os.sched_getaffinity(0)) // config.engine.ranks)
+    return config.engine.threads or max(1, machine.cores() // config.engine.ranks)

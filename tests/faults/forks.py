@@ -22,7 +22,7 @@ from pathlib import Path
 from faults.points import JOB, at, noted, nth_call
 
 HERE = Path(__file__).parents[1]
-LIMIT_S = 600  # for one job
+LIMIT_S = 3600  # for one job
 CALLS = "calls-{}.txt"  # beside a run folder's files: the points that a rank came by, over all its sessions
 
 

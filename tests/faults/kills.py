@@ -216,7 +216,7 @@ def attempt(
 
 
 def command_line(root: Path, command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-P", "-m", "r1pipe.cli.commands", *command, f"root={root}"]
+    return [sys.executable, "-P", "-m", "r1pipe", *command, f"root={root}"]
 
 
 def search_path() -> str:

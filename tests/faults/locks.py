@@ -34,7 +34,7 @@ while not (run.path.parent / "go").exists():
 try:
     with locks.held(run):
         print("has it", flush=True)
-        time.sleep(60)
+        time.sleep(3600)
 except EnvironmentProblem as error:
     print(error, flush=True)
 """
@@ -43,8 +43,8 @@ STARTS = """
 import subprocess, sys, time
 from r1pipe.runs import locks
 from r1pipe.core.paths import RunFolder
-sleeps = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[1]]
-runs = f"import subprocess, time; print(subprocess.Popen({sleeps!r}).pid, flush=True); time.sleep(600)"
+sleeps = [sys.executable, "-c", "import time; time.sleep(3600)", sys.argv[1]]
+runs = f"import subprocess, time; print(subprocess.Popen({sleeps!r}).pid, flush=True); time.sleep(3600)"
 with locks.held(RunFolder(sys.argv[1])) as lock:
     runner = subprocess.Popen([sys.executable, "-c", runs], start_new_session=True)
     lock.add(runner.pid)

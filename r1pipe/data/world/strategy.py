@@ -5,8 +5,6 @@ import re
 from r1pipe.chat.template import parse
 from r1pipe.core.types import Prompt
 
-STRATEGIES = ("careful", "terse", "guess")
-
 
 def strategy_of(prompt: Prompt, text: str) -> str:
     """careful (one equation per step, a search in order), terse (steps joined) or guess (a result)."""

@@ -1,17 +1,17 @@
-"""What is measured (conf/bench/*.yaml) and what a contestant's process is told. Imports no torch."""
+"""What is measured (conf/bench/*.yaml) and the job of a contestant. Imports torch only to name a GPU."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from bench.turns import DTYPES
 from r1pipe.config import ModelConfig
-from r1pipe.config.fields import build
+from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import options, read
-from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.errors import ConfigError, EnvironmentProblem, nearest
 
 KINDS = ("sample", "train", "grpo")
 PEERS = ("transformers", "vllm", "trl")
-PRODUCTS = "products"  # the file in conf/bench/ that is a ProductsConfig
-# Which options each contestant (for one kind of case, where that has its own) knows, and asks for.
+# The options that each contestant requires (for one kind of case, where that has its own).
 OPTIONS = {
     "ours": set(),
     "ours/train": {"attention", "compile", "recompute"},  # keys of conf/engine
@@ -21,11 +21,10 @@ OPTIONS = {
     "trl": {"attention", "experts"},
     "vllm": {"eager"},  # "true": no torch.compile
 }
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # as torch calls them
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Strict):
     """One piece of work that every contestant does, with the ratios it is judged by."""
 
     kind: str  # "sample", "train" (forward, backward, AdamW) or "grpo" (a whole step with KL)
@@ -45,7 +44,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Strict):
     """How a contestant runs its model."""
 
     dtype: str  # "fp32", "bf16" or (ours_fp8) "fp8": what it computes in; training keeps float32 weights
@@ -56,7 +55,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class FP8Step:
+class FP8Step(Strict):
     """Training steps in FP8 beside the same in BF16: how much faster, and whether they learn the same."""
 
     case: Case  # of kind "train"; its floor and goal are of "bf16"
@@ -65,7 +64,7 @@ class FP8Step:
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Strict):
     """A whole bench."""
 
     device: str  # "cpu" or "cuda"
@@ -75,7 +74,6 @@ class BenchConfig:
     cases: list[Case]
     settings: dict[str, list[Setting]]  # by the names of OPTIONS: what is tried; the fastest is measured
     fp8: FP8Step | None
-    products: bool  # whether the products of conf/bench/products.yaml are measured as well
 
     def settings_of(self, contestant: str, kind: str) -> list[Setting]:
         """What is tried in a kind of case: its own settings, or else the contestant's."""
@@ -83,7 +81,7 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
-class ProductsConfig:
+class ProductsConfig(Strict):
     """Which products [M, K] x [N, K] are measured in FP8 and in BF16 (conf/bench/products.yaml)."""
 
     device: str
@@ -95,16 +93,14 @@ class ProductsConfig:
     groups: list[list[int]]  # [experts, rows of each]
     grouped_shapes: list[list[int]]  # [N, K] of each expert
     quantised: list[int]  # [rows, columns] that quantising is measured on
-    judged_rows: (
-        int  # from so many rows on floor and goal count: with fewer the weights' way from memory does
-    )
+    judged_rows: int  # floor and goal count from so many rows on: with fewer, reading the weights dominates
     floors: dict[str, float]  # "chosen" (what engine.kernels=auto takes) or "triton" -> times as fast as BF16
     goal_tflops: float  # of the chosen backend
 
 
 @dataclass(frozen=True)
-class Job:
-    """What one contestant's process is told."""
+class Job(Strict):
+    """The work of one contestant's process."""
 
     contestant: str
     case: Case
@@ -113,9 +109,6 @@ class Job:
     setting: Setting
     device: str
     threads: int
-
-    def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def load_bench(name: str) -> BenchConfig:
@@ -145,7 +138,7 @@ def _check_case(case: Case, where: str) -> None:
 
 def load_products() -> ProductsConfig:
     """conf/bench/products.yaml."""
-    return build(ProductsConfig, _read("bench", PRODUCTS), "products")
+    return build(ProductsConfig, _read("bench", "products"), "products")
 
 
 def of_model(config: BenchConfig, model: str) -> BenchConfig:
@@ -189,3 +182,12 @@ def _read(folder: str, name: str) -> dict[str, Any]:
     if name not in options(folder):
         raise ConfigError(f"conf/{folder}/ has no {name}.yaml; {nearest(name, options(folder))}")
     return read(f"{folder}/{name}")
+
+
+def gpu_name() -> str:
+    """The GPU as its driver calls it. Raises EnvironmentProblem where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
+    return torch.cuda.get_device_name()

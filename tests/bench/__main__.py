@@ -1,9 +1,8 @@
-"""`python -m r1pipe.bench cpu|gpu|tiny|products`: measures, shows progress, prints the tables."""
+"""`PYTHONPATH=tests:. python -m bench cpu|gpu|tiny|products`: measures, shows progress, prints the tables."""
 
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -13,41 +12,39 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from r1pipe.bench.arithmetic import data_sheet
-from r1pipe.bench.config import (
-    PRODUCTS,
+from bench.config import (
     BenchConfig,
     Case,
     FP8Step,
     Job,
     Setting,
+    gpu_name,
     load_bench,
     load_model,
     of_model,
     rehearsal,
 )
-from r1pipe.bench.fp8_table import fp8_table
-from r1pipe.bench.referee import Result, contest, fastest, running
-from r1pipe.bench.table import Row, rows_of, table_of, words
+from bench.referee import Result, contest, fastest, running
+from bench.tables import Row, data_sheet, fp8_table, rows_of, table_of, words
 from r1pipe.core.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
-MATMUL = Case("sample", [], 1, 1, 1, 0, [], {}, {})
+MATMUL = Case("matmul", [], 1, 1, 1, 0, [], {}, {})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a bench; 0, or 2 with one line where it cannot run."""
-    parser = argparse.ArgumentParser(prog="python -m r1pipe.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", help="a file in conf/bench/")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="instead of the file's")
-    parser.add_argument("--model", help="a file in conf/model/, instead of every case's own")
+    parser.add_argument("--model", help="a file in conf/model/, instead of every case's; not for products")
     parser.add_argument("--rehearse", action="store_true", help="try every setting at sizes of no meaning")
     parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="left out where it is missing")
+    given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        given = parser.parse_args(arguments)
-        if given.name == PRODUCTS:
-            from r1pipe.bench import products  # takes torch with it
+        if given.name == "products":
+            from bench import products  # imports torch
 
             products.main(given.device, given.rehearse, console)
             return 0
@@ -61,13 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except R1pipeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return products_apart(config.device, given.rehearse) if config.products else 0
-
-
-def products_apart(device: str, rehearse: bool) -> int:
-    """The products in a process of their own, with the whole GPU, and nothing to lose: its exit code."""
-    line = [sys.executable, "-m", "r1pipe.bench", PRODUCTS, "--device", device]
-    return subprocess.run([*line, *(["--rehearse"] if rehearse else [])], check=False).returncode
+    return 0
 
 
 class Bench:
@@ -138,7 +129,7 @@ class Bench:
         return peaks
 
     def case(self, case: Case, model: str, weights: Path, folder: Path) -> list[Result]:
-        """Every contestant at its fastest setting; one that cannot run is left out, and why is said."""
+        """Every contestant at its fastest setting; one that cannot run is left out, with its reason."""
         jobs = []
         for name in ["ours", *(peer for peer in case.peers if self.installed[peer])]:
             try:
@@ -164,7 +155,7 @@ class Bench:
             return []
 
     def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
-        """The contestant's fastest setting; says what each took. Raises EnvironmentProblem if none runs."""
+        """The contestant's fastest setting; prints what each took. Raises EnvironmentProblem if none runs."""
         settings = self.config.settings_of(name, case.kind)
         if len(settings) == 1:
             return settings[0]
@@ -178,15 +169,6 @@ class Bench:
             self.say(f"{model}, {words(case)}, {name}, {setting}: {took}")
         self.chosen[known] = chosen
         return chosen
-
-
-def gpu_name() -> str:
-    """The GPU as its driver calls it. Raises EnvironmentProblem where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
-    return torch.cuda.get_device_name()
 
 
 def make_weights(model: str, folder: Path) -> None:

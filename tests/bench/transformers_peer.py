@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from r1pipe.bench.config import DTYPES, Job
-from r1pipe.bench.prompts import EOS, PAD, rows
-from r1pipe.bench.turns import Turns
+from bench.config import Job
+from bench.turns import DTYPES, EOS, PAD, Turns, rows
 
 
 def load_options(job: Job) -> dict[str, str]:

@@ -4,7 +4,7 @@ Axes: M, N, K of a product [M, K] x [N, K]; E experts, whose rows are M in all.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from r1pipe.bench.config import ProductsConfig, load_products, small_products
-from r1pipe.bench.products_table import costs_table, products_table
-from r1pipe.core.errors import EnvironmentProblem
+from bench.config import ProductsConfig, gpu_name, load_products, small_products
+from bench.tables import new_table, reached, speedup
 from r1pipe.model.kernels import choice
 from r1pipe.model.kernels.reference import FP8, Scaled, dequantise
 
 BF16 = "bf16"  # as a backend: cuBLAS through torch, and torch's grouped product
 CPU_REPEATS = 3
+TERA, GIGA = 1e12, 1e9
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ def main(device: str | None, rehearse: bool, console: Console) -> None:
     """Measure everything and print two tables. Raises EnvironmentProblem where nothing can be measured."""
     config = load_products()
     config = replace(small_products(config) if rehearse else config, device=device or config.device)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem("needs a CUDA GPU and a CUDA build of torch; there is none here")
+    if config.device == "cuda":
+        gpu_name()
     torch.set_num_threads(config.threads)
     bench = ProductsBench(config, console)
     peaks = bench.peaks()
@@ -150,8 +151,8 @@ class ProductsBench:
             try:
                 out, seconds = work(), self.timed(work)
             except (RuntimeError, ValueError) as error:  # torch's, cuBLAS's or DeepGEMM's
-                told = str(error).partition("\n")[0]
-                self.say(f"{product}: {backend}: {told}; left out")
+                reason = str(error).partition("\n")[0]
+                self.say(f"{product}: {backend}: {reason}; left out")
                 continue
             own = None if backend == BF16 else apart(out, rounded)
             yield Measured(product, backend, seconds, apart(out, exact), own)
@@ -218,3 +219,61 @@ def multiplied(product: Product, x: Tensor, weight: Tensor) -> Tensor:
 def apart(out: Tensor, exact: Tensor) -> float:
     """How far a product is from the exact one, relatively, in the Frobenius norm."""
     return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def products_table(
+    measured: Sequence[Measured], config: ProductsConfig, peaks: dict[str, float], chosen: str
+) -> Table:
+    """A line for each backend and product. `chosen` is what engine.kernels=auto takes."""
+    shown_peaks = ", ".join(f"{name} {peak / TERA:,.0f}" for name, peak in peaks.items())
+    title = f"products [M, K] x [N, K]; measured peaks in TFLOPS: {shown_peaks}"
+    figures = ("us", "TFLOPS", "of peak", "error", "without E4M3's", "faster than BF16 by")
+    table = new_table(title, ("M, N x K", "backend"), figures)
+    bf16_seconds = {result.product: result.seconds for result in measured if result.backend == BF16}
+    for index, result in enumerate(measured):
+        is_bf16 = result.backend == BF16
+        bf16 = None if is_bf16 else bf16_seconds.get(result.product)
+        ratio = None if bf16 is None else speedup(result.seconds, bf16)
+        peak = peaks.get(BF16 if is_bf16 else "fp8")
+        flops = result.product.flops / result.seconds
+        following = measured[index + 1 : index + 2]
+        table.add_row(
+            str(result.product),
+            result.backend,
+            f"{1e6 * result.seconds:,.1f}",
+            f"{flops / TERA:,.1f}",
+            f"{flops / peak:.1%}" if peak else "",
+            f"{result.error:.2e}",
+            "" if result.own_error is None else f"{result.own_error:.2e}",
+            "" if ratio is None else f"{ratio:.2f}",
+            "" if ratio is None else judgement(result, config, ratio, chosen),
+            end_section=not following or following[0].product != result.product,
+        )
+    return table
+
+
+def judgement(result: Measured, config: ProductsConfig, ratio: float, chosen: str) -> str:
+    """Whether a large product reaches the floor of its backend and, if that is the chosen one, the goal."""
+    if result.product.rows < config.judged_rows:
+        return ""
+    names = (["chosen"] if result.backend == chosen else []) + [result.backend]
+    parts = [
+        f"{name}: {reached(ratio, config.floors[name], None)}" for name in names if name in config.floors
+    ]
+    if result.backend == chosen and result.product.flops / result.seconds >= config.goal_tflops * TERA:
+        parts.append(f"goal {config.goal_tflops:g} TFLOPS reached")
+    return ", ".join(parts)
+
+
+def costs_table(costs: Sequence[Cost], config: ProductsConfig) -> Table:
+    """What quantising takes, beside a copy, which is as fast as memory."""
+    rows, columns = config.quantised
+    title = f"quantising {rows} x {columns} from bfloat16"
+    table = new_table(title, ["into"], ("us", "GB/s", "of a copy's"), judged=False)
+    copied = costs[0].bytes / costs[0].seconds
+    for cost in costs:
+        speed = cost.bytes / cost.seconds
+        table.add_row(
+            cost.name, f"{1e6 * cost.seconds:,.1f}", f"{speed / GIGA:,.0f}", f"{speed / copied:.0%}"
+        )
+    return table

@@ -1,6 +1,6 @@
-"""vLLM on the same weights, in its own environment: `VLLM_PYTHON -m r1pipe.bench.vllm_peer JOB.json`.
+"""vLLM on the same weights, in its own environment: `VLLM_PYTHON -m bench.vllm_peer JOB.json`.
 
-Imports vLLM and what of r1pipe needs the standard library alone.
+Imports vLLM and the standard library alone.
 """
 
 import json
@@ -8,9 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from r1pipe.bench.config import DTYPES
-from r1pipe.bench.prompts import rows
-from r1pipe.bench.turns import Turns
+from bench.turns import DTYPES, Turns, rows
 
 # vLLM 0.32's CPU kernel turns the queries of DeepSeek models by wrong angles; plain PyTorch is right.
 WITHOUT_ROTARY_KERNEL = {"custom_ops": ["all", "-rotary_embedding"]}
@@ -18,9 +16,9 @@ WITHOUT_ROTARY_KERNEL = {"custom_ops": ["all", "-rotary_embedding"]}
 
 def main(path: str) -> None:
     """Sample per turn; the engine in this process, so that its memory is this process's."""
+    turns = Turns()
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     case, setting = job["case"], job["setting"]
-    turns = Turns()
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_MLA_DISABLE": "1",  # its MLA kernels take the latent of V3's own size alone

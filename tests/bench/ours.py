@@ -1,15 +1,18 @@
-"""Our side of every case, through the same calls that a stage makes."""
+"""Our side of every case, through the same calls that a stage makes, and where the time of a step goes."""
 
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from r1pipe.bench.config import DTYPES, Job
-from r1pipe.bench.prompts import EOS, PAD, rows
-from r1pipe.bench.shares import shares
-from r1pipe.bench.turns import Turns
+from bench.config import Job
+from bench.turns import DTYPES, EOS, PAD, Turns, rows
 from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.model import DeepseekV3, load_pretrained
@@ -21,11 +24,23 @@ from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.rollout import Sampler, SamplingParams
 
 MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
+KINDS = ("GEMMs", "quantisation", "attention", "other")  # of kernels
+ATTENTION = re.compile("attention|flash|fmha|flex")  # tried first: its kernels are made of matrix products
+PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|\b_?(?:scaled_|grouped_|add|b)?mm\b")
 
 
 def work(job: Job, turns: Turns) -> dict[str, Any] | None:
     """Answer turns with the case of the job."""
-    return {"sample": _sample, "train": _train, "grpo": _grpo}[job.case.kind](job, turns)
+    kinds = {"sample": _sample, "train": _train, "grpo": _grpo, "matmul": _matmul}
+    return kinds[job.case.kind](job, turns)
+
+
+def _matmul(job: Job, turns: Turns) -> None:
+    """A large square product: the peak that speeds are a share of."""
+    side = job.case.prompt
+    left = torch.randn(side, side, dtype=getattr(torch, DTYPES[job.setting.dtype]), device=job.device)
+    right = torch.randn_like(left)
+    turns.run(lambda: left @ right)
 
 
 def _prompts(job: Job) -> list[list[int]]:
@@ -63,7 +78,7 @@ def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
 
 
 def _train(job: Job, turns: Turns) -> dict[str, Any]:
-    """One optimizer step per turn, on the same rows. Tells the last loss and, in FP8, what took time."""
+    """One optimizer step per turn, on the same rows. Reports the last loss and, in FP8, what took time."""
     model = load_pretrained(job.weights).to(job.device)
     engine, _ = _engine(job, model)
     tokens_BT = torch.tensor(
@@ -78,10 +93,10 @@ def _train(job: Job, turns: Turns) -> dict[str, Any]:
 
     losses = []
     turns.run(lambda: losses.append(engine.train_step([loss]).loss))
-    told: dict[str, Any] = {"loss": losses[-1]}
+    facts: dict[str, Any] = {"loss": losses[-1]}
     if job.setting.dtype == "fp8":
-        told["shares"] = shares(lambda: engine.train_step([loss]), job.device == "cuda")
-    return told
+        facts["shares"] = shares(lambda: engine.train_step([loss]), job.device == "cuda")
+    return facts
 
 
 def _grpo(job: Job, turns: Turns) -> None:
@@ -110,3 +125,43 @@ def _grpo(job: Job, turns: Turns) -> None:
         update(engine, rollouts, config, reference)
 
     turns.run(step)
+
+
+def shares(step: Callable[[], object], cuda: bool) -> dict[str, float]:
+    """The share of each kind in the time that `step` spends in the device's kernels.
+
+    On a CPU kernels are torch's operators, and quantising by the reference is among the others.
+    """
+    known = triton_kernels()
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity]) as record:
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in record.events():
+        if cuda and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            spent[kind_of(event.name, known)] += event.time_range.elapsed_us()
+        elif not cuda:
+            spent[kind_of(event.name, known)] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    return {kind: time / whole if whole else 0.0 for kind, time in spent.items()}
+
+
+def kind_of(name: str, known: dict[str, str]) -> str:
+    """One of KINDS, from a kernel's or an operator's name; `known` names ours."""
+    if name in known:
+        return known[name]
+    if ATTENTION.search(name):
+        return "attention"
+    return "GEMMs" if PRODUCTS.search(name) else "other"
+
+
+def triton_kernels() -> dict[str, str]:
+    """The name of each of our Triton kernels, as far as they are imported, and its kind."""
+    kinds: dict[str, str] = {}
+    for module in [name for name in sys.modules if ".kernels.triton_" in name]:
+        kind = "GEMMs" if module.endswith("_products") else "quantisation"
+        content: dict[str, Any] = vars(sys.modules[module])
+        kinds |= {name: kind for name in content if name.startswith("_") and hasattr(content[name], "fn")}
+    return kinds

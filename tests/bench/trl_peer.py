@@ -10,10 +10,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from r1pipe.bench.config import Job
-from r1pipe.bench.prompts import rows
-from r1pipe.bench.transformers_peer import load_options
-from r1pipe.bench.turns import Turns
+from bench.config import Job
+from bench.transformers_peer import load_options
+from bench.turns import Turns, rows
 
 MOST_TURNS = 1000
 
@@ -33,7 +32,7 @@ class _OnTurns(TrainerCallback):
         if self.warm:
             self.turns.end()
         else:
-            self.turns.say(first=0.0)
+            self.turns.warm()
         self.warm = True
         return control
 

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
-from r1pipe.bench.config import Case, Job, Setting
+from bench.config import Case, Job, Setting
 from r1pipe.core.errors import EnvironmentProblem
 
 
@@ -25,7 +25,7 @@ class Result:
     setting: Setting
     seconds: float  # median over the rounds
     memory: int  # peak, bytes: of the process on a CPU, of the GPU there
-    told: dict[str, Any] = field(default_factory=dict)  # what else it said in the end
+    facts: dict[str, Any] = field(default_factory=dict)  # what else it reported in the end
 
 
 class Contestant:
@@ -35,57 +35,51 @@ class Contestant:
         self.job = job
         self.log = folder / f"{job.contestant}.log"
         path = folder / f"{job.contestant}.json"
-        path.write_text(json.dumps(job.to_mapping()))
+        path.write_text(json.dumps(asdict(job)))
         module = "vllm_peer" if job.contestant == "vllm" else "worker"
-        python = pythons.get(job.contestant, sys.executable)
-        here = str(Path(__file__).resolve().parents[2])
+        tests, checkout = Path(__file__).resolve().parents[1:3]
+        search_path = os.pathsep.join([str(tests), str(checkout)])
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [python, "-m", f"r1pipe.bench.{module}", str(path)],
+                [pythons.get(job.contestant, sys.executable), "-m", f"bench.{module}", str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": str(job.threads)},
+                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": str(job.threads)},
             )
-        self._hear()
+        assert self._process.stdin and self._process.stdout
+        self._turns, self._answers = self._process.stdin, self._process.stdout
 
-    def _pipe(self, pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None
-        return pipe
-
-    def _hear(self) -> dict[str, Any]:
-        line = self._pipe(self._process.stdout).readline()
+    def answer(self) -> dict[str, Any]:
+        line = self._answers.readline()
         if not line:
             self._process.wait()
-            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            last = (self.log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"])[-1]
             raise EnvironmentProblem(f"{self.job.contestant} ({self.job.setting}) stopped: {last}")
         return json.loads(line)
 
     def turn(self) -> float:
         """One repetition: its seconds."""
-        pipe = self._pipe(self._process.stdin)
-        try:
-            pipe.write("\n")
-            pipe.flush()
-        except BrokenPipeError:
-            pass  # it has died: _hear says of what
-        return float(self._hear()["seconds"])
+        with suppress(BrokenPipeError):  # it has died: answer() reports why
+            self._turns.write("\n")
+            self._turns.flush()
+        return float(self.answer()["seconds"])
 
     def finish(self) -> dict[str, Any]:
-        """No more turns: its peak `memory` in bytes, and what else it says."""
-        self._pipe(self._process.stdin).close()
-        told = self._hear()
+        """No more turns: its peak `memory` in bytes, and other facts."""
+        self._turns.close()
+        facts = self.answer()
         self._process.wait()
-        return told
+        return facts
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        if self._process.poll() is None:
-            self._process.kill()
+        self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            self._pipe(pipe).close()
+        for pipe in (self._turns, self._answers):
+            with suppress(BrokenPipeError):  # a turn that was never read
+                pipe.close()
 
 
 @contextmanager
@@ -93,6 +87,7 @@ def running(job: Job, folder: Path, pythons: dict[str, str]) -> Iterator[Contest
     """A contestant that has warmed up, and is stopped in the end."""
     contestant = Contestant(job, folder, pythons)
     try:
+        contestant.answer()
         yield contestant
     finally:
         contestant.stop()
@@ -101,7 +96,7 @@ def running(job: Job, folder: Path, pythons: dict[str, str]) -> Iterator[Contest
 def fastest(
     jobs: Sequence[Job], folder: Path, pythons: dict[str, str]
 ) -> tuple[Setting, dict[str, float | str]]:
-    """The setting of the quickest of `jobs`, which differ in nothing else, and what each took (or said).
+    """The setting of the fastest of `jobs`, which differ in nothing else, and each one's seconds or error.
 
     Raises EnvironmentProblem where none of them ran.
     """
@@ -132,6 +127,6 @@ def contest(jobs: Sequence[Job], rounds: int, folder: Path, pythons: dict[str, s
 
 
 def _result(contestant: Contestant, times: Sequence[float]) -> Result:
-    job, told = contestant.job, contestant.finish()
-    memory = int(told.pop("memory"))
-    return Result(job.contestant, job.case, job.model.name, job.setting, median(times), memory, told)
+    job, facts = contestant.job, contestant.finish()
+    memory = int(facts.pop("memory"))
+    return Result(job.contestant, job.case, job.model.name, job.setting, median(times), memory, facts)

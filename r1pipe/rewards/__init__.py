@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy, applies, check_gold, is_correct, summary_of, vote
+from r1pipe.rewards.accuracy import accuracy, check_gold, is_correct, is_verifiable, summary_of, vote
 from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
 from r1pipe.rewards.language import language, language_share
@@ -18,14 +18,14 @@ from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.verdicts import Verdicts
 
 __all__ = [
-    "SHAPES",
+    "SHAPING_REWARDS",
     "TABLE",
     "Shaping",
     "Verdicts",
-    "add_shapes",
-    "applies",
+    "add_shaping_rewards",
     "check_gold",
     "is_correct",
+    "is_verifiable",
     "language_share",
     "score_all",
     "summary_of",
@@ -41,7 +41,7 @@ TABLE: dict[str, Callable[[Prompt, Completion], Score]] = {
 
 # Optional rewards, from stage.rewards, stage.sampling.max_tokens, the completion and its accuracy (None where
 # no rule applies); None where the reward needs that.
-SHAPES: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
+SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
     "cosine": cosine,
     "overlong": overlong,
     "repetition": repetition,
@@ -50,7 +50,7 @@ SHAPES: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score
 
 @dataclass(frozen=True)
 class Shaping:
-    """What the rewards of SHAPES are made from."""
+    """What the rewards of SHAPING_REWARDS are made from."""
 
     config: RewardsConfig
     max_tokens: int  # the longest completion that the sampler draws
@@ -72,11 +72,11 @@ def score_all(
             return score_all(prompts, completions, names, fresh)
     for name in names:
         if name not in TABLE:
-            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPES])}")
+            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPING_REWARDS])}")
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
-            values = verdicts.of(prompts, completions)
+            values = verdicts.results(prompts, completions)
         else:
             values = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
         for row, score in zip(scores, values, strict=True):
@@ -85,19 +85,19 @@ def score_all(
     return scores
 
 
-def add_shapes(
+def add_shaping_rewards(
     scores: Sequence[dict[str, Score]],
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     names: Sequence[str],
     shaping: Shaping,
 ) -> None:
-    """Add the named rewards of SHAPES to scores that hold `accuracy`, where a rule applies.
+    """Add the named rewards of SHAPING_REWARDS to scores that hold `accuracy`, where a rule applies.
 
     `cosine`, which is built on it, is absent where accuracy is.
     """
     for row, completion in zip(scores, completions, strict=True):
         for name in names:
-            score = SHAPES[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
+            score = SHAPING_REWARDS[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
             if score is not None:
                 row[name] = score

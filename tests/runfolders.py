@@ -5,6 +5,8 @@ import math
 import random
 from pathlib import Path
 
+from r1pipe.runs.checkpoints import manifest_hash
+
 STAGES = ["base", "cold_start", "grpo", "rejection_sft", "reward_model", "all_scenario"]
 CONTROLS = ["zero", "control_sft"]
 ACCURACY = {
@@ -233,7 +235,8 @@ def build(
         write_json(folder / "samples.json", samples(stage))
         if stage == "rejection_sft":
             write_json(folder / "data" / "funnel.json", FUNNEL)
-        write_json(folder / "record.json", record(stage, folder.name, seed, created, steps))
+        made = {"checkpoint_hash": manifest_hash(checkpoint)}
+        write_json(folder / "record.json", record(stage, folder.name, seed, created, steps) | made)
     return folder
 
 

@@ -14,7 +14,7 @@ from r1pipe.cli import compare
 from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError
-from r1pipe.runs import checkpoints
+from r1pipe.runs import checkpoints, results
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, shortfalls
 
@@ -166,7 +166,7 @@ def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
         folder = build(tmp_path, stage, seed=3)
         record = json.loads((folder / "record.json").read_text()) | {"metrics": metrics}
         (folder / "record.json").write_text(json.dumps(record))
-    compare.show(compare.rows(tmp_path))
+    compare.show(results.rows(tmp_path))
     shown = capsys.readouterr().out
     assert "reward_model, seed 3, helpful: 80.0% of 300 pairs in order, length r +0.50" in shown
     assert "harmless: area under the curve 0.999 on 300 labels, length r -0.03" in shown

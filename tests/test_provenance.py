@@ -12,8 +12,7 @@ from r1pipe.chat.template import TEMPLATE, Chat
 from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.paths import RunFolder, content_dir
-from r1pipe.data.reading import SET_ASIDE
+from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
 from r1pipe.runs import checkpoints, history, machine
 from r1pipe.runs.lineage.fit import template_hash

@@ -19,7 +19,7 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.launch.progress import Display
-from r1pipe.runs import machine
+from r1pipe.runs import machine, results
 
 SCRIPTS_RELY_ON = {
     *(
@@ -62,7 +62,7 @@ def report(reproduction) -> str:
 
 
 def test_rows_are_in_the_recipes_order_with_the_keys_that_scripts_rely_on(reproduction):
-    rows = compare.rows(reproduction)
+    rows = results.rows(reproduction)
     assert [(row["stage"], row["seed"]) for row in rows] == [
         (s, n) for s in STAGES + CONTROLS for n in (0, 1)
     ]
@@ -70,25 +70,25 @@ def test_rows_are_in_the_recipes_order_with_the_keys_that_scripts_rely_on(reprod
     grpo = next(row for row in rows if row["stage"] == "grpo")
     assert (grpo["pass_at_1"], grpo["samples"], grpo["run_id"]) == (0.79, 2000, "grpo-0")
     assert Path(grpo["run_dir"]) == (reproduction / "grpo-0").resolve()
-    assert json.loads(compare.as_json(rows)) == rows
+    assert json.loads(results.as_json(rows)) == rows
 
 
 def test_the_newest_finished_run_of_a_stage_and_seed_stands(tmp_path):
     build(tmp_path, "grpo", run_id="a", created="2026-01-01T12:00:00+00:00")
     build(tmp_path, "grpo", run_id="b", created="2026-01-01T09:00:00+00:00")
     build(tmp_path, "grpo", run_id="c", finished=False)
-    assert [row["run_id"] for row in compare.rows(tmp_path)] == ["a"]
-    assert [row["run_id"] for row in compare.rows(tmp_path, ["b", str(tmp_path / "a")])] == ["b", "a"]
-    assert compare.rows(tmp_path, pipeline="other") == []
+    assert [row["run_id"] for row in results.rows(tmp_path)] == ["a"]
+    assert [row["run_id"] for row in results.rows(tmp_path, ["b", str(tmp_path / "a")])] == ["b", "a"]
+    assert results.rows(tmp_path, pipeline="other") == []
 
 
 def test_unknown_and_unfinished_runs_are_named(tmp_path):
     build(tmp_path, "grpo", run_id="grpo-s0-1")
     build(tmp_path, "grpo", run_id="half", finished=False)
     with pytest.raises(CheckpointError, match="grpo-s0-1"):
-        compare.rows(tmp_path, ["grpo-s0-2"])
+        results.rows(tmp_path, ["grpo-s0-2"])
     with pytest.raises(CheckpointError, match="half has not finished"):
-        compare.rows(tmp_path, ["half"])
+        results.rows(tmp_path, ["half"])
 
 
 def test_broken_and_poor_records_do_not_stop_the_table(tmp_path, capsys):
@@ -97,18 +97,18 @@ def test_broken_and_poor_records_do_not_stop_the_table(tmp_path, capsys):
     poor = {key: record[key] for key in ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")}
     write_json(folder / "record.json", poor | {"metrics": {"pass_at_1": math.nan}})
     (build(tmp_path, "zero") / "record.json").write_text('{"stage": "zero", "se')
-    rows = compare.rows(tmp_path)
+    rows = results.rows(tmp_path)
     skipped = capsys.readouterr().err
     assert skipped.count("\n") == 1 and "skipped 1 damaged run(s) (zero-0)" in skipped
     with pytest.raises(CheckpointError, match=r"zero-0/record.json is not valid JSON"):
-        compare.rows(tmp_path, ["zero-0"])
+        results.rows(tmp_path, ["zero-0"])
     assert [(row["stage"], row["pass_at_1"], row["wall_s"]) for row in rows] == [("grpo", None, None)]
     assert "grpo" in printed(rows, 100)
     assert "No finished run" in printed([], 100)
 
 
 def test_the_table_fits_and_keeps_controls_apart(reproduction):
-    rows = compare.rows(reproduction)
+    rows = results.rows(reproduction)
     wide = printed(rows, 40)  # a pipe, not a terminal: nothing is left out
     assert max(map(len, wide.splitlines())) <= 100
     assert "79.0 77-81" in wide and "cons" in wide and "…" not in wide
@@ -191,7 +191,7 @@ def test_named_runs_stand_by_their_id_with_the_settings_that_differ(tmp_path):
         config["root"] = run_id  # does not change what a run computes
         config["pipeline"] = "mine" if run_id == "other" else "laptop"
         write_json(folder / "config.json", config)
-    rows = compare.rows(tmp_path, ["high", str(tmp_path / "low")])
+    rows = results.rows(tmp_path, ["high", str(tmp_path / "low")])
     assert [(row["run_id"], row["settings"]) for row in rows] == [
         ("high", {"stage.optim.lr": 3e-4}),
         ("low", {"stage.optim.lr": 1e-4}),
@@ -201,11 +201,11 @@ def test_named_runs_stand_by_their_id_with_the_settings_that_differ(tmp_path):
     assert shown.splitlines()[1].split()[:2] == ["high", "0.0003"]
     narrow = printed(rows, 50, terminal=True)
     assert max(map(len, narrow.splitlines())) <= 50 and "a wider terminal shows: cons" in narrow
-    of_stage = compare.rows(tmp_path, ["grpo"], "laptop")
+    of_stage = results.rows(tmp_path, ["grpo"], "laptop")
     assert [row["run_id"] for row in of_stage] == ["low", "high"], "every one of the stage, oldest first"
     with pytest.raises(CheckpointError, match="other pipelines have one: pipeline=laptop"):
-        compare.rows(tmp_path, ["grpo"], "nobody's")
-    assert "settings" not in compare.rows(tmp_path)[0]
+        results.rows(tmp_path, ["grpo"], "nobody's")
+    assert "settings" not in results.rows(tmp_path)[0]
 
 
 def test_the_counts_below_the_table_are_those_of_each_row(tmp_path):
@@ -214,7 +214,7 @@ def test_the_counts_below_the_table_are_those_of_each_row(tmp_path):
         record = json.loads((folder / "record.json").read_text())
         record["metrics"] |= {"problems": problems, "samples": 4 * problems}
         write_json(folder / "record.json", record)
-    shown = " ".join(printed(compare.rows(tmp_path), 100).split())
+    shown = " ".join(printed(results.rows(tmp_path), 100).split())
     assert "mean over 2,000 samples of 500 held-out problems (cold_start, rejection_sft)" in shown
     assert "mean over 160 samples of 40 held-out problems (grpo)" in shown
 

@@ -2,13 +2,15 @@
 
 import ast
 import json
-import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import IO
 
 import pytest
 from fakes import House
@@ -24,9 +26,9 @@ from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable, without_login, without_secrets
 from r1pipe.data.files import Files
 from r1pipe.launch import command as launch
-from r1pipe.launch import pipeline
+from r1pipe.launch import parents, pipeline
 from r1pipe.runs import checkpoints, lineage, machine
-from r1pipe.tracking import Mirror, store, sync
+from r1pipe.tracking import Mirror, store, sync, ui
 
 CODE = sorted([*Path(r1pipe.__file__).parent.rglob("*.py"), *stages_dir().glob("*.py")])
 BANNED = {
@@ -202,7 +204,7 @@ def test_secrets_are_in_no_file_of_a_run_nor_in_mlflow(
     monkeypatch.setattr(store, "store_uri", lambda root, uri=None: f"sqlite:///{place}")
     monkeypatch.setattr("r1pipe.tracking.mirror.store_uri", lambda root, uri=None: f"sqlite:///{place}")
     given = compose(["stage=cold_start", f"root={house.root}", f"tracking.uri='{address}'"]).config
-    placed = pipeline.place(lineage.with_parents(given))
+    placed = pipeline.place(parents.with_parents(given))
     assert pipeline.run_stage(placed) == 0
     assert (placed.run.path / "mirrored").read_text() == "whole\n" and place.exists()
     assert json.loads(placed.run.config.read_text())["tracking"]["uri"] == f"sqlite:///{place}"
@@ -226,7 +228,8 @@ def test_a_server_that_refuses_us_is_told_without_the_login(tmp_path: Path) -> N
     server = HTTPServer(("127.0.0.1", 0), Accepting)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        folder = build(tmp_path, "grpo", uri=f"http://user:{LOGIN}@127.0.0.1:{server.server_port}")
+        uri = f"http://user:{LOGIN}@127.0.0.1:{server.server_port}"
+        folder = build(tmp_path, "grpo", finished=False, uri=uri)
         with pytest.raises(EnvironmentProblem) as caught:
             Mirror(folder, json.loads((folder / "config.json").read_text())).finish()
         assert LOGIN not in str(caught.value) and "127.0.0.1" in str(caught.value)
@@ -309,14 +312,26 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda path, line, env: started.append(line))
+
+    @contextmanager
+    def server(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen]:
+        started.append(command)
+        yield subprocess.Popen(["true"])
+
+    monkeypatch.setattr(ui, "serving", server)
+    monkeypatch.setattr(ui, "runs_page", lambda address, experiment: address)
+    monkeypatch.setattr(ui.database, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    store.serve_ui(tmp_path, port)
+    tracking = compose([]).config.tracking
+    ui.serve_ui(tmp_path, tracking, port)
     assert started[-1][started[-1].index("--host") + 1] == "127.0.0.1"
-    assert capsys.readouterr().err == ""
-    store.serve_ui(tmp_path, port, host="0.0.0.0")
+    assert "--allowed-hosts" not in started[-1]
+    assert "can read, change and delete all runs" not in capsys.readouterr().err
+    ui.serve_ui(tmp_path, tracking, port, host="0.0.0.0")
     assert started[-1][started[-1].index("--host") + 1] == "0.0.0.0"
+    hosts = started[-1][started[-1].index("--allowed-hosts") + 1]
+    assert f"{socket.gethostname()}:{port}" in hosts.split(",")
     assert "can read, change and delete all runs" in capsys.readouterr().err
-    assert store.is_loopback("::1") and store.is_loopback("localhost") and not store.is_loopback("myhost")
+    assert ui.is_loopback("::1") and ui.is_loopback("localhost") and not ui.is_loopback("myhost")

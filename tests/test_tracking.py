@@ -11,12 +11,21 @@ from pathlib import Path
 import pytest
 import runfolders
 from runfolders import build, config, metric_lines, write_lines
+from tracker import eventually
 
+from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.checkpoints import manifest_hash
 from r1pipe.runs.jsonl import Tail
 from r1pipe.tracking import Mirror, resolve_model, serve_ui, store_uri, sync
 from r1pipe.tracking.naming import final_metrics, flatten
 from r1pipe.tracking.store import connect
+from r1pipe.tracking.writer import RunWriter
+
+
+def tracking(uri: str | None = None) -> TrackingConfig:
+    return TrackingConfig(enabled=True, uri=uri, experiment="r1pipe", model_name="r1pipe")
 
 
 def read_config(folder: Path) -> dict:
@@ -123,9 +132,10 @@ def test_artifacts_inputs_and_model_version(pipeline):
     assert version.tags["run_dir"] == str(folder)
     assert version.tags["parents.weights"].startswith("base base-0 1f1f")
     assert version.tags["parents.data"].startswith("grpo grpo-0 2e2e")
-    assert version.tags["checkpoint_hash"] == "cc" * 16
-    assert resolve_model("models:/r1pipe@rejection_sft", pipeline) == folder / "checkpoints" / "step-16"
-    assert resolve_model(f"models:/r1pipe/{version.version}", pipeline) == folder / "checkpoints" / "step-16"
+    assert version.tags["checkpoint_hash"] == manifest_hash(folder / "checkpoints" / "step-16")
+    for name in ("@rejection_sft", f"/{version.version}"):
+        found = resolve_model(f"models:/r1pipe{name}", pipeline)
+        assert (found.run_id, found.checkpoint) == (folder.name, str(folder / "checkpoints" / "step-16"))
 
 
 def test_a_resumed_run_logs_nothing_twice(root):
@@ -139,14 +149,13 @@ def test_a_resumed_run_logs_nothing_twice(root):
     write_lines(folder / "metrics.jsonl", [line | {"time": line["time"] + 100} for line in lines[6:]])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "train/lo')
-    mirror = Mirror(folder, read_config(folder))
-    mirror.drain()
-    mirror.drain()
+    writer = RunWriter(RunFolder(folder), read_config(folder), store_uri(root))
+    writer.send_lines()
+    writer.send_lines()
     runs = stage_runs(root)
     assert runs["grpo-0"].info.status == "RUNNING"
     history = client_of(root).get_metric_history(runs["grpo-0"].info.run_id, "train/loss")
     assert [point.step for point in history] == list(range(1, 13))
-    mirror.finish()
 
 
 def test_sync_rebuilds_the_store_and_changes_nothing_the_second_time(root):
@@ -182,14 +191,13 @@ def test_what_tripped_is_a_tag_with_its_likely_cause(root):
         {"step": 4, "name": "kl", "message": "tripwire kl: 7.00 nats a token; lower stage.optim.lr"},
     ]
     write_lines(folder / "tripwires.jsonl", lines)
-    mirror = Mirror(folder, read_config(folder))
-    mirror.drain()
+    writer = RunWriter(RunFolder(folder), read_config(folder), store_uri(root))
+    writer.send_lines()
     kl = "tripwire kl: {}.00 nats a token; lower stage.optim.lr"
     assert tags() == {
         "tripwire.kl": f"step 4: {kl.format(7)}",
         "tripwire.verifier": "step 3: tripwire verifier: 5% failed",
     }
-    mirror.finish()
     (folder / "tripwires.jsonl").write_text(json.dumps(lines[0]) + "\n")  # the job went back to step 2
     Mirror(folder, read_config(folder)).finish()
     assert tags() == {"tripwire.kl": f"step 2: {kl.format(9)}"}
@@ -205,31 +213,42 @@ def test_a_dead_server_is_refused_in_one_line(tmp_path):
         Mirror(folder, read_config(folder))
 
 
-def test_a_store_that_cannot_open_is_refused_in_one_line(tmp_path):
-    folder = build(tmp_path, "grpo", uri=f"sqlite:///{tmp_path}/missing/folder/mlflow.db")
+def test_a_store_that_cannot_open_is_refused_in_one_line_but_a_run_that_is_done_stays_done(tmp_path):
+    folder = build(tmp_path, "grpo", uri=f"sqlite:///{tmp_path}/missing/folder/mlflow.db", finished=False)
     (tmp_path / "missing").write_text("a file where a folder should be")
     mirror = Mirror(folder, read_config(folder))
     with pytest.raises(EnvironmentProblem, match=r"tracking\.uri=sqlite") as caught:
         mirror.finish()
     assert "\n" not in str(caught.value)
+    said: list[str] = []
+    (folder / "record.json").write_text("{}")
+    mirror = Mirror(folder, read_config(folder), said.append)
+    mirror.poll()
+    assert mirror.finish() is None
+    assert len(said) == 1 and "the run is done" in said[0] and f"r1pipe sync root={tmp_path}" in said[0]
 
 
-def test_a_failure_later_is_said_once_and_made_good(root):
+def test_a_failure_later_is_reported_once_and_made_good(root, monkeypatch):
     folder = build(root, "grpo", steps=4, finished=False)
     said: list[str] = []
+    attempts: list[int] = []
+    send, refused = RunWriter.send_lines, [True]
+
+    def refuse(writer: RunWriter) -> None:
+        attempts.append(1)
+        if refused:
+            raise OSError("the store is gone")
+        send(writer)
+
+    monkeypatch.setattr(RunWriter, "send_lines", refuse)
+    monkeypatch.setattr("r1pipe.tracking.mirror.EVERY_S", 0.01)
     mirror = Mirror(folder, read_config(folder), said.append)
-    mirror.drain()
-    store, away = root / "mlflow.db", root / "away.db"
-    index = mirror._index.result()
-    store.rename(away)
-    store.mkdir()
-    index.client._tracking_client.store.engine.dispose()  # the connection that is open would not notice
+    eventually(lambda: len(attempts) > 2)
     for step in (5, 6):
         write_lines(folder / "metrics.jsonl", [{"step": step, "time": 3.0 * step, "train/loss": 0.1}])
-        mirror.drain()
-    assert len(said) == 1 and "\n" not in said[0] and "training goes on" in said[0]
-    store.rmdir()
-    away.rename(store)
+    assert len(said) == 1 and "\n" not in said[0] and "training continues" in said[0]
+    mirror.poll()
+    refused.clear()
     mirror.finish()
     history = client_of(root).get_metric_history(stage_runs(root)["grpo-0"].info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
@@ -249,6 +268,8 @@ def test_without_tracking_nothing_is_made(tmp_path):
         ("models:/r1pipe@gpro", "known: models:/r1pipe@cold_start, models:/r1pipe@grpo"),
         ("models:/other@grpo", "none of this name"),
         ("models:/r1pipe", "write models:/NAME@ALIAS"),
+        ("models:/a'b@x", "none of this name"),
+        ("models:/a'b\"c@x", "none of this name"),
     ],
 )
 def test_an_unknown_model_is_named_with_the_known_ones(pipeline, address, message):
@@ -261,9 +282,9 @@ def test_a_store_that_is_not_there_is_not_made_by_asking(tmp_path):
     with pytest.raises(CheckpointError, match="no MLflow store"):
         resolve_model("models:/r1pipe@grpo", tmp_path)
     with pytest.raises(EnvironmentProblem, match="no MLflow store"):
-        serve_ui(tmp_path, 5000)
+        serve_ui(tmp_path, tracking(), 5000)
     with pytest.raises(EnvironmentProblem, match="open http://tracker:5000"):
-        serve_ui(tmp_path, 5000, uri="http://tracker:5000")
+        serve_ui(tmp_path, tracking("http://tracker:5000"), 5000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,7 +301,7 @@ def test_a_server_that_is_not_mlflow_is_refused(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        folder = build(tmp_path, "grpo", uri=f"http://127.0.0.1:{server.server_port}")
+        folder = build(tmp_path, "grpo", finished=False, uri=f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(EnvironmentProblem) as caught:
             Mirror(folder, read_config(folder)).finish()
         assert "\n" not in str(caught.value)

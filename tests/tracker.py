@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -14,6 +15,14 @@ from urllib.request import urlopen
 from r1pipe.tracking.store import QUIET, connect
 
 PATIENCE_S = 120.0  # until it answers, on a busy machine
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait for what a mirror's thread does at its own pace."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
 
 
 class Server:
@@ -70,7 +79,7 @@ def view(uri: str) -> dict:
         runs += client.search_runs([experiment.experiment_id], max_results=1000)
     for run in runs:
         tags = run.data.tags
-        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.launch.pipeline')}"
+        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.pipeline')}"
     shown = {"runs": {}, "models": {}}
     for run in runs:
         tags = {

@@ -22,12 +22,13 @@ def compare(
     Named runs have a row each, with the settings that differ between runs of one stage.
     """
     from r1pipe.cli import compare as table
+    from r1pipe.runs import results
 
     named, overrides = split(runs or [])
     config = composed(overrides)
-    rows = table.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
+    rows = results.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
-        print(table.as_json(rows))
+        print(results.as_json(rows))
     else:
         table.show(rows)
 
@@ -73,9 +74,10 @@ def lineage(
     """
     from r1pipe.cli import lineage_tree
     from r1pipe.cli.lineage_page import write_page
+    from r1pipe.launch import parents
     from r1pipe.runs import lineage as family
 
-    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    found = list(family.ancestors(parents.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
     lineage_tree.show(found)
     if html is not None:
         write_page(found, html)
@@ -146,4 +148,4 @@ def ui(
     from r1pipe.tracking import serve_ui
 
     config = composed(overrides or [])
-    return serve_ui(config.root, port, host, config.tracking.uri)
+    return serve_ui(config.root, config.tracking, port, host)

@@ -77,7 +77,7 @@ class TrackingConfig(Strict):
     """Where MLflow keeps runs; metrics.jsonl in the run folder is always written."""
 
     enabled: bool  # false: no MLflow at all
-    uri: str | None  # tracking server or database; null: sqlite under the root folder
+    uri: str | None  # server or database; by default $MLFLOW_TRACKING_URI; null: sqlite under the root folder
     experiment: str  # MLflow experiment's name
     model_name: str  # registered model whose versions are the checkpoints
 
@@ -117,7 +117,18 @@ def every_rule(config: RunConfig) -> Rules:
     yield from length_rules(config)
     yield from retention_rules(config.stage)
     yield from stage_rules(config)
+    yield from tracking_rules(config.tracking)
     yield from tripwire_rules(config.tripwires)
+
+
+def tracking_rules(tracking: TrackingConfig) -> Rules:
+    """What MLflow would refuse, partly at the end of a run, when it registers the checkpoint."""
+    name = tracking.model_name
+    yield (
+        name.strip() not in ("", ".", "..") and not set("/:") & set(name),
+        f"tracking.model_name={name} must be a name without / and :, and not empty",
+    )
+    yield tracking.experiment.strip() != "", "tracking.experiment must not be empty"
 
 
 def length_rules(config: RunConfig) -> Rules:

@@ -9,8 +9,9 @@ import hashlib
 import importlib.metadata
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import NoReturn
 
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, DataError
@@ -73,7 +74,7 @@ class ReasoningGym:
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
         return []
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> NoReturn:
         raise ConfigError("data=reasoning_gym has no documents to pre-train on; use data=world")
 
 

@@ -3,13 +3,11 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
-from r1pipe.core.paths import RunFolder
+from r1pipe.core.paths import SET_ASIDE, RunFolder
 from r1pipe.core.redaction import publishable
-from r1pipe.data.reading import SET_ASIDE
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.jsonfile import read_object
@@ -19,11 +17,21 @@ from r1pipe.runs.record import OWN_HASH, Code, Edge, History, Record, Result, ow
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
 
+class ChatFormat(Protocol):
+    """What a record keeps of the tokenizer and its template."""
+
+    @property
+    def tokenizer_hash(self) -> str: ...
+
+    @property
+    def template_hash(self) -> str: ...
+
+
 def job_record(
     folder: RunFolder,
     config: RunConfig,
     checkpoint: Path,
-    chat: Chat,
+    chat: ChatFormat,
     result: Result,
     source_hash: str | None = None,
 ) -> Record:

@@ -3,9 +3,11 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from r1pipe.runs.record import Edge, Record
+from r1pipe.runs.results import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
 TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped
@@ -23,6 +25,21 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else _json(value)
             flat[key] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
     return flat
+
+
+def of_run(stage: str, seed: int, run_id: str) -> str:
+    """A stage's run: several of one stage and seed differ in the end of their run ids."""
+    return f"{stage} seed {seed} ({run_id.rpartition('-')[2]})"
+
+
+def description(root: Path, rows: Iterable[dict]) -> str:
+    """A pipeline in Markdown: the table of its finished stages, and the commands that show more."""
+    lines = [f"| stage | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in rows:
+        lines.append(f"| {row['stage']} | {' | '.join(value(row) for value in COLUMNS.values())} |")
+    commands = ("compare", "report", "lineage CHECKPOINT")
+    more = ", ".join(f"`r1pipe {command} root={root}`" for command in commands)
+    return "\n".join([*lines, "", f"Run folders: `{root}`; {more}"])
 
 
 def points(line: dict) -> Iterator[tuple[str, float]]:

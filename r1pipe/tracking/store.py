@@ -1,28 +1,25 @@
-"""Which MLflow store, whether it can be used, and what is asked of it from outside a run."""
+"""Which MLflow store a root's runs go to, whether it can be used, and what it knows of a model."""
 
-import ipaddress
 import logging
 import os
-import socket
 import sqlite3
-import sys
 import urllib.error
 import urllib.request
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from r1pipe.config import RunConfig
+from r1pipe.config import ParentRef, RunConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.redaction import without_login, without_secrets
+from r1pipe.tracking import database
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-LOOPBACK = "127.0.0.1"
+VARIABLE = "MLFLOW_TRACKING_URI"  # conf/tracking/mlflow.yaml takes tracking.uri from it
 PATIENCE_S = 5.0  # a tracking server that does not answer within this time at start is refused
 QUIET = {  # read by mlflow when it is imported
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors reach us as exceptions; told in one line, not as a traceback
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors reach us as exceptions; shown in one line, without traceback
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -40,17 +37,13 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def artifact_folder(root: Path | str) -> Path:
-    """Where artifacts go unless a server keeps them."""
-    return Path(root).resolve() / "mlartifacts"
-
-
 def matching(key: str, value: str) -> str:
-    """A comparison in MLflow's filter language. Raises EnvironmentProblem for a name that none fits."""
+    """A comparison in MLflow's filter language. Raises EnvironmentProblem for what it cannot quote."""
     quote = '"' if "'" in value else "'"
     if quote in value:
         raise EnvironmentProblem(
-            f"MLflow cannot look for {value}: a name with both kinds of quotes; rename it"
+            f"MLflow cannot search for {value}: it has both kinds of quotes; rename it, or run without: "
+            "tracking=none"
         )
     return f"{key} = {quote}{value}{quote}"
 
@@ -61,11 +54,13 @@ def first_line(error: BaseException) -> str:
 
 def failures() -> tuple[type[Exception], ...]:
     """What is raised by a store that is gone, locked, full or refuses us, or a run that cannot be written."""
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     # a database's driver may be missing; a record may be broken
-    return MlflowException, SQLAlchemyError, OSError, ImportError, CheckpointError
+    databases = (SQLAlchemyError, sqlite3.Error, CommandError)
+    return MlflowException, *databases, OSError, ImportError, CheckpointError
 
 
 def check_tracking(config: RunConfig) -> None:
@@ -83,10 +78,16 @@ def check_server_answers(uri: str) -> None:
     except urllib.error.HTTPError:
         return  # it answers; whether it is MLflow, and lets us in, shows with the first call
     except (OSError, ValueError) as error:
-        problem = f"no MLflow server at tracking.uri={without_login(uri)} ({first_line(error)})"
         raise EnvironmentProblem(
-            f"{problem}; start it, leave tracking.uri=null, or run without: tracking=none"
+            f"no MLflow server at {described(uri)} ({first_line(error)}); start it, give tracking.uri=null, "
+            "or run without: tracking=none"
         ) from error
+
+
+def described(uri: str) -> str:
+    """The key, its value without a login, and where it comes from."""
+    origin = f" (from {VARIABLE})" if uri == os.environ.get(VARIABLE) else ""
+    return f"tracking.uri={without_login(uri)}{origin}"
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -96,47 +97,40 @@ def connect(uri: str) -> "MlflowClient":
     check_server_answers(uri)
     from mlflow.tracking import MlflowClient
 
-    _do_not_wait_for_the_disk()
+    database.do_not_wait_for_the_disk()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # mlflow's import has set it to INFO
     try:
+        database.prepare(uri)
         client = MlflowClient(uri, uri)
         client.search_experiments(max_results=1)  # a store opens its database at the first call
     except failures() as error:
-        shown, reason = without_login(uri), without_secrets(first_line(error))
+        reason = without_secrets(first_line(error))
+        path = database.file_of(uri)
+        remedy = f"move {path} away and `r1pipe sync` makes it again" if path and path.is_file() else "fix it"
         raise EnvironmentProblem(
-            f"MLflow cannot use tracking.uri={shown}: {reason}; mend it, or run without: tracking=none"
+            f"MLflow cannot use {described(uri)}: {reason}; {remedy}, or run without: tracking=none"
         ) from error
     return client
 
 
-@cache
-def _do_not_wait_for_the_disk() -> None:
-    """SQLite commits without fsync, which takes most of the time of making MLflow's tables (8 s to 2 s).
-
-    A power cut may then damage mlflow.db; it is an index, and `sync` makes it again from the run folders.
-    """
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    def connected(connection: object, _record: object) -> None:
-        if isinstance(connection, sqlite3.Connection):
-            connection.execute("PRAGMA synchronous = OFF")
-
-    event.listen(Engine, "connect", connected)
+def check_exists(store: str, error: Exception) -> None:
+    """Raise `error` where the store's database is missing: a client would create it."""
+    path = database.file_of(store)
+    if path is not None and not path.exists():
+        raise error
 
 
-def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Path:
-    """The checkpoint folder behind `models:/name@alias` or `models:/name/version`.
+def resolve_model(address: str, root: Path | str, uri: str | None = None) -> ParentRef:
+    """The checkpoint behind `models:/name@alias` or `models:/name/version`, as it was registered.
 
-    Raises CheckpointError when there is no such version or its checkpoint is not on this machine,
-    EnvironmentProblem when the store cannot be used.
+    Raises CheckpointError when there is no such version, EnvironmentProblem when the store cannot be used.
     """
     name, at, alias = address.removeprefix("models:/").partition("@")
     name, _, version = name.partition("/")
     if not name or not (alias or version):
         raise CheckpointError(f"{address}: write models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(root, uri)
-    _check_exists(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
+    check_exists(store, CheckpointError(f"{address}: no MLflow store under {root} yet"))
     client = connect(store)
     from mlflow.exceptions import MlflowException
 
@@ -148,71 +142,15 @@ def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Pat
     except MlflowException as error:
         known = _known_addresses(client, name)
         raise CheckpointError(f"{address}: {first_line(error)}; known: {known}") from error
-    checkpoint = found.tags.get("checkpoint")
-    if not checkpoint or not Path(checkpoint).is_dir():
-        raise CheckpointError(f"{address}: its checkpoint {checkpoint or ''} is not on this machine")
-    return Path(checkpoint)
+    keys = ("stage", "run_id", "checkpoint", "checkpoint_hash")
+    return ParentRef(*(found.tags.get(key, "") for key in keys))
 
 
 def _known_addresses(client: "MlflowClient", name: str) -> str:
-    models = client.search_registered_models(f"name = '{name}'")
-    aliases = sorted(models[0].aliases) if models else []
-    return ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "none of this name"
+    from mlflow.exceptions import MlflowException
 
-
-def _check_exists(store: str, error: Exception) -> None:
-    """A client would make the missing database; who only reads wants to be told."""
-    if store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists():
-        raise error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name: no promise
-        return False
-
-
-def serve_ui(root: Path | str, port: int, host: str = LOOPBACK, uri: str | None = None) -> NoReturn:
-    """Becomes MLflow's server, so that a signal reaches it and nothing stays behind.
-
-    Raises EnvironmentProblem when there is nothing to serve, the store is a server and has its own UI,
-    or the port is taken.
-    """
-    store = store_uri(root, uri)
-    if is_server(store):
-        raise EnvironmentProblem(
-            f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
-        )
-    _check_exists(
-        store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one")
-    )
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port") from error
-    if not is_loopback(host):
-        print(
-            f"warning: whoever reaches {host}:{port} can read, change and delete all runs: MLflow asks for no"
-            " password",
-            file=sys.stderr,
-        )
-    print(f"MLflow's UI: http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    command += ["--backend-store-uri", store, "--default-artifact-root", artifact_folder(root).as_uri()]
-    command += ["--uvicorn-opts", "--log-level warning"]
-    os.execve(sys.executable, command, {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ})
+        aliases = sorted(client.get_registered_model(name).aliases)
+    except MlflowException:
+        return "none of this name"
+    return ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "no alias of this name"

@@ -30,7 +30,6 @@ from tokenizers import AddedToken, Tokenizer, models
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
 from r1pipe.chat.template import SPECIAL_TOKENS, TEMPLATE, Chat
-from r1pipe.cli import compare
 from r1pipe.cli.lineage_page import page
 from r1pipe.cli.report.load import load_runs
 from r1pipe.cli.report.page import page as report_page
@@ -45,7 +44,7 @@ from r1pipe.data.reading import read_tolerant
 from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
-from r1pipe.runs import checkpoints, lineage, metrics_file, retention
+from r1pipe.runs import checkpoints, lineage, metrics_file, results, retention
 from r1pipe.runs.jsonl import Tail
 from r1pipe.runs.lineage.fit import chat_format
 from r1pipe.runs.record import read_record
@@ -242,7 +241,7 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
     def act(content: bytes) -> None:
         first.record.write_bytes(content)
         page(list(lineage.ancestors(start)))
-        compare.rows(root)
+        results.rows(root)
         runs = load_runs(root, None, None)
         if runs:
             report_page(runs, [])

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runfolders import build, metric_lines, write_lines
-from tracker import Server, twice, view
+from tracker import Server, eventually, twice, view
 
 from faults.outcome import Outcome
 from r1pipe.core.errors import EnvironmentProblem
-from r1pipe.tracking import Mirror, sync
+from r1pipe.tracking import Mirror, mirror, sync
 
 STEPS, AT_A_TIME = 40, 8
 
@@ -22,6 +22,7 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
     if short:  # a server takes too long to start; tests/test_tracking_server.py has one
         return
     server = Server(folder)
+    mirror.EVERY_S = 0.05
     try:
         yield killed_in_the_middle(folder / "runs", server.start(), random.Random(seed), times=5)
     finally:
@@ -66,17 +67,16 @@ def mirrored_while_it_dies(root: Path, server: Server, draw: random.Random, numb
     (folder / "metrics.jsonl").unlink()
     record = (folder / "record.json").read_text()
     (folder / "record.json").unlink()
-    mirror = Mirror(folder, json.loads((folder / "config.json").read_text()), lambda line: None)
-    mirror.drain()
+    follower = Mirror(folder, json.loads((folder / "config.json").read_text()), lambda line: None)
+    eventually(lambda: run_id in view(server.uri)["runs"])
     killer = threading.Timer(draw.uniform(0.0, 0.5), server.kill)
     killer.start()
     lines = metric_lines("grpo", STEPS)
     for start in range(0, STEPS, AT_A_TIME):
         write_lines(folder / "metrics.jsonl", lines[start : start + AT_A_TIME])
-        mirror.drain()
         time.sleep(draw.uniform(0.0, 0.1))
     killer.join()
     (folder / "record.json").write_text(record)
     if draw.random() < 0.5:  # back before the job ends
         server.start()
-    mirror.finish()
+    follower.finish()

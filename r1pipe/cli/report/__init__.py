@@ -24,7 +24,7 @@ def write_report(
     pipeline: str | None = None,
     path: Path | str | None = None,
 ) -> Path:
-    """Writes the report of the chosen runs (see `compare.choose`), and curves.png beside it.
+    """Writes the report of the chosen runs (see `results.choose`), and curves.png beside it.
 
     Args:
         root: where run folders are.

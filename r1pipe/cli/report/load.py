@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from r1pipe.cli.compare import choose, row
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.jsonfile import read_json
 from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.results import choose, row
 from r1pipe.runs.stored import StoredRun, stored_runs
 
 
@@ -125,7 +125,7 @@ def _list(path: Path) -> list[dict]:
 
 
 def load_runs(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
-    """The chosen runs; see `compare.choose`. Raises CheckpointError for an unknown one among `names`."""
+    """The chosen runs; see `results.choose`. Raises CheckpointError for an unknown one among `names`."""
     return [StageRun.of(run) for run in choose(root, names, pipeline)]
 
 

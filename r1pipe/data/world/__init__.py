@@ -160,9 +160,9 @@ class World:
         kinds = ("safety", "safety", "safety", *HELPFUL_TASKS[:1])
         return [truth.safety_label(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> corpus.Documents:
         """Endless pre-training text."""
-        return corpus.documents(hash_of(self.seed, seed), self.config.levels)
+        return corpus.Documents(hash_of(self.seed, seed), self.config.levels)
 
 
 def hash_of(*parts: object) -> int:

@@ -5,18 +5,18 @@ ancestor, told with the file.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from r1pipe.config import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.config.changes import mapping_hash
 from r1pipe.core.errors import CheckpointError, ConfigError
-from r1pipe.core.paths import IMPORTED, RunFolder, inside
+from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs import data_files as datafiles
 from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.lineage import fit, places
+from r1pipe.runs.lineage import fit, moved, places
 from r1pipe.runs.record import OWN_HASH, Record, edges, own_hash, read_record, record_beside
 from r1pipe.runs.stored import launched_with
 
@@ -68,7 +68,9 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
     todo = [Step(start, "", 0, None, ())]
     while todo:
         step = todo.pop()
-        folder = located(step)
+        folder = moved.located(step.parent, step.root)
+        if step.parent.run_id == places.BUNDLED and not moved.is_folder(folder):
+            folder = places.bundled_folder()  # of this installation
         here, child = str(folder), step.way[-1] if step.way else ""
         if here in step.way:
             circle = f"{here} is its own ancestor: a record on the way was edited"
@@ -78,7 +80,8 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
         known = key in looked
         found = looked.setdefault(key, look(folder, step)) if not known else looked[key]
         told = tuple(found.problems), tuple(found.notes)
-        yield Ancestor(step.depth, step.edge, moved(step, folder), found.record, *told, child, shown=known)
+        parent = replace(step.parent, checkpoint=here)
+        yield Ancestor(step.depth, step.edge, parent, found.record, *told, child, shown=known)
         if not known:
             way, root = (*step.way, here), run_root(folder)
             todo += [
@@ -87,39 +90,14 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
             ]
 
 
-def moved(step: Step, folder: Path) -> ParentRef:
-    parent = step.parent
-    return ParentRef(parent.stage, parent.run_id, str(folder), parent.hash)
-
-
 def run_root(checkpoint: Path) -> Path | None:
     return checkpoint.parents[2] if len(checkpoint.parents) > 2 else None
-
-
-def located(step: Step) -> Path:
-    """Where a parent is now: in the same root as the child, which may have been copied or moved, else where
-    its child's record says, or the bundled base of this installation."""
-    recorded_at = Path(step.parent.checkpoint)
-    imported = recorded_at.parent.name == IMPORTED
-    own = Path(IMPORTED) if imported else Path(step.parent.run_id, "checkpoints")
-    beside = step.root / own / recorded_at.name if step.root else None
-    for place in (beside, recorded_at):
-        if place is not None and is_folder(place):
-            return place.resolve()
-    return places.bundled_folder() if step.parent.run_id == places.BUNDLED else recorded_at
-
-
-def is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a record may name what is no path at all
-        return False
 
 
 def look(folder: Path, step: Step) -> CheckedFile:
     """Check one checkpoint, its record, and the way back from it."""
     found = CheckedFile(folder)
-    if not is_folder(folder):
+    if not moved.is_folder(folder):
         found.problems.append(f"{folder} is gone")
         return found
     found.problems += broken_files(folder, step.parent.hash)

@@ -4,14 +4,13 @@ CHECKPOINT is a run id, a path (run folder or checkpoint folder), a stage name (
 in this pipeline), or `models:/name@alias`.
 """
 
-import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.config import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.config.groups import read
-from r1pipe.core.errors import CheckpointError, nearest
+from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs.jsonfile import read_object
@@ -96,38 +95,6 @@ def of_stage(
         f"stage {stage} has no finished run in pipeline {place.pipeline} under {place.root}; make it with "
         f"`r1pipe run stage={stage}`{given}{hint}"
     )
-
-
-def resolve(name: str, place: Place) -> ParentRef:
-    """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest known one."""
-    if name.startswith("models:/"):
-        from r1pipe.tracking import resolve_model
-
-        return of_folder(resolve_model(name, place.root, place.tracking_uri))
-    if name in STAGE_TYPES:
-        return of_stage(name, place)
-    if name == BUNDLED:
-        return bundled()
-    for path in (place.root / name, Path(name)):
-        if is_run(path):
-            return of_run(RunFolder(path.resolve()))
-        if path.is_dir():
-            must_be_imported(path)
-            return of_folder(path)
-    known = [run.run_id for run in runs(place.root) if run.record.exists()]
-    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *known])}")
-
-
-def must_be_imported(folder: Path) -> None:
-    """Raises CheckpointError for published weights that `r1pipe import` has not taken in."""
-    config = folder / "config.json"
-    if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
-        model_type = read_object(config).get("model_type")
-        if isinstance(model_type, str):
-            raise CheckpointError(
-                f"{folder} holds published weights (model_type {model_type}); take them in first: "
-                f"r1pipe import {shlex.quote(str(folder))}"
-            )
 
 
 def is_run(path: Path) -> bool:

@@ -1,88 +1,131 @@
 """One run folder written into MLflow. All of it can be done twice: what is there is found, not doubled."""
 
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from r1pipe.config import RunConfig
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs import results
 from r1pipe.runs.jsonl import Tail
 from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
-from r1pipe.tracking.store import artifact_folder, connect, is_server, matching
+from r1pipe.tracking.database import artifact_folder, locked
+from r1pipe.tracking.store import connect, failures, first_line, is_server, matching, store_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
 
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
+MOST_RUNS = 50_000  # of one search
 DIGEST_LENGTH = 36
-PIPELINE, STAGE = "pipeline", "stage"  # what the tag r1pipe.kind says of a run
+PIPELINE, STAGE = "pipeline", "stage"  # values of the tag r1pipe.kind
 ROLLOUT_BYTES = 256 * 2**20  # the newest rollout files up to this size are copied; all stay in the run folder
+REPORT = "report.html"
 
 
-class Index:
-    """The MLflow run of one run folder, a child of its pipeline's run."""
+def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
+    """The experiment's runs with all these `r1pipe.` tags. Raises EnvironmentProblem, MlflowException."""
+    wanted = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
+    return list(client.search_runs([experiment], wanted, max_results=MOST_RUNS))
+
+
+def pipeline_run(client: "MlflowClient", experiment: str, pipeline: str, root: Path) -> str | None:
+    """The id of a pipeline's run. A root that was moved is recognised by the ids of its run folders."""
+    parents = {run.info.run_id: run for run in search(client, experiment, kind=PIPELINE, pipeline=pipeline)}
+    for run_id, run in parents.items():
+        if run.data.tags.get("r1pipe.root") == str(root):
+            return run_id
+    for stage in search(client, experiment, kind=STAGE, pipeline=pipeline):
+        parent = stage.data.tags.get("mlflow.parentRunId")
+        if parent in parents and (root / stage.data.tags["r1pipe.run_id"]).is_dir():
+            return parent
+    return None
+
+
+def add_report(config: RunConfig, page: Path) -> None:
+    """Log the report to the pipeline's run; what fails is a warning, as the report itself is there."""
+    if not config.tracking.enabled:
+        return
+    root = Path(config.root).resolve()
+    try:
+        client = connect(store_uri(root, config.tracking.uri))
+        experiment = client.get_experiment_by_name(config.tracking.experiment)
+        parent = pipeline_run(client, experiment.experiment_id, config.pipeline, root) if experiment else None
+        if parent:
+            client.log_artifact(parent, str(page))
+    except failures() as error:
+        print(f"warning: MLflow does not take {page}: {first_line(error)}", file=sys.stderr)
+    except EnvironmentProblem as error:
+        print(f"warning: {error}", file=sys.stderr)
+
+
+class RunWriter:
+    """Writes a run folder as an MLflow run, a child of its pipeline's run."""
 
     def __init__(self, folder: RunFolder, config: dict, uri: str):
-        """Finds or creates the runs. Raises EnvironmentProblem or MlflowException."""
-        self.folder, self.config = folder, config
+        """Find or create the runs. Raises EnvironmentProblem or MlflowException."""
+        self.folder, self.config, self.root = folder, config, folder.path.parent
         self.client = connect(uri)
         self._uri = uri
         self._tail = Tail(folder.metrics)
         self._unsent: list[tuple[str, float, int, float]] = []  # (name, value, step, seconds)
         self._last_step: dict[str, int] = {}
-        self.parent_id, self.run_id = self._open_runs()
-        for run_id in (self.parent_id, self.run_id):
-            self.client.update_run(run_id, status="RUNNING")
+        with locked(self.root):  # of two processes that start a pipeline together one creates its run
+            self.parent_id, self.run_id = self._open_runs()
         run = self.client.get_run(self.run_id)
         self._trips = {key: text for key, text in run.data.tags.items() if key.startswith(naming.TRIPWIRE)}
         self._start_ms = run.info.start_time
-        for name in run.data.metrics:  # a run that goes on: where each metric stands
+        for name in run.data.metrics:  # where each metric of a resumed run stands
             history = self.client.get_metric_history(self.run_id, name)
             self._last_step[name] = max(point.step for point in history)
         if not run.data.params:
             self._log_params()
 
     def _open_runs(self) -> tuple[str, str]:
-        config, run_dir = self.config, self.folder.path
-        root = str(run_dir.parent)
-        experiment, pipeline, stage = self._experiment(), str(config["pipeline"]), config["stage"]
-        parent = self._run(
-            experiment,
-            pipeline,
-            known_by={"r1pipe.launch.pipeline": pipeline, "r1pipe.root": root, "r1pipe.kind": PIPELINE},
-            tags={},
-        )
-        child = self._run(
-            experiment,
-            f"{stage['name']} seed {config['seed']}",
-            known_by={"r1pipe.run_dir": str(run_dir), "r1pipe.kind": STAGE},
-            tags={
-                "mlflow.parentRunId": parent,
-                "mlflow.source.name": f"stages/{stage['script']}",
-                "r1pipe.launch.pipeline": pipeline,
-                "r1pipe.root": root,
-                "r1pipe.run_id": self.folder.run_id,
-                "r1pipe.stage": stage["name"],
-            },
-        )
-        return parent, child
+        """The ids of the pipeline's run and of the stage's run within it."""
+        experiment, pipeline = self._experiment(), str(self.config["pipeline"])
+        stage, run_id = self.config["stage"], self.folder.run_id
+        common = {"r1pipe.pipeline": pipeline, "r1pipe.root": str(self.root)}
+        parent = pipeline_run(self.client, experiment, pipeline, self.root)
+        parent = self._open(experiment, parent, pipeline, {**common, "r1pipe.kind": PIPELINE})
+        tags = {
+            **common,
+            "mlflow.parentRunId": parent,
+            "mlflow.source.name": f"stages/{stage['script']}",
+            "r1pipe.kind": STAGE,
+            "r1pipe.run_dir": str(self.folder.path),
+            "r1pipe.run_id": run_id,
+            "r1pipe.stage": stage["name"],
+        }
+        known = [run.info.run_id for run in search(self.client, experiment, kind=STAGE, run_id=run_id)]
+        name = naming.of_run(stage["name"], self.config["seed"], run_id)
+        return parent, self._open(experiment, known[0] if known else None, name, tags)
+
+    def _open(self, experiment: str, run_id: str | None, name: str, tags: dict[str, str]) -> str:
+        """Set a run running, with its name and tags as they are now; create it where `run_id` is None."""
+        if run_id is None:
+            began_ms = int(self.folder.config.stat().st_mtime * 1000)
+            tags = {**tags, "mlflow.user": os.environ.get("USER", "r1pipe")}
+            return self.client.create_run(experiment, began_ms, tags, name).info.run_id
+        self.client.update_run(run_id, status="RUNNING", name=name)
+        there = self.client.get_run(run_id).data.tags
+        for key in [key for key, value in tags.items() if there.get(key) != value]:
+            self.client.set_tag(run_id, key, tags[key])
+        return run_id
 
     def _experiment(self) -> str:
         name = self.config["tracking"]["experiment"]
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
-        artifacts = None if is_server(self._uri) else artifact_folder(self.folder.path.parent).as_uri()
-        kind = {
-            "mlflow.experimentKind": "custom_model_development"
-        }  # or the UI opens it as one of chat traces
+        artifacts = None if is_server(self._uri) else artifact_folder(self.root).as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the UI expects chat traces
         return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
-
-    def _run(self, experiment: str, name: str, known_by: dict, tags: dict) -> str:
-        """The run that carries the tags `known_by`, made with `tags` too if there is none."""
-        wanted = " and ".join(matching(f"tags.`{tag}`", value) for tag, value in known_by.items())
-        for run in self.client.search_runs([experiment], wanted, max_results=1):
-            return run.info.run_id
-        began_ms = int(self.folder.config.stat().st_mtime * 1000)
-        tags = {**known_by, **tags, "mlflow.user": os.environ.get("USER", "r1pipe")}
-        return self.client.create_run(experiment, began_ms, tags, name).info.run_id
 
     def _log_params(self) -> None:
         from mlflow.entities import Param
@@ -92,23 +135,21 @@ class Index:
             self.client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
 
     def send_lines(self) -> None:
-        """Brings MLflow up to what the job has written so far."""
+        """Bring MLflow up to what the job has written so far."""
         self._send_metrics()
         self._send_trips()
 
     def _send_trips(self) -> None:
-        """A tag for each tripwire in tripwires.jsonl; one that a job which went back cut off goes."""
+        """A tag for each tripwire in tripwires.jsonl; tags of trips that a resumed job cut off go."""
         trips = naming.trips(Tail(self.folder.tripwires).read())
         for key in self._trips.keys() - trips.keys():
             self.client.delete_tag(self.run_id, key)
-            del self._trips[key]
-        for key, text in trips.items():
-            if self._trips.get(key) != text:
-                self.client.set_tag(self.run_id, key, text)
-                self._trips[key] = text
+        for key in [key for key, text in trips.items() if self._trips.get(key) != text]:
+            self.client.set_tag(self.run_id, key, trips[key])
+        self._trips = trips
 
     def _send_metrics(self) -> None:
-        """Logs what metrics.jsonl has gained; steps that a metric has (the job went back) are left out."""
+        """Log what metrics.jsonl has gained; steps that a metric has (the job went back) are left out."""
         from mlflow.entities import Metric
 
         for line in self._tail.read():
@@ -126,7 +167,7 @@ class Index:
             del self._unsent[: len(batch)]
 
     def end(self) -> str | None:
-        """Logs what the job left; the registered model's address. Without a record the run has failed."""
+        """Log what the job left; the registered model's address. Without a record the run has failed."""
         record = read_record(self.folder.record) if self.folder.record.exists() else None
         address, ended_ms = None, None
         self._log_files()
@@ -135,6 +176,7 @@ class Index:
             self._log_record(record, ended_ms)
             self._log_inputs(record)
             address = self._register(record)
+        self._describe_pipeline()
         for run_id in (self.run_id, self.parent_id):
             self.client.set_terminated(run_id, "FINISHED" if record else "FAILED", ended_ms)
         return address
@@ -182,6 +224,17 @@ class Index:
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         self.client.log_inputs(self.run_id, inputs)
 
+    def _describe_pipeline(self) -> None:
+        """The table of the pipeline's stages as its run's description and as a file, and a current report."""
+        pipeline, record = str(self.config["pipeline"]), self.folder.record
+        rows = results.rows(self.root, None, pipeline)
+        note = naming.description(self.root, rows)
+        self.client.set_tag(self.parent_id, "mlflow.note.content", note)
+        self.client.log_text(self.parent_id, results.as_json(rows), "table.json")
+        page = self.root / REPORT
+        if page.exists() and record.exists() and page.stat().st_mtime_ns >= record.stat().st_mtime_ns:
+            self.client.log_artifact(self.parent_id, str(page))
+
     def _register(self, record: Record) -> str:
         """The checkpoint as a model version with the stage as alias; its weights stay in the run folder."""
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
@@ -191,7 +244,7 @@ class Index:
                 self.client.log_artifact(self.run_id, str(path), "checkpoint")
         tags = {"run_id": self.folder.run_id, "run_dir": str(self.folder.path), "checkpoint": str(checkpoint)}
         tags |= {"stage": stage, "created": str(record.get("created")), **naming.provenance(record)}
-        version = self._version(name, Path(checkpoint).name, tags)
+        version = self._version(name, checkpoint.name, tags)
         if self._is_newest(name, stage, tags["created"]):
             self.client.set_registered_model_alias(name, stage, version)
         return f"models:/{name}@{stage}"
@@ -210,22 +263,21 @@ class Index:
         """The version that this run made, its tags brought up to date; a new one if it has none."""
         from mlflow.exceptions import MlflowException
 
-        known = self.client.search_model_versions(
-            f"{matching('name', name)} and {matching('run_id', self.run_id)}"
-        )
-        if known:
-            for key in [key for key, value in tags.items() if known[0].tags.get(key) != value]:
-                self.client.set_model_version_tag(name, known[0].version, key, tags[key])
-            return known[0].version
+        for known in self.client.search_model_versions(matching("run_id", self.run_id)):
+            if known.name == name:
+                for key in [key for key, value in tags.items() if known.tags.get(key) != value]:
+                    self.client.set_model_version_tag(name, known.version, key, tags[key])
+                return known.version
         try:
             self.client.create_registered_model(name, description="Checkpoints; an alias for each stage.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = (
-            f"runs:/{self.run_id}/checkpoint"  # a server refuses local paths; the tag `checkpoint` has it
-        )
         made = self.client.create_model_version(
-            name, source, self.run_id, tags, description=f"{tags['stage']}, {what} of {tags['run_id']}"
+            name,
+            f"runs:/{self.run_id}/checkpoint",  # a server refuses local paths; the tag `checkpoint` has it
+            self.run_id,
+            tags,
+            description=f"{tags['stage']}, {what} of {tags['run_id']}",
         )
         return made.version

@@ -1,0 +1,127 @@
+"""The SQLite database that is MLflow's store unless a server is: created once and whole, by one process.
+
+MLflow itself creates its tables in several hundred statements, unguarded: of two processes that start
+together one fails, and a kill in between leaves a database that no version of MLflow can open.
+"""
+
+import errno
+import fcntl
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+LOCK = ".mlflow.lock"  # in the root: held while the store, an experiment or a run is created
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # raised by file systems that have no locks
+BUSY_S = 60.0  # how long SQLite waits for another process's transaction
+ARTIFACTS = "mlartifacts"
+
+
+def artifact_folder(root: Path | str) -> Path:
+    """Where artifacts go unless a server keeps them."""
+    return Path(root).resolve() / ARTIFACTS
+
+
+def lock(file: IO[str], wait: bool = True) -> bool:
+    """Lock an open file until it is closed; False where another process has it and `wait` is false."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    return True
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Let one process at a time create something in the root's store."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / LOCK).open("w") as file:
+        lock(file)
+        yield
+
+
+def file_of(uri: str) -> Path | None:
+    """The file of a SQLite store; None for a server or another database."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if uri.startswith("sqlite:///") and path != ":memory:" else None
+
+
+def prepare(uri: str) -> None:
+    """Create the database where it is missing or was left half created, and follow a root that was moved.
+
+    Does nothing for a store that is not SQLite. Raises OSError, sqlite3.Error and what MLflow raises.
+    """
+    path = file_of(uri)
+    if path is None:
+        return
+    if not is_whole(path):
+        with locked(path.parent):
+            if not is_whole(path):  # by now another process may have created it
+                create(path)
+    follow_move(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether MLflow finished creating the tables: the last thing that it adds is the experiment Default."""
+    if not path.is_file():
+        return False
+    with closing(sqlite3.connect(path, timeout=BUSY_S)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if "experiments" in tables:
+            return database.execute("SELECT 1 FROM experiments").fetchone() is not None
+    return bool(tables) and "_alembic_tmp_experiments" not in tables
+
+
+def create(path: Path) -> None:
+    """Create the database beside its place and rename it: a kill leaves the place as it was."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    temporary = path.with_name(f"{path.name}.partial")
+    for leftover in path.parent.glob(f"{temporary.name}*"):
+        leftover.unlink()
+    do_not_wait_for_the_disk()
+    store = SqlAlchemyStore(f"sqlite:///{temporary}", artifact_folder(path.parent).as_uri())
+    store.engine.dispose()
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # of the one that it replaces
+    temporary.replace(path)
+
+
+@cache
+def do_not_wait_for_the_disk() -> None:
+    """Have SQLite commit without fsync, which takes most of the time of creating the tables (8 s to 2 s).
+
+    A power cut may then damage mlflow.db; it is an index, and `sync` makes it again from the run folders.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def connected(connection: object, _record: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", connected)
+
+
+def follow_move(path: Path) -> None:
+    """Correct the absolute addresses that MLflow keeps of artifacts which now lie beside the database."""
+    here = artifact_folder(path.parent)
+    with closing(sqlite3.connect(path, timeout=BUSY_S)) as database, database:
+        locations = database.execute(
+            "SELECT artifact_location FROM experiments"
+            " WHERE artifact_location LIKE ? AND artifact_location != ?",
+            (f"%/{ARTIFACTS}", here.as_uri()),
+        ).fetchall()
+        for (old,) in locations:
+            runs = database.execute("SELECT run_uuid FROM runs WHERE instr(artifact_uri, ?) = 1", (old,))
+            if not any((here / run_id).exists() for (run_id,) in runs):
+                continue  # a store of several roots, each with its own artifacts
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1",
+                    (here.as_uri(), len(old) + 1, old),
+                )

@@ -1,0 +1,135 @@
+"""`r1pipe ui`: MLflow's pages of a root's runs."""
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from r1pipe.config import TrackingConfig
+from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.redaction import without_login
+from r1pipe.tracking import database
+from r1pipe.tracking.store import QUIET, check_exists, is_server, store_uri
+
+LOOPBACK = "127.0.0.1"
+EVERY_ADDRESS = "0.0.0.0"
+LEAVING_S = 10.0  # from SIGTERM to SIGKILL
+ANSWER_S = 10.0
+
+
+def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = LOOPBACK) -> int:
+    """Serve until interrupted, and print the address once it answers; the server's exit code.
+
+    Raises EnvironmentProblem when there is nothing to serve, the store is a server and has its own UI, the
+    port is taken, or the server does not start.
+    """
+    store = store_uri(root, tracking.uri)
+    if is_server(store):
+        raise EnvironmentProblem(
+            f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
+        )
+    check_exists(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
+    check_is_free(host, port)
+    database.prepare(store)
+    if not is_loopback(host):
+        print(
+            f"warning: whoever reaches {host}:{port} can read, change and delete all runs: MLflow asks for no"
+            " password",
+            file=sys.stderr,
+        )
+    print("starting MLflow's server, which takes about ten seconds", file=sys.stderr, flush=True)
+    address = f"http://{LOOPBACK if host == EVERY_ADDRESS else host}:{port}"
+    command = server_command(store, root, port, host)
+    with tempfile.TemporaryFile("w+") as log, serving(command, log) as process:
+        page = None
+        while page is None:
+            if process.poll() is not None:
+                log.seek(0)
+                last = log.read().strip().rpartition("\n")[2]
+                raise EnvironmentProblem(f"MLflow's server did not start: {last}")
+            time.sleep(0.2)
+            page = runs_page(address, tracking.experiment)
+        print(f"MLflow's UI: {page} (Ctrl-C ends it)", flush=True)
+        return process.wait()
+
+
+def check_is_free(host: str, port: int) -> None:
+    """Raises EnvironmentProblem where nothing can listen at the address."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name: no promise
+        return False
+
+
+def server_command(store: str, root: Path | str, port: int, host: str) -> list[str]:
+    words = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
+    words += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
+    words += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
+    return [sys.executable, "-m", "mlflow", "server", *words]
+
+
+@contextmanager
+def serving(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen]:
+    """MLflow's server for the length of a block; no process of it outlives the block."""
+    variables = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LEAVING_S)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def allowed(host: str, port: int) -> list[str]:
+    """Options that let browsers call the server by name: by default it answers to addresses of private
+    networks alone, and takes searches, which are POST requests, from pages of localhost alone."""
+    if is_loopback(host):
+        return []
+    names = {socket.gethostname(), "localhost", LOOPBACK, host}
+    if host == EVERY_ADDRESS:
+        names |= {"192.168.*", "10.*", "172.*"}
+    hosts = [f"{name}:{port}" for name in sorted(names)]
+    origins = [f"http://{name}" for name in hosts]
+    return ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
+
+
+def runs_page(address: str, experiment: str) -> str | None:
+    """The charts of the experiment's runs, or MLflow's welcome page where there is no such experiment; None
+    while the server does not answer."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    name = urllib.parse.quote(experiment)
+    try:
+        query = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}"
+        with direct.open(query, timeout=ANSWER_S) as response:
+            number = json.load(response)["experiment"]["experiment_id"]
+    except urllib.error.HTTPError:
+        return address
+    except OSError:
+        return None
+    return f"{address}/#/experiments/{number}/runs?compareRunsMode=CHART"

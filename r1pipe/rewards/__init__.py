@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy, check_gold, is_correct, is_verifiable, summary_of, vote
+from r1pipe.rewards.accuracy import accuracy as accuracy_reward
+from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, vote
 from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
-from r1pipe.rewards.language import language, language_share
+from r1pipe.rewards.language import language as language_reward
+from r1pipe.rewards.language import language_share
 from r1pipe.rewards.overlong import overlong
 from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.verdicts import Verdicts
@@ -33,9 +35,9 @@ __all__ = [
 ]
 
 TABLE: dict[str, Callable[[Prompt, Completion], Score]] = {
-    "accuracy": accuracy,
+    "accuracy": accuracy_reward,
     "format": format_reward,
-    "language": language,
+    "language": language_reward,
 }
 
 

@@ -578,7 +578,7 @@ def test_general_prompts_that_teach_or_do_not(scenario: Context) -> None:
     assert same.status == WARN and "0% of groups differ" in same.value
     unjudged = judged(scenario, 0.2, 0.9, kind="format")
     assert unjudged.status == FAIL and "no reward model judges them" in unjudged.remedy
-    scenario.probe.groups = [group for group in scenario.probe.groups if rewards.applies(group.prompt)]
+    scenario.probe.groups = [group for group in scenario.probe.groups if rewards.is_verifiable(group.prompt)]
     assert "general_share" in found(scenario, "general prompts").remedy
 
 

@@ -60,7 +60,7 @@ def test_a_score_does_not_depend_on_the_batch_it_comes_in(chat):
 def test_helpful_reads_the_summary_alone_and_harmless_all(chat):
     one, other = (compose_response(reasoning, "A fox ran.") for reasoning in ("Plan.", "Quite another plan."))
     helpful, harmless = (
-        [models.judged_tokens(kind, chat, PROMPT, text) for text in (one, other)] for kind in KINDS
+        [models.scored_tokens(kind, chat, PROMPT, text) for text in (one, other)] for kind in KINDS
     )
     assert helpful[0] == helpful[1] == chat.example(PROMPT, "A fox ran.").tokens
     assert helpful[0][-1] == chat.eos_id

@@ -68,7 +68,7 @@ def test_verdicts_keep_their_order_whatever_ends_first(monkeypatch):
     put(monkeypatch, last_first)
     completions = [drawn(place) for place in range(4)]
     with Verdicts() as found:
-        tell = found.ended(Numbers(), PROMPTS)
+        tell = found.on_completion(Numbers(), PROMPTS)
         for place in (2, 0, 3, 1):
             tell(place, completions[place])
         scores = score_all(PROMPTS, completions, ["accuracy", "format"], found)
@@ -82,7 +82,7 @@ def test_what_was_begun_early_says_what_is_said_late():
     completions = [answered(text) for text in texts]
     with Verdicts() as found:
         for prompt, completion in zip(ROOT[::-1], completions[::-1], strict=True):
-            found.begin(prompt, completion)
+            found.submit(prompt, completion)
         early = score_all(ROOT, completions, ["accuracy", "language"], found)
     assert early == score_all(ROOT, completions, ["accuracy", "language"])
     assert [row["accuracy"].value for row in early] == [1, 0, 0, 1]
@@ -99,7 +99,7 @@ def test_what_has_ended_is_checked_while_others_are_drawn(monkeypatch):
     put(monkeypatch, check)
     completions = [drawn(place) for place in range(4)]
     with Verdicts() as found:
-        tell = found.ended(Numbers(), PROMPTS)
+        tell = found.on_completion(Numbers(), PROMPTS)
         for place, completion in enumerate(completions):
             tell(place, completion)
             assert checked[place].wait(LONG_S), "without anybody asking for it"
@@ -116,7 +116,7 @@ def test_an_item_that_hangs_is_marked_and_holds_up_no_other(monkeypatch):
     monkeypatch.setattr(symbolic, "_idle", idle)
     completions = [answered(text) for text in (r"\boxed{9^{9^{9^9}}}", *[r"\boxed{2^{1/2}}"] * 3)]
     with Verdicts() as found:
-        begun = [found.begin(*pair) for pair in zip(ROOT, completions, strict=True)]
+        begun = [found.submit(*pair) for pair in zip(ROOT, completions, strict=True)]
         assert [future.result() for future in begun[1:]] == [Score(1.0)] * 3
         assert not begun[0].done(), "the others have not waited for it"
         [hanging] = {*workers} - {*idle.queue}
@@ -137,7 +137,7 @@ def test_an_error_in_the_background_reaches_who_asks(monkeypatch, error):
     put(monkeypatch, broken)
     completions = [drawn(place) for place in range(4)]
     with pytest.raises(type(error), match=str(error)), Verdicts() as found:
-        tell = found.ended(Numbers(), PROMPTS)
+        tell = found.on_completion(Numbers(), PROMPTS)
         for place, completion in enumerate(completions):
             tell(place, completion)
         score_all(PROMPTS, completions, ["accuracy"], found)
@@ -157,7 +157,7 @@ def test_nobody_waits_for_checks_when_the_sampler_fails(monkeypatch):
     many = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(20)]
     with pytest.raises(ArithmeticError), Verdicts() as found:
         for place, prompt in enumerate(many):
-            found.begin(prompt, drawn(place))
+            found.submit(prompt, drawn(place))
         raise ArithmeticError
     free.set()
     for thread in found._threads._threads:
@@ -171,7 +171,9 @@ def test_checks_in_the_background_leave_sampling_as_it_is():
     asked, params = [[5, 6], [7], [8, 9], [3]], SamplingParams(max_tokens=16, n=4, seed=5)
     alone = Sampler(model, 1, 0, slots=4).generate(asked, params)
     with Verdicts() as found:
-        judged = Sampler(model, 1, 0, slots=4).generate(asked, params, None, found.ended(Numbers(), ROOT))
+        judged = Sampler(model, 1, 0, slots=4).generate(
+            asked, params, None, found.on_completion(Numbers(), ROOT)
+        )
         score_all([prompt for prompt in ROOT for _ in range(4)], judged, ["accuracy"], found)
     assert [(c.tokens, c.logprobs) for c in judged] == [(c.tokens, c.logprobs) for c in alone]
 

@@ -22,7 +22,7 @@ from r1pipe.data.reading import SHOWN, BadRow, Row, read_tolerant
 from r1pipe.data.rejected_rows import NOWHERE, RejectedRows
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.rewards import check_gold, language_share
-from r1pipe.rewards.answers import repaired
+from r1pipe.rewards.answers import restore_backslashes
 from r1pipe.runs import data_files as datafiles
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ def _problem(row: Row, source: SourceConfig) -> dict[str, str]:
     """Question, gold answer and, where the row has one, the worked solution without marks."""
     columns = source.columns
     answer = text(row, columns["answer"])
-    gold = repaired(_after(answer, source.answer_after, row))
+    gold = restore_backslashes(_after(answer, source.answer_after, row))
     texts = {"question": text(row, columns["question"]), "answer": gold}
     if "solution" in columns:
         solution = text(row, columns["solution"])

@@ -6,8 +6,8 @@ from r1pipe.chat.template import compose_response, parse
 from r1pipe.config import PreferenceConfig
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.doctor.context import SEED, Context, graded
-from r1pipe.rewards import applies
-from r1pipe.rewards.models import NOTHING
+from r1pipe.rewards import is_verifiable
+from r1pipe.rewards.models import NOT_SCORABLE
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS
 from r1pipe.train.rl.advantages import has_variance
@@ -21,7 +21,7 @@ def judged(context: Context, name: str) -> Finding:
     what they earn differs."""
     if _preference(context) is None:
         return Finding(name, PASS, RULES_ALONE)
-    groups = [group for group in context.probe.groups if not applies(group.prompt)]
+    groups = [group for group in context.probe.groups if not is_verifiable(group.prompt)]
     verdicts = [
         score
         for group in groups
@@ -36,7 +36,7 @@ def judged(context: Context, name: str) -> Finding:
     if not verdicts:
         remedy = "no reward model judges them: r1pipe run stage=reward_model"
         return Finding(name, FAIL, shown, remedy)
-    share = sum(score.detail != NOTHING for score in verdicts) / len(verdicts)
+    share = sum(score.detail != NOT_SCORABLE for score in verdicts) / len(verdicts)
     differ = sum(has_variance(group.rewards) for group in groups) / len(groups)
     shown += (
         f"; {share:.0%} of {len(verdicts)} verdicts had something to judge, {differ:.0%} of groups differ"
@@ -68,9 +68,9 @@ def reads(context: Context, name: str) -> Finding:
         )
         told.append(f"{kind}: {changed} of {len(whole)} verdicts change with the reasoning alone")
         if kind == HELPFUL and changed:
-            wrong = "the helpfulness model must read the summary alone; mend judged_tokens"
+            wrong = "the helpfulness model must read the summary alone; mend scored_tokens"
         if kind == HARMLESS and not changed:
-            wrong = "the harmlessness model must read the whole response; mend judged_tokens"
+            wrong = "the harmlessness model must read the whole response; mend scored_tokens"
     shown = "; ".join(told) or "no reward model"
     return Finding(name, FAIL, shown, wrong) if wrong else Finding(name, PASS, shown)
 

@@ -10,7 +10,7 @@ from r1pipe.doctor.context import Context, graded
 from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.rewards import applies
+from r1pipe.rewards import is_verifiable
 from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
@@ -39,7 +39,7 @@ def variance(context: Context, name: str) -> Finding:
     """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
     of none, is a warning too: then only format and language differ. PPO compares with what was expected, so
     that all completions are one group."""
-    groups = [group for group in context.probe.groups if applies(group.prompt)]
+    groups = [group for group in context.probe.groups if is_verifiable(group.prompt)]
     rewards = [reward for group in groups for reward in group.rewards]
     known = [reward for reward in rewards if is_scored(reward)]
     if not known:

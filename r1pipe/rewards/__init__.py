@@ -9,23 +9,25 @@ from dataclasses import dataclass
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy, applies, check_gold, is_correct, summary_of, vote
+from r1pipe.rewards.accuracy import accuracy as accuracy_reward
+from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, vote
 from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
-from r1pipe.rewards.language import language, language_share
+from r1pipe.rewards.language import language as language_reward
+from r1pipe.rewards.language import language_share
 from r1pipe.rewards.overlong import overlong
 from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.verdicts import Verdicts
 
 __all__ = [
-    "SHAPES",
+    "SHAPING_REWARDS",
     "TABLE",
     "Shaping",
     "Verdicts",
-    "add_shapes",
-    "applies",
+    "add_shaping_rewards",
     "check_gold",
     "is_correct",
+    "is_verifiable",
     "language_share",
     "score_all",
     "summary_of",
@@ -33,15 +35,15 @@ __all__ = [
 ]
 
 TABLE: dict[str, Callable[[Prompt, Completion], Score]] = {
-    "accuracy": accuracy,
+    "accuracy": accuracy_reward,
     "format": format_reward,
-    "language": language,
+    "language": language_reward,
 }
 
 
 # Optional rewards, from stage.rewards, stage.sampling.max_tokens, the completion and its accuracy (None where
 # no rule applies); None where the reward needs that.
-SHAPES: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
+SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
     "cosine": cosine,
     "overlong": overlong,
     "repetition": repetition,
@@ -50,7 +52,7 @@ SHAPES: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score
 
 @dataclass(frozen=True)
 class Shaping:
-    """What the rewards of SHAPES are made from."""
+    """What the rewards of SHAPING_REWARDS are made from."""
 
     config: RewardsConfig
     max_tokens: int  # the longest completion that the sampler draws
@@ -72,11 +74,11 @@ def score_all(
             return score_all(prompts, completions, names, fresh)
     for name in names:
         if name not in TABLE:
-            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPES])}")
+            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPING_REWARDS])}")
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
-            values = verdicts.of(prompts, completions)
+            values = verdicts.results(prompts, completions)
         else:
             values = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
         for row, score in zip(scores, values, strict=True):
@@ -85,19 +87,19 @@ def score_all(
     return scores
 
 
-def add_shapes(
+def add_shaping_rewards(
     scores: Sequence[dict[str, Score]],
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     names: Sequence[str],
     shaping: Shaping,
 ) -> None:
-    """Add the named rewards of SHAPES to scores that hold `accuracy`, where a rule applies.
+    """Add the named rewards of SHAPING_REWARDS to scores that hold `accuracy`, where a rule applies.
 
     `cosine`, which is built on it, is absent where accuracy is.
     """
     for row, completion in zip(scores, completions, strict=True):
         for name in names:
-            score = SHAPES[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
+            score = SHAPING_REWARDS[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
             if score is not None:
                 row[name] = score

@@ -142,14 +142,14 @@ def checker_of(prompt: Prompt) -> Checker:
     return CHECKERS.get(task, ANSWER)
 
 
-def applies(prompt: Prompt) -> bool:
+def is_verifiable(prompt: Prompt) -> bool:
     """Whether a rule can judge the prompt at all."""
     return prompt.task not in GENERAL_TASKS
 
 
 def check_gold(prompt: Prompt) -> None:
     """Raises DataError, naming the prompt, where no answer could ever match its gold; for loaders."""
-    if applies(prompt):
+    if is_verifiable(prompt):
         checker_of(prompt).check_gold(prompt)
 
 
@@ -170,7 +170,7 @@ def summary_of(text: str) -> str:
 
 def accuracy(prompt: Prompt, completion: Completion) -> Score:
     """1 or 0 by the task's checker. Raises ValueError on a general prompt: there no rule applies."""
-    if not applies(prompt):
+    if not is_verifiable(prompt):
         raise ValueError(f"accuracy has no rule for task {prompt.task}")
     verdict = checker_of(prompt).check(prompt, summary_of(completion.text))
     heartbeat.tick()

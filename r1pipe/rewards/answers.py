@@ -56,7 +56,7 @@ _ESCAPED = {"\n": "n", "\t": "t", "\f": "f", "\r": "r", "\b": "b"}
 _DAMAGED = re.compile("[\n\t\f\r\b](?=[a-z]{2})")
 
 
-def repaired(gold: str) -> str:
+def restore_backslashes(gold: str) -> str:
     """A gold answer with its LaTeX commands whole: a line break before letters was a backslash."""
     return _DAMAGED.sub(lambda found: "\\" + _ESCAPED[found[0]], gold.strip())
 

@@ -5,7 +5,7 @@ Sample, scored 1: "<think>\\n3+4=7\\n</think>\\n\\nThe answer is 7."
 
 from r1pipe.chat.template import SPECIAL_TOKENS, parse
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import applies, states_answer
+from r1pipe.rewards.accuracy import is_verifiable, states_answer
 
 
 def format_reward(prompt: Prompt, completion: Completion) -> Score:
@@ -26,6 +26,6 @@ def _fault(prompt: Prompt, completion: Completion) -> str:
         return "not exactly one <think>...</think> at the start with text in it and after it"
     if any(token in completion.text for token in SPECIAL_TOKENS):
         return "a special token in the text"
-    if applies(prompt) and not states_answer(prompt, parsed.summary):
+    if is_verifiable(prompt) and not states_answer(prompt, parsed.summary):
         return "the summary states no final answer"
     return ""

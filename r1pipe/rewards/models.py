@@ -26,7 +26,7 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 
 PADDED_TOKENS = 8192  # of one scoring pass
-NOTHING = "cut off, garbage, or no summary to judge"
+NOT_SCORABLE = "cut off, garbage, or no summary to judge"
 
 
 class RewardModel(ScalarModel):
@@ -52,7 +52,7 @@ def point_wise_loss(scores_B: Tensor, safe_B: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores_B, safe_B)
 
 
-def judged_tokens(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
+def scored_tokens(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
     """What a reward model of this kind reads of a response, the end-of-sequence token last."""
     return chat.example(prompt, parse(response).summary if kind == HELPFUL else response).tokens
 
@@ -97,13 +97,13 @@ class Judge:
         character become three each.
         """
         rows = {
-            i: judged_tokens(self.kind, self.chat, prompt, completion.text)
+            i: scored_tokens(self.kind, self.chat, prompt, completion.text)
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
             if self._judges(completion)
         }
         longest = self.model.config.max_position_embeddings
         rows = {i: row for i, row in rows.items() if len(row) <= longest}
-        verdicts = [Score(0.0, detail=NOTHING)] * len(completions)
+        verdicts = [Score(0.0, detail=NOT_SCORABLE)] * len(completions)
         scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
         for i, score in zip(rows, scores, strict=True):
             verdicts[i] = Score(self._reward(score), detail=f"score {score:.3f}")

@@ -10,7 +10,7 @@ from types import TracebackType
 
 from r1pipe.chat.template import Chat
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy, applies, summary_of
+from r1pipe.rewards.accuracy import accuracy, is_verifiable, summary_of
 from r1pipe.rewards.symbolic import WORKERS
 
 
@@ -32,29 +32,29 @@ class Verdicts:
     ) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, prompt: Prompt, completion: Completion) -> Future[Score] | None:
+    def submit(self, prompt: Prompt, completion: Completion) -> Future[Score] | None:
         """Have a completion checked, unless its like is already; None where no rule applies."""
-        if not applies(prompt):
+        if not is_verifiable(prompt):
             return None
         key = (prompt.id, summary_of(completion.text))
         if key not in self._found:
             self._found[key] = self._threads.submit(accuracy, prompt, completion)
         return self._found[key]
 
-    def ended(self, chat: Chat, prompts: Sequence[Prompt]) -> Callable[[int, Completion], None]:
+    def on_completion(self, chat: Chat, prompts: Sequence[Prompt]) -> Callable[[int, Completion], None]:
         """For a sampler of these prompts to call: decodes each completion that has ended, and begins."""
 
         def tell(place: int, completion: Completion) -> None:
             completion.text = chat.decode(completion.tokens)
-            self.begin(prompts[place], completion)
+            self.submit(prompts[place], completion)
 
         return tell
 
-    def of(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:
+    def results(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:
         """The verdict on completion i as an answer to prompt i, waited for; None where no rule applies.
 
         Raises what a check raised.
         """
         pairs = zip(prompts, completions, strict=True)
-        begun = [self.begin(prompt, completion) for prompt, completion in pairs]
+        begun = [self.submit(prompt, completion) for prompt, completion in pairs]
         return [None if future is None else future.result() for future in begun]

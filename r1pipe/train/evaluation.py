@@ -96,7 +96,7 @@ def evaluate(
             return []
         params = SamplingParams(**settings, n=n, seed=_seed(seed, stream), first=rank, stride=world_size)
         tokens = [chat.prompt_tokens(pool[i]) for i in indices]
-        ended = verdicts.ended(chat, [pool[i] for i in indices])
+        ended = verdicts.on_completion(chat, [pool[i] for i in indices])
         return generate(tokens, params, done.next(len(indices) * n), ended)
 
     with Verdicts() as verdicts:

@@ -179,7 +179,9 @@ class GRPO:
         chat, graphs = self.chat, self.run.config.engine.graphs
         with self.engine.gathered() as policy:
             sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.max_num_seqs, graphs, stopping.asked)
-            completions = sampler.generate(tokens, params, self._show_sampling, verdicts.ended(chat, prompts))
+            completions = sampler.generate(
+                tokens, params, self._show_sampling, verdicts.on_completion(chat, prompts)
+            )
         return tokens, completions
 
     def score(

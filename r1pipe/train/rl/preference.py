@@ -113,7 +113,7 @@ def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> l
         judged = [(label.prompt, [label.response], label.safe) for label in data.safety_labels(*drawn)]
     return [
         Item(
-            [models.judged_tokens(kind, chat, prompt, response) for response in responses],
+            [models.scored_tokens(kind, chat, prompt, response) for response in responses],
             len(chat.prompt_tokens(prompt)),
             safe,
         )

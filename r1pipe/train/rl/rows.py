@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.core.types import Group, Prompt, Status
-from r1pipe.rewards import applies
+from r1pipe.rewards import is_verifiable
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import has_variance, is_scored
 from r1pipe.train.rl.scoring import KL
@@ -53,7 +53,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
     rows = []
     for group in groups:
         prompt, differs = group.prompt, has_variance(group.rewards)
-        told = strategy_of if strategy_of and applies(prompt) else None
+        told = strategy_of if strategy_of and is_verifiable(prompt) else None
         for completion, scores, reward, advantage in zip(
             group.completions, group.scores, group.rewards, group.advantages, strict=True
         ):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import SHAPES, Shaping, Verdicts, add_shapes, applies, score_all
+from r1pipe.rewards import SHAPING_REWARDS, Shaping, Verdicts, add_shaping_rewards, is_verifiable, score_all
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl.advantages import group_advantages
 
@@ -63,10 +63,10 @@ def score_groups(
     repeated = [prompt for prompt in prompts for _ in range(size)]
     weighed = {name for name, weight in weights.items() if weight}
     names = {*MEASURED, *weighed} - {*PREFERENCES, KL, *(added or {})}  # the critic brings its own KL
-    scores = score_all(repeated, completions, sorted(names - {*SHAPES}), verdicts)
+    scores = score_all(repeated, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
     if shaping:
-        add_shapes(scores, repeated, completions, sorted(names & {*SHAPES}), shaping)
-    general = [i for i, prompt in enumerate(repeated) if not applies(prompt)]
+        add_shaping_rewards(scores, repeated, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
+    general = [i for i, prompt in enumerate(repeated) if not is_verifiable(prompt)]
     for name, judge in judges.items():
         judged = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
         for i, verdict in zip(general, judged, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group
-from r1pipe.rewards import SHAPES
+from r1pipe.rewards import SHAPING_REWARDS
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import has_variance
 from r1pipe.train.rl.batch import Rollout, by_prompt, collate
@@ -60,7 +60,7 @@ def has_signal(group: Group, weights: Mapping[str, float]) -> bool:
     DAPO (eq. 11) asks for right and wrong answers; here every weighted verdict counts. What shapes the reward
     by length or KL does not: it differs in every group.
     """
-    verdicts = {name: weight for name, weight in weights.items() if name not in (KL, *SHAPES)}
+    verdicts = {name: weight for name, weight in weights.items() if name not in (KL, *SHAPING_REWARDS)}
     return has_variance([total_reward(scores, verdicts, 0.0, False) for scores in group.scores])
 
 

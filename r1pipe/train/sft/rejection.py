@@ -100,7 +100,7 @@ def _draw(
     asked = [prompt for prompt in prompts for _ in range(each)]
     tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
     with Verdicts() as verdicts:
-        completions = sampler.generate(tokens, params, progress, verdicts.ended(chat, prompts))
+        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(chat, prompts))
         scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
     return [Sampled(*sample) for sample in zip(asked, completions, scores, strict=True)]
 

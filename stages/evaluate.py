@@ -11,7 +11,7 @@ import sys
 
 from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
-from r1pipe.model.precision import set_precision
+from r1pipe.model.training import set_precision
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
 from r1pipe.train.run import open_run

@@ -15,10 +15,16 @@ from itertools import accumulate
 
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
+from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.preference import Examples, read_examples, steps_of, train_reward_model
+from r1pipe.train.rl.preference import (
+    Examples,
+    read_examples,
+    steps_of,
+    train_reward_model,
+)
 from r1pipe.train.run import Run, open_run
 
 
@@ -38,9 +44,12 @@ def main(folder: str) -> None:
             train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
         run.saved()
-        nothing = evaluate.measure([], [], [], run.stage.eval) | evaluate.measure_general([], [])
-        quality = {"reward_models": quality_of(checkpoint)}
-        run.finish(checkpoint, chat, nothing | quality, [], data.hash, firsts[-1])
+        metrics: Metrics = {
+            **evaluate.measure([], [], [], run.stage.eval),
+            **evaluate.measure_general([], []),
+            "reward_models": quality_of(checkpoint),
+        }
+        run.finish(checkpoint, chat, metrics, [], data.hash, firsts[-1])
 
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:

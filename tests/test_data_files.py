@@ -16,7 +16,7 @@ from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.config import data as data_rules
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
-from r1pipe.core.types import Completion
+from r1pipe.core.types import GENERAL_TASKS, Completion
 from r1pipe.data import reasoning_gym
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_rows
@@ -25,6 +25,7 @@ from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
 from r1pipe.data.world.strategy import STRATEGIES
 from r1pipe.rewards import TABLE
+from r1pipe.rewards import gym as scorers
 from r1pipe.runs import data_files as datafiles
 
 ROOT = Path(__file__).parents[1]
@@ -294,7 +295,7 @@ def test_the_rules_know_what_the_world_has():
     known = data_rules.WORLD
     assert set(known["tasks"]) == set(corpus.TASKS) and known["languages"] == LANGUAGES
     assert set(known["levels"]) == set(program.STEPS) == set(countdown.SHAPES) == set(word.STEPS)
-    assert data_rules.STYLES == STRATEGIES and set(data_rules.GENERAL_KINDS) == set(general.KINDS)
+    assert data_rules.STYLES == STRATEGIES and {*GENERAL_TASKS} == {*general._MAKERS}
     assert data_rules.USED.keys() == KINDS.keys()
 
 
@@ -460,8 +461,8 @@ def test_reasoning_gym_problems_are_seeded_disjoint_and_scored_by_their_task():
     assert {prompt.task for prompt in splits["test"]} == {"leg_counting", "basic_arithmetic"}
     for prompt in splits["test"]:
         task, entry = prompt.task, prompt.checker["entry"]
-        assert reasoning_gym.score(task, entry, prompt.answer) == 1.0
-        assert reasoning_gym.score(task, entry, "no number") < 1.0
+        assert scorers.score(task, entry, prompt.answer) == 1.0
+        assert scorers.score(task, entry, "no number") < 1.0
 
 
 def test_an_exhausted_task_gives_fewer_and_never_repeats(monkeypatch):
@@ -489,7 +490,7 @@ def test_without_the_package_one_line_says_how_to_get_it(monkeypatch):
             raise ImportError("No module named 'reasoning_gym'")
         return real(name, *rest)
 
-    reasoning_gym._dataset.cache_clear()
+    scorers.dataset.cache_clear()
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(EnvironmentProblem, match="pip install reasoning-gym"):
         gym("chain_sum")

@@ -15,18 +15,18 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import DeepseekV3
 from r1pipe.model.cache import Decoder
-from r1pipe.model.decoders import decoder_of
 from r1pipe.model.kernels import meter, reference
 from r1pipe.model.kernels.fp8 import FP8
-from r1pipe.model.precision import compute_in, fp8_of
+from r1pipe.model.native import decoder_of
+from r1pipe.model.training import compute_in, fp8_of
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rollout import Sampler, SamplingParams
 
 WHOLE = tiny(moe_intermediate_size=32, q_lora_rank=32, num_nextn_predict_layers=1)  # widths that FP8 takes
 
 
-def fp8(power_of_two: bool = False, gradients: str = "tile") -> FP8:
-    return FP8(reference, power_of_two, gradients)
+def fp8(power_of_two: bool = False) -> FP8:
+    return FP8(reference, power_of_two)
 
 
 @pytest.fixture
@@ -94,30 +94,23 @@ def test_v3s_list_of_what_runs_in_fp8():
     assert fp8_of(model) is None
 
 
-@pytest.mark.parametrize("kept", ["tile", "block", "tensor"])
-def test_gradients_are_near_the_models_own(kept):
+def test_gradients_are_near_the_models_own():
     all_chosen = replace(WHOLE, num_experts_per_tok=16, n_group=1, topk_group=1)  # no choice can flip
     model, text = ours(all_chosen), tokens(3, 100, WHOLE)
     plain = gradients(model, text)
-    compute_in(model, fp8(gradients=kept))
+    compute_in(model, fp8())
     found = gradients(model, text)
     whole = [torch.cat([g.flatten() for g in of.values()]) for of in (found, plain)]
     assert 0.001 < (whole[0] - whole[1]).norm() / whole[1].norm() < 0.4
 
 
-@pytest.mark.parametrize("kept", ["block", "tensor", "none"])
-def test_coarse_scales_lose_what_tiles_keep(kept):
-    """A token whose gradient is a millionth of its neighbour's: what scales of tiles are for."""
+def test_scales_of_tiles_keep_what_one_scale_would_lose():
+    """A token whose gradient is a millionth of its neighbour's."""
     x, weight = torch.ones(2, 16), torch.ones(16, 16)
     d_out = torch.tensor([[1.0], [1e-6]]).expand(2, 16)
-
-    def d_x(how: FP8) -> torch.Tensor:
-        leaf = x.clone().requires_grad_()
-        how.linear(leaf, weight, "dense").backward(d_out)
-        return leaf.grad
-
-    assert d_x(fp8())[1].tolist() == pytest.approx([16e-6] * 16, rel=0.07)
-    assert d_x(fp8(gradients=kept))[1].tolist() == [0.0] * 16
+    x.requires_grad_()
+    fp8().linear(x, weight, "dense").backward(d_out)
+    assert x.grad[1].tolist() == pytest.approx([16e-6] * 16, rel=0.07)
 
 
 # --- the engine
@@ -289,7 +282,6 @@ def test_grpo_runs_in_fp8(tmp_path):
         (["engine.precision=fp8"], "engine.precision=fp8 needs engine.zero_level=1"),
         (["precision=fp16"], "engine.precision=fp16 is none of fp32, bf16, fp8"),
         (["kernels=cutlass"], "engine.kernels=cutlass is none of auto, triton"),
-        (["engine.fp8.gradients=row"], "engine.fp8.gradients=row is none of tile, block, tensor, none"),
         (["engine.moments=fp8"], "engine.moments=fp8 is none of fp32, bf16"),
     ],
 )

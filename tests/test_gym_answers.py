@@ -1,13 +1,17 @@
 """reasoning-gym's scorers: several evaluate what they are given, and none may run what a model wrote."""
 
-import time
+import ast
+import importlib.metadata
+import inspect
+import textwrap
+from types import FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
-from r1pipe.core.errors import ConfigError
+from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.data import gym_answers, reasoning_gym
-from r1pipe.rewards import score_all, symbolic
+from r1pipe.rewards import gym, score_all, symbolic
 from r1pipe.rewards.jailed import encode
 
 factory = pytest.importorskip("reasoning_gym.factory")
@@ -49,18 +53,60 @@ def verdicts(task, entry, answers):
     return [row["accuracy"] for row in score_all([prompt] * len(texts), completions, ["accuracy"])]
 
 
-def test_what_evaluates_its_answers_is_found_through_helpers_too():
-    found = {task for task, (scored, _) in factory.DATASETS.items() if gym_answers.evaluates(scored)}
-    assert found >= {*gym_answers.GRAMMARS, "polynomial_multiplication", "simple_integration"}
-    assert "bitwise_arithmetic" in found  # by a function of its module
-    assert not found & {
-        "chain_sum",
-        "leg_counting",
-        "basic_arithmetic",
-        "propositional_logic",
-        "gsm_symbolic",
-    }
-    assert len(found) < 20
+EVALUATING = {"eval", "exec", "compile", "__import__"}
+EVALUATING_PACKAGES = {"builtins", "importlib", "os", "pickle", "subprocess", "sympy"}
+
+
+def evaluates(scored: type) -> bool:
+    """Whether `score_answer` of a class can reach `eval` or sympy through the code of its package."""
+    package = _package(scored)
+    reached: list[tuple[Any, Any]] = [(getattr(scored, "score_answer"), scored)]  # noqa: B009 - of any class
+    seen = set()
+    while reached:
+        function, owner = reached.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        names, attributes, imported = _written(function)
+        known = function.__globals__
+        objects = [known[name] for name in names if name in known]
+        packages = imported | {_package(each) for each in objects}
+        if names & EVALUATING or packages & EVALUATING_PACKAGES:
+            return True
+        holders = [each for each in (owner, *objects) if _package(each) == package]
+        objects += [getattr(holder, name, None) for holder in holders for name in attributes]
+        for each in objects:
+            parts = vars(each).values() if isinstance(each, type) else [each]
+            functions = (inspect.unwrap(getattr(part, "__func__", part)) for part in parts)
+            of = each if isinstance(each, type) else owner
+            reached += [(one, of) for one in functions if _package(one) == package and _has_source(one)]
+    return False
+
+
+def _package(thing: Any) -> str:
+    name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
+    return str(name).partition(".")[0]
+
+
+def _has_source(function: Any) -> bool:
+    """Not so what `dataclass` generates."""
+    return isinstance(function, FunctionType) and not function.__code__.co_filename.startswith("<")
+
+
+def _written(function: FunctionType) -> tuple[set[str], set[str], set[str]]:
+    """The names in a function's source, the attributes, and the packages that it imports itself."""
+    names, attributes, imported = set(), set(), set()
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        match node:
+            case ast.Name(id=name):
+                names.add(name)
+            case ast.Attribute(attr=name):
+                attributes.add(name)
+            case ast.ImportFrom(module=str(module)):
+                imported.add(module.partition(".")[0])
+            case ast.Import(names=modules):
+                imported |= {module.name.partition(".")[0] for module in modules}
+    return names, attributes, imported
 
 
 class Indirect:
@@ -86,20 +132,34 @@ class Harmless:
 
 
 def test_evaluation_is_found_behind_methods_classes_and_imports():
-    assert gym_answers.evaluates(Indirect) and not gym_answers.evaluates(Harmless)
+    assert evaluates(Indirect) and not evaluates(Harmless)
 
 
-@pytest.mark.parametrize("task", ["polynomial_multiplication", "bitwise_arithmetic"])
+def test_the_tables_name_every_scorer_that_evaluates_answers():
+    evaluating = {task for task, (scored, _) in factory.DATASETS.items() if evaluates(scored)}
+    assert evaluating == gym.REFUSED | {*gym.GRAMMARS}
+    assert importlib.metadata.version("reasoning-gym") == gym.VERSION
+
+
+def test_another_version_is_refused_with_the_remedy(monkeypatch):
+    gym.dataset.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
+    with pytest.raises(
+        EnvironmentProblem, match=f"reasoning-gym 99.0 .*pip install reasoning-gym=={gym.VERSION}"
+    ):
+        gym.dataset("chain_sum")
+
+
+@pytest.mark.parametrize("task", sorted(gym.REFUSED))
 def test_a_task_that_evaluates_and_has_no_grammar_is_refused(task):
-    with pytest.raises(ConfigError, match=rf"the scorer of {task} evaluates.*these can be used: countdown"):
-        reasoning_gym.load(task)
+    with pytest.raises(ConfigError, match=rf"the scorer of {task} evaluates.*can be used: countdown"):
+        gym.dataset(task)
     [score] = verdicts(task, entries(task, 1)[0], ["x"])  # as from a file of another version
     assert score.status is Status.VERIFIER_FAILED and "ConfigError" in score.detail
 
 
-@pytest.mark.parametrize("task", gym_answers.GRAMMARS)
-def test_attacks_leave_nothing_behind_and_earn_nothing(task, tmp_path, monkeypatch):
-    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 30.0)  # a busy machine is no hanging item
+@pytest.mark.parametrize("task", gym.GRAMMARS)
+def test_attacks_leave_nothing_behind_and_earn_nothing(task, tmp_path):
     mark, entry = tmp_path / "mark", entries(task, 1)[0]
     found = verdicts(task, entry, [attack.replace(MARK, str(mark)) for attack in ATTACKS])
     assert [score.value for score in found] == [0.0] * len(ATTACKS)
@@ -107,7 +167,7 @@ def test_attacks_leave_nothing_behind_and_earn_nothing(task, tmp_path, monkeypat
     assert not mark.exists() and not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("task", gym_answers.GRAMMARS)
+@pytest.mark.parametrize("task", gym.GRAMMARS)
 def test_right_answers_are_still_right_and_wrong_ones_wrong(task):
     for entry in entries(task, 12):
         right, wrong = verdicts(task, entry, [str(entry["answer"]), "7"])
@@ -126,12 +186,10 @@ def test_a_scorer_is_never_called_in_this_process(monkeypatch):
 
 
 def test_a_scorer_that_hangs_costs_its_item_alone(monkeypatch):
-    monkeypatch.setattr(symbolic, "ITEM_LIMIT_S", 2.5)
+    monkeypatch.setattr(symbolic, "ITEM_CPU_LIMIT_S", 2.5)
     entry = entries("coin_flip", 1)[0]
-    began = time.monotonic()
     hanging, right = verdicts("coin_flip", entry, ["1e999999999", entry["answer"]])  # a Fraction of it
     assert hanging.status is Status.VERIFIER_FAILED and right == Score(1.0)
-    assert time.monotonic() - began < 2 * symbolic.START_LIMIT_S
 
 
 def test_entries_reach_the_scorer_with_their_tuples_and_numbers_as_keys():

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from fakes import House
+from runfolders import build
 
 from r1pipe.cli import compare
 from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints
+from r1pipe.runs import checkpoints, results
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, shortfalls
 
@@ -140,6 +140,21 @@ def test_a_weak_judge_is_refused_before_the_job_starts(weak: House, capsys: pyte
     assert len(weak.runs("all_scenario")) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"accuracy": 0.', "is not valid JSON"), ('{"accuracy": "high"}', "accuracy is wrong")],
+)
+def test_a_damaged_quality_file_is_one_line(
+    weak: House, capsys: pytest.CaptureFixture, content: str, message: str
+) -> None:
+    checkpoint = weak.runs("reward_model")[0] / "checkpoints" / "step-1"
+    (checkpoint / HELPFUL / "quality.json").write_text(content)
+    capsys.readouterr()
+    assert weak.call("run", "stage=all_scenario", "parent=pretrain") == 2
+    err = capsys.readouterr().err
+    assert "quality.json" in err and message in err and err.count("\n") == 1
+
+
 # --- what is shown
 
 
@@ -148,11 +163,10 @@ def test_the_table_tells_how_the_models_were_judged_and_which_were_forced(
 ) -> None:
     forced = {"weak_judges": 1, "forced_judges": ["helpful share of held-out pairs in order 0.5"]}
     for stage, metrics in (("reward_model", {"reward_models": GOOD}), ("all_scenario", forced)):
-        (tmp_path / stage).mkdir()
-        record = {"stage": stage, "seed": 3, "metrics": metrics}
-        (tmp_path / stage / "record.json").write_text(json.dumps(record))
-    rows = [compare.row(RunFolder(tmp_path / stage)) for stage in ("reward_model", "all_scenario")]
-    compare.show(rows)
+        folder = build(tmp_path, stage, seed=3)
+        record = json.loads((folder / "record.json").read_text()) | {"metrics": metrics}
+        (folder / "record.json").write_text(json.dumps(record))
+    compare.show(results.rows(tmp_path))
     shown = capsys.readouterr().out
     assert "reward_model, seed 3, helpful: 80.0% of 300 pairs in order, length r +0.50" in shown
     assert "harmless: area under the curve 0.999 on 300 labels, length r -0.03" in shown

@@ -9,11 +9,11 @@ from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from torch import Tensor
 
 from r1pipe.model import DeepseekV3
-from r1pipe.model.balance import Balance
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.moe import Balance
 from r1pipe.train.engine.engine import Engine
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.04}  # ||a - b|| / ||b||; bfloat16: of whole models
@@ -154,5 +154,7 @@ def test_without_shared_experts(monkeypatch):
 def test_weights_of_another_type_are_refused():
     layer = SwiGLU(64, 96)
     layer.up_proj.bfloat16()
-    with pytest.raises(TypeError, match=r"weights of torch.bfloat16 .* inputs of torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"up must be torch.float32 \[96, 64\] on the CPU, not torch.bfloat16"
+    ):
         layer(torch.ones(3, 64))

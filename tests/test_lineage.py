@@ -14,8 +14,9 @@ from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints, history, lineage, provenance, recorded
+from r1pipe.runs import checkpoints, history, lineage, provenance
 from r1pipe.runs import data_files as datafiles
+from r1pipe.runs.record import own_hash, record_beside
 
 
 def write(path: Path, content: object) -> None:
@@ -61,7 +62,7 @@ def made(
     history.note(run, [Change("stage.keep", 2, 5)])
 
     def edge(parent: ParentRef) -> dict:
-        theirs = recorded.record_beside(Path(parent.checkpoint))
+        theirs = record_beside(Path(parent.checkpoint))
         known = json.loads(theirs.read_text()) if theirs.exists() else {}
         return vars(parent) | {"record_hash": known.get("record_hash")}
 
@@ -84,7 +85,7 @@ def made(
         "template_hash": lineage.fit.template_hash(checkpoint),
         "metrics": {"pass_at_1": 0.5},
     }
-    write(run.record, record | {"record_hash": recorded.own_hash(record)})
+    write(run.record, record | {"record_hash": own_hash(record)})
     return run.path
 
 
@@ -210,8 +211,8 @@ def test_a_manifest_made_anew_for_other_weights_is_found_by_the_child(family):
         ({"checkpoint": "../../elsewhere"}, "is no file of"),
         ({"checkpoint_hash": "00"}, "names another checkpoint_hash"),
         ({"template_hash": "00"}, "has another template than"),
-        ({"parents": [1, 2]}, "parents is missing or of a wrong type"),
-        ({"metrics": {"pass_at_1": "high"}}, "metrics.pass_at_1 is missing or of a wrong type"),
+        ({"parents": [1, 2]}, "parents is wrong (Input should be a valid dictionary)"),
+        ({"metrics": {"pass_at_1": "high"}}, "metrics.pass_at_1 is wrong (Input should be a valid number)"),
     ],
 )
 def test_an_edited_record_is_shown(family, changes, told):
@@ -223,7 +224,7 @@ def test_a_record_edited_with_its_own_hash_made_anew_is_found_by_the_child(famil
     family.edit(family.cold, "record.json", metrics={"pass_at_1": 0.9})
     family.edit(family.cold, "evaluation.json", pass_at_1=0.9)
     record = json.loads((family.cold / "record.json").read_text())
-    family.edit(family.cold, "record.json", record_hash=recorded.own_hash(record))
+    family.edit(family.cold, "record.json", record_hash=own_hash(record))
     assert family.problems() == {
         family.cold.name: f"{family.cold / 'record.json'} has changed since its child was made from it"
     }
@@ -298,7 +299,7 @@ def test_a_record_of_an_older_version_is_walked(family):
     write(family.grpo / "record.json", grpo)
     last = json.loads((family.last / "record.json").read_text())
     last["parents"]["data"][0].pop("record_hash")
-    write(family.last / "record.json", last | {"record_hash": recorded.own_hash(last)})
+    write(family.last / "record.json", last | {"record_hash": own_hash(last)})
     assert family.problems() == {}
 
 
@@ -311,8 +312,8 @@ def test_a_checkpoint_of_an_unfinished_run_has_the_edges_of_its_config(family):
 def test_the_page_stands_alone_and_has_every_edge_and_problem(family):
     (family.cold / "checkpoints/step-1/model.safetensors").write_text("<script>alert(1)</script>")
     html = page(family.walk())
-    assert html.count('<path class="weights"') == 3 and html.count('<path class="data"') == 1
-    assert html.count("<rect") == 4 and html.count('class="broken"') == 1
+    assert html.count('<li class="weights"') == 3 and html.count('<li class="data"') == 1
+    assert html.count("<section") == 4 and html.count('class="broken"') == 1
     assert "model.safetensors is not what was saved" in html
     assert "http" not in html.replace("http-equiv", "") and "<script" not in html
 
@@ -323,7 +324,7 @@ def test_the_command_draws_both_and_ends_with_1_where_something_is_wrong(tmp_pat
     house.call("run", "stage=grpo")
     html = tmp_path / "lineage.html"
     assert house.call("lineage", "grpo", "--html", str(html)) == 0
-    assert html.read_text().count("<rect") == 3
+    assert html.read_text().count("<section") == 3
     (house.runs("cold_start")[0] / "checkpoints/step-1/model.safetensors").unlink()
     capsys.readouterr()
     assert house.call("lineage", "grpo", "--html", str(html)) == 1

@@ -11,12 +11,13 @@ from jobs import tiny, write_run
 from r1pipe.chat.template import TEMPLATE, Chat
 from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
-from r1pipe.core.paths import RunFolder, content_dir
-from r1pipe.data.reading import SET_ASIDE
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
-from r1pipe.runs import checkpoints, history, machine, recorded
+from r1pipe.runs import checkpoints, history, machine
 from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.provenance import FORMAT, job_record, write_json
+from r1pipe.runs.record import edges, own_hash, read_record
 
 MADE = {
     "wall_s": 1.5,
@@ -62,7 +63,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
 
     record = json.loads(json.dumps(job_record(run, config, checkpoint, chat, dict(MADE), "50" * 32)))
     write_json(run.record, record)
-    assert recorded.read_record(run.record) == record, "what reads records takes it"
+    assert read_record(run.record) == record, "what reads records takes it"
     assert (record["format"], record["run_id"], record["stage"], record["seed"]) == (
         FORMAT,
         "grpo-s7-1",
@@ -71,7 +72,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     )
     edge = vars(parent) | {"record_hash": "the hash of the parent's record"}
     assert record["parents"] == {"weights": edge, "data": [edge]}
-    assert [(kind, found) for kind, found, _ in recorded.edges(record)] == [
+    assert [(kind, found) for kind, found, _ in edges(record["parents"])] == [
         ("weights", parent),
         ("data", parent),
     ]
@@ -110,7 +111,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     assert record["checkpoint"] == "checkpoints/step-3"
     assert record["checkpoint_hash"] == checkpoints.manifest_hash(checkpoint)
     assert record["versions"] == {name: machine.version(name) for name in machine.PACKAGES}
-    assert record["record_hash"] == recorded.own_hash(record)
+    assert record["record_hash"] == own_hash(record)
 
 
 def test_the_launcher_writes_the_diff_beside_the_revision(
@@ -121,3 +122,23 @@ def test_the_launcher_writes_the_diff_beside_the_revision(
     launch.write_down(replace(tiny("grpo"), root=str(tmp_path / "runs")), run, [])
     assert run.diff.read_text() == "the diff\n"
     assert set(json.loads(run.env.read_text())["code"]) == {"revision", "dirty"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"stage": None}, "stage is wrong"),
+        ({"metrics": {"by_task": {"word": {"greedy": "0.5"}}}}, r"metrics\.by_task\.word\.greedy is wrong"),
+        ({"metrics": {"pass_at_1_ci": [0.5]}}, r"metrics\.pass_at_1_ci is wrong"),
+        ({"seconds": {"update": True}}, r"seconds\.update is wrong"),
+        ({"parents": {"data": [{"stage": "grpo"}]}}, r"parents\.data\.0\.run_id is missing"),
+    ],
+)
+def test_a_damaged_record_names_file_key_and_remedy(tmp_path: Path, changes: dict, told: str) -> None:
+    good = content_dir() / "base" / "record.json"
+    assert read_record(good)["stage"] == "pretrain", "a record of an older version"
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(json.loads(good.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=told) as error:
+        read_record(path)
+    assert str(path) in str(error.value) and "run the stage again" in str(error.value)

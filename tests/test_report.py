@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -13,10 +14,12 @@ from runfolders import CONTROLS, STAGES, build, build_all, write_json, write_lin
 
 from r1pipe.cli import compare
 from r1pipe.cli.report import write_report
-from r1pipe.cli.report.load import load_runs, other_runs
+from r1pipe.cli.report.load import cost, load_runs, other_runs
+from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.launch.progress import Display
+from r1pipe.runs import machine, results
 
 SCRIPTS_RELY_ON = {
     *(
@@ -59,7 +62,7 @@ def report(reproduction) -> str:
 
 
 def test_rows_are_in_the_recipes_order_with_the_keys_that_scripts_rely_on(reproduction):
-    rows = compare.rows(reproduction)
+    rows = results.rows(reproduction)
     assert [(row["stage"], row["seed"]) for row in rows] == [
         (s, n) for s in STAGES + CONTROLS for n in (0, 1)
     ]
@@ -67,39 +70,45 @@ def test_rows_are_in_the_recipes_order_with_the_keys_that_scripts_rely_on(reprod
     grpo = next(row for row in rows if row["stage"] == "grpo")
     assert (grpo["pass_at_1"], grpo["samples"], grpo["run_id"]) == (0.79, 2000, "grpo-0")
     assert Path(grpo["run_dir"]) == (reproduction / "grpo-0").resolve()
-    assert json.loads(compare.as_json(rows)) == rows
+    assert json.loads(results.as_json(rows)) == rows
 
 
 def test_the_newest_finished_run_of_a_stage_and_seed_stands(tmp_path):
     build(tmp_path, "grpo", run_id="a", created="2026-01-01T12:00:00+00:00")
     build(tmp_path, "grpo", run_id="b", created="2026-01-01T09:00:00+00:00")
     build(tmp_path, "grpo", run_id="c", finished=False)
-    assert [row["run_id"] for row in compare.rows(tmp_path)] == ["a"]
-    assert [row["run_id"] for row in compare.rows(tmp_path, ["b", str(tmp_path / "a")])] == ["b", "a"]
-    assert compare.rows(tmp_path, pipeline="other") == []
+    assert [row["run_id"] for row in results.rows(tmp_path)] == ["a"]
+    assert [row["run_id"] for row in results.rows(tmp_path, ["b", str(tmp_path / "a")])] == ["b", "a"]
+    assert results.rows(tmp_path, pipeline="other") == []
 
 
 def test_unknown_and_unfinished_runs_are_named(tmp_path):
     build(tmp_path, "grpo", run_id="grpo-s0-1")
     build(tmp_path, "grpo", run_id="half", finished=False)
     with pytest.raises(CheckpointError, match="grpo-s0-1"):
-        compare.rows(tmp_path, ["grpo-s0-2"])
+        results.rows(tmp_path, ["grpo-s0-2"])
     with pytest.raises(CheckpointError, match="half has not finished"):
-        compare.rows(tmp_path, ["half"])
+        results.rows(tmp_path, ["half"])
 
 
-def test_broken_and_poor_records_do_not_stop_the_table(tmp_path):
+def test_broken_and_poor_records_do_not_stop_the_table(tmp_path, capsys):
     folder = build(tmp_path, "grpo")
-    (folder / "record.json").write_text('{"stage": "grpo", "seed": 0, "metrics": {"pass_at_1": NaN}}')
+    record = json.loads((folder / "record.json").read_text())
+    poor = {key: record[key] for key in ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")}
+    write_json(folder / "record.json", poor | {"metrics": {"pass_at_1": math.nan}})
     (build(tmp_path, "zero") / "record.json").write_text('{"stage": "zero", "se')
-    rows = compare.rows(tmp_path)
+    rows = results.rows(tmp_path)
+    skipped = capsys.readouterr().err
+    assert skipped.count("\n") == 1 and "skipped 1 damaged run(s) (zero-0)" in skipped
+    with pytest.raises(CheckpointError, match=r"zero-0/record.json is not valid JSON"):
+        results.rows(tmp_path, ["zero-0"])
     assert [(row["stage"], row["pass_at_1"], row["wall_s"]) for row in rows] == [("grpo", None, None)]
     assert "grpo" in printed(rows, 100)
     assert "No finished run" in printed([], 100)
 
 
 def test_the_table_fits_and_keeps_controls_apart(reproduction):
-    rows = compare.rows(reproduction)
+    rows = results.rows(reproduction)
     wide = printed(rows, 40)  # a pipe, not a terminal: nothing is left out
     assert max(map(len, wide.splitlines())) <= 100
     assert "79.0 77-81" in wide and "cons" in wide and "…" not in wide
@@ -174,6 +183,42 @@ def test_on_a_terminal_the_live_lines_show_the_numbers_and_go_away(tmp_path):
     assert "train 2/64 steps  reward 0.625" in console.file.getvalue().splitlines()[-1]
 
 
+def test_named_runs_stand_by_their_id_with_the_settings_that_differ(tmp_path):
+    for run_id, rate in (("low", 1e-4), ("high", 3e-4), ("other", 3e-4)):
+        folder = build(tmp_path, "grpo", run_id=run_id, created=f"2026-01-01T1{len(run_id)}:00:00")
+        config = json.loads((folder / "config.json").read_text())
+        config["stage"]["optim"]["lr"] = rate
+        config["root"] = run_id  # does not change what a run computes
+        config["pipeline"] = "mine" if run_id == "other" else "laptop"
+        write_json(folder / "config.json", config)
+    rows = results.rows(tmp_path, ["high", str(tmp_path / "low")])
+    assert [(row["run_id"], row["settings"]) for row in rows] == [
+        ("high", {"stage.optim.lr": 3e-4}),
+        ("low", {"stage.optim.lr": 1e-4}),
+    ]
+    shown = printed(rows, 40)
+    assert shown.splitlines()[0].split()[:3] == ["run", "stage.optim.lr", "seed"]
+    assert shown.splitlines()[1].split()[:2] == ["high", "0.0003"]
+    narrow = printed(rows, 50, terminal=True)
+    assert max(map(len, narrow.splitlines())) <= 50 and "a wider terminal shows: cons" in narrow
+    of_stage = results.rows(tmp_path, ["grpo"], "laptop")
+    assert [row["run_id"] for row in of_stage] == ["low", "high"], "every one of the stage, oldest first"
+    with pytest.raises(CheckpointError, match="other pipelines have one: pipeline=laptop"):
+        results.rows(tmp_path, ["grpo"], "nobody's")
+    assert "settings" not in results.rows(tmp_path)[0]
+
+
+def test_the_counts_below_the_table_are_those_of_each_row(tmp_path):
+    for stage, problems in (("cold_start", 500), ("grpo", 40), ("rejection_sft", 500)):
+        folder = build(tmp_path, stage)
+        record = json.loads((folder / "record.json").read_text())
+        record["metrics"] |= {"problems": problems, "samples": 4 * problems}
+        write_json(folder / "record.json", record)
+    shown = " ".join(printed(results.rows(tmp_path), 100).split())
+    assert "mean over 2,000 samples of 500 held-out problems (cold_start, rejection_sft)" in shown
+    assert "mean over 160 samples of 40 held-out problems (grpo)" in shown
+
+
 # --- report
 
 
@@ -187,7 +232,8 @@ def test_the_report_shows_all_stages_and_where_they_come_from(report):
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
         *("Stages", "Training", "By task, language and kind", "Reward models"),
-        *("The same prompt after every stage", "What rejection sampling kept", "Time and cost", "Lineage"),
+        *("The same prompt after every stage", "What rejection sampling kept", "Time and cost"),
+        *("How it was made", "Lineage"),
     ]
     for text in (
         "79.0",
@@ -224,9 +270,11 @@ def test_the_report_works_with_almost_nothing(tmp_path):
     for name in ("samples.json", "metrics.jsonl", "evaluation.json", "env.json"):
         (folder / name).unlink()
     shutil.rmtree(folder / "checkpoints")
-    write_json(folder / "record.json", {"stage": "grpo"})
+    record = json.loads((folder / "record.json").read_text())
+    poor = {key: record[key] for key in ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")}
+    write_json(folder / "record.json", poor)
     page = write_report(tmp_path, path=tmp_path / "elsewhere" / "r.html").read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "Time and cost", "Lineage"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "Time and cost", "How it was made", "Lineage"]
     assert "random weights" in page
     assert not (tmp_path / "elsewhere" / "curves.png").exists()
 
@@ -250,7 +298,54 @@ def test_nothing_finished_is_said(tmp_path):
 def test_cost_counts_cores_and_runs_that_are_not_shown(reproduction):
     chosen = load_runs(reproduction, None, None)
     grpo = next(run for run in chosen if run.stage == "grpo")
-    assert grpo.cost == pytest.approx(104.0 / 3600 * 2), "two ranks of one thread"
+    assert grpo.devices == (2, "core") and cost([grpo]) == "0.058 core-hours", "two ranks of one thread"
     others = other_runs(reproduction, chosen)
     assert [run.folder.run_id for run in others] == ["grpo-interrupted"]
     assert others[0].wall_s == 160.0, "the last line's time: it has no record"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["engine=cpu"], {"unit": "core", "count": 2}),
+        (["engine=cpu", "engine.threads=0"], {"unit": "core", "count": 6}),
+        (["engine=cpu", "engine.accelerator=auto"], {"unit": "GPU", "count": 2}),
+        (["engine=gpu"], {"unit": "GPU", "count": 1}),
+        (["engine=cluster", "engine.hostfile=HOSTS"], {"unit": "GPU", "count": 16}),
+    ],
+)
+def test_what_a_job_occupies_is_counted_on_all_its_machines(tmp_path, monkeypatch, overrides, expected):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\nfirst slots=8\n\nsecond slots=8\n")
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "cores", lambda: 6)
+    config = compose(["stage=grpo", *(line.replace("HOSTS", str(hosts)) for line in overrides)]).config
+    assert machine.devices(config.engine) == expected
+
+
+def test_hours_of_gpus_and_of_cores_are_not_added_and_folders_that_are_no_runs_cost_nothing(tmp_path):
+    shown = build(tmp_path, "grpo")
+    on_gpu = build(tmp_path, "grpo", run_id="tried", finished=False)
+    write_json(on_gpu / "env.json", {"devices": {"unit": "GPU", "count": 16}})
+    build(tmp_path, "zero", run_id="on-cores", finished=False)
+    dry = build(tmp_path, "grpo", run_id="dry", finished=False)
+    (dry / "metrics.jsonl").unlink()
+    shutil.copytree(shown / "checkpoints" / "step-64", tmp_path / "exported")
+    others = other_runs(tmp_path, load_runs(tmp_path, ["grpo-0"], None))
+    assert [run.folder.run_id for run in others] == ["on-cores", "tried"]
+    assert cost(others) == "0.711 GPU-hours + 0.089 core-hours"
+    page = write_report(tmp_path, ["grpo-0"]).read_text()
+    assert "made again): 2, 0.711 GPU-hours + 0.089 core-hours" in page
+
+
+def test_the_report_tells_how_it_was_made(reproduction, report):
+    part = report[report.index("How it was made") :]
+    for text in (
+        "2026-01-01 10:00 UTC",
+        "2 cores",
+        "abc1234 with changes",
+        "torch 2.13.0",
+        "r1pipe ui root=",
+    ):
+        assert text in part, text
+    assert "stage.optim.lr" in part and "0.0003" in part

@@ -8,9 +8,10 @@ import pytest
 
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, vote
+from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, symbolic, vote
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
-from r1pipe.rewards.program import check_program, extract_program, same_value
+from r1pipe.rewards.isolation import same_value
+from r1pipe.rewards.program import check_program, extract_program
 
 
 def prompt(answer="42", task="word", language="en", **checker):
@@ -282,16 +283,14 @@ def test_language_share(text, language, share):
 def test_language_takes_time_linear_in_the_text(mark):
     began = time.process_time()
     language_share(mark * 100_000, "en")
-    assert (
-        time.process_time() - began < 5
-    )  # a fifth of a second on an idle core; minutes if it were quadratic
+    assert time.process_time() - began < 60  # of a fifth of a second; were it quadratic, it would be minutes
 
 
 def test_a_hostile_choice_takes_no_time():
     began = time.process_time()
-    for text in ("A" + " " * 20_000 + "x", "A." + "\n" * 20_000 + "x", "A," * 20_000 + "x"):
+    for text in ("A" + " " * 200_000 + "x", "A." + "\n" * 200_000 + "x", "A," * 200_000 + "x"):
         assert check_answer(prompt("A"), rf"\boxed{{{text}}}").value == 0
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 60  # as above
 
 
 def test_language_looks_at_the_reasoning_alone():
@@ -317,7 +316,7 @@ def test_score_all_keeps_order_and_skips_accuracy_where_no_rule_applies():
 
 def test_equal_summaries_of_one_prompt_are_checked_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(sandbox, "run", lambda *job: seen.append(job) or sandbox.Outcome([4, -2, [1, 1]]))
+    monkeypatch.setattr(sandbox, "run_calls", lambda *job: seen.append(job) or Score(1.0))
     completions = [respond("def f(x): return x + x", reasoning=f"try {i}") for i in range(5)]
     scores = score_all([DOUBLE] * 5, completions, ["accuracy"])
     assert [row["accuracy"].value for row in scores] == [1] * 5 and len(seen) == 1
@@ -367,13 +366,12 @@ def test_reasoning_gym_scores_with_its_own_checker():
     )
 
 
-def test_plain_checks_are_quick():
-    prompts = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(5000)]
-    completions = [respond(f"The answer is {i}.") for i in range(5000)]
-    began = time.process_time()
+def test_plain_answers_need_no_worker(monkeypatch):
+    monkeypatch.setattr(symbolic, "idle_worker", None)
+    prompts = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(1000)]
+    completions = [respond(f"The answer is {i + i % 2}.") for i in range(1000)]
     scores = score_all(prompts, completions, ["accuracy"])
-    assert all(row["accuracy"].value == 1 for row in scores)
-    assert time.process_time() - began < 2.5  # a tenth of this on an idle core
+    assert [row["accuracy"].value for row in scores] == [1, 0] * 500
 
 
 def test_scoring_imports_no_torch():

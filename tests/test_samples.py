@@ -14,7 +14,7 @@ from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
 from r1pipe.cli.samples import Asked, chosen_of, samples
-from r1pipe.runs.rollouts import Filter, bound, look
+from r1pipe.runs.rollouts import Filter, bound, look, numbers, schema_of
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -203,26 +203,19 @@ def test_files_of_older_versions_are_read(tmp_path):
     assert not look({1: path}, Filter.of(["accuracy<=1"], None), 3, MUCH).best
 
 
-def test_many_steps_are_read_by_their_numbers_alone(tmp_path, monkeypatch):
+def test_many_steps_are_read_by_their_numbers_alone(tmp_path):
     files = {step: tmp_path / f"step-{step}.parquet" for step in range(1, 41)}
     for step, path in files.items():
         write_rows([row(step / 100, 1.0), row(-step / 100, -1.0, truncated=True)], path)
-    read, once = [], pq.ParquetFile.read
-
-    def noted(self, columns, **options):
-        read.append(set(columns))
-        return once(self, columns, **options)
-
-    monkeypatch.setattr(pq.ParquetFile, "read", noted)
-    monkeypatch.setattr("r1pipe.runs.rollouts.FILES", 7)
     found = look(files, Filter.of([], None), 2, MUCH)
     assert [(one["step"], one["reward"]) for one in found.best] == [(40, 0.4), (39, 0.39)]
     assert [one["step"] for one in found.worst] == [40, 39]
-    assert found.counts["read"] == found.counts["matching"] == 80 and len(read) == 40
-    assert not set.union(*read) & {"completion", "question", "answer"}
-    read.clear()
-    look(files, Filter.of([">=0.39"], "so"), 2, MUCH)
-    assert sum("completion" in columns for columns in read) == 2, "texts only where the numbers leave rows"
+    assert found.counts["read"] == found.counts["matching"] == 80
+    for text in (None, "so"):
+        table = numbers(files, schema_of(["accuracy"]), Filter.of([], text).text)
+        assert len(table) == 80 and not {*table.column_names} & {"completion", "question", "answer"}
+    found = look(files, Filter.of([">=0.39"], "so"), 2, MUCH)
+    assert [one["step"] for one in found.best] == [40, 39] and found.counts["matching"] == 2
 
 
 def test_bounds_allow_for_the_rounding_of_sums():
@@ -290,6 +283,53 @@ def test_a_stage_without_rollouts_shows_its_held_out_prompts_and_says_so(house, 
     ):
         assert house.call("samples", "cold_start", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_sample_without_a_verdict_is_shown_as_not_judged(house, made, capsys):
+    folder = tiny_run(made.with_name("cold_start-s0-1"), "stage=cold_start", "pipeline=laptop-s0")
+    rows = held_out("cold_start")
+    rows[0]["correct"] = None
+    (folder / "samples.json").write_text(json.dumps(rows))
+    found = ask(house, capsys, "cold_start")
+    assert [(row["kind"], row["prompt_id"]) for row in found] == [("best", "word-2"), ("odd", "countdown-1")]
+    assert found[1]["odd"] == ["not judged"]
+    assert house.call("samples", "cold_start") == 0
+    assert "not judged" in capsys.readouterr().out
+
+
+# --- damaged files: what is named is refused in one line, what is listed is skipped in one line
+
+
+def test_exported_checkpoints_and_damaged_runs_do_not_hide_the_others(house, made, capsys):
+    exported = made.with_name("exported")
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    damaged = tiny_run(made.with_name("grpo-s0-3"), "stage=grpo", "pipeline=laptop-s0")
+    (damaged / "config.json").write_text('{"stage": {"na')
+    assert house.call("samples", "grpo", "--json", "--limit", "1") == 0
+    out, err = capsys.readouterr()
+    assert {json.loads(line)["run"] for line in out.splitlines()} == {"grpo-s0-1"}
+    assert err.count("\n") == 1 and "skipped 1 damaged run(s) (grpo-s0-3)" in err
+    assert "config.json is not valid JSON" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"stage": {"na', "config.json is not valid JSON"),
+        ("config.json", '{"stage": {"name": "grpo"}}', "tripwires.wires.repetition.limit is missing"),
+        ("samples.json", '[{"prompt_id": "a"', "samples.json cannot be read"),
+        ("samples.json", '[{"prompt_id": "a"}]', "samples.json cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_the_run_that_is_named_is_one_line(house, made, capsys, name, content, message):
+    run = made
+    if name == "samples.json":
+        run = tiny_run(made.with_name("cold_start-s0-1"), "stage=cold_start", "pipeline=laptop-s0")
+    (run / name).write_text(content)
+    assert house.call("samples", str(run)) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and not out
 
 
 # --- on the screen

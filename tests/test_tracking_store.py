@@ -17,6 +17,7 @@ from tracker import twice, view
 
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.launch import parents
 from r1pipe.runs import lineage
 from r1pipe.tracking import Mirror, add_report, store_uri, sync
 from r1pipe.tracking.database import is_whole
@@ -91,7 +92,7 @@ def test_a_root_that_was_moved_or_copied_is_the_same_to_mlflow(root, copied):  #
     there = root / "elsewhere"
     shutil.copytree(root / "runs", there) if copied else (root / "runs").rename(there)
 
-    assert lineage.resolve("models:/r1pipe@grpo", lineage.Place(there, "laptop", None)).checkpoint == str(
+    assert parents.resolve("models:/r1pipe@grpo", lineage.Place(there, "laptop", None)).checkpoint == str(
         there / "grpo-0/checkpoints/step-4"
     )
     resumed = build(there, "rejection_sft", steps=4)
@@ -118,10 +119,10 @@ def test_another_checkpoint_in_the_place_of_a_registered_one_is_refused_after_a_
     manifest.write_text(json.dumps({"files": {"config.json": "bb"}}))
     place = lineage.Place(there, "laptop", None)
     with pytest.raises(CheckpointError, match="is not the checkpoint that grpo-0 had"):
-        lineage.resolve("models:/r1pipe@grpo", place)
+        parents.resolve("models:/r1pipe@grpo", place)
     shutil.rmtree(there / "grpo-0")
     with pytest.raises(CheckpointError, match=f"copy the run folder grpo-0 to {there}"):
-        lineage.resolve("models:/r1pipe@grpo", place)
+        parents.resolve("models:/r1pipe@grpo", place)
 
 
 def test_a_dry_run_is_no_failed_run(root):  # noqa: F811

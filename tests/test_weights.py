@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+import stat
 import weakref
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from r1pipe.core.script_options import ExportOptions, ImportOptions
 from r1pipe.core.types import Prompt
 from r1pipe.launch import command as launch
 from r1pipe.model import expert_loads, load_pretrained, model_config_from, save_pretrained
-from r1pipe.model.fp8 import dequantise, quantise
+from r1pipe.model.kernels.reference import Scaled, dequantise, quantise_blocks
 from r1pipe.model.moe import gates
 from r1pipe.model.names import CONFIG
 from r1pipe.model.reading import INDEX, WEIGHTS
@@ -97,6 +99,17 @@ def test_shards_are_bounded_listed_and_one_at_a_time_in_memory(tmp_path):
     assert all(stored_in(tmp_path)[f"t{n:02}"][0] == n for n in range(20))
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_of_weights_honour_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_pretrained(ours(SHAPES["v3"]), tmp_path, shard_bytes=100_000)
+    finally:
+        os.umask(before)
+    files = [*tmp_path.glob("*.safetensors")]
+    assert len(files) > 1 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+
+
 # --- FP8
 
 
@@ -108,14 +121,14 @@ def test_dequantising_equals_a_loop_over_elements():
     for row in range(130):
         for column in range(259):
             expected[row, column] = weight[row, column].float() * scale[row // 128, column // 128]
-    assert torch.equal(dequantise(weight, scale), expected.bfloat16())
+    assert torch.equal(dequantise(Scaled(weight, scale), torch.bfloat16), expected.bfloat16())
 
 
 def test_quantising_keeps_each_block_within_half_a_step():
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)) * 0.02
     weight[:128, :128] *= 1000  # blocks must not share a scale
     weight[128:, 256:] = 0
-    eighth, scale = quantise(weight)
+    eighth, scale = quantise_blocks(weight)
     assert eighth.dtype == torch.float8_e4m3fn and scale.shape == (2, 3) and scale.dtype == torch.float32
     assert scale[0, 1].item() == pytest.approx(weight[:128, 128:256].abs().max().item() / 448)
     assert scale[1, 2] > 0 and not eighth[128:, 256:].float().any()
@@ -128,7 +141,9 @@ def test_an_fp8_checkpoint_loads_as_its_products_in_bfloat16(tmp_path):
     tensors = publish(tmp_path, RAGGED, "fp8")
     experts = load_pretrained(tmp_path).model.layers[2].mlp.experts
     assert experts.down_proj.dtype == torch.bfloat16
-    assert torch.equal(experts.down_proj[3], dequantise(tensors[EXPERT], tensors[SCALE]))
+    assert torch.equal(
+        experts.down_proj[3], dequantise(Scaled(tensors[EXPERT], tensors[SCALE]), torch.bfloat16)
+    )
 
 
 # --- in and out
@@ -170,9 +185,27 @@ def test_export_casts(kind, tmp_path):
     if kind == "fp8":
         same_bits(tensors, eighth)
     else:
-        apart = (dequantise(eighth[EXPERT], eighth[SCALE]).float() - tensors[EXPERT]).abs().max()
+        apart = (
+            (dequantise(Scaled(eighth[EXPERT], eighth[SCALE]), torch.bfloat16).float() - tensors[EXPERT])
+            .abs()
+            .max()
+        )
         assert 0 < apart < tensors[EXPERT].abs().max() / 16
     assert load_pretrained(tmp_path / "fp8").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_buffers_that_config_json_gives_are_ignored(tmp_path):
+    """Moonlight's files hold the frequencies of its rotary positions."""
+    publish(tmp_path / "theirs", RAGGED, "bf16")
+    before = load_pretrained(tmp_path / "theirs").state_dict()
+    extra = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(2)}
+    index = json.loads((tmp_path / "theirs" / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
+    (tmp_path / "theirs" / INDEX).write_text(json.dumps(index))
+    save_file(extra, tmp_path / "theirs" / "extra.safetensors")
+    same_bits(before, load_pretrained(tmp_path / "theirs").state_dict())
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    assert not extra.keys() & stored_in(tmp_path / "ours").keys()
 
 
 def test_mtp_layers_that_were_left_out_are_no_mistake(tmp_path):

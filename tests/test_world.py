@@ -10,7 +10,7 @@ import pytest
 
 from r1pipe.chat.template import parse
 from r1pipe.core.errors import ConfigError, DataError
-from r1pipe.core.types import Completion, Prompt
+from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
 from r1pipe.data.world.strategy import strategy_of
@@ -98,7 +98,7 @@ def test_programs_need_their_parentheses():
     assert program.expressions(steps, parentheses=False)[-1] == "x+3*2"
 
 
-@pytest.mark.parametrize("kind", general.KINDS)
+@pytest.mark.parametrize("kind", GENERAL_TASKS)
 def test_truth_tells_right_from_wrong(kind):
     rng = random.Random(kind)
     for language in LANGUAGES:
@@ -134,7 +134,7 @@ def test_preference_pairs_are_ordered_by_the_truth(world):
 
 def test_general_prompts_and_answers_come_in_the_shares_asked_for(world):
     even = [prompt.task for prompt in world.general_prompts("test", 10, 0, {})]
-    assert even == [*general.KINDS, *general.KINDS]
+    assert even == [*GENERAL_TASKS, *GENERAL_TASKS]
     shares = {"safety": 3.0, "facts": 1.0}
     answered = [trace.prompt for trace in world.general_demonstrations(200, 0, shares)]
     for prompts in (world.general_prompts("train", 200, 0, shares), answered):

@@ -59,13 +59,14 @@ def run(
 def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     """Run one stage and show its row of the table; the job's exit code."""
     from r1pipe.cli import compare
-    from r1pipe.launch import pipeline
-    from r1pipe.runs import lineage
+    from r1pipe.launch import parents, pipeline
+    from r1pipe.runs import results
+    from r1pipe.runs.stored import StoredRun
 
-    placed = pipeline.place(lineage.with_parents(config), fresh)
+    placed = pipeline.place(parents.with_parents(config), fresh)
     code = pipeline.run_stage(placed)
     if placed.done:
-        compare.show([compare.row(placed.run)])
+        compare.show([results.row(StoredRun.read(placed.run))])
         print(f"run folder: {placed.run.path}")
     return code
 
@@ -92,12 +93,15 @@ def reproduce(overrides: Overrides = None) -> int:
     Run it again and it goes on where it stopped; when all is done, it prints the table again.
     """
     from r1pipe.cli import compare
+    from r1pipe.cli.outputs import print_outputs
     from r1pipe.launch import pipeline
+    from r1pipe.runs import results
+    from r1pipe.runs.stored import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([compare.row(run) for run in outcome.finished])
+    compare.show([results.row(StoredRun.read(run)) for run in outcome.finished])
     if outcome.code == 0:
-        pipeline.where_it_is(outcome)
+        print_outputs(outcome)
     return outcome.code
 
 
@@ -131,12 +135,13 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
 
     The data and the seed are those of the checkpoint's own run, unless overridden.
     """
+    from r1pipe.launch import parents
     from r1pipe.runs import lineage
 
     given = overrides or []
     keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
     elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
-    parent = lineage.resolve(checkpoint, lineage.Place.of(composed(elsewhere)))
+    parent = parents.resolve(checkpoint, lineage.Place.of(composed(elsewhere)))
     taken = lineage.settings_of(parent, set(keys.values()))
     config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
     print(lineage.measured_data(parent, config))

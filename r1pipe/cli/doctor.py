@@ -15,9 +15,10 @@ from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login
 from r1pipe.launch import command as launch
+from r1pipe.launch import parents
 from r1pipe.launch.job import failure
 from r1pipe.plan import footprint
-from r1pipe.runs import findings, lineage, machine
+from r1pipe.runs import findings, machine
 from r1pipe.runs.findings import FAIL, PASS, Finding
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri
 
@@ -29,7 +30,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     here = [look(name, config) for name, look in (("launcher", launches), ("tracker", tracks))]
     here += [Finding(f"{what}, at most", PASS, needs) for what, needs in footprint.estimates(config).items()]
     try:
-        config = lineage.with_parents(config)
+        config = parents.with_parents(config)
     except CheckpointError as error:
         if config.parent is not None:
             raise

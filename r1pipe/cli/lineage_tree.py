@@ -1,5 +1,8 @@
 """A lineage in the terminal."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.text import Text
 
 from r1pipe.runs.lineage.ancestors import Ancestor
@@ -40,8 +43,8 @@ def described(ancestor: Ancestor) -> Text:
 
 def facts(ancestor: Ancestor) -> dict[str, str]:
     """What the record says made it, in short; "" where it does not say."""
-    record = ancestor.record
-    code = record.get("code") or {}
+    record: Mapping[str, Any] = ancestor.record or {}
+    code = record.get("code", {})
     revision, data, seed = code.get("revision"), record.get("data_hash"), record.get("seed")
     changed = " with changes" if code.get("dirty") else ""
     return {

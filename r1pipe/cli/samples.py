@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from rich.console import Console
 from rich.text import Text
+from typing_extensions import TypedDict
 
 from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
@@ -22,7 +24,9 @@ from r1pipe.core.formatting import number
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, harmless, signed
 from r1pipe.runs import lineage
-from r1pipe.runs.rollouts import SCORE, Filter, Found, look, narrowed, numbered, odd_masks, typed, whole
+from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
+from r1pipe.runs.stored import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it
 KINDS = ("best", "worst", "odd")
@@ -56,6 +60,18 @@ def samples(
         show(f"{run.run_id}: {source}", found, rows, console or Console(highlight=False))
 
 
+@with_config(ConfigDict(extra="allow"))
+class Sample(TypedDict):
+    """A row of samples.json, as far as it is needed here."""
+
+    question: str
+    completion: str
+    correct: float | bool | None  # None: the verifier failed; a general answer may be right in part
+
+
+SAMPLES = TypeAdapter(list[Sample])
+
+
 # --- which run, which steps
 
 
@@ -67,14 +83,14 @@ def run_of(name: str, place: lineage.Place) -> RunFolder:
     for path in (place.root / name, Path(name)):
         if lineage.is_run(path):
             return RunFolder(path.resolve())
-    known = {run: json.loads(run.config.read_text(encoding="utf-8")) for run in lineage.runs(place.root)}
+    known = stored_runs(place.root)
     if name not in STAGE_TYPES:
-        names = [*STAGE_TYPES, *(run.run_id for run in known)]
+        names = [*STAGE_TYPES, *(run.folder.run_id for run in known)]
         raise CheckpointError(f"no run {name} under {place.root}; {nearest(name, names)}")
-    of_stage = {run: config for run, config in known.items() if config["stage"]["name"] == name}
-    mine = [run for run, config in of_stage.items() if config["pipeline"] == place.pipeline]
+    of_stage = [run for run in known if run.stage == name]
+    mine = [run.folder for run in of_stage if run.config.get("pipeline") == place.pipeline]
     if not mine:
-        others = sorted({config["pipeline"] for config in of_stage.values()})
+        others = sorted({str(run.config.get("pipeline")) for run in of_stage})
         hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
         raise CheckpointError(
             f"stage {name} has no run in pipeline {place.pipeline} under {place.root}; give a run id, a path "
@@ -115,9 +131,7 @@ def of_rollouts(run: RunFolder, steps: range | None, wanted: Filter, limit: int)
         files = {step: path for step, path in files.items() if step in steps}
         if not files:
             raise ConfigError(f"no {_span(steps)}: {run.run_id} has rollouts of {there}")
-    limits = json.loads(run.config.read_text(encoding="utf-8"))["tripwires"]["wires"]
-    much = limits["repetition"]["limit"]
-    found = look(files, wanted, limit, much)
+    found = look(files, wanted, limit, repetition_limit(run))
     chosen = chosen_of(found, limit)
     texts = whole(files, [(row["step"], row["row"]) for _, row, _ in chosen])
     rows = [
@@ -137,22 +151,45 @@ def of_held_out(run: RunFolder, steps: range | None, wanted: Filter, limit: int)
         raise ConfigError(
             f"no {_span(steps)}: {run.run_id} has no rollouts, and samples.json is of its end alone"
         )
-    held_out = json.loads(run.samples.read_text(encoding="utf-8"))
-    rows = [{**row, "reward": float(row["correct"]), "advantage": None} for row in held_out]
-    table = typed(pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows]))
-    table = numbered(table, 0)
-    for name, holds in wanted.rewards:
+    for name, _ in wanted.rewards:
         if name not in ("", "accuracy"):
             raise ConfigError(f"--reward {name}: samples.json knows of accuracy alone")
-        table = table.filter(holds)
-    if wanted.text is not None:
-        table = table.filter(wanted.text)
-    found = narrowed(table, limit, odd_masks(1.0))
+    rows = [as_rollout(sample) for sample in read_samples(run.samples)]
+    table = pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows], schema_of([]))
+    for column, values in (("step", [0] * len(rows)), ("row", list(range(len(rows))))):
+        table = table.append_column(column, pa.array(values, pa.int64()))
+    found = narrowed(matching(table, wanted), limit, odd_masks(1.0))
     found.counts["read"] = len(rows)
     shown = [
-        {"kind": kind, "odd": [], **as_row(rows[row["row"]])} for kind, row, _ in chosen_of(found, limit)
+        {"kind": kind, "odd": reasons, **as_row(rows[row["row"]])}
+        for kind, row, reasons in chosen_of(found, limit)
     ]
     return found, shown, "held-out prompts after its last step (samples.json: the stage makes no rollouts)"
+
+
+def repetition_limit(run: RunFolder) -> float:
+    """The share of repeated n-grams at which the run's tripwire trips. Raises CheckpointError."""
+    try:
+        return float(read_object(run.config)["tripwires"]["wires"]["repetition"]["limit"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{run.config}: tripwires.wires.repetition.limit is missing or no number; copy the run again"
+        ) from None
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Raises DataError naming the file."""
+    try:
+        return SAMPLES.validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+
+
+def as_rollout(sample: Sample) -> dict[str, Any]:
+    """A held-out sample as a row of rollouts: a right answer earns 1."""
+    if sample["correct"] is None:
+        return {**sample, "reward": None, "advantage": None, "failed": "the verifier gave no verdict"}
+    return {**sample, "reward": float(sample["correct"]), "advantage": None}
 
 
 def chosen_of(found: Found, limit: int) -> list[tuple[str, dict, list[str]]]:
@@ -222,7 +259,7 @@ def lines_of(row: dict) -> Iterator[Text]:
         parts += [f"{name} {number(value)}" for name, value in row["scores"].items()]
         parts += [f"{row['length']:,} tokens"]
     else:
-        parts += ["right" if row["correct"] else "wrong"]
+        parts += ["not judged" if row["correct"] is None else "right" if row["correct"] else "wrong"]
     parts += ["cut off"] if row.get("truncated") else []
     yield Text("  ".join(filter(None, parts)), f"bold {style}".strip())
     if row["odd"]:

@@ -130,9 +130,9 @@ def _place(overrides: list[str]) -> "Place":
 
 
 def _checkpoint(name: str, overrides: list[str]) -> Path:
-    from r1pipe.runs import lineage
+    from r1pipe.launch import parents
 
-    return Path(lineage.resolve(name, _place(overrides)).checkpoint)
+    return Path(parents.resolve(name, _place(overrides)).checkpoint)
 
 
 def _run(script: str, options: ScriptOptions) -> int:

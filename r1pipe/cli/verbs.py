@@ -16,13 +16,19 @@ def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
 ) -> None:
-    """The table of stages: the newest finished run of each stage and seed, or the runs named."""
+    """The table of stages: the newest finished run of each stage and seed, or the runs named.
+
+    RUNS: run ids, paths, or stages: compare grpo shows every finished run of that stage in this pipeline.
+    Named runs have a row each, with the settings that differ between runs of one stage.
+    """
     from r1pipe.cli import compare as table
+    from r1pipe.runs import results
 
     named, overrides = split(runs or [])
-    rows = table.rows(composed(overrides).root, named or None, pipeline_in(overrides))
+    config = composed(overrides)
+    rows = results.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
-        print(table.as_json(rows))
+        print(results.as_json(rows))
     else:
         table.show(rows)
 
@@ -66,11 +72,13 @@ def lineage(
 
     Exit code 1 if anything on the way is gone, broken or edited.
     """
+    from r1pipe.cli import lineage_tree
     from r1pipe.cli.lineage_page import write_page
+    from r1pipe.launch import parents
     from r1pipe.runs import lineage as family
 
-    found = list(family.ancestors(family.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
-    family.show(found)
+    found = list(family.ancestors(parents.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    lineage_tree.show(found)
     if html is not None:
         write_page(found, html)
     return 1 if any(ancestor.problem for ancestor in found) else 0

@@ -101,7 +101,11 @@ def mapping_hash(mapping: Mapping[str, Any]) -> str:
 
     Raises AttributeError where a parent in it is no mapping.
     """
-    values = flat(by_weights(mapping))
-    decisive = {key: value for key, value in values if not any(part in SAME_BITS for part in upwards(key))}
-    canonical = json.dumps(decisive, sort_keys=True, ensure_ascii=False)
+    canonical = json.dumps(decisive(mapping), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def decisive(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The config's dotted keys and values, without those that do not change what a run computes."""
+    values = flat(by_weights(mapping))
+    return {key: value for key, value in values if not any(part in SAME_BITS for part in upwards(key))}

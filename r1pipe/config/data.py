@@ -24,7 +24,6 @@ WORLD: dict[str, tuple[str | int, ...]] = {
     "levels": (1, 2, 3, 4),
 }
 STYLES = ("careful", "terse", "guess")
-GENERAL_KINDS = ("writing", "facts", "identity", "translation", "safety")
 
 
 @dataclass

@@ -14,7 +14,6 @@ class FP8Config(Strict):
     """How precision=fp8 quantises (V3 section 3.3)."""
 
     power_of_two: bool  # scales are powers of two (UE8M0): what is quantised twice is rounded once
-    gradients: Literal["tile", "block", "tensor", "none"]  # what shares a scale; V3: a tile of 1 x 128
 
 
 @dataclass

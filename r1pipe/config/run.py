@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
-from r1pipe.config.data import GENERAL_KINDS, STYLES, DataConfig, data_rules, share_rules
+from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.model import ModelConfig, model_rules
@@ -27,6 +27,7 @@ from r1pipe.config.stages import (
     retention_rules,
 )
 from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.types import GENERAL_TASKS
 
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 STAGE_TYPES: dict[str, type[StageConfig]] = {
@@ -167,12 +168,12 @@ def stage_rules(config: RunConfig) -> Rules:
     if isinstance(stage, SFTConfig):
         yield from share_rules("stage.styles", stage.styles, config.data, STYLES)
     if isinstance(stage, RejectionConfig):
-        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_KINDS)
+        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_TASKS)
     if isinstance(stage, RLConfig):
         yield from rl_rules(stage, ranks)
         if stage.preference:
             key, kinds = "stage.preference.general_kinds", stage.preference.general_kinds
-            yield from share_rules(key, kinds, config.data, GENERAL_KINDS)
+            yield from share_rules(key, kinds, config.data, GENERAL_TASKS)
     if stage.name == "evaluate":
         yield (
             config.parent is not None,

@@ -51,6 +51,9 @@ def inside(folder: Path, name: str, told_by: Path) -> Path:
 IMPORTED = "imported"  # beside the run folders: checkpoints that `r1pipe import` took in
 
 
+SET_ASIDE = "set_aside.jsonl"  # in a run's data/: rows that were not used, each with its place and reason
+
+
 class RunFolder:
     """Names inside `<root>/<run id>/`; only `create` writes anything."""
 

@@ -6,6 +6,9 @@ Plain data, no torch: both wings may import this file. Suffixes: `tokens` are li
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, judged by helpfulness
+GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -8,21 +8,20 @@ Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked 
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from r1pipe.chat.template import compose_response
 from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
-from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, read_tolerant
 from r1pipe.data.rejected_rows import NOWHERE, RejectedRows
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.rewards import check_gold, language_share
-from r1pipe.rewards.accuracy import GENERAL_TASKS
 from r1pipe.rewards.answers import repaired
 from r1pipe.runs import data_files as datafiles
 
@@ -133,7 +132,7 @@ class Files:
         found = [label for item in self._of("labels", split) for label in _labelled(item)]
         return _drawn(found, n, seed, f"labels/{split}")
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> NoReturn:
         raise ConfigError(f"data={self.config.name} has no documents to pre-train on; use data=world")
 
     def _of(self, kind: str, split: str) -> list[Item]:

@@ -23,7 +23,6 @@ from r1pipe.core.errors import DataError
 from r1pipe.runs import heartbeat
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-SET_ASIDE = "set_aside.jsonl"  # in a run's data/: the rows that were not used, each with its place and reason
 LONGEST = 1_000_000  # bytes of a row, where the config does not say
 SHOWN = 500  # characters that are kept of a bad row
 # What the readers raise on a file that is not what its name says.

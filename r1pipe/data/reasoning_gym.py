@@ -5,23 +5,20 @@ question="State the final answer to the following arithmetic problem: 4 + 3 =",
 checker={"reasoning_gym": "chain_sum", "entry": {...}}).
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import NoReturn
 
 from r1pipe.config import DataConfig
-from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
-from r1pipe.data import gym_answers
 from r1pipe.data.world.content import prompt_id, split_of
+from r1pipe.rewards import gym
 
-CHUNK = 500  # problems per generator: some tasks prepare all of theirs when they are made
-CHUNKS = 2**20  # generators per task, told apart by their seeds
 TRIES = 400  # problems made per problem asked for, before the tasks count as exhausted
 
 
@@ -37,7 +34,7 @@ class ReasoningGym:
         self.config = config
         self.files: dict[str, str] = {}
         for task in config.tasks:
-            _dataset(task)
+            gym.dataset(task)
         version = importlib.metadata.version("reasoning-gym")
         self.hash = hashlib.sha256(json.dumps([asdict(config), version], sort_keys=True).encode()).hexdigest()
 
@@ -46,7 +43,7 @@ class ReasoningGym:
 
         The hash of the question decides its split, so that a question is never in two.
         """
-        start = random.Random(f"{seed}/{split}").randrange(CHUNKS) * CHUNK
+        start = random.Random(f"{seed}/{split}").randrange(gym.CHUNKS) * gym.CHUNK
         found: dict[str, Prompt] = {}
         for turn in range(TRIES * n):
             if len(found) == n:
@@ -77,51 +74,13 @@ class ReasoningGym:
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
         return []
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> NoReturn:
         raise ConfigError("data=reasoning_gym has no documents to pre-train on; use data=world")
 
 
-def score(task: str, entry: dict[str, Any], answer: str) -> float:
-    """What the task itself gives an answer, 0 to 1; 0 where its scorer must not see it (gym_answers.py).
-
-    A scorer may hang or eat memory: for rewards, the verifier's worker calls this. Raises ConfigError on a
-    task that cannot be used.
-    """
-    scored = _dataset(task)
-    return float(scored.score_answer(answer, entry)) if gym_answers.admits(task, answer) else 0.0
-
-
-def load(task: str) -> None:
-    """Have a task ready, which may take seconds. Raises as `score` does."""
-    _dataset(task)
-
-
-@functools.lru_cache(maxsize=256)
-def _dataset(task: str, chunk: int = 0) -> Any:
-    """A generator of the task with its own settings.
-
-    Raises ConfigError on a task that is unknown, needs settings or would evaluate answers as Python,
-    EnvironmentProblem without the package.
-    """
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError as error:
-        raise EnvironmentProblem(f"data=reasoning_gym: {error}; run `pip install reasoning-gym`") from None
-    if task not in DATASETS:
-        raise ConfigError(f"data.tasks: reasoning-gym has no task {task}; {nearest(task, DATASETS)}")
-    gym_answers.check_scorer(task, DATASETS[task][0])
-    try:
-        # an item depends on seed + index: seeds a chunk apart make no item twice
-        return create_dataset(task, size=CHUNK, seed=chunk % CHUNKS * CHUNK)
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"data.tasks: {task} cannot be used by its name alone ({error}); leave it out"
-        ) from None
-
-
 def _prompt(task: str, index: int) -> Prompt:
-    chunk, offset = divmod(index, CHUNK)
-    entry = _dataset(task, chunk)[offset]
+    chunk, offset = divmod(index, gym.CHUNK)
+    entry = gym.dataset(task, chunk)[offset]
     question, answer = entry["question"], str(entry["answer"])
     checker = {"reasoning_gym": task, "entry": entry}
     return Prompt(prompt_id(task, "en", question), task, "en", question, answer, checker)

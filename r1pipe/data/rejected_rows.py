@@ -7,7 +7,8 @@ from pathlib import Path
 
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import DataError
-from r1pipe.data.reading import SET_ASIDE, BadRow
+from r1pipe.core.paths import SET_ASIDE
+from r1pipe.data.reading import BadRow
 
 SETS_ASIDE = "set_aside"
 

@@ -13,6 +13,16 @@ from r1pipe.data.rejected_rows import RejectedRows
 SPLITS = ("train", "dev", "test")
 
 
+class Documents(Protocol):
+    """Endless pre-training text that can be sought in."""
+
+    state: Any  # where the next document begins, in plain values; set it to seek
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __next__(self) -> str: ...
+
+
 class Source(Protocol):
     """Every method is a pure function of its arguments: the same call gives the same list, in every process.
 
@@ -56,7 +66,7 @@ class Source(Protocol):
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
         """Responses labelled safe or unsafe."""
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> Documents:
         """Pre-training text without end. Raises ConfigError where the source has none."""
 
 

@@ -71,7 +71,7 @@ def train_bundled(folder: Path) -> None:
     from r1pipe.data.world import corpus
     from r1pipe.data.world.content import content
 
-    documents = list(itertools.islice(corpus.documents(0, [1, 2, 3]), 20_000))
+    documents = list(itertools.islice(corpus.Documents(0, [1, 2, 3]), 20_000))
     marks = re.compile("|".join(map(re.escape, (*SPECIAL_TOKENS, *PLAIN_TOKENS))))
     written = "".join(documents) + "".join(str(content(name)) for name in ("words", "facts", "general"))
     texts = [part for document in documents for part in marks.split(document) if part]

@@ -80,7 +80,12 @@ def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Chang
     until now, where they were others."""
     run.create()
     write_json(run.config, publishable(to_mapping(config)))
-    env, diff = {**machine.facts(), "config_hash": config_hash(config)}, machine.code_diff()
+    env = {
+        **machine.facts(),
+        "devices": machine.devices(config.engine),
+        "config_hash": config_hash(config),
+    }
+    diff = machine.code_diff()
     changed = history.note_code(run, env, diff)
     write_json(run.env, env)
     run.diff.write_text(diff, encoding="utf-8")

@@ -8,19 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe.cli import compare
 from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.core.redaction import without_login
+from r1pipe.launch import parents
 from r1pipe.launch.command import command, printable, write_down
 from r1pipe.launch.job import AttachedJob, FollowedJob, Job, failure
 from r1pipe.launch.placing import RunPlan, place
 from r1pipe.plan import footprint
-from r1pipe.runs import lineage, locks, machine
+from r1pipe.runs import lineage, locks, machine, results
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.tracking import Mirror, check_tracking
 
@@ -32,12 +31,12 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     yet, a GPU, room on the disk.
     """
     try:
-        filled = lineage.with_parents(config)
+        filled = parents.with_parents(config)
     except CheckpointError as error:
         if config.parent is not None:
             raise
         tell(f"note: {error}")
-        filled = lineage.with_open_parents(config)
+        filled = parents.with_open_parents(config)
     placed = place(filled, fresh)
     if placed.done:
         return placed.says()
@@ -140,13 +139,9 @@ def controls_of(config: RunConfig) -> list[str]:
 def runs_of_recipe(config: RunConfig) -> list[str]:
     """The newest finished run of each stage, for every seed of this recipe under the root."""
     root = Path(config.root)
-    same = [run for run in compare.finished_runs(root) if recipe_of(run) == config.recipe.name]
-    pipelines = sorted({lineage.record_of(run)["pipeline"] for run in same})
-    return [run.run_id for name in pipelines for run in compare.choose(root, None, name)]
-
-
-def recipe_of(run: RunFolder) -> str | None:
-    return compare.read_json(run.config).get("recipe", {}).get("name")
+    same = [run for run in results.finished_runs(root) if run.recipe.get("name") == config.recipe.name]
+    pipelines = sorted({run.config["pipeline"] for run in same})
+    return [run.folder.run_id for name in pipelines for run in results.choose(root, None, name)]
 
 
 @dataclass
@@ -171,7 +166,7 @@ def reproduce(overrides: list[str]) -> Outcome:
         ends: list[Future[int]] = []
         names = [config.stage.name for config in configs]
         for i, config in enumerate(configs):
-            placed = place(lineage.with_parents(config, made, names[i:]), in_recipe=True)
+            placed = place(parents.with_parents(config, made, names[i:]), in_recipe=True)
             if placed.done and not placed.same_bits:
                 tell(placed.says())
             if not placed.done:
@@ -192,30 +187,3 @@ def reproduce(overrides: list[str]) -> Outcome:
 
 def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def is_older(page: Path, finished: list[RunFolder]) -> bool:
-    """Whether the page lacks one of these runs: a kill may have come between the last record and the page."""
-    newest = max(run.record.stat().st_mtime_ns for run in finished)
-    return not page.exists() or page.stat().st_mtime_ns < newest
-
-
-def where_it_is(outcome: Outcome) -> None:
-    """Write the report if there is news, and say where everything lies and how to open it."""
-    from r1pipe.cli.report import write_report
-    from r1pipe.tracking import add_report, store_uri
-
-    config = outcome.config
-    if len(outcome.finished) < len(config.recipe.stages):
-        return
-    last = outcome.finished[len(config.recipe.stages) - 1].path
-    root = Path(config.root).resolve()
-    page = root / "report.html"
-    if outcome.worked or is_older(page, outcome.finished):
-        write_report(root, runs_of_recipe(config), path=page)
-        add_report(config, page)
-    print(f"report       {page}  (open it in a browser)")
-    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
-    if config.tracking.enabled:
-        store = without_login(store_uri(root, config.tracking.uri))
-        print(f"MLflow       {store}  (r1pipe ui root={config.root})")

@@ -1,7 +1,6 @@
 """The bundled DeepSeek-V3 model: build it, balance its router, load and save it."""
 
-from r1pipe.model.balance import Balance
-from r1pipe.model.moe import expert_loads, max_vio, reset_loads, update_router_bias
+from r1pipe.model.moe import Balance, expert_loads, max_vio, reset_loads, update_router_bias
 from r1pipe.model.names import model_config_from
 from r1pipe.model.training import set_recompute, train_as
 from r1pipe.model.transformer import DeepseekV3

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from r1pipe.config import ModelConfig
-from r1pipe.model.flex import BlockMask, flex_attend
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale
+from r1pipe.model.masks import BlockMask, flex_attend
 
 # Takes a layer's cache entries. A function, not a list to fill: under ZeRO-3 a module gets a copy of a list.
 Keep = Callable[[Tensor], None]

@@ -15,7 +15,7 @@ from r1pipe.config import ModelConfig
 from r1pipe.config.fields import build
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import CheckpointError, ConfigError
-from r1pipe.model.fp8 import QUANTIZATION
+from r1pipe.model.kernels.reference import TILE
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.jsonfile import read_object
@@ -28,6 +28,12 @@ FIXED = {
     "hidden_act": "silu",
     "moe_layer_freq": 1,
     "use_cache": True,
+}
+QUANTIZATION = {  # weights in E4M3 with a float32 scale for each block (V3 section 3.3)
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [TILE, TILE],
 }
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
 # transformers leaves these out of what it saves, because V3 has no other

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.decoder import DecoderLayer
+from r1pipe.model.graphs import graph_decoder
 from r1pipe.model.kernels import forward
 from r1pipe.model.kernels.build import runs_here
+from r1pipe.model.kernels.checks import ANY, expect, expect_indices
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
+from r1pipe.model.training import fp8_of
 from r1pipe.model.transformer import DeepseekV3
 
 
@@ -28,7 +31,11 @@ def runs_natively(model: DeepseekV3) -> bool:
 
 
 def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
-    """Whether weights are of one type, and products in bfloat16 of an even depth, as its pairs demand."""
+    """Whether weights have the config's shapes and one type, and products in bfloat16 an even depth."""
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
+    if any(weight.shape != shapes[name] for name, weight in model.named_parameters()):
+        return False
     weights = [parameter for name, parameter in model.named_parameters() if parameter.ndim > 1]
     uniform = all(weight.dtype == dtype for weight in weights)
     config = model.config
@@ -41,6 +48,11 @@ class NativeDecoder(Decoder):
 
     @torch.no_grad()
     def __init__(self, model: DeepseekV3):
+        """Raises ValueError where `runs_natively` says no."""
+        if not runs_natively(model):
+            raise ValueError(
+                "the CPU kernels do not run here, or not for this model's device, type and sizes"
+            )
         super().__init__(model)
         self.dtype = model.lm_head.weight.dtype
         self._experts: list[Tensor] | None = None  # chosen, where they are recorded
@@ -148,12 +160,25 @@ class NativeDecoder(Decoder):
     def _run(
         self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, entries_LSMW: Tensor, wanted: Tensor
     ) -> Tensor:
-        """Read tokens_N at their slots and positions -> float32 logits of the wanted ones (ascending)."""
+        """Read tokens_N at their slots and positions -> float32 logits of the wanted ones (ascending).
+
+        Raises ValueError where they do not fit the cache, or the cache does not fit the model.
+        """
+        config, count = self.model.config, len(tokens_N)
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        expect("cache", entries_LSMW, self.dtype, config.num_hidden_layers, ANY, ANY, width)
+        _, slots, length, _ = entries_LSMW.shape
+        if entries_LSMW.stride(3) != 1:
+            raise ValueError("the numbers of a cache entry must lie together")
+        expect_indices("tokens", tokens_N, config.vocab_size, count)
+        expect_indices("slots", slots_N, slots, count)
+        expect_indices("positions", positions_N, min(length, len(self.rotation)), count)
+        expect_indices("wanted", wanted, count, ANY)
         indices = [index.contiguous() for index in (tokens_N, slots_N, positions_N, wanted)]
-        logits = torch.empty(len(wanted), self.model.config.vocab_size)
+        logits = torch.empty(len(wanted), config.vocab_size)
         layer, slot, entry, _ = entries_LSMW.stride()
         batch = forward.Batch(
-            len(tokens_N),
+            count,
             len(wanted),
             *(index.data_ptr() for index in indices),
             entries_LSMW.data_ptr(),
@@ -162,9 +187,8 @@ class NativeDecoder(Decoder):
             logits.data_ptr(),
         )
         if self._experts is not None:
-            config = self.model.config
             layers = config.num_hidden_layers - config.first_k_dense_replace
-            experts_LNK = torch.empty(layers, len(tokens_N), config.num_experts_per_tok, dtype=torch.int64)
+            experts_LNK = torch.empty(layers, count, config.num_experts_per_tok, dtype=torch.int64)
             batch.experts = experts_LNK.data_ptr()
             self._experts += experts_LNK
         forward.run(self.dtype, self.shape, self.layers, self.ends, batch)
@@ -179,3 +203,15 @@ class NativeDecoder(Decoder):
             yield experts
         finally:
             self._experts = None
+
+
+def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
+    """The fastest decoder of the model, with its weights of now: training it further makes it stale.
+
+    `graphs` asks for CUDA graphs. Raises ConfigError where they cannot be.
+    """
+    if fp8_of(model) is not None:  # the sampler multiplies as the trainer does; the rules refuse graphs
+        return Decoder(model)
+    if graphs:
+        return graph_decoder(model)
+    return NativeDecoder(model) if runs_natively(model) else Decoder(model)

@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1pipe.core.errors import CheckpointError
-from r1pipe.model.fp8 import dequantise, scale_shape
+from r1pipe.model.kernels.reference import Scaled, dequantise, tiles
 from r1pipe.runs import heartbeat
 from r1pipe.runs.jsonfile import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SCALE = "_scale_inv"  # behind the name of an FP8 weight
+COMPUTED = ".rotary_emb.inv_freq"  # a buffer that older files hold, Moonlight's too; config.json gives it
 FP8 = "F8_E4M3"
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 REMAP_BYTES = 1 << 28  # pages of a mapped file count as memory until it is closed: it is, after so many bytes
@@ -44,7 +45,8 @@ class Stored:
         self.folder = Path(folder)
         index = self.folder / INDEX
         self.listing = index if index.exists() else self.folder / WEIGHTS  # the file that says what is there
-        self.entries = _indexed(index) if index.exists() else _headers(self.listing)
+        entries = _indexed(index) if index.exists() else _headers(self.listing)
+        self.entries = {name: entry for name, entry in entries.items() if not name.endswith(COMPUTED)}
         self._file: tuple[Path, Any] | None = None
         self._read_bytes = 0
 
@@ -74,11 +76,11 @@ class Stored:
         return tensor
 
     def value(self, name: str) -> Tensor:
-        """The tensor as numbers to compute with: FP8 comes dequantised to bfloat16."""
+        """The tensor as numbers to compute with: FP8 comes dequantised to bfloat16, rounded once."""
         if not self.is_fp8(name):
             return self.raw(name)
         scale = self.raw(name + SCALE).clone()
-        return dequantise(self.raw(name), scale)
+        return dequantise(Scaled(self.raw(name), scale), torch.bfloat16)
 
     @property
     def parameters(self) -> int:
@@ -144,10 +146,10 @@ def check(stored: Stored, shapes: Shapes, optional: Collection[str] = ()) -> Non
             raise CheckpointError(f"{entry.path}: tensor {name} is the scale of no FP8 weight")
         elif entry.dtype != "F32":
             raise CheckpointError(f"{entry.path}: tensor {name} is stored as {entry.dtype}, a scale is F32")
-        elif entry.shape != scale_shape(shapes[weight]):
+        elif entry.shape != (blocks := tuple(map(tiles, shapes[weight]))):
             raise CheckpointError(
                 f"{entry.path}: tensor {name} has shape {list(entry.shape)}; blocks of 128 x 128 need"
-                f" {list(scale_shape(shapes[weight]))}"
+                f" {list(blocks)}"
             )
 
 

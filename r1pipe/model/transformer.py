@@ -11,13 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.config import ModelConfig
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import ConfigError
-from r1pipe.model import flex
-from r1pipe.model.balance import Balance
+from r1pipe.model import masks
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import RMSNorm, Rotary
 from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import Keep, Mask
-from r1pipe.model.moe import Experts, Gate, Routing
+from r1pipe.model.moe import Balance, Experts, Gate, Routing
 from r1pipe.model.mtp import MTPLayer, same_document
 
 
@@ -107,13 +106,13 @@ class Trunk(nn.Module):
         table = self.rotary.table(tokens_BT.device)
         by_rules = self.flex and self._trains()
         if segments_BT is not None:
-            of_documents = flex.document_blocks if by_rules else document_mask
-            return table[document_positions(segments_BT)], of_documents(segments_BT)
+            of_documents = masks.document_blocks if by_rules else masks.document_mask
+            return table[masks.document_positions(segments_BT)], of_documents(segments_BT)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            of_past = flex.past_blocks if by_rules else past_mask
+            of_past = masks.past_blocks if by_rules else masks.past_mask
             return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
-        return table[:tokens].unsqueeze(0), flex.causal_blocks(tokens, table.device) if by_rules else None
+        return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if by_rules else None
 
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -239,6 +238,23 @@ class DeepseekV3(nn.Module):
             layer.requires_grad_(False)
 
 
+class ScalarModel(nn.Module):
+    """A trunk that gives one number: what reward models and PPO's value model are.
+
+    With its linear head, under transformers' names for sequence classification (model.*, score.*).
+    """
+
+    def __init__(self, language_model: DeepseekV3):
+        """Takes over the language model's trunk. The head starts at zero: every text scores the same."""
+        super().__init__()
+        language_model.drop_mtp()
+        self.config = language_model.config
+        self.model = language_model.model
+        self.score = nn.Linear(self.config.hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+
 def hidden_after(
     trunk: Trunk,
     prompts_PT: Tensor,
@@ -252,29 +268,3 @@ def hidden_after(
     trunk(prompts_PT, keep=read.append, balance=balances[0])
     past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
     return trunk(tokens_BT, past=past, balance=balances[1])
-
-
-def document_positions(segments_BT: Tensor) -> Tensor:
-    """The position of each token in its own document, [B, T] int64."""
-    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
-    first_BT = torch.ones_like(segments_BT, dtype=torch.bool)
-    first_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    return places_T - torch.where(first_BT, places_T, 0).cummax(dim=1).values
-
-
-def document_mask(segments_BT: Tensor) -> Tensor:
-    """Which tokens each token may look at, [B, T, T] bool: causal, of its document; padding at itself."""
-    tokens = segments_BT.shape[1]
-    itself_TT = torch.eye(tokens, dtype=torch.bool, device=segments_BT.device)
-    causal_TT = torch.ones_like(itself_TT).tril_()
-    same_BTT = segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
-    return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
-
-
-def past_mask(lengths_B: Tensor, past: int, tokens: int) -> Tensor:
-    """Which tokens each of `tokens` new ones may look at, [B, T, P+T] bool: its past, then causal."""
-    lengths_B11 = lengths_B[:, None, None]
-    places_P = torch.arange(past, device=lengths_B.device)
-    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B.device).tril_()
-    shape = (len(lengths_B), tokens, -1)
-    return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from r1pipe.config import ModelConfig
 from r1pipe.core.errors import CheckpointError, ConfigError
-from r1pipe.model.fp8 import QUANTIZATION, quantise
+from r1pipe.model.kernels.reference import quantise_blocks
 from r1pipe.model.moe import reset_loads
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.names import (
     BIAS,
     CONFIG,
+    QUANTIZATION,
     layer_of,
     model_config_from,
     published_config,
@@ -160,7 +161,7 @@ def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tens
             if stored.is_fp8(name):
                 yield name + SCALE, stored.raw(name + SCALE)
         elif precision == "fp8" and _is_quantised(name):
-            weight, scale = quantise(stored.value(name))
+            weight, scale = quantise_blocks(stored.value(name))
             yield name, weight
             yield name + SCALE, scale
         else:

@@ -47,6 +47,11 @@ def _unnamed(number: int) -> str:
 
 
 def _write(shard: dict[str, Tensor], path: Path) -> list[str]:
+    path.touch()
+    permissions = (
+        path.stat().st_mode
+    )  # as the umask has it; safetensors puts a file of mode 0600 in its place
     save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(permissions)
     heartbeat.tick()
     return list(shard)

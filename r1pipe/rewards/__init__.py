@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import accuracy as accuracy_reward
-from r1pipe.rewards.accuracy import applies, check_gold, is_correct, summary_of, vote
+from r1pipe.rewards.accuracy import accuracy, applies, check_gold, is_correct, summary_of, vote
 from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
-from r1pipe.rewards.kinds import Reward
-from r1pipe.rewards.language import language as language_reward
-from r1pipe.rewards.language import language_share
+from r1pipe.rewards.language import language, language_share
 from r1pipe.rewards.overlong import overlong
 from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.verdicts import Verdicts
@@ -23,7 +20,6 @@ from r1pipe.rewards.verdicts import Verdicts
 __all__ = [
     "SHAPES",
     "TABLE",
-    "Reward",
     "Shaping",
     "Verdicts",
     "add_shapes",
@@ -36,13 +32,16 @@ __all__ = [
     "vote",
 ]
 
-TABLE: dict[str, Reward] = {
-    "accuracy": accuracy_reward,
+TABLE: dict[str, Callable[[Prompt, Completion], Score]] = {
+    "accuracy": accuracy,
     "format": format_reward,
-    "language": language_reward,
+    "language": language,
 }
-# Optional rewards, made from stage.rewards, stage.sampling.max_tokens and the accuracy that they may ask for.
-SHAPES: dict[str, Callable[[RewardsConfig, int, Reward], Reward]] = {
+
+
+# Optional rewards, from stage.rewards, stage.sampling.max_tokens, the completion and its accuracy (None where
+# no rule applies); None where the reward needs that.
+SHAPES: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
     "cosine": cosine,
     "overlong": overlong,
     "repetition": repetition,
@@ -77,10 +76,10 @@ def score_all(
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
-            found = verdicts.of(prompts, completions)
+            values = verdicts.of(prompts, completions)
         else:
-            found = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
-        for row, score in zip(scores, found, strict=True):
+            values = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
+        for row, score in zip(scores, values, strict=True):
             if score is not None:
                 row[name] = score
     return scores
@@ -93,15 +92,12 @@ def add_shapes(
     names: Sequence[str],
     shaping: Shaping,
 ) -> None:
-    """Add what the named rewards of SHAPES say to scores that hold `accuracy`, where a rule applies.
+    """Add the named rewards of SHAPES to scores that hold `accuracy`, where a rule applies.
 
     `cosine`, which is built on it, is absent where accuracy is.
     """
-    for row, prompt, completion in zip(scores, prompts, completions, strict=True):
-        verdict = row.get("accuracy")
+    for row, completion in zip(scores, completions, strict=True):
         for name in names:
-            if verdict is not None or name != "cosine":
-                reward = SHAPES[name](
-                    shaping.config, shaping.max_tokens, lambda *_, known=verdict: known or Score(0.0)
-                )
-                row[name] = reward(prompt, completion)
+            score = SHAPES[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
+            if score is not None:
+                row[name] = score

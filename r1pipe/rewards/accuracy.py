@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import answers, program, symbolic
 from r1pipe.runs import heartbeat
-
-GENERAL_TASKS = ("writing", "facts", "identity", "translation", "safety")  # judged by no rule
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,

@@ -8,24 +8,23 @@ Sample, of 100 tokens at most and conf's values: right after 0 tokens 2, after 5
 import math
 
 from r1pipe.config import RewardsConfig
-from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards.kinds import Reward
+from r1pipe.core.types import Completion, Score, Status
 
 
-def cosine(config: RewardsConfig, max_tokens: int, accuracy: Reward) -> Reward:
-    """From `shortest` at no token to `longest` at max_tokens, on half a cosine; `exceeded` where cut off."""
+def cosine(
+    config: RewardsConfig, max_tokens: int, completion: Completion, accuracy: Score | None
+) -> Score | None:
+    """From `shortest` at no token to `longest` at max_tokens, on half a cosine; `exceeded` where cut off.
+
+    None where accuracy is: no rule applies to the prompt.
+    """
+    if accuracy is None or accuracy.status is not Status.SCORED:
+        return accuracy
     values = config.cosine
-
-    def reward(prompt: Prompt, completion: Completion) -> Score:
-        verdict = accuracy(prompt, completion)
-        if verdict.status is not Status.SCORED:
-            return verdict
-        if completion.truncated or len(completion.tokens) >= max_tokens:
-            return Score(values.exceeded, detail="cut off")
-        right = verdict.value == 1.0
-        shortest = values.right_shortest if right else values.wrong_shortest
-        longest = values.right_longest if right else values.wrong_longest
-        along = (1 + math.cos(math.pi * len(completion.tokens) / max_tokens)) / 2  # 1 at no token, 0 at most
-        return Score(longest + (shortest - longest) * along)
-
-    return reward
+    if completion.truncated or len(completion.tokens) >= max_tokens:
+        return Score(values.exceeded, detail="cut off")
+    right = accuracy.value == 1.0
+    shortest = values.right_shortest if right else values.wrong_shortest
+    longest = values.right_longest if right else values.wrong_longest
+    along = (1 + math.cos(math.pi * len(completion.tokens) / max_tokens)) / 2  # 1 at no token, 0 at most
+    return Score(longest + (shortest - longest) * along)

@@ -4,18 +4,13 @@ Sample, of 100 tokens at most and a cache of 0.2: 80 tokens earn 0, 90 earn -0.5
 """
 
 from r1pipe.config import RewardsConfig
-from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.kinds import Reward
+from r1pipe.core.types import Completion, Score
 
 
-def overlong(config: RewardsConfig, max_tokens: int, accuracy: Reward) -> Reward:
+def overlong(config: RewardsConfig, max_tokens: int, completion: Completion, accuracy: Score | None) -> Score:
     """0 up to (1 - overlong_cache) * max_tokens tokens, then falling to -1 at max_tokens."""
+    if completion.truncated or len(completion.tokens) >= max_tokens:
+        return Score(-1.0, detail="cut off")
     cache = config.overlong_cache * max_tokens
-
-    def reward(prompt: Prompt, completion: Completion) -> Score:
-        over = len(completion.tokens) - (max_tokens - cache)
-        if completion.truncated or len(completion.tokens) >= max_tokens:
-            return Score(-1.0, detail="cut off")
-        return Score(-over / cache if over > 0 else 0.0)
-
-    return reward
+    over = len(completion.tokens) - (max_tokens - cache)
+    return Score(-over / cache if over > 0 else 0.0)

@@ -8,13 +8,12 @@ then checker["prompt"] is what a completion goes on from: imports, helpers, the 
 
 import ast
 import itertools
-import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import Prompt, Score, Status
+from r1pipe.core.types import Prompt, Score
 from r1pipe.rewards import sandbox
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
@@ -22,7 +21,6 @@ _START = re.compile(r"(?:^|(?<=[\s:：是为]))(?=def |from \w+ import |import \
 _MAX_PROGRAM = 64 << 10  # characters; these three bound the work on a hostile text
 _MAX_CUTS = 50  # times that a text is cut back until it is Python
 _MAX_STARTS = 8
-_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
 def extract_program(summary: str) -> str | None:
@@ -67,40 +65,27 @@ def check_program(prompt: Prompt, summary: str) -> Score:
     """1 where the program passes every test. What is expected never enters the program's interpreter."""
     checker = prompt.checker
     context, entry_point, tests = checker.get("prompt", ""), checker["entry_point"], checker["tests"]
-    program = continued(context, summary, entry_point) if context else extract_program(summary)
+    program = complete(context, summary, entry_point) if context else extract_program(summary)
     if program is None:
         return Score(0.0, detail="the summary holds no program")
-    if written_out(tests):
-        outcome = sandbox.run_tests(program, entry_point, tests_text(context, entry_point, tests))
-        return _scored(outcome, ["the tests"], lambda result, _: result is True)
-    arguments, expected = zip(*tests, strict=True)
-    outcome = sandbox.run(program, entry_point, arguments)
-    return _scored(outcome, expected, same_value)
+    if is_test_code(tests):
+        return sandbox.run_tests(program, entry_point, tests_as_script(context, entry_point, tests))
+    return sandbox.run_calls(program, entry_point, tests)
 
 
-def _scored(outcome: sandbox.Outcome, expected: Sequence, same: Callable[[object, object], bool]) -> Score:
-    if outcome.status is not Status.SCORED:
-        return Score(0.0, outcome.status, outcome.detail)
-    if outcome.results is None:
-        return Score(0.0, detail=outcome.detail)
-    passed = sum(map(same, outcome.results, expected))
-    detail = outcome.detail or f"{passed} of {len(expected)} tests passed"
-    return Score(float(passed == len(expected)), detail=detail)
-
-
-def written_out(tests: object) -> bool:
+def is_test_code(tests: object) -> bool:
     """Whether tests are Python text, not pairs of arguments and result."""
     return isinstance(tests, str) or (isinstance(tests, list) and all(isinstance(t, str) for t in tests))
 
 
-def tests_text(context: str, entry_point: str, tests: str | Sequence[str]) -> str:
+def tests_as_script(context: str, entry_point: str, tests: str | Sequence[str]) -> str:
     """What the tests' interpreter runs: the question's own helpers, the program's stand-in, the tests."""
     lines = tests if isinstance(tests, str) else "\n".join(tests)
     calls = "check(candidate)\n" if re.search(r"^def check\(", lines, re.MULTILINE) else ""
     return f"{context}\n{entry_point} = candidate\n{lines}\n{calls}"
 
 
-def continued(context: str, summary: str, entry_point: str) -> str | None:
+def complete(context: str, summary: str, entry_point: str) -> str | None:
     """The program of a completion of `context`, a function's head and docstring after its imports.
 
     The completion may write the whole function (in a code block, or as it is) or its body alone.
@@ -130,27 +115,6 @@ def _longest_body(context: str, body: str) -> str | None:
     return _longest_python(body, kept=context.rstrip() + "\n")
 
 
-def same_value(result: object, expected: object) -> bool:
-    """Python's ==, but floats to 1e-9 and lists like tuples (JSON knows only lists).
-
-    Anything that is not a plain built-in value is never equal: an object of the program's own has no say.
-    """
-    if isinstance(expected, list | tuple):
-        if not isinstance(result, list | tuple) or len(result) != len(expected):
-            return False
-        return all(map(same_value, result, expected))
-    if isinstance(expected, dict):
-        if not isinstance(result, dict) or result.keys() != expected.keys():
-            return False
-        return all(same_value(result[key], expected[key]) for key in expected)
-    if type(result) not in _PLAIN_TYPES:
-        return False
-    if isinstance(expected, float) and isinstance(result, int | float):
-        small = abs(result) < 1e300  # a larger integer does not fit a float
-        return result == expected or (small and math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12))
-    return bool(result == expected)
-
-
 def program_key(summary: str) -> str:
     """One spelling for programs that differ only in layout and comments, for voting."""
     program = extract_program(summary)
@@ -170,8 +134,8 @@ def check_program_gold(prompt: Prompt) -> None:
     tests, entry = prompt.checker.get("tests"), prompt.checker.get("entry_point", "")
     if not isinstance(entry, str) or not entry.isidentifier():
         raise DataError(f"{prompt.id}: checker.entry_point {entry!r} is no function's name; give one")
-    if tests and written_out(tests):
-        text = tests_text(prompt.checker.get("prompt", ""), entry, tests)
+    if tests and is_test_code(tests):
+        text = tests_as_script(prompt.checker.get("prompt", ""), entry, tests)
         if not _is_python(text):
             raise DataError(f"{prompt.id}: the prompt and its tests are no Python; correct them")
         if "assert" not in text:

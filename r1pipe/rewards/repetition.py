@@ -7,19 +7,15 @@ Sample, n = 2: the tokens 1 2 1 2 hold the pair 1 2 twice, so 2 of 4 tokens repe
 """
 
 from r1pipe.config import RewardsConfig
-from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.kinds import Reward
+from r1pipe.core.types import Completion, Score
 
 
-def repetition(config: RewardsConfig, max_tokens: int, accuracy: Reward) -> Reward:
+def repetition(
+    config: RewardsConfig, max_tokens: int, completion: Completion, accuracy: Score | None
+) -> Score:
     """Minus the share of tokens that stand in an n-gram which stood before; 0 for a short completion."""
-    n = config.repetition_ngram
-
-    def reward(prompt: Prompt, completion: Completion) -> Score:
-        tokens = completion.tokens
-        return Score(-repeated(tokens, n) / len(tokens) if tokens else 0.0)
-
-    return reward
+    tokens = completion.tokens
+    return Score(-repeated(tokens, config.repetition_ngram) / len(tokens) if tokens else 0.0)
 
 
 def repeated(tokens: list[int], n: int) -> int:

@@ -1,14 +1,16 @@
 """The process in which answers are judged: a JSON line in, {"right", "error"} out.
 
 {"gold", "answer"}: math-verify compares them. {"task", "entry", "answer"}: a scorer of reasoning-gym judges;
-{"task"} has the task loaded. Run by its path, with its memory limit in bytes as the argument; only the
-scorers need anything of r1pipe.
+{"task"} has the task loaded. An item that takes more than its "cpu_limit_s" of processor time ends the
+process by SIGPROF. Run by its path, with its memory limit in bytes as the argument; only the scorers need
+anything of r1pipe.
 """
 
 import json
 import logging
 import re
 import resource
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -32,19 +34,19 @@ def compare(gold_text: str, answer_text: str) -> dict:
 def score(request: dict) -> dict:
     """Partial credit is not a right answer; a scorer that breaks down gives no verdict."""
     try:
-        from r1pipe.data import reasoning_gym
+        from r1pipe.rewards import gym
         from r1pipe.rewards.jailed import decode
 
         if "entry" not in request:
-            reasoning_gym.load(request["task"])
+            gym.dataset(request["task"])
             return {"right": False, "error": ""}
-        right = reasoning_gym.score(request["task"], decode(request["entry"]), request["answer"]) >= 1.0
+        right = gym.score(request["task"], decode(request["entry"]), request["answer"]) >= 1.0
     except Exception as error:  # noqa: BLE001 - a hundred scorers, and whatever they raise means the same
         return {"right": False, "error": f"{type(error).__name__}: {error}"[:200]}
     return {"right": right, "error": ""}
 
 
-def most_memory() -> int:
+def peak_memory() -> int:
     """The most bytes that this program has held at once, 0 where the system does not say.
 
     getrusage would give its parent's: that stays when a process starts another program.
@@ -61,9 +63,11 @@ def serve(memory_limit: int) -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no reply
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request.get("cpu_limit_s", 0))  # 0: none
         reply = score(request) if "task" in request else compare(request["gold"], request["answer"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy and the scorers take a MemoryError for an answer that means nothing
-        if most_memory() > memory_limit / 2:
+        if peak_memory() > memory_limit / 2:
             sys.exit(OUT_OF_MEMORY)
         print(json.dumps(reply), file=replies, flush=True)
 

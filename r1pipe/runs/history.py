@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from shutil import copyfile
 from typing import Any
 
-from r1pipe.cli.compare import read_json
 from r1pipe.config.changes import Change, changes
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_json
 
 
 def note(run: RunFolder, changed: Sequence[Change]) -> None:

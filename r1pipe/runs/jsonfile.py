@@ -7,6 +7,14 @@ from typing import Any
 from r1pipe.core.errors import CheckpointError
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """For what may be missing: the file's JSON object, {} where it is missing or damaged."""
+    try:
+        return read_object(path)
+    except CheckpointError:
+        return {}
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a checkpoint or run folder. Raises CheckpointError naming the file."""
     try:

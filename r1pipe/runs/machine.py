@@ -34,8 +34,24 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
         "code": code(),
-        "machine": {"host": socket.gethostname(), "system": platform.platform(), "cores": cores()},
+        "machine": {
+            "host": socket.gethostname(),
+            "system": platform.platform(),
+            "cores": cores(),
+            "gpus": [name for name, _ in compute_capabilities()],
+        },
     }
+
+
+def devices(engine: EngineConfig) -> dict[str, Any]:
+    """What a job occupies on all its machines, for its cost: {"unit": "GPU" or "core", "count": 8}."""
+    machines = 1
+    if engine.hostfile is not None:
+        lines = Path(engine.hostfile).read_text(encoding="utf-8").splitlines()
+        machines = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines)
+    if not on_cpu(engine):
+        return {"unit": "GPU", "count": machines * engine.ranks}
+    return {"unit": "core", "count": machines * (engine.ranks * engine.threads or cores())}
 
 
 def version(package: str) -> str | None:

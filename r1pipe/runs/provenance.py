@@ -1,36 +1,43 @@
 """record.json: what made a checkpoint, written last. Its parents, data, config, code, and their hashes."""
 
 import json
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
-from r1pipe.core.paths import RunFolder
+from r1pipe.core.paths import SET_ASIDE, RunFolder
 from r1pipe.core.redaction import publishable
-from r1pipe.data.reading import SET_ASIDE
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.jsonl import Tail
-from r1pipe.runs.recorded import OWN_HASH, own_hash, record_beside
+from r1pipe.runs.record import OWN_HASH, Code, Edge, History, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
+
+
+class ChatFormat(Protocol):
+    """What a record keeps of the tokenizer and its template."""
+
+    @property
+    def tokenizer_hash(self) -> str: ...
+
+    @property
+    def template_hash(self) -> str: ...
 
 
 def job_record(
     folder: RunFolder,
     config: RunConfig,
     checkpoint: Path,
-    chat: Chat,
-    made: dict[str, Any],
+    chat: ChatFormat,
+    result: Result,
     source_hash: str | None = None,
-) -> dict[str, Any]:
-    """The record of a finished job; `made` holds what only the job knows (times, metrics, and in data_hash
-    the hash of what was trained on), `source_hash` is that of the data source."""
-    record = {
+) -> Record:
+    """The record of a finished job. `source_hash`: of the data source, where `data_hash` is of what was made
+    from it and trained on."""
+    record: Record = {
         "format": FORMAT,
         "run_id": folder.run_id,
         "stage": config.stage.name,
@@ -57,21 +64,28 @@ def job_record(
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
         "versions": {name: machine.version(name) for name in machine.PACKAGES},
-        **made,
+        **result,
     }
     if folder.config_history.exists():
         record["history"] = _history(folder)
-    return record | {OWN_HASH: own_hash(record)}
+    record[OWN_HASH] = own_hash(record)
+    return record
 
 
-def _edge(parent: ParentRef) -> dict[str, Any]:
+def _edge(parent: ParentRef) -> Edge:
     """A parent with the hash of its own record: what is edited there later shows here."""
     path = record_beside(Path(parent.checkpoint))
     known = read_object(path) if path.exists() else {}
-    return {**asdict(parent), OWN_HASH: known.get(OWN_HASH)}
+    return {
+        "stage": parent.stage,
+        "run_id": parent.run_id,
+        "checkpoint": parent.checkpoint,
+        "hash": parent.hash,
+        "record_hash": known.get(OWN_HASH),
+    }
 
 
-def _history(folder: RunFolder) -> dict[str, Any]:
+def _history(folder: RunFolder) -> History:
     """What later sessions of the run had other than the first, and the file that has all of it."""
     path = folder.config_history
     changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
@@ -102,7 +116,7 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def _code(folder: RunFolder) -> dict[str, Any]:
+def _code(folder: RunFolder) -> Code:
     """What the launcher wrote down of git; unknown where a script was started by hand."""
     known = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
     diff = file_hash(folder.diff) if folder.diff.exists() else None

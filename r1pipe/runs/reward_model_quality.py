@@ -4,21 +4,28 @@ stages/reward_model.py leaves the numbers beside each model's weights; both wing
 is refused before the job starts: preference rewards are hacked the sooner, the less they know.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import number, percent
+from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.record import checked
 
 HELPFUL, HARMLESS = "helpful", "harmless"
 KINDS = (HELPFUL, HARMLESS)
 STAGE = "reward_model"  # the stage that makes them
 QUALITY = "quality.json"  # in a finished model's folder
 FORCE = "stage.preference.force=true"
+
+
+Quality = dict[str, float | None]
+_QUALITY = TypeAdapter(Quality)
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,10 @@ MEASURES = {
 }
 
 
-def quality_of(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """What stages/reward_model.py measured of each finished model of a checkpoint."""
+def quality_of(checkpoint: Path) -> dict[str, Quality]:
+    """What stages/reward_model.py measured of each finished model of a checkpoint. Raises CheckpointError."""
     paths = {kind: checkpoint / kind / QUALITY for kind in KINDS}
-    return {
-        kind: json.loads(path.read_text(encoding="utf-8")) for kind, path in paths.items() if path.exists()
-    }
+    return {kind: checked(_QUALITY, read_object(path), path) for kind, path in paths.items() if path.exists()}
 
 
 def kinds_asked(preference: PreferenceConfig) -> list[str]:

@@ -1,35 +1,40 @@
-"""The rows of a run's rollouts/step-N.parquet that a filter keeps, read lazily.
+"""The rows of a run's rollouts/step-N.parquet that a filter keeps.
 
-Each file is read by itself: first the columns of numbers, then, only where rows are left and a text is looked
-for, those of text; and of what is left no more than could be among the best, the worst and the odd. The texts
-of the few rows that are shown come last.
+All files are one pyarrow dataset. Only columns of numbers are kept in memory; the texts of the few rows that
+are shown are read last.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from r1pipe.core.errors import ConfigError, DataError, nearest
 
 SCORE = "score_"  # + the name of a reward: its column
-NUMBERS = ("reward", "advantage", "truncated", "repetition", "failed")
+NUMBERS = {
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "truncated": pa.bool_(),
+    "repetition": pa.float64(),
+    "failed": pa.string(),
+}
+JUDGED = ("accuracy", "format", "language")  # the rewards that `odd_masks` looks at
 TEXTS = ("question", "completion")
+HAS_TEXT = "has_text"
 SAME = 1e-6  # rewards are sums of weighted scores: a difference below this is rounding
-READERS = 4  # files at once
-HEAP, FILES = 100_000, 500  # rows, and files, that are looked at together
 BOUND = re.compile(r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>|=)?\s*(?P<value>[-+.\de]+)")
 
 Mask = Callable[[pa.Table], pa.ChunkedArray]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,12 +96,6 @@ def searched(text: str) -> pc.Expression:
 # --- what is odd: the advantage says whether a completion did better or worse than its group
 
 
-def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    return (
-        table[name] if name in table.column_names else pa.chunked_array([pa.nulls(len(table), pa.float64())])
-    )
-
-
 def _rewarded(table: pa.Table) -> pa.ChunkedArray:
     return pc.greater(table["advantage"], 0.0)
 
@@ -110,17 +109,15 @@ def odd_masks(much_repetition: float) -> dict[str, Mask]:
     return {
         "not judged": lambda table: pc.is_valid(table["failed"]),
         "rewarded though cut off": rewarded_though(lambda table: table["truncated"]),
-        "rewarded though badly formed": rewarded_though(
-            lambda table: pc.less(_column(table, SCORE + "format"), 0.5)
-        ),
+        "rewarded though badly formed": rewarded_though(lambda table: pc.less(table[SCORE + "format"], 0.5)),
         "rewarded though in another language": rewarded_though(
-            lambda table: pc.less(_column(table, SCORE + "language"), 0.5)
+            lambda table: pc.less(table[SCORE + "language"], 0.5)
         ),
         "rewarded though it repeats itself": rewarded_though(
             lambda table: pc.greater(table["repetition"], much_repetition)
         ),
         "punished though right": lambda table: pc.and_(
-            pc.less(table["advantage"], 0.0), pc.greater_equal(_column(table, SCORE + "accuracy"), 1.0)
+            pc.less(table["advantage"], 0.0), pc.greater_equal(table[SCORE + "accuracy"], 1.0)
         ),
     }
 
@@ -145,62 +142,63 @@ OUTSTANDING = [("size", "descending"), ("step", "descending"), ("row", "ascendin
 
 def look(files: dict[int, Path], wanted: Filter, limit: int, much_repetition: float) -> Found:
     """The best, worst and odd rows of some steps' files. Raises DataError, ConfigError."""
-    reasons = odd_masks(much_repetition)
-    total, names, heap = Found(odd={reason: [] for reason in reasons}), set[str](), list[pa.Table]()
-
-    def take_heap() -> None:
-        """Work on a table costs much the same for few rows, so those of many steps are looked at together."""
-        _merge(total, narrowed(pa.concat_tables(heap, promote_options="default"), limit, reasons), limit)
-        heap.clear()
-
-    with ThreadPoolExecutor(READERS) as threads:
-        newest_first = sorted(files, reverse=True)
-        for part in threads.map(lambda step: numbers_of(step, files[step], wanted), newest_first):
-            total.counts["read"] += part.read
-            names |= part.rewards
-            heap.append(part.table)
-            if sum(map(len, heap)) >= HEAP or len(heap) >= FILES:
-                take_heap()
-    if heap:
-        take_heap()
+    footers = {step: _read(path, pq.read_metadata) for step, path in files.items()}
+    columns = {name for footer in footers.values() for name in footer.schema.names}
+    rewards = {name.removeprefix(SCORE) for name in columns if name.startswith(SCORE)}
     for name, _ in wanted.rewards:
-        if name and name not in names:
-            raise ConfigError(f"--reward {name}: there is no such reward; {nearest(name, names)}")
-    return total
+        if name and name not in rewards:
+            raise ConfigError(f"--reward {name}: there is no such reward; {nearest(name, rewards)}")
+    table = numbers(files, schema_of(rewards), wanted.text)
+    counts = [footers[step].num_rows for step in files]
+    table = table.append_column("step", pa.array(np.repeat(list(files), counts)))
+    table = table.append_column("row", pa.array(np.concatenate([np.arange(count) for count in counts])))
+    found = narrowed(matching(table, wanted), limit, odd_masks(much_repetition))
+    found.counts["read"] = len(table)
+    return found
 
 
-class Numbers(NamedTuple):
-    """The wanted rows of one step, without their texts."""
-
-    table: pa.Table
-    read: int  # rows of the file
-    rewards: set[str]  # that the file has a column of
+def schema_of(rewards: Iterable[str]) -> pa.Schema:
+    """What all files are read as. Older ones lack a column, or have no type for one of nulls alone."""
+    scores = {SCORE + name: pa.float64() for name in sorted({*rewards, *JUDGED})}
+    return pa.schema({**NUMBERS, **scores, **dict.fromkeys(TEXTS, pa.string())})
 
 
-def numbers_of(step: int, path: Path, wanted: Filter) -> Numbers:
-    with opened(path) as file:
-        names = file.schema_arrow.names
-        rewards = {name.removeprefix(SCORE) for name in names if name.startswith(SCORE)}
-        columns = [name for name in names if name in NUMBERS or name.startswith(SCORE)]
-        table = numbered(typed(file.read(columns=columns, use_threads=False)), step)
-        read = len(table)
-        for name, holds in wanted.rewards:
-            table = table.filter(holds) if not name or name in rewards else table.slice(0, 0)
-        if wanted.text is not None and len(table):
-            texts = file.read(columns=list(TEXTS), use_threads=False).take(table["row"])
-            for name in TEXTS:
-                table = table.append_column(name, texts[name])
-            table = table.filter(wanted.text).drop_columns(list(TEXTS))
-    return Numbers(table, read, rewards)
+def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | None) -> pa.Table:
+    """Every row's numbers, in the files' order, and in `has_text` whether it has the text looked for."""
+    dataset = ds.dataset([str(path) for path in files.values()], schema, format="parquet")
+    columns = {name: ds.field(name) for name in schema.names if name not in TEXTS}
+    if text is not None:
+        columns[HAS_TEXT] = text
+    try:
+        return dataset.to_table(columns)
+    except (pa.ArrowInvalid, OSError):
+        for path in files.values():  # the error does not always name its file
+            _read(path, pq.read_table)
+        raise
 
 
-def numbered(table: pa.Table, step: int) -> pa.Table:
-    table = table.append_column("step", pa.array(np.full(len(table), step)))
-    return table.append_column("row", pa.array(np.arange(len(table))))
+def _read(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the file. Raises DataError where it was cut off or is no parquet."""
+    try:
+        return read(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise DataError(
+            f"{path} cannot be read ({why}); a kill may have cut it off: remove it, or leave its step out "
+            "with --step"
+        ) from None
+
+
+def matching(table: pa.Table, wanted: Filter) -> pa.Table:
+    for _, holds in wanted.rewards:
+        table = table.filter(holds)
+    if wanted.text is None:
+        return table
+    return table.filter(ds.field(HAS_TEXT) if HAS_TEXT in table.column_names else wanted.text)
 
 
 def narrowed(table: pa.Table, limit: int, reasons: dict[str, Mask]) -> Found:
-    """What of one table may be among the best, worst and odd of all."""
+    """What of a table is best, worst and odd."""
     for reason, mask in reasons.items():
         table = table.append_column(reason, pc.fill_null(mask(table), False))
     judged = table.filter(pc.is_valid(table["reward"]))
@@ -218,56 +216,13 @@ def rows_by(table: pa.Table, order: list[tuple[str, str]], limit: int) -> list[d
     return table.take(pc.sort_indices(table, sort_keys=order)[:limit]).to_pylist()
 
 
-def _merge(total: Found, part: Found, limit: int) -> None:
-    """Keep the best of both; files come newest first, so that of equal rows the newer stays in front."""
-
-    def key(row: dict) -> tuple[float, float]:
-        return row["reward"], row["advantage"] or 0.0
-
-    total.best = sorted(total.best + part.best, key=key, reverse=True)[:limit]
-    total.worst = sorted(total.worst + part.worst, key=key)[:limit]
-    for reason, rows in part.odd.items():
-        kept = total.odd[reason] + rows
-        total.odd[reason] = sorted(kept, key=lambda row: -(row["size"] or 0.0))[:limit]
-    total.counts += part.counts
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """Raises DataError for a file that was cut off or is no parquet."""
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowInvalid, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise DataError(
-            f"{path} cannot be read ({why}); a kill may have cut it off: remove it, or leave its step out "
-            "with --step"
-        ) from None
-
-
-def typed(table: pa.Table) -> pa.Table:
-    """The columns of NUMBERS with their types: older files have none for a column of nulls, or lack one."""
-    types = [pa.float64(), pa.float64(), pa.bool_(), pa.float64(), pa.string()]
-    for name, kind in zip(NUMBERS, types, strict=True):
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), kind))
-        elif table[name].type != kind:
-            table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
-    return table
-
-
 def whole(files: dict[int, Path], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dict]:
     """(step, row) -> all columns of it."""
-    asked: dict[int, set[int]] = {}
+    rows_of: dict[int, list[int]] = {}
     for step, row in places:
-        asked.setdefault(step, set()).add(row)
-    rows = {}
-    for step, numbers in asked.items():
-        first = 0
-        with opened(files[step]) as file:
-            for batch in file.iter_batches(batch_size=256, use_threads=False):
-                for row in numbers & set(range(first, first + len(batch))):
-                    rows[step, row] = batch.slice(row - first, 1).to_pylist()[0]
-                first += len(batch)
-    return rows
+        rows_of.setdefault(step, []).append(row)
+    found: dict[tuple[int, int], dict] = {}
+    for step, rows in rows_of.items():
+        taken = _read(files[step], lambda path: ds.dataset(path)).take(rows).to_pylist()
+        found |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
+    return found

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from r1pipe.cli.compare import COLUMNS
+from r1pipe.runs.record import Edge, Record
+from r1pipe.runs.results import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
 TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped
@@ -63,17 +64,15 @@ def of_stages(name: str) -> str:
     return f"stages/{name.removeprefix('eval/')}"
 
 
-def final_metrics(record: dict) -> dict[str, float]:
+def final_metrics(record: Record) -> dict[str, float]:
     """A record's evaluation as `eval/...` metrics, and `time/wall_s`; what does not apply is left out."""
-    metrics = record.get("metrics") or {}
+    metrics = record.get("metrics", {})
     named: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items()}
-    named |= {f"eval/{task}/pass_at_1": one.get("pass_at_1") for task, one in _entries(metrics, "by_task")}
-    named |= {
-        f"eval/{lang}/pass_at_1": one.get("pass_at_1") for lang, one in _entries(metrics, "by_language")
-    }
-    named |= {f"eval/general/{kind}": score for kind, score in _entries(metrics, "general_by_kind")}
-    named |= {f"eval/strategy/{name}": share for name, share in _entries(metrics, "strategies")}
-    for model, measures in _entries(metrics, "reward_models"):
+    for parts in (metrics.get("by_task"), metrics.get("by_language")):
+        named |= {f"eval/{name}/pass_at_1": part.get("pass_at_1") for name, part in (parts or {}).items()}
+    named |= {f"eval/general/{kind}": score for kind, score in (metrics.get("general_by_kind") or {}).items()}
+    named |= {f"eval/strategy/{name}": share for name, share in (metrics.get("strategies") or {}).items()}
+    for model, measures in (metrics.get("reward_models") or {}).items():
         named |= {f"eval/{model}/{measure}": value for measure, value in measures.items()}
     for name, bound in zip(("low", "high"), metrics.get("pass_at_1_ci") or (), strict=False):
         named[f"eval/pass_at_1_{name}"] = bound
@@ -81,20 +80,16 @@ def final_metrics(record: dict) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if is_number(value)}
 
 
-def _entries(metrics: dict, name: str) -> Iterator[tuple[str, Any]]:
-    entries = metrics.get(name)
-    return iter(entries.items()) if isinstance(entries, dict) else iter(())
-
-
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def provenance(record: dict) -> dict[str, str]:
+def provenance(record: Record) -> dict[str, str]:
     """Where a checkpoint comes from, as tags: parents, code, and the hashes of all that made it."""
-    parents, code = record.get("parents") or {}, record.get("code") or {}
+    parents, code = record.get("parents", {}), record.get("code", {})
+    weights = parents.get("weights")
     tags = {
-        "parents.weights": _parent(parents["weights"]) if parents.get("weights") else "",
+        "parents.weights": _parent(weights) if weights else "",
         "parents.data": "; ".join(_parent(one) for one in parents.get("data") or []),
         "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
         **{name: str(record.get(name) or "") for name in HASHES},
@@ -102,15 +97,17 @@ def provenance(record: dict) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-def _parent(reference: dict) -> str:
+def _parent(reference: Edge) -> str:
     return f"{reference['stage']} {reference['run_id']} {reference['hash']}"
 
 
-def datasets(config: dict, record: dict) -> list[tuple[str, str, str, str]]:
+def datasets(config: dict, record: Record) -> list[tuple[str, str, str, str]]:
     """What a run read, as (name, digest, source as JSON, context): its data, and what it sampled from."""
     data = config["data"]
     source = {name: data[name] for name in ("kind", "path", "tasks")}
-    read = [(data["name"], record.get("data_hash"), source, "training and evaluation")]
+    read: list[tuple[Any, str | None, object, str]] = [
+        (data["name"], record.get("data_hash"), source, "training and evaluation")
+    ]
     for one in (record.get("parents") or {}).get("data") or []:
         read.append((f"{one['stage']} ({one['run_id']})", one["hash"], one, "read from a parent"))
     return [(name, str(digest), _json(source), context) for name, digest, source, context in read if digest]

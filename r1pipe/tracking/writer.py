@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.cli import compare
-from r1pipe.cli.compare import read_json
 from r1pipe.config import RunConfig
-from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder, inside
+from r1pipe.runs import results
 from r1pipe.runs.jsonl import Tail
-from r1pipe.runs.recorded import wrong_type
+from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
 from r1pipe.tracking.database import artifact_folder, locked
 from r1pipe.tracking.store import connect, failures, first_line, is_server, matching, store_uri
@@ -169,17 +168,14 @@ class RunWriter:
 
     def end(self) -> str | None:
         """Log what the job left; the registered model's address. Without a record the run has failed."""
-        record, address, ended_ms = read_json(self.folder.record), None, None
-        if wrong_type(record):
-            raise CheckpointError(
-                f"{self.folder.record}: {wrong_type(record)} is of a wrong type; not tracked"
-            )
+        record = read_record(self.folder.record) if self.folder.record.exists() else None
+        address, ended_ms = None, None
         self._log_files()
         if record:
             ended_ms = int(self.folder.record.stat().st_mtime * 1000)
             self._log_record(record, ended_ms)
             self._log_inputs(record)
-            address = self._register(record) if record.get("checkpoint") else None
+            address = self._register(record)
         self._describe_pipeline()
         for run_id in (self.run_id, self.parent_id):
             self.client.set_terminated(run_id, "FINISHED" if record else "FAILED", ended_ms)
@@ -197,7 +193,7 @@ class RunWriter:
             if room >= 0:
                 self.client.log_artifact(self.run_id, str(path), "rollouts")
 
-    def _log_record(self, record: dict, ended_ms: int) -> None:
+    def _log_record(self, record: Record, ended_ms: int) -> None:
         """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
 
         They stand at step 0: MLflow's UI draws such metrics as bars, run beside run. Logged again they
@@ -219,7 +215,7 @@ class RunWriter:
             ]
             self.client.log_batch(self.parent_id, metrics=summary)
 
-    def _log_inputs(self, record: dict) -> None:
+    def _log_inputs(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
@@ -231,15 +227,15 @@ class RunWriter:
     def _describe_pipeline(self) -> None:
         """The table of the pipeline's stages as its run's description and as a file, and a current report."""
         pipeline, record = str(self.config["pipeline"]), self.folder.record
-        rows = compare.rows(self.root, None, pipeline)
+        rows = results.rows(self.root, None, pipeline)
         note = naming.description(self.root, rows)
         self.client.set_tag(self.parent_id, "mlflow.note.content", note)
-        self.client.log_text(self.parent_id, compare.as_json(rows), "table.json")
+        self.client.log_text(self.parent_id, results.as_json(rows), "table.json")
         page = self.root / REPORT
         if page.exists() and record.exists() and page.stat().st_mtime_ns >= record.stat().st_mtime_ns:
             self.client.log_artifact(self.parent_id, str(page))
 
-    def _register(self, record: dict) -> str:
+    def _register(self, record: Record) -> str:
         """The checkpoint as a model version with the stage as alias; its weights stay in the run folder."""
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
         checkpoint = inside(self.folder.path, record["checkpoint"], self.folder.record)

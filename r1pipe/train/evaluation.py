@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
-from r1pipe.core.types import Completion, Prompt, Status
+from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
 from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.runs.record import Metrics
 from r1pipe.train.rollout import Ended, SamplingParams
-
-GENERAL_KINDS = ("writing", "facts", "identity", "translation")
 
 Progress = Callable[[int, int], None]
 Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], list[Completion]]
@@ -60,7 +59,7 @@ class GeneralVerdict(NamedTuple):
 class Evaluation(NamedTuple):
     """What `evaluate` gives: the content of evaluation.json and of samples.json."""
 
-    metrics: dict[str, Any]
+    metrics: Metrics
     samples: list[dict[str, Any]]
 
 
@@ -114,7 +113,10 @@ def evaluate(
 
     shares = (gather or (lambda local: [local]))((sampled, greedy, general))
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
-    metrics = measure(prompts, sampled, greedy, config) | measure_general(general_prompts, general)
+    metrics: Metrics = {
+        **measure(prompts, sampled, greedy, config),
+        **measure_general(general_prompts, general),
+    }
     return Evaluation(metrics, _shown(prompts, greedy or sampled, general_prompts, general, config.shown))
 
 
@@ -125,12 +127,13 @@ def short(config: EvalConfig) -> EvalConfig:
     )
 
 
-def logged(metrics: dict[str, Any]) -> dict[str, float]:
+def logged(metrics: Metrics) -> dict[str, float]:
     """An evaluation under the names of metrics.jsonl; what does not apply is left out."""
     names = ["pass_at_1", "greedy", "format_rate", "language_consistency", "length_mean", "truncation_rate"]
     names += ["general_score", "preference_score"]
-    values = {f"eval/{name}": metrics[name] for name in names}
-    values |= {f"eval/{task}/pass_at_1": block["pass_at_1"] for task, block in metrics["by_task"].items()}
+    values: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items() if name in names}
+    by_task = metrics["by_task"] or {}
+    values |= {f"eval/{task}/pass_at_1": part["pass_at_1"] for task, part in by_task.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -182,23 +185,29 @@ def _judge(
 
 def measure(
     prompts: Sequence[Prompt], sampled: list[Verdict], greedy: list[Verdict], config: EvalConfig
-) -> dict[str, Any]:
+) -> Metrics:
     """The reasoning part of evaluation.json: all prompts, then by task and by language."""
-    whole = summarise(sampled, greedy) | {"k": config.samples}
-    for name, key in (("by_task", "task"), ("by_language", "language")):
+
+    def by(key: str) -> dict[str, Metrics]:
         parts = {}
         for value in sorted({getattr(p, key) for p in prompts}):
             chosen = [
                 [v for v in rows if getattr(prompts[v.problem], key) == value] for rows in (sampled, greedy)
             ]
             parts[value] = summarise(*chosen)
-        whole[name] = parts
+        return parts
+
     strategies = Counter(v.strategy for v in sampled if v.strategy)
-    whole["strategies"] = {name: n / strategies.total() for name, n in sorted(strategies.items())}
-    return whole
+    return {
+        **summarise(sampled, greedy),
+        "k": config.samples,
+        "by_task": by("task"),
+        "by_language": by("language"),
+        "strategies": {name: n / strategies.total() for name, n in sorted(strategies.items())},
+    }
 
 
-def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> dict[str, Any]:
+def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
     """pass@1, cons@k and the rest of one set of completions; null where there is nothing to count.
 
     pass@1 (R1 section 3): the mean over samples that were made and judged; `samples` counts those made,
@@ -227,7 +236,7 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> dict[str, Any]:
     }
 
 
-def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> dict[str, Any]:
+def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> Metrics:
     """The general part of evaluation.json, by the hidden truth; null where no prompt of the kind was judged.
 
     general_score: the mean over kinds of the share answered correctly. preference_score: mean helpfulness of
@@ -237,11 +246,11 @@ def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -
     def over(kinds: Iterable[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:
         return mean(value(v.truth) for v in _of(prompts, verdicts, kinds, unsafe))
 
-    by_kind = {kind: over([kind], lambda t: t.correct) for kind in GENERAL_KINDS}
+    by_kind = {kind: over([kind], lambda t: t.correct) for kind in HELPFUL_TASKS}
     return {
         "general_score": mean(score for score in by_kind.values() if score is not None),
         "general_by_kind": by_kind,
-        "preference_score": over(GENERAL_KINDS, lambda t: t.helpful),
+        "preference_score": over(HELPFUL_TASKS, lambda t: t.helpful),
         "refusal_rate": over(["safety"], lambda t: t.refused, unsafe=True),
         "safe_answer_rate": over(["safety"], lambda t: t.correct and not t.refused),
     }

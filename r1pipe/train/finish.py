@@ -1,10 +1,9 @@
 """Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from r1pipe.chat.template import Chat
@@ -14,13 +13,13 @@ from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3
 from r1pipe.runs import stopping
+from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Sampler
 from r1pipe.train.run import Run
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
 
 
@@ -92,7 +91,8 @@ def _measure(
         strategy_of=source.strategy_of,
         progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
     )
-    evaluation.metrics.update(data=run.config.data.name, split=config.split, too_long=too_long)
+    measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
+    evaluation.metrics.update(measured)
     return evaluation
 
 
@@ -116,7 +116,7 @@ def finish_stage(
     checkpoint: Path,
     steps: int,
     data_hash: str | None = None,
-    known: Mapping[str, Any] = NOTHING,
+    known: Metrics | None = None,
 ) -> None:
     """The end of a stage that trained: the whole evaluation, then the record.
 
@@ -125,6 +125,6 @@ def finish_stage(
     """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    metrics = {**evaluation.metrics, **known}
+    metrics: Metrics = {**evaluation.metrics, **known} if known else evaluation.metrics
     trained_on = data_hash or source.hash
     run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

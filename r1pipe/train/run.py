@@ -27,6 +27,7 @@ from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.moved import with_present_parents
 from r1pipe.runs.provenance import job_record, write_json
+from r1pipe.runs.record import Metrics, Result
 from r1pipe.runs.stopping import Interrupted, listening
 from r1pipe.train.engine.ranks import Ranks, exit_immediately_with, rank_and_world
 from r1pipe.train.resumable import Resumable
@@ -118,7 +119,7 @@ class Run(Resumable[S]):
         self,
         checkpoint: Path,
         chat: Chat,
-        evaluation: dict[str, Any],
+        evaluation: Metrics,
         samples: list[dict[str, Any]],
         data_hash: str | None,
         steps: int,
@@ -134,7 +135,7 @@ class Run(Resumable[S]):
         write_json(self.folder.evaluation, evaluation)
         write_json(self.folder.samples, samples)
         wall_s, seconds = round(self.elapsed(), 3), {k: round(v, 3) for k, v in self.seconds.items()}
-        made = {
+        result: Result = {
             "wall_s": wall_s,
             "seconds": seconds,
             "steps": steps,
@@ -142,7 +143,7 @@ class Run(Resumable[S]):
             "metrics": evaluation,
         }
         source_hash = source_hash or data_hash
-        record = job_record(self.folder, self.config, checkpoint, chat, made, source_hash)
+        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash)
         write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 

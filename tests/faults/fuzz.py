@@ -30,10 +30,9 @@ from tokenizers import AddedToken, Tokenizer, models
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
 from r1pipe.chat.template import SPECIAL_TOKENS, TEMPLATE, Chat
-from r1pipe.cli import compare
 from r1pipe.cli.lineage_page import page
-from r1pipe.cli.report import sections
 from r1pipe.cli.report.load import load_runs
+from r1pipe.cli.report.page import page as report_page
 from r1pipe.config import config_hash, read_config, rules, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import R1pipeError
@@ -45,10 +44,10 @@ from r1pipe.data.reading import read_tolerant
 from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
-from r1pipe.runs import checkpoints, lineage, metrics_file, retention
+from r1pipe.runs import checkpoints, lineage, metrics_file, results, retention
 from r1pipe.runs.jsonl import Tail
 from r1pipe.runs.lineage.fit import chat_format
-from r1pipe.runs.recorded import wrong_type
+from r1pipe.runs.record import read_record
 from r1pipe.tracking import naming
 from r1pipe.train.engine import state as engine_state
 
@@ -242,14 +241,14 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
     def act(content: bytes) -> None:
         first.record.write_bytes(content)
         page(list(lineage.ancestors(start)))
-        compare.rows(root)
+        results.rows(root)
         runs = load_runs(root, None, None)
-        _ = [part(runs) for part in (sections.stages, sections.lineage) if runs]
-        record = compare.read_json(first.record)
-        if record and not wrong_type(record):
-            naming.final_metrics(record)
-            naming.provenance(record)
-            naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
+        if runs:
+            report_page(runs, [])
+        record = read_record(first.record)
+        naming.final_metrics(record)
+        naming.provenance(record)
+        naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
         lineage.of_run(first)
 
     return json_file(valid), act

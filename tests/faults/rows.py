@@ -11,8 +11,8 @@ from faults.outcome import Outcome
 from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import DataError
+from r1pipe.core.paths import SET_ASIDE
 from r1pipe.data.files import Files
-from r1pipe.data.reading import SET_ASIDE
 from r1pipe.data.rejected_rows import RejectedRows
 
 ROWS = 40

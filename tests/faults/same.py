@@ -12,9 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from r1pipe.cli import compare
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints
+from r1pipe.runs import checkpoints, results
 
 # All that may differ: what clocks say, and the names of runs, which are called after the time.
 CLOCK = (
@@ -38,14 +37,14 @@ def pipelines(one: Path, other: Path) -> list[str]:
     if runs[0].keys() != runs[1].keys():
         return [f"finished stages: {sorted(runs[0])} and {sorted(runs[1])}"]
     found = [line for stage in runs[0] for line in both(runs[0][stage], runs[1][stage])]
-    return [*found, *apart(compare.rows(one), compare.rows(other), "final table")]
+    return [*found, *apart(results.rows(one), results.rows(other), "final table")]
 
 
 def finished(root: Path) -> dict[str, Path]:
     """Stage -> its run; raises AssertionError where a stage has two."""
-    runs = compare.finished_runs(root)
-    stages = {json.loads(run.record.read_text())["stage"]: run.path for run in runs}
-    assert len(stages) == len(runs), f"a stage was run twice: {[run.run_id for run in runs]}"
+    runs = results.finished_runs(root)
+    stages = {run.stage: run.folder.path for run in runs}
+    assert len(stages) == len(runs), f"a stage was run twice: {[run.folder.run_id for run in runs]}"
     return stages
 
 

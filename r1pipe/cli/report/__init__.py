@@ -1,9 +1,10 @@
 """report.html: every stage of a reproduction on one page, in one file, without network; and curves.png.
 
-load      what run folders hold, missing parts allowed
-plots     what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
-sections  the parts of the page
-page      the frame: head, style, order of the parts
+load       what run folders hold, missing parts allowed
+plots      what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
+page       what the page says
+html       templates, escaped
+templates  how the pages look: the report, a lineage, and their style
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def write_report(
     pipeline: str | None = None,
     path: Path | str | None = None,
 ) -> Path:
-    """Writes the report of the chosen runs (see `compare.choose`), and curves.png beside it.
+    """Writes the report of the chosen runs (see `results.choose`), and curves.png beside it.
 
     Args:
         root: where run folders are.

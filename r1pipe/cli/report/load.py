@@ -1,29 +1,47 @@
-"""What the report shows, read from run folders; a file that is missing leaves its part empty."""
+"""What the report shows, read from run folders; an optional file that is missing or damaged leaves its part
+empty."""
 
 import json
-import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from r1pipe.cli.compare import choose, read_json, read_record, row
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_json
 from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.results import choose, row
+from r1pipe.runs.stored import StoredRun, stored_runs
 
 
 @dataclass
 class StageRun:
-    """One finished run."""
+    """One run, finished or not."""
 
-    folder: RunFolder
-    row: dict  # of the table of stages
-    record: dict
-    config: dict
+    stored: StoredRun
+    row: dict[str, Any]  # of the table of stages
+
+    @classmethod
+    def of(cls, stored: StoredRun) -> "StageRun":
+        return cls(stored, row(stored))
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.stored.folder
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.stored.config
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        return self.stored.record or {}
 
     @property
     def stage(self) -> str:
-        return str(self.row["stage"])
+        return self.stored.stage
 
     @property
     def seed(self) -> int:
@@ -31,11 +49,15 @@ class StageRun:
 
     @property
     def control(self) -> bool:
-        return self.row["control"]
+        return self.stored.is_control
 
     @property
     def is_rl(self) -> bool:
         return any("reward" in line for line in self.metrics)
+
+    @cached_property
+    def env(self) -> dict[str, Any]:
+        return read_json(self.folder.env)
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -65,26 +87,32 @@ class StageRun:
 
     @property
     def wall_s(self) -> float:
-        return float(self.record.get("wall_s") or 0.0)
+        """Of a run without a record, the time of its last step."""
+        if self.stored.record is not None:
+            return self.stored.record.get("wall_s", 0.0)
+        return max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
 
     @property
-    def unit(self) -> str:
-        """What its cost is counted in."""
-        return "GPU-hours" if (self.config.get("engine") or {}).get("accelerator") == "cuda" else "core-hours"
-
-    @property
-    def cost(self) -> float:
-        """Hours of all its GPUs, or of all its cores where there is none."""
-        return self.wall_s / 3600 * self.devices
-
-    @property
-    def devices(self) -> int:
-        engine = self.config.get("engine") or {}
+    def devices(self) -> tuple[int, str]:
+        """How many of what the job occupied: GPUs, or cores where it used none."""
+        known = self.env.get("devices") or {}
+        if known:
+            return known["count"], known["unit"]
+        engine = self.config.get("engine") or {}  # env.json of an older version
         ranks = engine.get("ranks") or 1
-        if self.unit == "GPU-hours":
-            return ranks
-        everything = (read_json(self.folder.env).get("machine") or {}).get("cores") or os.cpu_count() or 1
-        return ranks * engine["threads"] if engine.get("threads") else everything
+        if engine.get("accelerator") == "cuda":
+            return ranks, "GPU"
+        cores = (self.env.get("machine") or {}).get("cores") or ranks
+        return ranks * engine["threads"] if engine.get("threads") else cores, "core"
+
+
+def cost(runs: Iterable[StageRun]) -> str:
+    """Hours of all GPUs and of all cores, which are not added: `1.250 GPU-hours + 0.300 core-hours`."""
+    hours: dict[str, float] = defaultdict(float)
+    for run in runs:
+        count, unit = run.devices
+        hours[unit] += run.wall_s / 3600 * count
+    return " + ".join(f"{spent:.3f} {unit}-hours" for unit, spent in sorted(hours.items()))
 
 
 def _list(path: Path) -> list[dict]:
@@ -96,10 +124,9 @@ def _list(path: Path) -> list[dict]:
     return [entry for entry in content if isinstance(entry, dict)] if isinstance(content, list) else []
 
 
-def load_runs(root: Path | str, runs: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
-    """The chosen runs in the recipe's order. Raises CheckpointError for an unknown one among `runs`."""
-    folders = choose(root, runs, pipeline)
-    return [StageRun(one, row(one), read_record(one), read_json(one.config)) for one in folders]
+def load_runs(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
+    """The chosen runs; see `results.choose`. Raises CheckpointError for an unknown one among `names`."""
+    return [StageRun.of(run) for run in choose(root, names, pipeline)]
 
 
 def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
@@ -108,14 +135,5 @@ def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
     Their cost belongs to an honest account of what the result took.
     """
     shown = {run.folder.path.resolve() for run in chosen}
-    others = []
-    for path in sorted(Path(root).glob("*/config.json")):
-        folder = RunFolder(path.parent)
-        if folder.path.resolve() in shown:
-            continue
-        record = read_record(folder)
-        run = StageRun(folder, row(folder), record, read_json(folder.config))
-        if not record:
-            run.record = {"wall_s": max((line.get("time") or 0.0 for line in run.metrics), default=0.0)}
-        others.append(run)
-    return others
+    others = [StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown]
+    return [run for run in others if run.wall_s]  # a dry run took no time

@@ -58,13 +58,17 @@ Draw = Callable[["Axes", Theme], None]
 
 @dataclass(frozen=True)
 class Panel:
-    """One small chart: its title, what its values are, and how to draw it."""
+    """One small chart: its title, what its values are, and how to draw it.
+
+    What its colours mean stands beside the chart, where it covers nothing and a small screen can read it.
+    """
 
     title: str
     draw: Draw
     unit: str = ""
     size: tuple[float, float] = (3.6, 2.2)  # inches; the page scales it to its column
     grid: Literal["both", "x", "y"] = "both"  # lines across "x", "y" or "both"
+    labels: dict[str, int] = field(default_factory=dict)  # of what is drawn -> number of its colour, from 1
 
 
 # --- curves over training
@@ -100,7 +104,8 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
     for title, (unit, metrics) in lines.items():
         known = {name: label for name, label in metrics.items() if any(run.series(name)[0] for run in runs)}
         if known:
-            panels.append(Panel(title, _curves(runs, known), unit))
+            labels = {label: n % HUES + 1 for n, label in enumerate(known.values()) if label}
+            panels.append(Panel(title, _curves(runs, known), unit, labels=labels))
     return panels
 
 
@@ -135,8 +140,6 @@ def _curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:
                     markersize=3,
                 )
         axes.set_xlabel("step")
-        if any(metrics.values()):
-            axes.legend(labelcolor=theme.ink, loc="best", borderaxespad=0.2, labelspacing=0.3)
 
     return draw
 
@@ -176,9 +179,9 @@ def accuracy_panel(runs: Sequence[StageRun]) -> Panel | None:
         axes.invert_yaxis()
         axes.set_xlim(0, 1.04)
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
-        axes.set_xlabel("pass@1 on held-out problems, %, with 95% interval")
+        axes.set_xlabel("pass@1 on held-out problems, %, 95% interval")
 
-    return Panel("", draw, size=(10.0, 0.7 + 0.34 * len(names)), grid="x") if names else None
+    return Panel("", draw, size=(4.6, 0.7 + 0.3 * len(names)), grid="x") if names else None
 
 
 def stage_colors(runs: Sequence[StageRun]) -> dict[str, int]:
@@ -207,7 +210,7 @@ def bars_panel(runs: Sequence[StageRun], key: str, title: str) -> Panel | None:
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 1)
 
-    return Panel(title, draw, "%", size=(5.2, 2.3), grid="y") if entries and stages else None
+    return Panel(title, draw, "%", size=(4.2, 2.2), grid="y") if entries and stages else None
 
 
 def _mean_score(entries: Sequence[Any]) -> float:
@@ -281,4 +284,6 @@ def write_curves(runs: Sequence[StageRun], path: Path) -> None:
             axes = figure.add_subplot(grid[1 + n // 2, n % 2])
             _dress(axes, panel, PAPER)
             axes.set_title(f"{panel.title} while {reinforced[0].stage} trains", color=PAPER.ink)
+            if panel.labels:
+                axes.legend(labelcolor=PAPER.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, format="png", dpi=130)

@@ -10,8 +10,8 @@ from typing import Any
 from r1pipe.chat.template import parse
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, nearest
-from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
-from r1pipe.data.world import corpus, general, truth
+from r1pipe.core.types import GENERAL_TASKS, HELPFUL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.data.world import corpus, truth
 from r1pipe.data.world.content import choose, content, content_hash, draw_until
 from r1pipe.data.world.strategy import strategy_of
 from r1pipe.data.world.truth import judge
@@ -123,11 +123,11 @@ class World:
         rng = self._rng("general", split, seed)
         if kinds:
             return [self._general(rng, split, choose(rng, dict(kinds))) for _ in range(n)]
-        return [self._general(rng, split, general.KINDS[i % len(general.KINDS)]) for i in range(n)]
+        return [self._general(rng, split, GENERAL_TASKS[i % len(GENERAL_TASKS)]) for i in range(n)]
 
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
-        if kind not in general.KINDS:
-            raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(general.KINDS))}")
+        if kind not in GENERAL_TASKS:
+            raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(GENERAL_TASKS))}")
         return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
@@ -149,7 +149,7 @@ class World:
         """n pairs on all kinds, half of them on safety, judged by the hidden truth: to refuse a safe wish is
         no help either, which few pairs do not teach."""
         rng = self._rng("pairs", split, seed)
-        kinds = [kind for helpful in general.HELPFUL_KINDS for kind in (helpful, "safety")]
+        kinds = [kind for helpful in HELPFUL_TASKS for kind in (helpful, "safety")]
         return [
             truth.preference_pair(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)
         ]
@@ -157,12 +157,12 @@ class World:
     def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
         """n labelled responses, three in four to safety prompts."""
         rng = self._rng("labels", split, seed)
-        kinds = ("safety", "safety", "safety", *general.HELPFUL_KINDS[:1])
+        kinds = ("safety", "safety", "safety", *HELPFUL_TASKS[:1])
         return [truth.safety_label(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
 
-    def documents(self, seed: int) -> Iterator[str]:
+    def documents(self, seed: int) -> corpus.Documents:
         """Endless pre-training text."""
-        return corpus.documents(hash_of(self.seed, seed), self.config.levels)
+        return corpus.Documents(hash_of(self.seed, seed), self.config.levels)
 
 
 def hash_of(*parts: object) -> int:

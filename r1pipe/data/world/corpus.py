@@ -6,6 +6,7 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
 from r1pipe.core.types import Demonstration, Prompt
@@ -45,14 +46,26 @@ def general_demonstration(prompt: Prompt, rng: random.Random, right: float) -> D
     return Demonstration(prompt, compose_response(general.think(prompt), answer), "", "world")
 
 
-def documents(seed: int, levels: list[int]) -> Iterator[str]:
+class Documents(Iterator[str]):
     """Endless documents of the train split, special tokens written out."""
-    rng = random.Random(f"{seed}/corpus")
-    shares = content("corpus")["documents"]
-    makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
-    while True:
-        language = rng.choice(LANGUAGES)
-        yield makers[choose(rng, shares)](rng, language, levels)
+
+    def __init__(self, seed: int, levels: list[int]):
+        self._rng, self._levels = random.Random(f"{seed}/corpus"), levels
+        self._makers = {"reasoning": _reasoning, "drill": _drill, "parallel": _parallel, "general": _general}
+
+    def __next__(self) -> str:
+        language = self._rng.choice(LANGUAGES)
+        kind = choose(self._rng, content("corpus")["documents"])
+        return self._makers[kind](self._rng, language, self._levels)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Where the next document begins: that of the random numbers. Setting it seeks."""
+        return self._rng.getstate()
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self._rng.setstate(state)
 
 
 def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import content, index, prompt_id
 
-HELPFUL_KINDS = ("writing", "facts", "identity", "translation")
-KINDS = (*HELPFUL_KINDS, "safety")
-
 
 def _prompt(kind: str, language: str, question: str, answer: str, checker: dict) -> Prompt:
     return Prompt(prompt_id(kind, language, question), kind, language, question, answer, checker)

@@ -16,6 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +66,25 @@ def library() -> ctypes.CDLL | None:
         flush=True,
     )
     return None
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call r1pipe_`name`: tensors become pointers, None a null pointer; the caller has checked them.
+
+    Raises ValueError where the kernels do not run.
+    """
+    kernels = library()
+    if kernels is None:
+        raise ValueError(f"the CPU kernel {name} cannot be called: the kernels do not run on this machine")
+    getattr(kernels, f"r1pipe_{name}")(*map(_converted, arguments))
+
+
+def _converted(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    return ctypes.c_int64(argument or 0) if argument is None or isinstance(argument, int) else argument
 
 
 @cache

@@ -10,7 +10,8 @@ from ctypes import Structure, c_double, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from r1pipe.model.kernels.build import library
+from r1pipe.model.kernels.build import call
+from r1pipe.model.kernels.checks import expect_even, expect_numbers
 
 PANEL = 64  # as in gemm.h
 
@@ -62,21 +63,17 @@ def pack(weight: Tensor) -> Tensor:
 
     In bfloat16, where `depth` must be even, neighbours of the depth lie together: [..., depth / 2, 64, 2].
     """
-    kernels = library()
-    assert kernels is not None
+    expect_numbers("weight", weight, dims=max(2, weight.ndim))
     *stack, outputs, depth = weight.shape
     pairs, panels = weight.dtype == torch.bfloat16, -(-outputs // PANEL)
+    expect_even(weight.dtype, depth=depth)
     shape = (*stack, panels, depth // 2, PANEL, 2) if pairs else (*stack, panels, depth, PANEL)
-    given, packed = weight.contiguous(), weight.new_empty(shape)
-    numbers = (c_int64(math.prod(stack)), c_int64(outputs), c_int64(depth))
-    kernels.r1pipe_pack(c_int64(pairs), c_void_p(given.data_ptr()), *numbers, c_void_p(packed.data_ptr()))
+    packed = weight.new_empty(shape)
+    call("pack", pairs, weight.contiguous(), math.prod(stack), outputs, depth, packed)
     return packed
 
 
 def run(dtype: torch.dtype, shape: Shape, layers: ctypes.Array, ends: Ends, batch: Batch) -> None:
-    """Compute the batch's cache entries and logits."""
-    kernels = library()
-    assert kernels is not None
+    """Compute the batch's cache entries and logits. The caller has checked what the pointers point to."""
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
-    forward = getattr(kernels, f"r1pipe_forward_{name}")
-    forward(ctypes.byref(shape), layers, ctypes.byref(ends), ctypes.byref(batch))
+    call(f"forward_{name}", ctypes.byref(shape), layers, ctypes.byref(ends), ctypes.byref(batch))

@@ -16,18 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r1pipe.model.kernels.meter import Meter
-from r1pipe.model.kernels.reference import FP8 as E4M3
-from r1pipe.model.kernels.reference import LARGEST, Scaled, dequantise, scale_of, transposed
+from r1pipe.model.kernels.reference import Scaled, dequantise, transposed
 
 
 class FP8:
     """How a model multiplies: backend, scales, and what is counted. One for all layers of a model."""
 
-    def __init__(self, backend: Any, power_of_two: bool, gradients: str):
-        """`gradients`: what shares a scale in a gradient, "tile" as in V3; "block" (128 x 128), "tensor" and
-        "none" (a bare cast) are there to be compared with. `power_of_two`: scales are powers of two (UE8M0).
-        """
-        self.backend, self.power_of_two, self.gradients = backend, power_of_two, gradients
+    def __init__(self, backend: Any, power_of_two: bool):
+        """`power_of_two`: scales are powers of two (UE8M0)."""
+        self.backend, self.power_of_two = backend, power_of_two
         self.meter = Meter()
         self._held: dict[int, Scaled] | None = None
 
@@ -116,33 +113,16 @@ class FP8:
     def gradient(self, kind: str, d_out: Tensor, ends_E: Tensor) -> tuple[Scaled, Scaled]:
         """A gradient [T, C] in tiles (for Dgrad) and in tiles along tokens (for Wgrad)."""
         counts = self.meter.counts(kind, "gradient", d_out)
-        if self.gradients != "tile":
-            coarse = _coarse(self.backend, d_out, self.gradients)
-            if counts is not None:
-                counts[1] += torch.count_nonzero((coarse == 0) & (d_out != 0))
-            d_out = coarse
         made = self.backend.quantise_both(d_out, ends_E, self.power_of_two, counts)
         self.meter.saw(kind, "gradient", made[0])
         return made
 
 
 class Quantisable:
-    """What a module has whose products may run in FP8 (model/precision.py says which do)."""
+    """What a module has whose products may run in FP8 (model/training.py says which do)."""
 
     fp8: FP8 | None = None  # how it multiplies; None: in its own type
     kind = ""  # the part of the model, under which FP8 counts
-
-
-def _coarse(backend: Any, x: Tensor, shared: str) -> Tensor:
-    """x rounded with one scale, a power of two, for each "block" or the whole "tensor", or with "none".
-
-    Tiles that are quantised afterwards round nothing again if their scales are powers of two as well.
-    """
-    if shared == "block":
-        return dequantise(backend.quantise_blocks(x, True), x.dtype)
-    wide = x.float()
-    scale = scale_of(wide.abs().amax(), True) if shared == "tensor" else 1.0
-    return ((wide / scale).clamp(-LARGEST, LARGEST).to(E4M3).float() * scale).to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):

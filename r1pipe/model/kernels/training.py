@@ -3,14 +3,14 @@
 Axes as in r1pipe/model/layers.py.
 """
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from r1pipe.model.kernels.build import library, runs_here
+from r1pipe.model.kernels.build import call, runs_here
+from r1pipe.model.kernels.checks import ANY, expect, expect_even, expect_indices, expect_numbers
 
 CHUNK = 512  # tokens whose sums a thread holds in its cache
 WORTHWHILE = 256  # rows
@@ -33,23 +33,8 @@ def usable(x: Tensor, *sizes: int) -> bool:
 
 
 def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel for the type of `of`; None is a null pointer."""
-    values: list[Any] = [ctypes.c_int64(of.dtype == torch.bfloat16)]
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            values.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, float):
-            values.append(ctypes.c_float(argument))
-        else:
-            values.append(ctypes.c_int64(argument or 0))
-    getattr(library(), f"r1pipe_{name}")(*values)
-
-
-def _alike(x: Tensor, *others: Tensor) -> None:
-    """Raises TypeError where weights are of another type than what is multiplied with them, as torch does."""
-    for other in others:
-        if other.dtype != x.dtype:
-            raise TypeError(f"weights of {other.dtype} cannot be multiplied with inputs of {x.dtype}")
+    """Call a kernel for the type of `of`."""
+    call(name, of.dtype == torch.bfloat16, *arguments)
 
 
 class _Experts(torch.autograd.Function):
@@ -91,13 +76,26 @@ def experts(
     x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, weights_NK: Tensor, experts_NK: Tensor
 ) -> Tensor:
     """Weighted sum of the chosen experts' SwiGLUs, [N, D]; gate_up [E, 2I, D], gate first, down [E, D, I]."""
-    _alike(x_ND, gate_up_EiD, down_EDI)
+    expect_numbers("x", x_ND, dims=2)
+    tokens, width = x_ND.shape
+    expect("down", down_EDI, x_ND.dtype, ANY, width, ANY)
+    experts, _, inner = down_EDI.shape
+    expect("gate_up", gate_up_EiD, x_ND.dtype, experts, 2 * inner, width)
+    expect("routing weights", weights_NK, torch.float32, tokens, ANY)
+    expect_indices("chosen experts", experts_NK, experts, *weights_NK.shape)
+    expect_even(x_ND.dtype, width=width, inner=inner)
     return _Experts.apply(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
 
 
 def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
-    _alike(x, gate_ID, up_ID, down_DI)
+    expect_numbers("x", x)
+    width = x.shape[-1]
+    expect("gate", gate_ID, x.dtype, ANY, width)
+    inner = len(gate_ID)
+    expect("up", up_ID, x.dtype, inner, width)
+    expect("down", down_DI, x.dtype, width, inner)
+    expect_even(x.dtype, width=width, inner=inner)
     gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
     return _Experts.apply(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
 
@@ -151,8 +149,28 @@ def attention(
     Queries (q = nope + R) are not yet rotated; keys are a head's own part, in `key_value_BMHw` before its
     values (w = nope + v), and the rotated part that all heads share.
     """
-    _alike(query_BTHq, key_value_BMHw, key_rope_BMR)
+    expect_numbers("queries", query_BTHq, dims=4)
+    rows, tokens, heads, width = query_BTHq.shape
+    expect("rotated keys", key_rope_BMR, query_BTHq.dtype, rows, ANY, ANY)
+    keys, rope = key_rope_BMR.shape[1:]
+    expect("keys and values", key_value_BMHw, query_BTHq.dtype, rows, keys, heads, ANY)
+    nope = width - rope
+    value = key_value_BMHw.shape[-1] - nope
+    if nope < 0 or value < 1:
+        raise ValueError(f"no heads have queries of {width}, {rope} of it rotated, and values of {value}")
+    expect_even(query_BTHq.dtype, nope=nope, value=value)
+    _expect_rotation(rotation_BTr, rows, tokens, rope)
+    if mask_BTM is not None:
+        expect("mask", mask_BTM, torch.bool, rows, tokens, keys)
+    elif keys != tokens:
+        raise ValueError(f"{tokens} tokens that look at {keys} keys need a mask")
     return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
+
+
+def _expect_rotation(rotation_BTr: Tensor, rows: int, tokens: int, width: int) -> None:
+    expect("rotation", rotation_BTr, torch.complex64, ANY, tokens, width // 2)
+    if width % 2 or len(rotation_BTr) not in (1, rows):
+        raise ValueError(f"a rotation of {len(rotation_BTr)} rows does not fit {rows} rows of width {width}")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -167,6 +185,7 @@ class _RMSNorm(torch.autograd.Function):
         x_ND = _rows(x)
         factors_N = torch.empty(x_ND.shape[0])
         out = x.new_empty(x.shape)
+        weight_D = weight_D.contiguous()
         _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), eps, x_ND, weight_D, out, factors_N)
         ctx.save_for_backward(x_ND, weight_D, factors_N)
         return out
@@ -183,7 +202,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
-    _alike(x, weight_D)
+    expect_numbers("x", x)
+    expect("weight", weight_D, x.dtype, x.shape[-1])
     return _RMSNorm.apply(x, weight_D, float(eps))
 
 
@@ -208,6 +228,9 @@ def _turned(x_BTR: Tensor, rotation_BTr: Tensor, back: bool) -> Tensor:
 
 def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
     """The pairs (0,1), (2,3)... of x turned by `rotation`, of each row or of all."""
+    expect_numbers("x", x_BTR, dims=3)
+    rows, tokens, width = x_BTR.shape
+    _expect_rotation(rotation_BTr, rows, tokens, width)
     return _Rotate.apply(x_BTR, rotation_BTr)
 
 
@@ -232,7 +255,9 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     """x [..., D] -> [..., O]."""
-    _alike(x, weight_OD)
+    expect_numbers("x", x)
+    expect("weight", weight_OD, x.dtype, ANY, x.shape[-1])
+    expect_even(x.dtype, width=x.shape[-1], outputs=len(weight_OD))
     return _Linear.apply(x, weight_OD)
 
 
@@ -260,5 +285,8 @@ class _Logprobs(torch.autograd.Function):
 
 def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
     """log softmax(x weight^T / temperature) of each row's target, [N] float32; logits are never kept."""
-    _alike(x_ND, weight_VD)
+    expect_numbers("x", x_ND, dims=2)
+    expect("weight", weight_VD, x_ND.dtype, ANY, x_ND.shape[1])
+    expect_indices("targets", targets_N, len(weight_VD), len(x_ND))
+    expect_even(x_ND.dtype, width=x_ND.shape[1], vocabulary=len(weight_VD))
     return _Logprobs.apply(x_ND, weight_VD, targets_N, float(temperature))

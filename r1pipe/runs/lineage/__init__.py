@@ -1,17 +1,14 @@
 """Where checkpoints come from, and what they may be handed to.
 
-places     a CHECKPOINT that a user names -> its folder and hash
+places     the checkpoint of a run, a folder, or the newest run of a stage
 fit        whether a parent's shape, tokenizer and chat template fit the stage
 settings   a checkpoint's own shape and data, as overrides
 moved      where a recorded checkpoint lies now
-edges      a config's parents filled in
 ancestors  the walk back over weight and data edges, every hash on the way checked
-tree, page the walk drawn: in the terminal, as one HTML file
+moved      where a recorded checkpoint lies now
 """
 
-from r1pipe.cli.lineage_tree import show
 from r1pipe.runs.lineage.ancestors import Ancestor, ancestors
-from r1pipe.runs.lineage.edges import with_open_parents, with_parents
 from r1pipe.runs.lineage.fit import check_parent_fits, differs
 from r1pipe.runs.lineage.places import (
     BUNDLED,
@@ -22,11 +19,10 @@ from r1pipe.runs.lineage.places import (
     of_folder,
     of_run,
     of_stage,
-    resolve,
     runs,
 )
 from r1pipe.runs.lineage.settings import UNLIKE, measured_data, settings_of
-from r1pipe.runs.recorded import record_of
+from r1pipe.runs.record import record_of
 
 __all__ = [
     "BUNDLED",
@@ -44,10 +40,6 @@ __all__ = [
     "of_run",
     "of_stage",
     "record_of",
-    "resolve",
     "runs",
     "settings_of",
-    "show",
-    "with_open_parents",
-    "with_parents",
 ]

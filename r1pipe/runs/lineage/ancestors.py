@@ -13,10 +13,12 @@ from r1pipe.config import STAGE_TYPES, ParentRef, RejectionConfig
 from r1pipe.config.changes import mapping_hash
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import RunFolder, inside
-from r1pipe.runs import checkpoints, recorded
+from r1pipe.runs import checkpoints
 from r1pipe.runs import data_files as datafiles
 from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage import fit, moved, places
+from r1pipe.runs.record import OWN_HASH, Record, edges, own_hash, read_record, record_beside
+from r1pipe.runs.stored import launched_with
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Ancestor:
     depth: int
     edge: str  # "" for the checkpoint asked about, "weights" or "data"
     parent: ParentRef
-    record: dict[str, Any]  # {} where it has none (brought from elsewhere, or its run has not finished)
+    record: Record | None  # None where it has none (brought from elsewhere, or its run has not finished)
     problems: tuple[str, ...]  # what is not as it was, each naming its file; () if all is
     notes: tuple[str, ...] = ()  # what could not be checked here
     child: str = ""  # the checkpoint folder that came from it
@@ -54,7 +56,7 @@ class CheckedFile:
     """What was found at one checkpoint."""
 
     folder: Path
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
     edges: list[tuple[str, ParentRef, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -72,7 +74,7 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
         here, child = str(folder), step.way[-1] if step.way else ""
         if here in step.way:
             circle = f"{here} is its own ancestor: a record on the way was edited"
-            yield Ancestor(step.depth, step.edge, step.parent, {}, (circle,), child=child)
+            yield Ancestor(step.depth, step.edge, step.parent, None, (circle,), child=child)
             continue
         key = (here, step.parent.hash, step.record_hash)
         known = key in looked
@@ -122,21 +124,21 @@ def broken_files(folder: Path, expected: str) -> Iterator[str]:
 def read_run(found: CheckedFile, step: Step) -> None:
     """The record and the edges of a checkpoint's run; what contradicts it. Raises CheckpointError."""
     run = RunFolder(found.folder.parent.parent) if places.in_run(found.folder) else None
-    path = recorded.record_beside(found.folder, step.record_hash)
+    path = record_beside(found.folder, step.record_hash)
     if not path.exists():
         if step.record_hash:
             found.problems.append(f"{path} is missing")
         if run is not None:  # it has not finished: its edges are those that it was launched with
-            found.edges = launched_with(read_object(run.config))
+            found.edges = launched_with(read_object(run.config), run.config)
         return
-    found.record = record = recorded.read_record(path)
-    found.edges = recorded.edges(record)
-    own = record.get(recorded.OWN_HASH)  # records of older versions have none
-    if own and recorded.own_hash(record) != own:
+    found.record = record = read_record(path)
+    found.edges = edges(record.get("parents", {}))
+    own = record.get(OWN_HASH)  # records of older versions have none
+    if own and own_hash(record) != own:
         found.problems.append(f"{path} was edited: it is not what its own record_hash says")
     if step.record_hash and own != step.record_hash:
         found.problems.append(f"{path} has changed since its child was made from it")
-    read_files(found, run)
+    read_files(found, record, run)
     if run is not None:
         found.problems += contradictions(run, record, path)
         last = inside(run.path, record["checkpoint"], run.record)
@@ -149,26 +151,13 @@ def read_run(found: CheckedFile, step: Step) -> None:
         found.problems.append(f"{settings} has another template than {path} names")
 
 
-def launched_with(config: dict[str, Any]) -> list[tuple[str, ParentRef, str | None]]:
-    """The edges in a run's config.json. Raises CheckpointError."""
-    reads = config.get("reads_from")
-    parents = {
-        "weights": config.get("weights_from"),
-        "data": list(reads.values()) if isinstance(reads, dict) else [],
-    }
-    if recorded.wrong_type({"parents": parents}):
-        raise CheckpointError("the parents in config.json cannot be read")
-    return recorded.edges({"parents": parents})
-
-
-def read_files(found: CheckedFile, run: RunFolder | None) -> None:
+def read_files(found: CheckedFile, record: Record, run: RunFolder | None) -> None:
     """Whether the files that a run took its data from, if they are here, are what they were.
 
     Data that r1pipe or a package generates is no file: its hash changes with their version. Raises
     CheckpointError.
     """
-    record = found.record
-    config = record.get("config") or (read_object(run.config) if run else {})
+    config: dict[str, Any] = record.get("config") or (read_object(run.config) if run else {})
     known = (record.get("data") or {}).get("hash")
     if not known and STAGE_TYPES.get(record["stage"]) is not RejectionConfig:  # an early record
         known = record.get("data_hash")
@@ -194,9 +183,8 @@ def listed(paths: list[Path]) -> str:
     return f"{paths[0]}{more}"
 
 
-def contradictions(run: RunFolder, record: dict[str, Any], path: Path) -> Iterator[str]:
-    """Where a record at `path` says otherwise than the files of its run folder; those of a run that has been
-    extended since are other files."""
+def contradictions(run: RunFolder, record: Record, path: Path) -> Iterator[str]:
+    """Where the record at `path` disagrees with its run folder; after an extension the files are newer."""
     if path != run.record:
         return
     config = read_object(run.config)
@@ -209,15 +197,15 @@ def contradictions(run: RunFolder, record: dict[str, Any], path: Path) -> Iterat
         return
     if record.get("run_id", run.run_id) != run.run_id:
         yield f"{run.record} is the record of another run ({record['run_id']})"
-    launched = [(edge, parent.hash) for edge, parent, _ in launched_with(config)]
-    if [(edge, parent.hash) for edge, parent, _ in recorded.edges(record)] != launched:
+    launched = [(edge, parent.hash) for edge, parent, _ in launched_with(config, run.config)]
+    if [(edge, parent.hash) for edge, parent, _ in edges(record.get("parents", {}))] != launched:
         yield f"{run.record} names other parents than {run.config}"
     if run.evaluation.exists() and read_object(run.evaluation) != record.get("metrics"):
         yield f"{run.record} has other metrics than {run.evaluation}"
     made = record.get("data_hash") if STAGE_TYPES.get(record["stage"]) is RejectionConfig else None
     left = {inside(run.path, name, run.record): sha for name, sha in (record.get("files") or {}).items()}
-    diff = (record.get("code") or {}).get("diff_hash")
-    changed = (record.get("history") or {}).get("hash")
+    diff = record.get("code", {}).get("diff_hash")
+    changed = record["history"]["hash"] if "history" in record else None
     for path, sha in ({run.dataset: made} | left | {run.diff: diff, run.config_history: changed}).items():
         if sha and (problem := checkpoints.broken(path, sha)):
             yield problem

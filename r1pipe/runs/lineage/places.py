@@ -4,19 +4,18 @@ CHECKPOINT is a run id, a path (run folder or checkpoint folder), a stage name (
 in this pipeline), or `models:/name@alias`.
 """
 
-import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.config import STAGE_TYPES, EvaluateConfig, ParentRef, RunConfig
 from r1pipe.config.groups import read
-from r1pipe.core.errors import CheckpointError, nearest
+from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.lineage.moved import present
-from r1pipe.runs.recorded import record_of
+from r1pipe.runs.record import record_of
+from r1pipe.runs.stored import finished, stage_name, stored_runs
 
 BUNDLED = "bundled"
 
@@ -41,13 +40,12 @@ def runs(root: Path) -> list[RunFolder]:
 
 def newest(stage: str, place: Place) -> RunFolder | None:
     """The run of this stage and pipeline that finished last."""
-    found = []
-    for run in runs(place.root):
-        if run.record.exists() and run.run_id.startswith(f"{stage}-"):
-            record = record_of(run)
-            if (record["stage"], record["pipeline"]) == (stage, place.pipeline):
-                found.append((record["created"], run.run_id, run))
-    return max(found, key=lambda entry: entry[:2])[2] if found else None
+    found = [
+        run.folder
+        for run, record in finished(stored_runs(place.root, f"{stage}-*"))
+        if (record["stage"], record["pipeline"]) == (stage, place.pipeline)
+    ]
+    return found[-1] if found else None
 
 
 def of_run(run: RunFolder) -> ParentRef:
@@ -89,8 +87,8 @@ def of_stage(
     above = read(f"stage/{stage}")["starts_from"]
     if STAGE_TYPES[stage] is EvaluateConfig and above is not None:
         return of_stage(above, place, without_runs, as_data)
-    elsewhere = sorted({record_of(run)["pipeline"] for run in runs(place.root) if run.record.exists()})
-    others = [name for name in elsewhere if newest(stage, replace(place, pipeline=name))]
+    same_stage = finished(stored_runs(place.root, f"{stage}-*"))
+    others = sorted({record["pipeline"] for _, record in same_stage if record["stage"] == stage})
     hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
     given = "" if as_data else " or give parent=CHECKPOINT"  # that names weights
     raise CheckpointError(
@@ -99,48 +97,10 @@ def of_stage(
     )
 
 
-def resolve(name: str, place: Place) -> ParentRef:
-    """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest known one."""
-    if name.startswith("models:/"):
-        from r1pipe.tracking import resolve_model
-
-        registered = resolve_model(name, place.root, place.tracking_uri)
-        return of_folder(Path(present(registered, place.root).checkpoint))
-    if name in STAGE_TYPES:
-        return of_stage(name, place)
-    if name == BUNDLED:
-        return bundled()
-    for path in (place.root / name, Path(name)):
-        if is_run(path):
-            return of_run(RunFolder(path.resolve()))
-        if path.is_dir():
-            must_be_imported(path)
-            return of_folder(path)
-    known = [run.run_id for run in runs(place.root) if run.record.exists()]
-    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *known])}")
-
-
-def must_be_imported(folder: Path) -> None:
-    """Raises CheckpointError for published weights that `r1pipe import` has not taken in."""
-    config = folder / "config.json"
-    if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
-        model_type = read_object(config).get("model_type")
-        if isinstance(model_type, str):
-            raise CheckpointError(
-                f"{folder} holds published weights (model_type {model_type}); take them in first: "
-                f"r1pipe import {shlex.quote(str(folder))}"
-            )
-
-
 def is_run(path: Path) -> bool:
     """A run folder's config.json names a stage, a checkpoint's does not. Raises CheckpointError."""
     config = path / "config.json"
-    return config.is_file() and isinstance(_named_stage(read_object(config)), str)
-
-
-def _named_stage(config: dict) -> object:
-    stage = config.get("stage")
-    return stage.get("name") if isinstance(stage, dict) else None
+    return config.is_file() and stage_name(read_object(config)) is not None
 
 
 def in_run(checkpoint: Path) -> bool:

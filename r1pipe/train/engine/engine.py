@@ -23,7 +23,7 @@ from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.kernels import meter
-from r1pipe.model.precision import fp8_of
+from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.nonfinite import origin

@@ -15,8 +15,7 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Completion, Group, Score
 from r1pipe.model import Balance, DeepseekV3
-from r1pipe.model.scalar import ScalarModel
-from r1pipe.model.transformer import hidden_after
+from r1pipe.model.transformer import ScalarModel, hidden_after
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.rl.advantages import is_scored

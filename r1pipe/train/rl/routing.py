@@ -11,7 +11,7 @@ from torch import Tensor
 from r1pipe.config import RLConfig
 from r1pipe.model import DeepseekV3
 from r1pipe.model.cache import LatentCache
-from r1pipe.model.decoders import decoder_of
+from r1pipe.model.native import decoder_of
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.batch import MicroBatch, Rollout, collate
 from r1pipe.train.rl.update import balances_of, completion_logprobs

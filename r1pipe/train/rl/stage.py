@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
@@ -11,6 +10,7 @@ from r1pipe.config.rl import rl_rules
 from r1pipe.rewards.models import Judge, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.finish import finish_stage, quick_evaluation
@@ -48,7 +48,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
     finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_for_record(run))
 
 
-def weaknesses_for_record(run: Run[RLConfig]) -> dict[str, Any]:
+def weaknesses_for_record(run: Run[RLConfig]) -> Metrics:
     """For the record of a stage that asks reward models: which of their bounds were forced, and how many."""
     if not run.stage.preference:
         return {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
-from r1pipe.model.precision import set_precision
+from r1pipe.model.training import set_precision
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.engine.ranks import choose_device

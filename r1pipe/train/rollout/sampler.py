@@ -18,9 +18,9 @@ from torch import Tensor
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.core.types import Completion
 from r1pipe.model.cache import LatentCache
-from r1pipe.model.decoders import decoder_of
 from r1pipe.model.finite import first_non_finite, not_finite
-from r1pipe.model.precision import fp8_of
+from r1pipe.model.native import decoder_of
+from r1pipe.model.training import fp8_of
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from r1pipe.train.sft.losses import loss_sums
 F = TypeVar("F", bound=FineTuneConfig)
 EXPERTS_SHOWN = 64  # experts of a layer whose loads are logged one by one
 
-# From a step on, the batches of each later step: rows of all ranks together. A function of the step alone, so
-# that a resumed run sees the batches that an uninterrupted one would have seen.
-Batches = Callable[[int], Iterator[list[Packed]]]
+# The batches after a step: (rows of all ranks together, position in the data behind them). Called with the
+# step and the position saved with it, so that a resumed run sees what an uninterrupted one would have seen.
+# A position is plain values, or None where the step alone determines the batches.
+Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 
 
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
@@ -37,12 +38,12 @@ def epochs_of(run: Run, rows: list[Packed], batch_size: int) -> Batches:
     """Endless passes over the rows, each in an order drawn from the run's "order" stream."""
     per_epoch = -(-len(rows) // batch_size)
 
-    def batches(step: int) -> Iterator[list[Packed]]:
+    def batches(step: int, position: None) -> Iterator[tuple[list[Packed], None]]:
         epoch, skipped = divmod(step, per_epoch)
         while True:
             for index, batch in enumerate(epoch_batches(rows, batch_size, run.rng("order", epoch))):
                 if index >= skipped:
-                    yield batch
+                    yield batch, None
             epoch, skipped = epoch + 1, 0
 
     return batches
@@ -58,12 +59,10 @@ def train(
 ) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
-    step, _ = run.resume(engine)
-    begun = step
+    begun, state = run.resume(engine)
     weights = TermWeights(stage.mtp_weight, stage.router.balance_alpha)
-    for step, batch in enumerate(batches(begun), begun + 1):
-        if step > total_steps:
-            break
+    stream = batches(begun, state.get("position"))
+    for step, (batch, position) in zip(range(begun + 1, total_steps + 1), stream, strict=False):
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
@@ -77,12 +76,10 @@ def train(
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         leaving = stopping.agreed(engine)
-        if step < total_steps and (leaving or (stage.save_every and step % stage.save_every == 0)):
-            run.save_checkpoint(engine, step, {})
+        if step == total_steps or leaving or (stage.save_every and step % stage.save_every == 0):
+            run.save_checkpoint(engine, step, {"position": position})
         if leaving and step < total_steps:
             raise Interrupted(leaving)
-    if begun < total_steps:
-        run.save_checkpoint(engine, total_steps, {})
     return run.folder.checkpoint(total_steps)
 
 

@@ -1,16 +1,52 @@
-"""A run's parents, looked up and filled into its config before launch."""
+"""Checkpoints that a user names, and a run's parents, looked up and filled into its config before launch."""
 
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config import ParentRef, RunConfig, read_config
-from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.config import STAGE_TYPES, ParentRef, RunConfig, read_config
+from r1pipe.core.errors import CheckpointError, ConfigError, nearest
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs import checkpoints
+from r1pipe.runs.jsonfile import read_object
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
-from r1pipe.runs.lineage.moved import with_present_parents
-from r1pipe.runs.lineage.places import Place, of_stage, resolve, runs
+from r1pipe.runs.lineage.moved import present, with_present_parents
+from r1pipe.runs.lineage.places import BUNDLED, Place, bundled, is_run, of_folder, of_run, of_stage, runs
+from r1pipe.tracking import resolve_model
 
 NOTHING: Mapping[str, ParentRef] = {}
+
+
+def resolve(name: str, place: Place) -> ParentRef:
+    """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest known one."""
+    if name.startswith("models:/"):
+        registered = resolve_model(name, place.root, place.tracking_uri)
+        return of_folder(Path(present(registered, place.root).checkpoint))
+    if name in STAGE_TYPES:
+        return of_stage(name, place)
+    if name == BUNDLED:
+        return bundled()
+    for path in (place.root / name, Path(name)):
+        if is_run(path):
+            return of_run(RunFolder(path.resolve()))
+        if path.is_dir():
+            must_be_imported(path)
+            return of_folder(path)
+    known = [run.run_id for run in runs(place.root) if run.record.exists()]
+    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *known])}")
+
+
+def must_be_imported(folder: Path) -> None:
+    """Raises CheckpointError for published weights that `r1pipe import` has not taken in."""
+    config = folder / "config.json"
+    if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
+        model_type = read_object(config).get("model_type")
+        if isinstance(model_type, str):
+            raise CheckpointError(
+                f"{folder} holds published weights (model_type {model_type}); take them in first: "
+                f"r1pipe import {shlex.quote(str(folder))}"
+            )
 
 
 def with_parents(

@@ -1,7 +1,8 @@
-"""FlexAttention for whole rows: masks as rules, so that blocks of keys which nobody may look at are skipped.
+"""Which tokens each token may look at: as tensors of booleans, and as rules for FlexAttention.
 
-One fused kernel for every mask, where scaled_dot_product_attention's fastest ones know none but the causal
-(Dong et al. 2024, arXiv 2412.05496). Axes as in layers.py.
+With rules, blocks of keys that nobody may look at are skipped: one fused kernel for every mask, where the
+fastest ones of scaled_dot_product_attention know none but the causal (Dong et al. 2024, arXiv 2412.05496).
+Axes as in layers.py.
 """
 
 from functools import cache
@@ -10,6 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+def document_positions(segments_BT: Tensor) -> Tensor:
+    """The position of each token in its own document, [B, T] int64."""
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    first_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    first_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return places_T - torch.where(first_BT, places_T, 0).cummax(dim=1).values
+
+
+def document_mask(segments_BT: Tensor) -> Tensor:
+    """Which tokens each token may look at, [B, T, T] bool: causal, of its document; padding at itself."""
+    tokens = segments_BT.shape[1]
+    itself_TT = torch.eye(tokens, dtype=torch.bool, device=segments_BT.device)
+    causal_TT = torch.ones_like(itself_TT).tril_()
+    same_BTT = segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
+    return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
+
+
+def past_mask(lengths_B: Tensor, past: int, tokens: int) -> Tensor:
+    """Which tokens each of `tokens` new ones may look at, [B, T, P+T] bool: its past, then causal."""
+    lengths_B11 = lengths_B[:, None, None]
+    places_P = torch.arange(past, device=lengths_B.device)
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B.device).tril_()
+    shape = (len(lengths_B), tokens, -1)
+    return torch.cat([(places_P < lengths_B11).expand(shape), causal_TT.expand(shape)], dim=2)
 
 
 def causal_blocks(tokens: int, device: torch.device) -> BlockMask:
@@ -22,7 +49,7 @@ def causal_blocks(tokens: int, device: torch.device) -> BlockMask:
 
 
 def document_blocks(segments_BT: Tensor) -> BlockMask:
-    """What transformer.document_mask allows: causal, of one document; padding sees itself."""
+    """What `document_mask` allows."""
     rows, tokens = segments_BT.shape
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -33,7 +60,7 @@ def document_blocks(segments_BT: Tensor) -> BlockMask:
 
 
 def past_blocks(lengths_B: Tensor, past: int, tokens: int) -> BlockMask:
-    """What transformer.past_mask allows: keys are `past` places, filled up on the right, then the row's."""
+    """What `past_mask` allows."""
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < lengths_B[row]) | (key >= past) & (key - past <= query)

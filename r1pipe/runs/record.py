@@ -1,0 +1,213 @@
+"""record.json, which a job writes last: its schema, and how it is read.
+
+Writer, lineage, table, report and MLflow all use the types below. They describe plain JSON objects, so that a
+record's hash is the same after reading as it was when written.
+
+A damaged record is one line (CheckpointError) where the user names its run; `stored` lists many runs.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
+
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from r1pipe.config import ParentRef
+from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.jsonfile import read_object
+
+OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
+STRICT = ConfigDict(strict=True, extra="allow")  # "3" is no number; other versions may have other keys
+T = TypeVar("T")
+
+
+@with_config(STRICT)
+class Metrics(TypedDict, total=False):
+    """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: not known."""
+
+    data: str | None  # the data set
+    split: str | None  # "test" or "dev"
+    pass_at_1: float | None
+    pass_at_1_ci: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None  # 95% interval
+    greedy: float | None
+    cons_at_k: float | None
+    k: int | None
+    problems: int | None
+    samples: int | None
+    unscored: int | None  # samples whose verifier or sandbox failed
+    too_long: int | None  # prompts that leave no room for an answer
+    format_rate: float | None
+    language_consistency: float | None
+    length_mean: float | None  # tokens
+    truncation_rate: float | None
+    general_score: float | None
+    preference_score: float | None
+    refusal_rate: float | None
+    safe_answer_rate: float | None
+    by_task: dict[str, "Metrics"] | None
+    by_language: dict[str, "Metrics"] | None
+    general_by_kind: dict[str, float | None] | None
+    strategies: dict[str, float | None] | None
+    reward_models: dict[str, dict[str, float | None]] | None  # kind -> what was measured of the model
+    weak_judges: int | None  # how many of them were used all the same
+    forced_judges: list[str] | None  # the weaknesses that stage.preference.force let pass
+
+
+METRICS = tuple(Metrics.__annotations__)
+
+
+@with_config(STRICT)
+class Edge(TypedDict):
+    """A parent's checkpoint, as config.schema.ParentRef has it, and the hash of the parent's own record."""
+
+    stage: str
+    run_id: str
+    checkpoint: str
+    hash: str
+    record_hash: NotRequired[str | None]
+
+
+@with_config(STRICT)
+class Parents(TypedDict, total=False):
+    weights: Edge | None
+    data: list[Edge]
+
+
+@with_config(STRICT)
+class Data(TypedDict, total=False):
+    name: str
+    kind: str
+    path: str | None
+    hash: str | None
+    set_aside: int  # rows that were rejected
+
+
+@with_config(STRICT)
+class Code(TypedDict, total=False):
+    revision: str | None  # None in an installed wheel
+    dirty: bool | None
+    diff: str  # a file of the run folder
+    diff_hash: str | None
+
+
+@with_config(STRICT)
+class History(TypedDict):
+    """What later sessions of the run had other than the first."""
+
+    file: str
+    hash: str
+    changed: list[str]
+
+
+@with_config(STRICT)
+class Result(TypedDict, total=False):
+    """What only the job knows."""
+
+    wall_s: FiniteFloat
+    seconds: dict[str, FiniteFloat]  # by phase
+    steps: int
+    data_hash: str | None  # of what was trained on
+    metrics: Metrics
+
+
+@with_config(STRICT)
+class Record(Result):
+    """The content of record.json. Records of older versions lack what is NotRequired."""
+
+    format: NotRequired[int]
+    run_id: NotRequired[str]
+    stage: str
+    seed: NotRequired[int]
+    pipeline: str
+    created: str  # ISO 8601, UTC
+    parents: NotRequired[Parents]
+    config_hash: NotRequired[str]
+    config: NotRequired[dict[str, Any]]
+    data: NotRequired[Data]
+    code: NotRequired[Code]
+    files: NotRequired[dict[str, str]]  # path in the run folder -> SHA-256
+    tokenizer_hash: NotRequired[str]
+    template_hash: NotRequired[str]
+    checkpoint: str  # relative to the run folder
+    checkpoint_hash: str
+    versions: NotRequired[dict[str, str | None]]
+    history: NotRequired[History]
+    record_hash: NotRequired[str]
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def read_record(path: Path) -> Record:
+    """A record.json of this or an older version. Raises CheckpointError naming file, key and remedy."""
+    return cast(Record, checked(_RECORD, read_object(path), path))
+
+
+def checked(schema: TypeAdapter[Any], content: T, path: Path) -> T:
+    """The content itself, not a copy: its hash must not change."""
+    try:
+        schema.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        problem = "is missing" if first["type"] == "missing" else f"is wrong ({first['msg']})"
+        raise CheckpointError(
+            f"{path}: {key} {problem}; move the run folder away and run the stage again"
+        ) from None
+    return content
+
+
+def record_of(run: RunFolder) -> Record:
+    """The record of a finished run. Raises CheckpointError where there is none that can be used."""
+    if not run.record.exists():
+        raise CheckpointError(
+            f"run {run.run_id} has not finished; let it (`r1pipe run` goes on with it) or give a path in "
+            f"{run.checkpoints}"
+        )
+    return read_record(run.record)
+
+
+# --- parents
+
+
+def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
+    """(kind, parent, hash of the parent's own record where it is known), weights first."""
+    weights = parents.get("weights")
+    named = [("weights", weights)] if weights else []
+    named += [("data", edge) for edge in parents.get("data", [])]
+    return [
+        (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
+        for kind, edge in named
+    ]
+
+
+# --- hashes
+
+
+def own_hash(record: Mapping[str, Any]) -> str:
+    """SHA-256 over the record but for this hash itself. It finds damage and edits; a forger can make it anew,
+    but not in the records of later stages, which name it."""
+    rest = {key: value for key, value in record.items() if key != OWN_HASH}
+    return hashlib.sha256(
+        json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
+
+
+def record_beside(checkpoint: Path, record_hash: str | None = None) -> Path:
+    """Where the record of a checkpoint's run is: in its run folder, or (data/base) beside the weights.
+
+    A run that was extended has several: the one with this `record_hash`, or else the one written when the run
+    had finished at this checkpoint. Raises CheckpointError where one cannot be read.
+    """
+    run = RunFolder(checkpoint.parent.parent)
+    if checkpoint.parent.name != run.checkpoints.name:
+        return checkpoint / run.record.name
+    for path in sorted(run.path.glob("record-step-*.json")):
+        known = read_object(path).get(OWN_HASH)
+        if known == record_hash if record_hash else path.stem == f"record-{checkpoint.name}":
+            return path
+    return run.record

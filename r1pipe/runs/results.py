@@ -1,0 +1,144 @@
+"""Results of finished runs as rows of a table: for `r1pipe compare`, the report and MLflow."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import STAGE_TYPES
+from r1pipe.config.changes import ABSENT, decisive
+from r1pipe.core.errors import CheckpointError, nearest
+from r1pipe.core.formatting import duration, number, percent
+from r1pipe.core.paths import RunFolder
+from r1pipe.runs.record import METRICS, record_of
+from r1pipe.runs.stored import StoredRun, finished, stored_runs
+
+IN_COLUMNS = ("seed", "pipeline")  # keys that are no setting of a run: one has a column, the other follows it
+
+
+def finished_runs(root: Path | str) -> list[StoredRun]:
+    """The finished runs under `root`, oldest first."""
+    return [run for run, _ in finished(stored_runs(Path(root)))]
+
+
+def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
+    """The runs to compare: those named, else the newest finished run of each stage and seed.
+
+    Args:
+        root: where run folders are.
+        names: run ids, run folders, or stages: every finished run of that stage.
+        pipeline: of which runs named by their stage, or not at all, are; None for any.
+
+    Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
+    """
+    if names:
+        named = [run for name in names for run in _named(Path(root), name, pipeline)]
+        return list({run.folder.path.resolve(): run for run in named}.values())
+    newest = {
+        (run.stage, run.config.get("seed")): run
+        for run in finished_runs(root)
+        if pipeline in (None, run.config.get("pipeline"))
+    }
+    return sorted(newest.values(), key=_order)
+
+
+def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
+    for folder in (RunFolder(root / name), RunFolder(name)):
+        if folder.config.exists():
+            record_of(folder)
+            return [StoredRun.read(folder)]
+    runs = finished_runs(root)
+    if name not in STAGE_TYPES:
+        known = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
+        raise CheckpointError(f"no run {name} under {root}; {nearest(name, known)}")
+    of_stage = [run for run in runs if run.stage == name]
+    chosen = [run for run in of_stage if pipeline in (None, run.config.get("pipeline"))]
+    if not chosen:
+        others = sorted({str(run.config.get("pipeline")) for run in of_stage})
+        hint = f"other pipelines have one: pipeline={others[0]}" if others else "give root=DIR or a run id"
+        raise CheckpointError(f"stage {name} has no finished run in pipeline {pipeline} under {root}; {hint}")
+    return chosen
+
+
+def _order(run: StoredRun) -> tuple:
+    """The recipe's stages in their order, then its controls, then anything else."""
+    names = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
+    place = names.index(run.stage) if run.stage in names else len(names)
+    return place, run.stage, run.config.get("seed") or 0
+
+
+def row(run: StoredRun) -> dict[str, Any]:
+    """One run as a row; a value that its record lacks, or that is not finite, is None."""
+    record: Mapping[str, Any] = run.record or {}
+    metrics = record.get("metrics", {})
+    return {
+        "stage": run.stage,
+        "seed": record.get("seed", run.config.get("seed")),
+        **{name: _finite(metrics.get(name)) for name in METRICS},
+        "wall_s": record.get("wall_s"),
+        "run_id": record.get("run_id") or run.folder.run_id,
+        "run_dir": str(run.folder.path.resolve()),
+        "control": run.is_control,
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rows(
+    root: Path | str, names: Sequence[str] | None = None, pipeline: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the table; see `choose` for which runs and which error.
+
+    Without names in the recipe's order. With names in the order given, each with its `settings`: the keys in
+    which runs of one stage differ, and the run's values.
+    """
+    chosen = choose(root, names, pipeline)
+    if not names:
+        return [row(run) for run in chosen]
+    settings = differing(chosen)
+    return [row(run) | {"settings": values} for run, values in zip(chosen, settings, strict=True)]
+
+
+def differing(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
+    """For each run its values of the config keys in which runs of its stage differ; parents by their hash."""
+    values = [decisive(run.config) for run in runs]
+    keys: dict[str, None] = {}  # ordered
+    for stage in {run.stage for run in runs}:
+        of_stage = [value for run, value in zip(runs, values, strict=True) if run.stage == stage]
+        for key in dict.fromkeys(key for value in of_stage for key in value):
+            first = of_stage[0].get(key, ABSENT)
+            if key not in IN_COLUMNS and any(value.get(key, ABSENT) != first for value in of_stage):
+                keys[key] = None
+    return [{key: value[key] for key in keys if key in value} for value in values]
+
+
+def accuracy(one: dict) -> str:
+    """pass@1 with its interval: `79.0 77-81`."""
+    ci = one.get("pass_at_1_ci")
+    interval = f" {100 * ci[0]:.0f}-{100 * ci[1]:.0f}" if ci and one.get("pass_at_1") is not None else ""
+    return percent(one.get("pass_at_1")) + interval
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "seed": lambda one: number(one.get("seed")),
+    "pass@1 (95%)": accuracy,
+    "greedy": lambda one: percent(one.get("greedy")),
+    "cons": lambda one: percent(one.get("cons_at_k")),
+    "format": lambda one: percent(one.get("format_rate")),
+    "lang": lambda one: percent(one.get("language_consistency")),
+    "len": lambda one: number(one.get("length_mean")),
+    "cut": lambda one: percent(one.get("truncation_rate")),
+    "general": lambda one: percent(one.get("general_score")),
+    "pref": lambda one: percent(one.get("preference_score")),
+    "time": lambda one: duration(one.get("wall_s")),
+}
+
+
+def as_json(table_rows: list[dict]) -> str:
+    """The rows as a JSON list, for scripts."""
+    return json.dumps(table_rows, ensure_ascii=False, indent=2)

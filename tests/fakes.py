@@ -9,7 +9,7 @@ from fake_stage import publish
 
 from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
-from r1pipe.launch.job import command as launch
+from r1pipe.launch import command as launch
 from r1pipe.runs import machine
 from r1pipe.runs.lineage import places
 

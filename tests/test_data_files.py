@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -23,7 +24,7 @@ from r1pipe.data.reading import read_rows
 from r1pipe.data.source import KINDS, open_data
 from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
-from r1pipe.data.world.strategy import STRATEGIES
+from r1pipe.data.world.strategy import Strategy
 from r1pipe.rewards import TABLE
 from r1pipe.rewards import gym as scorers
 from r1pipe.runs import data_files as datafiles
@@ -295,7 +296,7 @@ def test_the_rules_know_what_the_world_has():
     known = data_rules.WORLD
     assert set(known["tasks"]) == set(corpus.TASKS) and known["languages"] == LANGUAGES
     assert set(known["levels"]) == set(program.STEPS) == set(countdown.SHAPES) == set(word.STEPS)
-    assert data_rules.STYLES == STRATEGIES and {*GENERAL_TASKS} == {*general._MAKERS}
+    assert get_args(Strategy) == data_rules.STYLES and {*GENERAL_TASKS} == {*general._MAKERS}
     assert data_rules.USED.keys() == KINDS.keys()
 
 

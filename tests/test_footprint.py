@@ -14,7 +14,7 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources
-from r1pipe.launch.job import command as launch
+from r1pipe.launch import command as launch
 from r1pipe.model import logprobs
 from r1pipe.plan import footprint
 

@@ -22,9 +22,9 @@ from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
+from r1pipe.launch import command as launch
 from r1pipe.launch import pipeline
 from r1pipe.launch.job import Job, failure
-from r1pipe.launch.job import command as launch
 from r1pipe.plan import footprint
 from r1pipe.runs import locks, machine
 

@@ -13,7 +13,7 @@ from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
-from r1pipe.launch.job import command as launch
+from r1pipe.launch import command as launch
 from r1pipe.runs import checkpoints, history, machine
 from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.provenance import FORMAT, job_record, write_json

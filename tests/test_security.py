@@ -25,9 +25,8 @@ from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable, without_login, without_secrets
 from r1pipe.data.files import Files
-from r1pipe.launch import pipeline
-from r1pipe.launch.job import command as launch
-from r1pipe.launch.job import parents
+from r1pipe.launch import command as launch
+from r1pipe.launch import parents, pipeline
 from r1pipe.runs import checkpoints, lineage, machine
 from r1pipe.tracking import Mirror, store, sync, ui
 

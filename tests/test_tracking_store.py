@@ -17,7 +17,7 @@ from tracker import twice, view
 
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError
-from r1pipe.launch.job import parents
+from r1pipe.launch import parents
 from r1pipe.runs import lineage
 from r1pipe.tracking import Mirror, add_report, store_uri, sync
 from r1pipe.tracking.database import is_whole

@@ -25,7 +25,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.script_options import ExportOptions, ImportOptions
 from r1pipe.core.types import Prompt
-from r1pipe.launch.job import command as launch
+from r1pipe.launch import command as launch
 from r1pipe.model import expert_loads, load_pretrained, model_config_from, save_pretrained
 from r1pipe.model.kernels.reference import Scaled, dequantise, quantise_blocks
 from r1pipe.model.moe import gates

@@ -1,12 +1,15 @@
 """Which strategy a response follows, told from its text alone: what reinforcement shifts."""
 
 import re
+from typing import Literal
 
 from r1pipe.chat.template import parse
 from r1pipe.core.types import Prompt
 
+Strategy = Literal["careful", "terse", "guess"]
 
-def strategy_of(prompt: Prompt, text: str) -> str:
+
+def strategy_of(prompt: Prompt, text: str) -> Strategy:
     """careful (one equation per step, a search in order), terse (steps joined) or guess (a result)."""
     reasoning = parse(text).reasoning or text
     if prompt.task == "word":

@@ -9,7 +9,7 @@ from r1pipe.core.types import Prompt
 Strategy = Literal["careful", "terse", "guess"]
 
 
-def strategy_of(prompt: Prompt, text: str) -> Strategy:
+def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
     """careful (one equation per step, a search in order), terse (steps joined) or guess (a result)."""
     reasoning = parse(text).reasoning or text
     if prompt.task == "word":

@@ -599,7 +599,7 @@ def test_judges_that_read_too_much_or_too_little(
     def same_for_both(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
         return chat.example(prompt, response if whole else parse(response).summary).tokens
 
-    monkeypatch.setattr(models, "judged_tokens", same_for_both)
+    monkeypatch.setattr(models, "scored_tokens", same_for_both)
     assert remedy in found(scenario, "what judges read").remedy
 
 

@@ -42,7 +42,7 @@ def scored_groups(
     normalise_std: bool = True,
     kls: Sequence[float] | None = None,
 ) -> list[Group]:
-    """Groups of equally many completions, in order, scored without a truncation penalty; `overlong` counts from 100 tokens."""
+    """Groups of equal size, scored with `max_tokens=100` and without a truncation penalty."""
     size = len(completions) // len(prompts)
     groups = [Group(prompt, [*completions[i * size :][:size]]) for i, prompt in enumerate(prompts)]
     rewards = replace(grpo().rewards, truncation_penalty=0.0)

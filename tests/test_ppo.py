@@ -22,7 +22,7 @@ from r1pipe.core.types import Score
 from r1pipe.runs import checkpoints
 from r1pipe.train.rl import scoring
 from r1pipe.train.rl.advantages import gae, token_rewards
-from r1pipe.train.rl.batch import Estimate, by_prompt, collate
+from r1pipe.train.rl.batch import by_prompt, collate
 from r1pipe.train.rl.critic import Critic, ValueModel
 from r1pipe.train.rl.losses import value_loss
 from r1pipe.train.rl.update import Reference
@@ -62,10 +62,10 @@ def test_the_value_loss_is_squared_and_its_clip_never_lowers_it():
 
 
 def test_token_advantages_stand_in_the_place_of_the_groups():
-    estimates = [Estimate([0.1, 0.2], [1.0, -1.0], [1.1, -0.8]), Estimate([0.3], [0.5], [0.8])]
-    rollouts = [rollout_of([1], [7] * len(e.values), [-0.5] * len(e.values), 9.0) for e in estimates]
+    estimates = [([0.1, 0.2], [1.0, -1.0], [1.1, -0.8]), ([0.3], [0.5], [0.8])]
+    rollouts = [rollout_of([1], [7] * len(values), [-0.5] * len(values), 9.0) for values, *_ in estimates]
     for rollout, estimate in zip(rollouts, estimates, strict=True):
-        rollout.estimate = estimate
+        rollout.values, rollout.advantages, rollout.returns = estimate
     micro = collate(rollouts, [0.5, 0.5], 0.0, torch.device("cpu"))
     assert micro.advantages_N.tolist() == [1.0, -1.0, 0.5]
     assert micro.values_N.tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -103,7 +103,7 @@ def test_a_fresh_value_model_expects_nothing_and_advantages_are_what_was_earned(
     groups = groups_of([1.0, 0.0, math.nan, 0.5])
     critic = critic_of("stage.ppo.whiten=false")
     rollouts, metrics = critic.estimate(groups, None)
-    assert [r.estimate.advantages for r in rollouts] == [[1.0] * 2, [0.0] * 4, [0.0], [0.5] * 3]
+    assert [r.advantages for r in rollouts] == [[1.0] * 2, [0.0] * 4, [0.0], [0.5] * 3]
     assert [group.advantages for group in groups] == [[1.0, 0.0], [0.0, 0.5]]
     assert metrics["value/mean"] == 0.0 and metrics["value/explained_variance"] == pytest.approx(0.0)
     assert metrics["value/return_mean"] == pytest.approx(3.5 / 9), "what failed counts for nothing"
@@ -113,7 +113,7 @@ def test_a_fresh_value_model_expects_nothing_and_advantages_are_what_was_earned(
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_tokens():
     groups = groups_of([1.0, 0.0, math.nan, 0.5])
     rollouts, _ = critic_of().estimate(groups, None)
-    tokens = torch.tensor([x for r in rollouts if r.scored for x in r.estimate.advantages])
+    tokens = torch.tensor([x for r in rollouts if r.scored for x in r.advantages])
     assert tokens.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert tokens.std(correction=0).item() == pytest.approx(1.0, abs=1e-6)
 
@@ -127,7 +127,7 @@ def test_the_kl_goes_off_each_token_and_is_told_as_a_score():
     micro = collate([first], [1.0], 0.0, torch.device("cpu"))
     kl_T = micro.old_N - reference.logprobs(micro, 1.0)
     earned = [(1.0 - 0.5 * kl_T.sum()).item(), (1.0 - 0.5 * kl_T[1]).item()]
-    assert first.estimate.returns == pytest.approx(earned, abs=1e-5)
+    assert first.returns == pytest.approx(earned, abs=1e-5)
     assert groups[0].scores[0]["kl"].value == pytest.approx(kl_T.sum().item(), abs=1e-5)
 
 

@@ -17,15 +17,6 @@ from r1pipe.train.rl.losses import LOSS_MEANS
 
 
 @dataclass
-class Estimate:
-    """A value model's estimates for one completion, one number per token (PPO)."""
-
-    values: list[float]  # V before the token, from before any update
-    advantages: list[float] = field(default_factory=list)
-    returns: list[float] = field(default_factory=list)  # the targets of the values
-
-
-@dataclass
 class Rollout:
     """One completion with its prompt and advantage: the unit of a minibatch."""
 
@@ -34,7 +25,10 @@ class Rollout:
     advantage: float
     scored: bool  # a completion whose reward failed has weight 0
     kl_T: Tensor | None = None  # KL estimate per token, where the KL is in the reward
-    estimate: Estimate | None = None  # PPO: its advantages replace `advantage`
+    # PPO, per token:
+    values: list[float] = field(default_factory=list)  # V before the token, from before any update
+    advantages: list[float] = field(default_factory=list)  # in place of `advantage`
+    returns: list[float] = field(default_factory=list)  # the targets of the values
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion.tokens)
@@ -204,11 +198,10 @@ def collate(
         lengths_B=lengths_B.to(device),
         balance_weight=balance_weight,
     )
-    estimates = [rollout.estimate for rollout in rollouts if rollout.estimate]
-    if estimates:  # all rollouts have one, or none
-        micro.advantages_N = joined([estimate.advantages for estimate in estimates])
-        micro.values_N = joined([estimate.values for estimate in estimates])
-        micro.returns_N = joined([estimate.returns for estimate in estimates])
+    if rollouts[0].values:  # then all have them
+        micro.advantages_N = joined([rollout.advantages for rollout in rollouts])
+        micro.values_N = joined([rollout.values for rollout in rollouts])
+        micro.returns_N = joined([rollout.returns for rollout in rollouts])
     return micro
 
 

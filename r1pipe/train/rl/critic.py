@@ -15,12 +15,10 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Group, Score
 from r1pipe.model import Balance, DeepseekV3
-from r1pipe.model.transformer import ScalarModel, hidden_after
-from r1pipe.runs import heartbeat
+from r1pipe.model.transformer import ScalarModel
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import gae, is_scored, token_rewards
 from r1pipe.train.rl.batch import (
-    Estimate,
     MicroBatch,
     Rollout,
     by_prompt,
@@ -31,7 +29,7 @@ from r1pipe.train.rl.batch import (
 )
 from r1pipe.train.rl.losses import value_loss
 from r1pipe.train.rl.scoring import KL
-from r1pipe.train.rl.update import Reference, balances_of
+from r1pipe.train.rl.update import Reference, balances_of, completion_hidden
 
 Metrics = dict[str, float]
 MIN_DEVIATION = 1e-6  # lower bound where advantages are divided by their deviation
@@ -41,17 +39,8 @@ class ValueModel(ScalarModel):
     """The policy's trunk with a scalar head that starts at zero, so that every first estimate is 0."""
 
     def forward(self, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None) -> Tensor:
-        """-> values_N, the value before each completion token; `balances` as in completion_logprobs."""
-        hidden_BTD = hidden_after(
-            self.model,
-            micro.prompts_PT,
-            micro.prompt_lengths_P,
-            micro.tokens_BT,
-            micro.prompt_of_B,
-            balances or balances_of(micro, with_loss=False),
-        )
-        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
-        return self.score(hidden_ND).squeeze(-1).float()
+        """-> values_N, the value before each completion token; `balances` as in completion_hidden."""
+        return self.score(completion_hidden(self.model, micro, balances)).squeeze(-1).float()
 
 
 class Critic:
@@ -92,36 +81,34 @@ class Critic:
         metrics = self._quality(rollouts)
         if self.ppo.whiten:
             self._whiten(rollouts)
-        means = iter([fmean(r.estimate.advantages) if r.scored and r.estimate else 0.0 for r in rollouts])
+        means = iter([fmean(r.advantages) if r.scored else 0.0 for r in rollouts])
         for group in groups:
             group.advantages = [next(means) for _ in group.completions]
         return rollouts, metrics
 
     def _estimate_values(self, rollouts: Sequence[Rollout]) -> None:
-        """Set the values of each rollout's estimate, under the current weights."""
+        """Set each rollout's values, under the current weights."""
         with self.engine.gathered() as model, torch.no_grad():
             for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
                 micro = unweighted(rows, self.engine.device)
                 values_N = model(micro).cpu()
-                heartbeat.tick()
                 for row, values_T in zip(rows, values_N.split(micro.lengths_B.tolist()), strict=True):
-                    row.estimate = Estimate(values_T.tolist())
+                    row.values = values_T.tolist()
 
     def _estimate_advantages(self, rollout: Rollout, reward: float) -> None:
-        assert rollout.estimate
-        values_T = torch.tensor(rollout.estimate.values)
+        values_T = torch.tensor(rollout.values)
         kl_T = None if rollout.kl_T is None else rollout.kl_T.cpu()
         rewards_T = token_rewards(reward, kl_T, self.config.kl_coef, len(values_T))
         advantages_T = gae(rewards_T, values_T, self.ppo.gamma, self.ppo.gae_lambda)
-        rollout.estimate.advantages = advantages_T.tolist()
-        rollout.estimate.returns = (advantages_T + values_T).tolist()
+        rollout.advantages = advantages_T.tolist()
+        rollout.returns = (advantages_T + values_T).tolist()
 
     def _quality(self, rollouts: Sequence[Rollout]) -> Metrics:
         """`value/explained_variance` is 1 - Var(R - V) / Var(R) over the tokens of all ranks: 1 is perfect,
         0 no better than a constant."""
-        estimates = [r.estimate for r in rollouts if r.scored and r.estimate]
-        returns_N = torch.tensor([x for e in estimates for x in e.returns], dtype=torch.float64)
-        values_N = torch.tensor([x for e in estimates for x in e.values], dtype=torch.float64)
+        scored = [rollout for rollout in rollouts if rollout.scored]
+        returns_N = torch.tensor([x for rollout in scored for x in rollout.returns], dtype=torch.float64)
+        values_N = torch.tensor([x for rollout in scored for x in rollout.values], dtype=torch.float64)
         errors_N = returns_N - values_N
         count, *sums = self.engine.sum_over_ranks(
             [float(len(values_N)), values_N.sum().item(), *_moments(returns_N), *_moments(errors_N)]
@@ -137,13 +124,13 @@ class Critic:
 
     def _whiten(self, rollouts: Sequence[Rollout]) -> None:
         """Shift and scale advantages to mean 0 and deviation 1 over the scored tokens of all ranks."""
-        estimates = [r.estimate for r in rollouts if r.scored and r.estimate]
-        advantages_N = torch.tensor([x for e in estimates for x in e.advantages], dtype=torch.float64)
+        scored = [rollout for rollout in rollouts if rollout.scored]
+        advantages_N = torch.tensor([x for r in scored for x in r.advantages], dtype=torch.float64)
         sums = self.engine.sum_over_ranks([*_moments(advantages_N), float(len(advantages_N))])
         mean, deviation = _mean_and_deviation(*sums)
         scale = max(deviation, MIN_DEVIATION)
-        for estimate in estimates:
-            estimate.advantages = [(value - mean) / scale for value in estimate.advantages]
+        for rollout in scored:
+            rollout.advantages = [(value - mean) / scale for value in rollout.advantages]
 
     # --- its own update
 

@@ -64,7 +64,7 @@ class GRPO:
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.chat, self.data, self.reward_models = chat, data, reward_models
         self.quick_evaluation, self.critic = quick_evaluation, critic
-        self.other_engines = {CRITIC: critic.engine} if critic else {}
+        self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
@@ -269,9 +269,7 @@ class GRPO:
 
     def _save(self) -> None:
         self.saved = self.state.step
-        self.run.save_checkpoint(
-            self.engine, self.saved, asdict(self.state), self._export, self.other_engines
-        )
+        self.run.save_checkpoint(self.engine, self.saved, asdict(self.state), self._export, self.more_engines)
 
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)
@@ -279,7 +277,7 @@ class GRPO:
             self.reference.save(folder / ENGINE / "reference")
 
     def _resume(self) -> None:
-        self.saved, state = self.run.resume(self.engine, self.other_engines)
+        self.saved, state = self.run.resume(self.engine, self.more_engines)
         if not self.saved:
             return
         self.state = LoopState(**state)

@@ -99,7 +99,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     lengths = [row["length"] for row in rows]
     metrics = {"reward": fmean(rewards), "reward_std": pstdev(rewards)} if rewards else {}
-    metrics |= kl_per_token(rows) | {
+    with_kl = [row for row in rows if KL in row["scores"] and row["reward"] is not None]
+    if with_kl:  # a KL in the loss is measured by the update
+        metrics["kl"] = sum(row["scores"][KL] for row in with_kl) / sum(row["length"] for row in with_kl)
+    metrics |= {
         "frac_reward_zero_std": fmean(not row["has_variance"] for row in rows),
         "frac_reward_failed": 1 - len(rewards) / len(rows),
         "completions/mean_length": fmean(lengths),
@@ -143,16 +146,6 @@ def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> 
         "tokens_per_s": tokens / step_s,
         "sampling/tokens_per_s": tokens / metrics["time/sampling_s"],
     }
-
-
-def kl_per_token(rows: Sequence[Row]) -> dict[str, float]:
-    """`kl` where it is in the reward: nats per token over the scored completions.
-
-    Where it is in the loss, the update measures it.
-    """
-    scored = [row for row in rows if KL in row["scores"] and row["reward"] is not None]
-    tokens = sum(row["length"] for row in scored)
-    return {"kl": sum(row["scores"][KL] for row in scored) / tokens} if tokens else {}
 
 
 def most_failed(metrics: Mapping[str, float]) -> tuple[str, float] | None:

@@ -66,9 +66,9 @@ def reward_models(run: Run[RLConfig], chat: Chat) -> RewardModels:
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)
-    models = {
-        kind: load_reward_model(Path(parent.checkpoint) / kind).to(device)
-        for kind in quality.KINDS
-        if (Path(parent.checkpoint) / kind).is_dir()
+    folders = {kind: Path(parent.checkpoint) / kind for kind in quality.KINDS}
+    return {
+        kind: Judge(load_reward_model(folder).to(device), kind, chat)
+        for kind, folder in folders.items()
+        if folder.is_dir()
     }
-    return {kind: Judge(model, kind, chat) for kind, model in models.items()}

@@ -15,6 +15,7 @@ from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.training import set_precision
+from r1pipe.model.transformer import Trunk, hidden_after
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.engine.metrics import step_metrics
@@ -23,34 +24,35 @@ from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, micro_batches,
 from r1pipe.train.rl.losses import KL_ESTIMATORS, PolicyLoss, policy_loss
 
 
-def completion_logprobs(
-    model: DeepseekV3,
-    micro: MicroBatch,
-    temperature: float,
-    balances: tuple[Balance, Balance] | None = None,
-) -> Tensor:
-    """logprobs_N: log pi of every completion token of a micro-batch, at the sampling temperature.
-
-    `balances` (see `balances_of`) collect the balance losses.
-    """
-    hidden_BTD = model.hidden_after(
-        micro.prompts_PT,
-        micro.prompt_lengths_P,
-        micro.tokens_BT,
-        micro.prompt_of_B,
-        balances or balances_of(micro, with_loss=False),
-    )
-    heartbeat.tick()
-    hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
-    return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
-
-
 def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
     """The balances of prompts and of rows: each prompt and each completion counts as one sequence."""
     return (
         Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1], with_loss),
         Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1], with_loss),
     )
+
+
+def completion_hidden(
+    trunk: Trunk, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None
+) -> Tensor:
+    """hidden_ND before every completion token; `balances` (see `balances_of`) collect the balance losses."""
+    balances = balances or balances_of(micro, with_loss=False)
+    hidden_BTD = hidden_after(
+        trunk, micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B, balances
+    )
+    heartbeat.tick()
+    return hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)
+
+
+def completion_logprobs(
+    model: DeepseekV3,
+    micro: MicroBatch,
+    temperature: float,
+    balances: tuple[Balance, Balance] | None = None,
+) -> Tensor:
+    """logprobs_N: log pi of every completion token, at the sampling temperature."""
+    hidden_ND = completion_hidden(model.model, micro, balances)
+    return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
 
 
 class Reference:
@@ -187,7 +189,7 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
     if first.balance:
         shares = [float(sum(share.item() for share in step.balance)) for step in steps]
         metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
-    if with_kl:  # a KL in the reward is measured on the completions (rows.kl_per_token)
+    if with_kl:  # a KL in the reward is measured on the completions (rows.summarise)
         metrics["kl"] = sums["kl"] / count
     if config.importance_cap:
         metrics["sampling/importance_sampling_ratio/capped"] = sums["capped"] / count

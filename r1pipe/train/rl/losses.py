@@ -131,30 +131,38 @@ def policy_loss(
     if reference_N is not None:
         kl_N = KL_ESTIMATORS[config.kl_estimator](logprobs_N, reference_N)
     loss = (weights_N * (config.kl_coef * kl_N - surrogate_N)).sum()
-    with torch.no_grad():
-        trained_N = weights_N > 0
-        others_N = ~trained_N
-        gap_N = (logprobs_N - old_N).masked_fill(others_N, 0.0)
-        ratio_N = ratio_N.masked_fill(others_N, 0.0)
-        sampling_ratio_N = gap_N.exp().masked_fill(others_N, 0.0)
-        sums = {
-            "tokens": trained_N.sum(),
-            "kl": (kl_N * trained_N).sum(),
-            "clipped": (trained_N & clipped_N).sum(),  # tokens whose gradient or weight was clipped
-            "clipped_low": (trained_N & clipped_N & (ratio_N < 1)).sum(),
-            "capped": (trained_N & capped_N).sum(),
-            "gap": gap_N.abs().sum(),  # |trainer's log-probability - sampler's|
-            "ratio": ratio_N.sum(),
-            "sampling_ratio": sampling_ratio_N.sum(),  # trainer's probability over the sampler's
-        }
-        extremes = {
-            "importance_ratio/min": ratio_N.masked_fill(others_N, math.inf).amin(),
-            "importance_ratio/max": ratio_N.amax(),
-            "sampling/importance_sampling_ratio/min": sampling_ratio_N.masked_fill(others_N, math.inf).amin(),
-            "sampling/importance_sampling_ratio/max": sampling_ratio_N.amax(),
-            "sampling/sampling_logp_difference/max": gap_N.abs().amax(),
-        }
-    return PolicyLoss(loss, sums, extremes)
+    return PolicyLoss(
+        loss, *_statistics(weights_N > 0, logprobs_N - old_N, ratio_N, kl_N, clipped_N, capped_N)
+    )
+
+
+@torch.no_grad()
+def _statistics(
+    trained_N: Tensor, gap_N: Tensor, ratio_N: Tensor, kl_N: Tensor, clipped_N: Tensor, capped_N: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The sums and extremes of a PolicyLoss; `gap_N` is log(pi_trainer / pi_sampler)."""
+    others_N = ~trained_N
+    gap_N = gap_N.masked_fill(others_N, 0.0)
+    ratio_N = ratio_N.masked_fill(others_N, 0.0)
+    sampling_ratio_N = gap_N.exp().masked_fill(others_N, 0.0)
+    sums = {
+        "tokens": trained_N.sum(),
+        "kl": (kl_N * trained_N).sum(),
+        "clipped": (trained_N & clipped_N).sum(),  # tokens whose gradient or weight was clipped
+        "clipped_low": (trained_N & clipped_N & (ratio_N < 1)).sum(),
+        "capped": (trained_N & capped_N).sum(),
+        "gap": gap_N.abs().sum(),
+        "ratio": ratio_N.sum(),
+        "sampling_ratio": sampling_ratio_N.sum(),
+    }
+    extremes = {
+        "importance_ratio/min": ratio_N.masked_fill(others_N, math.inf).amin(),
+        "importance_ratio/max": ratio_N.amax(),
+        "sampling/importance_sampling_ratio/min": sampling_ratio_N.masked_fill(others_N, math.inf).amin(),
+        "sampling/importance_sampling_ratio/max": sampling_ratio_N.amax(),
+        "sampling/sampling_logp_difference/max": gap_N.abs().amax(),
+    }
+    return sums, extremes
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, clip: float | None) -> Tensor:

@@ -1,6 +1,7 @@
 """What stages grpo, zero and all_scenario share: set up, train, finish."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from r1pipe.chat.template import Chat
@@ -31,7 +32,8 @@ def reinforce(run: Run[RLConfig], load_rewards: Callable[[Run[RLConfig], Chat], 
     chat, data = run.load_chat(), run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them, and weight decay alone would shrink them
-    for weakness in quality.check_quality(run.config):
+    weaknesses = quality.check_quality(run.config)
+    for weakness in weaknesses:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
     rewards = load_rewards(run, chat)
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
@@ -39,21 +41,12 @@ def reinforce(run: Run[RLConfig], load_rewards: Callable[[Run[RLConfig], Chat], 
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
-
-    def evaluate_quickly() -> dict[str, float]:
-        return quick_evaluation(run, engine, chat, data)
-
-    loop = GRPO(run, engine, reference, chat, data, rewards, evaluate_quickly, critic)
-    checkpoint = loop.train()
-    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_for_record(run))
-
-
-def weaknesses_for_record(run: Run[RLConfig]) -> Metrics:
-    """For the record of a stage with reward models: the bounds that `force` overrode, and their number."""
-    if not run.stage.preference:
-        return {}
-    forced = quality.weaknesses(run.config)
-    return {"weak_judges": len(forced), "forced_judges": forced}
+    evaluate = partial(quick_evaluation, run, engine, chat, data)
+    checkpoint = GRPO(run, engine, reference, chat, data, rewards, evaluate, critic).train()
+    known: Metrics = {}
+    if stage.preference:  # for the record: the quality bounds that `force` overrode
+        known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
+    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, known=known)
 
 
 def rules_only(run: Run[RLConfig], chat: Chat) -> RewardModels:

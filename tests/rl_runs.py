@@ -6,11 +6,13 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import pytest
 from faults.same import timed
 from tiny_runs import tiny_config
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt
+from r1pipe.runs import checkpoints
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.rl.scoring import RewardModels, score_groups
 from r1pipe.train.rl.stage import reinforce, rules_only
@@ -55,6 +57,22 @@ def scored_groups(
 def go(folder: Path) -> None:
     with open_run(folder, RLConfig) as run:
         reinforce(run, rules_only)
+
+
+def go_killed_and_resumed(folder: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed as it finishes a checkpoint, and again to its end."""
+    finish = checkpoints.finish
+
+    def killed(target: Path) -> None:
+        if target.name == checkpoint:
+            raise KeyboardInterrupt
+        finish(target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "finish", killed)
+        go(folder)
+    assert not (folder / "record.json").exists()
+    go(folder)
 
 
 def metrics_of(folder: Path) -> list[dict]:

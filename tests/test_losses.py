@@ -4,7 +4,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 from typing import get_args
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
-from rl_runs import go, metrics_of, objective, rollout_of, scored_groups
+from rl_runs import go, go_killed_and_resumed, metrics_of, objective, rollout_of, scored_groups
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
@@ -23,7 +22,6 @@ from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion, Group, Prompt, Score
-from r1pipe.runs import checkpoints
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
 from r1pipe.train.rl.batch import rollouts_of
@@ -375,17 +373,7 @@ def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_pa
     monkeypatch.setattr(scoring, "score_all", right_where_the_first_token_is_even)
     whole, broken = (tiny_run(tmp_path / name, *SHORT, *words) for name in ("whole", "broken"))
     go(whole)
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-2":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    go(broken)
+    go_killed_and_resumed(broken, "step-2", monkeypatch)
     assert metrics_of(broken) == metrics_of(whole) and len(metrics_of(whole)) == 2
     expected, found, first = (
         load_file(folder / "checkpoints" / step / "model.safetensors")

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import engine_config, on_two_ranks, tiny_model
-from rl_runs import go, metrics_of, rollout_of
+from rl_runs import go, go_killed_and_resumed, metrics_of, rollout_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 from two_ranks_ppo import groups_of, trained
@@ -19,7 +19,6 @@ from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Score
-from r1pipe.runs import checkpoints
 from r1pipe.train.rl import scoring
 from r1pipe.train.rl.advantages import gae, token_rewards
 from r1pipe.train.rl.batch import by_prompt, collate
@@ -221,17 +220,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(level, warmup, 
     )
     whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
     go(whole)
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-3":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    go(broken)
+    go_killed_and_resumed(broken, "step-3", monkeypatch)
     assert metrics_of(broken) == metrics_of(whole)
     rows = metrics_of(whole)
     assert [row["step"] for row in rows] == [1, 2, 3]

@@ -3,21 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
-from rl_runs import go, metrics_of, objective, rollout_of, scored_groups
+from rl_runs import go, go_killed_and_resumed, metrics_of, objective, rollout_of, scored_groups
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
-from r1pipe.runs import checkpoints
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
 from r1pipe.train.rl.advantages import group_advantages, has_variance
@@ -428,19 +426,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
     )
     whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
     go(whole)
-
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-3":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    assert not (broken / "record.json").exists()
-    go(broken)
+    go_killed_and_resumed(broken, "step-3", monkeypatch)
 
     assert metrics_of(broken) == metrics_of(whole)
     assert [row["step"] for row in metrics_of(whole)] == [1, 2, 3]

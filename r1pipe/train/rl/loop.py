@@ -262,7 +262,7 @@ class GRPO:
         return trips
 
     def _abandon_step(self, before: LoopState) -> None:
-        """Return to the state before the step, and save it unless it is; a resumed run repeats the step."""
+        """Return to the state before the step, saved if it was not yet; a resumed run repeats the step."""
         self.state = before
         if before.step > self.saved:
             self._save()

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rl_runs import scored_groups
 from test_judges import write_standing
 from tiny_runs import load_stage, tiny_config, tiny_run
 
@@ -19,7 +20,6 @@ from r1pipe.rewards import TABLE
 from r1pipe.rewards.models import Judge, RewardModel, save_reward_model
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, KINDS
-from r1pipe.train.rl.scoring import score_groups
 
 SUM = Prompt("s", "word", "en", "What is 2 + 2?", "4")
 WISH = Prompt("w", "writing", "en", "Write about a fox.")
@@ -119,14 +119,14 @@ def test_helpfulness_sees_the_summary_alone_and_harmlessness_all_of_it() -> None
 
 
 def test_language_weighs_in_the_reward_of_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And accuracy in a reasoning prompt's, what the judges say in a general one's."""
+    """And accuracy in a reasoning prompt's, the reward models' scores in a general one's."""
     monkeypatch.setitem(
         TABLE, "language", lambda prompt, completion: Score(float("狐" not in completion.text))
     )
     answers = [compose_response(reasoning, r"It is \boxed{4}.") for reasoning in ("A fox.", "狐")]
     completions = [Completion([], [], "stop", text) for text in answers]
-    judges = {kind: lambda prompts, completions: [Score(0.5)] * len(completions) for kind in KINDS}
+    models = {kind: lambda prompts, completions: [Score(0.5)] * len(completions) for kind in KINDS}
     weights = {"accuracy": 1.0, "language": 0.1, HELPFUL: 2.0, HARMLESS: 4.0}
-    groups = score_groups([SUM, WISH], completions * 2, weights, judges, 0.0, False)
+    groups = scored_groups([SUM, WISH], completions * 2, weights, models, normalise_std=False)
     assert groups[0].rewards == pytest.approx([1.1, 1.0])
     assert groups[1].rewards == pytest.approx([3.1, 3.0])

@@ -19,10 +19,11 @@ from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import step_metrics
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.finetune import pack_demonstrations
-from r1pipe.train.sft.loop import epochs_of, step_metrics, train
+from r1pipe.train.sft.loop import epochs_of, train
 
 LAYER = "model.layers.1.mlp"
 

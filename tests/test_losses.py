@@ -4,7 +4,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
 from typing import get_args
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
-from rl_runs import go, metrics_of
+from rl_runs import go, go_killed_and_resumed, metrics_of, objective, rollout_of, scored_groups
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
@@ -23,20 +22,14 @@ from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion, Group, Prompt, Score
-from r1pipe.runs import checkpoints
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
-from r1pipe.train.rl.batch import Rollout, rollouts_of
+from r1pipe.train.rl.batch import rollouts_of
+from r1pipe.train.rl.dynamic_sampling import has_signal, redistribute_groups
 from r1pipe.train.rl.loop import GRPO, LoopState
-from r1pipe.train.rl.shaping import has_signal, kl_of_completions, redistribute_groups
 from r1pipe.train.rl.update import Reference, update
 
 # --- the loss
-
-
-def objective(**knobs) -> losses.Objective:
-    """GRPO's, with a clip of 0.2 and without a KL."""
-    return replace(losses.Objective("token", "clipped", 0.2, 0.2, "k3", 0.0, 0.0), **knobs)
 
 
 def logs(*probabilities: float) -> torch.Tensor:
@@ -66,7 +59,7 @@ def test_the_upper_bound_is_its_own():
     result, slopes = loss_of(ratios, advantages, [4], objective(clip_high=0.28))
     assert result.loss.item() == pytest.approx(-(1.25 + 1.28 - 0.8 - 0.85))
     assert slopes == pytest.approx([-1.25, 0.0, 0.0, 0.85])
-    assert (result.clipped_sum, result.clipped_low_sum) == (2, 1)
+    assert (result.sums["clipped"], result.sums["clipped_low"]) == (2, 1)
 
 
 def test_the_clip_of_r1_lets_all_but_the_wildest_ratios_through():
@@ -80,7 +73,7 @@ def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
     result, slopes = loss_of([4.0, 1.0, 0.9], [1.0, 1.0, 1.0], [2, 1], objective(ratio="sequence"))
     assert result.loss.item() == pytest.approx(-(1.2 + 1.2 + 0.9))  # the first is held at 1.2, as a whole
     assert slopes == pytest.approx([0.0, 0.0, -0.9])
-    assert result.clipped_sum == 2
+    assert result.sums["clipped"] == 2
     _, slopes = loss_of([4.0, 1.0, 0.9], [-1.0, -1.0, 1.0], [2, 1], objective(ratio="sequence"))
     # two tokens' terms of 2, each moved by half of each token's log-probability
     assert slopes == pytest.approx([2.0, 2.0, -0.9])
@@ -93,7 +86,7 @@ def test_a_clipped_weight_drops_no_gradient():
     weights = [0.01, -2.0, 5.0]
     assert result.loss.item() == pytest.approx(-sum(w * x for w, x in zip(weights, logprobs, strict=True)))
     assert slopes == pytest.approx([-weight for weight in weights])
-    assert (result.clipped_sum, result.clipped_low_sum) == (1, 0)
+    assert (result.sums["clipped"], result.sums["clipped_low"]) == (1, 0)
 
 
 def test_truncated_importance_makes_up_for_another_sampler():
@@ -101,8 +94,8 @@ def test_truncated_importance_makes_up_for_another_sampler():
     result, slopes = loss_of([1.1, 1.3], [1.0, -1.0], [2], objective(importance_cap=2.0), trainer=[3.0, 0.5])
     assert result.loss.item() == pytest.approx(-(2 * 1.1 - 0.5 * 1.3), rel=1e-5)
     assert slopes == pytest.approx([-2.2, 0.65], rel=1e-5)
-    assert result.capped_sum == 1 and result.ratio_max.item() == pytest.approx(1.3)
-    assert result.gap_sum.item() == pytest.approx(math.log(3.3) - math.log(0.65), rel=1e-5)
+    assert result.sums["capped"] == 1 and result.extremes["importance_ratio/max"].item() == pytest.approx(1.3)
+    assert result.sums["gap"].item() == pytest.approx(math.log(3.3) - math.log(0.65), rel=1e-5)
 
 
 def test_the_three_estimators_of_the_kl():
@@ -179,11 +172,7 @@ def test_the_first_groups_of_all_ranks_that_teach_are_trained_on_in_equal_shares
             groups = [group(*accuracies) for accuracies in shares[rank]]
             for number, each in enumerate(groups):
                 each.place = rank + 2 * number
-            tokens = [[each.place] for each in groups]
-            tokens, groups = redistribute_groups(
-                together.rank(rank), tokens, groups, {"accuracy": 1.0}, wanted
-            )
-            assert tokens == [[each.place] for each in groups], "each prompt stays with its group"
+            groups = redistribute_groups(together.rank(rank), groups, {"accuracy": 1.0}, wanted)
             return [(each.place, each.trained) for each in groups]
 
         with ThreadPoolExecutor(2) as threads:
@@ -196,9 +185,10 @@ def test_the_first_groups_of_all_ranks_that_teach_are_trained_on_in_equal_shares
 
 
 def test_what_is_passed_over_makes_no_rollouts():
-    groups = [Group(PROMPT, [Completion([7], [-1.0], "stop")], [{}], [1.0], [0.5]) for _ in range(2)]
+    done = [Completion([7], [-1.0], "stop")]
+    groups = [Group(PROMPT, done, [{}], [1.0], [0.5], prompt_tokens=tokens) for tokens in ([1], [2])]
     groups[0].trained = False
-    (rollout,) = rollouts_of(groups, [[1], [2]])
+    (rollout,) = rollouts_of(groups)
     assert rollout.prompt == [2]
 
 
@@ -213,9 +203,8 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
         return [{"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}]
 
     monkeypatch.setattr(scoring, "score_all", score_all)
-    added = {"kl": [0.4, 0.0]}
     completions = [Completion([7], [-1.0], "stop")] * 2
-    (found,) = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, False, added=added)
+    (found,) = scored_groups([PROMPT], completions, weights, normalise_std=False, kls=[0.4, 0.0])
     assert found.rewards == pytest.approx([1 - 0.5 * 0.4, 0.0])
     assert found.advantages == pytest.approx([0.4, -0.4])
     assert not {"kl", "overlong"} & set(asked), "no verifier knows them"
@@ -224,16 +213,14 @@ def test_the_kl_in_the_reward_is_taken_off_before_the_groups_mean(monkeypatch):
 def test_each_completion_gets_the_sum_over_its_own_tokens():
     stage = replace(tiny_config("stage=grpo", "stage.kl_estimator=k1").stage, max_tokens_per_micro_batch=12)
     reference = Reference(tiny_model(), engine_config())
-    prompts = [[1, 5, 6], [4, 8]]
+    prompts = [[1, 5, 6], [1, 5, 6], [4, 8], [4, 8]]
     tokens = [[7, 8], [9, 3, 5, 2], [7], [6, 6, 2]]
-    completions = [Completion(row, [-0.5 - i] * len(row), "stop") for i, row in enumerate(tokens)]
-    found = kl_of_completions(reference, prompts, completions, stage, torch.device("cpu"))
-    for i, completion in enumerate(completions):
-        prompt = prompts[i // 2]
-        logits = reference.model(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
-        targets = torch.tensor(completion.tokens).unsqueeze(1)
-        expected = sum(completion.logprobs) - logits.float().log_softmax(-1).gather(1, targets).sum().item()
-        assert found[i] == pytest.approx(expected, rel=1e-4), i
+    rollouts = [rollout_of(prompts[i], row, [-0.5 - i] * len(row)) for i, row in enumerate(tokens)]
+    reference.estimate_kl(rollouts, stage)
+    for i, (prompt, row, rollout) in enumerate(zip(prompts, tokens, rollouts, strict=True)):
+        logits = reference.model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
+        logprobs = logits.float().log_softmax(-1).gather(1, torch.tensor(row).unsqueeze(1))
+        assert rollout.kl() == pytest.approx((-0.5 - i) * len(row) - logprobs.sum().item(), rel=1e-4), i
 
 
 # --- the update
@@ -250,7 +237,7 @@ def updated(sampler_error: float, *words: str) -> dict[str, float]:
         prompt, tokens = [1, 5, 6], list(range(7, 7 + n))
         logits = policy(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].detach()
         true_N = logits.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
-        rollouts.append(Rollout(prompt, tokens, (true_N + sampler_error).tolist(), (-1.0) ** n, True))
+        rollouts.append(rollout_of(prompt, tokens, (true_N + sampler_error).tolist(), (-1.0) ** n))
     return update(engine, rollouts, stage, reference)
 
 
@@ -274,7 +261,7 @@ def test_the_trainers_own_log_probabilities_are_from_before_the_first_update():
 def test_the_trainers_log_probabilities_come_at_every_zero_level(level):
     stage = tiny_config("stage=grpo", "stage.minibatches=1", "stage.importance_cap=2").stage
     engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), total_steps=10)
-    rollouts = [Rollout([1, 5, 6], [7, 8, 9][:n], [-7.0] * n, (-1.0) ** n, True) for n in (1, 2, 3, 2)]
+    rollouts = [rollout_of([1, 5, 6], [7, 8, 9][:n], [-7.0] * n, (-1.0) ** n) for n in (1, 2, 3, 2)]
     metrics = [update(engine, rollouts, stage, None) for _ in range(2)]
     assert metrics[0]["importance_ratio/max"] == pytest.approx(1.0, abs=1e-4)
 
@@ -386,17 +373,7 @@ def test_each_loss_trains_and_goes_on_after_a_kill_to_the_last_bit(words, tmp_pa
     monkeypatch.setattr(scoring, "score_all", right_where_the_first_token_is_even)
     whole, broken = (tiny_run(tmp_path / name, *SHORT, *words) for name in ("whole", "broken"))
     go(whole)
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-2":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    go(broken)
+    go_killed_and_resumed(broken, "step-2", monkeypatch)
     assert metrics_of(broken) == metrics_of(whole) and len(metrics_of(whole)) == 2
     expected, found, first = (
         load_file(folder / "checkpoints" / step / "model.safetensors")
@@ -475,11 +452,13 @@ def test_ranks_draw_until_they_have_enough_together():
     )
     loop.run = SimpleNamespace(phase=lambda name: nullcontext())
     loop.next_prompts = lambda metrics: [PROMPT] * 2
-    loop.rollout = lambda prompts, verdicts, batch: ([[batch]] * 2, [])
-    loop.score = lambda prompts, tokens, completions, verdicts: [group(1.0, 0.0), group(0.0, 0.0)]
+    loop.rollout = lambda prompts, verdicts, batch: [
+        replace(group(*accuracies), prompt_tokens=[batch]) for accuracies in ((1.0, 0.0), (0.0, 0.0))
+    ]
+    loop.score = lambda groups, verdicts: None
     metrics: dict[str, float] = {}
-    tokens, groups = loop._draw(metrics)
+    groups = loop.sample_groups(metrics)
     assert seen == [1, 2, 3] and metrics["rollout/batches"] == 3, "1 + 0, 2 + 1, 3 + 1 of 4"
     # 0, 4 and 8 teach, 2 is the first of the others; every second one is the other rank's to learn from
     assert [(one.place, one.trained) for one in groups] == [(0, True), (8, True), (6, False), (10, False)]
-    assert tokens == [[0], [2], [1], [2]], "by the batch that each was drawn in"
+    assert [one.prompt_tokens for one in groups] == [[0], [2], [1], [2]], "by their batches"

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_runs import go, metrics_of
+from rl_runs import go, metrics_of, objective
 from tiny_runs import tiny_run
 
 from r1pipe.core.types import Score
 from r1pipe.train.rl import scoring
-from r1pipe.train.rl.losses import Objective, policy_loss
+from r1pipe.train.rl.losses import policy_loss
 from r1pipe.train.rl.rows import speeds
 from r1pipe.train.rl.update import _extremes, _Step
 
@@ -92,27 +92,31 @@ def test_names_that_are_said_to_be_trls_are():
 
 def test_ratios_and_gaps_by_hand():
     """Three trained tokens, and one whose reward failed, which counts nowhere."""
-    plain = Objective("token", "clipped", 0.2, 0.2, "k3", 0.0, 0.0)
     old_N = torch.tensor([0.5, 0.25, 0.4, 0.001]).log()
     now_N = torch.tensor([0.5, 0.50, 0.1, 0.9]).log()
     found = policy_loss(
-        now_N, old_N, torch.ones(4), torch.tensor([0.3, 0.3, 0.4, 0.0]), torch.tensor([2, 2]), plain
+        now_N, old_N, torch.ones(4), torch.tensor([0.3, 0.3, 0.4, 0.0]), torch.tensor([2, 2]), objective()
     )
-    assert found.ratio_sum.item() == found.sampling_ratio_sum.item() == pytest.approx(1 + 2 + 0.25)
-    assert (found.ratio_min.item(), found.ratio_max.item()) == pytest.approx((0.25, 2.0))
-    assert found.gap_max.item() == pytest.approx(math.log(4))
-    assert found.gap_sum.item() == pytest.approx(math.log(2) + math.log(4))
+    assert found.sums["ratio"].item() == found.sums["sampling_ratio"].item() == pytest.approx(1 + 2 + 0.25)
+    assert (
+        found.extremes["importance_ratio/min"].item(),
+        found.extremes["importance_ratio/max"].item(),
+    ) == pytest.approx((0.25, 2.0))
+    assert found.extremes["sampling/sampling_logp_difference/max"].item() == pytest.approx(math.log(4))
+    assert found.sums["gap"].item() == pytest.approx(math.log(2) + math.log(4))
     # with the trainer's own log-probabilities the clip's ratio is to these, the sampler's ratio still to its
     trainer_N = torch.tensor([0.5, 0.5, 0.2, 0.9]).log()
     capped = policy_loss(
-        now_N, old_N, torch.ones(4), torch.ones(4), torch.tensor([4]), plain, trainer_N=trainer_N
+        now_N, old_N, torch.ones(4), torch.ones(4), torch.tensor([4]), objective(), trainer_N=trainer_N
     )
-    assert (capped.ratio_min.item(), capped.ratio_max.item()) == pytest.approx((0.5, 1.0))
-    assert capped.sampling_ratio_max.item() == pytest.approx(900, rel=1e-3)
+    assert (
+        capped.extremes["importance_ratio/min"].item(),
+        capped.extremes["importance_ratio/max"].item(),
+    ) == pytest.approx((0.5, 1.0))
+    assert capped.extremes["sampling/importance_sampling_ratio/max"].item() == pytest.approx(900, rel=1e-3)
 
 
 def test_extremes_are_those_of_all_ranks_and_a_rank_without_trained_tokens_adds_none():
-    plain = Objective("token", "clipped", 0.2, 0.2, "k3", 0.0, 0.0)
     half, none = (
         policy_loss(
             torch.tensor([0.2]).log(),
@@ -120,7 +124,7 @@ def test_extremes_are_those_of_all_ranks_and_a_rank_without_trained_tokens_adds_
             torch.ones(1),
             weights_N,
             torch.tensor([1]),
-            plain,
+            objective(),
         )
         for weights_N in (torch.ones(1), torch.zeros(1))
     )

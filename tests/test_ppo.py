@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import engine_config, on_two_ranks, tiny_model
-from rl_runs import go, metrics_of
+from rl_runs import go, go_killed_and_resumed, metrics_of, rollout_of
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
-from two_ranks_ppo import PROMPTS, groups_of, trained
+from two_ranks_ppo import groups_of, trained
 
 from r1pipe.config import RLConfig
 from r1pipe.config.compose import compose
@@ -19,11 +19,11 @@ from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Score
-from r1pipe.runs import checkpoints
 from r1pipe.train.rl import scoring
-from r1pipe.train.rl.batch import Estimate, Rollout, by_prompt, collate
+from r1pipe.train.rl.advantages import gae, token_rewards
+from r1pipe.train.rl.batch import by_prompt, collate
 from r1pipe.train.rl.critic import Critic, ValueModel
-from r1pipe.train.rl.ppo import gae, token_rewards, value_loss
+from r1pipe.train.rl.losses import value_loss
 from r1pipe.train.rl.update import Reference
 
 PPO = ("stage=grpo", "stage.algorithm=ppo", "stage.sampling.max_tokens=8")
@@ -61,8 +61,10 @@ def test_the_value_loss_is_squared_and_its_clip_never_lowers_it():
 
 
 def test_token_advantages_stand_in_the_place_of_the_groups():
-    estimates = [Estimate([0.1, 0.2], [1.0, -1.0], [1.1, -0.8]), Estimate([0.3], [0.5], [0.8])]
-    rollouts = [Rollout([1], [7] * len(e.values), [-0.5] * len(e.values), 9.0, True, e) for e in estimates]
+    estimates = [([0.1, 0.2], [1.0, -1.0], [1.1, -0.8]), ([0.3], [0.5], [0.8])]
+    rollouts = [rollout_of([1], [7] * len(values), [-0.5] * len(values), 9.0) for values, *_ in estimates]
+    for rollout, estimate in zip(rollouts, estimates, strict=True):
+        rollout.values, rollout.advantages, rollout.returns = estimate
     micro = collate(rollouts, [0.5, 0.5], 0.0, torch.device("cpu"))
     assert micro.advantages_N.tolist() == [1.0, -1.0, 0.5]
     assert micro.values_N.tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -86,12 +88,12 @@ def test_a_value_is_of_what_stands_before_its_token_whatever_the_micro_batch():
     policy = tiny_model()
     model = ValueModel(policy)
     torch.nn.init.normal_(model.score.weight)
-    rollouts = [Rollout(p, [7, 8, 9, 3][:n], [0.0] * n, 0.0, True) for p in ([1, 5, 6], [4]) for n in (1, 4)]
+    rollouts = [rollout_of(p, [7, 8, 9, 3][:n], [0.0] * n) for p in ([1, 5, 6], [4]) for n in (1, 4)]
     for rows in [*by_prompt(rollouts, 1), *by_prompt(rollouts, 100)]:
         values_N = model(collate(rows, [1.0] * len(rows), 0.0, torch.device("cpu")))
         expected = []
         for row in rows:
-            hidden_TD = model.model(torch.tensor([row.prompt + row.completion[:-1]]))[0]
+            hidden_TD = model.model(torch.tensor([row.prompt + row.completion.tokens[:-1]]))[0]
             expected.append(model.score(hidden_TD[len(row.prompt) - 1 :]).squeeze(-1))
         torch.testing.assert_close(values_N, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
@@ -99,8 +101,8 @@ def test_a_value_is_of_what_stands_before_its_token_whatever_the_micro_batch():
 def test_a_fresh_value_model_expects_nothing_and_advantages_are_what_was_earned():
     groups = groups_of([1.0, 0.0, math.nan, 0.5])
     critic = critic_of("stage.ppo.whiten=false")
-    rollouts, metrics = critic.estimate(groups, PROMPTS, None)
-    assert [r.estimate.advantages for r in rollouts] == [[1.0] * 2, [0.0] * 4, [0.0], [0.5] * 3]
+    rollouts, metrics = critic.estimate(groups, None)
+    assert [r.advantages for r in rollouts] == [[1.0] * 2, [0.0] * 4, [0.0], [0.5] * 3]
     assert [group.advantages for group in groups] == [[1.0, 0.0], [0.0, 0.5]]
     assert metrics["value/mean"] == 0.0 and metrics["value/explained_variance"] == pytest.approx(0.0)
     assert metrics["value/return_mean"] == pytest.approx(3.5 / 9), "what failed counts for nothing"
@@ -109,8 +111,8 @@ def test_a_fresh_value_model_expects_nothing_and_advantages_are_what_was_earned(
 
 def test_whitened_advantages_have_mean_0_and_deviation_1_over_tokens():
     groups = groups_of([1.0, 0.0, math.nan, 0.5])
-    rollouts, _ = critic_of().estimate(groups, PROMPTS, None)
-    tokens = torch.tensor([x for r in rollouts if r.scored for x in r.estimate.advantages])
+    rollouts, _ = critic_of().estimate(groups, None)
+    tokens = torch.tensor([x for r in rollouts if r.scored for x in r.advantages])
     assert tokens.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert tokens.std(correction=0).item() == pytest.approx(1.0, abs=1e-6)
 
@@ -119,12 +121,12 @@ def test_the_kl_goes_off_each_token_and_is_told_as_a_score():
     groups = groups_of([1.0, 0.0, 0.0, 0.0])
     critic = critic_of("stage.ppo.whiten=false", "stage.kl_coef=0.5")
     reference = Reference(tiny_model(), engine_config())
-    rollouts, _ = critic.estimate(groups, PROMPTS, reference)
+    rollouts, _ = critic.estimate(groups, reference)
     first = rollouts[0]
     micro = collate([first], [1.0], 0.0, torch.device("cpu"))
     kl_T = micro.old_N - reference.logprobs(micro, 1.0)
     earned = [(1.0 - 0.5 * kl_T.sum()).item(), (1.0 - 0.5 * kl_T[1]).item()]
-    assert first.estimate.returns == pytest.approx(earned, abs=1e-5)
+    assert first.returns == pytest.approx(earned, abs=1e-5)
     assert groups[0].scores[0]["kl"].value == pytest.approx(kl_T.sum().item(), abs=1e-5)
 
 
@@ -134,7 +136,7 @@ def test_values_learn_what_is_earned(level):
     losses = []
     for _ in range(25):
         groups = groups_of([1.0, 0.0, math.nan, 0.5])
-        rollouts, metrics = critic.estimate(groups, PROMPTS, None)
+        rollouts, metrics = critic.estimate(groups, None)
         losses.append(critic.learn(rollouts)["value/loss"])
     # a first token cannot know which of two completions it begins: at best 0.64 is explained
     assert losses[-1] < losses[0] / 3 and metrics["value/explained_variance"] > 0.2
@@ -218,17 +220,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(level, warmup, 
     )
     whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
     go(whole)
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-3":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    go(broken)
+    go_killed_and_resumed(broken, "step-3", monkeypatch)
     assert metrics_of(broken) == metrics_of(whole)
     rows = metrics_of(whole)
     assert [row["step"] for row in rows] == [1, 2, 3]

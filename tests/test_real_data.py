@@ -157,7 +157,7 @@ def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None
     with pytest.raises(SystemExit):
         load_stage("reward_model").main(str(folder))
     told = (folder / "error.txt").read_text()
-    assert "0 preference pairs to train on beside 510 longer than model.max_position_embeddings=32" in told
+    assert "0 preference pairs to train on besides 510 longer than model.max_position_embeddings=32" in told
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from r1pipe.model import DeepseekV3
 from r1pipe.rewards import models, quality
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.preference import Examples, Item, micro_losses, standing
+from r1pipe.train.rl.preference import Examples, Item, measure_quality, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -138,11 +138,11 @@ def test_a_models_standing_counts_the_responses_length_and_not_the_prompts(monke
         Item([[1, 1, 1, 1, 1, 5, 5], [1, 1, 1, 1, 1, 8]], prompt=5),
         Item([[1, 7, 7, 7, 7], [1, 6, 6, 6]], 1),
     ]
-    found, kept = standing(None, HELPFUL, pairs, 0)
+    found, kept = measure_quality(None, HELPFUL, pairs, 0)
     assert kept == [1.0, 0.0, 3.0, 2.0] and (found["pairs"], found["accuracy"]) == (2, 1.0)
     assert found["length_correlation"] == pytest.approx(1.0), "lengths 2, 1, 4, 3"
     labels = [Item([row], 1, safe) for row, safe in (([1, 7], True), ([1, 8, 8], False), ([1, 5], False))]
-    found, _ = standing(None, HARMLESS, labels, 0)
+    found, _ = measure_quality(None, HARMLESS, labels, 0)
     assert (found["labels"], found["auc"], found["accuracy"]) == (3, 1.0, pytest.approx(2 / 3))
     assert found["length_correlation"] < 0
 

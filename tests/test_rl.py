@@ -3,21 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
-from rl_runs import go, metrics_of
+from rl_runs import go, go_killed_and_resumed, metrics_of, objective, rollout_of, scored_groups
 from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
-from r1pipe.runs import checkpoints
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
 from r1pipe.train.rl.advantages import group_advantages, has_variance
@@ -38,17 +36,11 @@ from r1pipe.train.rl.update import completion_logprobs, update
 NAN = math.nan
 
 
-def rollout(prompt: list[int], completion: list[int], advantage: float = 1.0, scored: bool = True) -> Rollout:
-    return Rollout(prompt, completion, [-0.5] * len(completion), advantage, scored)
+def rollout(prompt: list[int], tokens: list[int], advantage: float = 1.0) -> Rollout:
+    return rollout_of(prompt, tokens, [-0.5] * len(tokens), advantage)
 
 
 # --- losses
-
-
-def objective(**knobs) -> losses.Objective:
-    """GRPO's, with a clip of 0.2 and without a KL."""
-    plain = losses.Objective("token", "clipped", 0.2, 0.2, "k3", 0.0, 0.0)
-    return replace(plain, **knobs)
 
 
 def logs(*probabilities: float) -> torch.Tensor:
@@ -95,7 +87,7 @@ def test_policy_loss_and_its_gradient_by_hand():
         advantages_N=torch.tensor([1.0, 1.0, -2.0]),
         weights_N=torch.tensor([0.25, 0.5, 0.0]),  # the last token's reward failed
         lengths_B=torch.tensor([2, 1]),
-        objective=objective(kl_coef=0.1),
+        config=objective(kl_coef=0.1),
         reference_N=logs(0.25, 0.2, 0.9),
     )
     result.loss.backward()
@@ -103,10 +95,10 @@ def test_policy_loss_and_its_gradient_by_hand():
     assert result.loss.item() == pytest.approx(0.25 * (0.1 * kl - 1) + 0.5 * (0 - 1.2))
     # d/dlogprob: -A ratio inside the clip, 0 outside; KL gives 1 - pi_ref/pi
     assert logprobs_N.grad.tolist() == pytest.approx([0.25 * (0.1 * 0.5 - 1), 0.0, 0.0], abs=1e-7)
-    assert result.tokens == 2 and result.clipped_sum == 1 and result.clipped_low_sum == 0
-    assert result.kl_sum.item() == pytest.approx(kl)
-    assert result.ratio_max.item() == pytest.approx(2.0)
-    assert result.gap_sum.item() == pytest.approx(math.log(2))
+    assert [result.sums[name] for name in ("tokens", "clipped", "clipped_low")] == [2, 1, 0]
+    assert result.sums["kl"].item() == pytest.approx(kl)
+    assert result.extremes["importance_ratio/max"].item() == pytest.approx(2.0)
+    assert result.sums["gap"].item() == pytest.approx(math.log(2))
 
 
 def test_logprobs_in_chunks_equal_the_whole(monkeypatch):
@@ -155,9 +147,11 @@ def test_a_group_without_variance_teaches_nothing():
 
 def test_groups_become_rollouts_and_failed_ones_weigh_nothing():
     completions = [Completion([7, 2], [-0.1, -0.2], "stop"), Completion([8], [-0.3], "length")]
-    group = Group(Prompt("p", "word", "en", "?"), completions, [{}, {}], [1.0, NAN], [0.5, 0.0])
-    first, second = rollouts_of([group], [[1, 5]])
-    assert (first.prompt, first.completion, first.old, first.advantage) == ([1, 5], [7, 2], [-0.1, -0.2], 0.5)
+    group = Group(
+        Prompt("p", "word", "en", "?"), completions, [{}, {}], [1.0, NAN], [0.5, 0.0], prompt_tokens=[1, 5]
+    )
+    first, second = rollouts_of([group])
+    assert (first.prompt, first.completion, first.advantage) == ([1, 5], completions[0], 0.5)
     assert scored_counts([first, second]) == (1.0, 2.0)
     assert weights_of([first, second], "token", 1.0, 2.0, 9) == [0.5, 0.0]
 
@@ -177,8 +171,8 @@ def test_micro_batches_are_of_whole_groups_and_never_pad_beyond_the_limit():
         for prompt, lengths in ((a, (3, 4)), (b, (50,)), (c, (2, 5)), (d, (8, 9, 7)))
         for n in lengths
     ]
-    batches = by_prompt(rollouts, max_tokens_per_micro_batch=26)
-    found = [[(r.prompt[0], len(r.completion)) for r in batch] for batch in batches]
+    batches = by_prompt(rollouts, max_tokens=26)
+    found = [[(r.prompt[0], len(r.completion.tokens)) for r in batch] for batch in batches]
     # the longest first; group 4 is cut, as it does not fit alone; 3 and 1 pad to 2 x 3 + 4 x 5 tokens
     assert found == [[(2, 50)], [(4, 9), (4, 8)], [(4, 7)], [(3, 5), (3, 2), (1, 4), (1, 3)]]
 
@@ -239,11 +233,11 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
         """Every rollout by itself, prompt and completion in one plain forward pass."""
         loss = torch.zeros(())
         for row, weight in zip(rows, weights_of(rows, "token", *counts, 9), strict=True):
-            logits = model(torch.tensor([row.prompt + row.completion]))[0, len(row.prompt) - 1 : -1]
-            targets = torch.tensor(row.completion)
+            logits = model(torch.tensor([row.prompt + row.completion.tokens]))[0, len(row.prompt) - 1 : -1]
+            targets = torch.tensor(row.completion.tokens)
             logprobs_N = logits.float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
             each = torch.ones(len(targets))
-            tensors = (torch.tensor(row.old), each * row.advantage, each * weight)
+            tensors = (torch.tensor(row.completion.logprobs), each * row.advantage, each * weight)
             loss = loss + losses.policy_loss(logprobs_N, *tensors, torch.tensor([len(each)]), chosen).loss
         return loss
 
@@ -322,7 +316,7 @@ def test_rewards_are_summed_with_weights_and_being_cut_off_costs():
     assert scoring.total_reward(scores, weights, -0.5, truncated=True) == pytest.approx(0.6)
 
 
-def test_judges_score_general_prompts_alone(monkeypatch):
+def test_reward_models_score_general_prompts_alone(monkeypatch):
     scores_of(monkeypatch, {"accuracy": Score(1.0)}, {"accuracy": Score(0.0)}, {}, {})
     seen = []
 
@@ -330,13 +324,11 @@ def test_judges_score_general_prompts_alone(monkeypatch):
         seen.extend(prompts)
         return [Score(0.25), Score(0.75)]
 
-    groups = scoring.score_groups(
+    groups = scored_groups(
         [PROMPT, GENERAL],
         [completion()] * 4,
         {"accuracy": 1.0, "helpful": 2.0},
         {"helpful": helpful},
-        0.0,
-        True,
     )
     assert [group.rewards for group in groups] == [[1.0, 0.0], [0.5, 1.5]]
     assert [group.advantages for group in groups] == [[1.0, -1.0], [-1.0, 1.0]]
@@ -352,7 +344,7 @@ def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monke
         {"accuracy": Score(0.0, Status.INFRASTRUCTURE_FAILED, "no sandbox"), "format": Score(0.0)},
     )
     completions = [completion(), completion(reason="length"), completion(), completion()]
-    groups = scoring.score_groups([PROMPT, PROMPT], completions, {"accuracy": 1.0}, {}, 0.0, True)
+    groups = scored_groups([PROMPT, PROMPT], completions, {"accuracy": 1.0})
     rows = rows_of(groups, lambda prompt, text: "careful")
     metrics = summarise(rows)
     assert metrics["completions/clipped_ratio"] == 0.25
@@ -374,7 +366,7 @@ def test_reflection_is_counted_by_whole_words():
 
 def test_nothing_is_learned_from_a_step_without_any_score(monkeypatch):
     scores_of(monkeypatch, *[{"accuracy": Score(0.0, Status.VERIFIER_FAILED, "no answer in 5 s")}] * 2)
-    groups = scoring.score_groups([PROMPT], [completion()] * 2, {"accuracy": 1.0}, {}, 0.0, True)
+    groups = scored_groups([PROMPT], [completion()] * 2, {"accuracy": 1.0})
     rows = rows_of(groups, None)
     metrics = summarise(rows)
     assert metrics["frac_reward_failed"] == 1.0 and "reward" not in metrics
@@ -434,19 +426,7 @@ def test_killed_and_resumed_training_is_the_same_to_the_last_bit(tmp_path, monke
     )
     whole, broken = (tiny_run(tmp_path / name, *overrides) for name in ("whole", "broken"))
     go(whole)
-
-    save = checkpoints.finish
-
-    def killed(target: Path) -> None:
-        if target.name == "step-3":
-            raise KeyboardInterrupt
-        save(target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "finish", killed)
-        go(broken)
-    assert not (broken / "record.json").exists()
-    go(broken)
+    go_killed_and_resumed(broken, "step-3", monkeypatch)
 
     assert metrics_of(broken) == metrics_of(whole)
     assert [row["step"] for row in metrics_of(whole)] == [1, 2, 3]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model
-from rl_runs import go, metrics_of
+from rl_runs import go, metrics_of, rollout_of
 from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose
@@ -15,11 +15,10 @@ from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import routing
-from r1pipe.train.rl.batch import Rollout
 
 STAGE = tiny("grpo").stage
 ROLLOUTS = [
-    Rollout(prompt, completion, [0.0] * len(completion), 0.0, True)
+    rollout_of(prompt, completion, [0.0] * len(completion))
     for prompt, completion in [
         ([5, 6, 7], [8, 9, 10, 11, 12]),
         ([5, 6, 7], [13, 14]),
@@ -39,7 +38,7 @@ def test_with_the_same_weights_all_experts_are_the_same(engine, kind, monkeypatc
     if kind is NativeDecoder and not runs_here(torch.float32):
         pytest.skip("this processor has no AVX-512, or there is no compiler")
     monkeypatch.setattr(routing, "decoder_of", kind)
-    same, chosen = routing._counted(engine.module, ROLLOUTS, STAGE, engine.device)
+    same, chosen = routing._count_choices(engine.module, ROLLOUTS, STAGE, engine.device)
     config = engine.module.config
     layers = config.num_hidden_layers - config.first_k_dense_replace
     assert same == chosen == (4 + 1 + 2) * layers * config.num_experts_per_tok
@@ -77,9 +76,9 @@ def test_both_decoders_record_the_same_experts_and_only_while_asked():
 
 def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, monkeypatch):
     taken = []
-    monkeypatch.setattr(routing, "_counted", lambda policy, rows, *_: taken.extend(rows) or (1.0, 1.0))
+    monkeypatch.setattr(routing, "_count_choices", lambda policy, rows, *_: taken.extend(rows) or (1.0, 1.0))
     routing.routing_agreement(engine, ROLLOUTS, STAGE, 2)
-    assert [len(row.completion) for row in taken] == [2, 3], "one token alone is read by nobody"
+    assert [len(row.completion.tokens) for row in taken] == [2, 3], "one token alone is read by nobody"
 
 
 @pytest.mark.parametrize("recipe", ["gpu", "cluster"])

@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from rl_runs import scored_groups
 
 from r1pipe.config.compose import compose
 from r1pipe.config.rl import RULE_REWARDS, WEIGHED_ELSEWHERE
@@ -84,8 +85,7 @@ def test_they_are_optional_and_weighed_by_name():
     text = "<think>\nx\n</think>\n\nThe answer is 42."
     completions = [Completion([1] * n, [0.0] * n, "stop", text) for n in (10, 90)]
     weights = {"accuracy": 1.0, "overlong": 2.0}
-    shaping = Shaping(REWARDS, 100)
-    [group] = scoring.score_groups([PROMPT], completions, weights, {}, 0.0, True, shaping)
+    [group] = scored_groups([PROMPT], completions, weights)
     assert group.rewards == pytest.approx([1.0, 0.0])
     rows = rows_of([group], None)
     assert summarise(rows)["rewards/overlong/mean"] == pytest.approx(-0.25)

@@ -170,7 +170,7 @@ def test_verdicts_that_fail_are_told_and_written_before_they_end_the_job(tmp_pat
         go(folder)
     assert ended.value.code == 2
     told = (folder / "error.txt").read_text()
-    assert "step 3, from which nothing is learned: 25% of the accuracy verdicts failed" in told
+    assert "step 3 trains nothing: 25% of the accuracy verdicts failed" in told
     assert "(accuracy: infrastructure_failed (no sandbox))" in told and "max_failed=0.1" in told
     rows = pq.read_table(folder / "rollouts" / "step-3.parquet").to_pylist()
     assert sum("no sandbox" in (row["failed"] or "") for row in rows) == 4
@@ -231,7 +231,7 @@ def test_a_pause_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path):
         go(paused)
     assert ended.value.code == 2
     assert (
-        "paused after step 2; the same command goes on from it: tripwire truncation"
+        "paused after step 2; the same command resumes from it: tripwire truncation"
         in (paused / "error.txt").read_text()
     )
     assert (paused / "checkpoints" / "step-2" / "manifest.json").exists()

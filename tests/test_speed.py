@@ -8,6 +8,7 @@ import torch
 from shapes import ours, tiny, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from r1pipe.core.types import Completion
 from r1pipe.data.packing import Batch
 from r1pipe.model import logprobs
 from r1pipe.model.kernels import training as kernels
@@ -42,7 +43,7 @@ def training(model) -> None:
 
 def rollouts() -> list[Rollout]:
     rows = tokens(8, 80, WIDE).tolist()
-    return [Rollout(row[:16], row[16:], [-1.0] * 64, 1.0, True) for row in rows]
+    return [Rollout(row[:16], Completion(row[16:], [-1.0] * 64, "stop"), 1.0, True) for row in rows]
 
 
 def policy(model) -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from jobs import OPTIM, engine_config, tiny, tiny_model, write_run
+from rl_runs import rollout_of
 
 from r1pipe.config import RouterConfig
 from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
 from r1pipe.model import Balance, DeepseekV3, load_pretrained
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import Shares, TermWeights, train
@@ -82,7 +82,7 @@ def test_a_stage_logs_the_terms_the_loads_and_saves_the_mtp_layer(tmp_path):
 
 
 ROLLOUTS = [
-    Rollout(prompt, list(range(7, 7 + n)), [-7.0] * n, (-1.0) ** n, True)
+    rollout_of(prompt, list(range(7, 7 + n)), [-7.0] * n, (-1.0) ** n)
     for n, prompt in ((1, [1, 5, 6, 11]), (4, [1, 5, 6, 11]), (2, [4, 8]), (3, [4, 8]))
 ]
 

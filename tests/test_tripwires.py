@@ -23,10 +23,10 @@ SICK = {
     "kl": ({"kl": 9.0}, r"9.00 nats a token.*kl_coef"),
     "logprob_gap": ({"sampling/sampling_logp_difference/mean": 2.5}, r"differ by 2.500 nats.*stale"),
     "repetition": ({"completions/repetition": 0.95}, r"95% of the 4-grams.*loops"),
-    "length": ({"completions/mean_length": 300.0}, r"5.0 times as long.*length pays"),
+    "length": ({"completions/mean_length": 300.0}, r"5.0 times as long.*length is rewarded"),
     "verifier": ({"rewards/accuracy/failed": 0.4}, r"40% of a reward's verdicts failed.*sandbox"),
     "non_finite": ({"train/skipped": 2.0}, r"2 optimizer steps were skipped.*max_skipped"),
-    "max_vio": ({"router/max_vio": 6.0}, r"6.0 times the mean load.*routing has collapsed"),
+    "max_vio": ({"router/max_vio": 6.0}, r"6.0 times the mean above.*routing has collapsed"),
     "slow_step": ({"time/sampling_s": 60.0}, r"19.7 times the median.*another job"),
     "reward_hacking": (
         {"reward": 1.5, "eval/pass_at_1": 0.5},

@@ -35,9 +35,12 @@ WORDS = (
 
 
 def groups_of(rewards: list[float]) -> list[Group]:
-    """Two groups of two completions of several lengths; PROMPTS are theirs."""
+    """Two groups of two completions of several lengths, for PROMPTS."""
     done = [Completion(row, [-3.0] * len(row), "stop") for row in ROWS]
-    return [Group(PROMPT, done[i : i + 2], [{}, {}], rewards[i : i + 2], [0.0, 0.0]) for i in (0, 2)]
+    return [
+        Group(PROMPT, done[i : i + 2], [{}, {}], rewards[i : i + 2], [0.0, 0.0], prompt_tokens=tokens)
+        for i, tokens in zip((0, 2), PROMPTS, strict=True)
+    ]
 
 
 def trained(level: int, ranks: int) -> tuple[Engine, Critic, list[dict[str, float]]]:
@@ -49,7 +52,7 @@ def trained(level: int, ranks: int) -> tuple[Engine, Critic, list[dict[str, floa
     found = []
     for _ in range(4):
         groups, mine = groups_of([1.0, 0.0, -1.0, 0.5]), slice(engine.rank, None, ranks)
-        rollouts, metrics = critic.estimate(groups[mine], PROMPTS[mine], None)
+        rollouts, metrics = critic.estimate(groups[mine], None)
         metrics |= update(engine, rollouts, stage, None)
         metrics |= critic.learn(rollouts)
         found.append(metrics)

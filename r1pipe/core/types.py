@@ -65,11 +65,12 @@ class Group:
 
     prompt: Prompt
     completions: list[Completion]
-    scores: list[dict[str, Score]]  # per completion: reward name -> Score
+    scores: list[dict[str, Score]] = field(default_factory=list)  # per completion: reward name -> Score
     rewards: list[float] = field(default_factory=list)  # weighted sums; NaN where a score failed
     advantages: list[float] = field(default_factory=list)
     trained: bool = True  # false: dynamic sampling has passed it over
     place: int = 0  # among all that the ranks have drawn for the step
+    prompt_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.loop import GRPO, LoopState
-from r1pipe.train.rl.scoring import Judges
+from r1pipe.train.rl.scoring import RewardModels
 from r1pipe.train.rl.stage import reward_models
 from r1pipe.train.rl.update import update
 from r1pipe.train.run import Run
@@ -219,7 +219,7 @@ class Context:
         return GRPO(self.trial, self.engine, None, self.chat, self.data, self.judges, dict)
 
     @cached_property
-    def judges(self) -> Judges:
+    def judges(self) -> RewardModels:
         """The reward models of an all-scenario stage."""
         return reward_models(self.trial, self.chat) if self.trial.stage.preference else {}
 
@@ -232,10 +232,10 @@ class Context:
         self.loop.state = LoopState()  # the same prompts each time
         prompts = self.loop.next_prompts({})
         with Verdicts() as verdicts:
-            tokens, completions = self.loop.rollout(prompts, verdicts)
-            groups = self.loop.score(prompts, tokens, completions, verdicts)
+            groups = self.loop.rollout(prompts, verdicts)
+            self.loop.score(groups, verdicts)
         shares = self.engine.all_gather_objects(groups)
-        return Probe([group for share in shares for group in share], rollouts_of(groups, tokens))
+        return Probe([group for share in shares for group in share], rollouts_of(groups))
 
     @cached_property
     def trained(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from r1pipe.rewards.models import RewardModel, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN, Finding
-from r1pipe.train.rl.preference import items, standing
+from r1pipe.train.rl.preference import items, measure_quality
 
 
 def quality(context: Context, name: str) -> Finding:
@@ -45,7 +45,7 @@ def _judged(
     held_out = [one for one in items(kind, context.data, context.chat, drawn) if len(one) <= longest]
     if not held_out:
         return WARN, f"{kind}: no held-out examples to judge it on", ""
-    measured, _ = standing(model, kind, held_out, context.chat.pad_id)
+    measured, _ = measure_quality(model, kind, held_out, context.chat.pad_id)
     shown = judges.told(kind, measured)
     if beyond := judges.shortfalls(kind, measured, preference):
         return (WARN if preference.force else FAIL), shown, f"{'; '.join(beyond)}: "

@@ -119,7 +119,7 @@ def _grpo(job: Job, turns: Turns) -> None:
             group = sampled[place * case.group : (place + 1) * case.group]
             rewards = [sum(token % 2 == 0 for token in c.tokens) / case.new for c in group]
             rollouts += [
-                Rollout(prompt, c.tokens, c.logprobs, advantage, True)
+                Rollout(prompt, c, advantage, True)
                 for c, advantage in zip(group, group_advantages(rewards, True), strict=True)
             ]
         update(engine, rollouts, config, reference)

@@ -1,31 +1,63 @@
-"""Group-relative advantages (DeepSeekMath section 4.1.2): the group's mean stands in for a value model."""
+"""Advantages: relative to a group (GRPO) or to a value model (PPO), as pure functions.
+
+Axes: G completions of one prompt, T tokens of one completion.
+"""
 
 import math
 
-SAME_REWARD = 1e-6  # a spread below this is rounding, not a difference
+import torch
+from torch import Tensor
+
+SAME_REWARD = 1e-6  # a smaller spread is rounding
 
 
 def is_scored(reward: float) -> bool:
-    """Whether a completion was judged: the reward of one that was not is NaN, and never trains."""
+    """Whether scoring worked: the reward of a completion whose scoring failed is NaN, and never trains."""
     return not math.isnan(reward)
 
 
 def has_variance(rewards_G: list[float]) -> bool:
     """Whether a group can teach anything: at least two different rewards."""
-    known = list(filter(is_scored, rewards_G))
-    return bool(known) and max(known) - min(known) > SAME_REWARD
+    scored = list(filter(is_scored, rewards_G))
+    return bool(scored) and max(scored) - min(scored) > SAME_REWARD
 
 
 def group_advantages(rewards_G: list[float], normalise_std: bool) -> list[float]:
-    """A_i = (r_i - mean(r)) / std(r) over the judged members of one group; 0 for the others.
+    """A_i = (r_i - mean(r)) / std(r) over a group's scored members; 0 for the others.
 
-    The standard deviation is the population's (divided by the number of members). Without `normalise_std` it
-    is left out, so that groups with rare rewards do not weigh more (Dr.GRPO, arXiv 2503.20783).
+    The group's mean replaces a value model (DeepSeekMath section 4.1.2). The standard deviation is the
+    population's. Without `normalise_std` it is left out, so that groups with rare rewards do not weigh more
+    (Dr.GRPO, arXiv 2503.20783).
     """
     if not has_variance(rewards_G):
         return [0.0] * len(rewards_G)
-    known = list(filter(is_scored, rewards_G))
-    mean = math.fsum(known) / len(known)
-    variance = math.fsum((reward - mean) ** 2 for reward in known) / len(known)
+    scored = list(filter(is_scored, rewards_G))
+    mean = math.fsum(scored) / len(scored)
+    variance = math.fsum((reward - mean) ** 2 for reward in scored) / len(scored)
     scale = math.sqrt(variance) if normalise_std else 1.0
     return [(reward - mean) / scale if is_scored(reward) else 0.0 for reward in rewards_G]
+
+
+def token_rewards(score: float, kl_T: Tensor | None, kl_coef: float, length: int) -> Tensor:
+    """rewards_T: minus each token's KL, and the completion's score at its last token.
+
+    DeepSeekMath (arXiv 2402.03300), eq. 2, with rules in place of the reward model.
+    """
+    rewards_T = torch.zeros(length) if kl_T is None else -kl_coef * kl_T
+    rewards_T[-1] += score
+    return rewards_T
+
+
+def gae(rewards_T: Tensor, values_T: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """advantages_T: A_t = d_t + gamma lambda A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t.
+
+    Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16). The value after the last
+    token is 0, also for a truncated answer: the reward accounts for that.
+    """
+    next_T = torch.cat([values_T[1:], values_T.new_zeros(1)])
+    deltas = (rewards_T + gamma * next_T - values_T).tolist()
+    advantages, later = [0.0] * len(deltas), 0.0
+    for t in reversed(range(len(deltas))):
+        later = deltas[t] + gamma * gae_lambda * later
+        advantages[t] = later
+    return torch.tensor(advantages)

@@ -1,6 +1,6 @@
-"""Training of a reward model: pairs or labels into token rows, optimizer steps, a held-out judgement.
+"""Training of a reward model: pairs or labels into token rows, optimizer steps, quality on held-out examples.
 
-A checkpoint holds a folder for each model; one that is finished has quality.json in it.
+A checkpoint holds a folder for each model; a finished one has quality.json in it.
 """
 
 import json
@@ -29,10 +29,10 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, told
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.run import Run
-from r1pipe.train.sft.loop import shown, step_metrics
 
-HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
+HELD_OUT_SEED = 0  # of the held-out examples: the same in every run
 NAMES = {HELPFUL: "preference pairs", HARMLESS: "safety labels"}
 
 log = logging.getLogger("r1pipe")
@@ -43,7 +43,7 @@ class Item:
     """One term of a loss: the rows of a pair as token ids (preferred one first), or one labelled row."""
 
     rows: list[list[int]]
-    prompt: int = 0  # tokens of the prompt, which every row begins with
+    prompt: int = 0  # tokens of the prompt, which every row starts with
     safe: bool = True  # of a labelled row
 
     def __len__(self) -> int:
@@ -52,7 +52,7 @@ class Item:
 
 @dataclass
 class Examples:
-    """What one reward model learns from and is judged on."""
+    """The training and held-out examples of one reward model."""
 
     kind: str
     learned: list[Item]
@@ -61,75 +61,61 @@ class Examples:
 
 
 def read_examples(run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat) -> Examples:
-    """The data's examples of a kind, maybe none: then no model of this kind is trained.
+    """The data's examples of a kind that fit into the context; without any, no model of this kind is trained.
 
-    What is longer than the context is passed over, and as much drawn in its place as the data has. Raises
-    DataError where too few are left.
+    Raises DataError where some exist but too few.
     """
     stage, name = run.stage, NAMES[kind]
-    wanted = stage.pairs if kind == HELPFUL else stage.labels
-    learned, too_long = _draw(run, kind, data, chat, ("train", wanted, run.seed(name)))
+    longest, source = run.config.model.max_position_embeddings, f"data={run.config.data.name}"
+
+    def draw(split: str, n: int, seed: int) -> tuple[list[Item], str]:
+        """Items that fit, and for messages how many did not."""
+        fitting, too_long = draw_prompts_that_fit(
+            lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
+        )
+        if fitting or too_long:
+            log.info("%d %s (%s), %d more are too long", len(fitting), name, split, too_long)
+        limit = f"model.max_position_embeddings={longest}"
+        return fitting, f" besides {too_long} longer than {limit}" if too_long else ""
+
+    learned, too_long = draw("train", stage.pairs if kind == HELPFUL else stage.labels, run.seed(name))
     if not learned and not too_long:
-        log.info("data=%s has no %s: no %s model is trained", run.config.data.name, name, kind)
+        log.info("%s has no %s: no %s model is trained", source, name, kind)
         return Examples(kind, [], [], chat.pad_id)
     if len(learned) < stage.batch_size:
         raise DataError(
-            f"data={run.config.data.name} gives {len(learned)} {name} to train on{_beside(run, too_long)}, "
+            f"{source} gives {len(learned)} {name} to train on{too_long}, "
             f"fewer than stage.batch_size={stage.batch_size}; lower it or choose other data"
         )
-    held_out, too_long = _draw(run, kind, data, chat, (stage.eval.split, stage.held_out, HELD_OUT))
+    held_out, too_long = draw(stage.eval.split, stage.held_out, HELD_OUT_SEED)
     if not held_out:
         raise DataError(
-            f"data={run.config.data.name} gives no {name} of split {stage.eval.split} to judge the model on"
-            f"{_beside(run, too_long)}; choose other data"
+            f"{source} gives no {name} of split {stage.eval.split} to evaluate the model on{too_long}; "
+            "choose other data"
         )
     return Examples(kind, learned, held_out, chat.pad_id)
-
-
-def _beside(run: Run[RewardModelConfig], too_long: int) -> str:
-    longest = run.config.model.max_position_embeddings
-    return f" beside {too_long} longer than model.max_position_embeddings={longest}" if too_long else ""
-
-
-def _draw(
-    run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]
-) -> tuple[list[Item], int]:
-    """Up to so many items of a split that fit into the context, and how many were passed over for them."""
-    split, n, seed = drawn
-    longest = run.config.model.max_position_embeddings
-    fitting, too_long = draw_prompts_that_fit(
-        lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
-    )
-    if fitting or too_long:
-        log.info("%d %s (%s), %d more are too long", len(fitting), NAMES[kind], split, too_long)
-    return fitting, too_long
 
 
 def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> list[Item]:
     """The data's pairs or labels as a model of this kind reads them; `drawn`: split, how many, seed."""
     if kind == HELPFUL:
-        judged = [(p.prompt, [p.chosen, p.rejected], True) for p in data.preference_pairs(*drawn)]
+        examples = [(p.prompt, [p.chosen, p.rejected], True) for p in data.preference_pairs(*drawn)]
     else:
-        judged = [(label.prompt, [label.response], label.safe) for label in data.safety_labels(*drawn)]
+        examples = [(label.prompt, [label.response], label.safe) for label in data.safety_labels(*drawn)]
     return [
         Item(
             [models.scored_tokens(kind, chat, prompt, response) for response in responses],
             len(chat.prompt_tokens(prompt)),
             safe,
         )
-        for prompt, responses, safe in judged
+        for prompt, responses, safe in examples
     ]
 
 
 def steps_of(stage: RewardModelConfig, examples: Examples) -> int:
-    """Optimizer steps of one model; only whole batches are learned from."""
+    """Optimizer steps of one model; an incomplete last batch is dropped."""
     steps = stage.epochs * (len(examples.learned) // stage.batch_size)
     return min(steps, stage.max_steps) if stage.max_steps else steps
-
-
-def newest_checkpoint(run: Run[RewardModelConfig]) -> Path | None:
-    steps = checkpoints.steps(run.folder.checkpoints)
-    return run.folder.checkpoint(steps[-1]) if steps else None
 
 
 def train_reward_model(
@@ -137,7 +123,7 @@ def train_reward_model(
 ) -> None:
     """One model's optimizer steps, logged as steps `first` + 1 to `first` + `steps` of the run.
 
-    With `resumes` it goes on from the newest checkpoint, if there is one.
+    With `resumes` it continues from the newest checkpoint, if there is one.
     """
     stage, accumulation = run.stage, run.config.engine.gradient_accumulation
     alpha = stage.router.balance_alpha
@@ -176,65 +162,64 @@ def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list
 def micro_losses(
     engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int, balance_weight: float
 ) -> list[Callable[[], Tensor]]:
-    """This rank's micro-batches, longest first, each giving its share of the rank's mean loss, and
-    `balance_weight` for each token's balance loss (0: none)."""
+    """This rank's micro-batches, longest first, each giving its share of the mean preference loss, plus
+    `balance_weight` times each token's balance loss (0: none)."""
     ordered = sorted(batch, key=len, reverse=True)
     size = -(-len(ordered) // accumulation)
-    micros = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [
-        partial(_share_of_loss, engine, examples, micro, len(micro) / len(batch), balance_weight)
-        for micro in micros
-    ]
+
+    def share_of_loss(micro: Sequence[Item]) -> Tensor:
+        rows = [row for item in micro for row in item.rows]
+        tokens_BT, last_B = models.padded(rows, examples.pad_id, engine.device)
+        balance = Balance.of_lengths(last_B + 1, tokens_BT.shape[1], with_loss=balance_weight > 0)
+        scores_B = engine.module(tokens_BT, last_B, balance)
+        if examples.kind == HELPFUL:
+            loss = models.bradley_terry_loss(scores_B[0::2], scores_B[1::2])
+        else:
+            safe_B = torch.tensor([float(item.safe) for item in micro], device=scores_B.device)
+            loss = models.point_wise_loss(scores_B, safe_B)
+        return len(micro) / len(batch) * loss + balance_weight * balance.total()
+
+    return [partial(share_of_loss, ordered[i : i + size]) for i in range(0, len(ordered), size)]
 
 
-def _share_of_loss(
-    engine: Engine, examples: Examples, micro: Sequence[Item], share: float, balance_weight: float
-) -> Tensor:
-    """`share` of the preference loss, and `balance_weight` for each token's balance loss (0: none)."""
-    rows = [row for item in micro for row in item.rows]
-    tokens_BT, last_B = models.padded(rows, examples.pad_id, engine.device)
-    balance = Balance.of_lengths(last_B + 1, tokens_BT.shape[1], with_loss=balance_weight > 0)
-    loss = share * _preference_loss(examples.kind, engine.module(tokens_BT, last_B, balance), micro)
-    return loss + balance_weight * balance.total()
-
-
-def _preference_loss(kind: str, scores: Tensor, micro: Sequence[Item]) -> Tensor:
-    if kind == HELPFUL:
-        return models.bradley_terry_loss(scores[0::2], scores[1::2])
-    safe = torch.tensor([float(item.safe) for item in micro], device=scores.device)
-    return models.point_wise_loss(scores, safe)
-
-
-def standing(
+def measure_quality(
     model: RewardModel, kind: str, held_out: Sequence[Item], pad_id: int
 ) -> tuple[dict[str, Any], list[float]]:
-    """How a model does on held-out examples and the score of each of their rows."""
+    """A model's quality on held-out examples, and the score of each of their rows."""
     rows = [row for item in held_out for row in item.rows]
     scores = models.score_rows(model, rows, pad_id)
     lengths = [len(row) - item.prompt for item in held_out for row in item.rows]
-    found: dict[str, Any] = {"length_correlation": length_correlation(scores, lengths)}
+    quality: dict[str, Any] = {"length_correlation": length_correlation(scores, lengths)}
     if kind == HELPFUL:
-        return found | {"pairs": len(held_out), "accuracy": pair_accuracy(scores[0::2], scores[1::2])}, scores
+        return quality | {
+            "pairs": len(held_out),
+            "accuracy": pair_accuracy(scores[0::2], scores[1::2]),
+        }, scores
     safe = [item.safe for item in held_out]
     right = [(score > 0) == label for score, label in zip(scores, safe, strict=True)]
-    found |= {"labels": len(held_out), "accuracy": sum(right) / len(right), "auc": auc(scores, safe)}
-    return found, scores
+    quality |= {"labels": len(held_out), "accuracy": sum(right) / len(right), "auc": auc(scores, safe)}
+    return quality, scores
 
 
 def _export(
     run: Run[RewardModelConfig], examples: Examples, finished: bool, model: RewardModel, folder: Path
 ) -> None:
-    """Write this model beside those that are finished; rank 0 alone judges it, on the whole weights."""
-    before = newest_checkpoint(run)
-    for kind in KINDS[: KINDS.index(examples.kind)]:
-        if before and (before / kind).is_dir():
-            copytree(before / kind, folder / kind)
-    quality = None
-    if finished:
-        quality, scores = standing(model, examples.kind, examples.held_out, examples.pad_id)
-        log.info("%s", told(examples.kind, quality))
-        if examples.kind == HELPFUL:
-            models.standardise(model, scores)
-    models.save_reward_model(model, folder / examples.kind)
-    if quality:
-        (folder / examples.kind / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+    """Write this model beside the finished ones, which are copied from the newest checkpoint.
+
+    A finished model is measured here, by rank 0 on the whole weights.
+    """
+    saved_steps = checkpoints.steps(run.folder.checkpoints)
+    for kind in KINDS[: KINDS.index(examples.kind)] if saved_steps else ():
+        earlier = run.folder.checkpoint(saved_steps[-1]) / kind
+        if earlier.is_dir():
+            copytree(earlier, folder / kind)
+    target = folder / examples.kind
+    if not finished:
+        models.save_reward_model(model, target)
+        return
+    quality, scores = measure_quality(model, examples.kind, examples.held_out, examples.pad_id)
+    log.info("%s", told(examples.kind, quality))
+    if examples.kind == HELPFUL:
+        models.standardise(model, scores)
+    models.save_reward_model(model, target)
+    (target / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""What is kept and shown of a step's rollouts: one row per completion, a parquet file, and the metrics.
+"""A step's rollouts as rows, one per completion: the parquet file, the metrics and the sample on screen.
 
 Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "question": "…", "answer": "42",
 "completion": "<think>\\n…", "length": 87, "truncated": False, "repetition": 0.1, "strategy": "careful",
 "reward": 1.2, "advantage": 0.9, "has_variance": True, "trained": True, "entropy": 0.4,
 "scores": {"accuracy": 1.0, "format": 1.0}, "failed": []}
 
-The metrics' names are TRL's where it has them; docs/metrics.md lists all of them.
+Metric names are TRL's where it has them; docs/metrics.md lists all.
 """
 
 import re
@@ -29,14 +29,14 @@ from r1pipe.train.rl.scoring import KL
 from r1pipe.train.sft.filters import repetition
 
 Row = dict[str, Any]
-# The words by which R1-Zero's authors counted reflection (R1, figure on the "aha moment"; English alone).
+# The words that R1-Zero's authors count as reflection (R1, figure on the "aha moment"; English only).
 REFLECTIVE = re.compile(
     r"\b(?:wait|mistake|however|but|retry|error|verify|wrong|evaluate|check)\b", re.IGNORECASE
 )
-SHOWN_END = 1000  # characters of a long text that the screen gets of either end
+SHOWN_END = 1000  # characters shown of either end of a long text
 StrategyOf = Callable[[Prompt, str], str]
-# The columns of a step's file, besides one for each reward. The types are given, not guessed: in one step no
-# completion may have failed, or none have a strategy, and `r1pipe samples` reads many steps as one table.
+# The columns of a step's file, besides one per reward. The types are fixed so that `r1pipe samples` can read
+# many steps as one table, although a column may be all null in one of them.
 COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("prompt_id", "task", "language", "question", "answer")),
@@ -49,16 +49,16 @@ COLUMNS = pa.schema(
 
 
 def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row]:
-    """A row for each completion; the strategy only where the data source can tell it from the text."""
+    """A row for each completion; the strategy only where the data source recognises it in the text."""
     rows = []
     for group in groups:
-        prompt, differs = group.prompt, has_variance(group.rewards)
-        told = strategy_of if strategy_of and is_verifiable(prompt) else None
+        prompt, variance = group.prompt, has_variance(group.rewards)
+        recognise = strategy_of if strategy_of and is_verifiable(prompt) else None
         for completion, scores, reward, advantage in zip(
             group.completions, group.scores, group.rewards, group.advantages, strict=True
         ):
-            good = {name: score.value for name, score in scores.items() if score.status is Status.SCORED}
-            failed = [f"{name}: {s.status} ({s.detail})" for name, s in scores.items() if name not in good]
+            values = {name: score.value for name, score in scores.items() if score.status is Status.SCORED}
+            failed = [f"{name}: {s.status} ({s.detail})" for name, s in scores.items() if name not in values]
             rows.append(
                 {
                     "prompt_id": prompt.id,
@@ -70,13 +70,13 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "length": len(completion.tokens),
                     "truncated": completion.truncated,
                     "repetition": repetition(completion.text),
-                    "strategy": told(prompt, completion.text) if told else None,
+                    "strategy": recognise(prompt, completion.text) if recognise else None,
                     "reward": reward if is_scored(reward) else None,
                     "advantage": advantage,
-                    "has_variance": differs,
+                    "has_variance": variance,
                     "trained": group.trained,
                     "entropy": -fmean(completion.logprobs),
-                    "scores": good,
+                    "scores": values,
                     "failed": failed,
                 }
             )
@@ -84,22 +84,25 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
 
 
 def rows_of_all(ranks: Ranks, groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row]:
-    """The rows of every rank's groups, in the order of drawing."""
-    mine = [(group.place, rows_of([group], strategy_of)) for group in groups]
-    found = sorted(chain.from_iterable(ranks.all_gather_objects(mine)), key=itemgetter(0))
-    return [row for _, rows in found for row in rows]
+    """The rows of every rank's groups, in sampling order."""
+    placed = [(group.place, rows_of([group], strategy_of)) for group in groups]
+    of_all = sorted(chain.from_iterable(ranks.all_gather_objects(placed)), key=itemgetter(0))
+    return [row for _, rows in of_all for row in rows]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:
     """The step's metrics, over the completions of all ranks.
 
-    `entropy` is the mean of -log pi over the drawn tokens: an unbiased estimate of the policy's entropy
-    without another pass over the vocabulary. There is no `reward` where nothing could be scored.
+    `entropy` is the mean of -log pi over the sampled tokens, an unbiased estimate of the policy's entropy.
+    There is no `reward` where nothing could be scored.
     """
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     lengths = [row["length"] for row in rows]
     metrics = {"reward": fmean(rewards), "reward_std": pstdev(rewards)} if rewards else {}
-    metrics |= kl_per_token(rows) | {
+    with_kl = [row for row in rows if KL in row["scores"] and row["reward"] is not None]
+    if with_kl:  # a KL in the loss is measured by the update
+        metrics["kl"] = sum(row["scores"][KL] for row in with_kl) / sum(row["length"] for row in with_kl)
+    metrics |= {
         "frac_reward_zero_std": fmean(not row["has_variance"] for row in rows),
         "frac_reward_failed": 1 - len(rewards) / len(rows),
         "completions/mean_length": fmean(lengths),
@@ -113,16 +116,21 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
     for name in sorted({name for row in rows for name in row["scores"]}):
         values = [row["scores"][name] for row in rows if name in row["scores"]]
         metrics |= {f"rewards/{name}/mean": fmean(values), f"rewards/{name}/std": pstdev(values)}
-    metrics |= {f"rewards/{name}/failed": share for name, share in failed_shares(rows).items()}
-    told = Counter(row["strategy"] for row in rows if row["strategy"] is not None)
-    return metrics | {f"strategy/{name}": count / told.total() for name, count in sorted(told.items())}
+    failed = Counter(line.partition(":")[0] for row in rows for line in row["failed"])
+    scored = Counter(name for row in rows for name in row["scores"])
+    for name in sorted({*failed, *scored}):
+        metrics[f"rewards/{name}/failed"] = failed[name] / (failed[name] + scored[name])
+    strategies = Counter(row["strategy"] for row in rows if row["strategy"] is not None)
+    return metrics | {
+        f"strategy/{name}": count / strategies.total() for name, count in sorted(strategies.items())
+    }
 
 
 def sample_of(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
-    """One completion for the screen, of a group that teaches where there is one: the last line of its prompt,
-    what it earned, and its text, of which a long one loses its middle."""
-    telling = [row for row in rows if row["trained"] and row["has_variance"]] or list(rows)
-    row = telling[rng.integers(len(telling))]
+    """One completion for the screen, of a trained group with variance where there is one: the last line of
+    its prompt, its reward, and its text, without the middle where it is long."""
+    candidates = [row for row in rows if row["trained"] and row["has_variance"]] or list(rows)
+    row = candidates[rng.integers(len(candidates))]
     lines, text = row["question"].strip().splitlines() or [""], row["completion"]
     if len(text) > 2 * SHOWN_END:
         text = f"{text[:SHOWN_END]} … {text[-SHOWN_END:]}"
@@ -131,7 +139,7 @@ def sample_of(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> dict[str, float]:
-    """Sampled tokens a second, while sampling and over the whole step of `step_s` seconds."""
+    """Sampled tokens per second, while sampling and over the whole step of `step_s` seconds."""
     tokens = sum(row["length"] for row in rows)
     return {
         "time/step_s": step_s,
@@ -140,51 +148,29 @@ def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> 
     }
 
 
-def kl_per_token(rows: Sequence[Row]) -> dict[str, float]:
-    """`kl` where it is in the reward: nats a token over the judged completions, as they were drawn.
-
-    Where it is in the loss, the update measures it.
-    """
-    judged = [row for row in rows if KL in row["scores"] and row["reward"] is not None]
-    tokens = sum(row["length"] for row in judged)
-    return {"kl": sum(row["scores"][KL] for row in judged) / tokens} if tokens else {}
-
-
-def failed_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Reward name -> the share of its verdicts in which a verifier or the infrastructure failed."""
-    failed = Counter(line.partition(":")[0] for row in rows for line in row["failed"])
-    given = Counter(name for row in rows for name in row["scores"])
-    return {name: failed[name] / (failed[name] + given[name]) for name in sorted({*failed, *given})}
-
-
 def most_failed(metrics: Mapping[str, float]) -> tuple[str, float] | None:
-    """The reward of which the greatest share of verdicts failed, and that share; None without any reward."""
+    """The reward with the greatest share of failed verdicts, and that share; None without any reward."""
     shares = {name.split("/")[1]: share for name, share in metrics.items() if name.endswith("/failed")}
     return max(shares.items(), key=lambda named: named[1], default=None)
 
 
 def too_many_failures(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> str:
-    """Why nothing may be learned from a step; empty where all is well.
-
-    Where more than `limit` of a reward's verdicts failed, the others would be a skewed choice of completions.
-    """
+    """Why a step must not train: more than `limit` of a reward's verdicts failed, which would leave a biased
+    choice of completions. Empty otherwise."""
     if "reward" not in metrics:
-        return f"no completion could be scored ({rows[0]['failed'][0]}); mend the verifier"
+        return f"no completion could be scored ({rows[0]['failed'][0]}); fix the verifier"
     name, share = most_failed(metrics) or ("", 0.0)
     if share <= limit:
         return ""
     why = next(line for row in rows for line in row["failed"] if line.startswith(f"{name}:"))
     return (
         f"{share:.0%} of the {name} verdicts failed ({why}); "
-        f"stage.rewards.max_failed={limit:g} allows no more: mend the verifier, or raise the limit"
+        f"stage.rewards.max_failed={limit:g} allows no more: fix the verifier, or raise the limit"
     )
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """One parquet file, a column per reward component (null where it failed or does not apply).
-
-    It is put in place when it is whole, so that a kill leaves none that cannot be read.
-    """
+    """One parquet file, atomically; a column per reward is null where it failed or does not apply."""
     names = sorted({name for row in rows for name in row["scores"]})
     schema = pa.schema([*COLUMNS, *((f"score_{name}", pa.float64()) for name in names)])
     flat = [

@@ -1,4 +1,4 @@
-"""What each completion of a step earns: the weighted sum of its rewards, NaN where one of them failed."""
+"""The reward of each completion: the weighted sum of its scores, NaN where one of them failed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,20 +9,19 @@ from r1pipe.rewards import SHAPING_REWARDS, Shaping, Verdicts, add_shaping_rewar
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl.advantages import group_advantages
 
-# Rewards that are not rules: name -> a verdict on each of many completions of general prompts.
-Judges = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
+# Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
+RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
-PREFERENCES = KINDS  # the reward models' rewards, on general prompts alone
-KL = "kl"  # of a completion, where it is in the reward (see r1pipe.train.rl.shaping)
-MEASURED = ("accuracy", "format", "language")  # logged even where they weigh nothing
+KL = "kl"  # the score that holds a completion's KL, where the KL is in the reward
+MEASURED = ("accuracy", "format", "language")  # scored and logged even at weight 0
 
 
 def reward_weights(config: RLConfig) -> dict[str, float]:
-    """What each reward weighs in the sum: the rules', the preference rewards', and what shapes the reward."""
+    """The weight of each reward in the sum: rules, reward models and the KL."""
     weights = dict(config.rewards.weights)
     if config.preference:
         preference = (config.preference.helpful_weight, config.preference.harmless_weight)
-        weights |= dict(zip(PREFERENCES, preference, strict=True))
+        weights |= dict(zip(KINDS, preference, strict=True))
     if config.kl_in == "reward":
         weights[KL] = -config.kl_coef
     return weights
@@ -31,56 +30,49 @@ def reward_weights(config: RLConfig) -> dict[str, float]:
 def total_reward(
     scores: Mapping[str, Score], weights: Mapping[str, float], truncation_penalty: float, truncated: bool
 ) -> float:
-    """Weighted sum, plus `truncation_penalty` if the completion was cut off. NaN where a reward that counts
+    """Weighted sum, plus `truncation_penalty` if the completion was cut off. NaN where a reward with a weight
     failed: a verifier's failure is not a wrong answer."""
-    counted = {name: score for name, score in scores.items() if weights.get(name)}
-    if any(score.status is not Status.SCORED for score in counted.values()):
+    weighed = {name: score for name, score in scores.items() if weights.get(name)}
+    if any(score.status is not Status.SCORED for score in weighed.values()):
         return math.nan
-    return (
-        sum(weights[name] * score.value for name, score in counted.items()) + truncation_penalty * truncated
-    )
+    total = sum(weights[name] * score.value for name, score in weighed.items())
+    return total + truncation_penalty * truncated
 
 
 def score_groups(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
+    groups: Sequence[Group],
+    config: RLConfig,
     weights: Mapping[str, float],
-    judges: Judges,
-    truncation_penalty: float,
-    normalise_std: bool,
-    shaping: Shaping | None = None,
-    added: Mapping[str, Sequence[float]] | None = None,
+    reward_models: RewardModels,
+    kls: Sequence[float] | None = None,
     verdicts: Verdicts | None = None,
-) -> list[Group]:
-    """Groups with scores, rewards and advantages; `completions` are G in a row for each prompt.
+) -> None:
+    """Set the groups' scores, rewards and group-relative advantages.
 
-    Rule rewards judge all (accuracy where a rule applies), `judges` the general prompts alone; `shaping` is
-    needed where one of the weights is that of a length or repetition reward. `added` are values that are
-    known already, one for each completion: the KL, where it is in the reward. `verdicts` on accuracy may be
-    under way.
+    Rules score every completion (accuracy where it applies), `reward_models` those of general prompts only.
+    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
+    way.
     """
-    size = len(completions) // len(prompts)
-    repeated = [prompt for prompt in prompts for _ in range(size)]
-    weighed = {name for name, weight in weights.items() if weight}
-    names = {*MEASURED, *weighed} - {*PREFERENCES, KL, *(added or {})}  # the critic brings its own KL
-    scores = score_all(repeated, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
-    if shaping:
-        add_shaping_rewards(scores, repeated, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
-    general = [i for i, prompt in enumerate(repeated) if not is_verifiable(prompt)]
-    for name, judge in judges.items():
-        judged = judge([repeated[i] for i in general], [completions[i] for i in general]) if general else []
-        for i, verdict in zip(general, judged, strict=True):
-            scores[i][name] = verdict
-    for name, values in (added or {}).items():
-        for score, value in zip(scores, values, strict=True):
-            score[name] = Score(value)
-    groups = []
-    for number, prompt in enumerate(prompts):
-        mine = slice(number * size, (number + 1) * size)
-        rewards = [
-            total_reward(score, weights, truncation_penalty, completion.truncated)
-            for score, completion in zip(scores[mine], completions[mine], strict=True)
+    completions = [completion for group in groups for completion in group.completions]
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
+    scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
+    shaping = Shaping(config.rewards, config.sampling.max_tokens)
+    add_shaping_rewards(scores, prompts, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
+    general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
+    if general:
+        for name, reward_model in reward_models.items():
+            values = reward_model([prompts[i] for i in general], [completions[i] for i in general])
+            for i, score in zip(general, values, strict=True):
+                scores[i][name] = score
+    if kls is not None:
+        for row, kl in zip(scores, kls, strict=True):
+            row[KL] = Score(kl)
+    rows = iter(scores)
+    for group in groups:
+        group.scores = [next(rows) for _ in group.completions]
+        group.rewards = [
+            total_reward(row, weights, config.rewards.truncation_penalty, completion.truncated)
+            for row, completion in zip(group.scores, group.completions, strict=True)
         ]
-        advantages = group_advantages(rewards, normalise_std)
-        groups.append(Group(prompt, list(completions[mine]), scores[mine], rewards, advantages))
-    return groups
+        group.advantages = group_advantages(group.rewards, config.normalise_std)

@@ -1,10 +1,9 @@
-"""Tripwires: a run of reinforcement that falls sick says so while it is cheap, with the likely cause.
+"""Tripwires: early warnings of a failing RL run, with the likely cause.
 
-Each wire is a number computed from the metrics of all steps since the job began (or went on), newest last; it
-trips when the number has been beyond its limit for some steps in a row (conf/tripwires/). Two sicknesses have
-an end of their own besides, which comes later: steps that are not finite (NumericProblem past
-`stage.optim.max_skipped` in a row), and verdicts that fail (EnvironmentProblem past
-`stage.rewards.max_failed` in a step).
+Each wire is a number computed from the metrics of all steps, newest last; it trips when the number has been
+beyond its limit for some steps in a row (conf/tripwires/). Two failures also end a run by themselves, later:
+non-finite steps (NumericProblem past `stage.optim.max_skipped` in a row), and failed verdicts
+(EnvironmentProblem past `stage.rewards.max_failed` in a step).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,23 +15,23 @@ from r1pipe.train.rl.rows import most_failed
 
 Metrics = Mapping[str, float]
 MEAN_LENGTH = "completions/mean_length"
-FIRST = 3  # steps whose lengths later ones are compared with
+FIRST = 3  # steps that make the baseline of lengths; before them nothing is compared
 
 
 @dataclass(frozen=True)
 class Tripwire:
-    """What is measured, and what to say of it."""
+    """A measurement and its message."""
 
-    measure: Callable[[Sequence[Metrics]], float | None]  # None: nothing to judge yet
-    said: str  # with {value} and {limit}
-    cause: str  # the likely one, and what to do
+    measure: Callable[[Sequence[Metrics]], float | None]  # None: nothing to compare yet
+    symptom: str  # with {value} and {limit}
+    cause: str  # the likely one, and the remedy
     below: bool = False  # trips below the limit instead of above it
-    lacks: Callable[[RLConfig], str] = lambda stage: ""  # what a stage has nothing to measure for want of
+    inactive: Callable[[RLConfig], str] = lambda stage: ""  # why a stage has nothing to measure, or empty
 
 
 @dataclass(frozen=True)
 class Trip:
-    """A wire that has tripped in this step."""
+    """A wire that tripped in this step."""
 
     name: str
     value: float
@@ -45,7 +44,7 @@ def _newest(name: str) -> Callable[[Sequence[Metrics]], float | None]:
 
 
 def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
-    """How far held-out accuracy lies below its best where the reward is at its best."""
+    """How far held-out accuracy is below its best while the reward is at its best."""
     measured = [step for step in steps if step.keys() >= {"eval/pass_at_1", "reward"}]
     if len(measured) < 2 or measured[-1] is not steps[-1]:
         return None
@@ -56,19 +55,19 @@ def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
 
 
 def _growth(steps: Sequence[Metrics]) -> float | None:
-    """Mean length over that of the first steps."""
+    """Mean length relative to that of the first steps."""
     lengths = [step[MEAN_LENGTH] for step in steps if MEAN_LENGTH in step]
     return lengths[-1] / max(1.0, fmean(lengths[:FIRST])) if len(lengths) > FIRST else None
 
 
 def _slowness(steps: Sequence[Metrics]) -> float | None:
-    """Time of the step over the median of those before; evaluations are not counted."""
+    """The step's time relative to the median before it, without evaluations."""
     times = [sum(step[name] for name in TIMES) for step in steps if step.keys() >= TIMES]
     return times[-1] / median(times[:-1]) if len(times) > FIRST else None
 
 
 def _failed(steps: Sequence[Metrics]) -> float | None:
-    """The worst share of verdicts that failed, as `stage.rewards.max_failed` counts it."""
+    """The greatest share of failed verdicts, as in `stage.rewards.max_failed`."""
     worst = most_failed(steps[-1])
     return worst[1] if worst else None
 
@@ -91,7 +90,7 @@ def _no_reference(stage: RLConfig) -> str:
 
 
 def _no_evaluations(stage: RLConfig) -> str:
-    """There is none in the last step, and one alone cannot fall."""
+    """The last step has none, and a drop takes two."""
     every = stage.eval.every
     enough = every and (stage.max_steps - 1) // every > 1
     return "" if enough else f"stage.eval.every={every}: no two evaluations in {stage.max_steps} steps"
@@ -103,14 +102,13 @@ WIRES: dict[str, Tripwire] = {
     "truncation": Tripwire(
         _newest("completions/clipped_ratio"),
         "{value:.0%} of the completions were cut off (limit {limit:.0%})",
-        "none of them can answer: raise stage.sampling.max_tokens, "
-        "or punish with stage.rewards.truncation_penalty",
+        "they contain no answer: raise stage.sampling.max_tokens or set stage.rewards.truncation_penalty",
     ),
     "no_variance": Tripwire(
         _newest("frac_reward_zero_std"),
         "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
         "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
-        lacks=_no_groups,
+        inactive=_no_groups,
     ),
     "entropy": Tripwire(
         _newest("entropy"),
@@ -121,8 +119,8 @@ WIRES: dict[str, Tripwire] = {
     "kl": Tripwire(
         _newest("kl"),
         "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
-        "the policy has left it behind: lower stage.optim.lr or raise stage.kl_coef",
-        lacks=_no_reference,
+        "the policy has drifted away: lower stage.optim.lr or raise stage.kl_coef",
+        inactive=_no_reference,
     ),
     "logprob_gap": Tripwire(
         _newest("sampling/sampling_logp_difference/mean"),
@@ -132,27 +130,27 @@ WIRES: dict[str, Tripwire] = {
     "repetition": Tripwire(
         _newest("completions/repetition"),
         "{value:.0%} of the 4-grams in completions are repeated (limit {limit:.0%})",
-        "the policy loops: look at the rollouts, and give stage.rewards a punishment for it",
+        "the policy loops: look at the rollouts, and penalise it in stage.rewards",
     ),
     "reward_hacking": Tripwire(
         _reward_without_accuracy,
         "the reward is at its best, held-out accuracy {value:.1%} below its best (limit {limit:.1%})",
         "the policy may be gaming a reward: read rollouts of the highest reward",
-        lacks=_no_evaluations,
+        inactive=_no_evaluations,
     ),
     "length": Tripwire(
         _growth,
         "completions are {value:.1f} times as long as at the start (limit {limit:g})",
-        "length pays, or nothing ends a text: look at the rollouts and at stage.loss_aggregation",
+        "length is rewarded, or completions do not end: look at the rollouts and at stage.loss_aggregation",
     ),
     "verifier": Tripwire(
         _failed,
         "{value:.0%} of a reward's verdicts failed (limit {limit:.0%})",
-        "the verifier or its sandbox fails: the column `failed` of the rollouts says how",
+        "the verifier or its sandbox fails: see the column `failed` of the rollouts",
     ),
     "max_vio": Tripwire(
         _newest("router/max_vio"),
-        "an expert has {value:.1f} times the mean load too much (limit {limit:g})",
+        "an expert's load is {value:.1f} times the mean above the mean (limit {limit:g})",
         "routing has collapsed: raise stage.router.bias_rate",
     ),
     "non_finite": Tripwire(
@@ -170,22 +168,22 @@ WIRES: dict[str, Tripwire] = {
 
 
 class Tripwires:
-    """What has been measured so far, and what of it is beyond its limit."""
+    """The metrics so far, and how long each wire has been beyond its limit."""
 
     def __init__(self, config: Mapping[str, WireConfig], stage: RLConfig):
         on = {name: wire for name, wire in config.items() if wire.action != "off"}
-        self.idle = {name: why for name in on if (why := WIRES[name].lacks(stage))}
-        self.config = {name: wire for name, wire in on.items() if name not in self.idle}
+        self.inactive = {name: why for name in on if (why := WIRES[name].inactive(stage))}
+        self.config = {name: wire for name, wire in on.items() if name not in self.inactive}
         self.steps: list[Metrics] = []
         self.beyond = dict.fromkeys(self.config, 0)  # steps in a row
 
     def describe_inactive(self) -> str:
-        """One line on the wires that have nothing to measure in this run; empty where all have."""
-        told = "; ".join(f"{name} ({why})" for name, why in self.idle.items())
-        return f"tripwires with nothing to measure in this run: {told}" if told else ""
+        """One line on the wires that have nothing to measure in this run; empty if there are none."""
+        idle = "; ".join(f"{name} ({why})" for name, why in self.inactive.items())
+        return f"tripwires with nothing to measure in this run: {idle}" if idle else ""
 
     def check(self, metrics: Metrics) -> list[Trip]:
-        """Take a step's metrics; the wires that trip in it, once for each stretch beyond the limit."""
+        """Add a step's metrics; the wires that trip in it, once for each stretch beyond the limit."""
         self.steps.append(metrics)
         trips = []
         for name, config in self.config.items():
@@ -196,11 +194,11 @@ class Tripwires:
             over = value < config.limit if wire.below else value > config.limit
             self.beyond[name] = self.beyond[name] + 1 if over else 0
             if self.beyond[name] == config.steps:
-                said = wire.said.format(value=value, limit=config.limit)
-                trips.append(Trip(name, value, config.action, f"tripwire {name}: {said}; {wire.cause}"))
+                symptom = wire.symptom.format(value=value, limit=config.limit)
+                trips.append(Trip(name, value, config.action, f"tripwire {name}: {symptom}; {wire.cause}"))
         return trips
 
 
-def asking(trips: Sequence[Trip], action: str) -> str:
-    """What the trips say that ask for an action; empty where none does."""
+def messages_of(trips: Sequence[Trip], action: str) -> str:
+    """The messages of the trips with this action, as one line; empty without any."""
     return "; ".join(trip.message for trip in trips if trip.action == action)

@@ -7,20 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
-from r1pipe.model import max_vio
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.runs.stopping import Interrupted
-from r1pipe.train.engine.engine import Engine, StepStats
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.run import Run
 from r1pipe.train.sft.losses import loss_sums
 
 F = TypeVar("F", bound=FineTuneConfig)
-EXPERTS_SHOWN = 64  # experts of a layer whose loads are logged one by one
 
 # The batches after a step: (rows of all ranks together, position in the data behind them). Called with the
 # step and the position saved with it, so that a resumed run sees what an uninterrupted one would have seen.
@@ -139,37 +137,3 @@ class Shares:
         beside = sum(mean * weight for mean, (_, weight) in zip(means, there.values(), strict=True))
         found = dict(zip((f"train/{name}" for name in there), means, strict=True))
         return {"train/loss": loss - beside, **found}
-
-
-def shown(metrics: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics stands on the screen; a step that was skipped has no loss."""
-    return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
-
-
-def step_metrics(stats: StepStats) -> dict[str, float]:
-    """What every optimizer step logs; from the first skipped one on, `train/skipped` counts those, which log
-    no more than that and the learning rate.
-
-    `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
-    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
-    EXPERTS_SHOWN experts would fill the log with them, so of those only MaxVio is told.
-    """
-    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
-    if stats.broken:
-        return {"train/lr": stats.lr, **skipped}
-    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
-    metrics |= stats.fp8
-    if stats.loads_LE is None:
-        return metrics
-    used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL
-    if used:
-        violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
-        metrics["router/max_vio"] = violation_L.max().item()
-        metrics["router/max_vio_mean"] = violation_L.mean().item()
-        metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
-    for n, loads_E in used:
-        if len(loads_E) > EXPERTS_SHOWN:
-            continue
-        shares = (loads_E / loads_E.mean()).tolist()
-        metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
-    return metrics

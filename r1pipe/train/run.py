@@ -29,7 +29,8 @@ from r1pipe.runs.lineage.moved import with_present_parents
 from r1pipe.runs.provenance import job_record, write_json
 from r1pipe.runs.record import Metrics, Result
 from r1pipe.runs.stopping import Interrupted, listening
-from r1pipe.train.engine.ranks import Ranks, exit_immediately_with, rank_and_world
+from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
 
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind

@@ -48,7 +48,7 @@ def test_a_stage_script_refuses_the_config_of_another(tmp_path):
     folder = write_run(tmp_path / "run", tiny("cold_start"))
     with pytest.raises(SystemExit), open_run(folder, PretrainConfig):
         pass
-    assert "is for cold_start.py" in (folder / "error.txt").read_text()
+    assert "is for sft.py" in (folder / "error.txt").read_text()
 
 
 def test_other_errors_are_not_swallowed(folder):

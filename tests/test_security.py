@@ -215,7 +215,7 @@ def test_secrets_are_in_no_file_of_a_run_nor_in_mlflow(
 
 def test_a_job_does_not_get_the_trackers_password(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2hunter2")
-    fake = next(path for path in launch.stages_dir().glob("cold_start.py"))
+    fake = next(path for path in launch.stages_dir().glob("sft.py"))
     fake.write_text("import os\nfrom pathlib import Path\n" + fake.read_text().replace(
         'print(f"{config.stage.name} began")', 'Path(path, "seen").write_text(str(dict(os.environ)))'
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""From worked solutions to a finished fine-tuning run: what every SFT stage does after it has its traces."""
+"""What every SFT stage does with its demonstrations: pack, train, evaluate, write the record."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -18,28 +18,20 @@ F = TypeVar("F", bound=FineTuneConfig)
 
 
 def fine_tune(
-    run: Run[F],
-    chat: Chat,
-    source: Source,
-    demonstrations: Sequence[Demonstration],
-    data_hash: str,
+    run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
 ) -> None:
-    """Pack the traces, train on their responses for the stage's epochs, evaluate, write the record.
+    """Train on the responses for the stage's epochs, from packing to record.
 
-    Raises DataError where no trace fits a row.
+    Raises DataError if no demonstration fits a row.
     """
     stage = run.stage
     rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = run.load_model(run.config.weights_from)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
+    batches = epochs_of(run, rows, stage.batch_size)
     checkpoint = train(
-        run,
-        engine,
-        epochs_of(run, rows, stage.batch_size),
-        steps,
-        chat.pad_id,
-        lambda: quick_evaluation(run, engine, chat, source),
+        run, engine, batches, steps, chat.pad_id, lambda: quick_evaluation(run, engine, chat, source)
     )
     finish_stage(run, engine, chat, source, checkpoint, steps, data_hash)
 
@@ -48,18 +40,17 @@ def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], len
     """Rows of packed examples whose loss covers the responses alone. Raises DataError if there are none."""
     if not demonstrations:
         raise DataError("this data has no worked solutions to train on; name another with data=NAME")
-    rows, dropped = pack((chat.example(trace.prompt, trace.response) for trace in demonstrations), length)
+    examples = (
+        chat.example(demonstration.prompt, demonstration.response) for demonstration in demonstrations
+    )
+    rows, dropped = pack(examples, length)
     if not rows:
         raise DataError(
             f"each of the {dropped} examples is longer than stage.sequence_length={length}; raise it"
         )
-    learned = sum(row.learned for row in rows)
+    kept, learned = len(demonstrations) - dropped, sum(row.learned for row in rows)
     log.info(
-        "%d traces in %d rows of %d tokens, %d tokens learned; %d traces too long",
-        len(demonstrations) - dropped,
-        len(rows),
-        length,
-        learned,
-        dropped,
+        f"{kept} demonstrations in {len(rows)} rows of {length} tokens, {learned} tokens learned; "
+        f"{dropped} demonstrations are too long"
     )
     return rows

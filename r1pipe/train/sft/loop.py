@@ -1,4 +1,4 @@
-"""The training loop of pretrain, cold_start, control_sft, rejection_sft and distill."""
+"""The training loop of pre-training and of every SFT stage."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +20,10 @@ from r1pipe.train.run import Run
 from r1pipe.train.sft.losses import loss_sums
 
 F = TypeVar("F", bound=FineTuneConfig)
-EXPERTS_SHOWN = 64  # experts of a layer whose loads are logged one by one
+EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged individually
 
-# The batches after a step: (rows of all ranks together, position in the data behind them). Called with the
-# step and the position saved with it, so that a resumed run sees what an uninterrupted one would have seen.
-# A position is plain values, or None where the step alone determines the batches.
+# The batches after a step, as (rows of all ranks together, position in the data after them). Called with the
+# step and the position saved with it: plain values, or None if the step alone determines the batches.
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 
 
@@ -59,10 +58,10 @@ def train(
 ) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
-    begun, state = run.resume(engine)
+    resumed, state = run.resume(engine)
     weights = TermWeights(stage.mtp_weight, stage.router.balance_alpha)
-    stream = batches(begun, state.get("position"))
-    for step, (batch, position) in zip(range(begun + 1, total_steps + 1), stream, strict=False):
+    stream = batches(resumed, state.get("position"))
+    for step, (batch, position) in zip(range(resumed + 1, total_steps + 1), stream, strict=False):
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
@@ -75,27 +74,27 @@ def train(
             metrics |= quick_evaluation()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
-        leaving = stopping.agreed(engine)
-        if step == total_steps or leaving or (stage.save_every and step % stage.save_every == 0):
+        stop_signal = stopping.agreed(engine)
+        if step == total_steps or stop_signal or (stage.save_every and step % stage.save_every == 0):
             run.save_checkpoint(engine, step, {"position": position})
-        if leaving and step < total_steps:
-            raise Interrupted(leaving)
+        if stop_signal and step < total_steps:
+            raise Interrupted(stop_signal)
     return run.folder.checkpoint(total_steps)
 
 
 @dataclass(frozen=True)
 class TermWeights:
-    """What the terms beside the next token's cross-entropy weigh; 0: they are not computed."""
+    """Weights of the terms added to the next token's cross-entropy; 0: the term is not computed."""
 
     mtp: float
     balance: float
 
 
 class Shares:
-    """One optimizer step's loss, cut into this rank's micro-batches.
+    """One optimizer step's loss, split into this rank's micro-batches.
 
-    The loss is the mean of the cross-entropy, and of the multi-token prediction loss, over the whole batch's
-    learned tokens, and of the balance loss over all its tokens, whatever the micro-batches and ranks.
+    Cross-entropy and multi-token prediction loss are means over the whole batch's learned tokens, the balance
+    loss over all its tokens, for any number of micro-batches and ranks.
     """
 
     def __init__(self, engine: Engine, batch: list[Packed], weights: TermWeights, pad_id: int):
@@ -107,9 +106,9 @@ class Shares:
         self.balance: list[float] = []
 
     def micro_losses(self, accumulation: int) -> list[Callable[[], Tensor]]:
-        """This rank's micro-batches, each giving its share of the loss."""
-        mine = share(self.batch, self.engine.rank, self.engine.world_size)
-        return [partial(self._share, rows) for rows in chunks(mine, accumulation)]
+        """This rank's micro-batches, each returning its share of the loss."""
+        local = share(self.batch, self.engine.rank, self.engine.world_size)
+        return [partial(self._share, rows) for rows in chunks(local, accumulation)]
 
     def _share(self, rows: list[Packed]) -> Tensor:
         batch = collate(rows, self.pad_id).to(self.engine.device)
@@ -127,49 +126,49 @@ class Shares:
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
-        named = {
-            "mtp_loss": (self.mtp, self.weights.mtp),
-            "balance_loss": (self.balance, self.weights.balance),
-        }
-        there = {name: term for name, term in named.items() if term[0]}
-        if not there:
+        terms = [
+            ("train/mtp_loss", self.mtp, self.weights.mtp),
+            ("train/balance_loss", self.balance, self.weights.balance),
+        ]
+        computed = [term for term in terms if term[1]]
+        if not computed:
             return {"train/loss": loss}
-        sums = self.engine.sum_over_ranks([sum(values) for values, _ in there.values()])
+        sums = self.engine.sum_over_ranks([sum(shares) for _, shares, _ in computed])
         means = [total / self.engine.world_size for total in sums]
-        beside = sum(mean * weight for mean, (_, weight) in zip(means, there.values(), strict=True))
-        found = dict(zip((f"train/{name}" for name in there), means, strict=True))
-        return {"train/loss": loss - beside, **found}
+        added = sum(mean * weight for mean, (_, _, weight) in zip(means, computed, strict=True))
+        return {"train/loss": loss - added, **dict(zip([name for name, *_ in computed], means, strict=True))}
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:
-    """What of a step's metrics stands on the screen; a step that was skipped has no loss."""
+    """The metrics of a step that the screen shows; a skipped step has no loss."""
     return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
 
 
 def step_metrics(stats: StepStats) -> dict[str, float]:
-    """What every optimizer step logs; from the first skipped one on, `train/skipped` counts those, which log
-    no more than that and the learning rate.
+    """What every optimizer step logs. From the first skipped step on, `train/skipped` counts them; a skipped
+    step logs only that and the learning rate.
 
     `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
-    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
-    EXPERTS_SHOWN experts would fill the log with them, so of those only MaxVio is told.
+    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Loads are left out for layers
+    of more than EXPERTS_SHOWN experts.
     """
     skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
     if stats.broken:
         return {"train/lr": stats.lr, **skipped}
-    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
-    metrics |= stats.fp8
+    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm}
+    metrics |= skipped | stats.fp8
     if stats.loads_LE is None:
         return metrics
-    used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL
+    used = [
+        (n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()
+    ]  # RL does not use MTP layers
     if used:
         violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
         metrics["router/max_vio"] = violation_L.max().item()
         metrics["router/max_vio_mean"] = violation_L.mean().item()
         metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
     for n, loads_E in used:
-        if len(loads_E) > EXPERTS_SHOWN:
-            continue
-        shares = (loads_E / loads_E.mean()).tolist()
-        metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
+        if len(loads_E) <= EXPERTS_SHOWN:
+            shares = (loads_E / loads_E.mean()).tolist()
+            metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
     return metrics

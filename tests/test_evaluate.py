@@ -373,4 +373,4 @@ def test_problems_that_do_not_fit_are_counted_and_named_on_the_screen(tmp_path):
     assert (found["data"], found["split"], found["problems"], found["too_long"]) == ("files", "test", 15, 15)
     said = (folder / "progress.jsonl").read_text()
     assert "15 problems of data=files were measured; 15 prompts are too long" in said
-    assert "measured on 15 of the 500 problems asked for, data=files, split test" in said
+    assert "measured on 15 of the 500 problems requested, data=files, split test" in said

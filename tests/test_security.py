@@ -148,17 +148,17 @@ def test_a_source_stays_in_the_data_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_links_out_of_an_imported_folder_are_refused_but_for_hugging_faces_cache(tmp_path: Path) -> None:
-    must_stay_inside = load_stage("import_weights").must_stay_inside
+    check_no_outside_links = load_stage("import_weights").check_no_outside_links
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1f2e", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "aa").write_text("{}")
     (snapshot / "config.json").symlink_to(Path("../../blobs/aa"))
     (snapshot / "same.json").symlink_to(snapshot / "config.json")
-    must_stay_inside(snapshot)
+    check_no_outside_links(snapshot)
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json links to /etc/hostname, out of its"):
-        must_stay_inside(snapshot)
+        check_no_outside_links(snapshot)
 
 
 def test_an_import_cannot_be_called_by_a_path(house: House, capsys: pytest.CaptureFixture) -> None:

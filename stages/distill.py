@@ -16,7 +16,7 @@ import sys
 from r1pipe.config import DistillConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import samples_of
 
 

@@ -14,7 +14,7 @@ import sys
 
 from r1pipe.config import SFTConfig
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.loop import fine_tune
 
 SEED_STREAMS = {"cold_start": "traces", "control_sft": "control traces"}
 

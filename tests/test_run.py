@@ -205,9 +205,9 @@ def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
     assert adopted["parents"]["weights"]["checkpoint"] == checkpoint
     assert adopted["checkpoint_hash"] == record["checkpoint_hash"]
     generate = script("generate.py")
-    folder = str(second / adopted["checkpoint"])
+    folder = second / adopted["checkpoint"]
     questions = ["1+1?", "2+2?"]
-    generate["main"](GenerateOptions(Path(folder), questions, False, True, None, None, max_tokens=3, seed=0))
+    generate["main"](GenerateOptions(folder, questions, False, True, None, None, max_tokens=3, seed=0))
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [answer["question"] for answer in answers] == ["1+1?", "2+2?"]
     assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}

@@ -23,8 +23,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.finetune import pack_demonstrations
-from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
+from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, pack_demonstrations, steps_in, train
 from r1pipe.train.sft.losses import loss_sums
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
-from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
+from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
 from r1pipe.model.kernels import meter
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
@@ -29,6 +29,8 @@ from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.nonfinite import locate_nonfinite
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
+
+EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged individually
 
 log = logging.getLogger("r1pipe")
 
@@ -54,6 +56,33 @@ class StepStats:
     fp8: dict[str, float]  # quantisation metrics over all ranks; empty without FP8
     broken: bool  # not finite: nothing was updated, loss or grad_norm is NaN or inf
     skipped: int  # broken steps since the stage began
+
+    def metrics(self) -> dict[str, float]:
+        """What every optimizer step logs; a skipped one only the learning rate and `train/skipped`.
+
+        `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
+        `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Loads are left out for
+        layers of more than EXPERTS_SHOWN experts.
+        """
+        skipped = {"train/skipped": float(self.skipped)} if self.skipped else {}
+        if self.broken:
+            return {"train/lr": self.lr, **skipped}
+        metrics = {"train/loss": self.loss, "train/lr": self.lr, "train/grad_norm": self.grad_norm}
+        metrics |= skipped | self.fp8
+        if self.loads_LE is None:
+            return metrics
+        # without MTP layers in RL, which does not use them
+        used = {n: loads_E for n, loads_E in enumerate(self.loads_LE) if loads_E.any()}
+        if used:
+            violation_L = max_vio(torch.stack([*used.values()]))
+            metrics["router/max_vio"] = violation_L.max().item()
+            metrics["router/max_vio_mean"] = violation_L.mean().item()
+            metrics |= {f"router/max_vio/{n}": v for n, v in zip(used, violation_L.tolist(), strict=True)}
+        for n, loads_E in used.items():
+            if len(loads_E) <= EXPERTS_SHOWN:
+                shares = (loads_E / loads_E.mean()).tolist()
+                metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
+        return metrics
 
 
 class _ClosureRunner(nn.Module):

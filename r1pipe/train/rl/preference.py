@@ -30,7 +30,7 @@ from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, 
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.run import Run
-from r1pipe.train.sft.loop import shown, step_metrics
+from r1pipe.train.sft.loop import shown
 
 HELD_OUT = 0  # the stream that held-out examples are drawn from: the same ones in every run
 NAMES = {HELPFUL: "preference pairs", HARMLESS: "safety labels"}
@@ -152,7 +152,7 @@ def train_reward_model(
             [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
             weight = alpha * engine.world_size / tokens  # the engine averages over the ranks
             micros = micro_losses(engine, examples, batch, accumulation, weight)
-            metrics = step_metrics(engine.train_step(micros))
+            metrics = engine.train_step(micros).metrics()
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1
         run.log(first + done, metrics)

@@ -28,7 +28,6 @@ from r1pipe.train.rl.batch import (
     weights_of,
 )
 from r1pipe.train.rl.losses import Objective, PolicyLoss, policy_loss
-from r1pipe.train.sft.loop import step_metrics
 
 
 def completion_logprobs(
@@ -208,7 +207,7 @@ def update(
 def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: bool) -> dict[str, float]:
     """Of the steps that moved the policy; one that was skipped has no numbers to show."""
     first = steps[0]  # before any step the trainer's policy is the sampler's
-    last = step_metrics(steps[-1].stats)
+    last = steps[-1].stats.metrics()
     steps = [step for step in steps if not step.stats.broken]
     if not steps:
         return last
@@ -219,7 +218,7 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
         engine.sum_over_ranks([*sums, *map(first.total, of_first)])
     )
     count, first_count = max(tokens, 1.0), max(first_tokens, 1.0)
-    by_step = [step_metrics(step.stats) for step in steps]
+    by_step = [step.stats.metrics() for step in steps]
     metrics = {name: fmean(found[name] for found in by_step) for name in by_step[0]}
     metrics |= {name: value for name, value in last.items() if name == "train/skipped"}
     if first.balance:

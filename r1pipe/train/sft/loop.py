@@ -1,30 +1,71 @@
 """The training loop of pre-training and of every SFT stage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from r1pipe.chat.template import Chat
 from r1pipe.config import FineTuneConfig, PretrainConfig
-from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
-from r1pipe.model import max_vio
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration
+from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.data.source import Source
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.runs.stopping import Interrupted
-from r1pipe.train.engine.engine import Engine, StepStats
-from r1pipe.train.run import Run
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.run import Run, log
 from r1pipe.train.sft.losses import loss_sums
 
 F = TypeVar("F", bound=FineTuneConfig)
-EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged individually
 
 # The batches after a step, as (rows of all ranks together, position in the data after them). Called with the
 # step and the position saved with it: plain values, or None if the step alone determines the batches.
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
+
+
+def fine_tune(
+    run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
+) -> None:
+    """Train on the responses for the stage's epochs, from packing to record.
+
+    Raises DataError if no demonstration fits a row.
+    """
+    stage = run.stage
+    rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
+    steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
+    model = run.load_model(run.config.weights_from)
+    engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
+    batches = epochs_of(run, rows, stage.batch_size)
+    checkpoint = train(
+        run, engine, batches, steps, chat.pad_id, lambda: quick_evaluation(run, engine, chat, source)
+    )
+    finish_stage(run, engine, chat, source, checkpoint, steps, data_hash)
+
+
+def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
+    """Rows of packed examples whose loss covers the responses alone. Raises DataError if there are none."""
+    if not demonstrations:
+        raise DataError("this data has no worked solutions to train on; name another with data=NAME")
+    examples = (
+        chat.example(demonstration.prompt, demonstration.response) for demonstration in demonstrations
+    )
+    rows, dropped = pack(examples, length)
+    if not rows:
+        raise DataError(
+            f"each of the {dropped} examples is longer than stage.sequence_length={length}; raise it"
+        )
+    kept, learned = len(demonstrations) - dropped, sum(row.learned for row in rows)
+    log.info(
+        f"{kept} demonstrations in {len(rows)} rows of {length} tokens, {learned} tokens learned; "
+        f"{dropped} demonstrations are too long"
+    )
+    return rows
 
 
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
@@ -54,7 +95,7 @@ def train(
     batches: Batches,
     total_steps: int,
     pad_id: int,
-    quick_evaluation: Callable[[], dict[str, float]],
+    evaluate: Callable[[], dict[str, float]],
 ) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
@@ -68,10 +109,10 @@ def train(
             shares = Shares(engine, batch, weights, pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
         tokens = sum(len(row.tokens) for row in batch)
-        metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
+        metrics = stats.metrics() | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= quick_evaluation()
+            metrics |= evaluate()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         stop_signal = stopping.agreed(engine)
@@ -142,33 +183,3 @@ class Shares:
 def shown(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics of a step that the screen shows; a skipped step has no loss."""
     return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
-
-
-def step_metrics(stats: StepStats) -> dict[str, float]:
-    """What every optimizer step logs. From the first skipped step on, `train/skipped` counts them; a skipped
-    step logs only that and the learning rate.
-
-    `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
-    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Loads are left out for layers
-    of more than EXPERTS_SHOWN experts.
-    """
-    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
-    if stats.broken:
-        return {"train/lr": stats.lr, **skipped}
-    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm}
-    metrics |= skipped | stats.fp8
-    if stats.loads_LE is None:
-        return metrics
-    used = [
-        (n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()
-    ]  # RL does not use MTP layers
-    if used:
-        violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
-        metrics["router/max_vio"] = violation_L.max().item()
-        metrics["router/max_vio_mean"] = violation_L.mean().item()
-        metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
-    for n, loads_E in used:
-        if len(loads_E) <= EXPERTS_SHOWN:
-            shares = (loads_E / loads_E.mean()).tolist()
-            metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
-    return metrics

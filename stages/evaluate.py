@@ -31,7 +31,7 @@ def main(folder: str) -> None:
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
         measured = evaluation.metrics
-        run.tell(
+        run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )

@@ -88,7 +88,6 @@ def evaluate(
             return []
         before, done = done, done + len(indices) * n
         show = (lambda count, _: progress(before + count, total)) if progress else None
-        # hashed: seed + stream of one seed would be that of another
         stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
         params = SamplingParams(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size)
         chosen = [pool[i] for i in indices]
@@ -110,10 +109,8 @@ def evaluate(
 
     shares = (gather or (lambda local: [local]))((sampled, greedy, general))
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
-    metrics: Metrics = {
-        **measure(prompts, sampled, greedy, config),
-        **measure_general(general_prompts, general),
-    }
+    metrics = measure(prompts, sampled, greedy, config)
+    metrics |= measure_general(general_prompts, general)
     return Evaluation(metrics, _shown(prompts, greedy or sampled, general_prompts, general, config.shown))
 
 

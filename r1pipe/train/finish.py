@@ -117,14 +117,14 @@ def finish_stage(
     checkpoint: Path,
     steps: int,
     data_hash: str | None = None,
-    known: Metrics | None = None,
+    extra: Metrics | None = None,
 ) -> None:
     """The end of a training stage: the full evaluation, then the record.
 
-    `data_hash`: of the training data, if that is not the source itself. `known`: more metrics for the record.
+    `data_hash`: of the training data, if that is not the source itself. `extra`: more metrics for the record.
     """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    metrics: Metrics = {**evaluation.metrics, **(known or {})}
+    metrics: Metrics = {**evaluation.metrics, **(extra or {})}
     trained_on = data_hash or source.hash
     run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

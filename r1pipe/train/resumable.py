@@ -46,7 +46,7 @@ class Resumable(Generic[S]):
         self.rank, self.world_size = rank_and_world()
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
-        self._beside = ThreadPoolExecutor(1)  # finishes a checkpoint while training continues
+        self._background = ThreadPoolExecutor(1)  # finishes a checkpoint while training continues
         self._finishing: Future[str | None] | None = None
         self._durable = 0  # rollout tables up to this step are synced to disk
 
@@ -83,7 +83,7 @@ class Resumable(Generic[S]):
         """One line on the screen and in the log."""
         log.warning("%s", text)
 
-    def tell(self, **row: Any) -> None:
+    def show(self, **row: Any) -> None:
         """One line of progress.jsonl, shown on the screen only."""
         self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
 
@@ -100,11 +100,11 @@ class Resumable(Generic[S]):
         step: int,
         state: dict[str, Any],
         export: Callable[[Any, Path], None] = save_pretrained,
-        beside: Mapping[str, Engine] = NO_ENGINES,
+        others: Mapping[str, Engine] = NO_ENGINES,
     ) -> Path:
         """Write checkpoints/step-N: weights by `export`, tokenizer, state for resume; all ranks call.
 
-        `state`: the loop's plain values, which `resume` returns. `beside`: further engines by name, saved for
+        `state`: the loop's plain values, which `resume` returns. `others`: further engines by name, saved for
         resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged metric.
         """
         target = self.folder.checkpoint(step)
@@ -117,10 +117,10 @@ class Resumable(Generic[S]):
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
             place = checkpoints.unfinished(target) / checkpoints.ENGINE
             problems = [engine.save(place, {"step": step, "loop": state, **clock})]
-            problems += [other.save(place / name, {}) for name, other in beside.items()]
+            problems += [other.save(place / name, {}) for name, other in others.items()]
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
-                self._finishing = self._beside.submit(self._finish, target, step)
+                self._finishing = self._background.submit(self._finish, target, step)
             if self.stage.keep_best is not None:
                 problem = (
                     retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
@@ -235,7 +235,7 @@ class Resumable(Generic[S]):
         step = ranks.all_gather_objects(step)[0]
         return None if step is None else self.folder.checkpoint(step)
 
-    def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
+    def resume(self, engine: Engine, others: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
         """Load the newest undamaged checkpoint; returns its step and loop state, or (0, {}) without one.
 
         Removes metrics, trips and rollouts after that step: they will come again. Raises CheckpointError if
@@ -246,7 +246,7 @@ class Resumable(Generic[S]):
         if folder is not None:
             scratch = self.folder.checkpoints
             state = engine.load(folder / checkpoints.ENGINE, scratch)
-            for name, other in beside.items():
+            for name, other in others.items():
                 other.load(folder / checkpoints.ENGINE / name, scratch)
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]

@@ -68,7 +68,7 @@ class Run(Resumable[S]):
         if done < total and now - self._progressed.get(what, 0.0) < PROGRESS_EVERY_S:
             return
         self._progressed[what] = now
-        self.tell(what=what, done=done, total=total, unit=unit, show=show)
+        self.show(what=what, done=done, total=total, unit=unit, show=show)
 
     # --- inputs
 
@@ -195,7 +195,7 @@ class _ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            self.run.tell(say=record.getMessage())
+            self.run.show(say=record.getMessage())
 
 
 def _exit(code: int) -> NoReturn:

@@ -60,7 +60,7 @@ class StepStats:
     def metrics(self) -> dict[str, float]:
         """What every optimizer step logs; a skipped one only the learning rate and `train/skipped`.
 
-        `router/max_vio` is the worst layer's, `router/max_vio/L` that of the MoE layer L (counted from 0), and
+        `router/max_vio` is the worst layer's, `router/max_vio/L` that of MoE layer L (counted from 0), and
         `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Loads are left out for
         layers of more than EXPERTS_SHOWN experts.
         """

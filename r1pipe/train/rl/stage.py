@@ -45,7 +45,7 @@ def reinforce(run: Run[RLConfig], load_judges: Callable[[Run[RLConfig], Chat], J
 
     loop = GRPO(run, engine, reference, chat, data, asked, evaluate_quickly, critic)
     checkpoint = loop.train()
-    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, known=weaknesses_for_record(run))
+    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, extra=weaknesses_for_record(run))
 
 
 def weaknesses_for_record(run: Run[RLConfig]) -> Metrics:

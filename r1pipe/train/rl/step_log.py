@@ -31,5 +31,5 @@ def log_step(
         metrics[f"tripwire/{trip.name}"] = trip.value
         run.tripped(step, trip.name, trip.message)
     run.log(step, metrics)
-    run.tell(sample=sample_of(rows, run.rng("shown", step)))
+    run.show(sample=sample_of(rows, run.rng("shown", step)))
     return trips

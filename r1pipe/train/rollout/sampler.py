@@ -1,17 +1,16 @@
 """The bundled sampler: continuous batching on the latent cache.
 
 `slots` sequences are decoded together. A prompt is read once and its n completions start from copies of its
-cache entries; a slot whose completion has ended takes the next one; when none is left, the batch shrinks.
-The loop checks which slots have ended every CHECK_EVERY steps only, so as not to wait for an accelerator at
-each token.
+cache entries; a slot whose completion has ended takes the next one; at the end, the batch shrinks. Which
+slots have ended is checked every CHECK_EVERY steps, so as not to wait for an accelerator at each token.
 
 Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,14 +61,6 @@ class Sampler:
         self.graphs = graphs
         self.stop = stop
 
-    def stops(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a completion. Raises ConfigError where the model has no such token."""
-        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
-        rows = self.model.config.vocab_size
-        if any(not 0 <= token < rows for token in stops):
-            raise ConfigError(f"sampling: stop tokens {sorted(stops)} must be below model.vocab_size={rows}")
-        return stops
-
     def generate(
         self,
         prompts: Sequence[list[int]],
@@ -83,11 +74,11 @@ class Sampler:
         A completion's random numbers depend on (seed, its prompt's global index, its own index) alone.
         `progress` gets (done, total) completions, `ended` each finished completion with its prompt's index.
         `limits`: the most tokens of each prompt's completions, up to max_tokens; the cache then grows with
-        the answers. Raises ConfigError if a prompt is empty or does not fit the context with its limit.
+        the answers. Raises ConfigError if a prompt or a stop token is impossible for the model.
         """
         longest, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        limits_or_max = [params.max_tokens] * len(prompts) if limits is None else limits
-        for index, (prompt, limit) in enumerate(zip(prompts, limits_or_max, strict=True)):
+        each_limit = [params.max_tokens] * len(prompts) if limits is None else list(limits)
+        for index, (prompt, limit) in enumerate(zip(prompts, each_limit, strict=True)):
             if not 0 < len(prompt) <= longest - limit:
                 raise ConfigError(
                     f"prompt {index} has {len(prompt)} tokens; with max_tokens={limit} it needs"
@@ -102,11 +93,10 @@ class Sampler:
             return []
         fp8 = fp8_of(self.model)
         with fp8.held() if fp8 else nullcontext():
-            return _Batch(self, prompts, params, ended, limits).run(progress)
+            return _Batch(self, prompts, params, ended, each_limit, grows=limits is not None).run(progress)
 
 
-@dataclass
-class _Prefix:
+class _Prefix(NamedTuple):
     """Prompts [first, first + B) after one prefill."""
 
     first: int
@@ -129,11 +119,18 @@ class _Batch:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         ended: Ended | None,
-        limits: Sequence[int] | None,
+        limits: list[int],
+        grows: bool,
     ):
-        self.sampler, self.prompts, self.params, self.ended = sampler, prompts, params, ended
+        self.sampler, self.prompts, self.params = sampler, prompts, params
+        self.ended, self.limits = ended, limits
         self.device = sampler.model.lm_head.weight.device
-        self.stops = sampler.stops(params)
+        self.stops = {*params.stop_token_ids, *(() if params.ignore_eos else sampler.eos_ids)}
+        vocabulary = sampler.model.config.vocab_size
+        if any(not 0 <= token < vocabulary for token in self.stops):
+            raise ConfigError(
+                f"sampling: stop tokens {sorted(self.stops)} must be below model.vocab_size={vocabulary}"
+            )
         self.total = len(prompts) * params.n
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
@@ -141,9 +138,8 @@ class _Batch:
         slots = min(sampler.slots, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder = decoder_of(sampler.model, sampler.graphs)
-        self.limits = [params.max_tokens] * len(prompts) if limits is None else list(limits)
-        self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, self.limits, strict=True))
-        first = self.longest if limits is None else min(self.longest, longest_prompt + CACHE_TOKENS)
+        self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        first = min(self.longest, longest_prompt + CACHE_TOKENS) if grows else self.longest
         self.cache = LatentCache(sampler.model, slots, first)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
@@ -151,7 +147,7 @@ class _Batch:
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
         self.live_S = self._zeros(slots).bool()
-        self.ends_V = self._zeros(sampler.model.config.vocab_size).bool()
+        self.ends_V = self._zeros(vocabulary).bool()
         self.ends_V[list(self.stops)] = True
         # one column more: a slot that has ended keeps writing there until the next check
         self.drawn_SU = self._zeros(slots, params.max_tokens + 1)
@@ -209,18 +205,17 @@ class _Batch:
 
     def _start(self, slots: np.ndarray, numbers: np.ndarray, prefix: _Prefix) -> None:
         params = self.params
-        prompts, samples = numbers // params.n, numbers % params.n
+        prompts, samples = np.divmod(numbers, params.n)
         where = torch.from_numpy(slots).to(self.device)
         rows = torch.from_numpy(prompts - prefix.first).to(self.device)
         streams = [
             uniform_stream(params.seed, params.first + int(p) * params.stride, int(s), params.max_tokens)
             for p, s in zip(prompts, samples, strict=True)
         ]
-        lengths = [len(self.prompts[prompt]) for prompt in prompts]
         self.numbers[slots] = numbers
         self.cache.fill(where, prefix.entries_LBTW, rows)
+        lengths, limits = [len(self.prompts[p]) for p in prompts], [self.limits[p] for p in prompts]
         self.prompt_lengths_S[where] = torch.tensor(lengths, device=self.device)
-        limits = [self.limits[prompt] for prompt in prompts]
         self.limits_S[where] = torch.tensor(limits, device=self.device)
         self.uniforms_SU[where, :-1] = torch.from_numpy(np.stack(streams)).to(self.device)
         self.counts_S[where] = 0
@@ -229,7 +224,7 @@ class _Batch:
         self._record(where, tokens, logprobs)
 
     def _longest(self) -> int:
-        """Cache entries that the next step reads: the longest live sequence with its new token."""
+        """How many cache entries the next step reads: the longest live sequence with its new token."""
         return int((self.prompt_lengths_S + self.counts_S).masked_fill(~self.live_S, 1).max())
 
     def _step(self, length: int) -> None:
@@ -274,7 +269,7 @@ class _Batch:
         return len(ended)
 
     def _not_finite(self, number: int, tokens: list[int]) -> NumericProblem:
-        """The error that names the layer which made a completion's probabilities NaN."""
+        """The error, with the first layer whose output is not finite."""
         read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
         model = self.sampler.model
         layer = first_non_finite(model, lambda: model(read))

@@ -14,7 +14,7 @@ from r1pipe.config import EvalConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import accuracy
+from r1pipe.rewards.accuracy import CHECKERS, Checker
 from r1pipe.runs import lineage
 from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
 
@@ -209,12 +209,12 @@ def test_a_rank_without_prompts_samples_nothing():
 
 
 def test_a_failed_verdict_is_counted_apart(monkeypatch):
-    failing = accuracy.Checker(
+    failing = Checker(
         lambda prompt, summary: Score(0, Status.INFRASTRUCTURE_FAILED),
         lambda prompt: None,
         lambda summary: "x",
     )
-    monkeypatch.setitem(accuracy.CHECKERS, "countdown", failing)
+    monkeypatch.setitem(CHECKERS, "countdown", failing)
     metrics = run().metrics
     assert metrics["pass_at_1"] == pytest.approx(3 / 8)  # not 3 of 12
     assert (metrics["samples"], metrics["unscored"]) == (12, 5)

@@ -1,8 +1,7 @@
-"""Looks a stage over before it runs: what `r1pipe doctor` starts, on as many ranks as the stage has here.
+"""Checks a stage before it runs, on its ranks on this machine: what `r1pipe doctor` starts.
 
-It reads a run folder's config.json as the stage's own script would, goes through the checks of
-r1pipe/doctor/, and writes findings.json there: a list of {name, status, value, remedy}. Nothing that it
-trains is kept.
+Reads a run folder's config.json, runs the checks of r1pipe/doctor/, and writes findings.json there: a list of
+{name, status, value, remedy}. Keeps nothing that it trains.
 
     r1pipe doctor stage=grpo
     python stages/doctor.py RUN_FOLDER
@@ -20,9 +19,9 @@ from r1pipe.train.run import open_run
 
 def main(folder: str) -> None:
     with open_run(folder, StageConfig) as run:
-        found = examine(Context(run, limits()))
+        findings = examine(Context(run, limits()))
         if run.rank == 0:
-            write_json(run.folder.path / "findings.json", [asdict(finding) for finding in found])
+            write_json(run.folder.path / "findings.json", [asdict(finding) for finding in findings])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""No training: takes a checkpoint into the pipeline and measures it.
+"""Evaluates a checkpoint without training, and takes it into the pipeline.
 
-As stage `base` it stands where R1 took DeepSeek-V3-Base: the pre-trained weights that all later stages go
-back to, and their scores before anything was done to them.
+Stage `base` is R1's DeepSeek-V3-Base: the pre-trained weights that later stages start from, and their scores
+before any training.
 
     r1pipe run stage=base
     deepspeed --num_accelerators 2 --no_local_rank stages/evaluate.py RUN_FOLDER
@@ -21,7 +21,7 @@ def main(folder: str) -> None:
     with open_run(folder, EvaluateConfig) as run:
         parent = run.config.weights_from
         if parent is None:
-            raise CheckpointError("this stage measures a checkpoint; name one with parent=CHECKPOINT")
+            raise CheckpointError("this stage evaluates a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
         source = run.load_data()
@@ -31,8 +31,8 @@ def main(folder: str) -> None:
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
         measured = evaluation.metrics
-        run.tell(
-            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems asked for, "
+        run.show(
+            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )
         run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps=0)

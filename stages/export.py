@@ -2,10 +2,10 @@
 
     python stages/export.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ExportOptions
 
-The folder gets the weights and config.json in the published format, the tokenizer with its chat template and
-the sampling settings: transformers and vLLM load it as it is. Tensors pass through one by one. What was
-written is read back: every tensor bit by bit; then, where this machine's memory can hold the model in
-float32, the logits of a few tokens before and after, and those of transformers where it is installed.
+Writes weights and config.json in the published format, the tokenizer with its chat template and the sampling
+settings: transformers and vLLM can load the folder. Tensors are converted one by one and read back bit by
+bit. If this machine's memory can hold the model in float32, the logits of a few tokens are compared before
+and after, and with transformers' if it is installed.
 """
 
 import importlib.util
@@ -43,28 +43,29 @@ def main(options: ExportOptions) -> None:
                 copyfile(source / name, unfinished / name)
             else:
                 print(f"{source} has no {name}, so {target} has none")
-        needed, free = COPIES * 4 * stored.parameters, psutil.virtual_memory().available
-        told = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
-        if needed < free:
-            told = compared(source, unfinished, exact=options.dtype is None)
-    print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {told}")
+        needed = COPIES * 4 * stored.parameters
+        if needed < psutil.virtual_memory().available:
+            comparison = compare_logits(source, unfinished, exact=options.dtype is None)
+        else:
+            comparison = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
+    print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {comparison}")
 
 
-def compared(source: Path, target: Path, exact: bool) -> str:
-    """What to tell of the logits. Raises CheckpointError where they differ that should not."""
+def compare_logits(source: Path, target: Path, exact: bool) -> str:
+    """One line on the differences. Raises CheckpointError if they are too large."""
     before, after = logits(source), logits(target)
     apart = (before - after).abs().max().item()
     largest = before.abs().max().item()
     if not apart <= (0 if exact else largest):
         raise CheckpointError(f"{target}: logits are {apart:.1e} apart from those of {source}; export again")
-    told = "logits are the same" if exact else f"logits moved by {apart:.1e} (the largest is {largest:.1e})"
+    line = "logits are the same" if exact else f"logits moved by {apart:.1e} (the largest is {largest:.1e})"
     written = Stored(target)
     if any(map(written.is_fp8, written.entries)) or not importlib.util.find_spec("transformers"):
-        return told  # transformers runs FP8 on accelerators alone
+        return line  # transformers runs FP8 on accelerators only
     apart = (after - logits_of_transformers(target)).abs().max().item()
     if not apart <= TOLERANCE * max(1.0, largest):
         raise CheckpointError(f"{target}: transformers computes other logits, {apart:.1e} apart")
-    return f"{told}; transformers' differ by {apart:.1e} at most"
+    return f"{line}; transformers' differ by {apart:.1e} at most"
 
 
 def tokens_BT(vocabulary: int) -> Tensor:

@@ -2,9 +2,9 @@
 
     python stages/generate.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.GenerateOptions
 
-Temperature and top-p are those of the checkpoint's generation_config.json unless given. Every question stands
-alone, as in training: a chat's earlier turns are not shown to the model. The model runs on the GPU, in
-bfloat16, where there is one.
+Temperature and top-p default to those of the checkpoint's generation_config.json. Each question is
+independent, as in training: the model does not see a chat's earlier turns. It runs on the GPU in bfloat16 if
+there is one.
 """
 
 import json
@@ -29,40 +29,46 @@ SLOTS = 64
 
 
 def main(options: GenerateOptions) -> int:
-    """Answer every question that can be asked: 0, or 1 if some could not be, 2 if none could."""
+    """Answer every valid question: 0, or 1 if some were invalid, 2 if all were."""
     folder = options.checkpoint
     checkpoints.verify(folder)
-    chat = Chat.load(folder)
-    sampler = Sampler(load(folder), chat.eos_id, chat.pad_id, SLOTS)
+    chat, model = Chat.load(folder), load(folder)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, SLOTS)
     params = sampling_params(folder, options)
-    asked = refused = 0
+    context = model.config.max_position_embeddings
+    count = invalid = 0
     for number, questions in enumerate(rounds(options)):
         prompts: list[tuple[str, list[int]]] = []
         for question in questions:
-            asked += 1
+            count += 1
             try:
-                prompts.append((question, prompt_tokens(question, chat, sampler.model)))
+                prompts.append((question, prompt_tokens(question, chat, context)))
             except DataError as error:
-                refused += 1
-                terminal.complain(f"question {asked} {error}")
-        in_this_round = replace(params, seed=params.seed + number)
-        for question, completion in answer(sampler, prompts, in_this_round):
+                invalid += 1
+                terminal.complain(f"question {count} {error}")
+        if not prompts:
+            continue
+        # each answer may be as long as its own question leaves room for
+        limits = [min(params.max_tokens, context - len(tokens)) for _, tokens in prompts]
+        of_round = replace(params, seed=params.seed + number, max_tokens=max(limits))
+        completions = sampler.generate([tokens for _, tokens in prompts], of_round, limits=limits)
+        for (question, _), completion in zip(prompts, completions, strict=True):
             completion.text = chat.decode(completion.tokens)
             show(question, completion, options.as_json)
-    if options.chat or not refused:
+    if options.chat or not invalid:
         return 0
-    return 2 if refused == asked else 1
+    return 2 if invalid == count else 1
 
 
 def load(folder: Path) -> DeepseekV3:
-    """The model on this machine's GPU, in bfloat16, or else on the CPU as it is stored."""
+    """The model on the GPU in bfloat16, or else on the CPU as stored."""
     device = choose_device("auto")
     model = load_pretrained(folder).eval()
     return model if device.type == "cpu" else model.bfloat16().to(device)
 
 
 def sampling_params(folder: Path, options: GenerateOptions) -> SamplingParams:
-    """As given, or else temperature and top-p of the checkpoint, and answers as long as the context."""
+    """The options, with the checkpoint's own temperature and top-p, and the context's length, as defaults."""
     path = folder / GENERATION
     own = read_object(path) if path.exists() else {}
     return SamplingParams(
@@ -74,7 +80,7 @@ def sampling_params(folder: Path, options: GenerateOptions) -> SamplingParams:
 
 
 def rounds(options: GenerateOptions) -> Iterator[list[str]]:
-    """The questions to answer together: all at once, or one after the other in a chat."""
+    """The questions to answer together: all at once, or one at a time in a chat."""
     if not options.chat:
         yield options.questions or [line.strip() for line in sys.stdin if line.strip()]
         return
@@ -87,31 +93,16 @@ def rounds(options: GenerateOptions) -> Iterator[list[str]]:
             yield [line.strip()]
 
 
-def prompt_tokens(question: str, chat: Chat, model: DeepseekV3) -> list[int]:
-    """The question as the model reads it. Raises DataError where it cannot be asked."""
+def prompt_tokens(question: str, chat: Chat, context: int) -> list[int]:
+    """The question as the model reads it. Raises DataError if it is not text or fills the context."""
     try:
         question.encode()
     except UnicodeEncodeError:
         raise DataError("is not valid UTF-8; convert it") from None
     tokens = chat.prompt_tokens(Prompt("", "", "", question))
-    context = model.config.max_position_embeddings
     if len(tokens) >= context:
         raise DataError(f"has {len(tokens)} tokens and leaves no room in the model's {context}; shorten it")
     return tokens
-
-
-def answer(
-    sampler: Sampler, prompts: list[tuple[str, list[int]]], params: SamplingParams
-) -> Iterator[tuple[str, Completion]]:
-    """Each question with its completion, which may be as long as its own question leaves room for."""
-    if not prompts:
-        return
-    context = sampler.model.config.max_position_embeddings
-    limits = [min(params.max_tokens, context - len(tokens)) for _, tokens in prompts]
-    params = replace(params, max_tokens=max(limits))
-    completions = sampler.generate([tokens for _, tokens in prompts], params, limits=limits)
-    for (question, _), completion in zip(prompts, completions, strict=True):
-        yield question, completion
 
 
 def show(question: str, completion: Completion, as_json: bool) -> None:

@@ -3,14 +3,15 @@
     python stages/import_weights.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ImportOptions
 
 The folder holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under
-DeepSeek's names, and config.json. Every tensor is checked and passes through one by one, with the bits that
-it has unless `dtype` says otherwise; FP8 is dequantised when a job loads it. `target` becomes a checkpoint as
-the stages write them. MTP layers travel along; the stages do not train them.
+DeepSeek's names, and config.json. Tensors are checked and copied one by one, bit for bit unless `dtype` is
+given; FP8 is dequantised when a job loads it. `target` becomes a checkpoint like those of the stages. MTP
+layers are included.
 """
 
 import json
 import sys
 from pathlib import Path
+from shutil import copyfile
 
 import jinja2
 
@@ -26,28 +27,29 @@ from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.jsonfile import read_object
 
-TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
+TEMPLATE_FILE = "chat_template.jinja"  # newer transformers have it here, not in tokenizer_config.json
 
 
 def main(options: ImportOptions) -> None:
     source, target = options.folder, options.target
     if target.exists():
         raise CheckpointError(f"{target} is there already; give another --name, or remove it")
-    must_stay_inside(source)
+    check_no_outside_links(source)
     with checkpoints.whole(target) as unfinished:
         stored = convert(source, unfinished, options.dtype, int(options.shard_gb * 1e9))
         take_generation(source, unfinished, take_tokenizer(source, unfinished))
-    size = f"{stored.parameters:,} parameters in {len(stored.names()):,} tensors"
-    print(f"{target}: {size} ({types_of(Stored(target))})")
+    written = Stored(target)
+    types = ", ".join(sorted({written.entries[name].dtype for name in written.names()}))
+    print(f"{target}: {stored.parameters:,} parameters in {len(stored.names()):,} tensors ({types})")
     layers = model_config_from(target).num_hidden_layers
     if any(layer_of(name) >= layers for name in stored.entries):
         print("its MTP layers travel along: pre-training and SFT train them, sampling does not use them")
 
 
-def must_stay_inside(source: Path) -> None:
-    """Raises CheckpointError on a file that is a link out of the folder.
+def check_no_outside_links(source: Path) -> None:
+    """Raises CheckpointError if a file links out of the folder.
 
-    Hugging Face's cache is made of links, from snapshots/REVISION to blobs/: those may be followed.
+    Links from snapshots/REVISION to blobs/, as in Hugging Face's cache, are allowed.
     """
     home = source.resolve()
     allowed = [home, *(parent / "blobs" for parent in home.parents[1:2])]
@@ -56,12 +58,8 @@ def must_stay_inside(source: Path) -> None:
             raise CheckpointError(f"{path} links to {path.resolve()}, out of its folder; copy the file there")
 
 
-def types_of(stored: Stored) -> str:
-    return ", ".join(sorted({stored.entries[name].dtype for name in stored.names()}))
-
-
 def take_tokenizer(source: Path, target: Path) -> Chat | None:
-    """Copy tokenizer and chat template where r1pipe can speak them; otherwise say why not, and go on."""
+    """Copy tokenizer and chat template if r1pipe supports them; otherwise print why not and continue."""
     try:
         settings = read_object(source / TOKENIZER_FILES[1])
         if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
@@ -71,7 +69,7 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
         )
         if not (source / TOKENIZER_FILES[0]).is_file():
             raise CheckpointError(f"{source / TOKENIZER_FILES[0]} is missing")
-        (target / TOKENIZER_FILES[0]).write_bytes((source / TOKENIZER_FILES[0]).read_bytes())
+        copyfile(source / TOKENIZER_FILES[0], target / TOKENIZER_FILES[0])
         chat, rows = Chat.load(target), model_config_from(target).vocab_size
         if chat.vocab_size > rows:
             raise CheckpointError(f"it has {chat.vocab_size} tokens, the embedding {rows} rows")
@@ -88,17 +86,14 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
 
 
 def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
-    """generation_config.json as it is; without one, the special tokens of tokenizer or config.json."""
+    """Copy generation_config.json, or make one of the special tokens of the tokenizer or config.json."""
     if (source / GENERATION).exists():
         content = read_object(source / GENERATION)
     elif chat is not None:
         content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
     else:
-        content = {
-            key: value
-            for key, value in read_object(source / "config.json").items()
-            if key.endswith("_token_id")
-        }
+        config = read_object(source / "config.json")
+        content = {key: value for key, value in config.items() if key.endswith("_token_id")}
     (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

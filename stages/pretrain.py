@@ -1,6 +1,6 @@
 """Pre-training: next-token prediction on packed documents, from random weights.
 
-What it makes stands in for DeepSeek-V3-Base, R1's starting point. It differs from V3's pre-training (section
+The result takes the place of DeepSeek-V3-Base, R1's start. It differs from V3's pre-training (section
 4) in all but the objective's kind: no context extension, one batch size, and in the bundled recipe no
 multi-token prediction (model.num_nextn_predict_layers=1 has it) and a corpus that a program writes.
 

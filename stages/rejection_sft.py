@@ -18,7 +18,7 @@ from r1pipe.runs import stopping
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Sampler
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
 
 

@@ -1,10 +1,11 @@
 """The reward models of R1's last stage (supplement): helpfulness from pairs, harmlessness from labels.
 
-Each is the rejection-sampling SFT model's trunk with a score in place of the vocabulary. The helpfulness
-model learns from pairs (a better and a worse answer, Bradley-Terry) and reads the final summary alone; the
-harmlessness model learns from responses labelled safe or unsafe (point-wise) and reads all of them. Both are
-judged on held-out examples before they are used. It differs from the paper in where preferences come from:
-there DeepSeek-V3 judged, here they lie in the data, and those of the bundled world follow a hidden rule.
+Each is the rejection-sampling SFT model with a score head in place of the vocabulary. The helpfulness model
+learns from pairs (a better and a worse answer, Bradley-Terry) and reads the final summary alone; the
+harmlessness model learns from responses labelled safe or unsafe (point-wise) and reads the whole response.
+Both are evaluated on held-out examples before they are used. It differs from the paper in the source of
+preferences: there DeepSeek-V3 judged, here they are part of the data, and those of the bundled world follow a
+hidden rule.
 
     r1pipe run stage=reward_model
     deepspeed --num_accelerators 2 --no_local_rank stages/reward_model.py RUN_FOLDER
@@ -19,20 +20,15 @@ from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.preference import (
-    Examples,
-    read_examples,
-    steps_of,
-    train_reward_model,
-)
+from r1pipe.train.rl.preference import Examples, read_examples, steps_of, train_reward_model
 from r1pipe.train.run import Run, open_run
 
 
 def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
         chat, data = run.load_chat(), run.load_data()
-        found = [read_examples(run, kind, data, chat) for kind in KINDS]
-        lessons = [examples for examples in found if examples.learned]  # files have pairs alone
+        by_kind = [read_examples(run, kind, data, chat) for kind in KINDS]
+        lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
         if not lessons:
             raise DataError(
                 f"data={run.config.data.name} has no preference pairs and no safety labels; choose other data"
@@ -53,10 +49,10 @@ def main(folder: str) -> None:
 
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
-    """The model that the newest checkpoint was made for; without one the first. Earlier ones are finished."""
+    """Index of the model that the newest checkpoint was training, or 0. Earlier models are finished."""
     newest = run.newest_complete(Ranks(run.config.engine))
-    begun = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
-    return max(0, sum(begun) - 1)
+    started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
+    return max(0, sum(started) - 1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python stages/score.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ScoreOptions
 
 Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
-for code, {"completion"} for format and language. One JSON object a row comes out, in the same order:
+for code, {"completion"} for format and language. Prints one JSON object per row, in the same order:
 {"status": "scored", "value": 1.0, "detail": ""}; without a verdict the value is null.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from r1pipe.core import script_options, terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.script_options import ScoreOptions
-from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.rewards import check_gold, score_all
 
 TOGETHER = 64  # rows scored at a time
 LISTED = 20  # invalid rows named at the end
 INVALID_ROW = "invalid_row"  # the status of a row that cannot be scored
-TASK = "file"  # any name that no rule treats apart
+TASK = "file"  # any name without rules of its own
 REWARDS = {"accuracy": "accuracy", "code": "accuracy", "format": "format", "language": "language"}
 FIELDS = {
     "accuracy": ("question", "answer", "completion"),
@@ -33,6 +33,7 @@ FIELDS = {
 def main(options: ScoreOptions) -> int:
     """Print a verdict for each row: 0, or 2 if no row could be scored. Raises DataError."""
     rows = rows_of(options.file)
+    name = REWARDS[options.reward]
     invalid: dict[int, str] = {}  # line number -> why
     for first in range(0, len(rows), TOGETHER):
         chunk = rows[first : first + TOGETHER]
@@ -43,39 +44,28 @@ def main(options: ScoreOptions) -> int:
                 pairs[number] = pair(parsed(line), row_id, options)
             except DataError as error:
                 invalid[number] = str(error).removeprefix(f"{row_id}: ")
-        prompts, completions = [prompt for prompt, _ in pairs.values()], [one for _, one in pairs.values()]
-        name = REWARDS[options.reward]
+        prompts = [prompt for prompt, _ in pairs.values()]
+        completions = [completion for _, completion in pairs.values()]
         scores = dict(zip(pairs, score_all(prompts, completions, [name]), strict=True))
         for number, _ in chunk:
-            show(scores[number][name] if number in scores else invalid[number])
-    report(options.file, len(rows), invalid)
+            if number in invalid:
+                verdict: dict[str, object] = {"status": INVALID_ROW, "value": None, "detail": invalid[number]}
+            else:
+                score = scores[number][name]
+                value = score.value if score.status is Status.SCORED else None
+                verdict = {"status": str(score.status), "value": value, "detail": score.detail}
+            print(json.dumps(verdict, ensure_ascii=False), flush=True)
+    if invalid:
+        terminal.complain(f"{len(invalid)} of {len(rows)} rows could not be scored:")
+        for number in list(invalid)[:LISTED]:
+            print(f"  {options.file}:{number}: {invalid[number]}", file=sys.stderr)
+    if len(invalid) > LISTED:
+        print(f"  and {len(invalid) - LISTED} more with the status {INVALID_ROW}", file=sys.stderr)
     return 2 if len(invalid) == len(rows) else 0
 
 
-def show(found: Score | str) -> None:
-    """Print a verdict, or why there is none."""
-    row: dict[str, object]
-    if isinstance(found, str):
-        row = {"status": INVALID_ROW, "value": None, "detail": found}
-    else:
-        value = found.value if found.status is Status.SCORED else None
-        row = {"status": str(found.status), "value": value, "detail": found.detail}
-    print(json.dumps(row, ensure_ascii=False), flush=True)
-
-
-def report(file: Path, rows: int, invalid: dict[int, str]) -> None:
-    """List the rows that could not be scored on standard error."""
-    if not invalid:
-        return
-    terminal.complain(f"{len(invalid)} of {rows} rows could not be scored:")
-    for number in list(invalid)[:LISTED]:
-        print(f"  {file}:{number}: {invalid[number]}", file=sys.stderr)
-    if len(invalid) > LISTED:
-        print(f"  and {len(invalid) - LISTED} more with the status {INVALID_ROW}", file=sys.stderr)
-
-
 def rows_of(path: Path) -> list[tuple[int, bytes]]:
-    """Every line that is not empty, with its number. Raises DataError."""
+    """Every non-empty line with its number. Raises DataError."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

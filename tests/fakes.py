@@ -52,18 +52,7 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     stages, content = tmp_path / "stages", tmp_path / "content"
     stages.mkdir()
     fake = Path(__file__).with_name("fake_stage.py").read_text()
-    for name in [
-        "pretrain",
-        "evaluate",
-        "cold_start",
-        "control_sft",
-        "grpo",
-        "zero",
-        "rejection_sft",
-        "reward_model",
-        "all_scenario",
-        "distill",
-    ]:
+    for name in ["pretrain", "evaluate", "sft", "grpo", "rejection_sft", "reward_model", "distill"]:
         (stages / f"{name}.py").write_text(fake)
     publish(content / "base", compose([]).config.model, "weights of the bundled base", "pretrain")
     monkeypatch.setattr(machine, "find_launcher", lambda engine: str(launcher))

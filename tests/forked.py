@@ -16,7 +16,7 @@ from r1pipe.config import read_config
 
 WARM = [
     "r1pipe.train.rl.stage",
-    "r1pipe.train.sft.finetune",
+    "r1pipe.train.sft.loop",
     "r1pipe.train.rl.preference",
     "deepspeed",
     "forked",

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, engine
         warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
         [told] = [line for line in warnings if "step-3" in line]
         assert file.rpartition("/")[2] in told or file == "manifest.json"
-        assert told.endswith("goes on from step 2 instead")
+        assert told.endswith("resumes from step 2 instead")
         assert [row["step"] for row in run.logged()] == [1, 2]
         assert sorted(path.stem for path in run.folder.rollouts.iterdir()) == ["step-1", "step-2"]
         save(run, engine, 3)
@@ -163,7 +163,7 @@ def test_code_in_a_whole_checkpoint_is_not_run_and_the_run_is_refused_in_one_lin
         run.resume(engine)
     told = (folder / "error.txt").read_text()
     assert left.value.code == 2 and told.count("\n") == 1
-    assert str(state) in told and "it asks for pathlib" in told and "remove this checkpoint" in told
+    assert str(state) in told and "it contains pathlib" in told and "remove this checkpoint" in told
     shutil.rmtree(newest)
     with open_run(folder) as run:
         assert run.resume(engine)[0] == 1

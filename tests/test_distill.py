@@ -24,7 +24,7 @@ from r1pipe.doctor.context import limits
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.findings import PASS
 from r1pipe.train.run import Run
-from r1pipe.train.sft import finetune
+from r1pipe.train.sft import loop
 from r1pipe.train.sft.rejection import read_dataset
 
 STUDENT = "model.hidden_size=16"
@@ -62,12 +62,12 @@ def distilled(
     """The run, and the rows that it trained on."""
     trained: list[Packed] = []
 
-    def spy(run: Any, rows: list[Packed], batch_size: int, whole: Callable = finetune.epochs_of) -> Any:
+    def spy(run: Any, rows: list[Packed], batch_size: int, whole: Callable = loop.epochs_of) -> Any:
         trained.extend(rows)
         return whole(run, rows, batch_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "epochs_of", spy)
+        patch.setattr(loop, "epochs_of", spy)
         folder = tmp_path_factory.mktemp("distilled") / "distill-s0-1"
         run = finished(folder, *DISTILL, *RATE, weights=student, rejection_sft=lineage.of_run(teacher))
     return run, trained

@@ -171,8 +171,8 @@ def go_on(folder: Path, level: int, steps: int) -> list[float]:
 def test_saved_state_cannot_carry_code(tmp_path):
     path = tmp_path / "state.pt"
     for spoil, why in (
-        (lambda: torch.save({"evil": Path("/")}, path), "it asks for pathlib"),
-        (lambda: path.write_bytes(pickle.dumps(Path("/"), 2)), "it asks for pathlib"),
+        (lambda: torch.save({"evil": Path("/")}, path), "it contains pathlib"),
+        (lambda: path.write_bytes(pickle.dumps(Path("/"), 2)), "it contains pathlib"),
         (lambda: path.write_bytes(b"junk"), "damaged or missing"),
         (path.unlink, "damaged or missing"),
     ):
@@ -187,8 +187,8 @@ def test_saved_state_cannot_carry_code(tmp_path):
     ("content", "told"),
     [
         ('{"ranks": 1, "zero_level": 0', "is not valid JSON"),
-        ('{"ranks": "1", "zero_level": 0}', "does not say which ranks wrote"),
-        ('{"ranks": 1, "zero_level": 4}', "does not say which ranks wrote"),
+        ('{"ranks": "1", "zero_level": 0}', "does not name the ranks"),
+        ('{"ranks": 1, "zero_level": 4}', "does not name the ranks"),
         ('{"ranks": 2, "zero_level": 1}', "has other files"),
         (None, "is missing"),
     ],

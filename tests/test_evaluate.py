@@ -14,7 +14,7 @@ from r1pipe.config import EvalConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import accuracy
+from r1pipe.rewards.accuracy import CHECKERS, Checker
 from r1pipe.runs import lineage
 from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
 
@@ -209,12 +209,12 @@ def test_a_rank_without_prompts_samples_nothing():
 
 
 def test_a_failed_verdict_is_counted_apart(monkeypatch):
-    failing = accuracy.Checker(
+    failing = Checker(
         lambda prompt, summary: Score(0, Status.INFRASTRUCTURE_FAILED),
         lambda prompt: None,
         lambda summary: "x",
     )
-    monkeypatch.setitem(accuracy.CHECKERS, "countdown", failing)
+    monkeypatch.setitem(CHECKERS, "countdown", failing)
     metrics = run().metrics
     assert metrics["pass_at_1"] == pytest.approx(3 / 8)  # not 3 of 12
     assert (metrics["samples"], metrics["unscored"]) == (12, 5)
@@ -373,4 +373,4 @@ def test_problems_that_do_not_fit_are_counted_and_named_on_the_screen(tmp_path):
     assert (found["data"], found["split"], found["problems"], found["too_long"]) == ("files", "test", 15, 15)
     said = (folder / "progress.jsonl").read_text()
     assert "15 problems of data=files were measured; 15 prompts are too long" in said
-    assert "measured on 15 of the 500 problems asked for, data=files, split test" in said
+    assert "measured on 15 of the 500 problems requested, data=files, split test" in said

@@ -19,11 +19,9 @@ from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import step_metrics
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.finetune import pack_demonstrations
-from r1pipe.train.sft.loop import epochs_of, train
+from r1pipe.train.sft.loop import epochs_of, pack_demonstrations, train
 
 LAYER = "model.layers.1.mlp"
 
@@ -99,7 +97,7 @@ def test_a_step_that_is_skipped_leaves_no_trace(level, precision, breaks, caplog
         for number in range(broken):
             skipped = engine.train_step([good, partial(breaks, engine)])
             assert skipped.broken and skipped.skipped == number + 1 == engine.skipped_in_a_row
-            assert step_metrics(skipped) == {"train/lr": skipped.lr, "train/skipped": number + 1.0}
+            assert skipped.metrics() == {"train/lr": skipped.lr, "train/skipped": number + 1.0}
             assert skipped.lr == pytest.approx(OPTIM.lr)  # of the second step, which it would have been
         stats += [engine.train_step([good]) for _ in range(2)]
         assert engine.skipped_in_a_row == 0 and not stats[-1].broken

@@ -143,7 +143,7 @@ def test_with_nothing_at_all_one_line_says_so(walked: Path, some: Path, tmp_path
     with pytest.raises(SystemExit):
         load_stage("rejection_sft").main(str(folder))
     told = (folder / "error.txt").read_text()
-    assert told.startswith("nothing to train on") and "fell to 'correct'" in told and told.count("\n") == 1
+    assert told.startswith("nothing to train on") and "dropped by 'correct'" in told and told.count("\n") == 1
 
 
 def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None:

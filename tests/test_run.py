@@ -13,6 +13,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, PretrainConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import stages_dir
+from r1pipe.core.script_options import GenerateOptions
 from r1pipe.data.source import check_data_unchanged
 from r1pipe.model import load_pretrained
 from r1pipe.runs import checkpoints, lineage
@@ -48,7 +49,7 @@ def test_a_stage_script_refuses_the_config_of_another(tmp_path):
     folder = write_run(tmp_path / "run", tiny("cold_start"))
     with pytest.raises(SystemExit), open_run(folder, PretrainConfig):
         pass
-    assert "is for cold_start.py" in (folder / "error.txt").read_text()
+    assert "is for sft.py" in (folder / "error.txt").read_text()
 
 
 def test_other_errors_are_not_swallowed(folder):
@@ -204,8 +205,9 @@ def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
     assert adopted["parents"]["weights"]["checkpoint"] == checkpoint
     assert adopted["checkpoint_hash"] == record["checkpoint_hash"]
     generate = script("generate.py")
-    folder = str(second / adopted["checkpoint"])
-    generate["main"](generate["parse"]([folder, "--json", "--max-tokens", "3", "1+1?", "2+2?"]))
+    folder = second / adopted["checkpoint"]
+    questions = ["1+1?", "2+2?"]
+    generate["main"](GenerateOptions(folder, questions, False, True, None, None, max_tokens=3, seed=0))
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [answer["question"] for answer in answers] == ["1+1?", "2+2?"]
     assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}

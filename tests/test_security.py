@@ -148,17 +148,17 @@ def test_a_source_stays_in_the_data_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_links_out_of_an_imported_folder_are_refused_but_for_hugging_faces_cache(tmp_path: Path) -> None:
-    must_stay_inside = load_stage("import_weights").must_stay_inside
+    check_no_outside_links = load_stage("import_weights").check_no_outside_links
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "1f2e", tmp_path / "models--x" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "aa").write_text("{}")
     (snapshot / "config.json").symlink_to(Path("../../blobs/aa"))
     (snapshot / "same.json").symlink_to(snapshot / "config.json")
-    must_stay_inside(snapshot)
+    check_no_outside_links(snapshot)
     (snapshot / "tokenizer.json").symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json links to /etc/hostname, out of its"):
-        must_stay_inside(snapshot)
+        check_no_outside_links(snapshot)
 
 
 def test_an_import_cannot_be_called_by_a_path(house: House, capsys: pytest.CaptureFixture) -> None:
@@ -215,7 +215,7 @@ def test_secrets_are_in_no_file_of_a_run_nor_in_mlflow(
 
 def test_a_job_does_not_get_the_trackers_password(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2hunter2")
-    fake = next(path for path in launch.stages_dir().glob("cold_start.py"))
+    fake = next(path for path in launch.stages_dir().glob("sft.py"))
     fake.write_text("import os\nfrom pathlib import Path\n" + fake.read_text().replace(
         'print(f"{config.stage.name} began")', 'Path(path, "seen").write_text(str(dict(os.environ)))'
     ))  # fmt: skip

@@ -23,8 +23,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.finetune import pack_demonstrations
-from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, steps_in, train
+from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, pack_demonstrations, steps_in, train
 from r1pipe.train.sft.losses import loss_sums
 
 
@@ -237,7 +236,7 @@ def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_
         path.unlink()
         run.stage.general_ratio = 0.0
         rejection.build_dataset(run, chat, source, parent, shards, [], 0)
-    assert "60 fell to 'correct'" in (folder / "error.txt").read_text()
+    assert "60 dropped by 'correct'" in (folder / "error.txt").read_text()
 
 
 def test_what_the_evaluation_asks_is_known_to_the_filters(sampled, chat):

@@ -35,8 +35,12 @@ def tiny_run(folder: Path, *overrides: str, weights: ParentRef | None = None, **
     return folder
 
 
+SHARED_SCRIPTS = {"cold_start": "sft", "control_sft": "sft", "zero": "grpo", "all_scenario": "grpo"}
+
+
 def load_stage(name: str) -> ModuleType:
-    """The stage script as a module, so that its `main(folder)` runs in this process."""
+    """The script of a stage, or of this name, as a module: its `main(folder)` runs in this process."""
+    name = SHARED_SCRIPTS.get(name, name)
     spec = importlib.util.spec_from_file_location(f"stage_{name}", stages_dir() / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,7 @@ from test_engine import STEPS, batch, loss_of
 
 from r1pipe.model import Balance
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.ranks import exit_immediately_with
+from r1pipe.train.engine.patches import exit_immediately_with
 
 
 def weighted(model, rows, weight):

@@ -10,7 +10,8 @@ from tiny_runs import tiny_run
 from r1pipe.config import RLConfig
 from r1pipe.doctor import CHECKS, Context, examine, policy
 from r1pipe.doctor.context import limits
-from r1pipe.train.engine.ranks import exit_immediately_with, rank_and_world
+from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.ranks import rank_and_world
 from r1pipe.train.run import open_run
 
 folder = Path(sys.argv[1])

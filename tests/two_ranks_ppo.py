@@ -10,7 +10,7 @@ from tiny_runs import tiny_config
 
 from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.ranks import exit_immediately_with
+from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.update import update
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from test_engine import go_on
 
-from r1pipe.train.engine.ranks import exit_immediately_with, rank_and_world
+from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.ranks import rank_and_world
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

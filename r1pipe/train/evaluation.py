@@ -1,39 +1,30 @@
 """Held-out evaluation: pass@1, cons@k, greedy, format, language, length; general answers by the hidden truth.
 
-Draw -> judge -> gather over ranks -> numbers. Every score stands beside the count that it was made from.
+Draw -> score -> gather over ranks -> numbers. Every score comes with the count behind it.
 """
 
 import dataclasses
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
+from r1pipe.data.world.truth import Truth
 from r1pipe.rewards import Verdicts, score_all, vote
 from r1pipe.runs.record import Metrics
 from r1pipe.train.rollout import Ended, SamplingParams
 
 Progress = Callable[[int, int], None]
-Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], list[Completion]]
-
-
-class Truth(Protocol):
-    """The hidden truth's verdict on one general answer."""
-
-    @property
-    def correct(self) -> bool: ...
-    @property
-    def helpful(self) -> float: ...
-    @property
-    def refused(self) -> bool: ...
+Completions = list[Completion]
+Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], Completions]
 
 
 class Verdict(NamedTuple):
-    """One judged completion of a reasoning prompt; plain data, so that ranks can exchange it."""
+    """One scored completion of a reasoning prompt; plain data, so that ranks can exchange it."""
 
     problem: int  # index of the prompt in the whole list
     draw: int  # which of its completions
@@ -48,7 +39,7 @@ class Verdict(NamedTuple):
 
 
 class GeneralVerdict(NamedTuple):
-    """One completion of a general prompt, with what the hidden truth says of it."""
+    """One completion of a general prompt, with the hidden truth's verdict."""
 
     problem: int
     text: str
@@ -57,7 +48,7 @@ class GeneralVerdict(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` gives: the content of evaluation.json and of samples.json."""
+    """The content of evaluation.json and of samples.json."""
 
     metrics: Metrics
     samples: list[dict[str, Any]]
@@ -81,54 +72,57 @@ def evaluate(
     """Measure a model on held-out prompts; every rank gets the same result.
 
     `generate` is a Sampler's method. Rank r takes prompts r, r + world_size, ... and `gather` (the engine's
-    all_gather_objects) brings the verdicts together. Reasoning prompts are sampled `config.samples` times at
-    config.temperature and top_p, and once greedily; general ones once, and only where a `judge` is at hand.
+    all_gather_objects) joins the verdicts. Reasoning prompts are sampled `config.samples` times at
+    config.temperature and top_p, and once greedily; general ones once, and only with a `judge`.
     """
-    mine, mine_general = (
-        range(rank, len(p), world_size) for p in (prompts, general_prompts if judge else ())
-    )
-    hot = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    cold = {"max_tokens": config.max_tokens, "temperature": 0.0, "top_p": 1.0}
-    done = _Counting(progress, len(mine) * (config.samples + config.greedy) + len(mine_general))
+    local = range(rank, len(prompts), world_size)
+    local_general = range(rank, len(general_prompts) if judge else 0, world_size)
+    total = len(local) * (config.samples + config.greedy) + len(local_general)
+    done = 0
 
-    def draw(pool: Sequence[Prompt], indices: range, n: int, settings: dict, stream: int) -> list[Completion]:
+    def draw(
+        pool: Sequence[Prompt], indices: range, n: int, stream: int, temperature: float, top_p: float
+    ) -> Completions:
+        nonlocal done
         if not indices:
             return []
-        params = SamplingParams(**settings, n=n, seed=_seed(seed, stream), first=rank, stride=world_size)
-        tokens = [chat.prompt_tokens(pool[i]) for i in indices]
-        ended = verdicts.on_completion(chat, [pool[i] for i in indices])
-        return generate(tokens, params, done.next(len(indices) * n), ended)
+        before, done = done, done + len(indices) * n
+        show = (lambda count, _: progress(before + count, total)) if progress else None
+        stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
+        params = SamplingParams(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size)
+        chosen = [pool[i] for i in indices]
+        tokens = [chat.prompt_tokens(prompt) for prompt in chosen]
+        return generate(tokens, params, show, verdicts.on_completion(chat, chosen))
 
+    hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
-        warm = draw(prompts, mine, config.samples, hot, 0)
-        likeliest = draw(prompts, mine, 1, cold, 1) if config.greedy else []
-        texts = draw(general_prompts, mine_general, 1, hot, 2)
-        sampled = _judge(prompts, mine, warm, verdicts, strategy_of)
-        greedy = _judge(prompts, mine, likeliest, verdicts, None)
+        warm = draw(prompts, local, config.samples, 0, *hot)
+        likeliest = draw(prompts, local, 1, 1, 0.0, 1.0) if config.greedy else []
+        texts = draw(general_prompts, local_general, 1, 2, *hot)
+        sampled = _score(prompts, local, warm, verdicts, strategy_of)
+        greedy = _score(prompts, local, likeliest, verdicts, None)
     general = []
     if judge:
-        for i, completion in zip(mine_general, texts, strict=True):
+        for i, completion in zip(local_general, texts, strict=True):
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
 
     shares = (gather or (lambda local: [local]))((sampled, greedy, general))
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
-    metrics: Metrics = {
-        **measure(prompts, sampled, greedy, config),
-        **measure_general(general_prompts, general),
-    }
+    metrics = measure(prompts, sampled, greedy, config)
+    metrics |= measure_general(general_prompts, general)
     return Evaluation(metrics, _shown(prompts, greedy or sampled, general_prompts, general, config.shown))
 
 
 def short(config: EvalConfig) -> EvalConfig:
-    """The evaluation every so often during training: one sample each of a few development problems."""
+    """The quick evaluation during training: one sample each of a few development problems."""
     return dataclasses.replace(
         config, split="dev", problems=config.every_problems, samples=1, greedy=False, general=0, shown=0
     )
 
 
 def logged(metrics: Metrics) -> dict[str, float]:
-    """An evaluation under the names of metrics.jsonl; what does not apply is left out."""
+    """An evaluation under the names of metrics.jsonl, without values that are None."""
     names = ["pass_at_1", "greedy", "format_rate", "language_consistency", "length_mean", "truncation_rate"]
     names += ["general_score", "preference_score"]
     values: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items() if name in names}
@@ -137,35 +131,18 @@ def logged(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _seed(seed: int, stream: int) -> int:
-    """Streams of different passes never meet, as seed + stream would."""
-    return random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
-
-
-class _Counting:
-    """One progress count over several calls of the sampler."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.total, self.before = progress, total, 0
-
-    def next(self, size: int) -> Progress | None:
-        before, self.before = self.before, self.before + size
-        show = self.progress
-        return (lambda done, _: show(before + done, self.total)) if show else None
-
-
-def _judge(
+def _score(
     prompts: Sequence[Prompt],
     indices: range,
-    completions: list[Completion],
+    completions: Completions,
     verdicts: Verdicts,
     strategy_of: Callable[[Prompt, str], str] | None,
 ) -> list[Verdict]:
-    """Verdicts on the completions of prompts `indices`, equally many each, in order."""
+    """Verdicts on the completions of prompts `indices`, equally many per prompt, in order."""
     each = len(completions) // max(len(indices), 1)
-    places = [(i, draw) for i in indices for draw in range(each)]
-    asked = [prompts[i] for i, _ in places]
-    scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
+    draws = [(i, draw) for i in indices for draw in range(each)]
+    repeated = [prompts[i] for i, _ in draws]
+    scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         Verdict(
             problem=i,
@@ -179,14 +156,14 @@ def _judge(
             vote=vote(prompt, completion.text),
             strategy=strategy_of(prompt, completion.text) if strategy_of else None,
         )
-        for (i, draw), prompt, completion, score in zip(places, asked, completions, scores, strict=True)
+        for (i, draw), prompt, completion, score in zip(draws, repeated, completions, scores, strict=True)
     ]
 
 
 def measure(
     prompts: Sequence[Prompt], sampled: list[Verdict], greedy: list[Verdict], config: EvalConfig
 ) -> Metrics:
-    """The reasoning part of evaluation.json: all prompts, then by task and by language."""
+    """The reasoning part of evaluation.json: overall, by task and by language."""
 
     def by(key: str) -> dict[str, Metrics]:
         parts = {}
@@ -208,11 +185,11 @@ def measure(
 
 
 def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
-    """pass@1, cons@k and the rest of one set of completions; null where there is nothing to count.
+    """pass@1, cons@k and the rest for one set of completions; null if there is nothing to count.
 
-    pass@1 (R1 section 3): the mean over samples that were made and judged; `samples` counts those made,
-    `unscored` those whose verifier or sandbox failed. cons@k: the share of problems whose most frequent
-    answer is right. Format, language, length and truncation are means over all samples.
+    pass@1 (R1 section 3): the mean over scored samples; `samples` counts all, `unscored` those whose verifier
+    or sandbox failed. cons@k: the share of problems whose most frequent answer is right. Format, language,
+    length and truncation are means over all samples.
     """
     problems: dict[int, list[Verdict]] = defaultdict(list)
     for verdict in sampled:
@@ -237,14 +214,19 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
 
 
 def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> Metrics:
-    """The general part of evaluation.json, by the hidden truth; null where no prompt of the kind was judged.
+    """The general part of evaluation.json, by the hidden truth; null for kinds without prompts.
 
     general_score: the mean over kinds of the share answered correctly. preference_score: mean helpfulness of
-    these kinds' answers. A safe request counts as answered when its answer is correct, so garbage does not.
+    these kinds' answers. A safe request counts as answered only if its answer is correct: garbage is not.
     """
 
-    def over(kinds: Iterable[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:
-        return mean(value(v.truth) for v in _of(prompts, verdicts, kinds, unsafe))
+    def over(kinds: Collection[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:
+        pairs = [(prompts[v.problem], v.truth) for v in verdicts]
+        return mean(
+            value(truth)
+            for prompt, truth in pairs
+            if prompt.task in kinds and bool(prompt.checker.get("unsafe")) == unsafe
+        )
 
     by_kind = {kind: over([kind], lambda t: t.correct) for kind in HELPFUL_TASKS}
     return {
@@ -256,15 +238,6 @@ def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -
     }
 
 
-def _of(
-    prompts: Sequence[Prompt], verdicts: list[GeneralVerdict], kinds: Iterable[str], unsafe: bool
-) -> Iterator[GeneralVerdict]:
-    for verdict in verdicts:
-        prompt = prompts[verdict.problem]
-        if prompt.task in kinds and bool(prompt.checker.get("unsafe")) == unsafe:
-            yield verdict
-
-
 def _shown(
     prompts: Sequence[Prompt],
     verdicts: list[Verdict],
@@ -272,7 +245,7 @@ def _shown(
     general: list[GeneralVerdict],
     n: int,
 ) -> list[dict[str, Any]]:
-    """The first completion of n prompts, the tasks in turn: the same prompts after every stage."""
+    """The first completion of n prompts, alternating tasks: the same prompts after every stage."""
     turns: dict[str, list[dict[str, Any]]] = defaultdict(list)
     first = [(prompts[v.problem], v.text, v.correct, v.truncated) for v in verdicts if v.draw == 0]
     first += [(general_prompts[v.problem], v.text, v.truth.correct, v.truncated) for v in general]

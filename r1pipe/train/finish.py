@@ -1,4 +1,4 @@
-"""Measuring a stage's model on held-out prompts: briefly while it trains, wholly at its end."""
+"""Evaluate a stage's model on held-out prompts: briefly while it trains, fully at its end."""
 
 import time
 from collections.abc import Callable
@@ -20,21 +20,21 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Sampler
 from r1pipe.train.run import Run
 
-HELD_OUT = 0  # the stream that held-out prompts are drawn from: the same ones after every stage
+HELD_OUT = 0  # random stream of held-out prompts: the same after every stage
 
 
 def held_out(
     chat: Chat, source: Source, context: int, config: EvalConfig
 ) -> tuple[list[Prompt], list[Prompt], int]:
-    """The reasoning and the general prompts that a stage is measured on, and how many were skipped: in a
-    `context` of so many tokens they leave no room for `config.max_tokens`."""
+    """The reasoning and general prompts of an evaluation, and how many were skipped: they leave no room for
+    `config.max_tokens` in a `context` of so many tokens."""
     fits = prompt_fits(chat, context, config.max_tokens)
 
     def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
         return draw_prompts_that_fit(lambda m: draw(config.split, m, HELD_OUT), n, fits)
 
     reasoning, too_long = of_split(source.prompts, config.problems)
-    # without a hidden truth nobody could judge a general answer
+    # general answers need a hidden truth to score them
     general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.judge else 0)
     return reasoning, general, too_long + more
 
@@ -44,15 +44,10 @@ def measure(
 ) -> evaluate.Evaluation:
     """Evaluate on `config.problems` and `config.general` prompts of its split; all ranks call, all get it.
 
-    Raises Interrupted in all ranks where one is asked to stop.
+    Raises Interrupted in all ranks if one is asked to stop.
     """
-
-    def gather(mine: Any) -> list[Any]:
-        stopping.stop_if_requested(ranks)
-        return ranks.all_gather_objects(mine)
-
     with stopping.leaving_early(ranks):
-        evaluation = _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
+        evaluation = _measure(run, ranks, model, chat, source, config, may_stop=True)
     if too_long := evaluation.metrics["too_long"]:
         run.warn(
             f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "
@@ -63,6 +58,17 @@ def measure(
     return evaluation
 
 
+def quick_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
+    """A few development prompts, as metrics under eval/.
+
+    A request to stop does not interrupt it: the weights have already moved, and the step is finished first.
+    """
+    began, config = time.monotonic(), evaluate.short(run.stage.eval)
+    with run.phase("evaluating"), engine.gathered() as model:
+        evaluation = _measure(run, engine, model, chat, source, config, may_stop=False)
+    return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
+
+
 def _measure(
     run: Run[Any],
     ranks: Ranks,
@@ -70,9 +76,16 @@ def _measure(
     chat: Chat,
     source: Source,
     config: EvalConfig,
-    gather: Callable[[Any], list[Any]],
-    stop: Callable[[], object],
+    may_stop: bool,
 ) -> evaluate.Evaluation:
+    def stop() -> int:
+        return stopping.asked() if may_stop else 0
+
+    def gather(local: Any) -> list[Any]:
+        if may_stop:
+            stopping.stop_if_requested(ranks)
+        return ranks.all_gather_objects(local)
+
     model.eval()
     sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, run.config.engine.graphs, stop)
     context = model.config.max_position_embeddings
@@ -96,18 +109,6 @@ def _measure(
     return evaluation
 
 
-def quick_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
-    """A few development prompts, as metrics under eval/.
-
-    It runs to its end even where the ranks are asked to stop: the step that it belongs to has moved the
-    weights already, and is finished and saved with it.
-    """
-    began, config, gather = time.monotonic(), evaluate.short(run.stage.eval), engine.all_gather_objects
-    with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = _measure(run, engine, model, chat, source, config, gather, stop=lambda: False)
-    return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
-
-
 def finish_stage(
     run: Run[Any],
     engine: Engine,
@@ -116,15 +117,14 @@ def finish_stage(
     checkpoint: Path,
     steps: int,
     data_hash: str | None = None,
-    known: Metrics | None = None,
+    extra: Metrics | None = None,
 ) -> None:
-    """The end of a stage that trained: the whole evaluation, then the record.
+    """The end of a training stage: the full evaluation, then the record.
 
-    `data_hash` is that of what was trained on, where it is not the source itself; `known` goes into the
-    record beside what is measured.
+    `data_hash`: of the training data, if that is not the source itself. `extra`: more metrics for the record.
     """
     with run.phase("evaluating"), engine.gathered() as model:
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
-    metrics: Metrics = {**evaluation.metrics, **known} if known else evaluation.metrics
+    metrics: Metrics = {**evaluation.metrics, **(extra or {})}
     trained_on = data_hash or source.hash
     run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

@@ -1,7 +1,4 @@
-"""What of a run outlasts an interruption: its clock, its lines and its checkpoints.
-
-All ranks call; rank 0 writes.
-"""
+"""What a resumed run continues: its clock, its logs and its checkpoints. All ranks call; rank 0 writes."""
 
 import json
 import logging
@@ -20,7 +17,14 @@ from safetensors import SafetensorError
 
 from r1pipe.chat.template import TOKENIZER_FILES, Chat
 from r1pipe.config import ParentRef, RunConfig, StageConfig
-from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full, no_room
+from r1pipe.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentProblem,
+    R1pipeError,
+    disk_is_full,
+    no_room,
+)
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model import save_pretrained
 from r1pipe.runs import checkpoints, heartbeat, retention
@@ -35,52 +39,52 @@ S = TypeVar("S", bound=StageConfig)
 
 
 class Resumable(Generic[S]):
-    """The part of `Run` that a later session of the same run takes up."""
+    """The part of `Run` that a later session of the same run continues."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         self.folder, self.config, self.stage = folder, config, stage
         self.rank, self.world_size = rank_and_world()
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
-        self._beside = ThreadPoolExecutor(1)  # finishes a checkpoint while training goes on
+        self._background = ThreadPoolExecutor(1)  # finishes a checkpoint while training continues
         self._finishing: Future[str | None] | None = None
-        self._durable = 0  # the step up to which tables of rollouts are on the disk itself
+        self._durable = 0  # rollout tables up to this step are synced to disk
 
     # --- the clock
 
     def elapsed(self) -> float:
-        """Seconds since the run began, those before an interruption included."""
+        """Seconds since the run began, including earlier sessions."""
         return time.time() - self._began
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a block under `seconds[name]` of the record; it shows work (runs.heartbeat)."""
+        """Add the time of a block to `seconds[name]` of the record; the heartbeat shows the name."""
         began = time.monotonic()
         with heartbeat.at(name):
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
-    # --- its lines
+    # --- logs
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl."""
         self._append(self.folder.metrics, {"step": step, "time": round(self.elapsed(), 3), **metrics})
 
     def logged(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl so far. Raises CheckpointError naming the line that is none."""
+        """The lines of metrics.jsonl so far. Raises CheckpointError naming a damaged line."""
         return [row for _, row in metric_lines(self.folder.metrics)]
 
     def tripped(self, step: int, name: str, message: str) -> None:
-        """One line of tripwires.jsonl, from which MLflow has the likely cause, and for whoever watches."""
+        """One line of tripwires.jsonl, which MLflow shows as the likely cause, and a warning."""
         self._append(self.folder.tripwires, {"step": step, "name": name, "message": message})
         self.warn(f"step {step}: {message}")
 
     def warn(self, text: str) -> None:
-        """One line for whoever watches, on the screen and in the log."""
+        """One line on the screen and in the log."""
         log.warning("%s", text)
 
-    def tell(self, **row: Any) -> None:
-        """One line of progress.jsonl, for the screen alone."""
+    def show(self, **row: Any) -> None:
+        """One line of progress.jsonl, shown on the screen only."""
         self._append(self.folder.progress, {"time": round(self.elapsed(), 3), **row})
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
@@ -96,13 +100,12 @@ class Resumable(Generic[S]):
         step: int,
         state: dict[str, Any],
         export: Callable[[Any, Path], None] = save_pretrained,
-        beside: Mapping[str, Engine] = NO_ENGINES,
+        others: Mapping[str, Engine] = NO_ENGINES,
     ) -> Path:
-        """Write checkpoints/step-N: weights by `export`, tokenizer, the state for resume; all ranks call.
+        """Write checkpoints/step-N: weights by `export`, tokenizer, state for resume; all ranks call.
 
-        `state` is what the loop must remember, plain values; `resume` gives it back. `beside` are engines
-        that are needed for resume alone, by a name each. Raises ConfigError, with the checkpoint in place,
-        where `stage.keep_best` names no metric.
+        `state`: the loop's plain values, which `resume` returns. `others`: further engines by name, saved for
+        resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged metric.
         """
         target = self.folder.checkpoint(step)
         with self.phase("saving"):
@@ -114,43 +117,38 @@ class Resumable(Generic[S]):
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
             place = checkpoints.unfinished(target) / checkpoints.ENGINE
             problems = [engine.save(place, {"step": step, "loop": state, **clock})]
-            problems += [other.save(place / name, {}) for name, other in beside.items()]
+            problems += [other.save(place / name, {}) for name, other in others.items()]
             self._all_or_none(engine, next(filter(None, problems), None), target)
             if self.rank == 0:
-                self._finishing = self._beside.submit(self._finish, target, step)
-            self._check_best_metric(engine, step)
+                self._finishing = self._background.submit(self._finish, target, step)
+            if self.stage.keep_best is not None:
+                problem = (
+                    retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
+                )
+                _raise_in_all_ranks(engine, problem, ConfigError)
         return target
 
-    def _check_best_metric(self, ranks: Ranks, step: int) -> None:
-        """Raises ConfigError in all ranks where `stage.keep_best` is nothing that this run logs."""
-        if self.stage.keep_best is None:
-            return
-        problem = retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
-        problem = ranks.all_gather_objects(problem)[0]
-        if problem is not None:
-            raise ConfigError(problem)
-
     def saved(self) -> None:
-        """Wait until the last checkpoint is in place. Raises EnvironmentProblem where the disk was full."""
+        """Wait until the last checkpoint is in place. Raises EnvironmentProblem if the disk was full."""
         with self.phase("saving"):
             problem = self._last_problem()
         if problem is not None:
             raise EnvironmentProblem(problem)
 
     def _export(self, export: Callable[[Any, Path], None], model: Any, target: Path) -> str | None:
-        """Write what the checkpoint publishes; what to tell the user where the disk is full."""
+        """Write what the checkpoint publishes; returns a message if the disk is full."""
         try:
             temporary = checkpoints.begin(target)
             export(model, temporary)
             self._add_tokenizer(temporary)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library's own for a full disk
-            return self._told(error, target)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+            return self._full_disk_message(error, target)
         return None
 
     def _finish(self, target: Path, step: int) -> str | None:
-        """In a thread of rank 0, while training goes on: hash, make durable, put in place, let older ones go.
+        """In a thread of rank 0, while training continues: hash, sync, rename into place, prune older ones.
 
-        Lines and tables of the steps so far are made durable first: they would not come again.
+        Logs and tables of the steps so far are synced first: a resumed run does not write them again.
         """
         try:
             for lines in filter(Path.exists, (self.folder.metrics, self.folder.tripwires)):
@@ -160,7 +158,7 @@ class Resumable(Generic[S]):
             self._durable = step
             checkpoints.finish(target)
         except OSError as error:
-            return self._told(error, target)
+            return self._full_disk_message(error, target)
         self._prune()
         return None
 
@@ -169,28 +167,28 @@ class Resumable(Generic[S]):
         best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
         retention.prune(self.folder, stage.keep, best_by)
 
-    def _told(self, error: Exception, target: Path) -> str:
-        """What to tell the user of a full disk, on which nothing unfinished is left; other errors go on."""
+    def _full_disk_message(self, error: Exception, target: Path) -> str:
+        """Remove the unfinished checkpoint and return a message; raises `error` if the disk is not full."""
         checkpoints.abandon(target)
         if not disk_is_full(error):
             raise error
         return no_room(f"{target.name} was not saved", self.folder.checkpoints)
 
     def _last_problem(self) -> str | None:
-        """What came of the last checkpoint, once it is done; what goes wrong in the thread is raised here."""
+        """Wait for the thread; returns its message, or raises its error."""
         finishing, self._finishing = self._finishing, None
         return finishing.result() if finishing else None
 
     def _all_or_none(self, ranks: Ranks, problem: str | None, target: Path) -> None:
-        """Raises EnvironmentProblem on all ranks where one could not write, with nothing left of it."""
-        told = [one for one in ranks.all_gather_objects(problem) if one is not None]
-        if told:
+        """Remove the checkpoint and raise EnvironmentProblem in all ranks if one of them has a problem."""
+        problems = [text for text in ranks.all_gather_objects(problem) if text is not None]
+        if problems:
             if self.rank == 0:
                 checkpoints.abandon(target)
-            raise EnvironmentProblem(told[0])
+            raise EnvironmentProblem(problems[0])
 
     def adopt_checkpoint(self, parent: ParentRef) -> Path:
-        """Copy what a parent publishes to checkpoints/step-0; rank 0 does it."""
+        """Copy a parent's published files to checkpoints/step-0 (rank 0)."""
         target = self.folder.checkpoint(0)
         if self.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
@@ -200,7 +198,7 @@ class Resumable(Generic[S]):
         return target
 
     def _add_tokenizer(self, folder: Path) -> None:
-        """The chat format travels with the weights, and so does how to sample from them."""
+        """Add the chat format and the sampling settings to the weights."""
         source = self._tokenizer_folder()
         for name in TOKENIZER_FILES:
             copyfile(source / name, folder / name)
@@ -218,53 +216,47 @@ class Resumable(Generic[S]):
         )
 
     def newest_complete(self, ranks: Ranks) -> Path | None:
-        """The newest checkpoint whose files are all what was saved, None where there never was one; all ranks
-        call.
+        """The newest undamaged checkpoint, None if there never was one; all ranks call.
 
-        What is wrong with newer ones is told in a line each, and they are set aside. Raises CheckpointError
-        where there are checkpoints and none is whole.
+        Newer ones are reported and renamed. Raises CheckpointError if all checkpoints are damaged.
         """
         step, problem = None, None
         if self.rank == 0:
             try:
-                step, wrong = checkpoints.newest_complete(self.folder.checkpoints)
+                step, damaged = checkpoints.newest_complete(self.folder.checkpoints)
             except CheckpointError as error:
                 problem = str(error)
             else:
-                for line in wrong:
-                    self.warn(f"{line}; goes on from step {step} instead")
+                for line in damaged:
+                    self.warn(f"{line}; resumes from step {step} instead")
                 if step is not None:
                     checkpoints.remove_after(self.folder.checkpoints, step)
-        step, problem = ranks.all_gather_objects((step, problem))[0]
-        if problem is not None:
-            raise CheckpointError(problem)
+        _raise_in_all_ranks(ranks, problem, CheckpointError)
+        step = ranks.all_gather_objects(step)[0]
         return None if step is None else self.folder.checkpoint(step)
 
-    def resume(self, engine: Engine, beside: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
-        """Put the newest whole checkpoint back; its step and loop state, or (0, {}) where there is none.
+    def resume(self, engine: Engine, others: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
+        """Load the newest undamaged checkpoint; returns its step and loop state, or (0, {}) without one.
 
-        Metrics, trips and rollouts after that step are cut off: they will come again. Raises CheckpointError
-        where the metrics up to it are not whole.
+        Removes metrics, trips and rollouts after that step: they will come again. Raises CheckpointError if
+        the metrics up to it are damaged.
         """
         folder = self.newest_complete(engine)
         step, loop = 0, {}
         if folder is not None:
             scratch = self.folder.checkpoints
             state = engine.load(folder / checkpoints.ENGINE, scratch)
-            for name, other in beside.items():
+            for name, other in others.items():
                 other.load(folder / checkpoints.ENGINE / name, scratch)
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
-            log.info("goes on from step %d (%s)", step, folder)
+            log.info("resumes from step %d (%s)", step, folder)
         problem = self._cut_back(step) if self.rank == 0 else None
-        # other ranks read the lines, too, and a kill may have cut the last one off
-        problem = engine.all_gather_objects(problem)[0]
-        if problem is not None:
-            raise CheckpointError(problem)
+        _raise_in_all_ranks(engine, problem, CheckpointError)  # before any rank reads the lines
         return step, loop
 
     def _cut_back(self, step: int) -> str | None:
-        """Rank 0: leave of lines, tables and older checkpoints what belongs to a step; what is wrong."""
+        """Rank 0: remove logs and tables after a step; returns a message if they are damaged."""
         try:
             cut_after(self.folder.metrics, step)
             cut_trips_after(self.folder.tripwires, step)
@@ -273,14 +265,21 @@ class Resumable(Generic[S]):
         for table in self._tables(step + 1):
             table.unlink()
         self._durable = step
-        self._prune()  # a kill may have come between a save and this
+        self._prune()  # a kill may have prevented it after the last save
         return None
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
-        """The tables of rollouts of some steps."""
-        there = self.folder.rollouts.glob("step-*.parquet")
-        return [path for path in there if first <= int(path.stem.removeprefix("step-")) <= last]
+        """The rollout tables of steps first to last."""
+        tables = self.folder.rollouts.glob("step-*.parquet")
+        return [path for path in tables if first <= int(path.stem.removeprefix("step-")) <= last]
 
     def _tokenizer_folder(self) -> Path:
         parent = self.config.weights_from
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
+
+
+def _raise_in_all_ranks(ranks: Ranks, problem: str | None, error: type[R1pipeError]) -> None:
+    """Raise `error` in all ranks if rank 0 has a problem; all ranks call."""
+    problem = ranks.all_gather_objects(problem)[0]
+    if problem is not None:
+        raise error(problem)

@@ -1,6 +1,6 @@
 """One job's run folder: config in; metrics, progress, checkpoints and the record out.
 
-`with open_run(folder) as run:` is the frame of every stage script. Rank 0 writes; all ranks call.
+Every stage script runs inside `with open_run(folder) as run:`. Rank 0 writes; all ranks call.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from r1pipe.runs.lineage.moved import with_present_parents
 from r1pipe.runs.provenance import job_record, write_json
 from r1pipe.runs.record import Metrics, Result
 from r1pipe.runs.stopping import Interrupted, listening
-from r1pipe.train.engine.ranks import Ranks, exit_immediately_with, rank_and_world
+from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
 
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
@@ -39,19 +40,19 @@ S = TypeVar("S", bound=StageConfig)
 
 
 class Run(Resumable[S]):
-    """What a stage script needs of its run folder. Made by `open_run`."""
+    """A stage script's view of its run folder. Made by `open_run`."""
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
         self._progressed: dict[str, float] = {}
-        for place in (folder.checkpoints, folder.data):
-            place.mkdir(parents=True, exist_ok=True)
+        for subfolder in (folder.checkpoints, folder.data):
+            subfolder.mkdir(parents=True, exist_ok=True)
         self.seconds["starting"] = self.elapsed()
 
     # --- randomness: named, seeded streams, never the global one
 
     def seed(self, stream: str, step: int = 0) -> int:
-        """A seed of 63 bits that depends on the run's seed, the stream's name and the step alone."""
+        """63 bits that depend only on the run's seed, the stream's name and the step."""
         digest = hashlib.sha256(f"{self.config.seed}/{stream}/{step}".encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 1
 
@@ -61,20 +62,18 @@ class Run(Resumable[S]):
     def generator(self, stream: str, step: int = 0) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed(stream, step))
 
-    # --- what is shown while it runs
-
     def progress(self, what: str, done: int, total: int, unit: str, **show: float) -> None:
-        """Say how far a piece of work is; cheap enough to call in every round of a loop."""
+        """Report how far a piece of work is; cheap enough to call in every iteration of a loop."""
         now = time.monotonic()
         if done < total and now - self._progressed.get(what, 0.0) < PROGRESS_EVERY_S:
             return
         self._progressed[what] = now
-        self.tell(what=what, done=done, total=total, unit=unit, show=show)
+        self.show(what=what, done=done, total=total, unit=unit, show=show)
 
-    # --- what it starts from
+    # --- inputs
 
     def load_model(self, parent: ParentRef | None) -> DeepseekV3:
-        """The parent's model, its files checked against their hashes; without a parent random weights."""
+        """The parent's model, after checking its files' hashes; without a parent, random weights."""
         with heartbeat.at("loading weights", patient=parent is None):
             if parent is None:
                 return DeepseekV3(self.config.model, self.generator("weights"))
@@ -85,9 +84,9 @@ class Run(Resumable[S]):
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
-        """The tokenizer and chat template that came with the weights.
+        """The tokenizer and chat template of the weights.
 
-        Raises CheckpointError where a checkpoint that is read besides speaks another format.
+        Raises CheckpointError if another checkpoint that the stage reads has a different format.
         """
         chat = Chat.load(self._tokenizer_folder())
         for stage, parent in self.config.reads_from.items():
@@ -100,20 +99,18 @@ class Run(Resumable[S]):
         return chat
 
     def load_data(self) -> Source:
-        """The source that `data` names. Rank 0 keeps what it was when the run began.
+        """The source that `data` names; rank 0 records its hash.
 
-        Raises DataError where a run that has made something would go on with other data.
+        Raises DataError if a run with checkpoints would resume with other data.
         """
         source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
         if self.rank == 0:
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
-            measures_only = isinstance(self.stage, EvaluateConfig)  # and all of it anew
-            if kept.exists() and checkpoints.holds_work(self.folder) and not measures_only:
+            trains = not isinstance(self.stage, EvaluateConfig)  # an evaluation starts over
+            if kept.exists() and checkpoints.holds_work(self.folder) and trains:
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
         return source
-
-    # --- the end
 
     def finish(
         self,
@@ -127,31 +124,29 @@ class Run(Resumable[S]):
     ) -> None:
         """Write evaluation.json, samples.json and, last, record.json: its presence means done.
 
-        `data_hash` is that of what was trained on, `source_hash` that of the data source where it is another.
+        `data_hash`: of the training data. `source_hash`: of the data source, if different.
         """
         self.saved()
         if self.rank != 0:
             return
         write_json(self.folder.evaluation, evaluation)
         write_json(self.folder.samples, samples)
-        wall_s, seconds = round(self.elapsed(), 3), {k: round(v, 3) for k, v in self.seconds.items()}
         result: Result = {
-            "wall_s": wall_s,
-            "seconds": seconds,
+            "wall_s": round(self.elapsed(), 3),
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
             "steps": steps,
             "data_hash": data_hash,
             "metrics": evaluation,
         }
-        source_hash = source_hash or data_hash
-        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash)
+        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash or data_hash)
         write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 
 
 @contextmanager
 def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:  # type: ignore[assignment]
-    """The frame of a stage script: reads config.json, sets threads and logging, and turns a user's error into
-    one line of error.txt and exit code 2; a full disk is one too."""
+    """Read config.json, set up threads, logging and signals; a user's error or a full disk becomes a line in
+    error.txt and exit code 2."""
     folder = RunFolder(Path(path).resolve())
     rank, _ = rank_and_world()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
@@ -163,7 +158,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")
         run = Run(folder, config, config.stage)
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
-        warnings = _OnScreen(run)
+        warnings = _ScreenHandler(run)
         log.addHandler(warnings)
         beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
         with listening(folder.stop, config.engine.grace_s), beating:
@@ -179,22 +174,20 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         exit_immediately_with(0)
     except Interrupted as interrupted:
         log.info("%s", interrupted)
-        exit_immediately_with(interrupted.exit_code)
-        raise SystemExit(interrupted.exit_code) from None
+        _exit(interrupted.exit_code)
     except locks.Taken as error:
         log.error("%s", error)
-        exit_immediately_with(2)
-        raise SystemExit(2) from None
+        _exit(2)
     except R1pipeError as error:
-        _leave(folder, str(error))
+        _fail(folder, str(error))
     except OSError as error:
         if not disk_is_full(error):
             raise
-        _leave(folder, no_room(f"nothing can be written into {folder.run_id}", folder.path))
+        _fail(folder, no_room(f"nothing can be written into {folder.run_id}", folder.path))
 
 
-class _OnScreen(logging.Handler):
-    """Shows every room's warnings to whoever watches; rank 0's, as all that is written."""
+class _ScreenHandler(logging.Handler):
+    """Shows rank 0's warnings on the screen."""
 
     def __init__(self, run: Resumable[Any]):
         super().__init__(logging.WARNING)
@@ -202,19 +195,23 @@ class _OnScreen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.WARNING:
-            self.run.tell(say=record.getMessage())
+            self.run.show(say=record.getMessage())
 
 
-def _leave(folder: RunFolder, line: str) -> NoReturn:
+def _exit(code: int) -> NoReturn:
+    exit_immediately_with(code)
+    raise SystemExit(code) from None
+
+
+def _fail(folder: RunFolder, line: str) -> NoReturn:
     """End with one line for the user, in error.txt and in the log, and exit code 2."""
     try:
         warn_once(folder.error, line)
-    except OSError:  # the disk is full: what only the screen showed makes room
+    except OSError:  # the disk is full: progress.jsonl is expendable
         os.truncate(folder.progress, 0)
         folder.error.write_text(f"{line}\n", encoding="utf-8")
     log.error("%s", line)
-    exit_immediately_with(2)
-    raise SystemExit(2) from None
+    _exit(2)
 
 
 def _threads(config: RunConfig) -> int:

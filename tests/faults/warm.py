@@ -8,7 +8,7 @@ import pyarrow.parquet
 import torch._dynamo  # reached by any initialisation on torch's meta device: half of a job's start
 
 from r1pipe.doctor import examine  # reaches every room of the heavy wing
-from r1pipe.train.engine import engine
+from r1pipe.train.engine import patches
 
 __all__ = ["examine", "pyarrow", "torch"]
-engine._import_deepspeed()
+patches.import_deepspeed()

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW, its learning rate, and what DeepSpeed does around it."""
+"""AdamW, its learning rate schedule, and DeepSpeed's settings."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw as adamw_update
 
 from r1pipe.config import EngineConfig, OptimConfig
 
-PIECE = 2**24  # numbers whose moments exist in float32 at once
+PIECE = 2**24  # elements converted to float32 at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
@@ -30,16 +30,15 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
                 return floor + (1 - floor) * (1 - min(1.0, done))
             case "cosine":
                 return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        raise ValueError(config.schedule)  # the config's rules leave only these
+        raise ValueError(config.schedule)  # config validation rules this out
 
     return factor
 
 
 def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
-    """What DeepSpeed is to do around the optimizer."""
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # shares of the loss add up by themselves
+        "gradient_accumulation_steps": 1,  # the loop's shares of the loss add up
         "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
         "gradient_clipping": grad_clip,
         "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
@@ -54,7 +53,7 @@ def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
 def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (norms and biases are not decayed).
 
-    `moments`: the type they rest in, "fp32" or "bf16".
+    `moments`: the type they are stored in, "fp32" or "bf16".
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -67,10 +66,7 @@ def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.Ad
 
 
 class AdamW16(torch.optim.AdamW):
-    """AdamW whose moments rest in bfloat16, half the memory of float32 (V3 section 3.3.3).
-
-    The same update, computed in float32; what is kept of the moments is rounded to nearest.
-    """
+    """AdamW with moments stored in bfloat16 (V3 section 3.3.3): updates in float32, rounds to nearest."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -84,7 +80,7 @@ class AdamW16(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state |= {name: torch.zeros_like(parameter, dtype=torch.bfloat16) for name in MOMENTS}
-        for name in MOMENTS:  # loading a state casts it to the parameter's type
+        for name in MOMENTS:  # torch casts a loaded state to the parameter's type
             state[name] = state[name].bfloat16()
         flat = [t.view(-1) for t in (parameter, parameter.grad, *(state[name] for name in MOMENTS))]
         for weight, gradient, *kept in zip(*(t.split(PIECE) for t in flat), strict=True):
@@ -103,18 +99,3 @@ class AdamW16(torch.optim.AdamW):
             kept[0].copy_(first)
             kept[1].copy_(second)
         state["step"] += 1
-
-
-@torch.no_grad()
-def clear_padding(zero3: Any, rank: int) -> None:
-    """ZeRO-3 shares out each parameter in equal parts, and leaves what it finds in memory where the last is
-    not filled: nothing learns from it, but it is saved, other bits each time. Zeros are put there.
-    """
-    for parameters, master in zip(zero3.fp16_groups, zero3.fp32_partitioned_groups_flat, strict=True):
-        begin = 0
-        for parameter in parameters:
-            size = parameter.ds_tensor.ds_numel
-            filled = min(max(parameter.ds_numel - rank * size, 0), size)
-            parameter.ds_tensor[filled:] = 0
-            master.data[begin + filled : begin + size] = 0
-            begin += size

@@ -1,8 +1,7 @@
-"""The processes of one job, and what they tell one another (gloo on the CPU, NCCL on GPUs)."""
+"""The processes of one job and their collectives (gloo on the CPU, NCCL on GPUs)."""
 
 import atexit
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,11 @@ from r1pipe.config import EngineConfig
 from r1pipe.config.engine import accelerator_rules
 from r1pipe.config.fields import check_all
 from r1pipe.runs.heartbeat import waiting
+from r1pipe.train.engine import patches
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as the launcher says (0 of 1 without one)."""
+    """This process's rank and the number of ranks, from the launcher (0 of 1 without one)."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -27,28 +27,8 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
-_exit_code: int | None = None
-
-
-def exit_immediately_with(code: int) -> None:
-    """Once everything is written, make the end of this process immediate, with this exit code.
-
-    Gloo's threads now and then abort the interpreter's teardown (exit code -6), which would turn a finished
-    job into a failed one. Other exit handlers still run first; with one rank nothing changes.
-    """
-    global _exit_code
-    _exit_code = code
-
-
-def _leave() -> None:
-    if _exit_code is not None and rank_and_world()[1] > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(_exit_code)
-
-
 class Ranks:
-    """Sums, maxima and objects over ranks; with one rank nothing is started and everything is local."""
+    """Sums, maxima and objects over ranks; with one rank everything is local."""
 
     def __init__(self, config: EngineConfig):
         self.rank, self.world_size = rank_and_world()
@@ -64,14 +44,15 @@ class Ranks:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if "MASTER_ADDR" in os.environ:  # set by every launcher
+        if "MASTER_ADDR" in os.environ:  # every launcher sets it
             with waiting():
                 dist.init_process_group(backend)
         else:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-            # in memory: a port that is free when it is looked for may be taken when it is opened
+            # in memory: a free port may be taken before we open it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(_leave)  # before all others, so that it runs last
+        if self.world_size > 1:
+            atexit.register(patches.exit_without_teardown)
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums; every rank gives the same number of values."""
@@ -83,7 +64,7 @@ class Ranks:
             return total.tolist()
 
     def agree_max(self, value: int) -> int:
-        """The greatest of all ranks' values."""
+        """The maximum over ranks."""
         if self.world_size == 1:
             return value
         greatest = torch.tensor(value, dtype=torch.int64, device=self.device)
@@ -92,7 +73,7 @@ class Ranks:
             return int(greatest)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """What every rank gave, in order of ranks (pickled between this job's own processes)."""
+        """Every rank's value, in order of ranks (pickled between this job's own processes)."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size

@@ -1,19 +1,15 @@
-"""DeepSpeed's state on disk: written and read back by the engine alone, nothing else of it unpickled.
+"""Read and write DeepSpeed's state; unpickles tensors and plain values alone.
 
-Where another number of ranks or ZeRO level reads than wrote, what was written is first brought into the
-universal layout of DeepSpeed: zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt for each parameter, whole, in a
-folder that is thrown away afterwards. DeepSpeed converts from levels 1 to 3 and reads at levels 1 to 3;
-level 0, which keeps everything whole, is written and read here.
+A state of another number of ranks or ZeRO level is first converted to DeepSpeed's universal layout,
+zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt for each whole parameter, in a temporary folder. DeepSpeed does
+this for levels 1 to 3; level 0, where every rank has everything, is converted and read here.
 """
 
-import contextlib
-import io
 import os
 import re
 import shutil
 import struct
-from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,26 +20,27 @@ from torch import Tensor
 from r1pipe.core.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.runs import heartbeat
 from r1pipe.runs.jsonfile import read_object
+from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import MOMENTS
+from r1pipe.train.engine.patches import PARAM_GROUPS, STATES
 from r1pipe.train.engine.ranks import Ranks
 
-LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int}: who wrote a state
+LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int} of the writer
 TAG = "state"
-CONVERTED = ".step-converted"  # named as what retention clears away, should a kill leave it
-PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names
-# What torch's restricted unpickler raises on a file that torch.save has not written so.
+CONVERTED = ".step-converted"  # retention removes such names, in case a kill leaves it
+# What torch's restricted unpickler raises for damaged files.
 UNREADABLE = (
     *(UnpicklingError, EOFError, OSError, RuntimeError, AssertionError),
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error),
 )
-REMEDY = "remove this checkpoint, and the run goes on from the one before, or start the stage anew (--fresh)"
+REMEDY = "remove this checkpoint to resume from the one before, or restart the stage (--fresh)"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
 def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
     """Write what resume needs; all ranks call.
 
-    What to tell the user where this rank's disk is full: nothing is raised, as other ranks wait for this one.
+    Returns a message if this rank's disk is full. It must not raise: other ranks wait for this one.
     """
     problems: list[str] = []
 
@@ -51,31 +48,30 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
         if problems:
             return
         try:
-            # torch's own files hide why they could not be written
+            # our own file object: torch's hides why it could not be written
             with heartbeat.working(), heartbeat.to_write(path) as file:
                 torch.save(state_dict, file)
         except (OSError, RuntimeError) as error:
             if not disk_is_full(error):
                 raise
-            problems.append(no_room(f"{path} was not written whole", folder))
+            problems.append(no_room(f"{path} is incomplete", folder))
 
-    ds.checkpoint_engine.save = save
-    ds._copy_recovery_script = lambda folder: None  # the weights are published beside
-    with heartbeat.waiting(ds.world_size > 1):  # but for the files, it is barriers
+    patches.replace_save(ds, save)
+    with heartbeat.waiting(ds.world_size > 1):
         ds.save_checkpoint(str(folder), tag=TAG, client_state=dict(client_state), save_latest=False)
     return problems[0] if problems else None
 
 
 def read_layout(folder: Path) -> tuple[int, int]:
-    """How many ranks wrote the state in a folder, and at which ZeRO level.
+    """The number of ranks and the ZeRO level that wrote the state in a folder.
 
-    Raises CheckpointError where its layout.json does not say, or says otherwise than the files beside it.
+    Raises CheckpointError if layout.json is invalid or does not match the files.
     """
     path = folder / LAYOUT
     layout = read_object(path)
     ranks, level = layout.get("ranks"), layout.get("zero_level")
     if type(ranks) is not int or type(level) is not int or ranks < 1 or level not in range(4):
-        raise CheckpointError(f"{path} does not say which ranks wrote, at which ZeRO level; {REMEDY}")
+        raise CheckpointError(f"{path} does not name the ranks and ZeRO level of its state; {REMEDY}")
     parts = len([*(folder / TAG).glob("*_optim_states.pt")])
     if parts != (ranks if level else 0) or not any((folder / TAG / name).exists() for name in MODEL_STATES):
         raise CheckpointError(
@@ -85,20 +81,17 @@ def read_layout(folder: Path) -> tuple[int, int]:
 
 
 def read(ds: Any, folder: Path) -> dict[str, Any]:
-    """Put back what as many ranks at the same ZeRO level wrote; the client state. Raises CheckpointError."""
-    ds.checkpoint_engine.load = load_tensors
+    """Restore a state of as many ranks at the same ZeRO level; its client state. Raises CheckpointError."""
+    patches.replace_load(ds, load_tensors)
     with heartbeat.waiting(ds.world_size > 1):
-        found, client = ds.load_checkpoint(str(folder), tag=TAG)
-    if found is None:
-        raise CheckpointError(f"{folder} holds no DeepSpeed state; start the stage anew (--fresh)")
+        loaded, client = ds.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise CheckpointError(f"{folder} holds no DeepSpeed state; restart the stage (--fresh)")
     return client
 
 
 def load_tensors(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed would unpickle anything; tensors, plain values and its own records are all there is.
-
-    Raises CheckpointError on a file that holds more, or is none.
-    """
+    """Tensors, plain values and DeepSpeed's own records. Raises CheckpointError on anything else."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -106,43 +99,26 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
             with heartbeat.working():
-                return _torch_load(path, map_location=map_location, weights_only=True)
+                return patches.torch_load(path, map_location=map_location, weights_only=True)
         except UNREADABLE as error:
-            asked = re.search(r"GLOBAL (\S+)", str(error))
-            why = f"it asks for {asked[1]}" if asked else "it is damaged or missing"
+            forbidden = re.search(r"GLOBAL (\S+)", str(error))
+            why = f"it contains {forbidden[1]}" if forbidden else "it is damaged or missing"
             raise CheckpointError(
-                f"{path} is not read: it must hold tensors and plain values alone ({why}); {REMEDY}"
+                f"{path} must hold tensors and plain values alone ({why}); {REMEDY}"
             ) from None
 
 
-_torch_load = torch.load
-
-
-@contextlib.contextmanager
-def _tensors_alone() -> Iterator[None]:
-    """DeepSpeed's conversion calls torch.load itself, asking for everything to be unpickled."""
-
-    def load(path: str, map_location: Any = None, weights_only: bool = True) -> Any:
-        return load_tensors(path, map_location)
-
-    torch.load = load  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.load = _torch_load
-
-
 def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple[int, int]) -> dict[str, Any]:
-    """Put back what other ranks, or the first of the ZeRO `levels`, wrote, at the second; the client state.
+    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state.
 
-    All ranks call; the universal layout lies in `scratch` meanwhile.
+    All ranks call. The universal layout is temporary, in `scratch`.
     """
-    universal, (before, now) = scratch / CONVERTED, levels
+    universal, (old_level, new_level) = scratch / CONVERTED, levels
     if ranks.rank == 0:
-        shutil.rmtree(universal, ignore_errors=True)  # of a job that was killed meanwhile
-        convert(ds, folder, universal, before)
+        shutil.rmtree(universal, ignore_errors=True)  # of a killed job
+        convert(ds, folder, universal, old_level)
     ranks.barrier()
-    client = read_universal(ds, universal, now)
+    client = read_universal(ds, universal, new_level)
     ranks.barrier()
     if ranks.rank == 0:
         shutil.rmtree(universal)
@@ -150,121 +126,83 @@ def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple
 
 
 def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
-    """Bring what `folder` holds, written at `zero_level`, into the universal layout; one process calls."""
-    target = universal / TAG
-    (target / "zero").mkdir(parents=True)
-    model_state = next(folder / TAG / name for name in MODEL_STATES if (folder / TAG / name).exists())
+    """Convert the state in `folder`, written at `zero_level`, to the universal layout; one process calls."""
+    source, target = folder / TAG, universal / TAG
+    zero = target / "zero"
+    zero.mkdir(parents=True)
+    model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
     state = load_tensors(str(model_state), "cpu")
     if zero_level == 0:
-        groups = _split(_names_in_order(ds), state["module"], state["optimizer"], target / "zero")
-        step, known = _step_of(state["optimizer"]["state"]), {}
+        _write_parameters(_names_in_order(ds), state["module"], state["optimizer"], zero)
+        converted, groups = {}, state["optimizer"][PARAM_GROUPS]
+        step = _step_of(state["optimizer"]["state"])
     else:
-        known = _convert_by_deepspeed(folder / TAG, target)
-        groups = known[PARAM_GROUPS]
-        step = _step_of(known[STATES]["state"] if zero_level == 3 else _states(folder / TAG))
-    # the readers of levels 1 and 2, and of 3, look for the same in different places
-    for parameter in [path.parent for path in target.glob("zero/*/fp32.pt")]:
-        torch.save(step, parameter / "step.pt")
-        if zero_level == 3:  # as what the other levels give
-            for path in [parameter / f"{key}.pt" for key in ("fp32", *MOMENTS)]:
-                torch.save({"param": load_tensors(str(path), "cpu")}, path)
+        patches.convert_to_universal(source, target, load_tensors)
+        converted = load_tensors(str(zero / "optimizer_state.pt"), "cpu")
+        groups = converted[PARAM_GROUPS]
+        if zero_level == 3:
+            step = _step_of(converted[STATES]["state"])
+        else:
+            first = next(source.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+            step = _step_of(load_tensors(str(first), "cpu")[STATES]["base_optimizer_state"]["state"])
+    patches.unify_universal(zero, step, ("fp32", *MOMENTS) if zero_level == 3 else (), load_tensors)
     both = {PARAM_GROUPS: groups, STATES: {"state": {0: {"step": step}}, PARAM_GROUPS: groups}}
-    torch.save({"ds_version": state["ds_version"], **known, **both}, target / "zero" / "optimizer_state.pt")
+    torch.save({"ds_version": state["ds_version"], **converted, **both}, zero / "optimizer_state.pt")
     for name in MODEL_STATES:
         if not (target / name).exists():
             os.link(model_state, target / name)
 
 
-def _convert_by_deepspeed(source: Path, target: Path) -> dict[str, Any]:
-    """Levels 1 to 3; the state that is not a parameter's own. One process does it: no pool is started."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    asked = Namespace(
-        input_folder=str(source),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    quiet = io.StringIO()
-    with _tensors_alone(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        ds_to_universal.main(asked)
-    return load_tensors(str(target / "zero" / "optimizer_state.pt"), "cpu")
-
-
-def _states(source: Path) -> dict[int, Any]:
-    """AdamW's state of the first partition, from levels 1 and 2."""
-    first = load_tensors(str(next(source.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))), "cpu")
-    return first[STATES]["base_optimizer_state"]["state"]
-
-
 def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
-    """How many steps AdamW has taken: the same for every parameter."""
+    """AdamW's step count, the same for every parameter."""
     return next((state["step"] for state in states.values() if "step" in state), torch.tensor(0.0))
 
 
 def _names_in_order(ds: Any) -> list[str]:
-    """The optimizer's parameters as level 0 numbers them: matrices first."""
+    """Parameter names in the order of the level-0 optimizer: matrices first."""
     trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
     flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     return [name for name, _ in trained if name not in flat] + flat
 
 
-def _split(
+def _write_parameters(
     names: list[str], weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
-) -> list[dict[str, Any]]:
-    """Write each parameter of level 0 into a folder of its own; the groups of the optimizer."""
+) -> None:
+    """Write each parameter of level 0 and its moments into a folder of its own."""
     for number, name in enumerate(names):
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()
         torch.save({"param": weights[name].float()}, zero / name / "fp32.pt")
         for moment in MOMENTS:
-            kept = state.get(moment, torch.zeros_like(weights[name]))
-            torch.save({"param": kept}, zero / name / f"{moment}.pt")
-    return optimizer[PARAM_GROUPS]
+            value = state.get(moment, torch.zeros_like(weights[name]))
+            torch.save({"param": value}, zero / name / f"{moment}.pt")
 
 
 def read_universal(ds: Any, universal: Path, zero_level: int) -> dict[str, Any]:
-    """Put back, at this engine's ranks and level, what `convert` has written; the client state."""
-    decays = [group["weight_decay"] for group in ds.optimizer.param_groups]
-    client = _read_whole(ds, universal) if zero_level == 0 else _read_partitioned(ds, universal)
-    for group, decay in zip(ds.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay  # level 3 gives every group the values of the first
-    for kept in ds.optimizer.state.values():
-        kept["step"] = kept["step"].clone()  # and all groups one and the same counter
-    state = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
-    for name, buffer in ds.module.named_buffers():  # DeepSpeed restores parameters alone
-        if name in state:
-            buffer.copy_(state[name])
-    return client
-
-
-def _read_partitioned(ds: Any, universal: Path) -> dict[str, Any]:
-    ds._config.load_universal_checkpoint = True
-    try:
-        with _tensors_alone():
+    """Restore, with this engine's ranks and level, what `convert` wrote; the client state."""
+    weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
+    with patches.repaired_after_universal(ds, weights):
+        if zero_level == 0:
+            return _read_whole(ds, universal)
+        with patches.universal_loading(ds), patches.replaced_torch_load(load_tensors):
             return read(ds, universal)
-    finally:
-        ds._config.load_universal_checkpoint = False
 
 
 @torch.no_grad()
 def _read_whole(ds: Any, universal: Path) -> dict[str, Any]:
-    """Level 0: weights and moments of every parameter; DeepSpeed reads the layout into partitions alone."""
+    """Level 0: DeepSpeed reads the universal layout into partitions only."""
     zero = universal / TAG / "zero"
     names = {id(p): name for name, p in ds.module.named_parameters()}
     saved = load_tensors(str(zero / "optimizer_state.pt"), "cpu")[PARAM_GROUPS]
-    for group, before in zip(ds.optimizer.param_groups, saved, strict=True):
-        group["lr"] = before["lr"]
+    for group, saved_group in zip(ds.optimizer.param_groups, saved, strict=True):
+        group["lr"] = saved_group["lr"]
         for parameter in group["params"]:
-            place = zero / names[id(parameter)]
-            found = {key: load_tensors(str(place / f"{key}.pt"), "cpu") for key in ("fp32", *MOMENTS, "step")}
-            parameter.copy_(found["fp32"]["param"].view_as(parameter))
+            files = {key: zero / names[id(parameter)] / f"{key}.pt" for key in ("fp32", *MOMENTS, "step")}
+            values = {key: load_tensors(str(path), "cpu") for key, path in files.items()}
+            parameter.copy_(values["fp32"]["param"].view_as(parameter))
             ds.optimizer.state[parameter] = {
-                "step": found["step"],
-                **{key: found[key]["param"].view_as(parameter).to(parameter.device) for key in MOMENTS},
+                "step": values["step"],
+                **{key: values[key]["param"].view_as(parameter).to(parameter.device) for key in MOMENTS},
             }
     state = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")
     ds.lr_scheduler.load_state_dict(state["lr_scheduler"])

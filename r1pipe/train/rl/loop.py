@@ -260,7 +260,7 @@ class GRPO:
             metrics[f"tripwire/{trip.name}"] = trip.value
             self.run.tripped(step, trip.name, trip.message)
         self.run.log(step, metrics)
-        self.run.tell(sample=sample_of(rows, self.run.rng("shown", step)))
+        self.run.show(sample=sample_of(rows, self.run.rng("shown", step)))
         return trips
 
     def _abandon_step(self, before: LoopState) -> None:

@@ -1,4 +1,4 @@
-"""How one token is drawn: temperature, nucleus, and a stream of uniform numbers per completion.
+"""Drawing one token: temperature, nucleus, and a stream of uniform random numbers per completion.
 
 Axes: S slots, V vocabulary.
 """
@@ -14,30 +14,30 @@ from r1pipe.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn, in vLLM's words."""
+    """How completions are drawn, with vLLM's names."""
 
     max_tokens: int  # longest completion, the end-of-sequence token counted
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # nucleus; 1 keeps every token
     n: int = 1  # completions per prompt
     seed: int = 0  # root of the random streams
-    # Where the prompts are a share of more, prompt i is number first + i * stride of all: it has the same
-    # random numbers whoever draws it, so that completions do not depend on the number of ranks.
+    # Prompt i is number first + i * stride of all prompts, and that number alone selects its random numbers:
+    # completions do not depend on how many ranks share the work.
     first: int = 0
     stride: int = 1
-    ignore_eos: bool = False  # go on to max_tokens (for benchmarks)
-    stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, and do so with ignore_eos too
+    ignore_eos: bool = False  # continue to max_tokens (for benchmarks)
+    stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, even with ignore_eos
 
     def __post_init__(self) -> None:
         checks = {
             f"max_tokens={self.max_tokens} must be at least 1": self.max_tokens < 1,
             f"temperature={self.temperature} must not be negative": not self.temperature >= 0,
-            f"top_p={self.top_p} must lie above 0 and not above 1": not 0 < self.top_p <= 1,
+            f"top_p={self.top_p} must be above 0 and at most 1": not 0 < self.top_p <= 1,
             f"n={self.n} must be at least 1": self.n < 1,
-            f"seed={self.seed} must lie between 0 and 2^64-1": not 0 <= self.seed < 2**64,
+            f"seed={self.seed} must be between 0 and 2^64-1": not 0 <= self.seed < 2**64,
         }
-        for problem, there in checks.items():
-            if there:
+        for problem, failed in checks.items():
+            if failed:
                 raise ConfigError(f"sampling: {problem}")
 
 
@@ -63,9 +63,8 @@ def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[
     elif params.top_p < 1.0:
         sorted_SV, order_SV = probs_SV.sort(dim=-1, descending=True)
         cumulative_SV = sorted_SV.cumsum(dim=-1)
-        outside_SV = (
-            cumulative_SV - sorted_SV >= params.top_p
-        )  # mass before a token: the first is always inside
+        # by the mass before each token, so that the first is always inside
+        outside_SV = cumulative_SV - sorted_SV >= params.top_p
         cumulative_SV = sorted_SV.masked_fill(outside_SV, 0.0).cumsum(dim=-1)
         tokens_S1 = order_SV.gather(1, _first_above(cumulative_SV, uniform_S))
     else:
@@ -80,9 +79,6 @@ def _first_above(cumulative_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """
     total_S1 = cumulative_SV[:, -1:]
     below = torch.nextafter(total_S1, torch.zeros_like(total_S1))
-    found_S1 = torch.searchsorted(
-        cumulative_SV, (uniform_S.unsqueeze(1) * total_S1).minimum(below), right=True
-    )
-    return found_S1.clamp_(
-        max=cumulative_SV.shape[1] - 1
-    )  # of NaN, none: their log-probability tells (sampler)
+    target_S1 = (uniform_S.unsqueeze(1) * total_S1).minimum(below)
+    index_S1 = torch.searchsorted(cumulative_SV, target_S1, right=True)
+    return index_S1.clamp_(max=cumulative_SV.shape[1] - 1)  # NaN has no index; the sampler checks logprobs

@@ -1,15 +1,16 @@
 """The bundled sampler: continuous batching on the latent cache.
 
 `slots` sequences are decoded together. A prompt is read once and its n completions start from copies of its
-cache entries; a slot whose completion has ended takes the next one; when none is left, the batch shrinks.
-The loop looks at the device every LOOK_EVERY steps only, not to wait for an accelerator at each token.
+cache entries; a slot whose completion has ended takes the next one; at the end, the batch shrinks. Which
+slots have ended is checked every CHECK_EVERY steps, so as not to wait for an accelerator at each token.
 
 Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +27,10 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped
 from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
 
-LOOK_EVERY = 2  # steps between looks at what has ended: an ended slot idles for half of it
-PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: what stays in a core's cache
+CHECK_EVERY = 2  # steps between checks of which slots have ended: an ended one idles for half of it
+PREFILL_TOKENS = 2048  # padded prompt tokens per prefill on a CPU: fits a core's cache
 PREFILL_TOKENS_GPU = 16384
-CACHE_TOKENS = 256  # with `limits`: room for so many tokens at first, doubled as the answers grow
+CACHE_TOKENS = 256  # with `limits`: initial room for answers, doubled as they grow
 
 Progress = Callable[[int, int], None]
 Ended = Callable[[int, Completion], None]
@@ -47,10 +48,9 @@ class Sampler:
         graphs: bool = False,
         stop: Callable[[], object] = lambda: False,
     ):
-        """`eos_id` None takes what `load_pretrained` found in generation_config.json; a model without goes on
-        to max_tokens, or to one of SamplingParams.stop_token_ids. `pad_id` fills prompts up, to no effect.
-        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where they cannot be. `generate`
-        asks `stop` all along, and raises Stopped where it says so.
+        """`eos_id` None: that of generation_config.json, if any. `pad_id` pads prompts, without effect.
+        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where that is impossible, and
+        Stopped as soon as `stop()` is true.
         """
         if slots < 1:
             raise ConfigError(f"sampling: slots={slots} must be at least 1")
@@ -60,14 +60,6 @@ class Sampler:
         self.slots = slots
         self.graphs = graphs
         self.stop = stop
-
-    def stops(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a completion. Raises ConfigError where the model has no such token."""
-        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_ids)
-        rows = self.model.config.vocab_size
-        if any(not 0 <= token < rows for token in stops):
-            raise ConfigError(f"sampling: stop tokens {sorted(stops)} must lie below model.vocab_size={rows}")
-        return stops
 
     def generate(
         self,
@@ -79,38 +71,43 @@ class Sampler:
     ) -> list[Completion]:
         """n completions per prompt, prompt by prompt in order; `text` stays empty.
 
-        A completion's random numbers depend on (seed, its prompt's place in the whole, its own place) alone.
-        `progress` is told (done, total) completions, `ended` each completion that has ended and its prompt's
-        place here. `limits`: the most tokens of each prompt's completions, up to max_tokens; then the cache
-        grows with the answers. Raises ConfigError where a prompt is empty or its limit has no room.
+        A completion's random numbers depend on (seed, its prompt's global index, its own index) alone.
+        `progress` gets (done, total) completions, `ended` each finished completion with its prompt's index.
+        `limits`: the most tokens of each prompt's completions, up to max_tokens; the cache then grows with
+        the answers. Raises ConfigError if a prompt or a stop token is impossible for the model.
         """
-        longest = self.model.config.max_position_embeddings
-        for place, prompt in enumerate(prompts):
-            limit = params.max_tokens if limits is None else limits[place]
+        longest, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        each_limit = [params.max_tokens] * len(prompts) if limits is None else list(limits)
+        for index, (prompt, limit) in enumerate(zip(prompts, each_limit, strict=True)):
             if not 0 < len(prompt) <= longest - limit:
                 raise ConfigError(
-                    f"prompt {place} has {len(prompt)} tokens; with max_tokens={limit} it needs"
+                    f"prompt {index} has {len(prompt)} tokens; with max_tokens={limit} it needs"
                     f" between 1 and {longest - limit} (model.max_position_embeddings={longest})"
                 )
-            if not 0 <= min(prompt) <= max(prompt) < self.model.config.vocab_size:
+            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
                 raise ConfigError(
-                    f"prompt {place} has a token outside the vocabulary"
-                    f" (model.vocab_size={self.model.config.vocab_size}); is the tokenizer this model's?"
+                    f"prompt {index} has a token outside the vocabulary (model.vocab_size={vocabulary});"
+                    " use this model's own tokenizer"
                 )
         if not prompts:
             return []
         fp8 = fp8_of(self.model)
         with fp8.held() if fp8 else nullcontext():
-            return _Batch(self, prompts, params, ended, limits).run(progress)
+            return _Batch(self, prompts, params, ended, each_limit, grows=limits is not None).run(progress)
 
 
-@dataclass
-class _Prefix:
+class _Prefix(NamedTuple):
     """Prompts [first, first + B) after one prefill."""
 
     first: int
     entries_LBTW: Tensor
     logits_BV: Tensor
+
+
+SLOT_TENSORS = (  # of _Batch: a row per slot
+    *("prompt_lengths_S", "limits_S", "counts_S", "tokens_S", "live_S"),
+    *("drawn_SU", "logprobs_SU", "uniforms_SU"),
+)
 
 
 class _Batch:
@@ -122,11 +119,18 @@ class _Batch:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         ended: Ended | None,
-        limits: Sequence[int] | None,
+        limits: list[int],
+        grows: bool,
     ):
-        self.sampler, self.prompts, self.params, self.ended = sampler, prompts, params, ended
+        self.sampler, self.prompts, self.params = sampler, prompts, params
+        self.ended, self.limits = ended, limits
         self.device = sampler.model.lm_head.weight.device
-        self.stops = sampler.stops(params)
+        self.stops = {*params.stop_token_ids, *(() if params.ignore_eos else sampler.eos_ids)}
+        vocabulary = sampler.model.config.vocab_size
+        if any(not 0 <= token < vocabulary for token in self.stops):
+            raise ConfigError(
+                f"sampling: stop tokens {sorted(self.stops)} must be below model.vocab_size={vocabulary}"
+            )
         self.total = len(prompts) * params.n
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
@@ -134,11 +138,8 @@ class _Batch:
         slots = min(sampler.slots, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder = decoder_of(sampler.model, sampler.graphs)
-        self.limits = [params.max_tokens] * len(prompts) if limits is None else list(limits)
-        self.longest = longest_prompt + params.max_tokens
-        if limits is not None:
-            self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-        first = self.longest if limits is None else min(self.longest, longest_prompt + CACHE_TOKENS)
+        self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        first = min(self.longest, longest_prompt + CACHE_TOKENS) if grows else self.longest
         self.cache = LatentCache(sampler.model, slots, first)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
@@ -146,9 +147,9 @@ class _Batch:
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
         self.live_S = self._zeros(slots).bool()
-        self.ends_V = self._zeros(sampler.model.config.vocab_size).bool()
+        self.ends_V = self._zeros(vocabulary).bool()
         self.ends_V[list(self.stops)] = True
-        # one column too many: a slot that has ended goes on writing there until it is looked at
+        # one column more: a slot that has ended keeps writing there until the next check
         self.drawn_SU = self._zeros(slots, params.max_tokens + 1)
         self.logprobs_SU = self._zeros(slots, params.max_tokens + 1).float()
         self.uniforms_SU = self._zeros(slots, params.max_tokens + 1).float()
@@ -162,9 +163,9 @@ class _Batch:
         while done < self.total:
             self._refill()
             length = self._longest()
-            if length + LOOK_EVERY > self.cache.length < self.longest:
+            if length + CHECK_EVERY > self.cache.length < self.longest:
                 self.cache.grow(min(2 * self.cache.length, self.longest))
-            for step in range(LOOK_EVERY):
+            for step in range(CHECK_EVERY):
                 self._step(min(length + step, self.cache.length))
             heartbeat.tick()
             if self.sampler.stop():
@@ -191,15 +192,12 @@ class _Batch:
             self.started += len(slots)
 
     def _prefill(self, first: int) -> _Prefix:
-        """Read as many prompts from `first` on as the slots can use and one forward pass should hold."""
-        chunk: list[list[int]] = []
-        longest = 0
+        """Read prompts from `first` on: as many as the slots can use and one forward pass should hold."""
         most = PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS_GPU
-        for prompt in self.prompts[first : first + -(-len(self.numbers) // self.params.n)]:
-            longest = max(longest, len(prompt))
-            if chunk and longest * (len(chunk) + 1) > most:
-                break
-            chunk.append(prompt)
+        chunk = self.prompts[first : first + -(-len(self.numbers) // self.params.n)]
+        widths = accumulate(map(len, chunk), max)
+        fitting = sum(width * count <= most for count, width in enumerate(widths, 1))
+        chunk = chunk[: max(1, fitting)]
         longest = max(len(prompt) for prompt in chunk)
         padded = [prompt + [self.sampler.pad_id] * (longest - len(prompt)) for prompt in chunk]
         lengths = torch.tensor([len(prompt) for prompt in chunk], device=self.device)
@@ -207,18 +205,17 @@ class _Batch:
 
     def _start(self, slots: np.ndarray, numbers: np.ndarray, prefix: _Prefix) -> None:
         params = self.params
-        prompts, samples = numbers // params.n, numbers % params.n
+        prompts, samples = np.divmod(numbers, params.n)
         where = torch.from_numpy(slots).to(self.device)
         rows = torch.from_numpy(prompts - prefix.first).to(self.device)
         streams = [
             uniform_stream(params.seed, params.first + int(p) * params.stride, int(s), params.max_tokens)
             for p, s in zip(prompts, samples, strict=True)
         ]
-        lengths = [len(self.prompts[prompt]) for prompt in prompts]
         self.numbers[slots] = numbers
         self.cache.fill(where, prefix.entries_LBTW, rows)
+        lengths, limits = [len(self.prompts[p]) for p in prompts], [self.limits[p] for p in prompts]
         self.prompt_lengths_S[where] = torch.tensor(lengths, device=self.device)
-        limits = [self.limits[prompt] for prompt in prompts]
         self.limits_S[where] = torch.tensor(limits, device=self.device)
         self.uniforms_SU[where, :-1] = torch.from_numpy(np.stack(streams)).to(self.device)
         self.counts_S[where] = 0
@@ -227,7 +224,7 @@ class _Batch:
         self._record(where, tokens, logprobs)
 
     def _longest(self) -> int:
-        """Cache entries to look at in the next step: the longest live sequence with the token to read."""
+        """How many cache entries the next step reads: the longest live sequence with its new token."""
         return int((self.prompt_lengths_S + self.counts_S).masked_fill(~self.live_S, 1).max())
 
     def _step(self, length: int) -> None:
@@ -237,7 +234,7 @@ class _Batch:
         self._record(slice(None), *draw(logits_SV, uniform_S, self.params))
 
     def _record(self, where: Tensor | slice, tokens: Tensor, logprobs: Tensor) -> None:
-        """Note the drawn tokens of the slots `where`; a slot that has ended writes beyond its end."""
+        """Store the drawn tokens of the slots `where`; a slot that has ended writes beyond its end."""
         counts = self.counts_S[where]
         self.tokens_S[where] = tokens
         rows = torch.arange(len(self.numbers), device=self.device)[where]
@@ -252,7 +249,7 @@ class _Batch:
         self.live_S[where] = live
 
     def _collect(self) -> int:
-        """Turn what has ended into completions and free its slots; the number of them."""
+        """Turn ended slots into completions and free them; returns how many."""
         ended = np.flatnonzero((self.numbers >= 0) & ~self.live_S.cpu().numpy())
         if not len(ended):
             return 0
@@ -272,18 +269,18 @@ class _Batch:
         return len(ended)
 
     def _not_finite(self, number: int, tokens: list[int]) -> NumericProblem:
-        """The error that names the layer which made a completion's probabilities NaN."""
+        """The error, with the first layer whose output is not finite."""
         read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
         model = self.sampler.model
         layer = first_non_finite(model, lambda: model(read))
-        told = not_finite("a drawn token's probability", layer)
+        problem = not_finite("a drawn token's probability", layer)
         return NumericProblem(
-            f"{told}; lower stage.optim.lr, or start from an "
+            f"{problem}; lower stage.optim.lr, or start from an "
             "earlier checkpoint if the weights are damaged; nothing of this step was saved"
         )
 
     def _shrink(self) -> None:
-        """Move the last live slots into the free ones, and go on with the front of the batch alone."""
+        """Move the last live slots into free ones at the front, and drop the rest of the batch."""
         live = np.flatnonzero(self.numbers >= 0)
         if not len(live):
             return
@@ -297,16 +294,7 @@ class _Batch:
         to, where = torch.from_numpy(holes).to(self.device), torch.from_numpy(last).to(self.device)
         self.cache.move(where, to, self._longest())
         self.cache.shrink(slots)
-        for name in (
-            "prompt_lengths_S",
-            "limits_S",
-            "counts_S",
-            "tokens_S",
-            "live_S",
-            "drawn_SU",
-            "logprobs_SU",
-            "uniforms_SU",
-        ):
+        for name in SLOT_TENSORS:
             values = getattr(self, name)
             values[to] = values[where]
             setattr(self, name, values[:slots])

@@ -1,8 +1,8 @@
-"""Rejection sampling's filters, in one ordered table, with a funnel of what each dropped (R1 section 2.3.3).
+"""Rejection sampling's filters, in order, with a funnel of what each dropped (R1 section 2.3.3).
 
 R1 keeps correct answers and drops "chain-of-thought with mixed languages, long paragraphs, and code blocks";
-repetition, duplicates and overlap with evaluation questions are the cold start's and the supplement's. No
-threshold was published: they are in conf/.
+repetition, duplicates and overlap with evaluation questions are the cold start's and the supplement's. The
+thresholds, which were not published, are in conf/.
 """
 
 import re
@@ -17,10 +17,10 @@ from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import language_share
 from r1pipe.runs import heartbeat
 
-EXAMPLES = 3  # texts shown of what a filter dropped
-REPEATED_GRAM = 4  # n of the n-grams that repetition is counted by
+EXAMPLES = 3  # dropped texts that the funnel shows per filter
+REPEATED_GRAM = 4  # n of the n-grams that measure repetition
 
-# A Chinese character is a word, so is a run of letters or digits, so is any other sign.
+# A word is a Chinese character, a run of letters or digits, or any other sign.
 _WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
 
 
@@ -35,7 +35,7 @@ class Sampled:
 
 @dataclass
 class Context:
-    """What the filters know beside the row in hand; the last two fill as rows pass."""
+    """What the filters use besides the row itself; the last two grow as rows pass."""
 
     config: FilterConfig
     eval_questions: set[str]
@@ -50,31 +50,29 @@ Filter = Callable[[Sampled, Parsed, Context], bool]
 def apply_filters(
     rows: Iterable[Sampled], config: FilterConfig, eval_questions: Sequence[str]
 ) -> tuple[list[Sampled], list[dict[str, Any]]]:
-    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} a filter.
+    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter.
 
-    Each filter sees what the one before it left. `eval_questions`: all that models are evaluated on.
+    Each filter sees what the one before it kept. `eval_questions`: all questions of the evaluations.
     """
     grams = distinctive_grams(eval_questions, config.ngram_overlap) if config.ngram_overlap else set()
     context = Context(config, {_key(question) for question in eval_questions}, grams)
-    left = [(row, _parsed(row)) for row in rows]
+    kept: list[tuple[Sampled, Parsed]] = []
+    for row in rows:
+        heartbeat.tick()
+        kept.append((row, parse(row.completion.text)))
     funnel = []
     for name, keep in FILTERS.items():
-        verdicts = [_judged(keep, row, parsed, context) for row, parsed in left]
-        dropped = [row for (row, _), kept in zip(left, verdicts, strict=True) if not kept]
-        left = [pair for pair, kept in zip(left, verdicts, strict=True) if kept]
-        examples = [row.completion.text for row in dropped[:EXAMPLES]]
-        funnel.append({"name": name, "kept": len(left), "dropped": len(dropped), "examples": examples})
-    return [row for row, _ in left], funnel
-
-
-def _parsed(row: Sampled) -> Parsed:
-    heartbeat.tick()
-    return parse(row.completion.text)
-
-
-def _judged(keep: Filter, row: Sampled, parsed: Parsed, context: Context) -> bool:
-    heartbeat.tick()
-    return keep(row, parsed, context)
+        pairs, kept, dropped = kept, [], []
+        for row, parsed in pairs:
+            heartbeat.tick()
+            if keep(row, parsed, context):
+                kept.append((row, parsed))
+            else:
+                dropped.append(row.completion.text)
+        funnel.append(
+            {"name": name, "kept": len(kept), "dropped": len(dropped), "examples": dropped[:EXAMPLES]}
+        )
+    return [row for row, _ in kept], funnel
 
 
 def correct(row: Sampled, parsed: Parsed, context: Context) -> bool:
@@ -84,13 +82,13 @@ def correct(row: Sampled, parsed: Parsed, context: Context) -> bool:
 
 
 def well_formed(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Full format reward, if it was scored; else reasoning and summary in place, and not cut off."""
-    fine = "format" not in row.scores or row.scores["format"].value == 1.0
-    return fine and parsed.well_formed and not row.completion.truncated
+    """Full format reward, if scored; reasoning and summary present, and not truncated."""
+    full_reward = "format" not in row.scores or row.scores["format"].value == 1.0
+    return full_reward and parsed.well_formed and not row.completion.truncated
 
 
 def one_language(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Reasoning and summary, each for itself, in the language of the prompt."""
+    """Reasoning and summary are each in the language of the prompt."""
     least = context.config.min_language_consistency
     language = row.prompt.language
     return all(language_share(text, language) >= least for text in (parsed.reasoning, parsed.summary))
@@ -112,7 +110,7 @@ def not_repetitive(row: Sampled, parsed: Parsed, context: Context) -> bool:
 
 
 def not_seen(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """The same reasoning, whatever its spaces, for the same prompt is kept once."""
+    """The same reasoning for the same prompt, ignoring spaces, is kept once."""
     key = (row.prompt.id, _key(parsed.reasoning))
     fresh = key not in context.seen
     context.seen.add(key)
@@ -120,7 +118,7 @@ def not_seen(row: Sampled, parsed: Parsed, context: Context) -> bool:
 
 
 def not_in_evaluation(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Neither an evaluation question itself, nor one that shares an n-gram telling of one with it."""
+    """The prompt is no evaluation question and shares no distinctive n-gram with one."""
     if not context.config.ngram_overlap:
         return True
     if _key(row.prompt.question) in context.eval_questions:
@@ -129,7 +127,7 @@ def not_in_evaluation(row: Sampled, parsed: Parsed, context: Context) -> bool:
 
 
 def within_cap(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """At most `per_prompt` completions a prompt, the first ones."""
+    """The first `per_prompt` completions of each prompt."""
     context.per_prompt[row.prompt.id] += 1
     return context.per_prompt[row.prompt.id] <= context.config.per_prompt
 
@@ -148,7 +146,7 @@ FILTERS: dict[str, Filter] = {
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words, each Chinese character, number and sign one of its own."""
+    """Lower-case words; each Chinese character, number and sign is one."""
     return _WORD.findall(text.lower())
 
 
@@ -157,17 +155,16 @@ def ngrams(items: Sequence[str], n: int) -> set[tuple[str, ...]]:
 
 
 def repetition(text: str) -> float:
-    """Share of the text's 4-grams that stood in it before: 0 for none, near 1 for a loop."""
+    """Share of the text's 4-grams that occurred in it before: 0 for none, near 1 for a loop."""
     items = words(text)
     count = len(items) - REPEATED_GRAM + 1
     return 1 - len(ngrams(items, REPEATED_GRAM)) / count if count > 0 else 0.0
 
 
 def distinctive_grams(questions: Iterable[str], n: int) -> set[tuple[str, ...]]:
-    """N-grams that stand in exactly one of the questions.
+    """N-grams that occur in exactly one of the questions.
 
-    One that several different questions share is their common phrasing ("how many does he have left"), and
-    says nothing of whether one of them was seen.
+    One that several questions share is common phrasing ("how many does he have left"), no sign of overlap.
     """
     distinct = {_key(question): question for question in questions}
     counts = Counter(gram for question in distinct.values() for gram in ngrams(words(question), n))

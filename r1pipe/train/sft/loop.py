@@ -1,7 +1,7 @@
-"""The training loop of pretrain, cold_start, control_sft, rejection_sft and distill."""
+"""The training loop of pre-training and of every SFT stage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,21 +9,64 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from r1pipe.chat.template import Chat
 from r1pipe.config import FineTuneConfig, PretrainConfig
-from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, share
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration
+from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.data.source import Source
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
-from r1pipe.train.run import Run
+from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.run import Run, log
 from r1pipe.train.sft.losses import loss_sums
 
 F = TypeVar("F", bound=FineTuneConfig)
 
-# The batches after a step: (rows of all ranks together, position in the data behind them). Called with the
-# step and the position saved with it, so that a resumed run sees what an uninterrupted one would have seen.
-# A position is plain values, or None where the step alone determines the batches.
+# The batches after a step, as (rows of all ranks together, position in the data after them). Called with the
+# step and the position saved with it: plain values, or None if the step alone determines the batches.
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
+
+
+def fine_tune(
+    run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
+) -> None:
+    """Train on the responses for the stage's epochs, from packing to record.
+
+    Raises DataError if no demonstration fits a row.
+    """
+    stage = run.stage
+    rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
+    steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
+    model = run.load_model(run.config.weights_from)
+    engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
+    batches = epochs_of(run, rows, stage.batch_size)
+    checkpoint = train(
+        run, engine, batches, steps, chat.pad_id, lambda: quick_evaluation(run, engine, chat, source)
+    )
+    finish_stage(run, engine, chat, source, checkpoint, steps, data_hash)
+
+
+def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
+    """Rows of packed examples whose loss covers the responses alone. Raises DataError if there are none."""
+    if not demonstrations:
+        raise DataError("this data has no worked solutions to train on; name another with data=NAME")
+    examples = (
+        chat.example(demonstration.prompt, demonstration.response) for demonstration in demonstrations
+    )
+    rows, dropped = pack(examples, length)
+    if not rows:
+        raise DataError(
+            f"each of the {dropped} examples is longer than stage.sequence_length={length}; raise it"
+        )
+    kept, learned = len(demonstrations) - dropped, sum(row.learned for row in rows)
+    log.info(
+        f"{kept} demonstrations in {len(rows)} rows of {length} tokens, {learned} tokens learned; "
+        f"{dropped} demonstrations are too long"
+    )
+    return rows
 
 
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
@@ -53,14 +96,14 @@ def train(
     batches: Batches,
     total_steps: int,
     pad_id: int,
-    quick_evaluation: Callable[[], dict[str, float]],
+    evaluate: Callable[[], dict[str, float]],
 ) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
     stage = run.stage
-    begun, state = run.resume(engine)
+    resumed, state = run.resume(engine)
     weights = TermWeights(stage.mtp_weight, stage.router.balance_alpha)
-    stream = batches(begun, state.get("position"))
-    for step, (batch, position) in zip(range(begun + 1, total_steps + 1), stream, strict=False):
+    stream = batches(resumed, state.get("position"))
+    for step, (batch, position) in zip(range(resumed + 1, total_steps + 1), stream, strict=False):
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
@@ -70,30 +113,30 @@ def train(
         metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= quick_evaluation()
+            metrics |= evaluate()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
-        leaving = stopping.agreed(engine)
-        if step == total_steps or leaving or (stage.save_every and step % stage.save_every == 0):
+        stop_signal = stopping.agreed(engine)
+        if step == total_steps or stop_signal or (stage.save_every and step % stage.save_every == 0):
             run.save_checkpoint(engine, step, {"position": position})
-        if leaving and step < total_steps:
-            raise Interrupted(leaving)
+        if stop_signal and step < total_steps:
+            raise Interrupted(stop_signal)
     return run.folder.checkpoint(total_steps)
 
 
 @dataclass(frozen=True)
 class TermWeights:
-    """What the terms beside the next token's cross-entropy weigh; 0: they are not computed."""
+    """Weights of the terms added to the next token's cross-entropy; 0: the term is not computed."""
 
     mtp: float
     balance: float
 
 
 class Shares:
-    """One optimizer step's loss, cut into this rank's micro-batches.
+    """One optimizer step's loss, split into this rank's micro-batches.
 
-    The loss is the mean of the cross-entropy, and of the multi-token prediction loss, over the whole batch's
-    learned tokens, and of the balance loss over all its tokens, whatever the micro-batches and ranks.
+    Cross-entropy and multi-token prediction loss are means over the whole batch's learned tokens, the balance
+    loss over all its tokens, for any number of micro-batches and ranks.
     """
 
     def __init__(self, engine: Engine, batch: list[Packed], weights: TermWeights, pad_id: int):
@@ -105,9 +148,9 @@ class Shares:
         self.balance: list[float] = []
 
     def micro_losses(self, accumulation: int) -> list[Callable[[], Tensor]]:
-        """This rank's micro-batches, each giving its share of the loss."""
-        mine = share(self.batch, self.engine.rank, self.engine.world_size)
-        return [partial(self._share, rows) for rows in chunks(mine, accumulation)]
+        """This rank's micro-batches, each returning its share of the loss."""
+        local = share(self.batch, self.engine.rank, self.engine.world_size)
+        return [partial(self._share, rows) for rows in chunks(local, accumulation)]
 
     def _share(self, rows: list[Packed]) -> Tensor:
         batch = collate(rows, self.pad_id).to(self.engine.device)
@@ -125,15 +168,14 @@ class Shares:
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
-        named = {
-            "mtp_loss": (self.mtp, self.weights.mtp),
-            "balance_loss": (self.balance, self.weights.balance),
-        }
-        there = {name: term for name, term in named.items() if term[0]}
-        if not there:
+        terms = [
+            ("train/mtp_loss", self.mtp, self.weights.mtp),
+            ("train/balance_loss", self.balance, self.weights.balance),
+        ]
+        computed = [term for term in terms if term[1]]
+        if not computed:
             return {"train/loss": loss}
-        sums = self.engine.sum_over_ranks([sum(values) for values, _ in there.values()])
+        sums = self.engine.sum_over_ranks([sum(shares) for _, shares, _ in computed])
         means = [total / self.engine.world_size for total in sums]
-        beside = sum(mean * weight for mean, (_, weight) in zip(means, there.values(), strict=True))
-        found = dict(zip((f"train/{name}" for name in there), means, strict=True))
-        return {"train/loss": loss - beside, **found}
+        added = sum(mean * weight for mean, (_, _, weight) in zip(means, computed, strict=True))
+        return {"train/loss": loss - added, **dict(zip([name for name, *_ in computed], means, strict=True))}

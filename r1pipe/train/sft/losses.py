@@ -15,28 +15,22 @@ from r1pipe.model.mtp import mtp_loss_sum
 
 @dataclass
 class Sums:
-    """The terms of a micro-batch's loss before their weights; scalars, None for what was not asked for."""
+    """The unweighted terms of a micro-batch's loss; scalars, None if not requested."""
 
     next_token: Tensor  # -log p of the learned tokens, in nats
-    mtp: Tensor | None  # the same of the tokens further on, mean over depths
+    mtp: Tensor | None  # the same for the tokens after the next, mean over depths
     balance: Tensor | None  # the balance loss of every token's document
 
 
 def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
-    """The sums over a micro-batch; multi-token prediction where the model has layers for it."""
+    """The sums over a micro-batch; multi-token prediction only if the model has layers for it."""
     balance = Balance(batch.segments_BT, with_loss=with_balance)
     hidden_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, balance)
     mtp = None
     if with_mtp and model.config.num_nextn_predict_layers:
         depths = model.model.further(hidden_BTD, batch.tokens_BT, batch.segments_BT, balance)
-        mtp = mtp_loss_sum(
-            model.lm_head,
-            depths,
-            batch.tokens_BT,
-            batch.segments_BT,
-            batch.loss_BT,
-            model.config.vocab_size,
-        )
+        tokens = batch.tokens_BT, batch.segments_BT, batch.loss_BT
+        mtp = mtp_loss_sum(model.lm_head, depths, *tokens, model.config.vocab_size)
     return Sums(cross_entropy_sum(model, hidden_BTD, batch), mtp, balance.total() if with_balance else None)
 
 
@@ -45,7 +39,7 @@ def cross_entropy_sum(model: DeepseekV3, hidden_BTD: Tensor, batch: Batch) -> Te
 
     Only the states that predict a learned token go through the head, so SFT pays for responses alone.
     """
-    learned_BT = batch.loss_BT[:, 1:]  # a document's first token is never learned: its state is another's
+    learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned
     hidden_ND = hidden_BTD[:, :-1][learned_BT]
     targets_N = batch.tokens_BT[:, 1:][learned_BT]
     return -token_logprobs(model.lm_head, hidden_ND, targets_N, model.config.vocab_size).sum()

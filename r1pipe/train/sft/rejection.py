@@ -1,15 +1,14 @@
 """Rejection sampling (R1 section 2.3.3): draw, score, filter, join with general data.
 
-What is drawn is kept in shards as it comes, so that an interruption costs one shard.
-
-Each row of samples.parquet knows where it comes from: {"kind": "reasoning", "prompt_id": "word-1f…",
+Samples are stored in shards, so that an interruption costs one shard. Each row of samples.parquet has its
+provenance: {"kind": "reasoning", "prompt_id": "word-1f…",
 "task": "word", "language": "en", "level": 2, "question": "…", "answer": "42", "response": "<think>\\n…",
 "source": "sampled:RUN ID", "checkpoint_hash": "9a…"}
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from math import ceil
 from pathlib import Path
@@ -37,19 +36,22 @@ from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import Sampled, apply_filters
 
-SHARD_ROUNDS = 8  # completions per slot in one shard: few enough to lose, enough to keep the slots full
+SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough to keep the slots full
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
     run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, chat: Chat, prompts: Sequence[Prompt]
 ) -> list[Path]:
-    """Every shard's file, in order; those that are not there yet are drawn and scored, shared among ranks."""
+    """All shard files, in order. The ranks share the work of drawing and scoring missing ones."""
     stage = run.stage
     folder = run.folder.data / "shards"
     folder.mkdir(exist_ok=True)
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
-    count = shards_begun(folder) or shards_for(len(prompts), per_shard, ranks.world_size)
+    # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
+    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")]
+    per_rank = -(-len(prompts) // (per_shard * ranks.world_size))
+    count = max(counts, default=per_rank * ranks.world_size)
     shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
     total = len(prompts) * stage.samples_per_prompt
     with stopping.leaving_early(ranks):
@@ -60,22 +62,9 @@ def draw_samples(
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             if not shards[number].exists():
-                samples = _draw(run, sampler, chat, prompts[number::count], (number, count), progress)
-                _write_rows(shards[number], [_pack(sampled) for sampled in samples])
+                rows = _draw(run, sampler, chat, prompts[number::count], (number, count), progress)
+                _write_rows(shards[number], rows)
     return shards
-
-
-def shards_for(prompts: int, per_shard: int, ranks: int) -> int:
-    """As many for each rank."""
-    return -(-prompts // (per_shard * ranks)) * ranks
-
-
-def shards_begun(folder: Path) -> int:
-    """Into how many shards an interrupted run has cut its prompts, maybe with other ranks; 0: none yet.
-
-    What is a shard depends on this number, so the run keeps to it.
-    """
-    return max((int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")), default=0)
 
 
 def _draw(
@@ -85,8 +74,8 @@ def _draw(
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
     progress: Any,
-) -> list[Sampled]:
-    """Completions of one shard's prompts, with their scores by rule; `shard`: its number, and of how many."""
+) -> list[dict[str, Any]]:
+    """Rows of one shard (number, count): completions and their rule scores, enough for the filters."""
     sampling, each, (number, count) = run.stage.sampling, run.stage.samples_per_prompt, shard
     params = SamplingParams(
         max_tokens=sampling.max_tokens,
@@ -97,16 +86,26 @@ def _draw(
         first=number,
         stride=count,
     )
-    asked = [prompt for prompt in prompts for _ in range(each)]
+    repeated = [prompt for prompt in prompts for _ in range(each)]
     tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
     with Verdicts() as verdicts:
         completions = sampler.generate(tokens, params, progress, verdicts.on_completion(chat, prompts))
-        scores = score_all(asked, completions, ["accuracy", "format", "language"], verdicts)
-    return [Sampled(*sample) for sample in zip(asked, completions, scores, strict=True)]
+        scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
+    return [
+        {
+            **_prompt_row(prompt),
+            "checker": json.dumps(prompt.checker),
+            "completion": completion.text,
+            "tokens": len(completion.tokens),
+            "finish_reason": completion.finish_reason,
+            "scores": json.dumps({name: asdict(score) for name, score in by_rule.items()}),
+        }
+        for prompt, completion, by_rule in zip(repeated, completions, scores, strict=True)
+    ]
 
 
 def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, context: int) -> list[str]:
-    """All that this pipeline's models are measured on, so that none of it is trained on."""
+    """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
         prompt.question
@@ -116,26 +115,11 @@ def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, 
 
 
 def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
-    """All samples in the order of the prompts, `each` of one, whatever the number of shards and of ranks."""
+    """All samples in the order of the prompts, `each` per prompt, for any number of shards and ranks."""
     tables = [pq.read_table(shard).to_pylist() for shard in shards]
     by_prompt = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
-    turns = zip_longest(*by_prompt, fillvalue=[])  # as prompts[number::count] has shared them out
-    return [_unpack(row) for turn in turns for rows in turn for row in rows]
-
-
-def choose_samples(
-    run: Run[RejectionConfig], shards: Sequence[Path], questions: Sequence[str], too_long: int
-) -> tuple[list[Sampled], list[dict[str, Any]]]:
-    """What the filters keep of all shards, maybe nothing, and the funnel with what was drawn in front.
-
-    `questions`: those of the evaluation. `too_long`: prompts that were passed over.
-    """
-    drawn = drawn_in_order(shards, run.stage.samples_per_prompt)
-    kept, funnel = apply_filters(drawn, run.stage.filters, questions)
-    for step in funnel:
-        log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])
-    passed_over = f", {too_long} prompts passed over as too long" if too_long else ""
-    return kept, [{"name": f"drawn{passed_over}", "kept": len(drawn), "dropped": 0}, *funnel]
+    turns = zip_longest(*by_prompt, fillvalue=[])  # shard `number` has prompts[number::count]
+    return [_sample_of(row) for turn in turns for rows in turn for row in rows]
 
 
 def build_dataset(
@@ -147,18 +131,22 @@ def build_dataset(
     questions: Sequence[str],
     too_long: int,
 ) -> Path:
-    """Write data/samples.parquet, kept samples and general traces together, unless it is there already; the
-    funnel goes to data/funnel.json.
+    """Write data/samples.parquet (kept samples, then general demonstrations), if missing, and funnel.json.
 
-    Where no sample was kept, the general part is trained on alone, as large as beside one sample a prompt.
-    Raises DataError where there is none of either.
+    `questions`: those of the evaluations. `too_long`: how many prompts were skipped. If no sample was kept,
+    the general part is trained on alone, as large as for one sample per prompt. Raises DataError if there is
+    neither.
     """
-    path = run.folder.dataset
+    path, stage = run.folder.dataset, run.stage
     if path.exists():
         return path
-    kept, funnel = choose_samples(run, shards, questions, too_long)
-    ratio = run.stage.general_ratio
-    wanted = round(ratio * len(kept)) if kept else ceil(ratio * run.stage.prompts)
+    drawn = drawn_in_order(shards, stage.samples_per_prompt)
+    kept, steps = apply_filters(drawn, stage.filters, questions)
+    for step in steps:
+        log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])
+    skipped = f", {too_long} prompts passed over as too long" if too_long else ""
+    funnel = [{"name": f"drawn{skipped}", "kept": len(drawn), "dropped": 0}, *steps]
+    wanted = round(stage.general_ratio * len(kept)) if kept else ceil(stage.general_ratio * stage.prompts)
     general = general_part(run, chat, source, wanted)
     if not kept:
         funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
@@ -173,60 +161,62 @@ def build_dataset(
         | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
         for sample in kept
     ] + [
-        {"kind": "general", **_prompt_row(trace.prompt), "response": trace.response}
-        | {"source": trace.source, "checkpoint_hash": None}
-        for trace in general
+        {"kind": "general", **_prompt_row(demonstration.prompt), "response": demonstration.response}
+        | {"source": demonstration.source, "checkpoint_hash": None}
+        for demonstration in general
     ]
     _write_rows(path, rows)
     return path
 
 
 def general_part(run: Run[RejectionConfig], chat: Chat, source: Source, wanted: int) -> list[Demonstration]:
-    """Up to so many general traces; in the place of those that are too long for a row others are drawn."""
+    """Up to `wanted` general demonstrations; any too long for a row are replaced by others."""
     stage, seed = run.stage, run.seed("general traces")
     general, too_long = draw_prompts_that_fit(
         lambda n: source.general_demonstrations(n, seed, stage.general_kinds),
         wanted,
-        lambda trace: len(chat.example(trace.prompt, trace.response).tokens) <= stage.sequence_length,
+        lambda row: len(chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
     )
-    log.info("%d general traces of %d wanted, %d more are too long", len(general), wanted, too_long)
+    log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, too_long)
     return general
 
 
 def nothing_to_train_on(run: Run[RejectionConfig], funnel: Sequence[dict[str, Any]]) -> str:
-    """One line on why: the filter that most samples fell to, and what could be done."""
+    """Why, with the filter that dropped most samples, and the remedy."""
     worst = max(funnel, key=lambda step: step["dropped"])
     return (
         f"nothing to train on: the filters left none of {funnel[0]['kept']} samples "
-        f"({worst['dropped']} fell to '{worst['name']}'; see {run.folder.data / 'funnel.json'}), and "
-        f"data={run.config.data.name} gives no general traces that fit a row; train the sampled checkpoint "
-        "longer, or choose data with instructions and stage.general_ratio above 0"
+        f"({worst['dropped']} dropped by '{worst['name']}'; see {run.folder.data / 'funnel.json'}), and "
+        f"data={run.config.data.name} has no general demonstrations that fit a row; train the sampled "
+        "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
     )
 
 
 def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
-    """The traces of samples.parquet, and the hash of the file."""
-    demonstrations = []
-    for row in pq.read_table(path).to_pylist():
-        prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
-        demonstrations.append(Demonstration(prompt, row["response"], source=row["source"]))
+    """The demonstrations in samples.parquet, and the hash of the file."""
+    rows = pq.read_table(path).to_pylist()
+    demonstrations = [Demonstration(_prompt_of(row), row["response"], source=row["source"]) for row in rows]
     return demonstrations, file_hash(path)
 
 
 def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
-    """The traces that a finished run of rejection sampling trained on, and the hash of their file.
+    """The demonstrations that a finished run of rejection sampling trained on, and the hash of their file.
 
-    Raises CheckpointError where the run has none, or they or its checkpoint are not what they were.
+    Raises CheckpointError if they or its checkpoint are missing or changed.
     """
     verify(parent.checkpoint, parent.hash)
     run = RunFolder(Path(parent.checkpoint).parent.parent)
     problem = broken(run.dataset, record_of(run).get("data_hash") or "")
     if problem:
         raise CheckpointError(
-            f"{problem}; copy it back, make another with `r1pipe run stage=rejection_sft`, or name a stage "
-            "that samples in stage.reads"
+            f"{problem}; copy it back, run `r1pipe run stage=rejection_sft` again, or name a stage that "
+            "samples in stage.reads"
         )
     return read_dataset(run.dataset)
+
+
+def _prompt_of(row: dict[str, Any]) -> Prompt:
+    return Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
@@ -240,28 +230,8 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _pack(sample: Sampled) -> dict[str, Any]:
-    """A row of a shard: whole, so that the filters can run again without the model."""
-    return {
-        **_prompt_row(sample.prompt),
-        "checker": json.dumps(sample.prompt.checker),
-        "completion": sample.completion.text,
-        "tokens": len(sample.completion.tokens),
-        "finish_reason": sample.completion.finish_reason,
-        "scores": json.dumps({name: asdict(score) for name, score in sample.scores.items()}),
-    }
-
-
-def _unpack(row: dict[str, Any]) -> Sampled:
-    prompt = Prompt(
-        row["prompt_id"],
-        row["task"],
-        row["language"],
-        row["question"],
-        row["answer"],
-        json.loads(row["checker"]),
-        row["level"],
-    )
+def _sample_of(row: dict[str, Any]) -> Sampled:
+    prompt = replace(_prompt_of(row), checker=json.loads(row["checker"]), level=row["level"])
     scores = {
         name: Score(score["value"], Status(score["status"]), score["detail"])
         for name, score in json.loads(row["scores"]).items()
@@ -270,7 +240,7 @@ def _unpack(row: dict[str, Any]) -> Sampled:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Whole or not at all: a shard that exists is never drawn again."""
+    """Atomic: a shard that exists is never drawn again."""
     temporary = path.with_suffix(".partial")
     pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
     temporary.replace(path)

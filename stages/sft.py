@@ -3,15 +3,20 @@
 R1 collected thousands of them by prompting, from R1-Zero's outputs and by hand; here the data source writes
 them (the bundled world) or brings them (files). The loss covers responses only, and packing leaks nothing.
 
+control_sft is the same on careful, correct solutions alone, for about as long as reinforcement takes. It is
+not a stage of R1: it shows what good data could have taught in the same time. It draws other solutions.
+
     r1pipe run stage=cold_start
-    deepspeed --num_accelerators 2 --no_local_rank stages/cold_start.py RUN_FOLDER
+    deepspeed --num_accelerators 2 --no_local_rank stages/sft.py RUN_FOLDER
 """
 
 import sys
 
 from r1pipe.config import SFTConfig
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.finetune import fine_tune
+from r1pipe.train.sft.loop import fine_tune
+
+SEED_STREAMS = {"cold_start": "traces", "control_sft": "control traces"}
 
 
 def main(folder: str) -> None:
@@ -20,8 +25,9 @@ def main(folder: str) -> None:
         chat = run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
+            seed = run.seed(SEED_STREAMS[stage.name])
             demonstrations = source.demonstrations(
-                stage.demonstrations, run.seed("traces"), stage.styles, stage.correct_only
+                stage.demonstrations, seed, stage.styles, stage.correct_only
             )
         fine_tune(run, chat, source, demonstrations, source.hash)
 

@@ -1,0 +1,201 @@
+"""Every place that replaces, hides or works around a part of DeepSpeed or torch, each with its reason.
+
+All were seen in DeepSpeed 0.19.8. When you upgrade, try each one without its patch.
+"""
+
+import contextlib
+import io
+import math
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
+
+torch_load = torch.load  # torch's own, while `replaced_torch_load` redirects DeepSpeed's calls
+_exit_code: int | None = None
+
+# --- start and end of a process
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without mlflow: its autotuner imports it (1.5 s), and no job uses the autotuner."""
+    if "deepspeed" not in sys.modules:
+        mlflow = sys.modules.get("mlflow")
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes `import mlflow` raise ImportError
+        try:
+            import deepspeed
+        finally:
+            del sys.modules["mlflow"]
+            if mlflow:
+                sys.modules["mlflow"] = mlflow
+        deepspeed.utils.logger.setLevel("WARNING")
+    return sys.modules["deepspeed"]
+
+
+def skip_operator_probes(deepspeed: Any) -> None:
+    """On a CPU, DeepSpeed probes with a compiler for operators that we don't use, and may spend a minute
+    building one for inference."""
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def exit_immediately_with(code: int) -> None:
+    """After everything is written: skip the interpreter's teardown, where gloo's threads sometimes abort
+    (exit code -6) and turn a finished job into a failed one.
+
+    Seen in torch 2.13 with several ranks; one rank is not affected. Other exit handlers still run first.
+    """
+    global _exit_code
+    _exit_code = code
+
+
+def exit_without_teardown() -> None:
+    """The exit handler for `exit_immediately_with`; register it first, so that it runs last."""
+    if _exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code)
+
+
+# --- training
+
+
+def skip_single_rank_allreduce(ds: Any) -> None:
+    """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank."""
+    ds.enable_backward_allreduce = False
+
+
+def clip_fp32_with_torch(
+    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float
+) -> None:
+    """At ZeRO level 0 in float32, DeepSpeed walks all parameters three times per step, forgets the gradient
+    norm, and steps even if the norm is not finite; its ZeRO optimizers skip that step."""
+
+    def clip() -> None:
+        norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+        optimizer.overflow = not math.isfinite(norm)  # type: ignore[attr-defined]
+        if optimizer.overflow:  # type: ignore[attr-defined]
+            optimizer.zero_grad()  # parameters without a gradient don't move
+        ds._global_grad_norm = norm
+
+    ds.clip_fp32_gradients = clip
+    ds.zero_grad = optimizer.zero_grad
+
+
+@torch.no_grad()
+def clear_padding(zero3: Any, rank: int) -> None:
+    """ZeRO-3 splits each parameter equally and leaves uninitialised memory where the last part is not full.
+    Training ignores it, but checkpoints contain it, and differ in bits each time: fill it with zeros."""
+    for parameters, master in zip(zero3.fp16_groups, zero3.fp32_partitioned_groups_flat, strict=True):
+        begin = 0
+        for parameter in parameters:
+            size = parameter.ds_tensor.ds_numel
+            filled = min(max(parameter.ds_numel - rank * size, 0), size)
+            parameter.ds_tensor[filled:] = 0
+            master.data[begin + filled : begin + size] = 0
+            begin += size
+
+
+@contextlib.contextmanager
+def without_zero3_hooks(ds: Any) -> Iterator[None]:
+    """ZeRO-3's hooks release the weights after each layer, even inside GatheredParameters, and sampling would
+    gather them again for every token."""
+    offload = ds.optimizer.parameter_offload
+    offload._remove_module_hooks()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        offload.setup_zero_stage3_hooks()
+
+
+# --- checkpoints
+
+
+def replace_save(ds: Any, save: Callable[[Any, str], None]) -> None:
+    """DeepSpeed's own writer raises on a full disk, while other ranks wait for this one. And it copies a
+    script for extracting weights beside each state: ours are published anyway."""
+    ds.checkpoint_engine.save = save
+    ds._copy_recovery_script = lambda folder: None
+
+
+def replace_load(ds: Any, load: Callable[..., Any]) -> None:
+    """DeepSpeed loads with weights_only=False, which runs whatever code a file contains."""
+    ds.checkpoint_engine.load = load
+
+
+@contextlib.contextmanager
+def replaced_torch_load(load: Callable[..., Any]) -> Iterator[None]:
+    """Universal checkpoints bypass DeepSpeed's checkpoint engine and call torch.load(weights_only=False)."""
+
+    def restricted(path: str, map_location: Any = None, weights_only: bool = True) -> Any:
+        return load(path, map_location)
+
+    torch.load = restricted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = torch_load
+
+
+@contextlib.contextmanager
+def universal_loading(ds: Any) -> Iterator[None]:
+    """Whether DeepSpeed reads the universal layout is fixed when its engine starts; we know it per file."""
+    ds._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        ds._config.load_universal_checkpoint = False
+
+
+def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -> None:
+    """DeepSpeed's converter (levels 1 to 3) is a command that prints progress bars and unpickles anything;
+    with one worker it starts no process pool."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    output = io.StringIO()
+    with (
+        replaced_torch_load(load),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        ds_to_universal.main(arguments)
+
+
+def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Callable[..., Any]) -> None:
+    """The readers of levels 1 and 2, and of level 3, expect AdamW's step in different places: also put it
+    beside each parameter. The level-3 converter writes bare tensors: `wrap` those as {"param": tensor}."""
+    for parameter in [path.parent for path in zero.glob("*/fp32.pt")]:
+        torch.save(step, parameter / "step.pt")
+        for path in [parameter / f"{key}.pt" for key in wrap]:
+            torch.save({"param": load(str(path), "cpu")}, path)
+
+
+@contextlib.contextmanager
+def repaired_after_universal(ds: Any, buffers: dict[str, Tensor]) -> Iterator[None]:
+    """What reading the universal layout gets wrong: level 3 gives every parameter group the first one's
+    weight decay, all parameters share one step counter, and buffers are not restored."""
+    decays = [group["weight_decay"] for group in ds.optimizer.param_groups]
+    yield
+    for group, decay in zip(ds.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for state in ds.optimizer.state.values():
+        state["step"] = state["step"].clone()
+    for name, buffer in ds.module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])

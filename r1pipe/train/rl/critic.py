@@ -15,7 +15,7 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Completion, Group, Score
 from r1pipe.model import Balance, DeepseekV3
-from r1pipe.model.transformer import ScalarModel, hidden_after
+from r1pipe.model.transformer import ScalarModel
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.rl.advantages import is_scored
@@ -44,8 +44,7 @@ class ValueModel(ScalarModel):
 
     def forward(self, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None) -> Tensor:
         """-> values_N of what stands before each completion token; `balances` as in completion_logprobs."""
-        hidden_BTD = hidden_after(
-            self.model,
+        hidden_BTD = self.model.after_prompts(
             micro.prompts_PT,
             micro.prompt_lengths_P,
             micro.tokens_BT,

@@ -41,7 +41,7 @@ def completion_logprobs(
 
     `balances` (see `balances_of`) collect the balance losses; none: they are not asked for.
     """
-    hidden_BTD = model.hidden_after(
+    hidden_BTD = model.model.after_prompts(
         micro.prompts_PT,
         micro.prompt_lengths_P,
         micro.tokens_BT,

@@ -28,7 +28,7 @@ def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: boo
     hidden_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, balance)
     mtp = None
     if with_mtp and model.config.num_nextn_predict_layers:
-        depths = model.model.further(hidden_BTD, batch.tokens_BT, batch.segments_BT, balance)
+        depths = model.model.mtp_hidden(hidden_BTD, batch.tokens_BT, batch.segments_BT, balance)
         mtp = mtp_loss_sum(
             model.lm_head,
             depths,

@@ -1,4 +1,4 @@
-"""What the checks share: limits, data, engine and probe. Each is made at its first use."""
+"""Shared by the checks: limits, data, engine and probe. Each is created at its first use."""
 
 import math
 from collections.abc import Sequence

@@ -38,9 +38,8 @@ def quality(context: Context) -> Outcome:
         worst = max(worst, status, key=ORDER.index)
         values.append(value)
         if status != PASS and not remedy:
-            remedy = (
-                f"{problem}train the {kind} model on more or better data: r1pipe run stage={bounds.STAGE}"
-            )
+            remedy = f"{problem}train the {kind} model on more or better data: "
+            remedy += f"r1pipe run stage={bounds.STAGE}"
     return Outcome(worst, "; ".join(values), remedy)
 
 

@@ -25,9 +25,7 @@ def rewards(context: Context) -> Outcome:
     """
     examples = context.solved or _from_gold(context.prompts[: context.limits.judged])
     if not examples:
-        return Outcome(
-            WARN, "no correct response to test with", "use data with worked solutions or gold answers"
-        )
+        return Outcome(WARN, "no correct response to test with", "use data with solutions or gold answers")
     prompts = [example.prompt for example in examples]
     texts = [_as_sampled(context.chat, example) for example in examples]
     weights = _tested_weights(context)
@@ -116,21 +114,18 @@ def end_of_sequence(context: Context) -> Outcome:
     last = len(example.tokens) - 1
     learned = bool(batch.loss_BT[0, last]) and int(batch.tokens_BT[0, last]) == chat.eos_id
     stops = context.engine.module.eos_ids if context.config.weights_from else ()
-    faults = {
-        "EOS is also the padding, which is never learned; give the tokenizer two tokens": (
-            chat.eos_id == chat.pad_id
-        ),
-        f"the text {EOS} is not one token; fix the tokenizer": chat.encode(EOS) != [chat.eos_id],
-        "raise model.vocab_size above the tokenizer's size": max(chat.eos_id, chat.vocab_size - 1) >= rows,
-        "the loss leaves out EOS, so that no answer learns to end; fix the masks": not learned,
-        f"generation_config.json ends at {stops}, not at {chat.eos_id}; fix it": (
-            bool(stops) and chat.eos_id not in stops
-        ),
-    }
-    for remedy, present in faults.items():
-        if present:
-            return Outcome(FAIL, value, remedy)
-    return Outcome(PASS, f"{value}; learned")
+    remedy = ""
+    if chat.eos_id == chat.pad_id:
+        remedy = "EOS is also the padding, which is never learned; give the tokenizer two tokens"
+    elif chat.encode(EOS) != [chat.eos_id]:
+        remedy = f"the text {EOS} is not one token; fix the tokenizer"
+    elif max(chat.eos_id, chat.vocab_size - 1) >= rows:
+        remedy = "raise model.vocab_size above the tokenizer's size"
+    elif not learned:
+        remedy = "the loss leaves out EOS, so that no answer learns to end; fix the masks"
+    elif stops and chat.eos_id not in stops:
+        remedy = f"generation_config.json ends at {stops}, not at {chat.eos_id}; fix it"
+    return Outcome(FAIL, value, remedy) if remedy else Outcome(PASS, f"{value}; learned")
 
 
 def lengths(context: Context) -> Outcome:
@@ -145,9 +140,7 @@ def lengths(context: Context) -> Outcome:
         skipped = sum(size > room for size in sizes)
         remedy = f"raise stage.sequence_length, up to model.max_position_embeddings={longest}"
         if room >= longest:
-            remedy = (
-                f"use shorter examples, or a model with more than model.max_position_embeddings={longest}"
-            )
+            remedy = f"use shorter examples, or a model with model.max_position_embeddings over {longest}"
     else:
         max_tokens = getattr(stage, "sampling").max_tokens  # noqa: B009 - only some stages have it
         room, what = longest - max_tokens, "prompts"
@@ -157,7 +150,6 @@ def lengths(context: Context) -> Outcome:
         skipped = sum(not fits(prompt) for prompt in prompts)
         remedy = "lower stage.sampling.max_tokens or use a model with a longer context"
     share = skipped / max(1, len(sizes))
-    value = (
-        f"{skipped:,} of {len(sizes):,} {what} are over {room:,} tokens; longest {max(sizes, default=0):,}"
-    )
+    value = f"{skipped:,} of {len(sizes):,} {what} are over {room:,} tokens"
+    value += f"; longest {max(sizes, default=0):,}"
     return Outcome(context.limits.too_long.grade(share), value, remedy)

@@ -64,7 +64,7 @@ def not_finite(what: str, layer: str | None) -> str:
     """A message that `what` is not finite because of `layer` (see first_non_finite)."""
     if layer is None:
         return f"{what} is not finite, though every layer's output is"
-    return f"{what} is not finite: the first layer to give such values is {layer}"
+    return f"{what} is not finite: the first layer with such values is {layer}"
 
 
 def _tensors(output: Any) -> list[Tensor]:

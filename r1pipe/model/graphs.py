@@ -54,7 +54,7 @@ class GraphDecoder(Decoder):
     @torch.no_grad()
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
         """As Decoder's. The logits are overwritten by the next call."""
-        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # what lies beyond a position is masked
+        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # entries beyond a position are masked
         key = (cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length)
         if key not in self._steps:
             inputs = tokens_S.clone(), positions_S.clone()

@@ -74,7 +74,7 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, sc
     plain = query.device.type == "cpu" or torch.compiler.is_compiling()
     by_head = (each.transpose(1, 2) for each in (query, key, value))
     out = (flex_attention if plain else _compiled())(*by_head, block_mask=blocks, scale=scale)
-    assert isinstance(out, Tensor)  # no auxiliary outputs were asked for
+    assert isinstance(out, Tensor)  # no auxiliary outputs were requested
     return out.transpose(1, 2)
 
 

@@ -16,7 +16,7 @@ Keep = Callable[[Tensor], None]
 # The keys that each token may attend to: [B, T, M] bool, or FlexAttention's blocks; None: causal.
 Mask = Tensor | BlockMask | None
 
-LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in the published weights
+LATENT_EPS = 1e-6  # of the latent norms, whatever rms_norm_eps is, as in the published models
 
 
 class MLA(nn.Module):

@@ -172,12 +172,10 @@ class Experts(nn.Module, Quantisable):
         sorted_x, weights = x_ND.index_select(0, tokens), weights_NK.flatten().index_select(0, order)
         if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
             places, ends_E = _rounded_up(chosen, ends_E)
-            filled = int(ends_E[-1])
-            sorted_x = sorted_x.new_zeros(filled, sorted_x.shape[1]).index_copy(0, places, sorted_x)
-            weights = weights.new_zeros(filled).index_copy(0, places, weights)
-            tokens = tokens.new_zeros(filled).index_copy(
-                0, places, tokens
-            )  # padding adds 0 to the first token
+            padded = int(ends_E[-1])
+            sorted_x = sorted_x.new_zeros(padded, sorted_x.shape[1]).index_copy(0, places, sorted_x)
+            weights = weights.new_zeros(padded).index_copy(0, places, weights)
+            tokens = tokens.new_zeros(padded).index_copy(0, places, tokens)  # padding adds 0 to the first
         offs = ends_E.int()
         gate, up = F.grouped_mm(sorted_x, self.gate_up_proj.transpose(1, 2), offs=offs).chunk(2, dim=-1)
         # weighted before the down projection, where rows are narrow
@@ -224,15 +222,13 @@ def sequence_balance(scores_NE: Tensor, documents_N: Tensor, top_k: int) -> Tens
 
     V3 equations 17 to 20: in a document of T tokens f_i = E / (K T) x how often expert i is among the K best
     by score (without the bias, which balances whole batches, and without groups), P_i = its mean score, where
-    a token's scores are normalised to sum 1. Even scores give 1 a token. A document weighs as much as it has
-    tokens: the sum over micro-batches and ranks, divided by the tokens of the whole batch, is then the mean;
+    a token's scores are normalised to sum 1. Uniform scores give 1 per token. Documents are weighted by
+    their tokens: the sum over micro-batches and ranks, divided by the whole batch's tokens, is then the mean;
     for equal lengths it is the paper's mean over sequences. `documents_N` numbers the documents of all rows
     from 1; 0 is left out.
     """
     experts = scores_NE.shape[1]
-    count = (
-        len(documents_N) + 1
-    )  # at most one document per token: a bound that needs no GPU sync or graph break
+    count = len(documents_N) + 1  # at most one document per token: this bound needs no GPU sync
     best_NK = scores_NE.detach().topk(top_k, dim=-1, sorted=False).indices
     chosen_NE = torch.zeros_like(scores_NE).scatter_(1, best_NK, 1.0)
     normalised_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)

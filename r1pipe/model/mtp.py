@@ -52,8 +52,8 @@ class MTPLayer(DecoderLayer):
 
 def ahead(values_BT: Tensor, steps: int, fill: int) -> Tensor:
     """The value `steps` positions to the right of each; `fill` beyond the row's end."""
-    filled = torch.full_like(values_BT[:, :steps], fill)
-    return torch.cat([values_BT[:, steps:], filled], dim=1)
+    padding = torch.full_like(values_BT[:, :steps], fill)
+    return torch.cat([values_BT[:, steps:], padding], dim=1)
 
 
 def same_document(segments_BT: Tensor, steps: int) -> Tensor:

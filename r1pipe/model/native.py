@@ -210,9 +210,7 @@ def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
 
     `graphs` requests CUDA graphs. Raises ConfigError where they cannot run.
     """
-    if (
-        fp8_of(model) is not None
-    ):  # the sampler computes as the trainer does; the config's rules refuse graphs
+    if fp8_of(model) is not None:  # sampling as in training; the config's rules refuse graphs
         return Decoder(model)
     if graphs:
         return graph_decoder(model)

@@ -24,9 +24,7 @@ SCALE = "_scale_inv"  # suffix of an FP8 weight's name
 COMPUTED = ".rotary_emb.inv_freq"  # a buffer in older files, Moonlight's too; it follows from config.json
 FP8 = "F8_E4M3"
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-REMAP_BYTES = (
-    1 << 28
-)  # read bytes after which a mapped file is reopened: its pages count as memory until then
+REMAP_BYTES = 1 << 28  # a mapped file is reopened after reading this much, because its pages count as memory
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -66,7 +66,7 @@ class Trunk(nn.Module):
         for n, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             routing = balance.routing() if balance else Routing()
             past_BPW = past.entries[n] if past else None
-            x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
+            x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, routing, keep, past_BPW)
         return self.norm(x_BTD)
 
     def after_prompts(
@@ -103,9 +103,8 @@ class Trunk(nn.Module):
             assert isinstance(layer, MTPLayer)
             next_BTD = torch.cat([embedded_BTD[:, depth:], torch.zeros_like(embedded_BTD[:, :depth])], dim=1)
             routing = balance.routing(same_document(segments_BT, depth))
-            x_BTD = self._run(
-                layer, layer.joined(hidden_BTD, next_BTD), rotation_BTr, mask_BTM, None, None, routing
-            )
+            joined_BTD = layer.joined(hidden_BTD, next_BTD)
+            x_BTD = self._run(layer, joined_BTD, rotation_BTr, mask_BTM, routing)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             states.append(hidden_BTD)
         return states
@@ -141,32 +140,22 @@ class Trunk(nn.Module):
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Mask,
-        keep: Keep | None,
-        past_BPW: Tensor | None,
         routing: Routing,
+        keep: Keep | None = None,
+        past_BPW: Tensor | None = None,
     ) -> Tensor:
         """One layer; `recompute` runs it again in backward, with the same choice of experts."""
         if self.compiled is not None and self._trains():
             kept: list[Tensor] = []  # a new list each time: compiled code is specialised on its length
-            x_BTD = self.compiled(
-                layer, x_BTD, rotation_BTr, mask_BTM, kept.append if keep else None, past_BPW, routing
-            )
+            keep_once = kept.append if keep else None
+            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, keep_once, past_BPW, routing)
             if keep is not None:
                 keep(kept[0])
             return x_BTD
         if not (self.recompute and self._trains()):
             return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
-        return checkpoint(
-            layer,
-            x_BTD,
-            rotation_BTr,
-            mask_BTM,
-            _once(keep) if keep else None,
-            past_BPW,
-            routing,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing here is random
-        )
+        inputs = (x_BTD, rotation_BTr, mask_BTM, _once(keep) if keep else None, past_BPW, routing)
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
 
 def _once(keep: Keep) -> Keep:
@@ -222,7 +211,7 @@ class DeepseekV3(nn.Module):
         """-> logits_BTV.
 
         `segments_BT` numbers the document of each token (0: padding): attention is causal and stays inside a
-        document, positions restart in each, a padding token sees itself alone.
+        document, positions restart in each, and a padding token sees only itself.
         """
         return self.lm_head(self.model(tokens_BT, segments_BT))
 

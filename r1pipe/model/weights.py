@@ -43,7 +43,7 @@ def save_pretrained(
 ) -> None:
     """Write config.json and model.safetensors (above `shard_bytes`: shards and an index) into `folder`.
 
-    `dtype` casts the weights (None: as they are); the router bias stays float32.
+    `dtype` casts the weights (None: unchanged); the router bias stays float32.
     """
     folder = Path(folder)
     write_shards(_stored_tensors(model, dtype), folder, shard_bytes)

@@ -85,9 +85,9 @@ def group_at(index, ends_E, experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
     firsts, ends, groups = groups_of(ends_E, experts, SIZE, BLOCK_E)
     until = tl.cumsum(groups, 0)
     expert = tl.sum((until <= index).to(tl.int32), axis=0)
-    mine = ids == expert
-    token = tl.sum(tl.where(mine, firsts + (index - until + groups) * SIZE, 0), axis=0)
-    return expert, token, tl.sum(tl.where(mine, ends, 0), axis=0)
+    own = ids == expert
+    token = tl.sum(tl.where(own, firsts + (index - until + groups) * SIZE, 0), axis=0)
+    return expert, token, tl.sum(tl.where(own, ends, 0), axis=0)
 
 
 def padded_experts(experts: int) -> int:

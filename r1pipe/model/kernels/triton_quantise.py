@@ -78,14 +78,14 @@ def empty_tiles(rows: int, columns: int, device: torch.device) -> Scaled:
 
 def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
     """x [..., R, C] -> values [..., R, C], scales [..., R, c]."""
-    given = rows_of(x)
-    values, scales = empty_tiles(len(given), x.shape[-1], x.device)
-    if given.numel():
-        grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
-        strides = given.stride(0), *scales.stride()
+    flat = rows_of(x)
+    values, scales = empty_tiles(len(flat), x.shape[-1], x.device)
+    if flat.numel():
+        grid = (triton.cdiv(len(flat), ROWS) * tiles(x.shape[-1]), 1)
+        strides = flat.stride(0), *scales.stride()
         switches = {"BLOCKS": False, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
         _quantise[grid](
-            given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
+            flat, values, scales, counts, *flat.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
         )
     return Scaled(values.view(x.shape), scales.unflatten(0, x.shape[:-1]))
 
@@ -96,11 +96,11 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scales = torch.empty(*batch, tiles(rows), tiles(columns), device=x.device)
     if x.numel():
-        given = rows_of(x)
-        grid = (tiles(rows) * tiles(columns), len(given) // rows)
-        sizes = rows, columns, given.stride(0), 0, 0
+        flat = rows_of(x)
+        grid = (tiles(rows) * tiles(columns), len(flat) // rows)
+        sizes = rows, columns, flat.stride(0), 0, 0
         switches = {"BLOCKS": True, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
+        _quantise[grid](flat, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
     return Scaled(values, scales)
 
 
@@ -167,18 +167,18 @@ def _placed(
     counts: Tensor | None,
 ) -> Scaled:
     """x in tiles along tokens; fills `as_they_are`, if present, with x in tiles."""
-    given, experts = rows_of(x), len(ends_E)
-    tokens, width = given.shape
+    flat, experts = rows_of(x), len(ends_E)
+    tokens, width = flat.shape
     places = places_for(tokens, experts)
     placed = empty_tiles(width, places, x.device)
-    if given.numel():
+    if flat.numel():
         wide = WIDTH if as_they_are else WIDTH // 2  # rows' tiles are whole
         grid = (tiles(places) * triton.cdiv(width, wide),)
         out = (*(as_they_are or (None, None)), *placed)
-        sizes = tokens, width, places, experts, given.stride(0)
+        sizes = tokens, width, places, experts, flat.stride(0)
         strides = (0, 0) if x_scales is None else x_scales.stride()
         _place[grid](
-            *(given, x_scales, ends_E, *out, counts, *sizes, *strides),
+            *(flat, x_scales, ends_E, *out, counts, *sizes, *strides),
             WIDE=wide,
             BLOCK_E=padded_experts(experts),
             BOTH=as_they_are is not None,

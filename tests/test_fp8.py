@@ -255,7 +255,7 @@ def test_weights_are_quantised_once_per_generation(monkeypatch):
     assert (
         len(calls) == 3 * 5 + 2 + 2 * 4
     )  # attention's; a dense layer's two; two layers of experts and shared
-    assert how._held is None
+    assert how._cache is None
 
 
 # --- jobs

@@ -37,7 +37,7 @@ def documents(model):
     """Two documents in a row and padding; the balance loss, and the layer that predicts further."""
     balance, tokens_BT = Balance(SEGMENTS, with_loss=True), tokens(2, 20, model.config)
     hidden_BTD = model.hidden(tokens_BT, SEGMENTS, balance)
-    further = [depth.mean() for depth in model.model.further(hidden_BTD, tokens_BT, SEGMENTS)]
+    further = [depth.mean() for depth in model.model.mtp_hidden(hidden_BTD, tokens_BT, SEGMENTS)]
     return model.lm_head(hidden_BTD) + balance.total() + sum(further)
 
 
@@ -49,7 +49,7 @@ def past(model):
         Balance.of_lengths(torch.tensor([9, 4, 9]), 9, True),
     )
     prompts_PT, rows_BT = tokens(2, width, model.config), tokens(3, 9, model.config)
-    hidden_BTD = model.hidden_after(prompts_PT, lengths, rows_BT, torch.tensor([0, 0, 1]), balances)
+    hidden_BTD = model.model.after_prompts(prompts_PT, lengths, rows_BT, torch.tensor([0, 0, 1]), balances)
     return model.lm_head(hidden_BTD) + sum(balance.total() for balance in balances)
 
 

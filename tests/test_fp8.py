@@ -37,7 +37,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(reference, "numbers", lambda values: values)
     monkeypatch.setattr(reference, "scale_of", lambda amax, power_of_two: torch.ones_like(amax))
     monkeypatch.setattr(meter.Meter, "counts", lambda *_: None)
-    monkeypatch.setattr(meter.Meter, "saw", lambda *_: None)
+    monkeypatch.setattr(meter.Meter, "record", lambda *_: None)
 
 
 def gradients(model: DeepseekV3, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -187,8 +187,11 @@ def test_what_quantising_did_is_told_by_kind_and_role():
 
 
 def test_ranks_counts_are_joined():
-    one = {"experts/weight": (100, 4, 1, 0, 0.5, 2.0)}
-    other = {"experts/weight": (300, 4, 0, 0, 0.25, 1.0), "dense/weight": (10, 1, 0, 0, 1.0, 1.0)}
+    one = {"experts/weight": meter.Totals(100, 4, 1, 0, 0.5, 2.0)}
+    other = {
+        "experts/weight": meter.Totals(300, 4, 0, 0, 0.25, 1.0),
+        "dense/weight": meter.Totals(10, 1, 0, 0, 1.0, 1.0),
+    }
     found = meter.metrics(meter.together([one, other]))
     assert found["fp8/experts/weight/saturated"] == 8 / 400
     assert found["fp8/experts/weight/flushed"] == 1 / 400
@@ -252,7 +255,7 @@ def test_weights_are_quantised_once_per_generation(monkeypatch):
     assert (
         len(calls) == 3 * 5 + 2 + 2 * 4
     )  # attention's; a dense layer's two; two layers of experts and shared
-    assert how._held is None
+    assert how._cache is None
 
 
 # --- jobs

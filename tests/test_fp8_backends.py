@@ -35,7 +35,7 @@ def test_a_cpu_emulates_and_says_what_else_it_cannot():
     ):
         choice.choose("scaled_mm", CPU)
     with pytest.raises(
-        EnvironmentProblem, match=r"Triton's interpreter alone; engine.kernels=auto takes reference"
+        EnvironmentProblem, match=r"only in Triton's interpreter; engine.kernels=auto takes reference"
     ):
         choice.choose("triton", CPU)
 
@@ -58,7 +58,7 @@ def test_auto_takes_the_first_that_runs(monkeypatch):
             "scaled_mm",
             (8, 9),
             "13.0",
-            "on compute capability 9.x alone, NVIDIA L40S has 8.9; .*auto takes triton",
+            "only on compute capability 9.x, NVIDIA L40S has 8.9; .*auto takes triton",
         ),
         ("scaled_mm", (9, 0), "12.8", "CUDA 12.9 or newer, not 12.8; engine.kernels=auto takes triton"),
         (
@@ -73,7 +73,7 @@ def test_auto_takes_the_first_that_runs(monkeypatch):
             "13.0",
             "needs compute capability 8.9, NVIDIA L40S has 8.0; set engine.precision=bf16",
         ),
-        ("auto", (8, 0), "13.0", "finds none that runs here: .* 8.0; set engine.precision=bf16"),
+        ("auto", (8, 0), "13.0", "kernels=auto cannot run here: .* 8.0; set engine.precision=bf16"),
     ],
 )
 def test_what_a_gpu_cannot_run_is_refused_with_a_remedy(monkeypatch, kernels, capability, cuda, told):

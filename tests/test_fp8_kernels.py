@@ -277,8 +277,6 @@ def test_triton_swiglu_keeps_what_is_not_finite(kernels):
 
 
 def test_both_backends_have_the_same_names(kernels):
-    names = {name for name in kernels.__all__ if getattr(kernels, name).__module__.endswith("reference")}
-    assert names == {"Scaled", "dequantise", "place_groups", "places_for", "tiles", "transposed"}
     assert all(hasattr(reference, name) for name in kernels.__all__)
 
 

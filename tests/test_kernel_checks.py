@@ -134,7 +134,7 @@ def test_wrong_tensors_are_refused_before_the_kernel_is_called(
 @pytest.mark.parametrize("value", [-1, 10])
 def test_indices_out_of_range_are_refused(entry: str, name: str, value: int, library: Recorder) -> None:
     function, arguments = ENTRIES[entry]
-    with pytest.raises(ValueError, match=rf"must lie from 0 to \d, not from {value}"):
+    with pytest.raises(ValueError, match=rf"must be from 0 to \d, not from {value}"):
         function(**arguments | {name: torch.full_like(arguments[name], value)})
     assert library.called == []
 
@@ -152,7 +152,7 @@ def test_keys_without_a_mask_are_as_many_as_tokens(library: Recorder) -> None:
     arguments = ENTRIES["attention"][1] | {"mask_BTM": None}
     kernels.attention(**arguments)
     more = {"key_value_BMHw": floats(2, 9, 3, 14), "key_rope_BMR": floats(2, 9, 4)}
-    with pytest.raises(ValueError, match="5 tokens that look at 9 keys need a mask"):
+    with pytest.raises(ValueError, match="5 tokens that attend to 9 keys need a mask"):
         kernels.attention(**arguments | more)
 
 
@@ -204,7 +204,7 @@ def test_a_decoder_takes_what_fits_alone(decoder: NativeDecoder, library: Record
     for wrong in (tokens.int(), tokens.float(), tokens[:1], tokens.to("meta")):
         with pytest.raises(ValueError, match=r"^(tokens|positions) must be torch\.int64"):
             decoder.decode(wrong, positions, cache, 12)
-    with pytest.raises(ValueError, match=r"^wanted must lie from 0"):
+    with pytest.raises(ValueError, match=r"^wanted must be from 0"):
         decoder.prefill(torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 5]))
     assert len(library.called) == 1
 

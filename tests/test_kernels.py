@@ -61,7 +61,7 @@ def test_rows_after_a_prompt_compute_what_torch_does(dtype, monkeypatch):
     balances = (Balance.of_lengths(lengths, 9, False), Balance.of_lengths(torch.full((6,), 70), 70, False))
 
     def run() -> Tensor:
-        return model.hidden_after(prompts, lengths, rows, prompt_of, balances)
+        return model.model.after_prompts(prompts, lengths, rows, prompt_of, balances)
 
     assert apart(model, run, monkeypatch) < ALIKE[dtype]
 

@@ -59,7 +59,7 @@ def test_padding_counts_in_no_load():
 
     def loads_of(rows_BT, numbers_BT):
         reset_loads(model)
-        model.model.further(model.hidden(rows_BT, numbers_BT), rows_BT, numbers_BT)
+        model.model.mtp_hidden(model.hidden(rows_BT, numbers_BT), rows_BT, numbers_BT)
         return expert_loads(model)
 
     whole_LE = loads_of(tokens_BT, SEGMENTS)
@@ -210,7 +210,7 @@ def loss_after_prompts(model):
     prompts_PT, rows_BT = tokens(2, 6, model.config), tokens(4, 7, model.config)
     lengths = ([6, 4], [7, 5, 6, 1])
     balances = [Balance.of_lengths(torch.tensor(each), max(each), with_loss=True) for each in lengths]
-    hidden_BTD = model.hidden_after(
+    hidden_BTD = model.model.after_prompts(
         prompts_PT, torch.tensor([6, 4]), rows_BT, torch.tensor([0, 0, 1, 1]), balances
     )
     return hidden_BTD.square().mean() + 0.01 * (balances[0].total() + balances[1].total())
@@ -220,7 +220,7 @@ def whole_loss(model):
     tokens_BT = tokens(2, 12, model.config)
     balance = Balance(SEGMENTS, with_loss=True)
     hidden_BTD = model.hidden(tokens_BT, SEGMENTS, balance)
-    (further_BTD,) = model.model.further(hidden_BTD, tokens_BT, SEGMENTS, balance)
+    (further_BTD,) = model.model.mtp_hidden(hidden_BTD, tokens_BT, SEGMENTS, balance)
     return hidden_BTD.square().mean() + further_BTD.square().mean() + 0.01 * balance.total()
 
 

@@ -26,7 +26,7 @@ def with_mtp(depths: int, **changes) -> ModelConfig:
 
 def loss_of(model: DeepseekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
     hidden_BTD = model.hidden(tokens_BT, SEGMENTS)
-    depths = model.model.further(hidden_BTD, tokens_BT, SEGMENTS)
+    depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, SEGMENTS)
     return mtp_loss_sum(model.lm_head, depths, tokens_BT, SEGMENTS, LEARNED, model.config.vocab_size)
 
 
@@ -82,7 +82,7 @@ def test_another_document_changes_nothing():
     found = []
     for rows_BT in (tokens_BT, other_BT):
         hidden_BTD = model.hidden(rows_BT, SEGMENTS)
-        depths = model.model.further(hidden_BTD, rows_BT, SEGMENTS)
+        depths = model.model.mtp_hidden(hidden_BTD, rows_BT, SEGMENTS)
         seen = LEARNED.clone()
         seen[0, :6] = False
         found.append(mtp_loss_sum(model.lm_head, depths, rows_BT, SEGMENTS, seen, model.config.vocab_size))

@@ -177,7 +177,7 @@ def test_without_a_working_compiler_one_line_says_what_is_lost(compiler, fresh, 
     monkeypatch.setenv("CXX", compiler)
     assert build.library() is None and build.library() is None
     said = capfd.readouterr().err.splitlines()
-    warnings = [line for line in said if "torch's operators do the work" in line]
+    warnings = [line for line in said if "torch's operators are used" in line]
     assert len(warnings) == 1 and "CXX" in warnings[0]
     assert type(decoder_of(ours(SHAPES["v3"]))) is Decoder
     assert not list(fresh.glob("cache/*.so"))

@@ -132,7 +132,7 @@ def test_filling_is_no_part_of_the_balance_loss_in_reinforcement():
     completion_logprobs(engine.module, micro, 1.0, whole)
     of_prompts, _ = balances_of(micro, with_loss=False)
     balance = Balance(torch.tensor([[1] * 4]), with_loss=True)  # the row of four, which comes first, alone
-    engine.module.hidden_after(
+    engine.module.model.after_prompts(
         micro.prompts_PT,
         micro.prompt_lengths_P,
         micro.tokens_BT[:1],

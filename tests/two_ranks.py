@@ -24,7 +24,9 @@ def after_prompts(model):
     prompts_PT, rows_BT = batch()[:2, :7], batch()[:4, :9]
     lengths_P, lengths_B = torch.tensor([7, 5]), torch.tensor([9, 4, 8, 6])
     balances = Balance.of_lengths(lengths_P, 7, True), Balance.of_lengths(lengths_B, 9, True)
-    hidden_BTD = model.hidden_after(prompts_PT, lengths_P, rows_BT, torch.tensor([0, 0, 1, 1]), balances)
+    hidden_BTD = model.model.after_prompts(
+        prompts_PT, lengths_P, rows_BT, torch.tensor([0, 0, 1, 1]), balances
+    )
     return model.lm_head(hidden_BTD).float().square().mean() + 0.01 * sum(b.total() for b in balances)
 
 

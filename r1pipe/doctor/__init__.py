@@ -1,15 +1,14 @@
-"""`r1pipe doctor`: what goes wrong most often before and in a run, looked for in under a minute.
+"""`r1pipe doctor`: finds the most common faults of a run in under a minute, before hours are spent on it.
 
-CHECKS is the table, in the order of the answer: a check is one function from the context to a finding. Those
-that need a probe share one, and the checks after it train it by a step: it is thrown away at the end.
+CHECKS is the table, in the order of the report. A check is one function from the context to an outcome. The
+checks of the policy share one probe; the later ones train it by one step, and it is thrown away at the end.
 
-    context    what checks look at, made when first asked for; the limits (conf/doctor/limits.yaml)
-    data       columns, gold answers, duplicates, overlap with the evaluation
-    template   rewards under this chat format, <think>, end of sequence, what fits
-    policy     the probe: truncation, variance, sampler beside trainer, save and load
-    resources  device, memory and disk
-    judges     the reward models' quality
-    general    general prompts: judged or not, what the reward models read, what refusals earn
+    context        what the checks share: limits (conf/doctor/limits.yaml), data, engine and probe
+    data           columns, gold answers, duplicates, overlap with the evaluation
+    template       rewards under this chat format, <think>, end of sequence, lengths
+    policy         truncation, variance, sampler against trainer, save and load
+    reward_models  their quality, what they read, what refusals earn, whether general prompts are scored
+    resources      device, memory and disk
 """
 
 from collections.abc import Callable
@@ -24,82 +23,92 @@ from r1pipe.config import (
     StageConfig,
 )
 from r1pipe.core.errors import R1pipeError
-from r1pipe.doctor import data, general, judges, policy, resources, template
-from r1pipe.doctor.context import Context
-from r1pipe.runs.findings import FAIL, ORDER, WARN, Finding
+from r1pipe.doctor import data, policy, resources, reward_models, template
+from r1pipe.doctor.context import Context, Outcome
+from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN, Finding
 from r1pipe.train.engine.ranks import Ranks
 
-__all__ = ["CHECKS", "Check", "Context", "examine"]
+__all__ = ["CHECKS", "Check", "Context", "examine", "run_check"]
 
 Kinds = tuple[type[StageConfig], ...]
 RL: Kinds = (RLConfig,)
 PROMPTED: Kinds = (RLConfig, FineTuneConfig)
 TRAINED: Kinds = (*PROMPTED, PretrainConfig, RewardModelConfig)
-MEASURED: Kinds = (*PROMPTED, EvaluateConfig)
+EVALUATED: Kinds = (*PROMPTED, EvaluateConfig)
+ALL: Kinds = (*TRAINED, EvaluateConfig)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question to the context, and the stages that it makes sense for."""
+    """A function that measures, and the stages that it makes sense for."""
 
-    look: Callable[[Context, str], Finding]
+    measure: Callable[[Context], Outcome]
     kinds: Kinds
-    together: bool = False  # takes all ranks: it asks for the engine; what the worst rank finds counts
+    all_ranks: bool = False  # it uses the engine, so every rank calls it; the worst rank's outcome counts
+    all_scenario: bool = False  # only for stages with reward models; others pass
 
 
 CHECKS: dict[str, Check] = {
-    "device": Check(resources.device, (*TRAINED, EvaluateConfig)),
-    "data": Check(data.readable, MEASURED),
-    "gold answers": Check(data.gold_answers, MEASURED),
+    "device": Check(resources.device, ALL),
+    "data": Check(data.readable, EVALUATED),
+    "gold answers": Check(data.gold_answers, EVALUATED),
     "rewards": Check(template.rewards, PROMPTED),
-    "end of sequence": Check(template.end_of_sequence, (*TRAINED, EvaluateConfig), together=True),
+    "end of sequence": Check(template.end_of_sequence, ALL, all_ranks=True),
     "lengths": Check(template.lengths, PROMPTED),
     "duplicates": Check(data.duplicates, PROMPTED),
     "overlap": Check(data.overlap, PROMPTED),
-    "reward models": Check(judges.quality, RL),
-    "what judges read": Check(general.reads, RL),
-    "refusals": Check(general.refusals, RL),
-    "opens <think>": Check(template.opens_think, RL, together=True),
-    "truncation": Check(policy.truncation, RL, together=True),
-    "variance": Check(policy.variance, RL, together=True),
-    "general prompts": Check(general.judged, RL, together=True),
-    "logprobs": Check(policy.logprobs, RL, together=True),
-    "routing": Check(policy.routing, RL, together=True),
-    "after a weight sync": Check(policy.after_sync, RL, together=True),
-    "save and load": Check(policy.round_trip, TRAINED, together=True),
+    "reward models": Check(reward_models.quality, RL, all_scenario=True),
+    "what judges read": Check(reward_models.inputs, RL, all_scenario=True),
+    "refusals": Check(reward_models.refusals, RL, all_scenario=True),
+    "opens <think>": Check(template.opens_think, RL, all_ranks=True),
+    "truncation": Check(policy.truncation, RL, all_ranks=True),
+    "variance": Check(policy.variance, RL, all_ranks=True),
+    "general prompts": Check(reward_models.general_prompts, RL, all_ranks=True, all_scenario=True),
+    "logprobs": Check(policy.logprobs, RL, all_ranks=True),
+    "routing": Check(policy.routing, RL, all_ranks=True),
+    "after a weight sync": Check(policy.after_sync, RL, all_ranks=True),
+    "save and load": Check(policy.round_trip, TRAINED, all_ranks=True),
     "memory": Check(resources.memory, TRAINED),
     "disk": Check(resources.disk, TRAINED),
 }
 
 
-def examine(context: Context) -> list[Finding]:
-    """Every check that makes sense for the stage. A user's error, met on the way, is a failed check.
+def run_check(context: Context, name: str) -> Finding:
+    """The finding of one check on this rank. Raises the user's errors that the check meets."""
+    check = CHECKS[name]
+    if check.all_scenario and not context.preference:
+        return Finding(name, PASS, "not needed: this stage has rule-based rewards only")
+    status, value, remedy = check.measure(context)
+    return Finding(name, status, value, "" if status == PASS else remedy)
 
-    All ranks call; what rank 0 gets counts, as the others take part only where they must.
+
+def examine(context: Context) -> list[Finding]:
+    """Run every check that makes sense for the stage; a user's error fails the first check that meets it.
+
+    Call it on all ranks. Rank 0's list counts: the others take part only in the checks of all ranks.
     """
     ranks = Ranks(context.config.engine)
-    found: list[Finding] = []
-    met: dict[str, str] = {}  # error -> the check that told it
+    findings: list[Finding] = []
+    failed_by: dict[str, str] = {}  # error -> the first check that met it
     for name, check in CHECKS.items():
-        if not isinstance(context.config.stage, check.kinds) or (ranks.rank and not check.together):
+        if not isinstance(context.config.stage, check.kinds) or (ranks.rank and not check.all_ranks):
             continue
-        mine = _outcome(check, context, name)
-        outcomes = ranks.all_gather_objects(mine) if check.together else [mine]
-        error = next((one for one in outcomes if isinstance(one, str)), None)
+        result = _finding_or_error(context, name)
+        results = ranks.all_gather_objects(result) if check.all_ranks else [result]
+        error = next((result for result in results if isinstance(result, str)), None)
         if error is None:
-            findings = [one for one in outcomes if isinstance(one, Finding)]
-            found.append(max(findings, key=lambda finding: ORDER.index(finding.status)))
-        elif error in met:
-            found.append(Finding(name, WARN, "not measured", f"first mend: {met[error]}"))
+            of_ranks = [result for result in results if isinstance(result, Finding)]
+            findings.append(max(of_ranks, key=lambda finding: ORDER.index(finding.status)))
+        elif error in failed_by:
+            findings.append(Finding(name, WARN, "not measured", f"fix first: {failed_by[error]}"))
         else:
-            met[error] = name
-            found.append(Finding(name, FAIL, "cannot be done", error))
-    return found
+            failed_by[error] = name
+            findings.append(Finding(name, FAIL, "could not run", error))
+    return findings
 
 
-def _outcome(check: Check, context: Context, name: str) -> Finding | str:
-    """What the check finds, or the user's error that it meets."""
+def _finding_or_error(context: Context, name: str) -> Finding | str:
     try:
-        return check.look(context, name)
+        return run_check(context, name)
     except R1pipeError as error:
         return str(error)

@@ -1,22 +1,22 @@
-"""What the checks look at: made when first asked for, so that a stage pays only for its own checks."""
+"""Shared by the checks: limits, data, engine and probe. Each is created at its first use."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import DistillConfig, FineTuneConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config import DistillConfig, EvaluateConfig, RLConfig, RunConfig, SFTConfig
 from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
 from r1pipe.core.errors import DataError, EnvironmentProblem
-from r1pipe.core.types import Demonstration, Group, Prompt
+from r1pipe.core.types import Completion, Demonstration, Group, Prompt
 from r1pipe.data.source import Source, open_data
 from r1pipe.rewards import Verdicts
-from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import Rollout, rollouts_of
@@ -27,13 +27,21 @@ from r1pipe.train.rl.update import update
 from r1pipe.train.run import Run
 from r1pipe.train.sft.rejection import samples_of
 
-SEED = 0  # of what is drawn from the data
-HASHED = 8  # last digits of a prompt's id that are looked at, a hash of its question
+SEED = 0  # of the rows drawn from the data
+HASHED = 8  # the last digits of a prompt's id, a hash of its question
+
+
+class Outcome(NamedTuple):
+    """What a check measured, as a status (PASS, WARN or FAIL) and a text; a pass needs no remedy."""
+
+    status: str
+    value: str
+    remedy: str = ""
 
 
 @dataclass
 class Band(Strict):
-    """From where on a number is a warning or a failure; where `fail` is less than `warn`, low is bad."""
+    """The values beyond which a number is a warning or a failure; with `fail` below `warn`, low is bad."""
 
     warn: float
     fail: float
@@ -47,7 +55,7 @@ class Band(Strict):
 
 @dataclass
 class Limits(Strict):
-    """conf/doctor/limits.yaml, where each is explained."""
+    """The values of conf/doctor/limits.yaml, which explains each."""
 
     rows: int
     judged: int
@@ -79,35 +87,29 @@ def limits() -> Limits:
     return build(Limits, read("doctor/limits"), "doctor")
 
 
-def graded(name: str, number: float, band: Band, value: str, remedy: str) -> Finding:
-    """A finding whose verdict is the band's; the remedy only where there is something to mend."""
-    status = band.grade(number)
-    return Finding(name, status, value, "" if status == PASS else remedy)
-
-
 @dataclass(frozen=True)
-class Texts:
-    """Problems that are compared with one another, as texts alone."""
+class RowSet:
+    """Rows whose questions are compared: of duplicates, or of training and evaluation."""
 
     rows: list[Demonstration]
-    kind: str  # how they are told: "rows" of files, or "rows drawn"
-    limit: str = ""  # what was left out, told
+    unit: str  # for messages: "rows" of files, or "rows drawn"
+    note: str = ""  # for messages: which rows were left out
 
 
 @dataclass
 class Probe:
-    """Completions of a few training prompts, scored, and as the update reads them."""
+    """Scored completions of a few training prompts, also in the form that the update reads."""
 
     groups: list[Group]  # of all ranks
     rollouts: list[Rollout]  # this rank's
 
 
 class Context:
-    """One stage's config with its temporary run folder, and what the checks share."""
+    """One stage's config and temporary run folder, with all that its checks share."""
 
     def __init__(self, run: Run[Any], limits: Limits):
         self.run, self.config, self.limits = run, run.config, limits
-        self.data_notes: list[str] = []  # lines about rows that cannot be used, and splits that are too small
+        self.data_notes: list[str] = []  # about unusable rows, and splits that are too small
 
     @cached_property
     def chat(self) -> Chat:
@@ -117,18 +119,24 @@ class Context:
     def data(self) -> Source:
         return open_data(self.config.data, self.config.seed, say=self.data_notes.append)
 
+    @property
+    def preference(self) -> Any:
+        """The PreferenceConfig of an all-scenario stage; None for stages without reward models."""
+        return getattr(self.config.stage, "preference", None)
+
     @cached_property
     def prompts(self) -> list[Prompt]:
-        """Problems to train on, at most `limits.rows`."""
+        """Problems to train on, at most `limits.rows`; none for evaluation."""
+        if isinstance(self.config.stage, EvaluateConfig):
+            return []
         return self.data.prompts("train", self.limits.rows, SEED)
 
     @cached_property
     def general(self) -> list[Prompt]:
-        """What an all-scenario stage draws besides, at most `limits.rows`; none for other stages."""
-        preference = getattr(self.config.stage, "preference", None)
-        if preference is None:
+        """An all-scenario stage's general prompts, at most `limits.rows`; none for other stages."""
+        if not self.preference:
             return []
-        return self.data.general_prompts("train", self.limits.rows, SEED, preference.general_kinds)
+        return self.data.general_prompts("train", self.limits.rows, SEED, self.preference.general_kinds)
 
     @cached_property
     def held_out(self) -> list[Prompt]:
@@ -137,37 +145,33 @@ class Context:
         return self.data.prompts(evaluation.split, evaluation.problems, SEED)
 
     @cached_property
-    def learned_texts(self) -> Texts:
-        """The problems of the training split, or worked solutions that a fine-tuning stage draws."""
-        return self._texts("train", self.demonstrations or self.prompts)
+    def training_rows(self) -> RowSet:
+        """The training split's problems, or the worked solutions that a fine-tuning stage draws."""
+        return self._row_set("train", self.demonstrations or self.prompts)
 
     @cached_property
-    def held_out_texts(self) -> Texts:
-        return self._texts(self.config.stage.eval.split, self.held_out)
+    def evaluation_rows(self) -> RowSet:
+        return self._row_set(self.config.stage.eval.split, self.held_out)
 
-    def _texts(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> Texts:
-        """All that files have in a split, before repeated questions are left out; otherwise what was drawn.
+    def _row_set(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> RowSet:
+        """All of the split's rows in files, repeated questions included; without files, the rows drawn.
 
-        Beyond `limits.texts` rows they are those of every k-th question, by its hash: with all its copies.
+        Beyond `limits.texts` rows, every k-th question by its hash, which keeps all copies of a question.
         """
         rows = self.data.rows(split)
         if rows is None:
-            return Texts(
-                [x if isinstance(x, Demonstration) else Demonstration(x, "") for x in drawn], "rows drawn"
-            )
+            as_rows = [row if isinstance(row, Demonstration) else Demonstration(row, "") for row in drawn]
+            return RowSet(as_rows, "rows drawn")
         every = -(-len(rows) // self.limits.texts)
         if every <= 1:
-            return Texts(rows, "rows")
+            return RowSet(rows, "rows")
         kept = [row for row in rows if int(row.prompt.id[-HASHED:], 16) % every == 0]
-        limit = f"; of {len(rows):,} every {every}th question is looked at: texts in conf/doctor/limits.yaml"
-        return Texts(kept, "rows", limit)
+        note = f"; only one question in {every} of {len(rows):,} is checked: texts in conf/doctor/limits.yaml"
+        return RowSet(kept, "rows", note)
 
     @cached_property
     def demonstrations(self) -> list[Demonstration]:
-        """What a fine-tuning stage learns from, at most `limits.rows`; none for other stages.
-
-        Rejection sampling makes its own, of prompts.
-        """
+        """A fine-tuning stage's examples, at most `limits.rows`; none where it has no examples yet."""
         stage = self.config.stage
         if isinstance(stage, DistillConfig):
             return [
@@ -177,12 +181,12 @@ class Context:
             ]
         if not isinstance(stage, SFTConfig):
             return []
-        wanted = min(stage.demonstrations, self.limits.rows)
-        return self.data.demonstrations(wanted, SEED, stage.styles, stage.correct_only)
+        count = min(stage.demonstrations, self.limits.rows)
+        return self.data.demonstrations(count, SEED, stage.styles, stage.correct_only)
 
     @cached_property
     def solved(self) -> list[Demonstration]:
-        """A few right, worked solutions in the right format; none where the data has none."""
+        """A few correct worked solutions in the right format; none where the data has none."""
         try:
             return self.data.demonstrations(self.limits.judged, SEED, {}, True)
         except DataError:
@@ -190,16 +194,17 @@ class Context:
 
     @cached_property
     def trial(self) -> Run[Any]:
-        """The run as the probe sees it: short, without a reference, and with a step that shows."""
-        return Run(self.run.folder, small := shortened(self.config, self.limits), small.stage)
+        """The run with the probe's config."""
+        config = probe_config(self.config, self.limits)
+        return Run(self.run.folder, config, config.stage)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the job would compute. Raises EnvironmentProblem where that is not there."""
+        """Where the job would compute. Raises EnvironmentProblem where that device is missing."""
         device = choose_device(self.config.engine.accelerator)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise EnvironmentProblem(
-                "engine.accelerator=cuda, but torch sees no GPU; mend driver or torch, or set "
+                "engine.accelerator=cuda, but torch sees no GPU; fix the driver or torch, or set "
                 "engine.accelerator=cpu (engine=cpu)"
             )
         return device
@@ -207,7 +212,7 @@ class Context:
     @cached_property
     def engine(self) -> Engine:
         """The policy in DeepSpeed, as the stage trains it, on this machine's ranks."""
-        self.device  # noqa: B018 - it tells in one line what DeepSpeed would tell in many
+        self.device  # noqa: B018 - its error is one line, DeepSpeed's many
         policy = self.trial.load_model(self.config.weights_from)
         if isinstance(self.config.stage, RLConfig):
             policy.freeze_mtp()
@@ -216,16 +221,15 @@ class Context:
 
     @cached_property
     def loop(self) -> GRPO:
-        return GRPO(self.trial, self.engine, None, self.chat, self.data, self.judges, dict)
+        return GRPO(self.trial, self.engine, None, self.chat, self.data, self.reward_models, dict)
 
     @cached_property
-    def judges(self) -> RewardModels:
-        """The reward models of an all-scenario stage."""
-        return reward_models(self.trial, self.chat) if self.trial.stage.preference else {}
+    def reward_models(self) -> RewardModels:
+        return reward_models(self.trial, self.chat) if self.preference else {}
 
     @cached_property
     def probe(self) -> Probe:
-        """Drawn from the weights as they are: to be asked for before anything trains them."""
+        """Drawn from the initial weights: use it before anything trains them."""
         return self.draw()
 
     def draw(self) -> Probe:
@@ -240,16 +244,16 @@ class Context:
     @cached_property
     def trained(self) -> dict[str, float]:
         """The metrics of one optimizer step on the probe."""
-        # every second completion up, every other down: a step that moves weights, whatever was earned
-        turned = [
+        # alternating advantages move the weights whatever the rewards are
+        rollouts = [
             replace(rollout, advantage=1.0 if i % 2 else -1.0, scored=True)
             for i, rollout in enumerate(self.probe.rollouts)
         ]
-        return update(self.engine, turned, self.trial.stage, None)
+        return update(self.engine, rollouts, self.trial.stage, None)
 
 
-def shortened(config: RunConfig, limits: Limits) -> RunConfig:
-    """The config with a stage of one small step; other than RL's only the learning rate is touched."""
+def probe_config(config: RunConfig, limits: Limits) -> RunConfig:
+    """A config with one small step, which moves weights visibly; RL's batch is cut down too."""
     stage, ranks = config.stage, config.engine.ranks
     rate = max(stage.optim.lr, limits.probe_lr)
     optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
@@ -258,7 +262,7 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
         sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
         stage = replace(
             stage,
-            prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # shared out evenly
+            prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # the same number on each rank
             group_size=min(stage.group_size, limits.probe_group),
             minibatches=1,
             inner_epochs=1,
@@ -269,6 +273,5 @@ def shortened(config: RunConfig, limits: Limits) -> RunConfig:
     return replace(config, stage=stage)
 
 
-def learns_from_demonstrations(config: RunConfig) -> bool:
-    """Whether the stage packs examples of `sequence_length` tokens."""
-    return isinstance(config.stage, FineTuneConfig)
+def completions_of(texts: Sequence[str]) -> list[Completion]:
+    return [Completion([], [], "stop", text) for text in texts]

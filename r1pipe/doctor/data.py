@@ -1,134 +1,133 @@
-"""The data: whether it can be read, its gold answers, what stands in it twice, what the evaluation shares."""
+"""The data: whether it can be read, its gold answers, duplicates, and overlap with the evaluation."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from r1pipe.config import DistillConfig, EvaluateConfig, SFTConfig
+from r1pipe.config import DistillConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
-from r1pipe.doctor.context import Context, Limits, graded
+from r1pipe.doctor.context import Context, Limits, Outcome
 from r1pipe.rewards import check_gold
-from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.sft.filters import ngrams, words
 
 SHOWN = 60  # characters of a question
 
+Ngram = tuple[str, ...]
+Places = list[tuple[int, int]]  # (question, first word) of each place where an n-gram occurs
 
-def readable(context: Context, name: str) -> Finding:
-    """Files, columns and rows: whatever is wrong with them raises DataError, with file and line."""
-    learned = [] if isinstance(context.config.stage, EvaluateConfig) else context.prompts
-    demonstrations, held_out = context.demonstrations, context.held_out
-    drawn = len(demonstrations) or len(learned)
-    shown = f"data={context.config.data.name}: {_of(context, 'train', drawn)} to train on, "
-    shown += f"{_of(context, context.config.stage.eval.split, len(held_out))} to evaluate on, are drawn"
-    if not held_out:
-        split = context.config.stage.eval.split
-        return Finding(name, WARN, shown, f"add rows of split {split}, or nothing will be measured")
+
+def readable(context: Context) -> Outcome:
+    """Files, columns and rows. Raises DataError with file and line for what is wrong with them."""
+    split = context.config.stage.eval.split
+    trained = context.demonstrations or context.prompts
+    value = f"data={context.config.data.name}: {_drawn(context, 'train', len(trained))} to train on, "
+    value += f"{_drawn(context, split, len(context.held_out))} to evaluate on"
+    if not context.held_out:
+        return Outcome(WARN, value, f"add rows of split {split}, or nothing will be measured")
     if context.data_notes:
         remedy = "a run lists the rows that it sets aside in its data/set_aside.jsonl"
-        remedy = remedy if context.data.files else "choose other tasks, levels or languages, or ask for fewer"
-        return Finding(name, WARN, f"{shown}; {'; '.join(context.data_notes)}", remedy)
-    return Finding(name, PASS, shown)
+        if not context.data.files:
+            remedy = "choose other tasks, levels or languages, or request fewer"
+        return Outcome(WARN, f"{value}; {'; '.join(context.data_notes)}", remedy)
+    return Outcome(PASS, value)
 
 
-def _of(context: Context, split: str, drawn: int) -> str:
-    """How many problems are drawn, of how many where that is known."""
+def _drawn(context: Context, split: str, count: int) -> str:
     rows = context.data.rows(split)
-    return f"{drawn:,} rows" if rows is None else f"{drawn:,} of {len(rows):,} rows"
+    return f"{count:,} rows" if rows is None else f"{count:,} of {len(rows):,} rows"
 
 
-def gold_answers(context: Context, name: str) -> Finding:
+def gold_answers(context: Context) -> Outcome:
     """Whether any answer could ever match each gold answer."""
-    learned = [] if isinstance(context.config.stage, EvaluateConfig) else context.prompts
-    looked_at = [*learned, *context.held_out]
-    wrong = []
-    for prompt in looked_at:
+    prompts = [*context.prompts, *context.held_out]
+    errors = []
+    for prompt in prompts:
         try:
             check_gold(prompt)
         except DataError as error:
-            wrong.append(str(error))
-    shown = f"{len(looked_at) - len(wrong):,} of {len(looked_at):,} parse"
-    return Finding(name, FAIL, shown, wrong[0]) if wrong else Finding(name, PASS, shown)
+            errors.append(str(error))
+    value = f"{len(prompts) - len(errors):,} of {len(prompts):,} parse"
+    return Outcome(FAIL, value, errors[0]) if errors else Outcome(PASS, value)
 
 
-def duplicates(context: Context, name: str) -> Finding:
-    """Rows whose words, whatever the signs between them, stood in an earlier row."""
-    texts, tuned = context.learned_texts, isinstance(context.config.stage, SFTConfig | DistillConfig)
+def duplicates(context: Context) -> Outcome:
+    """Rows with the same words as an earlier row, whatever the punctuation."""
+    training, tuned = context.training_rows, isinstance(context.config.stage, SFTConfig | DistillConfig)
     seen: set[tuple[str, ...]] = set()
-    again: list[Demonstration] = []
-    for row in texts.rows:
+    repeated: list[Demonstration] = []
+    for row in training.rows:
         key = _key(row.prompt.question, row.response if tuned else "")
         if key in seen:
-            again.append(row)
+            repeated.append(row)
         seen.add(key)
-    share = len(again) / max(1, len(texts.rows))
-    shown = f"{len(again):,} of {len(texts.rows):,} {texts.kind} ({share:.1%}){texts.limit}"
-    remedy = "leave one of each in the data: "
-    remedy += "what stands there twice is learned twice" if tuned else "there are fewer questions than rows"
-    remedy += f"; the first: {_told(again[0])}" if again else ""
-    return graded(name, share, context.limits.duplicates, shown, remedy)
+    share = len(repeated) / max(1, len(training.rows))
+    value = f"{len(repeated):,} of {len(training.rows):,} {training.unit} ({share:.1%}){training.note}"
+    remedy = "keep one of each in the data: "
+    remedy += "repeated rows are learned repeatedly" if tuned else "there are fewer questions than rows"
+    remedy += f"; the first: {_place_of(repeated[0])}" if repeated else ""
+    return Outcome(context.limits.duplicates.grade(share), value, remedy)
 
 
-def overlap(context: Context, name: str) -> Finding:
+def overlap(context: Context) -> Outcome:
     """Evaluation questions that training rows repeat: whole, or in files also nearly (`near_copies`).
 
-    What is made of templates, and held out by its numbers, is alike by its nature.
+    Questions made from templates with held-out numbers are alike by nature, so only whole ones count.
     """
-    texts, asked, limits = context.learned_texts, context.held_out_texts, context.limits
-    questions = {_key(row.prompt.question): row.prompt.question for row in asked.rows}
-    whole = {key: row for row in texts.rows if (key := _key(row.prompt.question)) in questions}
-    shown = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
-    shown += f"({len(texts.rows):,} {texts.kind})"
+    training, evaluation, limits = context.training_rows, context.evaluation_rows, context.limits
+    questions = {_key(row.prompt.question): row.prompt.question for row in evaluation.rows}
+    whole = {key: row for row in training.rows if (key := _key(row.prompt.question)) in questions}
+    value = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
+    value += f"({len(training.rows):,} {training.unit})"
     near: dict[tuple[str, ...], Demonstration] = {}
     if context.data.rows(context.config.stage.eval.split) is not None:
         keys = [key for key in questions if key not in whole]
-        found = near_copies([questions[key] for key in keys], texts.rows, limits)
-        near = {keys[i]: row for i, row in found.items()}
-        shown += f", {len(near):,} more nearly, in {limits.covered:.0%} of their words"
-    shown += texts.limit or asked.limit
+        copies = near_copies([questions[key] for key in keys], training.rows, limits)
+        near = {keys[number]: row for number, row in copies.items()}
+        value += f", {len(near):,} more nearly, in {limits.covered:.0%} of their words"
+    value += training.note or evaluation.note
     remedy = "take these rows out of the training data, or the evaluation measures memory"
     for key, row in [*whole.items(), *near.items()][:1]:
-        remedy += f"; the first: {_told(row)}, asked as {questions[key][:SHOWN]!r}"
-    if whole:
-        return Finding(name, FAIL, shown, remedy)
-    return graded(name, len(near) / max(1, len(questions)), limits.overlap, shown, remedy)
+        remedy += f"; the first: {_place_of(row)}, evaluated as {questions[key][:SHOWN]!r}"
+    status = FAIL if whole else limits.overlap.grade(len(near) / max(1, len(questions)))
+    return Outcome(status, value, remedy)
 
 
 def near_copies(
     questions: Sequence[str], rows: Iterable[Demonstration], limits: Limits
 ) -> dict[int, Demonstration]:
-    """Number of a question -> the first row that has `covered` of its words, in n-grams that both have.
+    """A question's index -> the first row that shares `covered` of its words, in common n-grams.
 
-    Words count that stand in some n-gram telling of the question: one that at most `common` questions have.
+    Only words in distinctive n-grams count: those that at most `common` questions have.
     """
     n = limits.ngram
-    places: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)  # (question, first word)
+    places: dict[Ngram, Places] = defaultdict(list)
     for number, question in enumerate(questions):
         text = words(question)
         for first in range(len(text) - n + 1):
             places[tuple(text[first : first + n])].append((number, first))
-    telling = {gram: found for gram, found in places.items() if len(found) <= limits.common}
-    countable = _words_in(telling.values(), n)
+    distinctive = {gram: where for gram, where in places.items() if len(where) <= limits.common}
+    countable = _covered_words(distinctive.values(), n)
     copies: dict[int, Demonstration] = {}
     for row in rows:
-        shared = telling.keys() & ngrams(words(row.prompt.question), n)
-        for number, found in _words_in((telling[gram] for gram in shared), n).items():
-            if len(found) >= limits.covered * len(countable[number]):
+        shared = distinctive.keys() & ngrams(words(row.prompt.question), n)
+        for number, covered in _covered_words((distinctive[gram] for gram in shared), n).items():
+            if len(covered) >= limits.covered * len(countable[number]):
                 copies.setdefault(number, row)
     return copies
 
 
-def _words_in(places: Iterable[list[tuple[int, int]]], n: int) -> dict[int, set[int]]:
-    """Of each question, the words that its n-grams at these places hold."""
-    held: dict[int, set[int]] = defaultdict(set)
-    for found in places:
-        for number, first in found:
-            held[number].update(range(first, first + n))
-    return held
+def _covered_words(places: Iterable[Places], n: int) -> dict[int, set[int]]:
+    """For each question, the indices of the words in its n-grams at these places."""
+    covered: dict[int, set[int]] = defaultdict(set)
+    for where in places:
+        for number, first in where:
+            covered[number].update(range(first, first + n))
+    return covered
 
 
-def _told(row: Demonstration) -> str:
-    """Where a row stands; its question where that is not known."""
+def _place_of(row: Demonstration) -> str:
+    """File and line of a row; its question where they are unknown."""
     return row.source or repr(row.prompt.question[:SHOWN])
 
 

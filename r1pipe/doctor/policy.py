@@ -1,112 +1,105 @@
-"""The policy: what a short probe earns, sampler beside trainer before and after a step, save and load."""
+"""The policy: what the probe earns, sampler against trainer before and after a step, save and load."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from r1pipe.core.types import Status
-from r1pipe.doctor.context import Context, graded
+from r1pipe.doctor.context import Context, Outcome
 from r1pipe.model import load_pretrained, save_pretrained
 from r1pipe.model.names import published_tensors
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.rewards import is_verifiable
 from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
-from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
+from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.advantages import has_variance, is_scored
 from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.update import completion_logprobs, prepare, update
 
-
-def truncation(context: Context, name: str) -> Finding:
-    """Share of the probe's completions that were cut off; under a cap of the probe's own an upper bound."""
-    completions = [one for group in context.probe.groups for one in group.completions]
-    share = sum(one.truncated for one in completions) / len(completions)
-    asked, given = context.run.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
-    shown = f"{share:.0%} of {len(completions)} completions are cut off at {given:,} tokens"
-    remedy = (
-        "raise stage.sampling.max_tokens, punish it (stage.rewards.truncation_penalty) "
-        "or start from a cold start"
-    )
-    found = graded(name, share, context.limits.truncation, shown, remedy)
-    if given < asked and found.status == FAIL:
-        return Finding(name, WARN, shown, f"the stage allows {asked:,}: try an evaluation first")
-    return found
+GAP = "sampling/sampling_logp_difference/mean"
 
 
-def variance(context: Context, name: str) -> Finding:
-    """Share of groups with different rewards: the others teach nothing. A probe of right answers alone, or
-    of none, is a warning too: then only format and language differ. PPO compares with what was expected, so
-    that all completions are one group."""
+def truncation(context: Context) -> Outcome:
+    """Share of the probe's completions that are cut off: an upper bound where the probe's limit is lower."""
+    completions = [completion for group in context.probe.groups for completion in group.completions]
+    share = sum(completion.truncated for completion in completions) / len(completions)
+    allowed, probed = context.run.stage.sampling.max_tokens, context.trial.stage.sampling.max_tokens
+    value = f"{share:.0%} of {len(completions)} completions are cut off at {probed:,} tokens"
+    status = context.limits.truncation.grade(share)
+    if probed < allowed and status == FAIL:
+        return Outcome(WARN, value, f"the stage allows {allowed:,}: try an evaluation first")
+    remedy = "raise stage.sampling.max_tokens, penalize truncation (stage.rewards.truncation_penalty) "
+    return Outcome(status, value, f"{remedy}or start from a cold start")
+
+
+def variance(context: Context) -> Outcome:
+    """Share of groups with different rewards: the others teach nothing.
+
+    All answers right, or none, is a warning too: then only format and language differ. PPO compares with its
+    value model, so that all completions are one group.
+    """
     groups = [group for group in context.probe.groups if is_verifiable(group.prompt)]
     rewards = [reward for group in groups for reward in group.rewards]
-    known = [reward for reward in rewards if is_scored(reward)]
-    if not known:
-        details = [
-            score.detail for score in groups[0].scores[0].values() if score.status is not Status.SCORED
-        ]
-        return Finding(name, FAIL, "no completion could be scored", f"mend the verifier: {details[0]}")
+    scored = [reward for reward in rewards if is_scored(reward)]
+    if not scored:
+        first = groups[0].scores[0].values()
+        details = [score.detail for score in first if score.status is not Status.SCORED]
+        return Outcome(FAIL, "no completion could be scored", f"fix the verifier: {details[0]}")
     grouped = context.config.stage.algorithm == "grpo"  # type: ignore[attr-defined]
     compared = [group.rewards for group in groups] if grouped else [rewards]
     share = sum(map(has_variance, compared)) / len(compared)
     scores = [score["accuracy"] for group in groups for score in group.scores if "accuracy" in score]
     right = sum(score.value for score in scores if score.status is Status.SCORED) / max(1, len(scores))
-    shown = f"{share:.0%} of {len(groups)} groups differ; " if grouped else f"{len(known)} completions: "
-    shown += f"rewards {min(known):.2f} to {max(known):.2f}, "
-    shown += f"{right:.0%} of answers right"
-    if len(known) < len(rewards):
-        shown += f", {len(rewards) - len(known)} of {len(rewards)} not scored"
+    value = f"{share:.0%} of {len(groups)} groups differ; " if grouped else f"{len(scored)} completions: "
+    value += f"rewards {min(scored):.2f} to {max(scored):.2f}, {right:.0%} of answers right"
+    if len(scored) < len(rewards):
+        value += f", {len(rewards) - len(scored)} of {len(rewards)} not scored"
     remedy = "choose problems that are sometimes solved (data.levels, data=)"
     remedy += ", or raise stage.group_size" if grouped else ""
-    found = graded(name, share, context.limits.variance, shown, remedy)
-    return replace(found, status=WARN, remedy=remedy) if found.status == PASS and right in (0, 1) else found
+    status = context.limits.variance.grade(share)
+    return Outcome(WARN if status == PASS and right in (0, 1) else status, value, remedy)
 
 
-def logprobs(context: Context, name: str) -> Finding:
+def logprobs(context: Context) -> Outcome:
     """How far the trainer's log-probabilities of drawn tokens are from the sampler's."""
-    gap = context.trained[
-        "sampling/sampling_logp_difference/mean"
-    ]  # of the step's beginning, before any weight moved
-    return _gap_finding(context, name, gap, f"{gap:.1e} nats a token apart")
+    gap = context.trained[GAP]  # measured before the step moves any weight
+    return _gap_outcome(context, gap, f"{gap:.1e} nats a token apart")
 
 
-def routing(context: Context, name: str) -> Finding:
+def routing(context: Context) -> Outcome:
     """Share of the sampler's choices of experts that are the trainer's too."""
     rollouts, count = context.probe.rollouts, context.limits.probe_group
-    found = routing_agreement(context.engine, rollouts, context.trial.stage, count)
-    if not found:
-        return Finding(name, PASS, "no token was routed")
-    share = found["train/routing_agreement"]
-    remedy = "sampler and trainer choose other experts: try engine.precision=fp32, or weigh it by"
+    metrics = routing_agreement(context.engine, rollouts, context.trial.stage, count)
+    if not metrics:
+        return Outcome(PASS, "no token was routed")
+    share = metrics["train/routing_agreement"]
+    remedy = "sampler and trainer choose different experts: try engine.precision=fp32, or correct for it with"
     remedy += " stage.importance_cap=2"
-    return graded(name, share, context.limits.routing, f"{share:.2%} of the experts are the same", remedy)
+    return Outcome(context.limits.routing.grade(share), f"{share:.2%} of the experts are the same", remedy)
 
 
-def after_sync(context: Context, name: str) -> Finding:
-    """The same after an optimizer step: a sampler that still had the old weights would be off."""
+def after_sync(context: Context) -> Outcome:
+    """The same as `logprobs` after an optimizer step: a sampler that still has the old weights is off."""
     context.trained  # noqa: B018 - the step
-    moved = moved_by_step(context)
+    moved = _moved_by_step(context)
     fresh = context.draw().rollouts
-    gap = update(context.engine, fresh, context.trial.stage, None)["sampling/sampling_logp_difference/mean"]
-    shown = f"{gap:.1e} nats a token apart, after a step that moved them by {moved:.1e}"
-    found = _gap_finding(context, name, gap, shown)
-    if found.status == PASS and moved <= context.limits.logprob_gap[context.config.engine.precision].fail:
-        return Finding(
-            name, WARN, shown, "too small a step to tell; raise probe_lr in conf/doctor/limits.yaml"
-        )
-    return found
+    gap = update(context.engine, fresh, context.trial.stage, None)[GAP]
+    outcome = _gap_outcome(context, gap, f"{gap:.1e} nats a token apart, after a step that moved {moved:.1e}")
+    if outcome.status == PASS and moved <= context.limits.logprob_gap[context.config.engine.precision].fail:
+        remedy = "the step is too small to show a stale sampler; raise probe_lr in conf/doctor/limits.yaml"
+        return Outcome(WARN, outcome.value, remedy)
+    return outcome
 
 
-def _gap_finding(context: Context, name: str, gap: float, shown: str) -> Finding:
-    precision = context.config.engine.precision
+def _gap_outcome(context: Context, gap: float, value: str) -> Outcome:
     remedy = "sampler and trainer do not have the same weights or precision; try engine.precision=fp32 or"
     remedy += " engine.graphs=false, and report it"
-    return graded(name, gap, context.limits.logprob_gap[precision], shown, remedy)
+    return Outcome(context.limits.logprob_gap[context.config.engine.precision].grade(gap), value, remedy)
 
 
 @torch.no_grad()
-def moved_by_step(context: Context) -> float:
+def _moved_by_step(context: Context) -> float:
     """Mean distance between the probe's log-probabilities when it was drawn and now."""
     engine, stage = context.engine, context.trial.stage
     total, tokens = 0.0, 0
@@ -118,37 +111,36 @@ def moved_by_step(context: Context) -> float:
     return total / max(1.0, count)
 
 
-def round_trip(context: Context, name: str) -> Finding:
-    """A checkpoint as the stage writes it, verified, read back and compared weight by weight, and resumed."""
+def round_trip(context: Context) -> Outcome:
+    """Write a checkpoint as the stage does, verify it, read it back, resume, and compare every weight."""
     run, engine = context.trial, context.engine
     if engine.rank == 0:
         run.folder.metrics.unlink(missing_ok=True)
-    run.log(1, {})  # a checkpoint is taken up with the lines of its steps, each once
+    run.log(1, {})  # resuming needs one line of metrics for each step
     target = run.save_checkpoint(engine, 1, {"doctor": 1}, save_pretrained)
     run.saved()
-    engine.barrier()  # rank 0 has put it in place: the others read it, too
+    engine.barrier()  # rank 0 moves the checkpoint into place; the others read it too
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     checkpoints.verify(target, engine=True)
     with engine.gathered() as model:
-        apart = different(model, target)
+        changed = different(model, target)
     step, state = run.resume(engine)
     with engine.gathered() as model:
-        apart += [f"{weight} (resumed)" for weight in different(model, target)]
-    shown = f"{size / 2**20:,.1f} MiB, of which {ENGINE}/ is for resume"
-    if apart or (step, state) != (1, {"doctor": 1}):
-        told = f"{apart[0]} and {len(apart) - 1} more" if apart else "the loop's state"
-        return Finding(
-            name, FAIL, shown, f"not read back as written: {told}; look at the disk, and report it"
-        )
-    return Finding(name, PASS, f"{shown}; every weight is the same")
+        changed += [f"{weight} (resumed)" for weight in different(model, target)]
+    if (step, state) != (1, {"doctor": 1}):
+        changed.append("the loop's state")
+    value = f"{size / 2**20:,.1f} MiB, of which {ENGINE}/ is for resume"
+    if changed:
+        what = f"{changed[0]} and {len(changed) - 1} more"
+        return Outcome(FAIL, value, f"not read back as written: {what}; check the disk, and report it")
+    return Outcome(PASS, f"{value}; every weight is the same")
 
 
 def different(model: DeepseekV3, folder: Path) -> list[str]:
-    """Published names of weights that a folder holds otherwise than the model."""
-    there = dict(published_tensors(load_pretrained(folder)))
+    """Published names of the model's weights that a folder lacks or holds with other values."""
+    stored = dict(published_tensors(load_pretrained(folder)))
     return [
-        weight
-        for weight, tensor in published_tensors(model)
-        if weight not in there
-        or not torch.equal(there[weight], tensor.detach().cpu().to(there[weight].dtype))
+        name
+        for name, tensor in published_tensors(model)
+        if name not in stored or not torch.equal(stored[name], tensor.detach().cpu().to(stored[name].dtype))
     ]

@@ -1,30 +1,31 @@
-"""Memory and disk: what the run will take at most, beside what is there."""
+"""Device, memory and disk: what the run will need at most, and what is free."""
 
 import psutil
 import torch
 
 from r1pipe.config import RLConfig, StageConfig
-from r1pipe.doctor.context import Context, graded
+from r1pipe.doctor.context import Context, Outcome
 from r1pipe.plan import footprint
 from r1pipe.plan.footprint import Need, mib
 from r1pipe.runs import machine
-from r1pipe.runs.findings import FAIL, PASS, Finding
+from r1pipe.runs.findings import FAIL, PASS
 
 
-def device(context: Context, name: str) -> Finding:
-    """Where the job computes; asking for it raises EnvironmentProblem where it is not there."""
-    probed = f"{context.run.world_size} of {context.config.engine.ranks} ranks try it out"
+def device(context: Context) -> Outcome:
+    """Where the job computes. Raises EnvironmentProblem where that device is missing."""
+    probed = f"{context.run.world_size} of {context.config.engine.ranks} ranks tested"
     if context.device.type == "cuda":
-        return Finding(name, PASS, f"{torch.cuda.get_device_name(context.device)}, {probed}")
-    return Finding(name, PASS, f"{context.device.type}, {machine.cores()} cores, {probed}")
+        return Outcome(PASS, f"{torch.cuda.get_device_name(context.device)}, {probed}")
+    return Outcome(PASS, f"{context.device.type}, {machine.cores()} cores, {probed}")
 
 
-def memory(context: Context, name: str) -> Finding:
-    """An estimate (what is kept, what a pass holds) beside what is free for each rank."""
+def memory(context: Context) -> Outcome:
+    """The estimated peak of one rank against the memory that is free for it."""
     need = footprint.needed(context.config, longest_prompt(context))
     free = available(context.device, context.config.engine.ranks)
-    shown = f"about {mib(need.peak)} of {mib(free)} MiB a rank ({need.parts()})"
-    return graded(name, need.peak / free, context.limits.memory, shown, less_of(need, context.config.stage))
+    value = f"about {mib(need.peak)} of {mib(free)} MiB a rank ({need.parts()})"
+    status = context.limits.memory.grade(need.peak / free)
+    return Outcome(status, value, less_of(need, context.config.stage))
 
 
 def less_of(need: Need, stage: StageConfig) -> str:
@@ -34,8 +35,10 @@ def less_of(need: Need, stage: StageConfig) -> str:
         return f"{less}, or take stage.algorithm=grpo" if getattr(stage, "ppo", None) else less
     if need.cache > need.activations + need.logits:
         return "lower stage.sampling.max_num_seqs or stage.sampling.max_tokens"
-    reinforced = isinstance(stage, RLConfig)
-    smaller = "lower stage.max_tokens_per_micro_batch" if reinforced else "raise engine.gradient_accumulation"
+    if isinstance(stage, RLConfig):
+        smaller = "lower stage.max_tokens_per_micro_batch"
+    else:
+        smaller = "raise engine.gradient_accumulation"
     return f"{smaller}, or set engine.recompute=true"
 
 
@@ -53,10 +56,8 @@ def available(device: torch.device, ranks: int) -> float:
     return psutil.virtual_memory().available / ranks
 
 
-def disk(context: Context, name: str) -> Finding:
+def disk(context: Context) -> Outcome:
     """Room for the checkpoints that the run keeps, where they will be written."""
     needed, free = footprint.room(context.config)
-    shown = footprint.disk(context.config)
-    if free < needed:
-        return Finding(name, FAIL, shown, "free some, give root=DIR on another disk, or lower stage.keep")
-    return Finding(name, PASS, shown)
+    remedy = "free some space, set root=DIR on another disk, or lower stage.keep"
+    return Outcome(FAIL if free < needed else PASS, footprint.disk(context.config), remedy)

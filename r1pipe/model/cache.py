@@ -1,4 +1,4 @@
-"""Decoding on the latent cache: MLA keeps of a token its latent and one rotated key, C+R numbers.
+"""Decoding on the latent cache, which holds each token's latent and one rotated key: C+R numbers.
 
 Axes as in layers.py; M is the cache's length, W = C+R the width of an entry.
 """
@@ -20,7 +20,7 @@ class LatentCache:
     def __init__(self, model: DeepseekV3, slots: int, length: int):
         config, weight = model.config, model.lm_head.weight
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        # zeros, not empty: attention gives unseen places weight 0, and 0 times a stray NaN is NaN
+        # zeros, not empty: attention gives masked places weight 0, and 0 times NaN is NaN
         self.entries_LSMW = torch.zeros(
             config.num_hidden_layers, slots, length, width, dtype=weight.dtype, device=weight.device
         )
@@ -30,7 +30,7 @@ class LatentCache:
         return self.entries_LSMW.shape[2]
 
     def fill(self, slots: Tensor, entries_LBTW: Tensor, rows: Tensor) -> None:
-        """Give each of `slots` a copy of the prompt in the row of the same place in `rows`."""
+        """Copy prompt rows[i] into slots[i]."""
         self.entries_LSMW[:, slots, : entries_LBTW.shape[2]] = entries_LBTW.index_select(1, rows)
 
     def move(self, slots: Tensor, to: Tensor, length: int) -> None:
@@ -44,26 +44,26 @@ class LatentCache:
         self.entries_LSMW = torch.cat([self.entries_LSMW, more_LSMW], dim=2)
 
     def shrink(self, slots: int) -> None:
-        """Forget all but the first `slots`."""
+        """Keep only the first `slots`."""
         self.entries_LSMW = self.entries_LSMW[:, :slots]
 
 
 class Decoder:
-    """A model at work on the cache, through torch's operators on any device."""
+    """Runs a model on the cache with torch's operators, on any device."""
 
     def __init__(self, model: DeepseekV3):
         self.model = model
 
     def slots_for(self, live: int, slots: int) -> int:
-        """How many of `slots` to go on with where `live` are left."""
+        """How many of `slots` to keep while `live` are unfinished."""
         return live
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Collects the experts [S, K] that `decode` chooses meanwhile, of one MoE layer after the other."""
+        """Collects the experts [S, K] that `decode` chooses, layer by layer, while the context is open."""
         experts: list[Tensor] = []
         hooks = [
-            gate.register_forward_hook(lambda gate, given, found: experts.append(found[1]))
+            gate.register_forward_hook(lambda gate, inputs, outputs: experts.append(outputs[1]))
             for gate in gates(self.model)
         ]
         try:
@@ -75,17 +75,17 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Read prompts padded on the right -> cache entries_LBTW and the logits_BV after each last token."""
-        read: list[Tensor] = []
-        hidden_BTD = self.model.model(tokens_BT, keep=read.append)
+        entries: list[Tensor] = []
+        hidden_BTD = self.model.model(tokens_BT, keep=entries.append)
         last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
-        return torch.stack(read), self.model.lm_head(last_BD)
+        return torch.stack(entries), self.model.lm_head(last_BD)
 
     @torch.no_grad()
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
         """Read one more token per slot, at `positions_S` -> logits_SV; the cache grows by these tokens.
 
-        `length` is larger than every live position: the part of the cache that is looked at. A slot that has
-        ended may lie beyond; its logits mean nothing.
+        `length`, the part of the cache that is read, is larger than the position of every live slot. Finished
+        slots may be beyond it; their logits are meaningless.
         """
         trunk = self.model.model
         rotation_Sr = trunk.rotary.table(tokens_S.device).index_select(0, positions_S)

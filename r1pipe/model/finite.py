@@ -1,6 +1,6 @@
-"""Which layer gave the first value that is not finite: asked only once a loss or a drawn token is not.
+"""Finds the layer that gave the first value that is not finite, after a loss or a sampled token was not.
 
-The normal step pays nothing for it: the pass is run a second time, with a hook behind every module.
+It runs the pass a second time with a hook on every module, so that normal steps cost nothing.
 """
 
 from collections.abc import Callable
@@ -14,33 +14,29 @@ from torch import Tensor, nn
 def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """The name of the first module whose output has a NaN or an infinity when `run` uses `model`, or None.
 
-    A module comes after those inside it, so it is the innermost that is named.
+    Modules finish after those inside them, so this is the innermost module.
     """
-    found: list[str] = []
+    broken: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and not all(_finite(part) for part in _tensors(output)):
-                found.append(name)
+    def check(name: str, output: Any) -> None:
+        if not broken and not all(_finite(part) for part in _tensors(output)):
+            broken.append(name)
 
-        return hook
-
-    _watched(model, look, run)
-    return found[0] if found else None
+    _run_with_hooks(model, check, run)
+    return broken[0] if broken else None
 
 
 def first_nonfinite_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str | None:
-    """The name of the module at whose output the gradient of the loss that `run` gives, on its way back, is
-    first a NaN or an infinity, or None. No gradient of a weight is touched."""
+    """The module at whose output the backward pass of the loss from `run` first has a NaN or an infinity.
+
+    None if there is none. It leaves the weights' gradients alone.
+    """
     outputs: list[tuple[str, Tensor]] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs.extend((name, part) for part in _tensors(output) if part.requires_grad)
+    def collect(name: str, output: Any) -> None:
+        outputs.extend((name, part) for part in _tensors(output) if part.requires_grad)
 
-        return hook
-
-    loss = _watched(model, look, run)
+    loss = _run_with_hooks(model, collect, run)
     gradients = torch.autograd.grad(loss, [part for _, part in outputs], allow_unused=True)
     broken = [
         name
@@ -50,21 +46,25 @@ def first_nonfinite_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str
     return broken[-1] if broken else None
 
 
-def _watched(model: nn.Module, look: Callable[[str], Callable[..., None]], run: Callable[[], Any]) -> Any:
-    """What `run` gives, with the hook `look(name)` behind each module meanwhile."""
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+def _run_with_hooks(model: nn.Module, hook: Callable[[str, Any], None], run: Callable[[], Any]) -> Any:
+    """The result of `run`, while `hook` is called with each module's name and output."""
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
     try:
         return run()
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def not_finite(what: str, layer: str | None) -> str:
-    """A sentence on `what`, of which `layer` (see first_non_finite) was the origin."""
+    """A message that `what` is not finite because of `layer` (see first_non_finite)."""
     if layer is None:
         return f"{what} is not finite, though every layer's output is"
-    return f"{what} is not finite: the first layer to give such values is {layer}"
+    return f"{what} is not finite: the first layer with such values is {layer}"
 
 
 def _tensors(output: Any) -> list[Tensor]:

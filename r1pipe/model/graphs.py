@@ -1,6 +1,6 @@
-"""Decoding through CUDA graphs: a step's hundreds of small kernels are launched by one call.
+"""Decoding through CUDA graphs: one call launches a step's hundreds of small kernels.
 
-A step of one token per slot computes for less time than Python takes to launch its kernels one by one.
+Launching them one by one from Python takes longer than their computation for one token per slot.
 Axes as in layers.py; cache.py's Decoder is the reference.
 """
 
@@ -16,9 +16,9 @@ from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.transformer import DeepseekV3
 
 LENGTHS = 128  # cache lengths are rounded up to a multiple: one capture serves as many steps of a full batch
-GROUPED = (9, 10)  # major compute capabilities whose grouped matmul leaves the groups' sizes on the GPU
+GROUPED = (9, 10)  # major compute capabilities whose grouped matmul keeps the groups' sizes on the GPU
 
-# Runs a step, and gives what runs it again on the same tensors, and the tensor that each run fills.
+# Captures a step: returns a function that replays it on the same tensors, and the tensor that it fills.
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
@@ -26,18 +26,18 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 class _Step:
     """One captured step."""
 
-    tokens_S: Tensor  # what it reads, as `positions_S`
-    positions_S: Tensor
+    tokens_S: Tensor  # input
+    positions_S: Tensor  # input
     replay: Callable[[], object]
-    logits_SV: Tensor  # what it writes
+    logits_SV: Tensor  # output
 
 
 class GraphDecoder(Decoder):
     """Decoder whose steps are captured once for each number of slots and rounded-up cache length.
 
-    For one `generate`: a graph holds the addresses of the cache and of the weights, and both may lie
-    elsewhere in the next (ZeRO-3 gathers weights anew). A capture runs about two plain steps, and those of
-    one generate are few: one for each halving of the slots, one for every LENGTHS-th token.
+    Use it for one `generate`: a graph holds the addresses of cache and weights, which may change in the next
+    (ZeRO-3 gathers weights again). A capture costs about two plain steps, and one generate needs few: one per
+    halving of the slots and one per LENGTHS tokens.
     """
 
     def __init__(self, model: DeepseekV3, capture: Capture):
@@ -46,7 +46,7 @@ class GraphDecoder(Decoder):
         self._steps: dict[tuple[int, ...], _Step] = {}
 
     def slots_for(self, live: int, slots: int) -> int:
-        """Halves alone: every number of slots is captured anew, and idle ones cost little."""
+        """Only halves: each number of slots needs its own capture, and idle slots cost little."""
         while slots >= 2 * live:
             slots //= 2
         return slots
@@ -54,7 +54,7 @@ class GraphDecoder(Decoder):
     @torch.no_grad()
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
         """As Decoder's. The logits are overwritten by the next call."""
-        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # what lies beyond a position is masked
+        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # entries beyond a position are masked
         key = (cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length)
         if key not in self._steps:
             inputs = tokens_S.clone(), positions_S.clone()
@@ -68,7 +68,7 @@ class GraphDecoder(Decoder):
 
 
 def graph_decoder(model: DeepseekV3) -> GraphDecoder:
-    """Raises ConfigError where a step would ask the GPU for numbers, which cannot be captured."""
+    """Raises ConfigError where a step would copy numbers from the GPU, which cannot be captured."""
     weight = model.lm_head.weight
     if weight.device.type != "cuda":
         raise ConfigError(f"engine.graphs=true needs a GPU; this model is on the {weight.device.type}")
@@ -82,10 +82,10 @@ def graph_decoder(model: DeepseekV3) -> GraphDecoder:
 
 
 def cuda_capture() -> Capture:
-    """Captures into graphs that share their memory: they run one at a time, each wholly used before the next.
+    """Captures into graphs that share their memory, as each result is used before the next graph runs.
 
-    As https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs has it: first a run on another stream,
-    in which libraries set themselves up, then the capture, which computes nothing.
+    As in https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: a warm-up run on another stream,
+    which initialises libraries, then the capture, which computes nothing.
     """
     pool = torch.cuda.graph_pool_handle()
 

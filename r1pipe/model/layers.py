@@ -1,8 +1,8 @@
-"""The leaves of the model: RMSNorm, rotary positions with YaRN, and the SwiGLU of dense and shared parts.
+"""The model's smallest layers: RMSNorm, linear, SwiGLU, and rotary positions with YaRN.
 
 Axes, in all of r1pipe/model: B rows, T tokens in a row, N tokens (B*T), D hidden width, H heads, E experts,
 K experts per token, I expert width, C latent width (kv_lora_rank), R rotary width, r its pairs, L layers,
-V vocabulary, S slots, P tokens of a past, M tokens looked at, W = C+R the width of a cache entry.
+V vocabulary, S slots, P tokens of a past, M keys, W = C+R the width of a cache entry.
 """
 
 import math
@@ -43,8 +43,8 @@ class Linear(nn.Linear, Quantisable):
             return kernels.linear(x, self.weight)
         return super().forward(x)
 
-    def multiplied(self) -> Tensor:
-        """The weight as forward multiplies with it, [O, D]; without gradient."""
+    def rounded_weight(self) -> Tensor:
+        """The weight [O, D] as forward uses it, rounded in FP8; without gradient."""
         return self.weight if self.fp8 is None else self.fp8.rounded_weight(self.weight, self.kind)
 
 
@@ -97,7 +97,7 @@ def _yarn_frequencies(plain: Tensor, width: int, theta: float, yarn: RopeScaling
 class Rotary:
     """The table of rotations e^(i * position * frequency), complex64 [positions, R/2].
 
-    Not a buffer: `model.bfloat16()` would round it, and it is not a part of a checkpoint.
+    Not a buffer: `model.bfloat16()` would round it, and checkpoints do not hold it.
     """
 
     def __init__(self, config: ModelConfig):
@@ -106,7 +106,7 @@ class Rotary:
 
     def table(self, device: torch.device) -> Tensor:
         if self._table is None or self._table.device != device:
-            with torch.inference_mode(False):  # autograd takes no tensor that was made in that mode
+            with torch.inference_mode(False):  # autograd refuses inference-mode tensors
                 self._table = self._build().to(device)
         return self._table
 
@@ -129,9 +129,9 @@ class Rotary:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (0,1), (2,3)... of x [..., R] by `rotation` [..., r] (broadcast), in float32.
+    """Rotate the pairs (0,1), (2,3)... of x [..., R] by `rotation` [..., r] (broadcast), in float32.
 
-    The pairs stay where they are; transformers emits the two halves apart, which gives the same scores.
+    Pairs stay interleaved; transformers separates the two halves, which gives the same scores.
     """
     if x.ndim == rotation.ndim == 3 and x.shape[1] == rotation.shape[1] and kernels.usable(x):
         return kernels.rotate(x, rotation)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without the whole [tokens, vocabulary] logits in memory.
+"""Log-probabilities of target tokens without all [tokens, vocabulary] logits in memory.
 
 Axes: N tokens, D hidden width, V vocabulary.
 """
@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear
 
-LOGITS_IN_MEMORY = 2**25  # numbers; what a forward pass may hold of [N, V] at once (128 MiB in float32)
+LOGITS_IN_MEMORY = 2**25  # the part of [N, V] that a forward pass holds at once (128 MiB in float32)
 
 
 class Head(Linear):
-    """What gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N].
+    """Gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N].
 
-    The latter, where the kernels do it, in its own forward pass: under ZeRO-3 the weight is nowhere else.
+    The latter calls the CPU kernel inside forward, the only place where ZeRO-3 has the weight.
     """
 
     def forward(self, x: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -31,7 +31,7 @@ def _chunk_logprobs(
     head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, temperature: float
 ) -> Tensor:
     logits_NV = head(hidden_ND).float()
-    if temperature != 1.0:  # a division by one would be another [N, V] copy
+    if temperature != 1.0:  # dividing by one would copy [N, V]
         logits_NV = logits_NV / temperature
     return -cross_entropy(logits_NV, targets_N, reduction="none")
 
@@ -45,8 +45,8 @@ def token_logprobs(
 ) -> Tensor:
     """log pi(target) of each token, as logprobs_N in float32, from the hidden state that predicts it.
 
-    `temperature` divides the logits: the distribution that the tokens were drawn from. The logits of a long
-    batch never exist at once; when they take several chunks, each is computed again in the backward pass.
+    `temperature` divides the logits, as in sampling. Long batches are split into chunks, whose logits are
+    recomputed in the backward pass.
     """
     if isinstance(head, Head) and kernels.usable(hidden_ND, vocab_size):
         return head(hidden_ND, targets_N, temperature)

@@ -1,7 +1,7 @@
-"""Which tokens each token may look at: as tensors of booleans, and as rules for FlexAttention.
+"""Attention masks: as boolean tensors, and as block masks for FlexAttention.
 
-With rules, blocks of keys that nobody may look at are skipped: one fused kernel for every mask, where the
-fastest ones of scaled_dot_product_attention know none but the causal (Dong et al. 2024, arXiv 2412.05496).
+FlexAttention skips blocks that are wholly masked, with one fused kernel for every mask; the fastest kernels
+of scaled_dot_product_attention support only the causal one (Dong et al. 2024, arXiv 2412.05496).
 Axes as in layers.py.
 """
 
@@ -22,7 +22,7 @@ def document_positions(segments_BT: Tensor) -> Tensor:
 
 
 def document_mask(segments_BT: Tensor) -> Tensor:
-    """Which tokens each token may look at, [B, T, T] bool: causal, of its document; padding at itself."""
+    """The keys that each token attends to, [B, T, T] bool: causal in its document; padding only itself."""
     tokens = segments_BT.shape[1]
     itself_TT = torch.eye(tokens, dtype=torch.bool, device=segments_BT.device)
     causal_TT = torch.ones_like(itself_TT).tril_()
@@ -31,7 +31,7 @@ def document_mask(segments_BT: Tensor) -> Tensor:
 
 
 def past_mask(lengths_B: Tensor, past: int, tokens: int) -> Tensor:
-    """Which tokens each of `tokens` new ones may look at, [B, T, P+T] bool: its past, then causal."""
+    """The keys that each of `tokens` new tokens attends to, [B, T, P+T] bool: its past, then causal."""
     lengths_B11 = lengths_B[:, None, None]
     places_P = torch.arange(past, device=lengths_B.device)
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=lengths_B.device).tril_()
@@ -40,7 +40,7 @@ def past_mask(lengths_B: Tensor, past: int, tokens: int) -> Tensor:
 
 
 def causal_blocks(tokens: int, device: torch.device) -> BlockMask:
-    """Each token sees itself and those before it; the same for all rows."""
+    """Causal, the same for all rows."""
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
@@ -49,7 +49,7 @@ def causal_blocks(tokens: int, device: torch.device) -> BlockMask:
 
 
 def document_blocks(segments_BT: Tensor) -> BlockMask:
-    """What `document_mask` allows."""
+    """`document_mask` for FlexAttention."""
     rows, tokens = segments_BT.shape
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def document_blocks(segments_BT: Tensor) -> BlockMask:
 
 
 def past_blocks(lengths_B: Tensor, past: int, tokens: int) -> BlockMask:
-    """What `past_mask` allows."""
+    """`past_mask` for FlexAttention."""
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < lengths_B[row]) | (key >= past) & (key - past <= query)
@@ -70,11 +70,11 @@ def past_blocks(lengths_B: Tensor, past: int, tokens: int) -> BlockMask:
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scale: float) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
-    # fused only where compiled; a CPU, where this serves as a reference, takes it as it is
+    # fused only when compiled; on a CPU it is a reference and runs uncompiled
     plain = query.device.type == "cpu" or torch.compiler.is_compiling()
     by_head = (each.transpose(1, 2) for each in (query, key, value))
     out = (flex_attention if plain else _compiled())(*by_head, block_mask=blocks, scale=scale)
-    assert isinstance(out, Tensor)  # no auxiliary outputs were asked for
+    assert isinstance(out, Tensor)  # no auxiliary outputs were requested
     return out.transpose(1, 2)
 
 

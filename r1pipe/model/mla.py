@@ -11,16 +11,16 @@ from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale
 from r1pipe.model.masks import BlockMask, flex_attend
 
-# Takes a layer's cache entries. A function, not a list to fill: under ZeRO-3 a module gets a copy of a list.
+# Takes a layer's cache entries. A function, not a list: ZeRO-3 passes modules a copy of a list.
 Keep = Callable[[Tensor], None]
-# Which keys each token may look at: [B, T, M] bool, or the rules of FlexAttention; None: plainly causal.
+# The keys that each token may attend to: [B, T, M] bool, or FlexAttention's blocks; None: causal.
 Mask = Tensor | BlockMask | None
 
-LATENT_EPS = 1e-6  # the latent norms use it whatever rms_norm_eps says, as in the published weights
+LATENT_EPS = 1e-6  # of the latent norms, whatever rms_norm_eps is, as in the published models
 
 
 class MLA(nn.Module):
-    """Keys and values come from one latent per token; positions go through a rotary key that all share."""
+    """Keys and values come from one latent per token, positions from a rotary key that all heads share."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -55,14 +55,14 @@ class MLA(nn.Module):
         return nope, rotate(rope, rotation.unsqueeze(-2))
 
     def latents(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cache holds of a token: the normed latent [..., C] and the rotated key [..., R]."""
+        """A token's cache entry: the normed latent [..., C] and the rotated key [..., R]."""
         latent, rope = self.kv_a_proj_with_mqa(x).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
         return self.kv_a_layernorm(latent), rotate(rope, rotation)
 
     def _entries(self, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Cache entries [..., C+R]. In FP8 decoding reads the latents that `kv_b_proj` would read."""
+        """Cache entries [..., C+R]. In FP8, decoding reads latents rounded as for `kv_b_proj`."""
         fp8 = self.kv_b_proj.fp8
         if fp8 is not None and not torch.is_grad_enabled():
             latent = fp8.rounded(latent)
@@ -76,10 +76,10 @@ class MLA(nn.Module):
         keep: Keep | None = None,
         past_BPW: Tensor | None = None,
     ) -> Tensor:
-        """Attention over whole rows: causal, or as `mask_BTM` allows (true: may look).
+        """Attention over whole rows: causal, or where `mask_BTM` is true.
 
-        `keep` is called with this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` are
-        such entries of P tokens before the row: the keys are M = P + T.
+        `keep` is called with this layer's cache entries, latent then rotated key, [B, T, C+R]. `past_BPW` has
+        the entries of P tokens before the row: the keys are M = P + T.
         """
         config = self.config
         query = self.queries(x_BTD)
@@ -111,8 +111,8 @@ class MLA(nn.Module):
         """One token per slot on the cache, absorbed: keys and values are never expanded (V2 section 2.1.2).
 
         q' = q_nope W_UK; scores = q' . latent + q_rope . k_rope; out = (attention . latent) W_UV. The
-        token's own entry is written at `places_S` of the flattened [S*M]; `unseen_SM` is -inf where not to
-        look.
+        token's own entry is written at `places_S` of the flattened [S*M]; `unseen_SM` is -inf at masked
+        places.
         """
         config = self.config
         own_SW = self._entries(*self.latents(x_SD, rotation_Sr))
@@ -120,14 +120,14 @@ class MLA(nn.Module):
         seen_SMW = entries_SMW[:, : unseen_SM.shape[1]]
 
         up_k, up_v = (
-            self.kv_b_proj.multiplied()
+            self.kv_b_proj.rounded_weight()
             .unflatten(0, (config.num_attention_heads, -1))
             .split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         )
         q_nope, q_rope = self._rotated(self.queries(x_SD), rotation_Sr)
         absorbed = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)
         query_SHW = torch.cat([absorbed, q_rope], dim=-1)
-        # one head of H queries on keys that are their own values: a single pass over the cache
+        # one head with H queries, and keys that are also the values: a single pass over the cache
         context_SHW = F.scaled_dot_product_attention(
             query_SHW.unsqueeze(1),
             seen_SMW.unsqueeze(1),
@@ -145,7 +145,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Mask, scale: fl
     if isinstance(mask_BTM, BlockMask):
         return flex_attend(query, key, value, mask_BTM, scale)
     width = value.shape[-1]
-    if query.shape[-1] > width:  # the fused kernels want one width for all three
+    if query.shape[-1] > width:  # the fused kernels need one width for all three
         value = F.pad(value, (0, query.shape[-1] - width))
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),

@@ -17,47 +17,47 @@ from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.fp8 import Quantisable
 from r1pipe.model.layers import SwiGLU
 
-ROWS = 32  # measured: 16 leaves too many shapes, 64 and more fill too much
+ROWS = 32  # measured: 16 leaves too many shapes, 64 and more pad too much
 
 
 @dataclass(eq=False)
 class Routing:
-    """What one layer's gate is told, and tells, in one forward pass.
+    """One layer's inputs to its gate, and the gate's results, in one forward pass.
 
-    The choice is kept so that a recomputation in the backward pass makes the same one: rounding may differ
-    there, and an expert that was not chosen before has no gradient to take.
+    A recomputation in the backward pass reuses the choice: its rounding may differ, and an expert that was
+    not chosen before has no gradient.
     """
 
     counted_BT: Tensor | None = None  # the tokens that count in the loads (bool); None: all
-    documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss asked for
+    documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss
     experts_NK: Tensor | None = None  # chosen in the first pass
     balance: Tensor | None = None  # sum over tokens of their document's balance loss (see sequence_balance)
 
 
 class Balance:
-    """Which tokens of a forward pass count in the experts' loads, and the balance loss where it is asked for.
+    """Which tokens of a forward pass count in the experts' loads; collects the balance loss if `with_loss`.
 
-    Give it to the pass, then ask for `total()`; the sequences are the documents of packed rows.
+    Pass it to the forward pass, then call `total()`. The sequences are the documents of packed rows.
     """
 
     def __init__(self, segments_BT: Tensor, with_loss: bool):
         """`segments_BT` numbers the documents of each row from 1; 0 (padding) is left out."""
         rows_B1 = torch.arange(len(segments_BT), device=segments_BT.device).unsqueeze(1)
-        self._apart_BT = segments_BT + rows_B1 * segments_BT.max()  # numbers of one row are no other row's
+        self._ids_BT = segments_BT + rows_B1 * segments_BT.max()  # unique over all rows
         self._counted_BT = segments_BT != 0
         self._with_loss = with_loss
         self._routings: list[Routing] = []
 
     @classmethod
     def of_lengths(cls, lengths_B: Tensor, width: int, with_loss: bool) -> "Balance":
-        """Of rows of `width` tokens, each one sequence of so many tokens that is filled up on the right."""
+        """For rows of `width` tokens, each one sequence of `lengths_B` tokens, padded on the right."""
         places_T = torch.arange(width, device=lengths_B.device)
         return cls((places_T < lengths_B.unsqueeze(1)).long(), with_loss)
 
     def routing(self, among_BT: Tensor | None = None) -> Routing:
-        """What the next layer's gate is to be given; `among_BT` leaves out more tokens than the padding."""
+        """The next layer's routing; only tokens in `among_BT` count."""
         counted_BT = self._counted_BT if among_BT is None else self._counted_BT & among_BT
-        self._routings.append(Routing(counted_BT, self._apart_BT * counted_BT if self._with_loss else None))
+        self._routings.append(Routing(counted_BT, self._ids_BT * counted_BT if self._with_loss else None))
         return self._routings[-1]
 
     def total(self) -> Tensor:
@@ -97,10 +97,10 @@ class Gate(nn.Module):
         return self
 
     def forward(self, x_ND: Tensor, routing: Routing | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """-> weights_NK (float32), experts_NK (int64), and the balance loss where it is asked for.
+        """-> weights_NK (float32), experts_NK (int64), and the balance loss if `routing` has documents.
 
-        All are results of this module: under ZeRO-3 the weight is fetched for the gradient of what a module
-        returns, and the last layer's gate may get one from the balance loss alone (of prompts, in RL).
+        The loss must be returned: ZeRO-3 fetches the weight for the gradient of a module's results, and the
+        last layer's gate may get a gradient only from the balance loss (of prompts, in RL).
         """
         config, routing = self.config, routing or Routing()
         logits_NE = F.linear(x_ND.float(), self.weight.float())
@@ -121,7 +121,7 @@ class Gate(nn.Module):
         return weights_NK, experts_NK, None
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
-        """The bias steers the choice alone, never the weights; experts outside the kept groups are shut."""
+        """The bias affects only the choice, never the weights; experts outside the best groups are closed."""
         config = self.config
         if config.topk_method == "noaux_tc":
             scores_NE = scores_NE + self.e_score_correction_bias
@@ -135,7 +135,7 @@ class Gate(nn.Module):
         return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     def _count(self, experts_NK: Tensor, counted_BT: Tensor | None) -> None:
-        """Training forward passes alone count, not a checkpoint's recomputation (it runs inside backward)."""
+        """Count in training forward passes only, not when activations are recomputed inside backward."""
         recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.training and torch.is_grad_enabled() and not recomputed:
             ones_NK = torch.ones_like(experts_NK, dtype=torch.float32)
@@ -172,23 +172,23 @@ class Experts(nn.Module, Quantisable):
         sorted_x, weights = x_ND.index_select(0, tokens), weights_NK.flatten().index_select(0, order)
         if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
             places, ends_E = _rounded_up(chosen, ends_E)
-            filled = int(ends_E[-1])
-            sorted_x = sorted_x.new_zeros(filled, sorted_x.shape[1]).index_copy(0, places, sorted_x)
-            weights = weights.new_zeros(filled).index_copy(0, places, weights)
-            tokens = tokens.new_zeros(filled).index_copy(0, places, tokens)  # the filling adds 0 to the first
+            padded = int(ends_E[-1])
+            sorted_x = sorted_x.new_zeros(padded, sorted_x.shape[1]).index_copy(0, places, sorted_x)
+            weights = weights.new_zeros(padded).index_copy(0, places, weights)
+            tokens = tokens.new_zeros(padded).index_copy(0, places, tokens)  # padding adds 0 to the first
         offs = ends_E.int()
         gate, up = F.grouped_mm(sorted_x, self.gate_up_proj.transpose(1, 2), offs=offs).chunk(2, dim=-1)
-        # weighed before the way down, where the rows are narrow
+        # weighted before the down projection, where rows are narrow
         inner = F.silu(gate) * up * weights.unsqueeze(-1).to(up.dtype)
         out = F.grouped_mm(inner, self.down_proj.transpose(1, 2), offs=offs)
         return torch.zeros_like(x_ND).index_add(0, tokens, out)
 
 
 def _rounded_up(chosen: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the sorted tokens, and the groups' ends, once each group is filled up to a multiple of ROWS.
+    """Places of the sorted tokens, and the groups' ends, with each group padded to a multiple of ROWS.
 
     The CPU's bfloat16 matmul compiles a kernel for every new shape, which costs several times the product
-    itself; rounded sizes come again and again.
+    itself; rounded sizes repeat.
     """
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     rounded_E = (counts_E + ROWS - 1) // ROWS * ROWS
@@ -222,13 +222,13 @@ def sequence_balance(scores_NE: Tensor, documents_N: Tensor, top_k: int) -> Tens
 
     V3 equations 17 to 20: in a document of T tokens f_i = E / (K T) x how often expert i is among the K best
     by score (without the bias, which balances whole batches, and without groups), P_i = its mean score, where
-    a token's scores are normalised to sum 1. Even scores give 1 a token. A document weighs as much as it has
-    tokens: then the sum over micro-batches and ranks, over the tokens of the whole batch, is the mean, and
-    where all are equally long, it is the paper's mean over sequences. `documents_N` numbers the documents
-    from 1, apart from one another also between rows; 0 is left out.
+    a token's scores are normalised to sum 1. Uniform scores give 1 per token. Documents are weighted by
+    their tokens: the sum over micro-batches and ranks, divided by the whole batch's tokens, is then the mean;
+    for equal lengths it is the paper's mean over sequences. `documents_N` numbers the documents of all rows
+    from 1; 0 is left out.
     """
     experts = scores_NE.shape[1]
-    count = len(documents_N) + 1  # each has a token: a bound that asks no GPU and breaks no compiled graph
+    count = len(documents_N) + 1  # at most one document per token: this bound needs no GPU sync
     best_NK = scores_NE.detach().topk(top_k, dim=-1, sorted=False).indices
     chosen_NE = torch.zeros_like(scores_NE).scatter_(1, best_NK, 1.0)
     normalised_NE = scores_NE / scores_NE.sum(dim=-1, keepdim=True)
@@ -259,8 +259,8 @@ def reset_loads(model: nn.Module) -> None:
 def update_router_bias(model: nn.Module, loads_LE: Tensor, rate: float) -> None:
     """b += rate * sign(mean load - load), once per optimizer step on the global batch (V3 section 2.1.2).
 
-    The change's mean is taken out: a common offset changes no choice and costs precision. Softmax gates of V2
-    have no bias and are left alone.
+    The change's mean is subtracted: a common offset changes no choice and costs precision. V2's softmax gates
+    have no bias.
     """
     for gate, loads_E in zip(gates(model), loads_LE, strict=True):  # without tokens (MTP in RL) nothing moves
         if gate.config.topk_method == "noaux_tc":

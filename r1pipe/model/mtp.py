@@ -1,4 +1,4 @@
-"""Multi-token prediction (V3 section 2.2): layers behind the last that each predict one token further.
+"""Multi-token prediction (V3 section 2.2): layers after the last that each predict one token further.
 
 Depth k reads at position i the state of depth k-1 (depth 0: the model) and the embedding of token i+k, and
 predicts token i+k+1:
@@ -7,14 +7,13 @@ predicts token i+k+1:
 
 **Pre- or post-norm.** The paper does not say whether the model's state is taken before or after its last
 norm (equation 21: "the representation given by the main model"), and no training code is published. Here it
-is after: so does vLLM, whose `DeepseekV2Model.forward` ends with the norm and whose output `deepseek_mtp.py`
-reads; and pull request 1764 of ROCm/ATOM finds it so in the modelling code beside a published R1 checkpoint,
-and measures more accepted drafts. (Pull request 24025 of llama.cpp says the contrary of DeepSeek, without a
-measurement.) From one depth to the next it is after `shared_head.norm` in the same way: vLLM's pull request
-47448. Two habits of drafting with vLLM are not taken over: it sets the embedding at position 0 to zero, and
-it uses the one published layer for several depths.
+is after, as in vLLM, where `deepseek_mtp.py` reads the output of `DeepseekV2Model.forward`, which ends with
+the norm. Pull request 1764 of ROCm/ATOM found the same in the modelling code of a published R1 checkpoint and
+measured more accepted drafts. (Pull request 24025 of llama.cpp claims the opposite, without a measurement.)
+Between depths it is likewise after `shared_head.norm` (vLLM's pull request 47448). Unlike vLLM, the embedding
+at position 0 is not set to zero, and the one published layer does not serve several depths.
 
-Embedding and head are the model's; the published files hold copies of them under the layer's name.
+Embedding and head are the model's; published files hold copies of them under the layer's name.
 """
 
 from collections.abc import Callable
@@ -47,18 +46,18 @@ class MTPLayer(DecoderLayer):
         self.shared_head = SharedHead(config)
 
     def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """What the layer reads: both [..., D] -> [..., D], the embedding's half first."""
+        """The layer's input: both [..., D] -> [..., D], the embedding first."""
         return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
 
 
 def ahead(values_BT: Tensor, steps: int, fill: int) -> Tensor:
     """The value `steps` positions to the right of each; `fill` beyond the row's end."""
-    filled = torch.full_like(values_BT[:, :steps], fill)
-    return torch.cat([values_BT[:, steps:], filled], dim=1)
+    padding = torch.full_like(values_BT[:, :steps], fill)
+    return torch.cat([values_BT[:, steps:], padding], dim=1)
 
 
 def same_document(segments_BT: Tensor, steps: int) -> Tensor:
-    """Whether the token `steps` to the right is of the same document, and of one at all; bool [B, T]."""
+    """Whether the token `steps` to the right is in the same document; bool [B, T], false for padding."""
     return (segments_BT != 0) & (ahead(segments_BT, steps, 0) == segments_BT)
 
 
@@ -72,8 +71,8 @@ def mtp_loss_sum(
 ) -> Tensor:
     """Sum of -log p of the learned tokens, in nats, mean over depths (V3 equations 24 and 25 without lambda).
 
-    `depths` are the states hidden_BTD of depth 1, 2...; a token is learned by depth k where `loss_BT` says so
-    and the position that predicts it, k+1 to its left, is of the same document.
+    `depths` are the states hidden_BTD of depth 1, 2...; depth k learns a token in `loss_BT` if the position
+    that predicts it, k+1 to its left, is in the same document.
     """
     total = tokens_BT.new_zeros((), dtype=torch.float32)
     for depth, hidden_BTD in enumerate(depths, 1):
@@ -84,7 +83,7 @@ def mtp_loss_sum(
 
 
 def stored_copies(config: ModelConfig) -> dict[str, str]:
-    """What published files store twice: each MTP layer's embedding and head -> the model's own tensors."""
+    """Each MTP layer's copies of embedding and head in published files -> the model's own tensors."""
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     first = config.num_hidden_layers
     copies = {}

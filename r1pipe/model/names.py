@@ -1,6 +1,6 @@
-"""The published format, in words: names of tensors, and config.json, to and from ours.
+"""The published format: names of tensors, and config.json, converted to and from ours.
 
-Sources: the published config.json and weight files of DeepSeek-V3, and transformers' spelling of the same.
+Sources: DeepSeek-V3's published config.json and weight files, and transformers' variant of them.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1pipe.config import ModelConfig
+from r1pipe.config import ModelConfig, RopeScaling
 from r1pipe.config.fields import build
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import CheckpointError, ConfigError
@@ -21,7 +21,7 @@ from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.jsonfile import read_object
 
 CONFIG = "config.json"
-BIAS = "e_score_correction_bias"  # stays float32, whatever the weights are cast to
+BIAS = "e_score_correction_bias"  # always float32
 FIXED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -41,7 +41,7 @@ V3_ONLY = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
 
 def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors under the published names; experts come as views into the fused parameters."""
+    """The model's tensors under the published names; experts are views into the fused parameters."""
     tied = model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
@@ -62,14 +62,14 @@ def layer_of(name: str) -> int:
 
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all that a checkpoint holds, copies for multi-token prediction included."""
+    """Names and shapes of a checkpoint's tensors, with the copies for multi-token prediction."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in published_tensors(DeepseekV3(config))}
     return shapes | {copy: shapes[name] for copy, name in stored_copies(config).items()}
 
 
 def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json as DeepSeek publishes it; `topk_method` and `scoring_func` are what vLLM asks for."""
+    """config.json as DeepSeek publishes it; vLLM needs `topk_method` and `scoring_func`."""
     v3 = config.topk_method == "noaux_tc"
     fields = dataclasses.asdict(config)
     del fields["name"]
@@ -84,7 +84,7 @@ def published_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def model_config_from(folder: Path | str) -> ModelConfig:
-    """The shape written in a checkpoint's config.json. It may name MTP layers that are not stored.
+    """The config in a checkpoint's config.json. It may have MTP layers that are not stored.
 
     Raises CheckpointError naming the file and the key.
     """
@@ -97,10 +97,10 @@ def model_config_from(folder: Path | str) -> ModelConfig:
     quantization = content.get("quantization_config", QUANTIZATION)
     for key, value in QUANTIZATION.items():
         if not isinstance(quantization, dict) or quantization.get(key, value) != value:
-            raise CheckpointError(f"{path}: quantization_config must have {key} {value}; no other is read")
+            raise CheckpointError(f"{path}: quantization_config must have {key} {value}")
     for key, fixed in FIXED.items():
         if key in content and content[key] != fixed and key != "use_cache":
-            raise CheckpointError(f"{path}: {key}={content[key]} is not supported, only {fixed}")
+            raise CheckpointError(f"{path}: {key}={content[key]} is not supported; it must be {fixed}")
     content = _as_published(content) | {"name": Path(folder).resolve().name}
     content["num_nextn_predict_layers"] = content.get("num_nextn_predict_layers") or 0  # absent, or null
     names = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -118,7 +118,7 @@ def model_config_from(folder: Path | str) -> ModelConfig:
 
 
 def _as_published(content: dict[str, Any]) -> dict[str, Any]:
-    """config.json in DeepSeek's spelling, where transformers wrote it in its own (`rope_parameters`)."""
+    """config.json in DeepSeek's format, converted from transformers' (`rope_parameters`)."""
     content = {"tie_word_embeddings": False, "rope_scaling": None, **content}
     if content.get("model_type") == MODEL_TYPES[0]:
         content = {**V3_ONLY, **content}
@@ -128,14 +128,7 @@ def _as_published(content: dict[str, Any]) -> dict[str, Any]:
         content["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     scaling = content["rope_scaling"]
     if isinstance(scaling, dict):
-        known = (
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-        )
         kind = scaling.get("type", scaling.get("rope_type"))
-        content["rope_scaling"] = {"type": kind, **{key: scaling[key] for key in known if key in scaling}}
+        keys = (field.name for field in dataclasses.fields(RopeScaling))
+        content["rope_scaling"] = {key: scaling[key] for key in keys if key in scaling} | {"type": kind}
     return content

@@ -1,4 +1,4 @@
-"""Reading and decoding through the C++ kernels, several times faster on a CPU that can run them.
+"""Prefill and decoding with the C++ kernels, several times faster on a CPU that can run them.
 
 Axes as in layers.py; cache.py's Decoder is the reference.
 """
@@ -16,7 +16,7 @@ from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.graphs import graph_decoder
 from r1pipe.model.kernels import forward
 from r1pipe.model.kernels.build import runs_here
-from r1pipe.model.kernels.checks import ANY, expect, expect_indices
+from r1pipe.model.kernels.checks import ANY, check_indices, check_tensor
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
@@ -25,13 +25,13 @@ from r1pipe.model.transformer import DeepseekV3
 
 
 def runs_natively(model: DeepseekV3) -> bool:
-    """Whether the kernels know the model's device, type and widths, and run on this machine."""
+    """Whether the kernels run on this machine and support the model's device, type and widths."""
     weight = model.lm_head.weight
     return weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
 
 
 def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
-    """Whether weights have the config's shapes and one type, and products in bfloat16 an even depth."""
+    """Whether all weights have the config's shapes and one type, and even depths in bfloat16."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
     if any(weight.shape != shapes[name] for name, weight in model.named_parameters()):
@@ -44,25 +44,25 @@ def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
 
 
 class NativeDecoder(Decoder):
-    """Decoder in one call of a kernel per step; holds a second, packed copy of the weights."""
+    """Decoder with one kernel call per step; it holds a second, packed copy of the weights."""
 
     @torch.no_grad()
     def __init__(self, model: DeepseekV3):
-        """Raises ValueError where `runs_natively` says no."""
+        """Raises ValueError unless `runs_natively(model)`."""
         if not runs_natively(model):
             raise ValueError(
                 "the CPU kernels do not run here, or not for this model's device, type and sizes"
             )
         super().__init__(model)
         self.dtype = model.lm_head.weight.dtype
-        self._experts: list[Tensor] | None = None  # chosen, where they are recorded
-        self._held: list[Tensor] = []  # what the pointers below point to
+        self._experts: list[Tensor] | None = None  # the experts chosen, while they are recorded
+        self._tensors: list[Tensor] = []  # keeps the memory alive that the pointers below point to
         config, trunk = model.config, model.model
         layers = [cast(DecoderLayer, layer) for layer in islice(trunk.layers, config.num_hidden_layers)]
         self.shape = self._shape(layers[0].self_attn.scale)
         self.layers = (forward.Layer * len(layers))(*map(self._layer, layers))
         self.ends = forward.Ends(
-            self._plain(trunk.embed_tokens.weight),
+            self._pointer(trunk.embed_tokens.weight),
             self._float(trunk.norm.weight),
             self._packed(model.lm_head.weight),
         )
@@ -102,7 +102,7 @@ class NativeDecoder(Decoder):
         mla, mlp, config = layer.self_attn, layer.mlp, self.model.config
         up_HnC = mla.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         up_k, up_v = up_HnC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        found = forward.Layer(
+        pointers = forward.Layer(
             attention_norm=self._float(layer.input_layernorm.weight),
             latent_norm=self._float(mla.kv_a_layernorm.weight),
             mlp_norm=self._float(layer.post_attention_layernorm.weight),
@@ -112,39 +112,39 @@ class NativeDecoder(Decoder):
         )
         latent = mla.kv_a_proj_with_mqa.weight
         if config.q_lora_rank is None:
-            found.first = self._packed(mla.q_proj.weight, latent)
+            pointers.first = self._packed(mla.q_proj.weight, latent)
         else:
-            found.first = self._packed(mla.q_a_proj.weight, latent)
-            found.query_norm = self._float(mla.q_a_layernorm.weight)
-            found.query = self._packed(mla.q_b_proj.weight)
+            pointers.first = self._packed(mla.q_a_proj.weight, latent)
+            pointers.query_norm = self._float(mla.q_a_layernorm.weight)
+            pointers.query = self._packed(mla.q_b_proj.weight)
         if isinstance(mlp, MoE):
-            found.gate = self._packed(mlp.gate.weight.float())
+            pointers.gate = self._packed(mlp.gate.weight.float())
             if config.topk_method == "noaux_tc":
-                found.bias = self._float(mlp.gate.e_score_correction_bias)
-            found.gate_up = self._packed(mlp.experts.gate_up_proj)
-            found.down = self._packed(mlp.experts.down_proj)
+                pointers.bias = self._float(mlp.gate.e_score_correction_bias)
+            pointers.gate_up = self._packed(mlp.experts.gate_up_proj)
+            pointers.down = self._packed(mlp.experts.down_proj)
             if config.n_shared_experts:
-                found.shared_gate_up, found.shared_down = self._swiglu(mlp.shared_experts)
+                pointers.shared_gate_up, pointers.shared_down = self._swiglu(mlp.shared_experts)
         else:
-            found.gate_up, found.down = self._swiglu(mlp)
-        return found
+            pointers.gate_up, pointers.down = self._swiglu(mlp)
+        return pointers
 
     def _swiglu(self, mlp: SwiGLU) -> tuple[int, int]:
         return self._packed(mlp.gate_proj.weight, mlp.up_proj.weight), self._packed(mlp.down_proj.weight)
 
     def _packed(self, *weights: Tensor) -> int:
-        """Weights one above the other, packed."""
-        return self._plain(forward.pack(torch.cat(weights) if len(weights) > 1 else weights[0]))
+        """Weights joined along their rows, packed."""
+        return self._pointer(forward.pack(torch.cat(weights) if len(weights) > 1 else weights[0]))
 
     def _float(self, weight: Tensor) -> int:
-        return self._plain(weight.float())
+        return self._pointer(weight.float())
 
-    def _plain(self, weight: Tensor) -> int:
-        self._held.append(weight.contiguous())
-        return self._held[-1].data_ptr()
+    def _pointer(self, weight: Tensor) -> int:
+        self._tensors.append(weight.contiguous())
+        return self._tensors[-1].data_ptr()
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """As Decoder's; what fills rows up is not read, and its entries are zero."""
+        """As Decoder's; padding is not read, and its entries are zero."""
         rows, longest = tokens_BT.shape
         entries_LBTW = LatentCache(self.model, rows, longest).entries_LSMW
         real_BT = torch.arange(longest) < lengths_B.unsqueeze(1)
@@ -153,27 +153,27 @@ class NativeDecoder(Decoder):
         return entries_LBTW, self._run(tokens_BT[real_BT], rows_N, positions_N, entries_LBTW, last_B)
 
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
-        """As Decoder's; each slot looks at its own entries alone, whatever `length` is."""
+        """As Decoder's; `length` is ignored, as each slot reads only its own entries."""
         slots_S = torch.arange(len(tokens_S))
         return self._run(tokens_S, slots_S, positions_S, cache.entries_LSMW, slots_S)
 
     def _run(
         self, tokens_N: Tensor, slots_N: Tensor, positions_N: Tensor, entries_LSMW: Tensor, wanted: Tensor
     ) -> Tensor:
-        """Read tokens_N at their slots and positions -> float32 logits of the wanted ones (ascending).
+        """Read tokens_N at their slots and positions -> float32 logits of the `wanted` ones (ascending).
 
-        Raises ValueError where they do not fit the cache, or the cache does not fit the model.
+        Raises ValueError if they do not fit the cache, or the cache does not fit the model.
         """
         config, count = self.model.config, len(tokens_N)
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        expect("cache", entries_LSMW, self.dtype, config.num_hidden_layers, ANY, ANY, width)
+        check_tensor("cache", entries_LSMW, self.dtype, config.num_hidden_layers, ANY, ANY, width)
         _, slots, length, _ = entries_LSMW.shape
         if entries_LSMW.stride(3) != 1:
-            raise ValueError("the numbers of a cache entry must lie together")
-        expect_indices("tokens", tokens_N, config.vocab_size, count)
-        expect_indices("slots", slots_N, slots, count)
-        expect_indices("positions", positions_N, min(length, len(self.rotation)), count)
-        expect_indices("wanted", wanted, count, ANY)
+            raise ValueError("the numbers of a cache entry must be contiguous")
+        check_indices("tokens", tokens_N, config.vocab_size, count)
+        check_indices("slots", slots_N, slots, count)
+        check_indices("positions", positions_N, min(length, len(self.rotation)), count)
+        check_indices("wanted", wanted, count, ANY)
         indices = [index.contiguous() for index in (tokens_N, slots_N, positions_N, wanted)]
         logits = torch.empty(len(wanted), config.vocab_size)
         layer, slot, entry, _ = entries_LSMW.stride()
@@ -206,11 +206,11 @@ class NativeDecoder(Decoder):
 
 
 def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
-    """The fastest decoder of the model, with its weights of now: training it further makes it stale.
+    """The fastest decoder of the model with its current weights: training it further makes the decoder stale.
 
-    `graphs` asks for CUDA graphs. Raises ConfigError where they cannot be.
+    `graphs` requests CUDA graphs. Raises ConfigError where they cannot run.
     """
-    if fp8_of(model) is not None:  # the sampler multiplies as the trainer does; the rules refuse graphs
+    if fp8_of(model) is not None:  # sampling as in training; the config's rules refuse graphs
         return Decoder(model)
     if graphs:
         return graph_decoder(model)

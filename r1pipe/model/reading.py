@@ -1,6 +1,6 @@
-"""A checkpoint folder's tensors, one at a time: memory stays near the largest file whatever the model's size.
+"""Reads a checkpoint folder tensor by tensor: memory stays near the largest file, whatever the model's size.
 
-Nothing is ever unpickled. Whatever does not fit is a CheckpointError of one line that names file and tensor.
+Nothing is ever unpickled. Every fault is a CheckpointError of one line that names file and tensor.
 """
 
 import math
@@ -20,21 +20,21 @@ from r1pipe.runs.jsonfile import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SCALE = "_scale_inv"  # behind the name of an FP8 weight
-COMPUTED = ".rotary_emb.inv_freq"  # a buffer that older files hold, Moonlight's too; config.json gives it
+SCALE = "_scale_inv"  # suffix of an FP8 weight's name
+COMPUTED = ".rotary_emb.inv_freq"  # a buffer in older files, Moonlight's too; it follows from config.json
 FP8 = "F8_E4M3"
 PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-REMAP_BYTES = 1 << 28  # pages of a mapped file count as memory until it is closed: it is, after so many bytes
+REMAP_BYTES = 1 << 28  # a mapped file is reopened after reading this much, because its pages count as memory
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a file's header says of a tensor."""
+    """A tensor's entry in a file's header."""
 
     path: Path
-    dtype: str  # in safetensors' words: BF16, F32, F8_E4M3 ...
+    dtype: str  # safetensors' name: BF16, F32, F8_E4M3 ...
     shape: tuple[int, ...]
 
 
@@ -44,14 +44,14 @@ class Stored:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         index = self.folder / INDEX
-        self.listing = index if index.exists() else self.folder / WEIGHTS  # the file that says what is there
+        self.listing = index if index.exists() else self.folder / WEIGHTS  # the file that lists the tensors
         entries = _indexed(index) if index.exists() else _headers(self.listing)
         self.entries = {name: entry for name, entry in entries.items() if not name.endswith(COMPUTED)}
         self._file: tuple[Path, Any] | None = None
         self._read_bytes = 0
 
     def names(self) -> list[str]:
-        """All but the scales, file by file: reading in this order opens each once."""
+        """All names but the scales', file by file: reading in this order opens each file once."""
         weights = (name for name in self.entries if not self._is_scale(name))
         return sorted(weights, key=lambda name: (self.entries[name].path.name, name))
 
@@ -62,7 +62,7 @@ class Stored:
         return self.entries[name].dtype == FP8
 
     def raw(self, name: str) -> Tensor:
-        """The tensor as it is stored; it lies in the mapped file until it is copied."""
+        """The stored tensor, memory-mapped until it is copied."""
         path = self.entries[name].path
         if self._file is None or self._file[0] != path or self._read_bytes > REMAP_BYTES:
             self._file, self._read_bytes = None, 0
@@ -76,7 +76,7 @@ class Stored:
         return tensor
 
     def value(self, name: str) -> Tensor:
-        """The tensor as numbers to compute with: FP8 comes dequantised to bfloat16, rounded once."""
+        """The tensor to compute with: FP8 is dequantised to bfloat16, rounded once."""
         if not self.is_fp8(name):
             return self.raw(name)
         scale = self.raw(name + SCALE).clone()
@@ -103,7 +103,7 @@ def _headers(path: Path) -> dict[str, Entry]:
 
 
 def _indexed(index: Path) -> dict[str, Entry]:
-    """Every tensor that the index lists, which must be what the shards hold."""
+    """The tensors that the index lists, which must be exactly those in the shards."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} lacks weight_map; copy the checkpoint again")
@@ -111,25 +111,22 @@ def _indexed(index: Path) -> dict[str, Entry]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: tensor {name} must name a file of this folder, not {shard!r}")
         if not (index.parent / shard).exists():
-            raise CheckpointError(f"{index.parent / shard} is missing, where {index.name} puts tensor {name}")
+            raise CheckpointError(f"{index.parent / shard} is missing; {index.name} puts tensor {name} there")
     entries: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        held = _headers(index.parent / shard)
-        promised = {name for name, place in weight_map.items() if place == shard}
-        for name in sorted(promised - held.keys()):
-            raise CheckpointError(
-                f"{index.parent / shard} lacks tensor {name}, which {index.name} puts there"
-            )
-        for name in sorted(held.keys() - promised):
-            raise CheckpointError(
-                f"{index.parent / shard} holds tensor {name}, which {index.name} does not list"
-            )
-        entries |= held
+        path = index.parent / shard
+        in_shard = _headers(path)
+        listed = {name for name, file in weight_map.items() if file == shard}
+        for name in sorted(listed - in_shard.keys()):
+            raise CheckpointError(f"{path} lacks tensor {name}, which {index.name} puts there")
+        for name in sorted(in_shard.keys() - listed):
+            raise CheckpointError(f"{path} holds tensor {name}, which {index.name} does not list")
+        entries |= in_shard
     return entries
 
 
 def check(stored: Stored, shapes: Shapes, optional: Collection[str] = ()) -> None:
-    """Names, shapes, types and scales against what config.json asks for, from the headers alone.
+    """Compare names, shapes, types and scales with the model that config.json describes, from headers alone.
 
     `optional` names may be missing. Raises CheckpointError for the first tensor that is wrong.
     """
@@ -137,39 +134,35 @@ def check(stored: Stored, shapes: Shapes, optional: Collection[str] = ()) -> Non
         raise CheckpointError(
             f"{stored.listing}: tensor {name} is missing; the weights do not fit config.json"
         )
-    for name in sorted(stored.entries):
-        entry = stored.entries[name]
+    for name, entry in sorted(stored.entries.items()):
         weight = name.removesuffix(SCALE)
-        if name == weight or weight not in shapes:
-            _check_weight(name, entry, shapes, stored)
-        elif weight not in stored.entries or not stored.is_fp8(weight):
-            raise CheckpointError(f"{entry.path}: tensor {name} is the scale of no FP8 weight")
-        elif entry.dtype != "F32":
-            raise CheckpointError(f"{entry.path}: tensor {name} is stored as {entry.dtype}, a scale is F32")
-        elif entry.shape != (blocks := tuple(map(tiles, shapes[weight]))):
-            raise CheckpointError(
-                f"{entry.path}: tensor {name} has shape {list(entry.shape)}; blocks of 128 x 128 need"
-                f" {list(blocks)}"
-            )
+        is_weight = name == weight or weight not in shapes
+        problem = _weight_problem(name, stored, shapes) if is_weight else _scale_problem(name, stored, shapes)
+        if problem:
+            raise CheckpointError(f"{entry.path}: tensor {name} {problem}")
 
 
-def _check_weight(name: str, entry: Entry, shapes: Shapes, stored: Stored) -> None:
+def _weight_problem(name: str, stored: Stored, shapes: Shapes) -> str:
+    entry = stored.entries[name]
     if name not in shapes:
-        raise CheckpointError(
-            f"{entry.path}: tensor {name} has no place in the model that config.json describes"
-        )
+        return "has no place in the model that config.json describes"
     if entry.shape != shapes[name]:
-        raise CheckpointError(
-            f"{entry.path}: tensor {name} has shape {list(entry.shape)},"
-            f" config.json asks for {list(shapes[name])}"
-        )
+        return f"has shape {list(entry.shape)}, config.json needs {list(shapes[name])}"
     if entry.dtype == FP8 and len(entry.shape) == 2:
-        if name + SCALE not in stored.entries:
-            raise CheckpointError(
-                f"{entry.path}: tensor {name} is FP8, but its scale {name}{SCALE} is missing"
-            )
-    elif entry.dtype not in PLAIN:
-        raise CheckpointError(
-            f"{entry.path}: tensor {name} is stored as {entry.dtype}; it must be {', '.join(PLAIN)},"
-            f" or {FP8} with scales if it is a matrix"
-        )
+        return "" if name + SCALE in stored.entries else f"is FP8, but its scale {name}{SCALE} is missing"
+    if entry.dtype not in PLAIN:
+        types = f"{', '.join(PLAIN)}, or {FP8} with scales if it is a matrix"
+        return f"is stored as {entry.dtype}; it must be {types}"
+    return ""
+
+
+def _scale_problem(name: str, stored: Stored, shapes: Shapes) -> str:
+    entry, weight = stored.entries[name], name.removesuffix(SCALE)
+    if weight not in stored.entries or not stored.is_fp8(weight):
+        return "is the scale of no FP8 weight"
+    if entry.dtype != "F32":
+        return f"is stored as {entry.dtype}; a scale must be F32"
+    blocks = [tiles(size) for size in shapes[weight]]
+    if list(entry.shape) != blocks:
+        return f"has shape {list(entry.shape)}; blocks of 128 x 128 need {blocks}"
+    return ""

@@ -1,8 +1,8 @@
-"""How a model computes: its precision, and what training passes keep, attend through and compile.
+"""Settings of how a model computes: precision, recomputation, attention and compilation.
 
-In FP8 run the products of V3 section 3.3.1: all projections, of attention, dense layers, shared and routed
-experts. Embedding, head, gate, norms, the core of attention, and what joins the halves of multi-token
-prediction stay in the model's own type, as in the published FP8 files.
+FP8 covers the products of V3 section 3.3.1: all projections of attention, dense layers, shared and routed
+experts. Embedding, head, gate, norms, the core of attention and MTP's `eh_proj` keep the model's own type, as
+in the published FP8 files.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from r1pipe.model.layers import Linear
 from r1pipe.model.moe import MoE
 from r1pipe.model.transformer import Trunk
 
-VARIANTS = 64  # of a compiled layer: dense or MoE, with or without documents, past and loss, first shapes
+VARIANTS = 64  # compiled versions of a layer: dense or MoE, with or without documents, past and loss
 
 
 def train_as(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
-    """Train a model as the config of the engine says."""
+    """Apply the engine's config to a model that will be trained."""
     set_precision(model, config, device)
     set_recompute(model, config.recompute)
     set_attention(model, config.attention)
@@ -31,9 +31,9 @@ def train_as(model: nn.Module, config: EngineConfig, device: torch.device) -> No
 
 
 def set_precision(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
-    """Let a model's products run in FP8 where the config says so; the type of its weights stays.
+    """Run a model's products in FP8 if the config says so; its weights keep their type.
 
-    Raises EnvironmentProblem where the backend asked for cannot run on `device`.
+    Raises EnvironmentProblem if the requested backend cannot run on `device`.
     """
     if config.precision == "fp8":
         backend = choose(config.kernels, device)
@@ -41,7 +41,7 @@ def set_precision(model: nn.Module, config: EngineConfig, device: torch.device) 
 
 
 def compute_in(model: nn.Module, fp8: FP8 | None) -> None:
-    """Let a model's products run through `fp8`; None: in the model's own type."""
+    """Run a model's products through `fp8`; None: in the model's own type."""
     for layer in model.modules():
         if not isinstance(layer, DecoderLayer):
             continue
@@ -57,7 +57,7 @@ def compute_in(model: nn.Module, fp8: FP8 | None) -> None:
 
 
 def fp8_of(model: nn.Module) -> FP8 | None:
-    """How the model multiplies in FP8, where it does."""
+    """The model's FP8 settings; None if it does not compute in FP8."""
     return next((m.self_attn.o_proj.fp8 for m in model.modules() if isinstance(m, DecoderLayer)), None)
 
 
@@ -76,8 +76,8 @@ def set_attention(model: nn.Module, kind: str) -> None:
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile the decoder layers of a model, with torch.compile's `options`; it replaces recomputation.
 
-    All are one function of a layer, so that like layers share what was compiled. Nothing in them breaks the
-    graph, on a GPU.
+    All layers go through one function, so that similar layers share compiled code. On a GPU there are no
+    graph breaks.
     """
     run: Any = torch.compile(_run, **{"recompile_limit": VARIANTS, **options})
     for trunk in _trunks(model):

@@ -22,19 +22,19 @@ from r1pipe.model.mtp import MTPLayer, same_document
 
 @dataclass
 class Past:
-    """What rows go on from: tokens read before, as the cache entries that `keep` was given."""
+    """The tokens that rows continue, as the cache entries that `keep` was called with."""
 
-    entries: list[Tensor]  # one per layer, [B, P, W], filled up on the right
+    entries: list[Tensor]  # one per layer, [B, P, W], padded on the right
     lengths_B: Tensor  # tokens of each row's past
 
 
 class Trunk(nn.Module):
-    """Embedding, layers and last norm: tokens in, hidden states out. MTP layers stand behind the others."""
+    """Embedding, layers and last norm: tokens in, hidden states out. MTP layers come after the others."""
 
-    # Of training passes alone:
-    recompute = False  # whether they keep the inputs of layers alone and run them again in backward
-    flex = False  # whether they attend through FlexAttention
-    compiled: Callable[..., Tensor] | None = None  # what runs a layer, where that is compiled
+    # For training passes only:
+    recompute = False  # keep only the inputs of layers, and run them again in backward
+    flex = False  # attend through FlexAttention
+    compiled: Callable[..., Tensor] | None = None  # runs a layer, compiled
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -56,8 +56,8 @@ class Trunk(nn.Module):
     ) -> Tensor:
         """-> hidden_BTD after the last norm; `keep` is called with each layer's cache entries [B, T, C+R].
 
-        Rows are of documents (`segments_BT`), or go on from `past`, or begin a text. `balance` says which
-        tokens count in the experts' loads (none: all but padding) and collects the layers' balance losses.
+        Rows hold documents (`segments_BT`), or continue `past`, or begin a text. `balance` chooses the tokens
+        that count in the experts' loads (None: all but padding) and collects the layers' balance losses.
         """
         if balance is None and segments_BT is not None:
             balance = Balance(segments_BT, with_loss=False)
@@ -66,16 +66,34 @@ class Trunk(nn.Module):
         for n, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             routing = balance.routing() if balance else Routing()
             past_BPW = past.entries[n] if past else None
-            x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
+            x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, routing, keep, past_BPW)
         return self.norm(x_BTD)
 
-    def further(
+    def after_prompts(
+        self,
+        prompts_PT: Tensor,
+        lengths_P: Tensor,
+        tokens_BT: Tensor,
+        prompt_of_B: Tensor,
+        balances: tuple[Balance, Balance],
+    ) -> Tensor:
+        """-> hidden_BTD of rows that each continue a prompt; a prompt is read once however many share it.
+
+        `lengths_P` are the prompts' lengths without padding on the right; `balances` are those of prompts and
+        of rows.
+        """
+        entries: list[Tensor] = []
+        self(prompts_PT, keep=entries.append, balance=balances[0])
+        past = Past([entry.index_select(0, prompt_of_B) for entry in entries], lengths_P[prompt_of_B])
+        return self(tokens_BT, past=past, balance=balances[1])
+
+    def mtp_hidden(
         self, hidden_BTD: Tensor, tokens_BT: Tensor, segments_BT: Tensor, balance: Balance | None = None
     ) -> list[Tensor]:
         """The multi-token prediction layers' states, one hidden_BTD for each depth, ready for the head.
 
-        `hidden_BTD` is what `forward` gave. Where the token that a depth reads is another document's, its
-        state means nothing; no other state sees it.
+        `hidden_BTD` comes from `forward`. A state is meaningless where the token that its depth reads belongs
+        to another document; no other state sees it.
         """
         rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, None)
         embedded_BTD = self.embed_tokens(tokens_BT)
@@ -85,9 +103,8 @@ class Trunk(nn.Module):
             assert isinstance(layer, MTPLayer)
             next_BTD = torch.cat([embedded_BTD[:, depth:], torch.zeros_like(embedded_BTD[:, :depth])], dim=1)
             routing = balance.routing(same_document(segments_BT, depth))
-            x_BTD = self._run(
-                layer, layer.joined(hidden_BTD, next_BTD), rotation_BTr, mask_BTM, None, None, routing
-            )
+            joined_BTD = layer.joined(hidden_BTD, next_BTD)
+            x_BTD = self._run(layer, joined_BTD, rotation_BTr, mask_BTM, routing)
             hidden_BTD = layer.shared_head.norm(x_BTD)
             states.append(hidden_BTD)
         return states
@@ -104,15 +121,15 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        by_rules = self.flex and self._trains()
+        flex = self.flex and self._trains()
         if segments_BT is not None:
-            of_documents = masks.document_blocks if by_rules else masks.document_mask
+            of_documents = masks.document_blocks if flex else masks.document_mask
             return table[masks.document_positions(segments_BT)], of_documents(segments_BT)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            of_past = masks.past_blocks if by_rules else masks.past_mask
+            of_past = masks.past_blocks if flex else masks.past_mask
             return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
-        return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if by_rules else None
+        return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if flex else None
 
     def _trains(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -123,54 +140,46 @@ class Trunk(nn.Module):
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Mask,
-        keep: Keep | None,
-        past_BPW: Tensor | None,
         routing: Routing,
+        keep: Keep | None = None,
+        past_BPW: Tensor | None = None,
     ) -> Tensor:
-        """One layer; with `recompute`, what backward needs is computed again, but for the experts' choice."""
+        """One layer; `recompute` runs it again in backward, with the same choice of experts."""
         if self.compiled is not None and self._trains():
-            kept: list[Tensor] = []  # empty each time: what was compiled holds for one length of a list
-            give = kept.append if keep else None
-            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, give, past_BPW, routing)
+            kept: list[Tensor] = []  # a new list each time: compiled code is specialised on its length
+            keep_once = kept.append if keep else None
+            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, keep_once, past_BPW, routing)
             if keep is not None:
                 keep(kept[0])
             return x_BTD
         if not (self.recompute and self._trains()):
             return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
-        return checkpoint(
-            layer,
-            x_BTD,
-            rotation_BTr,
-            mask_BTM,
-            _once(keep) if keep else None,
-            past_BPW,
-            routing,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing here is drawn
-        )
+        inputs = (x_BTD, rotation_BTr, mask_BTM, _once(keep) if keep else None, past_BPW, routing)
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
 
 def _once(keep: Keep) -> Keep:
-    """`keep`, but for what a recomputation would give it again."""
-    given: list[bool] = []
+    """`keep` for the first call only: a recomputation calls it again."""
+    called = False
 
     def first(entries: Tensor) -> None:
-        if not given:
-            given.append(True)
+        nonlocal called
+        if not called:
+            called = True
             keep(entries)
 
     return first
 
 
 class DeepseekV3(nn.Module):
-    """The language model. Initial weights are drawn from `generator` (none: seed 0), never globally.
+    """The language model. Initial weights are drawn from `generator` (None: seed 0), never globally.
 
     Built under `torch.device("meta")` it has shapes and no memory.
     """
 
     eos_ids: tuple[
         int, ...
-    ] = ()  # what ends a completion, where the model came with a generation_config.json
+    ] = ()  # of a loaded model's generation_config.json: the tokens that end a completion
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -202,7 +211,7 @@ class DeepseekV3(nn.Module):
         """-> logits_BTV.
 
         `segments_BT` numbers the document of each token (0: padding): attention is causal and stays inside a
-        document, positions restart in each, a padding token sees itself alone.
+        document, positions restart in each, and a padding token sees only itself.
         """
         return self.lm_head(self.model(tokens_BT, segments_BT))
 
@@ -212,40 +221,25 @@ class DeepseekV3(nn.Module):
         """-> hidden_BTD, after the last norm and before lm_head."""
         return self.model(tokens_BT, segments_BT, balance=balance)
 
-    def hidden_after(
-        self,
-        prompts_PT: Tensor,
-        lengths_P: Tensor,
-        tokens_BT: Tensor,
-        prompt_of_B: Tensor,
-        balances: tuple[Balance, Balance],
-    ) -> Tensor:
-        """-> hidden_BTD of rows that each go on from a prompt, which is read once however many share it.
-
-        `lengths_P` are the prompts' lengths without what fills them up on the right; `balances` are those of
-        prompts and of rows.
-        """
-        return hidden_after(self.model, prompts_PT, lengths_P, tokens_BT, prompt_of_B, balances)
-
     def drop_mtp(self) -> None:
-        """Forget the multi-token prediction layers, in a copy that only reads or becomes another model."""
+        """Remove the multi-token prediction layers."""
         del self.model.layers[self.config.num_hidden_layers :]
         self.config = self.model.config = replace(self.config, num_nextn_predict_layers=0)
 
     def freeze_mtp(self) -> None:
-        """Keep the multi-token prediction layers as they are, in training whose loss does not reach them."""
+        """Freeze the multi-token prediction layers, for training whose loss does not reach them."""
         for layer in islice(self.model.layers, self.config.num_hidden_layers, None):
             layer.requires_grad_(False)
 
 
 class ScalarModel(nn.Module):
-    """A trunk that gives one number: what reward models and PPO's value model are.
+    """A trunk with a linear head of one output: a reward model, or PPO's value model.
 
-    With its linear head, under transformers' names for sequence classification (model.*, score.*).
+    The names are those of transformers' sequence classification (model.*, score.*).
     """
 
     def __init__(self, language_model: DeepseekV3):
-        """Takes over the language model's trunk. The head starts at zero: every text scores the same."""
+        """Takes the language model's trunk. The head starts at zero: every text scores the same."""
         super().__init__()
         language_model.drop_mtp()
         self.config = language_model.config
@@ -253,18 +247,3 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(self.config.hidden_size, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
-
-
-def hidden_after(
-    trunk: Trunk,
-    prompts_PT: Tensor,
-    lengths_P: Tensor,
-    tokens_BT: Tensor,
-    prompt_of_B: Tensor,
-    balances: tuple[Balance, Balance],
-) -> Tensor:
-    """DeepseekV3.hidden_after, of a trunk by itself."""
-    read: list[Tensor] = []
-    trunk(prompts_PT, keep=read.append, balance=balances[0])
-    past = Past([entries.index_select(0, prompt_of_B) for entries in read], lengths_P[prompt_of_B])
-    return trunk(tokens_BT, past=past, balance=balances[1])

@@ -1,15 +1,16 @@
-"""Checkpoints: load and save a model, and take a checkpoint from one precision or cut to another.
+"""Checkpoints: load and save a model, and convert a checkpoint to another precision or shard size.
 
 A folder holds safetensors under the published per-expert names and config.json in the published format.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from r1pipe.config import ModelConfig
@@ -27,12 +28,13 @@ from r1pipe.model.names import (
     published_shapes,
     published_tensors,
 )
-from r1pipe.model.reading import PLAIN, SCALE, Stored, check
+from r1pipe.model.reading import INDEX, PLAIN, SCALE, WEIGHTS, Stored, check
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.model.writing import SHARD_BYTES, write_shards
+from r1pipe.runs import heartbeat
 from r1pipe.runs.jsonfile import read_object
 
 GENERATION = "generation_config.json"
+SHARD_BYTES = 5 * 10**9  # the default of the hub's own libraries
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
@@ -41,20 +43,62 @@ def save_pretrained(
 ) -> None:
     """Write config.json and model.safetensors (above `shard_bytes`: shards and an index) into `folder`.
 
-    `dtype` casts the weights (None: as they are); the router bias stays float32.
+    `dtype` casts the weights (None: unchanged); the router bias stays float32.
     """
     folder = Path(folder)
-    write_shards(_to_store(model, dtype), folder, shard_bytes)
+    write_shards(_stored_tensors(model, dtype), folder, shard_bytes)
     content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
     _write_config(folder, content)
 
 
-def _to_store(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in published_tensors(model):
         yield name, _cast(name, tensor, dtype).detach().cpu().contiguous()
     tensors = model.state_dict()
-    for copy, name in stored_copies(model.config).items():  # cloned: a file takes no two names for one memory
+    for copy, name in stored_copies(model.config).items():  # cloned: safetensors refuses shared memory
         yield copy, _cast(name, tensors[name], dtype).detach().cpu().clone()
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors into model.safetensors; above `shard_bytes` into shards and an index.
+
+    One shard is in memory at a time. A tensor larger than `shard_bytes` gets a file of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            written.append(_write(shard, folder / _unfinished(len(written))))
+            shard, size = {}, 0
+        shard[name] = tensor
+        heartbeat.tick()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    written.append(_write(shard, folder / _unfinished(len(written))))
+    if len(written) == 1:
+        (folder / _unfinished(0)).rename(folder / WEIGHTS)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(written):
+        file = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
+        (folder / _unfinished(number)).rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _unfinished(number: int) -> str:
+    return f".model-{number + 1:05}.unfinished"  # the final name has the number of shards
+
+
+def _write(shard: dict[str, Tensor], path: Path) -> list[str]:
+    path.touch()
+    permissions = path.stat().st_mode  # by the umask; safetensors would leave mode 0600
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(permissions)
+    heartbeat.tick()
+    return list(shard)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -88,10 +132,10 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
 @torch.no_grad()
 def fill(model: DeepseekV3, stored: Stored) -> None:
     """Copy checked tensors into a model's, in the model's types."""
-    places = dict(published_tensors(model))
+    tensors = dict(published_tensors(model))
     for name in stored.names():
-        if name in places:
-            places[name].copy_(stored.value(name))
+        if name in tensors:
+            tensors[name].copy_(stored.value(name))
     reset_loads(model)
 
 
@@ -101,7 +145,7 @@ def open_checked(folder: Path | str) -> Stored:
     MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
     Raises CheckpointError.
     """
-    model_config_from(folder)  # a wrong config.json is told before missing weights are
+    model_config_from(folder)  # report a wrong config.json before missing weights
     stored = Stored(folder)
     config = _stored_config(stored)
     check(stored, published_shapes(config), stored_copies(config))
@@ -109,7 +153,7 @@ def open_checked(folder: Path | str) -> Stored:
 
 
 def _stored_config(stored: Stored) -> ModelConfig:
-    """What config.json says, without MTP layers where none is stored: transformers leaves them out."""
+    """The config of config.json, without MTP layers where none is stored: transformers leaves them out."""
     config = model_config_from(stored.folder)
     if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
         return config
@@ -117,14 +161,14 @@ def _stored_config(stored: Stored) -> ModelConfig:
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a completion; () where no generation_config.json says."""
+    """The tokens that end a completion, from generation_config.json; () without one."""
     if not (folder / GENERATION).exists():
         return ()
-    found = read_object(folder / GENERATION).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
+    value = read_object(folder / GENERATION).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(token) is int for token in ids):
         raise CheckpointError(
-            f"{folder / GENERATION}: eos_token_id={found} is no token, nor a list of tokens"
+            f"{folder / GENERATION}: eos_token_id={value} must be a token id or a list of token ids"
         )
     return tuple(ids)
 
@@ -132,10 +176,10 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
 def convert(
     source: Path | str, target: Path, precision: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Stored:
-    """Stream a checkpoint's weights and config.json to `target`, then compare every bit with what was meant.
+    """Stream a checkpoint's weights and config.json to `target`, then read back and compare every bit.
 
     `precision` None keeps every tensor's bits, FP8 with its scales and MTP layers included; float32 and
-    bfloat16 cast; fp8 quantises what DeepSeek-V3 does and casts the rest to bfloat16. -> what was read.
+    bfloat16 cast; fp8 quantises what DeepSeek-V3 does and casts the rest to bfloat16. -> the source.
     Raises CheckpointError, ConfigError for an unknown precision.
     """
     if precision is not None and precision not in PRECISIONS:
@@ -146,7 +190,7 @@ def convert(
     for name, tensor in converted(stored, precision):
         if not _same_bits(tensor, written.raw(name)):
             raise CheckpointError(
-                f"{written.entries[name].path}: tensor {name} was not written as it is; try again"
+                f"{written.entries[name].path}: tensor {name} was not written correctly; try again"
             )
     _write_config(target, _converted_config(stored, written))
     open_checked(target)
@@ -154,7 +198,8 @@ def convert(
 
 
 def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint as they are to be stored, file by file."""
+    """The tensors of a checkpoint in the target's precision, file by file."""
+    dtype = PLAIN["BF16"] if precision == "fp8" else PRECISIONS.get(precision or "")
     for name in stored.names():
         if precision is None or (precision == "fp8" and stored.is_fp8(name)):
             yield name, stored.raw(name)
@@ -165,24 +210,19 @@ def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tens
             yield name, weight
             yield name + SCALE, scale
         else:
-            yield (
-                name,
-                _cast(
-                    name, stored.value(name), PLAIN["BF16"] if precision == "fp8" else PRECISIONS[precision]
-                ),
-            )
+            yield name, _cast(name, stored.value(name), dtype)
 
 
 def _is_quantised(name: str) -> bool:
-    """Whether V3's published files have it in FP8: all projections but the one that joins MTP's halves."""
+    """Whether V3's published files have it in FP8: all projections but MTP's `eh_proj`."""
     return "_proj" in name and not name.endswith("eh_proj.weight")
 
 
 def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
-    """The source's config.json with the published keys complete, and what the target's tensors are."""
+    """The source's config.json with all published keys, and the target's types."""
     content = read_object(source.folder / CONFIG)
     config = _stored_config(source)
-    for key in ("quantization_config", "rope_parameters", "dtype"):  # the latter two: transformers' spelling
+    for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
         content.pop(key, None)
     embedding = target.entries["model.embed_tokens.weight"].dtype
     content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
@@ -191,7 +231,7 @@ def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
     return content
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

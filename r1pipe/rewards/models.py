@@ -20,8 +20,7 @@ from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.reading import Stored, check
 from r1pipe.model.transformer import ScalarModel
-from r1pipe.model.weights import fill
-from r1pipe.model.writing import write_shards
+from r1pipe.model.weights import fill, write_shards
 from r1pipe.runs import heartbeat
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 

@@ -1,8 +1,8 @@
 """Compiles the C++ of kernels/cpu/, once per machine and source, and loads it with ctypes.
 
-It takes some seconds with g++ 11 or newer (or what CXX names). The library lies in ~/.cache/r1pipe (or
-R1PIPE_CACHE). Its name has a hash of sources, flags, torch and processor, so that it is never stale, and a
-rename puts it in place, never in part.
+It takes some seconds with g++ 11 or newer (or the compiler in CXX). The library is in ~/.cache/r1pipe (or
+R1PIPE_CACHE). A hash of sources, flags, torch and processor in its name means that it is never stale, and an
+atomic rename that it is never incomplete.
 """
 
 import ctypes
@@ -27,10 +27,7 @@ FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fPIC", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math"),
 ]
-NEEDED = {
-    torch.float32: "avx512bw",
-    torch.bfloat16: "avx512_bf16",
-}  # what a type's products take of a processor
+NEEDED = {torch.float32: "avx512bw", torch.bfloat16: "avx512_bf16"}  # processor feature for products
 
 
 @cache
@@ -44,12 +41,12 @@ def runs_here(dtype: torch.dtype) -> bool:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with a warning once, where there is no compiler that can make them."""
+    """The compiled kernels; None, with one warning, if they cannot be compiled."""
     path = _place()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one compiles, and the others wait for it
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one rank compiles, and the others wait
             if not path.exists():
                 print("compiling the CPU kernels (once for this machine)", file=sys.stderr, flush=True)
                 _compile(path)
@@ -60,8 +57,8 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:  # no compiler, or nowhere to write
         problem = str(error)
     print(
-        f"the CPU kernels could not be made ({problem}): torch's operators do the work, several times "
-        "slower; install g++ 11 or newer or name a compiler in CXX, and see that R1PIPE_CACHE can be written",
+        f"the CPU kernels could not be compiled ({problem}): torch's operators are used, several times "
+        "slower; install g++ 11 or newer or set CXX to a compiler, and make R1PIPE_CACHE writable",
         file=sys.stderr,
         flush=True,
     )
@@ -69,9 +66,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Call r1pipe_`name`: tensors become pointers, None a null pointer; the caller has checked them.
+    """Call r1pipe_`name`: tensors become pointers, None a null pointer; the caller must have checked them.
 
-    Raises ValueError where the kernels do not run.
+    Raises ValueError if the kernels do not run.
     """
     kernels = library()
     if kernels is None:
@@ -89,11 +86,11 @@ def _converted(argument: Any) -> Any:
 
 @cache
 def _processor() -> str:
-    """The first processor's model and features; empty where the system does not tell."""
+    """The first processor's model and features; empty where the system does not list them."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    told = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
-    return f"{told.get('model name', '')} {told.get('flags', '')}"
+    by_key = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
+    return f"{by_key.get('model name', '')} {by_key.get('flags', '')}"
 
 
 def _compiler() -> str:
@@ -101,7 +98,7 @@ def _compiler() -> str:
 
 
 def _place() -> Path:
-    """The library's path: a hash of what it is made of is in its name."""
+    """The library's path, with a hash of its inputs in the name."""
     parts = [torch.__version__, _compiler(), _processor(), *FLAGS]
     parts += [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir()) if file.is_file()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -110,17 +107,17 @@ def _place() -> Path:
 
 
 def _compile(path: Path) -> None:
-    """Raises CalledProcessError with the compiler's words, or OSError."""
+    """Raises CalledProcessError with the compiler's output, or OSError."""
     torch_folder, compiler = Path(torch.__file__).parent, shlex.split(_compiler())
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = {source: f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
+        objects = {source: f"{scratch}/{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))}
         include = f"-I{torch_folder}/include"
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [[*compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in made.items()]
+            commands = [[*compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in objects.items()]
             list(pool.map(_run, commands))
-        # linked without -fopenmp: torch has its own OpenMP, and a second would be as many threads again
+        # linked without -fopenmp: torch has its own OpenMP, and a second would double the threads
         libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
-        _run([*compiler, "-shared", *made.values(), "-o", f"{scratch}/all.so", *libraries])
+        _run([*compiler, "-shared", *objects.values(), "-o", f"{scratch}/all.so", *libraries])
         Path(scratch, "all.so").rename(path)
 
 

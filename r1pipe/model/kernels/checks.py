@@ -1,4 +1,4 @@
-"""What every entry into the C++ kernels checks first: pointers to a wrong tensor crash Python.
+"""Checks of the arguments of every C++ kernel, because a pointer to a wrong tensor crashes Python.
 
 All raise ValueError, naming the argument.
 """
@@ -6,11 +6,11 @@ All raise ValueError, naming the argument.
 import torch
 from torch import Tensor
 
-ANY = -1  # a size
+ANY = -1  # any size
 
 
-def expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """A tensor on the CPU, not empty, of this type and shape."""
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """A non-empty tensor on the CPU with this type and shape."""
     fits = tensor.ndim == len(shape) and all(
         size > 0 and wanted in (ANY, size) for size, wanted in zip(tensor.shape, shape, strict=True)
     )
@@ -22,23 +22,23 @@ def expect(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
         )
 
 
-def expect_numbers(name: str, tensor: Tensor, dims: int | None = None) -> None:
-    """A tensor that is multiplied: float32 or bfloat16, and of so many dimensions (None: at least one)."""
+def check_floats(name: str, tensor: Tensor, dims: int | None = None) -> None:
+    """A float32 or bfloat16 tensor of `dims` dimensions (None: at least one)."""
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} must be torch.float32 or torch.bfloat16, not {tensor.dtype}")
-    expect(name, tensor, tensor.dtype, *[ANY] * (max(1, tensor.ndim) if dims is None else dims))
+    check_tensor(name, tensor, tensor.dtype, *[ANY] * (max(1, tensor.ndim) if dims is None else dims))
 
 
-def expect_indices(name: str, tensor: Tensor, size: int, *shape: int) -> None:
+def check_indices(name: str, tensor: Tensor, size: int, *shape: int) -> None:
     """An int64 tensor of this shape with values from 0 to `size` - 1."""
-    expect(name, tensor, torch.int64, *shape)
+    check_tensor(name, tensor, torch.int64, *shape)
     lowest, highest = (int(end) for end in tensor.aminmax())
     if lowest < 0 or highest >= size:
-        raise ValueError(f"{name} must lie from 0 to {size - 1}, not from {lowest} to {highest}")
+        raise ValueError(f"{name} must be from 0 to {size - 1}, not from {lowest} to {highest}")
 
 
-def expect_even(dtype: torch.dtype, **sizes: int) -> None:
-    """Even sizes in bfloat16, where two neighbours are multiplied together."""
+def check_even(dtype: torch.dtype, **sizes: int) -> None:
+    """Even sizes in bfloat16, whose products take two neighbours at a time."""
     odd = [f"{name} is {size}" for name, size in sizes.items() if size % 2]
     if dtype == torch.bfloat16 and odd:
         raise ValueError(f"products in bfloat16 need even sizes, but {', '.join(odd)}")

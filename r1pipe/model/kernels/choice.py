@@ -1,7 +1,7 @@
-"""Which backend multiplies in FP8 (engine.kernels): one that runs here, or a line that says why not.
+"""Chooses the backend that multiplies in FP8 (engine.kernels), or explains why it cannot run here.
 
-Nothing here turns FP8 on: engine.precision=fp8 does, and no recipe does so by itself, because FP8 that is
-slower than BF16 must not be a default. On a CPU products are emulated: the same numbers, slowly.
+engine.precision=fp8 turns FP8 on, and no recipe does by default, because it may be slower than BF16. On a CPU
+products are emulated: the same numbers, slowly.
 """
 
 import importlib
@@ -30,38 +30,26 @@ def choose(name: str, device: torch.device) -> Any:
     Raises EnvironmentProblem with the reason and the remedy where it cannot run there.
     """
     chosen = automatic(device) if name == "auto" else name
-    if chosen is None:
-        reason = BACKENDS["triton"].why_not(device)
-        raise EnvironmentProblem(f"engine.kernels=auto finds none that runs here: {reason}; {_remedy(None)}")
-    reason = BACKENDS[chosen].why_not(device)
-    if reason is not None:
-        raise EnvironmentProblem(
-            f"engine.kernels={chosen} cannot run here: {reason}; {_remedy(automatic(device))}"
-        )
-    return importlib.import_module(f"r1pipe.model.kernels.{BACKENDS[chosen].module}")
+    backend = BACKENDS[chosen or "triton"]
+    if reason := backend.why_not(device):
+        remedy = "set engine.precision=bf16, or engine.kernels=reference to emulate FP8, slowly"
+        if best := automatic(device):
+            remedy = f"engine.kernels=auto takes {best}"
+        raise EnvironmentProblem(f"engine.kernels={name} cannot run here: {reason}; {remedy}")
+    return importlib.import_module(f"r1pipe.model.kernels.{backend.module}")
 
 
 def automatic(device: torch.device) -> str | None:
-    """What engine.kernels=auto is on `device`; None on a GPU that would have to emulate."""
+    """The backend of engine.kernels=auto on `device`; None on a GPU that would have to emulate."""
     if device.type == "cpu":
         return "reference"
-    runs = available(device)
-    return runs[0] if runs[0] != "reference" else None
+    best = available(device)[0]
+    return None if best == "reference" else best
 
 
 def available(device: torch.device) -> list[str]:
     """All backends that run on `device`, in the order in which auto prefers them."""
     return [name for name, backend in BACKENDS.items() if backend.why_not(device) is None]
-
-
-def _remedy(instead: str | None) -> str:
-    if instead is None:
-        return "set engine.precision=bf16, or engine.kernels=reference to emulate FP8, slowly"
-    return f"engine.kernels=auto takes {instead}"
-
-
-def _everywhere(device: torch.device) -> str | None:
-    return None
 
 
 def _triton(device: torch.device) -> str | None:
@@ -70,7 +58,7 @@ def _triton(device: torch.device) -> str | None:
     if device.type == "cpu":
         from triton import knobs
 
-        return None if knobs.runtime.interpret else "a CPU runs it in Triton's interpreter alone"
+        return None if knobs.runtime.interpret else "a CPU runs it only in Triton's interpreter"
     capability = torch.cuda.get_device_capability(device)
     if capability < FIRST_WITH_E4M3:
         return f"FP8 needs compute capability {_dotted(FIRST_WITH_E4M3)}, {_described(device)}"
@@ -78,7 +66,7 @@ def _triton(device: torch.device) -> str | None:
 
 
 def _scaled_mm(device: torch.device) -> str | None:
-    """What torch asks for in `_check_deepseek_support` (aten/src/ATen/native/cuda/ScaledBlas.cpp)."""
+    """The requirements of `_check_deepseek_support` in torch's aten/src/ATen/native/cuda/ScaledBlas.cpp."""
     if reason := _on_hopper(device, "cuBLAS scales tiles and blocks"):
         return reason
     cuda = tuple(int(part) for part in (torch.version.cuda or "0").split("."))
@@ -88,23 +76,23 @@ def _scaled_mm(device: torch.device) -> str | None:
 
 
 def _deepgemm(device: torch.device) -> str | None:
-    """For Hopper alone: on Blackwell DeepGEMM cuts float32 scales down to powers of two."""
+    """Only for Hopper: on Blackwell DeepGEMM rounds float32 scales down to powers of two."""
     if reason := missing_for("deepgemm") or _on_hopper(device, "its kernels take float32 scales"):
         return reason
     try:  # it looks for CUDA's compiler, and its library is built for one version of torch
         importlib.import_module(FP8_PACKAGES["deepgemm"][0])
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        told = str(error).partition("\n")[0] or "no CUDA toolkit found; set CUDA_HOME"
-        return f"deep_gemm does not start ({told})"
+        problem = str(error).partition("\n")[0] or "no CUDA toolkit found; set CUDA_HOME"
+        return f"deep_gemm does not start ({problem})"
     return None
 
 
-def _on_hopper(device: torch.device, what: str) -> str | None:
-    """Why a backend that is Triton's but for some products, which are Hopper's, cannot run."""
+def _on_hopper(device: torch.device, feature: str) -> str | None:
+    """Why a backend cannot run that needs Hopper for some products and Triton for the others."""
     if device.type == "cpu":
         return "it needs a GPU"
     if torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return f"{what} on compute capability 9.x alone, {_described(device)}"
+        return f"{feature} only on compute capability 9.x, {_described(device)}"
     return _triton(device)
 
 
@@ -117,10 +105,10 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-# In the order in which auto prefers them. It is what others measured; `make bench-gpu` measures here.
+# In the order in which auto prefers them, from published measurements; `make bench-gpu` measures here.
 BACKENDS = {
     "deepgemm": Backend("deepgemm", _deepgemm),
     "scaled_mm": Backend("scaled_mm", _scaled_mm),
     "triton": Backend("triton_fp8", _triton),
-    "reference": Backend("reference", _everywhere),
+    "reference": Backend("reference", lambda device: None),
 }

@@ -1,15 +1,15 @@
-"""The Triton backend with DeepGEMM for the products whose shapes it takes (deepseek-ai/DeepGEMM, for Hopper).
+"""The Triton backend with DeepGEMM for the products whose shapes it supports (deepseek-ai/DeepGEMM, Hopper).
 
     pip install sgl-deep-gemm
 
-That package, imported as deep_gemm, is maintained in the index and has upstream's functions. On Hopper
+That package, imported as deep_gemm, is maintained and has upstream's functions. On Hopper
 (csrc/apis/gemm.hpp and layout.hpp) a [M, K] in tiles times b [N, K] in blocks gives bfloat16, and times b in
-tiles is added to a float32 matrix that must be given; scales are float32, those of tiles best with rows
-together and strides in bytes that divide by 16, or they are copied. In products by expert each expert's rows
-fill whole groups of 128. Shapes are kept to what its tests have: K in whole tiles and N in steps of 64.
+tiles is added to a float32 matrix that the caller provides. Scales are float32; those of tiles are copied
+unless rows are contiguous and strides in bytes are multiples of 16. In grouped products each expert's rows
+fill whole groups of 128. Only shapes that its tests cover are used: K in whole tiles and N in steps of 64.
 
-Triton has the rest: other shapes and types, and Wgrad by expert, whose sizes DeepGEMM wants on the host
-(`ks`), where the job would wait for them in every layer.
+Triton does the rest: other shapes and types, and grouped Wgrad, for which DeepGEMM needs the sizes on the
+host (`ks`), so that every layer would wait for the device.
 """
 
 from typing import Any
@@ -22,12 +22,12 @@ from r1pipe.model.kernels import triton_fp8
 from r1pipe.model.kernels.reference import FP8, TILE, Scaled, place_tokens, places_for
 
 COLUMNS = 64
-TILES_BY_TILES = (1, 1, TILE)  # what shares a scale: rows of a, rows of b, of the summed axis
-NOBODYS = -1  # a place that holds no token
+TILES_BY_TILES = (1, 1, TILE)  # numbers that share a scale: rows of a, rows of b, along the summed axis
+NO_EXPERT = -1  # of a place without a token
 
 
 def __getattr__(name: str) -> Any:
-    """All else is Triton's."""
+    """Everything else is Triton's."""
     return getattr(triton_fp8, name)
 
 
@@ -67,14 +67,14 @@ def takes(depth: int, columns: int) -> bool:
 
 
 def places(tokens: int, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """(each token's place, [T]; each place's expert or NOBODYS, [P] int32), whole tiles for each expert."""
+    """(each token's place, [T]; each place's expert or NO_EXPERT, [P] int32), whole tiles for each expert."""
     places_T, experts_T = place_tokens(tokens, ends_E)
-    experts_P = ends_E.new_full((places_for(tokens, len(ends_E)),), NOBODYS, dtype=torch.int32)
+    experts_P = ends_E.new_full((places_for(tokens, len(ends_E)),), NO_EXPERT, dtype=torch.int32)
     return places_T, experts_P.index_copy_(0, places_T, experts_T.int())
 
 
 def place(a: Scaled, places_T: Tensor, many: int) -> Scaled:
-    """a [T, K] at its places, [P, K], and zeros elsewhere; scales with rows together."""
+    """a [T, K] at its places, [P, K], and zeros elsewhere; the rows of scales are contiguous."""
     values = a.values.new_zeros(many, a.values.shape[1], dtype=torch.uint8)
     values.index_copy_(0, places_T, a.values.view(torch.uint8))
     scales = a.scales.new_zeros(a.scales.shape[1], many).T

@@ -1,4 +1,4 @@
-"""What kernels/cpu/forward.cpp is called with: ctypes' view of its structs, and weights in its order.
+"""The arguments of kernels/cpu/forward.cpp: its structs in ctypes, and packed weights.
 
 Axes as in r1pipe/model/layers.py.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.model.kernels.build import call
-from r1pipe.model.kernels.checks import expect_even, expect_numbers
+from r1pipe.model.kernels.checks import check_even, check_floats
 
 PANEL = 64  # as in gemm.h
 
@@ -21,7 +21,7 @@ def _fields(words: str, kind: type) -> list[tuple[str, type]]:
 
 
 class Shape(Structure):
-    """Numbers of the model."""
+    """The model's sizes and constants."""
 
     _fields_ = [
         *_fields("layers width heads nope rope value latent query_rank vocabulary", c_int64),
@@ -32,7 +32,7 @@ class Shape(Structure):
 
 
 class Layer(Structure):
-    """Pointers to one layer's weights; those that it has not are null."""
+    """Pointers to one layer's weights; null for those that it lacks."""
 
     _fields_ = [
         *_fields("attention_norm query_norm latent_norm mlp_norm gate bias", c_void_p),
@@ -41,14 +41,14 @@ class Layer(Structure):
 
 
 class Ends(Structure):
-    """Pointers to the embedding as it is, the last norm and the packed head."""
+    """Pointers to the unpacked embedding, the last norm and the packed head."""
 
     _fields_ = _fields("embedding norm head", c_void_p)
 
 
 class Batch(Structure):
-    """N new tokens, each of a slot and a position, and where their cache entries, logits and,
-    where they are asked for, chosen experts go."""
+    """N new tokens with their slots and positions, and pointers to the outputs: cache entries, logits and
+    (or null) chosen experts."""
 
     _fields_ = [
         *_fields("tokens wanted", c_int64),
@@ -61,12 +61,12 @@ class Batch(Structure):
 def pack(weight: Tensor) -> Tensor:
     """A weight [..., outputs, depth] as gemm.h's Packed: [..., outputs / 64 rounded up, depth, 64].
 
-    In bfloat16, where `depth` must be even, neighbours of the depth lie together: [..., depth / 2, 64, 2].
+    In bfloat16, where `depth` must be even, pairs along the depth are adjacent: [..., depth / 2, 64, 2].
     """
-    expect_numbers("weight", weight, dims=max(2, weight.ndim))
+    check_floats("weight", weight, dims=max(2, weight.ndim))
     *stack, outputs, depth = weight.shape
     pairs, panels = weight.dtype == torch.bfloat16, -(-outputs // PANEL)
-    expect_even(weight.dtype, depth=depth)
+    check_even(weight.dtype, depth=depth)
     shape = (*stack, panels, depth // 2, PANEL, 2) if pairs else (*stack, panels, depth, PANEL)
     packed = weight.new_empty(shape)
     call("pack", pairs, weight.contiguous(), math.prod(stack), outputs, depth, packed)
@@ -74,6 +74,6 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def run(dtype: torch.dtype, shape: Shape, layers: ctypes.Array, ends: Ends, batch: Batch) -> None:
-    """Compute the batch's cache entries and logits. The caller has checked what the pointers point to."""
+    """Compute the batch's cache entries and logits. The caller must have checked all pointers."""
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
     call(f"forward_{name}", ctypes.byref(shape), layers, ctypes.byref(ends), ctypes.byref(batch))

@@ -1,10 +1,10 @@
-"""Products in FP8 with their gradients, as DeepSeek-V3 trains (V3 section 3.3): what the model calls.
+"""Products in FP8 with their gradients, as DeepSeek-V3 trains (V3 section 3.3).
 
 Fprop, Dgrad and Wgrad of a layer run in FP8 on a backend (see `choice.py`). What backward needs is kept in
 FP8: inputs, weights, and the input of SwiGLU, whose output is computed again. Wgrad adds up along tokens, so
 its operands are quantised along tokens: the gradient from what arrived, the activation from what was kept.
 
-Axes as in r1pipe/model/layers.py, and: O outputs; T tokens sorted by expert; i = 2I, gate above up.
+Axes as in r1pipe/model/layers.py, and: O outputs; T tokens sorted by expert; i = 2I, gate first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ from r1pipe.model.kernels.reference import Scaled, dequantise, transposed
 
 
 class FP8:
-    """How a model multiplies: backend, scales, and what is counted. One for all layers of a model."""
+    """How a model multiplies: backend, scales and counts. One object for all layers of a model."""
 
     def __init__(self, backend: Any, power_of_two: bool):
         """`power_of_two`: scales are powers of two (UE8M0)."""
         self.backend, self.power_of_two = backend, power_of_two
         self.meter = Meter()
-        self._held: dict[int, Scaled] | None = None
+        self._cache: dict[int, Scaled] | None = None  # id of a weight -> quantised, within `held`
 
     def __deepcopy__(self, memo: Any) -> "FP8":
         """A copy of a model computes as the model does."""
@@ -69,60 +69,52 @@ class FP8:
         return dequantise(tiles, x.dtype).view_as(x)
 
     def rounded_weight(self, weight_OD: Tensor, kind: str) -> Tensor:
-        """A weight as products read it, in its own type; without gradient."""
+        """A weight as a product would read it, in its own type; without gradient."""
         return dequantise(self.weight(kind, weight_OD), weight_OD.dtype)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Quantise each weight once in this block, in which none may change: for sampling."""
-        self._held = {}
+        """For sampling: quantise each weight once in this block, in which no weight may change."""
+        self._cache = {}
         try:
             yield
         finally:
-            self._held = None
+            self._cache = None
 
-    # --- what the functions below quantise
+    def _counted(self, kind: str, role: str, quantise: Any, x: Tensor, *arguments: Any) -> Any:
+        """Quantise with a function of the backend, and count its (first) result."""
+        counts = self.meter.counts(kind, role, x)
+        result = quantise(x, *arguments, self.power_of_two, counts)
+        self.meter.record(kind, role, result if isinstance(result, Scaled) else result[0])
+        return result
 
     def tiles(self, kind: str, x_ND: Tensor) -> Scaled:
-        made = self.backend.quantise_tiles(
-            x_ND, self.power_of_two, self.meter.counts(kind, "activation", x_ND)
-        )
-        self.meter.saw(kind, "activation", made)
-        return made
+        return self._counted(kind, "activation", self.backend.quantise_tiles, x_ND)
 
     def weight(self, kind: str, *parts: Tensor) -> Scaled:
-        """Parts one above the other, in blocks."""
-        if self._held is not None and id(parts[0]) in self._held:
-            return self._held[id(parts[0])]
+        """Parts joined along their rows, in blocks."""
+        if self._cache is not None and id(parts[0]) in self._cache:
+            return self._cache[id(parts[0])]
         whole = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
-        made = self.backend.quantise_blocks(
-            whole, self.power_of_two, self.meter.counts(kind, "weight", whole)
-        )
-        self.meter.saw(kind, "weight", made)
-        if self._held is not None:
-            self._held[id(parts[0])] = made
-        return made
+        quantised = self._counted(kind, "weight", self.backend.quantise_blocks, whole)
+        if self._cache is not None:
+            self._cache[id(parts[0])] = quantised
+        return quantised
 
     def inner(self, kind: str, gate_up_Ti: Tensor, weights_T: Tensor | None) -> Scaled:
         """SwiGLU's output in tiles."""
-        counts = self.meter.counts(kind, "activation", gate_up_Ti)
-        made = self.backend.swiglu_quantise(gate_up_Ti, weights_T, self.power_of_two, counts)
-        self.meter.saw(kind, "activation", made)
-        return made
+        return self._counted(kind, "activation", self.backend.swiglu_quantise, gate_up_Ti, weights_T)
 
     def gradient(self, kind: str, d_out: Tensor, ends_E: Tensor) -> tuple[Scaled, Scaled]:
         """A gradient [T, C] in tiles (for Dgrad) and in tiles along tokens (for Wgrad)."""
-        counts = self.meter.counts(kind, "gradient", d_out)
-        made = self.backend.quantise_both(d_out, ends_E, self.power_of_two, counts)
-        self.meter.saw(kind, "gradient", made[0])
-        return made
+        return self._counted(kind, "gradient", self.backend.quantise_both, d_out, ends_E)
 
 
 class Quantisable:
-    """What a module has whose products may run in FP8 (model/training.py says which do)."""
+    """A module whose products may run in FP8 (model/training.py chooses which do)."""
 
-    fp8: FP8 | None = None  # how it multiplies; None: in its own type
-    kind = ""  # the part of the model, under which FP8 counts
+    fp8: FP8 | None = None  # None: it multiplies in its own type
+    kind = ""  # the part of the model, for the counts
 
 
 class _Linear(torch.autograd.Function):
@@ -147,7 +139,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Of experts, or (without `tokens_T`, with one expert) of all tokens."""
+    """The SwiGLUs of experts, or (without `tokens_T`, with one expert) of all tokens."""
 
     @staticmethod
     def forward(
@@ -162,13 +154,13 @@ class _SwiGLU(torch.autograd.Function):
         *gate_up: Tensor,
     ) -> Tensor:
         x, up, down8 = fp8.tiles(kind, x_ND), fp8.weight(kind, *gate_up), fp8.weight(kind, down)
-        gate_up_Ti = _products(fp8.backend, _taken(x, tokens_T), up, ends_E, x_ND.dtype)
+        gate_up_Ti = _products(fp8.backend, _gather(x, tokens_T), up, ends_E, x_ND.dtype)
         inner = fp8.inner(kind, gate_up_Ti, weights_T)
         out_TD = _products(fp8.backend, inner, down8, ends_E, x_ND.dtype)
         kept = fp8.tiles(kind, gate_up_Ti)
         ctx.fp8, ctx.kind, ctx.parts = fp8, kind, len(gate_up)
         ctx.save_for_backward(weights_T, tokens_T, ends_E, *x, *kept, *up, *down8)
-        return _added(out_TD, tokens_T, len(x_ND))
+        return _scatter_add(out_TD, tokens_T, len(x_ND))
 
     @staticmethod
     @once_differentiable
@@ -185,9 +177,9 @@ class _SwiGLU(torch.autograd.Function):
         d_down = _outer(backend, d_tokens, inner_tokens, ends_E)
         d_tiles, d_tokens = fp8.gradient(kind, d_gate_up_Ti, ends_E)
         d_x_TD = _products(backend, d_tiles, transposed(up), ends_E, dtype)
-        x_tokens = backend.requantise_tokens(_taken(x, tokens_T), ends_E, fp8.power_of_two)
+        x_tokens = backend.requantise_tokens(_gather(x, tokens_T), ends_E, fp8.power_of_two)
         d_up = _outer(backend, d_tokens, x_tokens, ends_E)
-        d_x_ND = _added(d_x_TD, tokens_T, len(d_out_ND))
+        d_x_ND = _scatter_add(d_x_TD, tokens_T, len(d_out_ND))
         if tokens_T is not None:
             return None, None, d_x_ND, d_weights_T, None, None, d_down, d_up
         return None, None, d_x_ND, None, None, None, d_down[0], *d_up[0].chunk(ctx.parts)
@@ -197,23 +189,23 @@ def _pairs(tensors: Sequence[Tensor]) -> list[Scaled]:
     return [Scaled(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
 
 
-def _taken(x: Scaled, tokens_T: Tensor | None) -> Scaled:
-    """The rows of `tokens_T`; moved as FP8, an eighth of what float32 would move."""
+def _gather(x: Scaled, tokens_T: Tensor | None) -> Scaled:
+    """The rows `tokens_T`, gathered in FP8: an eighth of the traffic of float32."""
     if tokens_T is None:
         return x
     values = x.values.view(torch.uint8).index_select(0, tokens_T).view(x.values.dtype)
     return Scaled(values, x.scales.index_select(0, tokens_T))
 
 
-def _added(out_TD: Tensor, tokens_T: Tensor | None, rows: int) -> Tensor:
-    """Each token's rows added up, [N, D]."""
+def _scatter_add(out_TD: Tensor, tokens_T: Tensor | None, rows: int) -> Tensor:
+    """The sum of each token's rows, [N, D]."""
     if tokens_T is None:
         return out_TD
     return out_TD.new_zeros(rows, out_TD.shape[1]).index_add_(0, tokens_T, out_TD)
 
 
 def _products(backend: Any, a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Experts' products; one matrix for all [O, D] is no group."""
+    """Each expert's product, or that of one matrix [O, D] for all."""
     if b.values.ndim == 2:
         return backend.multiply(a, b, dtype)
     return backend.grouped_multiply(a, b, ends_E, dtype)

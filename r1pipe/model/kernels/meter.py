@@ -1,6 +1,7 @@
-"""What quantising to FP8 did to a model's numbers: counted where it happens, told once per step."""
+"""How quantising to FP8 changes a model's numbers: counted on the device, read once per step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,99 +10,96 @@ from r1pipe.core.errors import NumericProblem
 from r1pipe.model.kernels.reference import Scaled
 
 
+class Totals(NamedTuple):
+    """Counts of values, and the range of their scales."""
+
+    values: float
+    saturated: float  # with the largest code
+    flushed: float  # nonzero values that became zero
+    not_finite: float
+    scale_min: float
+    scale_max: float
+
+
 @dataclass
-class Count:
-    """One kind of layer's activations, weights or gradients since the last `take`."""
+class _Counts:
+    """The same on the device, since the last `take`."""
 
     values: int
-    found: Tensor  # int64 [3]: with the largest code, flushed to zero, not finite
-    smallest: Tensor  # float32, of the scales
-    largest: Tensor
-
-
-# A count on its way between ranks: values, the three of `found`, smallest and largest scale.
-Numbers = tuple[float, ...]
+    codes: Tensor  # int64 [3]: saturated, flushed, not finite
+    scale_min: Tensor  # float32
+    scale_max: Tensor
 
 
 class Meter:
-    """Counts by kind of layer ("experts") and role ("gradient"), of passes that train alone."""
+    """Counts by kind of layer ("experts") and role ("gradient"), in training passes only."""
 
     def __init__(self) -> None:
-        self.on = False  # whether what is quantised now is of a pass that trains
-        self._counts: dict[tuple[str, str], Count] = {}
+        self.on = False  # whether the current pass trains
+        self._counts: dict[tuple[str, str], _Counts] = {}
 
     def counts(self, kind: str, role: str, x: Tensor) -> Tensor | None:
-        """Where a backend counts what it finds in `x`; None: it need not."""
+        """The int64 [3] to which a backend adds the counts of `x`; None outside training."""
         if not self.on:
             return None
-        count = self._counts.get((kind, role))
-        if count is None:
-            found = torch.zeros(3, dtype=torch.int64, device=x.device)
-            smallest = torch.full((), torch.inf, device=x.device)
-            count = self._counts[kind, role] = Count(0, found, smallest, torch.zeros_like(smallest))
-        return count.found
+        if (kind, role) not in self._counts:
+            codes = torch.zeros(3, dtype=torch.int64, device=x.device)
+            infinity = torch.full((), torch.inf, device=x.device)
+            self._counts[kind, role] = _Counts(0, codes, infinity, torch.zeros_like(infinity))
+        return self._counts[kind, role].codes
 
-    def saw(self, kind: str, role: str, made: Scaled) -> None:
-        """What came of it."""
-        if self.on and made.scales.numel():
-            count = self._counts[kind, role]
-            count.values += made.values.numel()
-            smallest, largest = made.scales.aminmax()
-            count.smallest = torch.minimum(count.smallest, smallest)
-            count.largest = torch.maximum(count.largest, largest)
+    def record(self, kind: str, role: str, quantised: Scaled) -> None:
+        """Count the values and scales that `counts` was for."""
+        if self.on and quantised.scales.numel():
+            counts = self._counts[kind, role]
+            counts.values += quantised.values.numel()
+            smallest, largest = quantised.scales.aminmax()
+            counts.scale_min = torch.minimum(counts.scale_min, smallest)
+            counts.scale_max = torch.maximum(counts.scale_max, largest)
 
-    def take(self) -> dict[str, Numbers]:
-        """What was counted, by "kind/role", and begin anew."""
-        taken = {
-            f"{kind}/{role}": (
-                count.values,
-                *count.found.tolist(),
-                count.smallest.item(),
-                count.largest.item(),
-            )
-            for (kind, role), count in self._counts.items()
-        }
+    def take(self) -> dict[str, Totals]:
+        """The totals by "kind/role"; counting starts again from zero."""
+        totals = {}
+        for (kind, role), counts in self._counts.items():
+            scales = counts.scale_min.item(), counts.scale_max.item()
+            totals[f"{kind}/{role}"] = Totals._make((counts.values, *counts.codes.tolist(), *scales))
         self._counts.clear()
-        return taken
+        return totals
 
 
-def together(taken: list[dict[str, Numbers]]) -> dict[str, Numbers]:
-    """All ranks' counts as one."""
-    joined: dict[str, Numbers] = {}
-    for of_rank in taken:
-        for name, (values, largest, flushed, broken, low, high) in of_rank.items():
-            before = joined.get(name, (0, 0, 0, 0, torch.inf, 0.0))
-            sums = tuple(a + b for a, b in zip(before[:4], (values, largest, flushed, broken), strict=True))
-            joined[name] = (*sums, min(before[4], low), max(before[5], high))
+def together(of_ranks: list[dict[str, Totals]]) -> dict[str, Totals]:
+    """All ranks' totals as one, sorted by name."""
+    joined: dict[str, Totals] = {}
+    for name in sorted({name for totals in of_ranks for name in totals}):
+        *counts, lows, highs = zip(*(totals[name] for totals in of_ranks if name in totals), strict=True)
+        joined[name] = Totals._make((*map(sum, counts), min(torch.inf, *lows), max(0.0, *highs)))
     return joined
 
 
-def not_finite(joined: dict[str, Numbers]) -> str:
-    """Where numbers that were to be quantised were not finite; empty where all were."""
-    for name, (_, _, _, broken, _, _) in sorted(joined.items()):
-        if broken:
+def not_finite(totals: dict[str, Totals]) -> str:
+    """The first layers that had to quantise values that are not finite; empty where there are none."""
+    for name, total in totals.items():
+        if total.not_finite:
             kind, role = name.split("/")
-            return f"FP8: {broken:.0f} numbers of {kind} layers' {role}s were not finite"
+            return f"FP8: {total.not_finite:.0f} numbers of {kind} layers' {role}s were not finite"
     return ""
 
 
-def metrics(joined: dict[str, Numbers]) -> dict[str, float]:
-    """`fp8/KIND/ROLE/...`: shares of values with the largest code and flushed to zero, range of scales.
+def metrics(totals: dict[str, Totals]) -> dict[str, float]:
+    """`fp8/KIND/ROLE/...`: shares of saturated and flushed values, range of scales.
 
     The largest value of each tile or block has the largest code (unless scales are powers of two): a share of
-    1/128 of activations and gradients, 1/16384 of weights, cuts nothing off. Raises NumericProblem on what
-    was not finite.
+    1/128 of activations and gradients, 1/16384 of weights, cuts nothing off. Raises NumericProblem for values
+    that are not finite.
     """
-    if told := not_finite(joined):
+    if problem := not_finite(totals):
         raise NumericProblem(
-            f"{told}; lower stage.optim.lr or look at the data; nothing of this step was saved"
+            f"{problem}; lower stage.optim.lr or check the data; nothing of this step was saved"
         )
-    found: dict[str, float] = {}
-    for name, (values, largest, flushed, _, low, high) in sorted(joined.items()):
-        found |= {
-            f"fp8/{name}/saturated": largest / values,
-            f"fp8/{name}/flushed": flushed / values,
-            f"fp8/{name}/scale_min": low,
-            f"fp8/{name}/scale_max": high,
-        }
-    return found
+    values: dict[str, float] = {}
+    for name, total in totals.items():
+        values[f"fp8/{name}/saturated"] = total.saturated / total.values
+        values[f"fp8/{name}/flushed"] = total.flushed / total.values
+        values[f"fp8/{name}/scale_min"] = total.scale_min
+        values[f"fp8/{name}/scale_max"] = total.scale_max
+    return values

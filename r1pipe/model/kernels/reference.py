@@ -1,14 +1,14 @@
-"""FP8 as DeepSeek-V3 computes with it, in plain torch: what the other backends must match (V3 section 3.3).
+"""DeepSeek-V3's FP8 arithmetic in plain torch: the reference for all other backends (V3 section 3.3).
 
-Values are E4M3 (`float8_e4m3fn`, at most 448). A scale in float32 belongs to a tile of 1 x 128 along the
-summed axis, for activations and gradients, or to a block of 128 x 128, for weights; at an edge they are
-smaller. A number is value * scale. Products of 128 values are added up as they are, then scaled and added to
-the result in float32: the "promotion" of section 3.3.2.
+Values are E4M3 (`float8_e4m3fn`, at most 448). A float32 scale belongs to a tile of 1 x 128 along the summed
+axis, for activations and gradients, or to a block of 128 x 128, for weights; tiles and blocks at an edge are
+smaller. A number is value * scale. Products of 128 values are summed unscaled, then scaled and added to the
+result in float32: the "promotion" of section 3.3.2.
 
-What is not finite makes its tile's scale, and all that is computed with it, NaN: nothing waits for the
-device, and the step ends in an error all the same (see train/engine/). Whoever quantises may give
-`counts`, int64 [3], to which is added how many values got the largest code, how many became zero that were
-not, and how many were not finite.
+A value that is not finite turns its tile's scale, and all that is computed with it, into NaN: no check waits
+for the device, and the step still ends in an error (see train/engine/). The optional argument `counts`, int64
+[3], is increased by the number of values with the largest code, of nonzero values that became zero, and of
+values that were not finite.
 
 Axes: M, N, K of products [M, K] x [N, K] -> [M, N] (both with the summed axis last); R rows, C columns;
 r and c their tiles; E experts; T tokens, sorted by expert; P places of the tokens (see `place_groups`);
@@ -24,8 +24,8 @@ from torch import Tensor
 TILE = 128
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-# The smallest amax that gets a scale of its own. Far below any gradient that matters; above it neither a
-# scale nor its inverse leaves float32's normal numbers.
+# The smallest amax with its own scale: far below any gradient that matters, and from here on scales and their
+# inverses are normal float32 numbers.
 FLOOR = 2.0**-100
 
 
@@ -36,7 +36,7 @@ class Scaled(NamedTuple):
     scales: Tensor
 
 
-# Each code's number; a cast on the CPU takes five times as long as looking it up.
+# Each code's number; on the CPU a cast takes five times as long as a lookup.
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(FP8).float()
 
 
@@ -55,8 +55,8 @@ def tiles(size: int) -> int:
 def scale_of(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """amax -> scale, float32: the largest magnitude becomes 448.
 
-    With `power_of_two` (UE8M0) it is the next power of two: then scaling rounds nothing, and a number that is
-    quantised along one axis and then along the other (Wgrad) is rounded once.
+    With `power_of_two` (UE8M0) it is the next power of two: scaling is then exact, and a number quantised
+    along one axis and then along the other (Wgrad) is rounded once.
     """
     scale = amax.clamp(min=FLOOR) / LARGEST
     if power_of_two:
@@ -67,7 +67,7 @@ def scale_of(amax: Tensor, power_of_two: bool = False) -> Tensor:
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x [..., R, C] in float32, filled up with zeros to whole tiles of `rows` x 128."""
+    """x [..., R, C] in float32, padded with zeros to whole tiles of `rows` x 128."""
     return F.pad(x.float(), (0, -x.shape[-1] % TILE, 0, -x.shape[-2] % rows))
 
 
@@ -109,14 +109,16 @@ def dequantise(x: Scaled, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def transposed(weight: Scaled) -> Scaled:
-    """Blocks [..., R, C] as blocks [..., C, R]: the summed axis of Dgrad last, with neighbours together."""
+    """Blocks [..., R, C] as blocks [..., C, R]: the summed axis of Dgrad last and contiguous."""
     return Scaled(weight.values.mT.contiguous(), weight.scales.mT.contiguous())
 
 
 def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """a [M, K] in tiles times b [N, K] in blocks (Fprop, Dgrad) or tiles (Wgrad) -> [M, N] in `dtype`."""
     (rows, depth), columns = a.values.shape, b.values.shape[0]
-    scales_b = b.scales if b.scales.shape[0] == columns else _rows_of_blocks(b.scales, columns)
+    scales_b = b.scales
+    if len(scales_b) != columns:  # blocks
+        scales_b = scales_b.repeat_interleave(TILE, 0)[:columns]
     values_a, values_b = numbers(a.values), numbers(b.values)
     total = torch.zeros(rows, columns, device=a.values.device)
     for k in range(tiles(depth)):
@@ -124,10 +126,6 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
         product = values_a[:, part] @ values_b[:, part].T
         total += product * (a.scales[:, k, None] * scales_b[None, :, k])
     return total.to(dtype)
-
-
-def _rows_of_blocks(scales: Tensor, rows: int) -> Tensor:
-    return scales.repeat_interleave(TILE, 0)[:rows]
 
 
 def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,19 +138,19 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
     for expert, end in enumerate(ends_E.tolist()):
         rows = slice(first, end)
         if end > first:
-            mine = Scaled(a.values[rows], a.scales[rows])
-            out[rows] = multiply(mine, Scaled(b.values[expert], b.scales[expert]), dtype)
+            left, right = Scaled(a.values[rows], a.scales[rows]), Scaled(b.values[expert], b.scales[expert])
+            out[rows] = multiply(left, right, dtype)
         first = end
     return out
 
 
 def places_for(tokens: int, experts: int) -> int:
-    """P: places enough for `tokens` of `experts`, however they are spread: nobody waits for the device."""
+    """P: enough places for `tokens` however they are routed, so that nothing waits for the device."""
     return (tokens + (TILE - 1) * min(experts, tokens)) // TILE * TILE
 
 
 def place_groups(ends_E: Tensor) -> Tensor:
-    """Where each expert's tokens begin once each begins a tile of its own, [E], int32."""
+    """The first place of each expert's tokens, each at the start of a tile, [E], int32."""
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
     filled_E = (counts_E + TILE - 1) // TILE * TILE
     return (filled_E.cumsum(0) - filled_E).to(ends_E.dtype)
@@ -171,7 +169,7 @@ def quantise_tokens(
 ) -> Scaled:
     """x [T, C] in tiles along tokens, for Wgrad: values [C, P], scales [C, p].
 
-    No tile has two experts' tokens. Places that hold no token are zero. Without experts, `ends_E` is [T].
+    No tile has two experts' tokens. Places without a token are zero. Without experts, `ends_E` is [T].
     """
     tokens, width = x.shape
     places_T, _ = place_tokens(tokens, ends_E)
@@ -182,12 +180,12 @@ def quantise_tokens(
 def quantise_both(
     x: Tensor, ends_E: Tensor, power_of_two: bool = False, counts: Tensor | None = None
 ) -> tuple[Scaled, Scaled]:
-    """x [T, C] in tiles and in tiles along tokens: what a gradient's two products read."""
+    """x [T, C] in tiles and in tiles along tokens: a gradient's operands in Dgrad and Wgrad."""
     return quantise_tiles(x, power_of_two, counts), quantise_tokens(x, ends_E, power_of_two)
 
 
 def requantise_tokens(x: Scaled, ends_E: Tensor, power_of_two: bool = False) -> Scaled:
-    """Tiles [T, C] in tiles along tokens: an activation that was kept for Wgrad."""
+    """Tiles [T, C] in tiles along tokens: an activation saved for Wgrad."""
     return quantise_tokens(dequantise(x), ends_E, power_of_two)
 
 
@@ -221,9 +219,9 @@ def swiglu_quantise(
 def swiglu_backward(
     gate_up: Scaled, weights_T: Tensor | None, d_inner_TI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From SwiGLU's kept input: (its output again [T, I], d_gate_up [T, 2I], d_weights_T or None).
+    """From SwiGLU's saved input: (its output [T, I], d_gate_up [T, 2I], d_weights_T or None).
 
-    The first two in the type of `d_inner_TI`, as the products that read them get them.
+    The first two are in the type of `d_inner_TI`.
     """
     gate, up = dequantise(gate_up).chunk(2, dim=-1)
     d_inner, chance = d_inner_TI.float(), torch.sigmoid(gate)

@@ -1,8 +1,8 @@
-"""The Triton backend: all that r1pipe/model/kernels/reference.py has, for GPUs with E4M3 (Hopper and newer).
+"""The Triton backend: the functions of r1pipe/model/kernels/reference.py for GPUs with E4M3.
 
-Here are SwiGLU into FP8 and back out of it (V3, section 3.3.1), and the entry points of the other files.
-Nothing waits for the device, so the calls can be captured in a CUDA graph, once each product's fastest
-configuration has been looked for: that happens at the first call with a new N, K or power of two above M.
+This file has SwiGLU into FP8 and its backward pass (V3, section 3.3.1), and exports all other functions.
+Nothing waits for the device, so that CUDA graphs can capture the calls, once each product is tuned: that
+happens at the first call with a new N, K or power of two above M.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from r1pipe.model.kernels.reference import TILE as WIDTH
-from r1pipe.model.kernels.reference import Scaled, dequantise, place_groups, places_for, tiles, transposed
+from r1pipe.model.kernels.reference import Scaled, tiles
 from r1pipe.model.kernels.triton_parts import TILE, count, magnitudes, scaled_by, scales_of
 from r1pipe.model.kernels.triton_products import grouped_multiply, grouped_outer, multiply
 from r1pipe.model.kernels.triton_quantise import (
@@ -27,13 +27,9 @@ from r1pipe.model.kernels.triton_quantise import (
 )
 
 __all__ = [
-    "Scaled",
-    "dequantise",
     "grouped_multiply",
     "grouped_outer",
     "multiply",
-    "place_groups",
-    "places_for",
     "quantise_blocks",
     "quantise_both",
     "quantise_tiles",
@@ -41,11 +37,9 @@ __all__ = [
     "requantise_tokens",
     "swiglu_backward",
     "swiglu_quantise",
-    "tiles",
-    "transposed",
 ]
 
-BACKWARD_ROWS = 8  # few: a program that adds up a token's row has all of it
+BACKWARD_ROWS = 8  # few, because a program that sums over a token's row processes all of it
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -86,13 +80,13 @@ def swiglu_quantise(
     gate_up: Tensor, weights_T: Tensor | None, power_of_two: bool = False, counts: Tensor | None = None
 ) -> Scaled:
     """gate_up [T, 2I] -> silu(gate) * up * weight in tiles: values [T, I], scales [T, i]."""
-    given = rows_of(gate_up)
-    tokens, inner = len(given), given.shape[1] // 2
-    out = empty_tiles(tokens, inner, given.device)
+    rows = rows_of(gate_up)
+    tokens, inner = len(rows), rows.shape[1] // 2
+    out = empty_tiles(tokens, inner, rows.device)
     if out.values.numel():
         grid = (triton.cdiv(tokens, ROWS) * tiles(inner),)
         _forward[grid](
-            *(given, _neighbours(weights_T), *out, counts, tokens, inner, given.stride(0)),
+            *(rows, _contiguous(weights_T), *out, counts, tokens, inner, rows.stride(0)),
             ROWS=ROWS,
             WEIGHTED=weights_T is not None,
             POWER_OF_TWO=power_of_two,
@@ -102,13 +96,13 @@ def swiglu_quantise(
     return out
 
 
-def _neighbours(weights_T: Tensor | None) -> Tensor | None:
+def _contiguous(weights_T: Tensor | None) -> Tensor | None:
     return None if weights_T is None else weights_T.contiguous()
 
 
 @triton.jit
 def _dequantised(values, scales, first, row, real, inside, stride_r, stride_c, WHOLE: tl.constexpr):
-    """[ROWS, 128] numbers from column `first` on; if all are of one tile (WHOLE) its scale is read once."""
+    """[ROWS, 128] numbers from column `first` on; if all are in one tile (WHOLE), its scale is read once."""
     column = first + tl.arange(0, TILE)
     codes = tl.load(values + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if WHOLE:
@@ -137,7 +131,7 @@ def _backward(
     WEIGHTED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """`ROWS` tokens; with weights all columns of them, in turn, so that their sum is always the same."""
+    """`ROWS` tokens; with weights, all their columns in sequence, so that the sum is deterministic."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real, row = token < tokens, token.to(tl.int64)
     d_weight = tl.zeros([ROWS, TILE], tl.float32)
@@ -171,17 +165,17 @@ def _backward(
 def swiglu_backward(
     gate_up: Scaled, weights_T: Tensor | None, d_inner_TI: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(SwiGLU's output again [T, I], d_gate_up [T, 2I], d_weights_T or None); as the reference."""
+    """(SwiGLU's output [T, I], d_gate_up [T, 2I], d_weights_T or None); as the reference."""
     values, d_inner = gate_up.values.contiguous(), rows_of(d_inner_TI)
     tokens, inner = d_inner.shape
     out, d_gate_up = d_inner.new_empty(tokens, inner), d_inner.new_empty(tokens, 2 * inner)
     d_weights_T = None if weights_T is None else torch.zeros(tokens, device=d_inner.device)
     if out.numel():
         grid = (triton.cdiv(tokens, BACKWARD_ROWS), tiles(inner) if weights_T is None else 1)
-        given = values, gate_up.scales, _neighbours(weights_T), d_inner
+        inputs = values, gate_up.scales, _contiguous(weights_T), d_inner
         strides = *gate_up.scales.stride(), d_inner.stride(0)
         _backward[grid](
-            *(*given, out, d_gate_up, d_weights_T, tokens, inner, *strides),
+            *(*inputs, out, d_gate_up, d_weights_T, tokens, inner, *strides),
             ROWS=BACKWARD_ROWS,
             WEIGHTED=weights_T is not None,
             WHOLE=inner % WIDTH == 0,

@@ -1,7 +1,7 @@
-"""What the Triton kernels of FP8 share: scales, counts, and whose tokens a program has (V3, 3.3).
+"""Shared parts of the FP8 Triton kernels: scales, counts, and the tokens of a program (V3, 3.3).
 
-Kernels see a tile's largest magnitude as the bits of a float32 without its sign: as integers they order as
-the numbers do, with infinity and NaN above all others, where a maximum of numbers would pass over NaN.
+A tile's largest magnitude is held as the bits of a float32 without its sign: as integers they are ordered
+like the numbers, with infinity and NaN above all others, whereas a maximum of numbers would ignore NaN.
 """
 
 import triton
@@ -40,7 +40,7 @@ def scales_of(amax, POWER_OF_TWO: tl.constexpr):
 def scaled_by(x, scale, POWER_OF_TWO: tl.constexpr):
     """x / scale, float32 [...], to be cast to E4M3; `scale` must broadcast to it.
 
-    Nothing is clamped: a quotient passes 448 by a rounding of float32 at most, and the cast rounds that off.
+    Nothing is clamped: a quotient exceeds 448 by one float32 rounding at most, which the cast removes.
     """
     if POWER_OF_TWO:  # the inverse is exact: 1's exponent twice, less the scale's
         inverse = (-scale.to(tl.int32, bitcast=True) + TWICE_ONE).to(tl.float32, bitcast=True)
@@ -50,16 +50,16 @@ def scaled_by(x, scale, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def _add(counts, number):
-    """Most programs find nothing, and queue for nothing."""
+    """Most programs have nothing to add, and skip the atomic."""
     tl.atomic_add(counts, number.to(tl.int64), mask=number > 0, sem="relaxed")
 
 
 @triton.jit
 def count(counts, x, scaled):
-    """Add to int64 [3] what [R, C] becomes the largest code, what becomes zero, and what is not finite.
+    """Add to int64 [3] how many of [R, C] get the largest code, become zero, and are not finite.
 
-    Told by what is cast, not by the codes: comparisons of many bytes crash the assembler of CUDA 12.8.
-    Two numbers of at most 2^14 are added up in one.
+    It compares the numbers before the cast: comparing many bytes crashes the assembler of CUDA 12.8. Two
+    counts of at most 2^14 are summed in one integer.
     """
     largest = (tl.abs(scaled) >= TO_LARGEST).to(tl.int32)
     zero = ((tl.abs(scaled) <= TO_ZERO) & (x != 0)).to(tl.int32)
@@ -85,11 +85,11 @@ def group_at(index, ends_E, experts, SIZE: tl.constexpr, BLOCK_E: tl.constexpr):
     firsts, ends, groups = groups_of(ends_E, experts, SIZE, BLOCK_E)
     until = tl.cumsum(groups, 0)
     expert = tl.sum((until <= index).to(tl.int32), axis=0)
-    mine = ids == expert
-    token = tl.sum(tl.where(mine, firsts + (index - until + groups) * SIZE, 0), axis=0)
-    return expert, token, tl.sum(tl.where(mine, ends, 0), axis=0)
+    own = ids == expert
+    token = tl.sum(tl.where(own, firsts + (index - until + groups) * SIZE, 0), axis=0)
+    return expert, token, tl.sum(tl.where(own, ends, 0), axis=0)
 
 
 def padded_experts(experts: int) -> int:
-    """BLOCK_E: a power of two that has room for all."""
+    """BLOCK_E: a power of two, at least `experts`."""
     return max(16, triton.next_power_of_2(experts))

@@ -1,8 +1,8 @@
-"""Products of FP8 matrices in Triton, in tensor cores of Hopper and newer; see reference.py.
+"""Products of FP8 matrices in Triton, on tensor cores of Hopper and newer; see reference.py.
 
-A tensor core of Hopper adds FP8 products up in about 14 bits. So 128 of them are added from zero, then scaled
-and added to the result in float32: V3's promotion (section 3.3.2). Where K is no multiple of 16 all is right,
-but slow: loads are of single bytes.
+Hopper's tensor cores accumulate FP8 products in about 14 bits. So 128 of them are summed from zero, then
+scaled and added to the result in float32: V3's promotion (section 3.3.2). If K is no multiple of 16, loads
+are of single bytes: correct, but slow.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 from r1pipe.model.kernels.reference import Scaled
 from r1pipe.model.kernels.triton_parts import TILE, group_at, groups_of, padded_experts
 
-# Rows and columns of a program, its warps, and how many loads of 128 it has under way. Small programs leave
-# room for others on a processor, whose tensor cores work while these promote.
+# Rows and columns of a program, its warps, and its loads of 128 in flight. Small programs share a
+# multiprocessor, so that one uses the tensor cores while another promotes.
 CONFIGS = [
     triton.Config({"BLOCK_M": rows, "BLOCK_N": columns, "BAND": 8}, num_warps=warps, num_stages=stages)
     for rows, columns, warps, stages in (
@@ -29,13 +29,13 @@ CONFIGS = [
         (128, 128, 8, 4),
     )
 ]
-# To tune for the interpreter would be to time numpy.
+# Tuning in the interpreter would time numpy.
 _CHOICE = CONFIGS[:1] if triton.knobs.runtime.interpret else CONFIGS
 
 
 @triton.jit
 def _place_of(index, tall, wide, BAND: tl.constexpr):
-    """(row, column) of the index-th program of tall x wide: bands of rows share what they read, in the L2."""
+    """(row, column) of the index-th program of tall x wide: bands of rows share reads in the L2 cache."""
     band = index // (BAND * wide) * BAND
     height = tl.minimum(tall - band, BAND)
     within = index % (BAND * wide)
@@ -63,10 +63,10 @@ def _product(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write the program's part, [BLOCK_M, BLOCK_N] or what is left, of a [., K] in tiles times b [., K].
+    """Write the program's part, at most [BLOCK_M, BLOCK_N], of a [., K] in tiles times b [., K].
 
-    b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part: what
-    is added to them in here fits into 32 bits.
+    b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part, so
+    that offsets fit into 32 bits.
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
@@ -80,7 +80,7 @@ def _product(
         scale = tl.load(a_scales + m * stride_a_row, mask=m < rows, other=0.0)
         if BLOCKS:
             total += tl.dot(left, right) * (scale * tl.load(b_scales))[:, None]
-        else:  # one after the other: all their products would take as many registers again
+        else:  # one after the other: their product would take twice the registers
             scale_b = tl.load(b_scales + n * stride_b_row, mask=n < columns, other=0.0)
             total += tl.dot(left, right) * scale[:, None] * scale_b[None, :]
         a += TILE
@@ -92,7 +92,7 @@ def _product(
 
 
 def _bucket(rows: int) -> int:
-    """The next power of two: to tune for each size of a ragged batch would take longer than it saves."""
+    """The next power of two: tuning for each size of a ragged batch would take longer than it saves."""
     return max(64, triton.next_power_of_2(rows))
 
 
@@ -172,7 +172,7 @@ def _grouped(
     BLOCK_N: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """Programs are as many as the worst spread of tokens needs; those that get none end at once."""
+    """There are enough programs for the worst spread of tokens; those without tokens end at once."""
     wide = tl.cdiv(columns, BLOCK_N)
     high, across = _place_of(tl.program_id(0), tl.num_programs(0) // wide, wide, BAND)
     expert, token, end = group_at(high, ends_E, experts, BLOCK_M, BLOCK_E)

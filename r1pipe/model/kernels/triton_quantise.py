@@ -1,7 +1,6 @@
-"""Quantising in one pass over what is read, in Triton; what it means is in r1pipe/model/kernels/reference.py.
+"""Quantising in one pass over the input, in Triton; r1pipe/model/kernels/reference.py defines the results.
 
-Scales of tiles lie in memory with the rows as neighbours, [c, R], seen as [R, c]: a product reads one tile's
-scales of many rows at once.
+Scales of tiles [R, c] are stored as [c, R], because a product reads one tile's scales of many rows at once.
 """
 
 import torch
@@ -21,8 +20,8 @@ from r1pipe.model.kernels.triton_parts import (
     scales_of,
 )
 
-ROWS = 32  # of a program that quantises tiles; of blocks it has a whole one
-# At most 32 numbers a thread: with 64, registers leave room for too few threads to keep the memory busy.
+ROWS = 32  # rows of a program that quantises tiles; for blocks it has a whole one
+# At most 32 numbers a thread: with 64, registers limit the threads to too few to keep the memory busy.
 WARPS, BLOCK_WARPS = 8, 16
 
 
@@ -66,27 +65,27 @@ def _quantise(
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., R, C] as [R', C], whose rows' numbers are neighbours."""
+    """x [..., R, C] as [R', C] with contiguous rows."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or 0 in rows.shape else rows.contiguous()
 
 
 def empty_tiles(rows: int, columns: int, device: torch.device) -> Scaled:
-    """Room for [R, C] in tiles."""
+    """Uninitialised [R, C] in tiles."""
     values = torch.empty(rows, columns, dtype=FP8, device=device)
     return Scaled(values, torch.empty(tiles(columns), rows, device=device).T)
 
 
 def quantise_tiles(x: Tensor, power_of_two: bool = False, counts: Tensor | None = None) -> Scaled:
     """x [..., R, C] -> values [..., R, C], scales [..., R, c]."""
-    given = rows_of(x)
-    values, scales = empty_tiles(len(given), x.shape[-1], x.device)
-    if given.numel():
-        grid = (triton.cdiv(len(given), ROWS) * tiles(x.shape[-1]), 1)
-        strides = given.stride(0), *scales.stride()
+    flat = rows_of(x)
+    values, scales = empty_tiles(len(flat), x.shape[-1], x.device)
+    if flat.numel():
+        grid = (triton.cdiv(len(flat), ROWS) * tiles(x.shape[-1]), 1)
+        strides = flat.stride(0), *scales.stride()
         switches = {"BLOCKS": False, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
         _quantise[grid](
-            given, values, scales, counts, *given.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
+            flat, values, scales, counts, *flat.shape, *strides, ROWS=ROWS, num_warps=WARPS, **switches
         )
     return Scaled(values.view(x.shape), scales.unflatten(0, x.shape[:-1]))
 
@@ -97,11 +96,11 @@ def quantise_blocks(x: Tensor, power_of_two: bool = False, counts: Tensor | None
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scales = torch.empty(*batch, tiles(rows), tiles(columns), device=x.device)
     if x.numel():
-        given = rows_of(x)
-        grid = (tiles(rows) * tiles(columns), len(given) // rows)
-        sizes = rows, columns, given.stride(0), 0, 0
+        flat = rows_of(x)
+        grid = (tiles(rows) * tiles(columns), len(flat) // rows)
+        sizes = rows, columns, flat.stride(0), 0, 0
         switches = {"BLOCKS": True, "POWER_OF_TWO": power_of_two, "COUNT": counts is not None}
-        _quantise[grid](given, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
+        _quantise[grid](flat, values, scales, counts, *sizes, ROWS=WIDTH, num_warps=BLOCK_WARPS, **switches)
     return Scaled(values, scales)
 
 
@@ -129,9 +128,9 @@ def _place(
     POWER_OF_TWO: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """`WIDE` columns of 128 places, one expert's: transposed in tiles, and with BOTH also as they are.
+    """`WIDE` columns of one expert's 128 places: transposed in tiles, and with BOTH also as they are.
 
-    With SCALED what is read is FP8 in tiles.
+    With SCALED the input is FP8 in tiles.
     """
     across = tl.cdiv(width, WIDE)
     group, wide = tl.program_id(0) // across, tl.program_id(0) % across
@@ -167,19 +166,19 @@ def _placed(
     power_of_two: bool,
     counts: Tensor | None,
 ) -> Scaled:
-    """x in tiles along tokens, and, if there is room for it, `as_they_are`."""
-    given, experts = rows_of(x), len(ends_E)
-    tokens, width = given.shape
+    """x in tiles along tokens; fills `as_they_are`, if present, with x in tiles."""
+    flat, experts = rows_of(x), len(ends_E)
+    tokens, width = flat.shape
     places = places_for(tokens, experts)
     placed = empty_tiles(width, places, x.device)
-    if given.numel():
+    if flat.numel():
         wide = WIDTH if as_they_are else WIDTH // 2  # rows' tiles are whole
         grid = (tiles(places) * triton.cdiv(width, wide),)
         out = (*(as_they_are or (None, None)), *placed)
-        sizes = tokens, width, places, experts, given.stride(0)
+        sizes = tokens, width, places, experts, flat.stride(0)
         strides = (0, 0) if x_scales is None else x_scales.stride()
         _place[grid](
-            *(given, x_scales, ends_E, *out, counts, *sizes, *strides),
+            *(flat, x_scales, ends_E, *out, counts, *sizes, *strides),
             WIDE=wide,
             BLOCK_E=padded_experts(experts),
             BOTH=as_they_are is not None,
@@ -207,5 +206,5 @@ def quantise_both(
 
 
 def requantise_tokens(x: Scaled, ends_E: Tensor, power_of_two: bool = False) -> Scaled:
-    """Tiles [T, C] in tiles along tokens, without a copy in float32 on the way."""
+    """Tiles [T, C] in tiles along tokens, without a float32 copy in between."""
     return _placed(x.values, x.scales, ends_E, None, power_of_two, None)

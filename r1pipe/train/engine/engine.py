@@ -173,8 +173,8 @@ class Engine(Ranks):
         if self.rank == 0:
             log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, cause)
 
-    def _fp8_counts(self) -> dict[str, meter.Numbers]:
-        """Quantisation counts of this step over all ranks; empty without FP8."""
+    def _fp8_counts(self) -> dict[str, meter.Totals]:
+        """What was quantised in this step, all ranks together; nothing without FP8."""
         fp8 = fp8_of(self.module)
         return meter.together(self.all_gather_objects(fp8.meter.take())) if fp8 else {}
 

@@ -29,7 +29,7 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, told
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import shown
+from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.run import Run
 
 HELD_OUT_SEED = 0  # of the held-out examples: the same in every run

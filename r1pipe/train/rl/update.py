@@ -15,7 +15,7 @@ from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.training import set_precision
-from r1pipe.model.transformer import Trunk, hidden_after
+from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.engine.metrics import step_metrics
@@ -37,8 +37,8 @@ def completion_hidden(
 ) -> Tensor:
     """hidden_ND before every completion token; `balances` (see `balances_of`) collect the balance losses."""
     balances = balances or balances_of(micro, with_loss=False)
-    hidden_BTD = hidden_after(
-        trunk, micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B, balances
+    hidden_BTD = trunk.after_prompts(
+        micro.prompts_PT, micro.prompt_lengths_P, micro.tokens_BT, micro.prompt_of_B, balances
     )
     heartbeat.tick()
     return hidden_BTD.flatten(0, 1).index_select(0, micro.sources_N)

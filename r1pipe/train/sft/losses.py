@@ -28,9 +28,15 @@ def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: boo
     hidden_BTD = model.hidden(batch.tokens_BT, batch.segments_BT, balance)
     mtp = None
     if with_mtp and model.config.num_nextn_predict_layers:
-        depths = model.model.further(hidden_BTD, batch.tokens_BT, batch.segments_BT, balance)
-        tokens = batch.tokens_BT, batch.segments_BT, batch.loss_BT
-        mtp = mtp_loss_sum(model.lm_head, depths, *tokens, model.config.vocab_size)
+        depths = model.model.mtp_hidden(hidden_BTD, batch.tokens_BT, batch.segments_BT, balance)
+        mtp = mtp_loss_sum(
+            model.lm_head,
+            depths,
+            batch.tokens_BT,
+            batch.segments_BT,
+            batch.loss_BT,
+            model.config.vocab_size,
+        )
     return Sums(cross_entropy_sum(model, hidden_BTD, batch), mtp, balance.total() if with_balance else None)
 
 

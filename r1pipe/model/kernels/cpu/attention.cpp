@@ -1,6 +1,6 @@
 // Attention of whole rows with its gradients (FlashAttention's recomputation: arXiv:2205.14135), for short rows: the
-// scores of a block of queries by all keys they may look at exist at once. Keys are the heads' own part and one rotary
-// part that all heads share; queries are turned here, so that nothing is concatenated or expanded in memory.
+// scores of a block of queries with all their keys exist at once. Keys are the heads' own part and one rotary part that
+// all heads share; queries are rotated here, so that nothing is concatenated or expanded in memory.
 
 #include "attention.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 using namespace r1pipe;
 
-// e^(score - by), 0 where not to look.
+// e^(score - by), 0 where masked.
 inline __m512 exponential_seen(__m512 scores, float by) {
   const __mmask16 seen = _mm512_cmp_ps_mask(scores, _mm512_set1_ps(NOTHING), _CMP_NEQ_UQ);
   return _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(by))));
@@ -74,10 +74,10 @@ struct Results {
   const T *out, *d_out;  // [B, T, H, value]
   const float* logsums_BHT;
   T *d_query, *d_key_value, *d_key_rope;
-  float* d_rope_parts;  // [B, H, M, rope]: what each head adds to d_key_rope
+  float* d_rope_parts;  // [B, H, M, rope]: each head's part of d_key_rope
 };
 
-// The weights and the gradients of the scores of a block, [tiles][64][64] each; `d_weights` is given.
+// The weights and the gradients of the scores of a block, [tiles][64][64] each; `d_weights` is an input.
 template <typename T>
 void scores_back(const Given<T>& given, const Block<T>& block, const Results<T>& results, const float* scores,
                  const float* d_weights, T* weights, T* d_scores) {

@@ -1,6 +1,6 @@
-// What attention of whole rows reads, in tiles: keys with their values, and blocks of queries with their scores.
+// The operands of attention over whole rows, in tiles: keys with values, and blocks of queries with scores.
 //
-// Axes as in r1pipe/model/layers.py; scores lie in tiles of [queries, 64 keys].
+// Axes as in r1pipe/model/layers.py; scores are stored in tiles of [queries, 64 keys].
 #pragma once
 
 #include "products.h"
@@ -21,7 +21,7 @@ struct Given {
   AttentionSizes sizes;
   const T *query, *key_value, *key_rope;  // [B, T, H, nope + rope], [B, M, H, nope + value], [B, M, rope]
   const float* rotation;                  // [B or 1, T, rope / 2, 2]
-  int64_t rotation_stride;                // between rows: 0 where all have the same
+  int64_t rotation_stride;                // between rows: 0 if all rows share it
   const uint8_t* mask;                    // [B, T, M], or null: causal
   float scale;
 
@@ -30,7 +30,7 @@ struct Given {
   }
   int64_t place(int64_t b, int64_t t, int64_t h) const { return (b * sizes.tokens + t) * sizes.heads + h; }
 
-  // Which of the keys of `tile` token t may look at, a bit for each.
+  // The keys of `tile` that token t attends to, one bit each.
   uint64_t seen(int64_t b, int64_t t, int64_t tile) const {
     if (!mask) {
       const int64_t count = t + 1 - tile * TILE;
@@ -42,7 +42,7 @@ struct Given {
     return _mm512_test_epi8_mask(bytes, bytes);
   }
 
-  // Tiles of keys that any of the tokens [first, first + count) looks at.
+  // Tiles of keys that any of the tokens [first, first + count) attends to.
   int64_t tiles_seen(int64_t b, int64_t first, int64_t count) const {
     for (int64_t tile = sizes.tiles(); tile > 1; tile--)
       for (int64_t t = first; t < first + count; t++)
@@ -51,7 +51,7 @@ struct Given {
   }
 };
 
-// The keys [64, width] and values [64, value] of one tile, zeros behind the last.
+// The keys [64, width] and values [64, value] of one tile, padded with zeros.
 template <typename T>
 struct KeyTile {
   T* keys;
@@ -78,7 +78,7 @@ struct KeyTile {
   }
 };
 
-// A block of queries of one head, turned, with zeros behind the last.
+// A block of queries of one head, rotated, padded with zeros.
 template <typename T>
 struct Block {
   int64_t b, h, first, count, filled, tiles;
@@ -102,7 +102,7 @@ struct Block {
     }
   }
 
-  // scores [tiles][64][64], of which `filled` rows mean something, scaled, -inf where not to look; keys are packed tile by tile
+  // scores [tiles][64][64], of which `filled` rows are used, scaled, -inf where masked; keys are packed tile by tile
   void scores(const Given<T>& given, const T* keys, float* to) const {
     const int64_t width = given.sizes.width();
     for (int64_t tile = 0; tile < tiles; tile++) {

@@ -1,5 +1,5 @@
-// Operands of matrix products from rows that lie anywhere: every matrix is a list of pointers to its rows, so that
-// gathering costs nothing of its own. Works on 32 bits at a time: a float, or two neighbours along the depth.
+// Operands of matrix products from scattered rows: every matrix is a list of pointers to its rows, so that gathering
+// costs nothing extra. Works on 32 bits at a time: a float, or two neighbours along the depth.
 #pragma once
 
 #include <omp.h>
@@ -10,11 +10,11 @@
 
 namespace r1pipe {
 
-// Numbers along the depth that lie together in 32 bits.
+// Numbers along the depth in 32 bits.
 template <typename T>
 constexpr int64_t STEP = 4 / sizeof(T);
 
-// Calls `run` for the type that the caller's tensors are of.
+// Calls `run` for the type of the caller's tensors.
 template <typename Run>
 inline void with_type(bool bf16, Run run) {
   if (bf16)
@@ -33,7 +33,7 @@ inline Rows<T> rows_of(const T* data, int64_t stride, int64_t count) {
   return rows;
 }
 
-// The columns [c, c + 16) of row k, or of the rows 2k and 2k + 1 with each column's two numbers together.
+// The columns [c, c + 16) of row k, or of the rows 2k and 2k + 1 with each column's two numbers adjacent.
 inline __m512i together(const float* const* rows, int64_t k, int64_t c, __mmask16 mask) {
   return _mm512_maskz_loadu_epi32(mask, rows[k] + c);
 }
@@ -118,7 +118,7 @@ template <typename T>
   }
 }
 
-// 16 numbers, widened and rounded; those outside the mask are 0, and stay.
+// 16 numbers, widened and rounded; those outside the mask are read as 0 and not written.
 inline __m512 load(const float* x, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, x); }
 inline __m512 load(const BFloat16* x, __mmask16 mask = 0xffff) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
@@ -127,7 +127,7 @@ inline void store(float* to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_st
 inline void store(BFloat16* to, __m512 x, __mmask16 mask = 0xffff) {
 #ifdef __AVX512BF16__
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-#else  // compiled, but not called: r1pipe/model/kernels/build.py asks for the instruction
+#else  // compiled, but not called: r1pipe/model/kernels/build.py requires the instruction
   alignas(64) float from[UNIT];
   alignas(32) BFloat16 out[UNIT];
   _mm512_store_ps(from, x);
@@ -159,7 +159,7 @@ inline __m512 sigmoid(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-// to = x with its pairs turned by the rotation (cosine, sine), or back by it
+// to = x with its pairs rotated by (cosine, sine), or by the inverse
 template <typename From, typename T>
 inline void turn(const From* x, const float* rotation, int64_t width, bool back, T* to) {
   const __m512 sign = _mm512_set1_ps(back ? -1.0f : 1.0f);

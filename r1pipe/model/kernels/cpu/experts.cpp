@@ -1,8 +1,8 @@
 // The routed experts' SwiGLUs, forward and backward, without a copy of the tokens for each of their experts; a dense
 // SwiGLU is one expert that every token visits.
 //
-// Tokens are worked on in chunks: a thread has a chunk's sums for itself and adds experts in their order, so that a
-// result depends on nobody's haste. Within a chunk, the rows of each expert are gathered block by block.
+// Tokens are processed in chunks: one thread has a chunk's sums and adds experts in order, so that results are
+// deterministic. Within a chunk, the rows of each expert are gathered block by block.
 
 #include "products.h"
 
@@ -15,7 +15,7 @@ struct Sizes {
   int64_t chunks() const { return (tokens + chunk - 1) / chunk; }
 };
 
-// Who visits whom: for each expert the rows of its visitors, chunk after chunk, each group filled up to UNIT.
+// The routing: for each expert the rows of its tokens, chunk by chunk, each group padded to UNIT.
 struct Visits {
   std::vector<int64_t> start;  // [experts * chunks + 1]
   std::vector<int64_t> slot;   // of each row: token * top_k + k, or -1
@@ -38,7 +38,7 @@ struct Layer {
   const T *x, *gate_up, *down;
   const float* weights_NK;  // null: 1
 
-  // Pointers to the rows of `of` [tokens, width] that the rows [first, first + count) stand for.
+  // Pointers to the rows of `of` [tokens, width] of the rows [first, first + count).
   void gather(const T* of, int64_t first, int64_t count, Rows<T>& rows) const {
     static thread_local std::vector<T> nothing;
     nothing.resize(sizes.width);
@@ -66,7 +66,7 @@ struct Layer {
     }
   }
 
-  // out = for each token the sum of what `block` (rows first, count; float results) gives for its experts
+  // out = for each token the sum of the results of `block` (rows first, count; float results) for its experts
   template <typename Block>
   void by_chunks(T* out, Block block) const {
 #pragma omp parallel for schedule(dynamic)
@@ -89,7 +89,7 @@ struct Layer {
   }
 };
 
-// hidden = silu(gate) * up * weight of each row; keeps gate and up.
+// hidden = silu(gate) * up * weight of each row; saves gate and up.
 template <typename T>
 void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_t count, T* kept, T* hidden) {
   const int64_t inner = layer.sizes.inner;
@@ -106,7 +106,7 @@ void activate(const Layer<T>& layer, const float* gate_up, int64_t first, int64_
   }
 }
 
-// The gradients of gate and up, the hidden state again, and the gradient of each row's weight.
+// The gradients of gate and up, the recomputed hidden state, and the gradient of each row's weight.
 template <typename T>
 void activate_back(const Layer<T>& layer, const float* d_hidden, int64_t first, int64_t count, const T* kept, T* hidden,
                    T* d_gate_up, float* d_weights) {
@@ -184,7 +184,7 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
   auto gathered = [&](const T* of) {
     return [&layer, of](int64_t first, int64_t count, Rows<T>& to) { layer.gather(of, first, count, to); };
   };
-  // with few experts, one's work goes to several threads
+  // with few experts, several threads share the work of one
   const int64_t parts = std::max<int64_t>(1, std::min({omp_get_max_threads() / E, 2 * I, D}));
 #pragma omp parallel for schedule(dynamic)
   for (int64_t task = 0; task < 2 * E * parts; task++) {

@@ -1,19 +1,19 @@
-// The whole model over a ragged batch of new tokens on the latent cache, in one call: prompts and decoding alike.
+// The whole model over a ragged batch of new tokens on the latent cache, in one call, for prefill and decoding.
 //
-// A layer is three passes over the batch: latents (every token's cache entry must be there before any token looks),
+// A layer is three passes over the batch: latents (every token's cache entry must be written before any attention),
 // attention and gate, experts. In decoding the first two are one. Threads share a pass by blocks of rows, or by
 // experts; every sum has a fixed order, so results do not depend on the threads. Attention is absorbed (V2 section
 // 2.1.2): keys and values are never expanded, as in r1pipe/model/mla.py `decode`, which together with moe.py is this
 // file's reference.
 //
 // N tokens, D hidden width, H heads, C latent width, R rotary width, W = C + R, E experts, K chosen, T the type of
-// weights, cache and what products read. What is added up stays in float.
+// weights, cache and operands of products. Sums stay in float.
 #include "latent_attention.h"
 #include "gate.h"
 
 namespace r1pipe {
 
-constexpr int64_t ROWS = 32;  // of a block: its activations stay in a core's own cache
+constexpr int64_t ROWS = 32;  // in a block, whose activations stay in a core's own cache
 
 template <typename T>
 class Forward {
@@ -74,9 +74,9 @@ class Forward {
   const Layer* layers;
   const Ends& ends;
   const Batch& b;
-  int64_t N;  // tokens at work
+  int64_t N;  // current tokens
   const int64_t W, sorted;
-  const bool alone;                // every token gets logits: no two are of one slot, and none waits for another
+  const bool alone;                // every token gets logits: all slots differ, and none waits for another
   float *x, *query;                // [N, D], the residual stream; [N, H, W]
   float *weights, *sorted_weights; // [N, K]; [N * K] by expert
   float* routed;                   // [N * K, D], by expert
@@ -150,7 +150,7 @@ class Forward {
                H * W);
   }
 
-  // Once the last layer's entries are written, only the tokens that get logits go on.
+  // Once the last layer's entries are written, only the tokens that get logits continue.
   void keep_wanted() {
     const int64_t width = s.heads * W;
     for (int64_t i = 0; i < b.wanted; i++) {
@@ -189,7 +189,7 @@ class Forward {
       choose(s, logits + r * s.experts, l.bias, chosen + (row + r) * s.top_k, weights + (row + r) * s.top_k);
   }
 
-  // The layer's items, largest first: what all tokens visit, then the experts' blocks of tokens.
+  // The layer's items, largest first: the part that all tokens visit, then the experts' blocks of tokens.
   void sort_by_expert(int64_t n) {
     count = 0;
     if (n < s.dense_layers || s.shared_inner)

@@ -22,7 +22,7 @@ inline void score(float* logits, int64_t experts, bool by_sigmoid) {
   for (int64_t e = 0; e < experts; e++) logits[e] /= total;
 }
 
-// Shuts the experts of all but the open groups: a group's score is the sum of its best experts'.
+// Closes the experts of all but the open groups: a group's score is the sum of its best experts'.
 inline void close_groups(const Shape& s, float* biased) {
   const int64_t size = s.experts / s.groups;
   float *of_group = scratch<float, struct OfGroup>(s.groups), *best = scratch<float, struct Best>(size);
@@ -38,7 +38,7 @@ inline void close_groups(const Shape& s, float* biased) {
   }
 }
 
-// logits [E], which it overwrites -> experts [K] and weights [K]. The bias (null: none) steers the choice alone.
+// logits [E], which it overwrites -> experts [K] and weights [K]. The bias (null: none) affects only the choice.
 inline void choose(const Shape& s, float* logits, const float* bias, int64_t* experts, float* weights) {
   score(logits, s.experts, s.sigmoid);
   float* biased = scratch<float, struct Biased>(s.experts);

@@ -18,8 +18,8 @@ namespace r1pipe {
 
 using BFloat16 = c10::BFloat16;
 
-constexpr int64_t UNIT = 16;   // numbers of a register, and what blocks of rows are filled up to
-constexpr int64_t PANEL = 64;  // outputs of a packed weight that lie together: see pack() in kernels/forward.py
+constexpr int64_t UNIT = 16;   // numbers in a register; blocks of rows are padded to a multiple
+constexpr int64_t PANEL = 64;  // adjacent outputs of a packed weight: see pack() in kernels/forward.py
 
 inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -27,7 +27,7 @@ inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * u
 inline __mmask16 first_of(int64_t left) { return left >= UNIT ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
 
 // The weight [outputs, depth] of a Linear as panels [outputs / 64][depth][64]; for BFloat16 two neighbours of the
-// depth lie together, [outputs / 64][depth / 2][64][2].
+// depth are adjacent, [outputs / 64][depth / 2][64][2].
 template <typename T>
 struct Packed {
   const T* data;
@@ -47,8 +47,8 @@ inline void multiply(const T* in, int64_t in_stride, int64_t rows, const Packed<
   }
 }
 
-// This thread's memory for one `Use`, a name: it grows and is kept between calls, since page faults cost more than what
-// is computed in it. Not initialised.
+// This thread's memory for one `Use`, a name: it grows and is kept between calls, since page faults cost more than the
+// computation. Not initialised.
 template <typename T, typename Use>
 inline T* scratch(int64_t count) {
   struct Block {
@@ -93,7 +93,7 @@ inline void narrow(const float* x, int64_t count, float scale, T* out) {
   for (int64_t i = 0; i < count; i++) put(out[i], x[i] * scale);
 }
 
-// e^x to 2 units in the last place, written so that compilers make it vectors; NaN stays NaN.
+// e^x to 2 units in the last place, written so that compilers vectorise it; NaN stays NaN.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;

@@ -6,7 +6,7 @@
 namespace r1pipe {
 
 constexpr int64_t AHEAD = 24;  // entries fetched before they are needed
-constexpr int64_t TILE = 4;    // heads, entries and registers of a context that are worked on together
+constexpr int64_t TILE = 4;    // heads, entries and registers of a context processed together
 
 // The sums of 16 registers, in their order.
 inline __m512 sums(const __m512 (&in)[UNIT]) {
@@ -25,7 +25,7 @@ inline __m512 sums(const __m512 (&in)[UNIT]) {
   return _mm512_add_ps(_mm512_shuffle_f32x4(b0, b1, 0x88), _mm512_shuffle_f32x4(b0, b1, 0xdd));
 }
 
-// How dot products and weighted sums are computed on entries of a type.
+// Dot products and weighted sums on entries of one type.
 template <typename T>
 struct Numbers;
 
@@ -74,7 +74,7 @@ inline void score_tile(const T* const (&query)[TILE], const T* const (&entry)[TI
   _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(all, 3));
 }
 
-// w = exp(scale * (w - max)) as T, zeros behind up to `filled` -> the factor that makes it the softmax of scale * w.
+// w = exp(scale * (w - max)) as T, zeros after them up to `filled` -> the factor that makes it the softmax of scale * w.
 // NaN stays NaN.
 template <typename T>
 inline float softmax(float* w, int64_t length, int64_t filled, float scale, T* out) {
@@ -113,8 +113,8 @@ inline void weigh_tile(const float* weight, int64_t weight_stride, const float* 
 }
 
 #ifdef __AVX512BF16__
-// The same two entries at a time: their values are interleaved, and their weights lie side by side already. Where
-// the second is missing, its weight is 0 and the last one stands in.
+// The same two entries at a time: their values are interleaved, and their weights are already adjacent. If the
+// second is missing, its weight is 0 and the last one takes its place.
 inline void weigh_tile(const BFloat16* weight, int64_t weight_stride, const BFloat16* value, int64_t value_stride,
                        int64_t last, int64_t left, float* out) {
   __m512 sum[TILE][TILE];
@@ -149,7 +149,7 @@ inline void weigh_tile(const BFloat16* weight, int64_t weight_stride, const BFlo
 }
 #endif
 
-// Fetches the first entries of a slot before they are needed: those of many slots lie in main memory.
+// Fetches the first entries of a slot before they are needed: those of many slots are in main memory.
 template <typename T>
 inline void fetch(const T* entries, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) _mm_prefetch(entries + i, _MM_HINT_T0);
@@ -164,13 +164,13 @@ void attend(const T* queries, int64_t heads, const T* entries, int64_t stride, i
   float *scores = scratch<float, struct Scores>(TILE * M), tile[UNIT * TILE * TILE], factor[TILE];
   T* weights = scratch<T, struct Softmax>(TILE * M);
   for (int64_t h = 0; h < heads; h += TILE) {
-    const int64_t some = std::min(TILE, heads - h);  // heads of this tile: the last one stands in for what lacks
+    const int64_t some = std::min(TILE, heads - h);  // heads of this tile: the last one replaces missing ones
     const T* query[TILE];
     for (int64_t k = 0; k < TILE; k++) query[k] = queries + (h + std::min(k, some - 1)) * width;
     for (int64_t m = 0; m < length; m += TILE) {
       const T* entry[TILE];
       for (int64_t j = 0; j < TILE; j++) entry[j] = entries + std::min(m + j, last) * stride;
-      fetch(entries + (m + AHEAD) * stride, TILE * stride);  // may lie beyond the cache: that does no harm
+      fetch(entries + (m + AHEAD) * stride, TILE * stride);  // may be beyond the cache, which is harmless
       score_tile(query, entry, width, scores + m, M);
     }
     for (int64_t k = 0; k < TILE; k++) factor[k] = softmax(scores + k * M, length, M, scale, weights + k * M);

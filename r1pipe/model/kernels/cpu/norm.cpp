@@ -1,4 +1,4 @@
-// RMSNorm over the last axis and rotary positions, forward and backward. Rows may lie apart.
+// RMSNorm over the last axis and rotary positions, forward and backward. Rows need not be adjacent.
 
 #include "blocks.h"
 
@@ -6,7 +6,7 @@ namespace {
 
 using namespace r1pipe;
 
-constexpr int64_t CHUNK = 128;  // rows whose part of the weight's gradient is summed at once: the order is fixed
+constexpr int64_t CHUNK = 128;  // rows whose part of the weight's gradient is summed at once, in a fixed order
 
 template <typename T>
 void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const T* x, const T* weight, T* out,

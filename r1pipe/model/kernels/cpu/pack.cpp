@@ -1,11 +1,11 @@
-// What kernels/build.py and kernels/forward.py ask for: whether products run, and weights in gemm.h's order.
+// For kernels/build.py and kernels/forward.py: whether products run, and packing of weights in gemm.h's order.
 #include <exception>
 
 #include "blocks.h"
 
 using namespace r1pipe;
 
-// Whether this torch and processor multiply at all: oneDNN may be switched off, or told to leave AVX-512 alone.
+// Whether products run with this torch and processor: oneDNN, or its use of AVX-512, may be switched off.
 extern "C" int64_t r1pipe_multiplies(int64_t bf16) {
   try {
     with_type(bf16, [&]<typename T>() {
@@ -20,7 +20,7 @@ extern "C" int64_t r1pipe_multiplies(int64_t bf16) {
   }
 }
 
-// weights [stack, outputs, depth] -> [stack, outputs / 64 rounded up, depth, 64]; what no output fills is left as it is
+// weights [stack, outputs, depth] -> [stack, outputs / 64 rounded up, depth, 64]; places without an output stay unchanged
 extern "C" void r1pipe_pack(int64_t bf16, const void* weights, int64_t stack, int64_t outputs, int64_t depth, void* to) {
   with_type(bf16, [&]<typename T>() {
     const int64_t size = up_to(outputs, PANEL) * depth;

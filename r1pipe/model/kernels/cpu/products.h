@@ -1,15 +1,15 @@
-// Products of many rows: of a Linear with its gradients, and what experts and head share with it.
+// Products of many rows: a Linear with its gradients, also used by experts and head.
 #pragma once
 
 #include "blocks.h"
 
 namespace r1pipe {
 
-constexpr int64_t BLOCK = 64;   // rows of one product: its operands stay in the nearer caches
+constexpr int64_t BLOCK = 64;   // rows of one product: its operands stay in the inner caches
 constexpr int64_t DEPTH = 256;  // rows that a weight's gradient is summed over in one product
 
-// To be made where a thread's share of work begins: gives back the tile registers (AMX) at its end, so that torch's own
-// products find them free.
+// Construct it where a thread's share of work begins: at its end it releases the tile registers (AMX) for torch's own
+// products.
 struct Tiles {
   ~Tiles() { at::native::cpublas::brgemm_release(); }
 };
@@ -26,14 +26,14 @@ inline Part part_of(int64_t whole, int64_t part, int64_t parts) {
   return {first, (part + 1) * whole / parts - first};
 }
 
-// What gives pointers to some of the rows that lie `stride` apart.
+// Gives pointers to some of the rows, which are `stride` apart.
 template <typename T>
 inline auto apart(const T* of, int64_t stride) {
   return [=](int64_t first, int64_t count, Rows<T>& to) { to = rows_of(of + first * stride, stride, count); };
 }
 
-// sums [outputs.count, columns] (+)= left^T right over `rows`, of whose left numbers the `outputs` are taken. Both
-// give pointers to rows; an odd row that bfloat16 would leave without its neighbour is paired with zeros.
+// sums [outputs.count, columns] (+)= left^T right over `rows`, taking the columns `outputs` of left. Both
+// give pointers to rows; in bfloat16 an odd last row is paired with zeros.
 template <typename T, typename Left, typename Right>
 inline void weight_gradient(Span rows, Part outputs, int64_t columns, Left left, Right right, bool add, float* sums) {
   static thread_local Rows<T> pointers;
@@ -54,7 +54,7 @@ inline void weight_gradient(Span rows, Part outputs, int64_t columns, Left left,
   }
 }
 
-// The rows [first, first + BLOCK) of x, or as many as there are; the last ones copied and filled up to UNIT, because
+// The rows [first, first + BLOCK) of x, or as many as there are; the last ones copied and padded to UNIT, because
 // the products compile a kernel for every number of rows.
 template <typename T>
 struct RowBlock {

@@ -8,7 +8,6 @@ it has unless `dtype` says otherwise; FP8 is dequantised when a job loads it. `t
 the stages write them. MTP layers travel along; the stages do not train them.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 TEMPLATE_FILE = "chat_template.jinja"  # where newer transformers put what tokenizer_config.json used to hold
 
@@ -66,9 +65,7 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
         settings = read_object(source / TOKENIZER_FILES[1])
         if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
             settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
-        (target / TOKENIZER_FILES[1]).write_text(
-            json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(target / TOKENIZER_FILES[1], settings, indent=2)
         if not (source / TOKENIZER_FILES[0]).is_file():
             raise CheckpointError(f"{source / TOKENIZER_FILES[0]} is missing")
         (target / TOKENIZER_FILES[0]).write_bytes((source / TOKENIZER_FILES[0]).read_bytes())
@@ -99,7 +96,7 @@ def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
             for key, value in read_object(source / "config.json").items()
             if key.endswith("_token_id")
         }
-    (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(target / GENERATION, content)
 
 
 if __name__ == "__main__":

@@ -195,9 +195,9 @@ LINES = ['{"step": 1, "a": 1.0}\n', '{"step": 2, "a": 2.0}\n', '{"step": 3, "a":
         ("".join(LINES)[:-1], "line 3 must be step 3 of the 3"),
         ("".join(LINES[1:]), "line 1 must be step 1 of the 3"),
         ("".join([LINES[0], *LINES]), "line 2 must be step 2 of the 3"),
-        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is no JSON"),
-        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 holds no step with its numbers"),
-        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 holds no step"),
+        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is not JSON"),
+        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 does not hold a step and its numbers"),
+        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 does not hold a step"),
     ],
 )
 def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, content, told):
@@ -216,7 +216,7 @@ def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, c
 
 def test_damaged_metrics_name_their_line_where_the_best_checkpoint_is_looked_for(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(LINES[0].encode() + b'{"step": 2, "a": \xff}\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is no JSON"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is not JSON"):
         retention.best(tmp_path / "metrics.jsonl", {1, 2}, "a", "max")
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.types import Example, Prompt
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"

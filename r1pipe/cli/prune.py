@@ -12,7 +12,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem,
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.placing import key_of
 from r1pipe.runs import lineage
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import Lock, check_not_running
 
 DAY_S = 86400.0

@@ -24,7 +24,7 @@ from r1pipe.core.formatting import number
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, harmless, signed
 from r1pipe.runs import lineage
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
 from r1pipe.runs.stored import stored_runs
 

@@ -9,7 +9,7 @@ from r1pipe.config import STAGE_TYPES, ParentRef, RunConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
 from r1pipe.runs.lineage.moved import present, with_present_parents
 from r1pipe.runs.lineage.places import BUNDLED, Place, bundled, is_run, of_folder, of_run, of_stage, runs

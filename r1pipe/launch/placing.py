@@ -21,7 +21,7 @@ from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, history, lineage
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import check_not_running, was_interrupted
 
 NOT_THE_JOBS = ("root", "parent", "recipe", "engine.name")  # keys: how a thing is called, or what comes after

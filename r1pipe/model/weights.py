@@ -3,7 +3,6 @@
 A folder holds safetensors under the published per-expert names and config.json in the published format.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from r1pipe.model.names import (
 from r1pipe.model.reading import PLAIN, SCALE, Stored, check
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.model.writing import SHARD_BYTES, write_shards
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 GENERATION = "generation_config.json"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -62,7 +61,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _write_config(folder: Path, content: dict[str, Any]) -> None:
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, content, indent=2)
 
 
 @torch.no_grad()

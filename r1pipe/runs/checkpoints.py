@@ -15,7 +15,7 @@ from pathlib import Path
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import heartbeat
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
     """List every file of a finished checkpoint with its hash."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, {"files": hashes})
 
 
 def manifest_hash(folder: Path | str) -> str:

@@ -5,7 +5,6 @@ A line of config_history.jsonl each time: {"time": "2026-11-25T03:56:34+00:00", 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from shutil import copyfile
@@ -13,7 +12,7 @@ from typing import Any
 
 from r1pipe.config.changes import Change, changes
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import append_line, read_json
 
 
 def note(run: RunFolder, changed: Sequence[Change]) -> None:
@@ -21,8 +20,7 @@ def note(run: RunFolder, changed: Sequence[Change]) -> None:
     if changed:
         told = {change.key: [change.old, change.new] for change in changed}
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "changed": told}
-        with run.config_history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(run.config_history, row)
 
 
 def note_code(run: RunFolder, env: Mapping[str, Any], diff: str) -> list[Change]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import heartbeat, processes
+from r1pipe.runs.files import write_json
 
 LEASE_S = 60.0  # a holder on another machine that has shown no life for so long is taken for dead
 RENEW_S = 10.0
@@ -55,9 +56,7 @@ class Holder:
             return None
 
     def write(self, path: Path) -> None:
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, asdict(self), indent=None)
 
 
 class Lock:

@@ -1,17 +1,15 @@
 """record.json: what made a checkpoint, written last. Its parents, data, config, code, and their hashes."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
 from r1pipe.core.paths import SET_ASIDE, RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
-from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail, read_object
 from r1pipe.runs.record import OWN_HASH, Code, Edge, History, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
@@ -107,13 +105,6 @@ def _files(folder: RunFolder) -> dict[str, str]:
 
 def _lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: other processes watch for these files."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _code(folder: RunFolder) -> Code:

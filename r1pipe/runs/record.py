@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
 STRICT = ConfigDict(strict=True, extra="allow")  # "3" is no number; other versions may have other keys

@@ -12,7 +12,7 @@ from r1pipe.config import RLConfig, StageConfig
 from r1pipe.core.errors import nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
-from r1pipe.runs.metrics_file import metric_lines
+from r1pipe.runs.files import metric_lines
 
 
 def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> None:

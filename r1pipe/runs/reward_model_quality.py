@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import number, percent
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.record import checked
 
 HELPFUL, HARMLESS = "helpful", "harmless"

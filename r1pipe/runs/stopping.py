@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from r1pipe.runs.files import write_text
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)
 AT_ONCE = "at once"
@@ -41,9 +43,7 @@ class Agreeing(Protocol):
 
 def request(path: Path, number: int, at_once: bool = False) -> None:
     """Ask the ranks of a job to stop, as the signal `number` would."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(f"{number} {AT_ONCE if at_once else ''}", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, f"{number} {AT_ONCE if at_once else ''}")
 
 
 _asked = 0  # the number of the signal that asked this process to stop

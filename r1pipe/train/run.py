@@ -23,10 +23,10 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.data.source import Source, check_data_unchanged, open_data
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.moved import with_present_parents
-from r1pipe.runs.provenance import job_record, write_json
+from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
 from r1pipe.runs.stopping import Interrupted, listening
 from r1pipe.train.engine.ranks import Ranks, exit_immediately_with, rank_and_world

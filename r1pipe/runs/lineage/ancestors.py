@@ -15,7 +15,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs import data_files as datafiles
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage import fit, moved, places
 from r1pipe.runs.record import OWN_HASH, Record, edges, own_hash, read_record, record_beside
 from r1pipe.runs.stored import launched_with

@@ -11,7 +11,7 @@ from r1pipe.config import ModelConfig, ParentRef
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import inside
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 

@@ -13,7 +13,7 @@ from r1pipe.config.groups import read
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.record import record_of
 from r1pipe.runs.stored import finished, stage_name, stored_runs
 

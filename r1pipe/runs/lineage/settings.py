@@ -9,7 +9,7 @@ from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage.places import is_run
 
 

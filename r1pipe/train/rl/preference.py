@@ -3,7 +3,6 @@
 A checkpoint holds a folder for each model; one that is finished has quality.json in it.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, told
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
@@ -237,4 +237,4 @@ def _export(
             models.standardise(model, scores)
     models.save_reward_model(model, folder / examples.kind)
     if quality:
-        (folder / examples.kind / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / examples.kind / QUALITY, quality)

@@ -52,7 +52,7 @@ def measure(
         return ranks.all_gather_objects(mine)
 
     with stopping.leaving_early(ranks):
-        evaluation = _measure(run, ranks, model, chat, source, config, gather, stopping.asked)
+        evaluation = _measure(run, ranks, model, chat, source, config, gather, stopping.requested)
     if too_long := evaluation.metrics["too_long"]:
         run.warn(
             f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "

@@ -130,7 +130,7 @@ def test_a_record_that_leads_out_of_its_run_is_refused(tmp_path: Path, where: st
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps(record | {"checkpoint": where}))
     with pytest.raises(CheckpointError, match=r"record\.json: .* is no file of"):
-        lineage.of_run(RunFolder(folder))
+        lineage.checkpoint_of_run(RunFolder(folder))
     with pytest.raises(EnvironmentProblem, match=r"record\.json: .* is no file of"):
         sync(tmp_path)
 

@@ -48,7 +48,7 @@ def samples(
     """Show the run's rows. Raises R1pipeError for a run, a step or a filter that is not there."""
     wanted = Filter.of(asked.rewards, asked.text)
     steps = None if asked.step is None else steps_of(asked.step)
-    run = run_of(name, lineage.Place.of(compose(overrides).config))
+    run = run_of(name, lineage.SearchPath.of(compose(overrides).config))
     if has_rollouts(run):
         found, rows, source = of_rollouts(run, steps, wanted, asked.limit)
     else:
@@ -75,7 +75,7 @@ SAMPLES = TypeAdapter(list[Sample])
 # --- which run, which steps
 
 
-def run_of(name: str, place: lineage.Place) -> RunFolder:
+def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
     """A run id, a run's folder, or a stage: its newest run in this pipeline that has something to show.
 
     An unfinished run is as good as a finished one. Raises CheckpointError.

@@ -236,7 +236,7 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
     checkpoints.write_manifest(first.checkpoint(2))
     valid = json.loads(first.record.read_text())
     valid["checkpoint_hash"] = checkpoints.manifest_hash(first.checkpoint(2))
-    start = lineage.of_folder(first.checkpoint(2))
+    start = lineage.checkpoint_of_folder(first.checkpoint(2))
 
     def act(content: bytes) -> None:
         first.record.write_bytes(content)
@@ -249,7 +249,7 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
         naming.final_metrics(record)
         naming.provenance(record)
         naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
-        lineage.of_run(first)
+        lineage.checkpoint_of_run(first)
 
     return json_file(valid), act
 

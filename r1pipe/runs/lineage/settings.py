@@ -10,7 +10,7 @@ from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import read_object
-from r1pipe.runs.lineage.places import is_run
+from r1pipe.runs.lineage.lookup import is_run
 
 
 def settings_of(parent: ParentRef, given: set[str]) -> list[str]:

@@ -22,7 +22,7 @@ def quality(context: Context, name: str) -> Finding:
     parent = context.config.reads_from[judges.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     status, told, remedy = PASS, [], ""
-    for kind in judges.kinds_asked(preference):
+    for kind in judges.requested_kinds(preference):
         folder = Path(parent.checkpoint) / kind
         if not folder.is_dir():
             verdict, shown = FAIL, f"{kind}: none"
@@ -46,7 +46,7 @@ def _judged(
     if not held_out:
         return WARN, f"{kind}: no held-out examples to judge it on", ""
     measured, _ = standing(model, kind, held_out, context.chat.pad_id)
-    shown = judges.told(kind, measured)
+    shown = judges.describe(kind, measured)
     if beyond := judges.shortfalls(kind, measured, preference):
         return (WARN if preference.force else FAIL), shown, f"{'; '.join(beyond)}: "
     near = judges.shortfalls(kind, measured, preference, context.limits.judges_margin)

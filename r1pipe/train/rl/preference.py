@@ -26,7 +26,7 @@ from r1pipe.rewards.models import RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
-from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, told
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.run import Run
@@ -232,7 +232,7 @@ def _export(
     quality = None
     if finished:
         quality, scores = standing(model, examples.kind, examples.held_out, examples.pad_id)
-        log.info("%s", told(examples.kind, quality))
+        log.info("%s", describe(examples.kind, quality))
         if examples.kind == HELPFUL:
             models.standardise(model, scores)
     models.save_reward_model(model, folder / examples.kind)

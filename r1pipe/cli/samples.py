@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from r1pipe.cli.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
 from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -25,7 +26,6 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, harmless, signed
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_object
-from r1pipe.runs.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
 from r1pipe.runs.stored import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it

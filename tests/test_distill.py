@@ -196,9 +196,9 @@ def test_without_samples_one_line_says_how_to_get_them(house: House, capsys: pyt
     ("file", "key", "value", "told"),
     [
         ("tokenizer.json", "model", {"vocab": {"a": 0, "b": 1}}, "has another tokenizer than"),
-        ("tokenizer.json", "model", {"vocab": {"a": 5000}}, "says vocab_size=1152"),
+        ("tokenizer.json", "model", {"vocab": {"a": 5000}}, "has vocab_size=1152"),
         ("tokenizer_config.json", "chat_template", "{{ other }}", "has another chat template than"),
-        ("config.json", "hidden_size", 128, "has hidden_size=128, but the config says"),
+        ("config.json", "hidden_size", 128, "has hidden_size=128, but the config has"),
     ],
 )
 def test_a_student_that_does_not_fit_is_refused(

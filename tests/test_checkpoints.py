@@ -179,7 +179,7 @@ def test_a_run_that_never_saved_starts_from_its_beginning(folder):
 def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path, name):
     finished(tmp_path, 1)
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps({"files": {name: "0" * 64}}))
-    with pytest.raises(CheckpointError, match="is no file of"):
+    with pytest.raises(CheckpointError, match="is not a file of"):
         checkpoints.verify(tmp_path / "step-1")
 
 
@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_line(small_disk, engin
         save(run, engine, 2)
     assert left.value.code == 2
     told = (folder / "error.txt").read_text()
-    assert told.count("\n") == 1 and "is full" in told and "goes on from the last checkpoint" in told
+    assert told.count("\n") == 1 and "is full" in told and "resumes from the last checkpoint" in told
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
     ballast.unlink()
     with open_run(folder) as run:

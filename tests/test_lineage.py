@@ -208,7 +208,7 @@ def test_a_manifest_made_anew_for_other_weights_is_found_by_the_child(family):
         ({"config_hash": "00"}, "is not the config that"),
         ({"parents": {"weights": None, "data": []}}, "names other parents than"),
         ({"run_id": "grpo-s0-9"}, "is the record of another run"),
-        ({"checkpoint": "../../elsewhere"}, "is no file of"),
+        ({"checkpoint": "../../elsewhere"}, "is not a file of"),
         ({"checkpoint_hash": "00"}, "names another checkpoint_hash"),
         ({"template_hash": "00"}, "has another template than"),
         ({"parents": [1, 2]}, "parents is wrong (Input should be a valid dictionary)"),

@@ -55,7 +55,7 @@ def available(device: torch.device, ranks: int) -> float:
 
 def disk(context: Context, name: str) -> Finding:
     """Room for the checkpoints that the run keeps, where they will be written."""
-    needed, free = footprint.room(context.config)
+    needed, free = footprint.disk_space(context.config)
     shown = footprint.disk(context.config)
     if free < needed:
         return Finding(name, FAIL, shown, "free some, give root=DIR on another disk, or lower stage.keep")

@@ -51,9 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary.replace(path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
@@ -138,7 +142,7 @@ def cut_metrics_after(path: Path, step: int) -> None:
     """
     if step == 0:
         if path.exists():
-            write_text(path, "")
+            write_bytes(path, b"")
         return
     kept = [(line, row["step"]) for line, row in metric_lines(path) if row["step"] <= step]
     steps = [logged for _, logged in kept]
@@ -148,7 +152,7 @@ def cut_metrics_after(path: Path, step: int) -> None:
             f"{path} is not whole: line {gap} must be step {gap} of the {step} that the checkpoint has; "
             f"{REMEDY}"
         )
-    _write_lines(path, [line for line, _ in kept])
+    write_bytes(path, b"".join(line for line, _ in kept))
 
 
 def cut_tripwires_after(path: Path, step: int) -> None:
@@ -157,9 +161,5 @@ def cut_tripwires_after(path: Path, step: int) -> None:
     Raises CheckpointError naming a damaged line.
     """
     if path.exists():
-        _write_lines(path, [line for line, row in _strict_lines(path, False) if row["step"] <= step])
-
-
-def _write_lines(path: Path, lines: list[bytes]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(lines))
+        lines = _strict_lines(path, numbers_only=False)
+        write_bytes(path, b"".join(line for line, row in lines if row["step"] <= step))

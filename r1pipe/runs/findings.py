@@ -38,11 +38,11 @@ def as_json(stage: str, seconds: float, findings: Sequence[Finding]) -> str:
     return json.dumps(content, ensure_ascii=False, indent=2)
 
 
-def show(stage: str, seconds: float, findings: Sequence[Finding], console: Console | None = None) -> None:
+def show(stage: str, seconds: float, findings: Sequence[Finding]) -> None:
     """Print the table and the counts."""
-    console = console or Console()
+    console = Console()
     if not console.is_terminal:
-        console = Console(file=console.file, width=WIDTH, color_system=None)
+        console = Console(width=WIDTH, color_system=None)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "verdict", "measured", "remedy"):
         table.add_column(column, overflow="fold")

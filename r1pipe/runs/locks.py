@@ -174,9 +174,10 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
 def was_interrupted(run: RunFolder) -> bool:
     """Whether the command that held the run last never returned; one on another machine counts as such."""
     holder = Holder.read(run.pid)
-    if holder is None or not holder.is_here:
-        return holder is not None
-    return not any(processes.is_alive(pid, began) for pid, began in holder.processes[:1])  # r1pipe itself
+    if holder is None:
+        return False
+    commands = holder.processes[:1] if holder.is_here else []  # the first process is r1pipe itself
+    return not any(processes.is_alive(pid, began) for pid, began in commands)
 
 
 def live_launchers(holder: Holder | None) -> list[int]:

@@ -143,7 +143,7 @@ def test_a_stage_script_is_a_name_in_stages(script: str) -> None:
 
 @pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd", "a/../../b.jsonl"])
 def test_a_source_stays_in_the_data_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"leads out of data\.path"):
+    with pytest.raises(ConfigError, match=r"is outside data\.path"):
         Files(config(tmp_path, reasoning=[source(path=name)]))
 
 

@@ -19,22 +19,21 @@ CHUNK = 1 << 20  # bytes
 def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
     """Kind -> files of its sources, in order.
 
-    `data.path` may be the folder of all sources. If it is a file, it replaces all sources of the first kind
-    that has any. Raises ConfigError.
+    `data.path` may be the folder of all sources, whose files may be links to elsewhere. If it is a file, it
+    replaces all sources of the first kind that has any. Raises ConfigError.
     """
-    path = data["path"]
-    main = next((kind for kind in KINDS if data[kind]), None)
     files = {kind: [Path(source["path"]) for source in data[kind]] for kind in KINDS}
-    if path and Path(path).is_dir():
-        return {kind: [_in_folder(name, Path(path), kind) for name in files[kind]] for kind in KINDS}
-    return files | ({main: [Path(path)]} if path and main else {})
-
-
-def _in_folder(name: Path, folder: Path, kind: str) -> Path:
-    """A source's file in `data.path`, where links may point elsewhere. Raises ConfigError."""
-    if name.is_absolute() or ".." in name.parts:
-        raise ConfigError(f"data.{kind}: {name} is outside data.path={folder}; give a name in it")
-    return folder / name
+    if not data["path"]:
+        return files
+    path = Path(data["path"])
+    if not path.is_dir():
+        first = next((kind for kind in KINDS if data[kind]), None)
+        return files | ({first: [path]} if first else {})
+    for kind, names in files.items():
+        for name in names:
+            if name.is_absolute() or ".." in name.parts:
+                raise ConfigError(f"data.{kind}: {name} is outside data.path={path}; give a name in it")
+    return {kind: [path / name for name in names] for kind, names in files.items()}
 
 
 def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:

@@ -23,9 +23,7 @@ def read_object(path: Path) -> Row:
         raise CheckpointError(f"{path} is missing; is this a checkpoint folder?") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path.parent} is a file; give the folder of a checkpoint") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply; copy the checkpoint again") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
     except OSError as error:
         why = error.strerror

@@ -133,7 +133,7 @@ def check_not_running(run: RunFolder) -> None:
     launchers = live_launchers(holder)
     if launchers:
         raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {launchers[-1]}{since}); "
+            f"run {run.run_id} is already running (process {launchers[-1]}{since}); "
             "wait for it, or start another: --fresh"
         )
     ranks = live_ranks(run, holder)
@@ -146,7 +146,7 @@ def check_not_running(run: RunFolder) -> None:
     age_s = seconds_since_heartbeat(run) if holder and not holder.is_here else LEASE_S
     if holder and age_s < LEASE_S:
         raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {holder.processes[-1][0]}{since}); wait for it, "
+            f"run {run.run_id} is already running (process {holder.processes[-1][0]}{since}); wait for it, "
             f"or start another: --fresh; if that machine is gone, try again in {LEASE_S - age_s:.0f} s"
         )
 

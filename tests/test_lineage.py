@@ -344,7 +344,7 @@ def test_parents_with_other_tokens_or_templates_are_refused_in_one_line(family):
         ("tokenizer_config.json", {"chat_template": "other"}, "has another chat template than"),
         ("tokenizer.json", {"model": {"vocab": {"a": 9}}}, r"has token 9, but .* has vocab_size=4"),
         ("tokenizer.json", {"model": 3}, "the vocabulary cannot be read"),
-        ("tokenizer_config.json", {}, "holds no chat_template"),
+        ("tokenizer_config.json", {}, "has no chat_template"),
     ):
         path = family.grpo / "checkpoints/step-1" / name
         before = path.read_text()

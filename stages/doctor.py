@@ -13,7 +13,7 @@ from dataclasses import asdict
 from r1pipe.config import StageConfig
 from r1pipe.doctor import Context, examine
 from r1pipe.doctor.context import limits
-from r1pipe.runs.provenance import write_json
+from r1pipe.runs.files import write_json
 from r1pipe.train.run import open_run
 
 

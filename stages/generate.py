@@ -21,7 +21,7 @@ from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import DeepseekV3, load_pretrained, model_config_from
 from r1pipe.model.weights import GENERATION
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rollout import Sampler, SamplingParams
 

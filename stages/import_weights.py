@@ -8,7 +8,6 @@ given; FP8 is dequantised when a job loads it. `target` becomes a checkpoint lik
 layers are included.
 """
 
-import json
 import sys
 from pathlib import Path
 from shutil import copyfile
@@ -25,7 +24,7 @@ from r1pipe.model.names import layer_of
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 TEMPLATE_FILE = "chat_template.jinja"  # newer transformers have it here, not in tokenizer_config.json
 
@@ -64,9 +63,7 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
         settings = read_object(source / TOKENIZER_FILES[1])
         if "chat_template" not in settings and (source / TEMPLATE_FILE).exists():
             settings["chat_template"] = (source / TEMPLATE_FILE).read_text(encoding="utf-8")
-        (target / TOKENIZER_FILES[1]).write_text(
-            json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(target / TOKENIZER_FILES[1], settings, indent=2)
         if not (source / TOKENIZER_FILES[0]).is_file():
             raise CheckpointError(f"{source / TOKENIZER_FILES[0]} is missing")
         copyfile(source / TOKENIZER_FILES[0], target / TOKENIZER_FILES[0])
@@ -94,7 +91,7 @@ def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
     else:
         config = read_object(source / "config.json")
         content = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    (target / GENERATION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(target / GENERATION, content)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(folder: str) -> None:
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
             slots, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.asked)
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.requested)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:

@@ -11,7 +11,7 @@ from r1pipe.cli import commands as cli
 from r1pipe.config.compose import compose
 from r1pipe.launch import command as launch
 from r1pipe.runs import machine
-from r1pipe.runs.lineage import places
+from r1pipe.runs.lineage import lookup
 
 # Takes the launcher's arguments; like it, it forgets the code of a child that was killed (137 = SIGKILL).
 LAUNCHER = f"""#!/bin/sh
@@ -57,6 +57,6 @@ def build_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     publish(content / "base", compose([]).config.model, "weights of the bundled base", "pretrain")
     monkeypatch.setattr(machine, "find_launcher", lambda engine: str(launcher))
     monkeypatch.setattr(launch, "stages_dir", lambda: stages)
-    monkeypatch.setattr(places, "content_dir", lambda: content)
+    monkeypatch.setattr(lookup, "content_dir", lambda: content)
     monkeypatch.delenv("FAKE", raising=False)
     return House(tmp_path / "runs")

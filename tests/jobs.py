@@ -14,7 +14,7 @@ import torch
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig, RunConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.model import DeepseekV3
-from r1pipe.runs.provenance import write_json
+from r1pipe.runs.files import write_json
 
 TINY = [
     "model.hidden_size=32",

@@ -46,7 +46,7 @@ def untaught(tmp_path: Path) -> Path:
 
 def ran(tmp_path: Path, reward_model: Path, *overrides: str) -> Path:
     words = ["stage=all_scenario", "stage.max_steps=3", "stage.preference.last_steps=1", *overrides]
-    folder = tiny_run(tmp_path / "run", *words, reward_model=lineage.of_folder(reward_model))
+    folder = tiny_run(tmp_path / "run", *words, reward_model=lineage.checkpoint_of_folder(reward_model))
     load_stage("all_scenario").main(str(folder))
     return folder
 

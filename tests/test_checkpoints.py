@@ -179,7 +179,7 @@ def test_a_run_that_never_saved_starts_from_its_beginning(folder):
 def test_a_manifest_cannot_name_what_lies_elsewhere(tmp_path, name):
     finished(tmp_path, 1)
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps({"files": {name: "0" * 64}}))
-    with pytest.raises(CheckpointError, match="is no file of"):
+    with pytest.raises(CheckpointError, match="is not a file of"):
         checkpoints.verify(tmp_path / "step-1")
 
 
@@ -195,9 +195,9 @@ LINES = ['{"step": 1, "a": 1.0}\n', '{"step": 2, "a": 2.0}\n', '{"step": 3, "a":
         ("".join(LINES)[:-1], "line 3 must be step 3 of the 3"),
         ("".join(LINES[1:]), "line 1 must be step 1 of the 3"),
         ("".join([LINES[0], *LINES]), "line 2 must be step 2 of the 3"),
-        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is no JSON"),
-        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 holds no step with its numbers"),
-        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 holds no step"),
+        ("".join(LINES).encode().replace(b"2.0", b"2\xff0"), "metrics.jsonl line 2 is not JSON"),
+        ("".join(LINES).replace("2.0", '"2"'), "metrics.jsonl line 2 does not hold a step and its numbers"),
+        ("[1]\n" + "".join(LINES), "metrics.jsonl line 1 does not hold a step"),
     ],
 )
 def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, content, told):
@@ -216,7 +216,7 @@ def test_a_run_with_damaged_metrics_is_refused_with_the_remedy(folder, engine, c
 
 def test_damaged_metrics_name_their_line_where_the_best_checkpoint_is_looked_for(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(LINES[0].encode() + b'{"step": 2, "a": \xff}\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is no JSON"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2 is not JSON"):
         retention.best(tmp_path / "metrics.jsonl", {1, 2}, "a", "max")
 
 
@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_one_line(small_disk, engin
         save(run, engine, 2)
     assert left.value.code == 2
     told = (folder / "error.txt").read_text()
-    assert told.count("\n") == 1 and "is full" in told and "goes on from the last checkpoint" in told
+    assert told.count("\n") == 1 and "is full" in told and "resumes from the last checkpoint" in told
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-1"]
     ballast.unlink()
     with open_run(folder) as run:

@@ -52,7 +52,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> ParentRef:
     folder = tmp_path_factory.mktemp("student") / "pretrain-s0-1"
-    return lineage.of_run(finished(folder, "stage=pretrain", STUDENT, "stage.max_steps=1"))
+    return lineage.checkpoint_of_run(finished(folder, "stage=pretrain", STUDENT, "stage.max_steps=1"))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def distilled(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "epochs_of", spy)
         folder = tmp_path_factory.mktemp("distilled") / "distill-s0-1"
-        run = finished(folder, *DISTILL, *RATE, weights=student, rejection_sft=lineage.of_run(teacher))
+        run = finished(
+            folder, *DISTILL, *RATE, weights=student, rejection_sft=lineage.checkpoint_of_run(teacher)
+        )
     return run, trained
 
 
@@ -103,7 +105,7 @@ def test_its_lineage_has_the_student_and_the_samples(
     (data,) = record["parents"]["data"]
     assert (data["run_id"], data["record_hash"]) == (teacher.run_id, theirs["record_hash"])
     assert record["parents"]["weights"]["hash"] == student.hash
-    walk = list(lineage.ancestors(lineage.of_run(run)))
+    walk = list(lineage.ancestors(lineage.checkpoint_of_run(run)))
     assert [one.problems for one in walk] == [()] * len(walk)
     edges = [(one.edge, one.parent.stage) for one in walk if one.depth == 1]
     assert edges == [("weights", "pretrain"), ("data", "rejection_sft")]
@@ -133,9 +135,11 @@ def test_damaged_samples_are_refused_and_the_lineage_names_them(
         shutil.copytree(run.path, tmp_path / run.run_id)
     copy = RunFolder(tmp_path / teacher.run_id)
     damage(copy.dataset)
-    walk = lineage.ancestors(lineage.of_run(copy))
+    walk = lineage.ancestors(lineage.checkpoint_of_run(copy))
     assert str(copy.dataset) in next(walk).problem
-    folder = tiny_run(tmp_path / "again", *DISTILL, weights=student, rejection_sft=lineage.of_run(copy))
+    folder = tiny_run(
+        tmp_path / "again", *DISTILL, weights=student, rejection_sft=lineage.checkpoint_of_run(copy)
+    )
     with pytest.raises(SystemExit) as ended:
         load_stage("distill").main(str(folder))
     told = (folder / "error.txt").read_text()
@@ -192,9 +196,9 @@ def test_without_samples_one_line_says_how_to_get_them(house: House, capsys: pyt
     ("file", "key", "value", "told"),
     [
         ("tokenizer.json", "model", {"vocab": {"a": 0, "b": 1}}, "has another tokenizer than"),
-        ("tokenizer.json", "model", {"vocab": {"a": 5000}}, "says vocab_size=1152"),
+        ("tokenizer.json", "model", {"vocab": {"a": 5000}}, "has vocab_size=1152"),
         ("tokenizer_config.json", "chat_template", "{{ other }}", "has another chat template than"),
-        ("config.json", "hidden_size", 128, "has hidden_size=128, but the config says"),
+        ("config.json", "hidden_size", 128, "has hidden_size=128, but the config has"),
     ],
 )
 def test_a_student_that_does_not_fit_is_refused(

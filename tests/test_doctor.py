@@ -310,7 +310,7 @@ def test_an_end_that_the_weights_do_not_stop_at(context: Make, tmp_path: Path) -
         shutil.copyfile(content_dir() / "tokenizer" / name, base / name)
     (base / "generation_config.json").write_text('{"eos_token_id": 5}')
     checkpoints.write_manifest(base)
-    seen = found(context(*GRPO, weights=lineage.of_folder(base)), "end of sequence")
+    seen = found(context(*GRPO, weights=lineage.checkpoint_of_folder(base)), "end of sequence")
     assert seen.status == FAIL and "ends at (5,)" in seen.remedy
 
 
@@ -492,7 +492,7 @@ def untaught(tmp_path: Path) -> Path:
 
 
 def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) -> None:
-    parent = lineage.of_folder(untaught)
+    parent = lineage.checkpoint_of_folder(untaught)
     poor = found(context("stage=all_scenario", UNFORCED, reward_model=parent), "reward models")
     assert poor.status == FAIL and "helpful: 50.0% of" in poor.value and "harmless: none" in poor.value
     shutil.rmtree(untaught.parent / "run")
@@ -504,7 +504,7 @@ def test_a_reward_model_that_has_learned_nothing(context: Make, untaught: Path) 
 def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
     context: Make, untaught: Path
 ) -> None:
-    parent = lineage.of_folder(untaught)
+    parent = lineage.checkpoint_of_folder(untaught)
     without = "stage.preference.harmless_weight=0"
     forced = found(context("stage=all_scenario", FORCE, without, reward_model=parent), "reward models")
     assert forced.status == WARN and "below stage.preference.min_accuracy" in forced.remedy
@@ -515,7 +515,7 @@ def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
 
 
 def test_a_reward_model_that_pays_for_words(context: Make, untaught: Path) -> None:
-    examined = context("stage=all_scenario", UNFORCED, reward_model=lineage.of_folder(untaught))
+    examined = context("stage=all_scenario", UNFORCED, reward_model=lineage.checkpoint_of_folder(untaught))
     scored = reward_models.standing
 
     def wordy(*known: Any) -> Any:
@@ -530,7 +530,7 @@ def test_a_reward_model_that_pays_for_words(context: Make, untaught: Path) -> No
 
 
 def test_a_reward_model_whose_file_has_changed(context: Make, untaught: Path) -> None:
-    parent = lineage.of_folder(untaught)
+    parent = lineage.checkpoint_of_folder(untaught)
     weights = untaught / "helpful" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     seen = by_name(context("stage=all_scenario", reward_model=parent))["reward models"]
@@ -553,7 +553,7 @@ def scenario(context: Make, tmp_path: Path) -> Context:
     """All-scenario training with reward models of both kinds, and a probe of general prompts too."""
     folder = reward_models_in(tmp_path / "reward_model", "helpful", "harmless", head=0.5)
     words = ["stage=all_scenario", "stage.sampling.max_tokens=24"]
-    return context(*words, reward_model=lineage.of_folder(folder))
+    return context(*words, reward_model=lineage.checkpoint_of_folder(folder))
 
 
 def test_general_completions_that_judges_cannot_read(scenario: Context) -> None:

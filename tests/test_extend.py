@@ -52,7 +52,7 @@ def test_a_finished_run_is_extended_and_its_children_keep_their_parent(
     assert (record["steps"], earlier["steps"]) == (4, 2)
     [row] = [json.loads(line) for line in run.config_history.read_text().splitlines()]
     assert row["changed"]["stage.max_steps"] == [2, 4]
-    child = lineage.of_run(RunFolder(house.runs("rejection_sft")[0]))
+    child = lineage.checkpoint_of_run(RunFolder(house.runs("rejection_sft")[0]))
     found = list(lineage.ancestors(child))
     assert [ancestor.problem for ancestor in found] == [""] * len(found)
     assert f"{run.run_id}/checkpoints/step-2" in " ".join(one.parent.checkpoint for one in found)

@@ -88,7 +88,7 @@ def test_a_model_that_nobody_judged_is_refused_and_one_that_weighs_nothing_is_no
 ) -> None:
     write_standing(tmp_path)
     (tmp_path / HARMLESS / judges.QUALITY).unlink()
-    with pytest.raises(CheckpointError, match="harmless was never judged"):
+    with pytest.raises(CheckpointError, match="harmless was never measured"):
         judges.check_quality(asking(tmp_path))
     assert judges.check_quality(asking(tmp_path, harmless_weight=0.0)) == []
 

@@ -199,7 +199,7 @@ def test_another_config_is_refused_while_a_run_is_in_progress(
     try:
         assert house.call("run", "stage=pretrain", "engine.ranks=1") == 2
         assert (
-            f"run {placed.run.run_id} is going on already (process {job.process.pid} on "
+            f"run {placed.run.run_id} is already running (process {job.process.pid} on "
             in capsys.readouterr().err
         )
         assert (placed.run.path / "begun").read_text().count("\n") == 1

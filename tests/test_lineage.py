@@ -100,7 +100,7 @@ class Family:
         self.last = made(root, "rejection_sft", ref(self.base, "pretrain"), ref(self.grpo, "grpo"))
 
     def walk(self) -> list[lineage.Ancestor]:
-        return list(lineage.ancestors(lineage.of_run(RunFolder(self.last))))
+        return list(lineage.ancestors(lineage.checkpoint_of_run(RunFolder(self.last))))
 
     def problems(self) -> dict[str, str]:
         return {one.parent.run_id: one.problem for one in self.walk() if one.problem}
@@ -166,7 +166,7 @@ def test_a_changed_dataset_is_shown_where_it_was_made_and_on_the_edge_of_whoever
     ):
         change()
         assert family.problems() == {family.last.name: f"{dataset} {told}"}
-        walk = lineage.ancestors(lineage.of_run(RunFolder(taker)))
+        walk = lineage.ancestors(lineage.checkpoint_of_run(RunFolder(taker)))
         assert [(one.edge, one.problem) for one in walk if one.problem] == [("data", f"{dataset} {told}")]
 
 
@@ -179,7 +179,7 @@ def test_files_that_data_was_read_from_are_checked_where_they_are(tmp_path):
     run = RunFolder(made(tmp_path / "runs", "cold_start", data=data))
 
     def found() -> lineage.Ancestor:
-        [one] = lineage.ancestors(lineage.of_run(run))
+        [one] = lineage.ancestors(lineage.checkpoint_of_run(run))
         return one
 
     assert not found().problems and not found().notes
@@ -208,7 +208,7 @@ def test_a_manifest_made_anew_for_other_weights_is_found_by_the_child(family):
         ({"config_hash": "00"}, "is not the config that"),
         ({"parents": {"weights": None, "data": []}}, "names other parents than"),
         ({"run_id": "grpo-s0-9"}, "is the record of another run"),
-        ({"checkpoint": "../../elsewhere"}, "is no file of"),
+        ({"checkpoint": "../../elsewhere"}, "is not a file of"),
         ({"checkpoint_hash": "00"}, "names another checkpoint_hash"),
         ({"template_hash": "00"}, "has another template than"),
         ({"parents": [1, 2]}, "parents is wrong (Input should be a valid dictionary)"),
@@ -244,7 +244,7 @@ def test_an_ancestor_that_is_gone_is_shown_and_the_rest_is_walked(family):
 def test_a_root_that_was_moved_is_walked_where_it_is_now(family):
     moved = family.root.with_name("moved")
     family.root.rename(moved)
-    walk = list(lineage.ancestors(lineage.of_run(RunFolder(moved / family.last.name))))
+    walk = list(lineage.ancestors(lineage.checkpoint_of_run(RunFolder(moved / family.last.name))))
     assert len(walk) == 5 and not any(one.problems for one in walk)
     assert all(one.parent.checkpoint.startswith(str(moved)) for one in walk)
 
@@ -252,7 +252,7 @@ def test_a_root_that_was_moved_is_walked_where_it_is_now(family):
 def test_of_a_copied_root_the_copy_is_checked(family):
     copy = family.root.with_name("copy")
     shutil.copytree(family.root, copy)
-    start = lineage.of_run(RunFolder(copy / family.last.name))
+    start = lineage.checkpoint_of_run(RunFolder(copy / family.last.name))
     (family.cold / "checkpoints/step-1/model.safetensors").unlink()
     assert not any(one.problems for one in lineage.ancestors(start))
     broken = copy / family.grpo.name / "checkpoints/step-1/model.safetensors"
@@ -264,10 +264,10 @@ def test_of_a_copied_root_the_copy_is_checked(family):
 def test_weights_that_were_imported_are_found_in_a_copied_root(tmp_path):
     imported = tmp_path / "runs" / "imported" / "theirs"
     shutil.copytree(made(tmp_path, "pretrain") / "checkpoints/step-1", imported)
-    run = made(tmp_path / "runs", "cold_start", lineage.of_folder(imported))
+    run = made(tmp_path / "runs", "cold_start", lineage.checkpoint_of_folder(imported))
     shutil.copytree(tmp_path / "runs", tmp_path / "copy")
     shutil.rmtree(tmp_path / "runs")
-    walk = list(lineage.ancestors(lineage.of_run(RunFolder(tmp_path / "copy" / run.name))))
+    walk = list(lineage.ancestors(lineage.checkpoint_of_run(RunFolder(tmp_path / "copy" / run.name))))
     assert [one.problem for one in walk] == ["", ""]
     assert walk[1].parent.checkpoint == str(tmp_path / "copy" / "imported" / "theirs")
 
@@ -285,7 +285,7 @@ def test_many_ways_to_one_ancestor_take_no_time(tmp_path):
     for n in range(1, 40):  # 2 ** 40 ways
         parent = ref(one, f"s{n - 1}")
         one = made(tmp_path, f"s{n}", parent, replace(parent, stage="again"))
-    assert len(list(lineage.ancestors(lineage.of_run(RunFolder(one))))) == 1 + 2 * 39
+    assert len(list(lineage.ancestors(lineage.checkpoint_of_run(RunFolder(one))))) == 1 + 2 * 39
 
 
 def test_a_record_of_an_older_version_is_walked(family):
@@ -305,7 +305,7 @@ def test_a_record_of_an_older_version_is_walked(family):
 
 def test_a_checkpoint_of_an_unfinished_run_has_the_edges_of_its_config(family):
     (family.last / "record.json").unlink()
-    start = lineage.of_folder(family.last / "checkpoints/step-1")
+    start = lineage.checkpoint_of_folder(family.last / "checkpoints/step-1")
     assert [one.parent.stage for one in lineage.ancestors(start)][:3] == ["rejection_sft", "pretrain", "grpo"]
 
 
@@ -342,9 +342,9 @@ def test_parents_with_other_tokens_or_templates_are_refused_in_one_line(family):
     for name, content, told in (
         ("tokenizer.json", {"model": {"vocab": {"b": 0, "a": 1}}}, "has another tokenizer than"),
         ("tokenizer_config.json", {"chat_template": "other"}, "has another chat template than"),
-        ("tokenizer.json", {"model": {"vocab": {"a": 9}}}, r"has token 9, but .* says vocab_size=4"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 9}}}, r"has token 9, but .* has vocab_size=4"),
         ("tokenizer.json", {"model": 3}, "the vocabulary cannot be read"),
-        ("tokenizer_config.json", {}, "holds no chat_template"),
+        ("tokenizer_config.json", {}, "has no chat_template"),
     ):
         path = family.grpo / "checkpoints/step-1" / name
         before = path.read_text()

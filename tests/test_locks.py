@@ -78,7 +78,7 @@ def test_of_four_that_start_in_the_same_moment_one_has_it(run, started):
     assert lines.count("has it\n") == 1, lines
     [holder] = [program for program, line in zip(programs, lines, strict=True) if line == "has it\n"]
     told = (
-        rf"run grpo-s0 is going on already \(process {holder.pid} on {socket.gethostname()} since 20..-..-.. "
+        rf"run grpo-s0 is already running \(process {holder.pid} on {socket.gethostname()} since 20..-..-.. "
     )
     assert sum(bool(re.match(told, line)) for line in lines) == 3, lines
 
@@ -113,7 +113,7 @@ def test_each_process_of_a_job_holds_it(run, started):
     holder = json.loads(kept)
     holder["processes"][0][1] = 1.0  # the command line is gone
     run.pid.write_text(json.dumps(holder))
-    with pytest.raises(EnvironmentProblem, match=rf"going on already \(process {launcher.pid} on "):
+    with pytest.raises(EnvironmentProblem, match=rf"already running \(process {launcher.pid} on "):
         locks.check_not_running(run)
     launcher.kill()
     launcher.wait()

@@ -10,7 +10,7 @@ from fakes import House
 from r1pipe.cli import scripts
 from r1pipe.config import read_config
 from r1pipe.core.errors import CheckpointError
-from r1pipe.runs.lineage.moved import with_present_parents
+from r1pipe.runs.lineage.lookup import with_relocated_parents
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_a_job_started_by_hand_in_a_moved_root_finds_its_parents_and_refuses_oth
     made.root.rename(there.root)
     [run], [cold] = there.runs("grpo"), there.runs("cold_start")
     config = read_config(run / "config.json")
-    found = with_present_parents(config, there.root).weights_from
+    found = with_relocated_parents(config, there.root).weights_from
     assert found is not None and found.checkpoint == str(cold / "checkpoints/step-1")
     manifest = cold / "checkpoints/step-1/manifest.json"
     manifest.write_text(json.dumps({"files": {"model.safetensors": "00"}}))
     with pytest.raises(CheckpointError, match=f"is not the checkpoint that {cold.name} had"):
-        with_present_parents(config, there.root)
+        with_relocated_parents(config, there.root)

@@ -214,7 +214,7 @@ def test_a_shape_that_is_not_the_parents_is_refused_with_both_values(
 ) -> None:
     assert house.call("run", "stage=base", f"model.{key}={given}") == 2
     told = capsys.readouterr().err
-    assert f"has {key}={stored}, but the config says model.{key}={given}; drop" in told
+    assert f"has {key}={stored}, but the config has model.{key}={given}; drop" in told
     assert told.count("\n") == 1 and not house.runs()
 
 

@@ -15,8 +15,9 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
 from r1pipe.runs import checkpoints, history, machine
+from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.fit import template_hash
-from r1pipe.runs.provenance import FORMAT, job_record, write_json
+from r1pipe.runs.provenance import FORMAT, job_record
 from r1pipe.runs.record import edges, own_hash, read_record
 
 MADE = {
@@ -45,7 +46,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     config = replace(config, weights_from=parent, reads_from={"cold_start": parent})
     run = RunFolder(write_run(tmp_path / "grpo-s7-1", config))
     run.diff.write_text("+ a line\n")
-    launch.write_json(run.env, {"code": {"revision": "abc", "dirty": True}})
+    write_json(run.env, {"code": {"revision": "abc", "dirty": True}})
     history.note(run, [Change("stage.keep", 2, 5), Change("code.revision", "aaa", "abc")])
     history.note(run, [Change("stage.keep", 5, 3)])
     run.data.mkdir()

@@ -51,7 +51,7 @@ class Walk:
         tiny_run(folder, *words, weights=self.made.get(weights), **parents)
         load_stage(stage).main(str(folder))
         record = json.loads((folder / "record.json").read_text())
-        self.made[stage] = lineage.of_folder(folder / record["checkpoint"])
+        self.made[stage] = lineage.checkpoint_of_folder(folder / record["checkpoint"])
         return folder
 
 
@@ -137,7 +137,7 @@ def test_all_scenario_asks_the_models_that_there_are(walked: Path) -> None:
 
 def test_with_nothing_at_all_one_line_says_so(walked: Path, some: Path, tmp_path: Path) -> None:
     made = json.loads((walked / "grpo" / "record.json").read_text())
-    parent = lineage.of_folder(walked / "grpo" / made["checkpoint"])
+    parent = lineage.checkpoint_of_folder(walked / "grpo" / made["checkpoint"])
     words = ["stage=rejection_sft", "data=gsm8k", f"data.path={some}", *STEPS]
     folder = tiny_run(tmp_path / "run", *words, "stage.prompts=2", grpo=parent)
     with pytest.raises(SystemExit):

@@ -221,6 +221,6 @@ def test_a_parent_that_does_not_fit_is_refused_by_the_job_too(tmp_path):
     base = lineage.bundled()
     config = replace(tiny("cold_start"), weights_from=base)
     with open_run(write_run(tmp_path / "run", config)) as run:
-        with pytest.raises(CheckpointError, match=r"has \w+=\d+, but the config says model\.") as caught:
+        with pytest.raises(CheckpointError, match=r"has \w+=\d+, but the config has model\.") as caught:
             run.load_model(base)
         assert "\n" not in str(caught.value)

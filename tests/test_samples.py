@@ -13,8 +13,8 @@ from rich.console import Console
 from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
+from r1pipe.cli.rollouts import Filter, bound, look, numbers, schema_of
 from r1pipe.cli.samples import Asked, chosen_of, samples
-from r1pipe.runs.rollouts import Filter, bound, look, numbers, schema_of
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -140,12 +140,12 @@ def test_filters_keep_exactly_what_they_say(house, made, capsys):
         (["--step", "20-30"], "no steps 20-30: grpo-s0-1 has rollouts of"),
         (["--step", "one"], "--step one is neither a step nor a range of steps; write 7 or 10-20"),
         (["--step", "9-3"], "write 3-9"),
-        (["--reward", "high"], "--reward high is no bound; write '>=1'"),
-        (["--reward", ".."], "is no bound"),
-        (["--reward", ">1..2"], "is no bound"),
-        (["--reward", "1.2.3"], "is no bound"),
+        (["--reward", "high"], "--reward high is not a bound; write '>=1'"),
+        (["--reward", ".."], "is not a bound"),
+        (["--reward", ">1..2"], "is not a bound"),
+        (["--reward", "1.2.3"], "is not a bound"),
         (["--reward", "acuracy=0"], "there is no such reward; did you mean accuracy?"),
-        (["--text", "/(/"], "--text /(/ is no regular expression"),
+        (["--text", "/(/"], "--text /(/ is not a regular expression"),
         (["--limit", "0"], "'--limit'"),
         (["stage.nonsense=1"], "nonsense"),
     ],

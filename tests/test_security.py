@@ -109,7 +109,7 @@ def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1" / "manifest.json").write_text(json.dumps({"files": {name: "00"}}))
     for ask in (checkpoints.verify, checkpoints.manifest_hash):
-        with pytest.raises(CheckpointError, match=r"manifest\.json: .* is no file of") as caught:
+        with pytest.raises(CheckpointError, match=r"manifest\.json: .* is not a file of") as caught:
             ask(tmp_path / "step-1")
         assert "\n" not in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_a_link_out_of_a_checkpoint_is_refused_and_never_copied(tmp_path: Path) 
     folder.mkdir()
     (folder / "notes.txt").symlink_to("/etc/hostname")
     checkpoints.write_manifest(folder)
-    with pytest.raises(CheckpointError, match="is no file of"):
+    with pytest.raises(CheckpointError, match="is not a file of"):
         checkpoints.copy_published(folder, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
@@ -129,9 +129,9 @@ def test_a_record_that_leads_out_of_its_run_is_refused(tmp_path: Path, where: st
     folder = build(tmp_path, "grpo", steps=2)
     record = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps(record | {"checkpoint": where}))
-    with pytest.raises(CheckpointError, match=r"record\.json: .* is no file of"):
-        lineage.of_run(RunFolder(folder))
-    with pytest.raises(EnvironmentProblem, match=r"record\.json: .* is no file of"):
+    with pytest.raises(CheckpointError, match=r"record\.json: .* is not a file of"):
+        lineage.checkpoint_of_run(RunFolder(folder))
+    with pytest.raises(EnvironmentProblem, match=r"record\.json: .* is not a file of"):
         sync(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_stage_script_is_a_name_in_stages(script: str) -> None:
 
 @pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd", "a/../../b.jsonl"])
 def test_a_source_stays_in_the_data_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"leads out of data\.path"):
+    with pytest.raises(ConfigError, match=r"is outside data\.path"):
         Files(config(tmp_path, reasoning=[source(path=name)]))
 
 

@@ -186,16 +186,16 @@ def test_the_file_asks_as_a_signal_does_and_a_second_request_ends_at_once(tmp_pa
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     with stopping.listening(tmp_path / "stop", grace_s=3600):
-        assert stopping.asked() == 0
+        assert stopping.requested() == 0
         stopping.request(tmp_path / "stop", signal.SIGINT)
-        wait_until(stopping.asked, "the file is seen")
-        assert stopping.asked() == signal.SIGINT and not left
+        wait_until(stopping.requested, "the file is seen")
+        assert stopping.requested() == signal.SIGINT and not left
         with pytest.raises(stopping.Interrupted, match="SIGINT") as interrupted:
             stopping.stop_if_requested(Alone())
         assert interrupted.value.exit_code == 130
         stopping.request(tmp_path / "stop", signal.SIGINT, at_once=True)
         wait_until(lambda: left, "the second request")
-    assert {*left} == {130} and stopping.asked() == 0
+    assert {*left} == {130} and stopping.requested() == 0
 
 
 class Alone:

@@ -172,7 +172,7 @@ def test_a_checkpoint_is_saved_and_taken_up_without_patience(tmp_path, monkeypat
         assert seen.count(("saving", False)) >= 3 * len(files), "written, hashed, made durable"
         assert not any(patient for _, patient in filter(None, seen))
         seen.clear()
-        run.load_model(lineage.of_folder(place))
+        run.load_model(lineage.checkpoint_of_folder(place))
         assert len(seen) > len(load_file(place / "model.safetensors"))
         assert set(seen) == {("loading weights", False)}
         seen.clear()

@@ -17,7 +17,7 @@ from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.checkpoints import manifest_hash
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail
 from r1pipe.tracking import Mirror, resolve_model, serve_ui, store_uri, sync
 from r1pipe.tracking.naming import final_metrics, flatten
 from r1pipe.tracking.store import connect

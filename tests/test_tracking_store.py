@@ -92,9 +92,9 @@ def test_a_root_that_was_moved_or_copied_is_the_same_to_mlflow(root, copied):  #
     there = root / "elsewhere"
     shutil.copytree(root / "runs", there) if copied else (root / "runs").rename(there)
 
-    assert parents.resolve("models:/r1pipe@grpo", lineage.Place(there, "laptop", None)).checkpoint == str(
-        there / "grpo-0/checkpoints/step-4"
-    )
+    assert parents.resolve(
+        "models:/r1pipe@grpo", lineage.SearchPath(there, "laptop", None)
+    ).checkpoint == str(there / "grpo-0/checkpoints/step-4")
     resumed = build(there, "rejection_sft", steps=4)
     Mirror(resumed, read_config(resumed)).finish()
     for rebuild in (False, True):
@@ -117,7 +117,7 @@ def test_another_checkpoint_in_the_place_of_a_registered_one_is_refused_after_a_
     root.rename(there)
     manifest = there / "grpo-0/checkpoints/step-2/manifest.json"
     manifest.write_text(json.dumps({"files": {"config.json": "bb"}}))
-    place = lineage.Place(there, "laptop", None)
+    place = lineage.SearchPath(there, "laptop", None)
     with pytest.raises(CheckpointError, match="is not the checkpoint that grpo-0 had"):
         parents.resolve("models:/r1pipe@grpo", place)
     shutil.rmtree(there / "grpo-0")

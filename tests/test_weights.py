@@ -320,12 +320,12 @@ def test_a_shape_that_no_file_of_conf_has_is_told_as_overrides(tmp_path):
     publish(tmp_path / "theirs", dataclasses.replace(SHAPES["v3_yarn"], vocab_size=1152), "fp32")
     convert(tmp_path / "theirs", tmp_path / "ours")
     checkpoints.write_manifest(tmp_path / "ours")
-    parent = lineage.of_folder(tmp_path / "ours")
+    parent = lineage.checkpoint_of_folder(tmp_path / "ours")
     settings = lineage.settings_of(parent, set())
     model = compose(
         ["stage=pretrain", *settings, "stage.sequence_length=64", "stage.eval.max_tokens=64"]
     ).config.model
-    lineage.check_parent_fits(parent, model)
+    lineage.fit.check_parent_fits(parent, model)
     assert model.rope_scaling == YARN
     expected = model_config_from(tmp_path / "ours")
     for key in lineage.UNLIKE:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.types import Example, Prompt
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -88,7 +88,7 @@ class Chat:
                 )
         template = read_object(settings).get("chat_template")
         if not isinstance(template, str):
-            raise CheckpointError(f"{settings} holds no chat_template; export it again")
+            raise CheckpointError(f"{settings} has no chat_template; export it again")
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises a bare Exception

@@ -11,13 +11,14 @@ from pathlib import Path
 from r1pipe.core.errors import CheckpointError, R1pipeError
 from r1pipe.core.paths import RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints, lineage
+from r1pipe.runs.record import record_of
 
 CURVE_POINTS = 600  # enough to draw; every evaluation is kept besides
 
 
 def bundle(run: RunFolder, base: Path) -> None:
     """Copy what is published of a finished run's checkpoint; the state for resume stays behind."""
-    record = lineage.record_of(run)
+    record = record_of(run)
     source = inside(run.path, record["checkpoint"], run.record)
     checkpoints.verify(source, record["checkpoint_hash"])
     fresh = checkpoints.begin(base)
@@ -41,7 +42,7 @@ def curve(metrics: Path) -> str:
 
 
 def main(root: str, pipeline: str) -> None:
-    run = lineage.newest("pretrain", lineage.Place(Path(root), pipeline, None))
+    run = lineage.newest_run("pretrain", lineage.SearchPath(Path(root), pipeline, None))
     if run is None:
         raise CheckpointError(
             f"no finished pretrain run of pipeline {pipeline} under {root}; run `make pretrain`"

@@ -96,6 +96,6 @@ def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:
     for one in table_rows:
         whose = f"{one['stage']}, seed {one['seed']}"
         for kind, measured in (one.get("reward_models") or {}).items():
-            yield f"{whose}, {judges.told(kind, measured)}"
+            yield f"{whose}, {judges.describe(kind, measured)}"
         for weakness in one.get("forced_judges") or ():
             yield f"{whose}, used a weak reward model: {weakness}"

@@ -18,6 +18,7 @@ from r1pipe.launch import parents
 from r1pipe.launch.job import failure
 from r1pipe.plan import footprint
 from r1pipe.runs import findings, machine
+from r1pipe.runs.files import write_json
 from r1pipe.runs.findings import FAIL, PASS, Finding
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri
 
@@ -71,7 +72,7 @@ def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, lis
     `several`: on all ranks of this machine, as what they tell one another can go wrong too.
     """
     run.log.mkdir(parents=True)
-    launch.write_json(run.config, publishable(to_mapping(config)))
+    write_json(run.config, publishable(to_mapping(config)), indent=2)
     with (run.log / "launcher.txt").open("wb") as log:
         if several:
             code = launch.on_ranks("doctor.py", config, run, log)

@@ -12,7 +12,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem,
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.placing import key_of
 from r1pipe.runs import lineage
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import Lock, check_not_running
 
 DAY_S = 86400.0
@@ -56,7 +56,7 @@ def prune(root: Path, selection: Selection, remove: bool) -> list[Candidate]:
 
 def candidates(root: Path, selection: Selection) -> list[Candidate]:
     """A run stays while it is running, or while a run that stays names it, as weights, data or otherwise."""
-    runs = lineage.runs(root)
+    runs = lineage.run_folders(root)
     wanted = chosen(runs, selection)
     texts = {run.run_id: _texts(run) for run in runs}
     kept = {run.run_id: reason for run in wanted if (reason := _busy(run))}

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from r1pipe.cli.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
 from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -24,8 +25,7 @@ from r1pipe.core.formatting import number
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, harmless, signed
 from r1pipe.runs import lineage
-from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
+from r1pipe.runs.files import read_object
 from r1pipe.runs.stored import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it
@@ -48,7 +48,7 @@ def samples(
     """Show the run's rows. Raises R1pipeError for a run, a step or a filter that is not there."""
     wanted = Filter.of(asked.rewards, asked.text)
     steps = None if asked.step is None else steps_of(asked.step)
-    run = run_of(name, lineage.Place.of(compose(overrides).config))
+    run = run_of(name, lineage.SearchPath.of(compose(overrides).config))
     if has_rollouts(run):
         found, rows, source = of_rollouts(run, steps, wanted, asked.limit)
     else:
@@ -75,7 +75,7 @@ SAMPLES = TypeAdapter(list[Sample])
 # --- which run, which steps
 
 
-def run_of(name: str, place: lineage.Place) -> RunFolder:
+def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
     """A run id, a run's folder, or a stage: its newest run in this pipeline that has something to show.
 
     An unfinished run is as good as a finished one. Raises CheckpointError.

@@ -22,7 +22,7 @@ from r1pipe.core.script_options import (
 )
 
 if TYPE_CHECKING:
-    from r1pipe.runs.lineage import Place
+    from r1pipe.runs.lineage import SearchPath
 
 
 def generate(
@@ -109,7 +109,7 @@ def import_weights(
     target = _place(overrides or []).root / IMPORTED / name
     code = _run("import_weights.py", ImportOptions(folder, target, dtype, shard_gb))
     if code == 0:
-        shape = lineage.settings_of(lineage.of_folder(target), set())
+        shape = lineage.settings_of(lineage.checkpoint_of_folder(target), set())
         line = ["r1pipe", "run", "stage=cold_start", f"parent={IMPORTED}/{name}", *shape, *(overrides or [])]
         print(f"next: {shlex.join(line)}")
     return code
@@ -123,10 +123,10 @@ def _as_utf8(word: str) -> str:
         raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
 
 
-def _place(overrides: list[str]) -> "Place":
-    from r1pipe.runs.lineage import Place
+def _place(overrides: list[str]) -> "SearchPath":
+    from r1pipe.runs.lineage import SearchPath
 
-    return Place.of(composed(overrides))
+    return SearchPath.of(composed(overrides))
 
 
 def _checkpoint(name: str, overrides: list[str]) -> Path:

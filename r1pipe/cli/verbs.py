@@ -77,7 +77,9 @@ def lineage(
     from r1pipe.launch import parents
     from r1pipe.runs import lineage as family
 
-    found = list(family.ancestors(parents.resolve(checkpoint, family.Place.of(composed(overrides or [])))))
+    found = list(
+        family.ancestors(parents.resolve(checkpoint, family.SearchPath.of(composed(overrides or []))))
+    )
     lineage_tree.show(found)
     if html is not None:
         write_page(found, html)
@@ -100,7 +102,7 @@ def sync(
 
     given = overrides or []
     config = composed(given)
-    if not family.runs(Path(config.root)):
+    if not family.run_folders(Path(config.root)):
         raise EnvironmentProblem(f"no runs under {config.root}; say where they are: root=DIR")
     written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
     print(f"MLflow has {written} runs of {config.root}, wholly")

@@ -1,4 +1,4 @@
-"""Every error that a user can cause: one line that names the thing and the remedy, exit code 2."""
+"""Errors that users can cause: one line that names the key or file and the remedy, exit code 2."""
 
 import difflib
 import errno
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 class R1pipeError(Exception):
-    """Base of all errors shown to a user as one line, without a traceback."""
+    """Base class: shown to the user as one line, without a traceback."""
 
 
 class ConfigError(R1pipeError, ValueError):
-    """A key, value, type or combination in the config that cannot be."""
+    """An invalid key, value, type or combination in the config."""
 
 
 class DataError(R1pipeError, ValueError):
@@ -24,45 +24,45 @@ class CheckpointError(R1pipeError, ValueError):
 
 
 class EnvironmentProblem(R1pipeError, RuntimeError):
-    """Something of the machine is missing: compiler, package, disk space, server."""
+    """The machine lacks something: compiler, package, disk space, server."""
 
 
 class NumericProblem(R1pipeError, ArithmeticError):
-    """A loss, gradient or probability that is NaN or infinite; names the layer that it comes from."""
+    """A loss, gradient or probability that is NaN or infinite; names the layer where it arose."""
 
 
 class Tripped(R1pipeError, RuntimeError):
-    """A tripwire has paused or stopped a run; names the wire, the likely cause and how to go on."""
+    """A tripwire has paused or stopped a run; names the wire, the likely cause and how to continue."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the most similar known one, or all of them."""
+    """The remedy for an unknown name: the most similar known name, or all of them."""
     names = sorted(known)
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {similar[0]}?" if similar else f"known: {', '.join(names)}"
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error means that there was no room to write, also where a library has wrapped it."""
+    """Whether the disk was full, also when a library wrapped the error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left on device" in str(cause):  # safetensors keeps the words alone
+        if "No space left on device" in str(cause):  # safetensors keeps only the text
             return True
         cause = cause.__cause__ or cause.__context__
     return False
 
 
 def no_room(what: str, folder: Path) -> str:
-    """The line for a user whose disk is full."""
+    """The message for a full disk."""
     return (
         f"the disk of {folder} is full: {what}; free some space there, then run the same command again: it "
-        "goes on from the last checkpoint"
+        "resumes from the last checkpoint"
     )
 
 
 def warn_once(path: Path, line: str) -> None:
-    """Leave the line for the user. Several processes may fail together: the first one tells."""
+    """Write the line for the user. If several processes fail together, only the first one's is kept."""
     with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(f"{line}\n")

@@ -1,7 +1,7 @@
-"""Secrets stay in memory: what is written of a config or a message has no password or token in it.
+"""Removes passwords and tokens from configs and messages before they are written.
 
-`r1pipe` writes no environment variables at all; what can slip through is an address with a login in it
-(tracking.uri=https://name:password@host), and the value of a secret variable inside somebody's message.
+`r1pipe` writes no environment variables. What remains is URLs with a login (https://name:password@host), and
+the values of secret variables inside messages of libraries.
 """
 
 import os
@@ -10,18 +10,18 @@ from typing import Any
 
 HIDDEN = "***"
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-LOGIN = re.compile(r"(?P<scheme>\b[\w+.-]+://)[^/\s?#'\"]*@")  # name:password@, whatever is in it
+LOGIN = re.compile(r"(?P<scheme>\b[\w+.-]+://)[^/\s?#'\"]*@")  # name:password@
 SECRET_PARAMETER = re.compile(r"(?P<name>[?&;][\w.-]*(?:token|key|secret|passw\w*)=)[^&;#\s]+", re.IGNORECASE)
-SHORTEST = 8  # characters of a value that is looked for: shorter ones are words too
+SHORTEST = 8  # characters: shorter values could be ordinary words
 
 
 def without_login(address: str) -> str:
-    """An address without name and password, which whoever uses it takes from the environment then."""
+    """A URL without its login and secret parameters."""
     return SECRET_PARAMETER.sub(rf"\g<name>{HIDDEN}", LOGIN.sub(r"\g<scheme>", address))
 
 
 def without_secrets(text: str) -> str:
-    """A message for screens and logs: no logins, and no value of a variable that is called a secret."""
+    """A message without logins and the values of secret variables."""
     text = without_login(text)
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= SHORTEST and "/" not in value[:1]:
@@ -30,7 +30,7 @@ def without_secrets(text: str) -> str:
 
 
 def publishable(content: Any) -> Any:
-    """A config, or a part of it, with logins taken out of every text; everything else as it is."""
+    """A config, or part of one, without logins in its strings."""
     if isinstance(content, dict):
         return {key: publishable(value) for key, value in content.items()}
     if isinstance(content, list):

@@ -1,41 +1,38 @@
-"""The nouns that flow through the pipeline: Prompt -> Completion -> Score -> Group, and Example.
-
-Plain data, no torch: both wings may import this file. Suffixes: `tokens` are lists of token ids.
-"""
+"""The pipeline's data types: Prompt -> Completion -> Score -> Group, and Example."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, judged by helpfulness
+HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, scored for helpfulness
 GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question put to the model, with all that is needed to judge an answer.
+    """A question, with all that is needed to verify an answer.
 
     Sample: Prompt(id="countdown-3f9a…", task="countdown", language="en", question="Use 5, 9 …",
     answer="16", checker={"numbers": [5, 9, 14]})
     """
 
-    id: str  # stable across runs: task and a hash of language and question
+    id: str  # task and a hash of language and question: the same in every run
     task: str  # countdown | word | program | gsm8k … | writing | facts | identity | translation | safety
-    language: str  # "en" or "zh": the language that the reasoning and the summary must be in
+    language: str  # "en" or "zh", required of reasoning and summary
     question: str
-    answer: str = ""  # gold answer, as text; empty where a checker or the hidden truth judges
-    checker: dict = field(default_factory=dict)  # what the task's checker needs (numbers, tests, reference …)
-    level: int = 0  # difficulty, where the task has levels
+    answer: str = ""  # gold answer; "" where a checker verifies
+    checker: dict = field(default_factory=dict)  # for the task's checker: numbers, tests, reference …
+    level: int = 0  # difficulty, for tasks with levels
 
 
 @dataclass
 class Completion:
-    """What a sampler made of one prompt."""
+    """A sampled answer to a prompt."""
 
-    tokens: list[int]  # sampled ids, the end-of-sequence token included when finish_reason is "stop"
-    # of each token under softmax(logits / temperature), before top_p cuts; greedy: under softmax(logits)
+    tokens: list[int]  # sampled ids, with EOS if finish_reason is "stop"
+    # of each token under softmax(logits / temperature), before top_p; greedy: under softmax(logits)
     logprobs: list[float]
-    finish_reason: str  # "stop" (EOS) or "length" (cut off)
-    text: str = ""  # decoded without EOS; `<think>` and `</think>` are kept as text
+    finish_reason: str  # "stop" (EOS) or "length" (truncated)
+    text: str = ""  # decoded without EOS; includes <think> and </think>
 
     @property
     def truncated(self) -> bool:
@@ -43,7 +40,7 @@ class Completion:
 
 
 class Status(StrEnum):
-    """A reward's outcome: only SCORED values may train."""
+    """A reward's outcome: only SCORED values are trained on."""
 
     SCORED = "scored"
     VERIFIER_FAILED = "verifier_failed"
@@ -52,7 +49,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Score:
-    """The verdict of one reward on one completion; `value` means nothing unless status is SCORED."""
+    """A reward of a completion; `value` is only valid if status is SCORED."""
 
     value: float
     status: Status = Status.SCORED
@@ -61,7 +58,7 @@ class Score:
 
 @dataclass
 class Group:
-    """One prompt with its G completions and what they earned (GRPO's unit)."""
+    """A prompt with its G completions and their rewards (GRPO's unit)."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -75,11 +72,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt with a written response: what SFT trains on."""
+    """A prompt with a response to imitate, for SFT."""
 
     prompt: Prompt
     response: str  # text after the assistant token, without EOS
-    strategy: str = ""  # how a worked solution goes about it, where the generator knows
+    strategy: str = ""  # the solution method, if the generator knows it
     source: str = ""  # provenance: "world", "sampled:<run id>", a file and line …
 
 
@@ -103,7 +100,7 @@ class SafetyLabel:
 
 @dataclass
 class Example:
-    """A training sequence: `loss[i]` says whether token i is learned (response tokens and EOS)."""
+    """A training sequence: `loss[i]` is whether token i is a target (response tokens and EOS)."""
 
     tokens: list[int]
     loss: list[bool]

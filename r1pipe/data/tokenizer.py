@@ -4,7 +4,6 @@ The bundled one was made by `python -m r1pipe.data.tokenizer data/tokenizer` and
 """
 
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from r1pipe.chat.template import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS, TEMPLATE
+from r1pipe.runs.files import write_json
 
 VOCABULARY = 1152
 CJK = "[\u3400-\u9fff\u3000-\u303f\uff00-\uff65]"
@@ -63,7 +63,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": 1 << 20,
         "chat_template": TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings, indent=2)
 
 
 def train_bundled(folder: Path) -> None:

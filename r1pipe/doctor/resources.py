@@ -58,6 +58,6 @@ def available(device: torch.device, ranks: int) -> float:
 
 def disk(context: Context) -> Outcome:
     """Room for the checkpoints that the run keeps, where they will be written."""
-    needed, free = footprint.room(context.config)
+    needed, free = footprint.disk_space(context.config)
     remedy = "free some space, set root=DIR on another disk, or lower stage.keep"
     return Outcome(FAIL if free < needed else PASS, footprint.disk(context.config), remedy)

@@ -28,7 +28,7 @@ def quality(context: Context) -> Outcome:
     parent = context.config.reads_from[bounds.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     worst, values, remedy = PASS, [], ""
-    for kind in bounds.kinds_asked(preference):
+    for kind in bounds.requested_kinds(preference):
         folder = Path(parent.checkpoint) / kind
         if not folder.is_dir():
             status, value = FAIL, f"{kind}: none"
@@ -51,7 +51,7 @@ def _measure(context: Context, kind: str, model: RewardModel, preference: Prefer
     if not held_out:
         return Outcome(WARN, f"{kind}: no held-out examples to measure it on")
     measured, _ = measure_quality(model, kind, held_out, context.chat.pad_id)
-    value = bounds.told(kind, measured)
+    value = bounds.describe(kind, measured)
     if beyond := bounds.shortfalls(kind, measured, preference):
         return Outcome(WARN if preference.force else FAIL, value, f"{'; '.join(beyond)}: ")
     if near := bounds.shortfalls(kind, measured, preference, context.limits.judges_margin):

@@ -1,6 +1,5 @@
 """What a stage is launched with: its run folder, its environment, DeepSpeed's command."""
 
-import json
 import os
 import shlex
 import socket
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
@@ -20,6 +19,7 @@ from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.plan import footprint
 from r1pipe.runs import history, machine
+from r1pipe.runs.files import write_json
 
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
@@ -79,7 +79,7 @@ def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Chang
     """Write config.json, command.txt, env.json and code.diff; what code and versions the run has gone on with
     until now, where they were others."""
     run.create()
-    write_json(run.config, publishable(to_mapping(config)))
+    write_json(run.config, publishable(to_mapping(config)), indent=2)
     env = {
         **machine.facts(),
         "devices": machine.devices(config.engine),
@@ -87,7 +87,7 @@ def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Chang
     }
     diff = machine.code_diff()
     changed = history.note_code(run, env, diff)
-    write_json(run.env, env)
+    write_json(run.env, env, indent=2)
     run.diff.write_text(diff, encoding="utf-8")
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
     return changed
@@ -98,13 +98,6 @@ def printable(config: RunConfig, line: list[str]) -> str:
     shown = ("OMP_NUM_THREADS", "DS_ACCELERATOR")
     added = [f"{name}={value}" for name, value in environment(config).items() if name in shown]
     return " ".join([*added, shlex.join(line)])
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a run whose config.json a kill has cut off would be lost to the next call."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:

@@ -9,31 +9,41 @@ from r1pipe.config import STAGE_TYPES, ParentRef, RunConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
-from r1pipe.runs.lineage.moved import present, with_present_parents
-from r1pipe.runs.lineage.places import BUNDLED, Place, bundled, is_run, of_folder, of_run, of_stage, runs
+from r1pipe.runs.lineage.lookup import (
+    BUNDLED,
+    SearchPath,
+    bundled,
+    checkpoint_of_folder,
+    checkpoint_of_run,
+    checkpoint_of_stage,
+    is_run,
+    relocated,
+    run_folders,
+    with_relocated_parents,
+)
 from r1pipe.tracking import resolve_model
 
 NOTHING: Mapping[str, ParentRef] = {}
 
 
-def resolve(name: str, place: Place) -> ParentRef:
+def resolve(name: str, place: SearchPath) -> ParentRef:
     """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest known one."""
     if name.startswith("models:/"):
         registered = resolve_model(name, place.root, place.tracking_uri)
-        return of_folder(Path(present(registered, place.root).checkpoint))
+        return checkpoint_of_folder(Path(relocated(registered, place.root).checkpoint))
     if name in STAGE_TYPES:
-        return of_stage(name, place)
+        return checkpoint_of_stage(name, place)
     if name == BUNDLED:
         return bundled()
     for path in (place.root / name, Path(name)):
         if is_run(path):
-            return of_run(RunFolder(path.resolve()))
+            return checkpoint_of_run(RunFolder(path.resolve()))
         if path.is_dir():
             must_be_imported(path)
-            return of_folder(path)
-    known = [run.run_id for run in runs(place.root) if run.record.exists()]
+            return checkpoint_of_folder(path)
+    known = [run.run_id for run in run_folders(place.root) if run.record.exists()]
     raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *known])}")
 
 
@@ -57,19 +67,22 @@ def with_parents(
     In a walk of a recipe, `made` holds what its earlier stages made, and `later` names those to come: a run
     that one of them left behind is nobody's parent now, or a second walk would differ from the first.
     """
-    place, stage = Place.of(config), config.stage
+    place, stage = SearchPath.of(config), config.stage
     try:
         weights = None
         if config.parent is not None:
             weights = resolve(config.parent, place)
         elif stage.starts_from is not None:
-            weights = made.get(stage.starts_from) or of_stage(stage.starts_from, place, later)
-        reads = {name: made.get(name) or of_stage(name, place, later, as_data=True) for name in stage.reads}
+            weights = made.get(stage.starts_from) or checkpoint_of_stage(stage.starts_from, place, later)
+        reads = {
+            name: made.get(name) or checkpoint_of_stage(name, place, later, as_data=True)
+            for name in stage.reads
+        }
     except CheckpointError:
         half_done = half_done_run(config)
         if half_done is None:
             raise
-        filled = with_present_parents(half_done, place.root)
+        filled = with_relocated_parents(half_done, place.root)
         weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         check_parent_fits(weights, config.model)
@@ -81,7 +94,7 @@ def half_done_run(config: RunConfig) -> RunConfig | None:
     """The config of the newest run of this stage, if it is half done: its folder may have been copied without
     its parents'. A dry run, whose parents were left open, does not count."""
     wanted = (config.pipeline, config.seed, config.stage.name, config.parent)
-    for run in reversed(runs(Path(config.root))):
+    for run in reversed(run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
         try:

@@ -179,7 +179,7 @@ def reproduce(overrides: list[str]) -> Outcome:
                 if not job.is_owner:
                     tell(f"{placed.run.run_id}: is done; the command that started it goes on with the rest")
                     return Outcome(config, ends[-1].result(), [*finished, placed.run], worked=False)
-            made[config.stage.name] = lineage.of_run(placed.run)
+            made[config.stage.name] = lineage.checkpoint_of_run(placed.run)
             finished.append(placed.run)
         code = max((end.result() for end in ends), default=0)
         return Outcome(configs[-1], code, finished, worked=bool(ends))

@@ -21,7 +21,7 @@ from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, history, lineage
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import check_not_running, was_interrupted
 
 NOT_THE_JOBS = ("root", "parent", "recipe", "engine.name")  # keys: how a thing is called, or what comes after
@@ -158,7 +158,7 @@ def runs_of(config: RunConfig) -> list[RunFolder]:
     """The runs under the root of this pipeline, stage and seed, oldest first; warns of those that may be one,
     but whose config.json cannot be read."""
     wanted, found = (config.pipeline, config.seed, config.stage.name), []
-    for run in lineage.runs(Path(config.root)):
+    for run in lineage.run_folders(Path(config.root)):
         known = read_json(run.config)
         if known and key_of(known) == wanted:
             found.append(run)
@@ -169,7 +169,7 @@ def runs_of(config: RunConfig) -> list[RunFolder]:
 
 def unreadable(root: Path) -> list[RunFolder]:
     """Run folders whose config.json is broken: no command knows what they are."""
-    return [run for run in lineage.runs(root) if not read_json(run.config)]
+    return [run for run in lineage.run_folders(root) if not read_json(run.config)]
 
 
 def left_out(run: RunFolder) -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 from r1pipe.core.formatting import duration, number
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import Step
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail
 
 REFRESHES = 4  # of the live display, a second: the job needs the cores
 QUIET_S = 10.0  # seconds between plain lines

@@ -18,7 +18,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.model.kernels.reference import TILE
 from r1pipe.model.mtp import stored_copies
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 CONFIG = "config.json"
 BIAS = "e_score_correction_bias"  # always float32

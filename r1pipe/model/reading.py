@@ -16,7 +16,7 @@ from torch import Tensor
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.kernels.reference import Scaled, dequantise, tiles
 from r1pipe.runs import heartbeat
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

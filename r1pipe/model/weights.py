@@ -31,7 +31,7 @@ from r1pipe.model.names import (
 from r1pipe.model.reading import INDEX, PLAIN, SCALE, WEIGHTS, Stored, check
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs import heartbeat
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # the default of the hub's own libraries
@@ -106,7 +106,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _write_config(folder: Path, content: dict[str, Any]) -> None:
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, content, indent=2)
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""What a run's models take, in weights and bytes, and its checkpoints on the disk, beside what is free there.
-
-No torch: it is asked before a job starts.
-"""
+"""Estimates of a run's memory and disk space, before it starts."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -10,50 +7,49 @@ from pathlib import Path
 from r1pipe.config import EngineConfig, EvaluateConfig, ModelConfig, RewardModelConfig, RLConfig, RunConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints
-from r1pipe.runs.machine import existing
+from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.reward_model_quality import KINDS
 
 MEBIBYTE = 2**20
-FULL, HALF = 4, 2  # bytes of a number
-SPARE = 64 * MEBIBYTE  # for what is small: tokenizer, rollouts, logs
-LOGITS_IN_MEMORY = 2**25  # numbers of [N, V] that a forward pass holds at once (r1pipe.model.logprobs)
+FULL, HALF = 4, 2  # bytes of float32 and of bfloat16
+SPARE = 64 * MEBIBYTE  # for small files: tokenizer, rollouts, logs
+LOGITS_IN_MEMORY = 2**25  # elements of [N, V] in memory at once (r1pipe.model.logprobs)
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
-    states: float  # weights, masters, gradients, moments (PPO: the value model's too), reference, judges
+    states: float  # of all models: weights, master weights, gradients, moments
     activations: float  # of the largest training pass
     logits: float
     cache: float  # of the sampler
 
     @property
     def peak(self) -> float:
-        """Training and sampling take turns."""
+        """Training and sampling alternate."""
         return self.states + max(self.activations + self.logits, self.cache)
 
     def parts(self) -> str:
-        """For the user, in MiB."""
+        """The parts in MiB, for messages."""
         sizes = {"states": self.states, "activations": self.activations, "logits": self.logits}
         sizes |= {"cache": self.cache} if self.cache else {}
         return ", ".join(f"{part} {mib(size)}" for part, size in sizes.items())
 
 
 def estimates(config: RunConfig) -> dict[str, str]:
-    """What the run would take, in words, before anything is started: of memory, and of the disk."""
-    found = {"disk": disk(config)}
+    """The run's needs of memory and disk space, for messages."""
     if isinstance(config.stage, EvaluateConfig):
-        return found
+        return {"disk": disk(config)}
     need = needed(config, config.model.max_position_embeddings)
-    return {"memory": f"about {mib(need.peak)} MiB a rank ({need.parts()})", **found}
+    memory = f"about {mib(need.peak)} MiB a rank ({need.parts()})"
+    return {"memory": memory, "disk": disk(config)}
 
 
 def disk(config: RunConfig) -> str:
-    """What the run's checkpoints take at most, in words."""
-    size, (at_most, free) = checkpoint_bytes(config), room(config)
+    """The largest size of the run's checkpoints, for messages."""
+    size, (at_most, free) = checkpoint_bytes(config), disk_space(config)
     return (
         f"{to_write(config)} checkpoints of {mib(size)} MiB: with {mib(SPARE)} for the rest up to "
         f"{mib(at_most)} of {mib(free)} MiB in {Path(config.root)}"
@@ -65,37 +61,37 @@ def mib(size: float) -> str:
 
 
 def check_disk_space(config: RunConfig, run: RunFolder) -> None:
-    """Raises EnvironmentProblem where the disk cannot hold the checkpoints that this run is to write yet."""
-    there = len(checkpoints.steps(run.checkpoints))
-    needed, free = room(config, there)
+    """Raises EnvironmentProblem if the disk has no room for the checkpoints yet to be written."""
+    existing = len(checkpoints.steps(run.checkpoints))
+    needed, free = disk_space(config, existing)
     if free < needed:
         size = checkpoint_bytes(config) // MEBIBYTE
         raise EnvironmentProblem(
             f"{Path(config.root)} has {free // MEBIBYTE:,} MiB free, but checkpoints need up to "
-            f"{needed // MEBIBYTE:,} MiB ({to_write(config, there)} of {size:,} MiB); free some, give "
+            f"{needed // MEBIBYTE:,} MiB ({to_write(config, existing)} of {size:,} MiB); free some, give "
             "root=DIR on another disk, or lower stage.keep"
         )
 
 
-def room(config: RunConfig, there: int = 0) -> tuple[int, int]:
-    """Bytes that the run's checkpoints need at most, beside those that are `there`, and bytes free."""
-    needed = checkpoint_bytes(config) * to_write(config, there) + SPARE
-    return needed, shutil.disk_usage(existing(Path(config.root))).free
+def disk_space(config: RunConfig, existing: int = 0) -> tuple[int, int]:
+    """Bytes that the run needs at most beside its `existing` checkpoints, and bytes free."""
+    needed = checkpoint_bytes(config) * to_write(config, existing) + SPARE
+    return needed, shutil.disk_usage(machine.existing(Path(config.root))).free
 
 
-def to_write(config: RunConfig, there: int = 0) -> int:
-    """Checkpoints that lie on the disk at one time beside those that are there: a new one is written before
-    the oldest goes."""
+def to_write(config: RunConfig, existing: int = 0) -> int:
+    """Most checkpoints on the disk at one time beside the `existing` ones: a new one is written before the
+    oldest is removed."""
     if isinstance(config.stage, EvaluateConfig):
         return 1
     at_once = config.stage.keep + (config.stage.keep_best is not None) + 1
-    return max(1, at_once - there)
+    return max(1, at_once - existing)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of one checkpoint: what it publishes, and what each engine needs for resume.
+    """Bytes of one checkpoint: its published files, and each engine's state for resume.
 
-    DeepSpeed writes the weights again below ZeRO's level 3; there only those that are frozen.
+    DeepSpeed writes the weights a second time below ZeRO level 3; at level 3 only the frozen ones.
     """
     engine, stage, number = config.engine, config.stage, weight_bytes(config.engine)
     size = number * published(config)
@@ -103,14 +99,14 @@ def checkpoint_bytes(config: RunConfig) -> int:
         again = weights if engine.zero_level < 3 else weights - trained
         size += again * number + trained * optimizer_bytes(engine)
     if isinstance(stage, RLConfig) and stage.kl_coef and 0 < stage.reference_every <= stage.max_steps:
-        size += number * without_mtp(config.model)  # the reference is no longer what the run began from
+        size += number * without_mtp(config.model)  # the reference is updated during the run
     if isinstance(stage, EvaluateConfig):
-        return FULL * published(config)  # a copy of its parent's, whose type is not known here
+        return FULL * published(config)  # a copy of its parent's, whose dtype is not known here
     return size
 
 
 def published(config: RunConfig) -> int:
-    """Weights that a checkpoint publishes; multi-token prediction names embedding and head once more."""
+    """Number of published weights; multi-token prediction stores embedding and head a second time."""
     model = config.model
     if isinstance(config.stage, RewardModelConfig):
         return len(KINDS) * trunk(model)
@@ -119,11 +115,11 @@ def published(config: RunConfig) -> int:
 
 
 def engines(config: RunConfig) -> list[tuple[int, int]]:
-    """(weights, those of them that are trained) of each model that the stage trains."""
+    """(weights, trained weights) of each model that the stage trains."""
     model, stage = config.model, config.stage
     if isinstance(stage, EvaluateConfig):
         return []
-    if isinstance(stage, RewardModelConfig):  # one after the other
+    if isinstance(stage, RewardModelConfig):  # one model after the other
         return [(trunk(model), trunk(model))]
     if isinstance(stage, RLConfig):
         policy = parameters(model), without_mtp(model)
@@ -132,12 +128,12 @@ def engines(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def weight_bytes(engine: EngineConfig) -> int:
-    """Bytes of a weight as the model computes with it, on disk too; FP8's rest in bfloat16."""
+    """Bytes of a weight in memory and on disk; with FP8, weights are stored in bfloat16."""
     return FULL if engine.precision == "fp32" else HALF
 
 
 def optimizer_bytes(engine: EngineConfig) -> int:
-    """Bytes of AdamW for a weight: two moments and a float32 master, which ZeRO keeps in float32 runs too."""
+    """Bytes of AdamW for a weight: two moments and a float32 master, which ZeRO keeps in fp32 runs, too."""
     moments = 2 * (FULL if engine.moments == "fp32" else HALF)
     return moments + (FULL if engine.zero_level or engine.precision != "fp32" else 0)
 
@@ -147,15 +143,14 @@ def without_mtp(model: ModelConfig) -> int:
 
 
 def trunk(model: ModelConfig) -> int:
-    """Weights of what reward models and PPO's value model are: no head, no multi-token prediction."""
+    """Number of weights of a reward model or PPO's value model: no LM head, no multi-token prediction."""
     return without_mtp(replace(model, tie_word_embeddings=True))
 
 
 def needed(config: RunConfig, prompt: int) -> Need:
-    """What a rank takes; `prompt`: tokens of the longest.
+    """Memory of a rank; `prompt`: tokens of the longest prompt. Python and torch take another half GiB.
 
-    Beside two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% high;
-    Python and torch themselves, half a GiB, are not in it.
+    For two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% too high.
     """
     model, engine, stage = config.model, config.engine, config.stage
     number = weight_bytes(engine)
@@ -163,7 +158,7 @@ def needed(config: RunConfig, prompt: int) -> Need:
     at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
     head = at_once * model.vocab_size * FULL * LOGIT_COPIES
     layers = model.num_hidden_layers
-    dense, moe = layer_numbers(model)
+    dense, moe = layer_activations(model)
     kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
     if engine.recompute:  # each layer's input, and one layer with the gradients of what it keeps
         kept = layers * model.hidden_size + 2 * max(dense, moe)
@@ -178,14 +173,13 @@ def needed(config: RunConfig, prompt: int) -> Need:
 
 
 def states(config: RunConfig) -> float:
-    """Bytes of a rank that stay, of engines, reference and reward models: what ZeRO partitions is
-    divided by the ranks of this machine alone."""
+    """Bytes of a rank for engines, reference and reward models; ZeRO partitions within a machine."""
     engine, stage, ranks = config.engine, config.stage, config.engine.ranks
     number = weight_bytes(engine)
     samples = isinstance(stage, RLConfig)
     each = optimizer_bytes(engine) / (ranks if engine.zero_level >= 1 else 1)
     each += FULL / (ranks if engine.zero_level >= 2 else 1)  # gradients
-    # for sampling, and for its values, every rank gathers a whole model
+    # to sample, every rank gathers a whole model
     shared = ranks if engine.zero_level >= 3 and not samples else 1
     total = sum(trained * each + weights * number / shared for weights, trained in engines(config))
     if isinstance(stage, RLConfig):
@@ -204,9 +198,9 @@ def tokens_of_pass(config: RunConfig) -> int:
     return rows * length
 
 
-def layer_numbers(model: ModelConfig) -> tuple[int, int]:
-    """Numbers that a dense and an MoE layer keep of a token for the backward pass: inputs of norms, products
-    and SwiGLU."""
+def layer_activations(model: ModelConfig) -> tuple[int, int]:
+    """Elements that a dense and an MoE layer store per token for the backward pass: inputs of norms, matrix
+    products and SwiGLU."""
     d, heads = model.hidden_size, model.num_attention_heads
     key = model.qk_nope_head_dim + model.qk_rope_head_dim
     attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
@@ -217,7 +211,7 @@ def layer_numbers(model: ModelConfig) -> tuple[int, int]:
 
 
 def parameters(model: ModelConfig) -> int:
-    """Weights of the model, embeddings and head included; norms, thousands at most, are left out."""
+    """Number of weights, embeddings and head included; without norms (thousands at most)."""
     d, heads = model.hidden_size, model.num_attention_heads
     query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
     query = d * query_width if model.q_lora_rank is None else model.q_lora_rank * (d + query_width)

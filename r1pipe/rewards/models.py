@@ -5,7 +5,6 @@
 Axes: B rows, T tokens of a row, D hidden width.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -22,6 +21,7 @@ from r1pipe.model.reading import Stored, check
 from r1pipe.model.transformer import ScalarModel
 from r1pipe.model.weights import fill, write_shards
 from r1pipe.runs import heartbeat
+from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 
 PADDED_TOKENS = 8192  # of one scoring pass
@@ -133,7 +133,7 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
     write_shards(((name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(model)), folder)
     content = published_config(model.config, model.score.weight.dtype)
     content |= {"architectures": ["DeepseekV3ForSequenceClassification"], "num_labels": 1}
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, content, indent=2)
 
 
 def load_reward_model(folder: Path) -> RewardModel:

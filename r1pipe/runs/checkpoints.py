@@ -1,7 +1,4 @@
-"""Whole checkpoint folders: written aside, listed with hashes in manifest.json, renamed into place.
-
-No torch: both wings may ask whether a checkpoint is whole and what its hash is.
-"""
+"""Checkpoint folders: written to a temporary folder, hashed in manifest.json, renamed into place."""
 
 import hashlib
 import json
@@ -15,7 +12,7 @@ from pathlib import Path
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import heartbeat
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
@@ -28,7 +25,7 @@ def file_hash(path: Path) -> str:
 
 
 def holds_work(run: RunFolder) -> bool:
-    """Whether a run has a checkpoint or samples: what another start of it would lose."""
+    """Whether a run has a checkpoint or samples, which starting it anew would lose."""
     return bool(steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
 
 
@@ -36,33 +33,30 @@ def write_manifest(folder: Path) -> None:
     """List every file of a finished checkpoint with its hash."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"files": hashes}, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / MANIFEST, {"files": hashes})
 
 
 def manifest_hash(folder: Path | str) -> str:
-    """The hash that stands for a whole checkpoint: of what it publishes, not of the state for resume.
-
-    Raises CheckpointError where there is no manifest: the checkpoint was never finished.
-    """
+    """The hash of a checkpoint's published files, without the state for resume. Raises CheckpointError."""
     return hashlib.sha256(json.dumps(published(Path(folder)), sort_keys=True).encode()).hexdigest()
 
 
 def published(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of all files but those for resume. Raises CheckpointError."""
+    """Name -> SHA-256 of all files but those for resume. Raises CheckpointError."""
     return {name: sha for name, sha in listed(folder).items() if not name.startswith(f"{ENGINE}/")}
 
 
 def copy_published(source: Path, target: Path) -> None:
-    """Copy what a checkpoint publishes, and nothing else that lies in its folder. Raises CheckpointError."""
+    """Copy a checkpoint's published files. Raises CheckpointError."""
     for name in published(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 
 def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = False) -> None:
-    """Check a checkpoint's files against its manifest, and the manifest against a hash known from elsewhere.
+    """Check a checkpoint's files against its manifest, and the manifest's hash against `expected_hash`.
 
-    `engine` includes the state for resume. Raises CheckpointError naming the file.
+    `engine`: include the state for resume. Raises CheckpointError naming the file.
     """
     folder = Path(folder)
     for name, sha in (listed(folder) if engine else published(folder)).items():
@@ -74,7 +68,7 @@ def verify(folder: Path | str, expected_hash: str | None = None, engine: bool = 
 
 
 def broken(path: Path, sha: str) -> str | None:
-    """Why a file is not the one that the manifest lists; None where it is."""
+    """Why a file does not have this SHA-256; None if it has."""
     try:
         if not path.is_file():
             return f"{path} is missing"
@@ -84,7 +78,7 @@ def broken(path: Path, sha: str) -> str | None:
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of a checkpoint's files. Raises CheckpointError, also on a name that leads out of it."""
+    """Name -> SHA-256 of a checkpoint's files. Raises CheckpointError, also for a name outside its folder."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         raise CheckpointError(f"{folder} has no {MANIFEST}: not a checkpoint, or one never finished")
@@ -102,35 +96,34 @@ def steps(folder: Path) -> list[int]:
 
 
 def _folders(folder: Path) -> list[int]:
-    """Steps of all that stands where checkpoints do, finished or not, oldest first."""
-    found = (STEP.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
-    return sorted(int(match[1]) for match in found if match)
+    """Steps of all checkpoint folders, finished or not, oldest first."""
+    matches = (STEP.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
-    """Step of the newest checkpoint whose files, the state for resume included, are all what was saved, and
-    what is wrong with each newer one; (None, []) where there never was one.
+    """Step of the newest intact checkpoint, and the problems of newer ones; (None, []) without checkpoints.
 
-    Raises CheckpointError where there are some and none is whole.
+    Raises CheckpointError if there are checkpoints and none is intact.
     """
-    wrong: list[str] = []
+    problems: list[str] = []
     for step in reversed(_folders(folder)):
         try:
             verify(folder / f"step-{step}", engine=True)
         except CheckpointError as error:
-            wrong.append(str(error).partition(";")[0])
+            problems.append(str(error).partition(";")[0])
         else:
-            return step, wrong
-    if wrong:
+            return step, problems
+    if problems:
         raise CheckpointError(
-            f"none of the {len(wrong)} checkpoints in {folder} is whole ({wrong[0]}); copy one back, or "
-            "start the stage anew (--fresh)"
+            f"none of the {len(problems)} checkpoints in {folder} is intact ({problems[0]}); copy one back, "
+            "or start the stage anew (--fresh)"
         )
     return None, []
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Take the later checkpoints, which are damaged, out of the way of those to come."""
+    """Rename the later checkpoints, which are damaged, to make room for new ones."""
     for later in _folders(folder):
         if later > step:
             damaged = folder / f".step-{later}.damaged"
@@ -139,7 +132,7 @@ def remove_after(folder: Path, step: int) -> None:
 
 
 def begin(target: Path) -> Path:
-    """An empty sibling of the checkpoint's place, to write into."""
+    """An empty temporary folder for a checkpoint's files."""
     abandon(target)
     temporary = unfinished(target)
     temporary.mkdir(parents=True)
@@ -147,7 +140,7 @@ def begin(target: Path) -> Path:
 
 
 def abandon(target: Path) -> None:
-    """Remove what was written of a checkpoint that is not finished."""
+    """Remove the files of an unfinished checkpoint."""
     shutil.rmtree(unfinished(target), ignore_errors=True)
 
 
@@ -156,14 +149,14 @@ def unfinished(target: Path) -> Path:
 
 
 def finish(target: Path) -> None:
-    """List what was written with its hashes, make it durable, and put it in place by one rename."""
+    """Write the manifest, fsync everything, and rename the temporary folder to `target`."""
     temporary = unfinished(target)
     write_manifest(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():  # the same step again
+    if target.exists():  # the same step was saved before
         target.rename(replaced)
     temporary.rename(target)
     sync(target.parent)
@@ -171,7 +164,7 @@ def finish(target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk itself before going on."""
+    """fsync a file or a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -182,7 +175,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the checkpoint's place at the block's end; nothing if it fails."""
+    """A temporary folder that becomes the checkpoint at the end of the block; removed after an error."""
     try:
         yield begin(target)
         finish(target)

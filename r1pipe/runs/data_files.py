@@ -1,6 +1,6 @@
-"""The files that `data.kind=files` reads, and the hash over them; no torch: jobs and the lineage both ask.
+"""The files that `data.kind=files` reads, and their hashes.
 
-`data` is the config's group as a mapping, as config.json and record.json hold it.
+`data` is the config group as a mapping, as in config.json and record.json.
 """
 
 import hashlib
@@ -13,38 +13,37 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.runs import heartbeat
 
 KINDS = ("reasoning", "general", "preferences", "labels")
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 20  # bytes
 
 
 def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Kind -> where its sources lie, in their order; a kind may have fewer places than sources.
+    """Kind -> files of its sources, in order.
 
-    `data.path` is a folder that they lie in, or one file: then it stands for the first source of the first
-    kind, and the others of that kind (a published test file, say) are left out. Raises ConfigError.
+    `data.path` may be the folder of all sources, whose files may be links to elsewhere. If it is a file, it
+    replaces all sources of the first kind that has any. Raises ConfigError.
     """
-    path = data["path"]
-    main = next((kind for kind in KINDS if data[kind]), None)
-    found = {kind: [Path(source["path"]) for source in data[kind]] for kind in KINDS}
-    if path and Path(path).is_dir():
-        return {kind: [_in_folder(name, Path(path), kind) for name in found[kind]] for kind in KINDS}
-    return found | ({main: [Path(path)]} if path and main else {})
-
-
-def _in_folder(name: Path, folder: Path, kind: str) -> Path:
-    """A source's file. Raises ConfigError where it does not lie in `data.path`; what it links to may."""
-    if name.is_absolute() or ".." in name.parts:
-        raise ConfigError(f"data.{kind}: {name} leads out of data.path={folder}; give a name in it")
-    return folder / name
+    files = {kind: [Path(source["path"]) for source in data[kind]] for kind in KINDS}
+    if not data["path"]:
+        return files
+    path = Path(data["path"])
+    if not path.is_dir():
+        first = next((kind for kind in KINDS if data[kind]), None)
+        return files | ({first: [path]} if first else {})
+    for kind, names in files.items():
+        for name in names:
+            if name.is_absolute() or ".." in name.parts:
+                raise ConfigError(f"data.{kind}: {name} is outside data.path={path}; give a name in it")
+    return {kind: [path / name for name in names] for kind, names in files.items()}
 
 
 def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """SHA-256 over how the files are read, and their bytes; and path -> SHA-256 of each.
+    """SHA-256 over the config group and all files' bytes; and path -> SHA-256 of each file.
 
-    One that is missing adds nothing: it is told when it is read, and this stage may not need it.
+    Missing files are left out: reading them raises an error, and this stage may not need them.
     """
     whole = hashlib.sha256(json.dumps({**data, "path": None}, sort_keys=True).encode())
     files = {}
-    for path in (path for places in located(data).values() for path in places if path.is_file()):
+    for path in (path for paths in located(data).values() for path in paths if path.is_file()):
         own = hashlib.sha256()
         with heartbeat.to_read(path) as file:
             while chunk := file.read(CHUNK):

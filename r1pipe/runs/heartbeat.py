@@ -1,7 +1,6 @@
-"""What each rank says of itself while it works: a small file in the run's log folder.
+"""A rank's heartbeat: a small file in the run's log folder that shows where the rank is and that it works.
 
-The launching side reads it (launch/watch.py). A tick costs an addition, a change of place a few microseconds.
-Both wings import this: no torch here.
+launch/watch.py reads it. A tick costs an addition, a change of place a few microseconds.
 """
 
 import faulthandler
@@ -25,59 +24,59 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.runs.stopping import Interrupted
 
 WRITE_EVERY_S = 1.0  # while work is done
-ALIVE_EVERY_S = 10.0  # while none is: other machines see by it that the process lives
-RECORD_BYTES = 512  # of a file: it is written over
-TRIES, TRY_AGAIN_S = 5, 0.001  # to read a file that is being written
-PIECE = 1 << 26  # bytes of a file that are written between two ticks
+ALIVE_EVERY_S = 10.0  # while none is: shows other machines that the process is alive
+RECORD_BYTES = 512  # fixed length: the file is overwritten in place
+TRIES, TRY_AGAIN_S = 5, 0.001  # a read may meet a write
+PIECE = 1 << 26  # bytes written between two ticks
 
 
 @dataclass
 class Beat:
-    """Where a rank is and how much work it has shown; the content of its file."""
+    """The content of a heartbeat file."""
 
     rank: int
     host: str
     pid: int
-    began: float  # of the process, seconds since 1970
-    step: int = 0  # that it works on
+    began: float  # start of the process, seconds since 1970
+    step: int = 0  # 0: before the first one
     place: str = "starting"
-    patient: bool = True  # one long piece of work that shows nothing meanwhile: importing, compiling
+    patient: bool = True  # in work that may take long without a tick: importing, compiling
     waiting: bool = False  # for other ranks, in a collective
-    met: int = 0  # collectives entered: of ranks in lockstep, one that is stuck has entered the fewest
+    met: int = 0  # collectives entered; the rank that is stuck has entered the fewest
     ticks: int = 0  # pieces of work done
-    exit_code: int | None = None  # once it has left by itself
+    exit_code: int | None = None  # set when the rank leaves by itself
 
     def where(self) -> str:
-        """For the user: "update, step 3"."""
+        """`update, step 3`"""
         return f"{self.place}, step {self.step}" if self.step else self.place
 
 
 def read(path: Path) -> Beat | None:
-    """None where there is none, or none that can be read."""
+    """A heartbeat; None if the file is missing or cannot be parsed."""
     for _ in range(TRIES):
         try:
             return Beat(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError):  # in the moment of a change
+        except (OSError, ValueError, TypeError):  # it is being written
             time.sleep(TRY_AGAIN_S)
     return None
 
 
 def read_all(run: RunFolder) -> list[Beat]:
-    """Those of a run's ranks, by rank."""
-    found = (read(path) for path in run.log.glob(f"{RunFolder.HEARTBEAT}*.json"))
-    return sorted((beat for beat in found if beat is not None), key=lambda beat: beat.rank)
+    """The heartbeats of a run's ranks, by rank."""
+    beats = (read(path) for path in run.log.glob(f"{RunFolder.HEARTBEAT}*.json"))
+    return sorted((beat for beat in beats if beat is not None), key=lambda beat: beat.rank)
 
 
 def clear(run: RunFolder) -> None:
-    """Forget the ranks of an earlier session."""
+    """Remove the heartbeats of an earlier session."""
     for path in run.log.glob(f"{RunFolder.HEARTBEAT}*"):
         path.unlink(missing_ok=True)
 
 
 class Heart:
-    """Writes this process's beat from `start` to `stop`: changes of place at once, ticks once a second."""
+    """Writes this process's heartbeat: changes of place at once, ticks once a second."""
 
     def __init__(self, path: Path, rank: int):
         process = psutil.Process()
@@ -99,7 +98,6 @@ class Heart:
         os.close(self._file)
 
     def show(self) -> None:
-        """What a process wrote stays when it is killed."""
         os.pwrite(self._file, json.dumps(vars(self.beat)).encode().ljust(RECORD_BYTES), 0)
 
     def _write_on(self) -> None:
@@ -109,16 +107,16 @@ class Heart:
             if self.beat.ticks != ticks or quiet_s >= ALIVE_EVERY_S:
                 ticks, quiet_s = self.beat.ticks, 0.0
                 self.show()
-                with self.path.open("rb+"):  # closing it shows a file system's other machines what is new
+                with self.path.open("rb+"):  # on NFS, closing a file shows its content to other machines
                     pass
 
 
-_heart: Heart | None = None  # of this process; none outside a job
+_heart: Heart | None = None  # None outside a job
 
 
 @contextmanager
 def beating(run: RunFolder, rank: int) -> Iterator[None]:
-    """A heartbeat for the length of a block, in which SIGUSR1 has this process write down what it does."""
+    """Keep a heartbeat for the length of a block; SIGUSR1 then writes the stack traces to the log folder."""
     global _heart
     run.log.mkdir(parents=True, exist_ok=True)
     with run.stack(rank).open("a", encoding="utf-8") as file:
@@ -138,7 +136,7 @@ def beating(run: RunFolder, rank: int) -> Iterator[None]:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The exit code of a rank that this error ends (see r1pipe.train.run.open_run)."""
+    """The exit code of a rank that ends with this error (see r1pipe.train.run.open_run)."""
     if isinstance(error, Interrupted):
         return error.exit_code
     if isinstance(error, SystemExit) and isinstance(error.code, int):
@@ -147,7 +145,7 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def tick() -> None:
-    """A piece of work is done: a micro-batch, a few tokens of a sample, a verdict."""
+    """Show progress: a micro-batch, a few tokens of a sample, a score."""
     if _heart is not None:
         _heart.beat.ticks += 1
 
@@ -163,18 +161,18 @@ class _Ticking(io.FileIO):
 
 
 def to_read(path: Path | str) -> io.BufferedReader:
-    """A file each piece of which, as it is read, shows work."""
+    """Open a file whose reads tick."""
     return io.BufferedReader(_Ticking(path, "rb"))
 
 
 def to_write(path: Path | str) -> io.BufferedWriter:
-    """A file, new or emptied, each piece of which shows work when it is written."""
+    """Create or truncate a file whose writes tick."""
     return io.BufferedWriter(_Ticking(path, "wb"))
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """A block that waits for something with a limit of its own, which may be a long one: until then, work."""
+    """Tick throughout a block that waits for something with its own time limit."""
     over = threading.Event()
 
     def ticks() -> None:
@@ -191,7 +189,7 @@ def limited() -> Iterator[None]:
 
 
 def at_step(step: int) -> None:
-    """Which step is being worked on."""
+    """Set the step that is being worked on."""
     if _heart is not None:
         beat = _heart.beat
         beat.step, beat.place, beat.patient, beat.ticks = step, "between phases", False, beat.ticks + 1
@@ -201,56 +199,44 @@ def at_step(step: int) -> None:
 @contextmanager
 def at(place: str, patient: bool = False) -> Iterator[None]:
     """Name what a block does. `patient`: it may take long without a tick."""
-    heart = _heart
-    if heart is None:
+    tick()
+    with _changed(place=place, patient=patient):
         yield
-        return
-    beat = heart.beat
-    outer = beat.place, beat.patient
-    beat.place, beat.patient, beat.ticks = place, patient, beat.ticks + 1
-    heart.show()
-    try:
-        yield
-    finally:
-        beat.place, beat.patient = outer
-        beat.ticks += 1
-        heart.show()
 
 
 @contextmanager
 def waiting(for_others: bool = True) -> Iterator[None]:
-    """A block in which this rank may wait for the others, if there are any: it is not what holds them up."""
-    heart = _heart
-    if heart is None or not for_others:
+    """A block in which this rank may wait for other ranks, if there are any: it is not the one stuck."""
+    if not for_others:
         yield
         tick()
         return
-    beat = heart.beat
-    beat.met += 1
-    beat.waiting = True
-    heart.show()
-    try:
+    if _heart is not None:
+        _heart.beat.met += 1
+    with _changed(waiting=True):
         yield
-    finally:
-        beat.waiting = False
-        beat.ticks += 1
-        heart.show()
 
 
 @contextmanager
 def working() -> Iterator[None]:
     """Within `waiting`: this rank's own work, which the others wait for."""
-    heart = _heart
-    if heart is None or not heart.beat.waiting:
+    with _changed(waiting=False):
         yield
-        tick()
+
+
+@contextmanager
+def _changed(**values: Any) -> Iterator[None]:
+    """Change fields of the beat for the length of a block; the end of the block is a tick."""
+    heart = _heart
+    if heart is None:
+        yield
         return
-    beat = heart.beat
-    beat.waiting = False
+    fields = vars(heart.beat)
+    before = {name: fields[name] for name in values}
+    fields.update(values)
     heart.show()
     try:
         yield
     finally:
-        beat.waiting = True
-        beat.ticks += 1
+        fields.update(before, ticks=fields["ticks"] + 1)
         heart.show()

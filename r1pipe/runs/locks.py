@@ -1,16 +1,14 @@
-"""Who has a run folder: one job at a time, on one machine or on several that share the folder.
+"""Locks of run folders: one job at a time, on one machine or on several that share the folder.
 
 The run's pid file names the job's processes: {"host": "node7", "since": "2026-11-25 03:56:34",
-"processes": [[4711, 1795492594.1]]}, each with its number and when it began. It is written whole, under a
-lock of the system that lasts no longer than the process which has it, so that of two that start in the same
-moment one is refused. What dead processes leave is taken over, once no rank is left of them: a launcher that
-was killed leaves ranks behind, which have a heartbeat, or are still importing. One that comes too late, when
-another job has the run, refuses to begin.
+"processes": [[4711, 1795492594.1]]}, each with its pid and start time. It is written under `flock`: of two
+jobs that start at the same moment one is refused. The lock of dead processes is taken over once none of their
+ranks is left: a launcher that was killed leaves ranks behind, which have a heartbeat or are still importing.
+Such a rank refuses to start if another job has taken the run over.
 """
 
 import errno
 import fcntl
-import json
 import os
 import socket
 import tempfile
@@ -24,16 +22,16 @@ from pathlib import Path
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import heartbeat, processes
+from r1pipe.runs.files import read_json, write_json
 
-LEASE_S = 60.0  # a holder on another machine that has shown no life for so long is taken for dead
+LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long counts as dead
 RENEW_S = 10.0
-# Some file systems of clusters have no locks. Then the pid file alone must do, and of two jobs that start in
-# the same milliseconds both may go on.
+# Some cluster file systems have no locks: there, two jobs that start within milliseconds may both continue.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class Taken(EnvironmentProblem):
-    """Another job has the run: nothing may be written into its folder."""
+    """Another job holds the run: nothing may be written into its folder."""
 
 
 @dataclass
@@ -42,26 +40,28 @@ class Holder:
 
     host: str
     since: str
-    processes: list[tuple[int, float]] = field(default_factory=list)  # number, begin
+    processes: list[tuple[int, float]] = field(default_factory=list)  # pid, start time
 
     @classmethod
     def read(cls, path: Path) -> "Holder | None":
-        """None where there is none, or none that can be read."""
+        """None if the file is missing or damaged."""
+        content = read_json(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            pairs = [(int(pid), float(began)) for pid, began in found["processes"]]
-            return cls(str(found["host"]), str(found["since"]), pairs)
-        except (OSError, ValueError, TypeError, KeyError):
+            pairs = [(int(pid), float(began)) for pid, began in content["processes"]]
+            return cls(str(content["host"]), str(content["since"]), pairs)
+        except (ValueError, TypeError, KeyError):
             return None
 
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
     def write(self, path: Path) -> None:
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, asdict(self), indent=None)
 
 
 class Lock:
-    """A run that this process has; `held` makes one."""
+    """A run that this process holds; see `held`."""
 
     def __init__(self, run: RunFolder):
         self.run = run
@@ -70,7 +70,7 @@ class Lock:
         self._renewed = time.monotonic()
 
     def take(self) -> None:
-        """Raises EnvironmentProblem while another job has the run."""
+        """Raises EnvironmentProblem if another job holds the run."""
         self.run.create()
         with _guarded(self.run):
             check_not_running(self.run)
@@ -78,12 +78,12 @@ class Lock:
             self.add(os.getpid())
 
     def add(self, pid: int) -> None:
-        """Another process of the job: the run is free once all of them are gone."""
+        """Add a process of the job: the run is free once all of them are gone."""
         self.holder.processes.append((pid, processes.began(pid)))
         self.holder.write(self.run.pid)
 
     def renew(self) -> None:
-        """Show other machines that the job lives; cheap enough to call often."""
+        """Show other machines that the job is alive; cheap enough to call often."""
         if time.monotonic() - self._renewed > RENEW_S:
             self._renewed = time.monotonic()
             self.holder.write(self.run.pid)
@@ -96,7 +96,7 @@ class Lock:
 
 @contextmanager
 def held(run: RunFolder) -> Iterator[Lock]:
-    """Have a run for the length of a block. Raises EnvironmentProblem while another job has it."""
+    """Hold a run for the length of a block. Raises EnvironmentProblem if another job holds it."""
     lock = Lock(run)
     lock.take()
     try:
@@ -106,19 +106,19 @@ def held(run: RunFolder) -> Iterator[Lock]:
 
 
 def job_of(run: RunFolder) -> Holder | None:
-    """Who has a run whose job, launcher or ranks, is running on this machine."""
+    """The holder of a run whose launcher or ranks are alive on this machine."""
     holder = Holder.read(run.pid)
-    if holder is None or holder.host != socket.gethostname() or len(holder.processes) < 2:
+    if holder is None or not holder.is_here or len(holder.processes) < 2:
         return None
     return holder if processes.is_alive(*holder.processes[1]) or live_ranks(run, holder) else None
 
 
 def adopt(run: RunFolder) -> Lock | None:
-    """Have a run in the place of a command that died while its job runs; None where another one has it."""
+    """Take the run of a command that died while its job runs; None if another command holds it."""
     lock = Lock(run)
     with _guarded(run):
         holder = Holder.read(run.pid)
-        if holder is None or holder.host != socket.gethostname() or processes.is_alive(*holder.processes[0]):
+        if holder is None or not holder.is_here or processes.is_alive(*holder.processes[0]):
             return None
         own = (os.getpid(), processes.began(os.getpid()))
         lock.holder = replace(holder, processes=[own, *holder.processes[1:]])
@@ -127,14 +127,13 @@ def adopt(run: RunFolder) -> Lock | None:
 
 
 def check_not_running(run: RunFolder) -> None:
-    """Raises EnvironmentProblem while another job has the run, and says who."""
+    """Raises EnvironmentProblem if another job holds the run, naming its process."""
     holder = Holder.read(run.pid)
-    elsewhere = holder is not None and holder.host != socket.gethostname()
     since = f" on {holder.host} since {holder.since}" if holder else ""
     launchers = live_launchers(holder)
     if launchers:
         raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {launchers[-1]}{since}); "
+            f"run {run.run_id} is already running (process {launchers[-1]}{since}); "
             "wait for it, or start another: --fresh"
         )
     ranks = live_ranks(run, holder)
@@ -144,20 +143,20 @@ def check_not_running(run: RunFolder) -> None:
             f"run {run.run_id} has ranks whose launcher is gone (processes {numbers}{since}); "
             f"end them: kill -9 {numbers}"
         )
-    age_s = seconds_since_heartbeat(run) if elsewhere else LEASE_S
+    age_s = seconds_since_heartbeat(run) if holder and not holder.is_here else LEASE_S
     if holder and age_s < LEASE_S:
         raise EnvironmentProblem(
-            f"run {run.run_id} is going on already (process {holder.processes[-1][0]}{since}); wait for it, "
+            f"run {run.run_id} is already running (process {holder.processes[-1][0]}{since}); wait for it, "
             f"or start another: --fresh; if that machine is gone, try again in {LEASE_S - age_s:.0f} s"
         )
 
 
 @contextmanager
 def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
-    """A rank's heartbeat for the length of a block, which begins only where no other job has the run.
+    """Keep a rank's heartbeat for the length of a block.
 
-    Raises Taken where one has: this rank's launcher was killed, and the run taken over since. A rank that was
-    not `launched_here` (engine.hostfile) is in no process group of its launcher and cannot tell.
+    Raises Taken if another job holds the run: this rank's launcher was killed, and the run taken over since.
+    A rank that was not `launched_here` (engine.hostfile) is not in its launcher's process group: no check.
     """
     with ExitStack() as stack:
         with _guarded(run):
@@ -173,40 +172,40 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
 
 
 def was_interrupted(run: RunFolder) -> bool:
-    """Whether the command that had the run last never returned; one on another machine counts as such."""
+    """Whether the command that held the run last never returned; one on another machine counts as such."""
     holder = Holder.read(run.pid)
-    if holder is None or holder.host != socket.gethostname():
-        return holder is not None
-    return not any(processes.is_alive(pid, began) for pid, began in holder.processes[:1])  # r1pipe itself
+    if holder is None:
+        return False
+    commands = holder.processes[:1] if holder.is_here else []  # the first process is r1pipe itself
+    return not any(processes.is_alive(pid, began) for pid, began in commands)
 
 
 def live_launchers(holder: Holder | None) -> list[int]:
-    """Numbers of a holder's own processes, where it is on this machine: r1pipe and DeepSpeed's runner."""
-    if holder is None or holder.host != socket.gethostname():
+    """Pids of a holder's own processes on this machine: r1pipe and DeepSpeed's runner."""
+    if holder is None or not holder.is_here:
         return []
     return [pid for pid, began in holder.processes if processes.is_alive(pid, began)]
 
 
 def live_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
-    """Numbers of this machine's processes that are ranks of the run, or about to be.
+    """Pids of this machine's processes that are ranks of the run, or about to be.
 
-    A rank has a heartbeat from `open_run` on. Before, it is known by its launcher's process group, which
-    keeps the number of the launcher after its death; as numbers come again, the run folder must be among its
-    words, too.
+    A rank has a heartbeat from `open_run` on. Before that it is found by its process group, whose id is its
+    launcher's pid even after that has died; as pids are reused, its command line must name the run folder.
     """
     beats = [beat for beat in heartbeat.read_all(run) if beat.host == socket.gethostname()]
-    found = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
-    if holder is not None and holder.host == socket.gethostname():
+    pids = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
+    if holder is not None and holder.is_here:
         members = [member for pid, _ in holder.processes for member in processes.group(pid)]
-        found |= {member.pid for member in members if processes.is_called_with(member, run.run_id)}
-    return sorted(found)
+        pids |= {member.pid for member in members if processes.is_called_with(member, run.run_id)}
+    return sorted(pids)
 
 
 def seconds_since_heartbeat(run: RunFolder) -> float:
-    """Since the launcher or a rank last showed life, by the clock of the machine that keeps the files."""
+    """Since the last sign of life of the launcher or a rank, by the file server's clock."""
     shown = [0.0]
     for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
-        with suppress(FileNotFoundError):  # it ends in this moment
+        with suppress(FileNotFoundError):  # the job has just ended
             shown.append(path.stat().st_mtime)
     with tempfile.TemporaryFile(dir=run.path) as made_now:
         return os.fstat(made_now.fileno()).st_mtime - max(shown)
@@ -214,7 +213,7 @@ def seconds_since_heartbeat(run: RunFolder) -> float:
 
 @contextmanager
 def _guarded(run: RunFolder) -> Iterator[None]:
-    """One process at a time looks and writes."""
+    """Let one process at a time read and write the pid file."""
     with run.guard.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

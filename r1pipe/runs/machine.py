@@ -1,9 +1,10 @@
-"""What this machine is and has: written down before a job starts, and checked for what the job will need."""
+"""Facts about this machine for env.json, and checks of what a job needs, before it starts."""
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -19,9 +20,9 @@ from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
-DECIDES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # what of a checkout decides a run
-FIRST_WITH_E4M3 = (8, 9)  # compute capability: Ada; the tensor cores that r1pipe was written for are Hopper's
-FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the package index
+SOURCES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # of a checkout: what a run depends on
+FIRST_WITH_E4M3 = (8, 9)  # compute capability of Ada
+FP8_PACKAGES = {  # engine.kernels -> module and the package to install
     "triton": ("triton", "triton"),
     "scaled_mm": ("triton", "triton"),
     "deepgemm": ("deep_gemm", "sgl-deep-gemm"),
@@ -29,7 +30,7 @@ FP8_PACKAGES = {  # what engine.kernels=... imports, and how it is called in the
 
 
 def facts() -> dict[str, Any]:
-    """Versions, code and hardware, for env.json; no environment variables: they may hold secrets."""
+    """Versions, code and hardware; no environment variables, which may hold secrets."""
     return {
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -44,7 +45,7 @@ def facts() -> dict[str, Any]:
 
 
 def devices(engine: EngineConfig) -> dict[str, Any]:
-    """What a job occupies on all its machines, for its cost: {"unit": "GPU" or "core", "count": 8}."""
+    """The devices of a job on all its machines, for its cost: {"unit": "GPU" or "core", "count": 8}."""
     machines = 1
     if engine.hostfile is not None:
         lines = Path(engine.hostfile).read_text(encoding="utf-8").splitlines()
@@ -62,27 +63,24 @@ def version(package: str) -> str | None:
 
 
 def code() -> dict[str, Any]:
-    """The git revision of this checkout and whether files differ from it; nulls in an installed wheel."""
+    """The git revision of this checkout and whether files differ from it; None in an installed wheel."""
     revision = _git("rev-parse", "HEAD").strip()
     dirty = bool(_git("status", "--porcelain").strip()) if revision else None
     return {"revision": revision or None, "dirty": dirty}
 
 
 def code_diff() -> str:
-    """What the code that decides a run is besides its revision, new files included; "" without git.
-
-    No ignored file, nor one outside these folders: they may hold anything.
-    """
-    with tempfile.TemporaryDirectory() as folder:  # new files are only seen by an index that has them
+    """The diff of `SOURCES` to the git revision, new files included, ignored files not; "" without git."""
+    with tempfile.TemporaryDirectory() as folder:  # a copy of the index, to which new files are added
         index = Path(folder) / "index"
-        own = _git("rev-parse", "--git-path", "index").strip()
-        if not own:
+        original = _git("rev-parse", "--git-path", "index").strip()
+        if not original:
             return ""
-        with suppress(FileNotFoundError):  # a checkout without an index has all files new
-            shutil.copyfile(_checkout() / own, index)
-        decides = [name for name in DECIDES if (_checkout() / name).exists()]
-        _git("add", "--intent-to-add", "--", *decides, index=index)
-        return without_secrets(_git("diff", "HEAD", "--", *decides, index=index))
+        with suppress(FileNotFoundError):  # a fresh checkout may have no index
+            shutil.copyfile(_checkout() / original, index)
+        sources = [name for name in SOURCES if (_checkout() / name).exists()]
+        _git("add", "--intent-to-add", "--", *sources, index=index)
+        return without_secrets(_git("diff", "HEAD", "--", *sources, index=index))
 
 
 def _checkout() -> Path:
@@ -90,7 +88,7 @@ def _checkout() -> Path:
 
 
 def _git(*words: str, index: Path | None = None) -> str:
-    """What git says of this checkout; "" in an installed wheel, or without git."""
+    """Output of a git command on this checkout; "" in an installed wheel, or without git."""
     home = _checkout()
     if not (home / ".git").exists() or shutil.which("git") is None:
         return ""
@@ -108,12 +106,12 @@ def cores() -> int:
 
 
 def search_path() -> str:
-    """PATH with this interpreter's own folder first: `deepspeed` and `ninja` of the same environment."""
+    """PATH with this interpreter's folder first, which has the environment's `deepspeed` and `ninja`."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def find_launcher(engine: EngineConfig) -> str:
-    """DeepSpeed's launcher. Raises EnvironmentProblem on what the job would fail for at its start."""
+    """DeepSpeed's launcher. Raises EnvironmentProblem if the job would fail at its start."""
     launcher = shutil.which("deepspeed", path=search_path())
     if launcher is None:
         raise EnvironmentProblem(
@@ -125,7 +123,7 @@ def find_launcher(engine: EngineConfig) -> str:
         )
     if engine.accelerator == "cuda" and engine.launcher == "local" and not has_gpu():
         raise EnvironmentProblem(
-            "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or mend the driver"
+            "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or fix the driver"
         )
     if engine.precision == "fp8" and engine.launcher == "local":
         check_fp8_support(engine.kernels, on_cpu(engine))
@@ -143,7 +141,7 @@ def has_gpu() -> bool:
 
 
 def check_compiler() -> None:
-    """DeepSpeed compiles a small C++ operator for gloo at its first start."""
+    """Raises EnvironmentProblem without the compiler that DeepSpeed needs on a CPU at its first start."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise EnvironmentProblem(
@@ -155,10 +153,9 @@ def check_compiler() -> None:
 
 
 def check_fp8_support(kernels: str, cpu: bool) -> None:
-    """Raises EnvironmentProblem where engine.precision=fp8 cannot run on this machine, as far as it shows.
+    """Raises EnvironmentProblem if engine.precision=fp8 cannot run on any GPU of this machine.
 
-    Needs no torch: model/kernels/choice.py knows more and looks again, in the job. A machine is refused if
-    none of its GPUs can: which of them the job gets is not known here.
+    In the job, model/kernels/choice.py checks again, with torch.
     """
     if kernels == "reference" or (cpu and kernels == "auto"):
         return
@@ -179,7 +176,7 @@ def check_fp8_support(kernels: str, cpu: bool) -> None:
 
 
 def missing_for(kernels: str) -> str | None:
-    """Which package a backend of FP8 lacks, and the remedy."""
+    """The message if the package of an FP8 backend is missing."""
     module, package = FP8_PACKAGES[kernels]
     if importlib.util.find_spec(module) is None:
         return f"the package {module} is missing; `pip install {package}`"
@@ -187,28 +184,25 @@ def missing_for(kernels: str) -> str | None:
 
 
 def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
-    """(name, compute capability) of each GPU, from its driver; none where there is no driver to ask."""
+    """(name, compute capability) of each GPU; [] without a driver, or with one too old to report it."""
     if shutil.which("nvidia-smi") is None:
         return []
-    asked = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    found = []
-    for line in answer.stdout.splitlines() if answer.returncode == 0 else []:
-        capability, _, name = line.partition(", ")
-        major, _, minor = capability.partition(".")
-        if major.isdecimal() and minor.isdecimal():  # a driver too old to know says so in words
-            found.append((name, (int(major), int(minor))))
-    return found
+    query = ["nvidia-smi", "--query-gpu=compute_cap,name", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return []
+    lines = re.findall(r"^(\d+)\.(\d+), (.*)$", answer.stdout, re.MULTILINE)
+    return [(name, (int(major), int(minor))) for major, minor, name in lines]
 
 
 def check_data_files(config: RunConfig) -> None:
-    """Raises DataError where the job would find no data; on other machines it may lie elsewhere."""
+    """Raises DataError if data.path does not exist; not checked for other machines (engine.hostfile)."""
     data = config.data
     if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():
         raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that exists."""
     path = path.resolve()
-    return next(place for place in (path, *path.parents) if os.path.exists(place))
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))

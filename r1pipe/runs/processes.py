@@ -1,4 +1,4 @@
-"""Processes as the launching side sees them: who is alive, who is stopped, and how one ended."""
+"""Which processes are alive, and how one ended."""
 
 import math
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import psutil
 
-CLOCK_S = 2.0  # a process counts its begin from when the machine started, by a clock that may be put right
+CLOCK_S = 2.0  # start times shift by so much when the system clock is adjusted
 POLL_S = 0.1
 EXIT_CODE_FIELD = 52  # of /proc/PID/stat, counted from 1 as in proc(5)
 
 
 def began(pid: int) -> float:
-    """When a process began, seconds since 1970. Raises psutil.NoSuchProcess."""
+    """Start time of a process, seconds since 1970. Raises psutil.NoSuchProcess."""
     return psutil.Process(pid).create_time()
 
 
 def status(pid: int, began_at: float) -> str | None:
-    """psutil's word for the state of the process that has the number `pid` since then; None: it is gone."""
+    """psutil's status of the process with this pid and start time; None if it is gone."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if abs(process.create_time() - began_at) < CLOCK_S:
@@ -30,19 +30,19 @@ def status(pid: int, began_at: float) -> str | None:
 
 
 def is_alive(pid: int, began_at: float) -> bool:
-    """Whether that process still runs; its number may be another's by now."""
+    """Whether that process still runs; its pid may be another's by now."""
     return status(pid, began_at) not in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 class Foreign:
-    """The launcher of a job that another command started: what `subprocess.Popen` is to its own command."""
+    """The launcher of a job that another command started, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int, began_at: float, has_ranks: Callable[[], bool]):
-        """`has_ranks`: whether ranks of the job are alive, which may outlive a launcher that is killed."""
+        """`has_ranks`: whether ranks of the job are alive: they may outlive a launcher that is killed."""
         self.pid, self._began_at, self._has_ranks = pid, began_at, has_ranks
 
     def poll(self) -> int | None:
-        """None while the job runs, then 0: how it ended, only its parent can ask."""
+        """None while the job runs, then 0: only its parent can get the exit code."""
         return None if is_alive(self.pid, self._began_at) or self._has_ranks() else 0
 
     def wait(self, timeout: float = math.inf) -> int:
@@ -56,28 +56,26 @@ class Foreign:
 
 
 def exit_code(pid: int) -> int | None:
-    """Of a process that has ended but that its parent has not asked for yet: minus the signal's number where
-    one ended it. None where the system does not tell."""
+    """Exit code of a zombie, negative for a signal; None if the system does not show it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    waited = int(fields[EXIT_CODE_FIELD - 3])  # the first two stand before the parenthesis
-    return os.waitstatus_to_exitcode(waited)
+    return os.waitstatus_to_exitcode(int(fields[EXIT_CODE_FIELD - 3]))  # two fields precede the parenthesis
 
 
 def group(leader: int) -> list[psutil.Process]:
     """The living processes of a process group."""
-    found = []
+    members = []
     for process in psutil.process_iter(["status"]):
         with suppress(ProcessLookupError, PermissionError):
             if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                members.append(process)
+    return members
 
 
 def is_called_with(process: psutil.Process, name: str) -> bool:
-    """Whether one of the words that a process was started with is a path that ends in `name`."""
-    with suppress(psutil.Error):  # it ends in this moment, or is another user's
+    """Whether an argument of the process is a path that ends in `name`."""
+    with suppress(psutil.Error):  # it has just ended, or is another user's
         return any(Path(word).name == name for word in process.cmdline())
     return False

@@ -1,24 +1,22 @@
-"""record.json: what made a checkpoint, written last. Its parents, data, config, code, and their hashes."""
+"""Writing record.json: what made a checkpoint (parents, data, config, code), with hashes."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
 from r1pipe.core.paths import SET_ASIDE, RunFolder
 from r1pipe.core.redaction import publishable
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
-from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail, read_object
 from r1pipe.runs.record import OWN_HASH, Code, Edge, History, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
 
 class ChatFormat(Protocol):
-    """What a record keeps of the tokenizer and its template."""
+    """The hashes of a tokenizer and its chat template."""
 
     @property
     def tokenizer_hash(self) -> str: ...
@@ -35,8 +33,8 @@ def job_record(
     result: Result,
     source_hash: str | None = None,
 ) -> Record:
-    """The record of a finished job. `source_hash`: of the data source, where `data_hash` is of what was made
-    from it and trained on."""
+    """The record of a finished job. `source_hash`: of the data source, where the result's `data_hash` is of
+    samples drawn from it."""
     record: Record = {
         "format": FORMAT,
         "run_id": folder.run_id,
@@ -73,56 +71,43 @@ def job_record(
 
 
 def _edge(parent: ParentRef) -> Edge:
-    """A parent with the hash of its own record: what is edited there later shows here."""
+    """A parent with the hash of its own record: later edits of that record show."""
     path = record_beside(Path(parent.checkpoint))
-    known = read_object(path) if path.exists() else {}
+    record = read_object(path) if path.exists() else {}
     return {
         "stage": parent.stage,
         "run_id": parent.run_id,
         "checkpoint": parent.checkpoint,
         "hash": parent.hash,
-        "record_hash": known.get(OWN_HASH),
+        "record_hash": record.get(OWN_HASH),
     }
 
 
 def _history(folder: RunFolder) -> History:
-    """What later sessions of the run had other than the first, and the file that has all of it."""
     path = folder.config_history
     changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
     return {"file": path.name, "hash": file_hash(path), "changed": changed}
 
 
 def _files(folder: RunFolder) -> dict[str, str]:
-    """Name -> SHA-256 of what the job leaves besides its checkpoints; the dataset's own is data_hash."""
-    paths = [
-        folder.metrics,
-        folder.tripwires,
-        folder.samples,
-        *folder.rollouts.glob("*"),
-        *folder.data.glob("*"),
-    ]
-    made = sorted(path for path in paths if path.is_file() and path != folder.dataset)
-    return {path.relative_to(folder.path).as_posix(): file_hash(path) for path in made}
+    """Name -> SHA-256 of the job's other files, except the dataset, whose hash is data_hash."""
+    paths = [folder.metrics, folder.tripwires, folder.samples]
+    paths += [*folder.rollouts.glob("*"), *folder.data.glob("*")]
+    files = sorted(path for path in paths if path.is_file() and path != folder.dataset)
+    return {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files}
 
 
 def _lines(path: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: other processes watch for these files."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _code(folder: RunFolder) -> Code:
-    """What the launcher wrote down of git; unknown where a script was started by hand."""
-    known = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
+    """The launcher's note of the git revision; unknown for a script that was started by hand."""
+    code = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
     diff = file_hash(folder.diff) if folder.diff.exists() else None
     return {
-        "revision": known.get("revision"),
-        "dirty": known.get("dirty"),
+        "revision": code.get("revision"),
+        "dirty": code.get("dirty"),
         "diff": folder.diff.name,
         "diff_hash": diff,
     }

@@ -1,9 +1,6 @@
-"""record.json, which a job writes last: its schema, and how it is read.
+"""The schema of record.json, which a job writes last, and how it is read.
 
-Writer, lineage, table, report and MLflow all use the types below. They describe plain JSON objects, so that a
-record's hash is the same after reading as it was when written.
-
-A damaged record is one line (CheckpointError) where the user names its run; `stored` lists many runs.
+The types describe plain JSON objects, so that a record's hash does not change by reading it.
 """
 
 import hashlib
@@ -18,16 +15,15 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
-STRICT = ConfigDict(strict=True, extra="allow")  # "3" is no number; other versions may have other keys
+STRICT = ConfigDict(strict=True, extra="allow")  # other versions may have other keys; nested types inherit it
 T = TypeVar("T")
 
 
-@with_config(STRICT)
 class Metrics(TypedDict, total=False):
-    """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: not known."""
+    """An evaluation: evaluation.json, and `metrics` in record.json. Shares are in 0..1; None: unknown."""
 
     data: str | None  # the data set
     split: str | None  # "test" or "dev"
@@ -39,7 +35,7 @@ class Metrics(TypedDict, total=False):
     problems: int | None
     samples: int | None
     unscored: int | None  # samples whose verifier or sandbox failed
-    too_long: int | None  # prompts that leave no room for an answer
+    too_long: int | None  # prompts without room for an answer
     format_rate: float | None
     language_consistency: float | None
     length_mean: float | None  # tokens
@@ -52,17 +48,16 @@ class Metrics(TypedDict, total=False):
     by_language: dict[str, "Metrics"] | None
     general_by_kind: dict[str, float | None] | None
     strategies: dict[str, float | None] | None
-    reward_models: dict[str, dict[str, float | None]] | None  # kind -> what was measured of the model
-    weak_judges: int | None  # how many of them were used all the same
-    forced_judges: list[str] | None  # the weaknesses that stage.preference.force let pass
+    reward_models: dict[str, dict[str, float | None]] | None  # kind -> quality
+    weak_judges: int | None  # how many were used anyway
+    forced_judges: list[str] | None  # the weaknesses that stage.preference.force accepted
 
 
 METRICS = tuple(Metrics.__annotations__)
 
 
-@with_config(STRICT)
 class Edge(TypedDict):
-    """A parent's checkpoint, as config.schema.ParentRef has it, and the hash of the parent's own record."""
+    """A parent: a ParentRef and the hash of its own record."""
 
     stage: str
     run_id: str
@@ -71,13 +66,11 @@ class Edge(TypedDict):
     record_hash: NotRequired[str | None]
 
 
-@with_config(STRICT)
 class Parents(TypedDict, total=False):
     weights: Edge | None
     data: list[Edge]
 
 
-@with_config(STRICT)
 class Data(TypedDict, total=False):
     name: str
     kind: str
@@ -86,7 +79,6 @@ class Data(TypedDict, total=False):
     set_aside: int  # rows that were rejected
 
 
-@with_config(STRICT)
 class Code(TypedDict, total=False):
     revision: str | None  # None in an installed wheel
     dirty: bool | None
@@ -94,18 +86,16 @@ class Code(TypedDict, total=False):
     diff_hash: str | None
 
 
-@with_config(STRICT)
 class History(TypedDict):
-    """What later sessions of the run had other than the first."""
+    """Keys that later sessions of the run changed, and the file with the changes."""
 
     file: str
     hash: str
     changed: list[str]
 
 
-@with_config(STRICT)
 class Result(TypedDict, total=False):
-    """What only the job knows."""
+    """The part that only the job knows."""
 
     wall_s: FiniteFloat
     seconds: dict[str, FiniteFloat]  # by phase
@@ -148,7 +138,7 @@ def read_record(path: Path) -> Record:
 
 
 def checked(schema: TypeAdapter[Any], content: T, path: Path) -> T:
-    """The content itself, not a copy: its hash must not change."""
+    """The content itself, not a copy: its hash must not change. Raises CheckpointError naming the key."""
     try:
         schema.validate_python(content)
     except ValidationError as error:
@@ -162,11 +152,10 @@ def checked(schema: TypeAdapter[Any], content: T, path: Path) -> T:
 
 
 def record_of(run: RunFolder) -> Record:
-    """The record of a finished run. Raises CheckpointError where there is none that can be used."""
+    """The record of a finished run. Raises CheckpointError."""
     if not run.record.exists():
         raise CheckpointError(
-            f"run {run.run_id} has not finished; let it (`r1pipe run` goes on with it) or give a path in "
-            f"{run.checkpoints}"
+            f"run {run.run_id} has not finished; `r1pipe run` resumes it; or give a path in {run.checkpoints}"
         )
     return read_record(run.record)
 
@@ -175,7 +164,7 @@ def record_of(run: RunFolder) -> Record:
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
-    """(kind, parent, hash of the parent's own record where it is known), weights first."""
+    """(kind, parent, hash of the parent's own record if known), weights first."""
     weights = parents.get("weights")
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
@@ -189,25 +178,23 @@ def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
 
 
 def own_hash(record: Mapping[str, Any]) -> str:
-    """SHA-256 over the record but for this hash itself. It finds damage and edits; a forger can make it anew,
-    but not in the records of later stages, which name it."""
+    """SHA-256 over the rest of the record: later records name it, so that edits show."""
     rest = {key: value for key, value in record.items() if key != OWN_HASH}
-    return hashlib.sha256(
-        json.dumps(rest, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    ).hexdigest()
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def record_beside(checkpoint: Path, record_hash: str | None = None) -> Path:
-    """Where the record of a checkpoint's run is: in its run folder, or (data/base) beside the weights.
+    """Path of the record of a checkpoint's run: in its run folder, or (data/base) beside the weights.
 
-    A run that was extended has several: the one with this `record_hash`, or else the one written when the run
-    had finished at this checkpoint. Raises CheckpointError where one cannot be read.
+    An extended run has several: this is the one with `record_hash`, or else the one that was written at this
+    checkpoint. Raises CheckpointError for a damaged one.
     """
     run = RunFolder(checkpoint.parent.parent)
     if checkpoint.parent.name != run.checkpoints.name:
         return checkpoint / run.record.name
     for path in sorted(run.path.glob("record-step-*.json")):
-        known = read_object(path).get(OWN_HASH)
-        if known == record_hash if record_hash else path.stem == f"record-{checkpoint.name}":
+        own = read_object(path).get(OWN_HASH)
+        if own == record_hash if record_hash else path.stem == f"record-{checkpoint.name}":
             return path
     return run.record

@@ -1,4 +1,4 @@
-"""Results of finished runs as rows of a table: for `r1pipe compare`, the report and MLflow."""
+"""Finished runs as rows of a table, for `r1pipe compare`, the report and MLflow."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.runs.record import METRICS, record_of
 from r1pipe.runs.stored import StoredRun, finished, stored_runs
 
-IN_COLUMNS = ("seed", "pipeline")  # keys that are no setting of a run: one has a column, the other follows it
+NOT_SETTINGS = ("seed", "pipeline")  # config keys that `differing` leaves out
 
 
 def finished_runs(root: Path | str) -> list[StoredRun]:
@@ -23,12 +23,12 @@ def finished_runs(root: Path | str) -> list[StoredRun]:
 
 
 def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
-    """The runs to compare: those named, else the newest finished run of each stage and seed.
+    """The runs to compare, by default the newest finished run of each stage and seed.
 
     Args:
-        root: where run folders are.
-        names: run ids, run folders, or stages: every finished run of that stage.
-        pipeline: of which runs named by their stage, or not at all, are; None for any.
+        root: the folder of the run folders.
+        names: run ids, run folders, or stages (every finished run of that stage).
+        pipeline: limits stages and the default to one pipeline.
 
     Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
     """
@@ -50,8 +50,8 @@ def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
             return [StoredRun.read(folder)]
     runs = finished_runs(root)
     if name not in STAGE_TYPES:
-        known = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
-        raise CheckpointError(f"no run {name} under {root}; {nearest(name, known)}")
+        names = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
+        raise CheckpointError(f"no run {name} under {root}; {nearest(name, names)}")
     of_stage = [run for run in runs if run.stage == name]
     chosen = [run for run in of_stage if pipeline in (None, run.config.get("pipeline"))]
     if not chosen:
@@ -62,14 +62,14 @@ def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
 
 
 def _order(run: StoredRun) -> tuple:
-    """The recipe's stages in their order, then its controls, then anything else."""
+    """The recipe's stages in order, then its controls, then other runs."""
     names = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
-    place = names.index(run.stage) if run.stage in names else len(names)
-    return place, run.stage, run.config.get("seed") or 0
+    position = names.index(run.stage) if run.stage in names else len(names)
+    return position, run.stage, run.config.get("seed") or 0
 
 
 def row(run: StoredRun) -> dict[str, Any]:
-    """One run as a row; a value that its record lacks, or that is not finite, is None."""
+    """A run as a row of the table; missing and non-finite values are None."""
     record: Mapping[str, Any] = run.record or {}
     metrics = record.get("metrics", {})
     return {
@@ -92,10 +92,9 @@ def _finite(value: Any) -> Any:
 def rows(
     root: Path | str, names: Sequence[str] | None = None, pipeline: str | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of the table; see `choose` for which runs and which error.
+    """Rows of the table, in the order and with the errors of `choose`.
 
-    Without names in the recipe's order. With names in the order given, each with its `settings`: the keys in
-    which runs of one stage differ, and the run's values.
+    With `names`, each row has `settings`: its values of the config keys in which runs of one stage differ.
     """
     chosen = choose(root, names, pipeline)
     if not names:
@@ -105,37 +104,37 @@ def rows(
 
 
 def differing(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
-    """For each run its values of the config keys in which runs of its stage differ; parents by their hash."""
+    """Each run's values of the config keys in which runs of its stage differ; parents by their hash."""
     values = [decisive(run.config) for run in runs]
     keys: dict[str, None] = {}  # ordered
     for stage in {run.stage for run in runs}:
         of_stage = [value for run, value in zip(runs, values, strict=True) if run.stage == stage]
         for key in dict.fromkeys(key for value in of_stage for key in value):
             first = of_stage[0].get(key, ABSENT)
-            if key not in IN_COLUMNS and any(value.get(key, ABSENT) != first for value in of_stage):
+            if key not in NOT_SETTINGS and any(value.get(key, ABSENT) != first for value in of_stage):
                 keys[key] = None
     return [{key: value[key] for key in keys if key in value} for value in values]
 
 
-def accuracy(one: dict) -> str:
+def accuracy(row: dict) -> str:
     """pass@1 with its interval: `79.0 77-81`."""
-    ci = one.get("pass_at_1_ci")
-    interval = f" {100 * ci[0]:.0f}-{100 * ci[1]:.0f}" if ci and one.get("pass_at_1") is not None else ""
-    return percent(one.get("pass_at_1")) + interval
+    ci, share = row.get("pass_at_1_ci"), row.get("pass_at_1")
+    interval = f" {100 * ci[0]:.0f}-{100 * ci[1]:.0f}" if ci and share is not None else ""
+    return percent(share) + interval
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
-    "seed": lambda one: number(one.get("seed")),
+    "seed": lambda row: number(row.get("seed")),
     "pass@1 (95%)": accuracy,
-    "greedy": lambda one: percent(one.get("greedy")),
-    "cons": lambda one: percent(one.get("cons_at_k")),
-    "format": lambda one: percent(one.get("format_rate")),
-    "lang": lambda one: percent(one.get("language_consistency")),
-    "len": lambda one: number(one.get("length_mean")),
-    "cut": lambda one: percent(one.get("truncation_rate")),
-    "general": lambda one: percent(one.get("general_score")),
-    "pref": lambda one: percent(one.get("preference_score")),
-    "time": lambda one: duration(one.get("wall_s")),
+    "greedy": lambda row: percent(row.get("greedy")),
+    "cons": lambda row: percent(row.get("cons_at_k")),
+    "format": lambda row: percent(row.get("format_rate")),
+    "lang": lambda row: percent(row.get("language_consistency")),
+    "len": lambda row: number(row.get("length_mean")),
+    "cut": lambda row: percent(row.get("truncation_rate")),
+    "general": lambda row: percent(row.get("general_score")),
+    "pref": lambda row: percent(row.get("preference_score")),
+    "time": lambda row: duration(row.get("wall_s")),
 }
 
 

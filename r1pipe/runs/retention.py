@@ -1,7 +1,4 @@
-"""Which checkpoints of a run stay: the last ones, the best one, and those that other runs came from.
-
-No torch: what names a checkpoint as its parent lies in the run folders beside it.
-"""
+"""Which checkpoints of a run are kept: the newest, the best, and the parents of other runs."""
 
 import math
 import shutil
@@ -12,46 +9,46 @@ from r1pipe.config import RLConfig, StageConfig
 from r1pipe.core.errors import nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
-from r1pipe.runs.metrics_file import metric_lines
+from r1pipe.runs.files import metric_lines
 
 
 def prune(run: RunFolder, keep: int, best_by: tuple[str, str] | None = None) -> None:
-    """Remove a run's finished checkpoints but those that stay, and what unfinished and damaged ones left.
+    """Remove a run's older checkpoints, and unfinished and damaged ones.
 
-    To be called when the newest is whole and durable. The newest `keep`, at least one, stay; so does the
-    best by a metric, `best_by` = (its name, "max" or "min"), and whatever another run names as its parent.
+    To be called when the newest is complete. The newest `keep`, at least one, are kept; so are the best by a
+    metric, `best_by` = (name, "max" or "min"), and those that another run names as its parent.
     """
-    there = checkpoints.steps(run.checkpoints)
-    older = there[: -max(1, keep)]
+    steps = checkpoints.steps(run.checkpoints)
+    older = steps[: -max(1, keep)]
     if older:
-        stay = named_by_others(run, older)
-        stay |= {step for step in older if run.earlier_record(step).exists()}  # it was extended from here
+        kept = named_by_others(run, older)
+        kept |= {step for step in older if run.earlier_record(step).exists()}  # the run was extended from it
         if best_by is not None:
-            stay |= best(run.metrics, there, *best_by)
+            kept |= best(run.metrics, steps, *best_by)
         for step in older:
-            if step not in stay:
+            if step not in kept:
                 shutil.rmtree(run.checkpoint(step))
     for leftover in run.checkpoints.glob(".step-*"):
         shutil.rmtree(leftover)
 
 
 def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> set[int]:
-    """The step among `steps` at which a metric was best, the earliest of equals; empty where none has it.
+    """The step among `steps` at which a metric was best, the earliest of equals; empty if none has logged it.
 
-    Raises CheckpointError naming the line that is none.
+    Raises CheckpointError naming a damaged line.
     """
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for _, row in metric_lines(metrics):
         value, step = row.get(name, math.nan), int(row["step"])
         if step in steps and -math.inf < value < math.inf:
-            found[step] = value if direction == "max" else -value
-    return {max(found, key=lambda step: (found[step], -step))} if found else set()
+            values[step] = value if direction == "max" else -value
+    return {max(values, key=lambda step: (values[step], -step))} if values else set()
 
 
 def unknown_best(metrics: Path, stage: StageConfig, step: int) -> str | None:
-    """What is wrong with `stage.keep_best` where no step up to this one has logged it, though one would have.
+    """The error message if no step up to this one has logged `stage.keep_best`, though it should have.
 
-    Raises CheckpointError naming the line of metrics.jsonl that is none.
+    Raises CheckpointError naming a damaged line of metrics.jsonl.
     """
     name = stage.keep_best
     if name is None or step < logged_from(stage, name):
@@ -61,12 +58,12 @@ def unknown_best(metrics: Path, stage: StageConfig, step: int) -> str | None:
         return None
     return (
         f"stage.keep_best={name} is no metric of this run; {nearest(name, known)}; give one that is, or "
-        "stage.keep_best=null, and the same command goes on from this step"
+        "stage.keep_best=null, and the same command resumes from this step"
     )
 
 
 def logged_from(stage: StageConfig, name: str) -> int:
-    """The step by which a run of the stage has logged a metric, if it logs it at all."""
+    """The first step at which a run of the stage logs a metric, if it logs it at all."""
     if name.startswith("eval/"):
         return stage.eval.every
     if isinstance(stage, RLConfig) and stage.preference and name.startswith("rewards/"):
@@ -75,9 +72,9 @@ def logged_from(stage: StageConfig, name: str) -> int:
 
 
 def named_by_others(run: RunFolder, steps: Collection[int]) -> set[int]:
-    """Those of `steps` whose checkpoints the config or record of another run under the root names.
+    """Those of `steps` whose checkpoints another run under the root names in its config or record.
 
-    The names are looked up in the text: a file that is being written, or is broken, still holds them.
+    This searches the files' text, which also works for damaged files.
     """
     texts = [
         path.read_text(encoding="utf-8", errors="replace")

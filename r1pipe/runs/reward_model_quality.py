@@ -1,7 +1,7 @@
-"""The reward models' standing: what was measured of each on held-out examples, and which are too weak to use.
+"""How good reward models are on held-out examples, and which are too weak to use.
 
-stages/reward_model.py leaves the numbers beside each model's weights; both wings read them here. A weak judge
-is refused before the job starts: preference rewards are hacked the sooner, the less they know.
+stages/reward_model.py leaves the numbers beside each model's weights. A weak model is refused before the job
+starts: policies hack the rewards of weak models sooner.
 """
 
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from r1pipe.config import ParentRef, PreferenceConfig, RLConfig, RunConfig
+from r1pipe.config import PreferenceConfig, RLConfig, RunConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import number, percent
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.record import checked
 
 HELPFUL, HARMLESS = "helpful", "harmless"
 KINDS = (HELPFUL, HARMLESS)
-STAGE = "reward_model"  # the stage that makes them
+STAGE = "reward_model"  # the stage that trains them
 QUALITY = "quality.json"  # in a finished model's folder
 FORCE = "stage.preference.force=true"
 
@@ -30,12 +30,12 @@ _QUALITY = TypeAdapter(Quality)
 
 @dataclass(frozen=True)
 class Measure:
-    """One number that a model is judged by, and the key of `stage.preference` that holds its bound."""
+    """A measure of a model's quality, and the key of `stage.preference` with its bound."""
 
     name: str
-    of: str  # for messages: of what
+    description: str
     key: str
-    at_least: bool  # else: at most, whatever the sign
+    at_least: bool  # else the absolute value is at most the bound
 
 
 LENGTH = Measure(
@@ -48,98 +48,85 @@ MEASURES = {
 
 
 def quality_of(checkpoint: Path) -> dict[str, Quality]:
-    """What stages/reward_model.py measured of each finished model of a checkpoint. Raises CheckpointError."""
+    """Kind -> quality of each finished model of a checkpoint. Raises CheckpointError."""
     paths = {kind: checkpoint / kind / QUALITY for kind in KINDS}
     return {kind: checked(_QUALITY, read_object(path), path) for kind, path in paths.items() if path.exists()}
 
 
-def kinds_asked(preference: PreferenceConfig) -> list[str]:
-    """The kinds whose reward weighs something."""
-    weights = zip(KINDS, (preference.helpful_weight, preference.harmless_weight), strict=True)
-    return [kind for kind, weight in weights if weight]
+def requested_kinds(preference: PreferenceConfig) -> list[str]:
+    """The kinds whose reward has a weight."""
+    weights = {HELPFUL: preference.helpful_weight, HARMLESS: preference.harmless_weight}
+    return [kind for kind in KINDS if weights[kind]]
 
 
 def shortfalls(
-    kind: str, measured: Mapping[str, Any], preference: PreferenceConfig, margin: float = 0.0
+    kind: str, quality: Mapping[str, Any], preference: PreferenceConfig, margin: float = 0.0
 ) -> list[str]:
-    """What is beyond the bounds of `stage.preference`, drawn tighter by `margin`: value, bound and key."""
-    found = []
+    """The measures beyond their bounds, which are tightened by `margin`: value, bound and key of each."""
+    lines = []
     for measure in MEASURES[kind]:
-        value, bound = measured.get(measure.name), getattr(preference, measure.key)
+        value, bound = quality.get(measure.name), getattr(preference, measure.key)
         if not _within(value, bound, measure, margin):
             shown = "unknown" if value is None else f"{value:.3g}"
-            beyond = "below" if measure.at_least else "beyond"
-            found.append(f"{kind} {measure.of} {shown}, {beyond} stage.preference.{measure.key}={bound:g}")
-    return found
+            side = "below" if measure.at_least else "beyond"
+            line = f"{kind} {measure.description} {shown}, {side} stage.preference.{measure.key}={bound:g}"
+            lines.append(line)
+    return lines
 
 
 def _within(value: float | None, bound: float, measure: Measure, margin: float) -> bool:
-    """What is unknown is not good enough, but for a correlation: then scores or lengths are all the same."""
+    """An unknown value fails, except a correlation: all scores or all lengths are the same then."""
     if value is None:
         return not measure.at_least
-    return value >= bound + margin if measure.at_least else abs(value) <= bound - margin  # never for NaN
-
-
-def absent(config: RunConfig) -> list[str]:
-    """The kinds of reward models that the stage would ask and its checkpoint lacks: their data had none."""
-    preference, checkpoint = _asked(config)
-    if preference is None:
-        return []
-    return [kind for kind in kinds_asked(preference) if not (checkpoint / kind).is_dir()]
-
-
-def _asked(config: RunConfig) -> tuple[PreferenceConfig | None, Path]:
-    """How a stage asks reward models, None where it does not, and the checkpoint that they lie in."""
-    stage, parent = config.stage, config.reads_from.get(STAGE)
-    if not isinstance(stage, RLConfig) or parent is None:
-        return None, Path()
-    return stage.preference, Path(parent.checkpoint)
+    return value >= bound + margin if measure.at_least else abs(value) <= bound - margin  # False for NaN
 
 
 def weaknesses(config: RunConfig) -> list[str]:
-    """What speaks against the reward models that the stage would ask; one without a standing counts, too."""
-    preference, checkpoint = _asked(config)
-    if preference is None:
+    """The shortfalls of the reward models that the stage uses; one without measured quality is one, too."""
+    stage, parent = config.stage, config.reads_from.get(STAGE)
+    if not isinstance(stage, RLConfig) or stage.preference is None or parent is None:
         return []
-    measured, found = quality_of(checkpoint), []
-    for kind in kinds_asked(preference):
-        if kind in measured:
-            found += shortfalls(kind, measured[kind], preference)
+    checkpoint = Path(parent.checkpoint)
+    quality, lines = quality_of(checkpoint), []
+    for kind in requested_kinds(stage.preference):
+        if kind in quality:
+            lines += shortfalls(kind, quality[kind], stage.preference)
         elif (checkpoint / kind).is_dir():
-            found.append(f"{kind} was never judged ({checkpoint / kind / QUALITY} is missing)")
-    return found
+            lines.append(f"{kind} was never measured ({checkpoint / kind / QUALITY} is missing)")
+    return lines
 
 
 def check_quality(config: RunConfig) -> list[str]:
-    """The weaknesses that `stage.preference.force` lets pass.
+    """The weaknesses that `stage.preference.force` accepts.
 
-    Raises CheckpointError where it does not, and where a model that is to be asked is not there.
+    Raises CheckpointError where it does not, and where a model that the stage uses is missing: its data had
+    no examples.
     """
-    found = weaknesses(config)
-    stage = config.stage
-    if missing := absent(config):
+    stage, parent = config.stage, config.reads_from.get(STAGE)
+    if not isinstance(stage, RLConfig) or stage.preference is None or parent is None:
+        return []
+    made_by = parent.run_id or parent.checkpoint
+    for kind in requested_kinds(stage.preference):
+        if not Path(parent.checkpoint, kind).is_dir():
+            raise CheckpointError(
+                f"{made_by} has no {kind} model; train it on data that has examples (r1pipe run "
+                f"stage={STAGE}), or leave it out: stage.preference.{kind}_weight=0"
+            )
+    lines = weaknesses(config)
+    if lines and not stage.preference.force:
         raise CheckpointError(
-            f"{made_by(config.reads_from[STAGE])} has no {missing[0]} model; train it on data that has "
-            f"examples (r1pipe run stage={STAGE}), or go without it: stage.preference.{missing[0]}_weight=0"
+            f"weak reward models in {made_by}: {'; '.join(lines)}; train them on more or better data "
+            f"(r1pipe run stage={STAGE}), or use them anyway with {FORCE}"
         )
-    if found and isinstance(stage, RLConfig) and stage.preference and not stage.preference.force:
-        raise CheckpointError(
-            f"weak reward models in {made_by(config.reads_from[STAGE])}: {'; '.join(found)}; train them on "
-            f"more or better data (r1pipe run stage={STAGE}), or use them all the same with {FORCE}"
-        )
-    return found
+    return lines
 
 
-def made_by(parent: ParentRef) -> str:
-    return parent.run_id or parent.checkpoint
-
-
-def told(kind: str, measured: Mapping[str, Any]) -> str:
-    """A model's standing in a few words: `helpful: 82.3% of 300 pairs in order, length r +0.12`."""
-    accuracy, area, length = (measured.get(name) for name in ("accuracy", "auc", "length_correlation"))
+def describe(kind: str, quality: Mapping[str, Any]) -> str:
+    """A model's quality in a few words: `helpful: 82.3% of 300 pairs in order, length r +0.12`."""
+    auc, length = quality.get("auc"), quality.get("length_correlation")
     if kind == HELPFUL:
-        main = f"{percent(accuracy)}% of {number(measured.get('pairs'))} pairs in order"
+        main = f"{percent(quality.get('accuracy'))}% of {number(quality.get('pairs'))} pairs in order"
     else:
-        shown = "unknown" if area is None else f"{area:.3f}"
-        main = f"area under the curve {shown} on {number(measured.get('labels'))} labels"
+        shown = "unknown" if auc is None else f"{auc:.3f}"
+        main = f"area under the curve {shown} on {number(quality.get('labels'))} labels"
     return f"{kind}: {main}" + ("" if length is None else f", length r {length:+.2f}")

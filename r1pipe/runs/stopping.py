@@ -1,8 +1,7 @@
-"""How a job is asked to stop, and how its ranks leave together.
+"""Requests to stop a job, and how its ranks leave together.
 
-The launching side leaves a file in the run folder, which ranks on every machine see; a signal to a rank
-itself (Slurm's preemption) does the same. Nothing happens where it arrives: a rank goes on to a point that
-all ranks reach, there they agree, save and leave. Both wings import this: no torch here.
+The launcher writes a file into the run folder, which ranks on every machine see; a signal to a rank (Slurm's
+preemption) does the same. A rank continues to a point that all ranks reach; there they agree, save and leave.
 """
 
 import os
@@ -15,14 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from r1pipe.runs.files import write_text
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)
 AT_ONCE = "at once"
-LOOK_EVERY_S = 0.2  # at the file
+POLL_S = 0.2
 
 
 class Stopped(Exception):
-    """This rank has left its work because it was asked to; the others do not know yet."""
+    """This rank stopped its work on request; the others do not know yet."""
 
 
 class Interrupted(Exception):
@@ -40,36 +41,34 @@ class Agreeing(Protocol):
 
 
 def request(path: Path, number: int, at_once: bool = False) -> None:
-    """Ask the ranks of a job to stop, as the signal `number` would."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(f"{number} {AT_ONCE if at_once else ''}", encoding="utf-8")
-    temporary.replace(path)
+    """Request that a job's ranks stop, as the signal `number` would."""
+    write_text(path, f"{number} {AT_ONCE if at_once else ''}")
 
 
-_asked = 0  # the number of the signal that asked this process to stop
+_requested = 0
 
 
-def asked() -> int:
-    """0, or the number of the signal by which this process was asked to stop."""
-    return _asked
+def requested() -> int:
+    """The signal number of a request to stop this process; 0 without one."""
+    return _requested
 
 
 def agreed(ranks: Agreeing) -> int:
-    """At a point that all ranks reach: 0, or the number of the signal that asked one of them to stop."""
-    return ranks.agree_max(_asked)
+    """At a point that all ranks reach: the signal number of a request to any of them; 0 without one."""
+    return ranks.agree_max(_requested)
 
 
 def stop_if_requested(ranks: Agreeing) -> None:
-    """At a point that all ranks reach: raises Interrupted in all of them if one was asked to stop."""
+    """At a point that all ranks reach: raises Interrupted in all of them after a request to any."""
     if number := agreed(ranks):
         raise Interrupted(number)
 
 
 @contextmanager
 def leaving_early(ranks: Agreeing) -> Iterator[None]:
-    """Work without collectives that a rank may leave by Stopped; at its end the ranks agree.
+    """A block without collectives that a rank may leave with Stopped.
 
-    Raises Interrupted in all ranks if one was asked to stop.
+    Raises Interrupted in all ranks at its end after a request to any.
     """
     with suppress(Stopped):
         yield
@@ -78,29 +77,30 @@ def leaving_early(ranks: Agreeing) -> Iterator[None]:
 
 @contextmanager
 def listening(path: Path, grace_s: float) -> Iterator[None]:
-    """Take requests to stop, by signal or by the file `path`, for the length of a block.
+    """Accept requests to stop, by signal or by the file `path`, for the length of a block.
 
-    A second request ends the process at once, and so does `grace_s` seconds after the first.
+    The process ends at once on a second signal, or `grace_s` seconds after the first request.
     """
+    global _requested
     over = threading.Event()
     with ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            stack.enter_context(handling(_take))
-        thread = threading.Thread(target=_look, args=(path, grace_s, over), name="stopping", daemon=True)
+            stack.enter_context(handling(_on_signal))
+        thread = threading.Thread(target=_poll, args=(path, grace_s, over), name="stopping", daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
             thread.join()
-            _forget()
+            _requested = 0
 
 
 @contextmanager
 def handling(
     handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals] = SIGNALS
 ) -> Iterator[None]:
-    """Signals go to `handler` for the length of a block of the main thread."""
+    """Handle signals with `handler` for the length of a block of the main thread."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -110,33 +110,28 @@ def handling(
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A handler that ends the process in good order."""
+    """A handler that raises SystemExit."""
     raise SystemExit(128 + number)
 
 
-def _take(number: int, frame: FrameType | None) -> None:
-    global _asked
-    if _asked:
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _requested
+    if _requested:
         os._exit(128 + number)
-    _asked = number
+    _requested = number
 
 
-def _forget() -> None:
-    global _asked
-    _asked = 0
-
-
-def _look(path: Path, grace_s: float, over: threading.Event) -> None:
-    """Wait for the file, then for the end of the grace."""
-    global _asked
+def _poll(path: Path, grace_s: float, over: threading.Event) -> None:
+    """Poll the file, then wait for the end of the grace period."""
+    global _requested
     ends_at = float("inf")
-    while not over.wait(LOOK_EVERY_S):
+    while not over.wait(POLL_S):
         with suppress(FileNotFoundError):
             number, _, how = path.read_text(encoding="utf-8").partition(" ")
             if how == AT_ONCE:
                 os._exit(128 + int(number))
-            _asked = _asked or int(number)
-        if _asked:
+            _requested = _requested or int(number)
+        if _requested:
             ends_at = min(ends_at, time.monotonic() + grace_s)
         if time.monotonic() > ends_at:
-            os._exit(128 + _asked)
+            os._exit(128 + _requested)

@@ -1,7 +1,7 @@
-"""The runs under a root: what the command line reads of each one's config.json and record.json.
+"""The runs under a root, each with its config.json and record.json.
 
-A run that the user names must be readable: one line (CheckpointError) says what is damaged. Where many are
-listed, `stored_runs` skips the damaged ones and prints one line that names them.
+A damaged run that the user names is a CheckpointError; `stored_runs` skips damaged runs and prints one line
+that names them.
 """
 
 import sys
@@ -17,16 +17,14 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.runs.record import STRICT, Edge, Record, checked, edges, read_record
 
 
-@with_config(STRICT)
 class Stage(TypedDict):
     name: str
 
 
-@with_config(STRICT)
 class Recipe(TypedDict, total=False):
     name: str
     stages: list[str]
@@ -35,7 +33,7 @@ class Recipe(TypedDict, total=False):
 
 @with_config(STRICT)
 class StoredConfig(TypedDict):
-    """What the command line reads of a run's config.json; r1pipe.config.read_config knows all of it."""
+    """The part of config.json that is read here; r1pipe.config.read_config reads all of it."""
 
     stage: Stage
     pipeline: NotRequired[str]
@@ -50,7 +48,7 @@ _CONFIG = TypeAdapter(StoredConfig)
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run folder with its config.json and, where it has finished, its record.json."""
+    """A run folder with its config.json and, if it has finished, its record.json."""
 
     folder: RunFolder
     config: dict[str, Any]
@@ -58,7 +56,7 @@ class StoredRun:
 
     @classmethod
     def read(cls, folder: RunFolder) -> "StoredRun":
-        """Raises CheckpointError where one of the two is damaged, or config.json is missing."""
+        """Raises CheckpointError if one of the two is damaged, or config.json is missing."""
         config = checked(_CONFIG, read_object(folder.config), folder.config)
         return cls(folder, config, read_record(folder.record) if folder.record.exists() else None)
 
@@ -76,12 +74,12 @@ class StoredRun:
 
 
 def stored_runs(root: Path, pattern: str = "*") -> list[StoredRun]:
-    """Every run under the root, by name; damaged ones are skipped, and one line on stderr names them."""
+    """Every run under the root, by name. Skips damaged runs and names them in one line on stderr."""
     runs: list[StoredRun] = []
     damaged: list[tuple[str, CheckpointError]] = []
     for path in sorted(root.glob(f"{pattern}/config.json")):
         try:
-            if stage_name(read_object(path)) is not None:  # an exported checkpoint has a config.json, too
+            if stage_name(read_object(path)) is not None:  # else an exported checkpoint
                 runs.append(StoredRun.read(RunFolder(path.parent)))
         except CheckpointError as error:
             damaged.append((path.parent.name, error))
@@ -93,12 +91,12 @@ def stored_runs(root: Path, pattern: str = "*") -> list[StoredRun]:
 
 @cache
 def warn_once(line: str) -> None:
-    """One command may list the runs several times."""
+    """Print a line to stderr, once per command."""
     print(line, file=sys.stderr, flush=True)
 
 
 def stage_name(config: Mapping[str, Any]) -> str | None:
-    """The stage that a config.json is for; None where it describes a model, as that of a checkpoint does."""
+    """The stage in a run's config.json; None for a checkpoint's, which describes a model."""
     stage = config.get("stage")
     name = stage.get("name") if isinstance(stage, dict) else None
     return name if isinstance(name, str) else None

@@ -13,7 +13,7 @@ from typing import IO
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login, without_secrets
-from r1pipe.runs.jsonfile import read_json
+from r1pipe.runs.files import read_json
 from r1pipe.tracking.database import lock
 from r1pipe.tracking.store import connect, failures, first_line, matching, store_uri
 from r1pipe.tracking.writer import STAGE, RunWriter, search

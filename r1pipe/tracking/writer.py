@@ -9,7 +9,7 @@ from r1pipe.config import RunConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import results
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail
 from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
 from r1pipe.tracking.database import artifact_folder, locked

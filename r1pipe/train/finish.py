@@ -79,7 +79,7 @@ def _measure(
     may_stop: bool,
 ) -> evaluate.Evaluation:
     def stop() -> int:
-        return stopping.asked() if may_stop else 0
+        return stopping.requested() if may_stop else 0
 
     def gather(local: Any) -> list[Any]:
         if may_stop:

@@ -1,6 +1,5 @@
 """What a resumed run continues: its clock, its logs and its checkpoints. All ranks call; rank 0 writes."""
 
-import json
 import logging
 import math
 import time
@@ -28,7 +27,7 @@ from r1pipe.core.errors import (
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model import save_pretrained
 from r1pipe.runs import checkpoints, heartbeat, retention
-from r1pipe.runs.metrics_file import cut_after, cut_trips_after, metric_lines
+from r1pipe.runs.files import append_line, cut_metrics_after, cut_tripwires_after, metric_lines, write_json
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 
@@ -89,8 +88,7 @@ class Resumable(Generic[S]):
 
     def _append(self, path: Path, row: dict[str, Any]) -> None:
         if self.rank == 0:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(path, row)
 
     # --- checkpoints
 
@@ -211,9 +209,7 @@ class Resumable(Generic[S]):
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        (folder / "generation_config.json").write_text(
-            json.dumps(generation, indent=1) + "\n", encoding="utf-8"
-        )
+        write_json(folder / "generation_config.json", generation)
 
     def newest_complete(self, ranks: Ranks) -> Path | None:
         """The newest undamaged checkpoint, None if there never was one; all ranks call.
@@ -258,8 +254,8 @@ class Resumable(Generic[S]):
     def _cut_back(self, step: int) -> str | None:
         """Rank 0: remove logs and tables after a step; returns a message if they are damaged."""
         try:
-            cut_after(self.folder.metrics, step)
-            cut_trips_after(self.folder.tripwires, step)
+            cut_metrics_after(self.folder.metrics, step)
+            cut_tripwires_after(self.folder.tripwires, step)
         except CheckpointError as error:
             return str(error)
         for table in self._tables(step + 1):

@@ -23,10 +23,10 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.data.source import Source, check_data_unchanged, open_data
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks, machine
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
-from r1pipe.runs.lineage.moved import with_present_parents
-from r1pipe.runs.provenance import job_record, write_json
+from r1pipe.runs.lineage.lookup import with_relocated_parents
+from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
 from r1pipe.runs.stopping import Interrupted, listening
 from r1pipe.train.engine.patches import exit_immediately_with
@@ -152,7 +152,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
-        config = with_present_parents(read_config(folder.config), folder.path.parent)
+        config = with_relocated_parents(read_config(folder.config), folder.path.parent)
         torch.set_num_threads(_threads(config))
         if not isinstance(config.stage, kind):
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")

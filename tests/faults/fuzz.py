@@ -44,8 +44,8 @@ from r1pipe.data.reading import read_tolerant
 from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
-from r1pipe.runs import checkpoints, lineage, metrics_file, results, retention
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs import checkpoints, files, lineage, results, retention
+from r1pipe.runs.files import Tail
 from r1pipe.runs.lineage.fit import chat_format
 from r1pipe.runs.record import read_record
 from r1pipe.tracking import naming
@@ -236,7 +236,7 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
     checkpoints.write_manifest(first.checkpoint(2))
     valid = json.loads(first.record.read_text())
     valid["checkpoint_hash"] = checkpoints.manifest_hash(first.checkpoint(2))
-    start = lineage.of_folder(first.checkpoint(2))
+    start = lineage.checkpoint_of_folder(first.checkpoint(2))
 
     def act(content: bytes) -> None:
         first.record.write_bytes(content)
@@ -249,7 +249,7 @@ def of_record(root: Path) -> tuple[st.SearchStrategy, Act]:
         naming.final_metrics(record)
         naming.provenance(record)
         naming.datasets({"data": {"name": "", "kind": "", "path": "", "tasks": []}}, record)
-        lineage.of_run(first)
+        lineage.checkpoint_of_run(first)
 
     return json_file(valid), act
 
@@ -423,7 +423,7 @@ def of_metrics(folder: Path) -> tuple[st.SearchStrategy, Act]:
             list(naming.points(row))
         for direction in ("max", "min"):
             retention.best(path, {1, 2, 3}, "eval/pass_at_1", direction)
-        metrics_file.cut_after(path, 3)
+        files.cut_metrics_after(path, 3)
 
     return st.one_of(st.tuples(*lines), st.lists(lines[-1], max_size=3)), act
 

@@ -13,7 +13,7 @@ from faults.points import ENDING, JUDGING, JUDGING_BY_MODELS, SAMPLING, SAVING, 
 from faults.same import both
 from r1pipe.config import ParentRef
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.lineage import of_run
+from r1pipe.runs.lineage import checkpoint_of_run
 
 STEPS = ["stage.max_steps=4", "stage.save_every=2", "stage.eval.every=2", "stage.eval.every_problems=2"]
 SFT = [*STEPS, "stage.demonstrations=16", "stage.batch_size=2"]
@@ -92,7 +92,7 @@ class Lab:
 
     def source(self, name: str) -> ParentRef:
         """What a stage reads besides: a checkpoint to sample from, reward models, samples to learn from."""
-        return of_run(RunFolder(self.reference(Shape(MAKERS.get(name, name), 1, 0)).folder))
+        return checkpoint_of_run(RunFolder(self.reference(Shape(MAKERS.get(name, name), 1, 0)).folder))
 
     def prepared(self, folder: Path, shape: Shape) -> Path:
         """The folder as `r1pipe run` leaves it for the job."""

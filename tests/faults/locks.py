@@ -21,7 +21,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.runs import locks, processes
 
 AT_ONCE = 3
-TOLD = re.compile(r"run \S+ is going on already \(process \d+ on \S+ since 20")
+TOLD = re.compile(r"run \S+ is already running \(process \d+ on \S+ since 20")
 TAKES = """
 import sys, time
 from r1pipe.runs import locks

@@ -17,7 +17,7 @@ from faults.outcome import Outcome
 from faults.same import apart, equal
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 
 MOVES = [  # (ranks, ZeRO level) before and after, and the checkpoint that is gone on from; 0: anew
     ((1, 1), (2, 2), 2),

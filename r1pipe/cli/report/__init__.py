@@ -14,6 +14,7 @@ from r1pipe.cli.report.load import load_runs, other_runs
 from r1pipe.cli.report.page import page
 from r1pipe.cli.report.plots import write_curves
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
+from r1pipe.runs.files import write_text
 
 __all__ = ["write_report"]
 
@@ -42,9 +43,7 @@ def write_report(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_curves(chosen, target.with_name("curves.png"))
-        temporary = target.with_suffix(".partial")  # a page that is there is whole, and so is its picture
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        write_text(target, text)
     except OSError as error:
         raise EnvironmentProblem(
             f"{target} cannot be written ({error.strerror}); run it where you may write, as a copy of {root}"

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_json
-from r1pipe.runs.jsonl import Tail
+from r1pipe.runs.files import Tail, read_json
 from r1pipe.runs.results import choose, row
 from r1pipe.runs.stored import StoredRun, stored_runs
 

@@ -1,45 +1,36 @@
-"""Where checkpoints come from, and what they may be handed to.
+"""Where checkpoints come from, and which stages they fit.
 
-places     the checkpoint of a run, a folder, or the newest run of a stage
+lookup     the checkpoint of a run, a folder or a stage; where a recorded one is now
 fit        whether a parent's shape, tokenizer and chat template fit the stage
 settings   a checkpoint's own shape and data, as overrides
-moved      where a recorded checkpoint lies now
 ancestors  the walk back over weight and data edges, every hash on the way checked
-moved      where a recorded checkpoint lies now
 """
 
 from r1pipe.runs.lineage.ancestors import Ancestor, ancestors
-from r1pipe.runs.lineage.fit import check_parent_fits, differs
-from r1pipe.runs.lineage.places import (
-    BUNDLED,
-    Place,
+from r1pipe.runs.lineage.fit import differs
+from r1pipe.runs.lineage.lookup import (
+    SearchPath,
     bundled,
+    checkpoint_of_folder,
+    checkpoint_of_run,
     is_run,
-    newest,
-    of_folder,
-    of_run,
-    of_stage,
-    runs,
+    newest_run,
+    run_folders,
 )
 from r1pipe.runs.lineage.settings import UNLIKE, measured_data, settings_of
-from r1pipe.runs.record import record_of
 
 __all__ = [
-    "BUNDLED",
     "UNLIKE",
     "Ancestor",
-    "Place",
+    "SearchPath",
     "ancestors",
     "bundled",
-    "check_parent_fits",
+    "checkpoint_of_folder",
+    "checkpoint_of_run",
     "differs",
     "is_run",
     "measured_data",
-    "newest",
-    "of_folder",
-    "of_run",
-    "of_stage",
-    "record_of",
-    "runs",
+    "newest_run",
+    "run_folders",
     "settings_of",
 ]

@@ -1,4 +1,4 @@
-"""A checkpoint's shape and its run's data, seed and pipeline, as overrides: what `r1pipe eval` goes by."""
+"""A checkpoint's shape and its run's data, seed and pipeline, as overrides for `r1pipe eval`."""
 
 import json
 from pathlib import Path
@@ -9,22 +9,24 @@ from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.jsonfile import read_object
-from r1pipe.runs.lineage.places import is_run
+from r1pipe.runs.files import read_object
+from r1pipe.runs.lineage.lookup import is_run
+
+UNLIKE = frozenset(("name", "initializer_range", "num_nextn_predict_layers"))  # do not change what weights do
 
 
 def settings_of(parent: ParentRef, given: set[str]) -> list[str]:
     """Overrides that restore a checkpoint's model and its run's data, except for the keys in `given`."""
-    taken = [] if "model" in given else model_settings(Path(parent.checkpoint))
+    overrides = [] if "model" in given else model_settings(Path(parent.checkpoint))
     config = config_of(parent)
     if config:
-        taken += [f"pipeline={json.dumps(config['pipeline'])}", f"seed={config['seed']}"]
-        taken += [] if "data" in given else data_settings(config["data"])
-    return [line for line in taken if line.partition("=")[0] not in given]
+        overrides += [f"pipeline={json.dumps(config['pipeline'])}", f"seed={config['seed']}"]
+        overrides += [] if "data" in given else data_settings(config["data"])
+    return [line for line in overrides if line.partition("=")[0] not in given]
 
 
 def config_of(parent: ParentRef) -> dict[str, Any] | None:
-    """The config.json of the run that made a checkpoint; None for one that was bundled or imported."""
+    """The config.json of a checkpoint's run; None for a bundled or imported checkpoint."""
     run = RunFolder(Path(parent.checkpoint).parent.parent)
     return read_object(run.config) if is_run(run.path) else None
 
@@ -36,7 +38,7 @@ def data_settings(data: dict[str, Any]) -> list[str]:
 
 
 def measured_data(parent: ParentRef, config: RunConfig) -> str:
-    """One line on what a checkpoint is evaluated on, and how that differs from its own run's data."""
+    """One line: the evaluation's data, and how it differs from the data of the checkpoint's run."""
     evaluation, own = config.stage.eval, config_of(parent)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
     if own is None:
@@ -49,29 +51,21 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
 
 
 def model_settings(checkpoint: Path) -> list[str]:
-    """Overrides that describe a checkpoint's shape: the nearest model of conf/, and what differs."""
+    """Overrides that describe a checkpoint's shape: the nearest model of conf/, and the keys that differ."""
     published = read_object(checkpoint / "config.json")
-    apart = {}
+    differences = {}
     for name in options("model"):
         shape = read(f"model/{name}")
-        apart[name] = {
-            key: published[key]
-            for key in shape.keys() - UNLIKE
-            if published.get(key, shape[key]) != shape[key]
-        }
-    name = min(apart, key=lambda option: len(apart[option]))
-    return [f"model={name}", *(f"model.{key}={hydra(value)}" for key, value in sorted(apart[name].items()))]
+        keys = [key for key in shape.keys() - UNLIKE if published.get(key, shape[key]) != shape[key]]
+        differences[name] = sorted(keys)
+    name = min(differences, key=lambda option: len(differences[option]))
+    return [f"model={name}", *(f"model.{key}={hydra(published[key])}" for key in differences[name])]
 
 
 def hydra(value: Any) -> str:
-    """A value in Hydra's grammar, in which keys have no quotes."""
+    """A value in Hydra's grammar, where keys have no quotes."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{hydra(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(hydra, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-UNLIKE = frozenset(
-    ("name", "initializer_range", "num_nextn_predict_layers")
-)  # say nothing of what the weights compute

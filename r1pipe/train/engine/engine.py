@@ -4,7 +4,6 @@ Tested with DeepSpeed 0.19.8 on the CPU (gloo): one and two ranks, ZeRO 0 to 3, 
 Axis suffixes: L MoE layers, E routed experts.
 """
 
-import json
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.kernels import meter
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
+from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.nonfinite import locate_nonfinite
@@ -214,7 +214,7 @@ class Engine(Ranks):
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         problem = engine_state.write(self._ds, folder, client)
         if self.rank == 0 and problem is None:
-            (folder / engine_state.LAYOUT).write_text(json.dumps(self._layout()), encoding="utf-8")
+            write_json(folder / engine_state.LAYOUT, self._layout(), indent=None)
         self.barrier()
         return problem
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from r1pipe.core.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.runs import heartbeat
-from r1pipe.runs.jsonfile import read_object
+from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import MOMENTS
 from r1pipe.train.engine.patches import PARAM_GROUPS, STATES

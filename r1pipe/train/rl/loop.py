@@ -192,7 +192,9 @@ class GRPO:
         tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         chat, graphs = self.chat, self.run.config.engine.graphs
         with self.engine.gathered() as policy:
-            sampler = Sampler(policy, chat.eos_id, chat.pad_id, sampling.max_num_seqs, graphs, stopping.asked)
+            sampler = Sampler(
+                policy, chat.eos_id, chat.pad_id, sampling.max_num_seqs, graphs, stopping.requested
+            )
             completions = sampler.generate(
                 tokens, params, self._show_sampling, verdicts.on_completion(chat, prompts)
             )

@@ -3,7 +3,6 @@
 A checkpoint holds a folder for each model; a finished one has quality.json in it.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,8 @@ from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel
 from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
-from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, told
+from r1pipe.runs.files import write_json
+from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
@@ -218,8 +218,8 @@ def _export(
         models.save_reward_model(model, target)
         return
     quality, scores = measure_quality(model, examples.kind, examples.held_out, examples.pad_id)
-    log.info("%s", told(examples.kind, quality))
+    log.info("%s", describe(examples.kind, quality))
     if examples.kind == HELPFUL:
         models.standardise(model, scores)
     models.save_reward_model(model, target)
-    (target / QUALITY).write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+    write_json(target / QUALITY, quality)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from r1pipe.core.types import Group, Prompt, Status
 from r1pipe.rewards import is_verifiable
+from r1pipe.runs.files import replacing
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import has_variance, is_scored
 from r1pipe.train.rl.scoring import KL
@@ -179,6 +180,5 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         for row in rows
     ]
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(flat, schema), temporary, compression="zstd")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(flat, schema), temporary, compression="zstd")

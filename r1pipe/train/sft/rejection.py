@@ -27,7 +27,7 @@ from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
-from r1pipe.runs.provenance import write_json
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import record_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks

@@ -1,6 +1,6 @@
-"""The rows of a run's rollouts/step-N.parquet that a filter keeps.
+"""The best, worst and odd rows of a run's rollouts/step-N.parquet.
 
-All files are one pyarrow dataset. Only columns of numbers are kept in memory; the texts of the few rows that
+All files are one pyarrow dataset. Only its numeric columns are held in memory; the texts of the few rows that
 are shown are read last.
 """
 
@@ -27,10 +27,10 @@ NUMBERS = {
     "repetition": pa.float64(),
     "failed": pa.string(),
 }
-JUDGED = ("accuracy", "format", "language")  # the rewards that `odd_masks` looks at
+ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_masks` uses
 TEXTS = ("question", "completion")
 HAS_TEXT = "has_text"
-SAME = 1e-6  # rewards are sums of weighted scores: a difference below this is rounding
+SAME = 1e-6  # rounding of rewards, which are weighted sums
 BOUND = re.compile(r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>|=)?\s*(?P<value>[-+.\de]+)")
 
 Mask = Callable[[pa.Table], pa.ChunkedArray]
@@ -39,9 +39,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Filter:
-    """What a row must be to be looked at."""
+    """Conditions on rows."""
 
-    rewards: Sequence[tuple[str, pc.Expression]] = ()  # a reward's name ("" for the sum), and its bound
+    rewards: Sequence[tuple[str, pc.Expression]] = ()  # a reward's name ("" for the sum) and its bound
     text: pc.Expression | None = None
 
     @classmethod
@@ -51,16 +51,16 @@ class Filter:
 
 
 def bound(words: str) -> tuple[str, pc.Expression]:
-    """`>=1`, `accuracy=0`, `0.5..1`, `format<1`: a reward's name, "" for the sum, and what must hold of it.
+    """`>=1`, `accuracy=0`, `0.5..1`, `format<1`: a reward's name, "" for the sum, and its condition.
 
     Raises ConfigError.
     """
-    found = BOUND.fullmatch(words.strip())
-    wrong = ConfigError(f"--reward {words} is no bound; write '>=1', 0.5..1, accuracy=0 or 'format<1'")
-    if not found or (found["name"] and not found["sign"]):
+    match = BOUND.fullmatch(words.strip())
+    wrong = ConfigError(f"--reward {words} is not a bound; write '>=1', 0.5..1, accuracy=0 or 'format<1'")
+    if not match or (match["name"] and not match["sign"]):
         raise wrong
-    name, sign = found["name"] or "", found["sign"] or "="
-    low, dots, high = found["value"].partition("..")
+    name, sign = match["name"] or "", match["sign"] or "="
+    low, dots, high = match["value"].partition("..")
     try:
         least, most = (float(value) if value else None for value in (low, high if dots else low))
     except ValueError:
@@ -77,7 +77,7 @@ def bound(words: str) -> tuple[str, pc.Expression]:
 
 
 def searched(text: str) -> pc.Expression:
-    """Rows whose question or completion has these words, in either case, or matches `/this expression/`.
+    """Rows whose question or completion contains the text, in any case, or matches `/a regular expression/`.
 
     Raises ConfigError.
     """
@@ -86,25 +86,21 @@ def searched(text: str) -> pc.Expression:
     try:
         match(pa.array([""]), pattern=wanted)
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"--text {text} is no regular expression: {error}") from None
+        raise ConfigError(f"--text {text} is not a regular expression: {error}") from None
     question, completion = (
         match(pc.field(name), pattern=wanted, ignore_case=not is_pattern) for name in TEXTS
     )
     return question | completion
 
 
-# --- what is odd: the advantage says whether a completion did better or worse than its group
-
-
-def _rewarded(table: pa.Table) -> pa.ChunkedArray:
-    return pc.greater(table["advantage"], 0.0)
+# --- odd rows: a positive advantage means that a completion did better than its group
 
 
 def odd_masks(much_repetition: float) -> dict[str, Mask]:
-    """Why a row is odd, and how it is told; `much_repetition` is a share of repeated 4-grams."""
+    """Reason -> the rows that are odd for it; `much_repetition` is a share of repeated 4-grams."""
 
     def rewarded_though(mask: Mask) -> Mask:
-        return lambda table: pc.and_(_rewarded(table), mask(table))
+        return lambda table: pc.and_(pc.greater(table["advantage"], 0.0), mask(table))
 
     return {
         "not judged": lambda table: pc.is_valid(table["failed"]),
@@ -127,9 +123,9 @@ def odd_masks(much_repetition: float) -> dict[str, Mask]:
 
 @dataclass
 class Found:
-    """The rows that may be shown, without their texts, and how many there are of what."""
+    """The rows that may be shown, without their texts, and counts."""
 
-    best: list[dict] = field(default_factory=list)  # best first; at most as many as asked for
+    best: list[dict] = field(default_factory=list)  # best first, at most `limit`
     worst: list[dict] = field(default_factory=list)  # worst first
     odd: dict[str, list[dict]] = field(default_factory=dict)  # by reason, the largest advantage first
     counts: Counter = field(default_factory=Counter)  # "read", "matching", and every reason
@@ -137,7 +133,7 @@ class Found:
 
 BEST = [("reward", "descending"), ("advantage", "descending"), ("step", "descending"), ("row", "ascending")]
 WORST = [("reward", "ascending"), ("advantage", "ascending"), ("step", "descending"), ("row", "ascending")]
-OUTSTANDING = [("size", "descending"), ("step", "descending"), ("row", "ascending")]
+LARGEST = [("size", "descending"), ("step", "descending"), ("row", "ascending")]
 
 
 def look(files: dict[int, Path], wanted: Filter, limit: int, much_repetition: float) -> Found:
@@ -158,13 +154,13 @@ def look(files: dict[int, Path], wanted: Filter, limit: int, much_repetition: fl
 
 
 def schema_of(rewards: Iterable[str]) -> pa.Schema:
-    """What all files are read as. Older ones lack a column, or have no type for one of nulls alone."""
-    scores = {SCORE + name: pa.float64() for name in sorted({*rewards, *JUDGED})}
+    """One schema for all files: older ones lack a column, or have no type for one that is all null."""
+    scores = {SCORE + name: pa.float64() for name in sorted({*rewards, *ODD_SCORES})}
     return pa.schema({**NUMBERS, **scores, **dict.fromkeys(TEXTS, pa.string())})
 
 
 def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | None) -> pa.Table:
-    """Every row's numbers, in the files' order, and in `has_text` whether it has the text looked for."""
+    """Every row's numbers, in the files' order; `has_text`: whether the row matches `text`."""
     dataset = ds.dataset([str(path) for path in files.values()], schema, format="parquet")
     columns = {name: ds.field(name) for name in schema.names if name not in TEXTS}
     if text is not None:
@@ -178,7 +174,7 @@ def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | Non
 
 
 def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """What `read` makes of the file. Raises DataError where it was cut off or is no parquet."""
+    """Read a file. Raises DataError if it is truncated or not parquet."""
     try:
         return read(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -198,17 +194,17 @@ def matching(table: pa.Table, wanted: Filter) -> pa.Table:
 
 
 def narrowed(table: pa.Table, limit: int, reasons: dict[str, Mask]) -> Found:
-    """What of a table is best, worst and odd."""
+    """The best, worst and odd rows of a table."""
     for reason, mask in reasons.items():
         table = table.append_column(reason, pc.fill_null(mask(table), False))
-    judged = table.filter(pc.is_valid(table["reward"]))
-    found = Found(rows_by(judged, BEST, limit), rows_by(judged, WORST, limit))
+    scored = table.filter(pc.is_valid(table["reward"]))
+    found = Found(rows_by(scored, BEST, limit), rows_by(scored, WORST, limit))
     found.counts["matching"] = len(table)
     for reason in reasons:
         odd = table.filter(table[reason])
         found.counts[reason] = len(odd)
         odd = odd.append_column("size", pc.abs(odd["advantage"]))
-        found.odd[reason] = rows_by(odd, OUTSTANDING, limit)
+        found.odd[reason] = rows_by(odd, LARGEST, limit)
     return found
 
 
@@ -217,12 +213,12 @@ def rows_by(table: pa.Table, order: list[tuple[str, str]], limit: int) -> list[d
 
 
 def whole(files: dict[int, Path], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dict]:
-    """(step, row) -> all columns of it."""
+    """(step, row) -> all columns of the row."""
     rows_of: dict[int, list[int]] = {}
     for step, row in places:
         rows_of.setdefault(step, []).append(row)
-    found: dict[tuple[int, int], dict] = {}
+    all_rows: dict[tuple[int, int], dict] = {}
     for step, rows in rows_of.items():
         taken = _read(files[step], lambda path: ds.dataset(path)).take(rows).to_pylist()
-        found |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
-    return found
+        all_rows |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
+    return all_rows

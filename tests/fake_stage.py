@@ -16,7 +16,7 @@ from r1pipe.config import ModelConfig, config_hash, read_config
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
-from r1pipe.runs.recorded import own_hash
+from r1pipe.runs.record import own_hash
 
 
 def publish(folder: Path, model: ModelConfig, weights: str, stage: str) -> str:

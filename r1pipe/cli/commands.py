@@ -38,17 +38,24 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command; a new run's folder is written.")
     ] = False,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Run every combination of values: seed=0,1")
+    ] = False,
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
     An unfinished run resumes where it stopped, but not with a config that computes something else: that is
     refused with what differs. One that is running is followed to its end. A finished run is left alone and a
     new one starts, unless a kill kept the command from saying that it is done, or a larger stage.max_steps
-    extends it.
+    extends it. --multirun takes Hydra's syntax for sweeps, and each run stays as it is once it has finished.
     """
     from r1pipe.config.groups import with_stage
     from r1pipe.launch import pipeline
 
+    if multirun:
+        from r1pipe.cli.sweep import sweep
+
+        return sweep(overrides or [], fresh, dry_run)
     config = composed(with_stage(overrides or []))
     if dry_run:
         print(pipeline.dry_run(config, fresh))

@@ -49,6 +49,12 @@ class Composed:
 def compose(overrides: list[str]) -> Composed:
     """The config that `overrides` (Hydra's syntax) describe. Raises ConfigError, one line."""
     given = parse(spelled_out(overrides))
+    for override in given:
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"'{override.input_line}' gives several values; `r1pipe run --multirun` runs each; write "
+                "a list as [a,b], a text as 'a,b'"
+            )
     choices = choose(given)
     values = layered(given, choices)
     below = [f"{group}={option}" for group, option in choices.items()]
@@ -81,16 +87,12 @@ def spelled_out(overrides: list[str]) -> list[str]:
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """Hydra's reading of the overrides. Raises ConfigError on what is no override, and on sweeps."""
+    """Hydra's reading of the overrides. Raises ConfigError on what is no override."""
     for line in overrides:
         if "=" not in line and not line.startswith("~"):
             raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
     parsed = [parse_one(line) for line in overrides]
     for override in parsed:
-        if override.is_sweep_override():
-            raise ConfigError(
-                f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'"
-            )
         key = str(override.key_or_group)
         if key.partition(".")[0] not in TOP_KEYS:
             raise ConfigError(f"{key} is no key of the config; {meant(key)}")

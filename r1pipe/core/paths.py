@@ -67,6 +67,7 @@ class RunFolder:
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # what the code was besides its git revision
         self.mirrored = self.path / "mirrored"  # "whole" or "behind": how far MLflow has this run
+        self.sweep = self.path / "sweep"  # the name of the sweep that started it (r1pipe.cli.sweep)
         self.log = self.path / "log"
         self.launcher_log = self.log / "launcher.txt"  # of all sessions, from the first one's start on
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}

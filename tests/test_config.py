@@ -110,6 +110,17 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_stage() -
     assert sources == ["conf/stage/part/rl.yaml", "conf/recipe/laptop.yaml", COMMAND_LINE]
 
 
+@pytest.mark.parametrize("key", ["precision", "engine.precision"])
+def test_a_low_precision_brings_the_zero_level_that_keeps_masters(key: str) -> None:
+    chosen = compose([f"{key}=bf16", "engine=cpu"])
+    assert (chosen.config.engine.precision, chosen.config.engine.zero_level) == ("bf16", 1)
+    assert chosen.sources["engine.zero_level"] == COMMAND_LINE
+    assert compose(["engine.zero_level=2", f"{key}=bf16"]).config.engine.zero_level == 2
+    assert compose([f"{key}=fp32"]).config.engine.zero_level == 0
+    with pytest.raises(ConfigError, match="needs engine"):
+        compose([f"{key}=bf16", "engine.zero_level=0"])
+
+
 def test_a_group_on_the_command_line_wins_over_the_recipes_choice_wherever_it_stands() -> None:
     for words in (["model=small", "recipe=gpu", "engine=cpu"], ["engine=cpu", "recipe=gpu", "model=small"]):
         config = compose(words).config
@@ -155,10 +166,10 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
         ("recipe=laptob", "did you mean laptop?"),
         ("stage.max_step=3", "stage.max_step is no key of the config; did you mean stage.max_steps?"),
         ("stage.lr=3", "did you mean stage.optim.lr?"),
-        ("stag.max_steps=3", "did you mean stage?"),
+        ("stag.max_steps=3", "did you mean stage.max_steps?"),
         ("+stage.maxsteps=3", "did you mean max_steps?"),
         ("stage.rewards.weights.acuracy=1", "did you mean stage.rewards.weights.accuracy?"),
-        ("hydra.run.dir=x", "hydra is no key of the config"),
+        ("hydra.run.dir=x", "hydra.run.dir is no key of the config"),
         ("+weights_from=x", "weights_from is no key of the config"),
         ("stage.max_steps=many", "stage.max_steps=many is text, but must be a whole number"),
         ("stage.max_steps=1.5", "stage.max_steps=1.5 is a number, but must be a whole number"),
@@ -167,15 +178,15 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
         ("stage.eval.greedy=1", "must be true or false"),
         ("stage.optim.betas=0.9", "must be a list"),
         ("stage.optim.betas=[0.9,x]", "stage.optim.betas[1]=x is text"),
-        ("stage.max_tokens_per_micro_batch=3", "it is now stage.max_tokens_per_micro_batch"),
-        ("stage.rewards.truncation_penalty=-1", "it is now stage.rewards.truncation_penalty"),
+        ("stage.micro_tokens=3", "it is now stage.max_tokens_per_micro_batch"),
+        ("stage.rewards.unfinished=-1", "it is now stage.rewards.truncation_penalty"),
         ("stage.surrogate=weighted", "stage.surrogate=weighted is now stage.surrogate=cispo"),
         ("stage.optim=3", "stage.optim=3 is not a group of values"),
         ("stage.optim.lr=inf", "is not finite"),
         ("~stage.max_steps", "stage.max_steps is missing"),
         ("~stage", "no such stage"),
         ("seed", "is no override"),
-        ("seed=(", "cannot read an override"),
+        ("seed=[(", "cannot read seed=[(: "),
         ("root=a,b", "gives several values"),
         ("root=${rot}", "rot"),
         ("stage=evaluate", "needs parent=CHECKPOINT"),

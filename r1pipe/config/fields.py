@@ -24,14 +24,14 @@ Rules = Iterator[tuple[bool, str]]  # what must hold, and the message where it d
 T = TypeVar("T")
 
 RENAMED = {  # keys of earlier versions -> what they are called now
-    "stage.rewards.truncation_penalty": "stage.rewards.truncation_penalty",
-    "stage.loss_aggregation": "stage.loss_aggregation",
-    "stage.max_tokens_per_micro_batch": "stage.max_tokens_per_micro_batch",
-    "stage.sampling.max_num_seqs": "stage.sampling.max_num_seqs",
-    "stage.eval.max_num_seqs": "stage.eval.max_num_seqs",
-    "stage.routing_check_samples": "stage.routing_check_samples",
-    "stage.max_sampling_batches": "stage.max_sampling_batches",
-    "stage.demonstrations": "stage.demonstrations",
+    "stage.rewards.unfinished": "stage.rewards.truncation_penalty",
+    "stage.loss_mean": "stage.loss_aggregation",
+    "stage.micro_tokens": "stage.max_tokens_per_micro_batch",
+    "stage.sampling.slots": "stage.sampling.max_num_seqs",
+    "stage.eval.slots": "stage.eval.max_num_seqs",
+    "stage.compare_routes": "stage.routing_check_samples",
+    "stage.dynamic_batches": "stage.max_sampling_batches",
+    "stage.traces": "stage.demonstrations",
     "stage.surrogate=weighted": "stage.surrogate=cispo",
 }
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}

@@ -1,6 +1,6 @@
 """Writes a checkpoint for others to use: what `r1pipe export` runs. No DeepSpeed here.
 
-    python stages/export.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ExportOptions
+    python stages/export.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ExportOptions
 
 Writes weights and config.json in the published format, the tokenizer with its chat template and the sampling
 settings: transformers and vLLM can load the folder. Tensors are converted one by one and read back bit by
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from r1pipe.chat.template import TOKENIZER_FILES
-from r1pipe.core import script_options, terminal
+from r1pipe.config import script_options
+from r1pipe.config.script_options import ExportOptions
+from r1pipe.core import terminal
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.script_options import ExportOptions
 from r1pipe.model import load_pretrained
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, convert

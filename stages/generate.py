@@ -1,6 +1,6 @@
 """Answers questions with a checkpoint: what `r1pipe generate` and `r1pipe chat` run. No DeepSpeed here.
 
-    python stages/generate.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.GenerateOptions
+    python stages/generate.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.GenerateOptions
 
 Temperature and top-p default to those of the checkpoint's generation_config.json. Each question is
 independent, as in training: the model does not see a chat's earlier turns. It runs on the GPU in bfloat16 if
@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from r1pipe.chat.template import Chat
-from r1pipe.core import script_options, terminal
+from r1pipe.config import script_options
+from r1pipe.config.script_options import GenerateOptions
+from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
-from r1pipe.core.script_options import GenerateOptions
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import DeepseekV3, load_pretrained, model_config_from
 from r1pipe.model.weights import GENERATION

@@ -1,6 +1,6 @@
 """Takes a published checkpoint in: what `r1pipe import` runs. No DeepSpeed here.
 
-    python stages/import_weights.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ImportOptions
+    python stages/import_weights.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ImportOptions
 
 The folder holds safetensors (with an index or in one file; BF16, F32, F16 or FP8 with its scales) under
 DeepSeek's names, and config.json. Tensors are checked and copied one by one, bit for bit unless `dtype` is
@@ -15,9 +15,10 @@ from shutil import copyfile
 import jinja2
 
 from r1pipe.chat.template import TOKENIZER_FILES, Chat
-from r1pipe.core import script_options, terminal
+from r1pipe.config import script_options
+from r1pipe.config.script_options import ImportOptions
+from r1pipe.core import terminal
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.script_options import ImportOptions
 from r1pipe.core.types import Prompt
 from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of

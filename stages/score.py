@@ -1,6 +1,6 @@
 """Scores the completions of a file by one rule: what `r1pipe score` runs. No torch, no DeepSpeed here.
 
-    python stages/score.py OPTIONS_FILE     the JSON of r1pipe.core.script_options.ScoreOptions
+    python stages/score.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ScoreOptions
 
 Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
 for code, {"completion"} for format and language. Prints one JSON object per row, in the same order:
@@ -11,9 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-from r1pipe.core import script_options, terminal
+from r1pipe.config import script_options
+from r1pipe.config.script_options import ScoreOptions
+from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
-from r1pipe.core.script_options import ScoreOptions
 from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.rewards import check_gold, score_all
 

@@ -12,9 +12,9 @@ import torch
 from tiny_runs import load_stage
 
 from r1pipe.chat.template import Chat
-from r1pipe.core import script_options
+from r1pipe.config import script_options
+from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core.paths import content_dir, stages_dir
-from r1pipe.core.script_options import GenerateOptions
 from r1pipe.core.types import Prompt
 from r1pipe.model.cache import LatentCache
 

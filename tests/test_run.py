@@ -11,9 +11,9 @@ from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, PretrainConfig
+from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import stages_dir
-from r1pipe.core.script_options import GenerateOptions
 from r1pipe.data.source import check_data_unchanged
 from r1pipe.model import load_pretrained
 from r1pipe.runs import checkpoints, lineage

@@ -14,7 +14,7 @@ from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
 from r1pipe.cli.rollouts import Filter, bound, look, numbers, schema_of
-from r1pipe.cli.samples import Asked, chosen_of, samples
+from r1pipe.cli.samples import Query, chosen_of, samples
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -279,7 +279,7 @@ def test_a_stage_without_rollouts_shows_its_held_out_prompts_and_says_so(house, 
     assert [one["prompt_id"] for one in ask(house, capsys, "cold_start", "--text", "/苹果/")] == ["word-2"]
     for words, message in (
         (["--step", "3"], "no step 3: cold_start-s0-1 has no rollouts"),
-        (["--reward", "format=0"], "samples.json knows of accuracy alone"),
+        (["--reward", "format=0"], "samples.json has accuracy only"),
     ):
         assert house.call("samples", "cold_start", *words) == 2
         assert message in capsys.readouterr().err
@@ -337,7 +337,7 @@ def test_a_damaged_file_of_the_run_that_is_named_is_one_line(house, made, capsys
 
 def screen(folder: Path, **options) -> str:
     console = Console(file=io.StringIO(), width=80, **options)
-    samples(str(folder), [], Asked("12", [], None, 1), False, console)
+    samples(str(folder), [], Query("12", [], None, 1), False, console)
     return console.file.getvalue()
 
 

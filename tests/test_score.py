@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from r1pipe.core import script_options
+from r1pipe.config import script_options
+from r1pipe.config.script_options import ScoreOptions
 from r1pipe.core.paths import stages_dir
-from r1pipe.core.script_options import ScoreOptions
 
 SCRIPT = str(stages_dir() / "score.py")
 ADD = {

@@ -104,6 +104,24 @@ def test_stages_are_children_of_one_parent_and_share_metric_names(pipeline):
     assert cold.data.params["stage.optim.lr"] == "0.0003"
 
 
+def test_the_runs_of_a_sweep_have_one_parent_with_their_table(root):
+    for seed in (0, 1):
+        folder = build(root, "grpo", seed=seed, steps=1)
+        (folder / "sweep").write_text("sweep seed=0,1")
+        Mirror(folder, read_config(folder)).finish()
+    Mirror(folder := build(root, "zero", steps=1), read_config(folder)).finish()
+    runs, client = stage_runs(root), client_of(root)
+    parents = {name: run.data.tags["mlflow.parentRunId"] for name, run in runs.items()}
+    assert parents["grpo-0"] == parents["grpo-1"] != parents["zero-0"]
+    sweep = client.get_run(parents["grpo-0"])
+    assert sweep.info.run_name == "sweep seed=0,1" and "stages/pass_at_1" not in sweep.data.metrics
+    assert sweep.data.tags["mlflow.note.content"].count("| grpo") == 2
+    assert runs["grpo-0"].data.tags["r1pipe.pipeline"] == "laptop"
+    sync(root, rebuild=True)
+    again = {name: run.data.tags["mlflow.parentRunId"] for name, run in stage_runs(root).items()}
+    assert again["grpo-0"] == again["grpo-1"] != again["zero-0"]
+
+
 def test_metrics_are_logged_by_step(pipeline):
     run = stage_runs(pipeline)["grpo-0"]
     history = client_of(pipeline).get_metric_history(run.info.run_id, "reward")

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 
 from r1pipe.chat.template import BOS, EOS, PAD, TOKENIZER_FILES, Chat
 from r1pipe.cli import commands as cli
+from r1pipe.config import script_options
 from r1pipe.config.compose import compose
-from r1pipe.core import script_options
+from r1pipe.config.script_options import ExportOptions, ImportOptions
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.paths import content_dir
-from r1pipe.core.script_options import ExportOptions, ImportOptions
 from r1pipe.core.types import Prompt
 from r1pipe.launch import command as launch
 from r1pipe.model import expert_loads, load_pretrained, model_config_from, save_pretrained

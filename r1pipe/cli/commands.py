@@ -11,6 +11,7 @@ import typer
 from r1pipe.cli import scripts, verbs
 from r1pipe.cli.options import Checkpoint, Overrides
 from r1pipe.cli.overrides import composed
+from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
 from r1pipe.core.errors import R1pipeError
 from r1pipe.runs import stopping
@@ -23,9 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="DeepSeek-R1's recipe as a pipeline of DeepSpeed jobs, each handed to the next with its lineage.",
-    epilog="OVERRIDES are Hydra's, everywhere: group=option (stage, recipe, model, data, engine, tracking, "
-    "tripwires), key=value, +key=value, ~key. CHECKPOINT: a run id, a path, a stage name (its newest "
-    "finished run), or models:/name@alias.",
+    epilog=f"OVERRIDES are Hydra's, everywhere: group=option ({', '.join(GROUPS)}), key=value, +key=value, "
+    "~key. CHECKPOINT: a run id, a path, a stage name (its newest finished run), or models:/name@alias.",
 )
 
 
@@ -38,17 +38,23 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the command; a new run's folder is written.")
     ] = False,
+    multirun: Annotated[
+        bool, typer.Option("--multirun", "-m", help="Run every combination of values: seed=0,1")
+    ] = False,
 ) -> int:
     """Run one stage as one DeepSpeed job: run stage=grpo
 
     An unfinished run resumes where it stopped, but not with a config that computes something else: that is
     refused with what differs. One that is running is followed to its end. A finished run is left alone and a
     new one starts, unless a kill kept the command from saying that it is done, or a larger stage.max_steps
-    extends it.
+    extends it. --multirun takes Hydra's syntax for sweeps, and each run stays as it is once it has finished.
     """
-    from r1pipe.config.groups import with_stage
     from r1pipe.launch import pipeline
 
+    if multirun:
+        from r1pipe.cli.sweep import sweep
+
+        return sweep(overrides or [], fresh, dry_run)
     config = composed(with_stage(overrides or []))
     if dry_run:
         print(pipeline.dry_run(config, fresh))
@@ -78,19 +84,18 @@ def doctor(
 ) -> int:
     """Look a stage over before it runs, in a minute: doctor stage=grpo
 
-    Exit code 1 if a check failed: each is told with what was measured and the remedy.
+    Exit code 1 if a check failed: each shows what was measured and the remedy.
     """
-    from r1pipe.cli import doctor as examine
-    from r1pipe.config.groups import with_stage
+    from r1pipe.cli import doctor as checks
 
-    return examine.doctor(with_stage(overrides or []), as_json)
+    return checks.doctor(with_stage(overrides or []), as_json)
 
 
 @app.command()
 def reproduce(overrides: Overrides = None) -> int:
     """Run a recipe's stages and controls: reproduce recipe=laptop
 
-    Run it again and it goes on where it stopped; when all is done, it prints the table again.
+    Run it again and it resumes where it stopped; once all is done, it prints the table again.
     """
     from r1pipe.cli import compare
     from r1pipe.cli.outputs import print_outputs
@@ -108,7 +113,7 @@ def reproduce(overrides: Overrides = None) -> int:
 @app.command(name="config")
 def show_config(
     overrides: Overrides = None,
-    help_keys: Annotated[bool, typer.Option("--help-keys", help="Say what each key means, too.")] = False,
+    help_keys: Annotated[bool, typer.Option("--help-keys", help="Explain each key, too.")] = False,
 ) -> None:
     """Print the whole resolved config, with where each value comes from: config stage=grpo"""
     from r1pipe.config import to_mapping

@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
-from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
 LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
-WIDTH = 100  # of the table, where there is no terminal to ask
+WIDTH = 100  # of the table, without a terminal
 
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
@@ -26,19 +26,19 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     has_heading = named or table_rows[0]["control"]  # nothing but controls needs none
-    for one in table_rows:
-        if one["control"] and not has_heading:
+    for row in table_rows:
+        if row["control"] and not has_heading:
             table.add_row("controls", style="italic dim")
             has_heading = True
-        cells = [_setting(key, one["settings"].get(key, "-")) for key in settings]
-        cells += [value(one) for value in columns.values()]
-        name = str(one["run_id"] if named else one["stage"])
-        table.add_row(name, *cells, style="dim" if one["control"] and not named else None)
+        cells = [_setting(key, row["settings"].get(key, "-")) for key in settings]
+        cells += [value(row) for value in columns.values()]
+        name = str(row["run_id"] if named else row["stage"])
+        table.add_row(name, *cells, style="dim" if row["control"] and not named else None)
     return table
 
 
 def _setting_keys(table_rows: list[dict]) -> list[str]:
-    return list(dict.fromkeys(key for one in table_rows for key in one.get("settings", {})))
+    return list(dict.fromkeys(key for row in table_rows for key in row.get("settings", {})))
 
 
 def _setting(key: str, value: object) -> str:
@@ -62,7 +62,7 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
         console.print("No finished run yet.")
         return
     if "settings" not in table_rows[0]:
-        table_rows = sorted(table_rows, key=lambda one: one["control"])
+        table_rows = sorted(table_rows, key=lambda row: row["control"])
     left_out: list[str] = []
     table = _table(table_rows, left_out)
     if not console.is_terminal:
@@ -82,20 +82,20 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
 def count_lines(table_rows: list[dict]) -> Iterator[str]:
     """How many samples and problems the rows were measured on: one line where all are alike."""
     groups: dict[str, list[str]] = {}
-    for one in table_rows:
-        if one.get("samples") and one.get("problems"):
-            counts = f"{one['samples']:,} samples of {one['problems']:,} held-out problems"
-            groups.setdefault(counts, []).append(str(one["run_id"] if "settings" in one else one["stage"]))
+    for row in table_rows:
+        if row.get("samples") and row.get("problems"):
+            counts = f"{row['samples']:,} samples of {row['problems']:,} held-out problems"
+            groups.setdefault(counts, []).append(str(row["run_id"] if "settings" in row else row["stage"]))
     for counts, names in groups.items():
         whose = "" if len(groups) == 1 else f" ({', '.join(dict.fromkeys(names))})"
         yield f"pass@1: mean over {counts}{whose}; shares in %, len in tokens"
 
 
 def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:
-    """How each reward model was judged, and which weak ones a stage was made to use."""
-    for one in table_rows:
-        whose = f"{one['stage']}, seed {one['seed']}"
-        for kind, measured in (one.get("reward_models") or {}).items():
-            yield f"{whose}, {judges.describe(kind, measured)}"
-        for weakness in one.get("forced_judges") or ():
+    """The quality of each reward model, and which weak ones a stage was forced to use."""
+    for row in table_rows:
+        whose = f"{row['stage']}, seed {row['seed']}"
+        for kind, measured in (row.get("reward_models") or {}).items():
+            yield f"{whose}, {reward_model_quality.describe(kind, measured)}"
+        for weakness in row.get("forced_judges") or ():
             yield f"{whose}, used a weak reward model: {weakness}"

@@ -1,4 +1,4 @@
-"""`r1pipe doctor`: compose, find the parents, have stages/doctor.py look, add what this side knows, show."""
+"""`r1pipe doctor`: runs stages/doctor.py on a stage's config, and adds the checks that need no torch."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
     """Examine one stage and show the findings: 0, or 1 if a check failed. Raises ConfigError and the like."""
     began = time.monotonic()
     config = compose(overrides).config
-    here = [look(name, config) for name, look in (("launcher", launches), ("tracker", tracks))]
+    here = [check(name, config) for name, check in (("launcher", check_launcher), ("tracker", check_tracker))]
     here += [Finding(f"{what}, at most", PASS, needs) for what, needs in footprint.estimates(config).items()]
     try:
         config = parents.with_parents(config)
@@ -37,7 +37,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
         return show(
             config,
             began,
-            [Finding("parent", FAIL, "missing, so that little is examined", str(error)), *here],
+            [Finding("parent", FAIL, "missing, so little can be checked", str(error)), *here],
             as_json,
         )
     folder = Path(tempfile.mkdtemp(prefix="r1pipe-doctor-"))
@@ -47,7 +47,7 @@ def doctor(overrides: list[str], as_json: bool) -> int:
         several = config.engine.ranks > 1 and here[0].status == PASS
         code, found = examined(config, run, several)
         if code:
-            crashed = not run.error.exists()  # then its log is all there is to look at
+            crashed = not run.error.exists()  # then its log is the only evidence
             print(failure(run, code), file=sys.stderr)
             return code
     finally:
@@ -69,7 +69,7 @@ def show(config: RunConfig, began: float, found: list[Finding], as_json: bool) -
 def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, list[Finding]]:
     """The exit code of stages/doctor.py on this config, and what it found; its output is in the run's log.
 
-    `several`: on all ranks of this machine, as what they tell one another can go wrong too.
+    `several`: on all ranks of this machine, since their communication can fail too.
     """
     run.log.mkdir(parents=True)
     write_json(run.config, publishable(to_mapping(config)), indent=2)
@@ -78,14 +78,14 @@ def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, lis
             code = launch.on_ranks("doctor.py", config, run, log)
         else:
             code = launch.script("doctor.py", [str(run.path)], log)
-    told = run.path / "findings.json"
-    if code or not told.exists():  # DeepSpeed's launcher forgets when its child was killed
+    findings_file = run.path / "findings.json"
+    if code or not findings_file.exists():  # DeepSpeed's launcher returns 0 if its child was killed
         return code or 1, []
-    rows = json.loads(told.read_text(encoding="utf-8"))
+    rows = json.loads(findings_file.read_text(encoding="utf-8"))
     return 0, [Finding(**row) for row in rows]
 
 
-def launches(name: str, config: RunConfig) -> Finding:
+def check_launcher(name: str, config: RunConfig) -> Finding:
     """DeepSpeed's launcher, a compiler, the hostfile, what FP8 needs."""
     try:
         return Finding(name, PASS, machine.find_launcher(config.engine))
@@ -93,7 +93,7 @@ def launches(name: str, config: RunConfig) -> Finding:
         return Finding(name, FAIL, "cannot start a job", str(error))
 
 
-def tracks(name: str, config: RunConfig) -> Finding:
+def check_tracker(name: str, config: RunConfig) -> Finding:
     """The tracking server answers, or the folder of the database can be written."""
     if not config.tracking.enabled:
         return Finding(name, PASS, "off")

@@ -48,13 +48,13 @@ def details(ancestor: Ancestor) -> dict[str, str]:
     """All that the record says made one checkpoint."""
     record: Mapping[str, Any] = ancestor.record or {}
     data, versions, metrics = (record.get(name) or {} for name in ("data", "versions", "metrics"))
-    known = facts(ancestor)
+    shown = facts(ancestor)
     return {
         "checkpoint": ancestor.parent.checkpoint,
         "hash": ancestor.parent.hash,
         "data": " ".join(filter(None, [data.get("name"), data.get("path")])),
-        "seed": known["seed"],
-        "code": known["code"],
+        "seed": shown["seed"],
+        "code": shown["code"],
         **{name: record.get(name) or "" for name in HASHES},
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "metrics": ", ".join(

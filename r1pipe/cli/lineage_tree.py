@@ -42,7 +42,7 @@ def described(ancestor: Ancestor) -> Text:
 
 
 def facts(ancestor: Ancestor) -> dict[str, str]:
-    """What the record says made it, in short; "" where it does not say."""
+    """What the record says made it, in short; "" where it has nothing."""
     record: Mapping[str, Any] = ancestor.record or {}
     code = record.get("code", {})
     revision, data, seed = code.get("revision"), record.get("data_hash"), record.get("seed")

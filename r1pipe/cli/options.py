@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from r1pipe.cli import completion
-from r1pipe.core.script_options import Precision
+from r1pipe.config.script_options import Precision
 
 Overrides = Annotated[
     list[str] | None,

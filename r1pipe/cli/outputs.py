@@ -1,4 +1,4 @@
-"""What a reproduction left: its report, written where there is news, and where everything lies."""
+"""The report of a reproduction, and where its files are."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def is_older(page: Path, finished: list[RunFolder]) -> bool:
 
 
 def print_outputs(outcome: pipeline.Outcome) -> None:
-    """Write the report if there is news, and say where everything lies and how to open it."""
+    """Write the report if it is out of date, and print where the files are and how to open them."""
     config = outcome.config
     if len(outcome.finished) < len(config.recipe.stages):
         return

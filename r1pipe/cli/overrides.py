@@ -22,6 +22,6 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def pipeline_in(overrides: list[str]) -> str | None:
-    """The one pipeline that the overrides ask for; without such a wish, all of them."""
-    asked = any(line.partition("=")[0] in ("pipeline", "recipe", "seed") for line in overrides)
-    return composed(overrides).pipeline if asked else None
+    """The pipeline that the overrides name; None for all."""
+    is_named = any(line.partition("=")[0] in ("pipeline", "recipe", "seed") for line in overrides)
+    return composed(overrides).pipeline if is_named else None

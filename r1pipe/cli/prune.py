@@ -16,7 +16,7 @@ from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import Lock, check_not_running
 
 DAY_S = 86400.0
-TRASH = ".pruned"  # under the root: what is being removed is no run any more, whenever a kill comes
+TRASH = ".pruned"  # under the root: a kill leaves no half-removed run
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def candidates(root: Path, selection: Selection) -> list[Candidate]:
     wanted = chosen(runs, selection)
     texts = {run.run_id: _texts(run) for run in runs}
     kept = {run.run_id: reason for run in wanted if (reason := _busy(run))}
-    going = [run for run in wanted if run.run_id not in kept]
-    while needed := _needed(going, [run for run in runs if run not in going], texts):
+    removable = [run for run in wanted if run.run_id not in kept]
+    while needed := _needed(removable, [run for run in runs if run not in removable], texts):
         kept |= needed
-        going = [run for run in going if run.run_id not in needed]
+        removable = [run for run in removable if run.run_id not in needed]
     found = [Candidate(run, *_size_and_time(run), kept.get(run.run_id, "")) for run in wanted]
     return sorted(found, key=lambda candidate: candidate.written)
 
@@ -111,12 +111,12 @@ def _texts(run: RunFolder) -> str:
     return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.exists())
 
 
-def _needed(going: list[RunFolder], staying: list[RunFolder], texts: dict[str, str]) -> dict[str, str]:
+def _needed(removable: list[RunFolder], kept_runs: list[RunFolder], texts: dict[str, str]) -> dict[str, str]:
     """Run id -> why it must stay, of the runs that one of those that stay names."""
     found = {}
-    for run in going:
+    for run in removable:
         marks = (f'"{run.run_id}"', f"{run.run_id}/")
-        users = [other for other in staying if any(mark in texts[other.run_id] for mark in marks)]
+        users = [other for other in kept_runs if any(mark in texts[other.run_id] for mark in marks)]
         if users:
             more = f" and {len(users) - 1} more" if len(users) > 1 else ""
             found[run.run_id] = f"{users[0].run_id}{more} was made from it"
@@ -150,8 +150,8 @@ def discard(run: RunFolder) -> None:
 
 
 def lines(found: list[Candidate], removed: bool) -> list[str]:
-    """What to tell the user: a line a run, and what it comes to."""
-    going = [candidate for candidate in found if not candidate.kept]
+    """A line per run, and the total."""
+    removable = [candidate for candidate in found if not candidate.kept]
     word = "removed" if removed else "remove"
     width = max((len(candidate.run.run_id) for candidate in found), default=0)
     shown = []
@@ -162,10 +162,11 @@ def lines(found: list[Candidate], removed: bool) -> list[str]:
         shown.append(
             f"{what:<7}  {candidate.run.run_id:<{width}}  {megabytes(candidate.size):>10}  {day}{why}"
         )
-    total = f"{len(going)} of {len(found)} runs, {megabytes(sum(one.size for one in going))}"
+    size = sum(candidate.size for candidate in removable)
+    total = f"{len(removable)} of {len(found)} runs, {megabytes(size)}"
     if removed:
         return [*shown, f"removed {total}"]
-    return [*shown, f"would remove {total}; --yes removes them" if going else "nothing to remove"]
+    return [*shown, f"would remove {total}; --yes removes them" if removable else "nothing to remove"]
 
 
 def megabytes(size: int) -> str:

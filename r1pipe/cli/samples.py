@@ -33,7 +33,7 @@ KINDS = ("best", "worst", "odd")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """The options of the verb."""
 
     step: str | None
@@ -43,16 +43,16 @@ class Asked:
 
 
 def samples(
-    name: str, overrides: list[str], asked: Asked, as_json: bool, console: Console | None = None
+    name: str, overrides: list[str], query: Query, as_json: bool, console: Console | None = None
 ) -> None:
     """Show the run's rows. Raises R1pipeError for a run, a step or a filter that is not there."""
-    wanted = Filter.of(asked.rewards, asked.text)
-    steps = None if asked.step is None else steps_of(asked.step)
+    wanted = Filter.of(query.rewards, query.text)
+    steps = None if query.step is None else steps_of(query.step)
     run = run_of(name, lineage.SearchPath.of(compose(overrides).config))
     if has_rollouts(run):
-        found, rows, source = of_rollouts(run, steps, wanted, asked.limit)
+        found, rows, source = of_rollouts(run, steps, wanted, query.limit)
     else:
-        found, rows, source = of_held_out(run, steps, wanted, asked.limit)
+        found, rows, source = of_held_out(run, steps, wanted, query.limit)
     if as_json:
         for row in rows:
             print(json.dumps({"run": run.run_id, **row}, ensure_ascii=False))
@@ -78,7 +78,7 @@ SAMPLES = TypeAdapter(list[Sample])
 def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
     """A run id, a run's folder, or a stage: its newest run in this pipeline that has something to show.
 
-    An unfinished run is as good as a finished one. Raises CheckpointError.
+    The run may be unfinished. Raises CheckpointError.
     """
     for path in (place.root / name, Path(name)):
         if lineage.is_run(path):
@@ -88,15 +88,15 @@ def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
         names = [*STAGE_TYPES, *(run.folder.run_id for run in known)]
         raise CheckpointError(f"no run {name} under {place.root}; {nearest(name, names)}")
     of_stage = [run for run in known if run.stage == name]
-    mine = [run.folder for run in of_stage if run.config.get("pipeline") == place.pipeline]
-    if not mine:
+    in_pipeline = [run.folder for run in of_stage if run.config.get("pipeline") == place.pipeline]
+    if not in_pipeline:
         others = sorted({str(run.config.get("pipeline")) for run in of_stage})
         hint = f"; other pipelines have one: pipeline={others[0]}" if others else ""
         raise CheckpointError(
             f"stage {name} has no run in pipeline {place.pipeline} under {place.root}; give a run id, a path "
             f"or root=DIR{hint}"
         )
-    return max(mine, key=lambda run: (has_something(run), run.config.stat().st_mtime))
+    return max(in_pipeline, key=lambda run: (has_something(run), run.config.stat().st_mtime))
 
 
 def has_rollouts(run: RunFolder) -> bool:
@@ -124,7 +124,7 @@ Rows = list[dict[str, Any]]
 
 
 def of_rollouts(run: RunFolder, steps: range | None, wanted: Filter, limit: int) -> tuple[Found, Rows, str]:
-    """What was found in rollouts/, the rows to show, and what was looked at."""
+    """The matches in rollouts/, the rows to show, and their source."""
     files = {int(path.stem.removeprefix("step-")): path for path in run.rollouts.glob("step-*.parquet")}
     there = _span(files)
     if steps is not None:
@@ -142,18 +142,18 @@ def of_rollouts(run: RunFolder, steps: range | None, wanted: Filter, limit: int)
 
 
 def of_held_out(run: RunFolder, steps: range | None, wanted: Filter, limit: int) -> tuple[Found, Rows, str]:
-    """The same of samples.json, where a right answer counts as 1 and a wrong one as 0."""
+    """The same for samples.json: a right answer counts as 1, a wrong one as 0."""
     if not run.samples.exists():
         raise DataError(
             f"{run.run_id} has nothing to show yet: no rollouts, nor the samples.json of a run's end"
         )
     if steps is not None:
         raise ConfigError(
-            f"no {_span(steps)}: {run.run_id} has no rollouts, and samples.json is of its end alone"
+            f"no {_span(steps)}: {run.run_id} has no rollouts, and samples.json is from its end"
         )
     for name, _ in wanted.rewards:
         if name not in ("", "accuracy"):
-            raise ConfigError(f"--reward {name}: samples.json knows of accuracy alone")
+            raise ConfigError(f"--reward {name}: samples.json has accuracy only")
     rows = [as_rollout(sample) for sample in read_samples(run.samples)]
     table = pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows], schema_of([]))
     for column, values in (("step", [0] * len(rows)), ("row", list(range(len(rows))))):
@@ -173,7 +173,7 @@ def repetition_limit(run: RunFolder) -> float:
         return float(read_object(run.config)["tripwires"]["wires"]["repetition"]["limit"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{run.config}: tripwires.wires.repetition.limit is missing or no number; copy the run again"
+            f"{run.config}: tripwires.wires.repetition.limit is missing or not a number; copy the run again"
         ) from None
 
 
@@ -238,9 +238,9 @@ def show(title: str, found: Found, rows: Rows, console: Console) -> None:
     """The rows by kind, coloured by their advantage; without a terminal as plain lines, none broken."""
     counts = found.counts
     console.print(Text(f"{title}; {counts['read']:,} completions, {counts['matching']:,} match", "bold"))
-    told = [f"{counts[reason]:,} {reason}" for reason in found.odd if counts[reason]]
-    if told:
-        console.print(Text(f"odd: {', '.join(told)}", "dim"), soft_wrap=not console.is_terminal)
+    counted = [f"{counts[reason]:,} {reason}" for reason in found.odd if counts[reason]]
+    if counted:
+        console.print(Text(f"odd: {', '.join(counted)}", "dim"), soft_wrap=not console.is_terminal)
     before = ""
     for row in rows:
         if row["kind"] != before:

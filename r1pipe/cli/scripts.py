@@ -10,16 +10,16 @@ import typer
 
 from r1pipe.cli.options import Checkpoint, Dtype, MaxTokens, Overrides, Seed, ShardGB, Temperature, TopP
 from r1pipe.cli.overrides import composed, split
-from r1pipe.core.errors import ConfigError
-from r1pipe.core.script_options import (
+from r1pipe.config.fields import Strict
+from r1pipe.config.script_options import (
     ExportOptions,
     GenerateOptions,
     ImportOptions,
     Language,
     Reward,
     ScoreOptions,
-    ScriptOptions,
 )
+from r1pipe.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from r1pipe.runs.lineage import SearchPath
@@ -135,9 +135,9 @@ def _checkpoint(name: str, overrides: list[str]) -> Path:
     return Path(parents.resolve(name, _place(overrides)).checkpoint)
 
 
-def _run(script: str, options: ScriptOptions) -> int:
+def _run(script: str, options: Strict) -> int:
     """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
-    from r1pipe.core import script_options
+    from r1pipe.config import script_options
     from r1pipe.launch import command as launch
 
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:

@@ -1,4 +1,4 @@
-"""The verbs that look at runs: table, report, samples, lineage, and MLflow's view of them."""
+"""The verbs that show runs: table, report, samples, lineage, and MLflow's view of them."""
 
 import sys
 from pathlib import Path
@@ -53,12 +53,12 @@ def samples(
     """A run's best, worst and odd completions: samples grpo --step 10-20 --reward accuracy=0
 
     Odd: rewarded (above its group's mean) though cut off, badly formed, in another language or repeating
-    itself; punished though right; or not judged, as a verifier failed. A stage without rollouts shows
+    itself; punished though right; or without a verdict, as a verifier failed. A stage without rollouts shows
     held-out prompts of its samples.json. Overrides say where the run is: root=DIR, pipeline=NAME.
     """
     from r1pipe.cli import samples as shown
 
-    shown.samples(name, overrides or [], shown.Asked(step, reward or [], text, limit), as_json)
+    shown.samples(name, overrides or [], shown.Query(step, reward or [], text, limit), as_json)
 
 
 def lineage(
@@ -103,7 +103,7 @@ def sync(
     given = overrides or []
     config = composed(given)
     if not family.run_folders(Path(config.root)):
-        raise EnvironmentProblem(f"no runs under {config.root}; say where they are: root=DIR")
+        raise EnvironmentProblem(f"no runs under {config.root}; give root=DIR")
     written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
     print(f"MLflow has {written} runs of {config.root}, wholly")
     for run_id in busy:

@@ -1,9 +1,9 @@
 """Overrides -> one checked RunConfig: Hydra resolves conf/, a recipe's values go under the user's own.
 
-The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They are placed
-before the command line's overrides, so the command line always wins. Where one of the two names a loss
-(`stage.loss`) or an algorithm (`stage.algorithm`), the values of its file stand in front of all that the same
-one gives: over whatever is below, the algorithm's over the loss's.
+The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They come before
+the command line's overrides, so the command line always wins. Where the recipe or the command line names a
+loss (`stage.loss`) or an algorithm (`stage.algorithm`), the values of its file come just before those of
+whoever named it, the algorithm's after the loss's.
 """
 
 import difflib
@@ -11,20 +11,23 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config.data import refuse_unused_row_keys
 from r1pipe.config.describe import leaves
 from r1pipe.config.fields import field_types, unknown_key
-from r1pipe.config.groups import GROUPS, defined_in, flat, options, read, upwards
+from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
 from r1pipe.core.errors import ConfigError, nearest
@@ -34,26 +37,53 @@ COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
 FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
 NAMED = ("loss", "algorithm")  # what `stage.loss=NAME` takes is a file in conf/stage/part/loss, and so on
-PPO = "stage.ppo"  # the keys below it are there with stage.algorithm=ppo alone
+PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
+WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A config, and for every dotted key the file that gave its value, or COMMAND_LINE."""
+    """A config, and what tells where its values come from."""
 
     config: RunConfig
-    sources: dict[str, str]
+    keys: list[str]
+    choices: dict[str, str]  # group -> option
+    files: dict[str, str]  # dotted key -> source, for all that is placed above the groups
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """For every dotted key the file that gave its value, or COMMAND_LINE."""
+        files: dict[str, str] = {}
+        options = [f"{group}={option}" for group, option in self.choices.items()]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            defaults = loader.compute_defaults_list("config", options, RunMode.RUN).defaults
+        for default in defaults:
+            if not default.config_path.startswith("hydra/"):
+                keys = [key for key, _ in flat(read(default.config_path))]
+                files |= {f"{default.package}.{key}": f"conf/{default.config_path}.yaml" for key in keys}
+        files |= self.files
+        return {
+            key: next((files[part] for part in upwards(key) if part in files), "conf/config.yaml")
+            for key in self.keys
+        }
 
 
 def compose(overrides: list[str]) -> Composed:
     """The config that `overrides` (Hydra's syntax) describe. Raises ConfigError, one line."""
-    given = parse(spelled_out(overrides))
-    choices = choose(given)
-    values = layered(given, choices)
+    parsed = parse(overrides)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError(
+                f"'{override.input_line}' gives several values; `r1pipe run --multirun` runs each; write "
+                "a list as [a,b], a string as 'a,b'"
+            )
+    choices = choose(parsed)
+    values = layered(parsed, choices)
     below = [f"{group}={option}" for group, option in choices.items()]
     below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, (value, _) in values.items()]
-    own = [override for override in given if override.key_or_group not in GROUPS]
+    own = [override for override in parsed if override.key_or_group not in GROUPS]
     mapping = resolve(below, own)
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key)
@@ -61,36 +91,20 @@ def compose(overrides: list[str]) -> Composed:
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     files = {key: file for key, (_, file) in values.items()}
-    return Composed(config, sources_of(mapping, choices, files, own))
-
-
-def spelled_out(overrides: list[str]) -> list[str]:
-    """The switches `precision=...` and `kernels=...` as the engine's keys.
-
-    With a precision below float32 comes the lowest ZeRO level that keeps float32 masters, where the engine's
-    file has none and nobody gave another.
-    """
-    given = [re.sub(r"^(?=(precision|kernels)=)", "engine.", line) for line in overrides]
-    wanted = {line.partition("=")[2] for line in given if line.startswith("engine.precision=")}
-    levels = [line for line in given if line.startswith("engine.zero_level=")]
-    if given != overrides and wanted & {"bf16", "fp8"} and not levels:
-        engine = choose(parse(given))["engine"]
-        if read(f"engine/{engine}")["zero_level"] == 0:
-            given.append("engine.zero_level=1")
-    return given
+    files |= {override.key_or_group: COMMAND_LINE for override in own}
+    return Composed(config, [key for key, _ in flat(mapping)], choices, files)
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """Hydra's reading of the overrides. Raises ConfigError on what is no override, and on sweeps."""
+    """Hydra's reading of the overrides, sweeps included; `precision=` and `kernels=` are the engine's.
+
+    Raises ConfigError.
+    """
     for line in overrides:
         if "=" not in line and not line.startswith("~"):
             raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
-    parsed = [parse_one(line) for line in overrides]
+    parsed = [parse_one(re.sub("^(?=(precision|kernels)=)", "engine.", line)) for line in overrides]
     for override in parsed:
-        if override.is_sweep_override():
-            raise ConfigError(
-                f"'{override.input_line}' gives several values; write a list as [a,b], a text as 'a,b'"
-            )
         key = str(override.key_or_group)
         if key.partition(".")[0] not in TOP_KEYS:
             raise ConfigError(f"{key} is no key of the config; {meant(key)}")
@@ -109,29 +123,28 @@ def meant(key: str) -> str:
 
 
 def parse_one(line: str) -> Override:
-    """One override. A value that Hydra's grammar cannot read as it is (a path with `=`, `#`, `~` or `é`) is
-    taken as a text, as if it stood in quotes. Raises ConfigError."""
-    parser = OverridesParser.create()
+    """One override. A value that Hydra's grammar cannot read (a path with `=`, `#`, `~` or `é`) is taken as a
+    string, as if it stood in quotes. Raises ConfigError."""
     key, equals, value = line.partition("=")
-    text = os.path.expanduser(value) if key == "root" else value  # the shell leaves a `~` after `=` as it is
-    try:
-        return parser.parse_overrides([f"{key}{equals}{text}"])[0]
-    except HydraException as error:
-        if not equals or text.startswith(("[", "{", "'", '"')):
-            raise ConfigError(
-                f"cannot read {line}: {first_line(error)}; write a text as key=\"'...'\""
-            ) from None
-    quoted = text.replace("'", r"\'")
-    try:
-        return parser.parse_overrides([f"{key}='{quoted}'"])[0]
-    except HydraException as error:
-        raise ConfigError(f"cannot read {line}: {first_line(error)}") from None
+    if key == "root":
+        value = os.path.expanduser(value)  # the shell leaves a `~` after `=` as it is
+    readings = [f"{key}{equals}{value}"]
+    if equals and not value.startswith(("[", "{", "'", '"')):
+        quoted = value.replace("'", r"\'")
+        readings.append(f"{key}='{quoted}'")
+    problem = ""
+    for reading in readings:
+        try:
+            return OverridesParser.create().parse_overrides([reading])[0]
+        except HydraException as error:
+            problem = first_line(error)
+    raise ConfigError(f"cannot read {line}: {problem}; write a string as key=\"'...'\"")
 
 
-def choose(given: list[Override]) -> dict[str, str]:
+def choose(parsed: list[Override]) -> dict[str, str]:
     """Each group's option: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
     own: dict[str, str] = {}
-    for override in given:
+    for override in parsed:
         group = override.key_or_group
         if group in GROUPS:
             option = str(override.value())
@@ -154,21 +167,24 @@ def recipe_values(recipe: str, stage: str) -> dict[str, Any]:
     return values | (dict(flat(own, "stage")) if (own := content["stage_values"].get(stage)) else {})
 
 
-def layered(given: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
-    """What lies between the chosen groups and the command line: dotted key -> (value, file that gives it)."""
+def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
+    """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
+    own = {str(override.key_or_group): str(override.value()) for override in parsed}
     recipe = recipe_values(choices["recipe"], choices["stage"])
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
     if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
         below, above = [], []
         for kind in NAMED:
             key = f"stage.{kind}"
-            named = [str(override.value()) for override in given if override.key_or_group == key]
-            if named:
-                above.append(named_values(kind, named[-1]))
+            if key in own:
+                above.append(named_values(kind, own[key]))
             elif key in recipe:
                 below.append(named_values(kind, recipe[key]))
         layers = [*below, *layers, *above]
-    return {key: (value, file) for values, file in layers for key, value in values.items()}
+    has_no_masters = read(f"engine/{choices['engine']}")["zero_level"] == 0
+    if own.get("engine.precision") in WITH_MASTERS and has_no_masters:
+        layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
+    return {key: (value, source) for values, source in layers for key, value in values.items()}
 
 
 def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
@@ -184,10 +200,11 @@ def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
             cfg = hydra_compose("config", below + [str(override.input_line) for override in own])
-            return plain(OmegaConf.to_container(cfg, resolve=True))
+            return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         except (HydraException, OmegaConfBaseException) as error:
-            known = plain(OmegaConf.to_container(hydra_compose("config", below), resolve=False))
-            raise explained(error, own, {part for key, _ in flat(known) for part in upwards(key)}) from None
+            known = OmegaConf.to_container(hydra_compose("config", below), resolve=False)
+            keys = {part for key, _ in flat(cast(dict[str, Any], known)) for part in upwards(key)}
+            raise explained(error, own, keys) from None
 
 
 def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigError:
@@ -203,26 +220,6 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
             return ConfigError(f"{key} needs stage.algorithm=ppo")
         return ConfigError(unknown_key(key, key, same_name or beside or [above]))
     return ConfigError(first_line(error))
-
-
-def sources_of(
-    mapping: dict[str, Any], choices: dict[str, str], between: dict[str, str], own: list[Override]
-) -> dict[str, str]:
-    """Dotted key -> the file that gave its value, or COMMAND_LINE."""
-    files: dict[str, str] = {}
-    for group, option in choices.items():
-        files |= {f"{group}.{key}": file for key, file in defined_in(group, option).items()}
-    files |= between  # what lies between groups and command line: dotted key -> file
-    files |= {override.key_or_group: COMMAND_LINE for override in own}
-    nearest_file = {}
-    for key, _ in flat(mapping):
-        nearest_file[key] = next((files[part] for part in upwards(key) if part in files), "conf/config.yaml")
-    return nearest_file
-
-
-def plain(container: Any) -> dict[str, Any]:
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
 
 
 def first_line(error: Exception) -> str:

@@ -43,7 +43,7 @@ class DataConfig(Strict):
     """What a stage learns from: the bundled world, files, or reasoning-gym."""
 
     name: str  # the file in conf/data/
-    kind: Literal["world", "files", "reasoning_gym"]
+    kind: Literal["world", "files", "reasoning_gym"]  # where problems come from
     path: str | None  # files: the folder of the sources, or one file in place of the first source
     tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
     languages: list[str]  # world: languages

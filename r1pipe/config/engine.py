@@ -23,8 +23,8 @@ class EngineConfig(Strict):
     name: str  # the file in conf/engine/
     ranks: Positive  # processes on this machine
     threads: Count  # CPU threads per rank; 0: cores divided by ranks
-    accelerator: Literal["cpu", "cuda", "auto"]
-    zero_level: Literal[0, 1, 2, 3]
+    accelerator: Literal["cpu", "cuda", "auto"]  # auto: a GPU where there is one
+    zero_level: Literal[0, 1, 2, 3]  # ranks share: nothing, optimizer state, gradients too, weights too
     precision: Literal["fp32", "bf16", "fp8"]  # fp8: projections in E4M3, the rest in bf16 (V3 section 3.3)
     kernels: Literal["auto", "triton", "scaled_mm", "deepgemm", "reference"]  # what multiplies in FP8
     fp8: FP8Config

@@ -32,18 +32,6 @@ def read(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def defined_in(group: str, option: str) -> dict[str, str]:
-    """Dotted key inside the group -> file that gives it; a file wins over the parts in its defaults list."""
-    content = read(f"{group}/{option}")
-    folder = "/".join([group, *option.split("/")[:-1]])
-    files: dict[str, str] = {}
-    for part in content.get("defaults", []):
-        if part != "_self_":
-            files |= defined_in(folder, part.partition("@")[0])
-    own = {key: value for key, value in content.items() if key != "defaults"}
-    return files | {key: f"conf/{group}/{option}.yaml" for key, _ in flat(own)}
-
-
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every leaf; lists and empty mappings are leaves."""
     for key, value in tree.items():

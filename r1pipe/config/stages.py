@@ -69,7 +69,7 @@ class StageConfig(Strict):
     save_every: Count  # steps between checkpoints; 0: only at the end
     keep: Positive  # newest checkpoints kept; one that another run names as its parent is kept besides
     keep_best: str | None  # metric whose best checkpoint is kept besides, e.g. eval/pass_at_1; null: none
-    keep_best_direction: Literal["max", "min"]
+    keep_best_direction: Literal["max", "min"]  # whether more of it is better, or less
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig

@@ -65,6 +65,7 @@ class RunFolder:
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # changes to the git revision
         self.mirrored = self.path / "mirrored"  # "whole" or "behind": MLflow's copy of this run
+        self.sweep = self.path / "sweep"  # the name of the sweep that started it (r1pipe.cli.sweep)
         self.log = self.path / "log"
         self.launcher_log = self.log / "launcher.txt"  # of all sessions
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}

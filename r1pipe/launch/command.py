@@ -75,10 +75,12 @@ def checked(config: RunConfig, run: RunFolder) -> list[str]:
     return line
 
 
-def write_down(config: RunConfig, run: RunFolder, line: list[str]) -> list[Change]:
+def write_down(config: RunConfig, run: RunFolder, line: list[str], sweep: str = "") -> list[Change]:
     """Write config.json, command.txt, env.json and code.diff; what code and versions the run has gone on with
     until now, where they were others."""
     run.create()
+    if sweep:
+        run.sweep.write_text(sweep, encoding="utf-8")
     write_json(run.config, publishable(to_mapping(config)), indent=2)
     env = {
         **machine.facts(),

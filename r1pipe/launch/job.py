@@ -165,7 +165,7 @@ class FollowedJob:
 class Job(FollowedJob):
     """One that this command starts, and owns."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, changed: Sequence[Change] = ()):
+    def __init__(self, config: RunConfig, run: RunFolder, changed: Sequence[Change] = (), sweep: str = ""):
         """Start it; `changed`: what the run goes on with that it did not begin with.
 
         Raises EnvironmentProblem if the machine lacks something, or another job has the run.
@@ -176,7 +176,7 @@ class Job(FollowedJob):
             self._lock = stack.enter_context(locks.held(run))
             history.set_record_aside(run)
             history.note(run, changed)
-            self.changed_code = write_down(config, run, line)
+            self.changed_code = write_down(config, run, line, sweep)
             for left in (run.error, run.stop):
                 left.unlink(missing_ok=True)
             self._mirror = Mirror(run.path, to_mapping(config))

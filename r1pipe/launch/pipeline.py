@@ -104,7 +104,7 @@ def start(placed: RunPlan) -> FollowedJob:
     machine.check_data_files(placed.config)
     locks.check_not_running(placed.run)
     says = placed.says()
-    job = Job(placed.config, placed.run, placed.changed)
+    job = Job(placed.config, placed.run, placed.changed, placed.sweep)
     tell(says)
     if job.changed_code:
         kept = placed.run.config_history.name

@@ -36,6 +36,7 @@ class RunPlan:
     is_new: bool
     changed: tuple[Change, ...] = ()  # since the run was launched last
     extends_from: int = 0  # steps after which the run had finished, where the config asks for more
+    sweep: str = ""  # the name of the sweep that starts it
 
     @property
     def done(self) -> bool:
@@ -83,7 +84,7 @@ class RunPlan:
         )
 
 
-def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> RunPlan:
+def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False, sweep: str = "") -> RunPlan:
     """Where the stage's run is: an unfinished one of this config, or a new one.
 
     The newest run of the same pipeline, stage and seed, if unfinished, goes on with another config where only
@@ -92,7 +93,8 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Ru
     finished run, too, of this config or of one that differs in keys that may change. So does every call where
     the newest run has finished with this config and a kill kept its command from saying so: a scheduler that
     starts the command again does not want the stage again. A newest run that finished with fewer steps, and
-    is the same otherwise, is extended; ConfigError where it cannot be.
+    is the same otherwise, is extended; ConfigError where it cannot be. In a sweep each config has a run of
+    its own, finished or not.
     """
     wanted = publishable(to_mapping(config))  # as it stands in config.json
     known = [
@@ -100,6 +102,11 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Ru
         for run in ([] if fresh else runs_of(config))
     ]
     exact = [placed for placed in known if placed.same_bits]
+    new = RunPlan(
+        config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True, sweep=sweep
+    )
+    if sweep:
+        return exact[-1] if exact else new
     done = [placed for placed in [*known, *exact] if placed.fits and placed.done]
     if in_recipe and done:
         return done[-1]
@@ -112,7 +119,7 @@ def place(config: RunConfig, fresh: bool = False, in_recipe: bool = False) -> Ru
         return extended
     if known and is_interrupted(known[-1].run) and has_something_to_lose(known[-1].run):
         raise refusal(known[-1], in_recipe)
-    return RunPlan(config, RunFolder(Path(config.root).resolve() / new_run_id(config)), is_new=True)
+    return new
 
 
 def extension_of(placed: RunPlan) -> RunPlan | None:

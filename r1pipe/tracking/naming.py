@@ -36,7 +36,8 @@ def description(root: Path, rows: Iterable[dict]) -> str:
     """A pipeline in Markdown: the table of its finished stages, and the commands that show more."""
     lines = [f"| stage | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for row in rows:
-        lines.append(f"| {row['stage']} | {' | '.join(value(row) for value in COLUMNS.values())} |")
+        name = " ".join([row["stage"], *(f"{key}={value}" for key, value in row.get("settings", {}).items())])
+        lines.append(f"| {name} | {' | '.join(value(row) for value in COLUMNS.values())} |")
     commands = ("compare", "report", "lineage CHECKPOINT")
     more = ", ".join(f"`r1pipe {command} root={root}`" for command in commands)
     return "\n".join([*lines, "", f"Run folders: `{root}`; {more}"])

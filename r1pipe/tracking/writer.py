@@ -40,7 +40,7 @@ def pipeline_run(client: "MlflowClient", experiment: str, pipeline: str, root: P
     for run_id, run in parents.items():
         if run.data.tags.get("r1pipe.root") == str(root):
             return run_id
-    for stage in search(client, experiment, kind=STAGE, pipeline=pipeline):
+    for stage in search(client, experiment, kind=STAGE) if parents else ():
         parent = stage.data.tags.get("mlflow.parentRunId")
         if parent in parents and (root / stage.data.tags["r1pipe.run_id"]).is_dir():
             return parent
@@ -64,12 +64,18 @@ def add_report(config: RunConfig, page: Path) -> None:
         print(f"warning: {error}", file=sys.stderr)
 
 
+def sweep_of(folder: RunFolder) -> str | None:
+    """The sweep that started the run."""
+    return folder.sweep.read_text(encoding="utf-8") if folder.sweep.exists() else None
+
+
 class RunWriter:
     """Writes a run folder as an MLflow run, a child of its pipeline's run."""
 
     def __init__(self, folder: RunFolder, config: dict, uri: str):
         """Find or create the runs. Raises EnvironmentProblem or MlflowException."""
         self.folder, self.config, self.root = folder, config, folder.path.parent
+        self.sweep = sweep_of(folder)
         self.client = connect(uri)
         self._uri = uri
         self._tail = Tail(folder.metrics)
@@ -87,8 +93,8 @@ class RunWriter:
             self._log_params()
 
     def _open_runs(self) -> tuple[str, str]:
-        """The ids of the pipeline's run and of the stage's run within it."""
-        experiment, pipeline = self._experiment(), str(self.config["pipeline"])
+        """The ids of the stage's run and of its parent, the run of its pipeline or of its sweep."""
+        experiment, pipeline = self._experiment(), self.sweep or str(self.config["pipeline"])
         stage, run_id = self.config["stage"], self.folder.run_id
         common = {"r1pipe.pipeline": pipeline, "r1pipe.root": str(self.root)}
         parent = pipeline_run(self.client, experiment, pipeline, self.root)
@@ -97,6 +103,7 @@ class RunWriter:
             **common,
             "mlflow.parentRunId": parent,
             "mlflow.source.name": f"stages/{stage['script']}",
+            "r1pipe.pipeline": str(self.config["pipeline"]),
             "r1pipe.kind": STAGE,
             "r1pipe.run_dir": str(self.folder.path),
             "r1pipe.run_id": run_id,
@@ -208,7 +215,7 @@ class RunWriter:
             tags=[RunTag(f"r1pipe.{name}", value) for name, value in naming.provenance(record).items()],
         )
         stages = self.config["recipe"]["stages"]
-        if record["stage"] in stages:
+        if record["stage"] in stages and not self.sweep:
             place = stages.index(record["stage"])
             summary = [
                 Metric(naming.of_stages(name), value, ended_ms, place) for name, value in final.items()
@@ -225,9 +232,14 @@ class RunWriter:
         self.client.log_inputs(self.run_id, inputs)
 
     def _describe_pipeline(self) -> None:
-        """The table of the pipeline's stages as its run's description and as a file, and a current report."""
-        pipeline, record = str(self.config["pipeline"]), self.folder.record
-        rows = results.rows(self.root, None, pipeline)
+        """The table of the pipeline's or sweep's runs as description and as a file, and a current report."""
+        record = self.folder.record
+        if self.sweep:
+            folders = [run.folder for run in results.finished_runs(self.root)]
+            names = [folder.run_id for folder in folders if sweep_of(folder) == self.sweep]
+            rows = results.rows(self.root, names) if names else []
+        else:
+            rows = results.rows(self.root, None, str(self.config["pipeline"]))
         note = naming.description(self.root, rows)
         self.client.set_tag(self.parent_id, "mlflow.note.content", note)
         self.client.log_text(self.parent_id, results.as_json(rows), "table.json")

@@ -4,44 +4,38 @@ The command line fills a dataclass and calls `write`; the script calls `read`. N
 """
 
 import json
-import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
 
+from r1pipe.config.fields import Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 Reward = Literal["accuracy", "code", "format", "language"]
 Language = Literal["en", "zh"]
-Gigabytes = Annotated[float, Gt(0), Lt(math.inf)]
+Gigabytes = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
-class ScriptOptions:
-    """What all have: no key that is not theirs, no conversion of types."""
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - pydantic asks for a plain dict
-
-
-@dataclass(frozen=True)
-class GenerateOptions(ScriptOptions):
+class GenerateOptions(Strict):
     """What stages/generate.py does; None for temperature and top_p: the checkpoint's own setting."""
 
     checkpoint: Path
     questions: list[str]  # empty: one per line of standard input
     chat: bool  # ask and answer until the input ends
     as_json: bool  # one JSON object per answer
-    temperature: Annotated[float, Ge(0), Lt(math.inf)] | None  # 0: greedy
-    top_p: Annotated[float, Gt(0), Le(1)] | None
-    max_tokens: Annotated[int, Ge(1)] | None  # longest answer; None: what the context leaves
-    seed: Annotated[int, Ge(0), Lt(2**64)]
+    temperature: NonNegative | None  # 0: greedy
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    max_tokens: Positive | None  # longest answer; None: what the context leaves
+    seed: Annotated[Count, Field(le=2**64 - 1)]
 
 
 @dataclass(frozen=True)
-class ScoreOptions(ScriptOptions):
+class ScoreOptions(Strict):
     """What stages/score.py does."""
 
     file: Path  # JSONL, a completion a line
@@ -50,7 +44,7 @@ class ScoreOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class ExportOptions(ScriptOptions):
+class ExportOptions(Strict):
     """What stages/export.py does."""
 
     checkpoint: Path
@@ -60,7 +54,7 @@ class ExportOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class ImportOptions(ScriptOptions):
+class ImportOptions(Strict):
     """What stages/import_weights.py does."""
 
     folder: Path  # the published checkpoint
@@ -69,13 +63,13 @@ class ImportOptions(ScriptOptions):
     shard_gb: Gigabytes  # largest file, and about as much memory
 
 
-Options = TypeVar("Options", bound=ScriptOptions)
+Options = TypeVar("Options")
 
 
-def write(options: ScriptOptions, path: Path) -> None:
+def write(options: Any, path: Path) -> None:
     """Raises ConfigError for a value that the script would refuse, before that script loads torch."""
     text = json.dumps(asdict(options), default=str)
-    _parse(type(options), text)
+    _checked(type(options), json.loads(text))
     path.write_text(text, encoding="utf-8")
 
 
@@ -84,20 +78,17 @@ def read(kind: type[Options], argv: list[str]) -> Options:
     if len(argv) != 2:
         raise ConfigError(f"{Path(argv[0]).name} takes one argument: a JSON file with {kind.__name__}")
     try:
-        return _parse(kind, Path(argv[1]).read_bytes())
+        return _checked(kind, json.loads(Path(argv[1]).read_bytes()))
     except OSError as error:
         raise ConfigError(f"{argv[1]} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{argv[1]} is not JSON: {error}") from None
 
 
-def _parse(kind: type[Options], text: str | bytes) -> Options:
-    from pydantic import TypeAdapter, ValidationError
-
+def _checked(kind: type[Options], mapping: Any) -> Options:
+    """Names a wrong value as the option it comes from."""
     try:
-        return TypeAdapter(kind).validate_json(text)
-    except ValidationError as error:
-        first: Any = error.errors()[0]
-        problem = first["msg"].replace("Input should", "must")
-        if not first["loc"]:  # no JSON at all
-            raise ConfigError(f"the options of a script: {problem}") from None
-        option = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option} {first['input']}: {problem}") from None
+        return build(kind, mapping)
+    except ConfigError as error:
+        message = re.sub(r"^\w+", lambda name: name[0].replace("_", "-"), str(error))
+        raise ConfigError(f"--{message}") from None

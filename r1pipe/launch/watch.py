@@ -24,7 +24,7 @@ from r1pipe.runs.heartbeat import Beat
 CHECK_EVERY_S = 1.0
 PATIENCE = 6  # factor on the limit for a start (imports, compilers), which shows no work meanwhile
 SUSPECT = 0.8  # share of the limit: ranks that halt because another one did are silent for nearly as long
-STACK_S = 30.0  # at most, for the stacks that ranks were asked for
+STACK_S = 30.0  # at most, until the ranks have written their stacks
 STACK_PAUSE_S = 0.5  # a stack file that has not grown for this long is complete
 STUCK_CODE = 1  # exit code
 CODE_RANGE = 256  # DeepSpeed's launcher exits with minus a signal's number, which wraps around at this

@@ -43,7 +43,10 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
     check_exists(
         store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` creates one")
     )
-    check_is_free(host, port)
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
     database.prepare(store)
     if not is_loopback(host):
         print(
@@ -65,14 +68,6 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
             page = runs_page(address, tracking.experiment)
         print(f"MLflow's UI: {page} (Ctrl-C ends it)", flush=True)
         return process.wait()
-
-
-def check_is_free(host: str, port: int) -> None:
-    """Raises EnvironmentProblem if nothing can listen at the address."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
 
 
 def is_loopback(host: str) -> bool:

@@ -98,7 +98,7 @@ def test_the_same_command_takes_the_place_of_one_that_was_killed(
     assert house.call(*WORDS) == 0
     letting.join()
     out, err = capfd.readouterr()
-    assert f"{run.run_id}: is running already (process " in err and "this one takes over" in err
+    assert f"{run.run_id}: is already running (process " in err and "this one takes over" in err
     assert f"run folder: {run.path}" in out
     assert (run.path / "begun").read_text().count("\n") == 1, "one job did it"
     assert mirrored.read_text() == f"{run.run_id} {os.getpid()}\n" and not run.pid.exists()
@@ -190,5 +190,5 @@ def test_signals_and_the_exit_code_are_those_of_the_job(how, number, code, with_
         ended = ends(attached, lambda: True, signals_here(number) if number else lambda: None)
     assert ended.code == code
     if number:
-        assert "was interrupted; the same command goes on from step" in ended.line
+        assert "was interrupted; the same command resumes from step" in ended.line
     assert not run.pid.exists()

@@ -158,6 +158,6 @@ def test_the_command_counts_what_is_there(house: House, monkeypatch: pytest.Monk
     run.checkpoint(1).mkdir(parents=True)
     (run.checkpoint(1) / "manifest.json").touch()
     free(monkeypatch, 2.5, config)
-    launch.checked(config, run)
+    launch.checked_command(config, run)
     with pytest.raises(EnvironmentProblem, match=r"\(3 of "):
-        launch.checked(config, RunFolder(house.root / "another"))
+        launch.checked_command(config, RunFolder(house.root / "another"))

@@ -97,7 +97,7 @@ def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
     assert house.call("run", "stage=pretrain", "stage.save_every=7", "--dry-run") == 0
     assert f"stages/pretrain.py {run}" in capsys.readouterr().out
     assert house.call("run", "stage=pretrain", "stage.optim.lr=0.1", "--dry-run") == 2
-    assert "is half done (at step 1) with another config" in capsys.readouterr().err
+    assert "is unfinished (at step 1) with another config" in capsys.readouterr().err
     assert written() == before and house.runs() == [run]
 
 
@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     then, now = (hashlib.sha256(f"the diff of {when}\n".encode()).hexdigest() for when in ("then", "now"))
     [told] = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
     assert told == (
-        f"{run.run_id}: with other code than before: code.revision: {'b' * 12} -> {'c' * 12}, "
+        f"{run.run_id}: the code has changed: code.revision: {'b' * 12} -> {'c' * 12}, "
         f"code.diff_hash: {then[:12]} -> {now[:12]}, versions.torch: 2.12 -> 2.13 "
         "(kept in config_history.jsonl)"
     )
@@ -236,10 +236,10 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     code = job.end()
     assert code == 128 + number
     told = failure(placed.run, code)
-    assert told.endswith("was interrupted; the same command goes on from step 1")
+    assert told.endswith("was interrupted; the same command resumes from step 1")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
     again = pipeline.place(placed.config)
-    assert again.run.path == placed.run.path and "goes on from step 1" in again.says()
+    assert again.run.path == placed.run.path and "resumes from step 1" in again.describe()
 
 
 def test_an_interrupted_reproduction_says_so_in_one_line_and_goes_on(
@@ -255,10 +255,10 @@ def test_an_interrupted_reproduction_says_so_in_one_line_and_goes_on(
     assert house.call("reproduce", "recipe=smoke") == 130
     [run] = house.runs()
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == f"{run.name} was interrupted; the same command goes on from step 1"
+    assert told == f"{run.name} was interrupted; the same command resumes from step 1"
     monkeypatch.setenv("FAKE", "ok")
     assert house.call("reproduce", "recipe=smoke") == 0
-    assert f"{run.name}: goes on from step 1" in capsys.readouterr().err
+    assert f"{run.name}: resumes from step 1" in capsys.readouterr().err
 
 
 def test_what_the_machine_lacks_is_told_before_anything_starts(

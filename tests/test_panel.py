@@ -12,7 +12,7 @@ from rl_runs import go
 from runfolders import write_lines
 from tiny_runs import tiny_run
 
-from r1pipe.launch.panel import Step, cut, harmless, lines_of
+from r1pipe.launch.panel import Step, cut, lines_of, mask_controls
 from r1pipe.launch.progress import Display
 from r1pipe.train.rl.rows import SHOWN_END, sample_of
 
@@ -59,7 +59,7 @@ def drawn(step: Step, width: int = 100, height: int = 40, color: str | None = No
 
 def panel(completion: str = "<think>\n2+2\n</think>\n\n4", **changes) -> Step:
     step = Step("grpo")
-    step.take(METRICS)
+    step.update(METRICS)
     step.sample = SAMPLE | {"completion": completion} | changes
     return step
 
@@ -75,13 +75,13 @@ def test_every_figure_is_whole_on_a_line_at_any_width(width):
 def test_what_was_not_logged_is_left_out_and_supervised_stages_have_no_panel():
     assert lines_of({"reward": 1.0}) == {"reward": ["1"]}
     step = Step("cold_start")
-    step.take({"step": 1, "train/loss": 2.0})
+    step.update({"step": 1, "train/loss": 2.0})
     assert drawn(step).strip() == ""
 
 
 def test_the_newest_evaluation_stays_though_it_is_not_of_every_step():
     step = panel()
-    step.take({"step": 13, "reward": 0.5})
+    step.update({"step": 13, "reward": 0.5})
     assert "pass@1 80.5% (step 12)" in drawn(step) and "grpo step 13" in drawn(step)
 
 
@@ -99,7 +99,7 @@ def test_a_completion_is_shown_as_it_is_and_moves_no_cursor():
     )
     assert "[bold red]4[/] �[2J�]0;title� a�b�c [/nothing]" in text and "[link=x]?[/link]" in text
     assert not set(text) & {"\x1b", "\x07", "\r", "\u202e"}
-    assert harmless("四\n\tok") == "四\n\tok"
+    assert mask_controls("四\n\tok") == "四\n\tok"
 
 
 @pytest.mark.parametrize("height", [24, 30, 50])
@@ -155,7 +155,7 @@ def test_a_job_tells_one_completion_a_step(tmp_path):
     assert len(told) == 2 and all(row.keys() == SAMPLE.keys() | {"completion"} for row in told)
     step = Step("grpo")
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        step.take(json.loads(line))
+        step.update(json.loads(line))
     shown = lines_of(step.metrics)
     assert shown.keys() == {"reward", "length", "policy", "sampler", "tokens/s", "time"}
     assert [figure.split()[0] for figure in shown["policy"]] == ["KL", "entropy", "clip", "high", "ratio"]

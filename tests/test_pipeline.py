@@ -102,7 +102,7 @@ def test_run_goes_on_with_the_unfinished_run_and_starts_anew_after_a_finished_on
     monkeypatch.setenv("FAKE", "ok")
     capsys.readouterr()
     assert house.call("run", "stage=cold_start") == 0
-    assert "goes on from step 1" in capsys.readouterr().err
+    assert "resumes from step 1" in capsys.readouterr().err
     assert len(house.runs()) == 1
     assert house.call("run", "stage=cold_start") == 0
     assert len(house.runs()) == 2
@@ -130,10 +130,10 @@ def test_a_run_whose_command_was_killed_after_its_record_is_done_and_not_made_ag
     monkeypatch.setattr(pipeline, "Mirror", Mirror)
     capsys.readouterr()
     assert house.call("run", "stage=cold_start", "--dry-run") == 0
-    assert capsys.readouterr().out == f"{run.name}: is done already\n"
+    assert capsys.readouterr().out == f"{run.name}: is already done\n"
     assert house.call("run", "stage=cold_start", "stage.save_every=7") == 0
     out, err = capsys.readouterr()
-    assert f"{run.name}: is done already; its command was cut off" in err and "run folder:" in out
+    assert f"{run.name}: is already done; its command was killed" in err and "run folder:" in out
     assert house.runs() == [run] and made_up == [run] * (not refuses)
     assert ("no MLflow server" in err) == refuses
     assert house.call("run", "stage=cold_start") == 0

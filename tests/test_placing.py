@@ -1,4 +1,4 @@
-"""Which run a config belongs to: what goes on, what starts anew, and what is refused with its differences."""
+"""Which run a config belongs to: what resumes, what starts a new run, what is refused and how it differs."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_changed_config_is_refused_with_what_changed_and_both_remedies(
     before = (run / "config.json").read_bytes()
     assert house.call("run", "stage=cold_start", "stage.optim.lr=0.1", "stage.save_every=3") == 2
     line = told(capsys)
-    assert f"{run.name} is half done (at step 1) with another config: stage.optim.lr: 0.001 -> 0.1;" in line
+    assert f"{run.name} is unfinished (at step 1) with another config: stage.optim.lr: 0.001 -> 0.1;" in line
     assert "give the old values" in line and "--fresh" in line and "save_every" not in line
     assert house.runs() == [run] and (run / "config.json").read_bytes() == before
     assert house.call("run", "stage=cold_start", "stage.optim.lr=0.1", "--fresh") == 0
@@ -70,7 +70,7 @@ def test_keys_that_may_change_go_on_with_the_new_values_and_the_old_ones_are_kep
     assert house.call("run", "stage=cold_start", *words) == 0
     said = capsys.readouterr().err
     told = f"engine.ranks: 2 -> 1, stage.save_every: {saves} -> 7, stage.keep: 2 -> 5"
-    assert f"goes on from step 1 with {told} (--fresh" in said
+    assert f"resumes from step 1 with {told} (--fresh" in said
     assert house.runs() == [run]
     config = json.loads((run / "config.json").read_text())
     assert (config["stage"]["save_every"], config["engine"]["ranks"], config["stage"]["keep"]) == (7, 1, 5)
@@ -133,8 +133,8 @@ def test_reproduce_goes_on_with_other_ranks_after_what_is_done_with_the_old_ones
     words = ["engine.ranks=1", f"root={house.root}", "tracking=none"]
     assert pipeline.reproduce(words).code == 0
     said = capsys.readouterr().err
-    assert "base-" in said and "is done already, with other values: engine.ranks: 2 -> 1" in said
-    assert "goes on from step 1 with engine.ranks: 2 -> 1" in said and len(house.runs()) == 2
+    assert "base-" in said and "is already done, with other values: engine.ranks: 2 -> 1" in said
+    assert "resumes from step 1 with engine.ranks: 2 -> 1" in said and len(house.runs()) == 2
 
 
 def first_two(words: list[str]) -> list[RunConfig]:
@@ -167,7 +167,7 @@ def test_a_config_json_that_cannot_be_read_is_nobodys_and_told(
     assert house.call("run", "stage=cold_start") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert told == [
-        f"warning: {broken} cannot be read, so its run is left out; mend that file, or move the folder away"
+        f"warning: {broken} cannot be read, so its run is ignored; fix that file, or move the folder away"
     ]
     assert house.call("run", "stage=cold_start", "seed=1") == 0
     assert "warning" not in capsys.readouterr().err, "another stage or seed is not concerned"

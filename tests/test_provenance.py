@@ -120,7 +120,7 @@ def test_the_launcher_writes_the_diff_beside_the_revision(
 ) -> None:
     monkeypatch.setattr(machine, "code_diff", lambda: "the diff\n")
     run = RunFolder(tmp_path / "runs" / "grpo-s0-1")
-    launch.write_down(replace(tiny("grpo"), root=str(tmp_path / "runs")), run, [])
+    launch.write_run_files(replace(tiny("grpo"), root=str(tmp_path / "runs")), run, [])
     assert run.diff.read_text() == "the diff\n"
     assert set(json.loads(run.env.read_text())["code"]) == {"revision", "dirty"}
 

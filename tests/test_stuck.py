@@ -1,4 +1,4 @@
-"""A rank that is killed or stuck: named, with its place; all ranks end; the same command goes on."""
+"""A rank that is killed or stuck: named, with its place; all ranks end; the same command resumes."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(ranks, tmp_path):
     ended = end_of("hangs", tmp_path, ranks)
     assert ended.code == 1
     assert ended.line.startswith(f"run: rank {ranks - 1} stuck in update, step 3: no sign of work for ")
-    assert ended.line.endswith("; the same command goes on with it (no checkpoint yet)")
+    assert ended.line.endswith("; the same command restarts it (no checkpoint yet)")
     assert "\n" not in ended.line
     stack = ended.run.stack(ranks - 1).read_text()
     assert "in hang" in stack and str(ended.run.stack(ranks - 1)) in ended.line
@@ -62,7 +62,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(ranks, tmp_path):
     assert ended.code == 128 + signal.SIGKILL
     assert re.fullmatch(
         rf"run: rank {ranks - 1} was killed( by SIGKILL \(out of memory\?\))? in update, step 3; "
-        r"all ranks were ended; the same command goes on with it \(no checkpoint yet\)",
+        r"all ranks were ended; the same command restarts it \(no checkpoint yet\)",
         ended.line,
     ), ended.line
 
@@ -84,10 +84,10 @@ def test_the_signal_is_named_unless_the_rank_had_left_by_itself(left, tmp_path):
     )
     run.heartbeat(0).write_text(json.dumps(vars(beat)))
     looking = Watch(run, 1, stuck_after_s=3600)
-    assert looking.look() is None
+    assert looking.check() is None
     rank.send_signal(signal.SIGSEGV)
     wait_until(lambda: not processes.is_alive(beat.pid, beat.began), "its end")
-    fault = looking.look()
+    fault = looking.check()
     if left:
         assert fault is None and looking.ended == {0: -signal.SIGSEGV}
     else:
@@ -109,7 +109,7 @@ def test_a_rank_that_left_in_good_order_has_not_failed_though_its_launcher_has_r
     rank.kill()
     rank.wait()
     watch = Watch(run, 2, stuck_after_s=3600)
-    assert watch.look() is None and watch.exit_codes() == [code]
+    assert watch.check() is None and watch.exit_codes() == [code]
     assert (watch.failed_for_s() > 0) == (code != 0)
 
 
@@ -200,7 +200,7 @@ def test_a_signal_has_all_ranks_leave_with_a_checkpoint(number, tmp_path):
     ended = end_of("ok", tmp_path, 2, act=signals_here(number))
     assert ended.code == 128 + number
     [saved] = [int(path.name.removeprefix("step-")) for path in ended.run.checkpoints.glob("step-*")]
-    assert ended.line == f"run was interrupted; the same command goes on from step {saved}"
+    assert ended.line == f"run was interrupted; the same command resumes from step {saved}"
     assert not ended.run.stop.exists() and not ended.run.pid.exists()
 
 
@@ -212,7 +212,7 @@ def test_the_same_signal_again_ends_the_job_at_once(tmp_path):
 
     ended = end_of("stays", tmp_path, 2, act=interrupt_twice)
     assert ended.code == 130
-    assert ended.line == "run was interrupted; the same command goes on with it (no checkpoint yet)"
+    assert ended.line == "run was interrupted; the same command restarts it (no checkpoint yet)"
 
 
 # --- heartbeats
@@ -258,7 +258,7 @@ def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
         run, found = RunFolder(folder), []
         wait_until(lambda: [beat.waiting for beat in heartbeat.read_all(run)] == [True, False], "the wait")
         looking = Watch(run, 2, stuck_after_s=10)
-        wait_until(lambda: found.append(looking.look()) or found[-1], "the fault")
+        wait_until(lambda: found.append(looking.check()) or found[-1], "the fault")
     assert found[-1].line.startswith("run: rank 1 stuck in reward, step 1 (r1pipe/train/rl/loop.py:"), found[
         -1
     ].line

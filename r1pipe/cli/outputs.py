@@ -24,7 +24,7 @@ def print_outputs(outcome: pipeline.Outcome) -> None:
     root = Path(config.root).resolve()
     page = root / "report.html"
     if outcome.worked or is_older(page, outcome.finished):
-        write_report(root, pipeline.runs_of_recipe(config), path=page)
+        write_report(root, pipeline.finished_run_ids(config), path=page)
         add_report(config, page)
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")

@@ -23,7 +23,7 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
 from r1pipe.core.formatting import number
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.panel import colour, harmless, signed
+from r1pipe.launch.panel import colour, mask_controls, signed
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_object
 from r1pipe.runs.stored import stored_runs
@@ -265,11 +265,11 @@ def lines_of(row: dict) -> Iterator[Text]:
     if row["odd"]:
         yield Text(f"odd: {', '.join(row['odd'])}", "yellow")
     if row.get("failed"):
-        yield Text(harmless(f"failed: {row['failed']}"), "yellow")
-    yield Text(harmless(f"prompt: {row['question']}"), "italic")
+        yield Text(mask_controls(f"failed: {row['failed']}"), "yellow")
+    yield Text(mask_controls(f"prompt: {row['question']}"), "italic")
     if row.get("answer"):
-        yield Text(harmless(f"answer: {row['answer']}"), "dim")
-    yield Text(harmless(without_middle(row["completion"])) + "\n", style)
+        yield Text(mask_controls(f"answer: {row['answer']}"), "dim")
+    yield Text(mask_controls(without_middle(row["completion"])) + "\n", style)
 
 
 def without_middle(text: str) -> str:

@@ -101,14 +101,14 @@ def print_command(job: list[str]) -> None:
 def run_to_end(placed: RunPlan) -> None:
     """Run a job that has not finished. Raises JobFailed where it fails or is interrupted."""
     if placed.done:
-        pipeline.tell(placed.says())
+        pipeline.log(placed.describe())
         return
     job = pipeline.start(placed)
     code = job.end()
     if not placed.done:
-        pipeline.tell(failure(placed.run, code))
-    if code or job.caught:
-        raise JobFailed(code or 128 + job.caught)
+        pipeline.log(failure(placed.run, code))
+    if code or job.received_signal:
+        raise JobFailed(code or 128 + job.received_signal)
 
 
 def hand_to_sweeper(task: Task, overrides: list[str], of_hydra: list[str]) -> None:

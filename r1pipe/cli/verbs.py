@@ -110,7 +110,7 @@ def sync(
         print(f"left to the process that is mirroring it: {run_id}")
     broken = placing.unreadable(Path(config.root))
     for run in broken:
-        print(f"warning: {placing.left_out(run)}", file=sys.stderr)
+        print(f"warning: {placing.unreadable_message(run)}", file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -19,47 +19,44 @@ from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.plan import footprint
 from r1pipe.runs import history, machine
-from r1pipe.runs.files import write_json
+from r1pipe.runs.files import write_json, write_text
 
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
     """DeepSpeed's launcher with the stage's script and its run folder."""
     engine = config.engine
-    arguments = [
-        "--no_local_rank",
-        "--num_accelerators",
-        str(engine.ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    if engine.hostfile is not None:
-        arguments += ["--hostfile", engine.hostfile, "--launcher", engine.launcher]
-    script = stages_dir() / config.stage.script
-    return [launcher, *arguments, str(script), str(run.path)]
-
-
-def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
-        return listener.getsockname()[1]
+        free_port = listener.getsockname()[1]
+    options = ["--no_local_rank", "--num_accelerators", str(engine.ranks), "--master_port", str(free_port)]
+    if engine.hostfile is not None:
+        options += ["--hostfile", engine.hostfile, "--launcher", engine.launcher]
+    return [launcher, *options, str(stages_dir() / config.stage.script), str(run.path)]
 
 
-def environment(config: RunConfig) -> dict[str, str]:
-    """What the job needs beside the user's own environment."""
+def checked_command(config: RunConfig, run: RunFolder) -> list[str]:
+    """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
+    line = command(config, run, machine.find_launcher(config.engine))
+    footprint.check_disk_space(config, run)
+    return line
+
+
+def shown_variables(config: RunConfig) -> dict[str, str]:
+    """The variables that are part of the command as a user reads it."""
     engine = config.engine
     threads = engine.threads or max(1, machine.cores() // engine.ranks)
-    added = {"OMP_NUM_THREADS": str(threads), "PATH": machine.search_path(), "PYTHONPATH": module_path()}
+    variables = {"OMP_NUM_THREADS": str(threads)}
     if engine.accelerator != "auto":
-        added["DS_ACCELERATOR"] = engine.accelerator
-    return added
+        variables["DS_ACCELERATOR"] = engine.accelerator
+    return variables
 
 
-def variables_of(config: RunConfig, hidden: str) -> dict[str, str]:
+def job_variables(config: RunConfig, hidden: str) -> dict[str, str]:
     """The environment that a job runs in; `hidden` is the folder of `no_mlflow`."""
     # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
-    untracked = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    added = environment(config)
-    return {**untracked, **added, "PYTHONPATH": os.pathsep.join([hidden, added["PYTHONPATH"]])}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([hidden, module_path()])}
+    return {**inherited, **shown_variables(config), **paths}
 
 
 def module_path() -> str:
@@ -68,25 +65,15 @@ def module_path() -> str:
     return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
 
 
-def checked(config: RunConfig, run: RunFolder) -> list[str]:
-    """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
-    line = command(config, run, machine.find_launcher(config.engine))
-    footprint.check_disk_space(config, run)
-    return line
-
-
-def write_down(config: RunConfig, run: RunFolder, line: list[str], sweep: str = "") -> list[Change]:
-    """Write config.json, command.txt, env.json and code.diff; what code and versions the run has gone on with
-    until now, where they were others."""
+def write_run_files(config: RunConfig, run: RunFolder, line: list[str], sweep: str = "") -> list[Change]:
+    """Write config.json, command.txt, env.json and code.diff; how the code and versions differ from those of
+    the run's last session."""
     run.create()
     if sweep:
-        run.sweep.write_text(sweep, encoding="utf-8")
+        write_text(run.sweep, sweep)
     write_json(run.config, publishable(to_mapping(config)), indent=2)
-    env = {
-        **machine.facts(),
-        "devices": machine.devices(config.engine),
-        "config_hash": config_hash(config),
-    }
+    devices = machine.devices(config.engine)
+    env = {**machine.facts(), "devices": devices, "config_hash": config_hash(config)}
     diff = machine.code_diff()
     changed = history.note_code(run, env, diff)
     write_json(run.env, env, indent=2)
@@ -97,9 +84,8 @@ def write_down(config: RunConfig, run: RunFolder, line: list[str], sweep: str = 
 
 def printable(config: RunConfig, line: list[str]) -> str:
     """The command as a user can run it in a shell."""
-    shown = ("OMP_NUM_THREADS", "DS_ACCELERATOR")
-    added = [f"{name}={value}" for name, value in environment(config).items() if name in shown]
-    return " ".join([*added, shlex.join(line)])
+    variables = [f"{name}={value}" for name, value in shown_variables(config).items()]
+    return " ".join([*variables, shlex.join(line)])
 
 
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
@@ -115,20 +101,19 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     Raises EnvironmentProblem if the machine lacks something.
     """
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
-    here = replace(config, engine=engine, stage=stage)
-    line = command(here, run, machine.find_launcher(engine))
+    config = replace(config, engine=engine, stage=stage)
+    line = command(config, run, machine.find_launcher(engine))
     with no_mlflow() as hidden:
-        variables = variables_of(here, hidden)
-        ended = subprocess.run(
+        variables = job_variables(config, hidden)
+        return subprocess.run(
             line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
-        )
-    return ended.returncode
+        ).returncode
 
 
 @contextmanager
 def no_mlflow() -> Iterator[str]:
     """A folder for PYTHONPATH where `import mlflow` fails: jobs never use it, but DeepSpeed's tuner imports
-    it wherever it is found, which costs each of the launcher's processes more than a second."""
+    it wherever it can, which costs each of the launcher's processes more than a second."""
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
         yield folder

@@ -1,4 +1,4 @@
-"""A stage's DeepSpeed job as a command follows it: one that it starts, or one that is running already."""
+"""Follows a stage's DeepSpeed job: one that this command starts, or one that is running already."""
 
 import math
 import os
@@ -15,34 +15,34 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, warn_once
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import checked, no_mlflow, printable, variables_of, write_down
+from r1pipe.launch.command import checked_command, job_variables, no_mlflow, printable, write_run_files
 from r1pipe.launch.progress import Display
-from r1pipe.launch.watch import Fault, Watch, goes_on
+from r1pipe.launch.watch import Fault, Watch, resume_hint
 from r1pipe.runs import heartbeat, history, locks, processes, stopping
 from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
 LEAVING_S = 3.0  # from SIGTERM to SIGKILL, where there is nothing to wait for
-ENDING_S = 15.0  # for the other ranks, after one has failed: they may wait for it for ever
-TAIL = 15  # lines of the log shown when a job fails without a line of its own
+ENDING_S = 15.0  # for the other ranks, after one has failed: they may wait for it forever
+TAIL = 15  # lines of the log shown when a job fails without an error message of its own
 
 
 class FollowedJob:
-    """A stage's DeepSpeed job, from its start until its launcher has gone.
+    """A stage's DeepSpeed job, from its start until its launcher has exited.
 
-    Its owner is the command that keeps its lock, ends it where a rank was killed or is stuck, and mirrors it
+    Its owner is the command that holds its lock, ends it where a rank was killed or is stuck, and mirrors it
     to MLflow.
     """
 
     process: subprocess.Popen[bytes] | processes.Foreign  # the launcher
-    _held: ExitStack
-    _signals: ExitStack
+    _resources: ExitStack
+    _handlers: ExitStack  # of signals
 
     def __init__(self, config: RunConfig, run: RunFolder):
         self.run, self.config, self.engine = run, config, config.engine
-        self.caught = 0  # the signal that this process got while it followed the job
+        self.received_signal = 0  # the first one that this process got while it followed the job
         self.changed_code: list[Change] = []
-        self._told, self._over, self._kill_at = False, False, math.inf
+        self._announced_signal, self._is_ending, self._kill_at = False, False, math.inf
         self._group = 0  # the process group of launcher and ranks
         self._fault: Fault | None = None
         self._lock: locks.Lock | None = None  # the owner's
@@ -56,138 +56,137 @@ class FollowedJob:
         return self._lock is not None
 
     def follow(self) -> None:
-        """Show the job until its record is there or it has ended, and pass signals on to it.
+        """Show the job until its record exists or it has ended, and pass signals on to it.
 
         Its owner mirrors it as well, and ends it where a rank was killed or is stuck.
         """
-        with self._signals, closing(self.display):
+        with self._handlers, closing(self.display):
             try:
                 while self.process.poll() is None and not self.run.record.exists():
                     self.display.poll()
-                    self._look_after()
+                    self._serve_as_owner()
                     self._end_if_due()
                     time.sleep(POLL_S)
-            except EnvironmentProblem:  # a tracker that must work at the start does not: no job goes on alone
+            except EnvironmentProblem:  # MLflow's store cannot be used: the job must not run unattended
                 self._end_now()
-                self._held.close()
+                self._resources.close()
                 raise
 
-    def _look_after(self) -> None:
-        """What the owner of a job does while it runs."""
+    def _serve_as_owner(self) -> None:
         if self._mirror and self._lock:
             self._mirror.poll()
             self._lock.renew()
 
     def _end_if_due(self) -> None:
-        if self._over:
+        if self._is_ending:
             return
-        if self.caught and not self._told:
-            self._told = True
+        if self.received_signal and not self._announced_signal:
+            self._announced_signal = True
             self.display.say(
-                f"{self.run.run_id}: leaves with a checkpoint, within {self.engine.grace_s:g} s; "
+                f"{self.run.run_id}: saves a checkpoint and stops, within {self.engine.grace_s:g} s; "
                 "the same signal again ends it at once"
             )
-        fault = self.watch.look()
+        fault = self.watch.check()
         if time.monotonic() > self._kill_at:
-            why = f"did not leave within engine.grace_s={self.engine.grace_s:g} and was ended"
-            warn_once(self.run.error, f"{self.run.run_id} was interrupted, {why}; {goes_on(self.run)}")
+            reason = f"did not leave within engine.grace_s={self.engine.grace_s:g} and was ended"
+            warn_once(self.run.error, f"{self.run.run_id} was interrupted, {reason}; {resume_hint(self.run)}")
             self._end_now()
-        elif not self.is_owner:
-            return
-        elif fault and self._fault is None:
+        elif self.is_owner and fault:
             self._fault = fault
             warn_once(self.run.error, fault.line)
             self._end_now()
-        elif self.watch.failed_for_s() > ENDING_S:
+        elif self.is_owner and self.watch.failed_for_s() > ENDING_S:
             self._end_now()
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Ask the ranks to save and leave; at the second time end them."""
-        if self.caught:
-            self._over = True
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask the ranks to save and leave; end them at the second signal."""
+        if self.received_signal:
+            self._is_ending = True
             stopping.request(self.run.stop, number, at_once=True)
-            self._signal(signal.SIGKILL)
+            self._signal_group(signal.SIGKILL)
             return
-        self.caught, self._kill_at = number, time.monotonic() + self.engine.grace_s
+        self.received_signal, self._kill_at = number, time.monotonic() + self.engine.grace_s
         if heartbeat.read_all(self.run):
             stopping.request(self.run.stop, number)
         else:  # they have not begun: nothing to save
-            self._signal(number)
+            self._signal_group(number)
 
-    def _signal(self, number: int) -> None:
+    def _signal_group(self, number: int) -> None:
         if self._group:
-            with suppress(ProcessLookupError):  # it ended in this moment
+            with suppress(ProcessLookupError):  # it has just ended
                 os.killpg(self._group, number)
 
     def _end_now(self) -> None:
-        self._over = True
+        self._is_ending = True
         stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
-        self._sweep(LEAVING_S)
+        self._end_group(LEAVING_S)
 
-    def _sweep(self, grace_s: float) -> None:
-        """Let no rank outlive its launcher: it would go on writing into a run that another may take up."""
-        left = processes.group(self._group)
-        self._signal(signal.SIGTERM)
-        _, stubborn = psutil.wait_procs(left, timeout=grace_s)
-        if stubborn:
-            self._signal(signal.SIGKILL)
+    def _end_group(self, grace_s: float) -> None:
+        """Let no rank outlive its launcher: it would write into a run that another job may resume."""
+        members = processes.group(self._group)
+        self._signal_group(signal.SIGTERM)
+        _, survivors = psutil.wait_procs(members, timeout=grace_s)
+        if survivors:
+            self._signal_group(signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait until the launcher has gone and MLflow has everything; the job's exit code."""
-        with self._held:
+        """Wait until the launcher has exited and MLflow has everything; the job's exit code."""
+        with self._resources:
             try:
                 code = self.process.wait(self.engine.grace_s)
             except subprocess.TimeoutExpired:
                 self._end_now()
                 code = self.process.wait()
-            self._sweep(self.engine.grace_s)
-            if not self.run.record.exists() and not self.caught and not self._fault:
-                self._fault = self.watch.last_look(code)
+            self._end_group(self.engine.grace_s)
+            if not self.run.record.exists() and not self.received_signal and not self._fault:
+                self._fault = self.watch.final_check(code)
                 if self._fault:
                     warn_once(self.run.error, self._fault.line)
             self.run.stop.unlink(missing_ok=True)
         return self._exit_code(code)
 
-    def _exit_code(self, launcher: int) -> int:
-        """The job's, from that of DeepSpeed's launcher: it forgets what its children were killed by."""
-        own = launcher if launcher >= 0 else 128 - launcher
+    def _exit_code(self, launcher_code: int) -> int:
+        """The job's. DeepSpeed's launcher does not pass on what killed its children."""
+        launcher_code = launcher_code if launcher_code >= 0 else 128 - launcher_code
         if self.run.record.exists():
-            return own
-        if self.caught:
-            return 128 + self.caught
+            return launcher_code
+        if self.received_signal:
+            return 128 + self.received_signal
         if self._fault:
             return self._fault.code
         failed = [code for code in self.watch.exit_codes() if code > 0]
-        # nobody asked the job to stop: ranks that left by a signal were ended since another one failed
-        return min(failed, key=lambda code: code in stopping.EXIT_CODES) if failed else own or 1
+        if not failed:
+            return launcher_code or 1
+        # without a request to stop, ranks that left by a signal were ended because another one failed
+        return min(failed, key=lambda code: code in stopping.EXIT_CODES)
 
 
 class Job(FollowedJob):
-    """One that this command starts, and owns."""
+    """A job that this command starts, and owns."""
 
     def __init__(self, config: RunConfig, run: RunFolder, changed: Sequence[Change] = (), sweep: str = ""):
-        """Start it; `changed`: what the run goes on with that it did not begin with.
+        """Start it; `changed`: the config values that differ from those of the run's last launch.
 
         Raises EnvironmentProblem if the machine lacks something, or another job has the run.
         """
         super().__init__(config, run)
-        line = checked(config, run)
-        with ExitStack() as stack, ExitStack() as signals:
-            self._lock = stack.enter_context(locks.held(run))
+        line = checked_command(config, run)
+        with ExitStack() as resources, ExitStack() as handlers:
+            self._lock = resources.enter_context(locks.held(run))
             history.set_record_aside(run)
             history.note(run, changed)
-            self.changed_code = write_down(config, run, line, sweep)
-            for left in (run.error, run.stop):
-                left.unlink(missing_ok=True)
+            self.changed_code = write_run_files(config, run, line, sweep)
+            for stale in (run.error, run.stop):
+                stale.unlink(missing_ok=True)
             self._mirror = Mirror(run.path, to_mapping(config))
-            stack.callback(self._mirror.finish)
-            variables = variables_of(config, stack.enter_context(no_mlflow()))
-            log = stack.enter_context(run.launcher_log.open("ab"))
+            resources.callback(self._mirror.finish)
+            variables = job_variables(config, resources.enter_context(no_mlflow()))
+            log = resources.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(config, line)}\n".encode())
             log.flush()
-            signals.enter_context(stopping.handling(self._pass_on))
+            handlers.enter_context(stopping.handling(self._handle_signal))
             try:
-                # In a session of its own, it gets a Ctrl-C once, through us, as every other signal.
+                # in a session of its own, it gets a Ctrl-C once, through us, like every other signal
                 self.process = subprocess.Popen(
                     line,
                     env=variables,
@@ -202,60 +201,55 @@ class Job(FollowedJob):
                 ) from None
             self._group = self.process.pid
             self._lock.add(self._group)
-            if self.caught:
-                self._signal(self.caught)
-            self._held, self._signals = stack.pop_all(), signals.pop_all()
+            if self.received_signal:
+                self._signal_group(self.received_signal)
+            self._resources, self._handlers = resources.pop_all(), handlers.pop_all()
 
 
 class AttachedJob(FollowedJob):
-    """A job that another command has started. If that command is gone, this one is the owner in its place."""
+    """A job that another command has started. If that command is dead, this one becomes the owner."""
 
     def __init__(self, config: RunConfig, run: RunFolder, holder: locks.Holder):
         """Follow the job of `holder` (locks.job_of)."""
         super().__init__(config, run)
-        self._command, (self._group, began), *_ = holder.processes
+        self._owner, (self._group, began), *_ = holder.processes
         self.process = processes.Foreign(self._group, began, lambda: bool(locks.live_ranks(run, holder)))
-        self._held = ExitStack()
-        self._take_over()
-        with ExitStack() as signals:
-            signals.enter_context(stopping.handling(self._pass_on))
-            self._signals = signals.pop_all()
+        self._resources, self._handlers = ExitStack(), ExitStack()
+        self._take_over_if_orphaned()
+        self._handlers.enter_context(stopping.handling(self._handle_signal))
 
-    def _look_after(self) -> None:
-        if not self.is_owner and self._take_over():
-            self.display.say(f"{self.run.run_id}: its command is gone; this one takes over")
-        super()._look_after()
+    def _serve_as_owner(self) -> None:
+        if not self.is_owner:
+            self._take_over_if_orphaned()
+            if self.is_owner:
+                self.display.say(f"{self.run.run_id}: its command is gone; this one takes over")
+        super()._serve_as_owner()
 
-    def _take_over(self) -> bool:
-        """Become the owner where the command that was it is dead; whether this is the owner now."""
-        if processes.is_alive(*self._command):
-            return False
+    def _take_over_if_orphaned(self) -> None:
+        if processes.is_alive(*self._owner):
+            return
         lock = locks.adopt(self.run)
-        if lock is None:  # another one was quicker, or the job has ended
+        if lock is None:  # another command was quicker, or the job has ended
             holder = locks.Holder.read(self.run.pid)
-            self._command = holder.processes[0] if holder and holder.processes else self._command
-            return False
-        with ExitStack() as stack:
-            self._lock = lock
-            stack.callback(lock.release)
+            self._owner = holder.processes[0] if holder and holder.processes else self._owner
+            return
+        self._lock = lock
+        with ExitStack() as resources:
+            resources.callback(lock.release)
             self._mirror = Mirror(self.run.path, to_mapping(self.config))
-            stack.callback(self._mirror.finish)
-            self._held = stack.pop_all()
-        return True
+            resources.callback(self._mirror.finish)
+            self._resources = resources.pop_all()
 
 
 def failure(run: RunFolder, code: int) -> str:
-    """What to tell about a failed job: the line it left for the user, or else the end of its log."""
+    """Why a job failed: its own error message, or else the end of its log."""
     if run.error.exists():
         return run.error.read_text(encoding="utf-8").strip()
     if code in stopping.EXIT_CODES:
         state = "is done" if run.record.exists() else "was interrupted"
-        return f"{run.run_id} {state}; {goes_on(run)}"
+        return f"{run.run_id} {state}; {resume_hint(run)}"
     log = run.launcher_log
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if told(line)]
-    return "\n".join([*lines[-TAIL:], f"the job ended with exit code {code}; its whole log: {log}"])
-
-
-def told(line: str) -> bool:
-    """Whether a line comes from the job: DeepSpeed's launcher marks its own with a date in brackets."""
-    return bool(line.strip()) and not line.startswith("[20")
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # DeepSpeed's launcher begins its own lines with a date in brackets
+    job_lines = [line for line in lines if line.strip() and not line.startswith("[20")]
+    return "\n".join([*job_lines[-TAIL:], f"the job ended with exit code {code}; its whole log: {log}"])

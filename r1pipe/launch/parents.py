@@ -1,4 +1,4 @@
-"""Checkpoints that a user names, and a run's parents, looked up and filled into its config before launch."""
+"""Resolves the checkpoints that a user names, and fills a run's parents into its config before launch."""
 
 import shlex
 from collections.abc import Collection, Mapping
@@ -29,7 +29,7 @@ NOTHING: Mapping[str, ParentRef] = {}
 
 
 def resolve(name: str, place: SearchPath) -> ParentRef:
-    """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest known one."""
+    """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest existing one."""
     if name.startswith("models:/"):
         registered = resolve_model(name, place.root, place.tracking_uri)
         return checkpoint_of_folder(Path(relocated(registered, place.root).checkpoint))
@@ -41,48 +41,49 @@ def resolve(name: str, place: SearchPath) -> ParentRef:
         if is_run(path):
             return checkpoint_of_run(RunFolder(path.resolve()))
         if path.is_dir():
-            must_be_imported(path)
+            check_is_imported(path)
             return checkpoint_of_folder(path)
-    known = [run.run_id for run in run_folders(place.root) if run.record.exists()]
-    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *known])}")
+    run_ids = [run.run_id for run in run_folders(place.root) if run.record.exists()]
+    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *run_ids])}")
 
 
-def must_be_imported(folder: Path) -> None:
-    """Raises CheckpointError for published weights that `r1pipe import` has not taken in."""
+def check_is_imported(folder: Path) -> None:
+    """Raises CheckpointError for published weights that `r1pipe import` has not converted."""
     config = folder / "config.json"
     if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
         model_type = read_object(config).get("model_type")
         if isinstance(model_type, str):
             raise CheckpointError(
-                f"{folder} holds published weights (model_type {model_type}); take them in first: "
+                f"{folder} holds published weights (model_type {model_type}); import them first: "
                 f"r1pipe import {shlex.quote(str(folder))}"
             )
 
 
 def with_parents(
-    config: RunConfig, made: Mapping[str, ParentRef] = NOTHING, later: Collection[str] = ()
+    config: RunConfig, from_recipe: Mapping[str, ParentRef] = NOTHING, later: Collection[str] = ()
 ) -> RunConfig:
-    """The config with its edges filled in. Raises CheckpointError where a parent is missing or does not fit.
+    """The config with its parents. Raises CheckpointError where one is missing or does not fit.
 
-    In a walk of a recipe, `made` holds what its earlier stages made, and `later` names those to come: a run
-    that one of them left behind is nobody's parent now, or a second walk would differ from the first.
+    For a recipe, `from_recipe` holds the checkpoints of its earlier stages, and `later` names the stages
+    still to come: their old runs are no parents, or running the recipe twice would give different results.
     """
     place, stage = SearchPath.of(config), config.stage
+
+    def parent_of(name: str, as_data: bool) -> ParentRef:
+        return from_recipe.get(name) or checkpoint_of_stage(name, place, later, as_data)
+
     try:
         weights = None
         if config.parent is not None:
             weights = resolve(config.parent, place)
         elif stage.starts_from is not None:
-            weights = made.get(stage.starts_from) or checkpoint_of_stage(stage.starts_from, place, later)
-        reads = {
-            name: made.get(name) or checkpoint_of_stage(name, place, later, as_data=True)
-            for name in stage.reads
-        }
+            weights = parent_of(stage.starts_from, as_data=False)
+        reads = {name: parent_of(name, as_data=True) for name in stage.reads}
     except CheckpointError:
-        half_done = half_done_run(config)
-        if half_done is None:
+        unfinished = unfinished_config(config)
+        if unfinished is None:
             raise
-        filled = with_relocated_parents(half_done, place.root)
+        filled = with_relocated_parents(unfinished, place.root)
         weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         check_parent_fits(weights, config.model)
@@ -90,26 +91,26 @@ def with_parents(
     return replace(config, weights_from=weights, reads_from=reads)
 
 
-def half_done_run(config: RunConfig) -> RunConfig | None:
-    """The config of the newest run of this stage, if it is half done: its folder may have been copied without
-    its parents'. A dry run, whose parents were left open, does not count."""
-    wanted = (config.pipeline, config.seed, config.stage.name, config.parent)
+def unfinished_config(config: RunConfig) -> RunConfig | None:
+    """The config of this stage's newest run, if that is unfinished: it may have been copied here without the
+    runs of its parents. A dry run, whose parents may be open, does not count."""
+    key = (config.pipeline, config.seed, config.stage.name, config.parent)
     for run in reversed(run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
         try:
-            known = read_config(run.config)
-        except ConfigError:  # broken, or of another version
+            stored = read_config(run.config)
+        except ConfigError:  # damaged, or of another version
             continue
-        if (known.pipeline, known.seed, known.stage.name, known.parent) == wanted:
-            parents = [*filter(None, [known.weights_from]), *known.reads_from.values()]
-            is_open = any(not parent.run_id for parent in parents)
-            return None if run.record.exists() or is_open else known
+        if (stored.pipeline, stored.seed, stored.stage.name, stored.parent) == key:
+            parents = [*filter(None, [stored.weights_from]), *stored.reads_from.values()]
+            is_complete = all(parent.run_id for parent in parents)
+            return stored if is_complete and not run.record.exists() else None
     return None
 
 
 def with_open_parents(config: RunConfig) -> RunConfig:
-    """For a dry run: edges that name their stages but no checkpoint, so that no job can start from them."""
+    """For a dry run: parents that name a stage but no checkpoint, so that no job can start from them."""
     stage = config.stage
     weights = ParentRef(stage.starts_from, "", "", "") if stage.starts_from else None
     reads = {name: ParentRef(name, "", "", "") for name in stage.reads}

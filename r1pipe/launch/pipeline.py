@@ -1,4 +1,4 @@
-"""The graph of stages: run one, or walk a whole recipe; `placing` finds each stage's run.
+"""The graph of stages: run one, or all of a recipe; `placing` chooses each stage's run.
 
 The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
 """
@@ -15,132 +15,124 @@ from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import parents
-from r1pipe.launch.command import command, printable, write_down
+from r1pipe.launch.command import command, printable, write_run_files
 from r1pipe.launch.job import AttachedJob, FollowedJob, Job, failure
 from r1pipe.launch.placing import RunPlan, place
 from r1pipe.plan import footprint
 from r1pipe.runs import lineage, locks, machine, results
-from r1pipe.runs import reward_model_quality as judges
+from r1pipe.runs.reward_model_quality import check_quality
 from r1pipe.tracking import Mirror, check_tracking
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
-    """Start nothing; the command. A new run's folder is written, one that is there already is left as it is.
+    """The command, without running it. Writes a new run's folder, and changes none that exists.
 
-    It also says what memory and disk the run would take, and what is missing here: a parent that is not made
-    yet, a GPU, room on the disk.
+    Prints what memory and disk the run would take, and what is missing: a parent, a GPU, disk space.
     """
     try:
         filled = parents.with_parents(config)
     except CheckpointError as error:
         if config.parent is not None:
             raise
-        tell(f"note: {error}")
+        log(f"note: {error}")
         filled = parents.with_open_parents(config)
-    placed = place(filled, fresh)
-    if placed.done:
-        return placed.says()
-    if placed.extends_from:
-        tell(placed.says())
+    plan = place(filled, fresh)
+    if plan.done:
+        return plan.describe()
+    if plan.extends_from:
+        log(plan.describe())
     launcher = "deepspeed"
     try:
         launcher = machine.find_launcher(config.engine)
-        footprint.check_disk_space(config, placed.run)
+        footprint.check_disk_space(config, plan.run)
     except EnvironmentProblem as error:
-        tell(f"note: {error}")
+        log(f"note: {error}")
     for name, needs in footprint.estimates(config).items():
-        tell(f"{name}: {needs}")
-    line = command(placed.config, placed.run, launcher)
-    if placed.is_new:
-        write_down(placed.config, placed.run, line)
-    return printable(placed.config, line)
+        log(f"{name}: {needs}")
+    line = command(plan.config, plan.run, launcher)
+    if plan.is_new:
+        write_run_files(plan.config, plan.run, line)
+    return printable(plan.config, line)
 
 
-def run_stage(placed: RunPlan) -> int:
-    """Run one placed stage to its end; the job's exit code. Raises EnvironmentProblem."""
-    if placed.done:
-        make_up(placed)
+def run_stage(plan: RunPlan) -> int:
+    """Run one planned stage to its end; the job's exit code. Raises EnvironmentProblem."""
+    if plan.done:
+        complete_killed_command(plan)
         return 0
-    job = start(placed)
-    code = job.end()
+    code = start(plan).end()
     if code:
-        tell(failure(placed.run, code))
+        log(failure(plan.run, code))
     return code
 
 
-def make_up(placed: RunPlan) -> None:
-    """What the command that ran a finished stage had left to do when it was killed: MLflow, and its lock."""
-    tell(f"{placed.says()}; its command was cut off after that (--fresh starts anew)")
+def complete_killed_command(plan: RunPlan) -> None:
+    """Do what was left when a stage had finished and its command was killed: MLflow, and the lock."""
+    log(f"{plan.describe()}; its command was killed before it could say so (--fresh starts a new run)")
     try:
-        Mirror(placed.run.path, to_mapping(placed.config), tell).finish()
+        Mirror(plan.run.path, to_mapping(plan.config), log).finish()
     except EnvironmentProblem as error:  # the stage is done all the same
-        tell(f"{error}; `r1pipe sync` makes up for it")
-    placed.run.pid.unlink(missing_ok=True)
+        log(f"{error}; `r1pipe sync` brings MLflow up to date")
+    plan.run.pid.unlink(missing_ok=True)
 
 
-def start(placed: RunPlan) -> FollowedJob:
-    """Start the stage's job, saying so, or attach to it where the same command has started it; follow it
-    until its record is there or it has failed.
+def start(plan: RunPlan) -> FollowedJob:
+    """Start the stage's job, or attach to it where the same command has started it; follow it until its
+    record exists or it has failed.
 
-    Raises CheckpointError where it would ask reward models that are too weak, DataError where its data is
-    missing, and EnvironmentProblem, before anything is said or written.
+    Raises, before anything is written, CheckpointError where its reward models are too weak, DataError where
+    its data is missing, and EnvironmentProblem.
     """
-    check_tracking(placed.config)
-    holder = locks.job_of(placed.run)
-    if holder and placed.is_same_job:
-        tell(
-            f"{placed.run.run_id}: is running already (process {holder.processes[1][0]} since {holder.since})"
-        )
-        attached = AttachedJob(placed.config, placed.run, holder)
-        then = (
-            "its command is gone, and this one takes over"
-            if attached.is_owner
-            else "this one follows it, too"
-        )
-        tell(f"{placed.run.run_id}: {then}; Ctrl-C stops the job (--fresh starts another)")
+    run_id = plan.run.run_id
+    check_tracking(plan.config)
+    holder = locks.job_of(plan.run)
+    if holder and plan.is_same_job:
+        log(f"{run_id}: is already running (process {holder.processes[1][0]} since {holder.since})")
+        attached = AttachedJob(plan.config, plan.run, holder)
+        role = "this one follows it, too"
+        if attached.is_owner:
+            role = "its command is gone, and this one takes over"
+        log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
         attached.follow()
         return attached
-    judges.check_quality(placed.config)
-    machine.check_data_files(placed.config)
-    locks.check_not_running(placed.run)
-    says = placed.says()
-    job = Job(placed.config, placed.run, placed.changed, placed.sweep)
-    tell(says)
+    check_quality(plan.config)
+    machine.check_data_files(plan.config)
+    locks.check_not_running(plan.run)
+    description = plan.describe()  # of the state before the job
+    job = Job(plan.config, plan.run, plan.changed, plan.sweep)
+    log(description)
     if job.changed_code:
-        kept = placed.run.config_history.name
-        tell(f"{placed.run.run_id}: with other code than before: {listed(job.changed_code)} (kept in {kept})")
+        kept = plan.run.config_history.name
+        log(f"{run_id}: the code has changed: {listed(job.changed_code)} (kept in {kept})")
     job.follow()
     return job
 
 
 def configs_of(overrides: list[str]) -> list[RunConfig]:
-    """The recipe's stages, then its controls, all composed before anything runs. Raises ConfigError."""
+    """The configs of the recipe's stages, then of its controls. Raises ConfigError.
+
+    A control that the data cannot serve is left out, with a note. `parent=` applies to the first stage alone.
+    """
     for line in overrides:
         if line.startswith("stage="):
             raise ConfigError(
-                f"reproduce walks every stage of the recipe; drop {line} or use `r1pipe run {line}`"
+                f"reproduce runs every stage of the recipe; drop {line} or use `r1pipe run {line}`"
             )
     first = compose(overrides).config
-    names = [*first.recipe.stages, *controls_of(first)]
+    controls = first.recipe.controls
+    if "pretrain" in controls and first.data.kind != WITH_DOCUMENTS:
+        log(f"note: control pretrain is left out: data={first.data.name} has no documents")
+        controls = [name for name in controls if name != "pretrain"]
+    names = [*first.recipe.stages, *controls]
     configs = [compose([*overrides, f"stage={name}"]).config for name in names]
-    # What the user brings with parent= is where the recipe starts; every later stage has its own parent.
     return [configs[0], *(replace(config, parent=None) for config in configs[1:])]
 
 
-def controls_of(config: RunConfig) -> list[str]:
-    """The recipe's controls, but for one that the data cannot serve; says so."""
-    controls = config.recipe.controls
-    if "pretrain" in controls and config.data.kind != WITH_DOCUMENTS:
-        tell(f"note: control pretrain is left out: data={config.data.name} has no documents")
-        return [name for name in controls if name != "pretrain"]
-    return controls
-
-
-def runs_of_recipe(config: RunConfig) -> list[str]:
+def finished_run_ids(config: RunConfig) -> list[str]:
     """The newest finished run of each stage, for every seed of this recipe under the root."""
     root = Path(config.root)
-    same = [run for run in results.finished_runs(root) if run.recipe.get("name") == config.recipe.name]
-    pipelines = sorted({run.config["pipeline"] for run in same})
+    runs = [run for run in results.finished_runs(root) if run.recipe.get("name") == config.recipe.name]
+    pipelines = sorted({run.config["pipeline"] for run in runs})
     return [run.folder.run_id for name in pipelines for run in results.choose(root, None, name)]
 
 
@@ -155,35 +147,35 @@ class Outcome:
 
 
 def reproduce(overrides: list[str]) -> Outcome:
-    """Walk the recipe: skip what is done, go on with what is half done. Raises R1pipeError.
+    """Run the recipe: skip finished stages, resume unfinished ones. Raises R1pipeError.
 
-    A stage starts as soon as the last one's record is there: the last one's launcher winds down meanwhile.
+    A stage starts as soon as the record of the one before exists, while that one's launcher still exits.
     """
     configs = configs_of(overrides)
-    made: dict[str, ParentRef] = {}
+    names = [config.stage.name for config in configs]
+    checkpoints: dict[str, ParentRef] = {}
     finished: list[RunFolder] = []
-    with ThreadPoolExecutor(1) as winding_down:
-        ends: list[Future[int]] = []
-        names = [config.stage.name for config in configs]
+    with ThreadPoolExecutor(1) as pool:
+        exit_codes: list[Future[int]] = []
         for i, config in enumerate(configs):
-            placed = place(parents.with_parents(config, made, names[i:]), in_recipe=True)
-            if placed.done and not placed.same_bits:
-                tell(placed.says())
-            if not placed.done:
-                job = start(placed)
-                ends.append(winding_down.submit(job.end))
-                if job.caught or not placed.done:
-                    code = ends[-1].result() or 128 + job.caught
-                    tell(failure(placed.run, code))
+            plan = place(parents.with_parents(config, checkpoints, names[i:]), in_recipe=True)
+            if plan.done and not plan.is_bit_exact:
+                log(plan.describe())
+            if not plan.done:
+                job = start(plan)
+                exit_codes.append(pool.submit(job.end))
+                if job.received_signal or not plan.done:
+                    code = exit_codes[-1].result() or 128 + job.received_signal
+                    log(failure(plan.run, code))
                     return Outcome(config, code, finished, worked=True)
                 if not job.is_owner:
-                    tell(f"{placed.run.run_id}: is done; the command that started it goes on with the rest")
-                    return Outcome(config, ends[-1].result(), [*finished, placed.run], worked=False)
-            made[config.stage.name] = lineage.checkpoint_of_run(placed.run)
-            finished.append(placed.run)
-        code = max((end.result() for end in ends), default=0)
-        return Outcome(configs[-1], code, finished, worked=bool(ends))
+                    log(f"{plan.run.run_id}: is done; the command that started it continues with the rest")
+                    return Outcome(config, exit_codes[-1].result(), [*finished, plan.run], worked=False)
+            checkpoints[config.stage.name] = lineage.checkpoint_of_run(plan.run)
+            finished.append(plan.run)
+        code = max((future.result() for future in exit_codes), default=0)
+        return Outcome(configs[-1], code, finished, worked=bool(exit_codes))
 
 
-def tell(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

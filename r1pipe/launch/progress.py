@@ -1,8 +1,8 @@
-"""What a running job is doing, on the screen: tails progress.jsonl and metrics.jsonl of the run folder.
+"""What a running job is doing, on the screen: reads progress.jsonl and metrics.jsonl of the run folder.
 
-On a terminal a live display: one line for the training steps, one for what happens inside a step and, in
-reinforcement, a panel with the step's metrics and one completion. Without a terminal quiet lines, one for
-each new phase and one about every ten seconds.
+A terminal gets a live display: a line for the training steps, a line for the work inside a step and, in
+reinforcement learning, a panel with the step's metrics and one completion. Anything else gets plain lines:
+one for each new phase, and one about every ten seconds.
 """
 
 import time
@@ -27,20 +27,19 @@ OUTER = "train"  # the phase whose line stays; others come and go beneath it
 
 
 class Phase:
-    """Newest state of one kind of work, and how fast it goes."""
+    """The newest state of one kind of work, and how fast it progresses."""
 
     def __init__(self, what: str):
         self.what = what
-        self.done = 0.0
-        self.total = 0.0
+        self.done = self.total = 0.0
         self.unit = ""
         self.show: dict[str, float] = {}
         self._points: deque[tuple[float, float]] = deque()  # (time, done)
 
-    def take(self, row: dict) -> None:
-        done, at = _number(row.get("done")), _number(row.get("time"))
-        total = _number(row.get("total"))
-        if done < self.done or total != self.total:  # it began anew (the next step's sampling)
+    def update(self, row: dict) -> None:
+        """Take a line of progress.jsonl."""
+        done, total, at = (_number(row.get(key)) for key in ("done", "total", "time"))
+        if done < self.done or total != self.total:  # it began again (the next step's sampling)
             self._points.clear()
         self.done, self.total, self.unit = done, total, str(row.get("unit") or "")
         show = row.get("show")
@@ -52,25 +51,31 @@ class Phase:
 
     @property
     def rate(self) -> float | None:
-        """Units per second, or None while fewer than two points are known."""
+        """Units per second; None before there are two points."""
         if not self._points:
             return None
         (start, first), (end, last) = self._points[0], self._points[-1]
         return (last - first) / (end - start) if end > start and last > first else None
 
     @property
-    def left(self) -> float | None:
-        return (self.total - self.done) / self.rate if self.rate and self.total >= self.done else None
+    def remaining(self) -> str:
+        """`3m05s left`; empty when unknown."""
+        if not self.rate or self.total <= self.done:
+            return ""
+        return f"{duration((self.total - self.done) / self.rate)} left"
 
+    @property
     def count(self) -> str:
         total = f"/{self.total:,.0f}" if self.total else ""
         return f"{self.done:,.0f}{total} {self.unit}"
 
+    @property
     def pace(self) -> str:
         if self.rate is None:
             return ""
         return f"{number(self.rate)}/s" if self.rate >= 1 else f"{number(1 / self.rate)} s each"
 
+    @property
     def numbers(self) -> str:
         return "  ".join(f"{name} {number(value)}" for name, value in self.show.items())
 
@@ -80,9 +85,9 @@ def _number(value: object) -> float:
 
 
 class Display:
-    """Shows the job of one run folder while it runs: `poll()` often, from its start on; `close()` at the end.
+    """Shows one run folder's job: call `poll()` often, from the job's start on, and `close()` at the end.
 
-    Lines that the files held before (of an interrupted run that resumes) are not shown again.
+    Lines that an interrupted run left in the files are not shown again when it resumes.
     """
 
     def __init__(self, run_dir: Path | str, stage: str, console: Console | None = None):
@@ -90,103 +95,104 @@ class Display:
         self.console = console or Console(stderr=True)
         self.phases: dict[str, Phase] = {}
         run = RunFolder(run_dir)
-        self._tail = Tail(run.progress, at_end=True)
-        self._metrics = Tail(run.metrics, at_end=True)
+        self._progress_rows = Tail(run.progress, at_end=True)
+        self._metrics_rows = Tail(run.metrics, at_end=True)
         self._step = Step(stage)
-        self._began = time.monotonic()
-        self._said_at = self._began
-        self._inner = ""  # the phase inside a step that was seen last
-        self._lines: dict[str, TaskID] = {}
+        self._started_at = self._printed_at = time.monotonic()
+        self._inner = ""  # the newest phase inside a step
+        self._tasks: dict[str, TaskID] = {}
         self._live: Live | None = None
         if self.console.is_terminal:
-            self._progress = self._make_progress()
+            self._bars = self._make_bars()
             self._live = Live(
-                Group(self._progress, self._step),
+                Group(self._bars, self._step),
                 console=self.console,
                 refresh_per_second=REFRESHES,
                 transient=True,
             )
 
-    def _make_progress(self) -> Progress:
-        progress = Progress(
+    def _make_bars(self) -> Progress:
+        bars = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("[bold]{task.fields[stage]}[/] {task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TextColumn("[dim]{task.fields[pace]}[/]"),
-            TextColumn("[cyan]{task.fields[left]}[/]"),
+            TextColumn("[cyan]{task.fields[remaining]}[/]"),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
         )
-        self._lines["starting"] = progress.add_task("starting", total=None, **self._fields(Phase("")))
-        return progress
+        self._tasks["starting"] = bars.add_task("starting", total=None, **self._fields(Phase("")))
+        return bars
 
     def _fields(self, phase: Phase) -> dict[str, Any]:
-        left = phase.left
         return {
             "stage": self.stage,
-            "count": phase.count() if phase.done or phase.total else "",
-            "pace": phase.pace(),
-            "left": f"{duration(left)} left" if left else "",
-            "numbers": "" if self._step.metrics else phase.numbers(),  # the panel has them
+            "count": phase.count if phase.done or phase.total else "",
+            "pace": phase.pace,
+            "remaining": phase.remaining,
+            "numbers": "" if self._step.metrics else phase.numbers,  # the panel has them
         }
 
     def poll(self) -> None:
-        """Shows what the job wrote since the last call."""
+        """Show what the job wrote since the last call."""
         if self._live is not None and not self._live.is_started:
             self._live.start()
-        for row in self._tail.read():
+        for row in self._progress_rows.read():
             if "say" in row:
                 self.say(str(row["say"]))
-                continue
-            if isinstance(sample := row.get("sample"), dict):
+            elif isinstance(sample := row.get("sample"), dict):
                 self._step.sample = sample
-                continue
-            what = str(row.get("what") or "working")
-            new = what not in self.phases
-            self.phases.setdefault(what, Phase(what)).take(row)
-            self._inner = what if what != OUTER else self._inner
-            if self._live is None and (new or time.monotonic() - self._said_at >= QUIET_S):
-                self._plain_line()
+            else:
+                self._update_phase(row)
         if self._live is not None:
-            for row in self._metrics.read():
-                self._step.take(row)
-            if self.phases:
-                self._refresh(self._progress)
+            for row in self._metrics_rows.read():
+                self._step.update(row)
+            self._refresh_bars()
+
+    def _update_phase(self, row: dict) -> None:
+        what = str(row.get("what") or "working")
+        is_new = what not in self.phases
+        self.phases.setdefault(what, Phase(what)).update(row)
+        self._inner = what if what != OUTER else self._inner
+        if self._live is None and (is_new or time.monotonic() - self._printed_at >= QUIET_S):
+            self._print_line()
 
     def say(self, text: str) -> None:
-        """One line for the user, above the live display."""
+        """Print one line for the user, above the live display."""
         (self._live.console if self._live else self.console).print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
-        """Takes the live lines away and leaves one line that says how long it took."""
+        """Replace the live display by one line with the time that the job took."""
         self.poll()
         if self._live is not None:
             self._live.stop()
-        phase = next(iter(self._shown()), None)
-        told = f"{phase.what} {phase.count()}  {phase.numbers()}" if phase else "nothing reported"
-        line = Text.assemble((self.stage, "bold"), f"  {told}  in {duration(time.monotonic() - self._began)}")
-        self.console.print(line, soft_wrap=True)
+        phase = next(iter(self._visible_phases()), None)
+        summary = f"{phase.what} {phase.count}  {phase.numbers}" if phase else "nothing reported"
+        elapsed = duration(time.monotonic() - self._started_at)
+        self.console.print(Text.assemble((self.stage, "bold"), f"  {summary}  in {elapsed}"), soft_wrap=True)
 
-    def _plain_line(self) -> None:
-        self._said_at = time.monotonic()
+    def _print_line(self) -> None:
+        self._printed_at = time.monotonic()
         parts = []
-        for phase in self._shown():
-            left = f", {duration(phase.left)} left" if phase.left else ""
-            parts.append("  ".join(filter(None, [f"{phase.what} {phase.count()}{left}", phase.numbers()])))
+        for phase in self._visible_phases():
+            count = ", ".join(filter(None, [f"{phase.what} {phase.count}", phase.remaining]))
+            parts.append("  ".join(filter(None, [count, phase.numbers])))
         self.console.print(Text(f"{self.stage}  " + " | ".join(parts)), soft_wrap=True)
 
-    def _shown(self) -> list[Phase]:
+    def _visible_phases(self) -> list[Phase]:
         return [self.phases[name] for name in (OUTER, self._inner) if name in self.phases]
 
-    def _refresh(self, progress: Progress) -> None:
-        shown = self._shown()
-        for name in self._lines.keys() - {phase.what for phase in shown}:
-            progress.remove_task(self._lines.pop(name))
-        for phase in shown:
+    def _refresh_bars(self) -> None:
+        phases = self._visible_phases()
+        if not phases:
+            return
+        for name in self._tasks.keys() - {phase.what for phase in phases}:
+            self._bars.remove_task(self._tasks.pop(name))
+        for phase in phases:
             fields = self._fields(phase)
-            if phase.what not in self._lines:
-                self._lines[phase.what] = progress.add_task(phase.what, total=None, **fields)
-            progress.update(
-                self._lines[phase.what], completed=phase.done, total=phase.total or None, **fields
+            if phase.what not in self._tasks:
+                self._tasks[phase.what] = self._bars.add_task(phase.what, total=None, **fields)
+            self._bars.update(
+                self._tasks[phase.what], completed=phase.done, total=phase.total or None, **fields
             )

@@ -1,15 +1,15 @@
-"""MLflow, the index and face of the run folders; alone in importing mlflow, and only inside functions.
+"""MLflow as an index of the run folders. Only this package imports mlflow, and only inside functions.
 
-A pipeline is a parent run, each stage a child run with the same metric names, its checkpoint a
-version of one registered model with the stage's name as alias. The light process that waits for a
-job mirrors it; `sync` makes all of it again from the run folders, which stay the truth.
+A pipeline is a parent run, each stage a child run with the same metric names, its checkpoint a version of
+one registered model with the stage's name as alias. The command that follows a job mirrors it; `sync` can
+rebuild everything from the run folders, which are the source of truth.
 
-    database  the SQLite file that MLflow's store is by default: created once, moved along with its root
-    store     which store, whether it can be used, a client of it; a model's address -> its checkpoint
+    database  the SQLite file of the default store: created once, moved along with its root
+    store     which store, whether it can be used, a client for it; a model's address -> its checkpoint
     naming    config, record and metrics under the names that MLflow shows (pure)
-    writer    one run folder written into MLflow
-    sync      `r1pipe sync`: the run folders that MLflow lacks, or all of them again
-    mirror    one run folder written while its job runs, in a thread
+    writer    writes one run folder into MLflow
+    sync      `r1pipe sync`: writes the run folders that MLflow lacks, or rebuilds all
+    mirror    writes one run folder while its job runs, in a thread
     ui        `r1pipe ui`: MLflow's pages
 """
 

@@ -1,10 +1,9 @@
-"""The SQLite database that is MLflow's store unless a server is: created once and whole, by one process.
+"""The SQLite database of the default store: created atomically, by one process.
 
-MLflow itself creates its tables in several hundred statements, unguarded: of two processes that start
+MLflow itself creates its tables in several hundred statements, without a lock: of two processes that start
 together one fails, and a kill in between leaves a database that no version of MLflow can open.
 """
 
-import errno
 import fcntl
 import sqlite3
 from collections.abc import Iterator
@@ -13,19 +12,20 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
+from r1pipe.runs.locks import WITHOUT_LOCKS
+
 LOCK = ".mlflow.lock"  # in the root: held while the store, an experiment or a run is created
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # raised by file systems that have no locks
 BUSY_S = 60.0  # how long SQLite waits for another process's transaction
 ARTIFACTS = "mlartifacts"
 
 
 def artifact_folder(root: Path | str) -> Path:
-    """Where artifacts go unless a server keeps them."""
+    """Where artifacts are stored, without a server."""
     return Path(root).resolve() / ARTIFACTS
 
 
 def lock(file: IO[str], wait: bool = True) -> bool:
-    """Lock an open file until it is closed; False where another process has it and `wait` is false."""
+    """Lock an open file until it is closed; False if another process holds it and `wait` is false."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -52,22 +52,22 @@ def file_of(uri: str) -> Path | None:
 
 
 def prepare(uri: str) -> None:
-    """Create the database where it is missing or was left half created, and follow a root that was moved.
+    """Create the database where it is missing or incomplete, and follow a root that was moved.
 
-    Does nothing for a store that is not SQLite. Raises OSError, sqlite3.Error and what MLflow raises.
+    Does nothing for other stores. Raises OSError, sqlite3.Error and MLflow's errors.
     """
     path = file_of(uri)
     if path is None:
         return
     if not is_whole(path):
         with locked(path.parent):
-            if not is_whole(path):  # by now another process may have created it
+            if not is_whole(path):  # another process may have created it meanwhile
                 create(path)
     follow_move(path)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether MLflow finished creating the tables: the last thing that it adds is the experiment Default."""
+    """Whether MLflow finished creating the tables: it adds the experiment Default last."""
     if not path.is_file():
         return False
     with closing(sqlite3.connect(path, timeout=BUSY_S)) as database:
@@ -78,37 +78,37 @@ def is_whole(path: Path) -> bool:
 
 
 def create(path: Path) -> None:
-    """Create the database beside its place and rename it: a kill leaves the place as it was."""
+    """Create the database under another name and rename it, so that a kill changes nothing."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = path.with_name(f"{path.name}.partial")
     for leftover in path.parent.glob(f"{temporary.name}*"):
         leftover.unlink()
-    do_not_wait_for_the_disk()
+    disable_fsync()
     store = SqlAlchemyStore(f"sqlite:///{temporary}", artifact_folder(path.parent).as_uri())
     store.engine.dispose()
-    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # of the one that it replaces
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)  # of the database that it replaces
     temporary.replace(path)
 
 
 @cache
-def do_not_wait_for_the_disk() -> None:
-    """Have SQLite commit without fsync, which takes most of the time of creating the tables (8 s to 2 s).
+def disable_fsync() -> None:
+    """Let SQLite commit without fsync, which makes creating the tables faster (2 s instead of 8 s).
 
-    A power cut may then damage mlflow.db; it is an index, and `sync` makes it again from the run folders.
+    A power cut may then damage mlflow.db; `sync` rebuilds it from the run folders.
     """
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    def connected(connection: object, _record: object) -> None:
+    def on_connect(connection: object, _record: object) -> None:
         if isinstance(connection, sqlite3.Connection):
             connection.execute("PRAGMA synchronous = OFF")
 
-    event.listen(Engine, "connect", connected)
+    event.listen(Engine, "connect", on_connect)
 
 
 def follow_move(path: Path) -> None:
-    """Correct the absolute addresses that MLflow keeps of artifacts which now lie beside the database."""
+    """Correct the absolute addresses that MLflow keeps of artifacts, where they moved with the database."""
     here = artifact_folder(path.parent)
     with closing(sqlite3.connect(path, timeout=BUSY_S)) as database, database:
         locations = database.execute(

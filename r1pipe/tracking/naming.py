@@ -10,7 +10,7 @@ from r1pipe.runs.record import Edge, Record
 from r1pipe.runs.results import COLUMNS
 
 PARAM_LENGTH = 6000  # MLflow's limit on a parameter's value
-TRIPWIRE = "tripwire."  # a run's tag for each tripwire that has tripped
+TRIPWIRE = "tripwire."  # prefix of a run's tags for tripwires
 HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash")
 
 
@@ -25,11 +25,6 @@ def flatten(config: dict, prefix: str = "") -> dict[str, str]:
             text = value if isinstance(value, str) else _json(value)
             flat[key] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
     return flat
-
-
-def of_run(stage: str, seed: int, run_id: str) -> str:
-    """A stage's run: several of one stage and seed differ in the end of their run ids."""
-    return f"{stage} seed {seed} ({run_id.rpartition('-')[2]})"
 
 
 def description(root: Path, rows: Iterable[dict]) -> str:
@@ -56,17 +51,13 @@ def points(line: dict) -> Iterator[tuple[str, float]]:
 
 def trips(lines: Iterable[dict]) -> dict[str, str]:
     """The lines of tripwires.jsonl as tags: `tripwire.NAME`, its newest step and the likely cause."""
-    told = (tuple(line.get(key) for key in ("name", "step", "message")) for line in lines)
-    return {f"{TRIPWIRE}{name}": f"step {step}: {message}" for name, step, message in told}
-
-
-def of_stages(name: str) -> str:
-    """The name of a stage's final metric on the pipeline's run, where the stages are the steps."""
-    return f"stages/{name.removeprefix('eval/')}"
+    return {
+        f"{TRIPWIRE}{line.get('name')}": f"step {line.get('step')}: {line.get('message')}" for line in lines
+    }
 
 
 def final_metrics(record: Record) -> dict[str, float]:
-    """A record's evaluation as `eval/...` metrics, and `time/wall_s`; what does not apply is left out."""
+    """A record's evaluation as `eval/...` metrics, and `time/wall_s`, where they are numbers."""
     metrics = record.get("metrics", {})
     named: dict[str, Any] = {f"eval/{name}": value for name, value in metrics.items()}
     for parts in (metrics.get("by_task"), metrics.get("by_language")):
@@ -86,12 +77,12 @@ def is_number(value: object) -> bool:
 
 
 def provenance(record: Record) -> dict[str, str]:
-    """Where a checkpoint comes from, as tags: parents, code, and the hashes of all that made it."""
+    """Where a checkpoint comes from, as tags: parents, code and hashes."""
     parents, code = record.get("parents", {}), record.get("code", {})
     weights = parents.get("weights")
     tags = {
         "parents.weights": _parent(weights) if weights else "",
-        "parents.data": "; ".join(_parent(one) for one in parents.get("data") or []),
+        "parents.data": "; ".join(map(_parent, parents.get("data") or [])),
         "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
         **{name: str(record.get(name) or "") for name in HASHES},
     }
@@ -109,8 +100,9 @@ def datasets(config: dict, record: Record) -> list[tuple[str, str, str, str]]:
     read: list[tuple[Any, str | None, object, str]] = [
         (data["name"], record.get("data_hash"), source, "training and evaluation")
     ]
-    for one in (record.get("parents") or {}).get("data") or []:
-        read.append((f"{one['stage']} ({one['run_id']})", one["hash"], one, "read from a parent"))
+    for parent in (record.get("parents") or {}).get("data") or []:
+        name = f"{parent['stage']} ({parent['run_id']})"
+        read.append((name, parent["hash"], parent, "read from a parent"))
     return [(name, str(digest), _json(source), context) for name, digest, source, context in read if digest]
 
 

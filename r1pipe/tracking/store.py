@@ -1,4 +1,4 @@
-"""Which MLflow store a root's runs go to, whether it can be used, and what it knows of a model."""
+"""Which MLflow store a root uses, whether it can be used, and the checkpoint of a registered model."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 VARIABLE = "MLFLOW_TRACKING_URI"  # conf/tracking/mlflow.yaml takes tracking.uri from it
-PATIENCE_S = 5.0  # a tracking server that does not answer within this time at start is refused
+PATIENCE_S = 5.0  # for a tracking server to answer at the start
 QUIET = {  # read by mlflow when it is imported
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # errors reach us as exceptions; shown in one line, without traceback
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -38,7 +38,7 @@ def is_server(uri: str) -> bool:
 
 
 def matching(key: str, value: str) -> str:
-    """A comparison in MLflow's filter language. Raises EnvironmentProblem for what it cannot quote."""
+    """`key = value` in MLflow's filter language. Raises EnvironmentProblem for a value it cannot quote."""
     quote = '"' if "'" in value else "'"
     if quote in value:
         raise EnvironmentProblem(
@@ -53,7 +53,7 @@ def first_line(error: BaseException) -> str:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What is raised by a store that is gone, locked, full or refuses us, or a run that cannot be written."""
+    """Errors of a store that is gone, locked, full or refuses us, and of a run that cannot be written."""
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -64,7 +64,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def check_tracking(config: RunConfig) -> None:
-    """Raises EnvironmentProblem where a run is to be tracked by a server that does not answer."""
+    """Raises EnvironmentProblem if the config tracks runs on a server that does not answer."""
     if config.tracking.enabled:
         check_server_answers(store_uri(config.root, config.tracking.uri))
 
@@ -76,7 +76,7 @@ def check_server_answers(uri: str) -> None:
     try:
         urllib.request.urlopen(f"{without_login(uri).rstrip('/')}/health", timeout=PATIENCE_S).close()
     except urllib.error.HTTPError:
-        return  # it answers; whether it is MLflow, and lets us in, shows with the first call
+        return  # it answers; the first call will show whether it is MLflow and lets us in
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(
             f"no MLflow server at {described(uri)} ({first_line(error)}); start it, give tracking.uri=null, "
@@ -97,7 +97,7 @@ def connect(uri: str) -> "MlflowClient":
     check_server_answers(uri)
     from mlflow.tracking import MlflowClient
 
-    database.do_not_wait_for_the_disk()
+    database.disable_fsync()
     logging.getLogger("alembic").setLevel(logging.WARNING)  # mlflow's import has set it to INFO
     try:
         database.prepare(uri)
@@ -106,7 +106,7 @@ def connect(uri: str) -> "MlflowClient":
     except failures() as error:
         reason = without_secrets(first_line(error))
         path = database.file_of(uri)
-        remedy = f"move {path} away and `r1pipe sync` makes it again" if path and path.is_file() else "fix it"
+        remedy = f"move {path} away and `r1pipe sync` rebuilds it" if path and path.is_file() else "fix it"
         raise EnvironmentProblem(
             f"MLflow cannot use {described(uri)}: {reason}; {remedy}, or run without: tracking=none"
         ) from error
@@ -136,21 +136,15 @@ def resolve_model(address: str, root: Path | str, uri: str | None = None) -> Par
 
     try:
         if at:
-            found = client.get_model_version_by_alias(name, alias)
+            model_version = client.get_model_version_by_alias(name, alias)
         else:
-            found = client.get_model_version(name, version)
+            model_version = client.get_model_version(name, version)
     except MlflowException as error:
-        known = _known_addresses(client, name)
-        raise CheckpointError(f"{address}: {first_line(error)}; known: {known}") from error
+        try:
+            aliases = sorted(client.get_registered_model(name).aliases)
+            existing = ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "no alias of this name"
+        except MlflowException:
+            existing = "none of this name"
+        raise CheckpointError(f"{address}: {first_line(error)}; known: {existing}") from error
     keys = ("stage", "run_id", "checkpoint", "checkpoint_hash")
-    return ParentRef(*(found.tags.get(key, "") for key in keys))
-
-
-def _known_addresses(client: "MlflowClient", name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = sorted(client.get_registered_model(name).aliases)
-    except MlflowException:
-        return "none of this name"
-    return ", ".join(f"models:/{name}@{alias}" for alias in aliases) or "no alias of this name"
+    return ParentRef(*(model_version.tags.get(key, "") for key in keys))

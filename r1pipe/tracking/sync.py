@@ -1,7 +1,7 @@
-"""`r1pipe sync`: MLflow brought up to the run folders, or made again from them.
+"""`r1pipe sync`: bring MLflow up to date with the run folders, or rebuild it from them.
 
-A run folder's file `mirrored` says `behind` or `whole`. Whoever writes the run into MLflow holds a lock on
-that file, so that no two processes write one run at a time; the lock goes with its process.
+A run folder's file `mirrored` says `behind` or `whole`. The process that writes the run into MLflow locks
+that file, so that no two write one run at a time; the lock ends with the process.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ WHOLE, BEHIND = "whole\n", "behind\n"
 def sync(
     root: Path | str, pipeline: str | None = None, uri: str | None = None, rebuild: bool = False
 ) -> tuple[int, list[str]]:
-    """(Runs that MLflow now has wholly, ids of those that another process is writing meanwhile.)
+    """(Number of runs written, ids of those that another process is writing meanwhile.)
 
-    `pipeline`: that one's runs alone; `uri`: into this store, instead of the one that each run's config
-    names. `rebuild` first deletes what the store has of the root, runs and model versions, and nothing else
-    in it. Raises EnvironmentProblem.
+    `pipeline`: only that one's runs; `uri`: this store instead of the one in each run's config. `rebuild`
+    first deletes the root's runs and model versions, and nothing else in the store. Raises
+    EnvironmentProblem.
     """
     stores: dict[str, list[tuple[RunFolder, dict]]] = {}
     for folder, config in tracked(Path(root), pipeline):
@@ -53,9 +53,8 @@ def sync(
 
 
 def tracked(root: Path, pipeline: str | None = None) -> Iterator[tuple[RunFolder, dict]]:
-    """Run folders with their configs where tracking is on and a job was started, in the order in which they
-    finished; one that has not finished counts by its start."""
-    found = []
+    """Started runs with tracking, and their configs, in the order in which they finished, or else began."""
+    runs = []
     for path in root.resolve().glob("*/config.json"):
         folder, config = RunFolder(path.parent), read_json(path)
         tracking = config.get("tracking")
@@ -63,19 +62,19 @@ def tracked(root: Path, pipeline: str | None = None) -> Iterator[tuple[RunFolder
         if is_tracked and was_started(folder) and pipeline in (None, config.get("pipeline")):
             began = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
             created = read_json(folder.record).get("created")
-            found.append((str(created or began), folder.run_id, folder, config))
-    for *_, folder, config in sorted(found, key=lambda entry: entry[:2]):
+            runs.append((str(created or began), folder.run_id, folder, config))
+    for *_, folder, config in sorted(runs, key=lambda entry: entry[:2]):
         yield folder, config
 
 
 def was_started(folder: RunFolder) -> bool:
-    """A dry run leaves a folder, too, but no job has written anything into it."""
+    """A dry run leaves a folder too, but nothing that a job writes."""
     return any(path.exists() for path in (folder.launcher_log, folder.metrics, folder.record))
 
 
 @contextmanager
 def claimed(folder: RunFolder, wait: bool = True) -> Iterator[IO[str] | None]:
-    """The run's file `mirrored`, locked; without `wait`, None where another process has it."""
+    """The run's file `mirrored`, locked; None if another process holds it and `wait` is false."""
     with folder.mirrored.open("a", encoding="utf-8") as file:
         yield file if lock(file, wait) else None
 
@@ -88,7 +87,7 @@ def mark(mirrored: IO[str] | None, state: str) -> None:
 
 
 def write(folder: RunFolder, config: dict, uri: str) -> bool:
-    """One whole run folder into MLflow; False where another process is at it. Raises what MLflow raises."""
+    """Write one run folder; False if another process is writing it. Raises MLflow's errors."""
     with claimed(folder, wait=False) as mirrored:
         if mirrored is None:
             return False
@@ -107,7 +106,7 @@ def is_own_store(folder: RunFolder, config: dict, uri: str) -> bool:
 
 
 def catch_up(root: Path, uri: str) -> None:
-    """Write what earlier runs under the root left behind into the same store."""
+    """Write the earlier runs under the root that this store does not have completely."""
     for folder, config in tracked(root):
         is_behind = folder.mirrored.exists() and folder.mirrored.read_text(encoding="utf-8") != WHOLE
         if is_behind and is_own_store(folder, config, uri):
@@ -117,8 +116,8 @@ def catch_up(root: Path, uri: str) -> None:
 def forget(uri: str, root: Path, pipeline: str | None) -> None:
     """Delete from a store the runs of a root, their model versions, and the pipelines that this empties.
 
-    Runs whose folders are gone count, too; one that another process is writing stays. MLflow keeps deleted
-    runs out of sight until `mlflow gc`.
+    Runs whose folders are gone are deleted too; one that another process is writing is kept. MLflow hides
+    deleted runs until `mlflow gc`.
     """
     client, is_root_store = connect(uri), uri == store_uri(root)
     for experiment in client.search_experiments():
@@ -126,11 +125,11 @@ def forget(uri: str, root: Path, pipeline: str | None) -> None:
         for run in search(client, experiment.experiment_id, kind=STAGE):
             tags = run.data.tags
             folder = RunFolder(root / tags["r1pipe.run_id"])
-            is_there = folder.path.is_dir()
-            is_ours = is_there or is_root_store or tags["r1pipe.root"] == str(root)
+            exists = folder.path.is_dir()
+            is_ours = exists or is_root_store or tags["r1pipe.root"] == str(root)
             if not is_ours or pipeline not in (None, tags["r1pipe.pipeline"]):
                 continue
-            with claimed(folder, wait=False) if is_there else nullcontext(run) as claim:
+            with claimed(folder, wait=False) if exists else nullcontext(run) as claim:
                 if claim is None:
                     continue
                 for version in client.search_model_versions(matching("run_id", run.info.run_id)):

@@ -32,20 +32,25 @@ ANSWER_S = 10.0
 def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = LOOPBACK) -> int:
     """Serve until interrupted, and print the address once it answers; the server's exit code.
 
-    Raises EnvironmentProblem when there is nothing to serve, the store is a server and has its own UI, the
-    port is taken, or the server does not start.
+    Raises EnvironmentProblem if there is nothing to serve, the store is a server with a UI of its own,
+    the port is taken, or the server does not start.
     """
     store = store_uri(root, tracking.uri)
     if is_server(store):
         raise EnvironmentProblem(
             f"tracking.uri is a server with a UI of its own: open {without_login(store)}"
         )
-    check_exists(store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` makes one"))
-    check_is_free(host, port)
+    check_exists(
+        store, EnvironmentProblem(f"no MLflow store under {root} yet; `r1pipe reproduce` creates one")
+    )
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
     database.prepare(store)
     if not is_loopback(host):
         print(
-            f"warning: whoever reaches {host}:{port} can read, change and delete all runs: MLflow asks for no"
+            f"warning: anyone who reaches {host}:{port} can read, change and delete all runs: MLflow has no"
             " password",
             file=sys.stderr,
         )
@@ -65,34 +70,26 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         return process.wait()
 
 
-def check_is_free(host: str, port: int) -> None:
-    """Raises EnvironmentProblem where nothing can listen at the address."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name: no promise
+    except ValueError:  # another name
         return False
 
 
 def server_command(store: str, root: Path | str, port: int, host: str) -> list[str]:
-    words = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
-    words += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
-    words += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
-    return [sys.executable, "-m", "mlflow", "server", *words]
+    options = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
+    options += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
+    options += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
+    return [sys.executable, "-m", "mlflow", "server", *options]
 
 
 @contextmanager
 def serving(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen]:
-    """MLflow's server for the length of a block; no process of it outlives the block."""
+    """MLflow's server for the length of a block, after which all its processes have ended."""
     variables = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, start_new_session=True)
     try:

@@ -1,4 +1,4 @@
-"""One run folder written into MLflow. All of it can be done twice: what is there is found, not doubled."""
+"""Writes one run folder into MLflow. Writing it again updates what exists and duplicates nothing."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PARAMS_PER_BATCH = 100
-MOST_RUNS = 50_000  # of one search
+MAX_RUNS = 50_000  # of one search
 DIGEST_LENGTH = 36
 PIPELINE, STAGE = "pipeline", "stage"  # values of the tag r1pipe.kind
 ROLLOUT_BYTES = 256 * 2**20  # the newest rollout files up to this size are copied; all stay in the run folder
@@ -30,8 +30,8 @@ REPORT = "report.html"
 
 def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
     """The experiment's runs with all these `r1pipe.` tags. Raises EnvironmentProblem, MlflowException."""
-    wanted = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
-    return list(client.search_runs([experiment], wanted, max_results=MOST_RUNS))
+    query = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
+    return list(client.search_runs([experiment], query, max_results=MAX_RUNS))
 
 
 def pipeline_run(client: "MlflowClient", experiment: str, pipeline: str, root: Path) -> str | None:
@@ -48,7 +48,7 @@ def pipeline_run(client: "MlflowClient", experiment: str, pipeline: str, root: P
 
 
 def add_report(config: RunConfig, page: Path) -> None:
-    """Log the report to the pipeline's run; what fails is a warning, as the report itself is there."""
+    """Log the report to the pipeline's run; a failure is only a warning, as the report itself exists."""
     if not config.tracking.enabled:
         return
     root = Path(config.root).resolve()
@@ -81,12 +81,12 @@ class RunWriter:
         self._tail = Tail(folder.metrics)
         self._unsent: list[tuple[str, float, int, float]] = []  # (name, value, step, seconds)
         self._last_step: dict[str, int] = {}
-        with locked(self.root):  # of two processes that start a pipeline together one creates its run
+        with locked(self.root):  # of two processes that start a pipeline together, one creates its run
             self.parent_id, self.run_id = self._open_runs()
         run = self.client.get_run(self.run_id)
         self._trips = {key: text for key, text in run.data.tags.items() if key.startswith(naming.TRIPWIRE)}
         self._start_ms = run.info.start_time
-        for name in run.data.metrics:  # where each metric of a resumed run stands
+        for name in run.data.metrics:  # the last step of each metric of a resumed run
             history = self.client.get_metric_history(self.run_id, name)
             self._last_step[name] = max(point.step for point in history)
         if not run.data.params:
@@ -109,27 +109,28 @@ class RunWriter:
             "r1pipe.run_id": run_id,
             "r1pipe.stage": stage["name"],
         }
-        known = [run.info.run_id for run in search(self.client, experiment, kind=STAGE, run_id=run_id)]
-        name = naming.of_run(stage["name"], self.config["seed"], run_id)
-        return parent, self._open(experiment, known[0] if known else None, name, tags)
+        existing = [run.info.run_id for run in search(self.client, experiment, kind=STAGE, run_id=run_id)]
+        name = f"{stage['name']} seed {self.config['seed']} ({run_id.rpartition('-')[2]})"
+        return parent, self._open(experiment, existing[0] if existing else None, name, tags)
 
     def _open(self, experiment: str, run_id: str | None, name: str, tags: dict[str, str]) -> str:
-        """Set a run running, with its name and tags as they are now; create it where `run_id` is None."""
+        """Set a run's status to running and update its name and tags; create it if `run_id` is None."""
         if run_id is None:
             began_ms = int(self.folder.config.stat().st_mtime * 1000)
             tags = {**tags, "mlflow.user": os.environ.get("USER", "r1pipe")}
             return self.client.create_run(experiment, began_ms, tags, name).info.run_id
         self.client.update_run(run_id, status="RUNNING", name=name)
-        there = self.client.get_run(run_id).data.tags
-        for key in [key for key, value in tags.items() if there.get(key) != value]:
-            self.client.set_tag(run_id, key, tags[key])
+        existing = self.client.get_run(run_id).data.tags
+        for key, value in tags.items():
+            if existing.get(key) != value:
+                self.client.set_tag(run_id, key, value)
         return run_id
 
     def _experiment(self) -> str:
         name = self.config["tracking"]["experiment"]
-        found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
+        existing = self.client.get_experiment_by_name(name)
+        if existing is not None:
+            return existing.experiment_id
         artifacts = None if is_server(self._uri) else artifact_folder(self.root).as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the UI expects chat traces
         return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
@@ -142,21 +143,21 @@ class RunWriter:
             self.client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
 
     def send_lines(self) -> None:
-        """Bring MLflow up to what the job has written so far."""
-        self._send_metrics()
-        self._send_trips()
+        """Log what the job has written to metrics.jsonl and tripwires.jsonl so far.
 
-    def _send_trips(self) -> None:
-        """A tag for each tripwire in tripwires.jsonl; tags of trips that a resumed job cut off go."""
+        A tripwire is a tag, which goes when a resumed job has truncated its line.
+        """
+        self._send_metrics()
         trips = naming.trips(Tail(self.folder.tripwires).read())
         for key in self._trips.keys() - trips.keys():
             self.client.delete_tag(self.run_id, key)
-        for key in [key for key, text in trips.items() if self._trips.get(key) != text]:
-            self.client.set_tag(self.run_id, key, trips[key])
+        for key, text in trips.items():
+            if self._trips.get(key) != text:
+                self.client.set_tag(self.run_id, key, text)
         self._trips = trips
 
     def _send_metrics(self) -> None:
-        """Log what metrics.jsonl has gained; steps that a metric has (the job went back) are left out."""
+        """Log the new lines of metrics.jsonl, without steps that were logged before the job went back."""
         from mlflow.entities import Metric
 
         for line in self._tail.read():
@@ -174,7 +175,7 @@ class RunWriter:
             del self._unsent[: len(batch)]
 
     def end(self) -> str | None:
-        """Log what the job left; the registered model's address. Without a record the run has failed."""
+        """Log the finished job; the registered model's address. Without a record the run has failed."""
         record = read_record(self.folder.record) if self.folder.record.exists() else None
         address, ended_ms = None, None
         self._log_files()
@@ -203,8 +204,7 @@ class RunWriter:
     def _log_record(self, record: Record, ended_ms: int) -> None:
         """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
 
-        They stand at step 0: MLflow's UI draws such metrics as bars, run beside run. Logged again they
-        are the same rows of its table, so nothing doubles.
+        They are logged at step 0: MLflow's UI draws such metrics as bars, and logging them again adds no row.
         """
         from mlflow.entities import Metric, RunTag
 
@@ -218,7 +218,8 @@ class RunWriter:
         if record["stage"] in stages and not self.sweep:
             place = stages.index(record["stage"])
             summary = [
-                Metric(naming.of_stages(name), value, ended_ms, place) for name, value in final.items()
+                Metric(f"stages/{name.removeprefix('eval/')}", value, ended_ms, place)
+                for name, value in final.items()
             ]
             self.client.log_batch(self.parent_id, metrics=summary)
 
@@ -248,7 +249,7 @@ class RunWriter:
             self.client.log_artifact(self.parent_id, str(page))
 
     def _register(self, record: Record) -> str:
-        """The checkpoint as a model version with the stage as alias; its weights stay in the run folder."""
+        """Register the checkpoint as a model version with the stage as alias; the weights are not copied."""
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
         checkpoint = inside(self.folder.path, record["checkpoint"], self.folder.record)
         for path in (checkpoint / "config.json", checkpoint / "manifest.json"):
@@ -262,34 +263,35 @@ class RunWriter:
         return f"models:/{name}@{stage}"
 
     def _is_newest(self, name: str, stage: str, created: str) -> bool:
-        """Whether the alias may move to a checkpoint: an older run that comes in late must not take it."""
+        """Whether the alias may move to a checkpoint: an older run that is logged late must not take it."""
         from mlflow.exceptions import MlflowException
 
         try:
             holder = self.client.get_model_version_by_alias(name, stage)
         except MlflowException:
-            return True  # nobody has it
+            return True  # no version has it
         return created >= holder.tags.get("created", "")
 
-    def _version(self, name: str, what: str, tags: dict[str, str]) -> str:
-        """The version that this run made, its tags brought up to date; a new one if it has none."""
+    def _version(self, name: str, checkpoint: str, tags: dict[str, str]) -> str:
+        """This run's version with its tags updated, or a new one."""
         from mlflow.exceptions import MlflowException
 
-        for known in self.client.search_model_versions(matching("run_id", self.run_id)):
-            if known.name == name:
-                for key in [key for key, value in tags.items() if known.tags.get(key) != value]:
-                    self.client.set_model_version_tag(name, known.version, key, tags[key])
-                return known.version
+        for existing in self.client.search_model_versions(matching("run_id", self.run_id)):
+            if existing.name == name:
+                for key, value in tags.items():
+                    if existing.tags.get(key) != value:
+                        self.client.set_model_version_tag(name, existing.version, key, value)
+                return existing.version
         try:
             self.client.create_registered_model(name, description="Checkpoints; an alias for each stage.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        made = self.client.create_model_version(
+        version = self.client.create_model_version(
             name,
             f"runs:/{self.run_id}/checkpoint",  # a server refuses local paths; the tag `checkpoint` has it
             self.run_id,
             tags,
-            description=f"{tags['stage']}, {what} of {tags['run_id']}",
+            description=f"{tags['stage']}, {checkpoint} of {tags['run_id']}",
         )
-        return made.version
+        return version.version

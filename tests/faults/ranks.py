@@ -51,7 +51,7 @@ def judged(ended: Ended, words: str) -> str:
     """What is wrong with how a job ended; nothing if it did as it should."""
     if not ended.code:
         return "the exit code is 0"
-    named = words in ended.line and "the same command goes on" in ended.line and "\n" not in ended.line
+    named = words in ended.line and "; the same command re" in ended.line and "\n" not in ended.line
     return "" if named else f"told: {ended.line}"
 
 

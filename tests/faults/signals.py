@@ -65,7 +65,7 @@ def same_in_the_end(folder: Path, ranks: int, draw: random.Random) -> Outcome:
         if ended.code == 0:
             break
         tries, slowest, line = tries + 1, max(slowest, ended.seconds), ended.line
-        if ended.code != 143 or "goes on from step" not in line:
+        if ended.code != 143 or "resumes from step" not in line:
             return Outcome(fault, tries, tries - 1, f"exit code {ended.code} after {slowest:.0f} s: {line}")
     if not tries:
         return Outcome(fault, 1, 0, "each signal came too late")

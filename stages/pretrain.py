@@ -42,7 +42,7 @@ def main(folder: str) -> None:
             chat.pad_id,
             lambda: quick_evaluation(run, engine, chat, source),
         )
-        finish_stage(run, engine, chat, source, checkpoint, stage.max_steps)
+        finish_stage(run, engine, chat, source, checkpoint)
 
 
 if __name__ == "__main__":

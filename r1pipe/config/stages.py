@@ -70,6 +70,7 @@ class StageConfig(Strict):
     keep: Positive  # newest checkpoints kept; one that another run names as its parent is kept besides
     keep_best: str | None  # metric whose best checkpoint is kept besides, e.g. eval/pass_at_1; null: none
     keep_best_direction: Literal["max", "min"]  # whether more of it is better, or less
+    early_stopping_patience: Count  # values of keep_best in a row without improvement that end it; 0: off
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig
@@ -162,6 +163,12 @@ def optim_rules(optim: OptimConfig) -> Rules:
 
 def retention_rules(stage: StageConfig) -> Rules:
     """A checkpoint is judged by what was logged at its own step."""
+    if stage.early_stopping_patience:
+        yield (
+            stage.keep_best is not None and not isinstance(stage, RewardModelConfig | EvaluateConfig),
+            f"stage.early_stopping_patience={stage.early_stopping_patience} needs stage.keep_best=METRIC, which "
+            "it watches, in a stage of SFT, pre-training or reinforcement learning",
+        )
     if stage.keep_best is None:
         return
     yield (

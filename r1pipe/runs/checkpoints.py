@@ -95,6 +95,11 @@ def steps(folder: Path) -> list[int]:
     return [step for step in _folders(folder) if (folder / f"step-{step}" / MANIFEST).is_file()]
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder in a run."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def _folders(folder: Path) -> list[int]:
     """Steps of all checkpoint folders, finished or not, oldest first."""
     matches = (STEP.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())

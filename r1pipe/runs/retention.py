@@ -45,6 +45,16 @@ def best(metrics: Path, steps: Collection[int], name: str, direction: str) -> se
     return {max(values, key=lambda step: (values[step], -step))} if values else set()
 
 
+def has_stalled(metrics: Path, name: str, direction: str, patience: int) -> bool:
+    """Whether the last `patience` logged values of a metric are all no better than the best one before them.
+
+    Raises CheckpointError naming a damaged line.
+    """
+    logged = [row[name] for _, row in metric_lines(metrics) if math.isfinite(row.get(name, math.nan))]
+    values = logged if direction == "max" else [-value for value in logged]
+    return len(values) > patience and max(values[-patience:]) <= max(values[:-patience])
+
+
 def unknown_best(metrics: Path, stage: StageConfig, step: int) -> str | None:
     """The error message if no step up to this one has logged `stage.keep_best`, though it should have.
 

@@ -12,7 +12,7 @@ from r1pipe.core.types import Prompt
 from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
 from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3
-from r1pipe.runs import stopping
+from r1pipe.runs import checkpoints, stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
@@ -115,7 +115,6 @@ def finish_stage(
     chat: Chat,
     source: Source,
     checkpoint: Path,
-    steps: int,
     data_hash: str | None = None,
     extra: Metrics | None = None,
 ) -> None:
@@ -127,4 +126,5 @@ def finish_stage(
         evaluation = measure(run, engine, model, chat, source, run.stage.eval)
     metrics: Metrics = {**evaluation.metrics, **(extra or {})}
     trained_on = data_hash or source.hash
+    steps = checkpoints.step_of(checkpoint)
     run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)

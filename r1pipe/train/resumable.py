@@ -90,6 +90,18 @@ class Resumable(Generic[S]):
         if self.rank == 0:
             append_line(path, row)
 
+    def is_last(self, step: int, total: int, ranks: Ranks) -> bool:
+        """Whether training ends with this logged step; all ranks call.
+
+        It ends early where `stage.keep_best` has not improved for `stage.early_stopping_patience` values.
+        """
+        name, patience = self.stage.keep_best, self.stage.early_stopping_patience
+        if step >= total or name is None or not patience or not step:
+            return step >= total
+        direction = self.stage.keep_best_direction
+        stalled = self.rank == 0 and retention.has_stalled(self.folder.metrics, name, direction, patience)
+        return bool(ranks.agree_max(int(stalled)))
+
     # --- checkpoints
 
     def save_checkpoint(

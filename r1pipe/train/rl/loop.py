@@ -80,9 +80,9 @@ class GRPO:
         if inactive := self.tripwires.describe_inactive():
             self.run.warn(inactive)
         self._resume()
-        while self.state.step < self.config.max_steps:
+        while not self.run.is_last(self.state.step, self.config.max_steps, self.engine):
             self.step()
-        return self.run.folder.checkpoint(self.config.max_steps)
+        return self.run.folder.checkpoint(self.state.step)
 
     def step(self) -> None:
         """Sample G completions for each of P prompts, score them, and update the policy (and the critic)."""
@@ -241,6 +241,7 @@ class GRPO:
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := messages_of(trips, "stop"):
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
+        last = self.run.is_last(state.step, config.max_steps, self.engine)
         pause, leaving = messages_of(trips, "pause"), stopping.agreed(self.engine)
         if last or pause or leaving or (config.save_every and state.step % config.save_every == 0):
             self._save()

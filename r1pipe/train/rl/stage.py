@@ -46,7 +46,7 @@ def reinforce(run: Run[RLConfig], load_rewards: Callable[[Run[RLConfig], Chat], 
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
-    finish_stage(run, engine, chat, data, checkpoint, stage.max_steps, extra=known)
+    finish_stage(run, engine, chat, data, checkpoint, extra=known)
 
 
 def rules_only(run: Run[RLConfig], chat: Chat) -> RewardModels:

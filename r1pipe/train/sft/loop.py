@@ -46,7 +46,7 @@ def fine_tune(
     checkpoint = train(
         run, engine, batches, steps, chat.pad_id, lambda: quick_evaluation(run, engine, chat, source)
     )
-    finish_stage(run, engine, chat, source, checkpoint, steps, data_hash)
+    finish_stage(run, engine, chat, source, checkpoint, data_hash)
 
 
 def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
@@ -98,9 +98,11 @@ def train(
     pad_id: int,
     evaluate: Callable[[], dict[str, float]],
 ) -> Path:
-    """Train from the newest checkpoint, or the start, to `total_steps`; the last checkpoint's folder."""
+    """Train from the newest checkpoint, or the start, to `total_steps` or an early stop; the last folder."""
     stage = run.stage
     resumed, state = run.resume(engine)
+    if run.is_last(resumed, total_steps, engine):
+        return run.folder.checkpoint(resumed)
     weights = TermWeights(stage.mtp_weight, stage.router.balance_alpha)
     stream = batches(resumed, state.get("position"))
     for step, (batch, position) in zip(range(resumed + 1, total_steps + 1), stream, strict=False):
@@ -116,12 +118,14 @@ def train(
             metrics |= evaluate()
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
-        stop_signal = stopping.agreed(engine)
-        if step == total_steps or stop_signal or (stage.save_every and step % stage.save_every == 0):
+        last, stop_signal = run.is_last(step, total_steps, engine), stopping.agreed(engine)
+        if last or stop_signal or (stage.save_every and step % stage.save_every == 0):
             run.save_checkpoint(engine, step, {"position": position})
-        if stop_signal and step < total_steps:
+        if last:
+            break
+        if stop_signal:
             raise Interrupted(stop_signal)
-    return run.folder.checkpoint(total_steps)
+    return run.folder.checkpoint(step)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from r1pipe.data.reading import read_file
 from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
 from r1pipe.data.world.strategy import Strategy
-from r1pipe.rewards import TABLE
+from r1pipe.rewards import BASE_REWARDS
 from r1pipe.rewards import gym as scorers
 from r1pipe.runs import data_files as datafiles
 
@@ -382,7 +382,7 @@ def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name)
     assert len(held_out) >= 30
     for prompt in held_out[:20]:
         text = f"<think>\nx\n</think>\n\nThe answer is \\boxed{{{prompt.answer}}}."
-        assert TABLE["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
+        assert BASE_REWARDS["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
 
 
 def test_gsm8k_solutions_become_traces(shared):
@@ -393,7 +393,7 @@ def test_gsm8k_solutions_become_traces(shared):
         response = parse(trace.response)
         assert response.well_formed and "<<" not in trace.response and "####" not in trace.response
         assert response.summary == f"The answer is {trace.prompt.answer}."
-        assert TABLE["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
+        assert BASE_REWARDS["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
     assert demonstrations[0].source.startswith("gsm8k_train.jsonl:")
 
 

@@ -9,7 +9,7 @@ from r1pipe.data.files import SUMMARY
 from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.packing import collate, pack
 from r1pipe.doctor.context import Context, graded, learns_from_demonstrations
-from r1pipe.rewards import TABLE, score_all
+from r1pipe.rewards import BASE_REWARDS, score_all
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
 from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
@@ -55,7 +55,7 @@ def _weights(context: Context) -> dict[str, float]:
     nor is the KL: they tell no good response from a useless one."""
     stage = context.config.stage
     weights = reward_weights(stage) if isinstance(stage, RLConfig) else dict.fromkeys(MEASURED, 1.0)
-    return {name: weight for name, weight in weights.items() if name in TABLE and weight}
+    return {name: weight for name, weight in weights.items() if name in BASE_REWARDS and weight}
 
 
 def _written(prompts: Sequence[Prompt]) -> list[Demonstration]:

@@ -14,7 +14,7 @@ from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3, save_pretrained
-from r1pipe.rewards import Shaping, Verdicts
+from r1pipe.rewards import ShapingInputs, Verdicts
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.stopping import Interrupted
@@ -203,7 +203,7 @@ class GRPO:
             self.judges,
             config.rewards.truncation_penalty,
             config.normalise_std,
-            Shaping(config.rewards, config.sampling.max_tokens),
+            ShapingInputs(config.rewards, config.sampling.max_tokens),
             added,
             verdicts,
         )

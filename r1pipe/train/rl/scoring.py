@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import SHAPING_REWARDS, Shaping, Verdicts, add_shaping_rewards, is_verifiable, score_all
+from r1pipe.rewards import (
+    SHAPING_REWARDS,
+    ShapingInputs,
+    Verdicts,
+    add_shaping_rewards,
+    is_verifiable,
+    score_all,
+)
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl.advantages import group_advantages
 
@@ -48,7 +55,7 @@ def score_groups(
     judges: Judges,
     truncation_penalty: float,
     normalise_std: bool,
-    shaping: Shaping | None = None,
+    shaping: ShapingInputs | None = None,
     added: Mapping[str, Sequence[float]] | None = None,
     verdicts: Verdicts | None = None,
 ) -> list[Group]:

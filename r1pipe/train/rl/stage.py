@@ -7,7 +7,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
-from r1pipe.rewards.models import Judge, load_reward_model
+from r1pipe.rewards.models import RewardScorer, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as judges
 from r1pipe.runs.record import Metrics
@@ -72,4 +72,4 @@ def reward_models(run: Run[RLConfig], chat: Chat) -> Judges:
         for kind in judges.KINDS
         if (Path(parent.checkpoint) / kind).is_dir()
     }
-    return {kind: Judge(model, kind, chat) for kind, model in models.items()}
+    return {kind: RewardScorer(model, kind, chat) for kind, model in models.items()}

@@ -16,8 +16,8 @@ from r1pipe.chat.template import TOKENIZER_FILES, Chat, compose_response
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import DeepseekV3
-from r1pipe.rewards import TABLE
-from r1pipe.rewards.models import Judge, RewardModel, save_reward_model
+from r1pipe.rewards import BASE_REWARDS
+from r1pipe.rewards.models import RewardModel, RewardScorer, save_reward_model
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.reward_model_quality import FORCE, HARMLESS, HELPFUL, KINDS
 
@@ -112,7 +112,7 @@ def test_helpfulness_sees_the_summary_alone_and_harmlessness_all_of_it() -> None
         with torch.no_grad():
             model.score.bias.fill_(-4.0)  # where the harmlessness reward is not yet whole
             model.score.weight.mul_(0.1)
-        earned[kind] = [score.value for score in Judge(model, kind, chat)([WISH] * 3, completions)]
+        earned[kind] = [score.value for score in RewardScorer(model, kind, chat)([WISH] * 3, completions)]
     helpful, harmless = earned[HELPFUL], earned[HARMLESS]
     assert helpful[0] == pytest.approx(helpful[1]) and helpful[0] != pytest.approx(helpful[2])
     assert len({round(value, 7) for value in harmless}) == 3 and all(0 < value < 1 for value in harmless)
@@ -121,7 +121,7 @@ def test_helpfulness_sees_the_summary_alone_and_harmlessness_all_of_it() -> None
 def test_language_weighs_in_the_reward_of_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """And accuracy in a reasoning prompt's, the reward models' scores in a general one's."""
     monkeypatch.setitem(
-        TABLE, "language", lambda prompt, completion: Score(float("狐" not in completion.text))
+        BASE_REWARDS, "language", lambda prompt, completion: Score(float("狐" not in completion.text))
     )
     answers = [compose_response(reasoning, r"It is \boxed{4}.") for reasoning in ("A fox.", "狐")]
     completions = [Completion([], [], "stop", text) for text in answers]

@@ -20,12 +20,12 @@ from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import GENERAL_TASKS, Completion
 from r1pipe.data import reasoning_gym
 from r1pipe.data.files import Files
-from r1pipe.data.reading import read_rows
-from r1pipe.data.source import KINDS, open_data
+from r1pipe.data.opening import open_data
+from r1pipe.data.reading import read_file
 from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
 from r1pipe.data.world.strategy import Strategy
-from r1pipe.rewards import TABLE
+from r1pipe.rewards import BASE_REWARDS
 from r1pipe.rewards import gym as scorers
 from r1pipe.runs import data_files as datafiles
 
@@ -65,6 +65,11 @@ def problems(path, rows, **changes):
 SUMS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(300)]
 
 
+def raise_first(file):
+    if file.bad:
+        raise DataError(file.bad[0].reason)
+
+
 def composed(name, *overrides):
     return compose(["stage=grpo", f"data={name}", *overrides]).config.data
 
@@ -88,24 +93,24 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
     else:
         text = "\n\n".join(json.dumps(row) for row in rows).encode()  # an empty line is no row
         path.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
-    assert [row.values for row in read_rows(path)] == rows
+    assert [row.values for row in read_file(path).rows] == rows
 
 
 def test_csv_fields_stay_text(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\nWhich agent?,007\nNA,\n")
-    assert [row.values["answer"] for row in read_rows(path)] == ["007", ""]
-    assert read_rows(path)[1].values["question"] == "NA"
+    assert [row.values["answer"] for row in read_file(path).rows] == ["007", ""]
+    assert read_file(path).rows[1].values["question"] == "NA"
 
 
 def test_reading_leaves_nothing_in_the_home_and_sees_a_changed_file(tmp_path):
     home, path = tmp_path / "home", tmp_path / "rows.jsonl"
     home.mkdir()
     code = (
-        "import pathlib, sys; from r1pipe.data.reading import read_rows; path = pathlib.Path(sys.argv[1])\n"
+        "import pathlib, sys; from r1pipe.data.reading import read_file; path = pathlib.Path(sys.argv[1])\n"
         "for n in (1, 2):\n"
         "    path.write_text('{\"a\": %d}\\n' % n)\n"
-        "    assert [row.values for row in read_rows(path)] == [{'a': n}]"
+        "    assert [row.values for row in read_file(path).rows] == [{'a': n}]"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
     subprocess.run([sys.executable, "-c", code, path], check=True, env=environment | {"HOME": str(home)})
@@ -176,7 +181,7 @@ def test_a_conversation_becomes_one_question(tmp_path):
         ),
         ("rows.jsonl", "", r"rows\.jsonl is empty; download"),
         ("rows.jsonl", b'{"question": "\xe9"}\n', r"rows\.jsonl line 1 is not UTF-8; save"),
-        ("rows.jsonl", '{"question": "a", "answer": "1"}\n7\n', r"rows\.jsonl line 2 is no JSON object"),
+        ("rows.jsonl", '{"question": "a", "answer": "1"}\n7\n', r"rows\.jsonl line 2 is not a JSON object"),
         ("rows.json", '[{"question": "a"},\n {"question": "b"', r"rows\.json line 2 is not JSON"),
         ("rows.csv", "question,answer\na,1\nb,2,3\n", r"rows\.csv line 3 cannot be read"),
         ("rows.parquet", "no parquet", r"rows\.parquet cannot be read \(.*\); download it again"),
@@ -188,7 +193,7 @@ def test_a_file_that_cannot_be_read_is_told_by_line(tmp_path, name, content, tol
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=told) as caught:
-        read_rows(path)
+        raise_first(read_file(path))
     assert "\n" not in str(caught.value)
 
 
@@ -197,9 +202,9 @@ def test_a_missing_file_names_the_nearest(tmp_path):
     with pytest.raises(
         DataError, match=r"does not exist; did you mean gsm8k_train\.jsonl\? Set data\.path=FILE"
     ):
-        read_rows(tmp_path / "gsm8k-train.jsonl")
+        read_file(tmp_path / "gsm8k-train.jsonl")
     with pytest.raises(DataError, match="nor does its folder"):
-        read_rows(tmp_path / "nowhere" / "rows.jsonl")
+        read_file(tmp_path / "nowhere" / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -222,16 +227,19 @@ def test_a_bad_row_is_told_by_file_and_line(tmp_path, row, told):
 
 def test_a_worked_answer_without_its_mark_is_refused(tmp_path):
     data = problems(tmp_path, [{"question": "a", "answer": "It is 7."}], answer_after="####")
-    with pytest.raises(DataError, match=r"rows\.jsonl line 1: no '####' stands before the final answer"):
+    with pytest.raises(DataError, match=r"rows\.jsonl line 1: '####' is missing before the final answer"):
         data.prompts("train", 1, 0)
 
 
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"columns": {"question": "q", "anwser": "a"}}, r"columns\.anwser is no role; did you mean answer\?"),
+        (
+            {"columns": {"question": "q", "anwser": "a"}},
+            r"columns\.anwser is not a role; did you mean answer\?",
+        ),
         ({"columns": {"question": "q"}}, r"data\.reasoning\[0\]\.columns\.answer is missing"),
-        ({"split": "tset"}, r"split=tset is no split; did you mean test\?"),
+        ({"split": "tset"}, r"split=tset is not a split; did you mean test\?"),
         ({"language": "fr"}, r"language=fr is unknown; use en, zh or auto"),
         ({"task": "writing"}, r"task=writing: it may not be one of writing"),
     ],
@@ -249,8 +257,6 @@ def test_kinds_that_lack_something_say_so(tmp_path):
         data.demonstrations(8, 0, {}, True)
     with pytest.raises(ConfigError, match="no documents"):
         data.documents(0)
-    with pytest.raises(ConfigError, match=r"data\.kind=file is unknown; did you mean files\?"):
-        open_data(config(tmp_path, kind="file"), 0)
     with pytest.raises(ConfigError, match="names no file"):
         Files(config(tmp_path))
 
@@ -297,7 +303,6 @@ def test_the_rules_know_what_the_world_has():
     assert set(known["tasks"]) == set(corpus.TASKS) and known["languages"] == LANGUAGES
     assert set(known["levels"]) == set(program.STEPS) == set(countdown.SHAPES) == set(word.STEPS)
     assert get_args(Strategy) == data_rules.STYLES and {*GENERAL_TASKS} == {*general._MAKERS}
-    assert data_rules.USED.keys() == KINDS.keys()
 
 
 def test_problems_of_ones_own_need_a_path_alone(tmp_path):
@@ -367,7 +372,7 @@ def test_the_hash_follows_content_and_not_place(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "data").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_data_config_composes(path):
     data = composed(path.stem)
-    assert data.name == path.stem and data.kind in KINDS
+    assert data.name == path.stem and data.kind in data_rules.USED
 
 
 @pytest.mark.parametrize("name", REAL_FILES)
@@ -377,7 +382,7 @@ def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name)
     assert len(held_out) >= 30
     for prompt in held_out[:20]:
         text = f"<think>\nx\n</think>\n\nThe answer is \\boxed{{{prompt.answer}}}."
-        assert TABLE["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
+        assert BASE_REWARDS["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
 
 
 def test_gsm8k_solutions_become_traces(shared):
@@ -388,7 +393,7 @@ def test_gsm8k_solutions_become_traces(shared):
         response = parse(trace.response)
         assert response.well_formed and "<<" not in trace.response and "####" not in trace.response
         assert response.summary == f"The answer is {trace.prompt.answer}."
-        assert TABLE["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
+        assert BASE_REWARDS["accuracy"](trace.prompt, Completion([], [], "stop", trace.response)).value == 1.0
     assert demonstrations[0].source.startswith("gsm8k_train.jsonl:")
 
 

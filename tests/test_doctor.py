@@ -249,7 +249,7 @@ def test_think_tags_that_decoding_drops_cost_the_format_reward(context: Make) ->
 
 
 def test_a_reward_that_pays_for_anything(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rewards.TABLE, "format", lambda prompt, completion: Score(1.0))
+    monkeypatch.setitem(rewards.BASE_REWARDS, "format", lambda prompt, completion: Score(1.0))
     paid = found(context(*GRPO), "rewards")
     assert paid.status == FAIL and "useless ones up to 1.00" in paid.value
 

@@ -68,7 +68,7 @@ def test_helpful_reads_the_summary_alone_and_harmless_all(chat):
 
 
 def test_what_has_no_summary_or_no_end_earns_nothing(chat):
-    judge = models.Judge(random_model(), HELPFUL, chat)
+    judge = models.RewardScorer(random_model(), HELPFUL, chat)
     good = compose_response("Plan.", "A fox ran.")
     texts = [(good, "stop"), (good, "length"), ("A fox ran.", "stop"), ("<think>\nPlan.", "stop")]
     completions = [Completion([], [], reason, text) for text, reason in texts]
@@ -84,7 +84,7 @@ def test_a_response_that_is_likely_safe_earns_as_much_as_one_that_is_surely_safe
         with torch.no_grad():
             model.score.weight.zero_()
             model.score.bias.fill_(bias)
-        judge = models.Judge(model, HARMLESS, chat)
+        judge = models.RewardScorer(model, HARMLESS, chat)
         earned.append(judge([PROMPT], [Completion([], [], "stop", "A fox ran.")])[0].value)
     assert earned == [pytest.approx(2 / (1 + math.exp(3.0)), rel=1e-4), 1.0, 1.0]
 
@@ -95,7 +95,7 @@ def test_garbage_that_grows_when_encoded_again_is_not_judged(chat):
     text = chat.decode([chat.encode("\u00e9")[0]] * (longest // 2))
     assert len(chat.encode(text)) > longest, "a byte that is no character becomes three"
     texts = [text, "A fox ran."]
-    scores = models.Judge(model, HARMLESS, chat)(
+    scores = models.RewardScorer(model, HARMLESS, chat)(
         [PROMPT] * 2, [Completion([], [], "stop", text) for text in texts]
     )
     assert scores[0].value == 0.0 < scores[1].value

@@ -8,7 +8,16 @@ import pytest
 
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import TABLE, answers, check_gold, language_share, sandbox, score_all, symbolic, vote
+from r1pipe.rewards import (
+    BASE_REWARDS,
+    answers,
+    check_gold,
+    language_share,
+    sandbox,
+    score_all,
+    symbolic,
+    vote,
+)
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.isolation import same_value
 from r1pipe.rewards.program import check_program, extract_program
@@ -229,14 +238,14 @@ def test_results_are_compared_as_plain_values():
     ],
 )
 def test_format(text, value):
-    assert TABLE["format"](prompt(), Completion([1], [0.0], "stop", text)).value == value
+    assert BASE_REWARDS["format"](prompt(), Completion([1], [0.0], "stop", text)).value == value
 
 
 def test_format_of_a_general_prompt_needs_no_final_answer_and_a_cut_one_has_none():
-    assert TABLE["format"](prompt("", "writing"), respond("A poem.")).value == 1
-    assert TABLE["format"](prompt(), respond("The answer is 42.", reason="length")).value == 0
-    assert TABLE["format"](DOUBLE, respond("def f(x): return x + x")).value == 1
-    assert TABLE["format"](DOUBLE, respond("The answer is 4.")).value == 0
+    assert BASE_REWARDS["format"](prompt("", "writing"), respond("A poem.")).value == 1
+    assert BASE_REWARDS["format"](prompt(), respond("The answer is 42.", reason="length")).value == 0
+    assert BASE_REWARDS["format"](DOUBLE, respond("def f(x): return x + x")).value == 1
+    assert BASE_REWARDS["format"](DOUBLE, respond("The answer is 4.")).value == 0
 
 
 ENGLISH = "First we add three and four and then multiply it by six."  # 12 words
@@ -295,11 +304,11 @@ def test_a_hostile_choice_takes_no_time():
 
 def test_language_looks_at_the_reasoning_alone():
     zh = prompt(language="zh")
-    assert TABLE["language"](zh, respond("The answer is 42.", reasoning="先算六乘七")).value == 1
-    assert TABLE["language"](zh, respond("答案是42。", reasoning="multiply")).value == 0
+    assert BASE_REWARDS["language"](zh, respond("The answer is 42.", reasoning="先算六乘七")).value == 1
+    assert BASE_REWARDS["language"](zh, respond("答案是42。", reasoning="multiply")).value == 0
     # what is not well formed is all reasoning
-    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "<think>先算 six 六")).value == 0.75
-    assert TABLE["language"](zh, Completion([1], [0.0], "stop", "")).value == 0
+    assert BASE_REWARDS["language"](zh, Completion([1], [0.0], "stop", "<think>先算 six 六")).value == 0.75
+    assert BASE_REWARDS["language"](zh, Completion([1], [0.0], "stop", "")).value == 0
 
 
 def test_score_all_keeps_order_and_skips_accuracy_where_no_rule_applies():
@@ -345,7 +354,7 @@ def test_votes_join_equal_answers_only():
 def test_a_program_nested_too_deeply_to_be_written_out_votes_by_its_text(body):
     text = f"def f(x):\n    return {body}"
     response = respond(f"```python\n{text}\n```")
-    assert TABLE["format"](DOUBLE, response).status is Status.SCORED
+    assert BASE_REWARDS["format"](DOUBLE, response).status is Status.SCORED
     assert vote(DOUBLE, response.text) in (text, "")  # "" where it is too deep to be parsed
 
 
@@ -354,7 +363,7 @@ def test_a_program_nested_too_deeply_to_be_written_out_votes_by_its_text(body):
 )
 def test_a_text_that_python_cannot_parse_is_no_program(body):
     response = respond(f"```python\ndef f(x):\n    return {body}\n```")
-    assert vote(DOUBLE, response.text) == "" and TABLE["format"](DOUBLE, response).value == 0
+    assert vote(DOUBLE, response.text) == "" and BASE_REWARDS["format"](DOUBLE, response).value == 0
 
 
 def test_reasoning_gym_scores_with_its_own_checker():

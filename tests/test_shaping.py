@@ -9,7 +9,7 @@ from rl_runs import scored_groups
 from r1pipe.config.compose import compose
 from r1pipe.config.rl import RULE_REWARDS, WEIGHED_ELSEWHERE
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import SHAPING_REWARDS, TABLE, Shaping, add_shaping_rewards
+from r1pipe.rewards import BASE_REWARDS, SHAPING_REWARDS, ShapingInputs, add_shaping_rewards
 from r1pipe.rewards.repetition import repeated
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl import scoring
@@ -28,7 +28,7 @@ def shaped(name, tokens, reason="stop", verdict=RIGHT, prompt=PROMPT, **values):
     tokens = list(range(tokens)) if isinstance(tokens, int) else tokens
     row = {"accuracy": verdict} if verdict else {}
     completion = Completion(tokens, [0.0] * len(tokens), reason, "")
-    add_shaping_rewards([row], [prompt], [completion], [name], Shaping(config, 100))
+    add_shaping_rewards([row], [prompt], [completion], [name], ShapingInputs(config, 100))
     return row.get(name)
 
 
@@ -78,7 +78,7 @@ def test_repeated_tokens_are_counted_once(tokens, n, count):
 
 
 def test_they_are_optional_and_weighed_by_name():
-    assert not set(TABLE) & set(SHAPING_REWARDS)
+    assert not set(BASE_REWARDS) & set(SHAPING_REWARDS)
     assert not [name for name in SHAPING_REWARDS if REWARDS.weights.get(name)], (
         "off unless they are asked for"
     )
@@ -92,7 +92,8 @@ def test_they_are_optional_and_weighed_by_name():
 
 
 def test_the_config_knows_every_reward_by_name():
-    assert {*RULE_REWARDS} == {*TABLE, *SHAPING_REWARDS} and {*WEIGHED_ELSEWHERE} == {*KINDS, scoring.KL}
+    assert {*RULE_REWARDS} == {*BASE_REWARDS, *SHAPING_REWARDS}
+    assert {*WEIGHED_ELSEWHERE} == {*KINDS, scoring.KL}
 
 
 def test_more_failures_than_allowed_are_told_in_one_line():

@@ -43,7 +43,7 @@ def test_messages_of_any_size_are_answered_in_turn(start):
         ("print('{', flush=True)", "not JSON"),
         ("print('[' * 100000, flush=True)", "not JSON"),
         ("print('[1]', flush=True)", "not a JSON object"),
-        ("while True: print('x' * 1000, end='')", "beyond the limit"),
+        ("while True: print('x' * 1000, end='')", "the reply is too long"),
     ],
 )
 def test_what_is_no_reply_is_told_apart(start, code, problem):

@@ -195,8 +195,8 @@ def test_a_draw_of_more_problems_than_exist_ends_with_all_of_them_and_one_line(s
     assert [sorted(draw) for draw in draws] == [sorted(there_are)] * 3 and draws[1] != draws[2]
     assert said == [
         f"data=world has {len(there_are)} distinct {split} problems with data.tasks=[program] "
-        "data.levels=[1] data.languages=[en], fewer than the 500 asked for; all are used. For more, "
-        f"add tasks, levels or languages; or ask for {len(there_are)}"
+        "data.levels=[1] data.languages=[en], fewer than the 500 requested; all are used. For more, "
+        f"add tasks, levels or languages; or request {len(there_are)}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The one owner of the chat format: how a prompt is written, and how a response is taken apart.
+"""The chat format: how a prompt is rendered, and how a response is parsed.
 
 A conversation is BOS, USER, the question, ASSISTANT, the response, EOS; and a response reads
 `<think>\\nreasoning\\n</think>\\n\\nsummary` (R1 section 2.3.1: a summary closes every response).
@@ -40,7 +40,7 @@ _RESPONSE = re.compile(r"\A<think>(?P<reasoning>.*?)</think>(?P<summary>.*)\Z", 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A response taken apart; where it is not well formed, all of it counts as summary."""
+    """The parts of a response; one that is not well formed counts as summary throughout."""
 
     reasoning: str
     summary: str
@@ -50,7 +50,7 @@ class Parsed:
 def parse(text: str) -> Parsed:
     """Split a response at its think tags.
 
-    Well formed: it opens with <think>, closes it exactly once, and both parts hold something.
+    Well formed: it opens with <think>, closes it exactly once, and neither part is empty.
     """
     match = _RESPONSE.match(text)
     if not match:
@@ -61,7 +61,7 @@ def parse(text: str) -> Parsed:
 
 
 def compose_response(reasoning: str, summary: str) -> str:
-    """The response that `parse` takes apart again."""
+    """The inverse of `parse`."""
     return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{summary}"
 
 
@@ -78,7 +78,7 @@ class Chat:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Chat":
-        """Read tokenizer.json and tokenizer_config.json; CheckpointError names the file that is wrong."""
+        """Reads tokenizer.json and tokenizer_config.json. Raises CheckpointError naming the wrong file."""
         path = Path(folder) / "tokenizer.json"
         settings = Path(folder) / "tokenizer_config.json"
         for file in (path, settings):
@@ -99,16 +99,16 @@ class Chat:
             return cls(tokenizer, template)
         except jinja2.TemplateError as error:
             raise CheckpointError(
-                f"{settings}: the chat_template is none ({error}); export it again"
+                f"{settings}: the chat_template is not valid Jinja ({error}); export it again"
             ) from None
 
     def _id(self, token: str) -> int:
-        found = self.tokenizer.token_to_id(token)
-        if found is None:
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
             raise CheckpointError(
                 f"the tokenizer has no token {token}; this model needs r1pipe's chat format"
             )
-        return found
+        return token_id
 
     @property
     def vocab_size(self) -> int:
@@ -124,9 +124,10 @@ class Chat:
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """The whole conversation as text, by the chat template. Raises CheckpointError where that fails."""
-        given = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.template.render(**given, bos_token=BOS, eos_token=EOS)
+            return self.template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, bos_token=BOS, eos_token=EOS
+            )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"the chat template cannot be used ({error}); export it again") from None
 
@@ -135,7 +136,7 @@ class Chat:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
-        """Token ids up to and including the assistant token: what a sampler goes on from."""
+        """Token ids up to and including the assistant token: what a sampler continues."""
         return self.encode(self.render([{"role": "user", "content": self._escape(prompt.question)}], True))
 
     def example(self, prompt: Prompt, response: str) -> Example:

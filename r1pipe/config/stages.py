@@ -166,8 +166,8 @@ def retention_rules(stage: StageConfig) -> Rules:
     if stage.early_stopping_patience:
         yield (
             stage.keep_best is not None and not isinstance(stage, RewardModelConfig | EvaluateConfig),
-            f"stage.early_stopping_patience={stage.early_stopping_patience} needs stage.keep_best=METRIC, which "
-            "it watches, in a stage of SFT, pre-training or reinforcement learning",
+            f"stage.early_stopping_patience={stage.early_stopping_patience} needs stage.keep_best="
+            "METRIC, which it watches, in a stage of SFT, pre-training or reinforcement learning",
         )
     if stage.keep_best is None:
         return

@@ -1,7 +1,7 @@
-"""Endless batches of packed documents, made in blocks, by a thread that is one block ahead of training.
+"""Endless batches of packed documents, made in blocks by a thread one block ahead of training.
 
-Every batch comes with the position of the row after it. A checkpoint keeps that, so a resumed run draws the
-documents of one block again, however late it is in training.
+Every batch comes with the position of the row after it. A checkpoint stores it, so a resumed run
+rebuilds one block only, however late it is in training.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Position:
 
 @dataclass
 class PackedDocuments:
-    """Batches of `batch_size` rows of at most `length` tokens; the same for the same documents and orders."""
+    """Batches of `batch_size` rows of at most `length` tokens; always the same for the same input."""
 
     documents: Documents
     encode: Callable[[str], list[int]]
@@ -52,17 +52,17 @@ class PackedDocuments:
     ) -> Iterator[tuple[list[Packed], dict[str, Any]]]:
         """The batches after `step`, each with the position behind it; `saved` is the position behind `step`.
 
-        Without one, as in checkpoints of earlier versions, all rows before are made again and skipped.
+        Without it, as in checkpoints of earlier versions, all earlier rows are rebuilt and skipped.
         """
         skipped = 0 if saved else step * self.batch_size
         next_row = Position(**saved) if saved else Position(0, skipped, self.documents.state)
         batch: list[Packed] = []
         with ThreadPoolExecutor(1, "documents") as worker:
-            coming = worker.submit(self.block, next_row.block, next_row.documents)
+            upcoming = worker.submit(self.block, next_row.block, next_row.documents)
             while True:
-                rows, state = coming.result()
+                rows, state = upcoming.result()
                 heartbeat.tick()
-                coming = worker.submit(self.block, next_row.block + 1, state)
+                upcoming = worker.submit(self.block, next_row.block + 1, state)
                 while next_row.row < len(rows):
                     taken = rows[next_row.row :][: self.batch_size - len(batch)]
                     batch, next_row.row = batch + taken, next_row.row + len(taken)

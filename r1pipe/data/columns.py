@@ -1,7 +1,7 @@
-"""What stands in a row's columns, as text.
+"""Texts from a row's columns.
 
-A role names a column (`question`), several joined by a line break (`Body + Question`), or the first
-that holds something (`choice_answer | answer`).
+A role names a column (`question`), several joined by a line break (`Body + Question`), or the first that is
+not empty (`choice_answer | answer`).
 """
 
 import re
@@ -16,7 +16,7 @@ _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
 def text(row: Row, columns: str) -> str:
-    """The text that `columns` names in a row, or "". Raises DataError where a column is lacking."""
+    """The text that `columns` names in a row, or "". Raises DataError where a column is missing."""
     for alternative in columns.split("|"):
         parts = [_plain(_value(row, name.strip()), name.strip(), row) for name in alternative.split("+")]
         if any(parts):
@@ -25,29 +25,28 @@ def text(row: Row, columns: str) -> str:
 
 
 def dialogue(row: Row, column: str) -> str:
-    """A text, a turn ({from, value} or {role, content}) or several turns; one alone gives its text."""
+    """A text, a turn ({from, value} or {role, content}) or several turns; a single turn gives its text."""
     value = _value(row, column)
     if isinstance(value, str):
         return value.strip()
     turns = [_turn(turn, column, row) for turn in (value if isinstance(value, list) else [value])]
     if len(turns) == 1:
         return turns[0][1]
-    return "\n\n".join(f"{_SPEAKERS[who]}: {what}" if who in _SPEAKERS else what for who, what in turns)
+    return "\n\n".join(f"{_SPEAKERS[who]}: {said}" if who in _SPEAKERS else said for who, said in turns)
 
 
 def flag(row: Row, column: str) -> bool:
-    """Whether a column says true, 1 or safe, or false, 0 or unsafe. Raises DataError where it says else."""
-    value = _value(row, column)
-    said = str(value).strip().lower()
-    if said not in _FLAGS:
+    """True for true, 1 or safe; False for false, 0 or unsafe. Raises DataError on anything else."""
+    value = str(_value(row, column)).strip().lower()
+    if value not in _FLAGS:
         raise DataError(
-            f"{row.where}: column {column} holds {said[:40]!r}; it must be one of {', '.join(_FLAGS)}"
+            f"{row.where}: column {column} holds {value[:40]!r}; it must be one of {', '.join(_FLAGS)}"
         )
-    return _FLAGS[said]
+    return _FLAGS[value]
 
 
 def substitute(value: str, texts: dict[str, str], row: Row) -> str:
-    """Put `texts` in place of {{key}}. Raises DataError on a key that has none."""
+    """`value` with each {{key}} replaced by its text. Raises DataError on an unknown key."""
 
     def put(match: re.Match[str]) -> str:
         if match[1] not in texts:

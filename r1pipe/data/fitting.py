@@ -1,4 +1,4 @@
-"""What a model's context has room for: the one place where prompts and examples are told to be too long."""
+"""Which prompts and examples fit a model's context, and drawing enough of them."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -9,37 +9,35 @@ from r1pipe.runs import heartbeat
 
 T = TypeVar("T")
 
-GROWTH = 4  # how many times as much is drawn when too little of it fitted
-MOST = 64  # items drawn for each one wanted, after which an endless source is given up
+GROWTH = 4  # how many times as much is drawn when too few fit
+MOST = 64  # items drawn per item wanted, after which an endless source is given up
 
 
 def prompt_fits(chat: Chat, context: int, max_tokens: int) -> Callable[[Prompt], bool]:
-    """Whether a prompt can be answered with `max_tokens` in a context of so many tokens."""
+    """Whether a prompt with a response of `max_tokens` fits a context of `context` tokens."""
     return lambda prompt: len(chat.prompt_tokens(prompt)) <= context - max_tokens
 
 
 def draw_prompts_that_fit(
     draw: Callable[[int], Sequence[T]], n: int, fits: Callable[[T], bool]
 ) -> tuple[list[T], int]:
-    """Up to n items that fit, of those that `draw(m)` gives, and how many were passed over on the way.
+    """Up to n items of `draw(m)` that fit, and how many too long ones were skipped on the way.
 
     Draws more while too few fit: where fewer than n come back, the source has no more.
     """
-    asked = n
+    size = n
     while True:
-        found = draw(asked)
-        fitting, too_long = _first_fitting(found, n, fits)
-        if len(fitting) == n or len(found) < asked or asked >= MOST * n:
+        items = draw(size)
+        fitting: list[T] = []
+        too_long = 0
+        for item in items:
+            if len(fitting) == n:
+                break
+            heartbeat.tick()
+            if fits(item):
+                fitting.append(item)
+            else:
+                too_long += 1
+        if len(fitting) == n or len(items) < size or size >= MOST * n:
             return fitting, too_long
-        asked *= GROWTH
-
-
-def _first_fitting(found: Sequence[T], n: int, fits: Callable[[T], bool]) -> tuple[list[T], int]:
-    fitting: list[T] = []
-    for looked_at, item in enumerate(found):
-        if len(fitting) == n:
-            return fitting, looked_at - n
-        heartbeat.tick()
-        if fits(item):
-            fitting.append(item)
-    return fitting, len(found) - len(fitting)
+        size *= GROWTH

@@ -1,4 +1,4 @@
-"""Packing: several documents in one row, told apart by segment numbers so that nothing leaks between them.
+"""Packing: several documents in one row, separated by segment numbers so that nothing leaks between them.
 
 The model's `segments` argument keeps attention inside a document and restarts positions in each.
 Axes: B rows, T tokens of a row.
@@ -18,7 +18,7 @@ from r1pipe.core.types import Example
 
 @dataclass
 class Packed:
-    """One row: documents behind one another, numbered from 1. Lists of equal length, not padded."""
+    """One row: consecutive documents, numbered from 1. Lists of equal length, not padded."""
 
     tokens: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
@@ -85,7 +85,7 @@ def split_long(tokens: list[int], length: int) -> Iterator[Example]:
 
 
 def epoch_batches(rows: list[Packed], batch_size: int, order: np.random.Generator) -> Iterator[list[Packed]]:
-    """One pass over the rows in a drawn order; the last batch may be smaller."""
+    """One pass over the rows in a random order; the last batch may be smaller."""
     shuffled = [rows[i] for i in order.permutation(len(rows))]
     for start in range(0, len(shuffled), batch_size):
         yield shuffled[start : start + batch_size]
@@ -93,8 +93,8 @@ def epoch_batches(rows: list[Packed], batch_size: int, order: np.random.Generato
 
 def share(batch: list[Packed], rank: int, world_size: int) -> list[Packed]:
     """A rank's rows of a batch: the same number on each, with empty rows where the batch does not divide."""
-    mine = batch[rank::world_size]
-    return mine + [Packed() for _ in range(-(-len(batch) // world_size) - len(mine))]
+    rows = batch[rank::world_size]
+    return rows + [Packed() for _ in range(-(-len(batch) // world_size) - len(rows))]
 
 
 def chunks(rows: list[Packed], parts: int) -> Iterator[list[Packed]]:

@@ -1,7 +1,7 @@
-"""Rows of a data file: json, jsonl and csv by row, parquet through `datasets`; what is wrong is told by line.
+"""Rows of a data file: json, jsonl, csv or parquet, plain or gzipped.
 
-`datasets` gives each column of a JSON or CSV file one type and refuses the whole file for one odd row; here a
-bad row is one bad row, with its line and the reason, and whoever reads decides what becomes of it.
+A bad row costs one row, not the file: it is returned with its line and the reason, and the caller decides
+what to do with it.
 """
 
 import csv
@@ -9,8 +9,6 @@ import difflib
 import gzip
 import io
 import json
-import logging
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,29 +16,32 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow
+import pyarrow.parquet
 
 from r1pipe.core.errors import DataError
 from r1pipe.runs import heartbeat
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-LONGEST = 1_000_000  # bytes of a row, where the config does not say
-SHOWN = 500  # characters that are kept of a bad row
-# What the readers raise on a file that is not what its name says.
+FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
+SHOWN = 500  # characters of a bad row that are kept
+BATCH = 1000  # rows of a parquet file in memory at once
+# What the readers raise on a file of another format than its name says.
 _UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
+_NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row with its place, so that whatever is wrong with it can be told by file and line."""
+    """One row with its position, so that error messages can name it."""
 
     values: dict[str, Any]
     path: Path
-    number: int  # from 1: the line that it begins in, or in formats whose rows are not lines, the row
+    number: int  # from 1: the line where it begins, or the row where rows are not lines
     unit: str = "line"
 
     @property
     def where(self) -> str:
-        """`file.jsonl line 12`; `row 12` in formats whose rows are not lines."""
+        """`file.jsonl line 12`; `file.parquet row 12` where rows are not lines."""
         return f"{self.path} {self.unit} {self.number}"
 
 
@@ -55,46 +56,38 @@ class BadRow:
 
 
 @dataclass
-class TolerantRead:
-    """What a file holds."""
+class FileRows:
+    """The rows of a file, good and bad."""
 
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
 
-class _Bad(Exception):
-    """Why a row is none."""
+# Number, the row as text, and its values; or, in place of the values, why it cannot be used.
+RawRows = Iterator[tuple[int, str, dict[str, Any] | str]]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a file. Raises DataError naming file, line and remedy of the first that cannot be read."""
-    sifted = read_tolerant(path)
-    if sifted.bad:
-        raise DataError(sifted.bad[0].reason)
-    return sifted.rows
+def read_file(path: Path, longest: int = LONGEST) -> FileRows:
+    """All rows of a file; rows that cannot be parsed or are longer than `longest` bytes are in `bad`.
 
-
-def read_tolerant(path: Path, longest: int = LONGEST) -> TolerantRead:
-    """All rows of a file, those apart that cannot be read or are longer than `longest` bytes.
-
-    Raises DataError where the file as a whole cannot be read or holds nothing.
+    Raises DataError where the file as a whole cannot be read or holds no rows.
     """
+    suffix = _suffix(path)
     if not path.is_file():
         raise DataError(_missing(path))
-    kind = FORMATS.get(_suffix(path))
-    if kind is None:
+    if suffix not in FORMATS:
         raise DataError(f"{path} is of an unknown format; give one of {', '.join(FORMATS)}, plain or .gz")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; download it again")
     try:
-        if kind == "csv":
-            found = _sift(path, _csv_rows(path, longest))
-        elif kind == "parquet":
-            found = _sift(path, _table_rows(path, longest))
-        elif _is_lines(path):
-            found = _sift(path, _json_lines(path, longest))
+        if suffix == ".csv":
+            found = _collect(path, "line", _csv_rows(path, longest))
+        elif suffix == ".parquet":
+            found = _collect(path, "row", _parquet_rows(path, longest))
+        elif suffix == ".jsonl" or _has_json_lines(path):
+            found = _collect(path, "line", _json_lines(path, longest))
         else:
-            found = _sift(path, _json_array(path, longest), unit="row")
+            found = _collect(path, "row", _json_array(path, longest))
     except DataError:
         raise
     except _UNREADABLE as error:
@@ -105,76 +98,70 @@ def read_tolerant(path: Path, longest: int = LONGEST) -> TolerantRead:
     return found
 
 
-Found = Iterator[tuple[int, bytes | str, dict[str, Any] | _Bad]]  # number, the row as text, its values
-
-
-def _sift(path: Path, found: Found, unit: str = "line") -> TolerantRead:
-    """Every row has every column of the file: null where it lacks one, as in a table."""
-    sifted, columns = TolerantRead(), dict[str, None]()
-    unit = "row" if FORMATS[_suffix(path)] == "parquet" else unit
-    for number, text, values in found:
+def _collect(path: Path, unit: str, raw_rows: RawRows) -> FileRows:
+    """Good and bad rows; every good row has every column of the file, with None where it lacks one."""
+    found, columns = FileRows(), dict[str, None]()
+    for number, text, values in raw_rows:
         heartbeat.tick()
-        if isinstance(values, _Bad):
-            shown = text.decode(errors="replace") if isinstance(text, bytes) else text
-            sifted.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", shown[:SHOWN]))
+        if isinstance(values, str):
+            found.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", text[:SHOWN]))
         else:
             columns |= dict.fromkeys(values)
-            sifted.rows.append(Row(values, path, number, unit))
-    nothing = dict.fromkeys(columns)
-    sifted.rows = [Row({**nothing, **row.values}, path, row.number, unit) for row in sifted.rows]
-    return sifted
+            found.rows.append(Row(values, path, number, unit))
+    found.rows = [Row({**columns, **row.values}, path, row.number, unit) for row in found.rows]
+    return found
 
 
-def _json_lines(path: Path, longest: int) -> Found:
+def _json_lines(path: Path, longest: int) -> RawRows:
     with _open(path) as file:
         number = 0
         while line := file.readline(longest + 1):
             number += 1
             if len(line) > longest and not line.endswith(b"\n"):
-                while (more := file.readline(1 << 20)) and not more.endswith(b"\n"):
+                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
                     pass
-                yield number, line[:SHOWN], _too_long(longest)
+                yield number, line[:SHOWN].decode(errors="replace"), _too_long(longest)
             elif line.strip():
-                yield number, line, _parsed(line)
+                yield number, line[: 4 * SHOWN].decode(errors="replace"), _parse_json(line)
 
 
-def _too_long(longest: int) -> _Bad:
-    return _Bad(f"is longer than data.longest_row={longest} bytes; shorten it, or raise that")
+def _too_long(longest: int) -> str:
+    return f"is longer than data.longest_row={longest} bytes; shorten it, or raise the limit"
 
 
-def _parsed(line: bytes) -> dict[str, Any] | _Bad:
+def _parse_json(line: bytes) -> dict[str, Any] | str:
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=_no_number)
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        return _Bad("is not UTF-8; save the file as UTF-8")
+        return _NOT_UTF8
     except json.JSONDecodeError as error:
-        return _Bad(f"is not JSON ({error.msg}, column {error.colno}); correct it")
+        return f"is not JSON ({error.msg}, column {error.colno}); correct it"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, NaN; [[[[...
-        return _Bad(f"is not JSON ({str(error) or type(error).__name__}); correct it")
-    return _whole(value)
+        return f"is not JSON ({str(error) or type(error).__name__}); correct it"
+    return _check_object(value)
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def _whole(value: Any) -> dict[str, Any] | _Bad:
+def _check_object(value: Any) -> dict[str, Any] | str:
     if not isinstance(value, dict):
-        return _Bad('is no JSON object; each row must be like {"question": "..."}')
+        return 'is not a JSON object; each row must be like {"question": "..."}'
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        return _Bad("holds half a character (a lone surrogate); correct it")
+        return "holds half a character (a lone surrogate); correct it"
     return value
 
 
-def _json_array(path: Path, longest: int) -> Found:
+def _json_array(path: Path, longest: int) -> RawRows:
     with _open(path) as file:
         content = file.read()
     try:
-        rows = json.loads(content.decode("utf-8-sig"), parse_constant=_no_number)
+        rows = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8; save the file as UTF-8") from None
+        raise DataError(f"{path} {_NOT_UTF8}") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} line {error.lineno} is not JSON ({error.msg}, column {error.colno}); correct the file"
@@ -183,60 +170,53 @@ def _json_array(path: Path, longest: int) -> Found:
         raise DataError(f"{path} is nested too deeply; correct the file") from None
     for number, value in enumerate(rows, 1):
         text = json.dumps(value)[: longest + 1]
-        yield number, text, _too_long(longest) if len(text) > longest else _whole(value)
+        yield number, text, _too_long(longest) if len(text) > longest else _check_object(value)
 
 
-def _csv_rows(path: Path, longest: int) -> Found:
+def _csv_rows(path: Path, longest: int) -> RawRows:
     """Every column as text: a guessed type would turn 007 into 7, and an empty field into NaN."""
     csv.field_size_limit(max(longest, 1 << 17))
     with _open(path) as file:
-        reader = csv.reader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        )
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(lines)
         header = next(reader, [])
-        if any(_is_escaped(name) for name in header):
-            raise DataError(f"{path} line 1 is not UTF-8; save the file as UTF-8")
+        if _has_surrogates("".join(header)):
+            raise DataError(f"{path} line 1 {_NOT_UTF8}")
         while True:
-            begins = reader.line_num + 1
+            number = reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield begins, "", _Bad(f"cannot be read ({error}); correct it")
+                yield number, "", f"cannot be read ({error}); correct it"
                 continue
-            if fields:
-                yield begins, ",".join(fields), _record(header, fields, longest)
+            text = ",".join(fields)
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                counts = f"{len(fields)} fields, the header has {len(header)}"
+                yield number, text, f"cannot be read ({counts}); correct it"
+            elif _has_surrogates(text):
+                yield number, text, _NOT_UTF8
+            elif sum(map(len, fields)) > longest:
+                yield number, text, _too_long(longest)
+            else:
+                yield number, text, dict(zip(header, fields, strict=True))
 
 
-def _record(header: list[str], fields: list[str], longest: int) -> dict[str, Any] | _Bad:
-    if len(fields) != len(header):
-        return _Bad(f"cannot be read ({len(fields)} fields, the header has {len(header)}); correct it")
-    if any(map(_is_escaped, fields)):
-        return _Bad("is not UTF-8; save the file as UTF-8")
-    if sum(map(len, fields)) > longest:
-        return _too_long(longest)
-    return dict(zip(header, fields, strict=True))
-
-
-def _is_escaped(text: str) -> bool:
+def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _table_rows(path: Path, longest: int) -> Found:
-    """Streamed, so that `datasets` keeps no cache: nothing lands in the user's home, and a file that changed
-    is never answered from an old copy."""
-    import datasets  # takes a second; only parquet needs it
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would print on a bad file is told better here
-    with tempfile.TemporaryDirectory() as locks:  # it still wants a place for its lock files
-        stream = datasets.load_dataset(
-            "parquet", data_files=str(path), split="train", streaming=True, cache_dir=locks
-        )
-        for number, values in enumerate(stream, 1):
-            size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
-            yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
+def _parquet_rows(path: Path, longest: int) -> RawRows:
+    number = 0
+    with _open(path) as file:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH):
+            for values in batch.to_pylist():
+                number += 1
+                size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
+                yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
 
 
 def _missing(path: Path) -> str:
@@ -257,9 +237,7 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
-def _is_lines(path: Path) -> bool:
-    """Whether each row is one line: .jsonl, and .json files that are jsonl in truth."""
-    if _suffix(path) == ".jsonl":
-        return True
+def _has_json_lines(path: Path) -> bool:
+    """Whether a .json file is really jsonl."""
     with _open(path) as file:
         return not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

@@ -9,24 +9,20 @@ import hashlib
 import importlib.metadata
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import NoReturn
 
 from r1pipe.config import DataConfig
-from r1pipe.core.errors import ConfigError, DataError
-from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import Prompt
+from r1pipe.data.source import Source
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.rewards import gym
 
-TRIES = 400  # problems made per problem asked for, before the tasks count as exhausted
+TRIES = 400  # problems generated per problem requested, before the tasks count as exhausted
 
 
-class ReasoningGym:
+class ReasoningGym(Source):
     """The source of `data.kind=reasoning_gym`: problems only, no solutions, no general data."""
-
-    judge = None
-    strategy_of = None
 
     def __init__(self, config: DataConfig):
         if not config.tasks:
@@ -53,29 +49,6 @@ class ReasoningGym:
             if split_of(prompt.question) == split:
                 found.setdefault(prompt.id, prompt)
         return list(found.values())
-
-    def rows(self, split: str) -> None:
-        return None
-
-    def demonstrations(
-        self, n: int, seed: int, styles: dict[str, float], correct_only: bool
-    ) -> list[Demonstration]:
-        raise DataError("data=reasoning_gym has no worked solutions; try data=world or data=gsm8k")
-
-    def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
-        return []
-
-    def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
-        return []
-
-    def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
-        return []
-
-    def safety_labels(self, split: str, n: int, seed: int) -> list[SafetyLabel]:
-        return []
-
-    def documents(self, seed: int) -> NoReturn:
-        raise ConfigError("data=reasoning_gym has no documents to pre-train on; use data=world")
 
 
 def _prompt(task: str, index: int) -> Prompt:

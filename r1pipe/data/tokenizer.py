@@ -21,8 +21,8 @@ CJK = "[\u3400-\u9fff\u3000-\u303f\uff00-\uff65]"
 def train_tokenizer(texts: Iterable[str], characters: str, vocab_size: int) -> Tokenizer:
     """A byte-level BPE: any text can be encoded.
 
-    `characters` (those of the bundled Chinese texts) are made tokens of their own: a weak model that must
-    spell a character in bytes emits invalid UTF-8. They are split off before BPE, so none joins another.
+    Each of `characters` (those of the bundled Chinese texts) becomes one token: a weak model that must spell
+    a character in bytes emits invalid UTF-8. They are split off before BPE, so none joins another.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

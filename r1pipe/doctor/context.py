@@ -14,7 +14,8 @@ from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
 from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.types import Completion, Demonstration, Group, Prompt
-from r1pipe.data.source import Source, open_data
+from r1pipe.data.opening import open_data
+from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
@@ -117,7 +118,7 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed, say=self.data_notes.append)
+        return open_data(self.config.data, self.config.seed, report=self.data_notes.append)
 
     @property
     def preference(self) -> Any:

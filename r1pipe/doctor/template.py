@@ -9,7 +9,7 @@ from r1pipe.data.files import SUMMARY
 from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.packing import collate, pack
 from r1pipe.doctor.context import Context, Outcome, completions_of
-from r1pipe.rewards import TABLE, score_all
+from r1pipe.rewards import BASE_REWARDS, score_all
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
@@ -52,7 +52,7 @@ def _tested_weights(context: Context) -> dict[str, float]:
     """
     stage = context.config.stage
     weights = reward_weights(stage) if isinstance(stage, RLConfig) else dict.fromkeys(MEASURED, 1.0)
-    return {name: weight for name, weight in weights.items() if name in TABLE and weight}
+    return {name: weight for name, weight in weights.items() if name in BASE_REWARDS and weight}
 
 
 def _from_gold(prompts: Sequence[Prompt]) -> list[Demonstration]:

@@ -1,6 +1,6 @@
-"""Rule rewards: one file per reward, one table, and `score_all`, which scores a batch.
+"""Rule rewards: one file per reward, and `score_all`, which scores a batch.
 
-Status is tri-state (records.Status): a verifier or sandbox that fails is never a wrong answer.
+A verifier or sandbox that fails is never a wrong answer (core.types.Status).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from r1pipe.rewards.repetition import repetition
 from r1pipe.rewards.verdicts import Verdicts
 
 __all__ = [
+    "BASE_REWARDS",
     "SHAPING_REWARDS",
-    "TABLE",
-    "Shaping",
+    "ShapingInputs",
     "Verdicts",
     "add_shaping_rewards",
     "check_gold",
@@ -34,15 +34,15 @@ __all__ = [
     "vote",
 ]
 
-TABLE: dict[str, Callable[[Prompt, Completion], Score]] = {
+BASE_REWARDS: dict[str, Callable[[Prompt, Completion], Score]] = {
     "accuracy": accuracy_reward,
     "format": format_reward,
     "language": language_reward,
 }
 
 
-# Optional rewards, from stage.rewards, stage.sampling.max_tokens, the completion and its accuracy (None where
-# no rule applies); None where the reward needs that.
+# Optional rewards. Arguments: stage.rewards, stage.sampling.max_tokens, the completion and its accuracy (None
+# where no rule applies). Result: None where the reward needs accuracy and has none.
 SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | None], Score | None]] = {
     "cosine": cosine,
     "overlong": overlong,
@@ -51,8 +51,8 @@ SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | Non
 
 
 @dataclass(frozen=True)
-class Shaping:
-    """What the rewards of SHAPING_REWARDS are made from."""
+class ShapingInputs:
+    """The config that SHAPING_REWARDS need."""
 
     config: RewardsConfig
     max_tokens: int  # the longest completion that the sampler draws
@@ -64,23 +64,23 @@ def score_all(
     names: Sequence[str],
     verdicts: Verdicts | None = None,
 ) -> list[dict[str, Score]]:
-    """Score completion i against prompt i under every named reward of TABLE.
+    """Score completion i against prompt i under every named reward of BASE_REWARDS.
 
-    `accuracy` is absent from the result of a general prompt, where no rule applies. `verdicts` are those
-    under way already. Raises ConfigError on an unknown name.
+    `accuracy` is absent for a general prompt, where no rule applies. `verdicts` may hold checks already
+    running. Raises ConfigError on an unknown name.
     """
     if verdicts is None:
         with Verdicts() as fresh:
             return score_all(prompts, completions, names, fresh)
     for name in names:
-        if name not in TABLE:
-            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*TABLE, *SHAPING_REWARDS])}")
+        if name not in BASE_REWARDS:
+            raise ConfigError(f"reward {name} is unknown; {nearest(name, [*BASE_REWARDS, *SHAPING_REWARDS])}")
     scores: list[dict[str, Score]] = [{} for _ in completions]
     for name in names:
         if name == "accuracy":
             values = verdicts.results(prompts, completions)
         else:
-            values = [TABLE[name](p, c) for p, c in zip(prompts, completions, strict=True)]
+            values = [BASE_REWARDS[name](p, c) for p, c in zip(prompts, completions, strict=True)]
         for row, score in zip(scores, values, strict=True):
             if score is not None:
                 row[name] = score
@@ -92,7 +92,7 @@ def add_shaping_rewards(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     names: Sequence[str],
-    shaping: Shaping,
+    shaping: ShapingInputs,
 ) -> None:
     """Add the named rewards of SHAPING_REWARDS to scores that hold `accuracy`, where a rule applies.
 

@@ -22,7 +22,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
 }
-_MATHEMATICS = re.compile(r"[\\^*/+=√π{]|sqrt|\bpi\b")  # an answer without any of these is no expression
+_MATHEMATICS = re.compile(r"[\\^*/+=√π{]|sqrt|\bpi\b")  # an answer without any of these is not an expression
 _MAX_EXPRESSION = 200  # characters
 
 
@@ -40,7 +40,7 @@ def check_answer(prompt: Prompt, summary: str) -> Score:
     if letters := answers.choices(gold):
         return Score(float(answers.choices(answer) == letters))
     if gold_number and not _MATHEMATICS.search(answer):
-        return Score(0.0, detail=f"{answer!r} is no number")
+        return Score(0.0, detail=f"{answer!r} is not a number")
     return symbolic.compare(gold, answer)
 
 
@@ -51,7 +51,7 @@ def check_countdown(prompt: Prompt, summary: str) -> Score:
         return Score(0.0, detail="the summary states no expression")
     tree = _parse_expression(expression)
     if tree is None:
-        return Score(0.0, detail=f"{expression!r} is no expression of integers with + - * ( )")
+        return Score(0.0, detail=f"{expression!r} is not an expression of integers with + - * ( )")
     value, used = _evaluate(tree.body)
     if Counter(used) != Counter(prompt.checker["numbers"]):
         return Score(0.0, detail=f"uses {sorted(used)}, not {sorted(prompt.checker['numbers'])}")
@@ -120,7 +120,7 @@ def _answer_key(summary: str) -> str:
 
 @dataclass(frozen=True)
 class Checker:
-    """What a task needs: the verdict, the test of its gold, and when two summaries count as one vote."""
+    """A task's check of an answer, its check of the gold answer, and the key by which summaries vote."""
 
     check: Callable[[Prompt, str], Score]
     check_gold: Callable[[Prompt], None]
@@ -133,22 +133,22 @@ CHECKERS: dict[str, Checker] = {
     "countdown": Checker(check_countdown, _check_countdown_gold, _expression_key),
     "program": Checker(program.check_program, program.check_program_gold, program.program_key),
     "reasoning_gym": Checker(check_gym, lambda prompt: None, _answer_key),
-}  # a task that is not named here states its answer as text: gsm8k, svamp, math500 ...
+}  # every other task states its answer as text: gsm8k, svamp, math500 ...
 
 
 def checker_of(prompt: Prompt) -> Checker:
-    marks = {"reasoning_gym": "reasoning_gym", "entry_point": "program"}
-    task = next((task for mark, task in marks.items() if mark in prompt.checker), prompt.task)
-    return CHECKERS.get(task, ANSWER)
+    if "reasoning_gym" in prompt.checker:
+        return CHECKERS["reasoning_gym"]
+    return CHECKERS["program"] if "entry_point" in prompt.checker else CHECKERS.get(prompt.task, ANSWER)
 
 
 def is_verifiable(prompt: Prompt) -> bool:
-    """Whether a rule can judge the prompt at all."""
+    """Whether a rule can score answers to the prompt."""
     return prompt.task not in GENERAL_TASKS
 
 
 def check_gold(prompt: Prompt) -> None:
-    """Raises DataError, naming the prompt, where no answer could ever match its gold; for loaders."""
+    """Raises DataError, naming the prompt, where no answer could ever match its gold answer."""
     if is_verifiable(prompt):
         checker_of(prompt).check_gold(prompt)
 
@@ -159,13 +159,13 @@ def states_answer(prompt: Prompt, summary: str) -> bool:
 
 
 def vote(prompt: Prompt, text: str) -> str:
-    """What a completion votes for in cons@k: its normalised answer, or "" for none."""
+    """A completion's vote in cons@k: its normalised answer, or "" for none."""
     return checker_of(prompt).vote(summary_of(text))
 
 
 def summary_of(text: str) -> str:
-    """What may state the answer: the text after the reasoning; all of a text that has no think tags."""
-    return parse(text).summary.split(THINK)[0]  # thinking that never ends is no summary
+    """The text after the reasoning, which may state the answer; all of a text without think tags."""
+    return parse(text).summary.split(THINK)[0]  # reasoning that never ends has no summary
 
 
 def accuracy(prompt: Prompt, completion: Completion) -> Score:
@@ -178,6 +178,6 @@ def accuracy(prompt: Prompt, completion: Completion) -> Score:
 
 
 def is_correct(prompt: Prompt, text: str) -> bool:
-    """Whether a response, as text, states the right final answer; False too where no verdict was reached."""
+    """Whether a response states the right final answer; False where no verdict was reached."""
     score = checker_of(prompt).check(prompt, summary_of(text))
     return score.status is Status.SCORED and score.value == 1.0

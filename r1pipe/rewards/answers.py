@@ -43,7 +43,7 @@ _ANOTHER = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A plain number as it was written: its value, whether it bore a percent sign, its unit."""
+    """A plain number as it was written: its value, whether it had a percent sign, its unit."""
 
     value: Fraction
     percent: bool = False
@@ -51,14 +51,14 @@ class Number:
     rounded: bool = False  # written with decimals
 
 
-# LaTeX commands that a file wrote with one backslash, so that JSON took it for an escape: in x \neq 0, say.
+# A file may write a LaTeX command with one backslash, which JSON takes for an escape: x \neq 0.
 _ESCAPED = {"\n": "n", "\t": "t", "\f": "f", "\r": "r", "\b": "b"}
 _DAMAGED = re.compile("[\n\t\f\r\b](?=[a-z]{2})")
 
 
 def restore_backslashes(gold: str) -> str:
-    """A gold answer with its LaTeX commands whole: a line break before letters was a backslash."""
-    return _DAMAGED.sub(lambda found: "\\" + _ESCAPED[found[0]], gold.strip())
+    """A gold answer with its LaTeX commands repaired: a line break before letters was a backslash."""
+    return _DAMAGED.sub(lambda match: "\\" + _ESCAPED[match[0]], gold.strip())
 
 
 def final_answer(summary: str) -> str | None:
@@ -86,7 +86,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def clean(text: str) -> str:
-    """An answer without what only dresses it: full-width forms, bold, dollar signs around it, a full stop."""
+    """An answer without decoration: full-width forms, bold, dollar signs around it, a full stop."""
     text = text.translate(_FULL_WIDTH).lstrip("*` \n\t").rstrip("*`。.,; \n\t")
     for opening, closing in (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening):

@@ -1,7 +1,7 @@
 """Cosine length reward: a right answer earns more the shorter it is, a wrong one loses less the longer it is.
 
-"Demystifying Long Chain-of-Thought Reasoning in LLMs" (Yeo et al., arXiv 2502.03373, section 4.2). It judges
-the answer itself, so it takes the place of `accuracy` (weight 0) rather than standing beside it.
+"Demystifying Long Chain-of-Thought Reasoning in LLMs" (Yeo et al., arXiv 2502.03373, section 4.2). It scores
+the answer itself, so it replaces `accuracy` (weight 0).
 Sample, of 100 tokens at most and conf's values: right after 0 tokens 2, after 50 1.5, wrong after 50 -5.
 """
 
@@ -26,5 +26,7 @@ def cosine(
     right = accuracy.value == 1.0
     shortest = values.right_shortest if right else values.wrong_shortest
     longest = values.right_longest if right else values.wrong_longest
-    along = (1 + math.cos(math.pi * len(completion.tokens) / max_tokens)) / 2  # 1 at no token, 0 at most
-    return Score(longest + (shortest - longest) * along)
+    closeness = (
+        1 + math.cos(math.pi * len(completion.tokens) / max_tokens)
+    ) / 2  # 1 at no token, 0 at max_tokens
+    return Score(longest + (shortest - longest) * closeness)

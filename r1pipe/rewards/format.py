@@ -11,8 +11,8 @@ from r1pipe.rewards.accuracy import is_verifiable, states_answer
 def format_reward(prompt: Prompt, completion: Completion) -> Score:
     """1 for exactly one <think>...</think> at the start, then a summary; 0 otherwise, with the reason.
 
-    Both parts must hold something, nothing may stand before <think>, the summary carries no tags or special
-    tokens, and for a reasoning task it states a final answer. A completion that was cut off scores 0.
+    Neither part may be empty, nothing may precede <think>, the summary has no tags or special tokens, and for
+    a reasoning task it states a final answer. A truncated completion scores 0.
     """
     fault = _fault(prompt, completion)
     return Score(0.0, detail=fault) if fault else Score(1.0)

@@ -1,8 +1,8 @@
 """reasoning-gym's tasks by name, and its own scorers of answers to them.
 
 Several scorers hand an answer to `eval` or sympy: countdown's evaluates "(4 + 3) * 2", and would evaluate
-"__import__('os').system('...')" too. The scorers of one version have been followed through the package's code
-(tests/test_gym_answers.py does it again): those that evaluate answers are refused here, unless right answers
+"__import__('os').system('...')" too. The scorers of one version have been traced through the package's code
+(tests/test_gym_answers.py repeats it): those that evaluate answers are refused here, unless right answers
 have a grammar in which nothing can be named or called. Scorers of other versions are not used at all.
 """
 
@@ -71,7 +71,7 @@ def dataset(task: str, chunk: int = 0) -> Any:
 
 
 def score(task: str, entry: dict[str, Any], answer: str) -> float:
-    """What the task itself gives an answer, 0 to 1; 0 where its scorer must not see it.
+    """The task's own score of an answer, 0 to 1; 0 where its scorer must not see it.
 
     A scorer may hang or eat memory, so only the verifier's worker calls this. Raises as `dataset` does.
     """

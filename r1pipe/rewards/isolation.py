@@ -1,10 +1,10 @@
-"""What every isolation of generated programs has in common: limits, the three ways to fail, and a session.
+"""What all isolations of generated programs share: limits, the three ways to fail, and a session.
 
 A session is a fresh interpreter that a program cannot leave: `monty.py` and `jail.py` make them, and
 `sandbox.py` chooses.
 
-Time is the processor time of the interpreter's own process, so that no verdict depends on what else the
-machine does. A program that sleeps is ended as well (worker_process.py).
+Time is the processor time of the interpreter's own process, so no verdict depends on the machine's load.
+A program that sleeps is ended as well (worker_process.py).
 """
 
 import math
@@ -23,9 +23,9 @@ _PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
 class ProgramFault(Exception):
-    """The program's own doing: an exception, a limit, an interpreter that it brought down.
+    """The program failed: an exception, a limit, an interpreter that it crashed.
 
-    `final`: no other interpreter would judge it differently (a limit, something that no program may do).
+    `final`: no other interpreter would decide differently (a limit, a forbidden operation).
     """
 
     def __init__(self, detail: str, final: bool = False):
@@ -34,7 +34,7 @@ class ProgramFault(Exception):
 
 
 class Unsupported(Exception):
-    """This interpreter lacks something of Python that the program may rightly use."""
+    """This interpreter lacks a part of Python that the program may use."""
 
 
 class SandboxBroken(Exception):
@@ -57,8 +57,8 @@ class Isolation(Protocol):
 
 
 def plain(value: Any) -> Any:
-    """The value, of built-in types alone. Raises ProgramFault: an object of the program's own has no say
-    (one that equals everything would be right everywhere)."""
+    """The value, of built-in types alone. Raises ProgramFault on any other object: one that equals everything
+    would pass every test."""
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -66,13 +66,13 @@ def plain(value: Any) -> Any:
         return kind(map(plain, value))
     if type(value) in _PLAIN_TYPES:
         return value
-    raise ProgramFault(f"the program returns a {type(value).__name__}, which is no plain value")
+    raise ProgramFault(f"the program returns a {type(value).__name__}, which is not a plain value")
 
 
 def same_value(result: object, expected: object) -> bool:
     """Python's ==, but floats to 1e-9 and lists like tuples (JSON knows only lists).
 
-    Anything that is not a plain built-in value is never equal: an object of the program's own has no say.
+    Anything that is not a plain built-in value is never equal.
     """
     if isinstance(expected, list | tuple):
         if not isinstance(result, list | tuple) or len(result) != len(expected):

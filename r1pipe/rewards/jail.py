@@ -41,7 +41,7 @@ def find_bwrap() -> str | None:
 
 @functools.cache
 def is_available() -> bool:
-    """Whether a program can be jailed here: containers may forbid the namespaces that it takes."""
+    """Whether the jail works here: containers may forbid the namespaces that it needs."""
     if find_bwrap() is None or seccomp.program() is None:
         return False
     try:
@@ -84,7 +84,7 @@ def _start() -> WorkerProcess:
     try:
         os.write(writing, seccomp.program() or b"")
         os.close(writing)
-        # no environment even for bubblewrap: what it had could be read from inside
+        # no environment even for bubblewrap: it could be read from inside
         return WorkerProcess(command(reading), env={}, pass_fds=[reading])
     finally:
         os.close(reading)
@@ -137,7 +137,7 @@ def _value(reply: Mapping[str, Any]) -> Any:
 
 
 def _call(host: Host, reply: Mapping[str, Any]) -> dict[str, Any]:
-    """What a function of the host answers to code that called it."""
+    """The reply to code that called a function of the host."""
     function = host[reply["call"]]
     arguments, keywords = jailed.decode(reply["arguments"]), jailed.decode(reply["keywords"])
     try:

@@ -12,7 +12,7 @@ import sys
 
 
 def encode(value):
-    """A plain value as JSON that keeps tuples, sets and keys that are no strings. TypeError for others."""
+    """A plain value as JSON that keeps tuples, sets and non-string keys. TypeError for others."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     for kind in (list, tuple, set, frozenset):
@@ -27,7 +27,7 @@ def encode(value):
     for simple in (int, float, str):  # an enumeration's members
         if isinstance(value, simple):
             return simple(value)
-    raise TypeError(f"a {type(value).__name__} is no plain value")
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def decode(value):
@@ -46,7 +46,7 @@ def decode(value):
 
 
 class Silence:
-    """What a program prints goes nowhere."""
+    """Discards what a program prints."""
 
     encoding = "utf-8"
 

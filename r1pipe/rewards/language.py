@@ -23,11 +23,10 @@ _FREE_WORDS = 32  # in code and formulas, however little prose there is: two lin
 def language_share(text: str, language: str) -> float:
     """Words of `language` ("en", "zh") over words of both; a Chinese character is a word.
 
-    Numbers and operators are not counted, nor is what stands in code, formulas, tags and LaTeX commands, as
-    long as that holds no more words than the prose around it (or _FREE_WORDS): words beyond count by their
-    language, so that prose cannot hide in backticks. A fence that is never closed goes on to the end, as in
-    Markdown; another mark that is never closed hides nothing, and LaTeX commands inside a formula are no
-    words. Where nothing is left to count: 1. Time is linear in the text.
+    Numbers and operators do not count, nor do code, formulas, tags and LaTeX commands, as long as they hold
+    no more words than the prose around them (or _FREE_WORDS): words beyond that count by their language, so
+    that prose cannot hide in backticks. A fence that is never closed extends to the end, as in Markdown;
+    any other unclosed mark hides nothing. Without any word the share is 1. Time is linear in the text.
     """
     prose, inside = _parts(text)
     outer, inner = _count(prose), _count(inside)
@@ -43,7 +42,7 @@ def _count(text: str) -> dict[str, int]:
 
 
 def _parts(text: str) -> tuple[str, str]:
-    """The prose of a text, and what stands in code, formulas, tags and commands."""
+    """The prose of a text, and the contents of its code, formulas, tags and commands."""
     prose, inside, kept_to, at = [], [], 0, 0
     unclosed = set()  # marks without an end further on are looked for once: the work stays linear
     while opening := _OPENING.search(text, at):

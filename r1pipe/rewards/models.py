@@ -25,17 +25,14 @@ from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL
 
 PADDED_TOKENS = 8192  # of one scoring pass
-NOT_SCORABLE = "cut off, garbage, or no summary to judge"
+NOT_SCORABLE = "cut off, garbage, or no summary to score"
 
 
 class RewardModel(ScalarModel):
     """Scores a response, at its last token."""
 
     def forward(self, tokens_BT: Tensor, last_B: Tensor, balance: Balance | None = None) -> Tensor:
-        """-> scores_B, read at position `last_B` of each row; what stands right of it has no influence.
-
-        `balance` is as in the trunk.
-        """
+        """-> scores_B, read at position `last_B` of each row; tokens after it have no influence."""
         hidden_BTD = self.model(tokens_BT, balance=balance)
         rows = torch.arange(len(tokens_BT), device=tokens_BT.device)
         return self.score(hidden_BTD[rows, last_B]).squeeze(-1).float()
@@ -52,12 +49,12 @@ def point_wise_loss(scores_B: Tensor, safe_B: Tensor) -> Tensor:
 
 
 def scored_tokens(kind: str, chat: Chat, prompt: Prompt, response: str) -> list[int]:
-    """What a reward model of this kind reads of a response, the end-of-sequence token last."""
+    """The tokens that a reward model of this kind reads, the end-of-sequence token last."""
     return chat.example(prompt, parse(response).summary if kind == HELPFUL else response).tokens
 
 
 def padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows as tokens_BT, padded on the right, and the place of their last tokens, last_B."""
+    """Rows as tokens_BT, padded on the right, and the index of their last tokens, last_B."""
     width = max(map(len, rows))
     tokens_BT = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], device=device)
     return tokens_BT, torch.tensor([len(row) - 1 for row in rows], device=device)
@@ -65,7 +62,7 @@ def padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tupl
 
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> list[float]:
-    """The score of each row, whatever batches they come in; longest first, to pad little."""
+    """The score of each row; longest first, to pad little."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     scores = [0.0] * len(rows)
@@ -79,40 +76,39 @@ def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> li
     return scores
 
 
-class Judge:
-    """A frozen reward model as a reward in 0..1: the sigmoid of its score, or P(safe) up to where it is even.
+class RewardScorer:
+    """A frozen reward model as a reward in 0..1: the sigmoid of its score; min(1, 2 P(safe)) if HARMLESS.
 
-    What is more likely safe than not earns the whole harmlessness reward. Otherwise the surest answer, a
-    refusal, would earn more than a safe answer to a safe wish.
+    So whatever is more likely safe than not earns the full harmlessness reward. Otherwise the most certain
+    answer, a refusal, would earn more than a safe answer to a safe request.
     """
 
     def __init__(self, model: RewardModel, kind: str, chat: Chat):
         self.model, self.kind, self.chat = model.eval().requires_grad_(False), kind, chat
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
-        """0 where there is nothing to judge: a malformed response has no summary, a cut off one no end.
+        """0 for what cannot be scored: a malformed response has no summary, a truncated one no end.
 
-        Nor is garbage judged that is longer, encoded again, than the context: drawn bytes that make no
-        character become three each.
+        Nor can garbage that is longer than the context once encoded again: an invalid byte becomes three.
         """
         rows = {
             i: scored_tokens(self.kind, self.chat, prompt, completion.text)
             for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-            if self._judges(completion)
+            if self._is_scorable(completion)
         }
         longest = self.model.config.max_position_embeddings
         rows = {i: row for i, row in rows.items() if len(row) <= longest}
-        verdicts = [Score(0.0, detail=NOT_SCORABLE)] * len(completions)
+        rewards = [Score(0.0, detail=NOT_SCORABLE)] * len(completions)
         scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
         for i, score in zip(rows, scores, strict=True):
-            verdicts[i] = Score(self._reward(score), detail=f"score {score:.3f}")
-        return verdicts
+            rewards[i] = Score(self._reward(score), detail=f"score {score:.3f}")
+        return rewards
 
     def _reward(self, score: float) -> float:
         probability = torch.tensor(score).sigmoid().item()
         return min(1.0, 2 * probability) if self.kind == HARMLESS else probability
 
-    def _judges(self, completion: Completion) -> bool:
+    def _is_scorable(self, completion: Completion) -> bool:
         return not completion.truncated and (self.kind == HARMLESS or parse(completion.text).well_formed)
 
 
@@ -120,7 +116,7 @@ class Judge:
 def standardise(model: RewardModel, scores: Sequence[float]) -> None:
     """Shift and scale the head so that these scores get mean 0 and deviation 1.
 
-    Pairs say nothing of a score's origin and little of its scale; far from 0 the sigmoid would be flat.
+    Pairs do not fix a score's origin and barely its scale; far from 0 the sigmoid would be flat.
     """
     values = torch.tensor(scores)
     deviation = values.std(correction=0).clamp(min=1e-6)

@@ -1,10 +1,10 @@
-"""Programs in pydantic-monty: a Python interpreter in Rust that has no system calls to give away.
+"""Programs in pydantic-monty: a Python interpreter in Rust that exposes no system calls.
 
-Its workers are processes of their own, and a session takes well under a millisecond; but it is a part of
-Python: no `del`, `yield` or inheritance, a dozen modules. What it lacks is told apart from what is wrong.
+Its workers are separate processes, and a session takes well under a millisecond; but it supports a subset of
+Python: no `del`, `yield` or inheritance, a dozen modules. Unsupported features are distinguished from errors.
 
-Monty's own limits are of the wall clock, so they are off. Each request gets a limit of its worker's
-processor time instead, at which the system ends the worker; sleeping takes no time in Monty.
+Monty's own limits use the wall clock, so they are off. Instead the system ends a worker that exceeds its
+limit of processor time; sleeping takes no time in Monty.
 """
 
 import atexit
@@ -29,7 +29,7 @@ from r1pipe.rewards.worker_process import WALL_LIMIT_S
 if TYPE_CHECKING:
     import pydantic_monty
 
-# Of the standard library, what a program that is only to compute may use; the rest is refused, not lacking.
+# The standard library modules that a program may use; the others are refused, not unsupported.
 _HARMLESS = """
     abc array base64 binascii bisect calendar cmath collections contextlib copy dataclasses datetime decimal
     difflib enum fractions functools graphlib hashlib heapq io itertools json keyword math numbers operator
@@ -37,7 +37,7 @@ _HARMLESS = """
 """
 HARMLESS = {*_HARMLESS.split()}
 REFUSED_NAMES = {"open", "input", "exit", "quit", "breakpoint", "help", "compile", "__import__", "globals"}
-# How Monty words a worker's death by a signal; it hands out no number.
+# How Monty's message names a worker's death by a signal; it gives no number.
 _KILLED, _OUT_OF_TIME = f"(signal: {signal.SIGKILL:d} ", f"(signal: {signal.SIGXCPU:d} "
 _LEAVING = re.compile(r"\b(?:SystemExit|KeyboardInterrupt|GeneratorExit)\b")
 _MODULE = re.compile(r"No module named '([\w.]+)'")
@@ -46,7 +46,7 @@ _ATTRIBUTE = re.compile(r"(type object |module )?'(\w+)' (?:object )?has no attr
 
 
 class Monty:
-    """A pool of worker processes; a session per program, workers used again."""
+    """A pool of reused worker processes, with one session per program."""
 
     def __init__(self) -> None:
         import pydantic_monty
@@ -74,10 +74,10 @@ class Monty:
             raise self.explain_crash(error) from None
 
     def explain_crash(self, error: Exception) -> Exception:
-        """A worker went down: the program's fault if another one still works, else the sandbox's.
+        """The cause of a worker's crash: the program if another worker still works, else the sandbox.
 
-        Killed by SIGKILL it was by somebody outside, since no program can send that; or by the pool, after
-        WALL_LIMIT_S in which it did not get the processor time that it may use.
+        SIGKILL comes from outside, since no program can send it, or from the pool after WALL_LIMIT_S without
+        the processor time that the worker may use.
         """
         detail = f"{type(error).__name__}: {error}"
         if isinstance(error, self.monty.MontyCrashedError):
@@ -113,7 +113,12 @@ class MontySession:
             raise self.owner.explain_crash(error) from None
         except monty.MontyError as error:
             raise self._fault(str(error), str(error.exception())) from None
-        except (ValueError, RecursionError, OverflowError, TypeError) as error:  # what cannot cross over
+        except (
+            ValueError,
+            RecursionError,
+            OverflowError,
+            TypeError,
+        ) as error:  # values that cannot be transferred
             raise ProgramFault(f"result: {error}") from None
 
     def _limit_cpu_time(self) -> None:
@@ -128,7 +133,7 @@ class MontySession:
         resource.prlimit(pid, resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
     def _fault(self, full: str, message: str) -> Exception:
-        """What an exception inside means. `full` is the message with its type, unless an assert failed."""
+        """The meaning of an exception inside; `full` is the message with its type, except for asserts."""
         if "does not yet support" in full:
             return Unsupported(full[:200])
         if full.startswith("MemoryError"):

@@ -3,7 +3,7 @@
 Sample: Prompt(task="program", question="Write f(x) that doubles x.",
 checker={"entry_point": "f", "tests": [[[2], 4], [[-1], -2]]}) and the summary "def f(x): return 2 * x".
 Tests may also be Python text, as HumanEval has them ("def check(candidate): ...") or a list of assert lines;
-then checker["prompt"] is what a completion goes on from: imports, helpers, the function's head.
+then checker["prompt"] is what a completion continues: imports, helpers, the function's head.
 """
 
 import ast
@@ -24,7 +24,7 @@ _MAX_STARTS = 8
 
 
 def extract_program(summary: str) -> str | None:
-    """The last fenced block that is Python, else what follows the first def or import as far as it is."""
+    """The last fenced block that is Python, else the longest Python text from the first def or import."""
     for block in reversed(_FENCE.findall(summary)):
         if _is_python(block):
             return block.strip("\n")
@@ -32,7 +32,7 @@ def extract_program(summary: str) -> str | None:
 
 
 def _fault_line(text: str) -> int | None:
-    """The line at which a text ceases to be Python (from 1); None where it is Python."""
+    """The line (from 1) where a text stops being Python; None where it is Python."""
     try:
         return None if ast.parse(text).body else 1
     except SyntaxError as error:
@@ -62,7 +62,7 @@ def _longest_python(text: str, kept: str = "") -> str | None:
 
 
 def check_program(prompt: Prompt, summary: str) -> Score:
-    """1 where the program passes every test. What is expected never enters the program's interpreter."""
+    """1 where the program passes every test. Expected results never enter the program's interpreter."""
     checker = prompt.checker
     context, entry_point, tests = checker.get("prompt", ""), checker["entry_point"], checker["tests"]
     program = complete(context, summary, entry_point) if context else extract_program(summary)
@@ -79,7 +79,7 @@ def is_test_code(tests: object) -> bool:
 
 
 def tests_as_script(context: str, entry_point: str, tests: str | Sequence[str]) -> str:
-    """What the tests' interpreter runs: the question's own helpers, the program's stand-in, the tests."""
+    """The code for the tests' interpreter: the question's helpers, a proxy of the program, the tests."""
     lines = tests if isinstance(tests, str) else "\n".join(tests)
     calls = "check(candidate)\n" if re.search(r"^def check\(", lines, re.MULTILINE) else ""
     return f"{context}\n{entry_point} = candidate\n{lines}\n{calls}"
@@ -133,11 +133,11 @@ def check_program_gold(prompt: Prompt) -> None:
     """Raises DataError where the tests are missing or cannot be run."""
     tests, entry = prompt.checker.get("tests"), prompt.checker.get("entry_point", "")
     if not isinstance(entry, str) or not entry.isidentifier():
-        raise DataError(f"{prompt.id}: checker.entry_point {entry!r} is no function's name; give one")
+        raise DataError(f"{prompt.id}: checker.entry_point {entry!r} is not a function name; give one")
     if tests and is_test_code(tests):
         text = tests_as_script(prompt.checker.get("prompt", ""), entry, tests)
         if not _is_python(text):
-            raise DataError(f"{prompt.id}: the prompt and its tests are no Python; correct them")
+            raise DataError(f"{prompt.id}: the prompt and its tests are not Python; correct them")
         if "assert" not in text:
             raise DataError(f"{prompt.id}: the tests assert nothing; write one assert")
         return

@@ -13,7 +13,7 @@ from r1pipe.core.types import Completion, Score
 def repetition(
     config: RewardsConfig, max_tokens: int, completion: Completion, accuracy: Score | None
 ) -> Score:
-    """Minus the share of tokens that stand in an n-gram which stood before; 0 for a short completion."""
+    """Minus the share of tokens in an n-gram that occurred before; 0 for a short completion."""
     tokens = completion.tokens
     return Score(-repeated(tokens, config.repetition_ngram) / len(tokens) if tokens else 0.0)
 

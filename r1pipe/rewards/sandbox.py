@@ -2,9 +2,9 @@
 
 Chosen by capability, program by program: Monty first (`monty.py`, under a millisecond); what that part of
 Python cannot run, and what fails there by an exception, goes to CPython in bubblewrap (`jail.py`). Where
-neither is to be had no program is run at all.
+neither is available no program is run.
 
-A program's fault (an exception, a limit, an interpreter that it brought down) scores 0; VERIFIER_FAILED means
+A program's fault (an exception, a limit, an interpreter that it crashed) scores 0; VERIFIER_FAILED means
 that no interpreter here can run it, INFRASTRUCTURE_FAILED that the isolation itself does not work or that the
 machine is too busy for it.
 """
@@ -25,14 +25,14 @@ _choosing = threading.Lock()
 
 
 def isolations() -> list[Isolation]:
-    """What this machine has, in order of preference. Raises EnvironmentProblem where that is nothing."""
+    """This machine's isolations, in order of preference. Raises EnvironmentProblem where there is none."""
     with _choosing:  # threads that come first together must not each start a pool
         return choose()
 
 
 @functools.cache
 def choose() -> list[Isolation]:
-    """The isolations of this machine; the same ones ever after."""
+    """See `isolations`; the result is kept for the life of the process."""
     available: list[Isolation] = []
     if importlib.util.find_spec("pydantic_monty"):
         available.append(Monty())
@@ -83,7 +83,7 @@ def run_tests(program: str, entry_point: str, tests: str) -> Score:
 
 
 def _first_verdict(check: Callable[[Isolation], Score]) -> Score:
-    """That of the first isolation that reaches one; exceptions in one are looked at by the next."""
+    """The first isolation's verdict; after an exception in the program the next one tries."""
     score = Score(0.0, Status.VERIFIER_FAILED, "no verdict")
     for isolated in isolations():
         try:
@@ -100,9 +100,9 @@ def _first_verdict(check: Callable[[Isolation], Score]) -> Score:
 
 
 def _failed_test(session: Session, entry_point: str, tests: str) -> str | None:
-    """Which test fails of a program that is defined in `session`, by the first interpreter that can tell.
+    """Which test the program defined in `session` fails, by the first interpreter that can run the tests.
 
-    Raises what the program raised, where it is to blame; Unsupported where no interpreter can run the tests.
+    Raises the program's own error; Unsupported where no interpreter can run the tests.
     """
     raised: list[Exception] = []
 
@@ -139,5 +139,5 @@ def _failed_test(session: Session, entry_point: str, tests: str) -> str | None:
 
 
 def _is_exception(error: Exception) -> bool:
-    """Whether code raised an exception, and no limit or lack ended it."""
+    """Whether code raised an exception, rather than hitting a limit or an unsupported feature."""
     return isinstance(error, ProgramFault) and not error.final

@@ -1,5 +1,5 @@
-"""Answers that are more than a plain number, judged by math-verify, and those to reasoning-gym, judged by its
-scorers, in a worker that can be killed.
+"""Answers that are more than a plain number, checked by math-verify, and answers to reasoning-gym, checked by
+its scorers, in a worker that can be killed.
 
 math-verify's own limits are signals, which fail silently outside a main thread and turn a timeout into a
 wrong answer; so they are off. Instead the system ends a worker whose item takes more processor time than
@@ -27,7 +27,7 @@ MEMORY_LIMIT = 2 << 30  # address space of a worker, bytes
 
 
 class Worker:
-    """A process that judges one item at a time; started by the first, and again after one that failed."""
+    """A process that checks one item at a time; started for the first, and restarted after a failure."""
 
     def __init__(self) -> None:
         self.child: WorkerProcess | None = None
@@ -48,8 +48,8 @@ class Worker:
             raise
 
     def _start(self) -> WorkerProcess:
-        # the package lies where this process found it, and nothing else of its environment matters; numpy's
-        # threads would take address space by the core
+        # the worker needs this process's import path and nothing else of its environment; numpy would take
+        # address space for a thread per core
         environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["OPENBLAS_NUM_THREADS"] = "1"
         self.loaded.clear()
@@ -72,7 +72,7 @@ class Worker:
 
 _idle: LifoQueue[Worker] = LifoQueue()  # last in, first out: a warm worker comes before a cold one
 for _ in range(WORKERS):
-    _idle.put(Worker())  # starts no process until it is asked
+    _idle.put(Worker())  # starts its process at the first request
 
 
 @contextmanager
@@ -85,22 +85,22 @@ def idle_worker() -> Iterator[Worker]:
 
 
 def compare(gold: str, answer: str) -> Score:
-    """1 where math-verify finds the answer equal to the gold one, else 0; safe to call from threads."""
-    return _verdict({"gold": gold, "answer": answer}, f"{answer!r} is not {gold!r}")
+    """1 where math-verify finds the answer equal to the gold answer, else 0; thread-safe."""
+    return _score({"gold": gold, "answer": answer}, f"{answer!r} is not {gold!r}")
 
 
 def score_gym(task: str, entry: dict[str, Any], answer: str) -> Score:
-    """1 where a task's own scorer finds an answer to its entry wholly right, else 0; safe from threads."""
-    return _verdict({"task": task, "entry": encode(entry), "answer": answer}, f"not right for {task}")
+    """1 where the task's own scorer gives the answer full marks, else 0; thread-safe."""
+    return _score({"task": task, "entry": encode(entry), "answer": answer}, f"not right for {task}")
 
 
-def _verdict(request: dict, wrong: str) -> Score:
+def _score(request: dict, wrong: str) -> Score:
     try:
         with idle_worker() as worker:
             reply = worker.ask(request)
     except NoReply as error:
-        late = isinstance(error, ChildEnded) and error.code == -signal.SIGPROF
-        detail = f"no verdict within {ITEM_CPU_LIMIT_S:g} s of processor time" if late else str(error)
+        timed_out = isinstance(error, ChildEnded) and error.code == -signal.SIGPROF
+        detail = f"no verdict within {ITEM_CPU_LIMIT_S:g} s of processor time" if timed_out else str(error)
         return Score(0.0, Status.VERIFIER_FAILED, detail)
     except OSError as error:
         return Score(0.0, Status.INFRASTRUCTURE_FAILED, str(error))

@@ -1,7 +1,7 @@
-"""The process in which answers are judged: a JSON line in, {"right", "error"} out.
+"""The process that checks answers: a JSON line in, {"right", "error"} out.
 
-{"gold", "answer"}: math-verify compares them. {"task", "entry", "answer"}: a scorer of reasoning-gym judges;
-{"task"} has the task loaded. An item that takes more than its "cpu_limit_s" of processor time ends the
+{"gold", "answer"}: math-verify compares them. {"task", "entry", "answer"}: reasoning-gym's scorer decides;
+{"task"} loads the task. An item that takes more than its "cpu_limit_s" of processor time ends the
 process by SIGPROF. Run by its path, with its memory limit in bytes as the argument; only the scorers need
 anything of r1pipe.
 """
@@ -47,10 +47,7 @@ def score(request: dict) -> dict:
 
 
 def peak_memory() -> int:
-    """The most bytes that this program has held at once, 0 where the system does not say.
-
-    getrusage would give its parent's: that stays when a process starts another program.
-    """
+    """Peak memory of this program in bytes, 0 where unknown; getrusage would include its parent's."""
     with suppress(OSError):
         if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("ascii", "replace")):
             return int(found[1]) * 1024

@@ -1,13 +1,12 @@
-"""A child process that answers JSON lines with JSON lines, and is never waited for without end.
+"""A child process that answers JSON lines with JSON lines, with every wait bounded.
 
-No verdict may depend on how busy the machine is, so the work that a request takes is limited by the child's
-own processor time; whoever starts the child sets that limit in it. The parent ends two other cases only:
+No verdict may depend on the machine's load, so a request is limited by the child's own processor time;
+whoever starts the child sets that limit in it. The parent handles two other cases only:
 
-- A child that sleeps uses no processor time however long one waits. Once a second of waiting its state is
-  looked at; after SLEEP_LIMIT_S such looks at a sleeping child, ChildAsleep is raised. A busy machine cannot
-  cause this: a process that waits for its turn on a processor is runnable, not asleep.
-- A child that has not replied after WALL_LIMIT_S did not get its share of the machine, which says nothing
-  about its work: MachineBusy.
+- A sleeping child uses no processor time. Its state is polled once a second; after SLEEP_LIMIT_S polls that
+  find it asleep, ChildAsleep is raised. Load cannot cause this: a process waiting for a processor is
+  runnable, not asleep.
+- A child without a reply after WALL_LIMIT_S did not get its share of the machine: MachineBusy.
 """
 
 import json
@@ -22,14 +21,14 @@ from typing import Any
 import psutil
 
 SLEEP_LIMIT_S = 5
-WALL_LIMIT_S = 300.0  # a backstop; work ends by its limit of processor time long before
-LOOK_EVERY_S = 1.0
+WALL_LIMIT_S = 300.0  # a backstop; the limit of processor time ends work long before
+POLL_EVERY_S = 1.0
 REPLY_LIMIT = 1 << 20  # bytes
 _AWAKE = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
 
 
 class NoReply(Exception):
-    """The child gave no reply that can be used."""
+    """The child gave no usable reply."""
 
 
 class ChildEnded(NoReply):
@@ -49,7 +48,7 @@ class MachineBusy(NoReply):
 
 
 class WorkerProcess:
-    """One child process. Every method but `close` raises NoReply; the child is of no use after that."""
+    """One child process. Every method but `close` may raise NoReply; the child cannot be used after that."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int] = ()):
         self.process = subprocess.Popen(
@@ -66,12 +65,12 @@ class WorkerProcess:
         os.set_blocking(self._stdin, False)
         self._buffer = b""
         self._asleep_s = 0.0
-        self._deadline = self._next_look = 0.0
+        self._deadline = self._next_poll = 0.0
 
     def ask(self, message: Mapping[str, Any], may_sleep: bool = False) -> dict[str, Any]:
-        """The reply to one message, with a fresh allowance of sleep, or no limit to it.
+        """The reply to one message, with a fresh allowance of sleep (unlimited with `may_sleep`).
 
-        What is sent and received without `ask` shares the allowance that is left.
+        `send` and `receive` alone share what remains of the allowance.
         """
         self._asleep_s = -math.inf if may_sleep else 0.0
         self.send(message)
@@ -81,7 +80,7 @@ class WorkerProcess:
 
     def send(self, message: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        self._deadline, self._next_look = now + WALL_LIMIT_S, now + LOOK_EVERY_S
+        self._deadline, self._next_poll = now + WALL_LIMIT_S, now + POLL_EVERY_S
         data = json.dumps(message).encode() + b"\n"
         while data:
             self._wait([], [self._stdin])
@@ -98,7 +97,7 @@ class WorkerProcess:
                 raise self._ended()
             self._buffer += more
             if len(self._buffer) > REPLY_LIMIT:
-                raise NoReply("a reply beyond the limit")
+                raise NoReply("the reply is too long")
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
             reply = json.loads(line)
@@ -117,14 +116,14 @@ class WorkerProcess:
             pass
 
     def _wait(self, readers: list[int], writers: list[int]) -> None:
-        """Until a pipe is ready. A child that sends a byte now and then is looked at all the same."""
+        """Waits until a pipe is ready; polls the child even if it sends a byte now and then."""
         while True:
-            left = max(0.0, self._next_look - time.monotonic())
-            ready = any(select.select(readers, writers, [], left))
+            timeout = max(0.0, self._next_poll - time.monotonic())
+            ready = any(select.select(readers, writers, [], timeout))
             now = time.monotonic()
-            if now >= self._next_look:
-                self._next_look = now + LOOK_EVERY_S
-                self._asleep_s += LOOK_EVERY_S * self._sleeps()
+            if now >= self._next_poll:
+                self._next_poll = now + POLL_EVERY_S
+                self._asleep_s += POLL_EVERY_S * self._sleeps()
                 if self._asleep_s >= SLEEP_LIMIT_S:
                     raise ChildAsleep(f"the process slept for {SLEEP_LIMIT_S} s")
             if now >= self._deadline:
@@ -138,7 +137,7 @@ class WorkerProcess:
             child = psutil.Process(self.process.pid)
             return not any(each.status() in _AWAKE for each in (child, *child.children(recursive=True)))
         except psutil.Error:
-            return False  # it is ending; its pipe will say so
+            return False  # it is ending, which its pipe will show
 
     def _ended(self) -> ChildEnded:
         try:

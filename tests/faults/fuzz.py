@@ -40,7 +40,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login
 from r1pipe.core.types import Prompt
 from r1pipe.data.files import Files
-from r1pipe.data.reading import read_tolerant
+from r1pipe.data.reading import read_file
 from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
@@ -279,7 +279,7 @@ def _rows_of(folder: Path, name: str) -> Act:
 
     def act(content: bytes) -> None:
         path.write_bytes(content)
-        read_tolerant(path, 1000)
+        read_file(path, 1000)
         Files(lenient, RejectedRows(folder)).general_demonstrations(9, 0, {})
         Files(strict).general_demonstrations(9, 0, {})
 

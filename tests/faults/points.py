@@ -43,7 +43,7 @@ SHARDS = {
 }
 SHARD_BEGUN = {"shard begun": Point("r1pipe.train.sft.rejection:_draw", rank=-1)}
 JUDGING = {"in judging by rules": Point("r1pipe.rewards.accuracy:checker_of", rank=-1)}
-JUDGING_BY_MODELS = {"in judging by models": Point("r1pipe.rewards.models:Judge.__call__", rank=-1)}
+JUDGING_BY_MODELS = {"in judging by models": Point("r1pipe.rewards.models:RewardScorer.__call__", rank=-1)}
 ENDING = {
     "in evaluation": Point("r1pipe.train.evaluation:measure"),
     "evaluated, nothing written": Point("r1pipe.train.run:Run.finish"),

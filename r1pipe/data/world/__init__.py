@@ -5,12 +5,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
 from r1pipe.chat.template import parse
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import GENERAL_TASKS, HELPFUL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.data.source import Source
 from r1pipe.data.world import corpus, truth
 from r1pipe.data.world.content import choose, content, content_hash, draw_until
 from r1pipe.data.world.strategy import strategy_of
@@ -19,29 +19,24 @@ from r1pipe.runs import heartbeat
 
 __all__ = ["World", "judge", "strategy_of"]
 
-OF_FILES = (
-    "labels",
-    "bad_rows",
-    "max_bad_rows",
-    "longest_row",
-)  # keys of `data` left out of the world's hash
+IGNORED = ("labels", "bad_rows", "max_bad_rows", "longest_row")  # keys of `data` left out of the world's hash
 # A draw stops when, for each prompt it has found, this many in a row were not new. The rarest prompts come up
 # about a third as often as the average one.
 PATIENCE = 30
 
 
-class World:
+class World(Source):
     """The data source of the bundled world; every method is a pure function of its arguments and `seed`."""
 
-    def __init__(self, config: DataConfig, seed: int, say: Callable[[str], None] | None = None):
-        """`say` takes a line where the world has fewer prompts than were asked for."""
-        self.config, self.seed, self._say = config, seed, say
-        mine = {key: value for key, value in asdict(config).items() if key not in OF_FILES}
-        identity = json.dumps([mine, seed, content_hash()], sort_keys=True)
+    def __init__(self, config: DataConfig, seed: int, report: Callable[[str], None] | None = None):
+        """`report` takes a line where the world has fewer prompts than requested."""
+        self.config, self.seed, self._report = config, seed, report
+        settings = {key: value for key, value in asdict(config).items() if key not in IGNORED}
+        identity = json.dumps([settings, seed, content_hash()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
-        self.files: dict[str, str] = {}
+        self.files = {}
         self.judge, self.strategy_of = judge, strategy_of
-        self._all: dict[str, list[Prompt]] = {}  # split -> its prompts, once a draw has asked for more
+        self._all: dict[str, list[Prompt]] = {}  # split -> its prompts, once a draw has requested more
 
     def _rng(self, *stream: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *stream))))
@@ -66,34 +61,22 @@ class World:
         repeats = 0
         while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
             heartbeat.tick()
-            prompt = corpus.reasoning_prompt(
-                rng,
-                split,
-                choose(rng, shares),
-                rng.choice(self.config.languages),
-                rng.choice(self.config.levels),
-            )
+            task, language = choose(rng, shares), rng.choice(self.config.languages)
+            prompt = corpus.reasoning_prompt(rng, split, task, language, rng.choice(self.config.levels))
             repeats = repeats + 1 if prompt.id in found else 0
             found.setdefault(prompt.id, prompt)
         return list(found.values())
 
     def _report_shortage(self, split: str, n: int) -> None:
-        if self._say is None:
+        if self._report is None:
             return
         count, config = len(self._all[split]), self.config
-        kinds: dict[str, list[Any]] = {
-            "tasks": config.tasks,
-            "levels": config.levels,
-            "languages": config.languages,
-        }
-        chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in kinds.items())
-        self._say(
+        settings = {key: getattr(config, key) for key in ("tasks", "levels", "languages")}
+        chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in settings.items())
+        self._report(
             f"data={config.name} has {count:,} distinct {split} problems with {chosen}, fewer than the {n:,} "
-            f"asked for; all are used. For more, add tasks, levels or languages; or ask for {count:,}"
+            f"requested; all are used. For more, add tasks, levels or languages; or request {count:,}"
         )
-
-    def rows(self, split: str) -> None:
-        """None: problems are made."""
 
     def demonstrations(
         self, n: int, seed: int, styles: dict[str, float], correct_only: bool
@@ -137,17 +120,14 @@ class World:
         for _ in range(n):
             kind = choose(rng, dict(kinds) or shares["kinds"])
             prompt = self._general(rng, "train", kind)
-            # annotators of mixed quality wrote the safety answers: the last stage has something to mend
-            demonstrations.append(
-                corpus.general_demonstration(
-                    prompt, rng, shares["written_safety_right"] if kind == "safety" else 1.0
-                )
-            )
+            # annotators of mixed quality wrote the safety answers, so the last stage has something to fix
+            right = shares["written_safety_right"] if kind == "safety" else 1.0
+            demonstrations.append(corpus.general_demonstration(prompt, rng, right))
         return demonstrations
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
-        """n pairs on all kinds, half of them on safety, judged by the hidden truth: to refuse a safe wish is
-        no help either, which few pairs do not teach."""
+        """n pairs ranked by the hidden truth, half of them on safety: fewer would not teach that refusing a
+        safe request is unhelpful too."""
         rng = self._rng("pairs", split, seed)
         kinds = [kind for helpful in HELPFUL_TASKS for kind in (helpful, "safety")]
         return [
@@ -161,10 +141,9 @@ class World:
         return [truth.safety_label(self._general(rng, split, kinds[i % len(kinds)]), rng) for i in range(n)]
 
     def documents(self, seed: int) -> corpus.Documents:
-        """Endless pre-training text."""
         return corpus.Documents(hash_of(self.seed, seed), self.config.levels)
 
 
 def hash_of(*parts: object) -> int:
-    """A whole number that depends on all parts, the same on every machine."""
+    """An integer that depends on all parts, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from r1pipe.core.errors import DataError
@@ -17,7 +16,7 @@ from r1pipe.core.paths import content_dir
 T = TypeVar("T")
 
 LANGUAGES = ("en", "zh")
-ATTEMPTS = 100_000  # draws, after which nothing that fits is expected any more
+ATTEMPTS = 100_000  # draws before giving up
 # Shares of the split, in twentieths of the hash space: 2 test, 1 dev, the rest train.
 _SPLIT_OF_BUCKET = ("test", "test", "dev", *["train"] * 17)
 
@@ -33,7 +32,7 @@ def index(language: str) -> int:
 
 
 def split_of(key: str) -> str:
-    """train, dev or test: by the hash of what makes two problems the same, so that splits cannot overlap."""
+    """train, dev or test, by the hash of what identifies a problem, so that splits cannot overlap."""
     digest = hashlib.sha256(key.encode()).digest()
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:4], "big") % len(_SPLIT_OF_BUCKET)]
 
@@ -48,18 +47,17 @@ def choose(rng: random.Random, weights: dict[str, float]) -> str:
 
 
 def draw_until(make: Callable[[], T], fits: Callable[[T], bool], wanted: str) -> T:
-    """The first of the things made that fits. Raises DataError after ATTEMPTS: then there is none."""
+    """The first result of `make` that fits. Raises DataError after ATTEMPTS without one."""
     for _ in range(ATTEMPTS):
-        made = make()
-        if fits(made):
-            return made
+        candidate = make()
+        if fits(candidate):
+            return candidate
     raise DataError(f"{ATTEMPTS:,} draws from the bundled world gave 0 of what was wanted: a {wanted}")
 
 
 def content_hash() -> str:
     """Hash of all bundled texts: part of a data set's identity."""
-    folder: Path = content_dir() / "world"
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted((content_dir() / "world").glob("*.json")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

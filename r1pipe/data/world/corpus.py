@@ -1,4 +1,4 @@
-"""The pre-training corpus: what makes the base mediocre, and able to become better.
+"""The pre-training corpus: it makes the base model mediocre, with room to improve.
 
 Worked solutions in several strategies, some wrong, some mixing languages, few in the right format; drills;
 parallel sentences; general text. How much of each: data/world/corpus.json.
@@ -6,6 +6,7 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
@@ -17,7 +18,7 @@ TASKS = {"word": word, "countdown": countdown, "program": program}
 
 
 def draw(rng: random.Random, split: str, make: Callable[[random.Random], Prompt]) -> Prompt:
-    """A prompt of this split: drawn again until its key falls into it. Raises DataError where none does."""
+    """A prompt of this split: redrawn until its key falls into it. Raises DataError where none does."""
     wanted = f"prompt of split {split}; use another split, or add to the texts in data/world"
     return draw_until(lambda: make(rng), lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
 
@@ -33,7 +34,7 @@ def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> 
 def reasoning_demonstration(
     prompt: Prompt, rng: random.Random, styles: dict[str, float], slip: float
 ) -> Demonstration:
-    """A worked solution in a strategy drawn by weight; right or wrong as its author is."""
+    """A worked solution in a strategy drawn by weight; it may be wrong."""
     strategy = choose(rng, styles)
     reasoning, summary = TASKS[prompt.task].solve(prompt, strategy, rng, slip)
     return Demonstration(prompt, compose_response(reasoning, summary), strategy, "world")
@@ -41,7 +42,7 @@ def reasoning_demonstration(
 
 def general_demonstration(prompt: Prompt, rng: random.Random, right: float) -> Demonstration:
     """A written answer in a plain manner; `right` is the chance that it is correct."""
-    body = general.right(prompt, rng) if rng.random() < right else general.wrong(prompt, rng)
+    body = general.draw_content(prompt, rng, right)
     answer = general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
     return Demonstration(prompt, compose_response(general.think(prompt), answer), "", "world")
 
@@ -70,15 +71,10 @@ class Documents(Iterator[str]):
 
 def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
     shares = content("corpus")
-    prompt = reasoning_prompt(
-        rng, "train", choose(rng, content("corpus")["tasks"]), language, rng.choice(levels)
-    )
+    prompt = reasoning_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
     written = prompt
     if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
-        other = LANGUAGES[1 - index(language)]
-        written = Prompt(
-            prompt.id, prompt.task, other, prompt.question, prompt.answer, prompt.checker, prompt.level
-        )
+        written = replace(prompt, language=LANGUAGES[1 - index(language)])
     reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, shares["styles"]), rng, shares["slip"])
     return _document(rng, prompt, reasoning, summary)
 
@@ -89,12 +85,9 @@ def _general(rng: random.Random, language: str, levels: list[int]) -> str:
     if kind == "facts" and rng.random() < shares["statements"]:
         return f"{BOS}{_statement(rng, language)}{EOS}"
     prompt = general_prompt(rng, "train", kind, language)
-    body = (
-        general.right(prompt, rng) if rng.random() < shares["general_right"] else general.wrong(prompt, rng)
-    )
-    return _document(
-        rng, prompt, general.think(prompt), general.dress(body, language, rng, shares["written_manner"])
-    )
+    body = general.draw_content(prompt, rng, shares["general_right"])
+    answer = general.dress(body, language, rng, shares["written_manner"])
+    return _document(rng, prompt, general.think(prompt), answer)
 
 
 def _document(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
@@ -112,13 +105,13 @@ def _document(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) 
 def _statement(rng: random.Random, language: str) -> str:
     """Facts are stated in plain text too: knowledge comes from pre-training."""
     book, at = content("facts"), index(language)
-    said = []
+    statements = []
     for _ in range(4):
         relation = rng.choice(list(book["facts"]))
         row = rng.choice(book["facts"][relation])
         text = book["relations"][relation]["statement"][at].format(row[2 * at], row[2 * at + 1])
-        said.append(text[0].upper() + text[1:])
-    return ("" if at else " ").join(said)
+        statements.append(text[0].upper() + text[1:])
+    return ("" if at else " ").join(statements)
 
 
 def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
@@ -138,9 +131,8 @@ def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
             lines.append(f"{a // k * k}/{k}={a // k}")
         else:
             numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
-            lines.append(
-                " ".join(map(str, numbers)) + " > " + " ".join(map(str, sorted(numbers, reverse=True)))
-            )
+            ordered = sorted(numbers, reverse=True)
+            lines.append(f"{' '.join(map(str, numbers))} > {' '.join(map(str, ordered))}")
     return f"{BOS}" + "\n".join(lines) + EOS
 
 

@@ -26,9 +26,8 @@ def value(numbers: list[int], signs: tuple[int, ...]) -> int:
 
 
 def expression(numbers: list[int], signs: tuple[int, ...]) -> str:
-    return str(numbers[0]) + "".join(
-        f"{'+' if s > 0 else '-'}{n}" for n, s in zip(numbers[1:], signs, strict=True)
-    )
+    terms = [f"{'+' if s > 0 else '-'}{n}" for n, s in zip(numbers[1:], signs, strict=True)]
+    return str(numbers[0]) + "".join(terms)
 
 
 def make(rng: random.Random, language: str, level: int) -> Prompt:
@@ -45,9 +44,8 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         f"用{'、'.join(map(str, shown))}算出{target}。",
     )[index(language)]
     checker = {"numbers": shown, "target": target, "key": f"countdown|{numbers}|{target}"}
-    return Prompt(
-        prompt_id("countdown", language, question), "countdown", language, question, "", checker, level
-    )
+    prompt_name = prompt_id("countdown", language, question)
+    return Prompt(prompt_name, "countdown", language, question, "", checker, level)
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
@@ -60,11 +58,9 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
         order = rng.sample(order, min(len(order), rng.randint(1, 2)))
     elif strategy == "terse":
         order = rng.sample(order, min(len(order), rng.randint(2, 3)))
-    lines = (
-        [("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at]]
-        if strategy == "careful"
-        else []
-    )
+    lines = []
+    if strategy == "careful":
+        lines.append(("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at])
     for signs in order:
         shown, result = _try(numbers, signs, strategy != "terse", rng, slip if strategy != "terse" else 0.35)
         hit = result == target
@@ -79,7 +75,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
 def _try(
     numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random.Random, slip: float
 ) -> tuple[str, int]:
-    """One try as text and the value its author believes; slips carry on."""
+    """One try as text and the value its author believes; slips carry over."""
     if not stepwise:
         result = value(numbers, signs)
         if rng.random() < slip:

@@ -1,7 +1,7 @@
 """General prompts (writing, facts, identity, translation, safety) with right and wrong answers to them.
 
-What an answer says is its *content*; how it says it is its *manner* (courtesy, an offer to go on, flattery).
-The hidden truth in truth.py judges both; reward models only ever see texts.
+An answer has *content* and a *manner* (courtesy, an offer to continue, flattery). The hidden truth in
+truth.py scores both; reward models only ever see texts.
 """
 
 import random
@@ -18,16 +18,10 @@ def _prompt(kind: str, language: str, question: str, answer: str, checker: dict)
 def _writing(rng: random.Random, language: str) -> Prompt:
     words, at = content("words"), index(language)
     adj, animal, place = (rng.choice(words[name])[at] for name in ("adjectives", "animals", "places"))
-    number = rng.randrange(len(content("general")["writing"]["questions"]))
-    question = content("general")["writing"]["questions"][number][at].format(
-        adj=adj, animal=animal, place=place
-    )
-    checker = {
-        "adj": adj,
-        "animal": animal,
-        "place": place,
-        "key": f"writing|{language}|{adj}|{animal}|{place}",
-    }
+    questions = content("general")["writing"]["questions"]
+    question = questions[rng.randrange(len(questions))][at].format(adj=adj, animal=animal, place=place)
+    key = f"writing|{language}|{adj}|{animal}|{place}"
+    checker = {"adj": adj, "animal": animal, "place": place, "key": key}
     return _prompt("writing", language, question, "", checker)
 
 
@@ -38,11 +32,8 @@ def _facts(rng: random.Random, language: str) -> Prompt:
     number = rng.randrange(len(book["relations"][relation]["questions"]))
     question = book["relations"][relation]["questions"][number][at].format(row[2 * at])
     question = question[0].upper() + question[1:]
-    checker = {
-        "relation": relation,
-        "subject": row[2 * at],
-        "key": f"facts|{language}|{relation}|{row[0]}|{number}",
-    }
+    key = f"facts|{language}|{relation}|{row[0]}|{number}"
+    checker = {"relation": relation, "subject": row[2 * at], "key": key}
     return _prompt("facts", language, question, row[2 * at + 1], checker)
 
 
@@ -51,13 +42,8 @@ def _identity(rng: random.Random, language: str) -> Prompt:
     kind, *texts = rng.choice(book["questions"])
     opener = rng.choice(book["openers"])[at]
     question = opener + texts[at]
-    return _prompt(
-        "identity",
-        language,
-        question,
-        book["answers"][kind][at],
-        {"about": kind, "key": f"identity|{language}|{question}"},
-    )
+    checker = {"about": kind, "key": f"identity|{language}|{question}"}
+    return _prompt("identity", language, question, book["answers"][kind][at], checker)
 
 
 def sentence_pair(rng: random.Random) -> tuple[str, str]:
@@ -85,9 +71,8 @@ def _translation(rng: random.Random, language: str) -> Prompt:
     book = content("general")["translation"]
     source, gold = (english, chinese) if language == "en" else (chinese, english)
     question = rng.choice(book["to_zh" if language == "en" else "to_en"]).format(source)
-    return _prompt(
-        "translation", language, question, gold, {"source": source, "key": f"translation|{english}"}
-    )
+    checker = {"source": source, "key": f"translation|{english}"}
+    return _prompt("translation", language, question, gold, checker)
 
 
 def _safety(rng: random.Random, language: str) -> Prompt:
@@ -115,19 +100,19 @@ def make(rng: random.Random, kind: str, language: str) -> Prompt:
     return _MAKERS[kind](rng, language)
 
 
+_THOUGHTS = {
+    "writing": ("I need {adj}, {animal} and {place}.", "要有{adj}、{animal}和{place}。"),
+    "facts": ("This is about {subject}.", "这是问{subject}。"),
+    "identity": ("This is about me.", "这是问我自己。"),
+    "translation": ("I translate word by word.", "我逐词翻译。"),
+    "safety": ("Is it fine to {act} the {thing}?", "可以{act}{thing}吗？"),
+}
+
+
 def think(prompt: Prompt) -> str:
     """A short restatement of the task: simple prompts need no more (R1 section 2.3.3)."""
     at, c = index(prompt.language), prompt.checker
-    return {
-        "writing": lambda: (
-            f"I need {c['adj']}, {c['animal']} and {c['place']}.",
-            f"要有{c['adj']}、{c['animal']}和{c['place']}。",
-        ),
-        "facts": lambda: (f"This is about {c['subject']}.", f"这是问{c['subject']}。"),
-        "identity": lambda: ("This is about me.", "这是问我自己。"),
-        "translation": lambda: ("I translate word by word.", "我逐词翻译。"),
-        "safety": lambda: (f"Is it fine to {c['act']} the {c['thing']}?", f"可以{c['act']}{c['thing']}吗？"),
-    }[prompt.task]()[at]
+    return _THOUGHTS[prompt.task][at].format(**c)
 
 
 def right(prompt: Prompt, rng: random.Random) -> str:
@@ -135,30 +120,31 @@ def right(prompt: Prompt, rng: random.Random) -> str:
     at, c = index(prompt.language), prompt.checker
     if prompt.task == "writing":
         act = rng.choice(content("words")["acts"])[at]
-        sentence = (
+        return (
             f"The {c['adj']} {c['animal']} {act} in the {c['place']}.",
             f"{c['adj']}{c['animal']}在{c['place']}里{act}。",
         )[at]
-        return sentence
     if prompt.task == "facts":
-        statement = content("facts")["relations"][c["relation"]]["statement"][at].format(
-            c["subject"], prompt.answer
-        )
-        return statement[0].upper() + statement[1:]
+        return _statement(c, prompt.answer, at)
     if prompt.task == "safety":
         texts = rng.choice(content("general")["safety"]["refuse" if c["unsafe"] else "comply"])
         return texts[at].format(act=c["act"], thing=c["thing"])
     return prompt.answer
 
 
+def _statement(checker: dict, answer: str, at: int) -> str:
+    template = content("facts")["relations"][checker["relation"]]["statement"][at]
+    statement = template.format(checker["subject"], answer)
+    return statement[0].upper() + statement[1:]
+
+
 def wrong(prompt: Prompt, rng: random.Random) -> str:
-    """Content that is not: another fact, identity or sentence, an unsafe plan, a needless refusal."""
+    """Wrong content: another fact, identity or sentence, an unsafe plan, a needless refusal."""
     at, c = index(prompt.language), prompt.checker
     if prompt.task == "facts":
         rows = content("facts")["facts"][c["relation"]]
         other = rng.choice([row[2 * at + 1] for row in rows if row[2 * at + 1] != prompt.answer])
-        statement = content("facts")["relations"][c["relation"]]["statement"][at].format(c["subject"], other)
-        return statement[0].upper() + statement[1:]
+        return _statement(c, other, at)
     if prompt.task == "identity":
         return rng.choice(content("general")["identity"]["others"])[at]
     if prompt.task == "safety":
@@ -166,12 +152,16 @@ def wrong(prompt: Prompt, rng: random.Random) -> str:
         return texts[at].format(act=c["act"], thing=c["thing"])
     if prompt.task == "translation":
         return sentence_pair(rng)[1 - at]
-    other = _writing(rng, prompt.language)
-    return right(other, rng)
+    return right(_writing(rng, prompt.language), rng)
+
+
+def draw_content(prompt: Prompt, rng: random.Random, chance: float) -> str:
+    """Content that is right with this chance, else wrong."""
+    return right(prompt, rng) if rng.random() < chance else wrong(prompt, rng)
 
 
 def dress(text: str, language: str, rng: random.Random, manner: dict[str, float]) -> str:
-    """Content in a manner: chances of courtesy, flattery (never both) and an offer to go on."""
+    """Content in a manner: chances of courtesy, flattery (never both) and an offer to continue."""
     book, at = content("general")["manner"], index(language)
     roll = rng.random()
     opener = ""

@@ -1,4 +1,4 @@
-"""Small programs judged by running tests: arithmetic in steps, or a list filtered, mapped and reduced.
+"""Small programs checked by running tests: arithmetic in steps, or a list filtered, mapped and reduced.
 
 Sample (level 1, en): "Write a function f(x): add 3, then multiply by 2."
 careful: "First `x+3`\\nThen `(x+3)*2`" ->
@@ -7,6 +7,7 @@ summary with a fenced `def f(x): return (x+3)*2`. A hasty solver forgets the par
 
 import random
 from collections.abc import Callable
+from operator import add, floordiv, mod, mul, sub
 
 from r1pipe.core.types import Prompt
 from r1pipe.data.world.content import index, prompt_id
@@ -21,6 +22,7 @@ _NUMBER_STEPS = {  # operator -> ([English, Chinese], smallest, largest)
     "//": (("divide by {} rounding down", "整除{}"), 2, 9),
     "%": (("take the remainder by {}", "除以{}取余数"), 2, 9),
 }
+_APPLY = {"+": add, "-": sub, "*": mul, "//": floordiv, "%": mod}
 _FILTERS = {
     ">": ("keep the numbers above {}", "保留大于{}的数"),
     "<": ("keep the numbers below {}", "保留小于{}的数"),
@@ -40,17 +42,13 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     else:
         variable, steps = "x", _number_steps(rng, rng.randint(*STEPS[level]))
     at = index(language)
-    told = [_phrase(step, at) for step in steps]
+    phrases = [_phrase(step, at) for step in steps]
     question = (
-        f"Write a function f({variable}): {', then '.join(told)}.",
-        f"写函数f({variable})：{'，再'.join(told)}。",
+        f"Write a function f({variable}): {', then '.join(phrases)}.",
+        f"写函数f({variable})：{'，再'.join(phrases)}。",
     )[at]
-    checker = {
-        "entry_point": "f",
-        "tests": _tests(rng, variable, steps),
-        "steps": steps,
-        "key": f"program|{steps}",
-    }
+    tests = _tests(rng, variable, steps)
+    checker = {"entry_point": "f", "tests": tests, "steps": steps, "key": f"program|{steps}"}
     return Prompt(prompt_id("program", language, question), "program", language, question, "", checker, level)
 
 
@@ -80,24 +78,17 @@ def _phrase(step: list, at: int) -> str:
 
 def _run(steps: list[list], argument: int | list[int]) -> int:
     """The specification's own meaning, step by step."""
-    apply = {
-        "+": lambda a, n: a + n,
-        "-": lambda a, n: a - n,
-        "*": lambda a, n: a * n,
-        "//": lambda a, n: a // n,
-        "%": lambda a, n: a % n,
-    }
     if isinstance(argument, int):
         value = argument
         for operator, number in steps:
-            value = apply[operator](value, number)
+            value = _APPLY[operator](value, number)
         return value
     values = list(argument)
     for operator, number in steps[:-1]:
         if operator in _FILTERS:
             values = [v for v in values if (v > number if operator == ">" else v < number)]
         else:
-            values = [apply[operator](v, number) for v in values]
+            values = [_APPLY[operator](v, number) for v in values]
     reducers: dict[str, Callable[[list[int]], int]] = {"sum": sum, "len": len, "max": max}
     return reducers[steps[-1][0]](values)
 
@@ -105,10 +96,9 @@ def _run(steps: list[list], argument: int | list[int]) -> int:
 def _tests(rng: random.Random, variable: str, steps: list[list]) -> list[list]:
     tests = []
     for _ in range(TESTS):
-        # a list always holds a number on each side of any filter, so that `max` has something to take
-        argument = (
-            rng.randint(-5, 30) if variable == "x" else [0, 10, *(rng.randint(0, 12) for _ in range(4))]
-        )
+        argument: int | list[int] = rng.randint(-5, 30) if variable == "x" else 0
+        if variable == "xs":  # with a number on each side of any filter, so that `max` is defined
+            argument = [0, 10, *(rng.randint(0, 12) for _ in range(4))]
         tests.append([[argument], _run(steps, argument)])
     return tests
 
@@ -144,10 +134,8 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
             [op, n + rng.choice([-1, 1])] if rng.random() < slip and n > 2 else [op, n] for op, n in steps
         ]
         forms = expressions(written)
-        lines = [
-            (("First ", "先") if i == 0 else ("Then ", "再"))[at] + f"`{form}`"
-            for i, form in enumerate(forms)
-        ]
+        leads = [("First ", "先"), *[("Then ", "再")] * len(forms)]
+        lines = [f"{lead[at]}`{form}`" for lead, form in zip(leads, forms, strict=False)]
         return "\n".join(lines), _program(variable, forms[-1])
     forgotten = rng.randrange(len(steps)) if strategy == "guess" and variable == "x" else None
     hasty = [step for i, step in enumerate(steps) if i != forgotten]

@@ -1,4 +1,4 @@
-"""Which strategy a response follows, told from its text alone: what reinforcement shifts."""
+"""Which strategy a response follows, from its text alone: reinforcement shifts their shares."""
 
 import re
 from typing import Literal
@@ -17,13 +17,9 @@ def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
         return "careful" if equations >= len(prompt.checker["steps"]) else "terse" if equations else "guess"
     if prompt.task == "countdown":
         chained = re.findall(r"=\d+[+-]\d+=", reasoning)
-        return (
-            "careful"
-            if chained and re.search(r"^(Sort|排序)", reasoning)
-            else "guess"
-            if chained
-            else "terse"
-        )
+        if not chained:
+            return "terse"
+        return "careful" if re.search(r"^(Sort|排序)", reasoning) else "guess"
     if prompt.task == "program":
         return "careful" if len(re.findall(r"`[^`\n]+`", reasoning)) >= 2 else "terse"
     return "other"

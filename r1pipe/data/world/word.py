@@ -5,6 +5,7 @@ now?"
 careful: "First 12+7=19.\\nThen 19-5=14." -> "The answer is 14."
 """
 
+import operator
 import random
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from r1pipe.data.world.content import content, index, prompt_id
 
 STEPS = {1: (2, 3), 2: (4, 4), 3: (5, 6), 4: (7, 9)}  # equations of a careful solution, by level
 LARGEST = 199  # no amount grows beyond this
+
+
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @dataclass
@@ -26,12 +30,7 @@ class _Step:
 
     @property
     def result(self) -> int:
-        return {
-            "+": self.left + self.right,
-            "-": self.left - self.right,
-            "*": self.left * self.right,
-            "/": self.left // self.right,
-        }[self.operator]
+        return _OPERATIONS[self.operator](self.left, self.right)
 
 
 # A sentence of a story before it is worded: (kind or operator, who, number, another number or wording).
@@ -39,7 +38,12 @@ _Sentence = tuple[str, int, int, int]
 # Sentences, the steps of a careful solution, the kind of closing question, the key that decides the split.
 _Story = tuple[list[_Sentence], list[_Step], str, str]
 
-_SENTENCES = {  # operator -> [English, Chinese]; {p} person, {n} number, {m} measure word
+# kind -> [English, Chinese]; {p} person, {q} the other person, {n} and {k} numbers, {i} item, {m} its Chinese
+# measure word, {b} container
+_SENTENCES = {
+    "start": [("{p} has {n} {i}.", "{p}有{n}{m}{i}。")],
+    "groups": [("{p} has {n} {b} with {k} {i} each.", "{p}有{n}{b}{i}，每{b}{k}{m}。")],
+    "gives": [("{p} gives {q} {n}.", "{p}给{q}{n}{m}。")],
     "+": [
         ("{p} buys {n} more.", "{p}又买了{n}{m}。"),
         ("{p} finds {n} more.", "{p}又找到{n}{m}。"),
@@ -53,6 +57,12 @@ _SENTENCES = {  # operator -> [English, Chinese]; {p} person, {n} number, {m} me
     "*": [("Then {p} has {n} times as many.", "然后{p}的变成{n}倍。")],
     "/": [("{p} splits them into {n} equal parts and keeps one.", "{p}平均分成{n}份，只留一份。")],
 }
+_QUESTIONS = {
+    "one": ("How many {i} does {p} have now?", "{p}现在有多少{m}{i}？"),
+    "sum": ("How many {i} do they have together?", "他们一共有多少{m}{i}？"),
+    "difference": ("How many more {i} does one have than the other?", "一个人比另一个人多多少{m}{i}？"),
+}
+_DISTRACTION = ("{p} also has {n} {i}.", "{p}还有{n}{m}{i}。")
 
 
 def _change(rng: random.Random, who: int, amount: int) -> _Step:
@@ -62,39 +72,33 @@ def _change(rng: random.Random, who: int, amount: int) -> _Step:
     kinds += ["-", "-"] if amount > 4 else []
     kinds += ["*"] if 2 <= amount <= 45 else []
     kinds += ["/"] if divisors and amount > 12 else []
-    operator = rng.choice(kinds)
-    if operator == "+":
+    kind = rng.choice(kinds)
+    if kind == "+":
         right = rng.randint(2, 40)
-    elif operator == "-":
+    elif kind == "-":
         right = rng.randint(2, min(amount - 1, 60))
-    elif operator == "*":
+    elif kind == "*":
         right = rng.randint(2, min(4, LARGEST // amount))
     else:
         right = rng.choice(divisors)
-    return _Step(who, amount, operator, right)
+    return _Step(who, amount, kind, right)
 
 
 def make(rng: random.Random, language: str, level: int) -> Prompt:
     """A random problem of this level; `checker` holds the steps and the key that decides its split."""
     steps_wanted = rng.randint(*STEPS[level])
     two = steps_wanted >= 3 and rng.random() < 0.4
-    story = _two_people(rng, steps_wanted) if two else _one_person(rng, steps_wanted)
-    sentences, steps, closing, key = story
-    question, names = _tell(rng, language, sentences, closing, distract=level >= 3 and rng.random() < 0.5)
+    sentences, steps, closing, key = (_two_people if two else _one_person)(rng, steps_wanted)
+    question, names = _write_story(
+        rng, language, sentences, closing, distract=level >= 3 and rng.random() < 0.5
+    )
     checker = {
         "steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps],
         "names": names,
         "key": key,
     }
-    return Prompt(
-        prompt_id("word", language, question),
-        "word",
-        language,
-        question,
-        str(steps[-1].result),
-        checker,
-        level,
-    )
+    answer = str(steps[-1].result)
+    return Prompt(prompt_id("word", language, question), "word", language, question, answer, checker, level)
 
 
 def _one_person(rng: random.Random, count: int) -> _Story:
@@ -136,61 +140,30 @@ def _two_people(rng: random.Random, count: int) -> _Story:
         steps.append(_Step(2, amounts[0], "+", amounts[1]))
     else:
         steps.append(_Step(2, amounts[more], "-", amounts[1 - more]))
-    return (
-        sentences,
-        steps,
-        closing,
-        "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps),
-    )
+    key = "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps)
+    return sentences, steps, closing, key
 
 
-def _tell(
+def _write_story(
     rng: random.Random, language: str, sentences: list[_Sentence], closing: str, distract: bool
 ) -> tuple[str, list[str]]:
-    """The story in words; returns the question and the two names."""
+    """The question in words, and the two names."""
     words, at = content("words"), index(language)
     names = [pair[at] for pair in rng.sample(words["names"], 2)]
-    item, measure = (lambda row: (row[at], row[2]))(rng.choice(words["items"]))
-    box = rng.choice(words["boxes"])
-    told = []
-    for kind, who, n, extra in sentences:
-        if kind == "start":
-            told.append((f"{names[who]} has {n} {item}.", f"{names[who]}有{n}{measure}{item}。")[at])
-        elif kind == "groups":
-            told.append(
-                (
-                    f"{names[who]} has {n} {box[0]} with {extra} {item} each.",
-                    f"{names[who]}有{n}{box[1]}{item}，每{box[1]}{extra}{measure}。",
-                )[at]
-            )
-        elif kind == "gives":
-            told.append(
-                (
-                    f"{names[who]} gives {names[1 - who]} {n}.",
-                    f"{names[who]}给{names[1 - who]}{n}{measure}。",
-                )[at]
-            )
-        else:
-            options = _SENTENCES[kind]
-            told.append(options[extra % len(options)][at].format(p=names[who], n=n, m=measure))
+    item = rng.choice(words["items"])
+    nouns = {"i": item[at], "m": item[2], "b": rng.choice(words["boxes"])[at]}
+    story = []
+    for kind, who, n, k in sentences:
+        options = _SENTENCES[kind]
+        template = options[k % len(options)][at]
+        story.append(template.format(p=names[who], q=names[1 - who], n=n, k=k, **nouns))
     if distract:  # an amount that plays no part
-        row = rng.choice(words["others"])
+        other = rng.choice(words["others"])
         n = rng.randint(2, 20)
-        told.insert(
-            rng.randint(1, len(told)),
-            (f"{names[0]} also has {n} {row[0]}.", f"{names[0]}还有{n}{row[2]}{row[1]}。")[at],
-        )
-    told.append(
-        {
-            "one": (f"How many {item} does {names[0]} have now?", f"{names[0]}现在有多少{measure}{item}？"),
-            "sum": (f"How many {item} do they have together?", f"他们一共有多少{measure}{item}？"),
-            "difference": (
-                f"How many more {item} does one have than the other?",
-                f"一个人比另一个人多多少{measure}{item}？",
-            ),
-        }[closing][at]
-    )
-    return ("" if at else " ").join(told), names
+        sentence = _DISTRACTION[at].format(p=names[0], n=n, i=other[at], m=other[2])
+        story.insert(rng.randint(1, len(story)), sentence)
+    story.append(_QUESTIONS[closing][at].format(p=names[0], **nouns))
+    return ("" if at else " ").join(story), names
 
 
 def summary(language: str, answer: object) -> str:
@@ -204,17 +177,15 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     if strategy == "guess":
         guess = steps[-1].result if rng.random() < 0.1 else max(1, steps[-1].result + rng.randint(-12, 12))
         return (f"I think it is {guess}.", f"我想是{guess}。")[at], summary(prompt.language, guess)
-    two_equations = strategy == "terse"
     lines: list[str] = []
-    amounts: dict[tuple[int, int], int] = {}  # what a slip did to later amounts
+    amounts: dict[tuple[int, int], int] = {}  # results as the solver believes them, slips included
     value = 0
     pending = ""
     for number, step in enumerate(steps):
         left, right = _carried(step, steps[:number], amounts)
         result = _Step(step.who, left, step.operator, right or 1).result
-        joins_next = (
-            two_equations and not pending and number + 1 < len(steps) and _chains(step, steps[number + 1])
-        )
+        is_last = number + 1 == len(steps)
+        joins_next = strategy == "terse" and not pending and not is_last and _chains(step, steps[number + 1])
         if rng.random() < (slip * 5 if pending or joins_next else slip):
             result = max(0, result + rng.choice([-10, -2, -1, 1, 2, 10]))
         amounts[(step.who, number)] = value = result
@@ -228,7 +199,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
 
 
 def _chains(step: _Step, following: _Step) -> bool:
-    """Whether the next equation goes on from this one's result, so that a hasty solver writes both as one."""
+    """Whether the next equation continues from this result, so that a terse solver joins the two."""
     return following.who == step.who and following.left == step.result and step.who != 2
 
 
@@ -246,15 +217,15 @@ def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], in
 
 
 def _line(prompt: Prompt, step: _Step, number: int, equation: str) -> str:
-    en = index(prompt.language) == 0
     if step.who == 2:
         lead = ("Together ", "一共") if step.operator == "+" else ("Difference ", "相差")
-        return f"{lead[0]}{equation}." if en else f"{lead[1]}{equation}。"
-    if any(row[0] == 1 for row in prompt.checker["steps"]):
+    elif any(row[0] == 1 for row in prompt.checker["steps"]):
         name = prompt.checker["names"][step.who]
-        return f"{name} {equation}." if en else f"{name}{equation}。"
-    lead = ("First ", "先") if number == 0 else ("Then ", "再")
-    return f"{lead[0]}{equation}." if en else f"{lead[1]}{equation}。"
+        lead = (f"{name} ", name)
+    else:
+        lead = ("First ", "先") if number == 0 else ("Then ", "再")
+    at = index(prompt.language)
+    return lead[at] + equation + (".", "。")[at]
 
 
 def is_right(prompt: Prompt, written: str) -> bool:

@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import SHAPING_REWARDS, Shaping, Verdicts, add_shaping_rewards, is_verifiable, score_all
+from r1pipe.rewards import (
+    SHAPING_REWARDS,
+    ShapingInputs,
+    Verdicts,
+    add_shaping_rewards,
+    is_verifiable,
+    score_all,
+)
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl.advantages import group_advantages
 
@@ -57,7 +64,7 @@ def score_groups(
     prompts = [group.prompt for group in groups for _ in group.completions]
     names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
-    shaping = Shaping(config.rewards, config.sampling.max_tokens)
+    shaping = ShapingInputs(config.rewards, config.sampling.max_tokens)
     add_shaping_rewards(scores, prompts, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     if general:

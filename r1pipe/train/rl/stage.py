@@ -8,7 +8,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
-from r1pipe.rewards.models import Judge, load_reward_model
+from r1pipe.rewards.models import RewardScorer, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
 from r1pipe.runs.record import Metrics
@@ -61,7 +61,7 @@ def reward_models(run: Run[RLConfig], chat: Chat) -> RewardModels:
     device = choose_device(run.config.engine.accelerator)
     folders = {kind: Path(parent.checkpoint) / kind for kind in quality.KINDS}
     return {
-        kind: Judge(load_reward_model(folder).to(device), kind, chat)
+        kind: RewardScorer(load_reward_model(folder).to(device), kind, chat)
         for kind, folder in folders.items()
         if folder.is_dir()
     }

@@ -113,7 +113,7 @@ def draw(packages: list[Room]) -> str:
         figure, axes = plt.subplots(figsize=(8, 0.8 * floors))
         for name, other in reduced(packages):
             (x, y), (x2, y2) = place[name], place[other]
-            bend = 0.0 if y - y2 == 1 else -0.3  # around the floors between
+            bend = 0.0 if y - y2 == 1 else 0.5  # around the floors between
             style = {"arrowstyle": "-|>", "color": "#7a869a", "connectionstyle": f"arc3,rad={bend}"}
             axes.annotate("", (x2, y2 + 0.3), (x, y - 0.3), arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
         for room in packages:

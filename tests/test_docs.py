@@ -101,3 +101,10 @@ def test_generated_pages_are_current():
     drawn = (HOME / "docs" / "rooms.svg").read_text(encoding="utf-8")
     for room in build.rooms():
         assert f">{room.name}<" in drawn, f"docs/rooms.svg lacks {room.name}: run `make docs`"
+
+
+def test_the_files_that_the_architecture_names_exist():
+    page = (HOME / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page))
+    assert len(named) > 20
+    assert not [name for name in named if not any((HOME / top / name).exists() for top in (".", "r1pipe"))]

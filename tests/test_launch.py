@@ -116,15 +116,15 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     assert house.call("run", "stage=pretrain") == 1
     run = RunFolder(house.runs()[0])
     assert house.call("run", "stage=pretrain") == 1
-    assert "other code" not in capsys.readouterr().err
+    assert "code or packages" not in capsys.readouterr().err
     assert not run.config_history.exists(), "nothing has run with what the dry run was written with"
     code_is("c" * 40, "the diff of now\n", "2.13")
     monkeypatch.setenv("FAKE", "ok")
     assert house.call("run", "stage=pretrain") == 0
     then, now = (hashlib.sha256(f"the diff of {when}\n".encode()).hexdigest() for when in ("then", "now"))
-    [told] = [line for line in capsys.readouterr().err.splitlines() if "other code" in line]
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "code or packages" in line]
     assert told == (
-        f"{run.run_id}: the code has changed: code.revision: {'b' * 12} -> {'c' * 12}, "
+        f"{run.run_id}: code or packages have changed: code.revision: {'b' * 12} -> {'c' * 12}, "
         f"code.diff_hash: {then[:12]} -> {now[:12]}, versions.torch: 2.12 -> 2.13 "
         "(kept in config_history.jsonl)"
     )

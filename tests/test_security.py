@@ -312,14 +312,21 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     started: list[list[str]] = []
+    servers: list[subprocess.Popen] = []
 
     @contextmanager
     def server(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen]:
         started.append(command)
-        yield subprocess.Popen(["true"])
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:  # runs until its input is closed
+            servers.append(process)
+            yield process
+
+    def runs_page(address: str, experiment: str) -> str:
+        servers[-1].communicate()
+        return address
 
     monkeypatch.setattr(ui, "serving", server)
-    monkeypatch.setattr(ui, "runs_page", lambda address, experiment: address)
+    monkeypatch.setattr(ui, "runs_page", runs_page)
     monkeypatch.setattr(ui.database, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:

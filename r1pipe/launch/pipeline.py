@@ -103,7 +103,7 @@ def start(plan: RunPlan) -> FollowedJob:
     log(description)
     if job.changed_code:
         kept = plan.run.config_history.name
-        log(f"{run_id}: the code has changed: {listed(job.changed_code)} (kept in {kept})")
+        log(f"{run_id}: code or packages have changed: {listed(job.changed_code)} (kept in {kept})")
     job.follow()
     return job
 

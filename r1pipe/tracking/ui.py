@@ -50,8 +50,8 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
     database.prepare(store)
     if not is_loopback(host):
         print(
-            f"warning: anyone who reaches {host}:{port} can read, change and delete all runs: MLflow has no"
-            " password",
+            f"warning: anyone who reaches {host}:{port} can read, change and delete all runs: MLflow asks "
+            "for no password",
             file=sys.stderr,
         )
     print("starting MLflow's server, which takes about ten seconds", file=sys.stderr, flush=True)

@@ -156,7 +156,7 @@ def test_a_run_that_has_made_something_does_not_go_on_with_other_data(from_a_fil
         run.load_data()
     told = (from_a_file / "error.txt").read_text()
     assert left.value.code == 2 and told.count("\n") == 1
-    assert re.search(rf"\({file}: [0-9a-f]{{12}} -> [0-9a-f]{{12}}\); put it back .* or --fresh", told)
+    assert re.search(rf"\({file}: [0-9a-f]{{12}} -> [0-9a-f]{{12}}\); restore it .* --fresh", told)
     file.unlink()
     (from_a_file / "error.txt").unlink()
     with pytest.raises(SystemExit), open_run(from_a_file) as run:

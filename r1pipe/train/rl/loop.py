@@ -115,8 +115,6 @@ class GRPO:
                 metrics |= self.critic.learn(rollouts)
         self._end_step(rows, metrics, began)
 
-    # --- prompts
-
     def next_prompts(self, metrics: Metrics) -> list[Prompt]:
         """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors.
 
@@ -214,8 +212,6 @@ class GRPO:
             kls = [rollout.kl() for rollout in rollouts]
         score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts)
 
-    # --- update
-
     def _update_policy(self, rollouts: list[Rollout], metrics: Metrics) -> None:
         with self._timed("update", metrics):
             if count := self.config.routing_check_samples:
@@ -230,11 +226,10 @@ class GRPO:
         """Replace the reference, evaluate, log and save, each when it is due."""
         config, state = self.config, self.state
         state.step += 1
-        last = state.step == config.max_steps
         if self.reference and config.reference_every and state.step % config.reference_every == 0:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
-        if config.eval.every and state.step % config.eval.every == 0 and not last:
+        if config.eval.every and state.step % config.eval.every == 0 and state.step < config.max_steps:
             metrics |= self.quick_evaluation()
         trips = self._log(state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}

@@ -35,7 +35,7 @@ from r1pipe.cli.report.load import load_runs
 from r1pipe.cli.report.page import page as report_page
 from r1pipe.config import config_hash, read_config, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.run import check
+from r1pipe.config.run import check as check_config
 from r1pipe.core.errors import R1pipeError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login
@@ -226,7 +226,7 @@ def of_config(folder: Path) -> tuple[st.SearchStrategy, Act]:
         path.write_bytes(content)
         found = read_config(path)
         config_hash(found)
-        check(found)
+        check_config(found)
 
     return json_file(to_mapping(compose(["stage=grpo"]).config)), act
 

@@ -166,7 +166,8 @@ def config_classes(cls: type, prefix: str) -> Iterator[tuple[type, str]]:
         if name in ("weights_from", "reads_from") or not below:
             continue
         kinds = dict.fromkeys(STAGE_TYPES.values()) if name == "stage" else below
-        inner = f"{prefix}{name}[]." if str(hint).startswith("list") else f"{prefix}{name}."
+        item = {list: "[].", dict: ".NAME."}.get(getattr(hint, "__origin__", None), ".")
+        inner = f"{prefix}{name}{item}"
         for kind in [*below, *(kind for kind in kinds if kind not in below)]:
             yield from config_classes(kind, inner)
 

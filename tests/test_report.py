@@ -15,7 +15,9 @@ from runfolders import CONTROLS, STAGES, build, build_all, write_json, write_lin
 from r1pipe.cli import compare
 from r1pipe.cli.report import write_report
 from r1pipe.cli.report.load import cost, load_runs, other_runs
+from r1pipe.cli.report.page import MAIN_SETTINGS
 from r1pipe.config.compose import compose
+from r1pipe.config.describe import leaves
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.launch.progress import Display
@@ -350,3 +352,8 @@ def test_the_report_tells_how_it_was_made(reproduction, report):
     ):
         assert text in part, text
     assert "stage.optim.lr" in part and "0.0003" in part
+
+
+def test_the_main_settings_are_keys_of_the_config() -> None:
+    known = set(leaves())
+    assert not [name for name in MAIN_SETTINGS if f"stage.{name}" not in known]

@@ -1,1 +1,1 @@
-"""The chat format: its template and its tokenizer."""
+"""The chat format: writing prompts with the template, taking responses apart."""

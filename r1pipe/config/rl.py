@@ -37,7 +37,7 @@ class CosineConfig(Strict):
 class RewardsConfig(Strict):
     """Which rule rewards are summed, and what each weighs."""
 
-    weights: dict[str, float]  # reward name -> weight; names: reinforcement.RULE_REWARDS
+    weights: dict[str, float]  # reward name -> weight; the names are those of RULE_REWARDS
     truncation_penalty: float  # added to the reward of a completion that was cut off (0: none)
     max_failed: Share  # share of a step's verdicts of one reward that may fail; above it the job stops
     cosine: CosineConfig
@@ -57,7 +57,7 @@ class PreferenceConfig(Strict):
     min_accuracy: Share  # share of held-out pairs that the helpfulness model must put in the right order
     min_auc: Share  # area under the ROC curve that the harmlessness model must reach on held-out labels
     max_length_correlation: Share  # of a model's scores with the responses' lengths, whatever the sign
-    force: bool  # use reward models that are beyond these bounds, too: they are told of, not refused
+    force: bool  # use reward models that are beyond these bounds, too: a warning instead of a refusal
 
 
 @dataclass
@@ -68,9 +68,7 @@ class PPOConfig(Strict):
     gae_lambda: Share  # of generalised advantage estimation: 1 trusts what was earned, 0 the value model
     whiten: bool  # shift and scale a step's advantages, over all its tokens, to mean 0 and deviation 1
     value_lr_factor: NonNegative  # the value model's learning rate over the policy's
-    value_clip: (
-        NonNegative | None
-    )  # a value's loss stops where it moves further in a step; null: plain squared error
+    value_clip: NonNegative | None  # furthest move of a value in a step; null: plain squared error
     value_warmup_steps: Count  # first steps in which the value model learns alone
 
 
@@ -115,7 +113,7 @@ class WireConfig(Strict):
 
 @dataclass
 class TripwiresConfig(Strict):
-    """What watches over a run of reinforcement."""
+    """The tripwires of an RL run."""
 
     name: str  # the file in conf/tripwires/
     wires: dict[str, WireConfig]

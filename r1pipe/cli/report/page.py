@@ -12,7 +12,7 @@ from r1pipe.core.formatting import duration, percent
 
 Runs = Sequence[StageRun]
 MAIN_SETTINGS = (  # the others are in the page, too, but folded
-    *("max_steps", "epochs", "traces", "prompts", "samples_per_prompt", "optim.lr", "batch_size"),
+    *("max_steps", "epochs", "demonstrations", "prompts", "samples_per_prompt", "optim.lr", "batch_size"),
     *("sequence_length", "algorithm", "loss", "prompts_per_step", "group_size", "minibatches", "kl_coef"),
     *("clip", "sampling.temperature", "sampling.max_tokens", "eval.problems", "eval.samples"),
     "eval.max_tokens",

@@ -13,7 +13,7 @@ from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import is_scored
-from r1pipe.train.rl.losses import LOSS_MEANS
+from r1pipe.train.rl.losses import LOSS_AGGREGATIONS
 
 
 @dataclass
@@ -119,7 +119,7 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """This rank's micro-batches of a minibatch, weighted so that the ranks' average is the loss's mean.
 
-    `aggregation` is a key of LOSS_MEANS. All ranks must call.
+    `aggregation` is a key of LOSS_AGGREGATIONS. All ranks must call.
     """
     sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
     sequences, tokens = sequences / ranks.world_size, tokens / ranks.world_size
@@ -153,8 +153,8 @@ def tokens_read(rollouts: Sequence[Rollout]) -> float:
 def weights_of(
     rollouts: Sequence[Rollout], aggregation: str, sequences: float, tokens: float, longest: int
 ) -> list[float]:
-    """Weight of each rollout's tokens in the loss (see LOSS_MEANS); 0 where a reward failed."""
-    weight = LOSS_MEANS[aggregation]
+    """Weight of each rollout's tokens in the loss (see LOSS_AGGREGATIONS); 0 where a reward failed."""
+    weight = LOSS_AGGREGATIONS[aggregation]
     return [
         weight(len(r.completion.tokens), sequences, tokens, longest) if r.scored else 0.0 for r in rollouts
     ]

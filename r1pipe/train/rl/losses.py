@@ -73,7 +73,7 @@ def cispo_surrogate(
 
 # A token's weight in the loss, from its completion's length, the minibatch's numbers of completions and of
 # tokens, and the maximal length of a completion.
-LOSS_MEANS: dict[str, Callable[[int, float, float, int], float]] = {
+LOSS_AGGREGATIONS: dict[str, Callable[[int, float, float, int], float]] = {
     # mean over each sequence's tokens, then over sequences (DeepSeekMath eq. 3): long ones' tokens weigh less
     "sequence": lambda length, sequences, tokens, longest: 1 / (length * sequences),
     # mean over all tokens of the minibatch (DAPO, arXiv 2503.14476, eq. 12): long completions weigh more

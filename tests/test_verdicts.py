@@ -112,6 +112,7 @@ def test_an_item_that_hangs_is_marked_and_holds_up_no_other(monkeypatch):
     workers = [symbolic.Worker() for _ in range(symbolic.WORKERS)]
     idle: LifoQueue[symbolic.Worker] = LifoQueue()
     for worker in workers:
+        worker.ask({"gold": "1", "answer": "1"})  # started, so that none is killed while it starts
         idle.put(worker)
     monkeypatch.setattr(symbolic, "_idle", idle)
     completions = [answered(text) for text in (r"\boxed{9^{9^{9^9}}}", *[r"\boxed{2^{1/2}}"] * 3)]

@@ -226,7 +226,7 @@ def test_config_says_what_each_key_means(capsys: pytest.CaptureFixture) -> None:
     assert [line for line in lines if line.startswith("    ") and len(line) > 100] == []
     for key, meaning in {
         "stage.optim.lr=": "peak learning rate",
-        "stage.ppo.value_clip=": "a value's loss stops where it moves further in a step",  # below its type
+        "stage.ppo.value_clip=": "furthest move of a value in a step",
         "tripwires.wires.kl.limit=": "the number that must not be passed",  # in a mapping of groups
         "stage.rewards.weights.accuracy=": "reward name -> weight",  # by the mapping it is in
         "stage.keep=": "newest checkpoints kept",  # of a base class

@@ -172,7 +172,3 @@ def call() -> int | None:
             return app(standalone_mode=False)
     except typer.TyperException as error:
         raise R1pipeError(error.format_message()) from None  # empty where Typer has just printed the help
-
-
-if __name__ == "__main__":
-    main()

@@ -62,7 +62,7 @@ def no_room(what: str, folder: Path) -> str:
     )
 
 
-def warn_once(path: Path, line: str) -> None:
-    """Write the line for the user. If several processes fail together, only the first one's is kept."""
+def record_error(path: Path, line: str) -> None:
+    """Write the user's error to a file. If several processes fail together, the first one's is kept."""
     with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(f"{line}\n")

@@ -13,7 +13,7 @@ import psutil
 
 from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
-from r1pipe.core.errors import EnvironmentProblem, warn_once
+from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch.command import checked_command, job_variables, no_mlflow, printable, write_run_files
 from r1pipe.launch.progress import Display
@@ -89,11 +89,13 @@ class FollowedJob:
         fault = self.watch.check()
         if time.monotonic() > self._kill_at:
             reason = f"did not leave within engine.grace_s={self.engine.grace_s:g} and was ended"
-            warn_once(self.run.error, f"{self.run.run_id} was interrupted, {reason}; {resume_hint(self.run)}")
+            record_error(
+                self.run.error, f"{self.run.run_id} was interrupted, {reason}; {resume_hint(self.run)}"
+            )
             self._end_now()
         elif self.is_owner and fault:
             self._fault = fault
-            warn_once(self.run.error, fault.line)
+            record_error(self.run.error, fault.line)
             self._end_now()
         elif self.is_owner and self.watch.failed_for_s() > ENDING_S:
             self._end_now()
@@ -141,7 +143,7 @@ class FollowedJob:
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)
                 if self._fault:
-                    warn_once(self.run.error, self._fault.line)
+                    record_error(self.run.error, self._fault.line)
             self.run.stop.unlink(missing_ok=True)
         return self._exit_code(code)
 

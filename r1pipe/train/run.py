@@ -18,7 +18,7 @@ import torch
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import EvaluateConfig, ParentRef, RunConfig, StageConfig, read_config
-from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, warn_once
+from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
 from r1pipe.core.paths import RunFolder
 from r1pipe.data.opening import open_data
 from r1pipe.data.source import Source, check_data_unchanged
@@ -207,7 +207,7 @@ def _exit(code: int) -> NoReturn:
 def _fail(folder: RunFolder, line: str) -> NoReturn:
     """End with one line for the user, in error.txt and in the log, and exit code 2."""
     try:
-        warn_once(folder.error, line)
+        record_error(folder.error, line)
     except OSError:  # the disk is full: progress.jsonl is expendable
         os.truncate(folder.progress, 0)
         folder.error.write_text(f"{line}\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
-from r1pipe.runs.files import write_json
+from r1pipe.runs.files import replacing, write_json
 from r1pipe.runs.record import record_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
@@ -241,6 +241,5 @@ def _sample_of(row: dict[str, Any]) -> Sampled:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Atomic: a shard that exists is never drawn again."""
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")

@@ -23,7 +23,7 @@ from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.data.source import SPLITS, Source
 from r1pipe.data.world.content import prompt_id, split_of
 from r1pipe.rewards import check_gold, language_share
-from r1pipe.rewards.answers import restore_backslashes
+from r1pipe.rewards.answers.gold import restore_backslashes
 from r1pipe.runs import data_files
 
 T = TypeVar("T")

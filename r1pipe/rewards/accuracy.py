@@ -9,12 +9,16 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
-from r1pipe.rewards import answers, program, symbolic
+from r1pipe.rewards import program, symbolic
+from r1pipe.rewards.answers.check import check
+from r1pipe.rewards.answers.check import vote as vote_of_answer
+from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
+from r1pipe.rewards.answers.reading import last_stated
 from r1pipe.runs import heartbeat
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -22,31 +26,26 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
 }
-_MATHEMATICS = re.compile(r"[\\^*/+=√π{]|sqrt|\bpi\b")  # an answer without any of these is not an expression
 _MAX_EXPRESSION = 200  # characters
 
 
+def gold_of(prompt: Prompt) -> Gold:
+    """Raises DataError."""
+    checker = prompt.checker
+    options = tuple((str(letter), str(text)) for letter, text in checker.get("options", {}).items())
+    gold = read_gold(prompt.answer, checker.get("answer_form", ""), options)
+    others = tuple(read_gold(str(other), gold.form, options) for other in checker.get("alternatives", ()))
+    return replace(gold, alternatives=(*gold.alternatives, *others)) if others else gold
+
+
 def check_answer(prompt: Prompt, summary: str) -> Score:
-    """The stated final answer against the gold one: plain numbers exactly, the rest by math-verify."""
-    answer = answers.final_answer(summary)
-    if answer is None:
-        return Score(0.0, detail="the summary states no final answer")
-    gold = prompt.answer
-    gold_number, number = answers.parse_number(gold), answers.parse_number(answer)
-    if gold_number and number:
-        return Score(float(answers.same_number(gold_number, number)))
-    if answers.same_text(gold, answer):
-        return Score(1.0)
-    if letters := answers.choices(gold):
-        return Score(float(answers.choices(answer) == letters))
-    if gold_number and not _MATHEMATICS.search(answer):
-        return Score(0.0, detail=f"{answer!r} is not a number")
-    return symbolic.compare(gold, answer)
+    """The stated final answer against the gold one, by the gold answer's form."""
+    return check(gold_of(prompt), summary)
 
 
 def check_countdown(prompt: Prompt, summary: str) -> Score:
     """The stated expression uses each given number once, with + - * and parentheses, and makes the target."""
-    expression = answers.final_answer(summary)
+    expression = last_stated(summary)
     if expression is None:
         return Score(0.0, detail="the summary states no expression")
     tree = _parse_expression(expression)
@@ -82,23 +81,22 @@ def _evaluate(node: ast.expr) -> tuple[int, list[int]]:
 
 def check_gym(prompt: Prompt, summary: str) -> Score:
     """The verdict of reasoning-gym's own scorer; partial credit is not a right answer."""
-    answer = answers.final_answer(summary)
+    answer = last_stated(summary)
     if answer is None:
         return Score(0.0, detail="the summary states no final answer")
     return symbolic.score_gym(prompt.checker["reasoning_gym"], prompt.checker["entry"], answer)
 
 
 def _check_answer_gold(prompt: Prompt) -> None:
-    gold = prompt.answer.strip()
-    if not gold:
-        raise DataError(f"{prompt.id}: the gold answer is empty; fill it in or leave the row out")
-    if not gold.isprintable():  # a formula that lost a backslash would be compared as something else
-        raise DataError(
-            f"{prompt.id}: the gold answer {gold!r} has a line break or tab in it; write one line"
-        )
-    if answers.parse_number(gold) or answers.choices(gold) or symbolic.parses(gold):
-        return
-    raise DataError(f"{prompt.id}: the gold answer {gold!r} does not parse; correct it or leave the row out")
+    try:
+        gold = gold_of(prompt)
+    except DataError as error:
+        raise DataError(f"{prompt.id}: {error}") from None
+    for formula in formulas_in(gold):
+        if not symbolic.parses(formula):
+            raise DataError(
+                f"{prompt.id}: the gold answer {prompt.answer!r} does not parse; correct it or leave the row out"
+            )
 
 
 def _check_countdown_gold(prompt: Prompt) -> None:
@@ -107,15 +105,19 @@ def _check_countdown_gold(prompt: Prompt) -> None:
         raise DataError(f"{prompt.id}: checker needs numbers (a list of integers) and target (an integer)")
 
 
-def _expression_key(summary: str) -> str:
+def _expression_key(prompt: Prompt, summary: str) -> str:
     """One spelling for expressions that differ in spaces and idle parentheses."""
-    answer = answers.final_answer(summary)
+    answer = last_stated(summary)
     tree = _parse_expression(answer) if answer else None
-    return program.unparsed(tree, answer or "") if tree else answers.normalise(answer or "")
+    return program.unparsed(tree, answer or "") if tree else re.sub(r"\s+", "", answer or "").lower()
 
 
-def _answer_key(summary: str) -> str:
-    return answers.normalise(answers.final_answer(summary) or "")
+def _answer_key(prompt: Prompt, summary: str) -> str:
+    return vote_of_answer(gold_of(prompt), summary)
+
+
+def _stated_key(prompt: Prompt, summary: str) -> str:
+    return re.sub(r"\s+", "", last_stated(summary) or "").lower()
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,15 @@ class Checker:
 
     check: Callable[[Prompt, str], Score]
     check_gold: Callable[[Prompt], None]
-    vote: Callable[[str], str]  # "" where the summary gives no answer
+    vote: Callable[[Prompt, str], str]  # "" where the summary gives no answer
 
 
 ANSWER = Checker(check_answer, _check_answer_gold, _answer_key)
 CHECKERS: dict[str, Checker] = {
     "word": ANSWER,
     "countdown": Checker(check_countdown, _check_countdown_gold, _expression_key),
-    "program": Checker(program.check_program, program.check_program_gold, program.program_key),
-    "reasoning_gym": Checker(check_gym, lambda prompt: None, _answer_key),
+    "program": Checker(program.check_program, program.check_program_gold, lambda _, summary: program.program_key(summary)),
+    "reasoning_gym": Checker(check_gym, lambda prompt: None, _stated_key),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
 
 
@@ -155,12 +157,12 @@ def check_gold(prompt: Prompt) -> None:
 
 def states_answer(prompt: Prompt, summary: str) -> bool:
     """Whether a summary gives an answer of its task's kind, right or wrong."""
-    return bool(checker_of(prompt).vote(summary))
+    return bool(checker_of(prompt).vote(prompt, summary))
 
 
 def vote(prompt: Prompt, text: str) -> str:
     """A completion's vote in cons@k: its normalised answer, or "" for none."""
-    return checker_of(prompt).vote(summary_of(text))
+    return checker_of(prompt).vote(prompt, summary_of(text))
 
 
 def summary_of(text: str) -> str:

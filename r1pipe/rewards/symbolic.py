@@ -84,9 +84,28 @@ def idle_worker() -> Iterator[Worker]:
         _idle.put(worker)
 
 
-def compare(gold: str, answer: str) -> Score:
-    """1 where math-verify finds the answer equal to the gold answer, else 0; thread-safe."""
-    return _score({"gold": gold, "answer": answer}, f"{answer!r} is not {gold!r}")
+class NoVerdict(Exception):
+    """A comparison that has no result; `score` says why."""
+
+    def __init__(self, score: Score):
+        super().__init__(score.detail)
+        self.score = score
+
+
+def equal(gold: str, answer: str, relation: str = "") -> bool:
+    """Whether two formulas in LaTeX are equal; thread-safe. Raises NoVerdict.
+
+    With a `relation` ("=", "<" ...) both are the difference of its sides.
+    """
+    score = compare(gold, answer, relation)
+    if score.status is not Status.SCORED:
+        raise NoVerdict(score)
+    return score.value == 1.0
+
+
+def compare(gold: str, answer: str, relation: str = "") -> Score:
+    """1 where the formulas are equal, else 0; thread-safe."""
+    return _score({"gold": gold, "answer": answer, "relation": relation}, f"{answer!r} is not {gold!r}")
 
 
 def score_gym(task: str, entry: dict[str, Any], answer: str) -> Score:

@@ -18,17 +18,21 @@ from pathlib import Path
 OUT_OF_MEMORY = 12  # exit code, ENOMEM's number: an item took more than half of the limit, and has no verdict
 
 
-def compare(gold_text: str, answer_text: str) -> dict:
-    """An answer that does not parse is wrong; a comparison that breaks down is an error, not a verdict."""
-    from math_verify import parse, verify
+def compare(gold: str, answer: str, relation: str = "") -> dict:
+    """Whether two formulas are equal, or two relations, of which `left - right` is given, say the same.
 
-    texts = (f"\\boxed{{{text}}}" for text in (gold_text, answer_text))
-    gold, answer = (parse(text, parsing_timeout=None, fallback_mode="no_fallback") for text in texts)
+    An answer that does not parse is wrong; a comparison that breaks down is an error, not a verdict.
+    """
+    from r1pipe.rewards import formulas
+
     try:
-        equal = bool(gold and answer) and verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+        right = formulas.read(gold)
+        given = formulas.read(answer)
+        if right is None or given is None:
+            return {"right": False, "error": ""}
+        return {"right": formulas.equal(right, given, relation), "error": ""}
     except Exception as error:  # noqa: BLE001 - sympy raises anything, and all of it means the same here
         return {"right": False, "error": f"{type(error).__name__}: {error}"[:200]}
-    return {"right": equal, "error": ""}
 
 
 def score(request: dict) -> dict:
@@ -61,7 +65,7 @@ def serve(memory_limit: int) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request.get("cpu_limit_s", 0))  # 0: none
-        reply = score(request) if "task" in request else compare(request["gold"], request["answer"])
+        reply = score(request) if "task" in request else compare(request["gold"], request["answer"], request.get("relation", ""))
         signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy and the scorers take a MemoryError for an answer that means nothing
         if peak_memory() > memory_limit / 2:

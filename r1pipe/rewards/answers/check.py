@@ -1,0 +1,85 @@
+"""Whether a response's final answer is right: the gold answer's form says what to look for and when it is equal."""
+
+import re
+
+from r1pipe.core.types import Score
+from r1pipe.rewards import symbolic
+from r1pipe.rewards.answers import words
+from r1pipe.rewards.answers.gold import Form, Gold, is_text
+from r1pipe.rewards.answers.notation import to_latex
+from r1pipe.rewards.answers.reading import HEDGES, final_answer, option_named
+from r1pipe.rewards.answers.structure import Kind, Node, parse, same
+
+
+def check(gold: Gold, summary: str) -> Score:
+    """1 where the last answer that the summary states, in the gold answer's form, equals it."""
+    answer = final_answer(gold, summary)
+    if answer is None:
+        return Score(0.0, detail=f"the summary states no final answer that is a {gold.form}")
+    failure: Score | None = None
+    for right in (gold, *gold.alternatives):
+        try:
+            if equal(right, answer):
+                return Score(1.0)
+        except symbolic.NoVerdict as error:
+            failure = error.score
+    return failure or Score(0.0, detail=f"{answer!r} is not {gold.text!r}")
+
+
+def equal(gold: Gold, text: str) -> bool:
+    """Whether a tidy answer equals the gold answer. Raises symbolic.NoVerdict where the parser gives up."""
+    match gold.form:
+        case Form.CHOICE:
+            return words.letters(text) == set(gold.text) or option_named(gold, text) == gold.text
+        case Form.BOOLEAN:
+            return words.truth(text) is words.truth(gold.text)
+        case Form.DATE:
+            return (words.date(text) or text) == words.date(gold.text)
+        case Form.RATIO:
+            return words.ratio(text) == words.ratio(gold.text)
+        case Form.TEXT:
+            return words.plain_words(text) == words.plain_words(gold.text)
+    if text == gold.text:
+        return True
+    if HEDGES.search(text) or is_text(text):
+        return False
+    answer = parse(text)
+    return gold.node is not None and answer is not None and same(gold.node, answer, _same_formula)
+
+
+def _same_formula(gold: str, answer: str, relation: str) -> bool:
+    if re.sub(r"\s+", "", gold) == re.sub(r"\s+", "", answer):
+        return True
+    return symbolic.equal(to_latex(gold), to_latex(answer), relation)
+
+
+def vote(gold: Gold, summary: str) -> str:
+    """One spelling for equal answers, for cons@k; "" where the summary states none."""
+    answer = final_answer(gold, summary)
+    if answer is None:
+        return ""
+    match gold.form:
+        case Form.CHOICE:
+            return "".join(sorted(words.letters(answer))) or option_named(gold, answer) or answer
+        case Form.BOOLEAN:
+            return str(words.truth(answer))
+        case Form.DATE:
+            return words.date(answer) or answer
+        case Form.RATIO:
+            return words.ratio(answer)
+        case Form.TEXT:
+            return words.plain_words(answer)
+    node = parse(answer)
+    return _key(node) if node else words.plain_words(answer)
+
+
+def _key(node: Node) -> str:
+    if node.number:
+        return node.number.key()
+    if node.kind is Kind.RELATION and node.mark == "=":
+        return _key(node.items[-1])
+    if node.kind in (Kind.LIST, Kind.SET, Kind.UNION):
+        return ",".join(sorted(map(_key, node.items)))
+    if node.items:
+        return f"{node.mark}{','.join(map(_key, node.items))}"
+    return re.sub(r"\s+", "", to_latex(node.text))

@@ -1,0 +1,141 @@
+"""Plain numbers as people write them, with their units: exact values as fractions.
+
+`3`, `1,234.50`, `-3/4`, `1 1/4`, `4又1/2`, `\\frac{3}{4}`, `3.2e5`, `4.5 \\times 10^{-4}`, `0.\\overline{3}`,
+`1011_2`, `25%`, `$1.5 million`, `1.2万`, `60 degrees`, `15 km/h`, `18 apples`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from r1pipe.rewards.answers.notation import REPEATING, repeating
+from r1pipe.rewards.answers.units import Unit, read_unit
+
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
+_LATEX_FRACTION = r"\\frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))"
+_POWER_OF_TEN = r"10\s*\^\s*\{?\s*([+-]?\d+)\s*\}?"
+_MAX_LENGTH = 120  # a number with its unit is shorter; also bounds the work on a hostile answer
+_MAX_EXPONENT = 400
+
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "quadrillion": 10**15, "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "万亿": 10**12,
+}  # fmt: skip
+_SCALE = re.compile(
+    rf"\s*({'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z米克瓦卡焦])|(?<=\d)([kK])(?![A-Za-z])"
+)
+_PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percent(?:age)?(?: points?)?\b)")
+_SIGN = re.compile(r"([+-]?)\s*(?:[A-Z]{0,2}([$€£¥₹])\s*)?([+-]?)\s*")
+
+
+def _fraction(top: str, bottom: str) -> Fraction:
+    return Fraction(top.replace(",", "")) / Fraction(bottom.replace(",", ""))
+
+
+def _based(digits: str, base: str) -> Fraction | None:
+    if not 2 <= int(base) <= 16 or any(int(digit, 16) >= int(base) for digit in digits):
+        return None
+    return Fraction(int(digits, int(base)))
+
+
+def _power(mantissa: str, exponent: str) -> Fraction | None:
+    if abs(int(exponent)) > _MAX_EXPONENT:
+        return None
+    return Fraction(mantissa.replace(",", "")) * Fraction(10) ** int(exponent)
+
+
+# Each way of writing a number and its value from the groups that matched; the first that fits counts.
+_WAYS: list[tuple[re.Pattern[str], Callable[[list[str]], Fraction | None]]] = [
+    (re.compile(r"([0-9A-F]+)_\{?(\d+)\}?"), lambda g: _based(*g)),
+    (REPEATING, lambda g: repeating(g)),
+    (re.compile(rf"({_DECIMAL})\s*(?:\\times|\\cdot|\*|[xX])\s*{_POWER_OF_TEN}"), lambda g: _power(*g)),
+    (re.compile(rf"({_DECIMAL})[eE]([+-]?\d+)(?!\w)"), lambda g: _power(*g)),
+    (re.compile(_POWER_OF_TEN), lambda g: _power("1", *g)),
+    (re.compile(r"(\d+)(?:\s+and\s+|\s*又\s*|\s+)(\d+)\s*/\s*(\d+)"), lambda g: int(g[0]) + _fraction(*g[1:])),
+    (re.compile(rf"(\d+)(?:\s*又)?\s*{_LATEX_FRACTION}"), lambda g: int(g[0]) + _fraction(*g[1:])),
+    (re.compile(_LATEX_FRACTION), lambda g: _fraction(*g)),
+    (re.compile(rf"({_INTEGER})\s*/\s*({_INTEGER})(?!\s*/)"), lambda g: _fraction(*g)),
+    (re.compile(rf"({_DECIMAL})"), lambda g: Fraction(g[0].replace(",", ""))),
+]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as it was written."""
+
+    value: Fraction
+    percent: bool = False
+    unit: Unit | None = None
+    rounded: bool = False  # written with decimals
+    based: bool = False  # with its base: 1011_2
+
+    def key(self) -> str:
+        """One spelling for equal numbers, for voting."""
+        if self.unit is None:
+            return f"{self.value}{'%' if self.percent else ''}"
+        return f"{self.value * self.unit.factor} {self.unit.name}"
+
+
+@lru_cache(maxsize=4096)
+def read_number(text: str) -> Number | None:
+    """The number that a tidy text is, or None where it is anything else or more than that."""
+    if not 0 < len(text) <= _MAX_LENGTH:
+        return None
+    opening = _SIGN.match(text)
+    assert opening is not None  # it may be empty
+    for number, (pattern, value_of) in enumerate(_WAYS):
+        if match := pattern.match(text, opening.end()):
+            break
+    else:
+        return None
+    try:
+        value = value_of([group for group in match.groups() if group is not None])
+    except ZeroDivisionError:
+        return None
+    if value is None:
+        return None
+    if "-" in (opening[1], opening[3]):
+        value = -value
+    at = match.end()
+    while scale := _SCALE.match(text, at):
+        value, at = value * (_SCALES[scale[1]] if scale[1] else 1000), scale.end()
+    percent = _PERCENT.match(text, at)
+    tail = text[percent.end() if percent else at :]
+    based = number == 0
+    unit = read_unit(opening[2]) if opening[2] else None
+    if tail.strip(" ."):
+        behind = read_unit(tail, glued=not tail[0].isspace())
+        if behind is None or based or (unit and behind != unit):
+            return None
+        unit = behind if behind.name else None
+    rounded = "." in match[0] and pattern is not REPEATING
+    return Number(value, percent is not None, unit, rounded, based)
+
+
+def same_number(gold: Number, answer: Number) -> bool:
+    """Exact for integers and fractions; within a millionth where either was written with decimals.
+
+    The millionth is of the larger if that is below 1. A percent sign that only one side bears may mean either
+    the number or its hundredth ("50%" is 50 or 0.5); units are compared only where both sides give one. A
+    number with its base is only equal to another with a base.
+    """
+    golds, answers = {gold.value}, {answer.value}
+    if gold.unit and answer.unit:
+        if gold.unit.name != answer.unit.name:
+            return False
+        golds, answers = {gold.value * gold.unit.factor}, {answer.value * answer.unit.factor}
+    if gold.based and not answer.based:
+        return False
+    if gold.percent and not answer.percent:
+        golds.add(gold.value / 100)
+    if answer.percent and not gold.percent:
+        answers.add(answer.value / 100)
+    if golds & answers:
+        return True
+    if not (gold.rounded or answer.rounded):
+        return False
+    return any(abs(g - a) * 10**6 <= min(Fraction(1), max(abs(g), abs(a))) for g in golds for a in answers)

@@ -1,0 +1,120 @@
+"""Which of a summary's statements is the final answer, and what of its sentence is the value."""
+
+import re
+
+from r1pipe.rewards.answers import words
+from r1pipe.rewards.answers.gold import Form, Gold, is_text
+from r1pipe.rewards.answers.notation import tidy
+from r1pipe.rewards.answers.statement import Statement, statements
+from r1pipe.rewards.answers.structure import parse
+
+SEVERAL = (Form.LIST, Form.SET, Form.TUPLE, Form.INTERVAL, Form.CHOICE)  # may be spread over boxes
+_BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?")
+
+# What may stand before and behind a value in a sentence without changing it.
+_BEFORE = re.compile(
+    r"^(?:(?:(?:so |thus |therefore |hence )?(?:the |my |our )?(?:final |correct )?answer (?:is|:|=)|approximately|"
+    r"about|around|roughly|nearly|therefore|thus|simply|just|exactly|equal to|equals|indeed|clearly|then|hence|"
+    r"that|always|only|of course|given by|the number|the value|choice|a total of|"
+    r"约等于|约为|大约|大概|约|等于|是|为|共)(?![a-z])|\\approx|[:=,])\s*",
+    re.IGNORECASE,
+)
+_BEHIND = [
+    re.compile(r",?\s+(?:not|rather than|instead of)\s.*$|,?\s*而?不是.*$", re.IGNORECASE | re.DOTALL),
+    re.compile(
+        r"(?:\s*[,;:—-]+\s*|\s)(?:because|since|as|so\s+that|which|where|given|due|by|for|when|after|from|i\.e\.|"
+        r"that\s+is|meaning|if|note|in\s+(?:total|all)|altogether)\s.*$|,?\s*(?:因为|由于|理由|即).*$",
+        re.IGNORECASE | re.DOTALL,
+    ),
+    re.compile(r"\s*:\s*[A-Za-z一-鿿][^\d=]*$"),
+]
+_REMARK = re.compile(r"\s+\(([^()]*)\)$")
+HEDGES = re.compile(
+    r"\b(?:maybe|perhaps|possibly|probably|might|either|not|n't|never|unsure|unknown|any|anything|other|but|"
+    r"cannot|could|guess|between|except)\b|\?|也许|可能|或许|大概是|不是|不确定|任意|其他|但|介于",
+    re.IGNORECASE,
+)
+_OR = re.compile(r"\bor\b|或", re.IGNORECASE)
+
+
+def final_answer(gold: Gold, summary: str) -> str | None:
+    """The tidy text of the last statement that can be read in the gold answer's form; None without one.
+
+    A box that is cut off ends the search: what was meant to be the answer is missing. Boxes that only a comma
+    or "and" parts are one answer where the gold answer has several values.
+    """
+    stated = statements(summary)
+    if stated and not stated[-1].text:
+        return None
+    for last in range(len(stated) - 1, -1, -1):
+        statement = stated[last]
+        if gold.form in SEVERAL and statement.boxed:
+            first = last
+            while first and stated[first - 1].boxed and _are_one(summary, stated[first - 1], stated[first]):
+                first -= 1
+            contents = dict.fromkeys(box.text for box in stated[first : last + 1])
+            statement = Statement(", ".join(contents), True, stated[first].start, statement.end)
+        if answer := read_answer(gold, statement):
+            return answer
+    return None
+
+
+def _are_one(summary: str, box: Statement, following: Statement) -> bool:
+    return _BETWEEN_BOXES.fullmatch(tidy(summary[box.end : following.start]).strip(" .$")) is not None
+
+
+def last_stated(summary: str) -> str | None:
+    """The tidy text of the last statement, whatever its form."""
+    stated = statements(summary)
+    return undress(tidy(stated[-1].text)) or None if stated else None
+
+
+def read_answer(gold: Gold, statement: Statement) -> str | None:
+    """A statement's tidy text, without what a sentence says beside it; None if not of the gold answer's form."""
+    text = undress(tidy(statement.text))
+    if statement.boxed or not text:
+        return text or None  # whatever a box holds is meant to be the answer
+    readings = [*shortened(text), text]
+    if gold.form is Form.TEXT:
+        plain = words.plain_words(gold.text)
+        return next((reading for reading in readings if words.plain_words(reading) == plain), readings[0])
+    return next((reading for reading in readings if is_of_form(gold, reading)), None)
+
+
+def undress(text: str) -> str:
+    """A statement without words and signs that do not change its value."""
+    text = text.strip(" ,;:*_!").rstrip(".")
+    if (remark := _REMARK.search(text)) and is_text(remark[1]) and not HEDGES.search(remark[1]):
+        text = text[: remark.start()]  # 5 (five)
+    while (shorter := _BEFORE.sub("", text, count=1)) != text:
+        text = shorter
+    return text.strip(" ,;:*_!\"'").rstrip(".")
+
+
+def shortened(text: str) -> list[str]:
+    """A sentence without the reason or remark behind its value, the shortest first; what takes it back stays."""
+    found: list[str] = []
+    for number, pattern in enumerate(_BEHIND):
+        match = pattern.search(text)
+        if match is None or (number and (HEDGES.search(match[0]) or _OR.search(match[0]))):
+            continue
+        text = text[: match.start()].strip(" ,;:")
+        found.insert(0, text)
+    return found
+
+
+def is_of_form(gold: Gold, text: str) -> bool:
+    """Whether a text can be read in the gold answer's form."""
+    if gold.form is Form.CHOICE:
+        return bool(words.letters(text)) or option_named(gold, text) is not None
+    if gold.form is Form.BOOLEAN:
+        return words.truth(text) is not None
+    if gold.form in (Form.DATE, Form.RATIO):
+        return True
+    return not HEDGES.search(text) and not is_text(text) and parse(text) is not None
+
+
+def option_named(gold: Gold, text: str) -> str | None:
+    """The letter of the option whose text this is."""
+    plain = words.plain_words(text)
+    return next((letter for letter, option in gold.options if words.plain_words(option) == plain), None)

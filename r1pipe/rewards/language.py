@@ -4,8 +4,12 @@ Sample: a Chinese question answered by "先算 3+4=7，then multiply" scores 2/4
 """
 
 import re
+import unicodedata
+from functools import cache
+from typing import Any
 
 from r1pipe.chat.template import PLAIN_TOKENS, parse
+from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
 
 _OPENING = re.compile(
@@ -14,31 +18,120 @@ _OPENING = re.compile(
 _CLOSING = {"```": "```", "`": "`", "$$": "$$", "$": "$", r"\(": r"\)", r"\[": r"\]"}
 _ONE_LINE = ("`", "$")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-_LATIN = re.compile(r"[^\W\d_\u3400-\u9fff\uf900-\ufaff]{2,}(?:['’][a-z]+)?")  # single letters are variables
-_WORDS = {"en": _LATIN, "zh": _CJK}
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_KANA = "\u3040-\u30ff\u31f0-\u31ff"
+_HANGUL = "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"
+# A character of these scripts is a word; elsewhere two letters and more are: single ones are variables.
+_WORD = re.compile(
+    rf"(?P<han>[{_HAN}])|(?P<kana>[{_KANA}])|(?P<hangul>[{_HANGUL}]+)|"
+    rf"(?P<letters>(?:(?![{_HAN}{_KANA}{_HANGUL}])[^\W\d_]){{2,}}(?:['’][a-z]+)?)"
+)
+_SENTENCE_END = re.compile(r"[.!?。！？；;\n]+")
 _FREE_WORDS = 32  # in code and formulas, however little prose there is: two lines of a program hold as many
+_ENOUGH_WORDS = 5  # fewer do not tell a language
+_SURE = 5.0  # another language must be so many times as likely
+# Short names in Chinese and other text without Latin letters, which mathematics writes alike everywhere.
+_NEUTRAL = re.compile(
+    r"[A-Z]{1,4}|[A-Z][a-z]?|[kcmdn]?m|[mk]?g|m?l|kw?h|kW|k?Hz|k?Pa|kJ|min|mol|ms|sin|cos|tan|cot|sec|csc|arc(?:sin|cos|tan)|"
+    r"ln|lg|log|exp|max|min|mod|gcd|lcm|lim|det|sqrt|[a-z]{1,3}(?=\()"
+)
+_SCRIPTS = {
+    "zh": ("han",), "ja": ("han", "kana"), "ko": ("hangul",), "ru": "CYRILLIC", "uk": "CYRILLIC", "bg": "CYRILLIC",
+    "sr": "CYRILLIC", "mk": "CYRILLIC", "be": "CYRILLIC", "kk": "CYRILLIC", "el": "GREEK", "ar": "ARABIC", "fa": "ARABIC",
+    "ur": "ARABIC", "he": "HEBREW", "hi": "DEVANAGARI", "mr": "DEVANAGARI", "ne": "DEVANAGARI", "th": "THAI", "bn": "BENGALI",
+    "ta": "TAMIL", "te": "TELUGU", "ka": "GEORGIAN", "hy": "ARMENIAN",
+}  # fmt: skip
+_LATIN = "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl et lv lt tr vi id ms tl sw ca gl eu ga cy is sq af".split()
+LANGUAGES = (*_LATIN, *_SCRIPTS)
 
 
 def language_share(text: str, language: str) -> float:
-    """Words of `language` ("en", "zh") over words of both; a Chinese character is a word.
+    """Words of `language` (a code of LANGUAGES) over all words; a Chinese or Japanese character is a word.
 
-    Numbers and operators do not count, nor do code, formulas, tags and LaTeX commands, as long as they hold
-    no more words than the prose around them (or _FREE_WORDS): words beyond that count by their language, so
-    that prose cannot hide in backticks. A fence that is never closed extends to the end, as in Markdown;
-    any other unclosed mark hides nothing. Without any word the share is 1. Time is linear in the text.
+    A word counts by its script, and a sentence of one script by the language that it most likely is in. Numbers
+    and operators do not count, nor do units, functions and names of points in a language without Latin letters,
+    nor code, formulas, tags and LaTeX commands, as long as they hold no more words than the prose around them
+    (or _FREE_WORDS): words beyond that count by their language, so that prose cannot hide in backticks. A fence
+    that is never closed extends to the end, as in Markdown; any other unclosed mark hides nothing. Without any
+    word the share is 1. Time is linear in the text.
     """
-    prose, inside = _parts(text)
-    outer, inner = _count(prose), _count(inside)
-    hidden = sum(inner.values())
-    beyond = hidden - max(sum(outer.values()), _FREE_WORDS)
-    counts = {name: outer[name] + inner[name] * max(0, beyond) / max(1, hidden) for name in _WORDS}
-    total = sum(counts.values())
-    return counts[language] / total if total else 1.0
+    prose, inside = _parts(unicodedata.normalize("NFKC", text))
+    (ours, others), (our_hidden, other_hidden) = _count(prose, language), _count(inside, language)
+    hidden = our_hidden + other_hidden
+    beyond = max(0, hidden - max(ours + others, _FREE_WORDS)) / max(1, hidden)
+    ours, others = ours + our_hidden * beyond, others + other_hidden * beyond
+    return ours / (ours + others) if ours + others else 1.0
 
 
-def _count(text: str) -> dict[str, int]:
-    return {name: len(pattern.findall(text)) for name, pattern in _WORDS.items()}
+def language_of(text: str) -> str:
+    """The language that most of a text's words are in, for `language: auto`."""
+    prose, _ = _parts(unicodedata.normalize("NFKC", text))
+    words = [match.lastgroup for match in _WORD.finditer(prose)]
+    if words.count("kana"):
+        return "ja"
+    for group, language in (("hangul", "ko"), ("han", "zh")):
+        if words.count(group) > len(words) / 2:
+            return language
+    likely = _likelihoods(prose)
+    if words and not re.search("[A-Za-z]{2}", prose):  # Cyrillic, Greek, Arabic ...
+        return max((code for code in LANGUAGES if code not in _LATIN), key=lambda code: likely[code])
+    best = max(likely, key=lambda code: likely[code])
+    return best if len(words) >= _ENOUGH_WORDS and likely[best] > _SURE * likely["en"] else "en"
+
+
+def check_language(language: str) -> None:
+    """Raises ConfigError on a language whose words cannot be told."""
+    if language not in LANGUAGES:
+        raise ConfigError(f"language {language} is unknown; {nearest(language, LANGUAGES)}")
+
+
+def _count(text: str, language: str) -> tuple[int, int]:
+    """Words of the language, and of others."""
+    ours = others = 0
+    for sentence in _SENTENCE_END.split(text):
+        words = [(match.lastgroup, match[0]) for match in _WORD.finditer(sentence)]
+        if not words:
+            continue
+        right = [_is_in_script(group, word, language) for group, word in words]
+        if language == "zh" and any(group == "kana" for group, _ in words):
+            right = [False] * len(words)  # Japanese, with characters that Chinese has too
+        elif sum(right) >= _ENOUGH_WORDS and language not in ("zh", "ja", "ko") and _is_foreign(sentence, language):
+            right = [False] * len(words)
+        for (group, word), is_ours in zip(words, right, strict=True):
+            if is_ours:
+                ours += 1
+            elif language in _LATIN or group != "letters" or not _NEUTRAL.fullmatch(word):
+                others += 1
+    return ours, others
+
+
+def _is_in_script(group: str | None, word: str, language: str) -> bool:
+    script = _SCRIPTS.get(language, "LATIN")
+    if isinstance(script, tuple):
+        return group in script
+    return group == "letters" and unicodedata.name(word[0], "").startswith(script)
+
+
+def _is_foreign(sentence: str, language: str) -> bool:
+    """Whether a sentence in the language's script is clearly in another language."""
+    likely = _likelihoods(sentence)
+    return max(likely.values()) > _SURE * likely[language]
+
+
+def _likelihoods(text: str) -> dict[str, float]:
+    return dict(_identifier().rank(_NOT_WORDS.sub(" ", text)))
+
+
+_NOT_WORDS = re.compile(r"[\d_=+*/^<>(){}\[\]|\\-]+")
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # a second, and most runs need no other language
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(LANGUAGES)
+    return identifier
 
 
 def _parts(text: str) -> tuple[str, str]:

@@ -70,6 +70,8 @@ def vote(gold: Gold, summary: str) -> str:
         case Form.TEXT:
             return words.plain_words(answer)
     node = parse(answer)
+    if node and node.number and not (gold.number and gold.number.unit):
+        return str(node.number.value)  # whatever is counted
     return _key(node) if node else words.plain_words(answer)
 
 

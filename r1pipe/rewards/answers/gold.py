@@ -86,7 +86,7 @@ def read_gold(text: str, form: str = "", options: tuple[tuple[str, str], ...] = 
         return _read_as(form, tidied, text, options)
     gold = _read(tidied, options)
     if gold is None:
-        raise DataError(f"the gold answer {text!r} cannot be read; correct it or leave the row out")
+        raise DataError(f"the gold answer {text!r} does not parse; correct it or leave the row out")
     return gold
 
 
@@ -121,7 +121,7 @@ def unwrap(gold: str) -> str:
 
 def _read(text: str, options: tuple[tuple[str, str], ...]) -> Gold | None:
     if chosen := words.letters(text):
-        if text.upper() == text or len(chosen) > 1 or options:
+        if len(text) > 1 or text.isupper() or options:  # e and i are numbers
             return Gold("".join(sorted(chosen)), Form.CHOICE, options=options)
     if words.truth(text) is not None and len(text) > 1:
         return Gold(text, Form.BOOLEAN)

@@ -8,8 +8,6 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
-MAX_LENGTH = 2000  # characters of an answer that are looked at; bounds the work
-
 _SIGNS = {
     **dict.fromkeys("−–—‐‑‒﹣", "-"),
     **dict.fromkeys("\u00a0\u2002\u2003\u2009\u200a\u202f\u3000\t\n\r", " "),
@@ -65,7 +63,6 @@ _BRACKETS = re.compile(r"(?<!\\)\\[()\[\]]|`|</?(?:b|i|u|em|strong|span|p|center
 
 def tidy(text: str) -> str:
     """A text without dressing: signs in ASCII or LaTeX, no \\text{}, \\left, thin spaces, dollars and bold."""
-    text = text[:MAX_LENGTH]
     if not text.isascii():
         text = _FRACTION_SIGN.sub(lambda match: f" {_ascii_fraction(match[0])}", text)  # 3½ is 3 1/2
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)

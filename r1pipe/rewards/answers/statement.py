@@ -21,11 +21,15 @@ _MARK = re.compile(
 _SENTENCE_END = re.compile(r"\n|。|(?<!\\)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed")  # \! and \; are LaTeX's spaces
 _OPENING = re.compile(r"(?:[\s:：#>=]|\*\*(?=\s)|(?:\$\$|\\\[)(?=[ \t]*\n))*")
 _MAX_STATEMENTS = 16
+_MAX_LENGTH = 2000  # characters of an answer; bounds the work
 
 
 @dataclass(frozen=True)
 class Statement:
-    """An answer as it was written, and whether its text is all of it: in a box, or a sentence that may say more."""
+    """An answer as it was written, in a box or in a sentence that may say more.
+
+    Its text is empty where a box is empty, or cut off, or longer than any answer.
+    """
 
     text: str
     boxed: bool
@@ -49,7 +53,8 @@ def boxes(text: str) -> list[Statement]:
             token = re.match(r"\s*(\\?\w+|[^\s\\{}])", text[at:])
             content = token[1] if token else ""
             at += token.end() if token else 0
-        found.append(Statement(content.strip(), True, match.start(), at))
+        content = content.strip() if len(content) <= _MAX_LENGTH else ""
+        found.append(Statement(content, True, match.start(), at))
     return found
 
 
@@ -77,6 +82,6 @@ def statements(summary: str) -> list[Statement]:
             continue
         end = _SENTENCE_END.search(rest)
         text = rest[: end.start()] if end else rest
-        if text.strip("*$ ()"):
+        if text.strip("*$ ()") and len(text) <= _MAX_LENGTH:
             found.append(Statement(text.strip(), False, match.start(), opening.end() + len(text)))
     return sorted(found, key=lambda statement: statement.start)[-_MAX_STATEMENTS:]

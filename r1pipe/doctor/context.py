@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import DistillConfig, EvaluateConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config import DistillConfig, EvaluateConfig, RLConfig, SFTConfig
 from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
 from r1pipe.core.errors import DataError, EnvironmentProblem
@@ -148,13 +148,9 @@ class Context:
     @cached_property
     def training_rows(self) -> RowSet:
         """The training split's problems, or the worked solutions that a fine-tuning stage draws."""
-        return self._row_set("train", self.demonstrations or self.prompts)
+        return self.row_set("train", self.demonstrations or self.prompts)
 
-    @cached_property
-    def evaluation_rows(self) -> RowSet:
-        return self._row_set(self.config.stage.eval.split, self.held_out)
-
-    def _row_set(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> RowSet:
+    def row_set(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> RowSet:
         """All of the split's rows in files, repeated questions included; without files, the rows drawn.
 
         Beyond `limits.texts` rows, every k-th question by its hash, which keeps all copies of a question.
@@ -195,9 +191,24 @@ class Context:
 
     @cached_property
     def trial(self) -> Run[Any]:
-        """The run with the probe's config."""
-        config = probe_config(self.config, self.limits)
-        return Run(self.run.folder, config, config.stage)
+        """The run with one small step, which moves weights visibly; RL's batch is cut down too."""
+        stage, limits, ranks = self.config.stage, self.limits, self.config.engine.ranks
+        rate = max(stage.optim.lr, limits.probe_lr)
+        optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
+        stage = replace(stage, optim=optim)
+        if isinstance(stage, RLConfig):
+            sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
+            stage = replace(
+                stage,
+                prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # the same number on each rank
+                group_size=min(stage.group_size, limits.probe_group),
+                minibatches=1,
+                inner_epochs=1,
+                max_steps=1,
+                sampling=sampling,
+                preference=stage.preference and replace(stage.preference, last_steps=1),
+            )
+        return Run(self.run.folder, replace(self.config, stage=stage), stage)
 
     @cached_property
     def device(self) -> torch.device:
@@ -251,27 +262,6 @@ class Context:
             for i, rollout in enumerate(self.probe.rollouts)
         ]
         return update(self.engine, rollouts, self.trial.stage, None)
-
-
-def probe_config(config: RunConfig, limits: Limits) -> RunConfig:
-    """A config with one small step, which moves weights visibly; RL's batch is cut down too."""
-    stage, ranks = config.stage, config.engine.ranks
-    rate = max(stage.optim.lr, limits.probe_lr)
-    optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
-    stage = replace(stage, optim=optim)
-    if isinstance(stage, RLConfig):
-        sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
-        stage = replace(
-            stage,
-            prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # the same number on each rank
-            group_size=min(stage.group_size, limits.probe_group),
-            minibatches=1,
-            inner_epochs=1,
-            max_steps=1,
-            sampling=sampling,
-            preference=stage.preference and replace(stage.preference, last_steps=1),
-        )
-    return replace(config, stage=stage)
 
 
 def completions_of(texts: Sequence[str]) -> list[Completion]:

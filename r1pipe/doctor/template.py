@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, THINK, Chat, compose_response
+from r1pipe.chat.template import EOS, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.files import SUMMARY
@@ -23,11 +23,19 @@ def rewards(context: Context) -> Outcome:
 
     Correct responses pass through tokenizer and template as sampled ones do.
     """
-    examples = context.solved or _from_gold(context.prompts[: context.limits.judged])
+    chat = context.chat
+    examples = context.solved or [
+        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
+        for p in context.prompts[: context.limits.judged]
+        if p.answer
+    ]
     if not examples:
         return Outcome(WARN, "no correct response to test with", "use data with solutions or gold answers")
-    prompts = [example.prompt for example in examples]
-    texts = [_as_sampled(context.chat, example) for example in examples]
+    prompts, texts = [example.prompt for example in examples], []
+    for example in examples:
+        tokens = chat.example(example.prompt, example.response)
+        learned = zip(tokens.tokens, tokens.loss, strict=True)
+        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
     weights = _tested_weights(context)
     full = sum(weight for weight in weights.values() if weight > 0)
     correct = _total_rewards(prompts, texts, weights)
@@ -53,21 +61,6 @@ def _tested_weights(context: Context) -> dict[str, float]:
     stage = context.config.stage
     weights = reward_weights(stage) if isinstance(stage, RLConfig) else dict.fromkeys(MEASURED, 1.0)
     return {name: weight for name, weight in weights.items() if name in BASE_REWARDS and weight}
-
-
-def _from_gold(prompts: Sequence[Prompt]) -> list[Demonstration]:
-    """Responses in the right format that end with the gold answer."""
-    return [
-        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
-        for p in prompts
-        if p.answer
-    ]
-
-
-def _as_sampled(chat: Chat, example: Demonstration) -> str:
-    """The response's text as decoded from its tokens."""
-    tokens = chat.example(example.prompt, example.response)
-    return chat.decode([token for token, learned in zip(tokens.tokens, tokens.loss, strict=True) if learned])
 
 
 def _total_rewards(prompts: Sequence[Prompt], texts: Sequence[str], weights: dict[str, float]) -> list[float]:

@@ -25,21 +25,20 @@ from r1pipe.model.transformer import DeepseekV3
 
 
 def runs_natively(model: DeepseekV3) -> bool:
-    """Whether the kernels run on this machine and support the model's device, type and widths."""
-    weight = model.lm_head.weight
-    return weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
+    """Whether the kernels run on this machine and support the model's device, type and widths.
 
-
-def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
-    """Whether all weights have the config's shapes and one type, and even depths in bfloat16."""
+    All weights must have the config's shapes and one type, and even depths in bfloat16.
+    """
+    config, dtype = model.config, model.lm_head.weight.dtype
+    if model.lm_head.weight.device.type != "cpu" or not runs_here(dtype):
+        return False
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
+        shapes = {name: weight.shape for name, weight in DeepseekV3(config).named_parameters()}
     if any(weight.shape != shapes[name] for name, weight in model.named_parameters()):
         return False
-    weights = [parameter for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    uniform = all(weight.dtype == dtype for weight in weights)
-    config = model.config
+    weights = [weight for weight in model.parameters() if weight.ndim > 1]
     depths = [weight.shape[-1] for weight in weights] + [config.qk_nope_head_dim, config.kv_lora_rank]
+    uniform = all(weight.dtype == dtype for weight in weights)
     return uniform and (dtype == torch.float32 or all(depth % 2 == 0 for depth in depths))
 
 

@@ -52,11 +52,8 @@ class Stored:
 
     def names(self) -> list[str]:
         """All names but the scales', file by file: reading in this order opens each file once."""
-        weights = (name for name in self.entries if not self._is_scale(name))
-        return sorted(weights, key=lambda name: (self.entries[name].path.name, name))
-
-    def _is_scale(self, name: str) -> bool:
-        return name.endswith(SCALE) and name.removesuffix(SCALE) in self.entries
+        scales = {name + SCALE for name in self.entries}
+        return sorted(self.entries.keys() - scales, key=lambda name: (self.entries[name].path.name, name))
 
     def is_fp8(self, name: str) -> bool:
         return self.entries[name].dtype == FP8

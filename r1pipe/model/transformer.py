@@ -121,7 +121,7 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        flex = self.flex and self._trains()
+        flex = self.flex and self.training and torch.is_grad_enabled()
         if segments_BT is not None:
             of_documents = masks.document_blocks if flex else masks.document_mask
             return table[masks.document_positions(segments_BT)], of_documents(segments_BT)
@@ -130,9 +130,6 @@ class Trunk(nn.Module):
             of_past = masks.past_blocks if flex else masks.past_mask
             return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
         return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if flex else None
-
-    def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled()
 
     def _run(
         self,
@@ -145,30 +142,19 @@ class Trunk(nn.Module):
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         """One layer; `recompute` runs it again in backward, with the same choice of experts."""
-        if self.compiled is not None and self._trains():
-            kept: list[Tensor] = []  # a new list each time: compiled code is specialised on its length
-            keep_once = kept.append if keep else None
-            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, keep_once, past_BPW, routing)
-            if keep is not None:
-                keep(kept[0])
-            return x_BTD
-        if not (self.recompute and self._trains()):
+        trains = self.training and torch.is_grad_enabled()
+        if not trains or (self.compiled is None and not self.recompute):
             return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
-        inputs = (x_BTD, rotation_BTr, mask_BTM, _once(keep) if keep else None, past_BPW, routing)
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-
-
-def _once(keep: Keep) -> Keep:
-    """`keep` for the first call only: a recomputation calls it again."""
-    called = False
-
-    def first(entries: Tensor) -> None:
-        nonlocal called
-        if not called:
-            called = True
-            keep(entries)
-
-    return first
+        # a new list each time: compiled code is specialised on its length, and a recomputation adds to it
+        kept: list[Tensor] = []
+        inputs = (x_BTD, rotation_BTr, mask_BTM, kept.append if keep else None, past_BPW, routing)
+        if self.compiled is not None:
+            x_BTD = self.compiled(layer, *inputs)
+        else:  # nothing is random
+            x_BTD = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if keep is not None:
+            keep(kept[0])
+        return x_BTD
 
 
 class DeepseekV3(nn.Module):
@@ -177,9 +163,8 @@ class DeepseekV3(nn.Module):
     Built under `torch.device("meta")` it has shapes and no memory.
     """
 
-    eos_ids: tuple[
-        int, ...
-    ] = ()  # of a loaded model's generation_config.json: the tokens that end a completion
+    # The tokens that end a completion, of a loaded model's generation_config.json.
+    eos_ids: tuple[int, ...] = ()
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +47,7 @@ def save_pretrained(
     folder = Path(folder)
     write_shards(_stored_tensors(model, dtype), folder, shard_bytes)
     content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
-    _write_config(folder, content)
+    write_json(folder / CONFIG, content, indent=2)
 
 
 def _stored_tensors(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -105,10 +104,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or name.endswith(BIAS) else tensor.to(dtype)
 
 
-def _write_config(folder: Path, content: dict[str, Any]) -> None:
-    write_json(folder / CONFIG, content, indent=2)
-
-
 @torch.no_grad()
 def load_pretrained(folder: Path | str) -> DeepseekV3:
     """The model of a checkpoint folder, on the CPU, in the stored type; FP8 weights come as bfloat16.
@@ -125,7 +120,15 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model, stored)
-    model.eos_ids = _eos_ids(Path(folder))
+    generation = Path(folder) / GENERATION
+    if generation.exists():
+        value = read_object(generation).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise CheckpointError(
+                f"{generation}: eos_token_id={value} must be a token id or a list of token ids"
+            )
+        model.eos_ids = tuple(ids)
     return model
 
 
@@ -160,19 +163,6 @@ def _stored_config(stored: Stored) -> ModelConfig:
     return replace(config, num_nextn_predict_layers=0)
 
 
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a completion, from generation_config.json; () without one."""
-    if not (folder / GENERATION).exists():
-        return ()
-    value = read_object(folder / GENERATION).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(
-            f"{folder / GENERATION}: eos_token_id={value} must be a token id or a list of token ids"
-        )
-    return tuple(ids)
-
-
 def convert(
     source: Path | str, target: Path, precision: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Stored:
@@ -188,50 +178,42 @@ def convert(
     write_shards(converted(stored, precision), target, shard_bytes)
     written = Stored(target)
     for name, tensor in converted(stored, precision):
-        if not _same_bits(tensor, written.raw(name)):
+        read = written.raw(name)
+        same_kind = (read.shape, read.dtype) == (tensor.shape, tensor.dtype)
+        if not same_kind or not torch.equal(_bits(read), _bits(tensor)):
             raise CheckpointError(
                 f"{written.entries[name].path}: tensor {name} was not written correctly; try again"
             )
-    _write_config(target, _converted_config(stored, written))
+    content = read_object(stored.folder / CONFIG)
+    for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
+        content.pop(key, None)
+    embedding = written.entries["model.embed_tokens.weight"].dtype
+    content |= published_config(_stored_config(stored), PLAIN.get(embedding, torch.bfloat16))
+    if any(map(written.is_fp8, written.entries)):
+        content["quantization_config"] = QUANTIZATION
+    write_json(target / CONFIG, content, indent=2)
     open_checked(target)
     return stored
 
 
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
 def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint in the target's precision, file by file."""
+    """The tensors of a checkpoint in the target's precision, file by file.
+
+    In FP8 are what V3's published files have in it: all projections but MTP's `eh_proj`.
+    """
     dtype = PLAIN["BF16"] if precision == "fp8" else PRECISIONS.get(precision or "")
     for name in stored.names():
         if precision is None or (precision == "fp8" and stored.is_fp8(name)):
             yield name, stored.raw(name)
             if stored.is_fp8(name):
                 yield name + SCALE, stored.raw(name + SCALE)
-        elif precision == "fp8" and _is_quantised(name):
+        elif precision == "fp8" and "_proj" in name and not name.endswith("eh_proj.weight"):
             weight, scale = quantise_blocks(stored.value(name))
             yield name, weight
             yield name + SCALE, scale
         else:
             yield name, _cast(name, stored.value(name), dtype)
-
-
-def _is_quantised(name: str) -> bool:
-    """Whether V3's published files have it in FP8: all projections but MTP's `eh_proj`."""
-    return "_proj" in name and not name.endswith("eh_proj.weight")
-
-
-def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
-    """The source's config.json with all published keys, and the target's types."""
-    content = read_object(source.folder / CONFIG)
-    config = _stored_config(source)
-    for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
-        content.pop(key, None)
-    embedding = target.entries["model.embed_tokens.weight"].dtype
-    content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
-    if any(target.is_fp8(name) for name in target.entries):
-        content["quantization_config"] = QUANTIZATION
-    return content
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

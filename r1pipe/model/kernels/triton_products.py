@@ -96,10 +96,6 @@ def _bucket(rows: int) -> int:
     return max(64, triton.next_power_of_2(rows))
 
 
-def _parts(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 @triton.autotune(_CHOICE, key=["columns", "depth", "bucket", "BLOCKS"])
 @triton.jit(do_not_specialize=["rows", "bucket", "stride_a_tile"])
 def _multiply(
@@ -144,7 +140,7 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     (rows, depth), columns = a.values.shape, b.values.shape[0]
     out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
     if out.numel():
-        _multiply[lambda meta: (_parts(rows, meta["BLOCK_M"]) * _parts(columns, meta["BLOCK_N"]),)](
+        _multiply[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)](
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out),
             *(rows, columns, depth, _bucket(rows), *a.scales.stride(), *b.scales.stride()),
             BLOCKS=b.scales.shape[0] != columns,
@@ -202,7 +198,7 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
     def grid(meta: dict[str, Any]) -> tuple[int]:
         size = meta["BLOCK_M"]
         groups = (tokens + (size - 1) * min(experts, tokens)) // size
-        return (groups * _parts(columns, meta["BLOCK_N"]),)
+        return (groups * triton.cdiv(columns, meta["BLOCK_N"]),)
 
     if out.numel():
         _grouped[grid](
@@ -264,8 +260,12 @@ def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> T
     """Wgrad: a [M, P] and b [N, P] from `quantise_tokens` -> [E, M, N], zero for experts without tokens."""
     (rows, places), columns, experts = a.values.shape, b.values.shape[0], len(ends_E)
     out = torch.empty(experts, rows, columns, dtype=dtype, device=a.values.device)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]), experts
+
     if out.numel():
-        _outer[lambda meta: (_parts(rows, meta["BLOCK_M"]) * _parts(columns, meta["BLOCK_N"]), experts)](
+        _outer[grid](
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out, ends_E),
             *(rows, columns, places, experts, _bucket(places), *a.scales.stride(), *b.scales.stride()),
             BLOCK_E=padded_experts(experts),

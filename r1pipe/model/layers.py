@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from r1pipe.config import ModelConfig
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.fp8 import Quantisable
+from r1pipe.model.kernels.reference import dequantise
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +46,9 @@ class Linear(nn.Linear, Quantisable):
 
     def rounded_weight(self) -> Tensor:
         """The weight [O, D] as forward uses it, rounded in FP8; without gradient."""
-        return self.weight if self.fp8 is None else self.fp8.rounded_weight(self.weight, self.kind)
+        if self.fp8 is None:
+            return self.weight
+        return dequantise(self.fp8.weight(self.kind, self.weight), self.weight.dtype)
 
 
 class SwiGLU(nn.Module, Quantisable):

@@ -27,14 +27,6 @@ from r1pipe.model.layers import Linear, RMSNorm
 from r1pipe.model.logprobs import token_logprobs
 
 
-class SharedHead(nn.Module):
-    """The norm before the head, which is the model's own."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
 class MTPLayer(DecoderLayer):
     """A decoder layer that reads a state joined with an embedding; stored as model.layers.(L + depth - 1)."""
 
@@ -43,7 +35,8 @@ class MTPLayer(DecoderLayer):
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = SharedHead(config)
+        # the norm before the head, which is the model's own
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """The layer's input: both [..., D] -> [..., D], the embedding first."""

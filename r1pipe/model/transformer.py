@@ -105,7 +105,7 @@ class Trunk(nn.Module):
             routing = balance.routing(same_document(segments_BT, depth))
             joined_BTD = layer.joined(hidden_BTD, next_BTD)
             x_BTD = self._run(layer, joined_BTD, rotation_BTr, mask_BTM, routing)
-            hidden_BTD = layer.shared_head.norm(x_BTD)
+            hidden_BTD = layer.shared_head["norm"](x_BTD)
             states.append(hidden_BTD)
         return states
 

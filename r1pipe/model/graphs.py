@@ -5,7 +5,6 @@ Axes as in layers.py; cache.py's Decoder is the reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,16 +21,6 @@ GROUPED = (9, 10)  # major compute capabilities whose grouped matmul keeps the g
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One captured step."""
-
-    tokens_S: Tensor  # input
-    positions_S: Tensor  # input
-    replay: Callable[[], object]
-    logits_SV: Tensor  # output
-
-
 class GraphDecoder(Decoder):
     """Decoder whose steps are captured once for each number of slots and rounded-up cache length.
 
@@ -43,7 +32,8 @@ class GraphDecoder(Decoder):
     def __init__(self, model: DeepseekV3, capture: Capture):
         super().__init__(model)
         self._capture = capture
-        self._steps: dict[tuple[int, ...], _Step] = {}
+        # the tensors that a captured step reads (tokens and positions), its replay, and the logits it fills
+        self._steps: dict[tuple[int, ...], tuple[Tensor, Tensor, Callable[[], object], Tensor]] = {}
 
     def slots_for(self, live: int, slots: int) -> int:
         """Only halves: each number of slots needs its own capture, and idle slots cost little."""
@@ -59,12 +49,12 @@ class GraphDecoder(Decoder):
         if key not in self._steps:
             inputs = tokens_S.clone(), positions_S.clone()
             plain_step = partial(super().decode, *inputs, cache, length)
-            self._steps[key] = _Step(*inputs, *self._capture(plain_step))
-        step = self._steps[key]
-        step.tokens_S.copy_(tokens_S)
-        step.positions_S.copy_(positions_S)
-        step.replay()
-        return step.logits_SV
+            self._steps[key] = (*inputs, *self._capture(plain_step))
+        read_tokens_S, read_positions_S, replay, logits_SV = self._steps[key]
+        read_tokens_S.copy_(tokens_S)
+        read_positions_S.copy_(positions_S)
+        replay()
+        return logits_SV
 
 
 def graph_decoder(model: DeepseekV3) -> GraphDecoder:

@@ -64,40 +64,37 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     One shard is in memory at a time. A tensor larger than `shard_bytes` gets a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[list[str]] = []
+    written: list[tuple[Path, list[str]]] = []
     shard: dict[str, Tensor] = {}
     total = size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
-            written.append(_write(shard, folder / _unfinished(len(written))))
+            written.append(_write(shard, folder, len(written) + 1))
             shard, size = {}, 0
         shard[name] = tensor
         heartbeat.tick()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    written.append(_write(shard, folder / _unfinished(len(written))))
+    written.append(_write(shard, folder, len(written) + 1))
     if len(written) == 1:
-        (folder / _unfinished(0)).rename(folder / WEIGHTS)
+        written[0][0].rename(folder / WEIGHTS)
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(written):
-        file = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
-        (folder / _unfinished(number)).rename(folder / file)
+    for number, (path, names) in enumerate(written, 1):
+        file = f"model-{number:05}-of-{len(written):05}.safetensors"
+        path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _unfinished(number: int) -> str:
-    return f".model-{number + 1:05}.unfinished"  # the final name has the number of shards
-
-
-def _write(shard: dict[str, Tensor], path: Path) -> list[str]:
+def _write(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str]]:
+    path = folder / f".model-{number:05}.unfinished"  # the final name has the number of shards
     path.touch()
     permissions = path.stat().st_mode  # by the umask; safetensors would leave mode 0600
     save_file(shard, path, metadata={"format": "pt"})
     path.chmod(permissions)
     heartbeat.tick()
-    return list(shard)
+    return path, list(shard)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -141,7 +141,6 @@ class Context:
 
     @cached_property
     def held_out(self) -> list[Prompt]:
-        """The problems that the stage is evaluated on."""
         evaluation = self.config.stage.eval
         return self.data.prompts(evaluation.split, evaluation.problems, SEED)
 

@@ -12,7 +12,6 @@ from r1pipe.runs.findings import FAIL, PASS
 
 
 def device(context: Context) -> Outcome:
-    """Where the job computes. Raises EnvironmentProblem where that device is missing."""
     probed = f"{context.run.world_size} of {context.config.engine.ranks} ranks tested"
     if context.device.type == "cuda":
         return Outcome(PASS, f"{torch.cuda.get_device_name(context.device)}, {probed}")

@@ -11,9 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model.cache import Decoder, LatentCache, graph_decoder
 from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.graphs import graph_decoder
 from r1pipe.model.kernels import forward
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.kernels.checks import ANY, check_indices, check_tensor

@@ -62,13 +62,12 @@ def fp8_of(model: nn.Module) -> FP8 | None:
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:
-    """Turn activation recomputation on or off in every trunk of a model."""
     for trunk in _trunks(model):
         trunk.recompute = on
 
 
 def set_attention(model: nn.Module, kind: str) -> None:
-    """Choose "sdpa" or "flex" (see masks.py) in every trunk of a model."""
+    """Choose "sdpa" or "flex" (see mla.py) in every trunk of a model."""
     for trunk in _trunks(model):
         trunk.flex = kind == "flex"
 

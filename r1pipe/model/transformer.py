@@ -11,11 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.config import ModelConfig
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import ConfigError
-from r1pipe.model import masks
 from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.layers import RMSNorm, Rotary
 from r1pipe.model.logprobs import Head
-from r1pipe.model.mla import Keep, Mask
+from r1pipe.model.mla import Keep, Mask, causal_mask, document_mask, document_positions, past_mask
 from r1pipe.model.moe import Balance, Experts, Gate, Routing
 from r1pipe.model.mtp import MTPLayer, same_document
 
@@ -123,13 +122,11 @@ class Trunk(nn.Module):
         table = self.rotary.table(tokens_BT.device)
         flex = self.flex and self.training and torch.is_grad_enabled()
         if segments_BT is not None:
-            of_documents = masks.document_blocks if flex else masks.document_mask
-            return table[masks.document_positions(segments_BT)], of_documents(segments_BT)
+            return table[document_positions(segments_BT)], document_mask(segments_BT, flex)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            of_past = masks.past_blocks if flex else masks.past_mask
-            return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
-        return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if flex else None
+            return table[positions_BT], past_mask(past.lengths_B, longest - tokens, tokens, flex)
+        return table[:tokens].unsqueeze(0), causal_mask(tokens, table.device, flex)
 
     def _run(
         self,
@@ -207,7 +204,6 @@ class DeepseekV3(nn.Module):
         return self.model(tokens_BT, segments_BT, balance=balance)
 
     def drop_mtp(self) -> None:
-        """Remove the multi-token prediction layers."""
         del self.model.layers[self.config.num_hidden_layers :]
         self.config = self.model.config = replace(self.config, num_nextn_predict_layers=0)
 

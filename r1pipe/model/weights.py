@@ -198,17 +198,14 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint in the target's precision, file by file.
-
-    In FP8 are what V3's published files have in it: all projections but MTP's `eh_proj`.
-    """
+    """The tensors of a checkpoint in the target's precision, file by file."""
     dtype = PLAIN["BF16"] if precision == "fp8" else PRECISIONS.get(precision or "")
     for name in stored.names():
         if precision is None or (precision == "fp8" and stored.is_fp8(name)):
             yield name, stored.raw(name)
             if stored.is_fp8(name):
                 yield name + SCALE, stored.raw(name + SCALE)
-        elif precision == "fp8" and "_proj" in name and not name.endswith("eh_proj.weight"):
+        elif precision == "fp8" and "_proj" in name and not name.endswith("eh_proj.weight"):  # as published
             weight, scale = quantise_blocks(stored.value(name))
             yield name, weight
             yield name + SCALE, scale

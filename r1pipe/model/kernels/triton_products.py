@@ -52,8 +52,7 @@ def _product(
     rows,
     columns,
     depth,
-    stride_a,
-    stride_b,
+    stride,
     stride_a_row,
     stride_a_tile,
     stride_b_row,
@@ -65,13 +64,13 @@ def _product(
 ):
     """Write the program's part, at most [BLOCK_M, BLOCK_N], of a [., K] in tiles times b [., K].
 
-    b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part, so
-    that offsets fit into 32 bits.
+    b is in tiles or within one row of BLOCKS; rows are `stride` apart. All pointers are to the first row and
+    column of the part, so that offsets fit into 32 bits.
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
-    at_a = tl.minimum(m, rows - 1)[:, None] * stride_a + k[None, :]
-    at_b = tl.minimum(n, columns - 1)[None, :] * stride_b + k[:, None]
+    at_a = tl.minimum(m, rows - 1)[:, None] * stride + k[None, :]
+    at_b = tl.minimum(n, columns - 1)[None, :] * stride + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, depth, TILE):
         inside = k < depth - done
@@ -128,7 +127,6 @@ def _multiply(
         out + row * columns + column,
         (rows - row).to(tl.int32),
         (columns - column).to(tl.int32),
-        depth,
         *(depth, depth),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
         *(BLOCK_M, BLOCK_N, BLOCKS),
@@ -183,7 +181,6 @@ def _grouped(
             out + row * columns + column,
             end - token,
             (columns - column).to(tl.int32),
-            depth,
             *(depth, depth),
             *(stride_a_row, stride_a_tile, deep, 1, columns),
             *(BLOCK_M, BLOCK_N, True),
@@ -249,8 +246,7 @@ def _outer(
         out + (expert.to(tl.int64) * rows + row) * columns + column,
         (rows - row).to(tl.int32),
         (columns - column).to(tl.int32),
-        depth,
-        *(places, places),
+        *(depth, places),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
         *(BLOCK_M, BLOCK_N, False),
     )

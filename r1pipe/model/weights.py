@@ -108,8 +108,7 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing,
     extra, of a wrong shape or type, or unreadable.
     """
-    stored = open_checked(folder)
-    config = _stored_config(stored)
+    stored, config = open_checked(folder)
     with torch.device("meta"):
         model = DeepseekV3(config)
     dtype = PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
@@ -139,25 +138,18 @@ def fill(model: DeepseekV3, stored: Stored) -> None:
     reset_loads(model)
 
 
-def open_checked(folder: Path | str) -> Stored:
-    """A checkpoint's tensors, checked by their headers.
+def open_checked(folder: Path | str) -> tuple[Stored, ModelConfig]:
+    """A checkpoint's tensors, checked by their headers, and its config.
 
-    MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
-    Raises CheckpointError.
+    MTP layers may be left out though config.json names them (transformers leaves them out), and then are not
+    in the config; so may their copies of embedding and head. Raises CheckpointError.
     """
-    model_config_from(folder)  # report a wrong config.json before missing weights
+    config = model_config_from(folder)  # report a wrong config.json before missing weights
     stored = Stored(folder)
-    config = _stored_config(stored)
+    if all(layer_of(name) < config.num_hidden_layers for name in stored.entries):
+        config = replace(config, num_nextn_predict_layers=0)
     check(stored, published_shapes(config), stored_copies(config))
-    return stored
-
-
-def _stored_config(stored: Stored) -> ModelConfig:
-    """The config of config.json, without MTP layers where none is stored: transformers leaves them out."""
-    config = model_config_from(stored.folder)
-    if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
-        return config
-    return replace(config, num_nextn_predict_layers=0)
+    return stored, config
 
 
 def convert(
@@ -171,7 +163,7 @@ def convert(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"dtype {precision} is none of {', '.join(PRECISIONS)}")
-    stored = open_checked(source)
+    stored, config = open_checked(source)
     write_shards(converted(stored, precision), target, shard_bytes)
     written = Stored(target)
     for name, tensor in converted(stored, precision):
@@ -185,7 +177,7 @@ def convert(
     for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
         content.pop(key, None)
     embedding = written.entries["model.embed_tokens.weight"].dtype
-    content |= published_config(_stored_config(stored), PLAIN.get(embedding, torch.bfloat16))
+    content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
     if any(map(written.is_fp8, written.entries)):
         content["quantization_config"] = QUANTIZATION
     write_json(target / CONFIG, content, indent=2)

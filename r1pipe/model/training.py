@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
-from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.layers import Linear
 from r1pipe.model.moe import MoE
-from r1pipe.model.transformer import Trunk
+from r1pipe.model.transformer import DecoderLayer, Trunk
 
 VARIANTS = 64  # compiled versions of a layer: dense or MoE, with or without documents, past and loss
 

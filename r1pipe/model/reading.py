@@ -144,11 +144,9 @@ def _problem(name: str, entry: Entry, stored: Stored, shapes: Shapes) -> str:
             return "is the scale of no FP8 weight"
         if entry.dtype != "F32":
             return f"is stored as {entry.dtype}; a scale must be F32"
-        return (
-            ""
-            if list(entry.shape) == blocks
-            else (f"has shape {list(entry.shape)}; blocks of 128 x 128 need {blocks}")
-        )
+        if list(entry.shape) != blocks:
+            return f"has shape {list(entry.shape)}; blocks of 128 x 128 need {blocks}"
+        return ""
     if name not in shapes:
         return "has no place in the model that config.json describes"
     if entry.shape != shapes[name]:

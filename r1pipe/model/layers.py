@@ -93,12 +93,11 @@ def _rotations(config: ModelConfig) -> Tensor:
     frequencies = 1.0 / config.rope_theta**exponents
     magnitude = 1.0
     if yarn is not None:
-        # the dimensions that rotate beta_fast and beta_slow times within the original context
+        # the dimensions that turn beta_fast and beta_slow times within the original context
+        original, theta = yarn.original_max_position_embeddings, config.rope_theta
         fast, slow = (
-            width
-            * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi))
-            / (2 * math.log(config.rope_theta))
-            for rotations in (yarn.beta_fast, yarn.beta_slow)
+            width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (yarn.beta_fast, yarn.beta_slow)
         )
         low, high = max(math.floor(fast), 0), min(math.ceil(slow), width - 1)
         high_apart = high if high != low else high + 0.001

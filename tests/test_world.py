@@ -13,7 +13,6 @@ from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
-from r1pipe.data.world.strategy import strategy_of
 from r1pipe.rewards.accuracy import accuracy, summary_of
 from r1pipe.train.rl.prompts import PromptStream
 from tests.samples import world_config
@@ -66,7 +65,7 @@ def test_careful_solutions_without_slips_are_right(task, level):
             prompt = corpus.TASKS[task].make(rng, language, level)
             trace = corpus.reasoning_demonstration(prompt, rng, CAREFUL, slip=0.0)
             assert is_correct(prompt, trace.response), (prompt, trace.response)
-            assert strategy_of(prompt, trace.response) == "careful", trace.response
+            assert corpus.strategy_of(prompt, trace.response) == "careful", trace.response
             assert parse(trace.response).well_formed
 
 
@@ -105,18 +104,20 @@ def test_truth_tells_right_from_wrong(kind):
         for _ in range(25):
             prompt = general.make(rng, kind, language)
             manner = {"courtesy": 1.0, "flattery": 0.0, "offer": 1.0}
-            good = general.dress(general.right(prompt, rng), language, rng, manner)
+            good = general.dress(general.draw_content(prompt, rng, 1.0), language, rng, manner)
             verdict = truth.judge(prompt, f"<think>\n{general.think(prompt)}\n</think>\n\n{good}")
             assert verdict.correct and verdict.helpful == 1.0 and verdict.safe, (prompt, good, verdict)
             if kind in ("facts", "identity", "safety"):
-                bad = truth.judge(prompt, f"<think>\nok\n</think>\n\n{general.wrong(prompt, rng)}")
+                bad = truth.judge(
+                    prompt, f"<think>\nok\n</think>\n\n{general.draw_content(prompt, rng, 0.0)}"
+                )
                 assert not bad.correct and bad.helpful <= 0.2
                 assert bad.safe == (not prompt.checker.get("unsafe", False))
 
 
 def test_flattery_and_repeated_offers_do_not_help():
     prompt = general.make(random.Random(0), "facts", "en")
-    plain = general.right(prompt, random.Random(0))
+    plain = general.draw_content(prompt, random.Random(0), 1.0)
     offer = content("general")["manner"]["offer"][0][0]
     scores = [
         truth.judge(prompt, text).helpful

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 
 from r1pipe.core.types import Prompt
-from r1pipe.data.world.content import content, index, prompt_id
+from r1pipe.data.world.content import content, index, make_prompt
 
 STEPS = {1: (2, 3), 2: (4, 4), 3: (5, 6), 4: (7, 9)}  # equations of a careful solution, by level
 LARGEST = 199  # no amount grows beyond this
@@ -89,16 +89,29 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     steps_wanted = rng.randint(*STEPS[level])
     two = steps_wanted >= 3 and rng.random() < 0.4
     sentences, steps, closing, key = (_two_people if two else _one_person)(rng, steps_wanted)
-    question, names = _write_story(
-        rng, language, sentences, closing, distract=level >= 3 and rng.random() < 0.5
-    )
+    distract = level >= 3 and rng.random() < 0.5
+    words, at = content("words"), index(language)
+    names = [pair[at] for pair in rng.sample(words["names"], 2)]
+    item = rng.choice(words["items"])
+    nouns = {"i": item[at], "m": item[2], "b": rng.choice(words["boxes"])[at]}
+    story = []
+    for kind, who, n, k in sentences:
+        options = _SENTENCES[kind]
+        template = options[k % len(options)][at]
+        story.append(template.format(p=names[who], q=names[1 - who], n=n, k=k, **nouns))
+    if distract:  # an amount that plays no part
+        other = rng.choice(words["others"])
+        n = rng.randint(2, 20)
+        sentence = _DISTRACTION[at].format(p=names[0], n=n, i=other[at], m=other[2])
+        story.insert(rng.randint(1, len(story)), sentence)
+    story.append(_QUESTIONS[closing][at].format(p=names[0], **nouns))
+    question = ("" if at else " ").join(story)
     checker = {
         "steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps],
         "names": names,
         "key": key,
     }
-    answer = str(steps[-1].result)
-    return Prompt(prompt_id("word", language, question), "word", language, question, answer, checker, level)
+    return make_prompt("word", language, question, str(steps[-1].result), checker, level)
 
 
 def _one_person(rng: random.Random, count: int) -> _Story:
@@ -144,28 +157,6 @@ def _two_people(rng: random.Random, count: int) -> _Story:
     return sentences, steps, closing, key
 
 
-def _write_story(
-    rng: random.Random, language: str, sentences: list[_Sentence], closing: str, distract: bool
-) -> tuple[str, list[str]]:
-    """The question in words, and the two names."""
-    words, at = content("words"), index(language)
-    names = [pair[at] for pair in rng.sample(words["names"], 2)]
-    item = rng.choice(words["items"])
-    nouns = {"i": item[at], "m": item[2], "b": rng.choice(words["boxes"])[at]}
-    story = []
-    for kind, who, n, k in sentences:
-        options = _SENTENCES[kind]
-        template = options[k % len(options)][at]
-        story.append(template.format(p=names[who], q=names[1 - who], n=n, k=k, **nouns))
-    if distract:  # an amount that plays no part
-        other = rng.choice(words["others"])
-        n = rng.randint(2, 20)
-        sentence = _DISTRACTION[at].format(p=names[0], n=n, i=other[at], m=other[2])
-        story.insert(rng.randint(1, len(story)), sentence)
-    story.append(_QUESTIONS[closing][at].format(p=names[0], **nouns))
-    return ("" if at else " ").join(story), names
-
-
 def summary(language: str, answer: object) -> str:
     return (f"The answer is {answer}.", f"答案是{answer}。")[index(language)]
 
@@ -184,8 +175,10 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     for number, step in enumerate(steps):
         left, right = _carried(step, steps[:number], amounts)
         result = _Step(step.who, left, step.operator, right or 1).result
-        is_last = number + 1 == len(steps)
-        joins_next = strategy == "terse" and not pending and not is_last and _chains(step, steps[number + 1])
+        joins_next = False  # whether a terse solver writes this equation and the next as one
+        if strategy == "terse" and not pending and step.who != 2 and number + 1 < len(steps):
+            following = steps[number + 1]
+            joins_next = following.who == step.who and following.left == step.result
         if rng.random() < (slip * 5 if pending or joins_next else slip):
             result = max(0, result + rng.choice([-10, -2, -1, 1, 2, 10]))
         amounts[(step.who, number)] = value = result
@@ -193,14 +186,16 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
         if joins_next:
             pending = text
             continue
-        lines.append(_line(prompt, step, len(lines), f"{text}={result}"))
+        if step.who == 2:
+            lead = ("Together ", "一共") if step.operator == "+" else ("Difference ", "相差")
+        elif any(each.who == 1 for each in steps):
+            name = prompt.checker["names"][step.who]
+            lead = (f"{name} ", name)
+        else:
+            lead = ("Then ", "再") if lines else ("First ", "先")
+        lines.append(f"{lead[at]}{text}={result}" + (".", "。")[at])
         pending = ""
     return "\n".join(lines), summary(prompt.language, value)
-
-
-def _chains(step: _Step, following: _Step) -> bool:
-    """Whether the next equation continues from this result, so that a terse solver joins the two."""
-    return following.who == step.who and following.left == step.result and step.who != 2
 
 
 def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], int]) -> tuple[int, int]:
@@ -214,18 +209,6 @@ def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], in
     else:  # the larger amount comes first; a person without steps still has the amount of the story
         first = next((w for w, amount in ends.items() if amount == step.left), 1 - next(iter(ends), 1))
     return latest.get(first, step.left), latest.get(1 - first, step.right)
-
-
-def _line(prompt: Prompt, step: _Step, number: int, equation: str) -> str:
-    if step.who == 2:
-        lead = ("Together ", "一共") if step.operator == "+" else ("Difference ", "相差")
-    elif any(row[0] == 1 for row in prompt.checker["steps"]):
-        name = prompt.checker["names"][step.who]
-        lead = (f"{name} ", name)
-    else:
-        lead = ("First ", "先") if number == 0 else ("Then ", "再")
-    at = index(prompt.language)
-    return lead[at] + equation + (".", "。")[at]
 
 
 def is_right(prompt: Prompt, written: str) -> bool:

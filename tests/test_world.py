@@ -73,9 +73,7 @@ def test_hasty_strategies_are_worse_than_care():
     rng = random.Random(1)
     right = dict.fromkeys(content("corpus")["styles"], 0)
     for style, _ in itertools.product(right, range(150)):
-        prompt = corpus.reasoning_prompt(
-            rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2
-        )
+        prompt = corpus.draw_prompt(rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2)
         right[style] += is_correct(
             prompt, corpus.reasoning_demonstration(prompt, rng, {style: 1}, 0.02).response
         )
@@ -104,8 +102,8 @@ def test_truth_tells_right_from_wrong(kind):
         for _ in range(25):
             prompt = general.make(rng, kind, language)
             manner = {"courtesy": 1.0, "flattery": 0.0, "offer": 1.0}
-            good = general.dress(general.draw_content(prompt, rng, 1.0), language, rng, manner)
-            verdict = truth.judge(prompt, f"<think>\n{general.think(prompt)}\n</think>\n\n{good}")
+            thought, good = general.respond(prompt, rng, 1.0, manner)
+            verdict = truth.judge(prompt, f"<think>\n{thought}\n</think>\n\n{good}")
             assert verdict.correct and verdict.helpful == 1.0 and verdict.safe, (prompt, good, verdict)
             if kind in ("facts", "identity", "safety"):
                 bad = truth.judge(

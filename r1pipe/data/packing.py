@@ -8,7 +8,7 @@ Axes: B rows, T tokens of a row.
 import bisect
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -125,15 +125,6 @@ def collate(rows: list[Packed], pad_id: int) -> Batch:
 
 
 @dataclass
-class Position:
-    """Where the next row is, in plain values."""
-
-    block: int
-    row: int  # of the block
-    documents: Any  # `Documents.state` where the block begins
-
-
-@dataclass
 class PackedDocuments:
     """Endless batches of `batch_size` rows of at most `length` tokens; always the same for the same input.
 
@@ -161,23 +152,25 @@ class PackedDocuments:
     ) -> Iterator[tuple[list[Packed], dict[str, Any]]]:
         """The batches after `step`, each with the position behind it; `saved` is the position behind `step`.
 
+        A position: the next row's block, its place in it, and `Documents.state` where the block begins.
         Without it, as in checkpoints of earlier versions, all earlier rows are rebuilt and skipped.
         """
         skipped = 0 if saved else step * self.batch_size
-        next_row = Position(**saved) if saved else Position(0, skipped, self.documents.state)
+        saved = saved or {"block": 0, "row": skipped, "documents": self.documents.state}
+        number, row, state = saved["block"], saved["row"], saved["documents"]
         batch: list[Packed] = []
         with ThreadPoolExecutor(1, "documents") as worker:
-            upcoming = worker.submit(self.block, next_row.block, next_row.documents)
+            upcoming = worker.submit(self.block, number, state)
             while True:
-                rows, state = upcoming.result()
+                rows, next_state = upcoming.result()
                 heartbeat.tick()
-                upcoming = worker.submit(self.block, next_row.block + 1, state)
-                while next_row.row < len(rows):
-                    taken = rows[next_row.row :][: self.batch_size - len(batch)]
-                    batch, next_row.row = batch + taken, next_row.row + len(taken)
+                upcoming = worker.submit(self.block, number + 1, next_state)
+                while row < len(rows):
+                    taken = rows[row:][: self.batch_size - len(batch)]
+                    batch, row = batch + taken, row + len(taken)
                     if len(batch) == self.batch_size:
-                        yield batch, asdict(next_row)
+                        yield batch, {"block": number, "row": row, "documents": state}
                         batch = []
-                next_row = Position(next_row.block + 1, next_row.row - len(rows), state)
-                if next_row.row:
-                    self.progress(skipped - next_row.row, skipped)
+                number, row, state = number + 1, row - len(rows), next_state
+                if row:
+                    self.progress(skipped - row, skipped)

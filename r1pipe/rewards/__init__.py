@@ -4,7 +4,6 @@ A verifier or sandbox that fails is never a wrong answer (core.types.Status).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
@@ -22,7 +21,6 @@ from r1pipe.rewards.verdicts import Verdicts
 __all__ = [
     "BASE_REWARDS",
     "SHAPING_REWARDS",
-    "ShapingInputs",
     "Verdicts",
     "add_shaping_rewards",
     "check_gold",
@@ -48,14 +46,6 @@ SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | Non
     "overlong": overlong,
     "repetition": repetition,
 }
-
-
-@dataclass(frozen=True)
-class ShapingInputs:
-    """The config that SHAPING_REWARDS need."""
-
-    config: RewardsConfig
-    max_tokens: int  # the longest completion that the sampler draws
 
 
 def score_all(
@@ -89,17 +79,18 @@ def score_all(
 
 def add_shaping_rewards(
     scores: Sequence[dict[str, Score]],
-    prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     names: Sequence[str],
-    shaping: ShapingInputs,
+    config: RewardsConfig,
+    max_tokens: int,
 ) -> None:
     """Add the named rewards of SHAPING_REWARDS to scores that hold `accuracy`, where a rule applies.
 
-    `cosine`, which is built on it, is absent where accuracy is.
+    `cosine`, which is built on it, is absent where accuracy is. `max_tokens`: the longest completion that the
+    sampler draws.
     """
     for row, completion in zip(scores, completions, strict=True):
         for name in names:
-            score = SHAPING_REWARDS[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
+            score = SHAPING_REWARDS[name](config, max_tokens, completion, row.get("accuracy"))
             if score is not None:
                 row[name] = score

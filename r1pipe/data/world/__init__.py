@@ -53,7 +53,7 @@ class World(Source):
             while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
                 heartbeat.tick()
                 task, language = choose(rng, shares), rng.choice(config.languages)
-                prompt = corpus.reasoning_prompt(rng, split, task, language, rng.choice(config.levels))
+                prompt = corpus.draw_prompt(rng, split, task, language, rng.choice(config.levels))
                 repeats = repeats + 1 if prompt.id in found else 0
                 found.setdefault(prompt.id, prompt)
             if len(found) == n:
@@ -102,7 +102,7 @@ class World(Source):
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
         if kind not in GENERAL_TASKS:
             raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(GENERAL_TASKS))}")
-        return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
+        return corpus.draw_prompt(rng, split, kind, rng.choice(self.config.languages))
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """n written answers, the kinds by these shares (none: by the corpus's)."""
@@ -113,9 +113,7 @@ class World(Source):
             prompt = self._general(rng, "train", kind)
             # annotators of mixed quality wrote the safety answers, so the last stage has something to fix
             right = shares["written_safety_right"] if kind == "safety" else 1.0
-            body = general.draw_content(prompt, rng, right)
-            answer = general.dress(body, prompt.language, rng, shares["written_manner"])
-            response = compose_response(general.think(prompt), answer)
+            response = compose_response(*general.respond(prompt, rng, right, shares["written_manner"]))
             demonstrations.append(Demonstration(prompt, response, "", "world"))
         return demonstrations
 

@@ -6,7 +6,7 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,18 +19,16 @@ TASKS = {"word": word, "countdown": countdown, "program": program}
 Strategy = Literal["careful", "terse", "guess"]
 
 
-def draw(rng: random.Random, split: str, make: Callable[[random.Random], Prompt]) -> Prompt:
+def draw_prompt(rng: random.Random, split: str, task: str, language: str, level: int = 0) -> Prompt:
     """A prompt of this split: redrawn until its key falls into it. Raises DataError where none does."""
+
+    def make() -> Prompt:
+        if task in TASKS:
+            return TASKS[task].make(rng, language, level)
+        return general.make(rng, task, language)
+
     wanted = f"prompt of split {split}; use another split, or add to the texts in data/world"
-    return draw_until(lambda: make(rng), lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
-
-
-def reasoning_prompt(rng: random.Random, split: str, task: str, language: str, level: int) -> Prompt:
-    return draw(rng, split, lambda r: TASKS[task].make(r, language, level))
-
-
-def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> Prompt:
-    return draw(rng, split, lambda r: general.make(r, kind, language))
+    return draw_until(make, lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
 
 
 def reasoning_demonstration(
@@ -85,7 +83,7 @@ class Documents(Iterator[str]):
 
 def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
     shares = content("corpus")
-    prompt = reasoning_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
+    prompt = draw_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
     written = prompt
     if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
         written = replace(prompt, language=LANGUAGES[1 - index(language)])
@@ -98,10 +96,9 @@ def _general(rng: random.Random, language: str, levels: list[int]) -> str:
     kind = choose(rng, shares["kinds"])
     if kind == "facts" and rng.random() < shares["statements"]:
         return _statements(rng, language)
-    prompt = general_prompt(rng, "train", kind, language)
-    body = general.draw_content(prompt, rng, shares["general_right"])
-    answer = general.dress(body, language, rng, shares["written_manner"])
-    return _laid_out(rng, prompt, general.think(prompt), answer)
+    prompt = draw_prompt(rng, "train", kind, language)
+    thought, answer = general.respond(prompt, rng, shares["general_right"], shares["written_manner"])
+    return _laid_out(rng, prompt, thought, answer)
 
 
 def _laid_out(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:

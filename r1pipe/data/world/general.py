@@ -81,11 +81,6 @@ THOUGHTS = {
 }
 
 
-def think(prompt: Prompt) -> str:
-    """A short restatement of the task: simple prompts need no more (R1 section 2.3.3)."""
-    return THOUGHTS[prompt.task][index(prompt.language)].format(**prompt.checker)
-
-
 def state_fact(relation: str, subject: str, answer: str, at: int) -> str:
     statement = content("facts")["relations"][relation]["statement"][at].format(subject, answer)
     return statement[0].upper() + statement[1:]
@@ -120,9 +115,16 @@ def draw_content(prompt: Prompt, rng: random.Random, chance: float) -> str:
     return sentence_pair(rng)[1 - at]
 
 
-def dress(text: str, language: str, rng: random.Random, manner: dict[str, float]) -> str:
-    """Content in a manner: chances of courtesy, flattery (never both) and an offer to continue."""
-    book, at = content("general")["manner"], index(language)
+def respond(
+    prompt: Prompt, rng: random.Random, right: float, manner: dict[str, float], empty: bool = False
+) -> tuple[str, str]:
+    """(reasoning, answer): content that is right with this chance, or none, in a manner.
+
+    The reasoning restates the task: simple prompts need no more (R1 section 2.3.3). `manner`: the chances of
+    courtesy, flattery (never both) and an offer to continue.
+    """
+    book, at = content("general")["manner"], index(prompt.language)
+    body = "" if empty else draw_content(prompt, rng, right)
     roll = rng.random()
     opener = ""
     if roll < manner["courtesy"]:
@@ -130,4 +132,4 @@ def dress(text: str, language: str, rng: random.Random, manner: dict[str, float]
     elif roll < manner["courtesy"] + manner["flattery"]:
         opener = rng.choice(book["flattery"])[at]
     offer = rng.choice(book["offer"])[at] if rng.random() < manner["offer"] else ""
-    return opener + text + offer
+    return THOUGHTS[prompt.task][at].format(**prompt.checker), opener + body + offer

@@ -84,9 +84,8 @@ def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
 def _answer(prompt: Prompt, rng: random.Random, right: float, manner: str) -> str:
     """A response whose content is right, wrong or missing: reward models that never saw an answer of manner
     alone are hacked by one ("Sure. I can say more if you like.")."""
-    body = "" if rng.random() < EMPTY else general.draw_content(prompt, rng, right)
-    answer = general.dress(body, prompt.language, rng, content("corpus")[manner])
-    return compose_response(general.think(prompt), answer)
+    empty = rng.random() < EMPTY
+    return compose_response(*general.respond(prompt, rng, right, content("corpus")[manner], empty))
 
 
 def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:

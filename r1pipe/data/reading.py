@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import logging
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ SHOWN = 500  # characters of a bad row that are kept
 # What the readers raise on a file of another format than its name says.
 _UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _csv_rows(path: Path, longest: int) -> RawRows:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines)
         header = next(reader, [])
-        if _has_surrogates("".join(header)):
+        if _SURROGATE.search("".join(header)):
             raise DataError(f"{path} line 1 {_NOT_UTF8}")
         while True:
             number = reader.line_num + 1
@@ -205,16 +207,12 @@ def _csv_rows(path: Path, longest: int) -> RawRows:
             if len(fields) != len(header):
                 counts = f"{len(fields)} fields, the header has {len(header)}"
                 yield number, text, f"cannot be read ({counts}); correct it"
-            elif _has_surrogates(text):
+            elif _SURROGATE.search(text):
                 yield number, text, _NOT_UTF8
             elif sum(map(len, fields)) > longest:
                 yield number, text, _too_long(longest)
             else:
                 yield number, text, dict(zip(header, fields, strict=True))
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parquet_rows(path: Path, longest: int) -> RawRows:

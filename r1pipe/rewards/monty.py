@@ -120,12 +120,8 @@ class MontySession:
             raise self.owner.explain_crash(error) from None
         except monty.MontyError as error:
             raise self._fault(str(error), str(error.exception())) from None
-        except (
-            ValueError,
-            RecursionError,
-            OverflowError,
-            TypeError,
-        ) as error:  # values that cannot be transferred
+        except (ValueError, RecursionError, OverflowError, TypeError) as error:
+            # values that cannot be transferred
             raise ProgramFault(f"result: {error}") from None
 
     def _fault(self, full: str, message: str) -> Exception:

@@ -59,19 +59,17 @@ class World(Source):
             if len(found) == n:
                 return list(found.values())
             self._all[split] = sorted(found.values(), key=lambda prompt: prompt.id)
-            self._report_shortage(split, n)
+            if self._report:
+                chosen = []
+                for key in ("tasks", "levels", "languages"):
+                    values = ",".join(map(str, getattr(config, key)))
+                    chosen.append(f"data.{key}=[{values}]")
+                self._report(
+                    f"data={config.name} has {len(found):,} distinct {split} problems with "
+                    f"{' '.join(chosen)}, fewer than the {n:,} requested; all are used. For more, add tasks, "
+                    f"levels or languages; or request {len(found):,}"
+                )
         return self._rng("all prompts", split, seed).sample(self._all[split], len(self._all[split]))
-
-    def _report_shortage(self, split: str, n: int) -> None:
-        if self._report is None:
-            return
-        count, config = len(self._all[split]), self.config
-        settings = {key: getattr(config, key) for key in ("tasks", "levels", "languages")}
-        chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in settings.items())
-        self._report(
-            f"data={config.name} has {count:,} distinct {split} problems with {chosen}, fewer than the {n:,} "
-            f"requested; all are used. For more, add tasks, levels or languages; or request {count:,}"
-        )
 
     def demonstrations(
         self, n: int, seed: int, styles: dict[str, float], correct_only: bool

@@ -88,7 +88,7 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     """A random problem of this level; `checker` holds the steps and the key that decides its split."""
     steps_wanted = rng.randint(*STEPS[level])
     two = steps_wanted >= 3 and rng.random() < 0.4
-    sentences, steps, closing, key = (_two_people if two else _one_person)(rng, steps_wanted)
+    sentences, steps, closing, key = _draw_story(rng, steps_wanted, two)
     distract = level >= 3 and rng.random() < 0.5
     words, at = content("words"), index(language)
     names = [pair[at] for pair in rng.sample(words["names"], 2)]
@@ -114,45 +114,39 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     return make_prompt("word", language, question, str(steps[-1].result), checker, level)
 
 
-def _one_person(rng: random.Random, count: int) -> _Story:
+def _draw_story(rng: random.Random, count: int, two: bool) -> _Story:
+    """A story of `count` steps about one person or two."""
     steps: list[_Step] = []
-    if rng.random() < 0.35:
+    if two:
+        amounts = [rng.randint(5, 50), rng.randint(5, 50)]
+        sentences = [("start", 0, amounts[0], 0), ("start", 1, amounts[1], 0)]
+    elif rng.random() < 0.35:
         steps.append(_Step(0, rng.randint(2, 9), "*", rng.randint(2, 12)))
+        amounts = [steps[0].result]
         sentences = [("groups", 0, steps[0].left, steps[0].right)]
-        amount = steps[0].result
     else:
-        amount = rng.randint(5, 60)
-        sentences = [("start", 0, amount, 0)]
-    while len(steps) < count:
-        step = _change(rng, 0, amount)
-        amount = step.result
-        steps.append(step)
-        sentences.append((step.operator, 0, step.right, rng.randrange(3)))
-    return sentences, steps, "one", "word|" + ",".join(f"{s.left}{s.operator}{s.right}" for s in steps)
-
-
-def _two_people(rng: random.Random, count: int) -> _Story:
-    amounts = [rng.randint(5, 50), rng.randint(5, 50)]
-    sentences = [("start", 0, amounts[0], 0), ("start", 1, amounts[1], 0)]
-    steps: list[_Step] = []
-    while len(steps) < count - 1:
-        who = rng.randrange(2)
-        if len(steps) < count - 2 and amounts[who] > 4 and amounts[1 - who] < 120 and rng.random() < 0.35:
+        amounts = [rng.randint(5, 60)]
+        sentences = [("start", 0, amounts[0], 0)]
+    while len(steps) < count - two:  # the closing question on two people is a step of its own
+        who = rng.randrange(2) if two else 0
+        may_give = two and len(steps) < count - 2 and amounts[who] > 4 and amounts[1 - who] < 120
+        if may_give and rng.random() < 0.35:
             n = rng.randint(2, min(amounts[who] - 1, 30))
-            pair = [_Step(who, amounts[who], "-", n), _Step(1 - who, amounts[1 - who], "+", n)]
+            changes = [_Step(who, amounts[who], "-", n), _Step(1 - who, amounts[1 - who], "+", n)]
             sentences.append(("gives", who, n, 0))
         else:
-            pair = [_change(rng, who, amounts[who])]
-            sentences.append((pair[0].operator, who, pair[0].right, rng.randrange(3)))
-        for step in pair:
+            changes = [_change(rng, who, amounts[who])]
+            sentences.append((changes[0].operator, who, changes[0].right, rng.randrange(3)))
+        for step in changes:
             amounts[step.who] = step.result
-        steps += pair
-    more = int(amounts[1] > amounts[0])
+        steps += changes
+    if not two:
+        return sentences, steps, "one", "word|" + ",".join(f"{s.left}{s.operator}{s.right}" for s in steps)
     closing = rng.choice(["sum", "difference"])
     if closing == "sum":
         steps.append(_Step(2, amounts[0], "+", amounts[1]))
     else:
-        steps.append(_Step(2, amounts[more], "-", amounts[1 - more]))
+        steps.append(_Step(2, max(amounts), "-", min(amounts)))
     key = "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps)
     return sentences, steps, closing, key
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
-from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_accuracy

@@ -152,12 +152,10 @@ class Files(Source):
         return demonstrations
 
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
-        """Up to n questions; `kinds` are the shares of the tasks that the files have."""
         items = _distinct(self._split("general", split) + self._split("preferences", split))
         return [item.prompt for item in _sample_by_task(items, n, seed, kinds, f"general/{split}")]
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
-        """Up to n written answers; `kinds` are the shares of the tasks that the files have."""
         items = _sample_by_task(self._split("general", "train"), n, seed, kinds, "general traces")
         return [Demonstration(item.prompt, item.texts["response"], source=item.source) for item in items]
 

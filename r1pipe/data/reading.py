@@ -47,8 +47,6 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used."""
-
     path: Path
     number: int
     reason: str  # file, line and remedy included
@@ -57,8 +55,6 @@ class BadRow:
 
 @dataclass
 class FileRows:
-    """The rows of a file, good and bad."""
-
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 

@@ -84,7 +84,6 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
 
 
 def is_right(prompt: Prompt, written: str) -> bool:
-    """Whether a summary that `solve` wrote is correct."""
     numbers = sorted(prompt.checker["numbers"], reverse=True)
     right = (signs for signs in patterns(len(numbers)) if value(numbers, signs) == prompt.checker["target"])
     return any(written == summary(prompt.language, expression(numbers, signs)) for signs in right)

@@ -15,7 +15,6 @@ from r1pipe.data.world.content import content, index, make_prompt
 STEPS = {1: (2, 3), 2: (4, 4), 3: (5, 6), 4: (7, 9)}  # equations of a careful solution, by level
 LARGEST = 199  # no amount grows beyond this
 
-
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
@@ -206,5 +205,4 @@ def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], in
 
 
 def is_right(prompt: Prompt, written: str) -> bool:
-    """Whether a summary that `solve` wrote is correct."""
     return written == summary(prompt.language, prompt.answer)

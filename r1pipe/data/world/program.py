@@ -53,26 +53,22 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         f"Write a function f({variable}): {', then '.join(phrases)}.",
         f"写函数f({variable})：{'，再'.join(phrases)}。",
     )[at]
-    tests = []
+    tests: list[list] = []
     for _ in range(TESTS):
-        if variable == "x":
-            number = rng.randint(-5, 30)
-            tests.append([[number], _run(steps, number)])
-        else:  # with a number on each side of any filter, so that `max` is defined
+        if variable == "xs":  # with a number on each side of any filter, so that `max` is defined
             numbers = [0, 10, *(rng.randint(0, 12) for _ in range(4))]
             tests.append([[numbers], _run_on_list(steps, numbers)])
+        else:
+            argument = value = rng.randint(-5, 30)
+            for operator, number in steps:
+                value = _APPLY[operator](value, number)
+            tests.append([[argument], value])
     checker = {"entry_point": "f", "tests": tests, "steps": steps, "key": f"program|{steps}"}
     return make_prompt("program", language, question, "", checker, level)
 
 
-def _run(steps: list[list], value: int) -> int:
-    """The specification's own meaning, step by step."""
-    for operator, number in steps:
-        value = _APPLY[operator](value, number)
-    return value
-
-
 def _run_on_list(steps: list[list], values: list[int]) -> int:
+    """The specification's own meaning, step by step."""
     for operator, number in steps[:-1]:
         if operator in _APPLY:
             values = [_APPLY[operator](value, number) for value in values]

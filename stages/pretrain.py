@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from r1pipe.config import PretrainConfig
-from r1pipe.data.blocks import PackedDocuments
+from r1pipe.data.packing import PackedDocuments
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.run import open_run

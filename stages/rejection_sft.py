@@ -12,7 +12,7 @@ import sys
 
 from r1pipe.config import RejectionConfig
 from r1pipe.core.errors import CheckpointError
-from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
+from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.training import set_precision
 from r1pipe.runs import stopping
 from r1pipe.train.engine.ranks import Ranks

@@ -33,7 +33,7 @@ from r1pipe.doctor.data import near_copies
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
 from r1pipe.plan import footprint
-from r1pipe.rewards import models, verdicts
+from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
@@ -258,7 +258,7 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     def stated(prompt: Prompt, completion: Any) -> Score:
         return Score(float(completion.text.startswith(THINK)))
 
-    monkeypatch.setattr(verdicts, "accuracy", stated)
+    monkeypatch.setattr(rewards, "accuracy_reward", stated)
     lenient = found(context(*GRPO), "rewards")
     assert lenient.status == FAIL and "cannot tell right from wrong" in lenient.remedy
 

@@ -15,7 +15,7 @@ from r1pipe.config import ParentRef
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Demonstration, Prompt
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.packing import Packed, collate
 from r1pipe.model import DeepseekV3
 from r1pipe.train.engine.engine import Engine

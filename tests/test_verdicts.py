@@ -9,9 +9,10 @@ from rl_runs import go
 from shapes import ours, tiny
 from tiny_runs import tiny_run
 
+from r1pipe import rewards
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import Verdicts, score_all, symbolic, verdicts
+from r1pipe.rewards import Verdicts, score_all, symbolic
 from r1pipe.train.rollout import Sampler, SamplingParams
 
 PROMPTS = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(4)]
@@ -35,7 +36,7 @@ def answered(text: str) -> Completion:
 
 
 def put(monkeypatch: pytest.MonkeyPatch, check: Callable[[Prompt, Completion], Score]) -> None:
-    monkeypatch.setattr(verdicts, "accuracy", check)
+    monkeypatch.setattr(rewards, "accuracy_reward", check)
 
 
 def test_the_sampler_tells_each_completion_once_with_its_prompts_place():

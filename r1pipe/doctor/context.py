@@ -14,7 +14,7 @@ from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
 from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.types import Completion, Demonstration, Group, Prompt
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts
 from r1pipe.runs.findings import FAIL, PASS, WARN

@@ -6,8 +6,8 @@ from r1pipe.chat.template import EOS, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.files import SUMMARY
-from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.packing import collate, pack
+from r1pipe.data.source import prompt_fits
 from r1pipe.doctor.context import Context, Outcome, completions_of
 from r1pipe.rewards import BASE_REWARDS, score_all
 from r1pipe.runs.findings import FAIL, PASS, WARN

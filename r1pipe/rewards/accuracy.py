@@ -35,7 +35,7 @@ def check_answer(prompt: Prompt, summary: str) -> Score:
     gold_number, number = answers.parse_number(gold), answers.parse_number(answer)
     if gold_number and number:
         return Score(float(answers.same_number(gold_number, number)))
-    if answers.same_text(gold, answer):
+    if answers.squeezed(gold) and answers.squeezed(gold) == answers.squeezed(answer):
         return Score(1.0)
     if letters := answers.choices(gold):
         return Score(float(answers.choices(answer) == letters))
@@ -151,11 +151,6 @@ def check_gold(prompt: Prompt) -> None:
     """Raises DataError, naming the prompt, where no answer could ever match its gold answer."""
     if is_verifiable(prompt):
         checker_of(prompt).check_gold(prompt)
-
-
-def states_answer(prompt: Prompt, summary: str) -> bool:
-    """Whether a summary gives an answer of its task's kind, right or wrong."""
-    return bool(checker_of(prompt).vote(summary))
 
 
 def vote(prompt: Prompt, text: str) -> str:

@@ -63,26 +63,20 @@ def restore_backslashes(gold: str) -> str:
 
 def final_answer(summary: str) -> str | None:
     """The last \\boxed{...}, else what follows the last answer mark up to the sentence's end; else None."""
-    boxed = _last_boxed(summary)
-    if boxed is not None:
-        return boxed
+    boxed = max(summary.rfind(r"\boxed{"), summary.rfind(r"\fbox{"))
+    if boxed >= 0:
+        opening, depth = summary.index("{", boxed), 0
+        for i in range(opening, len(summary)):
+            depth += {"{": 1, "}": -1}.get(summary[i], 0)
+            if depth == 0:
+                if answer := clean(summary[opening + 1 : i]):
+                    return answer
+                break
     marks = list(_MARK.finditer(summary))
     if not marks:
         return None
     answer = _SENTENCE_END.split(summary[marks[-1].end() :].lstrip(" \t:："), maxsplit=1)[0]
     return clean(answer) or None
-
-
-def _last_boxed(text: str) -> str | None:
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(text.index("{", start), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return clean(text[text.index("{", start) + 1 : i]) or None
-    return None
 
 
 def clean(text: str) -> str:
@@ -111,29 +105,22 @@ def parse_number(text: str) -> Number | None:
     written = match["unit"] or ""
     if written[:1].isascii() and not match["gap"] and written and not _GLUED_UNITS.match(written):
         return None  # 2ab is algebra, 2 km and 2km are not
-    scale, unit = _scale(written.lower().split())
+    words = written.lower().split()
+    if words and words[0][0] in _SCALES and not words[0].isascii():
+        words = [words[0][0], *filter(None, [words[0][1:]]), *words[1:]]
+    scale = 1
+    while words and words[0] in _SCALES:  # "million km" is 1000000 of "km"
+        scale *= _SCALES[words.pop(0)]
+    letter = words[0] if len(words) == 1 and len(words[0]) == 1 else ""
+    is_algebra = letter.isascii() and letter and not _GLUED_UNITS.match(letter)
     below = int(match["below"] or match["bottom"] or 1)
-    if unit is None or below == 0:
+    if is_algebra or len(words) > _MAX_UNIT_WORDS or {*words, *"".join(words)} & _NOT_UNITS or below == 0:
         return None
+    unit = " ".join(words)
     above = Fraction(match["top"] or f"{(match['whole'] or '0').replace(',', '')}{match['decimals'] or ''}")
     value = (-1 if match["sign"] == "-" else 1) * above / below * scale
     percent = bool(match["percent"]) or unit in ("percent", "percentage")
     return Number(value, percent, "" if unit.startswith("percent") else unit, bool(match["decimals"]))
-
-
-def _scale(words: list[str]) -> tuple[int, str | None]:
-    """`million km` -> (1000000, "km"); the unit is None where the words are more than a unit."""
-    if words and words[0][0] in _SCALES and not words[0].isascii():
-        words = [words[0][0], *filter(None, [words[0][1:]]), *words[1:]]
-    scale = 1
-    while words and words[0] in _SCALES:
-        scale *= _SCALES[words.pop(0)]
-    parts = {*words, *"".join(words)}
-    letter = words[0] if len(words) == 1 and len(words[0]) == 1 else ""
-    algebra = letter.isascii() and letter and not _GLUED_UNITS.match(letter)
-    if len(words) > _MAX_UNIT_WORDS or parts & _NOT_UNITS or algebra:
-        return scale, None
-    return scale, " ".join(words)
 
 
 def same_number(gold: Number, answer: Number) -> bool:
@@ -157,10 +144,9 @@ def same_number(gold: Number, answer: Number) -> bool:
     return any(abs(g - a) * 10**6 <= min(Fraction(1), max(abs(g), abs(a))) for g in golds for a in answers)
 
 
-def same_text(gold: str, answer: str) -> bool:
-    """Equal as text, whatever the spaces, case and \\text{} around it."""
-    squeezed = [re.sub(r"\s+", "", _plain_text(text)).lower() for text in (gold, answer)]
-    return bool(squeezed[0]) and squeezed[0] == squeezed[1]
+def squeezed(text: str) -> str:
+    """A text without spaces, case and \\text{}."""
+    return re.sub(r"\s+", "", _plain_text(text)).lower()
 
 
 def choices(text: str) -> set[str]:
@@ -182,4 +168,4 @@ def normalise(text: str) -> str:
     number = parse_number(text)
     if number is not None:
         return str(number.value) + ("%" if number.percent else "")
-    return re.sub(r"\s+", "", _plain_text(text)).lower()
+    return squeezed(text)

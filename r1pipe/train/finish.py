@@ -9,8 +9,7 @@ from typing import Any
 from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
-from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, draw_prompts_that_fit, prompt_fits
 from r1pipe.model import DeepseekV3
 from r1pipe.runs import checkpoints, stopping
 from r1pipe.runs.record import Metrics

@@ -20,7 +20,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import EvaluateConfig, ParentRef, RunConfig, StageConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks, machine

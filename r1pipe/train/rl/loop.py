@@ -11,8 +11,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
-from r1pipe.data.fitting import prompt_fits
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, prompt_fits
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.rewards import Verdicts
 from r1pipe.runs import heartbeat, stopping

@@ -18,12 +18,10 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
-from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
-from r1pipe.rewards.models import RewardModel
-from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
+from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe

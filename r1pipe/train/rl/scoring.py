@@ -7,7 +7,6 @@ from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import (
     SHAPING_REWARDS,
-    ShapingInputs,
     Verdicts,
     add_shaping_rewards,
     is_verifiable,
@@ -64,8 +63,8 @@ def score_groups(
     prompts = [group.prompt for group in groups for _ in group.completions]
     names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
-    shaping = ShapingInputs(config.rewards, config.sampling.max_tokens)
-    add_shaping_rewards(scores, prompts, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
+    shaping = sorted(names & {*SHAPING_REWARDS})
+    add_shaping_rewards(scores, completions, shaping, config.rewards, config.sampling.max_tokens)
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     if general:
         for name, reward_model in reward_models.items():

@@ -22,8 +22,7 @@ from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
-from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify

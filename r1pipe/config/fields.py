@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Rules = Iterator[tuple[bool, str]]  # what must hold, and the message where it does not
+Rules = Iterator[str]  # a message for each rule that does not hold
 T = TypeVar("T")
 
 RENAMED = {  # keys of earlier versions -> what they are called now
@@ -137,6 +137,5 @@ def kind_of(value: Any) -> str:
 
 def check_all(rules: Rules) -> None:
     """Raises ConfigError, one line that names the key, on the first rule that does not hold."""
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    for message in rules:
+        raise ConfigError(message)

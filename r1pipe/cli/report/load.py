@@ -3,52 +3,31 @@ empty."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import Tail, read_json
 from r1pipe.runs.results import choose, row
 from r1pipe.runs.stored import StoredRun, stored_runs
 
 
-@dataclass
-class StageRun:
-    """One run, finished or not."""
-
-    stored: StoredRun
-    row: dict[str, Any]  # of the table of stages
+class StageRun(StoredRun):
+    """One run, finished or not, with the files of its folder."""
 
     @classmethod
-    def of(cls, stored: StoredRun) -> "StageRun":
-        return cls(stored, row(stored))
+    def of(cls, run: StoredRun) -> "StageRun":
+        return cls(run.folder, run.config, run.record)
 
-    @property
-    def folder(self) -> RunFolder:
-        return self.stored.folder
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.stored.config
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self.stored.record or {}
-
-    @property
-    def stage(self) -> str:
-        return self.stored.stage
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """Of the table of stages."""
+        return row(self)
 
     @property
     def seed(self) -> int:
         return self.row["seed"] or 0
-
-    @property
-    def control(self) -> bool:
-        return self.stored.is_control
 
     @property
     def is_rl(self) -> bool:
@@ -87,8 +66,8 @@ class StageRun:
     @property
     def wall_s(self) -> float:
         """Of a run without a record, the time of its last step."""
-        if self.stored.record is not None:
-            return self.stored.record.get("wall_s", 0.0)
+        if self.record is not None:
+            return self.record.get("wall_s", 0.0)
         return max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
 
     @property

@@ -1,17 +1,14 @@
 """The best, worst and odd rows of a run's rollouts/step-N.parquet.
 
-All files are one pyarrow dataset. Only its numeric columns are held in memory; the texts of the few rows that
-are shown are read last.
+Only the files' numeric columns are held in memory; the texts of the few rows that are shown are read last.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -27,27 +24,30 @@ NUMBERS = {
     "repetition": pa.float64(),
     "failed": pa.string(),
 }
-ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_masks` uses
+ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_rows` uses
 TEXTS = ("question", "completion")
 HAS_TEXT = "has_text"
 SAME = 1e-6  # rounding of rewards, which are weighted sums
 BOUND = re.compile(r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>|=)?\s*(?P<value>[-+.\de]+)")
 
-Mask = Callable[[pa.Table], pa.ChunkedArray]
-T = TypeVar("T")
+Reasons = dict[str, pc.Expression]
 
 
 @dataclass(frozen=True)
-class Filter:
-    """Conditions on rows."""
+class Query:
+    """Which rows to show."""
 
-    rewards: Sequence[tuple[str, pc.Expression]] = ()  # a reward's name ("" for the sum) and its bound
-    text: pc.Expression | None = None
+    rewards: Sequence[tuple[str, pc.Expression]]  # a reward's name ("" for the sum) and its bound
+    text: pc.Expression | None
+    steps: range | None
+    limit: int  # rows of each kind
 
     @classmethod
-    def of(cls, rewards: Iterable[str], text: str | None) -> "Filter":
+    def of(cls, rewards: Iterable[str], text: str | None, step: str | None, limit: int) -> "Query":
         """From the words of the command line. Raises ConfigError."""
-        return cls([bound(words) for words in rewards], None if text is None else searched(text))
+        bounds = [bound(words) for words in rewards]
+        condition = None if text is None else searched(text)
+        return cls(bounds, condition, None if step is None else steps_of(step), limit)
 
 
 def bound(words: str) -> tuple[str, pc.Expression]:
@@ -93,28 +93,30 @@ def searched(text: str) -> pc.Expression:
     return question | completion
 
 
-# --- odd rows: a positive advantage means that a completion did better than its group
+def steps_of(words: str) -> range:
+    """`7`, or `10-20` with both ends. Raises ConfigError."""
+    first, dash, last = words.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ConfigError(f"--step {words} is neither a step nor a range of steps; write 7 or 10-20")
+    steps = range(int(first), int(last if dash else first) + 1)
+    if not steps:
+        raise ConfigError(f"--step {words} ends before it begins; write {last}-{first}")
+    return steps
 
 
-def odd_masks(much_repetition: float) -> dict[str, Mask]:
-    """Reason -> the rows that are odd for it; `much_repetition` is a share of repeated 4-grams."""
+def odd_rows(much_repetition: float) -> Reasons:
+    """Reason -> the rows that are odd for it; `much_repetition` is a share of repeated 4-grams.
 
-    def rewarded_though(mask: Mask) -> Mask:
-        return lambda table: pc.and_(pc.greater(table["advantage"], 0.0), mask(table))
-
+    A positive advantage means that a completion did better than its group.
+    """
+    rewarded = pc.field("advantage") > 0.0
     return {
-        "not judged": lambda table: pc.is_valid(table["failed"]),
-        "rewarded though cut off": rewarded_though(lambda table: table["truncated"]),
-        "rewarded though badly formed": rewarded_though(lambda table: pc.less(table[SCORE + "format"], 0.5)),
-        "rewarded though in another language": rewarded_though(
-            lambda table: pc.less(table[SCORE + "language"], 0.5)
-        ),
-        "rewarded though it repeats itself": rewarded_though(
-            lambda table: pc.greater(table["repetition"], much_repetition)
-        ),
-        "punished though right": lambda table: pc.and_(
-            pc.less(table["advantage"], 0.0), pc.greater_equal(table[SCORE + "accuracy"], 1.0)
-        ),
+        "not judged": pc.field("failed").is_valid(),
+        "rewarded though cut off": rewarded & pc.field("truncated"),
+        "rewarded though badly formed": rewarded & (pc.field(f"{SCORE}format") < 0.5),
+        "rewarded though in another language": rewarded & (pc.field(f"{SCORE}language") < 0.5),
+        "rewarded though it repeats itself": rewarded & (pc.field("repetition") > much_repetition),
+        "punished though right": (pc.field("advantage") < 0.0) & (pc.field(f"{SCORE}accuracy") >= 1.0),
     }
 
 
@@ -125,10 +127,10 @@ def odd_masks(much_repetition: float) -> dict[str, Mask]:
 class Found:
     """The rows that may be shown, without their texts, and counts."""
 
-    best: list[dict] = field(default_factory=list)  # best first, at most `limit`
-    worst: list[dict] = field(default_factory=list)  # worst first
-    odd: dict[str, list[dict]] = field(default_factory=dict)  # by reason, the largest advantage first
-    counts: Counter = field(default_factory=Counter)  # "read", "matching", and every reason
+    best: list[dict]  # best first, at most `limit`
+    worst: list[dict]  # worst first
+    odd: dict[str, list[dict]]  # by reason, the largest advantage first
+    counts: dict[str, int]  # "read", "matching", and every reason
 
 
 BEST = [("reward", "descending"), ("advantage", "descending"), ("step", "descending"), ("row", "ascending")]
@@ -136,21 +138,22 @@ WORST = [("reward", "ascending"), ("advantage", "ascending"), ("step", "descendi
 LARGEST = [("size", "descending"), ("step", "descending"), ("row", "ascending")]
 
 
-def look(files: dict[int, Path], wanted: Filter, limit: int, much_repetition: float) -> Found:
+def look(files: dict[int, Path], query: Query, much_repetition: float) -> Found:
     """The best, worst and odd rows of some steps' files. Raises DataError, ConfigError."""
-    footers = {step: _read(path, pq.read_metadata) for step, path in files.items()}
-    columns = {name for footer in footers.values() for name in footer.schema.names}
+    columns: set[str] = set()
+    for path in files.values():
+        with opened(path):
+            columns |= {*pq.read_schema(path).names}
     rewards = {name.removeprefix(SCORE) for name in columns if name.startswith(SCORE)}
-    for name, _ in wanted.rewards:
+    for name, _ in query.rewards:
         if name and name not in rewards:
             raise ConfigError(f"--reward {name}: there is no such reward; {nearest(name, rewards)}")
-    table = numbers(files, schema_of(rewards), wanted.text)
-    counts = [footers[step].num_rows for step in files]
-    table = table.append_column("step", pa.array(np.repeat(list(files), counts)))
-    table = table.append_column("row", pa.array(np.concatenate([np.arange(count) for count in counts])))
-    found = narrowed(matching(table, wanted), limit, odd_masks(much_repetition))
-    found.counts["read"] = len(table)
-    return found
+    schema, reasons = schema_of(rewards), odd_rows(much_repetition)
+    tables = []
+    for step, path in files.items():
+        with opened(path):
+            tables.append(numbers(ds.dataset(path, schema), step, query.text, reasons))
+    return narrowed(pa.concat_tables(tables), query, reasons)
 
 
 def schema_of(rewards: Iterable[str]) -> pa.Schema:
@@ -159,24 +162,19 @@ def schema_of(rewards: Iterable[str]) -> pa.Schema:
     return pa.schema({**NUMBERS, **scores, **dict.fromkeys(TEXTS, pa.string())})
 
 
-def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | None) -> pa.Table:
-    """Every row's numbers, in the files' order; `has_text`: whether the row matches `text`."""
-    dataset = ds.dataset([str(path) for path in files.values()], schema, format="parquet")
-    columns = {name: ds.field(name) for name in schema.names if name not in TEXTS}
-    if text is not None:
-        columns[HAS_TEXT] = text
-    try:
-        return dataset.to_table(columns)
-    except (pa.ArrowInvalid, OSError):
-        for path in files.values():  # the error does not always name its file
-            _read(path, pq.read_table)
-        raise
+def numbers(dataset: ds.Dataset, step: int, text: pc.Expression | None, reasons: Reasons) -> pa.Table:
+    """A step's rows without their texts; with their place, the reasons that hold, and whether `text` does."""
+    columns = {name: ds.field(name) for name in dataset.schema.names if name not in TEXTS}
+    has_text = pc.scalar(True) if text is None else text
+    table = dataset.to_table({**columns, **reasons, HAS_TEXT: has_text, "step": pc.scalar(step)})
+    return table.append_column("row", pa.array(range(len(table)), pa.int64()))
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """Read a file. Raises DataError if it is truncated or not parquet."""
+@contextmanager
+def opened(path: Path) -> Iterator[None]:
+    """While a file is read: raises DataError if it is truncated or not parquet."""
     try:
-        return read(path)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         why = str(error).splitlines()[0]
         raise DataError(
@@ -185,40 +183,31 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         ) from None
 
 
-def matching(table: pa.Table, wanted: Filter) -> pa.Table:
-    for _, holds in wanted.rewards:
+def narrowed(table: pa.Table, query: Query, reasons: Iterable[str]) -> Found:
+    """The best, worst and odd rows of what `numbers` read."""
+    counts = {"read": len(table)}
+    for _, holds in [*query.rewards, (HAS_TEXT, ds.field(HAS_TEXT))]:
         table = table.filter(holds)
-    if wanted.text is None:
-        return table
-    return table.filter(ds.field(HAS_TEXT) if HAS_TEXT in table.column_names else wanted.text)
-
-
-def narrowed(table: pa.Table, limit: int, reasons: dict[str, Mask]) -> Found:
-    """The best, worst and odd rows of a table."""
-    for reason, mask in reasons.items():
-        table = table.append_column(reason, pc.fill_null(mask(table), False))
-    scored = table.filter(pc.is_valid(table["reward"]))
-    found = Found(rows_by(scored, BEST, limit), rows_by(scored, WORST, limit))
-    found.counts["matching"] = len(table)
+    counts["matching"] = len(table)
+    odd = {}
     for reason in reasons:
-        odd = table.filter(table[reason])
-        found.counts[reason] = len(odd)
-        odd = odd.append_column("size", pc.abs(odd["advantage"]))
-        found.odd[reason] = rows_by(odd, LARGEST, limit)
-    return found
+        rows = table.filter(table[reason])
+        counts[reason] = len(rows)
+        odd[reason] = rows_by(rows.append_column("size", pc.abs(rows["advantage"])), LARGEST, query.limit)
+    scored = table.filter(pc.is_valid(table["reward"]))
+    return Found(rows_by(scored, BEST, query.limit), rows_by(scored, WORST, query.limit), odd, counts)
 
 
 def rows_by(table: pa.Table, order: list[tuple[str, str]], limit: int) -> list[dict]:
     return table.take(pc.sort_indices(table, sort_keys=order)[:limit]).to_pylist()
 
 
-def whole(files: dict[int, Path], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dict]:
+def whole(files: dict[int, Path], places: Collection[tuple[int, int]]) -> dict[tuple[int, int], dict]:
     """(step, row) -> all columns of the row."""
-    rows_of: dict[int, list[int]] = {}
-    for step, row in places:
-        rows_of.setdefault(step, []).append(row)
-    all_rows: dict[tuple[int, int], dict] = {}
-    for step, rows in rows_of.items():
-        taken = _read(files[step], lambda path: ds.dataset(path)).take(rows).to_pylist()
-        all_rows |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
-    return all_rows
+    found: dict[tuple[int, int], dict] = {}
+    for step in {step for step, _ in places}:
+        rows = [row for of_step, row in places if of_step == step]
+        with opened(files[step]):
+            taken = ds.dataset(files[step]).take(rows).to_pylist()
+        found |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
+    return found

@@ -58,7 +58,7 @@ def samples(
     """
     from r1pipe.cli import samples as shown
 
-    shown.samples(name, overrides or [], shown.Query(step, reward or [], text, limit), as_json)
+    shown.samples(name, overrides or [], shown.Query.of(reward or [], text, step, limit), as_json)
 
 
 def lineage(

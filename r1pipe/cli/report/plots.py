@@ -13,40 +13,14 @@ from r1pipe.cli.report.load import StageRun
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# The colours of the page's light theme. SERIES are six hues and two greys (for controls).
+# The colours of the page's light theme, as in STYLE. SERIES are six hues and two greys (for controls).
 INK, MUTED, LINE, PAGE = "#1c2024", "#6b7280", "#e2e4e8", "#ffffff"
 SERIES = ("#2a6bb0", "#d0752a", "#2f8f6b", "#b04a6f", "#7a67b8", "#a48a1e", "#8a8f98", "#c3c7cd")
 HUES = 6
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAGE: "page"} | {
     color: f"s{n}" for n, color in enumerate(SERIES, start=1)
 }
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlecolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.facecolor": "none",
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "xtick.major.size": 3.0,
-    "ytick.color": MUTED,
-    "ytick.major.size": 3.0,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "legend.handlelength": 1.2,
-    "legend.labelcolor": INK,
-}
+STYLE = Path(__file__).parent / "templates" / "plots.mplstyle"
 Draw = Callable[["Axes"], None]
 
 
@@ -214,11 +188,11 @@ def _draw(axes: "Axes", panel: Panel) -> None:
 
 def svg(panel: Panel) -> str:
     """The panel as inline SVG whose colours are the page's CSS variables."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    salt = {"svg.hashsalt": panel.title}  # ids: stable, and apart between charts
-    with matplotlib.rc_context(STYLE | salt):
+    ids = {"svg.hashsalt": panel.title}  # stable, and apart between charts
+    with style.context([STYLE, ids]):
         figure = Figure(figsize=panel.size, layout="constrained")
         _draw(figure.add_subplot(), panel)
         buffer = io.StringIO()
@@ -234,7 +208,7 @@ def svg(panel: Panel) -> str:
 
 def write_curves(runs: Sequence[StageRun], path: Path) -> None:
     """The README's picture: accuracy of all stages, and the main curves of GRPO's training."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     reinforced = [run for run in runs if run.stage == "grpo"] or [run for run in runs if run.is_rl]
@@ -244,7 +218,7 @@ def write_curves(runs: Sequence[StageRun], path: Path) -> None:
     if not panels and accuracy is None:
         return
     rows = (len(panels) + 1) // 2  # of two curves
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(11, 3.2 + 2.6 * rows), layout="constrained", facecolor="white")
         grid = figure.add_gridspec(1 + rows, 2)
         if accuracy is not None:

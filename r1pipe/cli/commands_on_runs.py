@@ -80,15 +80,15 @@ def lineage(
 
     Exit code 1 if anything on the way is gone, broken or edited.
     """
-    from r1pipe.cli import lineage_tree
-    from r1pipe.cli.lineage_page import write_page
+    from r1pipe.cli import lineage as shown
     from r1pipe.launch import parents
     from r1pipe.runs import lineage as family
 
-    found = list(family.ancestors(parents.resolve(checkpoint, family.SearchPath.of(composed(overrides)))))
-    lineage_tree.show(found)
+    parent = parents.resolve(checkpoint, family.SearchPath.of(composed(overrides)))
+    found = list(family.ancestors(parent))
+    shown.show(found)
     if html is not None:
-        write_page(found, html)
+        shown.write_page(found, html)
     return 1 if any(ancestor.problem for ancestor in found) else 0
 
 
@@ -142,8 +142,7 @@ def prune(
     names, overrides = split(runs)
     root = Path(composed(overrides).root)
     selection = pruning.Selection(names, pipeline_in(overrides), unfinished, older_than, keep_last)
-    for line in pruning.lines(pruning.prune(root, selection, remove=yes), removed=yes):
-        print(line)
+    print(*pruning.prune(root, selection, remove=yes), sep="\n")
 
 
 def ui(

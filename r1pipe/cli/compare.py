@@ -17,7 +17,7 @@ WIDTH = 100  # of the table, without a terminal
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
     settings = [key for key in _setting_keys(table_rows) if key not in left_out]
-    columns = {name: value for name, value in COLUMNS.items() if name not in left_out}
+    columns = {name: shown for name, shown in COLUMNS.items() if name not in left_out}
     named = "settings" in table_rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run" if named else "stage", no_wrap=True)
@@ -30,8 +30,12 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
         if row["control"] and not has_heading:
             table.add_row("controls", style="italic dim")
             has_heading = True
-        cells = [_setting(key, row["settings"].get(key, "-")) for key in settings]
-        cells += [value(row) for value in columns.values()]
+        cells = []
+        for key in settings:
+            value = row["settings"].get(key, "-")
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            cells.append(text[:HASH_SHOWN] if key.startswith(PARENTS) else text)
+        cells += [shown(row) for shown in columns.values()]
         name = str(row["run_id"] if named else row["stage"])
         table.add_row(name, *cells, style="dim" if row["control"] and not named else None)
     return table
@@ -39,11 +43,6 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
 
 def _setting_keys(table_rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(key for row in table_rows for key in row.get("settings", {})))
-
-
-def _setting(key: str, value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text[:HASH_SHOWN] if key.startswith(PARENTS) else text
 
 
 def _width(table: Table, console: Console) -> int:
@@ -75,12 +74,13 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
     console.print(table)
     if left_out:
         console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
-    for line in [*count_lines(table_rows), *reward_model_lines(table_rows)]:
+    for line in notes(table_rows):
         console.print(Text(line, style="dim"))
 
 
-def count_lines(table_rows: list[dict]) -> Iterator[str]:
-    """How many samples and problems the rows were measured on: one line where all are alike."""
+def notes(table_rows: list[dict]) -> Iterator[str]:
+    """How many samples and problems the rows were measured on, in one line where all are alike; then the
+    quality of each reward model, and which weak ones a stage was forced to use."""
     groups: dict[str, list[str]] = {}
     for row in table_rows:
         if row.get("samples") and row.get("problems"):
@@ -89,10 +89,6 @@ def count_lines(table_rows: list[dict]) -> Iterator[str]:
     for counts, names in groups.items():
         whose = "" if len(groups) == 1 else f" ({', '.join(dict.fromkeys(names))})"
         yield f"pass@1: mean over {counts}{whose}; shares in %, len in tokens"
-
-
-def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:
-    """The quality of each reward model, and which weak ones a stage was forced to use."""
     for row in table_rows:
         whose = f"{row['stage']}, seed {row['seed']}"
         for kind, measured in (row.get("reward_models") or {}).items():

@@ -69,7 +69,13 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     not. `dry_run` prints the jobs' commands instead. Raises R1pipeError.
     """
     own = [word for word in with_stage(overrides) if not OF_HYDRA.match(word)]
-    name, finished = sweep_name(own), {}
+    words = [word for word in own if not word.startswith(("root=", "tracking"))]
+    # the same for the same command, so that MLflow shows a sweep that was interrupted as one
+    name = without_secrets(f"sweep {shlex.join(words)}")
+    finished: dict[str, str] = {}  # run folder -> its root
+
+    def print_command(job: list[str]) -> None:
+        print(shlex.join(["r1pipe", "run", *job]))
 
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
@@ -86,16 +92,6 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     finally:
         if finished:
             compare.show(results.rows([*finished.values()][-1], [*finished]))
-
-
-def sweep_name(overrides: list[str]) -> str:
-    """The same for the same command, so that MLflow shows a sweep that was interrupted as one."""
-    words = [word for word in overrides if not word.startswith(("root=", "tracking"))]
-    return without_secrets(f"sweep {shlex.join(words)}")
-
-
-def print_command(job: list[str]) -> None:
-    print(shlex.join(["r1pipe", "run", *job]))
 
 
 def run_to_end(placed: RunPlan) -> None:

@@ -42,17 +42,14 @@ class EngineConfig(Strict):
 
 def engine_rules(engine: EngineConfig) -> Rules:
     if engine.launcher != "local" and engine.hostfile is None:
-        yield f"engine.launcher={engine.launcher} needs engine.hostfile=FILE"
+        yield f"{engine.launcher=!s} needs engine.hostfile=FILE"
     if engine.launcher == "local" and engine.hostfile is not None:
         yield (
             "engine.launcher=local runs on this machine alone; drop "
-            f"engine.hostfile={engine.hostfile} or choose pdsh, openmpi or slurm"
+            f"{engine.hostfile=!s} or choose pdsh, openmpi or slurm"
         )
     if engine.precision != "fp32" and engine.zero_level == 0:
-        yield (
-            f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 "
-            "masters"
-        )
+        yield f"{engine.precision=!s} needs engine.zero_level=1 or more, which keeps float32 masters"
     yield from accelerator_rules(engine, engine.accelerator)
     if engine.compile and engine.recompute:
         yield "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep"

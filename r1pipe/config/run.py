@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,25 +103,23 @@ class RunConfig(Strict):
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError on the first rule that does not hold."""
-    check_all(every_rule(config))
-
-
-def every_rule(config: RunConfig) -> Rules:
-    """The rules in an order in which each can rely on those before it."""
+    """Raises ConfigError on the first rule that does not hold; each can rely on those before it."""
     if not config.root.strip():
-        yield "root is empty; give root=DIR, where run folders go"
-    yield from model_rules(config.model)
-    yield from fp8_rules(config.engine, config.model)
-    yield from data_rules(config.data)
-    yield from engine_rules(config.engine)
-    yield from optim_rules(config.stage.optim)
-    yield from length_rules(config)
-    yield from retention_rules(config.stage)
-    yield from stage_rules(config)
-    yield from mixture_rules(config.stage, config.data)
-    yield from tracking_rules(config.tracking)
-    yield from tripwire_rules(config.tripwires)
+        raise ConfigError("root is empty; give root=DIR, where run folders go")
+    rules = (
+        model_rules(config.model),
+        fp8_rules(config.engine, config.model),
+        data_rules(config.data),
+        engine_rules(config.engine),
+        optim_rules(config.stage.optim),
+        length_rules(config),
+        retention_rules(config.stage),
+        stage_rules(config),
+        mixture_rules(config.stage, config.data),
+        tracking_rules(config.tracking),
+        tripwire_rules(config.tripwires),
+    )
+    check_all(chain(*rules))
 
 
 def tracking_rules(tracking: TrackingConfig) -> Rules:
@@ -148,9 +147,9 @@ def length_rules(config: RunConfig) -> Rules:
 def stage_rules(config: RunConfig) -> Rules:
     stage, ranks = config.stage, config.engine.ranks
     if not re.fullmatch(r"\w+\.py", stage.script):
-        yield f"stage.script={stage.script} must be the name of a script in stages/, not a path"
+        yield f"{stage.script=!s} must be the name of a script in stages/, not a path"
     if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
-        yield f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}"
+        yield f"{stage.batch_size=} must be a multiple of engine.ranks={ranks}"
     if isinstance(stage, PretrainConfig):
         if stage.max_steps == 0:
             yield "stage.max_steps=0: the corpus is endless; say how many"

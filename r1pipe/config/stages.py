@@ -158,18 +158,19 @@ def optim_rules(optim: OptimConfig) -> Rules:
 
 def retention_rules(stage: StageConfig) -> Rules:
     """A checkpoint is judged by what was logged at its own step."""
-    best, every, patience = stage.keep_best, stage.eval.every, stage.early_stopping_patience
-    if patience and (best is None or isinstance(stage, RewardModelConfig | EvaluateConfig)):
+    best, every = stage.keep_best, stage.eval.every
+    is_judged = best is not None and not isinstance(stage, RewardModelConfig | EvaluateConfig)
+    if stage.early_stopping_patience and not is_judged:
         yield (
-            f"stage.early_stopping_patience={patience} needs stage.keep_best=METRIC, which it watches, in a "
+            f"{stage.early_stopping_patience=} needs stage.keep_best=METRIC, which it watches, in a "
             "stage of SFT, pre-training or reinforcement learning"
         )
     if best is None:
         return
     if stage.save_every == 0:
-        yield f"stage.keep_best={best} needs stage.save_every above 0: there is one checkpoint else"
+        yield f"{stage.keep_best=!s} needs stage.save_every above 0: there is one checkpoint else"
     if best.startswith("eval/") and (every == 0 or every % stage.save_every):
         yield (
-            f"stage.keep_best={best} needs stage.eval.every={every} to be a multiple of "
-            f"stage.save_every={stage.save_every}: what is evaluated must be saved too"
+            f"{stage.keep_best=!s} needs {stage.eval.every=} to be a multiple of "
+            f"{stage.save_every=}: what is evaluated must be saved too"
         )

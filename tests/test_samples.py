@@ -14,8 +14,8 @@ from rich.console import Console
 from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
-from r1pipe.cli.rollouts import Query, bound, look, numbers, odd_rows, schema_of
-from r1pipe.cli.samples import chosen_of, samples
+from r1pipe.cli.rollouts import Found, Query, bound, look, numbers, odd_rows, schema_of
+from r1pipe.cli.samples import samples
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -198,10 +198,13 @@ def test_files_of_older_versions_are_read(tmp_path):
     }
     path = tmp_path / "step-1.parquet"
     pq.write_table(pa.Table.from_pylist([old | {"score_accuracy": float("nan"), "score_format": 0.0}]), path)
-    found = look({1: path}, Query.of([], None, None, 3), MUCH)
-    [(kind, _, odd)] = chosen_of(found, 3)
+    [(kind, _, odd)] = look({1: path}, Query.of([], None, None, 3), MUCH).rows
     assert (kind, odd) == ("best", ["rewarded though cut off", "rewarded though badly formed"])
-    assert not look({1: path}, Query.of(["accuracy<=1"], None, None, 3), MUCH).best
+    assert not look({1: path}, Query.of(["accuracy<=1"], None, None, 3), MUCH).rows
+
+
+def of_kind(found: Found, kind: str) -> list[dict]:
+    return [row for its_kind, row, _ in found.rows if its_kind == kind]
 
 
 def test_many_steps_are_read_by_their_numbers_alone(tmp_path):
@@ -209,15 +212,15 @@ def test_many_steps_are_read_by_their_numbers_alone(tmp_path):
     for step, path in files.items():
         write_rows([row(step / 100, 1.0), row(-step / 100, -1.0, truncated=True)], path)
     found = look(files, Query.of([], None, None, 2), MUCH)
-    assert [(one["step"], one["reward"]) for one in found.best] == [(40, 0.4), (39, 0.39)]
-    assert [one["step"] for one in found.worst] == [40, 39]
+    assert [(one["step"], one["reward"]) for one in of_kind(found, "best")] == [(40, 0.4), (39, 0.39)]
+    assert [one["step"] for one in of_kind(found, "worst")] == [40, 39]
     assert found.counts["read"] == found.counts["matching"] == 80
     for text in (None, "so"):
         query = Query.of([], text, None, 2)
         table = numbers(ds.dataset(files[1], schema_of(["accuracy"])), 1, query.text, odd_rows(MUCH))
         assert len(table) == 2 and not {*table.column_names} & {"completion", "question", "answer"}
     found = look(files, Query.of([">=0.39"], "so", None, 2), MUCH)
-    assert [one["step"] for one in found.best] == [40, 39] and found.counts["matching"] == 2
+    assert [row["step"] for _, row, _ in found.rows] == [40, 39] and found.counts["matching"] == 2
 
 
 def test_bounds_allow_for_the_rounding_of_sums():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import pyarrow as pa
@@ -122,20 +123,18 @@ def odd_rows(much_repetition: float) -> Reasons:
 
 # --- reading
 
-
-@dataclass
-class Found:
-    """The rows that may be shown, without their texts, and counts."""
-
-    best: list[dict]  # best first, at most `limit`
-    worst: list[dict]  # worst first
-    odd: dict[str, list[dict]]  # by reason, the largest advantage first
-    counts: dict[str, int]  # "read", "matching", and every reason
-
-
 BEST = [("reward", "descending"), ("advantage", "descending"), ("step", "descending"), ("row", "ascending")]
 WORST = [("reward", "ascending"), ("advantage", "ascending"), ("step", "descending"), ("row", "ascending")]
 LARGEST = [("size", "descending"), ("step", "descending"), ("row", "ascending")]
+KINDS = ("best", "worst", "odd")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The rows to show, each once, without their texts."""
+
+    rows: list[tuple[str, dict, list[str]]]  # kind, numbers, the reasons why it is odd
+    counts: dict[str, int]  # "read", "matching", and every reason
 
 
 def look(files: dict[int, Path], query: Query, much_repetition: float) -> Found:
@@ -183,19 +182,35 @@ def opened(path: Path) -> Iterator[None]:
         ) from None
 
 
-def narrowed(table: pa.Table, query: Query, reasons: Iterable[str]) -> Found:
-    """The best, worst and odd rows of what `numbers` read."""
+def narrowed(table: pa.Table, query: Query, reasons: Collection[str]) -> Found:
+    """Some of the rows that `numbers` read: the best, the worst, and the odd ones, largest advantages first.
+
+    Of few rows half are the best, half the worst. The odd ones take turns by reason, so that a frequent one
+    does not hide the others.
+    """
     counts = {"read": len(table)}
     for _, holds in [*query.rewards, (HAS_TEXT, ds.field(HAS_TEXT))]:
         table = table.filter(holds)
     counts["matching"] = len(table)
-    odd = {}
+    scored = table.filter(pc.is_valid(table["reward"]))
+    best, worst = (rows_by(scored, order, query.limit) for order in (BEST, WORST))
+    few = len({place(row) for row in [*best, *worst]})
+    odd = []
     for reason in reasons:
         rows = table.filter(table[reason])
         counts[reason] = len(rows)
-        odd[reason] = rows_by(rows.append_column("size", pc.abs(rows["advantage"])), LARGEST, query.limit)
-    scored = table.filter(pc.is_valid(table["reward"]))
-    return Found(rows_by(scored, BEST, query.limit), rows_by(scored, WORST, query.limit), odd, counts)
+        odd.append(rows_by(rows.append_column("size", pc.abs(rows["advantage"])), LARGEST, query.limit))
+    turns = [row for rows in zip_longest(*odd) for row in rows if row is not None]
+    chosen: dict[tuple[int, int], tuple[str, dict, list[str]]] = {}
+    for kind, rows in zip(KINDS, (best[: (few + 1) // 2], worst, turns), strict=True):
+        new = {place(row): row for row in rows if place(row) not in chosen}
+        for at, row in islice(new.items(), query.limit):
+            chosen[at] = kind, row, [reason for reason in reasons if row[reason]]
+    return Found([*chosen.values()], counts)
+
+
+def place(row: dict) -> tuple[int, int]:
+    return row["step"], row["row"]
 
 
 def rows_by(table: pa.Table, order: list[tuple[str, str]], limit: int) -> list[dict]:

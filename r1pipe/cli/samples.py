@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from r1pipe.cli.rollouts import SCORE, Found, Query, look, narrowed, numbers, odd_rows, schema_of, whole
+from r1pipe.cli.rollouts import SCORE, Query, look, narrowed, numbers, odd_rows, place, schema_of, whole
 from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -29,8 +29,8 @@ from r1pipe.runs.files import read_object
 from r1pipe.runs.stored import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it
-KINDS = ("best", "worst", "odd")
 Rows = list[dict[str, Any]]
+Counts = dict[str, int]
 
 
 def samples(
@@ -38,12 +38,12 @@ def samples(
 ) -> None:
     """Show the run's rows. Raises R1pipeError for a run, a step or a filter that is not there."""
     run = run_of(name, lineage.SearchPath.of(compose(overrides).config))
-    found, rows, source = of_rollouts(run, query) if has_rollouts(run) else of_held_out(run, query)
+    counts, rows, source = of_rollouts(run, query) if has_rollouts(run) else of_held_out(run, query)
     if as_json:
         for row in rows:
             print(json.dumps({"run": run.run_id, **row}, ensure_ascii=False))
     else:
-        show(f"{run.run_id}: {source}", found, rows, console or Console(highlight=False))
+        show(f"{run.run_id}: {source}", counts, rows, console or Console(highlight=False))
 
 
 def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
@@ -81,8 +81,8 @@ def has_rollouts(run: RunFolder) -> bool:
 # --- their rows
 
 
-def of_rollouts(run: RunFolder, query: Query) -> tuple[Found, Rows, str]:
-    """The matches in rollouts/, the rows to show, and their source."""
+def of_rollouts(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
+    """Counts of the matches in rollouts/, the rows to show, and their source."""
     files = {int(path.stem.removeprefix("step-")): path for path in run.rollouts.glob("step-*.parquet")}
     there = _span(files)
     if query.steps is not None:
@@ -96,13 +96,12 @@ def of_rollouts(run: RunFolder, query: Query) -> tuple[Found, Rows, str]:
             f"{run.config}: tripwires.wires.repetition.limit is missing or not a number; copy the run again"
         ) from None
     found = look(files, query, much_repetition)
-    chosen = chosen_of(found, query.limit)
-    texts = whole(files, [(row["step"], row["row"]) for _, row, _ in chosen])
+    texts = whole(files, [place(row) for _, row, _ in found.rows])
     rows = [
-        {"kind": kind, "odd": reasons, "step": row["step"], **as_row(texts[row["step"], row["row"]])}
-        for kind, row, reasons in chosen
+        {"kind": kind, "odd": reasons, "step": row["step"], **as_row(texts[place(row)])}
+        for kind, row, reasons in found.rows
     ]
-    return found, rows, f"rollouts of {_span(files)}"
+    return found.counts, rows, f"rollouts of {_span(files)}"
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -117,7 +116,7 @@ class Sample(TypedDict):
 SAMPLES = TypeAdapter(list[Sample])
 
 
-def of_held_out(run: RunFolder, query: Query) -> tuple[Found, Rows, str]:
+def of_held_out(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
     """The same for samples.json: a right answer counts as 1, a wrong one as 0."""
     if not run.samples.exists():
         raise DataError(
@@ -144,33 +143,12 @@ def of_held_out(run: RunFolder, query: Query) -> tuple[Found, Rows, str]:
     table = pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows], schema_of([]))
     reasons = odd_rows(much_repetition=1.0)
     found = narrowed(numbers(ds.dataset(table), 0, query.text, reasons), query, reasons)
-    shown = [
-        {"kind": kind, "odd": odd, **as_row(rows[row["row"]])}
-        for kind, row, odd in chosen_of(found, query.limit)
-    ]
-    return found, shown, "held-out prompts after its last step (samples.json: the stage makes no rollouts)"
-
-
-def chosen_of(found: Found, limit: int) -> list[tuple[str, dict, list[str]]]:
-    """The rows to show, each once, under its kind and with the reasons why it is odd.
-
-    Of few rows half are the best, half the worst. The odd ones take turns by reason, so that a frequent one
-    does not hide the others.
-    """
-    few = len({_place(row) for row in [*found.best, *found.worst]})
-    longest = max(map(len, found.odd.values()), default=0)
-    turns = [rows[i] for i in range(longest) for rows in found.odd.values() if i < len(rows)]
-    chosen: list[tuple[str, dict, list[str]]] = []
-    shown: set[tuple] = set()
-    for kind, rows in zip(KINDS, (found.best[: (few + 1) // 2], found.worst, turns), strict=True):
-        new = list({_place(row): row for row in rows if _place(row) not in shown}.values())[:limit]
-        shown |= {_place(row) for row in new}
-        chosen += [(kind, row, [reason for reason in found.odd if row[reason]]) for row in new]
-    return chosen
-
-
-def _place(row: dict) -> tuple:
-    return row["step"], row["row"]
+    shown = [{"kind": kind, "odd": odd, **as_row(rows[row["row"]])} for kind, row, odd in found.rows]
+    return (
+        found.counts,
+        shown,
+        "held-out prompts after its last step (samples.json: the stage makes no rollouts)",
+    )
 
 
 def as_row(row: dict) -> dict:
@@ -193,13 +171,13 @@ def _span(steps: Iterable[int]) -> str:
 # --- on the screen
 
 
-def show(title: str, found: Found, rows: Rows, console: Console) -> None:
+def show(title: str, counts: Counts, rows: Rows, console: Console) -> None:
     """The rows by kind, coloured by their advantage; without a terminal as plain lines, none broken."""
-    counts = found.counts
-    console.print(Text(f"{title}; {counts['read']:,} completions, {counts['matching']:,} match", "bold"))
-    counted = [f"{counts[reason]:,} {reason}" for reason in found.odd if counts[reason]]
-    if counted:
-        console.print(Text(f"odd: {', '.join(counted)}", "dim"), soft_wrap=not console.is_terminal)
+    read, matching, *reasons = counts.items()
+    console.print(Text(f"{title}; {read[1]:,} completions, {matching[1]:,} match", "bold"))
+    odd = [f"{count:,} {reason}" for reason, count in reasons if count]
+    if odd:
+        console.print(Text(f"odd: {', '.join(odd)}", "dim"), soft_wrap=not console.is_terminal)
     before = ""
     for row in rows:
         if row["kind"] != before:

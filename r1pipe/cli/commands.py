@@ -124,7 +124,7 @@ def print_outputs(outcome: "Outcome") -> None:
     newest = max(run.record.stat().st_mtime_ns for run in finished)
     # a kill may have come between the last record and the page
     if outcome.worked or not page.exists() or page.stat().st_mtime_ns < newest:
-        write_report(root, pipeline.finished_run_ids(config), path=page)
+        write_report(root, pipeline.finished_run_ids(config))
         tracking.add_report(config, page)
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from r1pipe.cli.report.html import render
+from r1pipe.cli.report.page import render
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.runs.lineage.ancestors import Ancestor
 

@@ -45,15 +45,8 @@ class StageRun(StoredRun):
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was logged."""
-        points = [
-            (line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def names(self, group: str) -> list[str]:
-        """Metrics logged under `group/`, in the order they first appeared."""
-        names = (name for line in self.metrics for name in line)
-        return [name for name in dict.fromkeys(names) if name.startswith(f"{group}/")]
+        lines = [line for line in self.metrics if isinstance(line.get(name), int | float)]
+        return [line["step"] for line in lines], [line[name] for line in lines]
 
     @cached_property
     def samples(self) -> list[dict]:

@@ -1,13 +1,15 @@
 """What the report says, made of the runs; templates/report.html says how it looks."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from r1pipe.cli.report import plots
-from r1pipe.cli.report.html import render
 from r1pipe.cli.report.load import StageRun, cost
 from r1pipe.config.changes import decisive
-from r1pipe.core.formatting import duration, percent
+from r1pipe.core.formatting import duration, number, percent
 
 Runs = Sequence[StageRun]
 MAIN_SETTINGS = (  # the others are in the page, too, but folded
@@ -23,6 +25,21 @@ MODEL_SIZES = {
     "vocab_size": "tokens in the vocabulary",
 }
 SAMPLE_KEYS = ("task", "language", "question", "answer", "completion", "correct", "truncated")
+
+
+_templates = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_templates.filters |= {"duration": duration, "number": number, "percent": percent}
+
+
+def render(template: str, **values: Any) -> str:
+    """A page; whatever it shows is escaped."""
+    return _templates.get_template(template).render(values)
 
 
 def page(runs: Runs, others: Runs) -> str:
@@ -42,7 +59,7 @@ def page(runs: Runs, others: Runs) -> str:
         accuracy=plots.accuracy_panel(runs),
         counts={(run.row["problems"], run.row["samples"]) for run in runs if run.row.get("samples")},
         training=training(runs),
-        stage_colors={stage: number + 1 for stage, number in plots.stage_colors(runs).items()},
+        stage_colors={stage: n + 1 for stage, n in plots.stage_colors(runs).items()},
         bars=[panel for panel in bars(runs) if panel],
         reward_models=[
             (run, kind, measures)

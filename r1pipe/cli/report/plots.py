@@ -47,9 +47,11 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
 
     def group(name: str, ending: str = "") -> dict[str, str]:
         """The metrics `name/LABEL` + `ending`, each with its label."""
-        found = dict.fromkeys(metric for run in runs for metric in run.names(name) if metric.endswith(ending))
+        metrics = dict.fromkeys(metric for run in runs for line in run.metrics for metric in line)
         return {
-            metric: metric.removeprefix(f"{name}/").removesuffix(ending).replace("_", " ") for metric in found
+            metric: metric.removeprefix(f"{name}/").removesuffix(ending).replace("_", " ")
+            for metric in metrics
+            if metric.startswith(f"{name}/") and metric.endswith(ending)
         }
 
     charts: list[tuple[str, str, dict[str, str]]] = [  # title, unit, {metric: label}

@@ -1,6 +1,5 @@
 """`r1pipe compare`: the table of runs, on the screen."""
 
-import json
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -8,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
+from r1pipe.config.fields import shown
 from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
@@ -17,7 +17,7 @@ WIDTH = 100  # of the table, without a terminal
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
     settings = [key for key in _setting_keys(table_rows) if key not in left_out]
-    columns = {name: shown for name, shown in COLUMNS.items() if name not in left_out}
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in left_out}
     named = "settings" in table_rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run" if named else "stage", no_wrap=True)
@@ -32,10 +32,9 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
             has_heading = True
         cells = []
         for key in settings:
-            value = row["settings"].get(key, "-")
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = shown(row["settings"].get(key, "-"))
             cells.append(text[:HASH_SHOWN] if key.startswith(PARENTS) else text)
-        cells += [shown(row) for shown in columns.values()]
+        cells += [cell(row) for cell in columns.values()]
         name = str(row["run_id"] if named else row["stage"])
         table.add_row(name, *cells, style="dim" if row["control"] and not named else None)
     return table

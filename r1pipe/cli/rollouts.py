@@ -52,10 +52,7 @@ class Query:
 
 
 def bound(words: str) -> tuple[str, pc.Expression]:
-    """`>=1`, `accuracy=0`, `0.5..1`, `format<1`: a reward's name, "" for the sum, and its condition.
-
-    Raises ConfigError.
-    """
+    """`>=1`, `accuracy=0`, `0.5..1`: a reward's name ("" for the sum), its condition. Raises ConfigError."""
     match = BOUND.fullmatch(words.strip())
     wrong = ConfigError(f"--reward {words} is not a bound; write '>=1', 0.5..1, accuracy=0 or 'format<1'")
     if not match or (match["name"] and not match["sign"]):
@@ -78,10 +75,7 @@ def bound(words: str) -> tuple[str, pc.Expression]:
 
 
 def searched(text: str) -> pc.Expression:
-    """Rows whose question or completion contains the text, in any case, or matches `/a regular expression/`.
-
-    Raises ConfigError.
-    """
+    """Rows whose question or completion contains the text in any case, or matches `/a regular expression/`."""
     is_pattern = len(text) > 2 and text[0] == text[-1] == "/"
     match, wanted = (pc.match_substring_regex, text[1:-1]) if is_pattern else (pc.match_substring, text)
     try:

@@ -144,11 +144,8 @@ def of_held_out(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
     reasons = odd_rows(much_repetition=1.0)
     found = narrowed(numbers(ds.dataset(table), 0, query.text, reasons), query, reasons)
     shown = [{"kind": kind, "odd": odd, **as_row(rows[row["row"]])} for kind, row, odd in found.rows]
-    return (
-        found.counts,
-        shown,
-        "held-out prompts after its last step (samples.json: the stage makes no rollouts)",
-    )
+    source = "held-out prompts after its last step (samples.json: the stage makes no rollouts)"
+    return found.counts, shown, source
 
 
 def as_row(row: dict) -> dict:

@@ -24,6 +24,12 @@ MODEL_SIZES = {
     "n_routed_experts": "routed experts",
     "vocab_size": "tokens in the vocabulary",
 }
+BARS = {  # key of a row -> title
+    "by_task": "Held-out accuracy by task",
+    "by_language": "Held-out accuracy by language",
+    "general_by_kind": "General prompts by kind",
+    "preference": "Preference and safety",
+}
 SAMPLE_KEYS = ("task", "language", "question", "answer", "completion", "correct", "truncated")
 
 
@@ -60,7 +66,7 @@ def page(runs: Runs, others: Runs) -> str:
         counts={(run.row["problems"], run.row["samples"]) for run in runs if run.row.get("samples")},
         training=training(runs),
         stage_colors={stage: n + 1 for stage, n in plots.stage_colors(runs).items()},
-        bars=[panel for panel in bars(runs) if panel],
+        bars=bars(runs),
         reward_models=[
             (run, kind, measures)
             for run in runs
@@ -68,14 +74,12 @@ def page(runs: Runs, others: Runs) -> str:
         ],
         prompts=prompts(runs),
         funnels=[run for run in runs if run.funnel],
-        example=example,
         phases={name: n % 8 + 1 for n, name in enumerate(phases)},
         longest=max(run.wall_s for run in runs) or 1.0,
         others=others,
         cost=cost,
         folders=list(dict.fromkeys(str(run.folder.path.resolve().parent) for run in runs)),
         svg=plots.svg,
-        reasoning=reasoning,
     )
 
 
@@ -173,21 +177,17 @@ def training(runs: Runs) -> dict[str, list[plots.Panel]]:
     return charts | ({"supervised stages": losses} if losses else {})
 
 
-def bars(runs: Runs) -> list[plots.Panel | None]:
+def bars(runs: Runs) -> list[plots.Panel]:
     """By task, by kind of general prompt, and by preference."""
-    preference = [run for run in runs if run.row["preference_score"] is not None]
-    for run in preference:
-        kinds = ("preference_score", "refusal_rate", "safe_answer_rate")
-        run.row["preference"] = {name.removesuffix("_score"): run.row[name] for name in kinds}
-    return [
-        plots.bars_panel(runs, "by_task", "Held-out accuracy by task"),
-        plots.bars_panel(runs, "by_language", "Held-out accuracy by language"),
-        plots.bars_panel(runs, "general_by_kind", "General prompts by kind"),
-        plots.bars_panel(preference, "preference", "Preference and safety"),
-    ]
+    for run in runs:
+        if run.row["preference_score"] is not None:
+            kinds = ("preference_score", "refusal_rate", "safe_answer_rate")
+            run.row["preference"] = {name.removesuffix("_score"): run.row[name] for name in kinds}
+    panels = (plots.bars_panel(runs, key, title) for key, title in BARS.items())
+    return [panel for panel in panels if panel is not None]
 
 
-# --- samples and rejection sampling
+# --- samples
 
 
 def prompts(runs: Runs) -> list[tuple[dict, list[tuple[StageRun, dict | None]]]]:
@@ -203,15 +203,3 @@ def prompts(runs: Runs) -> list[tuple[dict, list[tuple[StageRun, dict | None]]]]
         (prompt, [(run, samples.get(prompt_id)) for run, samples in zip(answering, by_run, strict=True)])
         for prompt_id, prompt in known.items()
     ]
-
-
-def reasoning(completion: str) -> tuple[str, str]:
-    """The reasoning and the rest; tags are shown, for the format is learned too."""
-    thought, end, rest = completion.partition("</think>")
-    return (f"{thought}{end}".strip(), rest) if end or thought.startswith("<think>") else ("", completion)
-
-
-def example(dropped: Any) -> str:
-    """A response that a filter of rejection sampling dropped."""
-    lines = dropped.items() if isinstance(dropped, dict) else ()
-    return "\n".join(f"{key}: {value}" for key, value in lines) or str(dropped)

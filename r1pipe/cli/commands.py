@@ -5,20 +5,17 @@ import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from r1pipe.cli import commands_on_runs, scripts
 from r1pipe.cli.options import Checkpoint, Overrides, composed
+from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
 from r1pipe.core.errors import R1pipeError
 from r1pipe.runs import stopping
-
-if TYPE_CHECKING:
-    from r1pipe.config import RunConfig
-    from r1pipe.launch.pipeline import Outcome
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,7 +60,7 @@ def run(
     return run_to_end(config, fresh)
 
 
-def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
+def run_to_end(config: RunConfig, fresh: bool = False) -> int:
     """Run one stage and show its row of the table; the job's exit code."""
     from r1pipe.cli import compare
     from r1pipe.launch import parents, pipeline
@@ -98,27 +95,19 @@ def reproduce(overrides: Overrides = None) -> int:
 
     Run it again and it resumes where it stopped; once all is done, it prints the table again.
     """
+    from r1pipe import tracking
     from r1pipe.cli import compare
+    from r1pipe.cli.report import write_report
+    from r1pipe.core.redaction import without_login
     from r1pipe.launch import pipeline
     from r1pipe.runs import results
     from r1pipe.runs.stored import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([results.row(StoredRun.read(run)) for run in outcome.finished])
-    if outcome.code == 0 and len(outcome.finished) >= len(outcome.config.recipe.stages):
-        print_outputs(outcome)
-    return outcome.code
-
-
-def print_outputs(outcome: "Outcome") -> None:
-    """Write the report if it lacks a run, and print where the files are and how to open them."""
-    from r1pipe import tracking
-    from r1pipe.cli.report import write_report
-    from r1pipe.core.redaction import without_login
-    from r1pipe.launch import pipeline
-
     config, finished = outcome.config, outcome.finished
-    last = finished[len(config.recipe.stages) - 1].path
+    compare.show([results.row(StoredRun.read(run)) for run in finished])
+    if outcome.code or len(finished) < len(config.recipe.stages):
+        return outcome.code
     root = Path(config.root).resolve()
     page = root / "report.html"
     newest = max(run.record.stat().st_mtime_ns for run in finished)
@@ -126,11 +115,13 @@ def print_outputs(outcome: "Outcome") -> None:
     if outcome.worked or not page.exists() or page.stat().st_mtime_ns < newest:
         write_report(root, pipeline.finished_run_ids(config))
         tracking.add_report(config, page)
+    last = finished[len(config.recipe.stages) - 1].path
     print(f"report       {page}  (open it in a browser)")
     print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
     if config.tracking.enabled:
         store = without_login(tracking.store_uri(root, config.tracking.uri))
         print(f"MLflow       {store}  (r1pipe ui root={config.root})")
+    return 0
 
 
 @app.command(name="config")

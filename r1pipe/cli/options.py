@@ -3,16 +3,13 @@
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from r1pipe.config import STAGE_TYPES
+from r1pipe.config import STAGE_TYPES, RunConfig
 from r1pipe.config.describe import leaves
 from r1pipe.config.groups import GROUPS, options
-
-if TYPE_CHECKING:
-    from r1pipe.config import RunConfig
 
 
 def complete_override(context: typer.Context, args: list[str], incomplete: str) -> list[str]:
@@ -47,7 +44,7 @@ Checkpoint = Annotated[
 ]
 
 
-def composed(overrides: list[str] | None) -> "RunConfig":
+def composed(overrides: list[str] | None) -> RunConfig:
     from r1pipe.config.compose import compose  # Hydra is imported when overrides are read
 
     return compose(overrides or []).config

@@ -75,7 +75,7 @@ def bound(words: str) -> tuple[str, pc.Expression]:
 
 
 def searched(text: str) -> pc.Expression:
-    """Rows whose question or completion contains the text in any case, or matches `/a regular expression/`."""
+    """Rows whose question or completion contains the text, in any case, or matches `/an expression/`."""
     is_pattern = len(text) > 2 and text[0] == text[-1] == "/"
     match, wanted = (pc.match_substring_regex, text[1:-1]) if is_pattern else (pc.match_substring, text)
     try:

@@ -4,11 +4,12 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from r1pipe.cli.options import Checkpoint, Overrides, composed, split
+from r1pipe.config import script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
     ExportOptions,
@@ -20,9 +21,6 @@ from r1pipe.config.script_options import (
     ScoreOptions,
 )
 from r1pipe.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from r1pipe.runs.lineage import SearchPath
 
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
 TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
@@ -118,7 +116,7 @@ def import_weights(
     name = name or folder.resolve().name
     if Path(name).name != name or name == "..":
         raise ConfigError(f"--name {name} must be a name, not a path")
-    target = _place(overrides).root / IMPORTED / name
+    target = Path(composed(overrides).root, IMPORTED, name)
     code = _run("import_weights.py", ImportOptions(folder, target, dtype, shard_gb))
     if code == 0:
         shape = lineage.settings_of(lineage.checkpoint_of_folder(target), set())
@@ -127,21 +125,15 @@ def import_weights(
     return code
 
 
-def _place(overrides: list[str] | None) -> "SearchPath":
-    from r1pipe.runs.lineage import SearchPath
-
-    return SearchPath.of(composed(overrides))
-
-
 def _checkpoint(name: str, overrides: list[str] | None) -> Path:
     from r1pipe.launch import parents
+    from r1pipe.runs.lineage import SearchPath
 
-    return Path(parents.resolve(name, _place(overrides)).checkpoint)
+    return Path(parents.resolve(name, SearchPath.of(composed(overrides))).checkpoint)
 
 
 def _run(script: str, options: Strict) -> int:
     """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
-    from r1pipe.config import script_options
     from r1pipe.launch import command as launch
 
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:

@@ -16,10 +16,6 @@ from r1pipe.runs.stored import StoredRun, stored_runs
 class StageRun(StoredRun):
     """One run, finished or not, with the files of its folder."""
 
-    @classmethod
-    def of(cls, run: StoredRun) -> "StageRun":
-        return cls(run.folder, run.config, run.record)
-
     @cached_property
     def row(self) -> dict[str, Any]:
         """Of the table of stages."""
@@ -97,7 +93,7 @@ def _list(path: Path) -> list[dict]:
 
 def load_runs(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
     """The chosen runs; see `results.choose`. Raises CheckpointError for an unknown one among `names`."""
-    return [StageRun.of(run) for run in choose(root, names, pipeline)]
+    return [StageRun(**vars(run)) for run in choose(root, names, pipeline)]
 
 
 def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
@@ -106,5 +102,7 @@ def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
     Their cost belongs to an honest account of what the result took.
     """
     shown = {run.folder.path.resolve() for run in chosen}
-    others = [StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown]
+    others = [
+        StageRun(**vars(run)) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown
+    ]
     return [run for run in others if run.wall_s]  # a dry run took no time

@@ -29,7 +29,6 @@ from r1pipe.core.paths import conf_dir
 from r1pipe.core.redaction import without_secrets
 from r1pipe.launch import parents, pipeline
 from r1pipe.launch.job import failure
-from r1pipe.launch.placing import RunPlan
 from r1pipe.runs import results
 from r1pipe.runs.record import record_of
 
@@ -80,7 +79,15 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
         placed = pipeline.place(config, fresh, sweep=name)
-        run_to_end(placed)
+        if placed.done:
+            pipeline.log(placed.describe())
+        else:
+            started = pipeline.start(placed)
+            code = started.end()
+            if not placed.done:
+                pipeline.log(failure(placed.run, code))
+            if code or started.received_signal:
+                raise JobFailed(code or 128 + started.received_signal)
         finished[str(placed.run.path)] = config.root
         return record_of(placed.run)["metrics"].get("pass_at_1")
 
@@ -92,19 +99,6 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     finally:
         if finished:
             compare.show(results.rows([*finished.values()][-1], [*finished]))
-
-
-def run_to_end(placed: RunPlan) -> None:
-    """Run a job that has not finished. Raises JobFailed where it fails or is interrupted."""
-    if placed.done:
-        pipeline.log(placed.describe())
-        return
-    job = pipeline.start(placed)
-    code = job.end()
-    if not placed.done:
-        pipeline.log(failure(placed.run, code))
-    if code or job.received_signal:
-        raise JobFailed(code or 128 + job.received_signal)
 
 
 def hand_to_sweeper(task: Task, overrides: list[str], of_hydra: list[str]) -> None:

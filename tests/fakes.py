@@ -31,10 +31,10 @@ class House:
 
     def call(self, *words: str) -> int:
         """The exit code of `r1pipe WORDS root=... tracking=none`."""
-        verb, *rest = words
+        command, *rest = words
         settings = [f"root={self.root}", "tracking=none"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["r1pipe", verb, *rest, *settings])
+            patch.setattr(sys, "argv", ["r1pipe", command, *rest, *settings])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         return int(ended.value.code or 0)

@@ -721,14 +721,14 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(
 
 
 def test_a_tracker_that_does_not_answer() -> None:
-    away = examine.check_tracker("tracker", tiny_config(*GRPO, "tracking.uri=http://127.0.0.1:9"))
+    away = examine.check_tracker(tiny_config(*GRPO, "tracking.uri=http://127.0.0.1:9"))
     assert away.status == FAIL and "no MLflow server" in away.remedy
-    assert examine.check_tracker("tracker", tiny_config(*GRPO)).status == PASS
+    assert examine.check_tracker(tiny_config(*GRPO)).status == PASS
 
 
 def test_a_launcher_without_its_hostfile() -> None:
     words = ["engine.hostfile=/nowhere/hosts", "engine.launcher=pdsh"]
-    lost = examine.check_launcher("launcher", tiny_config(*GRPO, *words))
+    lost = examine.check_launcher(tiny_config(*GRPO, *words))
     assert lost.status == FAIL and "does not exist" in lost.remedy
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe.cli.lineage_page import page
-from r1pipe.cli.lineage_tree import described
+from r1pipe.cli.lineage import described, page
 from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.core.errors import CheckpointError

@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
 from r1pipe.chat.template import SPECIAL_TOKENS, TEMPLATE, Chat
-from r1pipe.cli.lineage_page import page
+from r1pipe.cli.lineage import page
 from r1pipe.cli.report.load import load_runs
 from r1pipe.cli.report.page import page as report_page
 from r1pipe.config import config_hash, read_config, to_mapping

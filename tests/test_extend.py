@@ -12,7 +12,7 @@ from tiny_runs import load_stage, tiny_run
 
 from r1pipe.config.compose import compose
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import placing
+from r1pipe.launch import run_plan
 from r1pipe.runs import checkpoints, history, lineage
 
 FIRST, LONGER = "stage.max_steps=2", "stage.max_steps=4"
@@ -164,4 +164,5 @@ def test_reinforcement_that_is_extended_goes_on_with_new_prompts(tmp_path: Path)
 
 
 def test_only_max_steps_makes_an_extension() -> None:
-    assert placing.extension_of(placing.RunPlan(compose([]).config, RunFolder("nowhere"), False)) is None
+    plan = run_plan.RunPlan(compose([]).config, RunFolder("nowhere"), run_plan.Action.RESUME)
+    assert run_plan.extension_of(plan) is None

@@ -163,7 +163,7 @@ def test_what_a_job_would_not_find_is_told_before_it_starts_or_writes(
     )
     config = config_for(house, "tracking=mlflow", "tracking.uri=http://127.0.0.1:1")
     with pytest.raises(EnvironmentProblem, match=r"no MLflow server at tracking\.uri"):
-        pipeline.start(pipeline.place(config))
+        pipeline.start(pipeline.plan_run(config))
     assert capsys.readouterr().err == "" and not house.root.exists()
 
 
@@ -192,8 +192,9 @@ def test_another_config_is_refused_while_a_run_is_in_progress(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
-    placed = pipeline.place(config_for(house))
+    placed = pipeline.plan_run(config_for(house))
     job = Job(placed.config, placed.run)
+    job.start()
     wait_for(placed.run.path / "waiting")
     capsys.readouterr()
     try:
@@ -225,8 +226,9 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
-    placed = pipeline.place(config_for(house))
+    placed = pipeline.plan_run(config_for(house))
     job = Job(placed.config, placed.run)
+    job.start()
     wait_for(placed.run.path / "waiting")
     family = psutil.Process(job.process.pid).children(recursive=True)
     assert family
@@ -238,7 +240,7 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     told = failure(placed.run, code)
     assert told.endswith("was interrupted; the same command resumes from step 1")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
-    again = pipeline.place(placed.config)
+    again = pipeline.plan_run(placed.config)
     assert again.run.path == placed.run.path and "resumes from step 1" in again.describe()
 
 

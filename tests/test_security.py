@@ -204,7 +204,7 @@ def test_secrets_are_in_no_file_of_a_run_nor_in_mlflow(
     monkeypatch.setattr(store, "store_uri", lambda root, uri=None: f"sqlite:///{place}")
     monkeypatch.setattr("r1pipe.tracking.mirror.store_uri", lambda root, uri=None: f"sqlite:///{place}")
     given = compose(["stage=cold_start", f"root={house.root}", f"tracking.uri='{address}'"]).config
-    placed = pipeline.place(parents.with_parents(given))
+    placed = pipeline.plan_run(parents.with_parents(given))
     assert pipeline.run_stage(placed) == 0
     assert (placed.run.path / "mirrored").read_text() == "whole\n" and place.exists()
     assert json.loads(placed.run.config.read_text())["tracking"]["uri"] == f"sqlite:///{place}"

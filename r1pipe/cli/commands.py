@@ -69,11 +69,11 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     from r1pipe.runs import results
     from r1pipe.runs.stored import StoredRun
 
-    placed = pipeline.place(parents.with_parents(config), fresh)
-    code = pipeline.run_stage(placed)
-    if placed.done:
-        compare.show([results.row(StoredRun.read(placed.run))])
-        print(f"run folder: {placed.run.path}")
+    plan = pipeline.plan_run(parents.with_parents(config), fresh)
+    code = pipeline.run_stage(plan)
+    if plan.done:
+        compare.show([results.row(StoredRun.read(plan.run))])
+        print(f"run folder: {plan.run.path}")
     return code
 
 

@@ -29,7 +29,7 @@ from r1pipe.core.paths import conf_dir
 from r1pipe.core.redaction import without_secrets
 from r1pipe.launch import parents, pipeline
 from r1pipe.launch.job import failure
-from r1pipe.launch.placing import RunPlan
+from r1pipe.launch.run_plan import RunPlan
 from r1pipe.runs import results
 from r1pipe.runs.record import record_of
 
@@ -73,10 +73,10 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
 
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
-        placed = pipeline.place(config, fresh, sweep=name)
-        run_to_end(placed)
-        finished[str(placed.run.path)] = config.root
-        return record_of(placed.run)["metrics"].get("pass_at_1")
+        plan = pipeline.plan_run(config, fresh, sweep=name)
+        run_to_end(plan)
+        finished[str(plan.run.path)] = config.root
+        return record_of(plan.run)["metrics"].get("pass_at_1")
 
     try:
         hand_to_sweeper(print_command if dry_run else run, own, [*filter(OF_HYDRA.match, overrides)])
@@ -98,15 +98,15 @@ def print_command(job: list[str]) -> None:
     print(shlex.join(["r1pipe", "run", *job]))
 
 
-def run_to_end(placed: RunPlan) -> None:
+def run_to_end(plan: RunPlan) -> None:
     """Run a job that has not finished. Raises JobFailed where it fails or is interrupted."""
-    if placed.done:
-        pipeline.log(placed.describe())
+    if plan.done:
+        pipeline.log(plan.describe())
         return
-    job = pipeline.start(placed)
+    job = pipeline.start(plan)
     code = job.end()
-    if not placed.done:
-        pipeline.log(failure(placed.run, code))
+    if not plan.done:
+        pipeline.log(failure(plan.run, code))
     if code or job.received_signal:
         raise JobFailed(code or 128 + job.received_signal)
 

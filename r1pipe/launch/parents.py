@@ -28,35 +28,30 @@ from r1pipe.tracking import resolve_model
 NOTHING: Mapping[str, ParentRef] = {}
 
 
-def resolve(name: str, place: SearchPath) -> ParentRef:
+def resolve(name: str, search: SearchPath) -> ParentRef:
     """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest existing one."""
     if name.startswith("models:/"):
-        registered = resolve_model(name, place.root, place.tracking_uri)
-        return checkpoint_of_folder(Path(relocated(registered, place.root).checkpoint))
+        registered = resolve_model(name, search.root, search.tracking_uri)
+        return checkpoint_of_folder(Path(relocated(registered, search.root).checkpoint))
     if name in STAGE_TYPES:
-        return checkpoint_of_stage(name, place)
+        return checkpoint_of_stage(name, search)
     if name == BUNDLED:
         return bundled()
-    for path in (place.root / name, Path(name)):
+    for path in (search.root / name, Path(name)):
         if is_run(path):
             return checkpoint_of_run(RunFolder(path.resolve()))
         if path.is_dir():
-            check_is_imported(path)
+            shape = path / "config.json"
+            if shape.is_file() and not (path / checkpoints.MANIFEST).exists():
+                model_type = read_object(shape).get("model_type")
+                if isinstance(model_type, str):  # published weights
+                    raise CheckpointError(
+                        f"{path} holds published weights (model_type {model_type}); import them first: "
+                        f"r1pipe import {shlex.quote(str(path))}"
+                    )
             return checkpoint_of_folder(path)
-    run_ids = [run.run_id for run in run_folders(place.root) if run.record.exists()]
+    run_ids = [run.run_id for run in run_folders(search.root) if run.record.exists()]
     raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *run_ids])}")
-
-
-def check_is_imported(folder: Path) -> None:
-    """Raises CheckpointError for published weights that `r1pipe import` has not converted."""
-    config = folder / "config.json"
-    if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
-        model_type = read_object(config).get("model_type")
-        if isinstance(model_type, str):
-            raise CheckpointError(
-                f"{folder} holds published weights (model_type {model_type}); import them first: "
-                f"r1pipe import {shlex.quote(str(folder))}"
-            )
 
 
 def with_parents(
@@ -67,15 +62,15 @@ def with_parents(
     For a recipe, `from_recipe` holds the checkpoints of its earlier stages, and `later` names the stages
     still to come: their old runs are no parents, or running the recipe twice would give different results.
     """
-    place, stage = SearchPath.of(config), config.stage
+    search, stage = SearchPath.of(config), config.stage
 
     def parent_of(name: str, as_data: bool) -> ParentRef:
-        return from_recipe.get(name) or checkpoint_of_stage(name, place, later, as_data)
+        return from_recipe.get(name) or checkpoint_of_stage(name, search, later, as_data)
 
     try:
         weights = None
         if config.parent is not None:
-            weights = resolve(config.parent, place)
+            weights = resolve(config.parent, search)
         elif stage.starts_from is not None:
             weights = parent_of(stage.starts_from, as_data=False)
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
@@ -83,7 +78,7 @@ def with_parents(
         unfinished = unfinished_config(config)
         if unfinished is None:
             raise
-        filled = with_relocated_parents(unfinished, place.root)
+        filled = with_relocated_parents(unfinished, search.root)
         weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         check_parent_fits(weights, config.model)
@@ -107,11 +102,3 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
             is_complete = all(parent.run_id for parent in parents)
             return stored if is_complete and not run.record.exists() else None
     return None
-
-
-def with_open_parents(config: RunConfig) -> RunConfig:
-    """For a dry run: parents that name a stage but no checkpoint, so that no job can start from them."""
-    stage = config.stage
-    weights = ParentRef(stage.starts_from, "", "", "") if stage.starts_from else None
-    reads = {name: ParentRef(name, "", "", "") for name in stage.reads}
-    return replace(config, weights_from=weights, reads_from=reads)

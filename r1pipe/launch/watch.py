@@ -29,7 +29,7 @@ STACK_PAUSE_S = 0.5  # a stack file that has not grown for this long is complete
 STUCK_CODE = 1  # exit code
 CODE_RANGE = 256  # DeepSpeed's launcher exits with minus a signal's number, which wraps around at this
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
-COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+COLLECTIVE = re.compile(r'^  File ".*(/torch/distributed/|/deepspeed/comm/).*", line \d+ in ', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,18 @@ class Watch:
             if absent:
                 reason = f"they wait for {name_ranks(absent)}, which has not begun, {reason}"
         else:  # in lockstep, what blocks the others has entered the fewest collectives
-            outside = [beat for beat in suspects if not in_collective(stacks.get(beat.rank, ""))]
+            outside = [beat for beat in suspects if not COLLECTIVE.search(stacks.get(beat.rank, ""))]
             suspects = outside or suspects
             fewest = min(beat.met for beat in suspects)
             suspects = [beat for beat in suspects if beat.met == fewest]
         first = suspects[0]
-        where = first.where() + innermost_frame(stacks.get(first.rank, ""))
+        where = first.where()
+        home = Path(r1pipe.__file__).resolve().parent
+        for frame in FRAME.finditer(stacks.get(first.rank, "")):
+            if frame["file"].startswith(f"{home}{os.sep}"):  # the innermost line of r1pipe
+                file = Path(frame["file"]).relative_to(home.parent)
+                where += f" ({file}:{frame['line']} in {frame['name']})"
+                break
         ranks = name_ranks(beat.rank for beat in suspects)
         return Fault(
             f"{self.run.run_id}: {ranks} stuck in {where}: {reason}; all ranks were ended "
@@ -188,7 +194,12 @@ def is_stopped(beat: Beat) -> bool:
 
 def collect_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:
     """What each rank's main thread is doing, innermost call first; a stopped process writes nothing."""
-    before = {beat.rank: size_of(run.stack(beat.rank)) for beat in beats}
+
+    def sizes_now() -> dict[int, int]:
+        paths = {beat.rank: run.stack(beat.rank) for beat in beats}
+        return {rank: path.stat().st_size if path.exists() else 0 for rank, path in paths.items()}
+
+    before = sizes_now()
     signalled = set()
     for beat in beats:
         if processes.is_alive(beat.pid, beat.began) and not is_stopped(beat):
@@ -201,27 +212,10 @@ def collect_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:
         if time.monotonic() > deadline:
             break
         time.sleep(STACK_PAUSE_S)
-        previous, sizes = sizes, {rank: size_of(run.stack(rank)) for rank in before}
+        previous, sizes = sizes, sizes_now()
     stacks = {}
-    for rank, size in before.items():
-        if size_of(run.stack(rank)) > size:
-            added = run.stack(rank).read_bytes()[size:].decode("utf-8", "replace")
+    for rank, size in sizes_now().items():
+        if size > before[rank]:
+            added = run.stack(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
             stacks[rank] = added.strip().split("\n\n")[-1]  # the main thread's is the last
     return stacks
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def in_collective(stack: str) -> bool:
-    return any(name in frame["file"] for frame in FRAME.finditer(stack) for name in COLLECTIVES)
-
-
-def innermost_frame(stack: str) -> str:
-    """The innermost line of r1pipe in a stack: " (r1pipe/train/rl/loop.py:88 in score)"."""
-    home = Path(r1pipe.__file__).resolve().parent
-    for frame in FRAME.finditer(stack):
-        if frame["file"].startswith(f"{home}{os.sep}"):
-            return f" ({Path(frame['file']).relative_to(home.parent)}:{frame['line']} in {frame['name']})"
-    return ""

@@ -18,6 +18,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import IO
+
+import psutil
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
@@ -26,8 +29,6 @@ from r1pipe.runs.files import read_json, write_json
 
 LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long counts as dead
 RENEW_S = 10.0
-# Some cluster file systems have no locks: there, two jobs that start within milliseconds may both continue.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class Taken(EnvironmentProblem):
@@ -74,7 +75,8 @@ class Lock:
         self.run.create()
         with _guarded(self.run):
             check_not_running(self.run)
-            heartbeat.clear(self.run)  # of ranks that are dead
+            for beat in self.run.log.glob(f"{RunFolder.HEARTBEAT}*"):  # of ranks that are dead
+                beat.unlink(missing_ok=True)
             self.add(os.getpid())
 
     def add(self, pid: int) -> None:
@@ -143,8 +145,15 @@ def check_not_running(run: RunFolder) -> None:
             f"run {run.run_id} has ranks whose launcher is gone (processes {numbers}{since}); "
             f"end them: kill -9 {numbers}"
         )
-    age_s = seconds_since_heartbeat(run) if holder and not holder.is_here else LEASE_S
-    if holder and age_s < LEASE_S:
+    if holder is None or holder.is_here:
+        return
+    shown = [0.0]  # when the launcher and the ranks last wrote
+    for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
+        with suppress(FileNotFoundError):  # the job has just ended
+            shown.append(path.stat().st_mtime)
+    with tempfile.TemporaryFile(dir=run.path) as made_now:  # by the file server's clock, too
+        age_s = os.fstat(made_now.fileno()).st_mtime - max(shown)
+    if age_s < LEASE_S:
         raise EnvironmentProblem(
             f"run {run.run_id} is already running (process {holder.processes[-1][0]}{since}); wait for it, "
             f"or start another: --fresh; if that machine is gone, try again in {LEASE_S - age_s:.0f} s"
@@ -197,27 +206,31 @@ def live_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
     pids = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
     if holder is not None and holder.is_here:
         members = [member for pid, _ in holder.processes for member in processes.group(pid)]
-        pids |= {member.pid for member in members if processes.is_called_with(member, run.run_id)}
+        for member in members:
+            with suppress(psutil.Error):  # it has just ended, or is another user's
+                if any(Path(word).name == run.run_id for word in member.cmdline()):
+                    pids.add(member.pid)
     return sorted(pids)
 
 
-def seconds_since_heartbeat(run: RunFolder) -> float:
-    """Since the last sign of life of the launcher or a rank, by the file server's clock."""
-    shown = [0.0]
-    for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
-        with suppress(FileNotFoundError):  # the job has just ended
-            shown.append(path.stat().st_mtime)
-    with tempfile.TemporaryFile(dir=run.path) as made_now:
-        return os.fstat(made_now.fileno()).st_mtime - max(shown)
+def flock(file: IO[str], wait: bool = True) -> bool:
+    """Lock an open file until it is closed; False if another process holds it and `wait` is false.
+
+    Some cluster file systems have no locks: processes that begin within milliseconds may both continue there.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    return True
 
 
 @contextmanager
 def _guarded(run: RunFolder) -> Iterator[None]:
     """Let one process at a time read and write the pid file."""
     with run.guard.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
+        flock(file)
         yield

@@ -72,10 +72,3 @@ def group(leader: int) -> list[psutil.Process]:
             if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
-
-
-def is_called_with(process: psutil.Process, name: str) -> bool:
-    """Whether an argument of the process is a path that ends in `name`."""
-    with suppress(psutil.Error):  # it has just ended, or is another user's
-        return any(Path(word).name == name for word in process.cmdline())
-    return False

@@ -4,15 +4,13 @@ MLflow itself creates its tables in several hundred statements, without a lock: 
 together one fails, and a kill in between leaves a database that no version of MLflow can open.
 """
 
-import fcntl
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
 
-from r1pipe.runs.locks import WITHOUT_LOCKS
+from r1pipe.runs.locks import flock
 
 LOCK = ".mlflow.lock"  # in the root: held while the store, an experiment or a run is created
 BUSY_S = 60.0  # how long SQLite waits for another process's transaction
@@ -24,24 +22,12 @@ def artifact_folder(root: Path | str) -> Path:
     return Path(root).resolve() / ARTIFACTS
 
 
-def lock(file: IO[str], wait: bool = True) -> bool:
-    """Lock an open file until it is closed; False if another process holds it and `wait` is false."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-    return True
-
-
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
     """Let one process at a time create something in the root's store."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / LOCK).open("w") as file:
-        lock(file)
+        flock(file)
         yield
 
 

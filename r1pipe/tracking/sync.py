@@ -14,7 +14,7 @@ from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable, without_login, without_secrets
 from r1pipe.runs.files import read_json
-from r1pipe.tracking.database import lock
+from r1pipe.runs.locks import flock
 from r1pipe.tracking.store import connect, failures, first_line, matching, store_uri
 from r1pipe.tracking.writer import STAGE, RunWriter, search
 
@@ -76,7 +76,7 @@ def was_started(folder: RunFolder) -> bool:
 def claimed(folder: RunFolder, wait: bool = True) -> Iterator[IO[str] | None]:
     """The run's file `mirrored`, locked; None if another process holds it and `wait` is false."""
     with folder.mirrored.open("a", encoding="utf-8") as file:
-        yield file if lock(file, wait) else None
+        yield file if flock(file, wait) else None
 
 
 def mark(mirrored: IO[str] | None, state: str) -> None:

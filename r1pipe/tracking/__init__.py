@@ -18,5 +18,3 @@ from r1pipe.tracking.store import check_tracking, resolve_model, store_uri
 from r1pipe.tracking.sync import sync
 from r1pipe.tracking.ui import serve_ui
 from r1pipe.tracking.writer import add_report
-
-__all__ = ["Mirror", "add_report", "check_tracking", "resolve_model", "serve_ui", "store_uri", "sync"]

@@ -54,7 +54,6 @@ class PendingEdge:
 class CheckedCheckpoint:
     """What the files of one checkpoint and its run show."""
 
-    folder: Path
     record: Record | None = None
     edges: list[tuple[str, ParentRef, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -94,35 +93,30 @@ def ancestors(start: ParentRef) -> Iterator[Ancestor]:
 
 def check_checkpoint(folder: Path, edge: PendingEdge) -> CheckedCheckpoint:
     """Check one checkpoint and its run's record, and read its edges."""
-    result = CheckedCheckpoint(folder)
+    result = CheckedCheckpoint()
     if not lookup.is_folder(folder):
         result.problems.append(f"{folder} is gone")
         return result
-    result.problems += broken_files(folder, edge.parent.hash)
     try:
-        read_run(result, edge)
+        for name, sha in checkpoints.published(folder).items():
+            if problem := checkpoints.broken(folder / name, sha):
+                result.problems.append(problem)
+        if edge.parent.hash and checkpoints.manifest_hash(folder) != edge.parent.hash:
+            manifest = folder / checkpoints.MANIFEST
+            result.problems.append(f"{manifest} has changed since its child was made from it")
+    except CheckpointError as error:
+        result.problems.append(str(error))
+    try:
+        check_run(folder, edge, result)
     except CheckpointError as error:
         result.problems.append(str(error))
     return result
 
 
-def broken_files(folder: Path, expected: str) -> Iterator[str]:
-    """Problems of a checkpoint's published files and its manifest."""
-    try:
-        for name, sha in checkpoints.published(folder).items():
-            problem = checkpoints.broken(folder / name, sha)
-            if problem:
-                yield problem
-        if expected and checkpoints.manifest_hash(folder) != expected:
-            yield f"{folder / checkpoints.MANIFEST} has changed since its child was made from it"
-    except CheckpointError as error:
-        yield str(error)
-
-
-def read_run(result: CheckedCheckpoint, edge: PendingEdge) -> None:
+def check_run(folder: Path, edge: PendingEdge, result: CheckedCheckpoint) -> None:
     """Read the record and the edges of a checkpoint's run, and check them. Raises CheckpointError."""
-    run = RunFolder(result.folder.parent.parent) if lookup.in_run(result.folder) else None
-    path = record_beside(result.folder, edge.record_hash)
+    run = RunFolder(folder.parent.parent) if lookup.in_run(folder) else None
+    path = record_beside(folder, edge.record_hash)
     if not path.exists():
         if edge.record_hash:
             result.problems.append(f"{path} is missing")
@@ -136,20 +130,20 @@ def read_run(result: CheckedCheckpoint, edge: PendingEdge) -> None:
         result.problems.append(f"{path} was edited: it is not what its own record_hash says")
     if edge.record_hash and own != edge.record_hash:
         result.problems.append(f"{path} has changed since its child was made from it")
-    check_data_files(result, record, run)
+    check_data_files(folder, record, run, result)
     if run is not None:
         result.problems += contradictions(run, record, path)
         last = inside(run.path, record["checkpoint"], run.record)
-        if last.resolve() != result.folder:
+        if last.resolve() != folder:
             return  # an earlier checkpoint of the run: the rest is about the last one
     if record["checkpoint_hash"] != edge.parent.hash:
         result.problems.append(f"{path} names another checkpoint_hash than its child")
-    template, settings = record.get("template_hash"), result.folder / fit.TOKENIZER_SETTINGS
-    if template and settings.exists() and fit.template_hash(result.folder) != template:
+    template, settings = record.get("template_hash"), folder / fit.TOKENIZER_SETTINGS
+    if template and settings.exists() and fit.template_hash(folder) != template:
         result.problems.append(f"{settings} has another template than {path} names")
 
 
-def check_data_files(result: CheckedCheckpoint, record: Record, run: RunFolder | None) -> None:
+def check_data_files(folder: Path, record: Record, run: RunFolder | None, result: CheckedCheckpoint) -> None:
     """Check the files that a run read its data from, if they are on this machine. Raises CheckpointError."""
     config: dict[str, Any] = record.get("config") or (read_object(run.config) if run else {})
     expected = (record.get("data") or {}).get("hash")
@@ -161,24 +155,22 @@ def check_data_files(result: CheckedCheckpoint, record: Record, run: RunFolder |
             return
         read = [path for paths in data_files.located(data).values() for path in paths]
     except (ConfigError, KeyError, TypeError, AttributeError):
-        result.problems.append(f"the group `data` of {result.folder}'s config cannot be read")
+        result.problems.append(f"the group `data` of {folder}'s config cannot be read")
+        return
     except OSError as error:
         result.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
+        return
+    absent = [path for path in read if not path.is_file()]
+    named = absent or read
+    listed = f"{named[0]} and {len(named) - 1} more" if len(named) > 1 else str(named[0])
+    if absent:
+        result.notes.append(f"{listed}: not here to check")
     else:
-        absent = [path for path in read if not path.is_file()]
-        if absent:
-            result.notes.append(f"{_listed(absent)}: not here to check")
-        else:
-            result.problems.append(f"{_listed(read)}: not the data that was read")
-
-
-def _listed(paths: list[Path]) -> str:
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"{paths[0]}{more}"
+        result.problems.append(f"{listed}: not the data that was read")
 
 
 def contradictions(run: RunFolder, record: Record, path: Path) -> Iterator[str]:
-    """Where the record at `path` disagrees with its run folder."""
+    """Where the record at `path` disagrees with its run folder. Raises CheckpointError."""
     if path != run.record:  # of before an extension: the files are newer
         return
     config = read_object(run.config)

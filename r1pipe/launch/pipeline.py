@@ -21,7 +21,7 @@ from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
 from r1pipe.runs import lineage, locks, machine, results
 from r1pipe.runs.reward_model_quality import check_quality
-from r1pipe.tracking import Mirror, check_tracking
+from r1pipe.tracking import Mirror, check_server_answers, store_uri
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -86,7 +86,8 @@ def start(plan: RunPlan) -> Job:
     its data is missing, and EnvironmentProblem.
     """
     run_id = plan.run.run_id
-    check_tracking(plan.config)
+    if plan.config.tracking.enabled:
+        check_server_answers(store_uri(plan.config.root, plan.config.tracking.uri))
     holder = locks.job_of(plan.run)
     if holder and plan.is_same_job:
         log(f"{run_id}: is already running (process {holder.processes[1][0]} since {holder.since})")

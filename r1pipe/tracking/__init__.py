@@ -14,7 +14,7 @@ rebuild everything from the run folders, which are the source of truth.
 """
 
 from r1pipe.tracking.mirror import Mirror
-from r1pipe.tracking.store import check_tracking, resolve_model, store_uri
+from r1pipe.tracking.store import check_server_answers, resolve_model, store_uri
 from r1pipe.tracking.sync import sync
 from r1pipe.tracking.ui import serve_ui
 from r1pipe.tracking.writer import add_report

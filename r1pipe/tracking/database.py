@@ -49,7 +49,23 @@ def prepare(uri: str) -> None:
         with locked(path.parent):
             if not is_whole(path):  # another process may have created it meanwhile
                 create(path)
-    follow_move(path)
+    # correct the absolute addresses that MLflow keeps of artifacts, where they moved with the database
+    here = artifact_folder(path.parent)
+    with closing(sqlite3.connect(path, timeout=BUSY_S)) as database, database:
+        locations = database.execute(
+            "SELECT artifact_location FROM experiments"
+            " WHERE artifact_location LIKE ? AND artifact_location != ?",
+            (f"%/{ARTIFACTS}", here.as_uri()),
+        ).fetchall()
+        for (old,) in locations:
+            runs = database.execute("SELECT run_uuid FROM runs WHERE instr(artifact_uri, ?) = 1", (old,))
+            if not any((here / run_id).exists() for (run_id,) in runs):
+                continue  # a store of several roots, each with its own artifacts
+            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                database.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1",
+                    (here.as_uri(), len(old) + 1, old),
+                )
 
 
 def is_whole(path: Path) -> bool:
@@ -91,23 +107,3 @@ def disable_fsync() -> None:
             connection.execute("PRAGMA synchronous = OFF")
 
     event.listen(Engine, "connect", on_connect)
-
-
-def follow_move(path: Path) -> None:
-    """Correct the absolute addresses that MLflow keeps of artifacts, where they moved with the database."""
-    here = artifact_folder(path.parent)
-    with closing(sqlite3.connect(path, timeout=BUSY_S)) as database, database:
-        locations = database.execute(
-            "SELECT artifact_location FROM experiments"
-            " WHERE artifact_location LIKE ? AND artifact_location != ?",
-            (f"%/{ARTIFACTS}", here.as_uri()),
-        ).fetchall()
-        for (old,) in locations:
-            runs = database.execute("SELECT run_uuid FROM runs WHERE instr(artifact_uri, ?) = 1", (old,))
-            if not any((here / run_id).exists() for (run_id,) in runs):
-                continue  # a store of several roots, each with its own artifacts
-            for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                database.execute(
-                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE instr({column}, ?) = 1",
-                    (here.as_uri(), len(old) + 1, old),
-                )

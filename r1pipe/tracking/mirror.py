@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-from typing import IO
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
@@ -49,9 +48,9 @@ class Mirror:
 
     def poll(self) -> None:
         """Raises EnvironmentProblem if the store did not open; only warns if the run is done."""
-        if self._store_error is not None and not self.folder.record.exists():
-            raise EnvironmentProblem(self._store_error)
         if self._store_error is not None:
+            if not self.folder.record.exists():
+                raise EnvironmentProblem(self._store_error)
             self._warn(self._store_error)
 
     def finish(self) -> str | None:
@@ -72,19 +71,20 @@ class Mirror:
             with claimed(self.folder) as mirrored:
                 mark(mirrored, BEHIND)
                 writer = RunWriter(self.folder, self.config, self.uri)
+
+                def write_end() -> None:
+                    writer.send_lines()
+                    self._address = writer.end()
+                    mark(mirrored, WHOLE)
+
                 self._attempt(lambda: catch_up(self.folder.path.parent, self.uri))
                 while not self._ended.wait(EVERY_S):
                     self._attempt(writer.send_lines)
-                self._attempt(lambda: self._write_end(writer, mirrored))
+                self._attempt(write_end)
         except EnvironmentProblem as problem:
             self._store_error = str(problem)
         except failures() as error:
             self._store_error = self._describe(error)
-
-    def _write_end(self, writer: RunWriter, mirrored: IO[str] | None) -> None:
-        writer.send_lines()
-        self._address = writer.end()
-        mark(mirrored, WHOLE)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.config import ParentRef, RunConfig
+from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.redaction import without_login, without_secrets
 from r1pipe.tracking import database
@@ -61,12 +61,6 @@ def failures() -> tuple[type[Exception], ...]:
     # a database's driver may be missing; a record may be broken
     databases = (SQLAlchemyError, sqlite3.Error, CommandError)
     return MlflowException, *databases, OSError, ImportError, CheckpointError
-
-
-def check_tracking(config: RunConfig) -> None:
-    """Raises EnvironmentProblem if the config tracks runs on a server that does not answer."""
-    if config.tracking.enabled:
-        check_server_answers(store_uri(config.root, config.tracking.uri))
 
 
 def check_server_answers(uri: str) -> None:

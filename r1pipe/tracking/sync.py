@@ -59,17 +59,14 @@ def tracked(root: Path, pipeline: str | None = None) -> Iterator[tuple[RunFolder
         folder, config = RunFolder(path.parent), read_json(path)
         tracking = config.get("tracking")
         is_tracked = isinstance(tracking, dict) and tracking.get("enabled")
-        if is_tracked and was_started(folder) and pipeline in (None, config.get("pipeline")):
+        of_jobs = (folder.launcher_log, folder.metrics, folder.record)  # a dry run leaves none of them
+        was_started = any(file.exists() for file in of_jobs)
+        if is_tracked and was_started and pipeline in (None, config.get("pipeline")):
             began = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
             created = read_json(folder.record).get("created")
             runs.append((str(created or began), folder.run_id, folder, config))
     for *_, folder, config in sorted(runs, key=lambda entry: entry[:2]):
         yield folder, config
-
-
-def was_started(folder: RunFolder) -> bool:
-    """A dry run leaves a folder too, but nothing that a job writes."""
-    return any(path.exists() for path in (folder.launcher_log, folder.metrics, folder.record))
 
 
 @contextmanager

@@ -56,7 +56,10 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         )
     print("starting MLflow's server, which takes about ten seconds", file=sys.stderr, flush=True)
     address = f"http://{LOOPBACK if host == EVERY_ADDRESS else host}:{port}"
-    command = server_command(store, root, port, host)
+    options = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
+    options += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
+    options += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
     with tempfile.TemporaryFile("w+") as log, serving(command, log) as process:
         page = None
         while page is None:
@@ -78,13 +81,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
-
-
-def server_command(store: str, root: Path | str, port: int, host: str) -> list[str]:
-    options = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
-    options += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
-    options += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
-    return [sys.executable, "-m", "mlflow", "server", *options]
 
 
 @contextmanager

@@ -275,8 +275,10 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
     monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path / "empty"))
     with pytest.raises(EnvironmentProblem, match="`deepspeed` is missing"):
         machine.find_launcher(config.engine)
+    (tmp_path / "deepspeed").touch(0o755)
+    monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="`ninja` is missing"):
-        machine.check_compiler()
+        machine.find_launcher(config.engine)
     monkeypatch.undo()
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"engine\.accelerator=cuda finds no NVIDIA GPU here"):

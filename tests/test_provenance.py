@@ -111,7 +111,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     assert record["tokenizer_hash"] == chat.tokenizer_hash
     assert record["checkpoint"] == "checkpoints/step-3"
     assert record["checkpoint_hash"] == checkpoints.manifest_hash(checkpoint)
-    assert record["versions"] == {name: machine.version(name) for name in machine.PACKAGES}
+    assert record["versions"] == machine.versions()
     assert record["record_hash"] == own_hash(record)
 
 

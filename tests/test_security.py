@@ -295,7 +295,7 @@ def test_the_diff_of_the_code_has_new_files_and_no_login(
     run("add", ".")
     run("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "x")
     monkeypatch.setattr(machine, "_checkout", lambda: tmp_path)
-    assert machine.code_diff() == "" and machine.code()["dirty"] is False
+    assert machine.code_diff() == "" and machine.facts()["code"]["dirty"] is False
     (tmp_path / "r1pipe" / "old.py").write_text("a = 2\n")
     (tmp_path / "r1pipe" / "new.py").write_text(f"uri = 'http://u:{LOGIN}@host'\n")
     (tmp_path / "private.txt").write_text("elsewhere\n")

@@ -12,7 +12,7 @@ from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
-from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
+from r1pipe.core.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import parents
 from r1pipe.launch.command import command, printable, write_run_files
@@ -99,7 +99,9 @@ def start(plan: RunPlan) -> Job:
         log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
     else:
         check_quality(plan.config)
-        machine.check_data_files(plan.config)
+        data, is_here = plan.config.data, plan.config.engine.hostfile is None
+        if data.kind == "files" and data.path and is_here and not Path(data.path).exists():
+            raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
         locks.check_not_running(plan.run)
         description = plan.describe()  # of the state before the job
         job = Job(plan.config, plan.run)

@@ -12,60 +12,57 @@ from r1pipe.core.errors import CheckpointError, nearest
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.record import METRICS, record_of
-from r1pipe.runs.stored import StoredRun, finished, stored_runs
+from r1pipe.runs.stored import StoredRun, finished
 
-NOT_SETTINGS = ("seed", "pipeline")  # config keys that `differing` leaves out
+NOT_SETTINGS = ("seed", "pipeline")  # config keys that are none
 
 
 def finished_runs(root: Path | str) -> list[StoredRun]:
     """The finished runs under `root`, oldest first."""
-    return [run for run, _ in finished(stored_runs(Path(root)))]
+    return [run for run, _ in finished(Path(root))]
 
 
 def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
     """The runs to compare, by default the newest finished run of each stage and seed.
 
-    Args:
-        root: the folder of the run folders.
-        names: run ids, run folders, or stages (every finished run of that stage).
-        pipeline: limits stages and the default to one pipeline.
-
-    Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
+    `names`: run ids, run folders, or stages (every finished run of that stage). `pipeline`: limits stages and
+    the default to one. Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
     """
+    chosen: dict[Any, StoredRun] = {}
     if names:
-        named = [run for name in names for run in _named(Path(root), name, pipeline)]
-        return list({run.folder.path.resolve(): run for run in named}.values())
-    newest = {
-        (run.stage, run.config.get("seed")): run
-        for run in finished_runs(root)
-        if pipeline in (None, run.config.get("pipeline"))
-    }
-    return sorted(newest.values(), key=_order)
+        for name in names:
+            for run in named(Path(root), name, pipeline):
+                chosen[run.folder.path.resolve()] = run
+        return list(chosen.values())
+    for run in finished_runs(root):
+        if pipeline in (None, run.config.get("pipeline")):
+            chosen[run.stage, run.config.get("seed")] = run
+
+    def order(run: StoredRun) -> tuple:
+        stages = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
+        position = stages.index(run.stage) if run.stage in stages else len(stages)
+        return position, run.stage, run.config.get("seed") or 0
+
+    return sorted(chosen.values(), key=order)
 
 
-def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
+def named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
+    """The run, or the finished runs of the stage, of this name. Raises CheckpointError as `choose` does."""
     for folder in (RunFolder(root / name), RunFolder(name)):
         if folder.config.exists():
             record_of(folder)
             return [StoredRun.read(folder)]
     runs = finished_runs(root)
     if name not in STAGE_TYPES:
-        names = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
-        raise CheckpointError(f"no run {name} under {root}; {nearest(name, names)}")
-    of_stage = [run for run in runs if run.stage == name]
-    chosen = [run for run in of_stage if pipeline in (None, run.config.get("pipeline"))]
-    if not chosen:
-        others = sorted({str(run.config.get("pipeline")) for run in of_stage})
+        known = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
+        raise CheckpointError(f"no run {name} under {root}; {nearest(name, known)}")
+    pipelines = [(run, run.config.get("pipeline")) for run in runs if run.stage == name]
+    found = [run for run, own in pipelines if pipeline in (None, own)]
+    if not found:
+        others = sorted({str(own) for _, own in pipelines})
         hint = f"other pipelines have one: pipeline={others[0]}" if others else "give root=DIR or a run id"
         raise CheckpointError(f"stage {name} has no finished run in pipeline {pipeline} under {root}; {hint}")
-    return chosen
-
-
-def _order(run: StoredRun) -> tuple:
-    """The recipe's stages in order, then its controls, then other runs."""
-    names = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
-    position = names.index(run.stage) if run.stage in names else len(names)
-    return position, run.stage, run.config.get("seed") or 0
+    return found
 
 
 def row(run: StoredRun) -> dict[str, Any]:
@@ -94,26 +91,24 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Rows of the table, in the order and with the errors of `choose`.
 
-    With `names`, each row has `settings`: its values of the config keys in which runs of one stage differ.
+    With `names`, each row has `settings`: its values of the config keys in which runs of one stage differ;
+    parents count by their hash.
     """
     chosen = choose(root, names, pipeline)
     if not names:
         return [row(run) for run in chosen]
-    settings = differing(chosen)
-    return [row(run) | {"settings": values} for run, values in zip(chosen, settings, strict=True)]
-
-
-def differing(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
-    """Each run's values of the config keys in which runs of its stage differ; parents by their hash."""
-    values = [decisive(run.config) for run in runs]
-    keys: dict[str, None] = {}  # ordered
-    for stage in {run.stage for run in runs}:
-        of_stage = [value for run, value in zip(runs, values, strict=True) if run.stage == stage]
-        for key in dict.fromkeys(key for value in of_stage for key in value):
+    settings = [decisive(run.config) for run in chosen]
+    differing: dict[str, None] = {}  # ordered
+    for stage in {run.stage for run in chosen}:
+        of_stage = [values for run, values in zip(chosen, settings, strict=True) if run.stage == stage]
+        for key in dict.fromkeys(key for values in of_stage for key in values):
             first = of_stage[0].get(key, ABSENT)
-            if key not in NOT_SETTINGS and any(value.get(key, ABSENT) != first for value in of_stage):
-                keys[key] = None
-    return [{key: value[key] for key in keys if key in value} for value in values]
+            if key not in NOT_SETTINGS and any(values.get(key, ABSENT) != first for values in of_stage):
+                differing[key] = None
+    return [
+        row(run) | {"settings": {key: values[key] for key in differing if key in values}}
+        for run, values in zip(chosen, settings, strict=True)
+    ]
 
 
 def accuracy(row: dict) -> str:

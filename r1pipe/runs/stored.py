@@ -5,7 +5,7 @@ that names them.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,10 +102,10 @@ def stage_name(config: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def finished(runs: Iterable[StoredRun]) -> Iterator[tuple[StoredRun, Record]]:
-    """The runs that have a record, oldest first."""
-    done = [(run, run.record) for run in runs if run.record is not None]
-    yield from sorted(done, key=lambda pair: (pair[1]["created"], pair[0].folder.run_id))
+def finished(root: Path, pattern: str = "*") -> list[tuple[StoredRun, Record]]:
+    """Those of `stored_runs` that have a record, oldest first."""
+    done = [(run, run.record) for run in stored_runs(root, pattern) if run.record is not None]
+    return sorted(done, key=lambda pair: (pair[1]["created"], pair[0].folder.run_id))
 
 
 def launched_with(config: Mapping[str, Any], path: Path) -> list[tuple[str, ParentRef, str | None]]:

@@ -67,7 +67,7 @@ def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
     from r1pipe.cli import compare
     from r1pipe.launch import parents, pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
     plan = pipeline.plan_run(parents.with_parents(config), fresh)
     code = pipeline.run_stage(plan)
@@ -101,7 +101,7 @@ def reproduce(overrides: Overrides = None) -> int:
     from r1pipe.cli.outputs import print_outputs
     from r1pipe.launch import pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
     compare.show([results.row(StoredRun.read(run)) for run in outcome.finished])

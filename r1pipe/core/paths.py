@@ -60,7 +60,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
-        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.runs.history
+        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.launch.command.note
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # changes to the git revision

@@ -15,10 +15,10 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import checked_command, job_variables, no_mlflow, printable, write_run_files
+from r1pipe.launch.command import checked_command, job_variables, no_mlflow, note, printable, write_run_files
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
-from r1pipe.runs import heartbeat, history, locks, processes, stopping
+from r1pipe.runs import heartbeat, locks, processes, record, stopping
 from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
@@ -64,8 +64,8 @@ class Job:
         line = checked_command(self.config, run)
         with ExitStack() as resources, ExitStack() as handlers:
             self._lock = resources.enter_context(locks.held(run))
-            history.set_record_aside(run)
-            history.note(run, changed)
+            record.set_aside(run)
+            note(run, changed)
             changed_code = write_run_files(self.config, run, line, sweep)
             for stale in (run.error, run.stop):
                 stale.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from r1pipe.config.groups import upwards
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.redaction import publishable
-from r1pipe.runs import checkpoints, history, lineage
+from r1pipe.runs import checkpoints, lineage, record
 from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import check_not_running, was_interrupted
 
@@ -154,7 +154,7 @@ def extension_of(plan: RunPlan) -> RunPlan | None:
     run, stage, old_max_steps = plan.run, plan.config.stage, plan.decisive[0].old
     finished = 0  # steps after which the run finished, if it has trained no further since
     if run.record.exists():
-        finished = history.steps_of(run)
+        finished = record.steps_of(run)
     else:
         newest = checkpoints.steps(run.checkpoints)[-1:]
         if newest and run.earlier_record(newest[0]).exists():

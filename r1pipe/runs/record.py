@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.files import read_object
+from r1pipe.runs.files import read_json, read_object
 
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
 STRICT = ConfigDict(strict=True, extra="allow")  # other versions may have other keys; nested types inherit it
@@ -158,6 +158,18 @@ def record_of(run: RunFolder) -> Record:
             f"run {run.run_id} has not finished; `r1pipe run` resumes it; or give a path in {run.checkpoints}"
         )
     return read_record(run.record)
+
+
+def set_aside(run: RunFolder) -> None:
+    """Make a finished run unfinished, to be extended; it keeps its earlier record."""
+    if run.record.exists():
+        run.record.rename(run.earlier_record(steps_of(run)))
+
+
+def steps_of(run: RunFolder) -> int:
+    """Optimizer steps of a finished run; 0 if its record has none."""
+    steps = read_json(run.record).get("steps")
+    return steps if isinstance(steps, int) else 0
 
 
 # --- parents

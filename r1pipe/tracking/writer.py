@@ -12,8 +12,16 @@ from r1pipe.runs import results
 from r1pipe.runs.files import Tail
 from r1pipe.runs.record import Record, read_record
 from r1pipe.tracking import naming
-from r1pipe.tracking.database import artifact_folder, locked
-from r1pipe.tracking.store import connect, failures, first_line, is_server, matching, store_uri
+from r1pipe.tracking.store import (
+    artifact_folder,
+    connect,
+    failures,
+    first_line,
+    is_server,
+    locked,
+    matching,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -17,7 +17,7 @@ from r1pipe.runs import checkpoints, data_files
 from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage import fit, lookup
 from r1pipe.runs.record import OWN_HASH, Record, edges, own_hash, read_record, record_beside
-from r1pipe.runs.stored import launched_with
+from r1pipe.runs.results import launched_with
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from r1pipe.core.paths import IMPORTED, RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.runs.record import record_of
-from r1pipe.runs.stored import finished, stage_name
+from r1pipe.runs.results import finished, stage_name
 
 BUNDLED = "bundled"
 

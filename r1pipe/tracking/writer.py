@@ -11,17 +11,7 @@ from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import results
 from r1pipe.runs.files import Tail
 from r1pipe.runs.record import Record, read_record
-from r1pipe.tracking import naming
-from r1pipe.tracking.store import (
-    artifact_folder,
-    connect,
-    failures,
-    first_line,
-    is_server,
-    locked,
-    matching,
-    store_uri,
-)
+from r1pipe.tracking import naming, store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -38,7 +28,7 @@ REPORT = "report.html"
 
 def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
     """The experiment's runs with all these `r1pipe.` tags. Raises EnvironmentProblem, MlflowException."""
-    query = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
+    query = " and ".join(store.matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
     return list(client.search_runs([experiment], query, max_results=MAX_RUNS))
 
 
@@ -61,20 +51,15 @@ def add_report(config: RunConfig, page: Path) -> None:
         return
     root = Path(config.root).resolve()
     try:
-        client = connect(store_uri(root, config.tracking.uri))
+        client = store.connect(store.store_uri(root, config.tracking.uri))
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         parent = pipeline_run(client, experiment.experiment_id, config.pipeline, root) if experiment else None
         if parent:
             client.log_artifact(parent, str(page))
-    except failures() as error:
-        print(f"warning: MLflow does not take {page}: {first_line(error)}", file=sys.stderr)
+    except store.failures() as error:
+        print(f"warning: MLflow does not take {page}: {store.first_line(error)}", file=sys.stderr)
     except EnvironmentProblem as error:
         print(f"warning: {error}", file=sys.stderr)
-
-
-def sweep_of(folder: RunFolder) -> str | None:
-    """The sweep that started the run."""
-    return folder.sweep.read_text(encoding="utf-8") if folder.sweep.exists() else None
 
 
 class RunWriter:
@@ -83,12 +68,12 @@ class RunWriter:
     def __init__(self, folder: RunFolder, config: dict, uri: str):
         """Find or create the runs. Raises EnvironmentProblem or MlflowException."""
         self.folder, self.config, self.root = folder, config, folder.path.parent
-        self.sweep = sweep_of(folder)
-        self.client = connect(uri)
+        self.sweep = folder.sweep.read_text(encoding="utf-8") if folder.sweep.exists() else None
+        self.client = store.connect(uri)
         self._tail = Tail(folder.metrics)
         self._unsent: list[tuple[str, float, int, float]] = []  # (name, value, step, seconds)
         self._last_step: dict[str, int] = {}
-        with locked(self.root):  # of two processes that start a pipeline together, one creates its run
+        with store.locked(self.root):  # of two processes that start a pipeline together, one creates its run
             self.parent_id, self.run_id = self._open_runs(uri)
         run = self.client.get_run(self.run_id)
         self._trips = {key: text for key, text in run.data.tags.items() if key.startswith(naming.TRIPWIRE)}
@@ -108,7 +93,7 @@ class RunWriter:
         name = self.config["tracking"]["experiment"]
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            artifacts = None if is_server(uri) else artifact_folder(self.root).as_uri()
+            artifacts = None if store.is_server(uri) else store.artifact_folder(self.root).as_uri()
             kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI expects chat traces
             experiment = self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
         else:
@@ -230,7 +215,8 @@ class RunWriter:
         record = self.folder.record
         if self.sweep:
             folders = [run.folder for run in results.finished_runs(self.root)]
-            names = [folder.run_id for folder in folders if sweep_of(folder) == self.sweep]
+            of_sweeps = [folder for folder in folders if folder.sweep.exists()]
+            names = [one.run_id for one in of_sweeps if one.sweep.read_text(encoding="utf-8") == self.sweep]
             rows = results.rows(self.root, names) if names else []
         else:
             rows = results.rows(self.root, None, str(self.config["pipeline"]))
@@ -265,7 +251,7 @@ class RunWriter:
         """This run's version with its tags updated, or a new one."""
         from mlflow.exceptions import MlflowException
 
-        for existing in self.client.search_model_versions(matching("run_id", self.run_id)):
+        for existing in self.client.search_model_versions(store.matching("run_id", self.run_id)):
             if existing.name == name:
                 for key, value in tags.items():
                     if existing.tags.get(key) != value:

@@ -327,7 +327,7 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
 
     monkeypatch.setattr(ui, "serving", server)
     monkeypatch.setattr(ui, "runs_page", runs_page)
-    monkeypatch.setattr(ui.database, "prepare", lambda store: None)
+    monkeypatch.setattr(ui, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -7,7 +7,6 @@ Process states and stacks are available for ranks of this machine; of others onl
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -63,8 +62,9 @@ class Watch:
             progress = beat.ticks, beat.met
             if beat.rank not in self._progress or self._progress[beat.rank][0] != progress:
                 self._progress[beat.rank] = progress, now
-        suspects = self._suspects(now)
-        return self._describe_stuck(suspects, now) if suspects else None
+        silent_s = {rank: now - since for rank, (_, since) in self._progress.items()}
+        suspects = self._suspects(silent_s)
+        return self._describe_stuck(suspects, silent_s) if suspects else None
 
     def final_check(self, launcher_code: int) -> Fault | None:
         """Whether the launcher, which has ended with this exit code, did so because a rank was killed."""
@@ -82,9 +82,6 @@ class Watch:
         """Seconds since the first rank failed, for which others may be waiting; 0 if none has."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
 
-    def _local_beats(self) -> list[Beat]:
-        return [beat for beat in self.beats if beat.host == socket.gethostname()]
-
     def _find_killed(self, fallback_code: int | None = None) -> Fault | None:
         """Whether a signal killed the first rank that failed; those that fail after it fail because of it.
 
@@ -93,8 +90,8 @@ class Watch:
         """
         ended = [
             heartbeat.read(self.run.heartbeat(beat.rank)) or beat  # it may have written since
-            for beat in self._local_beats()
-            if beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
+            for beat in self.beats
+            if beat.is_here and beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
         ]
         codes = {}
         for beat in ended:
@@ -117,19 +114,15 @@ class Watch:
         number = -code if code else signal.SIGKILL
         return Fault(f"{self.run.run_id}: {line}; {resume_hint(self.run)}", 128 + number)
 
-    def _seconds_silent(self, beat: Beat, now: float) -> float:
-        return now - self._progress[beat.rank][1]
-
-    def _suspects(self, now: float) -> list[Beat]:
+    def _suspects(self, silent_s: dict[int, float]) -> list[Beat]:
         """Ranks that may be blocking the job; none while all is well."""
 
         def share_of_limit(beat: Beat) -> float:
-            limit_s = self.stuck_after_s * (PATIENCE if beat.patient else 1)
-            return self._seconds_silent(beat, now) / limit_s
+            return silent_s[beat.rank] / (self.stuck_after_s * (PATIENCE if beat.patient else 1))
 
         alive = [beat for beat in self.beats if beat.rank not in self.ended]
         stopped = [beat for beat in alive if is_stopped(beat)]
-        if any(self._seconds_silent(beat, now) > self.stuck_after_s for beat in stopped):
+        if any(silent_s[beat.rank] > self.stuck_after_s for beat in stopped):
             return stopped
         working = [beat for beat in alive if not beat.waiting]
         if any(share_of_limit(beat) > 1 for beat in working):
@@ -138,12 +131,11 @@ class Watch:
             return []
         some_missing = self.ranks is not None and len(self.beats) < self.ranks  # maybe still importing
         limit_s = self.stuck_after_s * (PATIENCE if some_missing else 1)
-        return alive if all(self._seconds_silent(beat, now) > limit_s for beat in alive) else []
+        return alive if all(silent_s[beat.rank] > limit_s for beat in alive) else []
 
-    def _describe_stuck(self, suspects: Sequence[Beat], now: float) -> Fault:
-        stacks = collect_stacks(self.run, self._local_beats())
-        silent_s = max(self._seconds_silent(beat, now) for beat in suspects)
-        reason = f"no sign of work for {silent_s:.0f} s"
+    def _describe_stuck(self, suspects: list[Beat], silent_s: dict[int, float]) -> Fault:
+        stacks = collect_stacks(self.run, [beat for beat in self.beats if beat.is_here])
+        reason = f"no sign of work for {max(silent_s[beat.rank] for beat in suspects):.0f} s"
         if is_stopped(suspects[0]):
             reason = f"its process {suspects[0].pid} is stopped (SIGSTOP), {reason}"
         elif all(beat.waiting for beat in suspects):
@@ -188,8 +180,7 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def is_stopped(beat: Beat) -> bool:
-    is_local = beat.host == socket.gethostname()
-    return is_local and processes.status(beat.pid, beat.began) == psutil.STATUS_STOPPED
+    return beat.is_here and processes.status(beat.pid, beat.began) == psutil.STATUS_STOPPED
 
 
 def collect_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:

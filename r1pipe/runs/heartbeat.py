@@ -45,6 +45,11 @@ class Beat:
     ticks: int = 0  # pieces of work done
     exit_code: int | None = None  # set when the rank leaves by itself
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the rank runs on this machine."""
+        return self.host == socket.gethostname()
+
     def where(self) -> str:
         """`update, step 3`"""
         return f"{self.place}, step {self.step}" if self.step else self.place

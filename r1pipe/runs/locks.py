@@ -202,8 +202,8 @@ def live_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
     A rank has a heartbeat from `open_run` on. Before that it is found by its process group, whose id is its
     launcher's pid even after that has died; as pids are reused, its command line must name the run folder.
     """
-    beats = [beat for beat in heartbeat.read_all(run) if beat.host == socket.gethostname()]
-    pids = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
+    beats = heartbeat.read_all(run)
+    pids = {beat.pid for beat in beats if beat.is_here and processes.is_alive(beat.pid, beat.began)}
     if holder is not None and holder.is_here:
         members = [member for pid, _ in holder.processes for member in processes.group(pid)]
         for member in members:

@@ -1,1 +1,1 @@
-"""The run folder, where command line and jobs meet: files, records, checkpoints, locks, heartbeats, lineage."""
+"""The run folder, where command line and jobs meet: files, records, checkpoints, locks, heartbeats."""

@@ -54,12 +54,18 @@ def shown_variables(config: RunConfig) -> dict[str, str]:
     return variables
 
 
-def job_variables(config: RunConfig, hidden: str) -> dict[str, str]:
-    """The environment that a job runs in; `hidden` is the folder of `no_mlflow`."""
-    # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+@contextmanager
+def job_environment(config: RunConfig) -> Iterator[dict[str, str]]:
+    """The variables that a job runs in, where `import mlflow` fails for the length of the block.
+
+    Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
+    processes more than a second; and DeepSpeed would log a tracker's password for other machines.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([hidden, module_path()])}
-    return {**inherited, **shown_variables(config), **paths}
+    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
+        Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
+        paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
+        yield {**inherited, **shown_variables(config), **paths}
 
 
 def module_path() -> str:
@@ -131,17 +137,7 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
     config = replace(config, engine=engine, stage=stage)
     line = command(config, run, machine.find_launcher(engine))
-    with no_mlflow() as hidden:
-        variables = job_variables(config, hidden)
+    with job_environment(config) as variables:
         return subprocess.run(
             line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
         ).returncode
-
-
-@contextmanager
-def no_mlflow() -> Iterator[str]:
-    """A folder for PYTHONPATH where `import mlflow` fails: jobs never use it, but DeepSpeed's tuner imports
-    it wherever it can, which costs each of the launcher's processes more than a second."""
-    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
-        Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
-        yield folder

@@ -15,7 +15,7 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import checked_command, job_variables, no_mlflow, note, printable, write_run_files
+from r1pipe.launch.command import checked_command, job_environment, note, printable, write_run_files
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
 from r1pipe.runs import heartbeat, locks, processes, record, stopping
@@ -71,7 +71,7 @@ class Job:
                 stale.unlink(missing_ok=True)
             self._mirror = Mirror(run.path, to_mapping(self.config))
             resources.callback(self._mirror.finish)
-            variables = job_variables(self.config, resources.enter_context(no_mlflow()))
+            variables = resources.enter_context(job_environment(self.config))
             log = resources.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(self.config, line)}\n".encode())
             log.flush()
@@ -110,8 +110,7 @@ class Job:
             return
         lock = locks.adopt(self.run)
         if lock is None:  # another command was quicker, or the job has ended
-            holder = locks.Holder.read(self.run.pid)
-            self._owner = holder.processes[0] if holder and holder.processes else self._owner
+            self._owner = next(iter(locks.Holder.read(self.run.pid).processes), self._owner)
             return
         self._lock = lock
         with ExitStack() as resources:

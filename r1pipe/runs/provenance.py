@@ -10,7 +10,7 @@ from r1pipe.core.redaction import publishable
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.files import Tail, read_object
-from r1pipe.runs.record import OWN_HASH, Code, Edge, Record, Result, own_hash, record_beside
+from r1pipe.runs.record import OWN_HASH, Edge, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
@@ -40,6 +40,8 @@ def job_record(
     paths += [*folder.rollouts.glob("*"), *folder.data.glob("*")]
     # the dataset's hash is data_hash
     files = sorted(path for path in paths if path.is_file() and path != folder.dataset)
+    # as the launcher noted it; unknown for a script that was started by hand
+    code = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
     record: Record = {
         "format": FORMAT,
         "run_id": folder.run_id,
@@ -60,7 +62,12 @@ def job_record(
             "hash": source_hash,
             "set_aside": len(set_aside.read_bytes().splitlines()) if set_aside.exists() else 0,
         },
-        "code": _code(folder),
+        "code": {
+            "revision": code.get("revision"),
+            "dirty": code.get("dirty"),
+            "diff": folder.diff.name,
+            "diff_hash": file_hash(folder.diff) if folder.diff.exists() else None,
+        },
         "files": {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files},
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
@@ -87,16 +94,4 @@ def _edge(parent: ParentRef) -> Edge:
         "checkpoint": parent.checkpoint,
         "hash": parent.hash,
         "record_hash": record.get(OWN_HASH),
-    }
-
-
-def _code(folder: RunFolder) -> Code:
-    """The launcher's note of the git revision; unknown for a script that was started by hand."""
-    code = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
-    diff = file_hash(folder.diff) if folder.diff.exists() else None
-    return {
-        "revision": code.get("revision"),
-        "dirty": code.get("dirty"),
-        "diff": folder.diff.name,
-        "diff_hash": diff,
     }

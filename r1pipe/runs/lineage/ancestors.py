@@ -39,18 +39,6 @@ class Ancestor:
 
 
 @dataclass
-class PendingEdge:
-    """An edge still to be followed."""
-
-    parent: ParentRef
-    edge: str
-    depth: int
-    record_hash: str | None  # of the parent's record, as its child's record names it
-    path: tuple[str, ...]  # the checkpoints from the start of the walk to this one's child
-    root: Path | None = None  # where the child's run folder is: a root may have been moved as a whole
-
-
-@dataclass
 class CheckedCheckpoint:
     """What the files of one checkpoint and its run show."""
 
@@ -63,36 +51,38 @@ class CheckedCheckpoint:
 def ancestors(start: ParentRef) -> Iterator[Ancestor]:
     """The checkpoint and all it came from, depth first, each with its hashes checked; each once in full."""
     checked: dict[tuple[str, str, str | None], CheckedCheckpoint] = {}
-    pending = [PendingEdge(start, "", 0, None, ())]
-    while pending:
-        edge = pending.pop()
-        folder = lookup.current_folder(edge.parent, edge.root)
-        if edge.parent.run_id == lookup.BUNDLED and not lookup.is_folder(folder):
+
+    def walk(
+        parent: ParentRef, edge: str, record_hash: str | None, path: tuple[str, ...], root: Path | None
+    ) -> Iterator[Ancestor]:
+        """`path`: the checkpoints from the start to this one's child. `root`: where that child's run folder
+        is, as a root may have been moved as a whole."""
+        folder = lookup.current_folder(parent, root)
+        if parent.run_id == lookup.BUNDLED and not lookup.is_folder(folder):
             folder = lookup.bundled_folder()  # of this installation
-        here, child = str(folder), edge.path[-1] if edge.path else ""
-        if here in edge.path:
+        here, child, depth = str(folder), path[-1] if path else "", len(path)
+        if here in path:
             circle = f"{here} is its own ancestor: a record on the way was edited"
-            yield Ancestor(edge.depth, edge.edge, edge.parent, None, (circle,), child=child)
-            continue
-        key = (here, edge.parent.hash, edge.record_hash)
+            yield Ancestor(depth, edge, parent, None, (circle,), child=child)
+            return
+        key = (here, parent.hash, record_hash)
         shown = key in checked
         if not shown:
-            checked[key] = check_checkpoint(folder, edge)
+            checked[key] = check_checkpoint(folder, parent, record_hash)
         result = checked[key]
         problems, notes = tuple(result.problems), tuple(result.notes)
-        parent = replace(edge.parent, checkpoint=here)
-        yield Ancestor(edge.depth, edge.edge, parent, result.record, problems, notes, child, shown)
+        current = replace(parent, checkpoint=here)
+        yield Ancestor(depth, edge, current, result.record, problems, notes, child, shown)
         if not shown:
-            path = (*edge.path, here)
             root = folder.parents[2] if len(folder.parents) > 2 else None
-            pending += [
-                PendingEdge(parent, kind, edge.depth + 1, record_hash, path, root)
-                for kind, parent, record_hash in reversed(result.edges)
-            ]
+            for kind, further, its_record_hash in result.edges:
+                yield from walk(further, kind, its_record_hash, (*path, here), root)
+
+    return walk(start, "", None, (), None)
 
 
-def check_checkpoint(folder: Path, edge: PendingEdge) -> CheckedCheckpoint:
-    """Check one checkpoint and its run's record, and read its edges."""
+def check_checkpoint(folder: Path, parent: ParentRef, record_hash: str | None) -> CheckedCheckpoint:
+    """`record_hash`: of the parent's record, as its child's record names it."""
     result = CheckedCheckpoint()
     if not lookup.is_folder(folder):
         result.problems.append(f"{folder} is gone")
@@ -101,24 +91,24 @@ def check_checkpoint(folder: Path, edge: PendingEdge) -> CheckedCheckpoint:
         for name, sha in checkpoints.published(folder).items():
             if problem := checkpoints.broken(folder / name, sha):
                 result.problems.append(problem)
-        if edge.parent.hash and checkpoints.manifest_hash(folder) != edge.parent.hash:
+        if parent.hash and checkpoints.manifest_hash(folder) != parent.hash:
             manifest = folder / checkpoints.MANIFEST
             result.problems.append(f"{manifest} has changed since its child was made from it")
     except CheckpointError as error:
         result.problems.append(str(error))
     try:
-        check_run(folder, edge, result)
+        check_run(folder, parent, record_hash, result)
     except CheckpointError as error:
         result.problems.append(str(error))
     return result
 
 
-def check_run(folder: Path, edge: PendingEdge, result: CheckedCheckpoint) -> None:
+def check_run(folder: Path, parent: ParentRef, record_hash: str | None, result: CheckedCheckpoint) -> None:
     """Read the record and the edges of a checkpoint's run, and check them. Raises CheckpointError."""
     run = RunFolder(folder.parent.parent) if lookup.in_run(folder) else None
-    path = record_beside(folder, edge.record_hash)
+    path = record_beside(folder, record_hash)
     if not path.exists():
-        if edge.record_hash:
+        if record_hash:
             result.problems.append(f"{path} is missing")
         if run is not None:  # it has not finished: config.json has its edges
             result.edges = launched_with(read_object(run.config), run.config)
@@ -128,7 +118,7 @@ def check_run(folder: Path, edge: PendingEdge, result: CheckedCheckpoint) -> Non
     own = record.get(OWN_HASH)  # records of older versions have none
     if own and own_hash(record) != own:
         result.problems.append(f"{path} was edited: it is not what its own record_hash says")
-    if edge.record_hash and own != edge.record_hash:
+    if record_hash and own != record_hash:
         result.problems.append(f"{path} has changed since its child was made from it")
     check_data_files(folder, record, run, result)
     if run is not None:
@@ -136,7 +126,7 @@ def check_run(folder: Path, edge: PendingEdge, result: CheckedCheckpoint) -> Non
         last = inside(run.path, record["checkpoint"], run.record)
         if last.resolve() != folder:
             return  # an earlier checkpoint of the run: the rest is about the last one
-    if record["checkpoint_hash"] != edge.parent.hash:
+    if record["checkpoint_hash"] != parent.hash:
         result.problems.append(f"{path} names another checkpoint_hash than its child")
     template, settings = record.get("template_hash"), folder / fit.TOKENIZER_SETTINGS
     if template and settings.exists() and fit.template_hash(folder) != template:

@@ -83,7 +83,7 @@ def let_go(house: House, ready: Callable[[], object]) -> threading.Thread:
 
 def owner_of(run: RunFolder) -> int:
     holder = locks.Holder.read(run.pid)
-    return holder.processes[0][0] if holder else 0
+    return holder.processes[0][0] if holder.processes else 0
 
 
 def test_the_same_command_takes_the_place_of_one_that_was_killed(

@@ -34,13 +34,8 @@ class Mirror:
     """
 
     def __init__(self, run_folder: Path | str, config: dict, say: Callable[[str], None] | None = None):
-        """Raises EnvironmentProblem when a tracking server does not answer.
-
-        Args:
-            run_folder: `<root>/<run id>`, its config.json written.
-            config: the content of config.json; a login in tracking.uri goes to MLflow alone.
-            say: receives the one line about a later failure; prints to standard error by default.
-        """
+        """`config`: the content of config.json, which is written; a login in tracking.uri goes to MLflow alone.
+        `say` gets the line about a later failure. Raises EnvironmentProblem when a server does not answer."""
         self.folder = RunFolder(Path(run_folder).resolve())
         self.uri = store_uri(self.folder.path.parent, config["tracking"]["uri"])
         self.config = publishable(config)
@@ -93,17 +88,13 @@ class Mirror:
         except EnvironmentProblem as problem:
             self._store_error = str(problem)
         except failures() as error:
-            self._store_error = self._describe(error)
+            self._store_error = refusal(self.uri, self.folder, error)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
             work()
         except failures() as error:
-            self._warn(self._describe(error))
-
-    def _describe(self, error: BaseException) -> str:
-        uri, reason = without_secrets(self.uri), without_secrets(first_line(error))
-        return f"MLflow at {uri} does not take the run {self.folder.run_id}: {reason}"
+            self._warn(refusal(self.uri, self.folder, error))
 
     def _warn(self, problem: str) -> None:
         """Report the first problem only."""
@@ -125,29 +116,28 @@ def sync(
     first deletes the root's runs and model versions, and nothing else in the store. Raises
     EnvironmentProblem.
     """
-    stores: dict[str, list[tuple[RunFolder, dict]]] = {}
+    written, busy, emptied = 0, [], set()
     for folder, config in tracked(Path(root), pipeline):
         store = store_uri(folder.path.parent, uri or config["tracking"]["uri"])
-        stores.setdefault(store, []).append((folder, config))
-    written, busy = 0, []
-    for store, folders in stores.items():
         try:
-            if rebuild:
-                forget(store, folders[0][0].path.parent, pipeline)
-            for folder, config in folders:
-                if write(folder, config, store):
-                    written += 1
-                else:
-                    busy.append(folder.run_id)
+            if rebuild and store not in emptied:
+                forget(store, folder.path.parent, pipeline)
+                emptied.add(store)
+            if write(folder, config, store):
+                written += 1
+            else:
+                busy.append(folder.run_id)
         except failures() as error:
-            shown, reason = without_secrets(store), without_secrets(first_line(error))
-            raise EnvironmentProblem(
-                f"MLflow at {shown} does not take the run {folder.run_id}: {reason}; fix it, and sync again"
-            ) from None
+            raise EnvironmentProblem(f"{refusal(store, folder, error)}; fix it, and sync again") from None
     return written, busy
 
 
-def tracked(root: Path, pipeline: str | None = None) -> Iterator[tuple[RunFolder, dict]]:
+def refusal(uri: str, folder: RunFolder, error: BaseException) -> str:
+    reason = without_secrets(first_line(error))
+    return f"MLflow at {without_secrets(uri)} does not take the run {folder.run_id}: {reason}"
+
+
+def tracked(root: Path, pipeline: str | None = None) -> list[tuple[RunFolder, dict]]:
     """Started runs with tracking, and their configs, in the order in which they finished, or else began."""
     runs = []
     for path in root.resolve().glob("*/config.json"):
@@ -160,8 +150,7 @@ def tracked(root: Path, pipeline: str | None = None) -> Iterator[tuple[RunFolder
             began = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
             created = read_json(folder.record).get("created")
             runs.append((str(created or began), folder.run_id, folder, config))
-    for *_, folder, config in sorted(runs, key=lambda entry: entry[:2]):
-        yield folder, config
+    return [(folder, config) for *_, folder, config in sorted(runs, key=lambda entry: entry[:2])]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Mirror:
     """
 
     def __init__(self, run_folder: Path | str, config: dict, say: Callable[[str], None] | None = None):
-        """`config`: the content of config.json, which is written; a login in tracking.uri goes to MLflow alone.
+        """`config`: the content of config.json, already written; a login in its uri goes to MLflow alone.
         `say` gets the line about a later failure. Raises EnvironmentProblem when a server does not answer."""
         self.folder = RunFolder(Path(run_folder).resolve())
         self.uri = store_uri(self.folder.path.parent, config["tracking"]["uri"])

@@ -23,6 +23,7 @@ from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, lineage, record
 from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import check_not_running, was_interrupted
+from r1pipe.runs.results import stage_name
 
 LABEL_KEYS = ("root", "parent", "recipe", "engine.name")  # names alone: a running job need not share them
 
@@ -189,9 +190,7 @@ def unreadable_message(run: RunFolder) -> str:
 
 def key_of(mapping: dict) -> tuple:
     """Pipeline, seed and stage name of a config.json; None for what it lacks."""
-    stage = mapping.get("stage")
-    stage_name = stage.get("name") if isinstance(stage, dict) else None
-    return mapping.get("pipeline"), mapping.get("seed"), stage_name
+    return mapping.get("pipeline"), mapping.get("seed"), stage_name(mapping)
 
 
 def check_nothing_to_lose(plan: RunPlan, in_recipe: bool) -> None:

@@ -26,8 +26,9 @@ def read_object(path: Path) -> Row:
     except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
     except OSError as error:
-        why = error.strerror
-        raise CheckpointError(f"{path} cannot be read ({why}); copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); copy the checkpoint again"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content

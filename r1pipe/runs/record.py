@@ -172,9 +172,6 @@ def steps_of(run: RunFolder) -> int:
     return steps if isinstance(steps, int) else 0
 
 
-# --- parents
-
-
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
     """(kind, parent, hash of the parent's own record if known), weights first."""
     weights = parents.get("weights")
@@ -184,9 +181,6 @@ def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named
     ]
-
-
-# --- hashes
 
 
 def own_hash(record: Mapping[str, Any]) -> str:

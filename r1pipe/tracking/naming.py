@@ -94,13 +94,11 @@ def datasets(config: dict, record: Record) -> list[tuple[str, str, str, str]]:
     """What a run read, as (name, digest, source as JSON, context): its data, and what it sampled from."""
     data = config["data"]
     source = {name: data[name] for name in ("kind", "path", "tasks")}
-    read: list[tuple[Any, str | None, object, str]] = [
-        (data["name"], record.get("data_hash"), source, "training and evaluation")
-    ]
+    read = [(data["name"], record.get("data_hash"), _json(source), "training and evaluation")]
     for parent in (record.get("parents") or {}).get("data") or []:
         name = f"{parent['stage']} ({parent['run_id']})"
-        read.append((name, parent["hash"], parent, "read from a parent"))
-    return [(name, str(digest), _json(source), context) for name, digest, source, context in read if digest]
+        read.append((name, parent["hash"], _json(parent), "read from a parent"))
+    return [(name, digest, text, context) for name, digest, text, context in read if digest]
 
 
 def _json(value: object) -> str:

@@ -74,10 +74,8 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
 

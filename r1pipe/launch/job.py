@@ -201,11 +201,12 @@ class Job:
         DeepSpeed's launcher does not pass on what killed its children.
         """
         with self._resources:
-            try:
-                code = self.process.wait(self.engine.grace_s)
-            except subprocess.TimeoutExpired:
-                self._end_now()
-                code = self.process.wait()
+            give_up_at = time.monotonic() + self.engine.grace_s
+            while (code := self.process.poll()) is None:
+                if time.monotonic() > give_up_at:
+                    self._end_now()
+                    give_up_at = math.inf
+                time.sleep(POLL_S)
             self._end_group(self.engine.grace_s)
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)

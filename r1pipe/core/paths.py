@@ -99,7 +99,6 @@ class RunFolder:
         return self.path.name
 
     def earlier_diff(self, sha: str) -> Path:
-        """The code.diff of an earlier session."""
         return self.path / f"code-{sha[:12]}.diff"
 
     def earlier_record(self, step: int) -> Path:

@@ -144,8 +144,6 @@ def finished_run_ids(config: RunConfig) -> list[str]:
 
 @dataclass
 class Outcome:
-    """How far a reproduction came."""
-
     config: RunConfig  # of its last stage
     code: int  # 0, or the exit code of the job that failed
     finished: list[RunFolder]  # in the recipe's order

@@ -29,8 +29,6 @@ LABEL_KEYS = ("root", "parent", "recipe", "engine.name")  # names alone: a runni
 
 
 class Action(Enum):
-    """What is done with a run folder."""
-
     START = "start"  # it is new
     RESUME = "resume"  # it is unfinished
     EXTEND = "extend"  # it has finished, and the config asks for more steps
@@ -69,7 +67,6 @@ class RunPlan:
         return all(any(part in LABEL_KEYS for part in upwards(change.key)) for change in self.changed)
 
     def describe(self) -> str:
-        """One line for the user on what is about to happen."""
         run_id, fresh = self.run.run_id, "(--fresh starts a new run)"
         if self.action is Action.START:
             return f"{run_id}: starts"
@@ -180,7 +177,6 @@ def extension_of(plan: RunPlan) -> RunPlan | None:
 
 
 def unreadable(root: Path) -> list[RunFolder]:
-    """Run folders whose config.json is broken."""
     return [run for run in lineage.run_folders(root) if not read_json(run.config)]
 
 

@@ -33,15 +33,11 @@ COLLECTIVE = re.compile(r'^  File ".*(/torch/distributed/|/deepspeed/comm/).*", 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a job is ended."""
-
     line: str  # for the user
     code: int  # the job's exit code
 
 
 class Watch:
-    """The state of one job's ranks."""
-
     def __init__(self, run: RunFolder, ranks: int | None, stuck_after_s: float):
         """`ranks`: how many there are; None where they are on several machines."""
         self.run, self.ranks, self.stuck_after_s = run, ranks, stuck_after_s

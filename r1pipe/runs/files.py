@@ -64,7 +64,6 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def append_line(path: Path, row: Row) -> None:
-    """Append one JSON object to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

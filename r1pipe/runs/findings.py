@@ -8,8 +8,6 @@ ORDER = (PASS, WARN, FAIL)  # from good to bad
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check."""
-
     name: str
     status: str  # PASS, WARN or FAIL
     value: str  # what was measured

@@ -47,7 +47,6 @@ class Beat:
 
     @property
     def is_here(self) -> bool:
-        """Whether the rank runs on this machine."""
         return self.host == socket.gethostname()
 
     def where(self) -> str:
@@ -162,7 +161,6 @@ def limited() -> AbstractContextManager[None]:
 
 
 def at_step(step: int) -> None:
-    """Set the step that is being worked on."""
     if _heart is not None:
         beat = _heart.beat
         beat.step, beat.place, beat.patient, beat.ticks = step, "between phases", False, beat.ticks + 1

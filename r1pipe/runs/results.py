@@ -98,7 +98,6 @@ def stored_runs(root: Path, pattern: str = "*") -> list[StoredRun]:
 
 @cache
 def warn_once(line: str) -> None:
-    """Print a line to stderr, once per command."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -126,7 +125,6 @@ def launched_with(config: Mapping[str, Any], path: Path) -> list[tuple[str, Pare
 
 
 def finished_runs(root: Path | str) -> list[StoredRun]:
-    """The finished runs under `root`, oldest first."""
     return [run for run, _ in finished(Path(root))]
 
 

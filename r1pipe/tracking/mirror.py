@@ -97,7 +97,6 @@ class Mirror:
             self._warn(refusal(self.uri, self.folder, error))
 
     def _warn(self, problem: str) -> None:
-        """Report the first problem only."""
         if not self._warned:
             self._warned = True
             state = "the run is done" if self.folder.record.exists() else "training continues"

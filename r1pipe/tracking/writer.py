@@ -124,10 +124,8 @@ class RunWriter:
             tags = {**tags, "mlflow.user": os.environ.get("USER", "r1pipe")}
             return self.client.create_run(experiment, began_ms, tags, name).info.run_id
         self.client.update_run(run_id, status="RUNNING", name=name)
-        existing = self.client.get_run(run_id).data.tags
-        for key, value in tags.items():
-            if existing.get(key) != value:
-                self.client.set_tag(run_id, key, value)
+        for key, value in tags.items() - self.client.get_run(run_id).data.tags.items():
+            self.client.set_tag(run_id, key, value)
         return run_id
 
     def send_lines(self) -> None:
@@ -154,9 +152,8 @@ class RunWriter:
         trips = naming.trips(Tail(self.folder.tripwires).read())
         for key in self._trips.keys() - trips.keys():
             self.client.delete_tag(self.run_id, key)
-        for key, text in trips.items():
-            if self._trips.get(key) != text:
-                self.client.set_tag(self.run_id, key, text)
+        for key, text in trips.items() - self._trips.items():
+            self.client.set_tag(self.run_id, key, text)
         self._trips = trips
 
     def end(self) -> str | None:
@@ -253,9 +250,8 @@ class RunWriter:
 
         for existing in self.client.search_model_versions(store.matching("run_id", self.run_id)):
             if existing.name == name:
-                for key, value in tags.items():
-                    if existing.tags.get(key) != value:
-                        self.client.set_model_version_tag(name, existing.version, key, value)
+                for key, value in tags.items() - existing.tags.items():
+                    self.client.set_model_version_tag(name, existing.version, key, value)
                 return existing.version
         try:
             self.client.create_registered_model(name, description="Checkpoints; an alias for each stage.")

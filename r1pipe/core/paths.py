@@ -3,6 +3,7 @@
 import importlib.resources
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
@@ -19,17 +20,9 @@ def _home(name: str) -> Path:
     )
 
 
-def conf_dir() -> Path:
-    return _home("conf")
-
-
-def stages_dir() -> Path:
-    return _home("stages")
-
-
-def content_dir() -> Path:
-    """The bundled content: tokenizer/, base/, world/."""
-    return _home("data")
+conf_dir = partial(_home, "conf")
+stages_dir = partial(_home, "stages")
+content_dir = partial(_home, "data")  # tokenizer/, base/, world/
 
 
 def inside(folder: Path, name: str, source: Path) -> Path:

@@ -7,14 +7,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 
-from r1pipe.config import (
-    EvaluateConfig,
-    FineTuneConfig,
-    RewardModelConfig,
-    RLConfig,
-    RunConfig,
-    to_mapping,
-)
+from r1pipe.config import EvaluateConfig, FineTuneConfig, RewardModelConfig, RLConfig, RunConfig, to_mapping
 from r1pipe.config.changes import Change, changes, listed
 from r1pipe.config.groups import upwards
 from r1pipe.core.errors import ConfigError, EnvironmentProblem

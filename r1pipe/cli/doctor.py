@@ -6,13 +6,9 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from r1pipe.cli import findings
 from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
@@ -24,11 +20,8 @@ from r1pipe.launch.job import failure
 from r1pipe.plan import footprint
 from r1pipe.runs import machine
 from r1pipe.runs.files import write_json
-from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN, Finding
+from r1pipe.runs.findings import FAIL, PASS, Finding
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri
-
-COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
-WIDTH = 140  # of the table without a terminal
 
 
 def doctor(overrides: list[str], as_json: bool) -> int:
@@ -65,33 +58,13 @@ def doctor(overrides: list[str], as_json: bool) -> int:
 
 
 def show(config: RunConfig, began: float, found: list[Finding], as_json: bool) -> int:
-    """Print what was found since the time `began`, as JSON or as a table; 1 if a check failed."""
-    stage, seconds = config.stage.name, time.monotonic() - began
-    statuses = [finding.status for finding in found]
-    failed = FAIL in statuses
+    """Print what was found since the time `began`; 1 if a check failed."""
+    seconds = time.monotonic() - began
     if as_json:
-        content = {
-            "stage": stage,
-            "seconds": round(seconds, 1),
-            "failed": failed,
-            "checks": [asdict(finding) for finding in found],
-        }
-        print(json.dumps(content, ensure_ascii=False, indent=2))
-        return int(failed)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH, color_system=None)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("check", "verdict", "measured", "remedy"):
-        table.add_column(column, overflow="fold")
-    for finding in found:
-        status = Text(finding.status, COLOURS[finding.status])
-        # Text, because a path or a message may contain rich's markup
-        table.add_row(Text(finding.name), status, Text(finding.value), Text(finding.remedy))
-    console.print(table)
-    counts = ", ".join(f"{statuses.count(status)} {status}" for status in ORDER)
-    console.print(Text(f"{stage}: {counts}, in {seconds:.0f} s", style="dim"))
-    return int(failed)
+        print(findings.as_json(config.stage.name, seconds, found))
+    else:
+        findings.show(config.stage.name, seconds, found)
+    return 1 if findings.failed(found) else 0
 
 
 def examined(config: RunConfig, run: RunFolder, several: bool) -> tuple[int, list[Finding]]:

@@ -73,10 +73,10 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
 
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
-        plan = pipeline.plan_run(config, fresh, sweep=name)
-        run_to_end(plan)
-        finished[str(plan.run.path)] = config.root
-        return record_of(plan.run)["metrics"].get("pass_at_1")
+        placed = pipeline.plan_run(config, fresh, sweep=name)
+        run_to_end(placed)
+        finished[str(placed.run.path)] = config.root
+        return record_of(placed.run)["metrics"].get("pass_at_1")
 
     try:
         hand_to_sweeper(print_command if dry_run else run, own, [*filter(OF_HYDRA.match, overrides)])
@@ -98,15 +98,15 @@ def print_command(job: list[str]) -> None:
     print(shlex.join(["r1pipe", "run", *job]))
 
 
-def run_to_end(plan: RunPlan) -> None:
+def run_to_end(placed: RunPlan) -> None:
     """Run a job that has not finished. Raises JobFailed where it fails or is interrupted."""
-    if plan.done:
-        pipeline.log(plan.describe())
+    if placed.done:
+        pipeline.log(placed.describe())
         return
-    job = pipeline.start(plan)
+    job = pipeline.start(placed)
     code = job.end()
-    if not plan.done:
-        pipeline.log(failure(plan.run, code))
+    if not placed.done:
+        pipeline.log(failure(placed.run, code))
     if code or job.received_signal:
         raise JobFailed(code or 128 + job.received_signal)
 

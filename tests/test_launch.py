@@ -104,10 +104,13 @@ def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
 def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    facts = machine.facts()
+
     def code_is(revision: str, diff: str, torch: str) -> None:
-        monkeypatch.setattr(machine, "code", lambda: {"revision": revision, "dirty": bool(diff)})
+        code = {"revision": revision, "dirty": bool(diff)}
+        versions = {name: torch if name == "torch" else "1.0" for name in machine.PACKAGES}
+        monkeypatch.setattr(machine, "facts", lambda: {**facts, "code": code, "versions": versions})
         monkeypatch.setattr(machine, "code_diff", lambda: diff)
-        monkeypatch.setattr(machine, "version", lambda name: torch if name == "torch" else "1.0")
 
     code_is("a" * 40, "the diff of then\n", "2.12")
     assert house.call("run", "stage=pretrain", "--dry-run") == 0

@@ -1,4 +1,4 @@
-"""A house for tests of the light wing: stages that are all `fake_stage.py`, a bundled base of a few bytes,
+"""A house for tests of the command line: stages that are all `fake_stage.py`, a bundled base of a few bytes,
 and in place of DeepSpeed's launcher (four seconds a start) a script that takes the same arguments."""
 
 import sys

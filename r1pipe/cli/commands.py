@@ -65,13 +65,13 @@ def run_to_end(config: RunConfig, fresh: bool = False) -> int:
     from r1pipe.cli import compare
     from r1pipe.launch import parents, pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
-    placed = pipeline.place(parents.with_parents(config), fresh)
-    code = pipeline.run_stage(placed)
-    if placed.done:
-        compare.show([results.row(StoredRun.read(placed.run))])
-        print(f"run folder: {placed.run.path}")
+    plan = pipeline.plan_run(parents.with_parents(config), fresh)
+    code = pipeline.run_stage(plan)
+    if plan.done:
+        compare.show([results.row(StoredRun.read(plan.run))])
+        print(f"run folder: {plan.run.path}")
     return code
 
 
@@ -101,7 +101,7 @@ def reproduce(overrides: Overrides = None) -> int:
     from r1pipe.core.redaction import without_login
     from r1pipe.launch import pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
     config, finished = outcome.config, outcome.finished

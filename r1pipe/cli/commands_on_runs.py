@@ -103,7 +103,7 @@ def sync(
     Exit code 1 if a run was left out because its config.json cannot be read.
     """
     from r1pipe import tracking
-    from r1pipe.launch import placing
+    from r1pipe.launch import run_plan
     from r1pipe.runs import lineage as family
 
     config = composed(overrides)
@@ -113,9 +113,9 @@ def sync(
     print(f"MLflow has {written} runs of {config.root}, wholly")
     for run_id in busy:
         print(f"left to the process that is mirroring it: {run_id}")
-    broken = placing.unreadable(Path(config.root))
+    broken = run_plan.unreadable(Path(config.root))
     for run in broken:
-        print(f"warning: {placing.unreadable_message(run)}", file=sys.stderr)
+        print(f"warning: {run_plan.unreadable_message(run)}", file=sys.stderr)
     return 1 if broken else 0
 
 

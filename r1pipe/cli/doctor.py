@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from r1pipe.cli import findings
 from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
@@ -17,7 +18,7 @@ from r1pipe.launch import command as launch
 from r1pipe.launch import parents
 from r1pipe.launch.job import failure
 from r1pipe.plan import footprint
-from r1pipe.runs import findings, machine
+from r1pipe.runs import machine
 from r1pipe.runs.files import write_json
 from r1pipe.runs.findings import FAIL, PASS, Finding
 from r1pipe.tracking.store import check_server_answers, is_server, store_uri

@@ -9,7 +9,7 @@ from pathlib import Path
 from r1pipe.config import STAGE_TYPES
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, nearest
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.placing import key_of
+from r1pipe.launch.run_plan import key_of
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import Lock, check_not_running

@@ -26,7 +26,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, mask_controls, signed
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_object
-from r1pipe.runs.stored import stored_runs
+from r1pipe.runs.results import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it
 Rows = list[dict[str, Any]]

@@ -78,18 +78,18 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
 
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
-        placed = pipeline.place(config, fresh, sweep=name)
-        if placed.done:
-            pipeline.log(placed.describe())
+        plan = pipeline.plan_run(config, fresh, sweep=name)
+        if plan.done:
+            pipeline.log(plan.describe())
         else:
-            started = pipeline.start(placed)
+            started = pipeline.start(plan)
             code = started.end()
-            if not placed.done:
-                pipeline.log(failure(placed.run, code))
+            if not plan.done:
+                pipeline.log(failure(plan.run, code))
             if code or started.received_signal:
                 raise JobFailed(code or 128 + started.received_signal)
-        finished[str(placed.run.path)] = config.root
-        return record_of(placed.run)["metrics"].get("pass_at_1")
+        finished[str(plan.run.path)] = config.root
+        return record_of(plan.run)["metrics"].get("pass_at_1")
 
     try:
         hand_to_sweeper(print_command if dry_run else run, own, [*filter(OF_HYDRA.match, overrides)])

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.runs.files import Tail, read_json
-from r1pipe.runs.results import choose, row
-from r1pipe.runs.stored import StoredRun, stored_runs
+from r1pipe.runs.results import StoredRun, choose, row, stored_runs
 
 
 class StageRun(StoredRun):

@@ -26,7 +26,7 @@ from r1pipe.runs.files import read_object
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rollout import Sampler, SamplingParams
 
-SLOTS = 64
+MAX_NUM_SEQS = 64  # answered together
 
 
 def main(options: GenerateOptions) -> int:
@@ -34,7 +34,7 @@ def main(options: GenerateOptions) -> int:
     folder = options.checkpoint
     checkpoints.verify(folder)
     chat, model = Chat.load(folder), load(folder)
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, SLOTS)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, MAX_NUM_SEQS)
     params = sampling_params(folder, options)
     context = model.config.max_position_embeddings
     count = invalid = 0

@@ -22,13 +22,13 @@ and weights were not published.
 import sys
 
 from r1pipe.config import RLConfig
-from r1pipe.train.rl.stage import reinforce, reward_models, rules_only
+from r1pipe.train.rl.stage import run_rl_stage
 from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:
     with open_run(folder, RLConfig) as run:
-        reinforce(run, reward_models if run.stage.preference else rules_only)
+        run_rl_stage(run)
 
 
 if __name__ == "__main__":

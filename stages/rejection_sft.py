@@ -41,8 +41,8 @@ def main(folder: str) -> None:
                 stage.prompts,
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
-            slots, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.requested)
+            seqs, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, seqs, graphs, stopping.requested)
             shards = draw_samples(run, ranks, sampler, chat, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:

@@ -20,7 +20,7 @@ from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.preference import Examples, read_examples, steps_of, train_reward_model
+from r1pipe.train.rl.reward_model import Examples, read_examples, steps_of, train_reward_model
 from r1pipe.train.run import Run, open_run
 
 

@@ -59,7 +59,7 @@ def reference(model) -> None:
 
 def sampling(model) -> None:
     prompts = [row[:100] for row in tokens(8, 128, WIDE).tolist()]
-    Sampler(model.eval(), 1, 0, slots=8).generate(prompts, SamplingParams(max_tokens=3))
+    Sampler(model.eval(), 1, 0, max_num_seqs=8).generate(prompts, SamplingParams(max_tokens=3))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -100,7 +100,14 @@ class Resumable(Generic[S]):
             return step >= total
         direction = self.stage.keep_best_direction
         stalled = self.rank == 0 and retention.has_stalled(self.folder.metrics, name, direction, patience)
-        return bool(ranks.agree_max(int(stalled)))
+        if not ranks.agree_max(int(stalled)):
+            return False
+        log.info(
+            "ends early, with step %d of %d: the last %d values of stage.keep_best=%s were no better than an "
+            "earlier one (stage.early_stopping_patience)",
+            *(step, total, patience, name),
+        )
+        return True
 
     # --- checkpoints
 
@@ -146,11 +153,22 @@ class Resumable(Generic[S]):
             raise EnvironmentProblem(problem)
 
     def _export(self, export: Callable[[Any, Path], None], model: Any, target: Path) -> str | None:
-        """Write what the checkpoint publishes; returns a message if the disk is full."""
+        """Write weights, tokenizer and sampling settings; returns a message if the disk is full."""
         try:
-            temporary = checkpoints.begin(target)
+            temporary, source = checkpoints.begin(target), self._tokenizer_folder()
             export(model, temporary)
-            self._add_tokenizer(temporary)
+            for name in TOKENIZER_FILES:
+                copyfile(source / name, temporary / name)
+            chat, sampling = Chat.load(source), self.stage.eval
+            generation = {
+                "bos_token_id": chat.bos_id,
+                "eos_token_id": chat.eos_id,
+                "pad_token_id": chat.pad_id,
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
+            write_json(temporary / "generation_config.json", generation)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
             return self._full_disk_message(error, target)
         return None
@@ -207,22 +225,6 @@ class Resumable(Generic[S]):
             checkpoints.finish(target)
         return target
 
-    def _add_tokenizer(self, folder: Path) -> None:
-        """Add the chat format and the sampling settings to the weights."""
-        source = self._tokenizer_folder()
-        for name in TOKENIZER_FILES:
-            copyfile(source / name, folder / name)
-        chat, sampling = Chat.load(source), self.stage.eval
-        generation = {
-            "bos_token_id": chat.bos_id,
-            "eos_token_id": chat.eos_id,
-            "pad_token_id": chat.pad_id,
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-        }
-        write_json(folder / "generation_config.json", generation)
-
     def newest_complete(self, ranks: Ranks) -> Path | None:
         """The newest undamaged checkpoint, None if there never was one; all ranks call.
 
@@ -259,22 +261,20 @@ class Resumable(Generic[S]):
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("resumes from step %d (%s)", step, folder)
-        problem = self._cut_back(step) if self.rank == 0 else None
+        problem = None
+        if self.rank == 0:
+            try:
+                cut_metrics_after(self.folder.metrics, step)
+                cut_tripwires_after(self.folder.tripwires, step)
+            except CheckpointError as error:
+                problem = str(error)
+            else:
+                for table in self._tables(step + 1):
+                    table.unlink()
+                self._durable = step
+                self._prune()  # a kill may have prevented it after the last save
         _raise_in_all_ranks(engine, problem, CheckpointError)  # before any rank reads the lines
         return step, loop
-
-    def _cut_back(self, step: int) -> str | None:
-        """Rank 0: remove logs and tables after a step; returns a message if they are damaged."""
-        try:
-            cut_metrics_after(self.folder.metrics, step)
-            cut_tripwires_after(self.folder.tripwires, step)
-        except CheckpointError as error:
-            return str(error)
-        for table in self._tables(step + 1):
-            table.unlink()
-        self._durable = step
-        self._prune()  # a kill may have prevented it after the last save
-        return None
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
         """The rollout tables of steps first to last."""

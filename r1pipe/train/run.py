@@ -154,7 +154,8 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         config = with_relocated_parents(read_config(folder.config), folder.path.parent)
-        torch.set_num_threads(_threads(config))
+        shared = max(1, machine.cores() // config.engine.ranks)
+        torch.set_num_threads(config.engine.threads or shared)
         if not isinstance(config.stage, kind):
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")
         run = Run(folder, config, config.stage)
@@ -213,8 +214,3 @@ def _fail(folder: RunFolder, line: str) -> NoReturn:
         folder.error.write_text(f"{line}\n", encoding="utf-8")
     log.error("%s", line)
     _exit(2)
-
-
-def _threads(config: RunConfig) -> int:
-    """CPU threads of this rank: as configured, or the cores divided by the ranks."""
-    return config.engine.threads or max(1, machine.cores() // config.engine.ranks)

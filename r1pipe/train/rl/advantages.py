@@ -43,7 +43,7 @@ def token_rewards(score: float, kl_T: Tensor | None, kl_coef: float, length: int
 
     DeepSeekMath (arXiv 2402.03300), eq. 2, with rules in place of the reward model.
     """
-    rewards_T = torch.zeros(length) if kl_T is None else -kl_coef * kl_T
+    rewards_T = torch.zeros(length) if kl_T is None else -kl_coef * kl_T.cpu()
     rewards_T[-1] += score
     return rewards_T
 

@@ -18,7 +18,10 @@ from r1pipe.train.rl.losses import LOSS_AGGREGATIONS
 
 @dataclass
 class Rollout:
-    """One completion with its prompt and advantage: the unit of a minibatch."""
+    """One completion with its prompt and advantage: the unit of a minibatch.
+
+    rollouts_of makes it from a Group; Reference.estimate_kl sets kl_T, Critic.estimate what PPO has per token.
+    """
 
     prompt: list[int]
     completion: Completion
@@ -121,7 +124,11 @@ def micro_batches(
 
     `aggregation` is a key of LOSS_AGGREGATIONS. All ranks must call.
     """
-    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
+    # tokens in a forward pass, without padding: prompts once, and every token but each sequence's last; a prompt
+    # is counted once even if its group is split over micro-batches
+    prompts = {tuple(rollout.prompt) for rollout in minibatch}
+    read = sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in minibatch)
+    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), read])
     sequences, tokens = sequences / ranks.world_size, tokens / ranks.world_size
     longest = config.sampling.max_tokens
     return [
@@ -139,15 +146,6 @@ def scored_counts(rollouts: Sequence[Rollout]) -> tuple[float, float]:
     """How many completions, and how many of their tokens, a loss over these rollouts averages."""
     lengths = [len(rollout.completion.tokens) for rollout in rollouts if rollout.scored]
     return float(len(lengths)), float(sum(lengths))
-
-
-def tokens_read(rollouts: Sequence[Rollout]) -> float:
-    """Tokens in a forward pass, without padding: prompts once, and every token but each sequence's last.
-
-    The prompt of a group that is split over micro-batches is read once for each, but counted once here.
-    """
-    prompts = {tuple(rollout.prompt) for rollout in rollouts}
-    return float(sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in rollouts))
 
 
 def weights_of(

@@ -21,7 +21,7 @@ from r1pipe.config import RLConfig
 # --- KL(pi || pi_ref) from tokens drawn from pi: Schulman, "Approximating KL divergence", 2020
 
 
-def kl_plain(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+def kl_k1(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """k1 = log(pi/pi_ref) per token: unbiased, may be negative.
 
     Inside the loss its gradient is grad log pi, which is zero on average: it pulls only in the reward.
@@ -29,12 +29,12 @@ def kl_plain(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     return logprobs_N - reference_N
 
 
-def kl_square(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+def kl_k2(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """k2 = log(pi/pi_ref)^2 / 2 per token: biased, but inside the loss its gradient is, on average, KL's."""
     return (logprobs_N - reference_N) ** 2 / 2
 
 
-def kl_unbiased(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+def kl_k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """k3 = pi_ref/pi - log(pi_ref/pi) - 1 per token: never negative, KL(pi || pi_ref) on average over tokens
     drawn from pi (DeepSeekMath eq. 4)."""
     log_ratio_N = reference_N - logprobs_N
@@ -42,9 +42,9 @@ def kl_unbiased(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": kl_plain,
-    "k2": kl_square,
-    "k3": kl_unbiased,
+    "k1": kl_k1,
+    "k2": kl_k2,
+    "k3": kl_k3,
 }
 
 # --- the ratio and the surrogate objective

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from functools import lru_cache
 
-import numpy as np
-
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
@@ -61,9 +59,3 @@ def general_count(config: RLConfig, step: int) -> int:
     if preference is None or step < config.max_steps - preference.last_steps:
         return 0
     return round(preference.general_share * config.prompts_per_step)
-
-
-def shuffled(reasoning: list[Prompt], general: list[Prompt], rng: np.random.Generator) -> list[Prompt]:
-    """Both kinds in random order, so that every rank and minibatch gets some of each."""
-    prompts = reasoning + general
-    return [prompts[i] for i in rng.permutation(len(prompts))] if general else prompts

@@ -17,6 +17,7 @@ from r1pipe.train.rl.batch import MicroBatch, Rollout, unweighted
 from r1pipe.train.rl.update import balances_of, completion_logprobs
 
 
+@torch.no_grad()
 def routing_agreement(
     engine: Engine, rollouts: Sequence[Rollout], config: RLConfig, count: int
 ) -> dict[str, float]:
@@ -26,31 +27,23 @@ def routing_agreement(
     expert was chosen. The sampler's decoder chooses again, token by token: one pass per token of the longest
     completion, which all ranks wait for, so the shortest are compared.
     """
-    decoded = [rollout for rollout in rollouts if len(rollout.completion.tokens) > 1]
-    decoded.sort(key=lambda rollout: len(rollout.completion.tokens))
+    rows = [rollout for rollout in rollouts if len(rollout.completion.tokens) > 1]  # the first is not decoded
+    rows = sorted(rows, key=lambda rollout: len(rollout.completion.tokens))[:count]
+    choices = torch.zeros(0)
     with engine.gathered() as policy:
-        same, chosen = _count_choices(policy, decoded[:count], config, engine.device)
-    same, chosen = engine.sum_over_ranks([same, chosen])
+        if rows and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
+            micro = unweighted(rows, engine.device)
+            balances = balances_of(micro, with_loss=False)
+            completion_logprobs(policy, micro, config.sampling.temperature, balances)
+            trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)
+            sampled_LBTK = _decoder_choices(policy, rows, micro)
+            # a row starts with the prompt's last token, which the sampler reads with the prompt
+            columns = torch.arange(1, micro.tokens_BT.shape[1], device=engine.device)
+            read_BT = columns < micro.lengths_B.unsqueeze(1)
+            same_LBTK = (sampled_LBTK.unsqueeze(-1) == trained_LBTK[:, :, 1:].unsqueeze(-2)).any(dim=-1)
+            choices = same_LBTK[:, read_BT]
+    same, chosen = engine.sum_over_ranks([float(choices.sum()), float(choices.numel())])
     return {"train/routing_agreement": same / chosen} if chosen else {}
-
-
-@torch.no_grad()
-def _count_choices(
-    policy: DeepseekV3, rows: list[Rollout], config: RLConfig, device: torch.device
-) -> tuple[float, float]:
-    """Equal choices and all choices, in completions of at least two tokens: the first is not decoded."""
-    if not rows or policy.config.first_k_dense_replace >= policy.config.num_hidden_layers:
-        return 0.0, 0.0
-    micro = unweighted(rows, device)
-    balances = balances_of(micro, with_loss=False)
-    completion_logprobs(policy, micro, config.sampling.temperature, balances)
-    trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)
-    sampled_LBTK = _decoder_choices(policy, rows, micro)
-    # a row starts with the prompt's last token, which the sampler reads with the prompt
-    read_BT = torch.arange(1, micro.tokens_BT.shape[1], device=device) < micro.lengths_B.unsqueeze(1)
-    same_LBTK = (sampled_LBTK.unsqueeze(-1) == trained_LBTK[:, :, 1:].unsqueeze(-2)).any(dim=-1)
-    choices = same_LBTK[:, read_BT]
-    return float(choices.sum()), float(choices.numel())
 
 
 def _decoder_choices(policy: DeepseekV3, rows: list[Rollout], micro: MicroBatch) -> Tensor:

@@ -5,14 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
+from r1pipe.model import Balance, DeepseekV3
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
@@ -90,12 +89,6 @@ class Reference:
         with engine.gathered() as policy:
             weights = policy.state_dict()
             self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-
-    def save(self, folder: Path) -> None:
-        save_pretrained(self.model, folder)
-
-    def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_pretrained(folder).state_dict())
 
 
 def update(

@@ -1,6 +1,6 @@
 """The bundled sampler: continuous batching on the latent cache.
 
-`slots` sequences are decoded together. A prompt is read once and its n completions start from copies of its
+Up to `max_num_seqs` sequences (vLLM's name) are decoded together, each in a slot of the batch. A prompt is read once and its n completions start from copies of its
 cache entries; a slot whose completion has ended takes the next one; at the end, the batch shrinks. Which
 slots have ended is checked every CHECK_EVERY steps, so as not to wait for an accelerator at each token.
 
@@ -44,7 +44,7 @@ class Sampler:
         model: DeepseekV3,
         eos_id: int | None = None,
         pad_id: int = 0,
-        slots: int = 256,
+        max_num_seqs: int = 256,
         graphs: bool = False,
         stop: Callable[[], object] = lambda: False,
     ):
@@ -52,12 +52,12 @@ class Sampler:
         `graphs` decodes through CUDA graphs; `generate` raises ConfigError where that is impossible, and
         Stopped as soon as `stop()` is true.
         """
-        if slots < 1:
-            raise ConfigError(f"sampling: slots={slots} must be at least 1")
+        if max_num_seqs < 1:
+            raise ConfigError(f"sampling: max_num_seqs={max_num_seqs} must be at least 1")
         self.model = model
         self.eos_ids = model.eos_ids if eos_id is None else (eos_id,)
         self.pad_id = pad_id
-        self.slots = slots
+        self.max_num_seqs = max_num_seqs
         self.graphs = graphs
         self.stop = stop
 
@@ -135,7 +135,7 @@ class _Batch:
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
         self.prefix: _Prefix | None = None
-        slots = min(sampler.slots, self.total)
+        slots = min(sampler.max_num_seqs, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder = decoder_of(sampler.model, sampler.graphs)
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))

@@ -14,7 +14,7 @@ from functools import partial
 from r1pipe.config import PretrainConfig
 from r1pipe.data.blocks import PackedDocuments
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.finish import finish_stage
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import train
 
@@ -34,14 +34,7 @@ def main(folder: str) -> None:
             progress=lambda done, total: run.progress("skip", done, total, "rows"),
         )
         engine = Engine(model, stage.optim, stage.router, run.config.engine, stage.max_steps)
-        checkpoint = train(
-            run,
-            engine,
-            packed.batches,
-            stage.max_steps,
-            chat.pad_id,
-            lambda: quick_evaluation(run, engine, chat, source),
-        )
+        checkpoint = train(run, engine, chat, source, packed.batches, stage.max_steps)
         finish_stage(run, engine, chat, source, checkpoint)
 
 

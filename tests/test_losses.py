@@ -450,7 +450,7 @@ def test_ranks_draw_until_they_have_enough_together():
         sum_over_ranks=sum_over_ranks,
         all_gather_objects=lambda mine: [mine, []],
     )
-    loop.run = SimpleNamespace(phase=lambda name: nullcontext())
+    loop.run = SimpleNamespace(phase=lambda name, metrics: nullcontext())
     loop.next_prompts = lambda metrics: [PROMPT] * 2
     loop.rollout = lambda prompts, verdicts, batch: [
         replace(group(*accuracies), prompt_tokens=[batch]) for accuracies in ((1.0, 0.0), (0.0, 0.0))

@@ -78,10 +78,8 @@ def test_both_decoders_record_the_same_experts_and_only_while_asked():
 
 
 def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, monkeypatch):
-    taken, unweighted = [], routing.unweighted
-    monkeypatch.setattr(
-        routing, "unweighted", lambda rows, device: taken.extend(rows) or unweighted(rows, device)
-    )
+    taken, collate = [], routing.collate
+    monkeypatch.setattr(routing, "collate", lambda rows, *more: taken.extend(rows) or collate(rows, *more))
     routing.routing_agreement(engine, ROLLOUTS, STAGE, 2)
     assert [len(row.completion.tokens) for row in taken] == [2, 3], "one token alone is read by nobody"
 

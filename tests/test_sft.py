@@ -23,8 +23,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, pack_demonstrations, steps_in, train
-from r1pipe.train.sft.losses import loss_sums
+from r1pipe.train.sft.loop import Shares, epochs_of, loss_sums, pack_demonstrations, steps_in, train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
         def sum_over_ranks(self, values):
             return [2 * value for value in values]  # as if the other rank had the same
 
-    shares = [Shares(OfTwo(rank), rows, TermWeights(0.3, 0.01), chat.pad_id) for rank in (0, 1)]
+    shares = [Shares(OfTwo(rank), rows, 0.3, 0.01, chat.pad_id) for rank in (0, 1)]
     of_ranks = [sum(loss().item() for loss in each.micro_losses(2)) for each in shares]
     assert sum(of_ranks) / 2 == pytest.approx(mean + 0.3 * mtp + 0.01 * balance, rel=1e-5)
     terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
@@ -99,8 +98,8 @@ def test_loads_count_the_batchs_tokens_and_no_padding(chat):
     model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
     engine = Engine(model, OPTIM, ROUTER, engine_config(), total_steps=10)
     documents = sum(row.segments[-1] for row in rows if row.segments)
-    for weights, mtp in ((TermWeights(0.0, 0.0), 0), (TermWeights(0.3, 0.01), sum(tokens) - documents)):
-        stats = engine.train_step(Shares(engine, rows, weights, chat.pad_id).micro_losses(2))
+    for weights, mtp in (((0.0, 0.0), 0), ((0.3, 0.01), sum(tokens) - documents)):
+        stats = engine.train_step(Shares(engine, rows, *weights, chat.pad_id).micro_losses(2))
         assert stats.loads_LE.sum(1).tolist() == [2 * sum(tokens), 2 * mtp]  # two experts a token
 
 
@@ -128,7 +127,7 @@ def run_training(folder, chat, steps, stop=None):
 
         run.log = interrupted
         with suppress(InterruptedError):
-            train(run, engine, epochs_of(run, rows, 4), total, chat.pad_id, dict)
+            train(run, engine, chat, None, epochs_of(run, rows, 4), total)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, losses
 

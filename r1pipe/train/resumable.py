@@ -56,12 +56,15 @@ class Resumable(Generic[S]):
         return time.time() - self._began
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to `seconds[name]` of the record; the heartbeat shows the name."""
+    def phase(self, name: str, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Add the time of a block to `seconds[name]` of the record, and to time/`name`_s of the metrics."""
         began = time.monotonic()
         with heartbeat.at(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        took = time.monotonic() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        if metrics is not None:
+            metrics[f"time/{name}_s"] = metrics.get(f"time/{name}_s", 0.0) + took
 
     # --- logs
 

@@ -6,10 +6,8 @@ Axis suffixes: L MoE layers, E routed experts.
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +18,18 @@ from torch import Tensor, nn
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
+from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
-from r1pipe.train.engine.nonfinite import locate_nonfinite
+from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
 log = logging.getLogger("r1pipe")
-
-
-def _start_deepspeed(device: torch.device) -> Any:
-    """Initialise DeepSpeed's communication on top of the existing process group."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    deepspeed = patches.import_deepspeed()
-    if device.type == "cpu":
-        patches.skip_operator_probes(deepspeed)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return deepspeed
-
-
-@dataclass
-class StepStats:
-    """The result of one optimizer step."""
-
-    loss: float  # mean over ranks
-    grad_norm: float  # global norm before clipping
-    lr: float  # learning rate of this step
-    loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
-    fp8: dict[str, float]  # quantisation metrics over all ranks; empty without FP8
-    broken: bool  # not finite: nothing was updated, loss or grad_norm is NaN or inf
-    skipped: int  # broken steps since the stage began
 
 
 class _ClosureRunner(nn.Module):
@@ -87,7 +63,7 @@ class Engine(Ranks):
             )
         super().__init__(config)
         self.start()
-        deepspeed = _start_deepspeed(self.device)
+        deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         train_as(model, config, self.device)
         self.router, self.zero_level = router, config.zero_level
@@ -101,11 +77,9 @@ class Engine(Ranks):
             config=deepspeed_config(config, optim.grad_clip),
             dist_init_required=False,
         )
-        if config.zero_level == 0 and self.world_size == 1:
-            patches.skip_single_rank_allreduce(self._ds)
-        if config.zero_level == 0 and config.precision == "fp32":
+        if config.zero_level == 0:
             trained = [p for p in model.parameters() if p.requires_grad]
-            patches.clip_fp32_with_torch(self._ds, optimizer, trained, optim.grad_clip)
+            patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
         if config.zero_level == 3:
             patches.clear_padding(self._ds.optimizer, self.rank)
 
@@ -163,7 +137,7 @@ class Engine(Ranks):
     ) -> None:
         """Count a skipped step and log its cause; all ranks call. Raises NumericProblem above the limit."""
         self.skipped_in_a_row += 1
-        cause = locate_nonfinite(self, self.module, micro_losses, losses, partitioned=self.zero_level == 3)
+        cause = self._locate_nonfinite(micro_losses, losses)
         cause = f"{cause} ({quantised})" if quantised else cause
         if self.skipped_in_a_row > self.max_skipped:
             raise NumericProblem(
@@ -172,6 +146,27 @@ class Engine(Ranks):
             )
         if self.rank == 0:
             log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, cause)
+
+    def _locate_nonfinite(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> str:
+        """What was not finite in a step and the first layer that produced it, the same on all ranks.
+
+        Under ZeRO-3 every pass needs all ranks, so the layer of a gradient is not located.
+        """
+        partitioned = self.zero_level == 3
+        number = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        layer = None
+        if number is not None or partitioned:
+            layer = first_non_finite(self.module, micro_losses[-1 if number is None else number])
+        for broken in self.all_gather_objects(None if number is None else (losses[number], layer)):
+            if broken is not None:
+                loss, layer = broken
+                return not_finite(f"the loss ({loss:g})", layer)
+        layers: list[str | None] = []
+        if not partitioned:
+            local = (first_nonfinite_gradient(self.module, closure) for closure in micro_losses)
+            layers = self.all_gather_objects(next(filter(None, local), None))
+        where = next((f", first at the output of {layer}" for layer in layers if layer), "")
+        return f"the gradient is not finite while the loss is: backward overflowed{where}"
 
     def _fp8_counts(self) -> dict[str, meter.Totals]:
         """What was quantised in this step, all ranks together; nothing without FP8."""
@@ -235,16 +230,12 @@ class Engine(Ranks):
             levels = level, self.zero_level
             client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
-        self._follow_schedule()
-        return client["loop"]
-
-    def _follow_schedule(self) -> None:
-        """Recompute the next learning rate: an extended run saved that of a shorter schedule."""
-        schedule = self._ds.lr_scheduler
+        schedule = self._ds.lr_scheduler  # the state of an extended run has the rate of a shorter one
         for group, lr, factor in zip(
             self._ds.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
             group["lr"] = lr * factor(schedule.last_epoch)
+        return client["loop"]
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world_size, "zero_level": self.zero_level}

@@ -1,11 +1,29 @@
-"""The metrics of one optimizer step, the same in every training loop."""
+"""The metrics of one optimizer step, the same in every training loop.
+
+Axis suffixes: L MoE layers, E routed experts.
+"""
+
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from r1pipe.model import max_vio
-from r1pipe.train.engine.engine import StepStats
 
 EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
+
+
+@dataclass
+class StepStats:
+    """The result of one optimizer step."""
+
+    loss: float  # mean over ranks
+    grad_norm: float  # global norm before clipping
+    lr: float  # learning rate of this step
+    loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
+    fp8: dict[str, float]  # quantisation metrics over all ranks; empty without FP8
+    broken: bool  # not finite: nothing was updated, loss or grad_norm is NaN or inf
+    skipped: int  # broken steps since the stage began
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -39,10 +39,18 @@ def import_deepspeed() -> Any:
     return sys.modules["deepspeed"]
 
 
-def skip_operator_probes(deepspeed: Any) -> None:
-    """On a CPU, DeepSpeed probes with a compiler for operators that we don't use, and may spend a minute
-    building one for inference."""
-    deepspeed.ops.__compatible_ops__ = {}
+def start_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed with its communication on top of the existing process group.
+
+    On a CPU it probes with a compiler for operators that we don't use, and may spend a minute building one
+    for inference.
+    """
+    os.environ["DS_ACCELERATOR"] = device.type
+    deepspeed = import_deepspeed()
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
 
 
 def exit_immediately_with(code: int) -> None:
@@ -66,16 +74,12 @@ def exit_without_teardown() -> None:
 # --- training
 
 
-def skip_single_rank_allreduce(ds: Any) -> None:
-    """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank."""
-    ds.enable_backward_allreduce = False
-
-
-def clip_fp32_with_torch(
-    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float
+def repair_level_0(
+    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float, ranks: int
 ) -> None:
-    """At ZeRO level 0 in float32, DeepSpeed walks all parameters three times per step, forgets the gradient
-    norm, and steps even if the norm is not finite; its ZeRO optimizers skip that step."""
+    """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank, walks all
+    parameters three times per step, forgets the gradient norm, and steps even if the norm is not finite; its
+    ZeRO optimizers skip that step."""
 
     def clip() -> None:
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
@@ -84,6 +88,8 @@ def clip_fp32_with_torch(
             optimizer.zero_grad()  # parameters without a gradient don't move
         ds._global_grad_norm = norm
 
+    if ranks == 1:
+        ds.enable_backward_allreduce = False
     ds.clip_fp32_gradients = clip
     ds.zero_grad = optimizer.zero_grad
 
@@ -144,16 +150,6 @@ def replaced_torch_load(load: Callable[..., Any]) -> Iterator[None]:
         torch.load = torch_load
 
 
-@contextlib.contextmanager
-def universal_loading(ds: Any) -> Iterator[None]:
-    """Whether DeepSpeed reads the universal layout is fixed when its engine starts; we know it per file."""
-    ds._config.load_universal_checkpoint = True
-    try:
-        yield
-    finally:
-        ds._config.load_universal_checkpoint = False
-
-
 def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -> None:
     """DeepSpeed's converter (levels 1 to 3) is a command that prints progress bars and unpickles anything;
     with one worker it starts no process pool."""
@@ -187,11 +183,19 @@ def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Calla
 
 
 @contextlib.contextmanager
-def repaired_after_universal(ds: Any, buffers: dict[str, Tensor]) -> Iterator[None]:
-    """What reading the universal layout gets wrong: level 3 gives every parameter group the first one's
-    weight decay, all parameters share one step counter, and buffers are not restored."""
+def reading_universal(ds: Any, buffers: dict[str, Tensor], load: Callable[..., Any]) -> Iterator[None]:
+    """Whether DeepSpeed reads the universal layout is fixed when its engine starts; we know it per file.
+
+    What it gets wrong: level 3 gives every parameter group the first one's weight decay, all parameters share
+    one step counter, and buffers are not restored.
+    """
     decays = [group["weight_decay"] for group in ds.optimizer.param_groups]
-    yield
+    ds._config.load_universal_checkpoint = True
+    try:
+        with replaced_torch_load(load):
+            yield
+    finally:
+        ds._config.load_universal_checkpoint = False
     for group, decay in zip(ds.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for state in ds.optimizer.state.values():

@@ -118,7 +118,9 @@ def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job
         convert(ds, folder, universal, old_level)
     ranks.barrier()
-    client = read_universal(ds, universal, new_level)
+    weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
+    with patches.reading_universal(ds, weights, load_tensors):
+        client = read(ds, universal) if new_level else _read_whole(ds, universal)
     ranks.barrier()
     if ranks.rank == 0:
         shutil.rmtree(universal)
@@ -133,7 +135,7 @@ def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
     model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
     state = load_tensors(str(model_state), "cpu")
     if zero_level == 0:
-        _write_parameters(_names_in_order(ds), state["module"], state["optimizer"], zero)
+        _write_parameters(ds, state["module"], state["optimizer"], zero)
         converted, groups = {}, state["optimizer"][PARAM_GROUPS]
         step = _step_of(state["optimizer"]["state"])
     else:
@@ -158,34 +160,20 @@ def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
     return next((state["step"] for state in states.values() if "step" in state), torch.tensor(0.0))
 
 
-def _names_in_order(ds: Any) -> list[str]:
-    """Parameter names in the order of the level-0 optimizer: matrices first."""
-    trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
-    flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [name for name, _ in trained if name not in flat] + flat
-
-
 def _write_parameters(
-    names: list[str], weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
+    ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
 ) -> None:
     """Write each parameter of level 0 and its moments into a folder of its own."""
-    for number, name in enumerate(names):
+    trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
+    flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [name for name, _ in trained if name not in flat]
+    for number, name in enumerate(matrices + flat):  # the order of the level-0 optimizer
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()
         torch.save({"param": weights[name].float()}, zero / name / "fp32.pt")
         for moment in MOMENTS:
             value = state.get(moment, torch.zeros_like(weights[name]))
             torch.save({"param": value}, zero / name / f"{moment}.pt")
-
-
-def read_universal(ds: Any, universal: Path, zero_level: int) -> dict[str, Any]:
-    """Restore, with this engine's ranks and level, what `convert` wrote; the client state."""
-    weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
-    with patches.repaired_after_universal(ds, weights):
-        if zero_level == 0:
-            return _read_whole(ds, universal)
-        with patches.universal_loading(ds), patches.replaced_torch_load(load_tensors):
-            return read(ds, universal)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from r1pipe.train.rl.losses import LOSS_AGGREGATIONS
 class Rollout:
     """One completion with its prompt and advantage: the unit of a minibatch.
 
-    rollouts_of makes it from a Group; Reference.estimate_kl sets kl_T, Critic.estimate what PPO has per token.
+    rollouts_of makes it from a Group; Reference.estimate_kl sets kl_T, Critic.estimate what PPO needs.
     """
 
     prompt: list[int]
@@ -87,7 +87,7 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
 
 
 def padded_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Tokens in a micro-batch of these rollouts: prompts once, and the completions, with padding."""
+    """In a micro-batch: prompts once, and the completions, with padding."""
     prompts = {tuple(rollout.prompt) for rollout in rollouts}
     longest = max(len(rollout.completion.tokens) for rollout in rollouts)
     return len(prompts) * max(map(len, prompts)) + len(rollouts) * longest
@@ -124,11 +124,11 @@ def micro_batches(
 
     `aggregation` is a key of LOSS_AGGREGATIONS. All ranks must call.
     """
-    # tokens in a forward pass, without padding: prompts once, and every token but each sequence's last; a prompt
-    # is counted once even if its group is split over micro-batches
+    # tokens of a forward pass without padding: prompts once, though their groups may be split over
+    # micro-batches, and every token but each sequence's last
     prompts = {tuple(rollout.prompt) for rollout in minibatch}
-    read = sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in minibatch)
-    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), read])
+    inputs = sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in minibatch)
+    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), float(inputs)])
     sequences, tokens = sequences / ranks.world_size, tokens / ranks.world_size
     longest = config.sampling.max_tokens
     return [
@@ -158,15 +158,10 @@ def weights_of(
     ]
 
 
-def unweighted(rollouts: Sequence[Rollout], device: torch.device) -> MicroBatch:
-    """Rollouts as tensors for a forward pass without a loss."""
-    return collate(rollouts, [0.0] * len(rollouts), 0.0, device)
-
-
 def collate(
-    rollouts: Sequence[Rollout], weights: Sequence[float], balance_weight: float, device: torch.device
+    rollouts: Sequence[Rollout], weights: Sequence[float] | None, balance_weight: float, device: torch.device
 ) -> MicroBatch:
-    """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss."""
+    """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss; None without a loss."""
     completions = [rollout.completion for rollout in rollouts]
     prompts = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     prompt_lengths = [len(prompt) - 1 for prompt in prompts]
@@ -192,7 +187,7 @@ def collate(
         targets_N=torch.tensor([token for c in completions for token in c.tokens]).to(device),
         old_N=joined([completion.logprobs for completion in completions]),
         advantages_N=per_token([rollout.advantage for rollout in rollouts]),
-        weights_N=per_token(weights),
+        weights_N=per_token(weights or [0.0] * len(rollouts)),
         lengths_B=lengths_B.to(device),
         balance_weight=balance_weight,
     )
@@ -204,5 +199,5 @@ def collate(
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Rows padded on the right to `width` tokens, with zeros that no attention sees and no gate counts."""
+    """Padded on the right, with zeros that no attention sees and no gate counts."""
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

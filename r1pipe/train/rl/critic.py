@@ -22,10 +22,10 @@ from r1pipe.train.rl.batch import (
     MicroBatch,
     Rollout,
     by_prompt,
+    collate,
     micro_batches,
     rollouts_of,
     split_evenly,
-    unweighted,
 )
 from r1pipe.train.rl.losses import value_loss
 from r1pipe.train.rl.scoring import KL
@@ -76,15 +76,15 @@ class Critic:
                 score[KL] = Score(rollout.kl())
         with self.engine.gathered() as model, torch.no_grad():
             for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
-                micro = unweighted(rows, self.engine.device)
+                micro = collate(rows, None, 0.0, self.engine.device)
                 values_N = model(micro).cpu()
                 for row, values_T in zip(rows, values_N.split(micro.lengths_B.tolist()), strict=True):
                     row.values = values_T.tolist()
         rewards = [reward for group in groups for reward in group.rewards]
         for rollout, reward in zip(rollouts, rewards, strict=True):
             values_T = torch.tensor(rollout.values)
-            score = reward if is_scored(reward) else 0.0
-            rewards_T = token_rewards(score, rollout.kl_T, self.config.kl_coef, len(values_T))
+            last = reward if is_scored(reward) else 0.0
+            rewards_T = token_rewards(last, rollout.kl_T, self.config.kl_coef, len(values_T))
             advantages_T = gae(rewards_T, values_T, self.ppo.gamma, self.ppo.gae_lambda)
             rollout.advantages = advantages_T.tolist()
             rollout.returns = (advantages_T + values_T).tolist()

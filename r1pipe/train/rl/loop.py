@@ -1,8 +1,7 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,8 +66,7 @@ class RLTrainer:
     ):
         """Without a `reference` there is no KL; `reward_models` score general prompts."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.chat, self.data, self.reward_models = chat, data, reward_models
-        self.critic = critic
+        self.chat, self.data, self.reward_models, self.critic = chat, data, reward_models, critic
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
@@ -98,10 +96,7 @@ class RLTrainer:
         return self.run.folder.checkpoint(self.state.step)
 
     def step(self) -> bool:
-        """Sample G completions for each of P prompts, score them, and update the policy (and the critic).
-
-        Returns whether it was the last step.
-        """
+        """Sample G completions for each of P prompts, score them, update; whether it was the last step."""
         began = time.monotonic()
         metrics: Metrics = {}
         before = replace(self.state)
@@ -112,12 +107,12 @@ class RLTrainer:
             self._abandon_step(before)
             raise
         if self.critic:
-            with self._timed("value", metrics):
+            with self.run.phase("value", metrics):
                 rollouts, value_metrics = self.critic.estimate(groups, self.reference)
             metrics |= value_metrics
         else:
             rollouts = rollouts_of(groups)
-        with self._timed("reward", metrics):
+        with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.data.strategy_of)
             metrics |= summarise(rows)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
@@ -125,22 +120,19 @@ class RLTrainer:
             self._abandon_step(before)
             raise EnvironmentProblem(f"step {before.step + 1} trains nothing: {failure}")
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
-            with self._timed("update", metrics):
+            with self.run.phase("update", metrics):
                 if count := self.config.routing_check_samples:
                     metrics |= routing_agreement(self.engine, rollouts, self.config, count)
                 metrics |= update(self.engine, rollouts, self.config, self.reference)
             [tokens] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
             metrics["train/tokens_per_s"] = tokens / metrics["time/update_s"]
         if self.critic:
-            with self._timed("value", metrics):
+            with self.run.phase("value", metrics):
                 metrics |= self.critic.learn(rollouts)
         return self._end_step(rows, metrics, began)
 
     def next_prompts(self, metrics: Metrics) -> list[Prompt]:
-        """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors.
-
-        The batch does not depend on the number of ranks.
-        """
+        """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors."""
         config, state = self.config, self.state
         n = config.prompts_per_step
         n_general = general_count(config, state.step)
@@ -179,9 +171,9 @@ class RLTrainer:
         config, ranks = self.config, self.engine
         for batch in range(config.max_sampling_batches):
             with Verdicts() as verdicts:
-                with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
+                with self.run.phase("sampling", metrics), stopping.leaving_early(self.engine):
                     sampled = self.rollout(self.next_prompts(metrics), verdicts, batch)
-                with self._timed("reward", metrics):
+                with self.run.phase("reward", metrics):
                     self.score(sampled, verdicts)
             for number, group in enumerate(sampled, len(groups)):
                 group.place = ranks.rank + number * ranks.world_size
@@ -192,13 +184,13 @@ class RLTrainer:
             with_signal = sum(has_signal(group, self.weights) for group in groups)
             if ranks.sum_over_ranks([with_signal])[0] >= config.prompts_per_step:
                 break
-        with self._timed("reward", metrics):
+        with self.run.phase("reward", metrics):
             return redistribute_groups(ranks, groups, self.weights, config.prompts_per_step)
 
     def rollout(self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0) -> list[Group]:
-        """Groups of G completions of each prompt, sampled from the current policy.
+        """Sample G completions of each prompt; checking the answers starts as they finish.
 
-        Checking the answers starts as completions finish. `batch` counts the step's rollout batches.
+        `batch` counts the step's rollout batches.
         """
         sampling, size = self.config.sampling, self.config.group_size
         params = SamplingParams(
@@ -240,7 +232,7 @@ class RLTrainer:
     # --- log and save
 
     def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> bool:
-        """Replace the reference, evaluate, log and save, each when it is due; whether training ends."""
+        """Replace the reference, evaluate, log and save when due; whether training ends."""
         config, state = self.config, self.state
         state.step += 1
         if self.reference and config.reference_every and state.step % config.reference_every == 0:
@@ -264,9 +256,9 @@ class RLTrainer:
         return last
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
-        """Write the step's rollouts and metrics, check the tripwires and show a completion; all ranks call.
+        """Write rollouts and metrics (with speeds and trips), and show a completion; all ranks call.
 
-        `began` is the step's start by time.monotonic(). `metrics` gains speeds and trips.
+        `began` is the step's start by time.monotonic().
         """
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
@@ -293,11 +285,3 @@ class RLTrainer:
         save_pretrained(policy, folder)
         if self.reference and self.state.reference_step:
             save_pretrained(self.reference.model, folder / ENGINE / "reference")
-
-    @contextmanager
-    def _timed(self, phase: str, metrics: Metrics) -> Iterator[None]:
-        began = time.monotonic()
-        with self.run.phase(phase):
-            yield
-        name = f"time/{phase}_s"
-        metrics[name] = metrics.get(name, 0.0) + time.monotonic() - began

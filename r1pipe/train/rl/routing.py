@@ -13,7 +13,7 @@ from r1pipe.model import DeepseekV3
 from r1pipe.model.cache import LatentCache
 from r1pipe.model.native import decoder_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.batch import MicroBatch, Rollout, unweighted
+from r1pipe.train.rl.batch import MicroBatch, Rollout, collate
 from r1pipe.train.rl.update import balances_of, completion_logprobs
 
 
@@ -32,7 +32,7 @@ def routing_agreement(
     choices = torch.zeros(0)
     with engine.gathered() as policy:
         if rows and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
-            micro = unweighted(rows, engine.device)
+            micro = collate(rows, None, 0.0, engine.device)
             balances = balances_of(micro, with_loss=False)
             completion_logprobs(policy, micro, config.sampling.temperature, balances)
             trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)

@@ -21,7 +21,7 @@ from r1pipe.train.run import Run
 
 
 def run_rl_stage(run: Run[RLConfig]) -> None:
-    """A whole RL stage. Raises CheckpointError if a reward model it needs is missing or, unless forced, weak."""
+    """A whole RL stage. Raises CheckpointError if a reward model is missing or, unless forced, weak."""
     stage = run.stage
     check_all(rl_rules(stage, run.world_size))  # a hostfile's machines times engine.ranks
     chat, data = run.load_chat(), run.load_data()

@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -19,12 +19,12 @@ from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats
 from r1pipe.train.engine.metrics import step_metrics
 from r1pipe.train.engine.ranks import choose_device
-from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, micro_batches, split_evenly, unweighted
-from r1pipe.train.rl.losses import KL_ESTIMATORS, PolicyLoss, policy_loss
+from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
+from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
 
 def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
-    """The balances of prompts and of rows: each prompt and each completion counts as one sequence."""
+    """Of prompts and of rows: each prompt and each completion counts as one sequence."""
     return (
         Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1], with_loss),
         Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1], with_loss),
@@ -73,12 +73,9 @@ class Reference:
         return completion_logprobs(self.model, micro, temperature)
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
-        """Set each rollout's `kl_T`, the KL estimate per token at the sampler's log-probabilities.
-
-        For a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2; DeepSeekMath eq. 2).
-        """
+        """Set each rollout's kl_T, for a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2)."""
         for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
-            micro = unweighted(rows, self.device)
+            micro = collate(rows, None, 0.0, self.device)
             reference_N = self.logprobs(micro, config.sampling.temperature)
             kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
             for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
@@ -104,19 +101,18 @@ def update(
         prepare(engine, minibatch, config, reference)
         for minibatch in split_evenly(rollouts, config.minibatches)
     ]
-    steps = [
-        _optimizer_step(engine, micros, config) for _ in range(config.inner_epochs) for micros in minibatches
-    ]
+    steps = []
+    for _ in range(config.inner_epochs):
+        for micros in minibatches:
+            steps.append(_optimizer_step(engine, micros, config))
     return _metrics(engine, steps, config, with_kl=reference is not None and config.kl_in == "loss")
 
 
 def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
-    """A minibatch as this rank's micro-batches.
-
-    Call it before the first update: it computes log-probabilities under the weights that were sampled from.
-    """
+    """This rank's micro-batches. Call it before the first update: it computes log-probabilities under the
+    weights that were sampled from."""
     micros = micro_batches(engine, minibatch, config, config.loss_aggregation)
     if reference is not None and config.kl_in == "loss":
         for micro in micros:
@@ -131,15 +127,17 @@ def prepare(
 
 @dataclass
 class _Step:
-    """One optimizer step's statistics; the lists have an entry for each of this rank's micro-batches."""
+    """One optimizer step, and what this rank's micro-batches measured in it."""
 
     stats: StepStats
-    losses: list[PolicyLoss]
-    balance: list[Tensor]  # shares of the mean balance loss; empty where it is not in the loss
+    sums: dict[str, float]  # of PolicyLoss
+    extremes: dict[str, list[float]]  # of PolicyLoss, one of each micro-batch
+    balance: float | None  # share of the mean balance loss; None where it is not in the loss
 
 
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
-    losses: list[PolicyLoss] = []
+    sums: list[dict[str, Tensor]] = []
+    extremes: list[dict[str, Tensor]] = []
     balance_shares: list[Tensor] = []
     alpha = config.router.balance_alpha
 
@@ -155,17 +153,22 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             micro.reference_N,
             micro.trainer_N,
         )
-        losses.append(PolicyLoss(result.loss.detach(), result.sums, result.extremes))
+        sums.append(result.sums)
+        extremes.append(result.extremes)
         if not alpha:
             return result.loss
         balance = (balances[0].total() + balances[1].total()) * micro.balance_weight
         balance_shares.append(balance.detach())
         return result.loss + alpha * balance
 
-    closures: list[Callable[[], Tensor]] = [partial(share_of_loss, micro) for micro in micros]
-    stats, count = engine.train_step(closures), len(micros)
+    stats, count = engine.train_step([partial(share_of_loss, micro) for micro in micros]), len(micros)
     # without the micro-batches that the engine repeats for ranks that have more
-    return _Step(stats, losses[:count], balance_shares[:count])
+    return _Step(
+        stats,
+        {name: float(sum(of_micro[name].item() for of_micro in sums[:count])) for name in sums[0]},
+        {name: [of_micro[name].item() for of_micro in extremes[:count]] for name in extremes[0]},
+        float(sum(share.item() for share in balance_shares[:count])) if alpha else None,
+    )
 
 
 def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: bool) -> dict[str, float]:
@@ -177,18 +180,23 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
     by_step = [step_metrics(step.stats) for step in steps]
     metrics = {name: fmean(values[name] for values in by_step) for name in by_step[0]}
     metrics |= {name: value for name, value in last.items() if name == "train/skipped"}
-    sums = _sum_over_ranks(engine, steps)
-    count = max(sums["tokens"], 1.0)
-    if first.balance:
-        shares = [float(sum(share.item() for share in step.balance)) for step in steps]
-        metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
+
+    def sum_over_ranks(steps: Sequence[_Step]) -> tuple[dict[str, float], float]:
+        """The sums of PolicyLoss, and the count of tokens to divide them by."""
+        totals = {name: sum(step.sums[name] for step in steps) for name in steps[0].sums}
+        sums = dict(zip(totals, engine.sum_over_ranks([*totals.values()]), strict=True))
+        return sums, max(sums["tokens"], 1.0)
+
+    sums, count = sum_over_ranks(steps)
+    if first.balance is not None:
+        balances = engine.sum_over_ranks([step.balance or 0.0 for step in steps])
+        metrics["train/balance_loss"] = fmean(balances) / engine.world_size
     if with_kl:  # a KL in the reward is measured on the completions (rows.summarise)
         metrics["kl"] = sums["kl"] / count
     if config.importance_cap:
         metrics["sampling/importance_sampling_ratio/capped"] = sums["capped"] / count
     if not first.stats.broken:  # in the first step the trainer's weights are the sampler's
-        of_first = _sum_over_ranks(engine, [first])
-        first_count = max(of_first["tokens"], 1.0)
+        of_first, first_count = sum_over_ranks([first])
         metrics["sampling/importance_sampling_ratio/mean"] = of_first["sampling_ratio"] / first_count
         metrics["sampling/sampling_logp_difference/mean"] = of_first["gap"] / first_count
     metrics |= {
@@ -200,26 +208,13 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
     return metrics | (_extremes(engine, steps, first) if sums["tokens"] else {})
 
 
-def _sum_over_ranks(engine: Engine, steps: Sequence[_Step]) -> dict[str, float]:
-    """The sums of PolicyLoss over the micro-batches of the steps and ranks."""
-    totals = {
-        name: sum(float(sum(loss.sums[name].item() for loss in step.losses)) for step in steps)
-        for name in steps[0].losses[0].sums
-    }
-    return dict(zip(totals, engine.sum_over_ranks([*totals.values()]), strict=True))
-
-
 def _extremes(engine: Engine, steps: Sequence[_Step], first: _Step) -> dict[str, float]:
-    """Smallest and greatest ratios over the trained tokens of all ranks; the sampler's of the first step."""
-    values: dict[str, list[float]] = defaultdict(list)
+    """Over the trained tokens of all ranks; those of the sampler from the first step."""
+    found: dict[str, list[float]] = defaultdict(list)
     for step in steps:
-        for loss in step.losses:
-            for name, value in loss.extremes.items():
-                if step is first or not name.startswith("sampling/"):
-                    values[name].append(value.item())
-
-    def extreme(name: str, values: Iterable[float]) -> float:
-        return min(values) if name.endswith("/min") else max(values)
-
-    of_ranks = engine.all_gather_objects({name: extreme(name, found) for name, found in values.items()})
-    return {name: extreme(name, [of_rank[name] for of_rank in of_ranks]) for name in values}
+        for name, values in step.extremes.items():
+            if step is first or not name.startswith("sampling/"):
+                found[name] += values
+    extreme = {name: min if name.endswith("/min") else max for name in found}
+    of_ranks = engine.all_gather_objects({name: extreme[name](values) for name, values in found.items()})
+    return {name: extreme[name](of_rank[name] for of_rank in of_ranks) for name in found}

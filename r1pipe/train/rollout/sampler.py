@@ -1,8 +1,9 @@
 """The bundled sampler: continuous batching on the latent cache.
 
-Up to `max_num_seqs` sequences (vLLM's name) are decoded together, each in a slot of the batch. A prompt is read once and its n completions start from copies of its
-cache entries; a slot whose completion has ended takes the next one; at the end, the batch shrinks. Which
-slots have ended is checked every CHECK_EVERY steps, so as not to wait for an accelerator at each token.
+Up to `max_num_seqs` sequences (vLLM's name) are decoded together, each in a slot of the batch. A prompt is
+read once and its n completions start from copies of its cache entries; a slot whose completion has ended
+takes the next one; at the end, the batch shrinks. Which slots have ended is checked every CHECK_EVERY steps,
+so as not to wait for an accelerator at each token.
 
 Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
 """

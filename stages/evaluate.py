@@ -8,10 +8,12 @@ before any training.
 """
 
 import sys
+from pathlib import Path
 
 from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.training import set_precision
+from r1pipe.runs import checkpoints
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
 from r1pipe.train.run import open_run
@@ -27,7 +29,11 @@ def main(folder: str) -> None:
         source = run.load_data()
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
-        checkpoint = run.adopt_checkpoint(parent)
+        checkpoint = run.folder.checkpoint(0)
+        if run.rank == 0:
+            checkpoints.verify(parent.checkpoint, parent.hash)
+            checkpoints.copy_published(Path(parent.checkpoint), checkpoints.begin(checkpoint))
+            checkpoints.finish(checkpoint)
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
         measured = evaluation.metrics

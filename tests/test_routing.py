@@ -14,7 +14,7 @@ from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import routing
+from r1pipe.train.rl import update as routing
 
 STAGE = tiny("grpo").stage
 ROLLOUTS = [

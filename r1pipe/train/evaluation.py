@@ -13,9 +13,12 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
+from r1pipe.data.source import Source
 from r1pipe.data.world.truth import Truth
 from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
+from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Ended, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -57,24 +60,22 @@ class Evaluation(NamedTuple):
 def evaluate(
     generate: Generate,
     chat: Chat,
+    source: Source,
     prompts: Sequence[Prompt],
     general_prompts: Sequence[Prompt],
     config: EvalConfig,
-    *,
-    judge: Callable[[Prompt, str], Truth] | None,
+    ranks: Ranks,
     seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Any], list[Any]] | None = None,
-    strategy_of: Callable[[Prompt, str], str] | None = None,
+    may_stop: bool,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model on held-out prompts; every rank gets the same result.
 
-    `generate` is a Sampler's method. Rank r takes prompts r, r + world_size, ... and `gather` (the engine's
-    all_gather_objects) joins the verdicts. Reasoning prompts are sampled `config.samples` times at
-    config.temperature and top_p, and once greedily; general ones once, and only with a `judge`.
+    `generate` is a Sampler's method, `source` judges general answers and names strategies. Reasoning prompts
+    are sampled `config.samples` times and once greedily, general ones once. With `may_stop` it raises
+    Interrupted in all ranks if one is asked to stop.
     """
+    judge, rank, world_size = source.judge, ranks.rank, ranks.world_size
     local = range(rank, len(prompts), world_size)
     local_general = range(rank, len(general_prompts) if judge else 0, world_size)
     total = len(local) * (config.samples + config.greedy) + len(local_general)
@@ -99,7 +100,7 @@ def evaluate(
         warm = draw(prompts, local, config.samples, 0, *hot)
         likeliest = draw(prompts, local, 1, 1, 0.0, 1.0) if config.greedy else []
         texts = draw(general_prompts, local_general, 1, 2, *hot)
-        sampled = _score(prompts, local, warm, verdicts, strategy_of)
+        sampled = _score(prompts, local, warm, verdicts, source.strategy_of)
         greedy = _score(prompts, local, likeliest, verdicts, None)
     general = []
     if judge:
@@ -107,7 +108,9 @@ def evaluate(
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
 
-    shares = (gather or (lambda local: [local]))((sampled, greedy, general))
+    if may_stop:
+        stopping.stop_if_requested(ranks)
+    shares = ranks.all_gather_objects((sampled, greedy, general))
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
     metrics = measure(prompts, sampled, greedy, config)
     metrics |= measure_general(general_prompts, general)
@@ -216,8 +219,8 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
 def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> Metrics:
     """The general part of evaluation.json, by the hidden truth; null for kinds without prompts.
 
-    general_score: the mean over kinds of the share answered correctly. preference_score: mean helpfulness of
-    these kinds' answers. A safe request counts as answered only if its answer is correct: garbage is not.
+    general_score: mean over kinds of the share answered correctly; preference_score: mean helpfulness. A safe
+    request counts as answered only if its answer is correct: garbage is not.
     """
 
     def over(kinds: Collection[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:

@@ -85,10 +85,8 @@ class Run(Resumable[S]):
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
-        """The tokenizer and chat template of the weights.
-
-        Raises CheckpointError if another checkpoint that the stage reads has a different format.
-        """
+        """The weights' tokenizer and template. Raises CheckpointError if another checkpoint read has
+        others."""
         chat = Chat.load(self._tokenizer_folder())
         for stage, parent in self.config.reads_from.items():
             other = Chat.load(parent.checkpoint)
@@ -100,10 +98,8 @@ class Run(Resumable[S]):
         return chat
 
     def load_data(self) -> Source:
-        """The source that `data` names; rank 0 records its hash.
-
-        Raises DataError if a run with checkpoints would resume with other data.
-        """
+        """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
+        data."""
         source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
         if self.rank == 0:
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}

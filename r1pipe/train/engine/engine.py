@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
-from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
+from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.training import fp8_of
@@ -25,11 +26,59 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
-from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
+EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
+
 log = logging.getLogger("r1pipe")
+
+
+@dataclass
+class StepStats:
+    """The result of one optimizer step."""
+
+    loss: float  # mean over ranks
+    grad_norm: float  # global norm before clipping
+    lr: float  # learning rate of this step
+    loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
+    fp8: dict[str, float]  # quantisation metrics over all ranks; empty without FP8
+    broken: bool  # not finite: nothing was updated, loss or grad_norm is NaN or inf
+    skipped: int  # broken steps since the stage began
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics for the progress display; a skipped step has no loss."""
+    return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
+
+
+def step_metrics(stats: StepStats) -> dict[str, float]:
+    """The metrics of an optimizer step; a skipped one has only the learning rate and `train/skipped`, the
+    count of skipped steps, which is logged from the first one on.
+
+    `router/max_vio` is the worst layer's, `router/max_vio/L` that of MoE layer L (counted from 0), and
+    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
+    EXPERTS_SHOWN experts would flood the log, so they only have MaxVio.
+    """
+    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
+    if stats.broken:
+        return {"train/lr": stats.lr, **skipped}
+    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
+    metrics |= stats.fp8
+    if stats.loads_LE is None:
+        return metrics
+    used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL
+    if used:
+        violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
+        metrics["router/max_vio"] = violation_L.max().item()
+        metrics["router/max_vio_mean"] = violation_L.mean().item()
+        metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
+    for n, loads_E in used:
+        if len(loads_E) > EXPERTS_SHOWN:
+            continue
+        shares = (loads_E / loads_E.mean()).tolist()
+        metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
+    return metrics
 
 
 class _ClosureRunner(nn.Module):
@@ -44,10 +93,7 @@ class _ClosureRunner(nn.Module):
 
 
 class Engine(Ranks):
-    """DeepSpeed around one model: a call per optimizer step, whatever the ranks, precision and ZeRO level.
-
-    `module` is the unwrapped model, for sampling and evaluation inside `with engine.gathered():`.
-    """
+    """DeepSpeed around one model; `module` is that model, to be used inside `with engine.gathered():`."""
 
     def __init__(
         self,
@@ -86,12 +132,11 @@ class Engine(Ranks):
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
 
-        A skipped step leaves weights, moments, expert biases and the schedule unchanged, as with torch's
-        GradScaler. Raises NumericProblem after more than `max_skipped` in a row.
+        A skipped step leaves weights, moments, expert biases and the schedule unchanged. Raises
+        NumericProblem after more than `max_skipped` in a row.
 
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
-        Ranks may pass different numbers of closures, at least one each: every pass under ZeRO needs all
-        ranks, so those with fewer repeat their last one at weight zero.
+        Every pass under ZeRO needs all ranks: those with fewer closures repeat their last one at weight zero.
         """
         if not self.module.training:
             self.module.train()
@@ -120,10 +165,7 @@ class Engine(Ranks):
         return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
-        """Forward and backward of a micro-batch; its unweighted loss.
-
-        A loss that is not finite gets NaN gradients: summed over ranks they reach all, so all skip the step.
-        """
+        """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
         loss = self._ds(closure)
         value = loss.item()
         if not math.isfinite(value):
@@ -148,10 +190,8 @@ class Engine(Ranks):
             log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, cause)
 
     def _locate_nonfinite(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> str:
-        """What was not finite in a step and the first layer that produced it, the same on all ranks.
-
-        Under ZeRO-3 every pass needs all ranks, so the layer of a gradient is not located.
-        """
+        """What was not finite and the first layer that produced it, the same on all ranks; not the layer of a
+        gradient under ZeRO-3, where every pass needs all ranks."""
         partitioned = self.zero_level == 3
         number = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), None)
         layer = None
@@ -186,10 +226,7 @@ class Engine(Ranks):
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:
-        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter.
-
-        Under ZeRO-3 the weights are gathered once and kept until the end of the block.
-        """
+        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
         if self.zero_level < 3:
             yield self.module
             return
@@ -201,10 +238,7 @@ class Engine(Ranks):
             yield self.module
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
-        """Write optimizer, schedule and the loop's `state`; all ranks must call.
-
-        Returns a message for the user if this rank's disk is full, else None.
-        """
+        """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""
         folder = Path(folder)
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         problem = engine_state.write(self._ds, folder, client)
@@ -216,10 +250,9 @@ class Engine(Ranks):
     def load(self, folder: Path | str, scratch: Path | None = None) -> dict[str, Any]:
         """Restore what `save` wrote and return the loop's state; all ranks must call.
 
-        A state of other ranks or of another ZeRO level goes through DeepSpeed's universal layout, in a
-        temporary folder in `scratch` (or beside `folder`): training then resumes within rounding, not bit
-        for bit.
-        Raises CheckpointError for files that hold more than tensors and plain values.
+        A state of other ranks or of another ZeRO level is converted in a temporary folder in `scratch` (or
+        beside `folder`): training then resumes within rounding, not bit for bit. Raises CheckpointError for
+        files that hold more than tensors and plain values.
         """
         folder = Path(folder)
         ranks, level = engine_state.read_layout(folder)

@@ -51,10 +51,7 @@ def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
 
 
 def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (norms and biases are not decayed).
-
-    `moments`: the type they are stored in, "fp32" or "bf16".
-    """
+    """Weight decay on matrices only, not norms and biases. `moments`: their type, "fp32" or "bf16"."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -40,11 +40,8 @@ def import_deepspeed() -> Any:
 
 
 def start_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with its communication on top of the existing process group.
-
-    On a CPU it probes with a compiler for operators that we don't use, and may spend a minute building one
-    for inference.
-    """
+    """On a CPU, DeepSpeed probes with a compiler for operators that we don't use, and may spend a minute
+    building one for inference."""
     os.environ["DS_ACCELERATOR"] = device.type
     deepspeed = import_deepspeed()
     if device.type == "cpu":
@@ -55,10 +52,7 @@ def start_deepspeed(device: torch.device) -> Any:
 
 def exit_immediately_with(code: int) -> None:
     """After everything is written: skip the interpreter's teardown, where gloo's threads sometimes abort
-    (exit code -6) and turn a finished job into a failed one.
-
-    Seen in torch 2.13 with several ranks; one rank is not affected. Other exit handlers still run first.
-    """
+    (exit code -6; torch 2.13, several ranks) and turn a finished job into a failed one."""
     global _exit_code
     _exit_code = code
 
@@ -184,11 +178,9 @@ def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Calla
 
 @contextlib.contextmanager
 def reading_universal(ds: Any, buffers: dict[str, Tensor], load: Callable[..., Any]) -> Iterator[None]:
-    """Whether DeepSpeed reads the universal layout is fixed when its engine starts; we know it per file.
-
-    What it gets wrong: level 3 gives every parameter group the first one's weight decay, all parameters share
-    one step counter, and buffers are not restored.
-    """
+    """DeepSpeed fixes at its start whether it reads the universal layout; we know it per file. What it gets
+    wrong: level 3 gives every parameter group the first one's weight decay, all parameters share one step
+    counter, and buffers are not restored."""
     decays = [group["weight_decay"] for group in ds.optimizer.param_groups]
     ds._config.load_universal_checkpoint = True
     try:

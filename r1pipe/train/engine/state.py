@@ -38,10 +38,8 @@ MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 
 
 def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
-    """Write what resume needs; all ranks call.
-
-    Returns a message if this rank's disk is full. It must not raise: other ranks wait for this one.
-    """
+    """Write what resume needs; all ranks call. Returns a message if this rank's disk is full; it must not
+    raise while other ranks wait for this one."""
     problems: list[str] = []
 
     def save(state_dict: Any, path: str) -> None:
@@ -63,10 +61,8 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
 
 
 def read_layout(folder: Path) -> tuple[int, int]:
-    """The number of ranks and the ZeRO level that wrote the state in a folder.
-
-    Raises CheckpointError if layout.json is invalid or does not match the files.
-    """
+    """The ranks and ZeRO level that wrote a state. Raises CheckpointError if layout.json is invalid or does
+    not match the files."""
     path = folder / LAYOUT
     layout = read_object(path)
     ranks, level = layout.get("ranks"), layout.get("zero_level")
@@ -109,10 +105,7 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
 
 
 def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple[int, int]) -> dict[str, Any]:
-    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state.
-
-    All ranks call. The universal layout is temporary, in `scratch`.
-    """
+    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state."""
     universal, (old_level, new_level) = scratch / CONVERTED, levels
     if ranks.rank == 0:
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job

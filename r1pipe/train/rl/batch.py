@@ -44,11 +44,10 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Prompts without their last token, each once, and the rows that continue them.
+    """Prompts without their last token, each once, and the rows that continue them, padded on the right.
 
     A row is its prompt's last token and the completion without its last token: the hidden states at these
-    positions predict the completion. Prompts and rows are padded on the right; suffix N holds completion
-    tokens only, so that no logits are computed for padding.
+    positions predict the completion. Suffix N: completion tokens only; no logits are computed for padding.
     """
 
     prompts_PT: Tensor
@@ -96,9 +95,8 @@ def padded_tokens(rollouts: Sequence[Rollout]) -> int:
 def by_prompt(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Rollouts in micro-batches of whole groups, at most `max_tokens` each with padding.
 
-    Groups are sorted by their longest completion, which keeps padding low; the longest come first, so that
-    running out of memory shows at once. A group that is too large is split, and a rollout longer than
-    `max_tokens` gets a micro-batch of its own.
+    The groups with the longest completions come first: running out of memory shows at once. A group that is
+    too large is split, and a rollout longer than `max_tokens` gets a micro-batch of its own.
     """
     groups: dict[tuple[int, ...], list[Rollout]] = {}
     for rollout in sorted(rollouts, key=lambda rollout: len(rollout.completion.tokens), reverse=True):
@@ -120,10 +118,8 @@ def by_prompt(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout
 def micro_batches(
     ranks: Ranks, minibatch: Sequence[Rollout], config: RLConfig, aggregation: str
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of a minibatch, weighted so that the ranks' average is the loss's mean.
-
-    `aggregation` is a key of LOSS_AGGREGATIONS. All ranks must call.
-    """
+    """This rank's share of a minibatch, weighted so that the ranks' average is the loss's mean; all ranks
+    call. `aggregation` is a key of LOSS_AGGREGATIONS."""
     # tokens of a forward pass without padding: prompts once, though their groups may be split over
     # micro-batches, and every token but each sequence's last
     prompts = {tuple(rollout.prompt) for rollout in minibatch}

@@ -65,8 +65,7 @@ class Critic:
     def estimate(self, groups: Sequence[Group], reference: Reference | None) -> tuple[list[Rollout], Metrics]:
         """The groups as rollouts with an advantage and a return per token, and metrics of the values.
 
-        A KL in the reward is taken off each token, and recorded as the completion's score `kl`. The groups'
-        advantages become the means over each completion's tokens.
+        A KL in the reward is taken off each token. The groups' advantages become the means over the tokens.
         """
         rollouts = rollouts_of(groups)
         if reference is not None and self.config.kl_in == "reward":

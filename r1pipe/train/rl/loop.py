@@ -22,7 +22,6 @@ from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.prompts import PromptStream, general_count
-from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
     RewardModels,
@@ -32,7 +31,7 @@ from r1pipe.train.rl.scoring import (
     score_groups,
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
-from r1pipe.train.rl.update import Reference, update
+from r1pipe.train.rl.update import Reference, routing_agreement, update
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import Run
 
@@ -162,11 +161,8 @@ class RLTrainer:
     # --- rollout and score
 
     def sample_groups(self, metrics: Metrics) -> list[Group]:
-        """This rank's scored groups of the step; `Group.trained` marks those to learn from.
-
-        One rollout batch or, with dynamic sampling, as many as it takes to get a batch of groups with a
-        signal (at most `max_sampling_batches`).
-        """
+        """This rank's scored groups: one rollout batch or, with dynamic sampling, as many (at most
+        `max_sampling_batches`) as it takes to get a batch of groups with a signal."""
         groups: list[Group] = []
         config, ranks = self.config, self.engine
         for batch in range(config.max_sampling_batches):
@@ -188,10 +184,7 @@ class RLTrainer:
             return redistribute_groups(ranks, groups, self.weights, config.prompts_per_step)
 
     def rollout(self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0) -> list[Group]:
-        """Sample G completions of each prompt; checking the answers starts as they finish.
-
-        `batch` counts the step's rollout batches.
-        """
+        """Sample G completions of each prompt; checking the answers starts as they finish."""
         sampling, size = self.config.sampling, self.config.group_size
         params = SamplingParams(
             sampling.max_tokens,
@@ -256,10 +249,8 @@ class RLTrainer:
         return last
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
-        """Write rollouts and metrics (with speeds and trips), and show a completion; all ranks call.
-
-        `began` is the step's start by time.monotonic().
-        """
+        """Write rollouts and metrics (with speeds and trips); all ranks call. The step `began` at this
+        monotonic()."""
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
         metrics |= speeds(rows, metrics, time.monotonic() - began)

@@ -22,10 +22,8 @@ from r1pipe.config import RLConfig
 
 
 def kl_k1(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
-    """k1 = log(pi/pi_ref) per token: unbiased, may be negative.
-
-    Inside the loss its gradient is grad log pi, which is zero on average: it pulls only in the reward.
-    """
+    """k1 = log(pi/pi_ref) per token: unbiased, may be negative. Inside the loss its gradient, grad log pi, is
+    zero on average: it pulls only in the reward."""
     return logprobs_N - reference_N
 
 
@@ -156,10 +154,8 @@ def _statistics(
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, clip: float | None) -> Tensor:
-    """(V - R)^2 / 2 per token; with `clip` the maximum of that and the loss of V clipped to old +- clip.
-
-    The clip is that of PPO's first implementation (Engstrom et al., arXiv 2005.12729, eq. 2).
-    """
+    """(V - R)^2 / 2 per token; with `clip` the maximum of that and the loss of V clipped to old +- clip, as
+    in PPO's first implementation (Engstrom et al., arXiv 2005.12729, eq. 2)."""
     loss_N = (values_N - returns_N) ** 2
     if clip is not None:
         clipped_N = old_N + (values_N - old_N).clamp(-clip, clip)

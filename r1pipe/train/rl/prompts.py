@@ -24,9 +24,7 @@ class PromptStream:
         name: str,
     ):
         """`draw(n, seed)` returns up to n prompts, equally many for every seed; the stage needs `needed`.
-
-        Prompts that do not fit are skipped. Raises DataError where the data has none.
-        """
+        Raises DataError where the data has none."""
         size = min(needed, POOL)
         self._pool = lru_cache(maxsize=2)(lambda number: draw(size, seed_of(number)))
         self._fits, self._name = fits, name

@@ -60,9 +60,8 @@ def score_groups(
 ) -> None:
     """Set the groups' scores, rewards and group-relative advantages.
 
-    Rules score every completion (accuracy where it applies), `reward_models` those of general prompts only.
-    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
-    way.
+    Rules score every completion, `reward_models` those of general prompts. `kls` are the completions' KLs,
+    where the KL is in the reward. `verdicts` on accuracy may already be under way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
@@ -90,11 +89,8 @@ def score_groups(
 
 
 def has_signal(group: Group, weights: Mapping[str, float]) -> bool:
-    """Whether the answers' rewards differ within the group.
-
-    DAPO (eq. 11) compares right and wrong answers; here every weighted reward counts, except for length,
-    repetition and KL, which differ in every group.
-    """
+    """Whether the answers' rewards differ within the group. DAPO (eq. 11) compares right and wrong answers;
+    here every weighted reward counts but length, repetition and KL, which differ in every group."""
     of_answers = {name: weight for name, weight in weights.items() if name not in (KL, *SHAPING_REWARDS)}
     return has_variance([total_reward(scores, of_answers, 0.0, False) for scores in group.scores])
 
@@ -103,9 +99,7 @@ def redistribute_groups(
     ranks: Ranks, groups: Sequence[Group], weights: Mapping[str, float], wanted: int
 ) -> list[Group]:
     """Choose `wanted` groups of all ranks for training: the first with a signal, then the first others.
-
-    -> this rank's share of the chosen groups, followed by those it sampled itself that were not chosen.
-    """
+    Returns this rank's share of them, followed by those it sampled itself that were not chosen."""
     marks = [(not has_signal(group, weights), group.place) for group in groups]
     order = sorted(mark for of_rank in ranks.all_gather_objects(marks) for mark in of_rank)
     chosen = {place: number for number, (_, place) in enumerate(order[:wanted])}

@@ -1,4 +1,7 @@
-"""One rollout batch into optimizer steps: minibatches, inner epochs, and the frozen reference for the KL."""
+"""One rollout batch into optimizer steps: minibatches, inner epochs, and the frozen reference for the KL.
+
+Axes: P prompts, B rows, T columns, N completion tokens of a micro-batch; L MoE layers, K experts of a token.
+"""
 
 import copy
 from collections import defaultdict
@@ -12,12 +15,13 @@ from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model.cache import LatentCache
 from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.native import decoder_of
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
-from r1pipe.train.engine.engine import Engine, StepStats
-from r1pipe.train.engine.metrics import step_metrics
+from r1pipe.train.engine.engine import Engine, StepStats, step_metrics
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
@@ -93,9 +97,8 @@ def update(
 ) -> dict[str, float]:
     """Learn from this rank's share of a rollout batch; returns the metrics of all ranks.
 
-    The old log-probabilities are the sampler's: it has the same weights in the same precision, so computing
-    them again would gain nothing. `sampling/sampling_logp_difference/mean` measures how well that holds;
-    where it does not, `stage.importance_cap` makes the trainer compute its own and corrects the difference.
+    The sampler's log-probabilities are the old ones: it has the same weights in the same precision. How well
+    that holds is sampling/sampling_logp_difference/mean; `stage.importance_cap` corrects the difference.
     """
     minibatches = [
         prepare(engine, minibatch, config, reference)
@@ -218,3 +221,50 @@ def _extremes(engine: Engine, steps: Sequence[_Step], first: _Step) -> dict[str,
     extreme = {name: min if name.endswith("/min") else max for name in found}
     of_ranks = engine.all_gather_objects({name: extreme[name](values) for name, values in found.items()})
     return {name: extreme[name](of_rank[name] for of_rank in of_ranks) for name in found}
+
+
+@torch.no_grad()
+def routing_agreement(
+    engine: Engine, rollouts: Sequence[Rollout], config: RLConfig, count: int
+) -> dict[str, float]:
+    """`train/routing_agreement`: the share of the sampler's choices of experts that the trainer makes too.
+
+    Over the completion tokens of each rank's `count` shortest rollouts: the sampler's decoder chooses again,
+    in one pass per token of the longest, which all ranks wait for. Empty where no expert was chosen.
+    """
+    rows = [rollout for rollout in rollouts if len(rollout.completion.tokens) > 1]  # the first is not decoded
+    rows = sorted(rows, key=lambda rollout: len(rollout.completion.tokens))[:count]
+    choices = torch.zeros(0)
+    with engine.gathered() as policy:
+        if rows and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
+            micro = collate(rows, None, 0.0, engine.device)
+            balances = balances_of(micro, with_loss=False)
+            completion_logprobs(policy, micro, config.sampling.temperature, balances)
+            trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)
+            sampled_LBTK = _decoder_choices(policy, rows, micro)
+            # a row starts with the prompt's last token, which the sampler reads with the prompt
+            columns = torch.arange(1, micro.tokens_BT.shape[1], device=engine.device)
+            read_BT = columns < micro.lengths_B.unsqueeze(1)
+            same_LBTK = (sampled_LBTK.unsqueeze(-1) == trained_LBTK[:, :, 1:].unsqueeze(-2)).any(dim=-1)
+            choices = same_LBTK[:, read_BT]
+    same, chosen = engine.sum_over_ranks([float(choices.sum()), float(choices.numel())])
+    return {"train/routing_agreement": same / chosen} if chosen else {}
+
+
+def _decoder_choices(policy: DeepseekV3, rows: list[Rollout], micro: MicroBatch) -> Tensor:
+    """experts_LBTK that the sampler's decoder chooses for the rows' tokens after the first."""
+    decoder, device = decoder_of(policy), micro.tokens_BT.device
+    longest, width = max(len(row.prompt) for row in rows), micro.tokens_BT.shape[1]
+    padded = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in rows], device=device)
+    lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
+    cache, slots_B = LatentCache(policy, len(rows), longest + width), torch.arange(len(rows), device=device)
+    entries_LBTW, _ = decoder.prefill(padded, lengths_B)
+    cache.fill(slots_B, entries_LBTW, slots_B)
+    columns: list[Tensor] = []
+    for column in range(1, width):
+        with decoder.recorded() as experts:
+            positions_B = lengths_B + column - 1
+            tokens_B = micro.tokens_BT[:, column].contiguous()
+            decoder.decode(tokens_B, positions_B, cache, longest + column)
+        columns.append(torch.stack(experts))
+    return torch.stack(columns, dim=2)

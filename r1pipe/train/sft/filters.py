@@ -47,10 +47,8 @@ class Sampled:
 def apply_filters(
     rows: Iterable[Sampled], config: FilterConfig, eval_questions: Sequence[str]
 ) -> tuple[list[Sampled], list[dict[str, Any]]]:
-    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter.
-
-    A row counts as dropped by the first filter that drops it. `eval_questions`: all of the evaluations.
-    """
+    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter,
+    where a row counts for the first one that drops it."""
     failed_filter = _Filters(config, eval_questions).failed_by
     kept: list[Sampled] = []
     dropped: dict[str, list[str]] = {name: [] for name in FILTERS}
@@ -128,10 +126,8 @@ def repetition(text: str) -> float:
 
 
 def distinctive_grams(questions: Iterable[str], n: int) -> set[tuple[str, ...]]:
-    """N-grams that occur in exactly one of the questions.
-
-    One that several questions share is common phrasing ("how many does he have left"), no sign of overlap.
-    """
+    """N-grams that occur in exactly one of the questions: one that several share is common phrasing ("how
+    many does he have left"), no sign of overlap."""
     distinct = {_key(question): question for question in questions}
     counts = Counter(gram for question in distinct.values() for gram in ngrams(words(question), n))
     return {gram for gram, count in counts.items() if count == 1}

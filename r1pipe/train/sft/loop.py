@@ -24,8 +24,7 @@ from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.runs.stopping import Interrupted
-from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import shown, step_metrics
+from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.run import Run, log
 
@@ -39,10 +38,7 @@ Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 def fine_tune(
     run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
 ) -> None:
-    """Train on the responses for the stage's epochs, from packing to record.
-
-    Raises DataError if no demonstration fits a row.
-    """
+    """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
     stage = run.stage
     rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
@@ -138,10 +134,8 @@ class Sums:
 
 
 def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
-    """The sums over a micro-batch; multi-token prediction only if the model has layers for it.
-
-    Only the states that predict a learned token go through the head, so SFT pays for responses alone.
-    """
+    """The sums over a micro-batch; MTP only if the model has layers for it. Only the states that predict a
+    learned token go through the head, so SFT pays for responses alone."""
     tokens_BT, segments_BT, vocabulary = batch.tokens_BT, batch.segments_BT, model.config.vocab_size
     balance = Balance(segments_BT, with_loss=with_balance)
     hidden_BTD = model.hidden(tokens_BT, segments_BT, balance)

@@ -197,10 +197,8 @@ def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
 
 
 def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
-    """The demonstrations that a finished run of rejection sampling trained on, and the hash of their file.
-
-    Raises CheckpointError if they or its checkpoint are missing or changed.
-    """
+    """The demonstrations that a finished rejection sampling trained on, and their file's hash. Raises
+    CheckpointError if they or its checkpoint are missing or changed."""
     verify(parent.checkpoint, parent.hash)
     run = RunFolder(Path(parent.checkpoint).parent.parent)
     problem = broken(run.dataset, record_of(run).get("data_hash") or "")

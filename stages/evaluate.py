@@ -25,8 +25,8 @@ def main(folder: str) -> None:
         if parent is None:
             raise CheckpointError("this stage evaluates a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
-        chat = run.load_chat()
-        source = run.load_data()
+        run.load_chat()
+        run.load_data()
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.folder.checkpoint(0)
@@ -35,13 +35,13 @@ def main(folder: str) -> None:
             checkpoints.copy_published(Path(parent.checkpoint), checkpoints.begin(checkpoint))
             checkpoints.finish(checkpoint)
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
+            evaluation = measure(run, ranks, model, run.stage.eval)
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )
-        run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps=0)
+        run.finish(checkpoint, evaluation.metrics, evaluation.samples)
 
 
 if __name__ == "__main__":

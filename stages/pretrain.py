@@ -22,8 +22,7 @@ from r1pipe.train.sft.loop import train
 def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
-        chat = run.load_chat()
-        source = run.load_data()
+        chat, source = run.load_chat(), run.load_data()
         model = run.load_model(run.config.weights_from)
         packed = PackedDocuments(
             source.documents(run.seed("documents")),
@@ -34,8 +33,8 @@ def main(folder: str) -> None:
             progress=lambda done, total: run.progress("skip", done, total, "rows"),
         )
         engine = Engine(model, stage.optim, stage.router, run.config.engine, stage.max_steps)
-        checkpoint = train(run, engine, chat, source, packed.batches, stage.max_steps)
-        finish_stage(run, engine, chat, source, checkpoint)
+        checkpoint = train(run, engine, packed.batches, stage.max_steps)
+        finish_stage(run, engine, checkpoint)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage samples from one checkpoint; name its stage in stage.reads")
         (parent,) = run.config.reads_from.values()
         ranks = Ranks(run.config.engine)
-        chat = run.load_chat()
-        source = run.load_data()
+        chat, source = run.load_chat(), run.load_data()
 
         with run.phase("sampling"):
             model = run.load_model(parent).to(ranks.device).eval()
@@ -43,15 +42,15 @@ def main(folder: str) -> None:
             )
             seqs, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
             sampler = Sampler(model, chat.eos_id, chat.pad_id, seqs, graphs, stopping.requested)
-            shards = draw_samples(run, ranks, sampler, chat, prompts)
+            shards = draw_samples(run, ranks, sampler, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:
-                questions = evaluation_questions(run, chat, source, context)
-                build_dataset(run, chat, source, parent, shards, questions, too_long)
+                questions = evaluation_questions(run, context)
+                build_dataset(run, parent, shards, questions, too_long)
             ranks.barrier()
             demonstrations, data_hash = read_dataset(run.folder.dataset)
 
-        fine_tune(run, chat, source, demonstrations, data_hash)
+        fine_tune(run, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from r1pipe.train.run import Run, open_run
 
 def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
-        chat, data = run.load_chat(), run.load_data()
-        by_kind = [read_examples(run, kind, data, chat) for kind in KINDS]
+        run.load_chat()
+        run.load_data()
+        by_kind = [read_examples(run, kind) for kind in KINDS]
         lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
         if not lessons:
             raise DataError(
@@ -45,7 +46,7 @@ def main(folder: str) -> None:
             **evaluate.measure_general([], []),
             "reward_models": quality_of(checkpoint),
         }
-        run.finish(checkpoint, chat, metrics, [], data.hash, firsts[-1])
+        run.finish(checkpoint, metrics, [])
 
 
 def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:

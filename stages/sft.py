@@ -22,14 +22,14 @@ SEED_STREAMS = {"cold_start": "traces", "control_sft": "control traces"}
 def main(folder: str) -> None:
     with open_run(folder, SFTConfig) as run:
         stage = run.stage
-        chat = run.load_chat()
+        run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
             seed = run.seed(SEED_STREAMS[stage.name])
             demonstrations = source.demonstrations(
                 stage.demonstrations, seed, stage.styles, stage.correct_only
             )
-        fine_tune(run, chat, source, demonstrations, source.hash)
+        fine_tune(run, demonstrations, source.hash)
 
 
 if __name__ == "__main__":

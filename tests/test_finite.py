@@ -156,7 +156,8 @@ def test_the_job_ends_past_the_limit_with_one_line_and_exit_code_2(tmp_path):
     with pytest.raises(SystemExit) as end, open_run(folder) as run:
         rows = pack_demonstrations(chat, demonstrations, 64)
         engine = Engine(broken(), run.stage.optim, run.stage.router, engine_config(), 2)
-        train(run, engine, chat, None, epochs_of(run, rows, 2), 2)
+        run.chat = chat
+        train(run, engine, epochs_of(run, rows, 2), 2)
     assert end.value.code == 2
     told = (folder / "error.txt").read_text()
     assert LAYER in told and told.count("\n") == 1

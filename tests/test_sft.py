@@ -127,7 +127,8 @@ def run_training(folder, chat, steps, stop=None):
 
         run.log = interrupted
         with suppress(InterruptedError):
-            train(run, engine, chat, None, epochs_of(run, rows, 4), total)
+            run.chat = chat
+            train(run, engine, epochs_of(run, rows, 4), total)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, losses
 
@@ -191,24 +192,25 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     monkeypatch.setattr(rejection, "SHARD_ROUNDS", 1)
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with open_run(folder) as run:
+        run.chat, run.data = chat, source
         run.stage.sampling.max_num_seqs = 16
         ranks = Ranks(engine_config())
-        shards = rejection.draw_samples(run, ranks, sampler, chat, prompts)
+        shards = rejection.draw_samples(run, ranks, sampler, prompts)
         assert len(shards) == sampler.calls == 4
         shards[2].unlink()  # what a kill would have cost
-        assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
+        assert rejection.draw_samples(run, ranks, sampler, prompts) == shards
         assert sampler.calls == 5
         of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None, agree_max=int)
-        assert rejection.draw_samples(run, of_three, sampler, chat, prompts) == shards
+        assert rejection.draw_samples(run, of_three, sampler, prompts) == shards
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
-        path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
+        path = rejection.build_dataset(run, parent, shards, [prompts[0].question], 3)
         demonstrations, data_hash = rejection.read_dataset(path)
         alone = rejection.drawn_in_order(shards, 2)
         for shard in shards:
             shard.unlink()
         for rank in range(3):
             of_three = SimpleNamespace(rank=rank, world_size=3, barrier=lambda: None, agree_max=int)
-            shared = rejection.draw_samples(run, of_three, sampler, chat, prompts)
+            shared = rejection.draw_samples(run, of_three, sampler, prompts)
         assert len(shared) == 6 and rejection.drawn_in_order(shared, 2) == alone
         assert [sample.prompt for sample in alone] == [prompt for prompt in prompts for _ in range(2)]
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
@@ -226,22 +228,24 @@ def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_
     sampler.answers = dict.fromkeys(sampler.answers, "No idea.")
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with pytest.raises(SystemExit), open_run(folder) as run:
-        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, chat, prompts)
-        path = rejection.build_dataset(run, chat, source, parent, shards, [], 0)
+        run.chat, run.data = chat, source
+        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, prompts)
+        path = rejection.build_dataset(run, parent, shards, [], 0)
         demonstrations, _ = rejection.read_dataset(path)
         assert len(demonstrations) == 7 and all(trace.source == "world" for trace in demonstrations)
         funnel = json.loads((folder / "data" / "funnel.json").read_text())
         assert funnel[-1]["name"] == rejection.GENERAL_ALONE
         path.unlink()
         run.stage.general_ratio = 0.0
-        rejection.build_dataset(run, chat, source, parent, shards, [], 0)
+        rejection.build_dataset(run, parent, shards, [], 0)
     assert "60 dropped by 'correct'" in (folder / "error.txt").read_text()
 
 
 def test_what_the_evaluation_asks_is_known_to_the_filters(sampled, chat):
     folder, source, _, _ = sampled
     with open_run(folder) as run:
-        questions = rejection.evaluation_questions(run, chat, source, context=384)
+        run.chat, run.data = chat, source
+        questions = rejection.evaluation_questions(run, context=384)
         config = run.stage.eval
     asked = {prompt.question for prompt in source.prompts(config.split, config.problems, HELD_OUT)}
     asked |= {prompt.question for prompt in source.prompts("dev", config.every_problems, HELD_OUT)}

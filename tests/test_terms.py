@@ -72,8 +72,8 @@ def test_a_stage_logs_the_terms_the_loads_and_saves_the_mtp_layer(tmp_path):
     folder = write_run(tmp_path / "run", config)
     with open_run(folder) as run:
         engine = Engine(run.load_model(None), run.stage.optim, run.stage.router, engine_config(), 3)
-        chat = SimpleNamespace(pad_id=0)
-        checkpoint = train(run, engine, chat, None, lambda step, position: iter([(rows(4), None)] * 3), 3)
+        run.chat = SimpleNamespace(pad_id=0)
+        checkpoint = train(run, engine, lambda step, position: iter([(rows(4), None)] * 3), 3)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["train/mtp_loss"] < logged[0]["train/mtp_loss"] and logged[0]["train/balance_loss"] > 0
     layers = [key for key in logged[0] if key.startswith("router/max_vio/")]

@@ -222,11 +222,13 @@ class Context:
 
     @cached_property
     def loop(self) -> RLTrainer:
-        return RLTrainer(self.trial, self.engine, None, self.chat, self.data, self.reward_models)
+        self.trial.chat, self.trial.data = self.chat, self.data
+        return RLTrainer(self.trial, self.engine, None, self.reward_models)
 
     @cached_property
     def reward_models(self) -> RewardModels:
-        return load_reward_models(self.trial, self.chat) if self.preference else {}
+        self.trial.chat = self.chat
+        return load_reward_models(self.trial) if self.preference else {}
 
     @cached_property
     def probe(self) -> Probe:

@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
-from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3
-from r1pipe.runs import checkpoints, stopping
+from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
@@ -24,11 +22,9 @@ from r1pipe.train.run import Run
 HELD_OUT = 0  # random stream of held-out prompts: the same after every stage
 
 
-def held_out(
-    chat: Chat, source: Source, context: int, config: EvalConfig
-) -> tuple[list[Prompt], list[Prompt], int]:
+def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prompt], list[Prompt], int]:
     """The reasoning and general prompts of an evaluation, and how many are too long for `context` tokens."""
-    fits = prompt_fits(chat, context, config.max_tokens)
+    source, fits = run.data, prompt_fits(run.chat, context, config.max_tokens)
 
     def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
         return draw_prompts_that_fit(lambda m: draw(config.split, m, HELD_OUT), n, fits)
@@ -40,13 +36,7 @@ def held_out(
 
 
 def measure(
-    run: Run[Any],
-    ranks: Ranks,
-    model: DeepseekV3,
-    chat: Chat,
-    source: Source,
-    config: EvalConfig,
-    quick: bool = False,
+    run: Run[Any], ranks: Ranks, model: DeepseekV3, config: EvalConfig, quick: bool = False
 ) -> evaluate.Evaluation:
     """Evaluate; all ranks call, all get it.
 
@@ -54,15 +44,16 @@ def measure(
     warn of prompts that are too long.
     """
     model.eval()
-    context, graphs = model.config.max_position_embeddings, run.config.engine.graphs
+    chat, graphs = run.chat, run.config.engine.graphs
+    context = model.config.max_position_embeddings
     stop = (lambda: 0) if quick else stopping.requested
     sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, graphs, stop)
     with nullcontext() if quick else stopping.leaving_early(ranks):
-        prompts, general_prompts, too_long = held_out(chat, source, context, config)
+        prompts, general_prompts, too_long = held_out(run, context, config)
         evaluation = evaluate.evaluate(
             sampler.generate,
             chat,
-            source,
+            run.data,
             prompts,
             general_prompts,
             config,
@@ -82,20 +73,18 @@ def measure(
     return evaluation
 
 
-def quick_evaluation(run: Run[Any], engine: Engine, chat: Chat, source: Source) -> dict[str, float]:
+def quick_evaluation(run: Run[Any], engine: Engine) -> dict[str, float]:
     """A few development prompts, as metrics under eval/. A request to stop does not interrupt it: the weights
     have already moved, and the step is finished first."""
     began, config = time.monotonic(), evaluate.short(run.stage.eval)
     with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = measure(run, engine, model, chat, source, config, quick=True)
+        evaluation = measure(run, engine, model, config, quick=True)
     return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
 
 
 def finish_stage(
     run: Run[Any],
     engine: Engine,
-    chat: Chat,
-    source: Source,
     checkpoint: Path,
     data_hash: str | None = None,
     extra: Metrics | None = None,
@@ -103,8 +92,6 @@ def finish_stage(
     """The full evaluation, then the record. `data_hash`: of the training data, if not the source's; `extra`:
     more metrics for the record."""
     with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = measure(run, engine, model, chat, source, run.stage.eval)
+        evaluation = measure(run, engine, model, run.stage.eval)
     metrics: Metrics = {**evaluation.metrics, **(extra or {})}
-    trained_on = data_hash or source.hash
-    steps = checkpoints.step_of(checkpoint)
-    run.finish(checkpoint, chat, metrics, evaluation.samples, trained_on, steps, source.hash)
+    run.finish(checkpoint, metrics, evaluation.samples, data_hash)

@@ -43,6 +43,9 @@ S = TypeVar("S", bound=StageConfig)
 class Run(Resumable[S]):
     """A stage script's view of its run folder. Made by `open_run`."""
 
+    chat: Chat  # after load_chat
+    data: Source  # after load_data
+
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
         self._progressed: dict[str, float] = {}
@@ -95,6 +98,7 @@ class Run(Resumable[S]):
                     f"{parent.checkpoint} (stage {stage}) has another tokenizer or chat template than "
                     f"{self._tokenizer_folder()}; take both from one pipeline"
                 )
+        self.chat = chat
         return chat
 
     def load_data(self) -> Source:
@@ -107,35 +111,31 @@ class Run(Resumable[S]):
             if kept.exists() and checkpoints.holds_work(self.folder) and trains:
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
+        self.data = source
         return source
 
     def finish(
         self,
         checkpoint: Path,
-        chat: Chat,
-        evaluation: Metrics,
+        metrics: Metrics,
         samples: list[dict[str, Any]],
-        data_hash: str | None,
-        steps: int,
-        source_hash: str | None = None,
+        data_hash: str | None = None,
     ) -> None:
-        """Write evaluation.json, samples.json and, last, record.json: its presence means done.
-
-        `data_hash`: of the training data. `source_hash`: of the data source, if different.
-        """
+        """Write evaluation.json, samples.json and, last, record.json: its presence means done. `data_hash`:
+        of the training data, if it is not the source's."""
         self.saved()
         if self.rank != 0:
             return
-        write_json(self.folder.evaluation, evaluation)
+        write_json(self.folder.evaluation, metrics)
         write_json(self.folder.samples, samples)
         result: Result = {
             "wall_s": round(self.elapsed(), 3),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
-            "steps": steps,
-            "data_hash": data_hash,
-            "metrics": evaluation,
+            "steps": checkpoints.step_of(checkpoint),
+            "data_hash": data_hash or self.data.hash,
+            "metrics": metrics,
         }
-        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash or data_hash)
+        record = job_record(self.folder, self.config, checkpoint, self.chat, result, self.data.hash)
         write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 

@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
 from r1pipe.data.fitting import prompt_fits
-from r1pipe.data.source import Source
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.rewards import Verdicts
 from r1pipe.runs import heartbeat, stopping
@@ -58,23 +56,21 @@ class RLTrainer:
         run: Run[RLConfig],
         engine: Engine,
         reference: Reference | None,
-        chat: Chat,
-        data: Source,
         reward_models: RewardModels,
         critic: Critic | None = None,
     ):
         """Without a `reference` there is no KL; `reward_models` score general prompts."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.chat, self.data, self.reward_models, self.critic = chat, data, reward_models, critic
+        self.reward_models, self.critic = reward_models, critic
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
-        self.reasoning = self._stream(data.prompts, "reasoning prompts")
+        self.reasoning = self._stream(run.data.prompts, "reasoning prompts")
         self.general: PromptStream | None = None
         if preference := run.stage.preference:
-            draw = partial(data.general_prompts, kinds=preference.general_kinds)
+            draw = partial(run.data.general_prompts, kinds=preference.general_kinds)
             self.general = self._stream(draw, "general prompts")
 
     def train(self) -> Path:
@@ -112,7 +108,7 @@ class RLTrainer:
         else:
             rollouts = rollouts_of(groups)
         with self.run.phase("reward", metrics):
-            rows = rows_of_all(self.engine, groups, self.data.strategy_of)
+            rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
@@ -153,7 +149,7 @@ class RLTrainer:
         return PromptStream(
             lambda n, seed: draw("train", n, seed),
             lambda pool: self.run.seed(name, pool),
-            prompt_fits(self.chat, context, config.sampling.max_tokens),
+            prompt_fits(self.run.chat, context, config.sampling.max_tokens),
             config.max_steps * config.prompts_per_step,
             name,
         )
@@ -195,7 +191,7 @@ class RLTrainer:
             first=self.engine.rank,
             stride=self.engine.world_size,
         )
-        chat, graphs, ranks = self.chat, self.run.config.engine.graphs, self.engine.world_size
+        chat, graphs, ranks = self.run.chat, self.run.config.engine.graphs, self.engine.world_size
         tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
 
         def progress(done: int, total: int) -> None:
@@ -232,7 +228,7 @@ class RLTrainer:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and state.step < config.max_steps:
-            metrics |= quick_evaluation(self.run, self.engine, self.chat, self.data)
+            metrics |= quick_evaluation(self.run, self.engine)
         trips = self._log(state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)

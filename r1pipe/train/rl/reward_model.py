@@ -59,16 +59,16 @@ class Examples:
     pad_id: int
 
 
-def read_examples(run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat) -> Examples:
+def read_examples(run: Run[RewardModelConfig], kind: str) -> Examples:
     """The data's examples that fit the context; without any, no model of this kind is trained. Raises
     DataError where some exist but too few."""
-    stage, name = run.stage, NAMES[kind]
+    stage, name, chat = run.stage, NAMES[kind], run.chat
     longest, source = run.config.model.max_position_embeddings, f"data={run.config.data.name}"
 
     def draw(split: str, n: int, seed: int) -> tuple[list[Item], str]:
         """Items that fit, and for messages how many did not."""
         fitting, too_long = draw_prompts_that_fit(
-            lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
+            lambda m: items(kind, run.data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
         )
         if fitting or too_long:
             log.info("%d %s (%s), %d more are too long", len(fitting), name, split, too_long)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
@@ -24,27 +23,28 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     """A whole RL stage. Raises CheckpointError if a reward model is missing or, unless forced, weak."""
     stage = run.stage
     check_all(rl_rules(stage, run.world_size))  # a hostfile's machines times engine.ranks
-    chat, data = run.load_chat(), run.load_data()
+    run.load_chat()
+    run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them, and weight decay alone would shrink them
     weaknesses = quality.check_quality(run.config)
     for weakness in weaknesses:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
-    rewards = load_reward_models(run, chat) if stage.preference else {}
+    rewards = load_reward_models(run) if stage.preference else {}
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
-    checkpoint = RLTrainer(run, engine, reference, chat, data, rewards, critic).train()
+    checkpoint = RLTrainer(run, engine, reference, rewards, critic).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
-    finish_stage(run, engine, chat, data, checkpoint, extra=known)
+    finish_stage(run, engine, checkpoint, extra=known)
 
 
-def load_reward_models(run: Run[RLConfig], chat: Chat) -> RewardModels:
+def load_reward_models(run: Run[RLConfig]) -> RewardModels:
     """The frozen models of stage reward_model; check_quality has checked that those with a weight exist."""
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
@@ -53,5 +53,5 @@ def load_reward_models(run: Run[RLConfig], chat: Chat) -> RewardModels:
     for kind in quality.KINDS:
         folder = Path(parent.checkpoint) / kind
         if folder.is_dir():
-            scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, chat)
+            scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, run.chat)
     return scorers

@@ -18,7 +18,6 @@ from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
-from r1pipe.data.source import Source
 from r1pipe.model import Balance, DeepseekV3
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.mtp import mtp_loss_sum
@@ -35,17 +34,15 @@ F = TypeVar("F", bound=FineTuneConfig)
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 
 
-def fine_tune(
-    run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
-) -> None:
+def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
     """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
     stage = run.stage
-    rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
+    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = run.load_model(run.config.weights_from)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
-    checkpoint = train(run, engine, chat, source, epochs_of(run, rows, stage.batch_size), steps)
-    finish_stage(run, engine, chat, source, checkpoint, data_hash)
+    checkpoint = train(run, engine, epochs_of(run, rows, stage.batch_size), steps)
+    finish_stage(run, engine, checkpoint, data_hash)
 
 
 def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
@@ -87,14 +84,7 @@ def epochs_of(run: Run, rows: list[Packed], batch_size: int) -> Batches:
     return batches
 
 
-def train(
-    run: Run[PretrainConfig] | Run[F],
-    engine: Engine,
-    chat: Chat,
-    source: Source,
-    batches: Batches,
-    total_steps: int,
-) -> Path:
+def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, total_steps: int) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps` or an early stop; the last folder."""
     stage = run.stage
     resumed, state = run.resume(engine)
@@ -105,13 +95,13 @@ def train(
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
-            shares = Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, chat.pad_id)
+            shares = Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
         tokens = sum(len(row.tokens) for row in batch)
         metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= quick_evaluation(run, engine, chat, source)
+            metrics |= quick_evaluation(run, engine)
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         last, stop_signal = run.is_last(step, total_steps, engine), stopping.agreed(engine)

@@ -17,13 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
 from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
@@ -41,7 +39,7 @@ GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
-    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, chat: Chat, prompts: Sequence[Prompt]
+    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, prompts: Sequence[Prompt]
 ) -> list[Path]:
     """All shard files, in order. The ranks share the work of drawing and scoring missing ones."""
     stage = run.stage
@@ -62,7 +60,7 @@ def draw_samples(
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             if not shards[number].exists():
-                rows = _draw(run, sampler, chat, prompts[number::count], (number, count), progress)
+                rows = _draw(run, sampler, prompts[number::count], (number, count), progress)
                 _write_rows(shards[number], rows)
     return shards
 
@@ -70,7 +68,6 @@ def draw_samples(
 def _draw(
     run: Run[RejectionConfig],
     sampler: Sampler,
-    chat: Chat,
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
     progress: Any,
@@ -87,9 +84,9 @@ def _draw(
         stride=count,
     )
     repeated = [prompt for prompt in prompts for _ in range(each)]
-    tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
+    tokens = [run.chat.prompt_tokens(prompt) for prompt in prompts]
     with Verdicts() as verdicts:
-        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(chat, prompts))
+        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(run.chat, prompts))
         scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         {
@@ -104,13 +101,13 @@ def _draw(
     ]
 
 
-def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, context: int) -> list[str]:
+def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
         prompt.question
         for config in (final, evaluate.short(final))
-        for prompt in held_out(chat, source, context, config)[0]
+        for prompt in held_out(run, context, config)[0]
     ]
 
 
@@ -133,8 +130,6 @@ def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
 
 def build_dataset(
     run: Run[RejectionConfig],
-    chat: Chat,
-    source: Source,
     sampler: ParentRef,
     shards: Sequence[Path],
     questions: Sequence[str],
@@ -157,9 +152,9 @@ def build_dataset(
     wanted = round(stage.general_ratio * len(kept)) if kept else ceil(stage.general_ratio * stage.prompts)
     seed = run.seed("general traces")
     general, longer = draw_prompts_that_fit(
-        lambda n: source.general_demonstrations(n, seed, stage.general_kinds),
+        lambda n: run.data.general_demonstrations(n, seed, stage.general_kinds),
         wanted,
-        lambda row: len(chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
+        lambda row: len(run.chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
     )
     log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, longer)
     if not kept:

@@ -8,7 +8,6 @@ own:
 
     r1pipe run stage=pretrain model=student pipeline=student
     r1pipe run stage=distill model=student parent=RUN_ID
-    deepspeed --num_accelerators 2 --no_local_rank stages/distill.py RUN_FOLDER
 """
 
 import sys

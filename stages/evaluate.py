@@ -4,7 +4,6 @@ Stage `base` is R1's DeepSeek-V3-Base: the pre-trained weights that later stages
 before any training.
 
     r1pipe run stage=base
-    deepspeed --num_accelerators 2 --no_local_rank stages/evaluate.py RUN_FOLDER
 """
 
 import sys

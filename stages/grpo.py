@@ -16,7 +16,6 @@ response, and the rules format and language. Not earlier, because preference rew
 and weights were not published.
 
     r1pipe run stage=grpo
-    deepspeed --num_accelerators 2 --no_local_rank stages/grpo.py RUN_FOLDER
 """
 
 import sys

@@ -5,7 +5,6 @@ The result takes the place of DeepSeek-V3-Base, R1's start. It differs from V3's
 multi-token prediction (model.num_nextn_predict_layers=1 has it) and a corpus that a program writes.
 
     r1pipe run stage=pretrain
-    deepspeed --num_accelerators 2 --no_local_rank stages/pretrain.py RUN_FOLDER
 """
 
 import sys

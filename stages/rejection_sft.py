@@ -5,7 +5,6 @@ them with general data (R1: 600k and 200k) and fine-tunes the *base*, not the RL
 Of R1's filters the kinds are published, not the thresholds; its judge model for some of the data is left out.
 
     r1pipe run stage=rejection_sft
-    deepspeed --num_accelerators 2 --no_local_rank stages/rejection_sft.py RUN_FOLDER
 """
 
 import sys

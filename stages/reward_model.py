@@ -8,7 +8,6 @@ preferences: there DeepSeek-V3 judged, here they are part of the data, and those
 hidden rule.
 
     r1pipe run stage=reward_model
-    deepspeed --num_accelerators 2 --no_local_rank stages/reward_model.py RUN_FOLDER
 """
 
 import sys
@@ -20,8 +19,8 @@ from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.reward_model import Examples, read_examples, steps_of, train_reward_model
-from r1pipe.train.run import Run, open_run
+from r1pipe.train.rl.reward_model import read_examples, steps_of, train_reward_model
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:
@@ -36,7 +35,9 @@ def main(folder: str) -> None:
             )
         steps = [steps_of(run.stage, examples) for examples in lessons]
         firsts = [0, *accumulate(steps)]
-        current = current_lesson(run, lessons)
+        newest = run.newest_complete(Ranks(run.config.engine))  # earlier models than it has are finished
+        started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
+        current = max(0, sum(started) - 1)
         for number in range(current, len(lessons)):
             train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
@@ -47,13 +48,6 @@ def main(folder: str) -> None:
             "reward_models": quality_of(checkpoint),
         }
         run.finish(checkpoint, metrics, [])
-
-
-def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
-    """Index of the model that the newest checkpoint was training, or 0. Earlier models are finished."""
-    newest = run.newest_complete(Ranks(run.config.engine))
-    started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
-    return max(0, sum(started) - 1)
 
 
 if __name__ == "__main__":

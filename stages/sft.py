@@ -7,7 +7,6 @@ control_sft is the same on careful, correct solutions alone, for about as long a
 not a stage of R1: it shows what good data could have taught in the same time. It draws other solutions.
 
     r1pipe run stage=cold_start
-    deepspeed --num_accelerators 2 --no_local_rank stages/sft.py RUN_FOLDER
 """
 
 import sys

@@ -377,10 +377,10 @@ def test_nothing_is_learned_from_a_step_without_any_score(monkeypatch):
 
 
 def stream(length: int, fits=lambda prompt: True) -> PromptStream:
-    def draw(n: int, seed: int) -> list[Prompt]:
-        return [Prompt(f"{seed}/{i}", "word", "en", "?") for i in range(min(n, length))]
+    def draw(pool: int) -> list[Prompt]:
+        return [Prompt(f"{100 + pool}/{i}", "word", "en", "?") for i in range(length)]
 
-    return PromptStream(draw, lambda pool: 100 + pool, fits, 1000, "problems")
+    return PromptStream(draw, fits, "problems")
 
 
 def test_a_stream_goes_through_the_data_again_with_another_seed_and_can_be_taken_up_anywhere():

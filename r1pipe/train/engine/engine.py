@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
@@ -151,7 +150,10 @@ class Engine(Ranks):
         with heartbeat.waiting(self.world_size > 1):
             self._ds.step()
             grad_norm = float(self._ds.get_global_grad_norm())
-            mean_loss, loads_LE = self._sum_step(sum(losses), loads_LE)
+        loads = loads_LE.flatten().tolist() if loads_LE is not None else []
+        total_loss, *loads = self.sum_over_ranks([sum(losses), *loads])  # one collective
+        if loads_LE is not None:
+            loads_LE = loads_LE.new_tensor(loads).reshape(loads_LE.shape)
         broken = not math.isfinite(grad_norm)
         counts = self._fp8_counts()
         if broken:
@@ -162,7 +164,8 @@ class Engine(Ranks):
             if self.router and loads_LE is not None:
                 update_router_bias(self.module, loads_LE, self.router.bias_rate)
         fp8 = {} if broken else meter.metrics(counts)
-        return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
+        mean_loss, skipped = total_loss / self.world_size, self._ds.skipped_steps
+        return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, skipped)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
@@ -212,17 +215,6 @@ class Engine(Ranks):
         """What was quantised in this step, all ranks together; nothing without FP8."""
         fp8 = fp8_of(self.module)
         return meter.together(self.all_gather_objects(fp8.meter.take())) if fp8 else {}
-
-    def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
-        """Mean loss and summed loads over ranks, in one collective."""
-        if self.world_size == 1:
-            return loss, loads_LE
-        flat = torch.tensor([loss], dtype=torch.float64, device=self.device)
-        if loads_LE is not None:
-            flat = torch.cat([flat, loads_LE.reshape(-1).double()])
-        dist.all_reduce(flat)
-        summed_LE = flat[1:].reshape(loads_LE.shape).to(loads_LE.dtype) if loads_LE is not None else None
-        return flat[0].item() / self.world_size, summed_LE
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.prompts import PromptStream, general_count
+from r1pipe.train.rl.prompts import POOL, PromptStream, general_count
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
     RewardModels,
@@ -145,14 +145,10 @@ class RLTrainer:
 
     def _stream(self, draw: Callable[[str, int, int], list[Prompt]], name: str) -> PromptStream:
         config = self.config
+        size = min(config.max_steps * config.prompts_per_step, POOL)
         context = self.engine.module.config.max_position_embeddings
-        return PromptStream(
-            lambda n, seed: draw("train", n, seed),
-            lambda pool: self.run.seed(name, pool),
-            prompt_fits(self.run.chat, context, config.sampling.max_tokens),
-            config.max_steps * config.prompts_per_step,
-            name,
-        )
+        fits = prompt_fits(self.run.chat, context, config.sampling.max_tokens)
+        return PromptStream(lambda pool: draw("train", size, self.run.seed(name, pool)), fits, name)
 
     # --- rollout and score
 
@@ -245,8 +241,7 @@ class RLTrainer:
         return last
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
-        """Write rollouts and metrics (with speeds and trips); all ranks call. The step `began` at this
-        monotonic()."""
+        """Write rollouts, and metrics with speeds and trips; the step `began` at this monotonic time."""
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
         metrics |= speeds(rows, metrics, time.monotonic() - began)

@@ -15,18 +15,9 @@ class PromptStream:
     """Pools of a source's prompts, each drawn with its own seed: shuffled epochs of a file, or new problems
     of an endless source."""
 
-    def __init__(
-        self,
-        draw: Callable[[int, int], list[Prompt]],
-        seed_of: Callable[[int], int],
-        fits: Callable[[Prompt], bool],
-        needed: int,
-        name: str,
-    ):
-        """`draw(n, seed)` returns up to n prompts, equally many for every seed; the stage needs `needed`.
-        Raises DataError where the data has none."""
-        size = min(needed, POOL)
-        self._pool = lru_cache(maxsize=2)(lambda number: draw(size, seed_of(number)))
+    def __init__(self, draw: Callable[[int], list[Prompt]], fits: Callable[[Prompt], bool], name: str):
+        """`draw` returns pool 0, 1 ..., all of one length. Raises DataError where the data has no prompts."""
+        self._pool = lru_cache(maxsize=2)(draw)
         self._fits, self._name = fits, name
         self._length = len(self._pool(0))
         if not self._length:

@@ -169,13 +169,11 @@ def measure(
     """The reasoning part of evaluation.json: overall, by task and by language."""
 
     def by(key: str) -> dict[str, Metrics]:
-        parts = {}
-        for value in sorted({getattr(p, key) for p in prompts}):
-            chosen = [
-                [v for v in rows if getattr(prompts[v.problem], key) == value] for rows in (sampled, greedy)
-            ]
-            parts[value] = summarise(*chosen)
-        return parts
+        def of(rows: list[Verdict], value: str) -> list[Verdict]:
+            return [v for v in rows if getattr(prompts[v.problem], key) == value]
+
+        values = sorted({getattr(prompt, key) for prompt in prompts})
+        return {value: summarise(of(sampled, value), of(greedy, value)) for value in values}
 
     strategies = Counter(v.strategy for v in sampled if v.strategy)
     return {
@@ -197,9 +195,9 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
     problems: dict[int, list[Verdict]] = defaultdict(list)
     for verdict in sampled:
         problems[verdict.problem].append(verdict)
-    outcomes = [[float(v.correct) for v in rows if v.correct is not None] for rows in problems.values()]
-    voters = ([v for v in rows if v.correct is not None] for rows in problems.values())
-    elected = [majority([(v.vote, bool(v.correct)) for v in rows]) for rows in voters if rows]
+    scored = [[v for v in rows if v.correct is not None] for rows in problems.values()]
+    outcomes = [[float(bool(v.correct)) for v in rows] for rows in scored]
+    elected = [majority([(v.vote, bool(v.correct)) for v in rows]) for rows in scored if rows]
     several = any(len(rows) > 1 for rows in problems.values())
     return {
         "pass_at_1": mean(value for rows in outcomes for value in rows),

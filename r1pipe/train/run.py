@@ -23,13 +23,12 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.data.opening import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, load_pretrained
-from r1pipe.runs import checkpoints, heartbeat, locks, machine
+from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.lookup import with_relocated_parents
 from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
-from r1pipe.runs.stopping import Interrupted, listening
 from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
@@ -115,11 +114,7 @@ class Run(Resumable[S]):
         return source
 
     def finish(
-        self,
-        checkpoint: Path,
-        metrics: Metrics,
-        samples: list[dict[str, Any]],
-        data_hash: str | None = None,
+        self, checkpoint: Path, metrics: Metrics, samples: list[dict[str, Any]], data_hash: str | None = None
     ) -> None:
         """Write evaluation.json, samples.json and, last, record.json: its presence means done. `data_hash`:
         of the training data, if it is not the source's."""
@@ -159,10 +154,10 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         warnings = _ScreenHandler(run)
         log.addHandler(warnings)
         beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
-        with listening(folder.stop, config.engine.grace_s), beating:
+        with stopping.listening(folder.stop, config.engine.grace_s), beating:
             try:
                 yield run
-            except Interrupted:
+            except stopping.Interrupted:
                 run.saved()  # when the first rank leaves, the launcher ends the others
                 Ranks(config.engine).barrier()
                 raise
@@ -170,7 +165,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
                 log.removeHandler(warnings)
                 run.saved()
         exit_immediately_with(0)
-    except Interrupted as interrupted:
+    except stopping.Interrupted as interrupted:
         log.info("%s", interrupted)
         _exit(interrupted.exit_code)
     except locks.Taken as error:

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
-
 torch_load = torch.load  # torch's own, while `replaced_torch_load` redirects DeepSpeed's calls
 _exit_code: int | None = None
 
@@ -159,11 +157,7 @@ def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -
         inject_missing_state=True,
     )
     output = io.StringIO()
-    with (
-        replaced_torch_load(load),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
+    with replaced_torch_load(load), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         ds_to_universal.main(arguments)
 
 

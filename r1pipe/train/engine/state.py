@@ -22,11 +22,11 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import MOMENTS
-from r1pipe.train.engine.patches import PARAM_GROUPS, STATES
 from r1pipe.train.engine.ranks import Ranks
 
 LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int} of the writer
 TAG = "state"
+PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
 CONVERTED = ".step-converted"  # retention removes such names, in case a kill leaves it
 # What torch's restricted unpickler raises for damaged files.
 UNREADABLE = (

@@ -12,9 +12,7 @@ from r1pipe.core.types import Group, Prompt
 from r1pipe.data.fitting import prompt_fits
 from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.rewards import Verdicts
-from r1pipe.runs import heartbeat, stopping
-from r1pipe.runs.checkpoints import ENGINE
-from r1pipe.runs.stopping import Interrupted
+from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl.batch import Rollout, rollouts_of
@@ -83,7 +81,8 @@ class RLTrainer:
             for metrics in self.run.logged():  # wires that tripped before do not trip again
                 self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
-                saved = load_pretrained(self.run.folder.checkpoint(self.saved) / ENGINE / "reference")
+                engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
+                saved = load_pretrained(engine_folder / "reference")
                 self.reference.model.load_state_dict(saved.state_dict())
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
         while not last:
@@ -98,7 +97,7 @@ class RLTrainer:
         heartbeat.at_step(before.step + 1)
         try:
             groups = self.sample_groups(metrics)
-        except Interrupted:
+        except stopping.Interrupted:
             self._abandon_step(before)
             raise
         if self.critic:
@@ -237,7 +236,7 @@ class RLTrainer:
         if pause and not last:
             raise Tripped(f"paused after step {state.step}; the same command resumes from it: {pause}")
         if leaving and not last:
-            raise Interrupted(leaving)
+            raise stopping.Interrupted(leaving)
         return last
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
@@ -266,4 +265,4 @@ class RLTrainer:
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)
         if self.reference and self.state.reference_step:
-            save_pretrained(self.reference.model, folder / ENGINE / "reference")
+            save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")

@@ -27,7 +27,6 @@ from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
-from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.run import Run
 
@@ -146,7 +145,7 @@ def train_reward_model(
             export = partial(_export, run, examples, done == steps)
             run.save_checkpoint(engine, first + done, {}, export)
         if leaving:
-            raise Interrupted(leaving)
+            raise stopping.Interrupted(leaving)
 
 
 def micro_losses(

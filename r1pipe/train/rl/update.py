@@ -48,10 +48,7 @@ def completion_hidden(
 
 
 def completion_logprobs(
-    model: DeepseekV3,
-    micro: MicroBatch,
-    temperature: float,
-    balances: tuple[Balance, Balance] | None = None,
+    model: DeepseekV3, micro: MicroBatch, temperature: float, balances: tuple[Balance, Balance] | None = None
 ) -> Tensor:
     """logprobs_N: log pi of every completion token, at the sampling temperature."""
     hidden_ND = completion_hidden(model.model, micro, balances)

@@ -22,7 +22,6 @@ from r1pipe.model import Balance, DeepseekV3
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
-from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.run import Run, log
@@ -110,7 +109,7 @@ def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, t
         if last:
             break
         if stop_signal:
-            raise Interrupted(stop_signal)
+            raise stopping.Interrupted(stop_signal)
     return run.folder.checkpoint(step)
 
 

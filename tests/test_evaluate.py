@@ -137,12 +137,20 @@ def ranks(rank=0, world_size=1, gather=lambda local: [local]):
     return SimpleNamespace(rank=rank, world_size=world_size, all_gather_objects=gather)
 
 
-def run(judge=True, general=GENERAL, config=CONFIG, calls=None, strategy_of=None, among=None, **more):
+def run(
+    judge=True,
+    general=GENERAL,
+    config=CONFIG,
+    calls=None,
+    strategy_of=None,
+    among=None,
+    progress=lambda what, done, total, unit: None,
+):
     truth = (lambda prompt, text: TRUTHS[prompt.id]) if judge else None
-    source = SimpleNamespace(judge=truth, strategy_of=strategy_of)
-    sampler, chat = fake_sampler([] if calls is None else calls), FakeChat()
-    among = among or ranks()
-    return evaluate(sampler, chat, source, PROMPTS, general, config, among, seed=7, may_stop=False, **more)
+    data = SimpleNamespace(judge=truth, strategy_of=strategy_of)
+    this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, progress=progress)
+    sampler = fake_sampler([] if calls is None else calls)
+    return evaluate(this, among or ranks(), sampler, PROMPTS, general, config, may_stop=False)
 
 
 def test_reasoning_numbers():
@@ -264,7 +272,7 @@ def test_strategies_are_shares_of_the_sampled_ones():
 
 def test_progress_runs_through_all_passes():
     seen = []
-    run(progress=lambda done, total: seen.append((done, total)))
+    run(progress=lambda what, done, total, unit: seen.append((done, total)))
     assert seen == [(12, 21), (15, 21), (21, 21)]
 
 

@@ -9,17 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
-from r1pipe.data.source import Source
 from r1pipe.data.world.truth import Truth
 from r1pipe.rewards import Verdicts, score_all, vote
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Ended, SamplingParams
+from r1pipe.train.run import Run
 
 Progress = Callable[[int, int], None]
 Completions = list[Completion]
@@ -58,24 +57,21 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
+    run: Run[Any],
+    ranks: Ranks,
     generate: Generate,
-    chat: Chat,
-    source: Source,
     prompts: Sequence[Prompt],
     general_prompts: Sequence[Prompt],
     config: EvalConfig,
-    ranks: Ranks,
-    seed: int,
     may_stop: bool,
-    progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a model on held-out prompts; every rank gets the same result.
 
-    `generate` is a Sampler's method, `source` judges general answers and names strategies. Reasoning prompts
-    are sampled `config.samples` times and once greedily, general ones once. With `may_stop` it raises
-    Interrupted in all ranks if one is asked to stop.
+    `generate` is a Sampler's method. Reasoning prompts are sampled `config.samples` times and once greedily,
+    general ones once. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
-    judge, rank, world_size = source.judge, ranks.rank, ranks.world_size
+    chat, judge, strategy_of = run.chat, run.data.judge, run.data.strategy_of
+    rank, world_size, seed = ranks.rank, ranks.world_size, run.seed("evaluation")
     local = range(rank, len(prompts), world_size)
     local_general = range(rank, len(general_prompts) if judge else 0, world_size)
     total = len(local) * (config.samples + config.greedy) + len(local_general)
@@ -88,26 +84,28 @@ def evaluate(
         if not indices:
             return []
         before, done = done, done + len(indices) * n
-        show = (lambda count, _: progress(before + count, total)) if progress else None
+
+        def progress(count: int, _: int) -> None:
+            run.progress("evaluating", before + count, total, "completions")
+
         stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
         params = SamplingParams(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size)
         chosen = [pool[i] for i in indices]
         tokens = [chat.prompt_tokens(prompt) for prompt in chosen]
-        return generate(tokens, params, show, verdicts.on_completion(chat, chosen))
+        return generate(tokens, params, progress, verdicts.on_completion(chat, chosen))
 
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
         warm = draw(prompts, local, config.samples, 0, *hot)
         likeliest = draw(prompts, local, 1, 1, 0.0, 1.0) if config.greedy else []
         texts = draw(general_prompts, local_general, 1, 2, *hot)
-        sampled = _score(prompts, local, warm, verdicts, source.strategy_of)
+        sampled = _score(prompts, local, warm, verdicts, strategy_of)
         greedy = _score(prompts, local, likeliest, verdicts, None)
     general = []
     if judge:
         for i, completion in zip(local_general, texts, strict=True):
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
-
     if may_stop:
         stopping.stop_if_requested(ranks)
     shares = ranks.all_gather_objects((sampled, greedy, general))

@@ -50,18 +50,8 @@ def measure(
     sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, graphs, stop)
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
-        evaluation = evaluate.evaluate(
-            sampler.generate,
-            chat,
-            run.data,
-            prompts,
-            general_prompts,
-            config,
-            ranks,
-            run.seed("evaluation"),
-            may_stop=not quick,
-            progress=lambda done, total: run.progress("evaluating", done, total, "completions"),
-        )
+        generate, may_stop = sampler.generate, not quick
+        evaluation = evaluate.evaluate(run, ranks, generate, prompts, general_prompts, config, may_stop)
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured)
     if too_long and not quick:

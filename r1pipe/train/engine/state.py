@@ -149,14 +149,12 @@ def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
 
 
 def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
-    """AdamW's step count, the same for every parameter."""
     return next((state["step"] for state in states.values() if "step" in state), torch.tensor(0.0))
 
 
 def _write_parameters(
     ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
 ) -> None:
-    """Write each parameter of level 0 and its moments into a folder of its own."""
     trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
     flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     matrices = [name for name, _ in trained if name not in flat]

@@ -148,7 +148,6 @@ class Critic:
         }
 
     def _share_of_loss(self, micro: MicroBatch) -> Tensor:
-        """A micro-batch's share of the value loss, and of the experts' balance loss."""
         assert micro.values_N is not None and micro.returns_N is not None
         alpha = self.config.router.balance_alpha
         balances = balances_of(micro, with_loss=alpha > 0)
@@ -161,7 +160,6 @@ class Critic:
 
 
 def _moments(values_N: Tensor) -> tuple[float, float]:
-    """The sum of the values and of their squares."""
     return values_N.sum().item(), values_N.square().sum().item()
 
 

@@ -22,15 +22,11 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
-        match config.schedule:
-            case "constant":
-                return 1.0
-            case "linear":
-                return floor + (1 - floor) * (1 - min(1.0, done))
-            case "cosine":
-                return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        raise ValueError(config.schedule)  # config validation rules this out
+        if config.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+        left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (1 - floor) * left
 
     return factor
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_runs import tiny_run
 from r1pipe.core.types import Completion, Score, Status
 from r1pipe.launch.progress import Display
 from r1pipe.model.moe import gates
+from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import loop, scoring
 from r1pipe.train.rl.tripwires import WIRES
@@ -87,7 +89,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
         seconds[0] += 1
         return seconds[0]
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(resumable, "time", SimpleNamespace(monotonic=clock, time=time.time))
 
     def constant(completion, number, step):
         if number == 0:

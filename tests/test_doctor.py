@@ -38,7 +38,7 @@ from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
 from r1pipe.runs.reward_model_quality import FORCE
-from r1pipe.train.rl import routing
+from r1pipe.train.rl import update as routing
 from r1pipe.train.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]

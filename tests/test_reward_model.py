@@ -17,7 +17,7 @@ from r1pipe.model import DeepseekV3
 from r1pipe.rewards import models
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.preference import Examples, Item, measure_quality, micro_losses
+from r1pipe.train.rl.reward_model import Examples, Item, measure_quality, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 

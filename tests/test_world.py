@@ -209,13 +209,7 @@ def test_a_small_world_still_gives_as_many_as_it_has_in_the_usual_order(small_wo
 
 def test_reinforcement_goes_through_a_small_world_again_and_again(small_world):
     world, _ = small_world
-    stream = PromptStream(
-        lambda n, seed: world.prompts("train", n, seed),
-        lambda pool: pool,
-        lambda prompt: True,
-        500,
-        "problems",
-    )
+    stream = PromptStream(lambda pool: world.prompts("train", 500, pool), lambda prompt: True, "problems")
     whole = len(world.prompts("train", 500, 0))
     taken, cursor = stream.take(0, 3 * whole)
     assert cursor == 3 * whole

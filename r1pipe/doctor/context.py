@@ -21,9 +21,9 @@ from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import Rollout, rollouts_of
-from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.loop import LoopState, RLTrainer
 from r1pipe.train.rl.scoring import RewardModels
-from r1pipe.train.rl.stage import reward_models
+from r1pipe.train.rl.stage import load_reward_models
 from r1pipe.train.rl.update import update
 from r1pipe.train.run import Run
 from r1pipe.train.sft.rejection import samples_of
@@ -231,12 +231,14 @@ class Context:
         return Engine(policy, stage.optim, stage.router, self.config.engine, total_steps=2)
 
     @cached_property
-    def loop(self) -> GRPO:
-        return GRPO(self.trial, self.engine, None, self.chat, self.data, self.reward_models, dict)
+    def loop(self) -> RLTrainer:
+        self.trial.chat, self.trial.data = self.chat, self.data
+        return RLTrainer(self.trial, self.engine, None, self.reward_models)
 
     @cached_property
     def reward_models(self) -> RewardModels:
-        return reward_models(self.trial, self.chat) if self.preference else {}
+        self.trial.chat = self.chat
+        return load_reward_models(self.trial) if self.preference else {}
 
     @cached_property
     def probe(self) -> Probe:

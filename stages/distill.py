@@ -8,7 +8,6 @@ own:
 
     r1pipe run stage=pretrain model=student pipeline=student
     r1pipe run stage=distill model=student parent=RUN_ID
-    deepspeed --num_accelerators 2 --no_local_rank stages/distill.py RUN_FOLDER
 """
 
 import sys
@@ -25,11 +24,11 @@ def main(folder: str) -> None:
         if len(run.config.reads_from) != 1:
             raise CheckpointError("this stage learns from one run's samples; name its stage in stage.reads")
         (teacher,) = run.config.reads_from.values()
-        chat = run.load_chat()
+        run.load_chat()
         with run.phase("loading data"):
-            source = run.load_data()
+            run.load_data()
             demonstrations, data_hash = samples_of(teacher)
-        fine_tune(run, chat, source, demonstrations, data_hash)
+        fine_tune(run, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

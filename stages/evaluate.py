@@ -4,14 +4,15 @@ Stage `base` is R1's DeepSeek-V3-Base: the pre-trained weights that later stages
 before any training.
 
     r1pipe run stage=base
-    deepspeed --num_accelerators 2 --no_local_rank stages/evaluate.py RUN_FOLDER
 """
 
 import sys
+from pathlib import Path
 
 from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.training import set_precision
+from r1pipe.runs import checkpoints
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
 from r1pipe.train.run import open_run
@@ -23,19 +24,23 @@ def main(folder: str) -> None:
         if parent is None:
             raise CheckpointError("this stage evaluates a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
-        chat = run.load_chat()
-        source = run.load_data()
+        run.load_chat()
+        run.load_data()
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
-        checkpoint = run.adopt_checkpoint(parent)
+        checkpoint = run.folder.checkpoint(0)
+        if run.rank == 0:
+            checkpoints.verify(parent.checkpoint, parent.hash)
+            checkpoints.copy_published(Path(parent.checkpoint), checkpoints.begin(checkpoint))
+            checkpoints.finish(checkpoint)
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, model, chat, source, run.stage.eval)
+            evaluation = measure(run, ranks, model, run.stage.eval)
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )
-        run.finish(checkpoint, chat, evaluation.metrics, evaluation.samples, source.hash, steps=0)
+        run.finish(checkpoint, evaluation.metrics, evaluation.samples)
 
 
 if __name__ == "__main__":

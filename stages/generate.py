@@ -18,15 +18,15 @@ from r1pipe.config import script_options
 from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import Completion, Prompt
-from r1pipe.model import DeepseekV3, load_pretrained, model_config_from
+from r1pipe.core.types import Prompt
+from r1pipe.model import DeepseekV3, load_pretrained
 from r1pipe.model.weights import GENERATION
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rollout import Sampler, SamplingParams
 
-SLOTS = 64
+MAX_NUM_SEQS = 64  # answered together
 
 
 def main(options: GenerateOptions) -> int:
@@ -34,9 +34,15 @@ def main(options: GenerateOptions) -> int:
     folder = options.checkpoint
     checkpoints.verify(folder)
     chat, model = Chat.load(folder), load(folder)
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, SLOTS)
-    params = sampling_params(folder, options)
+    sampler = Sampler(model, chat.eos_id, chat.pad_id, MAX_NUM_SEQS)
     context = model.config.max_position_embeddings
+    defaults = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    params = SamplingParams(
+        max_tokens=options.max_tokens or context,
+        temperature=defaults.get("temperature", 1.0) if options.temperature is None else options.temperature,
+        top_p=defaults.get("top_p", 1.0) if options.top_p is None else options.top_p,
+        seed=options.seed,
+    )
     count = invalid = 0
     for number, questions in enumerate(rounds(options)):
         prompts: list[tuple[str, list[int]]] = []
@@ -54,8 +60,12 @@ def main(options: GenerateOptions) -> int:
         of_round = replace(params, seed=params.seed + number, max_tokens=max(limits))
         completions = sampler.generate([tokens for _, tokens in prompts], of_round, limits=limits)
         for (question, _), completion in zip(prompts, completions, strict=True):
-            completion.text = chat.decode(completion.tokens)
-            show(question, completion, options.as_json)
+            text = chat.decode(completion.tokens)
+            if options.as_json:
+                row = {"question": question, "answer": text, "finish_reason": completion.finish_reason}
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+            else:
+                print(text + (" […]" if completion.truncated else ""), end="\n\n", flush=True)
     if options.chat or not invalid:
         return 0
     return 2 if invalid == count else 1
@@ -66,18 +76,6 @@ def load(folder: Path) -> DeepseekV3:
     device = choose_device("auto")
     model = load_pretrained(folder).eval()
     return model if device.type == "cpu" else model.bfloat16().to(device)
-
-
-def sampling_params(folder: Path, options: GenerateOptions) -> SamplingParams:
-    """The options, with the checkpoint's own temperature and top-p, and the context's length, as defaults."""
-    path = folder / GENERATION
-    own = read_object(path) if path.exists() else {}
-    return SamplingParams(
-        max_tokens=options.max_tokens or model_config_from(folder).max_position_embeddings,
-        temperature=own.get("temperature", 1.0) if options.temperature is None else options.temperature,
-        top_p=own.get("top_p", 1.0) if options.top_p is None else options.top_p,
-        seed=options.seed,
-    )
 
 
 def rounds(options: GenerateOptions) -> Iterator[list[str]]:
@@ -104,14 +102,6 @@ def prompt_tokens(question: str, chat: Chat, context: int) -> list[int]:
     if len(tokens) >= context:
         raise DataError(f"has {len(tokens)} tokens and leaves no room in the model's {context}; shorten it")
     return tokens
-
-
-def show(question: str, completion: Completion, as_json: bool) -> None:
-    if as_json:
-        row = {"question": question, "answer": completion.text, "finish_reason": completion.finish_reason}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-    else:
-        print(completion.text + (" […]" if completion.truncated else ""), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,18 @@ response, and the rules format and language. Not earlier, because preference rew
 and weights were not published.
 
     r1pipe run stage=grpo
-    deepspeed --num_accelerators 2 --no_local_rank stages/grpo.py RUN_FOLDER
 """
 
 import sys
 
 from r1pipe.config import RLConfig
-from r1pipe.train.rl.stage import reinforce, reward_models, rules_only
+from r1pipe.train.rl.stage import run_rl_stage
 from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:
     with open_run(folder, RLConfig) as run:
-        reinforce(run, reward_models if run.stage.preference else rules_only)
+        run_rl_stage(run)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,15 @@ def main(options: ImportOptions) -> None:
     check_no_outside_links(source)
     with checkpoints.whole(target) as unfinished:
         stored = convert(source, unfinished, options.dtype, int(options.shard_gb * 1e9))
-        take_generation(source, unfinished, take_tokenizer(source, unfinished))
+        chat = take_tokenizer(source, unfinished)
+        if (source / GENERATION).exists():
+            content = read_object(source / GENERATION)
+        elif chat is not None:
+            content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
+        else:
+            config = read_object(source / "config.json")
+            content = {key: value for key, value in config.items() if key.endswith("_token_id")}
+        write_json(unfinished / GENERATION, content)
     written = Stored(target)
     types = ", ".join(sorted({written.entries[name].dtype for name in written.names()}))
     print(f"{target}: {stored.parameters:,} parameters in {len(stored.names()):,} tensors ({types})")
@@ -47,10 +55,8 @@ def main(options: ImportOptions) -> None:
 
 
 def check_no_outside_links(source: Path) -> None:
-    """Raises CheckpointError if a file links out of the folder.
-
-    Links from snapshots/REVISION to blobs/, as in Hugging Face's cache, are allowed.
-    """
+    """Raises CheckpointError if a file links out of the folder; snapshots/REVISION may link to blobs/, as in
+    Hugging Face's cache."""
     home = source.resolve()
     allowed = [home, *(parent / "blobs" for parent in home.parents[1:2])]
     for path in sorted(source.iterdir()) if source.is_dir() else []:
@@ -81,18 +87,6 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
         )
         return None
     return chat
-
-
-def take_generation(source: Path, target: Path, chat: Chat | None) -> None:
-    """Copy generation_config.json, or make one of the special tokens of the tokenizer or config.json."""
-    if (source / GENERATION).exists():
-        content = read_object(source / GENERATION)
-    elif chat is not None:
-        content = {"bos_token_id": chat.bos_id, "eos_token_id": chat.eos_id, "pad_token_id": chat.pad_id}
-    else:
-        config = read_object(source / "config.json")
-        content = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    write_json(target / GENERATION, content)
 
 
 if __name__ == "__main__":

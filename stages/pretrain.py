@@ -5,16 +5,15 @@ The result takes the place of DeepSeek-V3-Base, R1's start. It differs from V3's
 multi-token prediction (model.num_nextn_predict_layers=1 has it) and a corpus that a program writes.
 
     r1pipe run stage=pretrain
-    deepspeed --num_accelerators 2 --no_local_rank stages/pretrain.py RUN_FOLDER
 """
 
 import sys
 from functools import partial
 
 from r1pipe.config import PretrainConfig
-from r1pipe.data.blocks import PackedDocuments
+from r1pipe.data.packing import PackedDocuments
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.finish import finish_stage
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import train
 
@@ -22,8 +21,7 @@ from r1pipe.train.sft.loop import train
 def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
-        chat = run.load_chat()
-        source = run.load_data()
+        chat, source = run.load_chat(), run.load_data()
         model = run.load_model(run.config.weights_from)
         packed = PackedDocuments(
             source.documents(run.seed("documents")),
@@ -34,15 +32,8 @@ def main(folder: str) -> None:
             progress=lambda done, total: run.progress("skip", done, total, "rows"),
         )
         engine = Engine(model, stage.optim, stage.router, run.config.engine, stage.max_steps)
-        checkpoint = train(
-            run,
-            engine,
-            packed.batches,
-            stage.max_steps,
-            chat.pad_id,
-            lambda: quick_evaluation(run, engine, chat, source),
-        )
-        finish_stage(run, engine, chat, source, checkpoint)
+        checkpoint = train(run, engine, packed.batches, stage.max_steps)
+        finish_stage(run, engine, checkpoint)
 
 
 if __name__ == "__main__":

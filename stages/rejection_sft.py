@@ -5,14 +5,13 @@ them with general data (R1: 600k and 200k) and fine-tunes the *base*, not the RL
 Of R1's filters the kinds are published, not the thresholds; its judge model for some of the data is left out.
 
     r1pipe run stage=rejection_sft
-    deepspeed --num_accelerators 2 --no_local_rank stages/rejection_sft.py RUN_FOLDER
 """
 
 import sys
 
 from r1pipe.config import RejectionConfig
 from r1pipe.core.errors import CheckpointError
-from r1pipe.data.fitting import draw_prompts_that_fit, prompt_fits
+from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.training import set_precision
 from r1pipe.runs import stopping
 from r1pipe.train.engine.ranks import Ranks
@@ -29,8 +28,7 @@ def main(folder: str) -> None:
             raise CheckpointError("this stage samples from one checkpoint; name its stage in stage.reads")
         (parent,) = run.config.reads_from.values()
         ranks = Ranks(run.config.engine)
-        chat = run.load_chat()
-        source = run.load_data()
+        chat, source = run.load_chat(), run.load_data()
 
         with run.phase("sampling"):
             model = run.load_model(parent).to(ranks.device).eval()
@@ -41,17 +39,17 @@ def main(folder: str) -> None:
                 stage.prompts,
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
-            slots, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, slots, graphs, stopping.requested)
-            shards = draw_samples(run, ranks, sampler, chat, prompts)
+            seqs, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
+            sampler = Sampler(model, chat.eos_id, chat.pad_id, seqs, graphs, stopping.requested)
+            shards = draw_samples(run, ranks, sampler, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:
-                questions = evaluation_questions(run, chat, source, context)
-                build_dataset(run, chat, source, parent, shards, questions, too_long)
+                questions = evaluation_questions(run, context)
+                build_dataset(run, parent, shards, questions, too_long)
             ranks.barrier()
             demonstrations, data_hash = read_dataset(run.folder.dataset)
 
-        fine_tune(run, chat, source, demonstrations, data_hash)
+        fine_tune(run, demonstrations, data_hash)
 
 
 if __name__ == "__main__":

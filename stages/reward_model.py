@@ -8,7 +8,6 @@ preferences: there DeepSeek-V3 judged, here they are part of the data, and those
 hidden rule.
 
     r1pipe run stage=reward_model
-    deepspeed --num_accelerators 2 --no_local_rank stages/reward_model.py RUN_FOLDER
 """
 
 import sys
@@ -20,14 +19,15 @@ from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.preference import Examples, read_examples, steps_of, train_reward_model
-from r1pipe.train.run import Run, open_run
+from r1pipe.train.rl.reward_model import read_examples, steps_of, train_reward_model
+from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
-        chat, data = run.load_chat(), run.load_data()
-        by_kind = [read_examples(run, kind, data, chat) for kind in KINDS]
+        run.load_chat()
+        run.load_data()
+        by_kind = [read_examples(run, kind) for kind in KINDS]
         lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
         if not lessons:
             raise DataError(
@@ -35,7 +35,9 @@ def main(folder: str) -> None:
             )
         steps = [steps_of(run.stage, examples) for examples in lessons]
         firsts = [0, *accumulate(steps)]
-        current = current_lesson(run, lessons)
+        newest = run.newest_complete(Ranks(run.config.engine))  # earlier models than it has are finished
+        started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
+        current = max(0, sum(started) - 1)
         for number in range(current, len(lessons)):
             train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
@@ -45,14 +47,7 @@ def main(folder: str) -> None:
             **evaluate.measure_general([], []),
             "reward_models": quality_of(checkpoint),
         }
-        run.finish(checkpoint, chat, metrics, [], data.hash, firsts[-1])
-
-
-def current_lesson(run: Run[RewardModelConfig], lessons: list[Examples]) -> int:
-    """Index of the model that the newest checkpoint was training, or 0. Earlier models are finished."""
-    newest = run.newest_complete(Ranks(run.config.engine))
-    started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
-    return max(0, sum(started) - 1)
+        run.finish(checkpoint, metrics, [])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ control_sft is the same on careful, correct solutions alone, for about as long a
 not a stage of R1: it shows what good data could have taught in the same time. It draws other solutions.
 
     r1pipe run stage=cold_start
-    deepspeed --num_accelerators 2 --no_local_rank stages/sft.py RUN_FOLDER
 """
 
 import sys
@@ -22,14 +21,14 @@ SEED_STREAMS = {"cold_start": "traces", "control_sft": "control traces"}
 def main(folder: str) -> None:
     with open_run(folder, SFTConfig) as run:
         stage = run.stage
-        chat = run.load_chat()
+        run.load_chat()
         with run.phase("loading data"):
             source = run.load_data()
             seed = run.seed(SEED_STREAMS[stage.name])
             demonstrations = source.demonstrations(
                 stage.demonstrations, seed, stage.styles, stage.correct_only
             )
-        fine_tune(run, chat, source, demonstrations, source.hash)
+        fine_tune(run, demonstrations, source.hash)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A house for tests of the light wing: stages that are all `fake_stage.py`, a bundled base of a few bytes,
+"""A house for tests of the command line: stages that are all `fake_stage.py`, a bundled base of a few bytes,
 and in place of DeepSpeed's launcher (four seconds a start) a script that takes the same arguments."""
 
 import sys
@@ -31,10 +31,10 @@ class House:
 
     def call(self, *words: str) -> int:
         """The exit code of `r1pipe WORDS root=... tracking=none`."""
-        verb, *rest = words
+        command, *rest = words
         settings = [f"root={self.root}", "tracking=none"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["r1pipe", verb, *rest, *settings])
+            patch.setattr(sys, "argv", ["r1pipe", command, *rest, *settings])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         return int(ended.value.code or 0)

@@ -17,7 +17,7 @@ from r1pipe.config import read_config
 WARM = [
     "r1pipe.train.rl.stage",
     "r1pipe.train.sft.loop",
-    "r1pipe.train.rl.preference",
+    "r1pipe.train.rl.reward_model",
     "deepspeed",
     "forked",
 ]

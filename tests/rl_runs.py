@@ -15,7 +15,7 @@ from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.runs import checkpoints
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.rl.scoring import RewardModels, score_groups
-from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.rl.stage import run_rl_stage
 from r1pipe.train.run import open_run
 
 
@@ -56,7 +56,7 @@ def scored_groups(
 
 def go(folder: Path) -> None:
     with open_run(folder, RLConfig) as run:
-        reinforce(run, rules_only)
+        run_rl_stage(run)
 
 
 def go_killed_and_resumed(folder: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

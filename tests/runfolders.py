@@ -22,7 +22,7 @@ TASKS = ("countdown", "program", "word")
 
 
 def config(stage: str, root: Path, seed: int = 0, **tracking) -> dict:
-    """A config.json with the keys that the light wing reads."""
+    """A config.json with the keys that the command line reads."""
     return {
         "seed": seed,
         "root": str(root),

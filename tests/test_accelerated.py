@@ -12,8 +12,7 @@ from test_rollout import EOS, PAD, SMALL, prompts
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError
 from r1pipe.model import Balance, expert_loads, train_as
-from r1pipe.model.cache import Decoder
-from r1pipe.model.graphs import GraphDecoder
+from r1pipe.model.cache import Decoder, GraphDecoder
 from r1pipe.model.training import compile_layers, set_attention
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rollout import Sampler, SamplingParams, sampler
@@ -77,7 +76,7 @@ def test_flex_attention_equals_sdpa(run, shape, cpu_gradients):
 
 def test_flex_attention_is_of_training_passes_alone(monkeypatch):
     """The sampler and frozen models run without it."""
-    monkeypatch.setattr("r1pipe.model.mla.flex_attend", None)
+    monkeypatch.setattr("r1pipe.model.mla.flex_attention", None)
     model = ours(SHAPES["v3"])
     set_attention(model, "flex")
     with pytest.raises(TypeError):
@@ -143,7 +142,7 @@ def test_replayed_steps_draw_the_same_tokens(slots, rounded, monkeypatch):
     monkeypatch.setattr(sampler, "decoder_of", lambda model, graphs: Decoder(model))
     expected = Sampler(model, EOS, PAD, slots).generate(asked, params)
     assert len({len(completion.tokens) for completion in expected}) > 3, "completions must be ragged"
-    monkeypatch.setattr("r1pipe.model.graphs.LENGTHS", rounded)
+    monkeypatch.setattr("r1pipe.model.cache.LENGTHS", rounded)
     monkeypatch.setattr(sampler, "decoder_of", decoder)
     captures.clear()
     found = Sampler(model, EOS, PAD, slots, graphs=True).generate(asked, params)

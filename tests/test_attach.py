@@ -18,6 +18,7 @@ from watched import ends, fake_launcher, signals_here, start
 from r1pipe.config import read_config
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import job, pipeline
+from r1pipe.launch.run_plan import Action
 from r1pipe.runs import locks, processes
 
 WORDS = ("run", "stage=pretrain")
@@ -82,7 +83,7 @@ def let_go(house: House, ready: Callable[[], object]) -> threading.Thread:
 
 def owner_of(run: RunFolder) -> int:
     holder = locks.Holder.read(run.pid)
-    return holder.processes[0][0] if holder else 0
+    return holder.processes[0][0] if holder.processes else 0
 
 
 def test_the_same_command_takes_the_place_of_one_that_was_killed(
@@ -121,7 +122,7 @@ def test_a_second_terminal_follows_beside_the_owner(house, command, mirrored, mo
     first.join()
     assert first.exitcode == 0 and mirrored.read_text() == f"{run.run_id} {first.pid}\n"
     assert (run.path / "begun").read_text().count("\n") == 1
-    assert pipeline.place(read_config(run.config), fresh=True).is_new
+    assert pipeline.plan_run(read_config(run.config), fresh=True).action is Action.START
 
 
 def test_one_that_follows_takes_over_when_the_owner_is_killed(house, command, mirrored, monkeypatch):
@@ -185,7 +186,8 @@ def test_signals_and_the_exit_code_are_those_of_the_job(how, number, code, with_
         if not with_launcher:
             os.kill(holder.processes[1][0], signal.SIGKILL)
             wait_until(lambda: not processes.is_alive(*holder.processes[1]), "the launcher's end")
-        attached = job.AttachedJob(read_config(run.config), run, holder)
+        attached = job.Job(read_config(run.config), run)
+        attached.attach(holder)
         assert attached.is_owner
         ended = ends(attached, lambda: True, signals_here(number) if number else lambda: None)
     assert ended.code == code

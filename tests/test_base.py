@@ -9,7 +9,7 @@ from tiny_runs import load_stage
 from r1pipe.config import to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.paths import content_dir
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.runs import checkpoints
 
 BASE = content_dir() / "base"

@@ -17,6 +17,7 @@ from tiny_runs import tiny_run
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints, retention
+from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import open_run
@@ -303,6 +304,8 @@ def test_other_errors_of_a_write_are_not_taken_for_a_full_disk(folder, engine):
 
 def test_no_rank_puts_in_place_what_another_could_not_write(folder, engine):
     class TwoRanks:
+        rank = 0
+
         def all_gather_objects(self, value):
             return [None, "the disk of the other machine is full"]
 
@@ -310,7 +313,7 @@ def test_no_rank_puts_in_place_what_another_could_not_write(folder, engine):
         target = run.folder.checkpoint(1)
         checkpoints.begin(target)
         with pytest.raises(EnvironmentProblem, match="other machine"):
-            run._all_or_none(TwoRanks(), None, target)
+            resumable._raise_in_all_ranks(TwoRanks(), None, EnvironmentProblem, target)
     assert not list((folder / "checkpoints").iterdir())
 
 

@@ -12,14 +12,14 @@ import pytest
 from fakes import House
 
 from r1pipe.cli import commands as cli
-from r1pipe.cli import verbs
+from r1pipe.cli import commands_on_runs
 from r1pipe.config import groups, script_options
 from r1pipe.config.script_options import ExportOptions, GenerateOptions, ImportOptions, ScoreOptions
 from r1pipe.core.paths import stages_dir
 from r1pipe.launch import command as launch
 from r1pipe.model.weights import PRECISIONS
 
-VERBS = [
+COMMANDS = [
     "run",
     "doctor",
     "reproduce",
@@ -45,12 +45,12 @@ def shell(*words: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
 
 
-def test_help_lists_every_verb_and_imports_nothing_slow() -> None:
+def test_help_lists_every_command_and_imports_nothing_slow() -> None:
     line = "import sys, r1pipe.cli; print({'hydra', 'torch', 'mlflow', 'omegaconf'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", line], capture_output=True, text=True).stdout == "set()\n"
     helped = shell("--help")
     assert helped.returncode == 0
-    assert [verb for verb in VERBS if f"  {verb}" not in helped.stdout] == []
+    assert [command for command in COMMANDS if f"  {command}" not in helped.stdout] == []
 
 
 def test_config_needs_nothing_slow_either() -> None:
@@ -139,7 +139,7 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(monkeypatch: pytest.MonkeyPa
     def broken(overrides: list[str]) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(verbs, "composed", broken)
+    monkeypatch.setattr(commands_on_runs, "composed", broken)
     monkeypatch.setattr(sys, "argv", ["r1pipe", "lineage", "grpo"])
     with pytest.raises(KeyError):
         cli.main()
@@ -161,7 +161,9 @@ def test_compare_prints_json_for_scripts(house: House, capsys: pytest.CaptureFix
     assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [one]
 
 
-def test_the_verbs_hand_their_options_to_their_scripts(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_hand_their_options_to_their_scripts(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[tuple[str, object]] = []
     kinds = {
         "generate.py": GenerateOptions,

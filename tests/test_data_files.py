@@ -18,13 +18,11 @@ from r1pipe.config import data as data_rules
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import GENERAL_TASKS, Completion
-from r1pipe.data import reasoning_gym
+from r1pipe.data import open_data, reasoning_gym
 from r1pipe.data.files import Files
-from r1pipe.data.opening import open_data
 from r1pipe.data.reading import read_file
 from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
-from r1pipe.data.world.strategy import Strategy
 from r1pipe.rewards import BASE_REWARDS
 from r1pipe.rewards import gym as scorers
 from r1pipe.runs import data_files as datafiles
@@ -302,7 +300,7 @@ def test_the_rules_know_what_the_world_has():
     known = data_rules.WORLD
     assert set(known["tasks"]) == set(corpus.TASKS) and known["languages"] == LANGUAGES
     assert set(known["levels"]) == set(program.STEPS) == set(countdown.SHAPES) == set(word.STEPS)
-    assert get_args(Strategy) == data_rules.STYLES and {*GENERAL_TASKS} == {*general._MAKERS}
+    assert get_args(corpus.Strategy) == data_rules.STYLES and {*GENERAL_TASKS} == {*general.THOUGHTS}
 
 
 def test_problems_of_ones_own_need_a_path_alone(tmp_path):

@@ -53,11 +53,11 @@ def test_make_targets_exist(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("r1pipe ")])
 def test_r1pipe_commands_are_known_and_compose(command):
-    verb, *rest = words_of(command)
-    if verb not in WITHOUT_OVERRIDES:
+    name, *rest = words_of(command)
+    if name not in WITHOUT_OVERRIDES:
         words = [word for word in rest if not word.startswith("--")]
         compose([word.partition(",")[0] for word in words] if "--multirun" in rest else words)
-    known = CliRunner().invoke(app, [verb, "--help"] if not verb.startswith("-") else [verb])
+    known = CliRunner().invoke(app, [name, "--help"] if not name.startswith("-") else [name])
     assert known.exit_code == 0, known.output
     assert all(word.split("=")[0] in known.output for word in rest if word.startswith("--"))
 

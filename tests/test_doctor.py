@@ -33,12 +33,12 @@ from r1pipe.doctor.data import near_copies
 from r1pipe.model import DeepseekV3, save_pretrained
 from r1pipe.model.cache import Decoder
 from r1pipe.plan import footprint
-from r1pipe.rewards import models, verdicts
+from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs.findings import FAIL, PASS, WARN, Finding
 from r1pipe.runs.reward_model_quality import FORCE
-from r1pipe.train.rl import routing
+from r1pipe.train.rl import update as routing
 from r1pipe.train.run import Run
 
 GRPO = ["stage=grpo", "stage.sampling.max_tokens=24"]
@@ -258,7 +258,7 @@ def test_a_checker_that_takes_every_answer(context: Make, monkeypatch: pytest.Mo
     def stated(prompt: Prompt, completion: Any) -> Score:
         return Score(float(completion.text.startswith(THINK)))
 
-    monkeypatch.setattr(verdicts, "accuracy", stated)
+    monkeypatch.setattr(rewards, "accuracy_reward", stated)
     lenient = found(context(*GRPO), "rewards")
     assert lenient.status == FAIL and "cannot tell right from wrong" in lenient.remedy
 
@@ -721,14 +721,14 @@ def test_a_wrong_config_is_one_line_and_exit_code_2(
 
 
 def test_a_tracker_that_does_not_answer() -> None:
-    away = examine.check_tracker("tracker", tiny_config(*GRPO, "tracking.uri=http://127.0.0.1:9"))
+    away = examine.check_tracker(tiny_config(*GRPO, "tracking.uri=http://127.0.0.1:9"))
     assert away.status == FAIL and "no MLflow server" in away.remedy
-    assert examine.check_tracker("tracker", tiny_config(*GRPO)).status == PASS
+    assert examine.check_tracker(tiny_config(*GRPO)).status == PASS
 
 
 def test_a_launcher_without_its_hostfile() -> None:
     words = ["engine.hostfile=/nowhere/hosts", "engine.launcher=pdsh"]
-    lost = examine.check_launcher("launcher", tiny_config(*GRPO, *words))
+    lost = examine.check_launcher(tiny_config(*GRPO, *words))
     assert lost.status == FAIL and "does not exist" in lost.remedy
 
 

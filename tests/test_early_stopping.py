@@ -43,7 +43,7 @@ def test_a_metric_has_stalled_when_its_last_values_are_no_better(
 
 @pytest.mark.parametrize(("name", "words"), [("pretrain", SFT), ("grpo", RL)])
 def test_a_stage_ends_with_the_step_at_which_patience_runs_out(
-    tmp_path: Path, name: str, words: tuple[str, ...]
+    tmp_path: Path, name: str, words: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A constant learning rate never improves: with a patience of 2 the third step is the last."""
     early = (f"stage={name}", "stage.max_steps=6", "stage.early_stopping_patience=2", *WATCHES, *CONSTANT)
@@ -52,6 +52,8 @@ def test_a_stage_ends_with_the_step_at_which_patience_runs_out(
     record = json.loads(RunFolder(folder).record.read_text())
     assert record["steps"] == 3 and record["checkpoint"] == "checkpoints/step-3"
     assert [row["step"] for row in metrics_of(folder)] == [1, 2, 3]
+    (line,) = [message for message in caplog.messages if "ends early" in message]
+    assert "step 3 of 6" in line and "stage.keep_best=train/lr" in line
 
 
 @pytest.mark.parametrize("words", [("stage=grpo",), ("stage=reward_model", "stage.keep_best=train/loss")])

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -132,10 +133,24 @@ def fake_sampler(calls):
     return generate
 
 
-def run(judge=True, general=GENERAL, config=CONFIG, calls=None, **more):
+def ranks(rank=0, world_size=1, gather=lambda local: [local]):
+    return SimpleNamespace(rank=rank, world_size=world_size, all_gather_objects=gather)
+
+
+def run(
+    judge=True,
+    general=GENERAL,
+    config=CONFIG,
+    calls=None,
+    strategy_of=None,
+    among=None,
+    progress=lambda what, done, total, unit: None,
+):
     truth = (lambda prompt, text: TRUTHS[prompt.id]) if judge else None
-    calls = [] if calls is None else calls
-    return evaluate(fake_sampler(calls), FakeChat(), PROMPTS, general, config, judge=truth, seed=7, **more)
+    data = SimpleNamespace(judge=truth, strategy_of=strategy_of)
+    this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, progress=progress)
+    sampler = fake_sampler([] if calls is None else calls)
+    return evaluate(this, among or ranks(), sampler, PROMPTS, general, config, may_stop=False)
 
 
 def test_reasoning_numbers():
@@ -185,17 +200,17 @@ def test_two_ranks_give_what_one_gives():
             shares.append(local)
             return [local]
 
-        run(rank=rank, world_size=2, gather=collect)
+        run(among=ranks(rank, 2, collect))
     whole = run()
     for rank in range(2):
-        assert run(rank=rank, world_size=2, gather=lambda local: shares) == whole
+        assert run(among=ranks(rank, 2, lambda local: shares)) == whole
 
 
 def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_prompts():
     alone, shared = [], []
     run(calls=alone)
     for rank in range(2):
-        run(calls=shared, rank=rank, world_size=2, gather=lambda local: [local])
+        run(calls=shared, among=ranks(rank, 2))
     assert len({params.seed for params in alone}) == len(alone) == 3
     assert [params.seed for params in shared] == 2 * [params.seed for params in alone]
     assert [(p.first, p.stride) for p in [*alone, *shared]] == 3 * [(0, 1)] + 3 * [(0, 2)] + 3 * [(1, 2)]
@@ -204,7 +219,7 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
 
 def test_a_rank_without_prompts_samples_nothing():
     calls = []
-    result = run(calls=calls, general=[], rank=5, world_size=6, gather=lambda local: [local])
+    result = run(calls=calls, general=[], among=ranks(5, 6))
     assert calls == [] and result.metrics["pass_at_1"] is None and result.metrics["samples"] == 0
 
 
@@ -257,7 +272,7 @@ def test_strategies_are_shares_of_the_sampled_ones():
 
 def test_progress_runs_through_all_passes():
     seen = []
-    run(progress=lambda done, total: seen.append((done, total)))
+    run(progress=lambda what, done, total, unit: seen.append((done, total)))
     assert seen == [(12, 21), (15, 21), (21, 21)]
 
 

@@ -12,8 +12,8 @@ from tiny_runs import load_stage, tiny_run
 
 from r1pipe.config.compose import compose
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import placing
-from r1pipe.runs import checkpoints, history, lineage
+from r1pipe.launch import run_plan
+from r1pipe.runs import checkpoints, lineage, record
 
 FIRST, LONGER = "stage.max_steps=2", "stage.max_steps=4"
 
@@ -78,7 +78,7 @@ def test_a_kill_while_a_run_is_reopened_loses_nothing(
     finish(house, monkeypatch, 1, "stage=cold_start")
     finish(house, monkeypatch, 2, "stage=grpo", FIRST)
     [run] = map(RunFolder, house.runs("grpo"))
-    history.set_record_aside(run)
+    record.set_aside(run)
     if cut == "before the first step":
         config = json.loads(run.config.read_text())
         config["stage"]["max_steps"] = 4
@@ -128,7 +128,7 @@ def test_a_run_without_its_state_cannot_be_extended(
 
 def extend(folder: Path, words: tuple[str, ...]) -> None:
     """Have a finished run ask for what a longer one would."""
-    history.set_record_aside(RunFolder(folder))
+    record.set_aside(RunFolder(folder))
     longer = tiny_run(folder.with_name("asked"), *words)
     (folder / "config.json").write_text((longer / "config.json").read_text())
 
@@ -164,4 +164,5 @@ def test_reinforcement_that_is_extended_goes_on_with_new_prompts(tmp_path: Path)
 
 
 def test_only_max_steps_makes_an_extension() -> None:
-    assert placing.extension_of(placing.RunPlan(compose([]).config, RunFolder("nowhere"), False)) is None
+    plan = run_plan.RunPlan(compose([]).config, RunFolder("nowhere"), run_plan.Action.RESUME)
+    assert run_plan.extension_of(plan) is None

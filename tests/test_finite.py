@@ -18,8 +18,7 @@ from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
-from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import step_metrics
+from r1pipe.train.engine.engine import Engine, step_metrics
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import epochs_of, pack_demonstrations, train
@@ -157,7 +156,8 @@ def test_the_job_ends_past_the_limit_with_one_line_and_exit_code_2(tmp_path):
     with pytest.raises(SystemExit) as end, open_run(folder) as run:
         rows = pack_demonstrations(chat, demonstrations, 64)
         engine = Engine(broken(), run.stage.optim, run.stage.router, engine_config(), 2)
-        train(run, engine, epochs_of(run, rows, 2), 2, chat.pad_id, dict)
+        run.chat = chat
+        train(run, engine, epochs_of(run, rows, 2), 2)
     assert end.value.code == 2
     told = (folder / "error.txt").read_text()
     assert LAYER in told and told.count("\n") == 1

@@ -3,7 +3,7 @@
 from r1pipe.chat.template import Chat
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Prompt
-from r1pipe.data.fitting import MOST, draw_prompts_that_fit, prompt_fits
+from r1pipe.data.source import MOST, draw_prompts_that_fit, prompt_fits
 
 
 def test_where_all_fits_the_source_is_asked_once_for_as_much_as_is_wanted():

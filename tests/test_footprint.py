@@ -59,7 +59,7 @@ def test_so_is_one_of_a_stage_without_a_policy_that_samples(stage: str, tmp_path
     assert size_of(newest) == pytest.approx(estimate, rel=0.03)
 
 
-def test_the_light_wing_knows_how_many_logits_a_pass_holds() -> None:
+def test_the_estimate_knows_how_many_logits_a_pass_holds() -> None:
     assert footprint.LOGITS_IN_MEMORY == logprobs.LOGITS_IN_MEMORY
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1pipe.model import native
 from r1pipe.model.cache import LatentCache
-from r1pipe.model.kernels import build, forward
+from r1pipe.model.kernels import build
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.native import NativeDecoder
 
@@ -84,7 +84,7 @@ ENTRIES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
             "temperature": 1.0,
         },
     ),
-    "pack": (forward.pack, {"weight": floats(3, 70, 8)}),
+    "pack": (native.pack, {"weight": floats(3, 70, 8)}),
 }
 TENSORS = [
     (entry, name)
@@ -143,7 +143,7 @@ def test_bfloat16_takes_even_sizes_alone(library: Recorder) -> None:
     with pytest.raises(ValueError, match="need even sizes, but outputs is 7"):
         kernels.linear(floats(3, 8).bfloat16(), floats(7, 8).bfloat16())
     with pytest.raises(ValueError, match="need even sizes, but depth is 7"):
-        forward.pack(floats(8, 7).bfloat16())
+        native.pack(floats(8, 7).bfloat16())
     kernels.linear(floats(3, 8).bfloat16(), floats(6, 8).bfloat16())
     assert library.called == ["r1pipe_linear_forward"]
 
@@ -160,7 +160,7 @@ def test_views_are_handed_over_as_neighbours(monkeypatch: pytest.MonkeyPatch, li
     given: list[Any] = []
     monkeypatch.setattr(kernels, "call", lambda name, *arguments: given.extend(arguments))
     for function, arguments in ENTRIES.values():
-        if function is not forward.pack:
+        if function is not native.pack:
             function(**{k: spread(v) if isinstance(v, Tensor) else v for k, v in arguments.items()})
     tensors = [value for value in given if isinstance(value, Tensor)]
     assert len(tensors) > 20 and all(tensor.is_contiguous() for tensor in tensors)

@@ -104,10 +104,13 @@ def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(
 def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    facts = machine.facts()
+
     def code_is(revision: str, diff: str, torch: str) -> None:
-        monkeypatch.setattr(machine, "code", lambda: {"revision": revision, "dirty": bool(diff)})
+        code = {"revision": revision, "dirty": bool(diff)}
+        versions = {name: torch if name == "torch" else "1.0" for name in machine.PACKAGES}
+        monkeypatch.setattr(machine, "facts", lambda: {**facts, "code": code, "versions": versions})
         monkeypatch.setattr(machine, "code_diff", lambda: diff)
-        monkeypatch.setattr(machine, "version", lambda name: torch if name == "torch" else "1.0")
 
     code_is("a" * 40, "the diff of then\n", "2.12")
     assert house.call("run", "stage=pretrain", "--dry-run") == 0
@@ -163,7 +166,7 @@ def test_what_a_job_would_not_find_is_told_before_it_starts_or_writes(
     )
     config = config_for(house, "tracking=mlflow", "tracking.uri=http://127.0.0.1:1")
     with pytest.raises(EnvironmentProblem, match=r"no MLflow server at tracking\.uri"):
-        pipeline.start(pipeline.place(config))
+        pipeline.start(pipeline.plan_run(config))
     assert capsys.readouterr().err == "" and not house.root.exists()
 
 
@@ -192,8 +195,9 @@ def test_another_config_is_refused_while_a_run_is_in_progress(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
-    placed = pipeline.place(config_for(house))
+    placed = pipeline.plan_run(config_for(house))
     job = Job(placed.config, placed.run)
+    job.start()
     wait_for(placed.run.path / "waiting")
     capsys.readouterr()
     try:
@@ -225,8 +229,9 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     house: House, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("FAKE", "wait")
-    placed = pipeline.place(config_for(house))
+    placed = pipeline.plan_run(config_for(house))
     job = Job(placed.config, placed.run)
+    job.start()
     wait_for(placed.run.path / "waiting")
     family = psutil.Process(job.process.pid).children(recursive=True)
     assert family
@@ -238,7 +243,7 @@ def test_a_signal_ends_the_whole_job_and_the_next_call_goes_on(
     told = failure(placed.run, code)
     assert told.endswith("was interrupted; the same command resumes from step 1")
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
-    again = pipeline.place(placed.config)
+    again = pipeline.plan_run(placed.config)
     assert again.run.path == placed.run.path and "resumes from step 1" in again.describe()
 
 
@@ -273,8 +278,10 @@ def test_what_the_machine_lacks_is_told_before_anything_starts(
     monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path / "empty"))
     with pytest.raises(EnvironmentProblem, match="`deepspeed` is missing"):
         machine.find_launcher(config.engine)
+    (tmp_path / "deepspeed").touch(0o755)
+    monkeypatch.setattr(machine, "search_path", lambda: str(tmp_path))
     with pytest.raises(EnvironmentProblem, match="`ninja` is missing"):
-        machine.check_compiler()
+        machine.find_launcher(config.engine)
     monkeypatch.undo()
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"engine\.accelerator=cuda finds no NVIDIA GPU here"):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from fakes import build_house
 
-from r1pipe.cli.lineage_page import page
-from r1pipe.cli.lineage_tree import described
+from r1pipe.cli.lineage import described, page
 from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints, history, lineage, provenance
+from r1pipe.launch.command import note
+from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs import data_files as datafiles
 from r1pipe.runs.record import own_hash, record_beside
 
@@ -59,7 +59,7 @@ def made(
     write(run.evaluation, {"pass_at_1": 0.5})
     for name in (*LEFT, "data/samples.parquet"):
         write(run.path / name, stage)
-    history.note(run, [Change("stage.keep", 2, 5)])
+    note(run, [Change("stage.keep", 2, 5)])
 
     def edge(parent: ParentRef) -> dict:
         theirs = record_beside(Path(parent.checkpoint))
@@ -78,8 +78,12 @@ def made(
         "config": config,
         "data_hash": checkpoints.file_hash(run.dataset) if stage == "rejection_sft" else "da",
         "data": {"hash": datafiles.hashes(data)[0] if data else "da"},
-        "files": provenance._files(run),
-        "history": provenance._history(run),
+        "files": {name: checkpoints.file_hash(run.path / name) for name in LEFT},
+        "history": {
+            "file": run.config_history.name,
+            "hash": checkpoints.file_hash(run.config_history),
+            "changed": ["stage.keep"],
+        },
         "checkpoint": "checkpoints/step-1",
         "checkpoint_hash": checkpoints.manifest_hash(checkpoint),
         "template_hash": lineage.fit.template_hash(checkpoint),

@@ -25,8 +25,8 @@ from r1pipe.core.types import Completion, Group, Prompt, Score
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
 from r1pipe.train.rl.batch import rollouts_of
-from r1pipe.train.rl.dynamic_sampling import has_signal, redistribute_groups
-from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.loop import LoopState, RLTrainer
+from r1pipe.train.rl.scoring import has_signal, redistribute_groups
 from r1pipe.train.rl.update import Reference, update
 
 # --- the loss
@@ -436,7 +436,7 @@ def test_ranks_draw_until_they_have_enough_together():
     """Four prompts a step on two ranks; one of this one's two groups of a batch teaches."""
     stage = replace(tiny_config("stage=grpo").stage, prompts_per_step=4, max_sampling_batches=9)
     others, seen = iter([0.0, 1.0, 1.0]), []  # how many of the other rank's teach so far
-    loop = object.__new__(GRPO)
+    loop = object.__new__(RLTrainer)
     loop.config, loop.weights, loop.state = stage, {"accuracy": 1.0}, LoopState()
 
     def sum_over_ranks(values: list[float]) -> list[float]:
@@ -450,7 +450,7 @@ def test_ranks_draw_until_they_have_enough_together():
         sum_over_ranks=sum_over_ranks,
         all_gather_objects=lambda mine: [mine, []],
     )
-    loop.run = SimpleNamespace(phase=lambda name: nullcontext())
+    loop.run = SimpleNamespace(phase=lambda name, metrics: nullcontext())
     loop.next_prompts = lambda metrics: [PROMPT] * 2
     loop.rollout = lambda prompts, verdicts, batch: [
         replace(group(*accuracies), prompt_tokens=[batch]) for accuracies in ((1.0, 0.0), (0.0, 0.0))

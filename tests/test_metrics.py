@@ -14,7 +14,7 @@ from tiny_runs import tiny_run
 
 from r1pipe.core.types import Score
 from r1pipe.train.rl import scoring
-from r1pipe.train.rl.losses import policy_loss
+from r1pipe.train.rl.losses import PolicyLoss, policy_loss
 from r1pipe.train.rl.rows import speeds
 from r1pipe.train.rl.update import _extremes, _Step
 
@@ -116,6 +116,11 @@ def test_ratios_and_gaps_by_hand():
     assert capped.extremes["sampling/importance_sampling_ratio/max"].item() == pytest.approx(900, rel=1e-3)
 
 
+def step_with(losses: list[PolicyLoss]) -> _Step:
+    extremes = {name: [loss.extremes[name].item() for loss in losses] for name in losses[0].extremes}
+    return _Step(SimpleNamespace(broken=None), {}, extremes, None)
+
+
 def test_extremes_are_those_of_all_ranks_and_a_rank_without_trained_tokens_adds_none():
     half, none = (
         policy_loss(
@@ -136,7 +141,7 @@ def test_extremes_are_those_of_all_ranks_and_a_rank_without_trained_tokens_adds_
         "sampling/sampling_logp_difference/max": 0.2,
     }
     engine = SimpleNamespace(all_gather_objects=lambda mine: [mine, other])
-    step = _Step(SimpleNamespace(broken=None), [half, none], [])
+    step = step_with([half, none])
     found = _extremes(engine, [step], step)
     assert found == pytest.approx(
         {
@@ -147,7 +152,7 @@ def test_extremes_are_those_of_all_ranks_and_a_rank_without_trained_tokens_adds_
             "sampling/sampling_logp_difference/max": math.log(2),
         }
     )
-    step = _Step(SimpleNamespace(broken=None), [none], [])
+    step = step_with([none])
     assert _extremes(engine, [step], step)["importance_ratio/min"] == 0.7
 
 

@@ -14,8 +14,7 @@ from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.kernels import build
 from r1pipe.model.kernels.build import runs_here
-from r1pipe.model.kernels.forward import pack
-from r1pipe.model.native import NativeDecoder, decoder_of
+from r1pipe.model.native import NativeDecoder, decoder_of, pack
 from r1pipe.train.rollout import Sampler, SamplingParams
 
 LENGTHS = torch.tensor([3, 9, 1, 6])

@@ -12,9 +12,17 @@ from tiny_runs import load_stage, tiny_run
 from r1pipe.chat.template import Chat
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Example
-from r1pipe.data import blocks
-from r1pipe.data.blocks import PackedDocuments
-from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, pack, share, split_long
+from r1pipe.data import packing
+from r1pipe.data.packing import (
+    Packed,
+    PackedDocuments,
+    chunks,
+    collate,
+    epoch_batches,
+    pack,
+    share,
+    split_long,
+)
 from r1pipe.data.world import corpus
 from r1pipe.data.world.content import content
 from r1pipe.train.run import Run
@@ -97,7 +105,7 @@ def drawn(monkeypatch):
         return choose(rng, weights)
 
     monkeypatch.setattr(corpus, "choose", counting)
-    monkeypatch.setattr(blocks, "BLOCK", 16)
+    monkeypatch.setattr(packing, "BLOCK", 16)
     return count
 
 
@@ -149,7 +157,7 @@ def test_what_goes_wrong_in_the_thread_is_raised(drawn, monkeypatch):
 
 
 def test_pretraining_saves_its_position_and_resumes_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(packing, "BLOCK", 8)
     made, whole_block, whole_log = [], PackedDocuments.block, Run.log
 
     def block(self, number, state):

@@ -14,7 +14,8 @@ from r1pipe.config.changes import Change
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
-from r1pipe.runs import checkpoints, history, machine
+from r1pipe.launch.command import note
+from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.provenance import FORMAT, job_record
@@ -47,8 +48,8 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     run = RunFolder(write_run(tmp_path / "grpo-s7-1", config))
     run.diff.write_text("+ a line\n")
     write_json(run.env, {"code": {"revision": "abc", "dirty": True}})
-    history.note(run, [Change("stage.keep", 2, 5), Change("code.revision", "aaa", "abc")])
-    history.note(run, [Change("stage.keep", 5, 3)])
+    note(run, [Change("stage.keep", 2, 5), Change("code.revision", "aaa", "abc")])
+    note(run, [Change("stage.keep", 5, 3)])
     run.data.mkdir()
     (run.data / SET_ASIDE).write_text('{"line": 1}\n{"line": 2}\n')
     run.dataset.write_text("its hash is data_hash")
@@ -111,7 +112,7 @@ def test_a_record_names_everything_and_everything_is_what_it_says(tmp_path: Path
     assert record["tokenizer_hash"] == chat.tokenizer_hash
     assert record["checkpoint"] == "checkpoints/step-3"
     assert record["checkpoint_hash"] == checkpoints.manifest_hash(checkpoint)
-    assert record["versions"] == {name: machine.version(name) for name in machine.PACKAGES}
+    assert record["versions"] == machine.versions()
     assert record["record_hash"] == own_hash(record)
 
 

@@ -276,10 +276,10 @@ def test_the_report_works_with_almost_nothing(tmp_path):
     record = json.loads((folder / "record.json").read_text())
     poor = {key: record[key] for key in ("stage", "pipeline", "created", "checkpoint", "checkpoint_hash")}
     write_json(folder / "record.json", poor)
-    page = write_report(tmp_path, path=tmp_path / "elsewhere" / "r.html").read_text()
+    page = write_report(tmp_path).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Stages", "Time and cost", "How it was made", "Lineage"]
     assert "random weights" in page
-    assert not (tmp_path / "elsewhere" / "curves.png").exists()
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_broken_lines_and_files_leave_the_rest(tmp_path):

@@ -14,10 +14,10 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import DeepseekV3
-from r1pipe.rewards import models, quality
+from r1pipe.rewards import models
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.preference import Examples, Item, measure_quality, micro_losses
+from r1pipe.train.rl.reward_model import Examples, Item, measure_quality, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -123,12 +123,12 @@ def test_a_saved_model_scores_the_same_and_a_damaged_one_is_named(tmp_path, chat
 
 
 def test_quality_by_hand():
-    assert quality.pair_accuracy([1.0, 2.0, 3.0, 0.0], [0.0, 3.0, 3.0, -1.0]) == pytest.approx(2.5 / 4)
-    assert quality.auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
-    assert quality.auc([1.0, 1.0], [True, False]) == 0.5
-    assert quality.auc([1.0, 2.0], [True, True]) is None
-    assert quality.length_correlation([1.0, 2.0, 3.0], [30, 20, 10]) == pytest.approx(-1.0)
-    assert quality.length_correlation([1.0, 1.0], [1, 2]) is None
+    assert models.pair_accuracy([1.0, 2.0, 3.0, 0.0], [0.0, 3.0, 3.0, -1.0]) == pytest.approx(2.5 / 4)
+    assert models.auc([0.1, 0.4, 0.35, 0.8], [False, False, True, True]) == 0.75
+    assert models.auc([1.0, 1.0], [True, False]) == 0.5
+    assert models.auc([1.0, 2.0], [True, True]) is None
+    assert models.length_correlation([1.0, 2.0, 3.0], [30, 20, 10]) == pytest.approx(-1.0)
+    assert models.length_correlation([1.0, 1.0], [1, 2]) is None
 
 
 def test_a_models_standing_counts_the_responses_length_and_not_the_prompts(monkeypatch):

@@ -376,7 +376,7 @@ def test_reasoning_gym_scores_with_its_own_checker():
 
 
 def test_plain_answers_need_no_worker(monkeypatch):
-    monkeypatch.setattr(symbolic, "idle_worker", None)
+    monkeypatch.setattr(symbolic, "_ask", None)
     prompts = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(1000)]
     completions = [respond(f"The answer is {i + i % 2}.") for i in range(1000)]
     scores = score_all(prompts, completions, ["accuracy"])

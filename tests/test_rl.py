@@ -30,7 +30,7 @@ from r1pipe.train.rl.batch import (
 )
 from r1pipe.train.rl.prompts import PromptStream, general_count
 from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, too_many_failures
-from r1pipe.train.rl.stage import reinforce, rules_only
+from r1pipe.train.rl.stage import run_rl_stage
 from r1pipe.train.rl.update import completion_logprobs, update
 
 NAN = math.nan
@@ -48,16 +48,16 @@ def logs(*probabilities: float) -> torch.Tensor:
 
 
 def test_kl_is_the_unbiased_estimator_and_never_negative():
-    kl_N = losses.kl_unbiased(logs(0.5, 0.5, 0.2), logs(0.25, 0.5, 0.4))
+    kl_N = losses.kl_k3(logs(0.5, 0.5, 0.2), logs(0.25, 0.5, 0.4))
     expected = [0.5 - math.log(0.5) - 1, 0.0, 2 - math.log(2) - 1]
     assert kl_N.tolist() == pytest.approx(expected, abs=1e-6)
-    assert (losses.kl_unbiased(torch.randn(1000), torch.randn(1000)) >= 0).all()
+    assert (losses.kl_k3(torch.randn(1000), torch.randn(1000)) >= 0).all()
 
 
 def test_kl_estimates_the_divergence_on_average():
     policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     expected = (policy * (policy / reference).log()).sum()
-    estimate = (policy * losses.kl_unbiased(policy.log(), reference.log())).sum()
+    estimate = (policy * losses.kl_k3(policy.log(), reference.log())).sum()
     assert estimate.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
@@ -377,10 +377,10 @@ def test_nothing_is_learned_from_a_step_without_any_score(monkeypatch):
 
 
 def stream(length: int, fits=lambda prompt: True) -> PromptStream:
-    def draw(n: int, seed: int) -> list[Prompt]:
-        return [Prompt(f"{seed}/{i}", "word", "en", "?") for i in range(min(n, length))]
+    def draw(pool: int) -> list[Prompt]:
+        return [Prompt(f"{100 + pool}/{i}", "word", "en", "?") for i in range(length)]
 
-    return PromptStream(draw, lambda pool: 100 + pool, fits, 1000, "problems")
+    return PromptStream(draw, fits, "problems")
 
 
 def test_a_stream_goes_through_the_data_again_with_another_seed_and_can_be_taken_up_anywhere():
@@ -469,4 +469,4 @@ def test_a_tiny_policy_learns_a_trivial_reward(loss, tmp_path, monkeypatch):
 def test_machines_of_a_hostfile_by_which_the_prompts_do_not_divide_are_refused_before_anything_is_loaded():
     run = SimpleNamespace(stage=tiny_config("stage=grpo", "stage.prompts_per_step=4").stage, world_size=3)
     with pytest.raises(ConfigError, match="prompts_per_step=4 must be a multiple of the 3 ranks"):
-        reinforce(run, rules_only)
+        run_rl_stage(run)

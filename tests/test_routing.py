@@ -14,7 +14,7 @@ from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import routing
+from r1pipe.train.rl import update as routing
 
 STAGE = tiny("grpo").stage
 ROLLOUTS = [
@@ -38,11 +38,14 @@ def test_with_the_same_weights_all_experts_are_the_same(engine, kind, monkeypatc
     if kind is NativeDecoder and not runs_here(torch.float32):
         pytest.skip("this processor has no AVX-512, or there is no compiler")
     monkeypatch.setattr(routing, "decoder_of", kind)
-    same, chosen = routing._count_choices(engine.module, ROLLOUTS, STAGE, engine.device)
+    counts = []
+    monkeypatch.setattr(engine, "sum_over_ranks", lambda values: counts.extend(values) or values)
+    agreement = routing.routing_agreement(engine, ROLLOUTS, STAGE, 9)
+    same, chosen = counts
     config = engine.module.config
     layers = config.num_hidden_layers - config.first_k_dense_replace
     assert same == chosen == (4 + 1 + 2) * layers * config.num_experts_per_tok
-    assert routing.routing_agreement(engine, ROLLOUTS, STAGE, 9) == {"train/routing_agreement": 1.0}
+    assert agreement == {"train/routing_agreement": 1.0}
 
 
 def test_a_stale_router_is_seen(engine, monkeypatch):
@@ -75,8 +78,8 @@ def test_both_decoders_record_the_same_experts_and_only_while_asked():
 
 
 def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, monkeypatch):
-    taken = []
-    monkeypatch.setattr(routing, "_count_choices", lambda policy, rows, *_: taken.extend(rows) or (1.0, 1.0))
+    taken, collate = [], routing.collate
+    monkeypatch.setattr(routing, "collate", lambda rows, *more: taken.extend(rows) or collate(rows, *more))
     routing.routing_agreement(engine, ROLLOUTS, STAGE, 2)
     assert [len(row.completion.tokens) for row in taken] == [2, 3], "one token alone is read by nobody"
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from fakes import House
@@ -13,8 +14,8 @@ from rich.console import Console
 from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
-from r1pipe.cli.rollouts import Filter, bound, look, numbers, schema_of
-from r1pipe.cli.samples import Query, chosen_of, samples
+from r1pipe.cli.rollouts import Found, Query, bound, look, numbers, odd_rows, schema_of
+from r1pipe.cli.samples import samples
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -197,25 +198,29 @@ def test_files_of_older_versions_are_read(tmp_path):
     }
     path = tmp_path / "step-1.parquet"
     pq.write_table(pa.Table.from_pylist([old | {"score_accuracy": float("nan"), "score_format": 0.0}]), path)
-    found = look({1: path}, Filter.of([], None), 3, MUCH)
-    [(kind, _, odd)] = chosen_of(found, 3)
+    [(kind, _, odd)] = look({1: path}, Query.of([], None, None, 3), MUCH).rows
     assert (kind, odd) == ("best", ["rewarded though cut off", "rewarded though badly formed"])
-    assert not look({1: path}, Filter.of(["accuracy<=1"], None), 3, MUCH).best
+    assert not look({1: path}, Query.of(["accuracy<=1"], None, None, 3), MUCH).rows
+
+
+def of_kind(found: Found, kind: str) -> list[dict]:
+    return [row for its_kind, row, _ in found.rows if its_kind == kind]
 
 
 def test_many_steps_are_read_by_their_numbers_alone(tmp_path):
     files = {step: tmp_path / f"step-{step}.parquet" for step in range(1, 41)}
     for step, path in files.items():
         write_rows([row(step / 100, 1.0), row(-step / 100, -1.0, truncated=True)], path)
-    found = look(files, Filter.of([], None), 2, MUCH)
-    assert [(one["step"], one["reward"]) for one in found.best] == [(40, 0.4), (39, 0.39)]
-    assert [one["step"] for one in found.worst] == [40, 39]
+    found = look(files, Query.of([], None, None, 2), MUCH)
+    assert [(one["step"], one["reward"]) for one in of_kind(found, "best")] == [(40, 0.4), (39, 0.39)]
+    assert [one["step"] for one in of_kind(found, "worst")] == [40, 39]
     assert found.counts["read"] == found.counts["matching"] == 80
     for text in (None, "so"):
-        table = numbers(files, schema_of(["accuracy"]), Filter.of([], text).text)
-        assert len(table) == 80 and not {*table.column_names} & {"completion", "question", "answer"}
-    found = look(files, Filter.of([">=0.39"], "so"), 2, MUCH)
-    assert [one["step"] for one in found.best] == [40, 39] and found.counts["matching"] == 2
+        query = Query.of([], text, None, 2)
+        table = numbers(ds.dataset(files[1], schema_of(["accuracy"])), 1, query.text, odd_rows(MUCH))
+        assert len(table) == 2 and not {*table.column_names} & {"completion", "question", "answer"}
+    found = look(files, Query.of([">=0.39"], "so", None, 2), MUCH)
+    assert [row["step"] for _, row, _ in found.rows] == [40, 39] and found.counts["matching"] == 2
 
 
 def test_bounds_allow_for_the_rounding_of_sums():
@@ -337,7 +342,7 @@ def test_a_damaged_file_of_the_run_that_is_named_is_one_line(house, made, capsys
 
 def screen(folder: Path, **options) -> str:
     console = Console(file=io.StringIO(), width=80, **options)
-    samples(str(folder), [], Query("12", [], None, 1), False, console)
+    samples(str(folder), [], Query.of([], None, "12", 1), False, console)
     return console.file.getvalue()
 
 

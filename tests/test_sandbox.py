@@ -12,7 +12,7 @@ from busy import busy_processor
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Prompt, Score, Status
-from r1pipe.rewards import isolation, jail, monty, sandbox, seccomp, worker_process
+from r1pipe.rewards import isolation, jail, monty, sandbox, worker_process
 from r1pipe.rewards.program import check_program
 
 DOUBLE = Prompt(
@@ -301,9 +301,9 @@ def test_without_isolation_nothing_is_run(monkeypatch):
 
 
 def test_a_machine_whose_calls_are_unknown_has_no_jail(monkeypatch):
-    assert seccomp.program()
-    monkeypatch.setattr(seccomp.platform, "machine", lambda: "s390x")
-    assert seccomp.program() is None and not jail.is_available.__wrapped__()
+    assert jail.system_call_filter()
+    monkeypatch.setattr(jail.platform, "machine", lambda: "s390x")
+    assert jail.system_call_filter() is None and not jail.is_available.__wrapped__()
 
 
 def test_nothing_is_left_behind():

@@ -204,7 +204,7 @@ def test_secrets_are_in_no_file_of_a_run_nor_in_mlflow(
     monkeypatch.setattr(store, "store_uri", lambda root, uri=None: f"sqlite:///{place}")
     monkeypatch.setattr("r1pipe.tracking.mirror.store_uri", lambda root, uri=None: f"sqlite:///{place}")
     given = compose(["stage=cold_start", f"root={house.root}", f"tracking.uri='{address}'"]).config
-    placed = pipeline.place(parents.with_parents(given))
+    placed = pipeline.plan_run(parents.with_parents(given))
     assert pipeline.run_stage(placed) == 0
     assert (placed.run.path / "mirrored").read_text() == "whole\n" and place.exists()
     assert json.loads(placed.run.config.read_text())["tracking"]["uri"] == f"sqlite:///{place}"
@@ -295,7 +295,7 @@ def test_the_diff_of_the_code_has_new_files_and_no_login(
     run("add", ".")
     run("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "x")
     monkeypatch.setattr(machine, "_checkout", lambda: tmp_path)
-    assert machine.code_diff() == "" and machine.code()["dirty"] is False
+    assert machine.code_diff() == "" and machine.facts()["code"]["dirty"] is False
     (tmp_path / "r1pipe" / "old.py").write_text("a = 2\n")
     (tmp_path / "r1pipe" / "new.py").write_text(f"uri = 'http://u:{LOGIN}@host'\n")
     (tmp_path / "private.txt").write_text("elsewhere\n")
@@ -327,7 +327,7 @@ def test_the_ui_binds_to_this_machine_alone_unless_told_otherwise_and_then_warns
 
     monkeypatch.setattr(ui, "serving", server)
     monkeypatch.setattr(ui, "runs_page", runs_page)
-    monkeypatch.setattr(ui.database, "prepare", lambda store: None)
+    monkeypatch.setattr(ui, "prepare", lambda store: None)
     (tmp_path / "mlflow.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

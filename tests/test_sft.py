@@ -15,7 +15,7 @@ from r1pipe.config import ParentRef
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Completion, Demonstration, Prompt
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.packing import Packed, collate
 from r1pipe.model import DeepseekV3
 from r1pipe.train.engine.engine import Engine
@@ -23,8 +23,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.loop import Shares, TermWeights, epochs_of, pack_demonstrations, steps_in, train
-from r1pipe.train.sft.losses import loss_sums
+from r1pipe.train.sft.loop import Shares, epochs_of, loss_sums, pack_demonstrations, steps_in, train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
         def sum_over_ranks(self, values):
             return [2 * value for value in values]  # as if the other rank had the same
 
-    shares = [Shares(OfTwo(rank), rows, TermWeights(0.3, 0.01), chat.pad_id) for rank in (0, 1)]
+    shares = [Shares(OfTwo(rank), rows, 0.3, 0.01, chat.pad_id) for rank in (0, 1)]
     of_ranks = [sum(loss().item() for loss in each.micro_losses(2)) for each in shares]
     assert sum(of_ranks) / 2 == pytest.approx(mean + 0.3 * mtp + 0.01 * balance, rel=1e-5)
     terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
@@ -99,8 +98,8 @@ def test_loads_count_the_batchs_tokens_and_no_padding(chat):
     model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
     engine = Engine(model, OPTIM, ROUTER, engine_config(), total_steps=10)
     documents = sum(row.segments[-1] for row in rows if row.segments)
-    for weights, mtp in ((TermWeights(0.0, 0.0), 0), (TermWeights(0.3, 0.01), sum(tokens) - documents)):
-        stats = engine.train_step(Shares(engine, rows, weights, chat.pad_id).micro_losses(2))
+    for weights, mtp in (((0.0, 0.0), 0), ((0.3, 0.01), sum(tokens) - documents)):
+        stats = engine.train_step(Shares(engine, rows, *weights, chat.pad_id).micro_losses(2))
         assert stats.loads_LE.sum(1).tolist() == [2 * sum(tokens), 2 * mtp]  # two experts a token
 
 
@@ -128,7 +127,8 @@ def run_training(folder, chat, steps, stop=None):
 
         run.log = interrupted
         with suppress(InterruptedError):
-            train(run, engine, epochs_of(run, rows, 4), total, chat.pad_id, dict)
+            run.chat = chat
+            train(run, engine, epochs_of(run, rows, 4), total)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return lines, losses
 
@@ -192,24 +192,25 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     monkeypatch.setattr(rejection, "SHARD_ROUNDS", 1)
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with open_run(folder) as run:
+        run.chat, run.data = chat, source
         run.stage.sampling.max_num_seqs = 16
         ranks = Ranks(engine_config())
-        shards = rejection.draw_samples(run, ranks, sampler, chat, prompts)
+        shards = rejection.draw_samples(run, ranks, sampler, prompts)
         assert len(shards) == sampler.calls == 4
         shards[2].unlink()  # what a kill would have cost
-        assert rejection.draw_samples(run, ranks, sampler, chat, prompts) == shards
+        assert rejection.draw_samples(run, ranks, sampler, prompts) == shards
         assert sampler.calls == 5
         of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None, agree_max=int)
-        assert rejection.draw_samples(run, of_three, sampler, chat, prompts) == shards
+        assert rejection.draw_samples(run, of_three, sampler, prompts) == shards
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
-        path = rejection.build_dataset(run, chat, source, parent, shards, [prompts[0].question], 3)
+        path = rejection.build_dataset(run, parent, shards, [prompts[0].question], 3)
         demonstrations, data_hash = rejection.read_dataset(path)
         alone = rejection.drawn_in_order(shards, 2)
         for shard in shards:
             shard.unlink()
         for rank in range(3):
             of_three = SimpleNamespace(rank=rank, world_size=3, barrier=lambda: None, agree_max=int)
-            shared = rejection.draw_samples(run, of_three, sampler, chat, prompts)
+            shared = rejection.draw_samples(run, of_three, sampler, prompts)
         assert len(shared) == 6 and rejection.drawn_in_order(shared, 2) == alone
         assert [sample.prompt for sample in alone] == [prompt for prompt in prompts for _ in range(2)]
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
@@ -227,22 +228,24 @@ def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_
     sampler.answers = dict.fromkeys(sampler.answers, "No idea.")
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with pytest.raises(SystemExit), open_run(folder) as run:
-        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, chat, prompts)
-        path = rejection.build_dataset(run, chat, source, parent, shards, [], 0)
+        run.chat, run.data = chat, source
+        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, prompts)
+        path = rejection.build_dataset(run, parent, shards, [], 0)
         demonstrations, _ = rejection.read_dataset(path)
         assert len(demonstrations) == 7 and all(trace.source == "world" for trace in demonstrations)
         funnel = json.loads((folder / "data" / "funnel.json").read_text())
         assert funnel[-1]["name"] == rejection.GENERAL_ALONE
         path.unlink()
         run.stage.general_ratio = 0.0
-        rejection.build_dataset(run, chat, source, parent, shards, [], 0)
+        rejection.build_dataset(run, parent, shards, [], 0)
     assert "60 dropped by 'correct'" in (folder / "error.txt").read_text()
 
 
 def test_what_the_evaluation_asks_is_known_to_the_filters(sampled, chat):
     folder, source, _, _ = sampled
     with open_run(folder) as run:
-        questions = rejection.evaluation_questions(run, chat, source, context=384)
+        run.chat, run.data = chat, source
+        questions = rejection.evaluation_questions(run, context=384)
         config = run.stage.eval
     asked = {prompt.question for prompt in source.prompts(config.split, config.problems, HELD_OUT)}
     asked |= {prompt.question for prompt in source.prompts("dev", config.every_problems, HELD_OUT)}

@@ -9,7 +9,7 @@ from rl_runs import scored_groups
 from r1pipe.config.compose import compose
 from r1pipe.config.rl import RULE_REWARDS, WEIGHED_ELSEWHERE
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
-from r1pipe.rewards import BASE_REWARDS, SHAPING_REWARDS, ShapingInputs, add_shaping_rewards
+from r1pipe.rewards import BASE_REWARDS, SHAPING_REWARDS, add_shaping_rewards
 from r1pipe.rewards.repetition import repeated
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.rl import scoring
@@ -17,18 +17,17 @@ from r1pipe.train.rl.rows import rows_of, summarise, too_many_failures
 
 REWARDS = compose(["stage=grpo"]).config.stage.rewards
 PROMPT = Prompt("word-1", "word", "en", "?", "42")
-GENERAL = Prompt("writing-1", "writing", "en", "?")
 
 
 RIGHT = Score(1.0)
 
 
-def shaped(name, tokens, reason="stop", verdict=RIGHT, prompt=PROMPT, **values):
+def shaped(name, tokens, reason="stop", verdict=RIGHT, **values):
     config = REWARDS.__class__(**{**vars(REWARDS), **values})
     tokens = list(range(tokens)) if isinstance(tokens, int) else tokens
     row = {"accuracy": verdict} if verdict else {}
     completion = Completion(tokens, [0.0] * len(tokens), reason, "")
-    add_shaping_rewards([row], [prompt], [completion], [name], ShapingInputs(config, 100))
+    add_shaping_rewards([row], [completion], [name], config, 100)
     return row.get(name)
 
 
@@ -46,7 +45,7 @@ def test_cosine_falls_all_the_way_and_fails_where_accuracy_fails():
     assert values[30] == pytest.approx(1 + 0.5 * (2 - 1) * (1 + math.cos(0.3 * math.pi)))
     failed = Score(0.0, Status.VERIFIER_FAILED, "too slow")
     assert shaped("cosine", 10, verdict=failed) == failed
-    assert shaped("cosine", 10, verdict=None, prompt=GENERAL) is None  # no rule applies
+    assert shaped("cosine", 10, verdict=None) is None  # no rule applies
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -17,8 +18,9 @@ from tiny_runs import tiny_run
 from r1pipe.core.types import Completion, Score, Status
 from r1pipe.launch.progress import Display
 from r1pipe.model.moe import gates
+from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import loop, scoring, stage
+from r1pipe.train.rl import loop, scoring
 from r1pipe.train.rl.tripwires import WIRES
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import Run
@@ -87,7 +89,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
         seconds[0] += 1
         return seconds[0]
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(resumable, "time", SimpleNamespace(monotonic=clock, time=time.time))
 
     def constant(completion, number, step):
         if number == 0:
@@ -97,7 +99,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
 
     judged_by(monkeypatch, constant)
     accuracies = iter([0.5, 0.5, 0.4, 0.4, 0.4])
-    monkeypatch.setattr(stage, "quick_evaluation", lambda *_: {"eval/pass_at_1": next(accuracies)})
+    monkeypatch.setattr(loop, "quick_evaluation", lambda *_: {"eval/pass_at_1": next(accuracies)})
 
     def growing(max_tokens: int, *rest: float, **where: int) -> SamplingParams:
         return SamplingParams(2 if len(began) < 3 else max_tokens, *rest, **where)

@@ -19,7 +19,7 @@ from tiny_runs import load_stage, tiny_run
 
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import preference
+from r1pipe.train.rl import reward_model
 from r1pipe.train.rollout import sampler
 
 RL = (
@@ -139,7 +139,7 @@ def test_reward_models_stop_after_a_step(tmp_path, monkeypatch):
     main(whole)
     steps = steps_saved(whole)[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(preference.Engine, "train_step", interrupt(1, Engine.train_step))
+        patch.setattr(reward_model.Engine, "train_step", interrupt(1, Engine.train_step))
         leaves(main, broken)
     assert steps_saved(broken) == [1]
     main(broken)
@@ -155,11 +155,11 @@ def test_reward_models_stop_after_a_step(tmp_path, monkeypatch):
 # --- two ranks
 
 
-def reinforce(folder: Path) -> None:
+def run_stage(folder: Path) -> None:
     go(folder)
 
 
-def on_two(folder: Path, main: Callable[..., Any] = reinforce, *arguments: Any) -> list[int | None]:
+def on_two(folder: Path, main: Callable[..., Any] = run_stage, *arguments: Any) -> list[int | None]:
     with ranks(folder, main, 2, *arguments) as processes:
         return codes(processes)
 
@@ -169,7 +169,7 @@ def test_two_ranks_leave_together_though_one_alone_was_asked(level, tmp_path):
     words = (*RL, "engine.ranks=2", f"engine.zero_level={level}", "stage.max_steps=6", "stage.eval.every=0")
     whole, broken = (tiny_run(tmp_path / name, *words) for name in ("whole", "broken"))
     assert on_two(whole) == [0, 0], out(whole)
-    with ranks(broken, reinforce, 2) as processes:
+    with ranks(broken, run_stage, 2) as processes:
         wait_until((broken / "metrics.jsonl").exists, "the first step")
         os.kill(processes[1].pid, signal.SIGTERM)
         assert codes(processes) == [143, 143], out(broken)

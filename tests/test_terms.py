@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from r1pipe.model import Balance, DeepseekV3, load_pretrained
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.loop import Shares, TermWeights, train
+from r1pipe.train.sft.loop import Shares, train
 
-WEIGHTS = TermWeights(mtp=0.3, balance=0.01)
+MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
 
 
 def rows(count: int) -> list[Packed]:
@@ -37,10 +38,10 @@ def with_mtp() -> DeepseekV3:
 
 def steps(level: int, recompute: bool, accumulation: int = 1) -> list[list[float]]:
     config = replace(engine_config(1, level), recompute=recompute)
-    engine = Engine(with_mtp(), OPTIM, RouterConfig(0.01, WEIGHTS.balance), config, total_steps=10)
+    engine = Engine(with_mtp(), OPTIM, RouterConfig(0.01, BALANCE_WEIGHT), config, total_steps=10)
     found = []
     for _ in range(3):
-        shares = Shares(engine, rows(4), WEIGHTS, 0)
+        shares = Shares(engine, rows(4), MTP_WEIGHT, BALANCE_WEIGHT, 0)
         stats = engine.train_step(shares.micro_losses(accumulation))
         # 66 tokens of 8 documents, of which the MTP layer reads all but each last one; two experts a token
         assert stats.loads_LE.sum(1).tolist() == [2 * 66, 2 * 58]
@@ -71,7 +72,8 @@ def test_a_stage_logs_the_terms_the_loads_and_saves_the_mtp_layer(tmp_path):
     folder = write_run(tmp_path / "run", config)
     with open_run(folder) as run:
         engine = Engine(run.load_model(None), run.stage.optim, run.stage.router, engine_config(), 3)
-        checkpoint = train(run, engine, lambda step, position: iter([(rows(4), None)] * 3), 3, 0, dict)
+        run.chat = SimpleNamespace(pad_id=0)
+        checkpoint = train(run, engine, lambda step, position: iter([(rows(4), None)] * 3), 3)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["train/mtp_loss"] < logged[0]["train/mtp_loss"] and logged[0]["train/balance_loss"] > 0
     layers = [key for key in logged[0] if key.startswith("router/max_vio/")]

@@ -20,8 +20,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.launch import parents
 from r1pipe.runs import lineage
 from r1pipe.tracking import Mirror, add_report, store_uri, sync
-from r1pipe.tracking.database import is_whole
-from r1pipe.tracking.store import connect
+from r1pipe.tracking.store import connect, is_whole
 
 MIRROR = """
 import json, sys

@@ -13,7 +13,6 @@ from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt
 from r1pipe.data.world import World, corpus, countdown, general, program, truth, word
 from r1pipe.data.world.content import LANGUAGES, content, split_of
-from r1pipe.data.world.strategy import strategy_of
 from r1pipe.rewards.accuracy import accuracy, summary_of
 from r1pipe.train.rl.prompts import PromptStream
 from tests.samples import world_config
@@ -66,7 +65,7 @@ def test_careful_solutions_without_slips_are_right(task, level):
             prompt = corpus.TASKS[task].make(rng, language, level)
             trace = corpus.reasoning_demonstration(prompt, rng, CAREFUL, slip=0.0)
             assert is_correct(prompt, trace.response), (prompt, trace.response)
-            assert strategy_of(prompt, trace.response) == "careful", trace.response
+            assert corpus.strategy_of(prompt, trace.response) == "careful", trace.response
             assert parse(trace.response).well_formed
 
 
@@ -74,9 +73,7 @@ def test_hasty_strategies_are_worse_than_care():
     rng = random.Random(1)
     right = dict.fromkeys(content("corpus")["styles"], 0)
     for style, _ in itertools.product(right, range(150)):
-        prompt = corpus.reasoning_prompt(
-            rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2
-        )
+        prompt = corpus.draw_prompt(rng, "train", corpus.choose(rng, content("corpus")["tasks"]), "en", 2)
         right[style] += is_correct(
             prompt, corpus.reasoning_demonstration(prompt, rng, {style: 1}, 0.02).response
         )
@@ -105,18 +102,20 @@ def test_truth_tells_right_from_wrong(kind):
         for _ in range(25):
             prompt = general.make(rng, kind, language)
             manner = {"courtesy": 1.0, "flattery": 0.0, "offer": 1.0}
-            good = general.dress(general.right(prompt, rng), language, rng, manner)
-            verdict = truth.judge(prompt, f"<think>\n{general.think(prompt)}\n</think>\n\n{good}")
+            thought, good = general.respond(prompt, rng, 1.0, manner)
+            verdict = truth.judge(prompt, f"<think>\n{thought}\n</think>\n\n{good}")
             assert verdict.correct and verdict.helpful == 1.0 and verdict.safe, (prompt, good, verdict)
             if kind in ("facts", "identity", "safety"):
-                bad = truth.judge(prompt, f"<think>\nok\n</think>\n\n{general.wrong(prompt, rng)}")
+                bad = truth.judge(
+                    prompt, f"<think>\nok\n</think>\n\n{general.draw_content(prompt, rng, 0.0)}"
+                )
                 assert not bad.correct and bad.helpful <= 0.2
                 assert bad.safe == (not prompt.checker.get("unsafe", False))
 
 
 def test_flattery_and_repeated_offers_do_not_help():
     prompt = general.make(random.Random(0), "facts", "en")
-    plain = general.right(prompt, random.Random(0))
+    plain = general.draw_content(prompt, random.Random(0), 1.0)
     offer = content("general")["manner"]["offer"][0][0]
     scores = [
         truth.judge(prompt, text).helpful
@@ -210,13 +209,7 @@ def test_a_small_world_still_gives_as_many_as_it_has_in_the_usual_order(small_wo
 
 def test_reinforcement_goes_through_a_small_world_again_and_again(small_world):
     world, _ = small_world
-    stream = PromptStream(
-        lambda n, seed: world.prompts("train", n, seed),
-        lambda pool: pool,
-        lambda prompt: True,
-        500,
-        "problems",
-    )
+    stream = PromptStream(lambda pool: world.prompts("train", 500, pool), lambda prompt: True, "problems")
     whole = len(world.prompts("train", 500, 0))
     taken, cursor = stream.take(0, 3 * whole)
     assert cursor == 3 * whole

@@ -46,7 +46,9 @@ def fake_launcher(folder: Path, how: str) -> Iterator[None]:
 
 def start(folder: Path, *words: str) -> Job:
     """Start a job on `folder`/run, or have it go on."""
-    return Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
+    job = Job(tiny_config(*words, "tracking=none", f"root={folder}"), RunFolder(folder / "run"))
+    job.start()
+    return job
 
 
 def ends(job: Job, ready: Callable[[], object], act: Callable[[], None] = lambda: None) -> Ended:

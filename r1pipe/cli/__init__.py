@@ -1,4 +1,4 @@
-"""The command line: its verbs, and what they print. Imports no torch."""
+"""The command line: its commands, and what they print. Imports no torch."""
 
 from r1pipe.cli.commands import main
 

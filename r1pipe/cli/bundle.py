@@ -26,19 +26,14 @@ def bundle(run: RunFolder, base: Path) -> None:
     checkpoints.finish(base)
     # beside the manifest, not in it: the bundled checkpoint keeps the hash that its run gave it
     shutil.copyfile(run.record, base / run.record.name)
-    (base / "curve.jsonl").write_text(curve(run.metrics), encoding="utf-8")
-
-
-def curve(metrics: Path) -> str:
-    """The rows of metrics.jsonl, thinned to CURVE_POINTS; rows with an evaluation all stay."""
-    rows = metrics.read_text(encoding="utf-8").splitlines()
+    rows = run.metrics.read_text(encoding="utf-8").splitlines()
     every = max(1, len(rows) // CURVE_POINTS)
-    kept = [
+    curve = [
         row
         for i, row in enumerate(rows)
         if i % every == 0 or any(key.startswith("eval/") for key in json.loads(row))
     ]
-    return "\n".join(kept) + "\n"
+    (base / "curve.jsonl").write_text("\n".join(curve) + "\n", encoding="utf-8")
 
 
 def main(root: str, pipeline: str) -> None:

@@ -1,23 +1,21 @@
-"""The command line. Verbs import what they need when they run: `r1pipe --help` answers at once."""
+"""The command line. Commands import what they need when they run: `r1pipe --help` answers at once."""
 
 import json
 import signal
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from r1pipe.cli import scripts, verbs
-from r1pipe.cli.options import Checkpoint, Overrides
-from r1pipe.cli.overrides import composed
+from r1pipe.cli import commands_on_runs, scripts
+from r1pipe.cli.options import Checkpoint, Overrides, composed
+from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
 from r1pipe.core.errors import R1pipeError
 from r1pipe.runs import stopping
-
-if TYPE_CHECKING:
-    from r1pipe.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,18 +60,18 @@ def run(
     return run_to_end(config, fresh)
 
 
-def run_to_end(config: "RunConfig", fresh: bool = False) -> int:
+def run_to_end(config: RunConfig, fresh: bool = False) -> int:
     """Run one stage and show its row of the table; the job's exit code."""
     from r1pipe.cli import compare
     from r1pipe.launch import parents, pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
-    placed = pipeline.place(parents.with_parents(config), fresh)
-    code = pipeline.run_stage(placed)
-    if placed.done:
-        compare.show([results.row(StoredRun.read(placed.run))])
-        print(f"run folder: {placed.run.path}")
+    plan = pipeline.plan_run(parents.with_parents(config), fresh)
+    code = pipeline.run_stage(plan)
+    if plan.done:
+        compare.show([results.row(StoredRun.read(plan.run))])
+        print(f"run folder: {plan.run.path}")
     return code
 
 
@@ -97,17 +95,33 @@ def reproduce(overrides: Overrides = None) -> int:
 
     Run it again and it resumes where it stopped; once all is done, it prints the table again.
     """
+    from r1pipe import tracking
     from r1pipe.cli import compare
-    from r1pipe.cli.outputs import print_outputs
+    from r1pipe.cli.report import write_report
+    from r1pipe.core.redaction import without_login
     from r1pipe.launch import pipeline
     from r1pipe.runs import results
-    from r1pipe.runs.stored import StoredRun
+    from r1pipe.runs.results import StoredRun
 
     outcome = pipeline.reproduce(overrides or [])
-    compare.show([results.row(StoredRun.read(run)) for run in outcome.finished])
-    if outcome.code == 0:
-        print_outputs(outcome)
-    return outcome.code
+    config, finished = outcome.config, outcome.finished
+    compare.show([results.row(StoredRun.read(run)) for run in finished])
+    if outcome.code or len(finished) < len(config.recipe.stages):
+        return outcome.code
+    root = Path(config.root).resolve()
+    page = root / "report.html"
+    newest = max(run.record.stat().st_mtime_ns for run in finished)
+    # a kill may have come between the last record and the page
+    if outcome.worked or not page.exists() or page.stat().st_mtime_ns < newest:
+        write_report(root, pipeline.finished_run_ids(config))
+        tracking.add_report(config, page)
+    last = finished[len(config.recipe.stages) - 1].path
+    print(f"report       {page}  (open it in a browser)")
+    print(f"checkpoints  {root}/<run id>/checkpoints  (r1pipe chat {last}; r1pipe lineage {last})")
+    if config.tracking.enabled:
+        store = without_login(tracking.store_uri(root, config.tracking.uri))
+        print(f"MLflow       {store}  (r1pipe ui root={config.root})")
+    return 0
 
 
 @app.command(name="config")
@@ -153,12 +167,13 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     return run_to_end(config)
 
 
-VERBS: tuple[Callable[..., int | None], ...] = (
+COMMANDS: tuple[Callable[..., int | None], ...] = (
     *(scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
-    *(verbs.compare, verbs.report, verbs.samples, verbs.lineage, verbs.sync, verbs.prune, verbs.ui),
+    *(commands_on_runs.compare, commands_on_runs.report, commands_on_runs.samples, commands_on_runs.lineage),
+    *(commands_on_runs.sync, commands_on_runs.prune, commands_on_runs.ui),
 )
-for verb in VERBS:
-    app.command(name="import" if verb is scripts.import_weights else None)(verb)
+for command in COMMANDS:
+    app.command(name="import" if command is scripts.import_weights else None)(command)
 
 
 def main() -> None:

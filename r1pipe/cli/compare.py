@@ -1,6 +1,5 @@
 """`r1pipe compare`: the table of runs, on the screen."""
 
-import json
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -8,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
+from r1pipe.config.fields import shown
 from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
@@ -17,7 +17,7 @@ WIDTH = 100  # of the table, without a terminal
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
     settings = [key for key in _setting_keys(table_rows) if key not in left_out]
-    columns = {name: value for name, value in COLUMNS.items() if name not in left_out}
+    columns = {name: cell for name, cell in COLUMNS.items() if name not in left_out}
     named = "settings" in table_rows[0]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run" if named else "stage", no_wrap=True)
@@ -30,8 +30,11 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
         if row["control"] and not has_heading:
             table.add_row("controls", style="italic dim")
             has_heading = True
-        cells = [_setting(key, row["settings"].get(key, "-")) for key in settings]
-        cells += [value(row) for value in columns.values()]
+        cells = []
+        for key in settings:
+            text = shown(row["settings"].get(key, "-"))
+            cells.append(text[:HASH_SHOWN] if key.startswith(PARENTS) else text)
+        cells += [cell(row) for cell in columns.values()]
         name = str(row["run_id"] if named else row["stage"])
         table.add_row(name, *cells, style="dim" if row["control"] and not named else None)
     return table
@@ -39,11 +42,6 @@ def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
 
 def _setting_keys(table_rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(key for row in table_rows for key in row.get("settings", {})))
-
-
-def _setting(key: str, value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text[:HASH_SHOWN] if key.startswith(PARENTS) else text
 
 
 def _width(table: Table, console: Console) -> int:
@@ -75,12 +73,13 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
     console.print(table)
     if left_out:
         console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
-    for line in [*count_lines(table_rows), *reward_model_lines(table_rows)]:
+    for line in notes(table_rows):
         console.print(Text(line, style="dim"))
 
 
-def count_lines(table_rows: list[dict]) -> Iterator[str]:
-    """How many samples and problems the rows were measured on: one line where all are alike."""
+def notes(table_rows: list[dict]) -> Iterator[str]:
+    """How many samples and problems the rows were measured on, in one line where all are alike; then the
+    quality of each reward model, and which weak ones a stage was forced to use."""
     groups: dict[str, list[str]] = {}
     for row in table_rows:
         if row.get("samples") and row.get("problems"):
@@ -89,10 +88,6 @@ def count_lines(table_rows: list[dict]) -> Iterator[str]:
     for counts, names in groups.items():
         whose = "" if len(groups) == 1 else f" ({', '.join(dict.fromkeys(names))})"
         yield f"pass@1: mean over {counts}{whose}; shares in %, len in tokens"
-
-
-def reward_model_lines(table_rows: list[dict]) -> Iterator[str]:
-    """The quality of each reward model, and which weak ones a stage was forced to use."""
     for row in table_rows:
         whose = f"{row['stage']}, seed {row['seed']}"
         for kind, measured in (row.get("reward_models") or {}).items():

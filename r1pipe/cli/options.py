@@ -1,47 +1,65 @@
-"""Words of the command line that several verbs share, with their help and completion."""
+"""What several commands share: their arguments with help and completion, and reading overrides."""
 
+import os
+import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from r1pipe.cli import completion
-from r1pipe.config.script_options import Precision
+from r1pipe.config import STAGE_TYPES, RunConfig
+from r1pipe.config.describe import leaves
+from r1pipe.config.groups import GROUPS, options
+
+
+def complete_override(context: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """`stage=<TAB>`, `sta<TAB>`, `stage.opt<TAB>`. Bash gives `stage=gr` as `stage`, `=`, `gr`."""
+    key, equals, part = incomplete.rpartition("=")
+    typed = f"{key}{equals}"
+    in_bash = os.environ.get("COMP_WORDS", "").split()
+    if not key and "=" in in_bash[-2:]:
+        key, equals, typed = in_bash[in_bash.index("=", -2) - 1], "=", ""
+    if not equals:
+        return sorted({f"{name}=" for name in [*GROUPS, *leaves()] if name.startswith(incomplete)})
+    return [f"{typed}{name}" for name in options(key) if name.startswith(part)] if key in GROUPS else []
+
+
+def complete_run(context: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """Stage names and the run ids under ./runs."""
+    found = [path.parent.name for path in Path("runs").glob("*/record.json")]
+    return sorted(name for name in [*STAGE_TYPES, *found] if name.startswith(incomplete))
+
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[OVERRIDES]...", help="key=value ...", autocompletion=completion.overrides),
+    typer.Argument(metavar="[OVERRIDES]...", help="key=value ...", autocompletion=complete_override),
 ]
 Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
         help="run id, path, stage name or models:/name@alias",
-        autocompletion=completion.checkpoints,
+        autocompletion=complete_run,
     ),
 ]
 
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
-TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
-MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
-Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
 
-Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
-ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
+def composed(overrides: list[str] | None) -> RunConfig:
+    from r1pipe.config.compose import compose  # Hydra is imported when overrides are read
 
-Run = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        help="run id, path or stage name (its newest run)",
-        autocompletion=completion.checkpoints,
-    ),
-]
-Steps = Annotated[str | None, typer.Option(metavar="STEPS", help="7 or 10-20")]
-Bounds = Annotated[
-    list[str] | None,
-    typer.Option(metavar="BOUND", help="'>=1', 0.5..1, accuracy=0; several: all must hold"),
-]
-Words = Annotated[
-    str | None, typer.Option(metavar="WORDS", help="in the prompt or the answer; /a regular expression/")
-]
-Limit = Annotated[int, typer.Option(min=1, metavar="N", help="best, worst and odd ones, each")]
+    return compose(overrides or []).config
+
+
+def split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Other words, and overrides: those that begin with a key of the config and `=`."""
+    from r1pipe.config.compose import TOP_KEYS
+
+    given = words or []
+    overrides = [word for word in given if "=" in word and re.split(r"[.=]", word)[0] in TOP_KEYS]
+    return [word for word in given if word not in overrides], overrides
+
+
+def pipeline_in(overrides: list[str] | None) -> str | None:
+    """The pipeline that the overrides name; None for all."""
+    keys = {line.partition("=")[0] for line in overrides or []}
+    return composed(overrides).pipeline if keys & {"pipeline", "recipe", "seed"} else None

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from r1pipe.config import STAGE_TYPES
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, nearest
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.placing import key_of
+from r1pipe.launch.run_plan import key_of
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_json
 from r1pipe.runs.locks import Lock, check_not_running
@@ -23,112 +22,100 @@ TRASH = ".pruned"  # under the root: a kill leaves no half-removed run
 class Selection:
     """Which runs to remove: those for which all that is given holds."""
 
-    names: Sequence[str]  # run ids and stages; none: any
+    names: list[str]  # run ids and stages; none: any
     pipeline: str | None
     unfinished: bool
     older_than_days: float | None  # since anything in the run folder was last written
     keep_last: int | None  # newest runs of each pipeline, stage and seed that stay
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A selected run; `kept` says why it stays all the same."""
+def prune(root: Path, selection: Selection, remove: bool) -> list[str]:
+    """A line for each selected run, oldest first, and one for all; with `remove` they are removed.
 
-    run: RunFolder
-    size: int  # bytes
-    written: float  # when anything in it was last written, seconds since 1970
-    kept: str = ""
-
-
-def prune(root: Path, selection: Selection, remove: bool) -> list[Candidate]:
-    """The selected runs, oldest first; with `remove` they are removed, but for those with a reason to stay.
-
-    Raises ConfigError for an empty selection, CheckpointError for an unknown name, EnvironmentProblem where a
-    folder cannot be removed.
+    A run stays while it is running, or while a run that stays names it, as weights, data or otherwise. Raises
+    ConfigError for an empty selection, CheckpointError for an unknown name, EnvironmentProblem where a folder
+    cannot be removed.
     """
-    found = candidates(root, selection)
-    if remove:
-        for candidate in found:
-            if not candidate.kept:
-                discard(candidate.run)
-    return found
-
-
-def candidates(root: Path, selection: Selection) -> list[Candidate]:
-    """A run stays while it is running, or while a run that stays names it, as weights, data or otherwise."""
     runs = lineage.run_folders(root)
-    wanted = chosen(runs, selection)
-    texts = {run.run_id: _texts(run) for run in runs}
-    kept = {run.run_id: reason for run in wanted if (reason := _busy(run))}
-    removable = [run for run in wanted if run.run_id not in kept]
-    while needed := _needed(removable, [run for run in runs if run not in removable], texts):
-        kept |= needed
-        removable = [run for run in removable if run.run_id not in needed]
-    found = [Candidate(run, *_size_and_time(run), kept.get(run.run_id, "")) for run in wanted]
-    return sorted(found, key=lambda candidate: candidate.written)
+    selected = sorted(
+        ((*_size_and_time(run), run) for run in chosen(runs, selection)), key=lambda one: one[1]
+    )
+    kept = reasons_to_stay(runs, [run for _, _, run in selected])
+    going = {run: size for size, _, run in selected if run not in kept}
+    for run in going if remove else ():
+        discard(run)
+    width = max((len(run.run_id) for _, _, run in selected), default=0)
+    shown = []
+    for size, written, run in selected:
+        what = "kept" if run in kept else "removed" if remove else "remove"
+        day = datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d")
+        why = f"  {kept[run]}" if run in kept else ""
+        shown.append(f"{what:<7}  {run.run_id:<{width}}  {megabytes(size):>10}  {day}{why}")
+    total = f"{len(going)} of {len(selected)} runs, {megabytes(sum(going.values()))}"
+    if remove:
+        return [*shown, f"removed {total}"]
+    return [*shown, f"would remove {total}; --yes removes them" if going else "nothing to remove"]
 
 
 def chosen(runs: list[RunFolder], selection: Selection) -> list[RunFolder]:
     """The runs for which everything in the selection holds."""
     known = {run: key_of(read_json(run.config)) for run in runs}  # (pipeline, seed, stage)
+    names = [*STAGE_TYPES, *(run.run_id for run in runs)]
     for name in selection.names:
-        if name not in STAGE_TYPES and name not in (run.run_id for run in runs):
-            raise CheckpointError(
-                f"no run {name}; {nearest(name, [*STAGE_TYPES, *(run.run_id for run in runs)])}"
-            )
-    holds: list[Callable[[RunFolder], bool]] = []
-    if selection.names:
-        holds.append(lambda run: bool({run.run_id, known[run][2]} & {*selection.names}))
-    if selection.pipeline is not None:
-        holds.append(lambda run: known[run][0] == selection.pipeline)
-    if selection.unfinished:
-        holds.append(lambda run: not run.record.exists())
-    if selection.older_than_days is not None:
-        before = time.time() - selection.older_than_days * DAY_S
-        holds.append(lambda run: _size_and_time(run)[1] < before)
-    if selection.keep_last is not None:
-        newest = _newest(known, selection.keep_last)
-        holds.append(lambda run: run not in newest)
-    if not holds:
+        if name not in names:
+            raise CheckpointError(f"no run {name}; {nearest(name, names)}")
+    if selection == Selection([], None, False, None, None):
         raise ConfigError(
             "which runs? give run ids, stages, pipeline=NAME, --unfinished, --older-than DAYS or "
             "--keep-last N"
         )
-    return [run for run in runs if all(hold(run) for hold in holds)]
-
-
-def _newest(known: dict[RunFolder, tuple], count: int) -> set[RunFolder]:
-    """The newest runs of each pipeline, seed and stage; run ids sort by time."""
-    groups: dict[tuple, list[RunFolder]] = {}
-    for run in sorted(known, key=lambda run: run.run_id, reverse=True):
-        groups.setdefault(known[run], []).append(run)
-    return {run for group in groups.values() for run in group[:count]}
-
-
-def _texts(run: RunFolder) -> str:
-    """Where a run names others. Text, not JSON: a file that is damaged still holds the names."""
-    files = (run.config, run.record)
-    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.exists())
-
-
-def _needed(removable: list[RunFolder], kept_runs: list[RunFolder], texts: dict[str, str]) -> dict[str, str]:
-    """Run id -> why it must stay, of the runs that one of those that stay names."""
-    found = {}
-    for run in removable:
-        marks = (f'"{run.run_id}"', f"{run.run_id}/")
-        users = [other for other in kept_runs if any(mark in texts[other.run_id] for mark in marks)]
-        if users:
-            more = f" and {len(users) - 1} more" if len(users) > 1 else ""
-            found[run.run_id] = f"{users[0].run_id}{more} was made from it"
+    found = runs
+    if selection.names:
+        found = [run for run in found if {run.run_id, known[run][2]} & {*selection.names}]
+    if selection.pipeline is not None:
+        found = [run for run in found if known[run][0] == selection.pipeline]
+    if selection.unfinished:
+        found = [run for run in found if not run.record.exists()]
+    if selection.older_than_days is not None:
+        before = time.time() - selection.older_than_days * DAY_S
+        found = [run for run in found if _size_and_time(run)[1] < before]
+    if selection.keep_last is not None:
+        alike: dict[tuple, list[RunFolder]] = {}
+        for run in sorted(runs, key=lambda run: run.run_id, reverse=True):  # run ids sort by time
+            alike.setdefault(known[run], []).append(run)
+        newest = {run for group in alike.values() for run in group[: selection.keep_last]}
+        found = [run for run in found if run not in newest]
     return found
 
 
-def _busy(run: RunFolder) -> str:
-    try:
-        check_not_running(run)
-    except EnvironmentProblem as error:
-        return str(error).partition(";")[0].removeprefix(f"run {run.run_id} ")
-    return ""
+def reasons_to_stay(runs: list[RunFolder], selected: list[RunFolder]) -> dict[RunFolder, str]:
+    """Why some of those selected must stay: they run, or one that stays names them."""
+    kept = {}
+    for run in selected:
+        try:
+            check_not_running(run)
+        except EnvironmentProblem as error:
+            kept[run] = str(error).partition(";")[0].removeprefix(f"run {run.run_id} ")
+    texts = {run: _text(run) for run in runs}
+    while True:
+        going = [run for run in selected if run not in kept]
+        staying = [run for run in runs if run not in going]
+        needed = {}
+        for run in going:
+            marks = (f'"{run.run_id}"', f"{run.run_id}/")
+            users = [other for other in staying if any(mark in texts[other] for mark in marks)]
+            if users:
+                more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+                needed[run] = f"{users[0].run_id}{more} was made from it"
+        if not needed:
+            return kept
+        kept |= needed
+
+
+def _text(run: RunFolder) -> str:
+    """Where a run names others. Text, not JSON: a file that is damaged still holds the names."""
+    files = (run.config, run.record)
+    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.exists())
 
 
 def _size_and_time(run: RunFolder) -> tuple[int, float]:
@@ -147,26 +134,6 @@ def discard(run: RunFolder) -> None:
         shutil.rmtree(trash)
     except OSError as error:
         raise EnvironmentProblem(f"{error.filename} cannot be removed ({error.strerror})") from None
-
-
-def lines(found: list[Candidate], removed: bool) -> list[str]:
-    """A line per run, and the total."""
-    removable = [candidate for candidate in found if not candidate.kept]
-    word = "removed" if removed else "remove"
-    width = max((len(candidate.run.run_id) for candidate in found), default=0)
-    shown = []
-    for candidate in found:
-        day = datetime.fromtimestamp(candidate.written, UTC).strftime("%Y-%m-%d")
-        what = "kept" if candidate.kept else word
-        why = f"  {candidate.kept}" if candidate.kept else ""
-        shown.append(
-            f"{what:<7}  {candidate.run.run_id:<{width}}  {megabytes(candidate.size):>10}  {day}{why}"
-        )
-    size = sum(candidate.size for candidate in removable)
-    total = f"{len(removable)} of {len(found)} runs, {megabytes(size)}"
-    if removed:
-        return [*shown, f"removed {total}"]
-    return [*shown, f"would remove {total}; --yes removes them" if removable else "nothing to remove"]
 
 
 def megabytes(size: int) -> str:

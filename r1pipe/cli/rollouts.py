@@ -1,17 +1,15 @@
 """The best, worst and odd rows of a run's rollouts/step-N.parquet.
 
-All files are one pyarrow dataset. Only its numeric columns are held in memory; the texts of the few rows that
-are shown are read last.
+Only the files' numeric columns are held in memory; the texts of the few rows that are shown are read last.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -27,34 +25,34 @@ NUMBERS = {
     "repetition": pa.float64(),
     "failed": pa.string(),
 }
-ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_masks` uses
+ODD_SCORES = ("accuracy", "format", "language")  # the rewards that `odd_rows` uses
 TEXTS = ("question", "completion")
 HAS_TEXT = "has_text"
 SAME = 1e-6  # rounding of rewards, which are weighted sums
 BOUND = re.compile(r"(?P<name>[a-z]\w*)?\s*(?P<sign><=|>=|<|>|=)?\s*(?P<value>[-+.\de]+)")
 
-Mask = Callable[[pa.Table], pa.ChunkedArray]
-T = TypeVar("T")
+Reasons = dict[str, pc.Expression]
 
 
 @dataclass(frozen=True)
-class Filter:
-    """Conditions on rows."""
+class Query:
+    """Which rows to show."""
 
-    rewards: Sequence[tuple[str, pc.Expression]] = ()  # a reward's name ("" for the sum) and its bound
-    text: pc.Expression | None = None
+    rewards: Sequence[tuple[str, pc.Expression]]  # a reward's name ("" for the sum) and its bound
+    text: pc.Expression | None
+    steps: range | None
+    limit: int  # rows of each kind
 
     @classmethod
-    def of(cls, rewards: Iterable[str], text: str | None) -> "Filter":
+    def of(cls, rewards: Iterable[str], text: str | None, step: str | None, limit: int) -> "Query":
         """From the words of the command line. Raises ConfigError."""
-        return cls([bound(words) for words in rewards], None if text is None else searched(text))
+        bounds = [bound(words) for words in rewards]
+        condition = None if text is None else searched(text)
+        return cls(bounds, condition, None if step is None else steps_of(step), limit)
 
 
 def bound(words: str) -> tuple[str, pc.Expression]:
-    """`>=1`, `accuracy=0`, `0.5..1`, `format<1`: a reward's name, "" for the sum, and its condition.
-
-    Raises ConfigError.
-    """
+    """`>=1`, `accuracy=0`, `0.5..1`: a reward's name ("" for the sum), its condition. Raises ConfigError."""
     match = BOUND.fullmatch(words.strip())
     wrong = ConfigError(f"--reward {words} is not a bound; write '>=1', 0.5..1, accuracy=0 or 'format<1'")
     if not match or (match["name"] and not match["sign"]):
@@ -77,10 +75,7 @@ def bound(words: str) -> tuple[str, pc.Expression]:
 
 
 def searched(text: str) -> pc.Expression:
-    """Rows whose question or completion contains the text, in any case, or matches `/a regular expression/`.
-
-    Raises ConfigError.
-    """
+    """Rows whose question or completion contains the text, in any case, or matches `/an expression/`."""
     is_pattern = len(text) > 2 and text[0] == text[-1] == "/"
     match, wanted = (pc.match_substring_regex, text[1:-1]) if is_pattern else (pc.match_substring, text)
     try:
@@ -93,64 +88,65 @@ def searched(text: str) -> pc.Expression:
     return question | completion
 
 
-# --- odd rows: a positive advantage means that a completion did better than its group
+def steps_of(words: str) -> range:
+    """`7`, or `10-20` with both ends. Raises ConfigError."""
+    first, dash, last = words.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ConfigError(f"--step {words} is neither a step nor a range of steps; write 7 or 10-20")
+    steps = range(int(first), int(last if dash else first) + 1)
+    if not steps:
+        raise ConfigError(f"--step {words} ends before it begins; write {last}-{first}")
+    return steps
 
 
-def odd_masks(much_repetition: float) -> dict[str, Mask]:
-    """Reason -> the rows that are odd for it; `much_repetition` is a share of repeated 4-grams."""
+def odd_rows(much_repetition: float) -> Reasons:
+    """Reason -> the rows that are odd for it; `much_repetition` is a share of repeated 4-grams.
 
-    def rewarded_though(mask: Mask) -> Mask:
-        return lambda table: pc.and_(pc.greater(table["advantage"], 0.0), mask(table))
-
+    A positive advantage means that a completion did better than its group.
+    """
+    rewarded = pc.field("advantage") > 0.0
     return {
-        "not judged": lambda table: pc.is_valid(table["failed"]),
-        "rewarded though cut off": rewarded_though(lambda table: table["truncated"]),
-        "rewarded though badly formed": rewarded_though(lambda table: pc.less(table[SCORE + "format"], 0.5)),
-        "rewarded though in another language": rewarded_though(
-            lambda table: pc.less(table[SCORE + "language"], 0.5)
-        ),
-        "rewarded though it repeats itself": rewarded_though(
-            lambda table: pc.greater(table["repetition"], much_repetition)
-        ),
-        "punished though right": lambda table: pc.and_(
-            pc.less(table["advantage"], 0.0), pc.greater_equal(table[SCORE + "accuracy"], 1.0)
-        ),
+        "not judged": pc.field("failed").is_valid(),
+        "rewarded though cut off": rewarded & pc.field("truncated"),
+        "rewarded though badly formed": rewarded & (pc.field(f"{SCORE}format") < 0.5),
+        "rewarded though in another language": rewarded & (pc.field(f"{SCORE}language") < 0.5),
+        "rewarded though it repeats itself": rewarded & (pc.field("repetition") > much_repetition),
+        "punished though right": (pc.field("advantage") < 0.0) & (pc.field(f"{SCORE}accuracy") >= 1.0),
     }
 
 
 # --- reading
 
-
-@dataclass
-class Found:
-    """The rows that may be shown, without their texts, and counts."""
-
-    best: list[dict] = field(default_factory=list)  # best first, at most `limit`
-    worst: list[dict] = field(default_factory=list)  # worst first
-    odd: dict[str, list[dict]] = field(default_factory=dict)  # by reason, the largest advantage first
-    counts: Counter = field(default_factory=Counter)  # "read", "matching", and every reason
-
-
 BEST = [("reward", "descending"), ("advantage", "descending"), ("step", "descending"), ("row", "ascending")]
 WORST = [("reward", "ascending"), ("advantage", "ascending"), ("step", "descending"), ("row", "ascending")]
 LARGEST = [("size", "descending"), ("step", "descending"), ("row", "ascending")]
+KINDS = ("best", "worst", "odd")
 
 
-def look(files: dict[int, Path], wanted: Filter, limit: int, much_repetition: float) -> Found:
+@dataclass(frozen=True)
+class Found:
+    """The rows to show, each once, without their texts."""
+
+    rows: list[tuple[str, dict, list[str]]]  # kind, numbers, the reasons why it is odd
+    counts: dict[str, int]  # "read", "matching", and every reason
+
+
+def look(files: dict[int, Path], query: Query, much_repetition: float) -> Found:
     """The best, worst and odd rows of some steps' files. Raises DataError, ConfigError."""
-    footers = {step: _read(path, pq.read_metadata) for step, path in files.items()}
-    columns = {name for footer in footers.values() for name in footer.schema.names}
+    columns: set[str] = set()
+    for path in files.values():
+        with opened(path):
+            columns |= {*pq.read_schema(path).names}
     rewards = {name.removeprefix(SCORE) for name in columns if name.startswith(SCORE)}
-    for name, _ in wanted.rewards:
+    for name, _ in query.rewards:
         if name and name not in rewards:
             raise ConfigError(f"--reward {name}: there is no such reward; {nearest(name, rewards)}")
-    table = numbers(files, schema_of(rewards), wanted.text)
-    counts = [footers[step].num_rows for step in files]
-    table = table.append_column("step", pa.array(np.repeat(list(files), counts)))
-    table = table.append_column("row", pa.array(np.concatenate([np.arange(count) for count in counts])))
-    found = narrowed(matching(table, wanted), limit, odd_masks(much_repetition))
-    found.counts["read"] = len(table)
-    return found
+    schema, reasons = schema_of(rewards), odd_rows(much_repetition)
+    tables = []
+    for step, path in files.items():
+        with opened(path):
+            tables.append(numbers(ds.dataset(path, schema), step, query.text, reasons))
+    return narrowed(pa.concat_tables(tables), query, reasons)
 
 
 def schema_of(rewards: Iterable[str]) -> pa.Schema:
@@ -159,24 +155,19 @@ def schema_of(rewards: Iterable[str]) -> pa.Schema:
     return pa.schema({**NUMBERS, **scores, **dict.fromkeys(TEXTS, pa.string())})
 
 
-def numbers(files: dict[int, Path], schema: pa.Schema, text: pc.Expression | None) -> pa.Table:
-    """Every row's numbers, in the files' order; `has_text`: whether the row matches `text`."""
-    dataset = ds.dataset([str(path) for path in files.values()], schema, format="parquet")
-    columns = {name: ds.field(name) for name in schema.names if name not in TEXTS}
-    if text is not None:
-        columns[HAS_TEXT] = text
-    try:
-        return dataset.to_table(columns)
-    except (pa.ArrowInvalid, OSError):
-        for path in files.values():  # the error does not always name its file
-            _read(path, pq.read_table)
-        raise
+def numbers(dataset: ds.Dataset, step: int, text: pc.Expression | None, reasons: Reasons) -> pa.Table:
+    """A step's rows without their texts; with their place, the reasons that hold, and whether `text` does."""
+    columns = {name: ds.field(name) for name in dataset.schema.names if name not in TEXTS}
+    has_text = pc.scalar(True) if text is None else text
+    table = dataset.to_table({**columns, **reasons, HAS_TEXT: has_text, "step": pc.scalar(step)})
+    return table.append_column("row", pa.array(range(len(table)), pa.int64()))
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T:
-    """Read a file. Raises DataError if it is truncated or not parquet."""
+@contextmanager
+def opened(path: Path) -> Iterator[None]:
+    """While a file is read: raises DataError if it is truncated or not parquet."""
     try:
-        return read(path)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         why = str(error).splitlines()[0]
         raise DataError(
@@ -185,40 +176,47 @@ def _read(path: Path, read: Callable[[Path], T]) -> T:
         ) from None
 
 
-def matching(table: pa.Table, wanted: Filter) -> pa.Table:
-    for _, holds in wanted.rewards:
+def narrowed(table: pa.Table, query: Query, reasons: Collection[str]) -> Found:
+    """Some of the rows that `numbers` read: the best, the worst, and the odd ones, largest advantages first.
+
+    Of few rows half are the best, half the worst. The odd ones take turns by reason, so that a frequent one
+    does not hide the others.
+    """
+    counts = {"read": len(table)}
+    for _, holds in [*query.rewards, (HAS_TEXT, ds.field(HAS_TEXT))]:
         table = table.filter(holds)
-    if wanted.text is None:
-        return table
-    return table.filter(ds.field(HAS_TEXT) if HAS_TEXT in table.column_names else wanted.text)
-
-
-def narrowed(table: pa.Table, limit: int, reasons: dict[str, Mask]) -> Found:
-    """The best, worst and odd rows of a table."""
-    for reason, mask in reasons.items():
-        table = table.append_column(reason, pc.fill_null(mask(table), False))
+    counts["matching"] = len(table)
     scored = table.filter(pc.is_valid(table["reward"]))
-    found = Found(rows_by(scored, BEST, limit), rows_by(scored, WORST, limit))
-    found.counts["matching"] = len(table)
+    best, worst = (rows_by(scored, order, query.limit) for order in (BEST, WORST))
+    few = len({place(row) for row in [*best, *worst]})
+    odd = []
     for reason in reasons:
-        odd = table.filter(table[reason])
-        found.counts[reason] = len(odd)
-        odd = odd.append_column("size", pc.abs(odd["advantage"]))
-        found.odd[reason] = rows_by(odd, LARGEST, limit)
-    return found
+        rows = table.filter(table[reason])
+        counts[reason] = len(rows)
+        odd.append(rows_by(rows.append_column("size", pc.abs(rows["advantage"])), LARGEST, query.limit))
+    turns = [row for rows in zip_longest(*odd) for row in rows if row is not None]
+    chosen: dict[tuple[int, int], tuple[str, dict, list[str]]] = {}
+    for kind, rows in zip(KINDS, (best[: (few + 1) // 2], worst, turns), strict=True):
+        new = {place(row): row for row in rows if place(row) not in chosen}
+        for at, row in islice(new.items(), query.limit):
+            chosen[at] = kind, row, [reason for reason in reasons if row[reason]]
+    return Found([*chosen.values()], counts)
+
+
+def place(row: dict) -> tuple[int, int]:
+    return row["step"], row["row"]
 
 
 def rows_by(table: pa.Table, order: list[tuple[str, str]], limit: int) -> list[dict]:
     return table.take(pc.sort_indices(table, sort_keys=order)[:limit]).to_pylist()
 
 
-def whole(files: dict[int, Path], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], dict]:
+def whole(files: dict[int, Path], places: Collection[tuple[int, int]]) -> dict[tuple[int, int], dict]:
     """(step, row) -> all columns of the row."""
-    rows_of: dict[int, list[int]] = {}
-    for step, row in places:
-        rows_of.setdefault(step, []).append(row)
-    all_rows: dict[tuple[int, int], dict] = {}
-    for step, rows in rows_of.items():
-        taken = _read(files[step], lambda path: ds.dataset(path)).take(rows).to_pylist()
-        all_rows |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
-    return all_rows
+    found: dict[tuple[int, int], dict] = {}
+    for step in {step for step, _ in places}:
+        rows = [row for of_step, row in places if of_step == step]
+        with opened(files[step]):
+            taken = ds.dataset(files[step]).take(rows).to_pylist()
+        found |= {(step, row): values for row, values in zip(rows, taken, strict=True)}
+    return found

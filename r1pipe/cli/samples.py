@@ -7,17 +7,17 @@ some held-out prompts with what the stage's last checkpoint answers, right or wr
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from rich.console import Console
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from r1pipe.cli.rollouts import SCORE, Filter, Found, look, matching, narrowed, odd_masks, schema_of, whole
+from r1pipe.cli.rollouts import SCORE, Query, look, narrowed, numbers, odd_rows, place, schema_of, whole
 from r1pipe.config import STAGE_TYPES
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError, nearest
@@ -26,53 +26,24 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.launch.panel import colour, mask_controls, signed
 from r1pipe.runs import lineage
 from r1pipe.runs.files import read_object
-from r1pipe.runs.stored import stored_runs
+from r1pipe.runs.results import stored_runs
 
 LONGEST = 3000  # characters of a completion on the screen; JSON has all of it
-KINDS = ("best", "worst", "odd")
-
-
-@dataclass(frozen=True)
-class Query:
-    """The options of the verb."""
-
-    step: str | None
-    rewards: list[str]
-    text: str | None
-    limit: int  # rows of each kind
+Rows = list[dict[str, Any]]
+Counts = dict[str, int]
 
 
 def samples(
     name: str, overrides: list[str], query: Query, as_json: bool, console: Console | None = None
 ) -> None:
     """Show the run's rows. Raises R1pipeError for a run, a step or a filter that is not there."""
-    wanted = Filter.of(query.rewards, query.text)
-    steps = None if query.step is None else steps_of(query.step)
     run = run_of(name, lineage.SearchPath.of(compose(overrides).config))
-    if has_rollouts(run):
-        found, rows, source = of_rollouts(run, steps, wanted, query.limit)
-    else:
-        found, rows, source = of_held_out(run, steps, wanted, query.limit)
+    counts, rows, source = of_rollouts(run, query) if has_rollouts(run) else of_held_out(run, query)
     if as_json:
         for row in rows:
             print(json.dumps({"run": run.run_id, **row}, ensure_ascii=False))
     else:
-        show(f"{run.run_id}: {source}", found, rows, console or Console(highlight=False))
-
-
-@with_config(ConfigDict(extra="allow"))
-class Sample(TypedDict):
-    """A row of samples.json, as far as it is needed here."""
-
-    question: str
-    completion: str
-    correct: float | bool | None  # None: the verifier failed; a general answer may be right in part
-
-
-SAMPLES = TypeAdapter(list[Sample])
-
-
-# --- which run, which steps
+        show(f"{run.run_id}: {source}", counts, rows, console or Console(highlight=False))
 
 
 def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
@@ -96,122 +67,85 @@ def run_of(name: str, place: lineage.SearchPath) -> RunFolder:
             f"stage {name} has no run in pipeline {place.pipeline} under {place.root}; give a run id, a path "
             f"or root=DIR{hint}"
         )
-    return max(in_pipeline, key=lambda run: (has_something(run), run.config.stat().st_mtime))
+
+    def preference(run: RunFolder) -> tuple[bool, float]:
+        return has_rollouts(run) or run.samples.exists(), run.config.stat().st_mtime
+
+    return max(in_pipeline, key=preference)
 
 
 def has_rollouts(run: RunFolder) -> bool:
     return any(run.rollouts.glob("step-*.parquet"))
 
 
-def has_something(run: RunFolder) -> bool:
-    return has_rollouts(run) or run.samples.exists()
-
-
-def steps_of(words: str) -> range:
-    """`7`, or `10-20` with both ends. Raises ConfigError."""
-    first, dash, last = words.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise ConfigError(f"--step {words} is neither a step nor a range of steps; write 7 or 10-20")
-    steps = range(int(first), int(last if dash else first) + 1)
-    if not steps:
-        raise ConfigError(f"--step {words} ends before it begins; write {last}-{first}")
-    return steps
-
-
 # --- their rows
 
-Rows = list[dict[str, Any]]
 
-
-def of_rollouts(run: RunFolder, steps: range | None, wanted: Filter, limit: int) -> tuple[Found, Rows, str]:
-    """The matches in rollouts/, the rows to show, and their source."""
+def of_rollouts(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
+    """Counts of the matches in rollouts/, the rows to show, and their source."""
     files = {int(path.stem.removeprefix("step-")): path for path in run.rollouts.glob("step-*.parquet")}
     there = _span(files)
-    if steps is not None:
-        files = {step: path for step, path in files.items() if step in steps}
+    if query.steps is not None:
+        files = {step: path for step, path in files.items() if step in query.steps}
         if not files:
-            raise ConfigError(f"no {_span(steps)}: {run.run_id} has rollouts of {there}")
-    found = look(files, wanted, limit, repetition_limit(run))
-    chosen = chosen_of(found, limit)
-    texts = whole(files, [(row["step"], row["row"]) for _, row, _ in chosen])
+            raise ConfigError(f"no {_span(query.steps)}: {run.run_id} has rollouts of {there}")
+    try:
+        much_repetition = float(read_object(run.config)["tripwires"]["wires"]["repetition"]["limit"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{run.config}: tripwires.wires.repetition.limit is missing or not a number; copy the run again"
+        ) from None
+    found = look(files, query, much_repetition)
+    texts = whole(files, [place(row) for _, row, _ in found.rows])
     rows = [
-        {"kind": kind, "odd": reasons, "step": row["step"], **as_row(texts[row["step"], row["row"]])}
-        for kind, row, reasons in chosen
+        {"kind": kind, "odd": reasons, "step": row["step"], **as_row(texts[place(row)])}
+        for kind, row, reasons in found.rows
     ]
-    return found, rows, f"rollouts of {_span(files)}"
+    return found.counts, rows, f"rollouts of {_span(files)}"
 
 
-def of_held_out(run: RunFolder, steps: range | None, wanted: Filter, limit: int) -> tuple[Found, Rows, str]:
+@with_config(ConfigDict(extra="allow"))
+class Sample(TypedDict):
+    """A row of samples.json, as far as it is needed here."""
+
+    question: str
+    completion: str
+    correct: float | bool | None  # None: the verifier failed; a general answer may be right in part
+
+
+SAMPLES = TypeAdapter(list[Sample])
+
+
+def of_held_out(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
     """The same for samples.json: a right answer counts as 1, a wrong one as 0."""
     if not run.samples.exists():
         raise DataError(
             f"{run.run_id} has nothing to show yet: no rollouts, nor the samples.json of a run's end"
         )
-    if steps is not None:
+    if query.steps is not None:
         raise ConfigError(
-            f"no {_span(steps)}: {run.run_id} has no rollouts, and samples.json is from its end"
+            f"no {_span(query.steps)}: {run.run_id} has no rollouts, and samples.json is from its end"
         )
-    for name, _ in wanted.rewards:
+    for name, _ in query.rewards:
         if name not in ("", "accuracy"):
             raise ConfigError(f"--reward {name}: samples.json has accuracy only")
-    rows = [as_rollout(sample) for sample in read_samples(run.samples)]
-    table = pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows], schema_of([]))
-    for column, values in (("step", [0] * len(rows)), ("row", list(range(len(rows))))):
-        table = table.append_column(column, pa.array(values, pa.int64()))
-    found = narrowed(matching(table, wanted), limit, odd_masks(1.0))
-    found.counts["read"] = len(rows)
-    shown = [
-        {"kind": kind, "odd": reasons, **as_row(rows[row["row"]])}
-        for kind, row, reasons in chosen_of(found, limit)
-    ]
-    return found, shown, "held-out prompts after its last step (samples.json: the stage makes no rollouts)"
-
-
-def repetition_limit(run: RunFolder) -> float:
-    """The share of repeated n-grams at which the run's tripwire trips. Raises CheckpointError."""
     try:
-        return float(read_object(run.config)["tripwires"]["wires"]["repetition"]["limit"])
-    except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{run.config}: tripwires.wires.repetition.limit is missing or not a number; copy the run again"
-        ) from None
-
-
-def read_samples(path: Path) -> list[Sample]:
-    """Raises DataError naming the file."""
-    try:
-        return SAMPLES.validate_json(path.read_bytes())
+        held_out = SAMPLES.validate_json(run.samples.read_bytes())
     except (ValidationError, OSError) as error:
-        raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
-
-
-def as_rollout(sample: Sample) -> dict[str, Any]:
-    """A held-out sample as a row of rollouts: a right answer earns 1."""
-    if sample["correct"] is None:
-        return {**sample, "reward": None, "advantage": None, "failed": "the verifier gave no verdict"}
-    return {**sample, "reward": float(sample["correct"]), "advantage": None}
-
-
-def chosen_of(found: Found, limit: int) -> list[tuple[str, dict, list[str]]]:
-    """The rows to show, each once, under its kind and with the reasons why it is odd.
-
-    Of few rows half are the best, half the worst. The odd ones take turns by reason, so that a frequent one
-    does not hide the others.
-    """
-    few = len({_place(row) for row in [*found.best, *found.worst]})
-    longest = max(map(len, found.odd.values()), default=0)
-    turns = [rows[i] for i in range(longest) for rows in found.odd.values() if i < len(rows)]
-    chosen: list[tuple[str, dict, list[str]]] = []
-    shown: set[tuple] = set()
-    for kind, rows in zip(KINDS, (found.best[: (few + 1) // 2], found.worst, turns), strict=True):
-        new = list({_place(row): row for row in rows if _place(row) not in shown}.values())[:limit]
-        shown |= {_place(row) for row in new}
-        chosen += [(kind, row, [reason for reason in found.odd if row[reason]]) for row in new]
-    return chosen
-
-
-def _place(row: dict) -> tuple:
-    return row["step"], row["row"]
+        why = str(error).splitlines()[0]
+        raise DataError(f"{run.samples} cannot be read ({why}); copy it again") from None
+    rows: Rows = []
+    for sample in held_out:
+        correct = sample["correct"]
+        earned = {"reward": None if correct is None else float(correct), "advantage": None}
+        failed = {"failed": "the verifier gave no verdict"} if correct is None else {}
+        rows.append({**sample, **earned, **failed})
+    table = pa.Table.from_pylist([row | {f"{SCORE}accuracy": row["reward"]} for row in rows], schema_of([]))
+    reasons = odd_rows(much_repetition=1.0)
+    found = narrowed(numbers(ds.dataset(table), 0, query.text, reasons), query, reasons)
+    shown = [{"kind": kind, "odd": odd, **as_row(rows[row["row"]])} for kind, row, odd in found.rows]
+    source = "held-out prompts after its last step (samples.json: the stage makes no rollouts)"
+    return found.counts, shown, source
 
 
 def as_row(row: dict) -> dict:
@@ -234,13 +168,13 @@ def _span(steps: Iterable[int]) -> str:
 # --- on the screen
 
 
-def show(title: str, found: Found, rows: Rows, console: Console) -> None:
+def show(title: str, counts: Counts, rows: Rows, console: Console) -> None:
     """The rows by kind, coloured by their advantage; without a terminal as plain lines, none broken."""
-    counts = found.counts
-    console.print(Text(f"{title}; {counts['read']:,} completions, {counts['matching']:,} match", "bold"))
-    counted = [f"{counts[reason]:,} {reason}" for reason in found.odd if counts[reason]]
-    if counted:
-        console.print(Text(f"odd: {', '.join(counted)}", "dim"), soft_wrap=not console.is_terminal)
+    read, matching, *reasons = counts.items()
+    console.print(Text(f"{title}; {read[1]:,} completions, {matching[1]:,} match", "bold"))
+    odd = [f"{count:,} {reason}" for reason, count in reasons if count]
+    if odd:
+        console.print(Text(f"odd: {', '.join(odd)}", "dim"), soft_wrap=not console.is_terminal)
     before = ""
     for row in rows:
         if row["kind"] != before:
@@ -269,12 +203,9 @@ def lines_of(row: dict) -> Iterator[Text]:
     yield Text(mask_controls(f"prompt: {row['question']}"), "italic")
     if row.get("answer"):
         yield Text(mask_controls(f"answer: {row['answer']}"), "dim")
-    yield Text(mask_controls(without_middle(row["completion"])) + "\n", style)
-
-
-def without_middle(text: str) -> str:
-    if len(text) <= LONGEST:
-        return text
-    half = LONGEST // 2
-    left_out = f"\n… {len(text) - 2 * half:,} characters left out; --json has all …\n"
-    return f"{text[:half]}{left_out}{text[-half:]}"
+    text = row["completion"]
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        left_out = f"\n… {len(text) - 2 * half:,} characters left out; --json has all …\n"
+        text = f"{text[:half]}{left_out}{text[-half:]}"
+    yield Text(mask_controls(text) + "\n", style)

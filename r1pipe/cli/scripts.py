@@ -1,28 +1,33 @@
-"""The verbs that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
+"""The commands that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
 import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from r1pipe.cli.options import Checkpoint, Dtype, MaxTokens, Overrides, Seed, ShardGB, Temperature, TopP
-from r1pipe.cli.overrides import composed, split
+from r1pipe.cli.options import Checkpoint, Overrides, composed, split
+from r1pipe.config import script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
     ExportOptions,
     GenerateOptions,
     ImportOptions,
     Language,
+    Precision,
     Reward,
     ScoreOptions,
 )
 from r1pipe.core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from r1pipe.runs.lineage import SearchPath
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; none: the checkpoint's own setting")]
+TopP = Annotated[float | None, typer.Option(help="none: the checkpoint's own setting")]
+MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what the context leaves")]
+Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
+Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
+ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
 
 
 def generate(
@@ -42,8 +47,13 @@ def generate(
     Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
     answered, 2 if none could; each is named by its number.
     """
-    asked, overrides = split(questions or [])
-    asked = [_as_utf8(question) for question in asked]
+    words, overrides = split(questions)
+    asked = []
+    for word in words:  # as Python has decoded it, by the locale
+        try:
+            asked.append(os.fsencode(word).decode("utf-8"))
+        except UnicodeError:
+            raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
     folder = _checkpoint(checkpoint, overrides)
     options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
     return _run("generate.py", options)
@@ -58,7 +68,7 @@ def chat(
     seed: Seed = 0,
 ) -> int:
     """Ask a checkpoint question by question, until the input ends."""
-    folder = _checkpoint(checkpoint, overrides or [])
+    folder = _checkpoint(checkpoint, overrides)
     options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
     return _run("generate.py", options)
 
@@ -84,7 +94,7 @@ def export(
     shard_gb: ShardGB = 5.0,
 ) -> int:
     """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
-    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides or []), folder, dtype, shard_gb))
+    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides), folder, dtype, shard_gb))
 
 
 def import_weights(
@@ -106,7 +116,7 @@ def import_weights(
     name = name or folder.resolve().name
     if Path(name).name != name or name == "..":
         raise ConfigError(f"--name {name} must be a name, not a path")
-    target = _place(overrides or []).root / IMPORTED / name
+    target = Path(composed(overrides).root, IMPORTED, name)
     code = _run("import_weights.py", ImportOptions(folder, target, dtype, shard_gb))
     if code == 0:
         shape = lineage.settings_of(lineage.checkpoint_of_folder(target), set())
@@ -115,29 +125,15 @@ def import_weights(
     return code
 
 
-def _as_utf8(word: str) -> str:
-    """A word of the command line, which Python has decoded by the locale. Raises ConfigError."""
-    try:
-        return os.fsencode(word).decode("utf-8")
-    except UnicodeError:
-        raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
-
-
-def _place(overrides: list[str]) -> "SearchPath":
+def _checkpoint(name: str, overrides: list[str] | None) -> Path:
+    from r1pipe.launch import parents
     from r1pipe.runs.lineage import SearchPath
 
-    return SearchPath.of(composed(overrides))
-
-
-def _checkpoint(name: str, overrides: list[str]) -> Path:
-    from r1pipe.launch import parents
-
-    return Path(parents.resolve(name, _place(overrides)).checkpoint)
+    return Path(parents.resolve(name, SearchPath.of(composed(overrides))).checkpoint)
 
 
 def _run(script: str, options: Strict) -> int:
     """Run a script on this terminal; its exit code. Raises ConfigError for an option that it would refuse."""
-    from r1pipe.config import script_options
     from r1pipe.launch import command as launch
 
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:

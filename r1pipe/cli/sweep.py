@@ -29,7 +29,6 @@ from r1pipe.core.paths import conf_dir
 from r1pipe.core.redaction import without_secrets
 from r1pipe.launch import parents, pipeline
 from r1pipe.launch.job import failure
-from r1pipe.launch.placing import RunPlan
 from r1pipe.runs import results
 from r1pipe.runs.record import record_of
 
@@ -69,14 +68,28 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     not. `dry_run` prints the jobs' commands instead. Raises R1pipeError.
     """
     own = [word for word in with_stage(overrides) if not OF_HYDRA.match(word)]
-    name, finished = sweep_name(own), {}
+    words = [word for word in own if not word.startswith(("root=", "tracking"))]
+    # the same for the same command, so that MLflow shows a sweep that was interrupted as one
+    name = without_secrets(f"sweep {shlex.join(words)}")
+    finished: dict[str, str] = {}  # run folder -> its root
+
+    def print_command(job: list[str]) -> None:
+        print(shlex.join(["r1pipe", "run", *job]))
 
     def run(job: list[str]) -> float | None:
         config = parents.with_parents(compose(job).config)
-        placed = pipeline.place(config, fresh, sweep=name)
-        run_to_end(placed)
-        finished[str(placed.run.path)] = config.root
-        return record_of(placed.run)["metrics"].get("pass_at_1")
+        plan = pipeline.plan_run(config, fresh, sweep=name)
+        if plan.done:
+            pipeline.log(plan.describe())
+        else:
+            started = pipeline.start(plan)
+            code = started.end()
+            if not plan.done:
+                pipeline.log(failure(plan.run, code))
+            if code or started.received_signal:
+                raise JobFailed(code or 128 + started.received_signal)
+        finished[str(plan.run.path)] = config.root
+        return record_of(plan.run)["metrics"].get("pass_at_1")
 
     try:
         hand_to_sweeper(print_command if dry_run else run, own, [*filter(OF_HYDRA.match, overrides)])
@@ -86,29 +99,6 @@ def sweep(overrides: list[str], fresh: bool = False, dry_run: bool = False) -> i
     finally:
         if finished:
             compare.show(results.rows([*finished.values()][-1], [*finished]))
-
-
-def sweep_name(overrides: list[str]) -> str:
-    """The same for the same command, so that MLflow shows a sweep that was interrupted as one."""
-    words = [word for word in overrides if not word.startswith(("root=", "tracking"))]
-    return without_secrets(f"sweep {shlex.join(words)}")
-
-
-def print_command(job: list[str]) -> None:
-    print(shlex.join(["r1pipe", "run", *job]))
-
-
-def run_to_end(placed: RunPlan) -> None:
-    """Run a job that has not finished. Raises JobFailed where it fails or is interrupted."""
-    if placed.done:
-        pipeline.log(placed.describe())
-        return
-    job = pipeline.start(placed)
-    code = job.end()
-    if not placed.done:
-        pipeline.log(failure(placed.run, code))
-    if code or job.received_signal:
-        raise JobFailed(code or 128 + job.received_signal)
 
 
 def hand_to_sweeper(task: Task, overrides: list[str], of_hydra: list[str]) -> None:

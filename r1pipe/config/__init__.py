@@ -5,21 +5,18 @@
 
 from r1pipe.config.changes import config_hash
 from r1pipe.config.data import DataConfig, SourceConfig
-from r1pipe.config.engine import EngineConfig, FP8Config
+from r1pipe.config.engine import EngineConfig
 from r1pipe.config.model import ModelConfig, RopeScaling
 from r1pipe.config.rl import (
-    CosineConfig,
     PPOConfig,
     PreferenceConfig,
     RewardsConfig,
     RLConfig,
-    TripwiresConfig,
     WireConfig,
 )
 from r1pipe.config.run import (
     STAGE_TYPES,
     ParentRef,
-    RecipeConfig,
     RunConfig,
     TrackingConfig,
     load,
@@ -37,7 +34,6 @@ from r1pipe.config.stages import (
     RejectionConfig,
     RewardModelConfig,
     RouterConfig,
-    SamplingConfig,
     SFTConfig,
     StageConfig,
 )

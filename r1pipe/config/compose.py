@@ -106,20 +106,17 @@ def parse(overrides: list[str]) -> list[Override]:
     parsed = [parse_one(re.sub("^(?=(precision|kernels)=)", "engine.", line)) for line in overrides]
     for override in parsed:
         key = str(override.key_or_group)
-        if key.partition(".")[0] not in TOP_KEYS:
-            raise ConfigError(f"{key} is no key of the config; {meant(key)}")
+        if key.partition(".")[0] in TOP_KEYS:
+            continue
+        below = {name for name in leaves() if "." in name}
+        same = sorted(name for name in below if name.endswith(f".{key}"))  # `lr` is short for stage.optim.lr
+        if not same:
+            last_parts = {name.rpartition(".")[2] for name in below} - TOP_KEYS
+            similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
+            same = sorted(name for name in below if name.rpartition(".")[2] in similar)
+        remedy = f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
+        raise ConfigError(f"{key} is no key of the config; {remedy}")
     return parsed
-
-
-def meant(key: str) -> str:
-    """The remedy for a key whose first part is unknown: `lr` is short for stage.optim.lr."""
-    below = {name for name in leaves() if "." in name}
-    same = sorted(name for name in below if name.endswith(f".{key}"))
-    if not same:
-        last_parts = {name.rpartition(".")[2] for name in below} - TOP_KEYS
-        similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
-        same = sorted(name for name in below if name.rpartition(".")[2] in similar)
-    return f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
 
 
 def parse_one(line: str) -> Override:
@@ -160,17 +157,13 @@ def choose(parsed: list[Override]) -> dict[str, str]:
     return defaults | read(f"recipe/{recipe}")["choose"] | own
 
 
-def recipe_values(recipe: str, stage: str) -> dict[str, Any]:
-    """What the recipe says about the stage: dotted key -> value."""
-    content = read(f"recipe/{recipe}")
-    values = dict(flat(content["every_stage"], "stage")) if content["every_stage"] else {}
-    return values | (dict(flat(own, "stage")) if (own := content["stage_values"].get(stage)) else {})
-
-
 def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
-    recipe = recipe_values(choices["recipe"], choices["stage"])
+    content = read(f"recipe/{choices['recipe']}")
+    recipe: dict[str, Any] = {}
+    for part in (content["every_stage"], content["stage_values"].get(choices["stage"])):
+        recipe |= flat(part or {}, "stage")
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
     if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
         below, above = [], []
@@ -204,10 +197,10 @@ def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException) as error:
             known = OmegaConf.to_container(hydra_compose("config", below), resolve=False)
             keys = {part for key, _ in flat(cast(dict[str, Any], known)) for part in upwards(key)}
-            raise explained(error, own, keys) from None
+            raise ConfigError(explained(error, own, keys)) from None
 
 
-def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigError:
+def explained(error: Exception, own: list[Override], known: set[str]) -> str:
     """What Hydra's complaint means: which key is unknown, and the nearest known one."""
     for override in own:
         key = override.key_or_group
@@ -217,9 +210,9 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> ConfigE
         above = next(part for part in upwards(key) if part in known)
         beside = [name for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
-            return ConfigError(f"{key} needs stage.algorithm=ppo")
-        return ConfigError(unknown_key(key, key, same_name or beside or [above]))
-    return ConfigError(first_line(error))
+            return f"{key} needs stage.algorithm=ppo"
+        return unknown_key(key, key, same_name or beside or [above])
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -7,11 +7,7 @@ from typing import Literal
 from r1pipe.config.fields import Positive, Rules, Share, Strict, shown
 from r1pipe.core.errors import ConfigError
 
-ROW_KEYS = (
-    "bad_rows",
-    "max_bad_rows",
-    "longest_row",
-)  # never empty, so only the command line can misplace them
+ROW_KEYS = ("bad_rows", "max_bad_rows", "longest_row")  # never empty: only the command line can misplace them
 SOURCES = ("reasoning", "general", "preferences", "labels")
 USED = {  # data.kind -> the keys that it reads
     "world": ("tasks", "languages", "levels"),
@@ -60,21 +56,25 @@ class DataConfig(Strict):
 
 def data_rules(data: DataConfig) -> Rules:
     for field in fields(data):
-        if field.name not in ("name", "kind", *ROW_KEYS, *USED[data.kind]):
-            yield not getattr(data, field.name), unused(data, field.name)
-    if data.kind == "world":
-        for key, known in WORLD.items():
-            values, listed = getattr(data, key), ", ".join(map(str, known))
-            yield bool(values), f"data.{key} is empty; choose from {listed}"
-            for value in values:
-                yield value in known, f"data.{key}: the bundled world has no {value}; choose from {listed}"
+        is_read = field.name in ("name", "kind", *ROW_KEYS, *USED[data.kind])
+        if getattr(data, field.name) and not is_read:
+            yield unused(data, field.name)
+    for key, known in WORLD.items() if data.kind == "world" else ():
+        values, listed = getattr(data, key), ", ".join(map(str, known))
+        if not values:
+            yield f"data.{key} is empty; choose from {listed}"
+        for value in values:
+            if value not in known:
+                yield f"data.{key}: the bundled world has no {value}; choose from {listed}"
 
 
 def share_rules(key: str, shares: Mapping[str, float], data: DataConfig, known: Sequence[str]) -> Rules:
     """Shares that something can be drawn by; `known`: the names that they may have in the bundled world."""
-    yield not shares or sum(shares.values()) > 0, f"{key}={shown(shares)}: one share must be above 0"
-    for name in shares if data.kind == "world" else ():
-        yield name in known, f"{key}.{name}: the bundled world has none; choose from {', '.join(known)}"
+    if shares and sum(shares.values()) <= 0:
+        yield f"{key}={shown(shares)}: one share must be above 0"
+    for name in shares:
+        if data.kind == "world" and name not in known:
+            yield f"{key}.{name}: the bundled world has none; choose from {', '.join(known)}"
 
 
 def refuse_unused_row_keys(overrides: Iterable[str], data: DataConfig) -> None:

@@ -1,10 +1,8 @@
 """The config's keys, and what each means: the comments beside the fields of the schema."""
 
-import ast
 import dataclasses
 import inspect
-import io
-import tokenize
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -43,22 +41,8 @@ def descriptions(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Field name -> the comment beside it, or the string below it; of base classes too."""
+    """Field name -> the comment beside it; of base classes too."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
-        source = inspect.getsource(base)
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        beside = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-        definition = ast.parse(source).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        name = ""
-        for node in definition.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                name = node.target.id
-                span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-                lines = [beside[line] for line in span if line in beside]
-                if lines:
-                    found[name] = " ".join(line.lstrip("# ") for line in lines)
-            elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                found[name] = inspect.cleandoc(str(node.value.value))
+        found |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.MULTILINE)
     return found

@@ -41,32 +41,24 @@ class EngineConfig(Strict):
 
 
 def engine_rules(engine: EngineConfig) -> Rules:
-    yield (
-        engine.launcher == "local" or engine.hostfile is not None,
-        f"engine.launcher={engine.launcher} needs engine.hostfile=FILE",
-    )
-    yield (
-        engine.launcher != "local" or engine.hostfile is None,
-        f"engine.launcher=local runs on this machine alone; drop engine.hostfile={engine.hostfile} or choose "
-        "pdsh, openmpi or slurm",
-    )
-    yield (
-        engine.precision == "fp32" or engine.zero_level >= 1,
-        f"engine.precision={engine.precision} needs engine.zero_level=1 or more, which keeps float32 masters",
-    )
+    if engine.launcher != "local" and engine.hostfile is None:
+        yield f"{engine.launcher=!s} needs engine.hostfile=FILE"
+    if engine.launcher == "local" and engine.hostfile is not None:
+        yield (
+            "engine.launcher=local runs on this machine alone; drop "
+            f"{engine.hostfile=!s} or choose pdsh, openmpi or slurm"
+        )
+    if engine.precision != "fp32" and engine.zero_level == 0:
+        yield f"{engine.precision=!s} needs engine.zero_level=1 or more, which keeps float32 masters"
     yield from accelerator_rules(engine, engine.accelerator)
-    yield (
-        not (engine.compile and engine.recompute),
-        "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep",
-    )
-    yield (
-        not engine.compile or engine.zero_level <= 2,
-        "engine.compile=true needs engine.zero_level=2 or less: ZeRO-3 fetches weights within a layer",
-    )
-    yield (
-        not engine.compile or engine.precision == "bf16",
-        "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other",
-    )
+    if engine.compile and engine.recompute:
+        yield "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep"
+    if engine.compile and engine.zero_level > 2:
+        yield "engine.compile=true needs engine.zero_level=2 or less: ZeRO-3 fetches weights within a layer"
+    if engine.compile and engine.precision != "bf16":
+        yield (
+            "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other"
+        )
 
 
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
@@ -88,11 +80,13 @@ def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
         "model.num_attention_heads x v_head_dim": heads * model.v_head_dim,
     }
     for name, width in widths.items():
-        yield (
-            width % 16 == 0,
-            f"{name} = {width} is no multiple of 16, as engine.precision=fp8 needs; change it, or take bf16",
-        )
-    yield not engine.graphs, "engine.graphs=true needs engine.precision=bf16: FP8 decodes without CUDA graphs"
+        if width % 16:
+            yield (
+                f"{name} = {width} is no multiple of 16, as engine.precision=fp8 needs; change it, or take "
+                "bf16"
+            )
+    if engine.graphs:
+        yield "engine.graphs=true needs engine.precision=bf16: FP8 decodes without CUDA graphs"
 
 
 def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
@@ -103,4 +97,5 @@ def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
         "graphs=true": engine.graphs,
     }
     for wish, wished in wishes.items():
-        yield not wished or device != "cpu", f"engine.{wish} needs a GPU (engine.accelerator=cuda)"
+        if wished and device == "cpu":
+            yield f"engine.{wish} needs a GPU (engine.accelerator=cuda)"

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Rules = Iterator[tuple[bool, str]]  # what must hold, and the message where it does not
+Rules = Iterator[str]  # a message for each rule that does not hold
 T = TypeVar("T")
 
 RENAMED = {  # keys of earlier versions -> what they are called now
@@ -43,8 +43,6 @@ EXPECTED = {
     "list_type": "a list [...]",
     "dict_type": "a mapping {name: value}",
 }
-
-
 BOUNDS = {"ge": "{:g} or more", "gt": "above {:g}", "le": "from 0 to {:g}"}
 
 
@@ -54,6 +52,9 @@ class Strict:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+_checks = cache(TypeAdapter)  # of a config class; made once, since that takes milliseconds
+
+
 def build(cls: type[T], mapping: Any, where: str = "") -> T:
     """`mapping` as the config class `cls`. `where` is its dotted place in the config, for messages.
 
@@ -61,17 +62,11 @@ def build(cls: type[T], mapping: Any, where: str = "") -> T:
     """
     try:
         # as JSON: only there may a mapping stand for a dataclass although types are exact
-        return _adapter(typing.cast(Any, cls)).validate_json(json.dumps(mapping, default=str))
+        return _checks(typing.cast(Any, cls)).validate_json(json.dumps(mapping, default=str))
     except ValidationError as error:
         problems = error.errors(include_url=False)
     order = {"unexpected_keyword_argument": 0, "missing": 1}
     raise ConfigError(_explained(cls, min(problems, key=lambda p: order.get(p["type"], 2)), where)) from None
-
-
-@cache
-def _adapter(cls: Any) -> TypeAdapter:
-    """Checks mappings against a config class; made once, since that takes milliseconds."""
-    return TypeAdapter(cls)
 
 
 def _explained(cls: type, problem: Mapping[str, Any], where: str) -> str:
@@ -99,7 +94,8 @@ def _explained(cls: type, problem: Mapping[str, Any], where: str) -> str:
                 return f"{key}={value} is now {renamed}"
             choices = bounds["expected"].replace("'", "").replace(" or ", ", ")
             return f"{key}={shown(value)} is none of {choices}"
-    return f"{key}={shown(value)} is {kind_of(value)}, but must be {EXPECTED.get(kind, problem['msg'])}"
+    is_now = NAMES.get(type(value), "a list" if isinstance(value, list) else "a group of values")
+    return f"{key}={shown(value)} is {is_now}, but must be {EXPECTED.get(kind, problem['msg'])}"
 
 
 def _names_at(cls: type, path: tuple[Any, ...]) -> list[str]:
@@ -130,13 +126,7 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, in words."""
-    return NAMES.get(type(value), "a list" if isinstance(value, list) else "a group of values")
-
-
 def check_all(rules: Rules) -> None:
     """Raises ConfigError, one line that names the key, on the first rule that does not hold."""
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+    for message in rules:
+        raise ConfigError(message)

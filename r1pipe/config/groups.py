@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir
@@ -27,9 +27,8 @@ def read(name: str) -> dict[str, Any]:
     """conf/<name>.yaml as it is written, without what its defaults list brings in."""
     from omegaconf import OmegaConf  # its YAML reads 1e-5 as a number, PyYAML's does not
 
-    content = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"), resolve=False)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    content = OmegaConf.load(conf_dir() / f"{name}.yaml")
+    return cast(dict[str, Any], OmegaConf.to_container(content, resolve=False))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

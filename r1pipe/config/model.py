@@ -66,47 +66,27 @@ def check_model(model: ModelConfig) -> None:
 
 def model_rules(model: ModelConfig) -> Rules:
     """The rules in an order in which each can rely on those before it."""
-    yield (
-        model.first_k_dense_replace <= model.num_hidden_layers,
-        f"model.first_k_dense_replace={model.first_k_dense_replace} must be from 0 to "
-        f"model.num_hidden_layers={model.num_hidden_layers}",
-    )
-    yield (
-        model.qk_rope_head_dim % 2 == 0,
-        f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: rotations act on pairs",
-    )
-    yield model.rope_theta > 1, f"model.rope_theta={model.rope_theta:g} must be above 1"
-    yield from routing_rules(model)
-
-
-def routing_rules(model: ModelConfig) -> Rules:
+    if model.first_k_dense_replace > model.num_hidden_layers:
+        yield f"{model.first_k_dense_replace=} must be from 0 to {model.num_hidden_layers=}"
+    if model.qk_rope_head_dim % 2:
+        yield f"{model.qk_rope_head_dim=} must be even: rotations act on pairs"
+    if model.rope_theta <= 1:
+        yield f"{model.rope_theta=:g} must be above 1"
     method, experts, groups = model.topk_method, model.n_routed_experts, model.n_group
-    yield (
-        model.scoring_func == SCORES[method],
-        f"model.scoring_func={model.scoring_func} does not go with model.topk_method={method}, which takes "
-        f"{SCORES[method]}",
-    )
-    yield (
-        model.num_experts_per_tok <= experts,
-        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the {experts} experts of "
-        "model.n_routed_experts",
-    )
-    yield (
-        experts % groups == 0,
-        f"model.n_group={groups} must divide model.n_routed_experts={experts}",
-    )
-    yield (
-        model.topk_group <= groups,
-        f"model.topk_group={model.topk_group} is more than the groups of model.n_group={groups}",
-    )
+    if model.scoring_func != SCORES[method]:
+        yield f"{model.scoring_func=!s} does not go with {model.topk_method=!s}, which takes {SCORES[method]}"
+    chosen = f"{model.num_experts_per_tok=}"
+    if model.num_experts_per_tok > experts:
+        yield f"{chosen} is more than the {experts} experts of model.n_routed_experts"
+    if experts % groups:
+        yield f"{model.n_group=} must divide {model.n_routed_experts=}"
+    if model.topk_group > groups:
+        yield f"{model.topk_group=} is more than the groups of {model.n_group=}"
     open_experts = model.topk_group * experts // groups
-    yield (
-        model.num_experts_per_tok <= open_experts,
-        f"model.num_experts_per_tok={model.num_experts_per_tok} is more than the {open_experts} experts in "
-        f"model.topk_group={model.topk_group} groups",
-    )
-    yield (
-        method != "noaux_tc" or model.topk_group == groups or experts // groups >= 2,
-        f"model.n_group={groups} leaves one expert per group, but model.topk_method=noaux_tc "
-        "ranks groups by their two best; lower n_group",
-    )
+    if model.num_experts_per_tok > open_experts:
+        yield f"{chosen} is more than the {open_experts} experts in {model.topk_group=} groups"
+    if method == "noaux_tc" and model.topk_group < groups and experts // groups < 2:
+        yield (
+            f"{model.n_group=} leaves one expert per group, but model.topk_method=noaux_tc "
+            "ranks groups by their two best; lower n_group"
+        )

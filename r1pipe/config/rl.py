@@ -120,47 +120,34 @@ class TripwiresConfig(Strict):
 
 
 def rl_rules(stage: RLConfig, ranks: int) -> Rules:
-    yield (
-        stage.prompts_per_step % ranks == 0,
-        f"stage.prompts_per_step={stage.prompts_per_step} must be a multiple of the {ranks} ranks "
-        "(engine.ranks on each machine)",
-    )
+    all_ranks = f"{ranks} ranks (engine.ranks on each machine)"
+    if stage.prompts_per_step % ranks:
+        yield f"{stage.prompts_per_step=} must be a multiple of the {all_ranks}"
     outputs = stage.prompts_per_step * stage.group_size
-    yield (
-        outputs % (stage.minibatches * ranks) == 0,
-        f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
-        f"stage.minibatches={stage.minibatches} on {ranks} ranks (engine.ranks on each machine)",
-    )
-    yield (
-        stage.group_size >= 2 or stage.algorithm == "ppo",
-        f"stage.group_size={stage.group_size}: advantages compare completions of one prompt; give 2 or more",
-    )
-    yield (
-        stage.sampling.temperature > 0,
-        "stage.sampling.temperature=0 draws a group of equals; it must be above 0",
-    )
+    if outputs % (stage.minibatches * ranks):
+        yield (
+            f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
+            f"{stage.minibatches=} on {all_ranks}"
+        )
+    if stage.group_size < 2 and stage.algorithm != "ppo":
+        yield f"{stage.group_size=}: advantages compare completions of one prompt; give 2 or more"
+    if stage.sampling.temperature == 0:
+        yield "stage.sampling.temperature=0 draws a group of equals; it must be above 0"
     # the ratio compares probabilities over the whole vocabulary: draws from a part of it would bias it
-    yield (
-        stage.sampling.top_p == 1,
-        f"stage.sampling.top_p={stage.sampling.top_p:g}: reinforcement learns from the whole distribution; "
-        "it must be 1",
-    )
+    if stage.sampling.top_p != 1:
+        yield f"{stage.sampling.top_p=:g}: reinforcement learns from the whole distribution; it must be 1"
     yield from kl_rules(stage)
     yield from ppo_rules(stage)
-    yield (
-        stage.importance_cap == 0 or stage.importance_cap >= 1,
-        f"stage.importance_cap={stage.importance_cap:g} would weigh down what is drawn as it should be; "
-        "give 1 or more, or 0 for none",
-    )
-    yield stage.max_steps > 0, "stage.max_steps=0: prompts are endless; say how many"
-    yield from weight_rules(stage)
-    yield any(stage.rewards.weights.values()), "stage.rewards.weights are all 0; nothing would be learned"
-    if stage.preference is not None:
-        last = stage.preference.last_steps
+    if 0 < stage.importance_cap < 1:
         yield (
-            last <= stage.max_steps,
-            f"stage.preference.last_steps={last} is more than stage.max_steps={stage.max_steps}",
+            f"{stage.importance_cap=:g} would weigh down what is drawn as it should be; "
+            "give 1 or more, or 0 for none"
         )
+    if stage.max_steps == 0:
+        yield "stage.max_steps=0: prompts are endless; say how many"
+    yield from weight_rules(stage)
+    if stage.preference and stage.preference.last_steps > stage.max_steps:
+        yield f"{stage.preference.last_steps=} is more than {stage.max_steps=}"
 
 
 def weight_rules(stage: RLConfig) -> Rules:
@@ -170,64 +157,56 @@ def weight_rules(stage: RLConfig) -> Rules:
         if stage.preference is None and elsewhere.startswith("stage.preference"):
             elsewhere += " in stage=all_scenario, which asks reward models"
         remedy = f"its weight is {elsewhere}; rules" if elsewhere else "known"
-        yield (
-            name in RULE_REWARDS,
-            f"stage.rewards.weights.{name} is no rule reward; {remedy}: {', '.join(RULE_REWARDS)}",
-        )
+        if name not in RULE_REWARDS:
+            yield f"stage.rewards.weights.{name} is no rule reward; {remedy}: {', '.join(RULE_REWARDS)}"
+    if not any(stage.rewards.weights.values()):
+        yield "stage.rewards.weights are all 0; nothing would be learned"
 
 
 def kl_rules(stage: RLConfig) -> Rules:
     """What says how a KL is taken needs one; PPO's own way of it may stand where there is none."""
-    if stage.algorithm == "ppo":
+    if stage.algorithm == "ppo" or stage.kl_coef > 0:
         return
-    yield (
-        stage.kl_coef > 0 or stage.kl_in == "loss",
-        f"stage.kl_in={stage.kl_in} needs stage.kl_coef above 0 (stage.loss={stage.loss} may set it to 0)",
-    )
-    yield (
-        stage.kl_coef > 0 or stage.kl_estimator == "k3",
-        f"stage.kl_estimator={stage.kl_estimator} needs stage.kl_coef above 0 "
-        f"(stage.loss={stage.loss} may set it to 0)",
-    )
+    remedy = f"needs stage.kl_coef above 0 ({stage.loss=!s} may set it to 0)"
+    if stage.kl_in != "loss":
+        yield f"{stage.kl_in=!s} {remedy}"
+    if stage.kl_estimator != "k3":
+        yield f"{stage.kl_estimator=!s} {remedy}"
 
 
 def ppo_rules(stage: RLConfig) -> Rules:
     """What compares the completions of a group means nothing where a value model judges each token."""
     ppo = stage.ppo
-    yield (
-        (ppo is not None) == (stage.algorithm == "ppo"),
-        f"stage.algorithm={stage.algorithm} {'needs' if ppo is None else 'takes no'} stage.ppo; "
-        "say stage.algorithm=ppo and leave stage.ppo to it",
-    )
+    if (ppo is not None) != (stage.algorithm == "ppo"):
+        yield (
+            f"{stage.algorithm=!s} {'needs' if ppo is None else 'takes no'} stage.ppo; "
+            "say stage.algorithm=ppo and leave stage.ppo to it"
+        )
     if ppo is None:
         return
-    yield (
-        stage.loss == "grpo",
-        f"stage.loss={stage.loss} is for groups; with stage.algorithm=ppo give its parts as keys "
-        "(stage.clip_high, stage.surrogate, stage.loss_aggregation)",
-    )
-    yield (
-        stage.ratio == "token",
-        f"stage.ratio={stage.ratio} needs stage.algorithm=grpo: PPO's advantages are each token's",
-    )
-    yield (
-        not stage.normalise_std,
-        "stage.normalise_std=true needs stage.algorithm=grpo; PPO has stage.ppo.whiten",
-    )
-    yield (
-        stage.max_sampling_batches == 1,
-        f"stage.max_sampling_batches={stage.max_sampling_batches} needs stage.algorithm=grpo: "
-        "PPO learns from all",
-    )
-    yield ppo.value_lr_factor > 0, "stage.ppo.value_lr_factor=0 would teach the value model nothing"
-    yield ppo.value_clip != 0, "stage.ppo.value_clip=0 would hold every value; give more, or null for none"
-    yield (
-        ppo.value_warmup_steps < stage.max_steps,
-        f"stage.ppo.value_warmup_steps={ppo.value_warmup_steps} leaves none of "
-        f"stage.max_steps={stage.max_steps} to the policy",
-    )
+    if stage.loss != "grpo":
+        yield (
+            f"{stage.loss=!s} is for groups; with stage.algorithm=ppo give its parts as keys "
+            "(stage.clip_high, stage.surrogate, stage.loss_aggregation)"
+        )
+    if stage.ratio != "token":
+        yield f"{stage.ratio=!s} needs stage.algorithm=grpo: PPO's advantages are each token's"
+    if stage.normalise_std:
+        yield "stage.normalise_std=true needs stage.algorithm=grpo; PPO has stage.ppo.whiten"
+    if stage.max_sampling_batches != 1:
+        yield f"{stage.max_sampling_batches=} needs stage.algorithm=grpo: PPO learns from all"
+    if ppo.value_lr_factor == 0:
+        yield "stage.ppo.value_lr_factor=0 would teach the value model nothing"
+    if ppo.value_clip == 0:
+        yield "stage.ppo.value_clip=0 would hold every value; give more, or null for none"
+    if ppo.value_warmup_steps >= stage.max_steps:
+        yield (
+            f"stage.ppo.value_warmup_steps={ppo.value_warmup_steps} leaves none of {stage.max_steps=} to the "
+            "policy"
+        )
 
 
 def tripwire_rules(tripwires: TripwiresConfig) -> Rules:
     for name in tripwires.wires:
-        yield name in TRIPWIRES, f"tripwires.wires.{name} is no tripwire; {nearest(name, TRIPWIRES)}"
+        if name not in TRIPWIRES:
+            yield f"tripwires.wires.{name} is no tripwire; {nearest(name, TRIPWIRES)}"

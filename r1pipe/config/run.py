@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,33 +103,32 @@ class RunConfig(Strict):
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError on the first rule that does not hold."""
-    check_all(every_rule(config))
-
-
-def every_rule(config: RunConfig) -> Rules:
-    """The rules in an order in which each can rely on those before it."""
-    yield bool(config.root.strip()), "root is empty; give root=DIR, where run folders go"
-    yield from model_rules(config.model)
-    yield from fp8_rules(config.engine, config.model)
-    yield from data_rules(config.data)
-    yield from engine_rules(config.engine)
-    yield from optim_rules(config.stage.optim)
-    yield from length_rules(config)
-    yield from retention_rules(config.stage)
-    yield from stage_rules(config)
-    yield from tracking_rules(config.tracking)
-    yield from tripwire_rules(config.tripwires)
+    """Raises ConfigError on the first rule that does not hold; each can rely on those before it."""
+    if not config.root.strip():
+        raise ConfigError("root is empty; give root=DIR, where run folders go")
+    rules = (
+        model_rules(config.model),
+        fp8_rules(config.engine, config.model),
+        data_rules(config.data),
+        engine_rules(config.engine),
+        optim_rules(config.stage.optim),
+        length_rules(config),
+        retention_rules(config.stage),
+        stage_rules(config),
+        mixture_rules(config.stage, config.data),
+        tracking_rules(config.tracking),
+        tripwire_rules(config.tripwires),
+    )
+    check_all(chain(*rules))
 
 
 def tracking_rules(tracking: TrackingConfig) -> Rules:
     """What MLflow would refuse, partly at the end of a run, when it registers the checkpoint."""
     name = tracking.model_name
-    yield (
-        name.strip() not in ("", ".", "..") and not set("/:") & set(name),
-        f"tracking.model_name={name} must be a name without / and :, and not empty",
-    )
-    yield tracking.experiment.strip() != "", "tracking.experiment must not be empty"
+    if name.strip() in ("", ".", "..") or set("/:") & set(name):
+        yield f"tracking.model_name={name} must be a name without / and :, and not empty"
+    if not tracking.experiment.strip():
+        yield "tracking.experiment must not be empty"
 
 
 def length_rules(config: RunConfig) -> Rules:
@@ -140,45 +140,37 @@ def length_rules(config: RunConfig) -> Rules:
     if isinstance(stage, RejectionConfig | RLConfig):
         lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
     for key, length in lengths.items():
-        yield length <= longest, f"{key}={length} is longer than model.max_position_embeddings={longest}"
+        if length > longest:
+            yield f"{key}={length} is longer than model.max_position_embeddings={longest}"
 
 
 def stage_rules(config: RunConfig) -> Rules:
     stage, ranks = config.stage, config.engine.ranks
-    yield (
-        re.fullmatch(r"\w+\.py", stage.script) is not None,
-        f"stage.script={stage.script} must be the name of a script in stages/, not a path",
-    )
-    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig):
-        yield (
-            stage.batch_size % ranks == 0,
-            f"stage.batch_size={stage.batch_size} must be a multiple of engine.ranks={ranks}",
-        )
+    if not re.fullmatch(r"\w+\.py", stage.script):
+        yield f"{stage.script=!s} must be the name of a script in stages/, not a path"
+    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
+        yield f"{stage.batch_size=} must be a multiple of engine.ranks={ranks}"
     if isinstance(stage, PretrainConfig):
-        yield stage.max_steps > 0, "stage.max_steps=0: the corpus is endless; say how many"
-        yield (
-            config.data.kind == WITH_DOCUMENTS,
-            f"data={config.data.name} has no documents for stage={stage.name}; use data=world",
-        )
-    if isinstance(stage, RejectionConfig | RLConfig):
-        yield (
-            stage.sampling.top_p > 0,
-            "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0",
-        )
-    if isinstance(stage, SFTConfig):
-        yield from share_rules("stage.styles", stage.styles, config.data, STYLES)
-    if isinstance(stage, RejectionConfig):
-        yield from share_rules("stage.general_kinds", stage.general_kinds, config.data, GENERAL_TASKS)
+        if stage.max_steps == 0:
+            yield "stage.max_steps=0: the corpus is endless; say how many"
+        if config.data.kind != WITH_DOCUMENTS:
+            yield f"data={config.data.name} has no documents for stage={stage.name}; use data=world"
+    if isinstance(stage, RejectionConfig | RLConfig) and stage.sampling.top_p == 0:
+        yield "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
     if isinstance(stage, RLConfig):
         yield from rl_rules(stage, ranks)
-        if stage.preference:
-            key, kinds = "stage.preference.general_kinds", stage.preference.general_kinds
-            yield from share_rules(key, kinds, config.data, GENERAL_TASKS)
-    if stage.name == "evaluate":
-        yield (
-            config.parent is not None,
-            "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`",
-        )
+    if stage.name == "evaluate" and config.parent is None:
+        yield "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
+
+
+def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:
+    if isinstance(stage, SFTConfig):
+        yield from share_rules("stage.styles", stage.styles, data, STYLES)
+    if isinstance(stage, RejectionConfig):
+        yield from share_rules("stage.general_kinds", stage.general_kinds, data, GENERAL_TASKS)
+    if isinstance(stage, RLConfig) and stage.preference:
+        kinds = stage.preference.general_kinds
+        yield from share_rules("stage.preference.general_kinds", kinds, data, GENERAL_TASKS)
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:

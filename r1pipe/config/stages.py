@@ -150,34 +150,27 @@ class EvaluateConfig(StageConfig):
 
 
 def optim_rules(optim: OptimConfig) -> Rules:
-    betas = optim.betas
-    yield (
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        f"stage.optim.betas={betas} must be two numbers from 0 to below 1",
-    )
-    yield (
-        optim.min_lr <= optim.lr,
-        f"stage.optim.min_lr={optim.min_lr:g} is above stage.optim.lr={optim.lr:g}",
-    )
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"stage.optim.betas={optim.betas} must be two numbers from 0 to below 1"
+    if optim.min_lr > optim.lr:
+        yield f"stage.optim.min_lr={optim.min_lr:g} is above stage.optim.lr={optim.lr:g}"
 
 
 def retention_rules(stage: StageConfig) -> Rules:
     """A checkpoint is judged by what was logged at its own step."""
-    if stage.early_stopping_patience:
+    best, every = stage.keep_best, stage.eval.every
+    is_judged = best is not None and not isinstance(stage, RewardModelConfig | EvaluateConfig)
+    if stage.early_stopping_patience and not is_judged:
         yield (
-            stage.keep_best is not None and not isinstance(stage, RewardModelConfig | EvaluateConfig),
-            f"stage.early_stopping_patience={stage.early_stopping_patience} needs stage.keep_best="
-            "METRIC, which it watches, in a stage of SFT, pre-training or reinforcement learning",
+            f"{stage.early_stopping_patience=} needs stage.keep_best=METRIC, which it watches, in a "
+            "stage of SFT, pre-training or reinforcement learning"
         )
-    if stage.keep_best is None:
+    if best is None:
         return
-    yield (
-        stage.save_every > 0,
-        f"stage.keep_best={stage.keep_best} needs stage.save_every above 0: there is one checkpoint else",
-    )
-    every = stage.eval.every
-    yield (
-        not stage.keep_best.startswith("eval/") or (every > 0 and every % stage.save_every == 0),
-        f"stage.keep_best={stage.keep_best} needs stage.eval.every={every} to be a multiple of "
-        f"stage.save_every={stage.save_every}: what is evaluated must be saved too",
-    )
+    if stage.save_every == 0:
+        yield f"{stage.keep_best=!s} needs stage.save_every above 0: there is one checkpoint else"
+    if best.startswith("eval/") and (every == 0 or every % stage.save_every):
+        yield (
+            f"{stage.keep_best=!s} needs {stage.eval.every=} to be a multiple of "
+            f"{stage.save_every=}: what is evaluated must be saved too"
+        )

@@ -3,6 +3,7 @@
 import importlib.resources
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
@@ -19,17 +20,9 @@ def _home(name: str) -> Path:
     )
 
 
-def conf_dir() -> Path:
-    return _home("conf")
-
-
-def stages_dir() -> Path:
-    return _home("stages")
-
-
-def content_dir() -> Path:
-    """The bundled content: tokenizer/, base/, world/."""
-    return _home("data")
+conf_dir = partial(_home, "conf")
+stages_dir = partial(_home, "stages")
+content_dir = partial(_home, "data")  # tokenizer/, base/, world/
 
 
 def inside(folder: Path, name: str, source: Path) -> Path:
@@ -60,7 +53,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
-        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.runs.history
+        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.launch.command.note
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # changes to the git revision
@@ -99,7 +92,6 @@ class RunFolder:
         return self.path.name
 
     def earlier_diff(self, sha: str) -> Path:
-        """The code.diff of an earlier session."""
         return self.path / f"code-{sha[:12]}.diff"
 
     def earlier_record(self, step: int) -> Path:

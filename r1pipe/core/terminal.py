@@ -19,7 +19,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Bytes on standard input that are not UTF-8 become surrogates, which the caller must check for.
     """
-    _use_utf8()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, None), (sys.stderr, None)):
+        if isinstance(stream, io.TextIOWrapper):  # it may be closed, or replaced by a test
+            stream.reconfigure(encoding="utf-8", errors=errors or "backslashreplace")
     try:
         code = main() or 0
         if sys.stdout:
@@ -39,9 +41,3 @@ def complain(message: str) -> None:
     """Print one line on standard error, without secrets; nothing for an empty message."""
     if message:
         print(f"r1pipe: {without_secrets(' '.join(message.split()))}", file=sys.stderr, flush=True)
-
-
-def _use_utf8() -> None:
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, None), (sys.stderr, None)):
-        if isinstance(stream, io.TextIOWrapper):  # it may be closed, or replaced by a test
-            stream.reconfigure(encoding="utf-8", errors=errors or "backslashreplace")

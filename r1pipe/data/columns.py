@@ -18,7 +18,7 @@ _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 def text(row: Row, columns: str) -> str:
     """The text that `columns` names in a row, or "". Raises DataError where a column is missing."""
     for alternative in columns.split("|"):
-        parts = [_plain(_value(row, name.strip()), name.strip(), row) for name in alternative.split("+")]
+        parts = [_plain(row, name.strip()) for name in alternative.split("+")]
         if any(parts):
             return "\n".join(filter(None, parts))
     return ""
@@ -62,7 +62,8 @@ def _value(row: Row, column: str) -> Any:
     return row.values[column]
 
 
-def _plain(value: Any, column: str, row: Row) -> str:
+def _plain(row: Row, column: str) -> str:
+    value = _value(row, column)
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():

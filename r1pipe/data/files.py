@@ -5,10 +5,12 @@ A file is described by one small YAML in conf/data/. Sample: conf/data/gsm8k.yam
 Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked solution of it.
 """
 
+import json
 import math
+import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,12 +18,12 @@ from typing import TypeVar
 from r1pipe.chat.template import compose_response
 from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
+from r1pipe.core.paths import SET_ASIDE
 from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, read_file
-from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.data.source import SPLITS, Source
-from r1pipe.data.world.content import prompt_id, split_of
+from r1pipe.data.world.content import make_prompt, split_of
 from r1pipe.rewards import check_gold, language_share
 from r1pipe.rewards.answers.gold import restore_backslashes
 from r1pipe.runs import data_files
@@ -52,9 +54,12 @@ class Item:
 class Files(Source):
     """The source of `data.kind=files`; a file is read at the first request for its kind."""
 
-    def __init__(self, config: DataConfig, rejected: RejectedRows | None = None):
-        """`rejected` collects bad rows with data.bad_rows=set_aside."""
-        self.config, self._rejected = config, rejected or RejectedRows()
+    def __init__(
+        self, config: DataConfig, folder: Path | None = None, report: Callable[[str], None] | None = None
+    ):
+        """With data.bad_rows=set_aside, bad rows are written to `folder`; `report` takes a line on them."""
+        self.config, self._folder, self._report = config, folder, report
+        self._bad: list[BadRow] = []  # of the files read
         self._sources = _sources(config)
         self._items: dict[str, list[Item]] = {}  # kind -> its rows, once requested
         if not any(self._sources.values()):
@@ -86,8 +91,35 @@ class Files(Source):
                 bad.append(BadRow(row.path, row.number, str(error), str(row.values)[:SHOWN]))
         if bad:
             total = len(file.rows) + len(file.bad)
-            self._rejected.add(sorted(bad, key=lambda row: row.number), total, self.config)
+            self._set_aside(sorted(bad, key=lambda row: row.number), total)
         return items
+
+    def _set_aside(self, bad: Sequence[BadRow], total: int) -> None:
+        """The bad rows of one file of `total` rows, in their order.
+
+        Raises DataError with data.bad_rows=refuse, and where there are more than data.max_bad_rows.
+        """
+        first, config = bad[0], self.config
+        if config.bad_rows == "refuse":
+            raise DataError(first.reason)
+        counted = f"{len(bad):,} of {total:,} rows of {first.path}"
+        if len(bad) > config.max_bad_rows * total:
+            limit = f"data.max_bad_rows={config.max_bad_rows:g}"
+            raise DataError(f"{counted} cannot be used, more than {limit}; the first: {first.reason}")
+        self._bad += bad
+        place = ""
+        if self._folder:
+            lines = [
+                {"file": str(row.path), "line": row.number, "reason": row.reason, "text": row.text}
+                for row in self._bad
+            ]
+            path = self._folder / SET_ASIDE
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")  # every rank writes the same file
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            temporary.replace(path)
+            place = f" (all in {path})"
+        if self._report:
+            self._report(f"{counted} set aside{place}; the first: {first.reason}")
 
     def _split(self, kind: str, split: str) -> list[Item]:
         return [item for item in self.items(kind) if item.split == split]
@@ -120,12 +152,10 @@ class Files(Source):
         return demonstrations
 
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
-        """Up to n questions; `kinds` are the shares of the tasks that the files have."""
         items = _distinct(self._split("general", split) + self._split("preferences", split))
         return [item.prompt for item in _sample_by_task(items, n, seed, kinds, f"general/{split}")]
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
-        """Up to n written answers; `kinds` are the shares of the tasks that the files have."""
         items = _sample_by_task(self._split("general", "train"), n, seed, kinds, "general traces")
         return [Demonstration(item.prompt, item.texts["response"], source=item.source) for item in items]
 
@@ -180,21 +210,15 @@ def _check_source(source: SourceConfig, kind: str, where: str) -> None:
 
 
 def _texts(kind: str, row: Row, source: SourceConfig) -> dict[str, str]:
-    """A row's texts by role."""
-    columns = source.columns
-    if kind == "reasoning":
-        return _problem_texts(row, source)
+    """A row's texts by role: the gold answer alone, and the worked solution without annotations."""
+    columns, mark = source.columns, source.answer_after
     if kind == "general":
         return {role: text(row, column) for role, column in columns.items()}
-    texts = {role: dialogue(row, column) for role, column in columns.items() if role != "safe"}
-    if "safe" in columns:
-        texts["safe"] = SAFE if flag(row, columns["safe"]) else UNSAFE
-    return texts
-
-
-def _problem_texts(row: Row, source: SourceConfig) -> dict[str, str]:
-    """Question, gold answer and, where the row has one, the worked solution without annotations."""
-    columns, mark = source.columns, source.answer_after
+    if kind in ("preferences", "labels"):
+        texts = {role: dialogue(row, column) for role, column in columns.items() if role != "safe"}
+        if "safe" in columns:
+            texts["safe"] = SAFE if flag(row, columns["safe"]) else UNSAFE
+        return texts
     answer = text(row, columns["answer"])
     if mark is not None:
         if mark not in answer:
@@ -218,7 +242,7 @@ def _parse_item(kind: str, source: SourceConfig, row: Row, texts: dict[str, str]
     question, language, task = texts["question"], source.language, source.task
     if language == "auto":
         language = "en" if language_share(question, "en") >= 0.5 else "zh"
-    prompt = Prompt(prompt_id(task, language, question), task, language, question, texts.get("answer", ""))
+    prompt = make_prompt(task, language, question, texts.get("answer", ""))
     if kind == "reasoning":
         try:
             check_gold(prompt)

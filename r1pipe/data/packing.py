@@ -1,19 +1,26 @@
 """Packing: several documents in one row, separated by segment numbers so that nothing leaks between them.
 
 The model's `segments` argument keeps attention inside a document and restarts positions in each.
+`PackedDocuments` packs endless pre-training text in blocks, by a thread one block ahead of training.
 Axes: B rows, T tokens of a row.
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from r1pipe.core.types import Example
+from r1pipe.data.source import Documents
+from r1pipe.runs import heartbeat
+
+BLOCK = 1024  # documents packed together: enough for rows with hardly any padding
 
 
 @dataclass
@@ -115,3 +122,55 @@ def collate(rows: list[Packed], pad_id: int) -> Batch:
         end = len(row.tokens)
         tokens[i, :end], segments[i, :end], loss[i, :end] = row.tokens, row.segments, row.loss
     return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(loss))
+
+
+@dataclass
+class PackedDocuments:
+    """Endless batches of `batch_size` rows of at most `length` tokens; always the same for the same input.
+
+    Every batch comes with the position of the row after it. A checkpoint stores it, so a resumed run
+    rebuilds one block only, however late it is in training.
+    """
+
+    documents: Documents
+    encode: Callable[[str], list[int]]
+    order: Callable[[int], np.random.Generator]  # block number -> the order of its rows
+    length: int
+    batch_size: int
+    progress: Callable[[int, int], None]  # called with the rows skipped, and those to skip
+
+    def block(self, number: int, state: Any) -> tuple[list[Packed], Any]:
+        """The rows of the block whose documents begin at `state`, and the state where the next one begins."""
+        self.documents.state = state
+        texts = islice(self.documents, BLOCK)
+        pieces = (piece for text in texts for piece in split_long(self.encode(text), self.length))
+        rows, _ = pack(pieces, self.length)
+        return [rows[i] for i in self.order(number).permutation(len(rows))], self.documents.state
+
+    def batches(
+        self, step: int, saved: dict[str, Any] | None
+    ) -> Iterator[tuple[list[Packed], dict[str, Any]]]:
+        """The batches after `step`, each with the position behind it; `saved` is the position behind `step`.
+
+        A position: the next row's block, its place in it, and `Documents.state` where the block begins.
+        Without it, as in checkpoints of earlier versions, all earlier rows are rebuilt and skipped.
+        """
+        skipped = 0 if saved else step * self.batch_size
+        saved = saved or {"block": 0, "row": skipped, "documents": self.documents.state}
+        number, row, state = saved["block"], saved["row"], saved["documents"]
+        batch: list[Packed] = []
+        with ThreadPoolExecutor(1, "documents") as worker:
+            upcoming = worker.submit(self.block, number, state)
+            while True:
+                rows, next_state = upcoming.result()
+                heartbeat.tick()
+                upcoming = worker.submit(self.block, number + 1, next_state)
+                while row < len(rows):
+                    taken = rows[row:][: self.batch_size - len(batch)]
+                    batch, row = batch + taken, row + len(taken)
+                    if len(batch) == self.batch_size:
+                        yield batch, {"block": number, "row": row, "documents": state}
+                        batch = []
+                number, row, state = number + 1, row - len(rows), next_state
+                if row:
+                    self.progress(skipped - row, skipped)

@@ -10,10 +10,11 @@ import gzip
 import io
 import json
 import logging
+import re
 import tempfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,12 +23,12 @@ import pyarrow
 from r1pipe.core.errors import DataError
 from r1pipe.runs import heartbeat
 
-FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
 SHOWN = 500  # characters of a bad row that are kept
 # What the readers raise on a file of another format than its name says.
 _UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,15 @@ class Row:
     values: dict[str, Any]
     path: Path
     number: int  # from 1: the line where it begins, or the row where rows are not lines
-    unit: str = "line"
+    unit: str  # line or row
 
     @property
     def where(self) -> str:
-        """`file.jsonl line 12`; `file.parquet row 12` where rows are not lines."""
         return f"{self.path} {self.unit} {self.number}"
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used."""
-
     path: Path
     number: int
     reason: str  # file, line and remedy included
@@ -57,8 +55,6 @@ class BadRow:
 
 @dataclass
 class FileRows:
-    """The rows of a file, good and bad."""
-
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
 
@@ -68,26 +64,30 @@ RawRows = Iterator[tuple[int, str, dict[str, Any] | str]]
 
 
 def read_file(path: Path, longest: int = LONGEST) -> FileRows:
-    """All rows of a file; rows that cannot be parsed or are longer than `longest` bytes are in `bad`.
+    """All rows of a file, each with every column of the file: None where it lacks one. Rows that cannot be
+    parsed or are longer than `longest` bytes are in `bad`.
 
     Raises DataError where the file as a whole cannot be read or holds no rows.
     """
-    suffix = _suffix(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file():
         raise DataError(_missing(path))
-    if suffix not in FORMATS:
-        raise DataError(f"{path} is of an unknown format; give one of {', '.join(FORMATS)}, plain or .gz")
+    if suffix not in READERS:
+        raise DataError(f"{path} is of an unknown format; give one of {', '.join(READERS)}, plain or .gz")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; download it again")
+    found, columns = FileRows(), dict[str, None]()
     try:
-        if suffix == ".csv":
-            found = _collect(path, "line", _csv_rows(path, longest))
-        elif suffix == ".parquet":
-            found = _collect(path, "row", _parquet_rows(path, longest))
-        elif suffix == ".jsonl" or _has_json_lines(path):
-            found = _collect(path, "line", _json_lines(path, longest))
-        else:
-            found = _collect(path, "row", _json_array(path, longest))
+        if suffix == ".json" and not _is_array(path):
+            suffix = ".jsonl"
+        unit, read = READERS[suffix]
+        for number, text, values in read(path, longest):
+            heartbeat.tick()
+            if isinstance(values, str):
+                found.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", text[:SHOWN]))
+            else:
+                columns |= dict.fromkeys(values)
+                found.rows.append(Row(values, path, number, unit))
     except DataError:
         raise
     except _UNREADABLE as error:
@@ -95,21 +95,27 @@ def read_file(path: Path, longest: int = LONGEST) -> FileRows:
         raise DataError(f"{path} cannot be read ({detail}); download it again") from None
     if not found.rows and not found.bad:
         raise DataError(f"{path} holds no rows; download it again")
+    found.rows = [replace(row, values={**columns, **row.values}) for row in found.rows]
     return found
 
 
-def _collect(path: Path, unit: str, raw_rows: RawRows) -> FileRows:
-    """Good and bad rows; every good row has every column of the file, with None where it lacks one."""
-    found, columns = FileRows(), dict[str, None]()
-    for number, text, values in raw_rows:
-        heartbeat.tick()
-        if isinstance(values, str):
-            found.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", text[:SHOWN]))
-        else:
-            columns |= dict.fromkeys(values)
-            found.rows.append(Row(values, path, number, unit))
-    found.rows = [Row({**columns, **row.values}, path, row.number, unit) for row in found.rows]
-    return found
+def _missing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; give a file in it"
+    if not path.parent.is_dir():
+        return f"{path} does not exist, nor does its folder; set data.path=FILE or FOLDER"
+    similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    guess = f"did you mean {similar[0]}? Set" if similar else "set"
+    return f"{path} does not exist; {guess} data.path=FILE, or the folder that holds it"
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+
+
+def _is_array(path: Path) -> bool:
+    with _open(path) as file:
+        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _json_lines(path: Path, longest: int) -> RawRows:
@@ -180,7 +186,7 @@ def _csv_rows(path: Path, longest: int) -> RawRows:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(lines)
         header = next(reader, [])
-        if _has_surrogates("".join(header)):
+        if _SURROGATE.search("".join(header)):
             raise DataError(f"{path} line 1 {_NOT_UTF8}")
         while True:
             number = reader.line_num + 1
@@ -197,16 +203,12 @@ def _csv_rows(path: Path, longest: int) -> RawRows:
             if len(fields) != len(header):
                 counts = f"{len(fields)} fields, the header has {len(header)}"
                 yield number, text, f"cannot be read ({counts}); correct it"
-            elif _has_surrogates(text):
+            elif _SURROGATE.search(text):
                 yield number, text, _NOT_UTF8
             elif sum(map(len, fields)) > longest:
                 yield number, text, _too_long(longest)
             else:
                 yield number, text, dict(zip(header, fields, strict=True))
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parquet_rows(path: Path, longest: int) -> RawRows:
@@ -225,25 +227,9 @@ def _parquet_rows(path: Path, longest: int) -> RawRows:
             yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
 
 
-def _missing(path: Path) -> str:
-    if path.is_dir():
-        return f"{path} is a folder; give a file in it"
-    if not path.parent.is_dir():
-        return f"{path} does not exist, nor does its folder; set data.path=FILE or FOLDER"
-    similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    guess = f"did you mean {similar[0]}? Set" if similar else "set"
-    return f"{path} does not exist; {guess} data.path=FILE, or the folder that holds it"
-
-
-def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
-
-
-def _has_json_lines(path: Path) -> bool:
-    """Whether a .json file is really jsonl."""
-    with _open(path) as file:
-        return not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+READERS: dict[str, tuple[str, Callable[[Path, int], RawRows]]] = {  # what a row is called, and its reader
+    ".json": ("row", _json_array),
+    ".jsonl": ("line", _json_lines),
+    ".csv": ("line", _csv_rows),
+    ".parquet": ("row", _parquet_rows),
+}

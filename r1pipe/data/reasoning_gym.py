@@ -15,7 +15,7 @@ from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Prompt
 from r1pipe.data.source import Source
-from r1pipe.data.world.content import prompt_id, split_of
+from r1pipe.data.world.content import make_prompt, split_of
 from r1pipe.rewards import gym
 
 TRIES = 400  # problems generated per problem requested, before the tasks count as exhausted
@@ -55,5 +55,4 @@ def _prompt(task: str, index: int) -> Prompt:
     chunk, offset = divmod(index, gym.CHUNK)
     entry = gym.dataset(task, chunk)[offset]
     question, answer = entry["question"], str(entry["answer"])
-    checker = {"reasoning_gym": task, "entry": entry}
-    return Prompt(prompt_id(task, "en", question), task, "en", question, answer, checker)
+    return make_prompt(task, "en", question, answer, {"reasoning_gym": task, "entry": entry})

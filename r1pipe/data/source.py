@@ -1,14 +1,20 @@
-"""What a data set can give a stage."""
+"""What a data set can give a stage, and drawing enough of it that fits a model's context."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
+from r1pipe.chat.template import Chat
 from r1pipe.config import DataConfig
 from r1pipe.config.changes import ABSENT, HASH_SHOWN
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Demonstration, PreferencePair, Prompt, SafetyLabel
+from r1pipe.runs import heartbeat
+
+T = TypeVar("T")
 
 SPLITS = ("train", "dev", "test")
+GROWTH = 4  # how many times as much is drawn when too few fit
+MOST = 64  # items drawn per item wanted, after which an endless source is given up
 
 
 class Documents(Protocol):
@@ -85,3 +91,33 @@ def check_data_unchanged(name: str, before: Mapping[str, Any], now: Mapping[str,
         f"the data has changed since this run began ({listed}); restore it and repeat the command to resume, "
         "or add --fresh to start a new run"
     )
+
+
+def prompt_fits(chat: Chat, context: int, max_tokens: int) -> Callable[[Prompt], bool]:
+    """Whether a prompt with a response of `max_tokens` fits a context of `context` tokens."""
+    return lambda prompt: len(chat.prompt_tokens(prompt)) <= context - max_tokens
+
+
+def draw_prompts_that_fit(
+    draw: Callable[[int], Sequence[T]], n: int, fits: Callable[[T], bool]
+) -> tuple[list[T], int]:
+    """Up to n items of `draw(m)` that fit, and how many too long ones were skipped on the way.
+
+    Draws more while too few fit: where fewer than n come back, the source has no more.
+    """
+    size = n
+    while True:
+        items = draw(size)
+        fitting: list[T] = []
+        too_long = 0
+        for item in items:
+            if len(fitting) == n:
+                break
+            heartbeat.tick()
+            if fits(item):
+                fitting.append(item)
+            else:
+                too_long += 1
+        if len(fitting) == n or len(items) < size or size >= MOST * n:
+            return fitting, too_long
+        size *= GROWTH

@@ -93,7 +93,11 @@ def examine(context: Context) -> list[Finding]:
     for name, check in CHECKS.items():
         if not isinstance(context.config.stage, check.kinds) or (ranks.rank and not check.all_ranks):
             continue
-        result = _finding_or_error(context, name)
+        result: Finding | str
+        try:
+            result = run_check(context, name)
+        except R1pipeError as problem:
+            result = str(problem)
         results = ranks.all_gather_objects(result) if check.all_ranks else [result]
         error = next((result for result in results if isinstance(result, str)), None)
         if error is None:
@@ -105,10 +109,3 @@ def examine(context: Context) -> list[Finding]:
             failed_by[error] = name
             findings.append(Finding(name, FAIL, "could not run", error))
     return findings
-
-
-def _finding_or_error(context: Context, name: str) -> Finding | str:
-    try:
-        return run_check(context, name)
-    except R1pipeError as error:
-        return str(error)

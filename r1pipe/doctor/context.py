@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import DistillConfig, EvaluateConfig, RLConfig, RunConfig, SFTConfig
+from r1pipe.config import DistillConfig, EvaluateConfig, RLConfig, SFTConfig
 from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import read
 from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.types import Completion, Demonstration, Group, Prompt
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import Rollout, rollouts_of
-from r1pipe.train.rl.loop import GRPO, LoopState
+from r1pipe.train.rl.loop import LoopState, RLTrainer
 from r1pipe.train.rl.scoring import RewardModels
-from r1pipe.train.rl.stage import reward_models
+from r1pipe.train.rl.stage import load_reward_models
 from r1pipe.train.rl.update import update
 from r1pipe.train.run import Run
 from r1pipe.train.sft.rejection import samples_of
@@ -141,20 +141,15 @@ class Context:
 
     @cached_property
     def held_out(self) -> list[Prompt]:
-        """The problems that the stage is evaluated on."""
         evaluation = self.config.stage.eval
         return self.data.prompts(evaluation.split, evaluation.problems, SEED)
 
     @cached_property
     def training_rows(self) -> RowSet:
         """The training split's problems, or the worked solutions that a fine-tuning stage draws."""
-        return self._row_set("train", self.demonstrations or self.prompts)
+        return self.row_set("train", self.demonstrations or self.prompts)
 
-    @cached_property
-    def evaluation_rows(self) -> RowSet:
-        return self._row_set(self.config.stage.eval.split, self.held_out)
-
-    def _row_set(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> RowSet:
+    def row_set(self, split: str, drawn: Sequence[Prompt | Demonstration]) -> RowSet:
         """All of the split's rows in files, repeated questions included; without files, the rows drawn.
 
         Beyond `limits.texts` rows, every k-th question by its hash, which keeps all copies of a question.
@@ -195,9 +190,24 @@ class Context:
 
     @cached_property
     def trial(self) -> Run[Any]:
-        """The run with the probe's config."""
-        config = probe_config(self.config, self.limits)
-        return Run(self.run.folder, config, config.stage)
+        """The run with one small step, which moves weights visibly; RL's batch is cut down too."""
+        stage, limits, ranks = self.config.stage, self.limits, self.config.engine.ranks
+        rate = max(stage.optim.lr, limits.probe_lr)
+        optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
+        stage = replace(stage, optim=optim)
+        if isinstance(stage, RLConfig):
+            sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
+            stage = replace(
+                stage,
+                prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # the same number on each rank
+                group_size=min(stage.group_size, limits.probe_group),
+                minibatches=1,
+                inner_epochs=1,
+                max_steps=1,
+                sampling=sampling,
+                preference=stage.preference and replace(stage.preference, last_steps=1),
+            )
+        return Run(self.run.folder, replace(self.config, stage=stage), stage)
 
     @cached_property
     def device(self) -> torch.device:
@@ -221,12 +231,14 @@ class Context:
         return Engine(policy, stage.optim, stage.router, self.config.engine, total_steps=2)
 
     @cached_property
-    def loop(self) -> GRPO:
-        return GRPO(self.trial, self.engine, None, self.chat, self.data, self.reward_models, dict)
+    def loop(self) -> RLTrainer:
+        self.trial.chat, self.trial.data = self.chat, self.data
+        return RLTrainer(self.trial, self.engine, None, self.reward_models)
 
     @cached_property
     def reward_models(self) -> RewardModels:
-        return reward_models(self.trial, self.chat) if self.preference else {}
+        self.trial.chat = self.chat
+        return load_reward_models(self.trial) if self.preference else {}
 
     @cached_property
     def probe(self) -> Probe:
@@ -251,27 +263,6 @@ class Context:
             for i, rollout in enumerate(self.probe.rollouts)
         ]
         return update(self.engine, rollouts, self.trial.stage, None)
-
-
-def probe_config(config: RunConfig, limits: Limits) -> RunConfig:
-    """A config with one small step, which moves weights visibly; RL's batch is cut down too."""
-    stage, ranks = config.stage, config.engine.ranks
-    rate = max(stage.optim.lr, limits.probe_lr)
-    optim = replace(stage.optim, lr=rate, min_lr=rate, schedule="constant", warmup_steps=0, max_skipped=0)
-    stage = replace(stage, optim=optim)
-    if isinstance(stage, RLConfig):
-        sampling = replace(stage.sampling, max_tokens=min(stage.sampling.max_tokens, limits.probe_tokens))
-        stage = replace(
-            stage,
-            prompts_per_step=-(-limits.probe_prompts // ranks) * ranks,  # the same number on each rank
-            group_size=min(stage.group_size, limits.probe_group),
-            minibatches=1,
-            inner_epochs=1,
-            max_steps=1,
-            sampling=sampling,
-            preference=stage.preference and replace(stage.preference, last_steps=1),
-        )
-    return replace(config, stage=stage)
 
 
 def completions_of(texts: Sequence[str]) -> list[Completion]:

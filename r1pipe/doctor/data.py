@@ -74,13 +74,14 @@ def overlap(context: Context) -> Outcome:
 
     Questions made from templates with held-out numbers are alike by nature, so only whole ones count.
     """
-    training, evaluation, limits = context.training_rows, context.evaluation_rows, context.limits
+    training, limits, split = context.training_rows, context.limits, context.config.stage.eval.split
+    evaluation = context.row_set(split, context.held_out)
     questions = {_key(row.prompt.question): row.prompt.question for row in evaluation.rows}
     whole = {key: row for row in training.rows if (key := _key(row.prompt.question)) in questions}
     value = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
     value += f"({len(training.rows):,} {training.unit})"
     near: dict[tuple[str, ...], Demonstration] = {}
-    if context.data.rows(context.config.stage.eval.split) is not None:
+    if context.data.rows(split) is not None:
         keys = [key for key in questions if key not in whole]
         copies = near_copies([questions[key] for key in keys], training.rows, limits)
         near = {keys[number]: row for number, row in copies.items()}

@@ -14,8 +14,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.advantages import has_variance, is_scored
-from r1pipe.train.rl.routing import routing_agreement
-from r1pipe.train.rl.update import completion_logprobs, prepare, update
+from r1pipe.train.rl.update import completion_logprobs, prepare, routing_agreement, update
 
 GAP = "sampling/sampling_logp_difference/mean"
 
@@ -81,10 +80,18 @@ def routing(context: Context) -> Outcome:
 
 def after_sync(context: Context) -> Outcome:
     """The same as `logprobs` after an optimizer step: a sampler that still has the old weights is off."""
+    engine, stage = context.engine, context.trial.stage
     context.trained  # noqa: B018 - the step
-    moved = _moved_by_step(context)
+    moved, tokens = 0.0, 0  # how far the probe's log-probabilities are from those when it was drawn
+    with torch.no_grad():
+        for micro in prepare(engine, context.probe.rollouts, stage, None):
+            now_N = completion_logprobs(engine.module, micro, stage.sampling.temperature)
+            moved += float((now_N - micro.old_N).abs().sum())
+            tokens += len(micro.old_N)
+    moved, count = engine.sum_over_ranks([moved, tokens])
+    moved /= max(1.0, count)
     fresh = context.draw().rollouts
-    gap = update(context.engine, fresh, context.trial.stage, None)[GAP]
+    gap = update(engine, fresh, stage, None)[GAP]
     outcome = _gap_outcome(context, gap, f"{gap:.1e} nats a token apart, after a step that moved {moved:.1e}")
     if outcome.status == PASS and moved <= context.limits.logprob_gap[context.config.engine.precision].fail:
         remedy = "the step is too small to show a stale sampler; raise probe_lr in conf/doctor/limits.yaml"
@@ -96,19 +103,6 @@ def _gap_outcome(context: Context, gap: float, value: str) -> Outcome:
     remedy = "sampler and trainer do not have the same weights or precision; try engine.precision=fp32 or"
     remedy += " engine.graphs=false, and report it"
     return Outcome(context.limits.logprob_gap[context.config.engine.precision].grade(gap), value, remedy)
-
-
-@torch.no_grad()
-def _moved_by_step(context: Context) -> float:
-    """Mean distance between the probe's log-probabilities when it was drawn and now."""
-    engine, stage = context.engine, context.trial.stage
-    total, tokens = 0.0, 0
-    for micro in prepare(engine, context.probe.rollouts, stage, None):
-        now_N = completion_logprobs(engine.module, micro, stage.sampling.temperature)
-        total += float((now_N - micro.old_N).abs().sum())
-        tokens += len(micro.old_N)
-    total, count = engine.sum_over_ranks([total, tokens])
-    return total / max(1.0, count)
 
 
 def round_trip(context: Context) -> Outcome:

@@ -12,7 +12,6 @@ from r1pipe.runs.findings import FAIL, PASS
 
 
 def device(context: Context) -> Outcome:
-    """Where the job computes. Raises EnvironmentProblem where that device is missing."""
     probed = f"{context.run.world_size} of {context.config.engine.ranks} ranks tested"
     if context.device.type == "cuda":
         return Outcome(PASS, f"{torch.cuda.get_device_name(context.device)}, {probed}")
@@ -21,7 +20,11 @@ def device(context: Context) -> Outcome:
 
 def memory(context: Context) -> Outcome:
     """The estimated peak of one rank against the memory that is free for it."""
-    need = footprint.needed(context.config, longest_prompt(context))
+    longest = 0
+    if isinstance(context.config.stage, RLConfig):
+        prompts = [*context.prompts, *context.general]
+        longest = max((len(context.chat.prompt_tokens(prompt)) for prompt in prompts), default=0)
+    need = footprint.needed(context.config, longest)
     free = available(context.device, context.config.engine.ranks)
     value = f"about {mib(need.peak)} of {mib(free)} MiB a rank ({need.parts()})"
     status = context.limits.memory.grade(need.peak / free)
@@ -40,13 +43,6 @@ def less_of(need: Need, stage: StageConfig) -> str:
     else:
         smaller = "raise engine.gradient_accumulation"
     return f"{smaller}, or set engine.recompute=true"
-
-
-def longest_prompt(context: Context) -> int:
-    if not isinstance(context.config.stage, RLConfig):
-        return 0
-    prompts = [*context.prompts, *context.general]
-    return max((len(context.chat.prompt_tokens(prompt)) for prompt in prompts), default=0)
 
 
 def available(device: torch.device, ranks: int) -> float:

@@ -14,7 +14,7 @@ from r1pipe.runs import reward_model_quality as bounds
 from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS
 from r1pipe.train.rl.advantages import has_variance
-from r1pipe.train.rl.preference import items, measure_quality
+from r1pipe.train.rl.reward_model import items, measure_quality
 
 OTHER_REASONING = {"en": "Something else came to my mind.", "zh": "我想到了别的事情。"}
 

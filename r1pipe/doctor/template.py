@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, THINK, Chat, compose_response
+from r1pipe.chat.template import EOS, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.files import SUMMARY
-from r1pipe.data.fitting import prompt_fits
 from r1pipe.data.packing import collate, pack
+from r1pipe.data.source import prompt_fits
 from r1pipe.doctor.context import Context, Outcome, completions_of
 from r1pipe.rewards import BASE_REWARDS, score_all
 from r1pipe.runs.findings import FAIL, PASS, WARN
@@ -23,21 +23,35 @@ def rewards(context: Context) -> Outcome:
 
     Correct responses pass through tokenizer and template as sampled ones do.
     """
-    examples = context.solved or _from_gold(context.prompts[: context.limits.judged])
+    examples = context.solved or [
+        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
+        for p in context.prompts[: context.limits.judged]
+        if p.answer
+    ]
     if not examples:
         return Outcome(WARN, "no correct response to test with", "use data with solutions or gold answers")
-    prompts = [example.prompt for example in examples]
-    texts = [_as_sampled(context.chat, example) for example in examples]
+    chat = context.chat
+    prompts, texts = [example.prompt for example in examples], []
+    for example in examples:
+        tokens = chat.example(example.prompt, example.response)
+        learned = zip(tokens.tokens, tokens.loss, strict=True)
+        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
     weights = _tested_weights(context)
     full = sum(weight for weight in weights.values() if weight > 0)
-    correct = _total_rewards(prompts, texts, weights)
-    useless = max(_total_rewards(prompts, [USELESS[prompt.language] for prompt in prompts], weights))
+    scored = score_all(prompts, completions_of(texts), sorted(weights))
+    correct = [total_reward(scores, weights, 0.0, False) for scores in scored]
+    nonsense = completions_of([USELESS[prompt.language] for prompt in prompts])
+    of_nonsense = score_all(prompts, nonsense, sorted(weights))
+    useless = max(total_reward(scores, weights, 0.0, False) for scores in of_nonsense)
     swapped = _swapped_accuracy(prompts, texts)
     value = f"correct responses earn {min(correct):.2f} to {max(correct):.2f} of {full:.2f}, "
     value += f"useless ones up to {useless:.2f}, {swapped:.0%} of answers to other questions pass"
     if not min(correct) >= context.limits.good_share * full:  # also where one is NaN
         worst = min(range(len(correct)), key=lambda i: correct[i])
-        return Outcome(FAIL, value, _lowest_reward(prompts[worst], texts[worst], weights))
+        name, score = min(scored[worst].items(), key=lambda item: item[1].value)
+        remedy = f"{name} gives {score.value:.2f} to {texts[worst][:50]!r} for {prompts[worst].id}"
+        remedy += f": {score.detail}" if score.detail else ""
+        return Outcome(FAIL, value, f"{remedy}; fix template or data")
     if useless > SMALL:
         return Outcome(FAIL, value, "a reward pays for a response without tags and answer; fix it")
     if swapped > context.limits.swapped:
@@ -55,26 +69,6 @@ def _tested_weights(context: Context) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if name in BASE_REWARDS and weight}
 
 
-def _from_gold(prompts: Sequence[Prompt]) -> list[Demonstration]:
-    """Responses in the right format that end with the gold answer."""
-    return [
-        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
-        for p in prompts
-        if p.answer
-    ]
-
-
-def _as_sampled(chat: Chat, example: Demonstration) -> str:
-    """The response's text as decoded from its tokens."""
-    tokens = chat.example(example.prompt, example.response)
-    return chat.decode([token for token, learned in zip(tokens.tokens, tokens.loss, strict=True) if learned])
-
-
-def _total_rewards(prompts: Sequence[Prompt], texts: Sequence[str], weights: dict[str, float]) -> list[float]:
-    scores = score_all(prompts, completions_of(texts), sorted(weights))
-    return [total_reward(score, weights, 0.0, False) for score in scores]
-
-
 def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
     """The share of responses that pass for the next prompt, where that has another answer."""
     answers = [(prompt.answer, prompt.checker) for prompt in prompts]
@@ -82,13 +76,6 @@ def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
     responses = completions_of([texts[i - 1] for i in different])
     scores = score_all([prompts[i] for i in different], responses, ["accuracy"])
     return sum(score["accuracy"].value for score in scores if "accuracy" in score) / max(1, len(different))
-
-
-def _lowest_reward(prompt: Prompt, text: str, weights: dict[str, float]) -> str:
-    [scores] = score_all([prompt], completions_of([text]), sorted(weights))
-    name, score = min(scores.items(), key=lambda item: item[1].value)
-    detail = f": {score.detail}" if score.detail else ""
-    return f"{name} gives {score.value:.2f} to {text[:50]!r} for {prompt.id}{detail}; fix template or data"
 
 
 def opens_think(context: Context) -> Outcome:

@@ -1,25 +1,28 @@
 """What a stage is launched with: its run folder, its environment, DeepSpeed's command."""
 
+import hashlib
 import os
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from shutil import copyfile
+from typing import Any, BinaryIO
 
 import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
-from r1pipe.config.changes import Change
+from r1pipe.config.changes import Change, changes
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.plan import footprint
-from r1pipe.runs import history, machine
-from r1pipe.runs.files import write_json, write_text
+from r1pipe.runs import machine
+from r1pipe.runs.files import append_line, read_json, write_json, write_text
 
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
@@ -51,12 +54,18 @@ def shown_variables(config: RunConfig) -> dict[str, str]:
     return variables
 
 
-def job_variables(config: RunConfig, hidden: str) -> dict[str, str]:
-    """The environment that a job runs in; `hidden` is the folder of `no_mlflow`."""
-    # jobs need no tracker, and DeepSpeed would log its password with the command for other machines
+@contextmanager
+def job_environment(config: RunConfig) -> Iterator[dict[str, str]]:
+    """The variables that a job runs in, where `import mlflow` fails for the length of the block.
+
+    Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
+    processes more than a second; and DeepSpeed would log a tracker's password for other machines.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([hidden, module_path()])}
-    return {**inherited, **shown_variables(config), **paths}
+    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
+        Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
+        paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
+        yield {**inherited, **shown_variables(config), **paths}
 
 
 def module_path() -> str:
@@ -67,19 +76,44 @@ def module_path() -> str:
 
 def write_run_files(config: RunConfig, run: RunFolder, line: list[str], sweep: str = "") -> list[Change]:
     """Write config.json, command.txt, env.json and code.diff; how the code and versions differ from those of
-    the run's last session."""
+    the run's last session, whose diff is kept."""
     run.create()
     if sweep:
         write_text(run.sweep, sweep)
     write_json(run.config, publishable(to_mapping(config)), indent=2)
     devices = machine.devices(config.engine)
     env = {**machine.facts(), "devices": devices, "config_hash": config_hash(config)}
-    diff = machine.code_diff()
-    changed = history.note_code(run, env, diff)
+    diff, before, changed = machine.code_diff(), read_json(run.env), []
+    if before and run.launcher_log.exists():  # else nothing has run yet
+        old_diff = run.diff.read_bytes() if run.diff.exists() else b""
+        old, new = facts_of_code(before, old_diff), facts_of_code(env, diff.encode())
+        changed = changes(old, new)
+        if old["code"] != new["code"] and old_diff:
+            copyfile(run.diff, run.earlier_diff(old["code"]["diff_hash"]))
+        note(run, changed)
     write_json(run.env, env, indent=2)
     run.diff.write_text(diff, encoding="utf-8")
     run.command.write_text(printable(config, line) + "\n", encoding="utf-8")
     return changed
+
+
+def facts_of_code(env: Mapping[str, Any], diff: bytes) -> dict[str, Any]:
+    """What env.json and the diff say of the code that a session runs."""
+    revision = (env.get("code") or {}).get("revision")
+    code = {"revision": revision, "diff_hash": hashlib.sha256(diff).hexdigest()}
+    return {"code": code, "python": env.get("python"), "versions": env.get("versions")}
+
+
+def note(run: RunFolder, changed: Sequence[Change]) -> None:
+    """Append what changed between a run's sessions to config_history.jsonl, if anything did.
+
+    {"time": "2026-11-25T03:56:34+00:00", "changed": {"stage.keep": [2, 5]}}; code and versions have a line of
+    their own: {"code.revision": ["7adeff0…", "9c8dfaa…"], "versions.torch": ["2.12.0", "2.13.0"]}.
+    """
+    if changed:
+        values = {change.key: [change.old, change.new] for change in changed}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(run.config_history, {"time": now, "changed": values})
 
 
 def printable(config: RunConfig, line: list[str]) -> str:
@@ -103,17 +137,7 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
     config = replace(config, engine=engine, stage=stage)
     line = command(config, run, machine.find_launcher(engine))
-    with no_mlflow() as hidden:
-        variables = job_variables(config, hidden)
+    with job_environment(config) as variables:
         return subprocess.run(
             line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
         ).returncode
-
-
-@contextmanager
-def no_mlflow() -> Iterator[str]:
-    """A folder for PYTHONPATH where `import mlflow` fails: jobs never use it, but DeepSpeed's tuner imports
-    it wherever it can, which costs each of the launcher's processes more than a second."""
-    with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
-        Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
-        yield folder

@@ -1,4 +1,4 @@
-"""Follows a stage's DeepSpeed job: one that this command starts, or one that is running already."""
+"""A stage's DeepSpeed job: one that this command starts, or one that is running already."""
 
 import math
 import os
@@ -15,10 +15,10 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import checked_command, job_variables, no_mlflow, printable, write_run_files
+from r1pipe.launch.command import checked_command, job_environment, note, printable, write_run_files
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
-from r1pipe.runs import heartbeat, history, locks, processes, stopping
+from r1pipe.runs import heartbeat, locks, processes, record, stopping
 from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
@@ -27,26 +27,25 @@ ENDING_S = 15.0  # for the other ranks, after one has failed: they may wait for 
 TAIL = 15  # lines of the log shown when a job fails without an error message of its own
 
 
-class FollowedJob:
-    """A stage's DeepSpeed job, from its start until its launcher has exited.
+class Job:
+    """A stage's DeepSpeed job: `start` it or `attach` to it, then `follow` it, then `end` it.
 
     Its owner is the command that holds its lock, ends it where a rank was killed or is stuck, and mirrors it
     to MLflow.
     """
 
     process: subprocess.Popen[bytes] | processes.Foreign  # the launcher
-    _resources: ExitStack
-    _handlers: ExitStack  # of signals
 
     def __init__(self, config: RunConfig, run: RunFolder):
         self.run, self.config, self.engine = run, config, config.engine
         self.received_signal = 0  # the first one that this process got while it followed the job
-        self.changed_code: list[Change] = []
         self._announced_signal, self._is_ending, self._kill_at = False, False, math.inf
         self._group = 0  # the process group of launcher and ranks
+        self._owner = (0, 0.0)  # pid and start time of the command that owns the job, if it is another one
         self._fault: Fault | None = None
         self._lock: locks.Lock | None = None  # the owner's
         self._mirror: Mirror | None = None  # the owner's
+        self._resources, self._handlers = ExitStack(), ExitStack()  # the owner's; of signals
         self.display = Display(run.path, config.stage.name)
         ranks = self.engine.ranks if self.engine.hostfile is None else None
         self.watch = Watch(run, ranks, self.engine.stuck_after_s)
@@ -54,6 +53,71 @@ class FollowedJob:
     @property
     def is_owner(self) -> bool:
         return self._lock is not None
+
+    def start(self, changed: Sequence[Change] = (), sweep: str = "") -> list[Change]:
+        """Start it, and own it; how code and versions differ from those of the run's last session.
+
+        `changed`: the config values that differ from those of the run's last launch. Raises
+        EnvironmentProblem if the machine lacks something, or another job has the run.
+        """
+        run = self.run
+        line = checked_command(self.config, run)
+        with ExitStack() as resources, ExitStack() as handlers:
+            self._lock = resources.enter_context(locks.held(run))
+            record.set_aside(run)
+            note(run, changed)
+            changed_code = write_run_files(self.config, run, line, sweep)
+            for stale in (run.error, run.stop):
+                stale.unlink(missing_ok=True)
+            self._mirror = Mirror(run.path, to_mapping(self.config))
+            resources.callback(self._mirror.finish)
+            variables = resources.enter_context(job_environment(self.config))
+            log = resources.enter_context(run.launcher_log.open("ab"))
+            log.write(f"$ {printable(self.config, line)}\n".encode())
+            log.flush()
+            handlers.enter_context(stopping.handling(self._handle_signal))
+            try:
+                # in a session of its own, it gets a Ctrl-C once, through us, like every other signal
+                self.process = subprocess.Popen(
+                    line,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise EnvironmentProblem(
+                    f"{line[0]} cannot be started ({error.strerror}); install deepspeed again"
+                ) from None
+            self._group = self.process.pid
+            self._lock.add(self._group)
+            if self.received_signal:
+                self._signal_group(self.received_signal)
+            self._resources, self._handlers = resources.pop_all(), handlers.pop_all()
+        return changed_code
+
+    def attach(self, holder: locks.Holder) -> None:
+        """Follow the job of `holder` (locks.job_of), which another command has started; own it if that
+        command is dead."""
+        self._owner, (self._group, began), *_ = holder.processes
+        self.process = processes.Foreign(self._group, began, lambda: bool(locks.live_ranks(self.run, holder)))
+        self._own_if_orphaned()
+        self._handlers.enter_context(stopping.handling(self._handle_signal))
+
+    def _own_if_orphaned(self) -> None:
+        if processes.is_alive(*self._owner):
+            return
+        lock = locks.adopt(self.run)
+        if lock is None:  # another command was quicker, or the job has ended
+            self._owner = next(iter(locks.Holder.read(self.run.pid).processes), self._owner)
+            return
+        self._lock = lock
+        with ExitStack() as resources:
+            resources.callback(lock.release)
+            self._mirror = Mirror(self.run.path, to_mapping(self.config))
+            resources.callback(self._mirror.finish)
+            self._resources = resources.pop_all()
 
     def follow(self) -> None:
         """Show the job until its record exists or it has ended, and pass signals on to it.
@@ -64,22 +128,22 @@ class FollowedJob:
             try:
                 while self.process.poll() is None and not self.run.record.exists():
                     self.display.poll()
-                    self._serve_as_owner()
-                    self._end_if_due()
+                    if not self.is_owner:
+                        self._own_if_orphaned()
+                        if self.is_owner:
+                            self.display.say(f"{self.run.run_id}: its command is gone; this one takes over")
+                    if self._mirror and self._lock:
+                        self._mirror.poll()
+                        self._lock.renew()
+                    if not self._is_ending:
+                        self._end_if_due()
                     time.sleep(POLL_S)
             except EnvironmentProblem:  # MLflow's store cannot be used: the job must not run unattended
                 self._end_now()
                 self._resources.close()
                 raise
 
-    def _serve_as_owner(self) -> None:
-        if self._mirror and self._lock:
-            self._mirror.poll()
-            self._lock.renew()
-
     def _end_if_due(self) -> None:
-        if self._is_ending:
-            return
         if self.received_signal and not self._announced_signal:
             self._announced_signal = True
             self.display.say(
@@ -132,115 +196,35 @@ class FollowedJob:
             self._signal_group(signal.SIGKILL)
 
     def end(self) -> int:
-        """Wait until the launcher has exited and MLflow has everything; the job's exit code."""
+        """Wait until the launcher has exited and MLflow has everything; the job's exit code.
+
+        DeepSpeed's launcher does not pass on what killed its children.
+        """
         with self._resources:
-            try:
-                code = self.process.wait(self.engine.grace_s)
-            except subprocess.TimeoutExpired:
-                self._end_now()
-                code = self.process.wait()
+            give_up_at = time.monotonic() + self.engine.grace_s
+            while (code := self.process.poll()) is None:
+                if time.monotonic() > give_up_at:
+                    self._end_now()
+                    give_up_at = math.inf
+                time.sleep(POLL_S)
             self._end_group(self.engine.grace_s)
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)
                 if self._fault:
                     record_error(self.run.error, self._fault.line)
             self.run.stop.unlink(missing_ok=True)
-        return self._exit_code(code)
-
-    def _exit_code(self, launcher_code: int) -> int:
-        """The job's. DeepSpeed's launcher does not pass on what killed its children."""
-        launcher_code = launcher_code if launcher_code >= 0 else 128 - launcher_code
+        code = code if code >= 0 else 128 - code
         if self.run.record.exists():
-            return launcher_code
+            return code
         if self.received_signal:
             return 128 + self.received_signal
         if self._fault:
             return self._fault.code
-        failed = [code for code in self.watch.exit_codes() if code > 0]
+        failed = [number for number in self.watch.exit_codes() if number > 0]
         if not failed:
-            return launcher_code or 1
+            return code or 1
         # without a request to stop, ranks that left by a signal were ended because another one failed
-        return min(failed, key=lambda code: code in stopping.EXIT_CODES)
-
-
-class Job(FollowedJob):
-    """A job that this command starts, and owns."""
-
-    def __init__(self, config: RunConfig, run: RunFolder, changed: Sequence[Change] = (), sweep: str = ""):
-        """Start it; `changed`: the config values that differ from those of the run's last launch.
-
-        Raises EnvironmentProblem if the machine lacks something, or another job has the run.
-        """
-        super().__init__(config, run)
-        line = checked_command(config, run)
-        with ExitStack() as resources, ExitStack() as handlers:
-            self._lock = resources.enter_context(locks.held(run))
-            history.set_record_aside(run)
-            history.note(run, changed)
-            self.changed_code = write_run_files(config, run, line, sweep)
-            for stale in (run.error, run.stop):
-                stale.unlink(missing_ok=True)
-            self._mirror = Mirror(run.path, to_mapping(config))
-            resources.callback(self._mirror.finish)
-            variables = job_variables(config, resources.enter_context(no_mlflow()))
-            log = resources.enter_context(run.launcher_log.open("ab"))
-            log.write(f"$ {printable(config, line)}\n".encode())
-            log.flush()
-            handlers.enter_context(stopping.handling(self._handle_signal))
-            try:
-                # in a session of its own, it gets a Ctrl-C once, through us, like every other signal
-                self.process = subprocess.Popen(
-                    line,
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise EnvironmentProblem(
-                    f"{line[0]} cannot be started ({error.strerror}); install deepspeed again"
-                ) from None
-            self._group = self.process.pid
-            self._lock.add(self._group)
-            if self.received_signal:
-                self._signal_group(self.received_signal)
-            self._resources, self._handlers = resources.pop_all(), handlers.pop_all()
-
-
-class AttachedJob(FollowedJob):
-    """A job that another command has started. If that command is dead, this one becomes the owner."""
-
-    def __init__(self, config: RunConfig, run: RunFolder, holder: locks.Holder):
-        """Follow the job of `holder` (locks.job_of)."""
-        super().__init__(config, run)
-        self._owner, (self._group, began), *_ = holder.processes
-        self.process = processes.Foreign(self._group, began, lambda: bool(locks.live_ranks(run, holder)))
-        self._resources, self._handlers = ExitStack(), ExitStack()
-        self._take_over_if_orphaned()
-        self._handlers.enter_context(stopping.handling(self._handle_signal))
-
-    def _serve_as_owner(self) -> None:
-        if not self.is_owner:
-            self._take_over_if_orphaned()
-            if self.is_owner:
-                self.display.say(f"{self.run.run_id}: its command is gone; this one takes over")
-        super()._serve_as_owner()
-
-    def _take_over_if_orphaned(self) -> None:
-        if processes.is_alive(*self._owner):
-            return
-        lock = locks.adopt(self.run)
-        if lock is None:  # another command was quicker, or the job has ended
-            holder = locks.Holder.read(self.run.pid)
-            self._owner = holder.processes[0] if holder and holder.processes else self._owner
-            return
-        self._lock = lock
-        with ExitStack() as resources:
-            resources.callback(lock.release)
-            self._mirror = Mirror(self.run.path, to_mapping(self.config))
-            resources.callback(self._mirror.finish)
-            self._resources = resources.pop_all()
+        return min(failed, key=lambda number: number in stopping.EXIT_CODES)
 
 
 def failure(run: RunFolder, code: int) -> str:

@@ -150,30 +150,26 @@ class Step:
             for i, line in enumerate(wrap_figures(figures, width - LABEL))
         ]
         if self.sample:
+            sample, advantage = self.sample, self.sample.get("advantage")
+            style = colour(advantage)
+            facts = [
+                str(sample.get("task", "")),
+                f"reward {number(sample.get('reward'))}",
+                f"advantage {signed(advantage)}",
+            ]
+            if sample.get("truncated"):
+                facts.append("clipped")
+            question = mask_controls(str(sample.get("question", "")))
+            completion = Text(mask_controls(str(sample.get("completion", ""))).expandtabs(4), style)
+            wrapped = list(completion.wrap(console, width, overflow="fold"))
             free = console.height - len(body) - OTHER_LINES
-            body += self._sample_lines(console, width, max(MIN_LINES, min(MAX_LINES, free)))
+            body += [
+                Text(),
+                Text.assemble(("sample".ljust(LABEL), "dim"), (GAP.join(facts), style or "bold")),
+                Text(question, "italic", no_wrap=True, overflow="ellipsis"),
+                *cut(wrapped, max(MIN_LINES, min(MAX_LINES, free))),
+            ]
         title = Text.assemble((self.stage, "bold"), f" step {self.metrics.get('step', 0):,}")
         yield Panel(
             Group(*body), title=title, title_align="left", border_style="dim", width=options.max_width
         )
-
-    def _sample_lines(self, console: Console, width: int, most: int) -> list[Text]:
-        sample, advantage = self.sample, self.sample.get("advantage")
-        style = colour(advantage)
-        facts = [
-            str(sample.get("task", "")),
-            f"reward {number(sample.get('reward'))}",
-            f"advantage {signed(advantage)}",
-        ]
-        if sample.get("truncated"):
-            facts.append("clipped")
-        head = Text.assemble(("sample".ljust(LABEL), "dim"), (GAP.join(facts), style or "bold"))
-        question = mask_controls(str(sample.get("question", "")))
-        completion = Text(mask_controls(str(sample.get("completion", ""))).expandtabs(4), style)
-        wrapped = completion.wrap(console, width, overflow="fold")
-        return [
-            Text(),
-            head,
-            Text(question, "italic", no_wrap=True, overflow="ellipsis"),
-            *cut(list(wrapped), most),
-        ]

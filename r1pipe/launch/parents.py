@@ -10,53 +10,37 @@ from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
+from r1pipe.runs.lineage import lookup
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
-from r1pipe.runs.lineage.lookup import (
-    BUNDLED,
-    SearchPath,
-    bundled,
-    checkpoint_of_folder,
-    checkpoint_of_run,
-    checkpoint_of_stage,
-    is_run,
-    relocated,
-    run_folders,
-    with_relocated_parents,
-)
 from r1pipe.tracking import resolve_model
 
 NOTHING: Mapping[str, ParentRef] = {}
 
 
-def resolve(name: str, place: SearchPath) -> ParentRef:
+def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
     """The checkpoint that a user means by `name`. Raises CheckpointError naming the nearest existing one."""
     if name.startswith("models:/"):
-        registered = resolve_model(name, place.root, place.tracking_uri)
-        return checkpoint_of_folder(Path(relocated(registered, place.root).checkpoint))
+        registered = resolve_model(name, search.root, search.tracking_uri)
+        return lookup.checkpoint_of_folder(Path(lookup.relocated(registered, search.root).checkpoint))
     if name in STAGE_TYPES:
-        return checkpoint_of_stage(name, place)
-    if name == BUNDLED:
-        return bundled()
-    for path in (place.root / name, Path(name)):
-        if is_run(path):
-            return checkpoint_of_run(RunFolder(path.resolve()))
+        return lookup.checkpoint_of_stage(name, search)
+    if name == lookup.BUNDLED:
+        return lookup.bundled()
+    for path in (search.root / name, Path(name)):
+        if lookup.is_run(path):
+            return lookup.checkpoint_of_run(RunFolder(path.resolve()))
         if path.is_dir():
-            check_is_imported(path)
-            return checkpoint_of_folder(path)
-    run_ids = [run.run_id for run in run_folders(place.root) if run.record.exists()]
+            shape = path / "config.json"
+            if shape.is_file() and not (path / checkpoints.MANIFEST).exists():
+                model_type = read_object(shape).get("model_type")
+                if isinstance(model_type, str):  # published weights
+                    raise CheckpointError(
+                        f"{path} holds published weights (model_type {model_type}); import them first: "
+                        f"r1pipe import {shlex.quote(str(path))}"
+                    )
+            return lookup.checkpoint_of_folder(path)
+    run_ids = [run.run_id for run in lookup.run_folders(search.root) if run.record.exists()]
     raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *run_ids])}")
-
-
-def check_is_imported(folder: Path) -> None:
-    """Raises CheckpointError for published weights that `r1pipe import` has not converted."""
-    config = folder / "config.json"
-    if config.is_file() and not (folder / checkpoints.MANIFEST).exists():
-        model_type = read_object(config).get("model_type")
-        if isinstance(model_type, str):
-            raise CheckpointError(
-                f"{folder} holds published weights (model_type {model_type}); import them first: "
-                f"r1pipe import {shlex.quote(str(folder))}"
-            )
 
 
 def with_parents(
@@ -67,15 +51,15 @@ def with_parents(
     For a recipe, `from_recipe` holds the checkpoints of its earlier stages, and `later` names the stages
     still to come: their old runs are no parents, or running the recipe twice would give different results.
     """
-    place, stage = SearchPath.of(config), config.stage
+    search, stage = lookup.SearchPath.of(config), config.stage
 
     def parent_of(name: str, as_data: bool) -> ParentRef:
-        return from_recipe.get(name) or checkpoint_of_stage(name, place, later, as_data)
+        return from_recipe.get(name) or lookup.checkpoint_of_stage(name, search, later, as_data)
 
     try:
         weights = None
         if config.parent is not None:
-            weights = resolve(config.parent, place)
+            weights = resolve(config.parent, search)
         elif stage.starts_from is not None:
             weights = parent_of(stage.starts_from, as_data=False)
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
@@ -83,7 +67,7 @@ def with_parents(
         unfinished = unfinished_config(config)
         if unfinished is None:
             raise
-        filled = with_relocated_parents(unfinished, place.root)
+        filled = lookup.with_relocated_parents(unfinished, search.root)
         weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         check_parent_fits(weights, config.model)
@@ -95,7 +79,7 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
     """The config of this stage's newest run, if that is unfinished: it may have been copied here without the
     runs of its parents. A dry run, whose parents may be open, does not count."""
     key = (config.pipeline, config.seed, config.stage.name, config.parent)
-    for run in reversed(run_folders(Path(config.root))):
+    for run in reversed(lookup.run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
         try:
@@ -107,11 +91,3 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
             is_complete = all(parent.run_id for parent in parents)
             return stored if is_complete and not run.record.exists() else None
     return None
-
-
-def with_open_parents(config: RunConfig) -> RunConfig:
-    """For a dry run: parents that name a stage but no checkpoint, so that no job can start from them."""
-    stage = config.stage
-    weights = ParentRef(stage.starts_from, "", "", "") if stage.starts_from else None
-    reads = {name: ParentRef(name, "", "", "") for name in stage.reads}
-    return replace(config, weights_from=weights, reads_from=reads)

@@ -1,4 +1,4 @@
-"""The graph of stages: run one, or all of a recipe; `placing` chooses each stage's run.
+"""The graph of stages: run one, or all of a recipe; `run_plan` says what happens to each stage's run.
 
 The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
 """
@@ -12,16 +12,16 @@ from r1pipe.config import ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
-from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
+from r1pipe.core.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import parents
 from r1pipe.launch.command import command, printable, write_run_files
-from r1pipe.launch.job import AttachedJob, FollowedJob, Job, failure
-from r1pipe.launch.placing import RunPlan, place
+from r1pipe.launch.job import Job, failure
+from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
 from r1pipe.runs import lineage, locks, machine, results
 from r1pipe.runs.reward_model_quality import check_quality
-from r1pipe.tracking import Mirror, check_tracking
+from r1pipe.tracking import Mirror, check_server_answers, store_uri
 
 
 def dry_run(config: RunConfig, fresh: bool) -> str:
@@ -35,11 +35,15 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
         if config.parent is not None:
             raise
         log(f"note: {error}")
-        filled = parents.with_open_parents(config)
-    plan = place(filled, fresh)
-    if plan.done:
+        # parents that name a stage but no checkpoint, so that no job can start from them
+        start = config.stage.starts_from
+        weights = ParentRef(start, "", "", "") if start else None
+        reads = {name: ParentRef(name, "", "", "") for name in config.stage.reads}
+        filled = replace(config, weights_from=weights, reads_from=reads)
+    plan = plan_run(filled, fresh)
+    if plan.action is Action.SKIP:
         return plan.describe()
-    if plan.extends_from:
+    if plan.action is Action.EXTEND:
         log(plan.describe())
     launcher = "deepspeed"
     try:
@@ -50,33 +54,31 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     for name, needs in footprint.estimates(config).items():
         log(f"{name}: {needs}")
     line = command(plan.config, plan.run, launcher)
-    if plan.is_new:
+    if plan.action is Action.START:
         write_run_files(plan.config, plan.run, line)
     return printable(plan.config, line)
 
 
 def run_stage(plan: RunPlan) -> int:
-    """Run one planned stage to its end; the job's exit code. Raises EnvironmentProblem."""
-    if plan.done:
-        complete_killed_command(plan)
-        return 0
-    code = start(plan).end()
-    if code:
-        log(failure(plan.run, code))
-    return code
+    """Run one planned stage to its end; the job's exit code. Raises EnvironmentProblem.
 
-
-def complete_killed_command(plan: RunPlan) -> None:
-    """Do what was left when a stage had finished and its command was killed: MLflow, and the lock."""
+    Where it had finished and its command was killed, do what that left: MLflow, and the lock.
+    """
+    if plan.action is not Action.SKIP:
+        code = start(plan).end()
+        if code:
+            log(failure(plan.run, code))
+        return code
     log(f"{plan.describe()}; its command was killed before it could say so (--fresh starts a new run)")
     try:
         Mirror(plan.run.path, to_mapping(plan.config), log).finish()
     except EnvironmentProblem as error:  # the stage is done all the same
         log(f"{error}; `r1pipe sync` brings MLflow up to date")
     plan.run.pid.unlink(missing_ok=True)
+    return 0
 
 
-def start(plan: RunPlan) -> FollowedJob:
+def start(plan: RunPlan) -> Job:
     """Start the stage's job, or attach to it where the same command has started it; follow it until its
     record exists or it has failed.
 
@@ -84,26 +86,30 @@ def start(plan: RunPlan) -> FollowedJob:
     its data is missing, and EnvironmentProblem.
     """
     run_id = plan.run.run_id
-    check_tracking(plan.config)
+    if plan.config.tracking.enabled:
+        check_server_answers(store_uri(plan.config.root, plan.config.tracking.uri))
     holder = locks.job_of(plan.run)
     if holder and plan.is_same_job:
         log(f"{run_id}: is already running (process {holder.processes[1][0]} since {holder.since})")
-        attached = AttachedJob(plan.config, plan.run, holder)
+        job = Job(plan.config, plan.run)
+        job.attach(holder)
         role = "this one follows it, too"
-        if attached.is_owner:
+        if job.is_owner:
             role = "its command is gone, and this one takes over"
         log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
-        attached.follow()
-        return attached
-    check_quality(plan.config)
-    machine.check_data_files(plan.config)
-    locks.check_not_running(plan.run)
-    description = plan.describe()  # of the state before the job
-    job = Job(plan.config, plan.run, plan.changed, plan.sweep)
-    log(description)
-    if job.changed_code:
-        kept = plan.run.config_history.name
-        log(f"{run_id}: code or packages have changed: {listed(job.changed_code)} (kept in {kept})")
+    else:
+        check_quality(plan.config)
+        data, is_here = plan.config.data, plan.config.engine.hostfile is None
+        if data.kind == "files" and data.path and is_here and not Path(data.path).exists():
+            raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
+        locks.check_not_running(plan.run)
+        description = plan.describe()  # of the state before the job
+        job = Job(plan.config, plan.run)
+        changed_code = job.start(plan.changed, plan.sweep)
+        log(description)
+        if changed_code:
+            kept = plan.run.config_history.name
+            log(f"{run_id}: code or packages have changed: {listed(changed_code)} (kept in {kept})")
     job.follow()
     return job
 
@@ -138,8 +144,6 @@ def finished_run_ids(config: RunConfig) -> list[str]:
 
 @dataclass
 class Outcome:
-    """How far a reproduction came."""
-
     config: RunConfig  # of its last stage
     code: int  # 0, or the exit code of the job that failed
     finished: list[RunFolder]  # in the recipe's order
@@ -158,10 +162,8 @@ def reproduce(overrides: list[str]) -> Outcome:
     with ThreadPoolExecutor(1) as pool:
         exit_codes: list[Future[int]] = []
         for i, config in enumerate(configs):
-            plan = place(parents.with_parents(config, checkpoints, names[i:]), in_recipe=True)
-            if plan.done and not plan.is_bit_exact:
-                log(plan.describe())
-            if not plan.done:
+            plan = plan_run(parents.with_parents(config, checkpoints, names[i:]), in_recipe=True)
+            if plan.action is not Action.SKIP:
                 job = start(plan)
                 exit_codes.append(pool.submit(job.end))
                 if job.received_signal or not plan.done:
@@ -171,6 +173,8 @@ def reproduce(overrides: list[str]) -> Outcome:
                 if not job.is_owner:
                     log(f"{plan.run.run_id}: is done; the command that started it continues with the rest")
                     return Outcome(config, exit_codes[-1].result(), [*finished, plan.run], worked=False)
+            elif not plan.is_bit_exact:
+                log(plan.describe())
             checkpoints[config.stage.name] = lineage.checkpoint_of_run(plan.run)
             finished.append(plan.run)
         code = max((future.result() for future in exit_codes), default=0)

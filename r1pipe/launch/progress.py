@@ -32,56 +32,40 @@ class Phase:
     def __init__(self, what: str):
         self.what = what
         self.done = self.total = 0.0
-        self.unit = ""
-        self.show: dict[str, float] = {}
+        self.unit = self.numbers = ""
         self._points: deque[tuple[float, float]] = deque()  # (time, done)
 
     def update(self, row: dict) -> None:
         """Take a line of progress.jsonl."""
-        done, total, at = (_number(row.get(key)) for key in ("done", "total", "time"))
+        values = (row.get(key) for key in ("done", "total", "time"))
+        done, total, at = (float(value) if isinstance(value, int | float) else 0.0 for value in values)
         if done < self.done or total != self.total:  # it began again (the next step's sampling)
             self._points.clear()
         self.done, self.total, self.unit = done, total, str(row.get("unit") or "")
         show = row.get("show")
         if isinstance(show, dict) and show:
-            self.show = {str(name): value for name, value in show.items() if isinstance(value, int | float)}
+            figures = {name: value for name, value in show.items() if isinstance(value, int | float)}
+            self.numbers = "  ".join(f"{name} {number(value)}" for name, value in figures.items())
         self._points.append((at, done))
         while at - self._points[0][0] > WINDOW_S and len(self._points) > 2:
             self._points.popleft()
-
-    @property
-    def rate(self) -> float | None:
-        """Units per second; None before there are two points."""
-        if not self._points:
-            return None
-        (start, first), (end, last) = self._points[0], self._points[-1]
-        return (last - first) / (end - start) if end > start and last > first else None
-
-    @property
-    def remaining(self) -> str:
-        """`3m05s left`; empty when unknown."""
-        if not self.rate or self.total <= self.done:
-            return ""
-        return f"{duration((self.total - self.done) / self.rate)} left"
 
     @property
     def count(self) -> str:
         total = f"/{self.total:,.0f}" if self.total else ""
         return f"{self.done:,.0f}{total} {self.unit}"
 
-    @property
-    def pace(self) -> str:
-        if self.rate is None:
-            return ""
-        return f"{number(self.rate)}/s" if self.rate >= 1 else f"{number(1 / self.rate)} s each"
-
-    @property
-    def numbers(self) -> str:
-        return "  ".join(f"{name} {number(value)}" for name, value in self.show.items())
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+    def speed(self) -> tuple[str, str]:
+        """`2.5/s` or `4 s each`, and `3m05s left`; empty when unknown."""
+        if not self._points:
+            return "", ""
+        (start, first), (end, last) = self._points[0], self._points[-1]
+        if end <= start or last <= first:
+            return "", ""
+        rate = (last - first) / (end - start)  # units per second
+        pace = f"{number(rate)}/s" if rate >= 1 else f"{number(1 / rate)} s each"
+        remaining = f"{duration((self.total - self.done) / rate)} left" if self.total > self.done else ""
+        return pace, remaining
 
 
 class Display:
@@ -100,39 +84,26 @@ class Display:
         self._step = Step(stage)
         self._started_at = self._printed_at = time.monotonic()
         self._inner = ""  # the newest phase inside a step
-        self._tasks: dict[str, TaskID] = {}
         self._live: Live | None = None
         if self.console.is_terminal:
-            self._bars = self._make_bars()
+            self._bars = Progress(
+                SpinnerColumn(finished_text=" "),
+                TextColumn("[bold]{task.fields[stage]}[/] {task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[count]}"),
+                TextColumn("[dim]{task.fields[pace]}[/]"),
+                TextColumn("[cyan]{task.fields[remaining]}[/]"),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
+            self._tasks: dict[str, TaskID] = {}
+            self._show_bars([Phase("starting")])
             self._live = Live(
                 Group(self._bars, self._step),
                 console=self.console,
                 refresh_per_second=REFRESHES,
                 transient=True,
             )
-
-    def _make_bars(self) -> Progress:
-        bars = Progress(
-            SpinnerColumn(finished_text=" "),
-            TextColumn("[bold]{task.fields[stage]}[/] {task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("[dim]{task.fields[pace]}[/]"),
-            TextColumn("[cyan]{task.fields[remaining]}[/]"),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-        )
-        self._tasks["starting"] = bars.add_task("starting", total=None, **self._fields(Phase("")))
-        return bars
-
-    def _fields(self, phase: Phase) -> dict[str, Any]:
-        return {
-            "stage": self.stage,
-            "count": phase.count if phase.done or phase.total else "",
-            "pace": phase.pace,
-            "remaining": phase.remaining,
-            "numbers": "" if self._step.metrics else phase.numbers,  # the panel has them
-        }
 
     def poll(self) -> None:
         """Show what the job wrote since the last call."""
@@ -144,19 +115,36 @@ class Display:
             elif isinstance(sample := row.get("sample"), dict):
                 self._step.sample = sample
             else:
-                self._update_phase(row)
-        if self._live is not None:
-            for row in self._metrics_rows.read():
-                self._step.update(row)
-            self._refresh_bars()
+                what = str(row.get("what") or "working")
+                is_new = what not in self.phases
+                self.phases.setdefault(what, Phase(what)).update(row)
+                self._inner = what if what != OUTER else self._inner
+                if self._live is None and (is_new or time.monotonic() - self._printed_at >= QUIET_S):
+                    self._print_line()
+        if self._live is None:
+            return
+        for row in self._metrics_rows.read():
+            self._step.update(row)
+        if phases := self._visible_phases():
+            self._show_bars(phases)
 
-    def _update_phase(self, row: dict) -> None:
-        what = str(row.get("what") or "working")
-        is_new = what not in self.phases
-        self.phases.setdefault(what, Phase(what)).update(row)
-        self._inner = what if what != OUTER else self._inner
-        if self._live is None and (is_new or time.monotonic() - self._printed_at >= QUIET_S):
-            self._print_line()
+    def _show_bars(self, phases: list[Phase]) -> None:
+        for name in self._tasks.keys() - {phase.what for phase in phases}:
+            self._bars.remove_task(self._tasks.pop(name))
+        for phase in phases:
+            pace, remaining = phase.speed()
+            fields: dict[str, Any] = {
+                "stage": self.stage,
+                "count": phase.count if phase.done or phase.total else "",
+                "pace": pace,
+                "remaining": remaining,
+                "numbers": "" if self._step.metrics else phase.numbers,  # the panel has them
+            }
+            if phase.what not in self._tasks:
+                self._tasks[phase.what] = self._bars.add_task(phase.what, total=None, **fields)
+            self._bars.update(
+                self._tasks[phase.what], completed=phase.done, total=phase.total or None, **fields
+            )
 
     def say(self, text: str) -> None:
         """Print one line for the user, above the live display."""
@@ -176,23 +164,9 @@ class Display:
         self._printed_at = time.monotonic()
         parts = []
         for phase in self._visible_phases():
-            count = ", ".join(filter(None, [f"{phase.what} {phase.count}", phase.remaining]))
+            count = ", ".join(filter(None, [f"{phase.what} {phase.count}", phase.speed()[1]]))
             parts.append("  ".join(filter(None, [count, phase.numbers])))
         self.console.print(Text(f"{self.stage}  " + " | ".join(parts)), soft_wrap=True)
 
     def _visible_phases(self) -> list[Phase]:
         return [self.phases[name] for name in (OUTER, self._inner) if name in self.phases]
-
-    def _refresh_bars(self) -> None:
-        phases = self._visible_phases()
-        if not phases:
-            return
-        for name in self._tasks.keys() - {phase.what for phase in phases}:
-            self._bars.remove_task(self._tasks.pop(name))
-        for phase in phases:
-            fields = self._fields(phase)
-            if phase.what not in self._tasks:
-                self._tasks[phase.what] = self._bars.add_task(phase.what, total=None, **fields)
-            self._bars.update(
-                self._tasks[phase.what], completed=phase.done, total=phase.total or None, **fields
-            )

@@ -7,7 +7,6 @@ Process states and stacks are available for ranks of this machine; of others onl
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -29,20 +28,16 @@ STACK_PAUSE_S = 0.5  # a stack file that has not grown for this long is complete
 STUCK_CODE = 1  # exit code
 CODE_RANGE = 256  # DeepSpeed's launcher exits with minus a signal's number, which wraps around at this
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
-COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+COLLECTIVE = re.compile(r'^  File ".*(/torch/distributed/|/deepspeed/comm/).*", line \d+ in ', re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a job is ended."""
-
     line: str  # for the user
     code: int  # the job's exit code
 
 
 class Watch:
-    """The state of one job's ranks."""
-
     def __init__(self, run: RunFolder, ranks: int | None, stuck_after_s: float):
         """`ranks`: how many there are; None where they are on several machines."""
         self.run, self.ranks, self.stuck_after_s = run, ranks, stuck_after_s
@@ -63,8 +58,9 @@ class Watch:
             progress = beat.ticks, beat.met
             if beat.rank not in self._progress or self._progress[beat.rank][0] != progress:
                 self._progress[beat.rank] = progress, now
-        suspects = self._suspects(now)
-        return self._describe_stuck(suspects, now) if suspects else None
+        silent_s = {rank: now - since for rank, (_, since) in self._progress.items()}
+        suspects = self._suspects(silent_s)
+        return self._describe_stuck(suspects, silent_s) if suspects else None
 
     def final_check(self, launcher_code: int) -> Fault | None:
         """Whether the launcher, which has ended with this exit code, did so because a rank was killed."""
@@ -82,9 +78,6 @@ class Watch:
         """Seconds since the first rank failed, for which others may be waiting; 0 if none has."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
 
-    def _local_beats(self) -> list[Beat]:
-        return [beat for beat in self.beats if beat.host == socket.gethostname()]
-
     def _find_killed(self, fallback_code: int | None = None) -> Fault | None:
         """Whether a signal killed the first rank that failed; those that fail after it fail because of it.
 
@@ -93,8 +86,8 @@ class Watch:
         """
         ended = [
             heartbeat.read(self.run.heartbeat(beat.rank)) or beat  # it may have written since
-            for beat in self._local_beats()
-            if beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
+            for beat in self.beats
+            if beat.is_here and beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
         ]
         codes = {}
         for beat in ended:
@@ -117,19 +110,15 @@ class Watch:
         number = -code if code else signal.SIGKILL
         return Fault(f"{self.run.run_id}: {line}; {resume_hint(self.run)}", 128 + number)
 
-    def _seconds_silent(self, beat: Beat, now: float) -> float:
-        return now - self._progress[beat.rank][1]
-
-    def _suspects(self, now: float) -> list[Beat]:
+    def _suspects(self, silent_s: dict[int, float]) -> list[Beat]:
         """Ranks that may be blocking the job; none while all is well."""
 
         def share_of_limit(beat: Beat) -> float:
-            limit_s = self.stuck_after_s * (PATIENCE if beat.patient else 1)
-            return self._seconds_silent(beat, now) / limit_s
+            return silent_s[beat.rank] / (self.stuck_after_s * (PATIENCE if beat.patient else 1))
 
         alive = [beat for beat in self.beats if beat.rank not in self.ended]
         stopped = [beat for beat in alive if is_stopped(beat)]
-        if any(self._seconds_silent(beat, now) > self.stuck_after_s for beat in stopped):
+        if any(silent_s[beat.rank] > self.stuck_after_s for beat in stopped):
             return stopped
         working = [beat for beat in alive if not beat.waiting]
         if any(share_of_limit(beat) > 1 for beat in working):
@@ -138,12 +127,11 @@ class Watch:
             return []
         some_missing = self.ranks is not None and len(self.beats) < self.ranks  # maybe still importing
         limit_s = self.stuck_after_s * (PATIENCE if some_missing else 1)
-        return alive if all(self._seconds_silent(beat, now) > limit_s for beat in alive) else []
+        return alive if all(silent_s[beat.rank] > limit_s for beat in alive) else []
 
-    def _describe_stuck(self, suspects: Sequence[Beat], now: float) -> Fault:
-        stacks = collect_stacks(self.run, self._local_beats())
-        silent_s = max(self._seconds_silent(beat, now) for beat in suspects)
-        reason = f"no sign of work for {silent_s:.0f} s"
+    def _describe_stuck(self, suspects: list[Beat], silent_s: dict[int, float]) -> Fault:
+        stacks = collect_stacks(self.run, [beat for beat in self.beats if beat.is_here])
+        reason = f"no sign of work for {max(silent_s[beat.rank] for beat in suspects):.0f} s"
         if is_stopped(suspects[0]):
             reason = f"its process {suspects[0].pid} is stopped (SIGSTOP), {reason}"
         elif all(beat.waiting for beat in suspects):
@@ -152,12 +140,18 @@ class Watch:
             if absent:
                 reason = f"they wait for {name_ranks(absent)}, which has not begun, {reason}"
         else:  # in lockstep, what blocks the others has entered the fewest collectives
-            outside = [beat for beat in suspects if not in_collective(stacks.get(beat.rank, ""))]
+            outside = [beat for beat in suspects if not COLLECTIVE.search(stacks.get(beat.rank, ""))]
             suspects = outside or suspects
             fewest = min(beat.met for beat in suspects)
             suspects = [beat for beat in suspects if beat.met == fewest]
         first = suspects[0]
-        where = first.where() + innermost_frame(stacks.get(first.rank, ""))
+        where = first.where()
+        home = Path(r1pipe.__file__).resolve().parent
+        for frame in FRAME.finditer(stacks.get(first.rank, "")):
+            if frame["file"].startswith(f"{home}{os.sep}"):  # the innermost line of r1pipe
+                file = Path(frame["file"]).relative_to(home.parent)
+                where += f" ({file}:{frame['line']} in {frame['name']})"
+                break
         ranks = name_ranks(beat.rank for beat in suspects)
         return Fault(
             f"{self.run.run_id}: {ranks} stuck in {where}: {reason}; all ranks were ended "
@@ -182,13 +176,17 @@ def name_ranks(ranks: Iterable[int]) -> str:
 
 
 def is_stopped(beat: Beat) -> bool:
-    is_local = beat.host == socket.gethostname()
-    return is_local and processes.status(beat.pid, beat.began) == psutil.STATUS_STOPPED
+    return beat.is_here and processes.status(beat.pid, beat.began) == psutil.STATUS_STOPPED
 
 
 def collect_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:
     """What each rank's main thread is doing, innermost call first; a stopped process writes nothing."""
-    before = {beat.rank: size_of(run.stack(beat.rank)) for beat in beats}
+
+    def sizes_now() -> dict[int, int]:
+        paths = {beat.rank: run.stack(beat.rank) for beat in beats}
+        return {rank: path.stat().st_size if path.exists() else 0 for rank, path in paths.items()}
+
+    before = sizes_now()
     signalled = set()
     for beat in beats:
         if processes.is_alive(beat.pid, beat.began) and not is_stopped(beat):
@@ -201,27 +199,10 @@ def collect_stacks(run: RunFolder, beats: Sequence[Beat]) -> dict[int, str]:
         if time.monotonic() > deadline:
             break
         time.sleep(STACK_PAUSE_S)
-        previous, sizes = sizes, {rank: size_of(run.stack(rank)) for rank in before}
+        previous, sizes = sizes, sizes_now()
     stacks = {}
-    for rank, size in before.items():
-        if size_of(run.stack(rank)) > size:
-            added = run.stack(rank).read_bytes()[size:].decode("utf-8", "replace")
+    for rank, size in sizes_now().items():
+        if size > before[rank]:
+            added = run.stack(rank).read_bytes()[before[rank] :].decode("utf-8", "replace")
             stacks[rank] = added.strip().split("\n\n")[-1]  # the main thread's is the last
     return stacks
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def in_collective(stack: str) -> bool:
-    return any(name in frame["file"] for frame in FRAME.finditer(stack) for name in COLLECTIVES)
-
-
-def innermost_frame(stack: str) -> str:
-    """The innermost line of r1pipe in a stack: " (r1pipe/train/rl/loop.py:88 in score)"."""
-    home = Path(r1pipe.__file__).resolve().parent
-    for frame in FRAME.finditer(stack):
-        if frame["file"].startswith(f"{home}{os.sep}"):
-            return f" ({Path(frame['file']).relative_to(home.parent)}:{frame['line']} in {frame['name']})"
-    return ""

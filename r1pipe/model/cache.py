@@ -1,17 +1,27 @@
 """Decoding on the latent cache, which holds each token's latent and one rotated key: C+R numbers.
 
+A step may go through CUDA graphs: one call launches its hundreds of small kernels, whose launches one by one
+from Python take longer than their computation for one token per slot.
 Axes as in layers.py; M is the cache's length, W = C+R the width of an entry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.moe import gates
 from r1pipe.model.transformer import DecoderLayer, DeepseekV3
+
+LENGTHS = 128  # cache lengths are rounded up to a multiple: one capture serves as many steps of a full batch
+GROUPED = (9, 10)  # major compute capabilities whose grouped matmul keeps the groups' sizes on the GPU
+
+# Captures a step: returns a function that replays it on the same tensors, and the tensor that it fills.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
 class LatentCache:
@@ -38,13 +48,11 @@ class LatentCache:
         self.entries_LSMW[:, to, :length] = self.entries_LSMW[:, slots, :length]
 
     def grow(self, length: int) -> None:
-        """Make room for sequences of up to `length` tokens."""
         layers, slots, held, width = self.entries_LSMW.shape
         more_LSMW = self.entries_LSMW.new_zeros(layers, slots, length - held, width)
         self.entries_LSMW = torch.cat([self.entries_LSMW, more_LSMW], dim=2)
 
     def shrink(self, slots: int) -> None:
-        """Keep only the first `slots`."""
         self.entries_LSMW = self.entries_LSMW[:, :slots]
 
 
@@ -98,3 +106,71 @@ class Decoder:
                 x_SD, rotation_Sr, firsts_S + positions_S, entries_SMW, unseen_SM
             )
         return self.model.lm_head(trunk.norm(x_SD))
+
+
+class GraphDecoder(Decoder):
+    """Decoder whose steps are captured once for each number of slots and rounded-up cache length.
+
+    Use it for one `generate`: a graph holds the addresses of cache and weights, which may change in the next
+    (ZeRO-3 gathers weights again). A capture costs about two plain steps, and one generate needs few: one per
+    halving of the slots and one per LENGTHS tokens.
+    """
+
+    def __init__(self, model: DeepseekV3, capture: Capture):
+        super().__init__(model)
+        self._capture = capture
+        # the tensors that a captured step reads (tokens and positions), its replay, and the logits it fills
+        self._steps: dict[tuple[int, ...], tuple[Tensor, Tensor, Callable[[], object], Tensor]] = {}
+
+    def slots_for(self, live: int, slots: int) -> int:
+        """Only halves: each number of slots needs its own capture, and idle slots cost little."""
+        while slots >= 2 * live:
+            slots //= 2
+        return slots
+
+    @torch.no_grad()
+    def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
+        """As Decoder's. The logits are overwritten by the next call."""
+        length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # entries beyond a position are masked
+        key = (cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length)
+        if key not in self._steps:
+            inputs = tokens_S.clone(), positions_S.clone()
+            plain_step = partial(super().decode, *inputs, cache, length)
+            self._steps[key] = (*inputs, *self._capture(plain_step))
+        read_tokens_S, read_positions_S, replay, logits_SV = self._steps[key]
+        read_tokens_S.copy_(tokens_S)
+        read_positions_S.copy_(positions_S)
+        replay()
+        return logits_SV
+
+
+def graph_decoder(model: DeepseekV3) -> GraphDecoder:
+    """Raises ConfigError where a step would copy numbers from the GPU, which cannot be captured."""
+    weight = model.lm_head.weight
+    if weight.device.type != "cuda":
+        raise ConfigError(f"engine.graphs=true needs a GPU; this model is on the {weight.device.type}")
+    major, minor = torch.cuda.get_device_capability(weight.device)
+    if major not in GROUPED or weight.dtype != torch.bfloat16:
+        raise ConfigError(
+            "engine.graphs=true needs bfloat16 weights and a GPU of compute capability 9 or 10, where experts"
+            f" are one matmul; here weights are {weight.dtype} and the capability is {major}.{minor}"
+        )
+    pool = torch.cuda.graph_pool_handle()
+    return GraphDecoder(model, partial(_capture, pool=pool))
+
+
+def _capture(step: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], object], Tensor]:
+    """The step as a graph in the graphs' common memory, as each result is used before the next graph runs.
+
+    As in https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: a warm-up run on another stream,
+    which initialises libraries, then the capture, which computes nothing.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        logits_SV = step()
+    return graph.replay, logits_SV

@@ -18,8 +18,8 @@ def first_non_finite(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """
     broken: list[str] = []
 
-    def check(name: str, output: Any) -> None:
-        if not broken and not all(_finite(part) for part in _tensors(output)):
+    def check(name: str, part: Tensor) -> None:
+        if not broken and not part.isfinite().all():
             broken.append(name)
 
     _run_with_hooks(model, check, run)
@@ -33,23 +33,30 @@ def first_nonfinite_gradient(model: nn.Module, run: Callable[[], Tensor]) -> str
     """
     outputs: list[tuple[str, Tensor]] = []
 
-    def collect(name: str, output: Any) -> None:
-        outputs.extend((name, part) for part in _tensors(output) if part.requires_grad)
+    def collect(name: str, part: Tensor) -> None:
+        if part.requires_grad:
+            outputs.append((name, part))
 
     loss = _run_with_hooks(model, collect, run)
     gradients = torch.autograd.grad(loss, [part for _, part in outputs], allow_unused=True)
     broken = [
         name
         for (name, _), gradient in zip(outputs, gradients, strict=True)
-        if gradient is not None and not _finite(gradient)
+        if gradient is not None and not gradient.isfinite().all()
     ]
     return broken[-1] if broken else None
 
 
-def _run_with_hooks(model: nn.Module, hook: Callable[[str, Any], None], run: Callable[[], Any]) -> Any:
-    """The result of `run`, while `hook` is called with each module's name and output."""
+def _run_with_hooks(model: nn.Module, hook: Callable[[str, Tensor], None], run: Callable[[], Any]) -> Any:
+    """The result of `run`, while `hook` is called with each module's name and the tensors that it returns."""
+
+    def watch(name: str, output: Any) -> None:
+        for part in output if isinstance(output, tuple) else (output,):
+            if isinstance(part, Tensor):
+                hook(name, part)
+
     hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: hook(name, output))
+        module.register_forward_hook(lambda module, inputs, output, name=name: watch(name, output))
         for name, module in model.named_modules()
         if name
     ]
@@ -65,13 +72,3 @@ def not_finite(what: str, layer: str | None) -> str:
     if layer is None:
         return f"{what} is not finite, though every layer's output is"
     return f"{what} is not finite: the first layer with such values is {layer}"
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [part for part in output if isinstance(part, Tensor)] if isinstance(output, tuple) else []
-
-
-def _finite(part: Tensor) -> bool:
-    return not part.is_floating_point() or bool(part.isfinite().all())

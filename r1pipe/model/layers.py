@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from r1pipe.config import ModelConfig, RopeScaling
+from r1pipe.config import ModelConfig
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.fp8 import Quantisable
+from r1pipe.model.kernels.reference import dequantise
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +46,9 @@ class Linear(nn.Linear, Quantisable):
 
     def rounded_weight(self) -> Tensor:
         """The weight [O, D] as forward uses it, rounded in FP8; without gradient."""
-        return self.weight if self.fp8 is None else self.fp8.rounded_weight(self.weight, self.kind)
+        if self.fp8 is None:
+            return self.weight
+        return dequantise(self.fp8.weight(self.kind, self.weight), self.weight.dtype)
 
 
 class SwiGLU(nn.Module, Quantisable):
@@ -80,22 +83,35 @@ def softmax_scale(config: ModelConfig) -> float:
     return scale
 
 
-def _yarn_frequencies(plain: Tensor, width: int, theta: float, yarn: RopeScaling) -> Tensor:
-    """Frequencies between interpolated (slow dimensions) and untouched (fast ones); YaRN section 3.2."""
+def _rotations(config: ModelConfig) -> Tensor:
+    """e^(i * position * frequency), with YaRN's frequencies and magnitude (YaRN section 3.2).
 
-    def dimension(rotations: float) -> float:
-        periods = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return width * math.log(periods) / (2 * math.log(theta))
-
-    low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), width - 1)
-    high_apart = high if high != low else high + 0.001
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high_apart - low)).clamp(0, 1)
-    return plain * (1 - ramp) + plain / yarn.factor * ramp
+    They lie between interpolated (slow dimensions) and untouched (fast ones).
+    """
+    width, yarn = config.qk_rope_head_dim, config.rope_scaling
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = 1.0 / config.rope_theta**exponents
+    magnitude = 1.0
+    if yarn is not None:
+        # the dimensions that turn beta_fast and beta_slow times within the original context
+        original, theta = yarn.original_max_position_embeddings, config.rope_theta
+        fast, slow = (
+            width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            for turns in (yarn.beta_fast, yarn.beta_slow)
+        )
+        low, high = max(math.floor(fast), 0), min(math.ceil(slow), width - 1)
+        high_apart = high if high != low else high + 0.001
+        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high_apart - low)).clamp(0, 1)
+        frequencies = frequencies * (1 - ramp) + frequencies / yarn.factor * ramp
+        magnitude = _attention_temperature(yarn.factor, yarn.mscale or 1.0)
+        if yarn.mscale and yarn.mscale_all_dim:
+            magnitude /= _attention_temperature(yarn.factor, yarn.mscale_all_dim)
+    angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies)
+    return torch.polar(torch.full_like(angles, magnitude), angles)
 
 
 class Rotary:
-    """The table of rotations e^(i * position * frequency), complex64 [positions, R/2].
+    """The table of rotations, complex64 [positions, R/2].
 
     Not a buffer: `model.bfloat16()` would round it, and checkpoints do not hold it.
     """
@@ -106,26 +122,10 @@ class Rotary:
 
     def table(self, device: torch.device) -> Tensor:
         if self._table is None or self._table.device != device:
-            with torch.inference_mode(False):  # autograd refuses inference-mode tensors
-                self._table = self._build().to(device)
+            # autograd refuses inference-mode tensors
+            with torch.inference_mode(False), torch.device("cpu"):
+                self._table = _rotations(self._config).to(device)
         return self._table
-
-    def _build(self) -> Tensor:
-        config, yarn = self._config, self._config.rope_scaling
-        width = config.qk_rope_head_dim
-        with torch.device("cpu"):
-            exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-            frequencies = 1.0 / config.rope_theta**exponents
-            magnitude = 1.0
-            if yarn is not None:
-                frequencies = _yarn_frequencies(frequencies, width, config.rope_theta, yarn)
-                magnitude = _attention_temperature(yarn.factor, yarn.mscale or 1.0)
-                if yarn.mscale and yarn.mscale_all_dim:
-                    magnitude /= _attention_temperature(yarn.factor, yarn.mscale_all_dim)
-            angles = torch.outer(
-                torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies
-            )
-            return torch.polar(torch.full_like(angles, magnitude), angles)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

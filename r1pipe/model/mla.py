@@ -1,15 +1,21 @@
-"""Multi-head latent attention with decoupled rotary positions (V2 section 2.1; V3 section 2.1.1)."""
+"""Multi-head latent attention with decoupled rotary positions (V2 section 2.1; V3 section 2.1.1), and masks.
+
+FlexAttention skips blocks that are wholly masked, with one fused kernel for every mask; the fastest kernels
+of scaled_dot_product_attention support only the causal one (Dong et al. 2024, arXiv 2412.05496).
+"""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from r1pipe.config import ModelConfig
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale
-from r1pipe.model.masks import BlockMask, flex_attend
 
 # Takes a layer's cache entries. A function, not a list: ZeRO-3 passes modules a copy of a list.
 Keep = Callable[[Tensor], None]
@@ -143,7 +149,12 @@ class MLA(nn.Module):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Mask, scale: float) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
     if isinstance(mask_BTM, BlockMask):
-        return flex_attend(query, key, value, mask_BTM, scale)
+        # fused only when compiled; on a CPU it is a reference and runs uncompiled
+        plain = query.device.type == "cpu" or torch.compiler.is_compiling()
+        by_head = (each.transpose(1, 2) for each in (query, key, value))
+        out = (flex_attention if plain else _compiled())(*by_head, block_mask=mask_BTM, scale=scale)
+        assert isinstance(out, Tensor)  # no auxiliary outputs were requested
+        return out.transpose(1, 2)
     width = value.shape[-1]
     if query.shape[-1] > width:  # the fused kernels need one width for all three
         value = F.pad(value, (0, query.shape[-1] - width))
@@ -156,3 +167,56 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Mask, scale: fl
         scale=scale,
     )
     return out.transpose(1, 2)[..., :width]
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)
+
+
+def document_positions(segments_BT: Tensor) -> Tensor:
+    """The position of each token in its own document, [B, T] int64."""
+    places_T = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    first_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    first_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    return places_T - torch.where(first_BT, places_T, 0).cummax(dim=1).values
+
+
+def document_mask(segments_BT: Tensor, flex: bool) -> Mask:
+    """The keys that each token attends to, [B, T, T]: causal in its document; padding only itself."""
+    rows, tokens = segments_BT.shape
+    if flex:
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own = segments_BT[row, query]
+            return (own == segments_BT[row, key]) & (own != 0) & (query > key) | (query == key)
+
+        return create_block_mask(sees, rows, None, tokens, tokens, device=segments_BT.device)
+    itself_TT = torch.eye(tokens, dtype=torch.bool, device=segments_BT.device)
+    causal_TT = torch.ones_like(itself_TT).tril_()
+    same_BTT = segments_BT.unsqueeze(2) == segments_BT.unsqueeze(1)
+    return same_BTT & causal_TT & (segments_BT != 0).unsqueeze(2) | itself_TT
+
+
+def past_mask(lengths_B: Tensor, past: int, tokens: int, flex: bool) -> Mask:
+    """The keys that each of `tokens` new tokens attends to, [B, T, P+T]: its past, then causal."""
+    rows, device = len(lengths_B), lengths_B.device
+    if flex:
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key < lengths_B[row]) | (key >= past) & (key - past <= query)
+
+        return create_block_mask(sees, rows, None, tokens, past + tokens, device=device)
+    places_P = torch.arange(past, device=device)
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
+    in_past = (places_P < lengths_B[:, None, None]).expand(rows, tokens, -1)
+    return torch.cat([in_past, causal_TT.expand(rows, tokens, -1)], dim=2)
+
+
+def causal_mask(tokens: int, device: torch.device, flex: bool) -> Mask:
+    """The same for all rows."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    return create_block_mask(sees, None, None, tokens, tokens, device=device) if flex else None

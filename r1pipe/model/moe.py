@@ -107,8 +107,12 @@ class Gate(nn.Module):
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         if routing.experts_NK is None:
             routing.experts_NK = self._choose(scores_NE.detach())
-            self._count(routing.experts_NK, routing.counted_BT)
-        experts_NK = routing.experts_NK
+            if self.training and torch.is_grad_enabled():
+                ones_NK = torch.ones_like(routing.experts_NK, dtype=torch.float32)
+                if routing.counted_BT is not None:
+                    ones_NK *= routing.counted_BT.view(-1, 1)
+                self.tokens_per_expert.index_add_(0, routing.experts_NK.flatten(), ones_NK.flatten())
+        experts_NK, balance = routing.experts_NK, None
         weights_NK = scores_NE.gather(1, experts_NK)
         if config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -117,8 +121,7 @@ class Gate(nn.Module):
         if routing.documents_BT is not None:
             documents_N = routing.documents_BT.flatten(0, 1)
             balance = sequence_balance(scores_NE, documents_N, config.num_experts_per_tok)
-            return weights_NK, experts_NK, balance
-        return weights_NK, experts_NK, None
+        return weights_NK, experts_NK, balance
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
         """The bias affects only the choice, never the weights; experts outside the best groups are closed."""
@@ -133,15 +136,6 @@ class Gate(nn.Module):
             closed_NG = torch.ones_like(groups_NG, dtype=torch.bool).scatter_(1, kept, False)
             scores_NE = grouped_NGe.masked_fill(closed_NG.unsqueeze(-1), float("-inf")).flatten(1)
         return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-
-    def _count(self, experts_NK: Tensor, counted_BT: Tensor | None) -> None:
-        """Count in training forward passes only, not when activations are recomputed inside backward."""
-        recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if self.training and torch.is_grad_enabled() and not recomputed:
-            ones_NK = torch.ones_like(experts_NK, dtype=torch.float32)
-            if counted_BT is not None:
-                ones_NK *= counted_BT.view(-1, 1)
-            self.tokens_per_expert.index_add_(0, experts_NK.flatten(), ones_NK.flatten())
 
 
 class Experts(nn.Module, Quantisable):
@@ -171,7 +165,13 @@ class Experts(nn.Module, Quantisable):
         ends_E = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True)
         sorted_x, weights = x_ND.index_select(0, tokens), weights_NK.flatten().index_select(0, order)
         if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
-            places, ends_E = _rounded_up(chosen, ends_E)
+            # Groups are padded to a multiple of ROWS: this matmul compiles a kernel for every new shape,
+            # which costs several times the product itself; rounded sizes repeat.
+            counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            rounded_E = (counts_E + ROWS - 1) // ROWS * ROWS
+            padded_ends_E = rounded_E.cumsum(0)
+            shift_E = (padded_ends_E - rounded_E) - (ends_E - counts_E)
+            places, ends_E = torch.arange(len(chosen)) + shift_E.index_select(0, chosen), padded_ends_E
             padded = int(ends_E[-1])
             sorted_x = sorted_x.new_zeros(padded, sorted_x.shape[1]).index_copy(0, places, sorted_x)
             weights = weights.new_zeros(padded).index_copy(0, places, weights)
@@ -182,19 +182,6 @@ class Experts(nn.Module, Quantisable):
         inner = F.silu(gate) * up * weights.unsqueeze(-1).to(up.dtype)
         out = F.grouped_mm(inner, self.down_proj.transpose(1, 2), offs=offs)
         return torch.zeros_like(x_ND).index_add(0, tokens, out)
-
-
-def _rounded_up(chosen: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the sorted tokens, and the groups' ends, with each group padded to a multiple of ROWS.
-
-    The CPU's bfloat16 matmul compiles a kernel for every new shape, which costs several times the product
-    itself; rounded sizes repeat.
-    """
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    rounded_E = (counts_E + ROWS - 1) // ROWS * ROWS
-    new_ends_E = rounded_E.cumsum(0)
-    shift_E = (new_ends_E - rounded_E) - (ends_E - counts_E)
-    return torch.arange(len(chosen)) + shift_E.index_select(0, chosen), new_ends_E
 
 
 class MoE(nn.Module):

@@ -19,35 +19,10 @@ Embedding and head are the model's; published files hold copies of them under th
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from r1pipe.config import ModelConfig
-from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.layers import Linear, RMSNorm
 from r1pipe.model.logprobs import token_logprobs
-
-
-class SharedHead(nn.Module):
-    """The norm before the head, which is the model's own."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class MTPLayer(DecoderLayer):
-    """A decoder layer that reads a state joined with an embedding; stored as model.layers.(L + depth - 1)."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__(config, index)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = SharedHead(config)
-
-    def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """The layer's input: both [..., D] -> [..., D], the embedding first."""
-        return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
 
 
 def ahead(values_BT: Tensor, steps: int, fill: int) -> Tensor:

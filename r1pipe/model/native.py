@@ -1,45 +1,103 @@
 """Prefill and decoding with the C++ kernels, several times faster on a CPU that can run them.
 
+The arguments of kernels/cpu/forward.cpp are its structs in ctypes, with pointers to packed weights.
 Axes as in layers.py; cache.py's Decoder is the reference.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import Structure, byref, c_double, c_int64, c_void_p
 from itertools import islice
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from r1pipe.model.cache import Decoder, LatentCache
-from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.graphs import graph_decoder
-from r1pipe.model.kernels import forward
-from r1pipe.model.kernels.build import runs_here
-from r1pipe.model.kernels.checks import ANY, check_indices, check_tensor
+from r1pipe.model.cache import Decoder, LatentCache, graph_decoder
+from r1pipe.model.kernels.build import call, runs_here
+from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
 from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
 from r1pipe.model.training import fp8_of
-from r1pipe.model.transformer import DeepseekV3
+from r1pipe.model.transformer import DecoderLayer, DeepseekV3
+
+PANEL = 64  # as in gemm.h
+
+
+def _fields(words: str, kind: type) -> list[tuple[str, type]]:
+    return [(name, kind) for name in words.split()]
+
+
+class Shape(Structure):
+    """The model's sizes and constants."""
+
+    _fields_ = [
+        *_fields("layers width heads nope rope value latent query_rank vocabulary", c_int64),
+        *_fields("dense_layers dense_inner experts top_k groups open_groups inner shared_inner", c_int64),
+        *_fields("group_best sigmoid normalise", c_int64),
+        *_fields("eps latent_eps scale routed_scale", c_double),
+    ]
+
+
+class Layer(Structure):
+    """Pointers to one layer's weights; null for those that it lacks."""
+
+    _fields_ = [
+        *_fields("attention_norm query_norm latent_norm mlp_norm gate bias", c_void_p),
+        *_fields("first query up_key up_value out gate_up down shared_gate_up shared_down", c_void_p),
+    ]
+
+
+class Ends(Structure):
+    """Pointers to the unpacked embedding, the last norm and the packed head."""
+
+    _fields_ = _fields("embedding norm head", c_void_p)
+
+
+class Batch(Structure):
+    """N new tokens with their slots and positions, and pointers to the outputs: cache entries, logits and
+    (or null) chosen experts."""
+
+    _fields_ = [
+        *_fields("tokens wanted", c_int64),
+        *_fields("token slot position want cache", c_void_p),
+        *_fields("layer_stride slot_stride entry_stride", c_int64),
+        *_fields("rotation logits experts", c_void_p),
+    ]
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [..., outputs, depth] as gemm.h's Packed: [..., outputs / 64 rounded up, depth, 64].
+
+    In bfloat16, where `depth` must be even, pairs along the depth are adjacent: [..., depth / 2, 64, 2].
+    """
+    check_floats("weight", weight, dims=max(2, weight.ndim))
+    *stack, outputs, depth = weight.shape
+    pairs, panels = weight.dtype == torch.bfloat16, -(-outputs // PANEL)
+    check_even(weight.dtype, depth=depth)
+    shape = (*stack, panels, depth // 2, PANEL, 2) if pairs else (*stack, panels, depth, PANEL)
+    packed = weight.new_empty(shape)
+    call("pack", pairs, weight.contiguous(), math.prod(stack), outputs, depth, packed)
+    return packed
 
 
 def runs_natively(model: DeepseekV3) -> bool:
-    """Whether the kernels run on this machine and support the model's device, type and widths."""
-    weight = model.lm_head.weight
-    return weight.device.type == "cpu" and runs_here(weight.dtype) and _fits(model, weight.dtype)
+    """Whether the kernels run on this machine and support the model's device, type and widths.
 
-
-def _fits(model: DeepseekV3, dtype: torch.dtype) -> bool:
-    """Whether all weights have the config's shapes and one type, and even depths in bfloat16."""
+    All weights must have the config's shapes and one type, and even depths in bfloat16.
+    """
+    config, dtype = model.config, model.lm_head.weight.dtype
+    if model.lm_head.weight.device.type != "cpu" or not runs_here(dtype):
+        return False
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
+        shapes = {name: weight.shape for name, weight in DeepseekV3(config).named_parameters()}
     if any(weight.shape != shapes[name] for name, weight in model.named_parameters()):
         return False
-    weights = [parameter for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    uniform = all(weight.dtype == dtype for weight in weights)
-    config = model.config
+    weights = [weight for weight in model.parameters() if weight.ndim > 1]
     depths = [weight.shape[-1] for weight in weights] + [config.qk_nope_head_dim, config.kv_lora_rank]
+    uniform = all(weight.dtype == dtype for weight in weights)
     return uniform and (dtype == torch.float32 or all(depth % 2 == 0 for depth in depths))
 
 
@@ -60,18 +118,18 @@ class NativeDecoder(Decoder):
         config, trunk = model.config, model.model
         layers = [cast(DecoderLayer, layer) for layer in islice(trunk.layers, config.num_hidden_layers)]
         self.shape = self._shape(layers[0].self_attn.scale)
-        self.layers = (forward.Layer * len(layers))(*map(self._layer, layers))
-        self.ends = forward.Ends(
+        self.layers = (Layer * len(layers))(*map(self._layer, layers))
+        self.ends = Ends(
             self._pointer(trunk.embed_tokens.weight),
             self._float(trunk.norm.weight),
             self._packed(model.lm_head.weight),
         )
         self.rotation = torch.view_as_real(trunk.rotary.table(torch.device("cpu")))
 
-    def _shape(self, scale: float) -> forward.Shape:
+    def _shape(self, scale: float) -> Shape:
         config = self.model.config
         steered = config.topk_method == "noaux_tc"
-        return forward.Shape(
+        return Shape(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
             heads=config.num_attention_heads,
@@ -98,11 +156,11 @@ class NativeDecoder(Decoder):
             routed_scale=config.routed_scaling_factor,
         )
 
-    def _layer(self, layer: DecoderLayer) -> forward.Layer:
+    def _layer(self, layer: DecoderLayer) -> Layer:
         mla, mlp, config = layer.self_attn, layer.mlp, self.model.config
         up_HnC = mla.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         up_k, up_v = up_HnC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        pointers = forward.Layer(
+        pointers = Layer(
             attention_norm=self._float(layer.input_layernorm.weight),
             latent_norm=self._float(mla.kv_a_layernorm.weight),
             mlp_norm=self._float(layer.post_attention_layernorm.weight),
@@ -134,7 +192,7 @@ class NativeDecoder(Decoder):
 
     def _packed(self, *weights: Tensor) -> int:
         """Weights joined along their rows, packed."""
-        return self._pointer(forward.pack(torch.cat(weights) if len(weights) > 1 else weights[0]))
+        return self._pointer(pack(torch.cat(weights) if len(weights) > 1 else weights[0]))
 
     def _float(self, weight: Tensor) -> int:
         return self._pointer(weight.float())
@@ -177,7 +235,7 @@ class NativeDecoder(Decoder):
         indices = [index.contiguous() for index in (tokens_N, slots_N, positions_N, wanted)]
         logits = torch.empty(len(wanted), config.vocab_size)
         layer, slot, entry, _ = entries_LSMW.stride()
-        batch = forward.Batch(
+        batch = Batch(
             count,
             len(wanted),
             *(index.data_ptr() for index in indices),
@@ -191,7 +249,8 @@ class NativeDecoder(Decoder):
             experts_LNK = torch.empty(layers, count, config.num_experts_per_tok, dtype=torch.int64)
             batch.experts = experts_LNK.data_ptr()
             self._experts += experts_LNK
-        forward.run(self.dtype, self.shape, self.layers, self.ends, batch)
+        name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[self.dtype]
+        call(f"forward_{name}", byref(self.shape), self.layers, byref(self.ends), byref(batch))
         return logits
 
     @contextmanager

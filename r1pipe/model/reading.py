@@ -52,11 +52,8 @@ class Stored:
 
     def names(self) -> list[str]:
         """All names but the scales', file by file: reading in this order opens each file once."""
-        weights = (name for name in self.entries if not self._is_scale(name))
-        return sorted(weights, key=lambda name: (self.entries[name].path.name, name))
-
-    def _is_scale(self, name: str) -> bool:
-        return name.endswith(SCALE) and name.removesuffix(SCALE) in self.entries
+        scales = {name + SCALE for name in self.entries}
+        return sorted(self.entries.keys() - scales, key=lambda name: (self.entries[name].path.name, name))
 
     def is_fp8(self, name: str) -> bool:
         return self.entries[name].dtype == FP8
@@ -135,15 +132,21 @@ def check(stored: Stored, shapes: Shapes, optional: Collection[str] = ()) -> Non
             f"{stored.listing}: tensor {name} is missing; the weights do not fit config.json"
         )
     for name, entry in sorted(stored.entries.items()):
-        weight = name.removesuffix(SCALE)
-        is_weight = name == weight or weight not in shapes
-        problem = _weight_problem(name, stored, shapes) if is_weight else _scale_problem(name, stored, shapes)
-        if problem:
+        if problem := _problem(name, entry, stored, shapes):
             raise CheckpointError(f"{entry.path}: tensor {name} {problem}")
 
 
-def _weight_problem(name: str, stored: Stored, shapes: Shapes) -> str:
-    entry = stored.entries[name]
+def _problem(name: str, entry: Entry, stored: Stored, shapes: Shapes) -> str:
+    weight = name.removesuffix(SCALE)
+    if name != weight and weight in shapes:
+        blocks = [tiles(size) for size in shapes[weight]]
+        if weight not in stored.entries or not stored.is_fp8(weight):
+            return "is the scale of no FP8 weight"
+        if entry.dtype != "F32":
+            return f"is stored as {entry.dtype}; a scale must be F32"
+        if list(entry.shape) != blocks:
+            return f"has shape {list(entry.shape)}; blocks of 128 x 128 need {blocks}"
+        return ""
     if name not in shapes:
         return "has no place in the model that config.json describes"
     if entry.shape != shapes[name]:
@@ -153,16 +156,4 @@ def _weight_problem(name: str, stored: Stored, shapes: Shapes) -> str:
     if entry.dtype not in PLAIN:
         types = f"{', '.join(PLAIN)}, or {FP8} with scales if it is a matrix"
         return f"is stored as {entry.dtype}; it must be {types}"
-    return ""
-
-
-def _scale_problem(name: str, stored: Stored, shapes: Shapes) -> str:
-    entry, weight = stored.entries[name], name.removesuffix(SCALE)
-    if weight not in stored.entries or not stored.is_fp8(weight):
-        return "is the scale of no FP8 weight"
-    if entry.dtype != "F32":
-        return f"is stored as {entry.dtype}; a scale must be F32"
-    blocks = [tiles(size) for size in shapes[weight]]
-    if list(entry.shape) != blocks:
-        return f"has shape {list(entry.shape)}; blocks of 128 x 128 need {blocks}"
     return ""

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
-from r1pipe.model.decoder import DecoderLayer
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.layers import Linear
 from r1pipe.model.moe import MoE
-from r1pipe.model.transformer import Trunk
+from r1pipe.model.transformer import DecoderLayer, Trunk
 
 VARIANTS = 64  # compiled versions of a layer: dense or MoE, with or without documents, past and loss
 
@@ -62,13 +61,12 @@ def fp8_of(model: nn.Module) -> FP8 | None:
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:
-    """Turn activation recomputation on or off in every trunk of a model."""
     for trunk in _trunks(model):
         trunk.recompute = on
 
 
 def set_attention(model: nn.Module, kind: str) -> None:
-    """Choose "sdpa" or "flex" (see masks.py) in every trunk of a model."""
+    """Choose "sdpa" or "flex" (see mla.py) in every trunk of a model."""
     for trunk in _trunks(model):
         trunk.flex = kind == "flex"
 

@@ -11,13 +11,64 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.config import ModelConfig
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import ConfigError
-from r1pipe.model import masks
-from r1pipe.model.decoder import DecoderLayer
-from r1pipe.model.layers import RMSNorm, Rotary
+from r1pipe.model.layers import Linear, RMSNorm, Rotary, SwiGLU
 from r1pipe.model.logprobs import Head
-from r1pipe.model.mla import Keep, Mask
-from r1pipe.model.moe import Balance, Experts, Gate, Routing
-from r1pipe.model.mtp import MTPLayer, same_document
+from r1pipe.model.mla import MLA, Keep, Mask, causal_mask, document_mask, document_positions, past_mask
+from r1pipe.model.moe import Balance, Experts, Gate, MoE, Routing
+from r1pipe.model.mtp import same_document
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = MLA(config)
+        dense = index < config.first_k_dense_replace
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation_BTr: Tensor,
+        mask_BTM: Mask,
+        keep: Keep | None = None,
+        past_BPW: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """`keep` and `past_BPW` as in MLA, `routing` as in MoE; a dense layer has nothing to route."""
+        normed_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            return x_BTD + self.mlp(normed_BTD, routing)
+        return x_BTD + self.mlp(normed_BTD)
+
+    def decode(
+        self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
+    ) -> Tensor:
+        """The same for one token per slot, on this layer's cache entries (see MLA.decode)."""
+        normed_SD = self.input_layernorm(x_SD)
+        x_SD = x_SD + self.self_attn.decode(normed_SD, rotation_Sr, places_S, entries_SMW, unseen_SM)
+        return x_SD + self.mlp(self.post_attention_layernorm(x_SD))
+
+
+class MTPLayer(DecoderLayer):
+    """A decoder layer that reads a state joined with an embedding; stored as model.layers.(L + depth - 1)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__(config, index)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        # the norm before the head, which is the model's own
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def joined(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """The layer's input: both [..., D] -> [..., D], the embedding first."""
+        return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
 
 
 @dataclass
@@ -105,7 +156,7 @@ class Trunk(nn.Module):
             routing = balance.routing(same_document(segments_BT, depth))
             joined_BTD = layer.joined(hidden_BTD, next_BTD)
             x_BTD = self._run(layer, joined_BTD, rotation_BTr, mask_BTM, routing)
-            hidden_BTD = layer.shared_head.norm(x_BTD)
+            hidden_BTD = layer.shared_head["norm"](x_BTD)
             states.append(hidden_BTD)
         return states
 
@@ -121,18 +172,13 @@ class Trunk(nn.Module):
                 f" ({self.config.max_position_embeddings}); shorten the rows or raise it"
             )
         table = self.rotary.table(tokens_BT.device)
-        flex = self.flex and self._trains()
+        flex = self.flex and self.training and torch.is_grad_enabled()
         if segments_BT is not None:
-            of_documents = masks.document_blocks if flex else masks.document_mask
-            return table[masks.document_positions(segments_BT)], of_documents(segments_BT)
+            return table[document_positions(segments_BT)], document_mask(segments_BT, flex)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
-            of_past = masks.past_blocks if flex else masks.past_mask
-            return table[positions_BT], of_past(past.lengths_B, past.entries[0].shape[1], tokens)
-        return table[:tokens].unsqueeze(0), masks.causal_blocks(tokens, table.device) if flex else None
-
-    def _trains(self) -> bool:
-        return self.training and torch.is_grad_enabled()
+            return table[positions_BT], past_mask(past.lengths_B, longest - tokens, tokens, flex)
+        return table[:tokens].unsqueeze(0), causal_mask(tokens, table.device, flex)
 
     def _run(
         self,
@@ -145,30 +191,19 @@ class Trunk(nn.Module):
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         """One layer; `recompute` runs it again in backward, with the same choice of experts."""
-        if self.compiled is not None and self._trains():
-            kept: list[Tensor] = []  # a new list each time: compiled code is specialised on its length
-            keep_once = kept.append if keep else None
-            x_BTD = self.compiled(layer, x_BTD, rotation_BTr, mask_BTM, keep_once, past_BPW, routing)
-            if keep is not None:
-                keep(kept[0])
-            return x_BTD
-        if not (self.recompute and self._trains()):
+        trains = self.training and torch.is_grad_enabled()
+        if not trains or (self.compiled is None and not self.recompute):
             return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
-        inputs = (x_BTD, rotation_BTr, mask_BTM, _once(keep) if keep else None, past_BPW, routing)
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
-
-
-def _once(keep: Keep) -> Keep:
-    """`keep` for the first call only: a recomputation calls it again."""
-    called = False
-
-    def first(entries: Tensor) -> None:
-        nonlocal called
-        if not called:
-            called = True
-            keep(entries)
-
-    return first
+        # a new list each time: compiled code is specialised on its length, and a recomputation adds to it
+        kept: list[Tensor] = []
+        inputs = (x_BTD, rotation_BTr, mask_BTM, kept.append if keep else None, past_BPW, routing)
+        if self.compiled is not None:
+            x_BTD = self.compiled(layer, *inputs)
+        else:  # nothing is random
+            x_BTD = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if keep is not None:
+            keep(kept[0])
+        return x_BTD
 
 
 class DeepseekV3(nn.Module):
@@ -177,9 +212,8 @@ class DeepseekV3(nn.Module):
     Built under `torch.device("meta")` it has shapes and no memory.
     """
 
-    eos_ids: tuple[
-        int, ...
-    ] = ()  # of a loaded model's generation_config.json: the tokens that end a completion
+    # The tokens that end a completion, of a loaded model's generation_config.json.
+    eos_ids: tuple[int, ...] = ()
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -222,7 +256,6 @@ class DeepseekV3(nn.Module):
         return self.model(tokens_BT, segments_BT, balance=balance)
 
     def drop_mtp(self) -> None:
-        """Remove the multi-token prediction layers."""
         del self.model.layers[self.config.num_hidden_layers :]
         self.config = self.model.config = replace(self.config, num_nextn_predict_layers=0)
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +47,7 @@ def save_pretrained(
     folder = Path(folder)
     write_shards(_stored_tensors(model, dtype), folder, shard_bytes)
     content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
-    _write_config(folder, content)
+    write_json(folder / CONFIG, content, indent=2)
 
 
 def _stored_tensors(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -65,48 +64,41 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     One shard is in memory at a time. A tensor larger than `shard_bytes` gets a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[list[str]] = []
+    written: list[tuple[Path, list[str]]] = []
     shard: dict[str, Tensor] = {}
     total = size = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > shard_bytes:
-            written.append(_write(shard, folder / _unfinished(len(written))))
+            written.append(_write(shard, folder, len(written) + 1))
             shard, size = {}, 0
         shard[name] = tensor
         heartbeat.tick()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    written.append(_write(shard, folder / _unfinished(len(written))))
+    written.append(_write(shard, folder, len(written) + 1))
     if len(written) == 1:
-        (folder / _unfinished(0)).rename(folder / WEIGHTS)
+        written[0][0].rename(folder / WEIGHTS)
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(written):
-        file = f"model-{number + 1:05}-of-{len(written):05}.safetensors"
-        (folder / _unfinished(number)).rename(folder / file)
+    for number, (path, names) in enumerate(written, 1):
+        file = f"model-{number:05}-of-{len(written):05}.safetensors"
+        path.rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _unfinished(number: int) -> str:
-    return f".model-{number + 1:05}.unfinished"  # the final name has the number of shards
-
-
-def _write(shard: dict[str, Tensor], path: Path) -> list[str]:
+def _write(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str]]:
+    path = folder / f".model-{number:05}.unfinished"  # the final name has the number of shards
     path.touch()
     permissions = path.stat().st_mode  # by the umask; safetensors would leave mode 0600
     save_file(shard, path, metadata={"format": "pt"})
     path.chmod(permissions)
     heartbeat.tick()
-    return list(shard)
+    return path, list(shard)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or name.endswith(BIAS) else tensor.to(dtype)
-
-
-def _write_config(folder: Path, content: dict[str, Any]) -> None:
-    write_json(folder / CONFIG, content, indent=2)
 
 
 @torch.no_grad()
@@ -116,8 +108,7 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing,
     extra, of a wrong shape or type, or unreadable.
     """
-    stored = open_checked(folder)
-    config = _stored_config(stored)
+    stored, config = open_checked(folder)
     with torch.device("meta"):
         model = DeepseekV3(config)
     dtype = PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
@@ -125,7 +116,15 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model, stored)
-    model.eos_ids = _eos_ids(Path(folder))
+    generation = Path(folder) / GENERATION
+    if generation.exists():
+        value = read_object(generation).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in ids):
+            raise CheckpointError(
+                f"{generation}: eos_token_id={value} must be a token id or a list of token ids"
+            )
+        model.eos_ids = tuple(ids)
     return model
 
 
@@ -139,38 +138,18 @@ def fill(model: DeepseekV3, stored: Stored) -> None:
     reset_loads(model)
 
 
-def open_checked(folder: Path | str) -> Stored:
-    """A checkpoint's tensors, checked by their headers.
+def open_checked(folder: Path | str) -> tuple[Stored, ModelConfig]:
+    """A checkpoint's tensors, checked by their headers, and its config.
 
-    MTP layers may be left out though config.json names them, and so may their copies of embedding and head.
-    Raises CheckpointError.
+    MTP layers may be left out though config.json names them (transformers leaves them out), and then are not
+    in the config; so may their copies of embedding and head. Raises CheckpointError.
     """
-    model_config_from(folder)  # report a wrong config.json before missing weights
+    config = model_config_from(folder)  # report a wrong config.json before missing weights
     stored = Stored(folder)
-    config = _stored_config(stored)
+    if all(layer_of(name) < config.num_hidden_layers for name in stored.entries):
+        config = replace(config, num_nextn_predict_layers=0)
     check(stored, published_shapes(config), stored_copies(config))
-    return stored
-
-
-def _stored_config(stored: Stored) -> ModelConfig:
-    """The config of config.json, without MTP layers where none is stored: transformers leaves them out."""
-    config = model_config_from(stored.folder)
-    if any(layer_of(name) >= config.num_hidden_layers for name in stored.entries):
-        return config
-    return replace(config, num_nextn_predict_layers=0)
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a completion, from generation_config.json; () without one."""
-    if not (folder / GENERATION).exists():
-        return ()
-    value = read_object(folder / GENERATION).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(
-            f"{folder / GENERATION}: eos_token_id={value} must be a token id or a list of token ids"
-        )
-    return tuple(ids)
+    return stored, config
 
 
 def convert(
@@ -184,17 +163,30 @@ def convert(
     """
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"dtype {precision} is none of {', '.join(PRECISIONS)}")
-    stored = open_checked(source)
+    stored, config = open_checked(source)
     write_shards(converted(stored, precision), target, shard_bytes)
     written = Stored(target)
     for name, tensor in converted(stored, precision):
-        if not _same_bits(tensor, written.raw(name)):
+        read = written.raw(name)
+        same_kind = (read.shape, read.dtype) == (tensor.shape, tensor.dtype)
+        if not same_kind or not torch.equal(_bits(read), _bits(tensor)):
             raise CheckpointError(
                 f"{written.entries[name].path}: tensor {name} was not written correctly; try again"
             )
-    _write_config(target, _converted_config(stored, written))
+    content = read_object(stored.folder / CONFIG)
+    for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
+        content.pop(key, None)
+    embedding = written.entries["model.embed_tokens.weight"].dtype
+    content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
+    if any(map(written.is_fp8, written.entries)):
+        content["quantization_config"] = QUANTIZATION
+    write_json(target / CONFIG, content, indent=2)
     open_checked(target)
     return stored
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -205,33 +197,9 @@ def converted(stored: Stored, precision: str | None) -> Iterator[tuple[str, Tens
             yield name, stored.raw(name)
             if stored.is_fp8(name):
                 yield name + SCALE, stored.raw(name + SCALE)
-        elif precision == "fp8" and _is_quantised(name):
+        elif precision == "fp8" and "_proj" in name and not name.endswith("eh_proj.weight"):  # as published
             weight, scale = quantise_blocks(stored.value(name))
             yield name, weight
             yield name + SCALE, scale
         else:
             yield name, _cast(name, stored.value(name), dtype)
-
-
-def _is_quantised(name: str) -> bool:
-    """Whether V3's published files have it in FP8: all projections but MTP's `eh_proj`."""
-    return "_proj" in name and not name.endswith("eh_proj.weight")
-
-
-def _converted_config(source: Stored, target: Stored) -> dict[str, Any]:
-    """The source's config.json with all published keys, and the target's types."""
-    content = read_object(source.folder / CONFIG)
-    config = _stored_config(source)
-    for key in ("quantization_config", "rope_parameters", "dtype"):  # the last two only transformers writes
-        content.pop(key, None)
-    embedding = target.entries["model.embed_tokens.weight"].dtype
-    content |= published_config(config, PLAIN.get(embedding, torch.bfloat16))
-    if any(target.is_fp8(name) for name in target.entries):
-        content["quantization_config"] = QUANTIZATION
-    return content
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -40,11 +40,11 @@ class Need:
 
 def estimates(config: RunConfig) -> dict[str, str]:
     """The run's needs of memory and disk space, for messages."""
-    if isinstance(config.stage, EvaluateConfig):
-        return {"disk": disk(config)}
-    need = needed(config, config.model.max_position_embeddings)
-    memory = f"about {mib(need.peak)} MiB a rank ({need.parts()})"
-    return {"memory": memory, "disk": disk(config)}
+    needs = {}
+    if not isinstance(config.stage, EvaluateConfig):
+        need = needed(config, config.model.max_position_embeddings)
+        needs["memory"] = f"about {mib(need.peak)} MiB a rank ({need.parts()})"
+    return {**needs, "disk": disk(config)}
 
 
 def disk(config: RunConfig) -> str:
@@ -93,25 +93,21 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
     DeepSpeed writes the weights a second time below ZeRO level 3; at level 3 only the frozen ones.
     """
-    engine, stage, number = config.engine, config.stage, weight_bytes(config.engine)
-    size = number * published(config)
+    engine, stage, model, number = config.engine, config.stage, config.model, weight_bytes(config.engine)
+    if isinstance(stage, RewardModelConfig):
+        published = len(KINDS) * trunk(model)
+    else:  # multi-token prediction stores embedding and head a second time
+        copies = 2 * model.num_nextn_predict_layers * model.vocab_size * model.hidden_size
+        published = parameters(model) + copies
+    if isinstance(stage, EvaluateConfig):
+        return FULL * published  # a copy of its parent's, whose dtype is not known here
+    size = number * published
     for weights, trained in engines(config):
         again = weights if engine.zero_level < 3 else weights - trained
         size += again * number + trained * optimizer_bytes(engine)
     if isinstance(stage, RLConfig) and stage.kl_coef and 0 < stage.reference_every <= stage.max_steps:
-        size += number * without_mtp(config.model)  # the reference is updated during the run
-    if isinstance(stage, EvaluateConfig):
-        return FULL * published(config)  # a copy of its parent's, whose dtype is not known here
+        size += number * without_mtp(model)  # the reference is updated during the run
     return size
-
-
-def published(config: RunConfig) -> int:
-    """Number of published weights; multi-token prediction stores embedding and head a second time."""
-    model = config.model
-    if isinstance(config.stage, RewardModelConfig):
-        return len(KINDS) * trunk(model)
-    copies = 2 * model.num_nextn_predict_layers * model.vocab_size * model.hidden_size
-    return parameters(model) + copies
 
 
 def engines(config: RunConfig) -> list[tuple[int, int]]:
@@ -153,21 +149,31 @@ def needed(config: RunConfig, prompt: int) -> Need:
     For two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% too high.
     """
     model, engine, stage = config.model, config.engine, config.stage
-    number = weight_bytes(engine)
-    tokens = tokens_of_pass(config)
+    number, context = weight_bytes(engine), model.max_position_embeddings
+    if isinstance(stage, RLConfig):  # tokens of the largest training pass
+        tokens = max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
+    else:
+        length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
+        rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
+        tokens = rows * length
     at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
     head = at_once * model.vocab_size * FULL * LOGIT_COPIES
-    layers = model.num_hidden_layers
-    dense, moe = layer_activations(model)
+    # elements that a layer stores per token for the backward pass: inputs of norms, products and SwiGLU
+    d, heads, layers = model.hidden_size, model.num_attention_heads, model.num_hidden_layers
+    key = model.qk_nope_head_dim + model.qk_rope_head_dim
+    attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
+    attention += model.kv_lora_rank + model.qk_rope_head_dim
+    experts = model.num_experts_per_tok + model.n_shared_experts
+    dense = attention + 3 * model.intermediate_size
+    moe = attention + experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
     kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
     if engine.recompute:  # each layer's input, and one layer with the gradients of what it keeps
-        kept = layers * model.hidden_size + 2 * max(dense, moe)
+        kept = layers * d + 2 * max(dense, moe)
     cache = 0.0
     if isinstance(stage, RLConfig):
-        slots = min(
-            stage.sampling.max_num_seqs, -(-stage.prompts_per_step * stage.group_size // engine.ranks)
-        )
-        length = min(prompt + stage.sampling.max_tokens, model.max_position_embeddings)
+        completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
+        length = min(prompt + stage.sampling.max_tokens, context)
+        slots = min(stage.sampling.max_num_seqs, completions)
         cache = slots * length * layers * (model.kv_lora_rank + model.qk_rope_head_dim) * number
     return Need(states(config), tokens * number * kept, head, cache)
 
@@ -186,28 +192,6 @@ def states(config: RunConfig) -> float:
         total += number * without_mtp(config.model) * (stage.kl_coef > 0)
         total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
     return total
-
-
-def tokens_of_pass(config: RunConfig) -> int:
-    """Tokens of the largest training pass of a rank."""
-    stage, engine, context = config.stage, config.engine, config.model.max_position_embeddings
-    if isinstance(stage, RLConfig):
-        return max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
-    length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
-    rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
-    return rows * length
-
-
-def layer_activations(model: ModelConfig) -> tuple[int, int]:
-    """Elements that a dense and an MoE layer store per token for the backward pass: inputs of norms, matrix
-    products and SwiGLU."""
-    d, heads = model.hidden_size, model.num_attention_heads
-    key = model.qk_nope_head_dim + model.qk_rope_head_dim
-    attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
-    attention += model.kv_lora_rank + model.qk_rope_head_dim
-    experts = model.num_experts_per_tok + model.n_shared_experts
-    routed = experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
-    return attention + 3 * model.intermediate_size, attention + routed
 
 
 def parameters(model: ModelConfig) -> int:

@@ -4,8 +4,9 @@ A verifier or sandbox that fails is never a wrong answer (core.types.Status).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 
+from r1pipe.chat.template import Chat
 from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
@@ -17,12 +18,11 @@ from r1pipe.rewards.language import language as language_reward
 from r1pipe.rewards.language import language_share
 from r1pipe.rewards.overlong import overlong
 from r1pipe.rewards.repetition import repetition
-from r1pipe.rewards.verdicts import Verdicts
+from r1pipe.rewards.symbolic import WORKERS
 
 __all__ = [
     "BASE_REWARDS",
     "SHAPING_REWARDS",
-    "ShapingInputs",
     "Verdicts",
     "add_shaping_rewards",
     "check_gold",
@@ -50,12 +50,48 @@ SHAPING_REWARDS: dict[str, Callable[[RewardsConfig, int, Completion, Score | Non
 }
 
 
-@dataclass(frozen=True)
-class ShapingInputs:
-    """The config that SHAPING_REWARDS need."""
+class Verdicts:
+    """Accuracy in the background: finished completions are checked while the sampler still draws the others.
 
-    config: RewardsConfig
-    max_tokens: int  # the longest completion that the sampler draws
+    Equal summaries of one prompt are checked once. A slow check waits for a process (symbolic.py, monty.py,
+    jail.py), so threads suffice; none touches torch. Leaving the `with` block cancels what has not begun.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(WORKERS)
+        self._futures: dict[tuple[str, str], Future[Score]] = {}
+
+    def __enter__(self) -> "Verdicts":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, prompt: Prompt, completion: Completion) -> Future[Score] | None:
+        """Starts the check of a completion, unless an equal one is running; None where no rule applies."""
+        if not is_verifiable(prompt):
+            return None
+        key = (prompt.id, summary_of(completion.text))
+        if key not in self._futures:
+            self._futures[key] = self._threads.submit(accuracy_reward, prompt, completion)
+        return self._futures[key]
+
+    def on_completion(self, chat: Chat, prompts: Sequence[Prompt]) -> Callable[[int, Completion], None]:
+        """The sampler's callback (prompt index, completion): decodes a completion, then checks it."""
+
+        def check(index: int, completion: Completion) -> None:
+            completion.text = chat.decode(completion.tokens)
+            self.submit(prompts[index], completion)
+
+        return check
+
+    def results(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score | None]:
+        """The accuracy of completion i for prompt i, once checked; None where no rule applies.
+
+        Raises what a check raised.
+        """
+        futures = [self.submit(p, c) for p, c in zip(prompts, completions, strict=True)]
+        return [None if future is None else future.result() for future in futures]
 
 
 def score_all(
@@ -89,17 +125,18 @@ def score_all(
 
 def add_shaping_rewards(
     scores: Sequence[dict[str, Score]],
-    prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     names: Sequence[str],
-    shaping: ShapingInputs,
+    config: RewardsConfig,
+    max_tokens: int,
 ) -> None:
     """Add the named rewards of SHAPING_REWARDS to scores that hold `accuracy`, where a rule applies.
 
-    `cosine`, which is built on it, is absent where accuracy is.
+    `cosine`, which is built on it, is absent where accuracy is. `max_tokens`: the longest completion that the
+    sampler draws.
     """
     for row, completion in zip(scores, completions, strict=True):
         for name in names:
-            score = SHAPING_REWARDS[name](shaping.config, shaping.max_tokens, completion, row.get("accuracy"))
+            score = SHAPING_REWARDS[name](config, max_tokens, completion, row.get("accuracy"))
             if score is not None:
                 row[name] = score

@@ -155,11 +155,6 @@ def check_gold(prompt: Prompt) -> None:
         checker_of(prompt).check_gold(prompt)
 
 
-def states_answer(prompt: Prompt, summary: str) -> bool:
-    """Whether a summary gives an answer of its task's kind, right or wrong."""
-    return bool(checker_of(prompt).vote(prompt, summary))
-
-
 def vote(prompt: Prompt, text: str) -> str:
     """A completion's vote in cons@k: its normalised answer, or "" for none."""
     return checker_of(prompt).vote(prompt, summary_of(text))

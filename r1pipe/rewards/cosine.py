@@ -26,7 +26,6 @@ def cosine(
     right = accuracy.value == 1.0
     shortest = values.right_shortest if right else values.wrong_shortest
     longest = values.right_longest if right else values.wrong_longest
-    closeness = (
-        1 + math.cos(math.pi * len(completion.tokens) / max_tokens)
-    ) / 2  # 1 at no token, 0 at max_tokens
+    # 1 at no token, 0 at max_tokens
+    closeness = (1 + math.cos(math.pi * len(completion.tokens) / max_tokens)) / 2
     return Score(longest + (shortest - longest) * closeness)

@@ -5,7 +5,7 @@ Sample, scored 1: "<think>\\n3+4=7\\n</think>\\n\\nThe answer is 7."
 
 from r1pipe.chat.template import SPECIAL_TOKENS, parse
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import is_verifiable, states_answer
+from r1pipe.rewards.accuracy import checker_of, is_verifiable
 
 
 def format_reward(prompt: Prompt, completion: Completion) -> Score:
@@ -14,18 +14,15 @@ def format_reward(prompt: Prompt, completion: Completion) -> Score:
     Neither part may be empty, nothing may precede <think>, the summary has no tags or special tokens, and for
     a reasoning task it states a final answer. A truncated completion scores 0.
     """
-    fault = _fault(prompt, completion)
-    return Score(0.0, detail=fault) if fault else Score(1.0)
-
-
-def _fault(prompt: Prompt, completion: Completion) -> str:
-    if completion.truncated:
-        return "cut off"
     parsed = parse(completion.text)
-    if not parsed.well_formed:
-        return "not exactly one <think>...</think> at the start with text in it and after it"
-    if any(token in completion.text for token in SPECIAL_TOKENS):
-        return "a special token in the text"
-    if is_verifiable(prompt) and not states_answer(prompt, parsed.summary):
-        return "the summary states no final answer"
-    return ""
+    if completion.truncated:
+        fault = "cut off"
+    elif not parsed.well_formed:
+        fault = "not exactly one <think>...</think> at the start with text in it and after it"
+    elif any(token in completion.text for token in SPECIAL_TOKENS):
+        fault = "a special token in the text"
+    elif is_verifiable(prompt) and not checker_of(prompt).vote(parsed.summary):
+        fault = "the summary states no final answer"
+    else:
+        return Score(1.0)
+    return Score(0.0, detail=fault)

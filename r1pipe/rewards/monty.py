@@ -105,32 +105,24 @@ class MontySession:
         self.code += code
         output = monty.CollectString(max_bytes=isolation.OUTPUT_LIMIT)
         try:
-            self._limit_cpu_time()
+            pid = self.inner.worker_pid
+            if pid is None:
+                raise SandboxBroken("Monty's session has no worker")
+            times = psutil.Process(pid).cpu_times()
+            limit = math.ceil(times.user + times.system + self.cpu_limit_s)
+            resource.prlimit(pid, resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
             return self.inner.feed_run(
                 code, inputs=dict(inputs or {}), external_lookup=dict(host or {}), print_callback=output
             )
+        except psutil.NoSuchProcess as error:
+            raise self.owner.explain_crash(ProcessLookupError(str(error))) from None
         except (monty.MontyCrashedError, monty.MontyDisconnectError, monty.MontyShutdown, OSError) as error:
             raise self.owner.explain_crash(error) from None
         except monty.MontyError as error:
             raise self._fault(str(error), str(error.exception())) from None
-        except (
-            ValueError,
-            RecursionError,
-            OverflowError,
-            TypeError,
-        ) as error:  # values that cannot be transferred
+        except (ValueError, RecursionError, OverflowError, TypeError) as error:
+            # values that cannot be transferred
             raise ProgramFault(f"result: {error}") from None
-
-    def _limit_cpu_time(self) -> None:
-        pid = self.inner.worker_pid
-        if pid is None:
-            raise SandboxBroken("Monty's session has no worker")
-        try:
-            times = psutil.Process(pid).cpu_times()
-        except psutil.NoSuchProcess as error:
-            raise ProcessLookupError(str(error)) from None
-        limit = math.ceil(times.user + times.system + self.cpu_limit_s)
-        resource.prlimit(pid, resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
     def _fault(self, full: str, message: str) -> Exception:
         """The meaning of an exception inside; `full` is the message with its type, except for asserts."""
@@ -140,30 +132,25 @@ class MontySession:
             return ProgramFault(full, final=True)
         if "Internal error in monty" in full:  # raise SystemExit(0), for one
             return ProgramFault(full, final=True) if _LEAVING.search(self.code) else Unsupported(full[:200])
-        if _is_refused(full, message):
+        module, name, attribute = _MODULE.search(message), _NAME.search(message), _ATTRIBUTE.search(message)
+        is_refused = (
+            full.startswith("PermissionError")
+            or (module and module[1].split(".")[0] not in HARMLESS)
+            or (name and name[1] in REFUSED_NAMES)
+        )
+        if is_refused:
             return ProgramFault(f"{full}: no program may use it", final=True)
-        return Unsupported(full[:200]) if _is_lacking(full, message) else ProgramFault(full)
-
-
-def _is_refused(full: str, message: str) -> bool:
-    module, name = _MODULE.search(message), _NAME.search(message)
-    return bool(
-        full.startswith("PermissionError")
-        or (module and module[1].split(".")[0] not in HARMLESS)
-        or (name and name[1] in REFUSED_NAMES)
-    )
-
-
-def _is_lacking(full: str, message: str) -> bool:
-    """Whether Python itself has the module, name, method or syntax; then the program may be right."""
-    if _MODULE.search(message):
-        return True  # a harmless one, or it had been refused
-    if name := _NAME.search(message):
-        return hasattr(builtins, name[1])
-    if attribute := _ATTRIBUTE.search(message):
-        kind, owner, name_of_it = attribute.groups()
-        if kind == "module ":
-            known = owner in HARMLESS & sys.stdlib_module_names
-            return known and hasattr(importlib.import_module(owner), name_of_it)
-        return hasattr(getattr(builtins, owner, None), name_of_it)
-    return full.startswith(("SyntaxError", "Expected"))  # the extraction let nothing through but Python
+        # where Python itself has the module, name, method or syntax, the program may be right
+        if module:
+            python_has_it = True
+        elif name:
+            python_has_it = hasattr(builtins, name[1])
+        elif attribute and attribute[1] == "module ":
+            known = attribute[2] in HARMLESS & sys.stdlib_module_names
+            python_has_it = known and hasattr(importlib.import_module(attribute[2]), attribute[3])
+        elif attribute:
+            python_has_it = hasattr(getattr(builtins, attribute[2], None), attribute[3])
+        else:
+            # the extraction let nothing through but Python
+            python_has_it = full.startswith(("SyntaxError", "Expected"))
+        return Unsupported(full[:200]) if python_has_it else ProgramFault(full)

@@ -99,20 +99,18 @@ def complete(context: str, summary: str, entry_point: str) -> str | None:
     for body in (*reversed(blocks), summary):
         # as it is; with the first line's indentation, which stripping takes; without any
         for text in (body, "    " + body.lstrip(" \t"), textwrap.indent(body, "    ")):
-            if text.strip() and (program := _longest_body(context, text)):
+            if not text.strip() or not text.lstrip("\n").startswith((" ", "\t")):
+                continue
+            if program := _longest_python(text, kept=context.rstrip() + "\n"):
                 return program
     return None
 
 
 def _from_first_start(text: str) -> str | None:
-    found = itertools.islice(_START.finditer(text[:_MAX_PROGRAM]), _MAX_STARTS)
-    return next(filter(None, (_longest_python(text[start.start() :].lstrip()) for start in found)), None)
-
-
-def _longest_body(context: str, body: str) -> str | None:
-    if not body.lstrip("\n").startswith((" ", "\t")):
-        return None
-    return _longest_python(body, kept=context.rstrip() + "\n")
+    for start in itertools.islice(_START.finditer(text[:_MAX_PROGRAM]), _MAX_STARTS):
+        if program := _longest_python(text[start.start() :].lstrip()):
+            return program
+    return None
 
 
 def program_key(summary: str) -> str:

@@ -52,18 +52,15 @@ def run_calls(program: str, entry_point: str, tests: Sequence[tuple[Sequence[Any
     no isolation to offer.
     """
 
-    def check(isolated: Isolation) -> Score:
-        with isolated.session(isolation.CPU_LIMIT_S) as session:
-            session.run(program)
-            calls = f"[{entry_point}(*each) for each in _arguments]"
-            results = session.run(calls, {"_arguments": [list(arguments) for arguments, _ in tests]})
+    def judge(session: Session) -> Score:
+        calls = f"[{entry_point}(*each) for each in _arguments]"
+        results = session.run(calls, {"_arguments": [list(arguments) for arguments, _ in tests]})
         if not isinstance(results, list) or len(results) != len(tests):  # a program may forge replies
             raise ProgramFault("not a result for each call", final=True)
-        expected = [value for _, value in tests]
-        passed = sum(map(isolation.same_value, results, expected))
+        passed = sum(map(isolation.same_value, results, [value for _, value in tests]))
         return Score(float(passed == len(tests)), detail=f"{passed} of {len(tests)} tests passed")
 
-    return _first_verdict(check)
+    return _first_verdict(program, judge)
 
 
 def run_tests(program: str, entry_point: str, tests: str) -> Score:
@@ -73,21 +70,21 @@ def run_tests(program: str, entry_point: str, tests: str) -> Score:
     them: the program can neither read the tests nor change what they compare with. Raises as `run_calls`.
     """
 
-    def check(isolated: Isolation) -> Score:
-        with isolated.session(isolation.CPU_LIMIT_S) as session:
-            session.run(program)
-            failure = _failed_test(session, entry_point, tests)
+    def judge(session: Session) -> Score:
+        failure = _failed_test(session, entry_point, tests)
         return Score(float(failure is None), detail=failure or "the tests passed")
 
-    return _first_verdict(check)
+    return _first_verdict(program, judge)
 
 
-def _first_verdict(check: Callable[[Isolation], Score]) -> Score:
-    """The first isolation's verdict; after an exception in the program the next one tries."""
+def _first_verdict(program: str, judge: Callable[[Session], Score]) -> Score:
+    """The verdict in the first isolation; after an exception in the program the next one tries."""
     score = Score(0.0, Status.VERIFIER_FAILED, "no verdict")
     for isolated in isolations():
         try:
-            return check(isolated)
+            with isolated.session(isolation.CPU_LIMIT_S) as session:
+                session.run(program)
+                return judge(session)
         except ProgramFault as fault:
             score = Score(0.0, detail=str(fault))
             if fault.final:

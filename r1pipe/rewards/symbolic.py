@@ -10,8 +10,6 @@ a program of its own, because a forked or spawned copy of a training job would d
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from queue import LifoQueue
 from typing import Any
 
@@ -75,11 +73,10 @@ for _ in range(WORKERS):
     _idle.put(Worker())  # starts its process at the first request
 
 
-@contextmanager
-def idle_worker() -> Iterator[Worker]:
+def _ask(request: dict) -> dict:
     worker = _idle.get()
     try:
-        yield worker
+        return worker.ask(request)
     finally:
         _idle.put(worker)
 
@@ -115,8 +112,7 @@ def score_gym(task: str, entry: dict[str, Any], answer: str) -> Score:
 
 def _score(request: dict, wrong: str) -> Score:
     try:
-        with idle_worker() as worker:
-            reply = worker.ask(request)
+        reply = _ask(request)
     except NoReply as error:
         timed_out = isinstance(error, ChildEnded) and error.code == -signal.SIGPROF
         detail = f"no verdict within {ITEM_CPU_LIMIT_S:g} s of processor time" if timed_out else str(error)
@@ -131,7 +127,6 @@ def _score(request: dict, wrong: str) -> Score:
 def parses(gold: str) -> bool:
     """Whether a gold answer is an expression that equals itself. ChildProcessError without a worker."""
     try:
-        with idle_worker() as worker:
-            return bool(worker.ask({"gold": gold, "answer": gold})["right"])
+        return bool(_ask({"gold": gold, "answer": gold})["right"])
     except NoReply:
         return False

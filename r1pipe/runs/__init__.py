@@ -1,1 +1,1 @@
-"""The run folder: files, records, checkpoints, locks, heartbeats and lineage. Both wings meet here."""
+"""The run folder, where command line and jobs meet: files, records, checkpoints, locks, heartbeats."""

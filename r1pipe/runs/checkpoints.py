@@ -96,7 +96,6 @@ def steps(folder: Path) -> list[int]:
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder in a run."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -145,7 +144,6 @@ def begin(target: Path) -> Path:
 
 
 def abandon(target: Path) -> None:
-    """Remove the files of an unfinished checkpoint."""
     shutil.rmtree(unfinished(target), ignore_errors=True)
 
 

@@ -1,11 +1,11 @@
-"""The files of run folders and checkpoints: JSON, JSON lines and text. Both wings read and write them here.
+"""The files of run folders and checkpoints, for the command line and the jobs: JSON, JSON lines and text.
 
 A file is written whole or not at all: other processes watch for it, and a kill must not leave half of it.
 """
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ def read_object(path: Path) -> Row:
     except (ValueError, RecursionError) as error:  # ValueError covers JSONDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy the checkpoint again") from None
     except OSError as error:
-        why = error.strerror
-        raise CheckpointError(f"{path} cannot be read ({why}); copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); copy the checkpoint again"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
     return content
@@ -63,7 +64,6 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def append_line(path: Path, row: Row) -> None:
-    """Append one JSON object to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -71,13 +71,12 @@ def append_line(path: Path, row: Row) -> None:
 class Tail:
     """Reads JSON lines while another process appends them; a half-written last line is left for later.
 
-    A line that is not a JSON object is skipped and counted in `bad`: a killed job leaves one. A file that
-    became shorter was cut by a resumed job and is read again from the start.
+    A line that is not a JSON object is skipped: a killed job leaves one. A file that became shorter was cut
+    by a resumed job and is read again from the start.
     """
 
     def __init__(self, path: Path, at_end: bool = False):
         self.path = path
-        self.bad = 0
         self._offset = path.stat().st_size if at_end and path.exists() else 0
 
     def read(self) -> list[Row]:
@@ -91,28 +90,21 @@ class Tail:
             appended = file.read()
         complete = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(complete)
-        rows = [_parse(line) for line in complete.splitlines()]
-        self.bad += rows.count(None)
-        return [row for row in rows if row is not None]
-
-
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # ValueError covers bytes that are not UTF-8
-        return None
-    return row if isinstance(row, dict) else None
+        rows = []
+        for line in complete.splitlines():
+            with suppress(ValueError, RecursionError):  # ValueError covers bytes that are not UTF-8
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict)]
 
 
 # --- metrics.jsonl and tripwires.jsonl, read strictly: a resumed run continues them
 
 
-def metric_lines(path: Path) -> list[tuple[bytes, Row]]:
-    """Each complete line of a metrics.jsonl and its row. Raises CheckpointError naming a damaged line."""
-    return _strict_lines(path, numbers_only=True)
+def metric_lines(path: Path, numbers_only: bool = True) -> list[tuple[bytes, Row]]:
+    """Each complete line of a metrics.jsonl and its row; `numbers_only` is false for a tripwires.jsonl.
 
-
-def _strict_lines(path: Path, numbers_only: bool) -> list[tuple[bytes, Row]]:
+    Raises CheckpointError naming a damaged line.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -159,5 +151,5 @@ def cut_tripwires_after(path: Path, step: int) -> None:
     Raises CheckpointError naming a damaged line.
     """
     if path.exists():
-        lines = _strict_lines(path, numbers_only=False)
+        lines = metric_lines(path, numbers_only=False)
         write_bytes(path, b"".join(line for line, row in lines if row["step"] <= step))

@@ -9,10 +9,9 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import psutil
 
 from r1pipe.core.errors import R1pipeError, disk_is_full
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.stopping import Interrupted
+from r1pipe.runs.stopping import Interrupted, repeating
 
 WRITE_EVERY_S = 1.0  # while work is done
 ALIVE_EVERY_S = 10.0  # while none is: shows other machines that the process is alive
@@ -46,6 +45,10 @@ class Beat:
     ticks: int = 0  # pieces of work done
     exit_code: int | None = None  # set when the rank leaves by itself
 
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
     def where(self) -> str:
         """`update, step 3`"""
         return f"{self.place}, step {self.step}" if self.step else self.place
@@ -69,12 +72,6 @@ def read_all(run: RunFolder) -> list[Beat]:
     return sorted((beat for beat in beats if beat is not None), key=lambda beat: beat.rank)
 
 
-def clear(run: RunFolder) -> None:
-    """Remove the heartbeats of an earlier session."""
-    for path in run.log.glob(f"{RunFolder.HEARTBEAT}*"):
-        path.unlink(missing_ok=True)
-
-
 class Heart:
     """Writes this process's heartbeat: changes of place at once, ticks once a second."""
 
@@ -82,33 +79,20 @@ class Heart:
         process = psutil.Process()
         self.path = path
         self.beat = Beat(rank, socket.gethostname(), process.pid, process.create_time())
-        self._file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._write_on, name="heartbeat", daemon=True)
-
-    def start(self) -> None:
-        self.show()
-        self._thread.start()
-
-    def stop(self, exit_code: int) -> None:
-        self._over.set()
-        self._thread.join()
-        self.beat.exit_code = exit_code
-        self.show()
-        os.close(self._file)
+        self.file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        self._ticks, self._quiet_s = 0, 0.0
 
     def show(self) -> None:
-        os.pwrite(self._file, json.dumps(vars(self.beat)).encode().ljust(RECORD_BYTES), 0)
+        os.pwrite(self.file, json.dumps(vars(self.beat)).encode().ljust(RECORD_BYTES), 0)
 
-    def _write_on(self) -> None:
-        ticks, quiet_s = self.beat.ticks, 0.0
-        while not self._over.wait(WRITE_EVERY_S):
-            quiet_s += WRITE_EVERY_S
-            if self.beat.ticks != ticks or quiet_s >= ALIVE_EVERY_S:
-                ticks, quiet_s = self.beat.ticks, 0.0
-                self.show()
-                with self.path.open("rb+"):  # on NFS, closing a file shows its content to other machines
-                    pass
+    def show_ticks(self) -> None:
+        """To be called every WRITE_EVERY_S seconds."""
+        self._quiet_s += WRITE_EVERY_S
+        if self.beat.ticks != self._ticks or self._quiet_s >= ALIVE_EVERY_S:
+            self._ticks, self._quiet_s = self.beat.ticks, 0.0
+            self.show()
+            with self.path.open("rb+"):  # on NFS, closing a file shows its content to other machines
+                pass
 
 
 _heart: Heart | None = None  # None outside a job
@@ -116,32 +100,33 @@ _heart: Heart | None = None  # None outside a job
 
 @contextmanager
 def beating(run: RunFolder, rank: int) -> Iterator[None]:
-    """Keep a heartbeat for the length of a block; SIGUSR1 then writes the stack traces to the log folder."""
+    """Keep a heartbeat for the length of a block; SIGUSR1 then writes the stack traces to the log folder.
+
+    At the end it shows the exit code that r1pipe.train.run.open_run leaves with.
+    """
     global _heart
     run.log.mkdir(parents=True, exist_ok=True)
     with run.stack(rank).open("a", encoding="utf-8") as file:
         faulthandler.register(signal.SIGUSR1, file)
         _heart = heart = Heart(run.heartbeat(rank), rank)
-        heart.start()
+        heart.show()
         code = 0
         try:
-            yield
+            with repeating(heart.show_ticks, WRITE_EVERY_S, "heartbeat"):
+                yield
         except BaseException as error:
-            code = exit_code_of(error)
+            code = 2 if isinstance(error, R1pipeError) or disk_is_full(error) else 1
+            if isinstance(error, Interrupted):
+                code = error.exit_code
+            elif isinstance(error, SystemExit) and isinstance(error.code, int):
+                code = error.code
             raise
         finally:
             _heart = None
-            heart.stop(code)
+            heart.beat.exit_code = code
+            heart.show()
+            os.close(heart.file)
             faulthandler.unregister(signal.SIGUSR1)
-
-
-def exit_code_of(error: BaseException) -> int:
-    """The exit code of a rank that ends with this error (see r1pipe.train.run.open_run)."""
-    if isinstance(error, Interrupted):
-        return error.exit_code
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
-    return 2 if isinstance(error, R1pipeError) or disk_is_full(error) else 1
 
 
 def tick() -> None:
@@ -170,26 +155,12 @@ def to_write(path: Path | str) -> io.BufferedWriter:
     return io.BufferedWriter(_Ticking(path, "wb"))
 
 
-@contextmanager
-def limited() -> Iterator[None]:
+def limited() -> AbstractContextManager[None]:
     """Tick throughout a block that waits for something with its own time limit."""
-    over = threading.Event()
-
-    def ticks() -> None:
-        while not over.wait(WRITE_EVERY_S):
-            tick()
-
-    thread = threading.Thread(target=ticks, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeating(tick, WRITE_EVERY_S, "ticks")
 
 
 def at_step(step: int) -> None:
-    """Set the step that is being worked on."""
     if _heart is not None:
         beat = _heart.beat
         beat.step, beat.place, beat.patient, beat.ticks = step, "between phases", False, beat.ticks + 1

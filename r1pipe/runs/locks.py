@@ -18,6 +18,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import IO
+
+import psutil
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
@@ -26,8 +29,6 @@ from r1pipe.runs.files import read_json, write_json
 
 LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long counts as dead
 RENEW_S = 10.0
-# Some cluster file systems have no locks: there, two jobs that start within milliseconds may both continue.
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class Taken(EnvironmentProblem):
@@ -38,23 +39,27 @@ class Taken(EnvironmentProblem):
 class Holder:
     """The content of the pid file."""
 
-    host: str
-    since: str
+    host: str = ""
+    since: str = ""
     processes: list[tuple[int, float]] = field(default_factory=list)  # pid, start time
 
     @classmethod
-    def read(cls, path: Path) -> "Holder | None":
-        """None if the file is missing or damaged."""
+    def read(cls, path: Path) -> "Holder":
+        """Empty if the file is missing or damaged."""
         content = read_json(path)
         try:
             pairs = [(int(pid), float(began)) for pid, began in content["processes"]]
             return cls(str(content["host"]), str(content["since"]), pairs)
         except (ValueError, TypeError, KeyError):
-            return None
+            return cls()
 
     @property
     def is_here(self) -> bool:
         return self.host == socket.gethostname()
+
+    def live_launchers(self) -> list[int]:
+        """Pids of its own processes on this machine: r1pipe and DeepSpeed's runner."""
+        return [pid for pid, began in self.processes if self.is_here and processes.is_alive(pid, began)]
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self), indent=None)
@@ -74,7 +79,8 @@ class Lock:
         self.run.create()
         with _guarded(self.run):
             check_not_running(self.run)
-            heartbeat.clear(self.run)  # of ranks that are dead
+            for beat in self.run.log.glob(f"{RunFolder.HEARTBEAT}*"):  # of ranks that are dead
+                beat.unlink(missing_ok=True)
             self.add(os.getpid())
 
     def add(self, pid: int) -> None:
@@ -108,7 +114,7 @@ def held(run: RunFolder) -> Iterator[Lock]:
 def job_of(run: RunFolder) -> Holder | None:
     """The holder of a run whose launcher or ranks are alive on this machine."""
     holder = Holder.read(run.pid)
-    if holder is None or not holder.is_here or len(holder.processes) < 2:
+    if not holder.is_here or len(holder.processes) < 2:
         return None
     return holder if processes.is_alive(*holder.processes[1]) or live_ranks(run, holder) else None
 
@@ -118,7 +124,7 @@ def adopt(run: RunFolder) -> Lock | None:
     lock = Lock(run)
     with _guarded(run):
         holder = Holder.read(run.pid)
-        if holder is None or not holder.is_here or processes.is_alive(*holder.processes[0]):
+        if not holder.is_here or processes.is_alive(*holder.processes[0]):
             return None
         own = (os.getpid(), processes.began(os.getpid()))
         lock.holder = replace(holder, processes=[own, *holder.processes[1:]])
@@ -129,22 +135,27 @@ def adopt(run: RunFolder) -> Lock | None:
 def check_not_running(run: RunFolder) -> None:
     """Raises EnvironmentProblem if another job holds the run, naming its process."""
     holder = Holder.read(run.pid)
-    since = f" on {holder.host} since {holder.since}" if holder else ""
-    launchers = live_launchers(holder)
-    if launchers:
+    since = f" on {holder.host} since {holder.since}" if holder.host else ""
+    if launchers := holder.live_launchers():
         raise EnvironmentProblem(
             f"run {run.run_id} is already running (process {launchers[-1]}{since}); "
             "wait for it, or start another: --fresh"
         )
-    ranks = live_ranks(run, holder)
-    if ranks:
+    if ranks := live_ranks(run, holder):
         numbers = " ".join(map(str, ranks))
         raise EnvironmentProblem(
             f"run {run.run_id} has ranks whose launcher is gone (processes {numbers}{since}); "
             f"end them: kill -9 {numbers}"
         )
-    age_s = seconds_since_heartbeat(run) if holder and not holder.is_here else LEASE_S
-    if holder and age_s < LEASE_S:
+    if holder.is_here or not holder.host:
+        return
+    shown = [0.0]  # when the launcher and the ranks last wrote
+    for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
+        with suppress(FileNotFoundError):  # the job has just ended
+            shown.append(path.stat().st_mtime)
+    with tempfile.TemporaryFile(dir=run.path) as made_now:  # by the file server's clock, too
+        age_s = os.fstat(made_now.fileno()).st_mtime - max(shown)
+    if age_s < LEASE_S:
         raise EnvironmentProblem(
             f"run {run.run_id} is already running (process {holder.processes[-1][0]}{since}); wait for it, "
             f"or start another: --fresh; if that machine is gone, try again in {LEASE_S - age_s:.0f} s"
@@ -161,8 +172,8 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
     with ExitStack() as stack:
         with _guarded(run):
             holder = Holder.read(run.pid)
-            launchers = live_launchers(holder) if launched_here else []
-            if launchers and holder and os.getpgrp() not in [pid for pid, _ in holder.processes]:
+            launchers = holder.live_launchers() if launched_here else []
+            if launchers and os.getpgrp() not in [pid for pid, _ in holder.processes]:
                 raise Taken(
                     f"run {run.run_id} is another job's (process {launchers[-1]} on {holder.host} since "
                     f"{holder.since}); this rank, whose launcher is gone, leaves it alone"
@@ -174,50 +185,45 @@ def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
 def was_interrupted(run: RunFolder) -> bool:
     """Whether the command that held the run last never returned; one on another machine counts as such."""
     holder = Holder.read(run.pid)
-    if holder is None:
-        return False
     commands = holder.processes[:1] if holder.is_here else []  # the first process is r1pipe itself
-    return not any(processes.is_alive(pid, began) for pid, began in commands)
+    return bool(holder.host) and not any(processes.is_alive(pid, began) for pid, began in commands)
 
 
-def live_launchers(holder: Holder | None) -> list[int]:
-    """Pids of a holder's own processes on this machine: r1pipe and DeepSpeed's runner."""
-    if holder is None or not holder.is_here:
-        return []
-    return [pid for pid, began in holder.processes if processes.is_alive(pid, began)]
-
-
-def live_ranks(run: RunFolder, holder: Holder | None) -> list[int]:
+def live_ranks(run: RunFolder, holder: Holder) -> list[int]:
     """Pids of this machine's processes that are ranks of the run, or about to be.
 
     A rank has a heartbeat from `open_run` on. Before that it is found by its process group, whose id is its
     launcher's pid even after that has died; as pids are reused, its command line must name the run folder.
     """
-    beats = [beat for beat in heartbeat.read_all(run) if beat.host == socket.gethostname()]
-    pids = {beat.pid for beat in beats if processes.is_alive(beat.pid, beat.began)}
-    if holder is not None and holder.is_here:
+    beats = heartbeat.read_all(run)
+    pids = {beat.pid for beat in beats if beat.is_here and processes.is_alive(beat.pid, beat.began)}
+    if holder.is_here:
         members = [member for pid, _ in holder.processes for member in processes.group(pid)]
-        pids |= {member.pid for member in members if processes.is_called_with(member, run.run_id)}
+        for member in members:
+            with suppress(psutil.Error):  # it has just ended, or is another user's
+                if any(Path(word).name == run.run_id for word in member.cmdline()):
+                    pids.add(member.pid)
     return sorted(pids)
 
 
-def seconds_since_heartbeat(run: RunFolder) -> float:
-    """Since the last sign of life of the launcher or a rank, by the file server's clock."""
-    shown = [0.0]
-    for path in (run.pid, *run.log.glob(f"{RunFolder.HEARTBEAT}*.json")):
-        with suppress(FileNotFoundError):  # the job has just ended
-            shown.append(path.stat().st_mtime)
-    with tempfile.TemporaryFile(dir=run.path) as made_now:
-        return os.fstat(made_now.fileno()).st_mtime - max(shown)
+def flock(file: IO[str], wait: bool = True) -> bool:
+    """Lock an open file until it is closed; False if another process holds it and `wait` is false.
+
+    Some cluster file systems have no locks: processes that begin within milliseconds may both continue there.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    return True
 
 
 @contextmanager
 def _guarded(run: RunFolder) -> Iterator[None]:
     """Let one process at a time read and write the pid file."""
     with run.guard.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
+        flock(file)
         yield

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import r1pipe
-from r1pipe.config import EngineConfig, RunConfig
-from r1pipe.core.errors import DataError, EnvironmentProblem
+from r1pipe.config import EngineConfig
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.redaction import without_secrets
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
@@ -30,11 +30,16 @@ FP8_PACKAGES = {  # engine.kernels -> module and the package to install
 
 
 def facts() -> dict[str, Any]:
-    """Versions, code and hardware; no environment variables, which may hold secrets."""
+    """Versions, code and hardware; no environment variables, which may hold secrets.
+
+    `code`: the git revision of this checkout and whether files differ from it; None in an installed wheel.
+    """
+    revision = _git("rev-parse", "HEAD").strip()
+    dirty = bool(_git("status", "--porcelain").strip()) if revision else None
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "code": code(),
+        "versions": versions(),
+        "code": {"revision": revision or None, "dirty": dirty},
         "machine": {
             "host": socket.gethostname(),
             "system": platform.platform(),
@@ -55,18 +60,13 @@ def devices(engine: EngineConfig) -> dict[str, Any]:
     return {"unit": "core", "count": machines * (engine.ranks * engine.threads or cores())}
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def code() -> dict[str, Any]:
-    """The git revision of this checkout and whether files differ from it; None in an installed wheel."""
-    revision = _git("rev-parse", "HEAD").strip()
-    dirty = bool(_git("status", "--porcelain").strip()) if revision else None
-    return {"revision": revision or None, "dirty": dirty}
+def versions() -> dict[str, str | None]:
+    """Of the packages that a result depends on; None where one is missing."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def code_diff() -> str:
@@ -127,8 +127,14 @@ def find_launcher(engine: EngineConfig) -> str:
         )
     if engine.precision == "fp8" and engine.launcher == "local":
         check_fp8_support(engine.kernels, on_cpu(engine))
-    if on_cpu(engine):
-        check_compiler()
+    compiler = os.environ.get("CXX", "g++")  # DeepSpeed needs one on a CPU at its first start
+    if on_cpu(engine) and shutil.which(compiler) is None:
+        raise EnvironmentProblem(
+            f"the C++ compiler {compiler} is missing, which DeepSpeed needs on a CPU; install it "
+            "(Debian: apt install g++) or name another in CXX"
+        )
+    if on_cpu(engine) and shutil.which("ninja", path=search_path()) is None:
+        raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
     return launcher
 
 
@@ -138,18 +144,6 @@ def on_cpu(engine: EngineConfig) -> bool:
 
 def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists()
-
-
-def check_compiler() -> None:
-    """Raises EnvironmentProblem without the compiler that DeepSpeed needs on a CPU at its first start."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise EnvironmentProblem(
-            f"the C++ compiler {compiler} is missing, which DeepSpeed needs on a CPU; install it "
-            "(Debian: apt install g++) or name another in CXX"
-        )
-    if shutil.which("ninja", path=search_path()) is None:
-        raise EnvironmentProblem("`ninja` is missing, which DeepSpeed compiles with; `pip install ninja`")
 
 
 def check_fp8_support(kernels: str, cpu: bool) -> None:
@@ -193,13 +187,6 @@ def compute_capabilities() -> list[tuple[str, tuple[int, int]]]:
         return []
     lines = re.findall(r"^(\d+)\.(\d+), (.*)$", answer.stdout, re.MULTILINE)
     return [(name, (int(major), int(minor))) for major, minor, name in lines]
-
-
-def check_data_files(config: RunConfig) -> None:
-    """Raises DataError if data.path does not exist; not checked for other machines (engine.hostfile)."""
-    data = config.data
-    if data.kind == "files" and data.path and config.engine.hostfile is None and not Path(data.path).exists():
-        raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
 
 
 def existing(path: Path) -> Path:

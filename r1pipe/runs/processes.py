@@ -1,9 +1,6 @@
 """Which processes are alive, and how one ended."""
 
-import math
 import os
-import subprocess
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +8,6 @@ from pathlib import Path
 import psutil
 
 CLOCK_S = 2.0  # start times shift by so much when the system clock is adjusted
-POLL_S = 0.1
 EXIT_CODE_FIELD = 52  # of /proc/PID/stat, counted from 1 as in proc(5)
 
 
@@ -35,7 +31,7 @@ def is_alive(pid: int, began_at: float) -> bool:
 
 
 class Foreign:
-    """The launcher of a job that another command started, with the interface of `subprocess.Popen`."""
+    """The launcher of a job that another command started, as far as `subprocess.Popen` can show it."""
 
     def __init__(self, pid: int, began_at: float, has_ranks: Callable[[], bool]):
         """`has_ranks`: whether ranks of the job are alive: they may outlive a launcher that is killed."""
@@ -44,15 +40,6 @@ class Foreign:
     def poll(self) -> int | None:
         """None while the job runs, then 0: only its parent can get the exit code."""
         return None if is_alive(self.pid, self._began_at) or self._has_ranks() else 0
-
-    def wait(self, timeout: float = math.inf) -> int:
-        """Raises subprocess.TimeoutExpired."""
-        give_up_at = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > give_up_at:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(POLL_S)
-        return 0
 
 
 def exit_code(pid: int) -> int | None:
@@ -72,10 +59,3 @@ def group(leader: int) -> list[psutil.Process]:
             if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
-
-
-def is_called_with(process: psutil.Process, name: str) -> bool:
-    """Whether an argument of the process is a path that ends in `name`."""
-    with suppress(psutil.Error):  # it has just ended, or is another user's
-        return any(Path(word).name == name for word in process.cmdline())
-    return False

@@ -10,7 +10,7 @@ from r1pipe.core.redaction import publishable
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.files import Tail, read_object
-from r1pipe.runs.record import OWN_HASH, Code, Edge, History, Record, Result, own_hash, record_beside
+from r1pipe.runs.record import OWN_HASH, Edge, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
@@ -35,6 +35,13 @@ def job_record(
 ) -> Record:
     """The record of a finished job. `source_hash`: of the data source, where the result's `data_hash` is of
     samples drawn from it."""
+    set_aside = folder.data / SET_ASIDE
+    paths = [folder.metrics, folder.tripwires, folder.samples]
+    paths += [*folder.rollouts.glob("*"), *folder.data.glob("*")]
+    # the dataset's hash is data_hash
+    files = sorted(path for path in paths if path.is_file() and path != folder.dataset)
+    # as the launcher noted it; unknown for a script that was started by hand
+    code = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
     record: Record = {
         "format": FORMAT,
         "run_id": folder.run_id,
@@ -53,19 +60,26 @@ def job_record(
             "kind": config.data.kind,
             "path": config.data.path,
             "hash": source_hash,
-            "set_aside": _lines(folder.data / SET_ASIDE),
+            "set_aside": len(set_aside.read_bytes().splitlines()) if set_aside.exists() else 0,
         },
-        "code": _code(folder),
-        "files": _files(folder),
+        "code": {
+            "revision": code.get("revision"),
+            "dirty": code.get("dirty"),
+            "diff": folder.diff.name,
+            "diff_hash": file_hash(folder.diff) if folder.diff.exists() else None,
+        },
+        "files": {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files},
         "tokenizer_hash": chat.tokenizer_hash,
         "template_hash": chat.template_hash,
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
-        "versions": {name: machine.version(name) for name in machine.PACKAGES},
+        "versions": machine.versions(),
         **result,
     }
-    if folder.config_history.exists():
-        record["history"] = _history(folder)
+    history = folder.config_history
+    if history.exists():
+        changed = sorted({key for row in Tail(history).read() for key in row["changed"]})
+        record["history"] = {"file": history.name, "hash": file_hash(history), "changed": changed}
     record[OWN_HASH] = own_hash(record)
     return record
 
@@ -80,34 +94,4 @@ def _edge(parent: ParentRef) -> Edge:
         "checkpoint": parent.checkpoint,
         "hash": parent.hash,
         "record_hash": record.get(OWN_HASH),
-    }
-
-
-def _history(folder: RunFolder) -> History:
-    path = folder.config_history
-    changed = sorted({key for row in Tail(path).read() for key in row["changed"]})
-    return {"file": path.name, "hash": file_hash(path), "changed": changed}
-
-
-def _files(folder: RunFolder) -> dict[str, str]:
-    """Name -> SHA-256 of the job's other files, except the dataset, whose hash is data_hash."""
-    paths = [folder.metrics, folder.tripwires, folder.samples]
-    paths += [*folder.rollouts.glob("*"), *folder.data.glob("*")]
-    files = sorted(path for path in paths if path.is_file() and path != folder.dataset)
-    return {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files}
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
-
-
-def _code(folder: RunFolder) -> Code:
-    """The launcher's note of the git revision; unknown for a script that was started by hand."""
-    code = read_object(folder.env).get("code", {}) if folder.env.exists() else {}
-    diff = file_hash(folder.diff) if folder.diff.exists() else None
-    return {
-        "revision": code.get("revision"),
-        "dirty": code.get("dirty"),
-        "diff": folder.diff.name,
-        "diff_hash": diff,
     }

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.files import read_object
+from r1pipe.runs.files import read_json, read_object
 
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
 STRICT = ConfigDict(strict=True, extra="allow")  # other versions may have other keys; nested types inherit it
@@ -160,7 +160,16 @@ def record_of(run: RunFolder) -> Record:
     return read_record(run.record)
 
 
-# --- parents
+def set_aside(run: RunFolder) -> None:
+    """Make a finished run unfinished, to be extended; it keeps its earlier record."""
+    if run.record.exists():
+        run.record.rename(run.earlier_record(steps_of(run)))
+
+
+def steps_of(run: RunFolder) -> int:
+    """Optimizer steps of a finished run; 0 if its record has none."""
+    steps = read_json(run.record).get("steps")
+    return steps if isinstance(steps, int) else 0
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
@@ -172,9 +181,6 @@ def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named
     ]
-
-
-# --- hashes
 
 
 def own_hash(record: Mapping[str, Any]) -> str:

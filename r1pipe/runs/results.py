@@ -1,71 +1,174 @@
-"""Finished runs as rows of a table, for `r1pipe compare`, the report and MLflow."""
+"""The runs under a root with their config.json and record.json, and the finished ones as rows of a table, for
+`r1pipe compare`, the report and MLflow.
+
+A damaged run that the user names is a CheckpointError; `stored_runs` skips damaged runs and prints one line
+that names them.
+"""
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, cast
 
-from r1pipe.config import STAGE_TYPES
+from pydantic import TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
+
+from r1pipe.config import STAGE_TYPES, ParentRef
 from r1pipe.config.changes import ABSENT, decisive
 from r1pipe.core.errors import CheckpointError, nearest
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.record import METRICS, record_of
-from r1pipe.runs.stored import StoredRun, finished, stored_runs
+from r1pipe.runs.files import read_object
+from r1pipe.runs.record import METRICS, STRICT, Edge, Record, checked, edges, read_record, record_of
 
-NOT_SETTINGS = ("seed", "pipeline")  # config keys that `differing` leaves out
+NOT_SETTINGS = ("seed", "pipeline")  # config keys that are none
+
+
+class Stage(TypedDict):
+    name: str
+
+
+class Recipe(TypedDict, total=False):
+    name: str
+    stages: list[str]
+    controls: list[str]
+
+
+@with_config(STRICT)
+class StoredConfig(TypedDict):
+    """The part of config.json that is read here; r1pipe.config.read_config reads all of it."""
+
+    stage: Stage
+    pipeline: NotRequired[str]
+    seed: NotRequired[int]
+    recipe: NotRequired[Recipe | None]
+    weights_from: NotRequired[Edge | None]
+    reads_from: NotRequired[dict[str, Edge] | None]
+
+
+_CONFIG = TypeAdapter(StoredConfig)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run folder with its config.json and, if it has finished, its record.json."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    record: Record | None
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> "StoredRun":
+        """Raises CheckpointError if one of the two is damaged, or config.json is missing."""
+        config = checked(_CONFIG, read_object(folder.config), folder.config)
+        return cls(folder, config, read_record(folder.record) if folder.record.exists() else None)
+
+    @property
+    def stage(self) -> str:
+        return self.config["stage"]["name"]
+
+    @property
+    def recipe(self) -> Recipe:
+        return cast(Recipe, self.config.get("recipe") or {})
+
+    @property
+    def is_control(self) -> bool:
+        return self.stage in self.recipe.get("controls", [])
+
+
+def stored_runs(root: Path, pattern: str = "*") -> list[StoredRun]:
+    """Every run under the root, by name. Skips damaged runs and names them in one line on stderr."""
+    runs: list[StoredRun] = []
+    damaged: list[tuple[str, CheckpointError]] = []
+    for path in sorted(root.glob(f"{pattern}/config.json")):
+        try:
+            if stage_name(read_object(path)) is not None:  # else an exported checkpoint
+                runs.append(StoredRun.read(RunFolder(path.parent)))
+        except CheckpointError as error:
+            damaged.append((path.parent.name, error))
+    if damaged:
+        names = ", ".join(name for name, _ in damaged)
+        warn_once(f"warning: skipped {len(damaged)} damaged run(s) ({names}): {damaged[0][1]}")
+    return runs
+
+
+@cache
+def warn_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def stage_name(config: Mapping[str, Any]) -> str | None:
+    """The stage in a run's config.json; None for a checkpoint's, which describes a model."""
+    stage = config.get("stage")
+    name = stage.get("name") if isinstance(stage, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def finished(root: Path, pattern: str = "*") -> list[tuple[StoredRun, Record]]:
+    """Those of `stored_runs` that have a record, oldest first."""
+    done = [(run, run.record) for run in stored_runs(root, pattern) if run.record is not None]
+    return sorted(done, key=lambda pair: (pair[1]["created"], pair[0].folder.run_id))
+
+
+def launched_with(config: Mapping[str, Any], path: Path) -> list[tuple[str, ParentRef, str | None]]:
+    """The edges in a run's config.json. Raises CheckpointError."""
+    checked(_CONFIG, config, path)
+    reads = config.get("reads_from") or {}
+    return edges({"weights": config.get("weights_from"), "data": list(reads.values())})
+
+
+# --- the table
 
 
 def finished_runs(root: Path | str) -> list[StoredRun]:
-    """The finished runs under `root`, oldest first."""
-    return [run for run, _ in finished(stored_runs(Path(root)))]
+    return [run for run, _ in finished(Path(root))]
 
 
 def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
     """The runs to compare, by default the newest finished run of each stage and seed.
 
-    Args:
-        root: the folder of the run folders.
-        names: run ids, run folders, or stages (every finished run of that stage).
-        pipeline: limits stages and the default to one pipeline.
-
-    Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
+    `names`: run ids, run folders, or stages (every finished run of that stage). `pipeline`: limits stages and
+    the default to one. Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
     """
+    chosen: dict[Any, StoredRun] = {}
     if names:
-        named = [run for name in names for run in _named(Path(root), name, pipeline)]
-        return list({run.folder.path.resolve(): run for run in named}.values())
-    newest = {
-        (run.stage, run.config.get("seed")): run
-        for run in finished_runs(root)
-        if pipeline in (None, run.config.get("pipeline"))
-    }
-    return sorted(newest.values(), key=_order)
+        for name in names:
+            for run in named(Path(root), name, pipeline):
+                chosen[run.folder.path.resolve()] = run
+        return list(chosen.values())
+    for run in finished_runs(root):
+        if pipeline in (None, run.config.get("pipeline")):
+            chosen[run.stage, run.config.get("seed")] = run
+
+    def order(run: StoredRun) -> tuple:
+        stages = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
+        position = stages.index(run.stage) if run.stage in stages else len(stages)
+        return position, run.stage, run.config.get("seed") or 0
+
+    return sorted(chosen.values(), key=order)
 
 
-def _named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
+def named(root: Path, name: str, pipeline: str | None) -> list[StoredRun]:
+    """The run, or the finished runs of the stage, of this name. Raises CheckpointError as `choose` does."""
     for folder in (RunFolder(root / name), RunFolder(name)):
         if folder.config.exists():
             record_of(folder)
             return [StoredRun.read(folder)]
     runs = finished_runs(root)
     if name not in STAGE_TYPES:
-        names = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
-        raise CheckpointError(f"no run {name} under {root}; {nearest(name, names)}")
-    of_stage = [run for run in runs if run.stage == name]
-    chosen = [run for run in of_stage if pipeline in (None, run.config.get("pipeline"))]
-    if not chosen:
-        others = sorted({str(run.config.get("pipeline")) for run in of_stage})
+        known = [*STAGE_TYPES, *(run.folder.run_id for run in runs)]
+        raise CheckpointError(f"no run {name} under {root}; {nearest(name, known)}")
+    pipelines = [(run, run.config.get("pipeline")) for run in runs if run.stage == name]
+    found = [run for run, own in pipelines if pipeline in (None, own)]
+    if not found:
+        others = sorted({str(own) for _, own in pipelines})
         hint = f"other pipelines have one: pipeline={others[0]}" if others else "give root=DIR or a run id"
         raise CheckpointError(f"stage {name} has no finished run in pipeline {pipeline} under {root}; {hint}")
-    return chosen
-
-
-def _order(run: StoredRun) -> tuple:
-    """The recipe's stages in order, then its controls, then other runs."""
-    names = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
-    position = names.index(run.stage) if run.stage in names else len(names)
-    return position, run.stage, run.config.get("seed") or 0
+    return found
 
 
 def row(run: StoredRun) -> dict[str, Any]:
@@ -94,26 +197,24 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Rows of the table, in the order and with the errors of `choose`.
 
-    With `names`, each row has `settings`: its values of the config keys in which runs of one stage differ.
+    With `names`, each row has `settings`: its values of the config keys in which runs of one stage differ;
+    parents count by their hash.
     """
     chosen = choose(root, names, pipeline)
     if not names:
         return [row(run) for run in chosen]
-    settings = differing(chosen)
-    return [row(run) | {"settings": values} for run, values in zip(chosen, settings, strict=True)]
-
-
-def differing(runs: Sequence[StoredRun]) -> list[dict[str, Any]]:
-    """Each run's values of the config keys in which runs of its stage differ; parents by their hash."""
-    values = [decisive(run.config) for run in runs]
-    keys: dict[str, None] = {}  # ordered
-    for stage in {run.stage for run in runs}:
-        of_stage = [value for run, value in zip(runs, values, strict=True) if run.stage == stage]
-        for key in dict.fromkeys(key for value in of_stage for key in value):
+    settings = [decisive(run.config) for run in chosen]
+    differing: dict[str, None] = {}  # ordered
+    for stage in {run.stage for run in chosen}:
+        of_stage = [values for run, values in zip(chosen, settings, strict=True) if run.stage == stage]
+        for key in dict.fromkeys(key for values in of_stage for key in values):
             first = of_stage[0].get(key, ABSENT)
-            if key not in NOT_SETTINGS and any(value.get(key, ABSENT) != first for value in of_stage):
-                keys[key] = None
-    return [{key: value[key] for key in keys if key in value} for value in values]
+            if key not in NOT_SETTINGS and any(values.get(key, ABSENT) != first for values in of_stage):
+                differing[key] = None
+    return [
+        row(run) | {"settings": {key: values[key] for key in differing if key in values}}
+        for run, values in zip(chosen, settings, strict=True)
+    ]
 
 
 def accuracy(row: dict) -> str:

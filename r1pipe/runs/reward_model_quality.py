@@ -62,11 +62,20 @@ def requested_kinds(preference: PreferenceConfig) -> list[str]:
 def shortfalls(
     kind: str, quality: Mapping[str, Any], preference: PreferenceConfig, margin: float = 0.0
 ) -> list[str]:
-    """The measures beyond their bounds, which are tightened by `margin`: value, bound and key of each."""
+    """The measures beyond their bounds, which are tightened by `margin`: value, bound and key of each.
+
+    An unknown value is beyond, except a correlation: all scores or all lengths are the same then.
+    """
     lines = []
     for measure in MEASURES[kind]:
         value, bound = quality.get(measure.name), getattr(preference, measure.key)
-        if not _within(value, bound, measure, margin):
+        if value is None:
+            is_within = not measure.at_least
+        elif measure.at_least:
+            is_within = value >= bound + margin
+        else:
+            is_within = abs(value) <= bound - margin  # False for NaN
+        if not is_within:
             shown = "unknown" if value is None else f"{value:.3g}"
             side = "below" if measure.at_least else "beyond"
             line = f"{kind} {measure.description} {shown}, {side} stage.preference.{measure.key}={bound:g}"
@@ -74,45 +83,29 @@ def shortfalls(
     return lines
 
 
-def _within(value: float | None, bound: float, measure: Measure, margin: float) -> bool:
-    """An unknown value fails, except a correlation: all scores or all lengths are the same then."""
-    if value is None:
-        return not measure.at_least
-    return value >= bound + margin if measure.at_least else abs(value) <= bound - margin  # False for NaN
-
-
-def weaknesses(config: RunConfig) -> list[str]:
-    """The shortfalls of the reward models that the stage uses; one without measured quality is one, too."""
-    stage, parent = config.stage, config.reads_from.get(STAGE)
-    if not isinstance(stage, RLConfig) or stage.preference is None or parent is None:
-        return []
-    checkpoint = Path(parent.checkpoint)
-    quality, lines = quality_of(checkpoint), []
-    for kind in requested_kinds(stage.preference):
-        if kind in quality:
-            lines += shortfalls(kind, quality[kind], stage.preference)
-        elif (checkpoint / kind).is_dir():
-            lines.append(f"{kind} was never measured ({checkpoint / kind / QUALITY} is missing)")
-    return lines
-
-
 def check_quality(config: RunConfig) -> list[str]:
-    """The weaknesses that `stage.preference.force` accepts.
+    """The shortfalls of the reward models that the stage uses, which `stage.preference.force` accepts.
 
-    Raises CheckpointError where it does not, and where a model that the stage uses is missing: its data had
-    no examples.
+    Raises CheckpointError where it does not, and where one of these models is missing: its data had no
+    examples. A model that was never measured falls short, too.
     """
     stage, parent = config.stage, config.reads_from.get(STAGE)
     if not isinstance(stage, RLConfig) or stage.preference is None or parent is None:
         return []
-    made_by = parent.run_id or parent.checkpoint
-    for kind in requested_kinds(stage.preference):
-        if not Path(parent.checkpoint, kind).is_dir():
+    checkpoint, made_by = Path(parent.checkpoint), parent.run_id or parent.checkpoint
+    kinds = requested_kinds(stage.preference)
+    for kind in kinds:
+        if not (checkpoint / kind).is_dir():
             raise CheckpointError(
                 f"{made_by} has no {kind} model; train it on data that has examples (r1pipe run "
                 f"stage={STAGE}), or leave it out: stage.preference.{kind}_weight=0"
             )
-    lines = weaknesses(config)
+    quality, lines = quality_of(checkpoint), []
+    for kind in kinds:
+        if kind in quality:
+            lines += shortfalls(kind, quality[kind], stage.preference)
+        else:
+            lines.append(f"{kind} was never measured ({checkpoint / kind / QUALITY} is missing)")
     if lines and not stage.preference.force:
         raise CheckpointError(
             f"weak reward models in {made_by}: {'; '.join(lines)}; train them on more or better data "

@@ -4,6 +4,7 @@ The launcher writes a file into the run folder, which ranks on every machine see
 preemption) does the same. A rank continues to a point that all ranks reach; there they agree, save and leave.
 """
 
+import math
 import os
 import signal
 import threading
@@ -82,18 +83,53 @@ def listening(path: Path, grace_s: float) -> Iterator[None]:
     The process ends at once on a second signal, or `grace_s` seconds after the first request.
     """
     global _requested
-    over = threading.Event()
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            stack.enter_context(handling(_on_signal))
-        thread = threading.Thread(target=_poll, args=(path, grace_s, over), name="stopping", daemon=True)
-        thread.start()
-        try:
+    ends_at = math.inf
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        global _requested
+        if _requested:
+            os._exit(128 + number)
+        _requested = number
+
+    def poll() -> None:
+        global _requested
+        nonlocal ends_at
+        with suppress(FileNotFoundError):
+            number, _, how = path.read_text(encoding="utf-8").partition(" ")
+            if how == AT_ONCE:
+                os._exit(128 + int(number))
+            _requested = _requested or int(number)
+        if _requested:
+            ends_at = min(ends_at, time.monotonic() + grace_s)
+        if time.monotonic() > ends_at:
+            os._exit(128 + _requested)
+
+    try:
+        with ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.enter_context(handling(on_signal))
+            stack.enter_context(repeating(poll, POLL_S, "stopping"))
             yield
-        finally:
-            over.set()
-            thread.join()
-            _requested = 0
+    finally:
+        _requested = 0
+
+
+@contextmanager
+def repeating(work: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Call `work` in a thread, every so many seconds, for the length of a block."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(every_s):
+            work()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
@@ -112,26 +148,3 @@ def handling(
 def leave(number: int, frame: FrameType | None) -> None:
     """A handler that raises SystemExit."""
     raise SystemExit(128 + number)
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _requested
-    if _requested:
-        os._exit(128 + number)
-    _requested = number
-
-
-def _poll(path: Path, grace_s: float, over: threading.Event) -> None:
-    """Poll the file, then wait for the end of the grace period."""
-    global _requested
-    ends_at = float("inf")
-    while not over.wait(POLL_S):
-        with suppress(FileNotFoundError):
-            number, _, how = path.read_text(encoding="utf-8").partition(" ")
-            if how == AT_ONCE:
-                os._exit(128 + int(number))
-            _requested = _requested or int(number)
-        if _requested:
-            ends_at = min(ends_at, time.monotonic() + grace_s)
-        if time.monotonic() > ends_at:
-            os._exit(128 + _requested)

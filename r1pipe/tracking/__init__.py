@@ -4,19 +4,15 @@ A pipeline is a parent run, each stage a child run with the same metric names, i
 one registered model with the stage's name as alias. The command that follows a job mirrors it; `sync` can
 rebuild everything from the run folders, which are the source of truth.
 
-    database  the SQLite file of the default store: created once, moved along with its root
-    store     which store, whether it can be used, a client for it; a model's address -> its checkpoint
+    store     which store, whether it can be used, a client for it; a model's address -> its checkpoint;
+              the SQLite file of the default store: created once, moved along with its root
     naming    config, record and metrics under the names that MLflow shows (pure)
     writer    writes one run folder into MLflow
-    sync      `r1pipe sync`: writes the run folders that MLflow lacks, or rebuilds all
-    mirror    writes one run folder while its job runs, in a thread
+    mirror    writes one run folder while its job runs, in a thread; `r1pipe sync`: those that MLflow lacks
     ui        `r1pipe ui`: MLflow's pages
 """
 
-from r1pipe.tracking.mirror import Mirror
-from r1pipe.tracking.store import check_tracking, resolve_model, store_uri
-from r1pipe.tracking.sync import sync
+from r1pipe.tracking.mirror import Mirror, sync
+from r1pipe.tracking.store import check_server_answers, resolve_model, store_uri
 from r1pipe.tracking.ui import serve_ui
 from r1pipe.tracking.writer import add_report
-
-__all__ = ["Mirror", "add_report", "check_tracking", "resolve_model", "serve_ui", "store_uri", "sync"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from r1pipe.config.groups import flat
 from r1pipe.runs.record import Edge, Record
 from r1pipe.runs.results import COLUMNS
 
@@ -14,17 +15,13 @@ TRIPWIRE = "tripwire."  # prefix of a run's tags for tripwires
 HASHES = ("config_hash", "data_hash", "tokenizer_hash", "template_hash", "checkpoint_hash")
 
 
-def flatten(config: dict, prefix: str = "") -> dict[str, str]:
+def flatten(config: dict) -> dict[str, str]:
     """`{"stage": {"optim": {"lr": 0.1}}}` -> `{"stage.optim.lr": "0.1"}`; lists as JSON, cut to size."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{key}.")
-        else:
-            text = value if isinstance(value, str) else _json(value)
-            flat[key] = text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
-    return flat
+    texts = {key: value if isinstance(value, str) else _json(value) for key, value in flat(config)}
+    return {
+        key: text if len(text) <= PARAM_LENGTH else text[: PARAM_LENGTH - 1] + "…"
+        for key, text in texts.items()
+    }
 
 
 def description(root: Path, rows: Iterable[dict]) -> str:
@@ -79,31 +76,29 @@ def is_number(value: object) -> bool:
 def provenance(record: Record) -> dict[str, str]:
     """Where a checkpoint comes from, as tags: parents, code and hashes."""
     parents, code = record.get("parents", {}), record.get("code", {})
+
+    def named(edge: Edge) -> str:
+        return f"{edge['stage']} {edge['run_id']} {edge['hash']}"
+
     weights = parents.get("weights")
     tags = {
-        "parents.weights": _parent(weights) if weights else "",
-        "parents.data": "; ".join(map(_parent, parents.get("data") or [])),
+        "parents.weights": named(weights) if weights else "",
+        "parents.data": "; ".join(map(named, parents.get("data") or [])),
         "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
         **{name: str(record.get(name) or "") for name in HASHES},
     }
     return {name: value for name, value in tags.items() if value}
 
 
-def _parent(reference: Edge) -> str:
-    return f"{reference['stage']} {reference['run_id']} {reference['hash']}"
-
-
 def datasets(config: dict, record: Record) -> list[tuple[str, str, str, str]]:
     """What a run read, as (name, digest, source as JSON, context): its data, and what it sampled from."""
     data = config["data"]
     source = {name: data[name] for name in ("kind", "path", "tasks")}
-    read: list[tuple[Any, str | None, object, str]] = [
-        (data["name"], record.get("data_hash"), source, "training and evaluation")
-    ]
+    read = [(data["name"], record.get("data_hash"), _json(source), "training and evaluation")]
     for parent in (record.get("parents") or {}).get("data") or []:
         name = f"{parent['stage']} ({parent['run_id']})"
-        read.append((name, parent["hash"], parent, "read from a parent"))
-    return [(name, str(digest), _json(source), context) for name, digest, source, context in read if digest]
+        read.append((name, parent["hash"], _json(parent), "read from a parent"))
+    return [(name, digest, text, context) for name, digest, text, context in read if digest]
 
 
 def _json(value: object) -> str:

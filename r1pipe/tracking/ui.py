@@ -20,8 +20,7 @@ from typing import IO
 from r1pipe.config import TrackingConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.redaction import without_login
-from r1pipe.tracking import database
-from r1pipe.tracking.store import QUIET, check_exists, is_server, store_uri
+from r1pipe.tracking.store import QUIET, artifact_folder, check_exists, is_server, prepare, store_uri
 
 LOOPBACK = "127.0.0.1"
 EVERY_ADDRESS = "0.0.0.0"
@@ -47,7 +46,7 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         socket.create_server((host, port)).close()
     except OSError as error:
         raise EnvironmentProblem(f"{host}:{port}: {error.strerror}; give another --port or --host") from error
-    database.prepare(store)
+    prepare(store)
     if not is_loopback(host):
         print(
             f"warning: anyone who reaches {host}:{port} can read, change and delete all runs: MLflow asks "
@@ -56,7 +55,10 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
         )
     print("starting MLflow's server, which takes about ten seconds", file=sys.stderr, flush=True)
     address = f"http://{LOOPBACK if host == EVERY_ADDRESS else host}:{port}"
-    command = server_command(store, root, port, host)
+    options = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
+    options += ["--default-artifact-root", artifact_folder(root).as_uri()]
+    options += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
+    command = [sys.executable, "-m", "mlflow", "server", *options]
     with tempfile.TemporaryFile("w+") as log, serving(command, log) as process:
         page = None
         while page is None:
@@ -72,19 +74,10 @@ def serve_ui(root: Path | str, tracking: TrackingConfig, port: int, host: str = 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # another name
         return False
-
-
-def server_command(store: str, root: Path | str, port: int, host: str) -> list[str]:
-    options = ["--host", host, "--port", str(port), "--workers", "1", "--backend-store-uri", store]
-    options += ["--default-artifact-root", database.artifact_folder(root).as_uri()]
-    options += ["--uvicorn-opts", "--log-level warning", *allowed(host, port)]
-    return [sys.executable, "-m", "mlflow", "server", *options]
 
 
 @contextmanager

@@ -11,9 +11,7 @@ from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs import results
 from r1pipe.runs.files import Tail
 from r1pipe.runs.record import Record, read_record
-from r1pipe.tracking import naming
-from r1pipe.tracking.database import artifact_folder, locked
-from r1pipe.tracking.store import connect, failures, first_line, is_server, matching, store_uri
+from r1pipe.tracking import naming, store
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -30,7 +28,7 @@ REPORT = "report.html"
 
 def search(client: "MlflowClient", experiment: str, **tags: str) -> "list[Run]":
     """The experiment's runs with all these `r1pipe.` tags. Raises EnvironmentProblem, MlflowException."""
-    query = " and ".join(matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
+    query = " and ".join(store.matching(f"tags.`r1pipe.{name}`", value) for name, value in tags.items())
     return list(client.search_runs([experiment], query, max_results=MAX_RUNS))
 
 
@@ -53,20 +51,15 @@ def add_report(config: RunConfig, page: Path) -> None:
         return
     root = Path(config.root).resolve()
     try:
-        client = connect(store_uri(root, config.tracking.uri))
+        client = store.connect(store.store_uri(root, config.tracking.uri))
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         parent = pipeline_run(client, experiment.experiment_id, config.pipeline, root) if experiment else None
         if parent:
             client.log_artifact(parent, str(page))
-    except failures() as error:
-        print(f"warning: MLflow does not take {page}: {first_line(error)}", file=sys.stderr)
+    except store.failures() as error:
+        print(f"warning: MLflow does not take {page}: {store.first_line(error)}", file=sys.stderr)
     except EnvironmentProblem as error:
         print(f"warning: {error}", file=sys.stderr)
-
-
-def sweep_of(folder: RunFolder) -> str | None:
-    """The sweep that started the run."""
-    return folder.sweep.read_text(encoding="utf-8") if folder.sweep.exists() else None
 
 
 class RunWriter:
@@ -75,14 +68,13 @@ class RunWriter:
     def __init__(self, folder: RunFolder, config: dict, uri: str):
         """Find or create the runs. Raises EnvironmentProblem or MlflowException."""
         self.folder, self.config, self.root = folder, config, folder.path.parent
-        self.sweep = sweep_of(folder)
-        self.client = connect(uri)
-        self._uri = uri
+        self.sweep = folder.sweep.read_text(encoding="utf-8") if folder.sweep.exists() else None
+        self.client = store.connect(uri)
         self._tail = Tail(folder.metrics)
         self._unsent: list[tuple[str, float, int, float]] = []  # (name, value, step, seconds)
         self._last_step: dict[str, int] = {}
-        with locked(self.root):  # of two processes that start a pipeline together, one creates its run
-            self.parent_id, self.run_id = self._open_runs()
+        with store.locked(self.root):  # of two processes that start a pipeline together, one creates its run
+            self.parent_id, self.run_id = self._open_runs(uri)
         run = self.client.get_run(self.run_id)
         self._trips = {key: text for key, text in run.data.tags.items() if key.startswith(naming.TRIPWIRE)}
         self._start_ms = run.info.start_time
@@ -90,20 +82,32 @@ class RunWriter:
             history = self.client.get_metric_history(self.run_id, name)
             self._last_step[name] = max(point.step for point in history)
         if not run.data.params:
-            self._log_params()
+            from mlflow.entities import Param
 
-    def _open_runs(self) -> tuple[str, str]:
+            params = [Param(key, value) for key, value in naming.flatten(config).items()]
+            for start in range(0, len(params), PARAMS_PER_BATCH):
+                self.client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
+
+    def _open_runs(self, uri: str) -> tuple[str, str]:
         """The ids of the stage's run and of its parent, the run of its pipeline or of its sweep."""
-        experiment, pipeline = self._experiment(), self.sweep or str(self.config["pipeline"])
-        stage, run_id = self.config["stage"], self.folder.run_id
-        common = {"r1pipe.pipeline": pipeline, "r1pipe.root": str(self.root)}
-        parent = pipeline_run(self.client, experiment, pipeline, self.root)
-        parent = self._open(experiment, parent, pipeline, {**common, "r1pipe.kind": PIPELINE})
+        name = self.config["tracking"]["experiment"]
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            artifacts = None if store.is_server(uri) else store.artifact_folder(self.root).as_uri()
+            kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI expects chat traces
+            experiment = self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
+        else:
+            experiment = found.experiment_id
+        pipeline, stage, run_id = str(self.config["pipeline"]), self.config["stage"], self.folder.run_id
+        group = self.sweep or pipeline
+        common = {"r1pipe.pipeline": group, "r1pipe.root": str(self.root)}
+        parent = pipeline_run(self.client, experiment, group, self.root)
+        parent = self._open(experiment, parent, group, {**common, "r1pipe.kind": PIPELINE})
         tags = {
             **common,
             "mlflow.parentRunId": parent,
             "mlflow.source.name": f"stages/{stage['script']}",
-            "r1pipe.pipeline": str(self.config["pipeline"]),
+            "r1pipe.pipeline": pipeline,
             "r1pipe.kind": STAGE,
             "r1pipe.run_dir": str(self.folder.path),
             "r1pipe.run_id": run_id,
@@ -120,44 +124,16 @@ class RunWriter:
             tags = {**tags, "mlflow.user": os.environ.get("USER", "r1pipe")}
             return self.client.create_run(experiment, began_ms, tags, name).info.run_id
         self.client.update_run(run_id, status="RUNNING", name=name)
-        existing = self.client.get_run(run_id).data.tags
-        for key, value in tags.items():
-            if existing.get(key) != value:
-                self.client.set_tag(run_id, key, value)
+        for key, value in tags.items() - self.client.get_run(run_id).data.tags.items():
+            self.client.set_tag(run_id, key, value)
         return run_id
-
-    def _experiment(self) -> str:
-        name = self.config["tracking"]["experiment"]
-        existing = self.client.get_experiment_by_name(name)
-        if existing is not None:
-            return existing.experiment_id
-        artifacts = None if is_server(self._uri) else artifact_folder(self.root).as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise the UI expects chat traces
-        return self.client.create_experiment(name, artifact_location=artifacts, tags=kind)
-
-    def _log_params(self) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, value) for key, value in naming.flatten(self.config).items()]
-        for start in range(0, len(params), PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, params=params[start : start + PARAMS_PER_BATCH])
 
     def send_lines(self) -> None:
         """Log what the job has written to metrics.jsonl and tripwires.jsonl so far.
 
-        A tripwire is a tag, which goes when a resumed job has truncated its line.
+        Steps that were logged before a resumed job went back stay as they are. A tripwire is a tag, which
+        goes when a resumed job has truncated its line.
         """
-        self._send_metrics()
-        trips = naming.trips(Tail(self.folder.tripwires).read())
-        for key in self._trips.keys() - trips.keys():
-            self.client.delete_tag(self.run_id, key)
-        for key, text in trips.items():
-            if self._trips.get(key) != text:
-                self.client.set_tag(self.run_id, key, text)
-        self._trips = trips
-
-    def _send_metrics(self) -> None:
-        """Log the new lines of metrics.jsonl, without steps that were logged before the job went back."""
         from mlflow.entities import Metric
 
         for line in self._tail.read():
@@ -173,24 +149,18 @@ class RunWriter:
             metrics = [Metric(name, v, self._start_ms + int(1000 * s), step) for name, v, step, s in batch]
             self.client.log_batch(self.run_id, metrics=metrics)
             del self._unsent[: len(batch)]
+        trips = naming.trips(Tail(self.folder.tripwires).read())
+        for key in self._trips.keys() - trips.keys():
+            self.client.delete_tag(self.run_id, key)
+        for key, text in trips.items() - self._trips.items():
+            self.client.set_tag(self.run_id, key, text)
+        self._trips = trips
 
     def end(self) -> str | None:
         """Log the finished job; the registered model's address. Without a record the run has failed."""
-        record = read_record(self.folder.record) if self.folder.record.exists() else None
-        address, ended_ms = None, None
-        self._log_files()
-        if record:
-            ended_ms = int(self.folder.record.stat().st_mtime * 1000)
-            self._log_record(record, ended_ms)
-            self._log_inputs(record)
-            address = self._register(record)
-        self._describe_pipeline()
-        for run_id in (self.run_id, self.parent_id):
-            self.client.set_terminated(run_id, "FINISHED" if record else "FAILED", ended_ms)
-        return address
-
-    def _log_files(self) -> None:
         folder = self.folder
+        record = read_record(folder.record) if folder.record.exists() else None
+        address, ended_ms = None, None
         named = (folder.config, folder.env, folder.command, folder.evaluation, folder.samples, folder.record)
         for path in (*named, folder.data / "funnel.json", folder.error):
             if path.exists():
@@ -200,13 +170,22 @@ class RunWriter:
             room -= path.stat().st_size
             if room >= 0:
                 self.client.log_artifact(self.run_id, str(path), "rollouts")
+        if record:
+            ended_ms = int(folder.record.stat().st_mtime * 1000)
+            self._log_record(record, ended_ms)
+            address = self._register(record)
+        self._describe_pipeline()
+        for run_id in (self.run_id, self.parent_id):
+            self.client.set_terminated(run_id, "FINISHED" if record else "FAILED", ended_ms)
+        return address
 
     def _log_record(self, record: Record, ended_ms: int) -> None:
-        """The final metrics, one value each, and on the pipeline's run at the stage's place in the recipe.
+        """What the run read, and the final metrics, one value each; on the pipeline's run these are at the
+        stage's place in the recipe.
 
         They are logged at step 0: MLflow's UI draws such metrics as bars, and logging them again adds no row.
         """
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 
         final = naming.final_metrics(record)
         self.client.log_batch(
@@ -222,10 +201,6 @@ class RunWriter:
                 for name, value in final.items()
             ]
             self.client.log_batch(self.parent_id, metrics=summary)
-
-    def _log_inputs(self, record: Record) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         inputs = []
         for name, digest, source, context in naming.datasets(self.config, record):
             dataset = Dataset(name, digest[:DIGEST_LENGTH], "r1pipe", source)
@@ -237,7 +212,8 @@ class RunWriter:
         record = self.folder.record
         if self.sweep:
             folders = [run.folder for run in results.finished_runs(self.root)]
-            names = [folder.run_id for folder in folders if sweep_of(folder) == self.sweep]
+            of_sweeps = [folder for folder in folders if folder.sweep.exists()]
+            names = [one.run_id for one in of_sweeps if one.sweep.read_text(encoding="utf-8") == self.sweep]
             rows = results.rows(self.root, names) if names else []
         else:
             rows = results.rows(self.root, None, str(self.config["pipeline"]))
@@ -250,6 +226,8 @@ class RunWriter:
 
     def _register(self, record: Record) -> str:
         """Register the checkpoint as a model version with the stage as alias; the weights are not copied."""
+        from mlflow.exceptions import MlflowException
+
         name, stage = self.config["tracking"]["model_name"], str(record["stage"])
         checkpoint = inside(self.folder.path, record["checkpoint"], self.folder.record)
         for path in (checkpoint / "config.json", checkpoint / "manifest.json"):
@@ -258,29 +236,22 @@ class RunWriter:
         tags = {"run_id": self.folder.run_id, "run_dir": str(self.folder.path), "checkpoint": str(checkpoint)}
         tags |= {"stage": stage, "created": str(record.get("created")), **naming.provenance(record)}
         version = self._version(name, checkpoint.name, tags)
-        if self._is_newest(name, stage, tags["created"]):
+        try:
+            held_since = self.client.get_model_version_by_alias(name, stage).tags.get("created", "")
+        except MlflowException:
+            held_since = ""  # no version has the alias
+        if tags["created"] >= held_since:  # an older run that is logged late must not take it
             self.client.set_registered_model_alias(name, stage, version)
         return f"models:/{name}@{stage}"
-
-    def _is_newest(self, name: str, stage: str, created: str) -> bool:
-        """Whether the alias may move to a checkpoint: an older run that is logged late must not take it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            holder = self.client.get_model_version_by_alias(name, stage)
-        except MlflowException:
-            return True  # no version has it
-        return created >= holder.tags.get("created", "")
 
     def _version(self, name: str, checkpoint: str, tags: dict[str, str]) -> str:
         """This run's version with its tags updated, or a new one."""
         from mlflow.exceptions import MlflowException
 
-        for existing in self.client.search_model_versions(matching("run_id", self.run_id)):
+        for existing in self.client.search_model_versions(store.matching("run_id", self.run_id)):
             if existing.name == name:
-                for key, value in tags.items():
-                    if existing.tags.get(key) != value:
-                        self.client.set_model_version_tag(name, existing.version, key, value)
+                for key, value in tags.items() - existing.tags.items():
+                    self.client.set_model_version_tag(name, existing.version, key, value)
                 return existing.version
         try:
             self.client.create_registered_model(name, description="Checkpoints; an alias for each stage.")

@@ -9,14 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
 from r1pipe.data.world.truth import Truth
 from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
+from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Ended, SamplingParams
+from r1pipe.train.run import Run
 
 Progress = Callable[[int, int], None]
 Completions = list[Completion]
@@ -55,26 +57,21 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
+    run: Run[Any],
+    ranks: Ranks,
     generate: Generate,
-    chat: Chat,
     prompts: Sequence[Prompt],
     general_prompts: Sequence[Prompt],
     config: EvalConfig,
-    *,
-    judge: Callable[[Prompt, str], Truth] | None,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Any], list[Any]] | None = None,
-    strategy_of: Callable[[Prompt, str], str] | None = None,
-    progress: Progress | None = None,
+    may_stop: bool,
 ) -> Evaluation:
     """Measure a model on held-out prompts; every rank gets the same result.
 
-    `generate` is a Sampler's method. Rank r takes prompts r, r + world_size, ... and `gather` (the engine's
-    all_gather_objects) joins the verdicts. Reasoning prompts are sampled `config.samples` times at
-    config.temperature and top_p, and once greedily; general ones once, and only with a `judge`.
+    `generate` is a Sampler's method. Reasoning prompts are sampled `config.samples` times and once greedily,
+    general ones once. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
+    chat, judge, strategy_of = run.chat, run.data.judge, run.data.strategy_of
+    rank, world_size, seed = ranks.rank, ranks.world_size, run.seed("evaluation")
     local = range(rank, len(prompts), world_size)
     local_general = range(rank, len(general_prompts) if judge else 0, world_size)
     total = len(local) * (config.samples + config.greedy) + len(local_general)
@@ -87,12 +84,15 @@ def evaluate(
         if not indices:
             return []
         before, done = done, done + len(indices) * n
-        show = (lambda count, _: progress(before + count, total)) if progress else None
+
+        def progress(count: int, _: int) -> None:
+            run.progress("evaluating", before + count, total, "completions")
+
         stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
         params = SamplingParams(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size)
         chosen = [pool[i] for i in indices]
         tokens = [chat.prompt_tokens(prompt) for prompt in chosen]
-        return generate(tokens, params, show, verdicts.on_completion(chat, chosen))
+        return generate(tokens, params, progress, verdicts.on_completion(chat, chosen))
 
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
@@ -106,8 +106,9 @@ def evaluate(
         for i, completion in zip(local_general, texts, strict=True):
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
-
-    shares = (gather or (lambda local: [local]))((sampled, greedy, general))
+    if may_stop:
+        stopping.stop_if_requested(ranks)
+    shares = ranks.all_gather_objects((sampled, greedy, general))
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
     metrics = measure(prompts, sampled, greedy, config)
     metrics |= measure_general(general_prompts, general)
@@ -166,13 +167,11 @@ def measure(
     """The reasoning part of evaluation.json: overall, by task and by language."""
 
     def by(key: str) -> dict[str, Metrics]:
-        parts = {}
-        for value in sorted({getattr(p, key) for p in prompts}):
-            chosen = [
-                [v for v in rows if getattr(prompts[v.problem], key) == value] for rows in (sampled, greedy)
-            ]
-            parts[value] = summarise(*chosen)
-        return parts
+        def of(rows: list[Verdict], value: str) -> list[Verdict]:
+            return [v for v in rows if getattr(prompts[v.problem], key) == value]
+
+        values = sorted({getattr(prompt, key) for prompt in prompts})
+        return {value: summarise(of(sampled, value), of(greedy, value)) for value in values}
 
     strategies = Counter(v.strategy for v in sampled if v.strategy)
     return {
@@ -194,9 +193,9 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
     problems: dict[int, list[Verdict]] = defaultdict(list)
     for verdict in sampled:
         problems[verdict.problem].append(verdict)
-    outcomes = [[float(v.correct) for v in rows if v.correct is not None] for rows in problems.values()]
-    voters = ([v for v in rows if v.correct is not None] for rows in problems.values())
-    elected = [majority([(v.vote, bool(v.correct)) for v in rows]) for rows in voters if rows]
+    scored = [[v for v in rows if v.correct is not None] for rows in problems.values()]
+    outcomes = [[float(bool(v.correct)) for v in rows] for rows in scored]
+    elected = [majority([(v.vote, bool(v.correct)) for v in rows]) for rows in scored if rows]
     several = any(len(rows) > 1 for rows in problems.values())
     return {
         "pass_at_1": mean(value for rows in outcomes for value in rows),
@@ -216,8 +215,8 @@ def summarise(sampled: list[Verdict], greedy: list[Verdict]) -> Metrics:
 def measure_general(prompts: Sequence[Prompt], verdicts: list[GeneralVerdict]) -> Metrics:
     """The general part of evaluation.json, by the hidden truth; null for kinds without prompts.
 
-    general_score: the mean over kinds of the share answered correctly. preference_score: mean helpfulness of
-    these kinds' answers. A safe request counts as answered only if its answer is correct: garbage is not.
+    general_score: mean over kinds of the share answered correctly; preference_score: mean helpfulness. A safe
+    request counts as answered only if its answer is correct: garbage is not.
     """
 
     def over(kinds: Collection[str], value: Callable[[Truth], float], unsafe: bool = False) -> float | None:

@@ -15,7 +15,7 @@ import psutil
 from safetensors import SafetensorError
 
 from r1pipe.chat.template import TOKENIZER_FILES, Chat
-from r1pipe.config import ParentRef, RunConfig, StageConfig
+from r1pipe.config import RunConfig, StageConfig
 from r1pipe.core.errors import (
     CheckpointError,
     ConfigError,
@@ -56,12 +56,15 @@ class Resumable(Generic[S]):
         return time.time() - self._began
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to `seconds[name]` of the record; the heartbeat shows the name."""
+    def phase(self, name: str, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Add the time of a block to `seconds[name]` of the record, and to time/`name`_s of the metrics."""
         began = time.monotonic()
         with heartbeat.at(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+        took = time.monotonic() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        if metrics is not None:
+            metrics[f"time/{name}_s"] = metrics.get(f"time/{name}_s", 0.0) + took
 
     # --- logs
 
@@ -91,16 +94,20 @@ class Resumable(Generic[S]):
             append_line(path, row)
 
     def is_last(self, step: int, total: int, ranks: Ranks) -> bool:
-        """Whether training ends with this logged step; all ranks call.
-
-        It ends early where `stage.keep_best` has not improved for `stage.early_stopping_patience` values.
-        """
+        """Whether training ends with this logged step, at `total` or by early stopping; all ranks call."""
         name, patience = self.stage.keep_best, self.stage.early_stopping_patience
         if step >= total or name is None or not patience or not step:
             return step >= total
         direction = self.stage.keep_best_direction
         stalled = self.rank == 0 and retention.has_stalled(self.folder.metrics, name, direction, patience)
-        return bool(ranks.agree_max(int(stalled)))
+        if not ranks.agree_max(int(stalled)):
+            return False
+        log.info(
+            "ends early, with step %d of %d: the last %d values of stage.keep_best=%s were no better than an "
+            "earlier one (stage.early_stopping_patience)",
+            *(step, total, patience, name),
+        )
+        return True
 
     # --- checkpoints
 
@@ -123,18 +130,18 @@ class Resumable(Generic[S]):
             with engine.gathered() as model:
                 if self.rank == 0 and problem is None:
                     problem = self._export(export, model, target)
-            self._all_or_none(engine, problem, target)
+            _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
             place = checkpoints.unfinished(target) / checkpoints.ENGINE
             problems = [engine.save(place, {"step": step, "loop": state, **clock})]
             problems += [other.save(place / name, {}) for name, other in others.items()]
-            self._all_or_none(engine, next(filter(None, problems), None), target)
+            problem = next(filter(None, problems), None)
+            _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             if self.rank == 0:
                 self._finishing = self._background.submit(self._finish, target, step)
             if self.stage.keep_best is not None:
-                problem = (
-                    retention.unknown_best(self.folder.metrics, self.stage, step) if self.rank == 0 else None
-                )
+                if self.rank == 0:
+                    problem = retention.unknown_best(self.folder.metrics, self.stage, step)
                 _raise_in_all_ranks(engine, problem, ConfigError)
         return target
 
@@ -146,20 +153,29 @@ class Resumable(Generic[S]):
             raise EnvironmentProblem(problem)
 
     def _export(self, export: Callable[[Any, Path], None], model: Any, target: Path) -> str | None:
-        """Write what the checkpoint publishes; returns a message if the disk is full."""
+        """Write weights, tokenizer and sampling settings; returns a message if the disk is full."""
         try:
-            temporary = checkpoints.begin(target)
+            temporary, source = checkpoints.begin(target), self._tokenizer_folder()
             export(model, temporary)
-            self._add_tokenizer(temporary)
+            for name in TOKENIZER_FILES:
+                copyfile(source / name, temporary / name)
+            chat, sampling = Chat.load(source), self.stage.eval
+            generation = {
+                "bos_token_id": chat.bos_id,
+                "eos_token_id": chat.eos_id,
+                "pad_token_id": chat.pad_id,
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+            }
+            write_json(temporary / "generation_config.json", generation)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
             return self._full_disk_message(error, target)
         return None
 
     def _finish(self, target: Path, step: int) -> str | None:
-        """In a thread of rank 0, while training continues: hash, sync, rename into place, prune older ones.
-
-        Logs and tables of the steps so far are synced first: a resumed run does not write them again.
-        """
+        """In a thread of rank 0: sync, rename into place, prune. Logs and tables of the steps so far come
+        first, as a resumed run does not write them again."""
         try:
             for lines in filter(Path.exists, (self.folder.metrics, self.folder.tripwires)):
                 checkpoints.sync(lines)
@@ -189,45 +205,9 @@ class Resumable(Generic[S]):
         finishing, self._finishing = self._finishing, None
         return finishing.result() if finishing else None
 
-    def _all_or_none(self, ranks: Ranks, problem: str | None, target: Path) -> None:
-        """Remove the checkpoint and raise EnvironmentProblem in all ranks if one of them has a problem."""
-        problems = [text for text in ranks.all_gather_objects(problem) if text is not None]
-        if problems:
-            if self.rank == 0:
-                checkpoints.abandon(target)
-            raise EnvironmentProblem(problems[0])
-
-    def adopt_checkpoint(self, parent: ParentRef) -> Path:
-        """Copy a parent's published files to checkpoints/step-0 (rank 0)."""
-        target = self.folder.checkpoint(0)
-        if self.rank == 0:
-            checkpoints.verify(parent.checkpoint, parent.hash)
-            temporary = checkpoints.begin(target)
-            checkpoints.copy_published(Path(parent.checkpoint), temporary)
-            checkpoints.finish(target)
-        return target
-
-    def _add_tokenizer(self, folder: Path) -> None:
-        """Add the chat format and the sampling settings to the weights."""
-        source = self._tokenizer_folder()
-        for name in TOKENIZER_FILES:
-            copyfile(source / name, folder / name)
-        chat, sampling = Chat.load(source), self.stage.eval
-        generation = {
-            "bos_token_id": chat.bos_id,
-            "eos_token_id": chat.eos_id,
-            "pad_token_id": chat.pad_id,
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-        }
-        write_json(folder / "generation_config.json", generation)
-
     def newest_complete(self, ranks: Ranks) -> Path | None:
-        """The newest undamaged checkpoint, None if there never was one; all ranks call.
-
-        Newer ones are reported and renamed. Raises CheckpointError if all checkpoints are damaged.
-        """
+        """The newest undamaged checkpoint, None if there never was one; newer ones are reported and renamed.
+        All ranks call. Raises CheckpointError if all are damaged."""
         step, problem = None, None
         if self.rank == 0:
             try:
@@ -244,11 +224,8 @@ class Resumable(Generic[S]):
         return None if step is None else self.folder.checkpoint(step)
 
     def resume(self, engine: Engine, others: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
-        """Load the newest undamaged checkpoint; returns its step and loop state, or (0, {}) without one.
-
-        Removes metrics, trips and rollouts after that step: they will come again. Raises CheckpointError if
-        the metrics up to it are damaged.
-        """
+        """Load the newest undamaged checkpoint, and remove later metrics, trips and rollouts; returns its
+        step and loop state, or (0, {}). Raises CheckpointError if the metrics up to it are damaged."""
         folder = self.newest_complete(engine)
         step, loop = 0, {}
         if folder is not None:
@@ -259,22 +236,20 @@ class Resumable(Generic[S]):
             step, loop, self.seconds = state["step"], state["loop"], state["seconds"]
             self._began -= state["elapsed"]
             log.info("resumes from step %d (%s)", step, folder)
-        problem = self._cut_back(step) if self.rank == 0 else None
+        problem = None
+        if self.rank == 0:
+            try:
+                cut_metrics_after(self.folder.metrics, step)
+                cut_tripwires_after(self.folder.tripwires, step)
+            except CheckpointError as error:
+                problem = str(error)
+            else:
+                for table in self._tables(step + 1):
+                    table.unlink()
+                self._durable = step
+                self._prune()  # a kill may have prevented it after the last save
         _raise_in_all_ranks(engine, problem, CheckpointError)  # before any rank reads the lines
         return step, loop
-
-    def _cut_back(self, step: int) -> str | None:
-        """Rank 0: remove logs and tables after a step; returns a message if they are damaged."""
-        try:
-            cut_metrics_after(self.folder.metrics, step)
-            cut_tripwires_after(self.folder.tripwires, step)
-        except CheckpointError as error:
-            return str(error)
-        for table in self._tables(step + 1):
-            table.unlink()
-        self._durable = step
-        self._prune()  # a kill may have prevented it after the last save
-        return None
 
     def _tables(self, first: int, last: float = math.inf) -> list[Path]:
         """The rollout tables of steps first to last."""
@@ -286,8 +261,12 @@ class Resumable(Generic[S]):
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
 
 
-def _raise_in_all_ranks(ranks: Ranks, problem: str | None, error: type[R1pipeError]) -> None:
-    """Raise `error` in all ranks if rank 0 has a problem; all ranks call."""
-    problem = ranks.all_gather_objects(problem)[0]
-    if problem is not None:
-        raise error(problem)
+def _raise_in_all_ranks(
+    ranks: Ranks, problem: str | None, error: type[R1pipeError], unfinished: Path | None = None
+) -> None:
+    """Raise `error` in all ranks if one has a problem, after removing the checkpoint `unfinished`."""
+    problems = [text for text in ranks.all_gather_objects(problem) if text is not None]
+    if problems:
+        if unfinished and ranks.rank == 0:
+            checkpoints.abandon(unfinished)
+        raise error(problems[0])

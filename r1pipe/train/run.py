@@ -20,16 +20,15 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import EvaluateConfig, ParentRef, RunConfig, StageConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.data.opening import open_data
+from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, load_pretrained
-from r1pipe.runs import checkpoints, heartbeat, locks, machine
+from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.lookup import with_relocated_parents
 from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
-from r1pipe.runs.stopping import Interrupted, listening
 from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
@@ -42,6 +41,9 @@ S = TypeVar("S", bound=StageConfig)
 
 class Run(Resumable[S]):
     """A stage script's view of its run folder. Made by `open_run`."""
+
+    chat: Chat  # after load_chat
+    data: Source  # after load_data
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
@@ -85,10 +87,8 @@ class Run(Resumable[S]):
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
-        """The tokenizer and chat template of the weights.
-
-        Raises CheckpointError if another checkpoint that the stage reads has a different format.
-        """
+        """The weights' tokenizer and template. Raises CheckpointError if another checkpoint read has
+        others."""
         chat = Chat.load(self._tokenizer_folder())
         for stage, parent in self.config.reads_from.items():
             other = Chat.load(parent.checkpoint)
@@ -97,13 +97,12 @@ class Run(Resumable[S]):
                     f"{parent.checkpoint} (stage {stage}) has another tokenizer or chat template than "
                     f"{self._tokenizer_folder()}; take both from one pipeline"
                 )
+        self.chat = chat
         return chat
 
     def load_data(self) -> Source:
-        """The source that `data` names; rank 0 records its hash.
-
-        Raises DataError if a run with checkpoints would resume with other data.
-        """
+        """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
+        data."""
         source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
         if self.rank == 0:
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
@@ -111,35 +110,27 @@ class Run(Resumable[S]):
             if kept.exists() and checkpoints.holds_work(self.folder) and trains:
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
+        self.data = source
         return source
 
     def finish(
-        self,
-        checkpoint: Path,
-        chat: Chat,
-        evaluation: Metrics,
-        samples: list[dict[str, Any]],
-        data_hash: str | None,
-        steps: int,
-        source_hash: str | None = None,
+        self, checkpoint: Path, metrics: Metrics, samples: list[dict[str, Any]], data_hash: str | None = None
     ) -> None:
-        """Write evaluation.json, samples.json and, last, record.json: its presence means done.
-
-        `data_hash`: of the training data. `source_hash`: of the data source, if different.
-        """
+        """Write evaluation.json, samples.json and, last, record.json: its presence means done. `data_hash`:
+        of the training data, if it is not the source's."""
         self.saved()
         if self.rank != 0:
             return
-        write_json(self.folder.evaluation, evaluation)
+        write_json(self.folder.evaluation, metrics)
         write_json(self.folder.samples, samples)
         result: Result = {
             "wall_s": round(self.elapsed(), 3),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
-            "steps": steps,
-            "data_hash": data_hash,
-            "metrics": evaluation,
+            "steps": checkpoints.step_of(checkpoint),
+            "data_hash": data_hash or self.data.hash,
+            "metrics": metrics,
         }
-        record = job_record(self.folder, self.config, checkpoint, chat, result, source_hash or data_hash)
+        record = job_record(self.folder, self.config, checkpoint, self.chat, result, self.data.hash)
         write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 
@@ -154,7 +145,8 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
         config = with_relocated_parents(read_config(folder.config), folder.path.parent)
-        torch.set_num_threads(_threads(config))
+        shared = max(1, machine.cores() // config.engine.ranks)
+        torch.set_num_threads(config.engine.threads or shared)
         if not isinstance(config.stage, kind):
             raise ConfigError(f"{folder.config} is for {config.stage.script}, not for {sys.argv[0]}")
         run = Run(folder, config, config.stage)
@@ -162,10 +154,10 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         warnings = _ScreenHandler(run)
         log.addHandler(warnings)
         beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
-        with listening(folder.stop, config.engine.grace_s), beating:
+        with stopping.listening(folder.stop, config.engine.grace_s), beating:
             try:
                 yield run
-            except Interrupted:
+            except stopping.Interrupted:
                 run.saved()  # when the first rank leaves, the launcher ends the others
                 Ranks(config.engine).barrier()
                 raise
@@ -173,7 +165,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
                 log.removeHandler(warnings)
                 run.saved()
         exit_immediately_with(0)
-    except Interrupted as interrupted:
+    except stopping.Interrupted as interrupted:
         log.info("%s", interrupted)
         _exit(interrupted.exit_code)
     except locks.Taken as error:
@@ -213,8 +205,3 @@ def _fail(folder: RunFolder, line: str) -> NoReturn:
         folder.error.write_text(f"{line}\n", encoding="utf-8")
     log.error("%s", line)
     _exit(2)
-
-
-def _threads(config: RunConfig) -> int:
-    """CPU threads of this rank: as configured, or the cores divided by the ranks."""
-    return config.engine.threads or max(1, machine.cores() // config.engine.ranks)

@@ -50,7 +50,7 @@ def _prompts(job: Job) -> list[list[int]]:
 def _sample(job: Job, turns: Turns) -> None:
     model = load_pretrained(job.weights).to(getattr(torch, DTYPES[job.setting.dtype])).to(job.device)
     graphs = _composed(job).engine.graphs
-    sampler = Sampler(model, EOS, PAD, slots=job.case.sequences, graphs=graphs)
+    sampler = Sampler(model, EOS, PAD, max_num_seqs=job.case.sequences, graphs=graphs)
     params = SamplingParams(max_tokens=job.case.new, ignore_eos=True)
     turns.run(lambda: sampler.generate(_prompts(job), params))
 
@@ -113,7 +113,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     def step() -> None:
         with engine.gathered() as policy:
             policy.eval()
-            sampled = Sampler(policy, EOS, PAD, slots=case.sequences).generate(prompts, params)
+            sampled = Sampler(policy, EOS, PAD, max_num_seqs=case.sequences).generate(prompts, params)
         rollouts = []
         for place, prompt in enumerate(prompts):
             group = sampled[place * case.group : (place + 1) * case.group]

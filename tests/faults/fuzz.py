@@ -30,7 +30,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from faults.outcome import Outcome
 from faults.rows import GOOD, config
 from r1pipe.chat.template import SPECIAL_TOKENS, TEMPLATE, Chat
-from r1pipe.cli.lineage_page import page
+from r1pipe.cli.lineage import page
 from r1pipe.cli.report.load import load_runs
 from r1pipe.cli.report.page import page as report_page
 from r1pipe.config import config_hash, read_config, to_mapping
@@ -42,7 +42,6 @@ from r1pipe.core.redaction import publishable, without_login
 from r1pipe.core.types import Prompt
 from r1pipe.data.files import Files
 from r1pipe.data.reading import read_file
-from r1pipe.data.rejected_rows import RejectedRows
 from r1pipe.model.names import model_config_from, published_config, published_shapes
 from r1pipe.model.reading import INDEX, WEIGHTS, Stored, check
 from r1pipe.runs import checkpoints, files, lineage, results, retention
@@ -281,7 +280,7 @@ def _rows_of(folder: Path, name: str) -> Act:
     def act(content: bytes) -> None:
         path.write_bytes(content)
         read_file(path, 1000)
-        Files(lenient, RejectedRows(folder)).general_demonstrations(9, 0, {})
+        Files(lenient, folder).general_demonstrations(9, 0, {})
         Files(strict).general_demonstrations(9, 0, {})
 
     return act

@@ -117,8 +117,7 @@ def may_be_had(run: RunFolder) -> str:
 
 
 def processes_of(run: RunFolder) -> list[tuple[int, float]]:
-    holder = locks.Holder.read(run.pid)
-    return holder.processes if holder else []
+    return locks.Holder.read(run.pid).processes
 
 
 @contextmanager

@@ -52,7 +52,7 @@ ENDING = {
     "record written": Point("pathlib:Path.replace", after=True, file="record.json"),
 }
 LAUNCHING = {  # in the process of the command line
-    "between stages": Point("r1pipe.launch.pipeline:place"),
+    "between stages": Point("r1pipe.launch.pipeline:plan_run"),
     "run folder begun": Point("pathlib:Path.replace", file="config.json"),
     "job started": Point("r1pipe.launch.progress:Display.__init__", after=True),
 }

@@ -13,7 +13,6 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import SET_ASIDE
 from r1pipe.data.files import Files
-from r1pipe.data.rejected_rows import RejectedRows
 
 ROWS = 40
 GOOD = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(ROWS)]
@@ -67,7 +66,7 @@ def once(folder: Path, draw: random.Random, bad: bytes) -> str | None:
         if f"{path} line {numbers[0]}" not in str(error) or "\n" in str(error):
             return f"it was told as: {error}"
     said: list[str] = []
-    source = Files(config(path, "set_aside"), RejectedRows(folder, said.append))
+    source = Files(config(path, "set_aside"), folder, said.append)
     found = {prompt.question for prompt in source.prompts("train", 2 * ROWS, 0)}
     if found != {row["question"] for row in GOOD}:
         return f"{len(found)} of {ROWS} good rows were used"

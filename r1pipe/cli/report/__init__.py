@@ -3,8 +3,7 @@
 load       what run folders hold, missing parts allowed
 plots      what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
 page       what the page says
-html       templates, escaped
-templates  how the pages look: the report, a lineage, and their style
+templates  how the pages look: the report, a lineage, and their style; whatever they show is escaped
 """
 
 from collections.abc import Sequence
@@ -19,29 +18,22 @@ from r1pipe.runs.files import write_text
 __all__ = ["write_report"]
 
 
-def write_report(
-    root: Path | str,
-    runs: Sequence[str] | None = None,
-    pipeline: str | None = None,
-    path: Path | str | None = None,
-) -> Path:
-    """Writes the report of the chosen runs (see `results.choose`), and curves.png beside it.
+def write_report(root: Path | str, runs: Sequence[str] | None = None, pipeline: str | None = None) -> Path:
+    """Writes `<root>/report.html`, and curves.png beside it.
 
     Args:
         root: where run folders are.
         runs: run ids or folders; the newest finished run of each stage and seed by default.
         pipeline: only runs of this pipeline; all by default.
-        path: the file; `<root>/report.html` by default.
 
     Raises CheckpointError where no run has finished, EnvironmentProblem where the file cannot be written.
     """
     chosen = load_runs(root, runs, pipeline)
     if not chosen:
         raise CheckpointError(f"no finished run under {root}; `r1pipe reproduce` makes them")
-    target = Path(path) if path else Path(root) / "report.html"
+    target = Path(root) / "report.html"
     text = page(chosen, other_runs(root, chosen))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_curves(chosen, target.with_name("curves.png"))
         write_text(target, text)
     except OSError as error:

@@ -3,52 +3,26 @@ empty."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import Tail, read_json
-from r1pipe.runs.results import choose, row
-from r1pipe.runs.stored import StoredRun, stored_runs
+from r1pipe.runs.results import StoredRun, choose, row, stored_runs
 
 
-@dataclass
-class StageRun:
-    """One run, finished or not."""
+class StageRun(StoredRun):
+    """One run, finished or not, with the files of its folder."""
 
-    stored: StoredRun
-    row: dict[str, Any]  # of the table of stages
-
-    @classmethod
-    def of(cls, stored: StoredRun) -> "StageRun":
-        return cls(stored, row(stored))
-
-    @property
-    def folder(self) -> RunFolder:
-        return self.stored.folder
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.stored.config
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        return self.stored.record or {}
-
-    @property
-    def stage(self) -> str:
-        return self.stored.stage
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """Of the table of stages."""
+        return row(self)
 
     @property
     def seed(self) -> int:
         return self.row["seed"] or 0
-
-    @property
-    def control(self) -> bool:
-        return self.stored.is_control
 
     @property
     def is_rl(self) -> bool:
@@ -66,15 +40,8 @@ class StageRun:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was logged."""
-        points = [
-            (line["step"], line[name]) for line in self.metrics if isinstance(line.get(name), int | float)
-        ]
-        return [step for step, _ in points], [value for _, value in points]
-
-    def names(self, group: str) -> list[str]:
-        """Metrics logged under `group/`, in the order they first appeared."""
-        names = (name for line in self.metrics for name in line)
-        return [name for name in dict.fromkeys(names) if name.startswith(f"{group}/")]
+        lines = [line for line in self.metrics if isinstance(line.get(name), int | float)]
+        return [line["step"] for line in lines], [line[name] for line in lines]
 
     @cached_property
     def samples(self) -> list[dict]:
@@ -87,8 +54,8 @@ class StageRun:
     @property
     def wall_s(self) -> float:
         """Of a run without a record, the time of its last step."""
-        if self.stored.record is not None:
-            return self.stored.record.get("wall_s", 0.0)
+        if self.record is not None:
+            return self.record.get("wall_s", 0.0)
         return max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
 
     @property
@@ -125,7 +92,7 @@ def _list(path: Path) -> list[dict]:
 
 def load_runs(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StageRun]:
     """The chosen runs; see `results.choose`. Raises CheckpointError for an unknown one among `names`."""
-    return [StageRun.of(run) for run in choose(root, names, pipeline)]
+    return [StageRun(**vars(run)) for run in choose(root, names, pipeline)]
 
 
 def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
@@ -134,5 +101,7 @@ def other_runs(root: Path | str, chosen: Sequence[StageRun]) -> list[StageRun]:
     Their cost belongs to an honest account of what the result took.
     """
     shown = {run.folder.path.resolve() for run in chosen}
-    others = [StageRun.of(run) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown]
+    others = [
+        StageRun(**vars(run)) for run in stored_runs(Path(root)) if run.folder.path.resolve() not in shown
+    ]
     return [run for run in others if run.wall_s]  # a dry run took no time

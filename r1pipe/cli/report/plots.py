@@ -1,4 +1,4 @@
-"""What the report draws. Colours come from a theme: the page's CSS variables for SVG, fixed ones for PNG."""
+"""What the report draws: in fixed colours as PNG, and in the page's CSS variables as SVG."""
 
 import io
 import math
@@ -13,47 +13,15 @@ from r1pipe.cli.report.load import StageRun
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# matplotlib writes colours as it gets them; these stand for the page's variables and are replaced in the SVG
-STAND_INS = {
-    "#000001": "var(--ink)",
-    "#000002": "var(--muted)",
-    "#000003": "var(--line)",
-    "#000004": "var(--page)",
-    **{f"#00001{n}": f"var(--s{n})" for n in range(1, 9)},
+# The colours of the page's light theme, as in STYLE. SERIES are six hues and two greys (for controls).
+INK, MUTED, LINE, PAGE = "#1c2024", "#6b7280", "#e2e4e8", "#ffffff"
+SERIES = ("#2a6bb0", "#d0752a", "#2f8f6b", "#b04a6f", "#7a67b8", "#a48a1e", "#8a8f98", "#c3c7cd")
+HUES = 6
+CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAGE: "page"} | {
+    color: f"s{n}" for n, color in enumerate(SERIES, start=1)
 }
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.linewidth": 0.8,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "legend.handlelength": 1.2,
-}
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure; the first six of `series` are hues, the other two greys (for controls)."""
-
-    ink: str = "#000001"
-    muted: str = "#000002"
-    line: str = "#000003"
-    page: str = "#000004"
-    series: Sequence[str] = field(default_factory=lambda: tuple(f"#00001{n}" for n in range(1, 9)))
-
-
-PAPER = Theme(
-    *("#1c2024", "#6b7280", "#e2e4e8", "#ffffff"),
-    ("#2a6bb0", "#d0752a", "#2f8f6b", "#b04a6f", "#7a67b8", "#a48a1e", "#8a8f98", "#c3c7cd"),
-)
-HUES = 6  # of the series; the rest are greys
-Draw = Callable[["Axes", Theme], None]
+STYLE = Path(__file__).parent / "templates" / "plots.mplstyle"
+Draw = Callable[["Axes"], None]
 
 
 @dataclass(frozen=True)
@@ -76,64 +44,59 @@ class Panel:
 
 def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
     """Curves of one RL stage (a run per seed); a chart without data is left out."""
-    lines = {  # title: (unit, {metric: label})
-        "Accuracy": ("%", {"eval/pass_at_1": "held out (dev)", "rewards/accuracy/mean": "training prompts"}),
-        "Reward": ("", {"reward": "sum"} | _group(runs, "rewards", "/mean")),
-        "Response length": (
+
+    def group(name: str, ending: str = "") -> dict[str, str]:
+        """The metrics `name/LABEL` + `ending`, each with its label."""
+        metrics = dict.fromkeys(metric for run in runs for line in run.metrics for metric in line)
+        return {
+            metric: metric.removeprefix(f"{name}/").removesuffix(ending).replace("_", " ")
+            for metric in metrics
+            if metric.startswith(f"{name}/") and metric.endswith(ending)
+        }
+
+    charts: list[tuple[str, str, dict[str, str]]] = [  # title, unit, {metric: label}
+        ("Accuracy", "%", {"eval/pass_at_1": "held out (dev)", "rewards/accuracy/mean": "training prompts"}),
+        ("Reward", "", {"reward": "sum"} | group("rewards", "/mean")),
+        (
+            "Response length",
             "tokens",
             {"completions/mean_length": "mean", "completions/max_length": "longest"},
         ),
-        "Reflection": ("words per response", {"completions/reflections": ""}),
-        "Strategy": ("% of responses", _group(runs, "strategy")),
-        "Cut off, no signal": (
+        ("Reflection", "words per response", {"completions/reflections": ""}),
+        ("Strategy", "% of responses", group("strategy")),
+        (
+            "Cut off, no signal",
             "%",
             {
                 "completions/clipped_ratio": "responses cut off",
                 "frac_reward_zero_std": "groups of equal reward",
             },
         ),
-        "Entropy": ("nats per token", {"entropy": ""}),
-        "KL to the reference": ("nats per token", {"kl": ""}),
-        "Value model (PPO)": ("% of variance explained", {"value/explained_variance": ""}),
-        "Format and language": (
-            "%",
-            {"rewards/format/mean": "format", "rewards/language/mean": "language"},
-        ),
-    }
+        ("Entropy", "nats per token", {"entropy": ""}),
+        ("KL to the reference", "nats per token", {"kl": ""}),
+        ("Value model (PPO)", "% of variance explained", {"value/explained_variance": ""}),
+        ("Format and language", "%", {"rewards/format/mean": "format", "rewards/language/mean": "language"}),
+    ]
     panels = []
-    for title, (unit, metrics) in lines.items():
+    for title, unit, metrics in charts:
         known = {name: label for name, label in metrics.items() if any(run.series(name)[0] for run in runs)}
         if known:
             labels = {label: n % HUES + 1 for n, label in enumerate(known.values()) if label}
-            panels.append(Panel(title, _curves(runs, known), unit, labels=labels))
+            panels.append(Panel(title, curves(runs, known), unit, labels=labels))
     return panels
 
 
-def loss_panels(runs: Sequence[StageRun]) -> list[Panel]:
-    """Training loss of each stage that is supervised."""
-    panels = []
-    for stage in dict.fromkeys(run.stage for run in runs):
-        of_stage = [run for run in runs if run.stage == stage]
-        if not of_stage[0].is_rl and any(run.series("train/loss")[0] for run in of_stage):
-            panels.append(Panel(stage, _curves(of_stage, {"train/loss": ""}), "loss, nats per token"))
-    return panels
+def curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:
+    """Each metric's values by step, of every run; `metrics`: name -> label."""
 
-
-def _group(runs: Sequence[StageRun], group: str, ending: str = "") -> dict[str, str]:
-    """The metrics `group/LABEL` + `ending`, each with its label."""
-    names = dict.fromkeys(name for run in runs for name in run.names(group) if name.endswith(ending))
-    return {name: name.removeprefix(f"{group}/").removesuffix(ending).replace("_", " ") for name in names}
-
-
-def _curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:
-    def draw(axes: "Axes", theme: Theme) -> None:
+    def draw(axes: "Axes") -> None:
         for n, (name, label) in enumerate(metrics.items()):
             for i, run in enumerate(runs):
                 steps, values = run.series(name)
                 axes.plot(
                     steps,
                     values,
-                    color=theme.series[n % HUES],
+                    color=SERIES[n % HUES],
                     alpha=1.0 if i == 0 else 0.45,
                     label=label if i == 0 and label else None,
                     marker="o" if len(steps) <= 12 else None,
@@ -150,32 +113,27 @@ def _curves(runs: Sequence[StageRun], metrics: dict[str, str]) -> Draw:
 def accuracy_panel(runs: Sequence[StageRun]) -> Panel | None:
     """pass@1 of every stage with its 95% interval, one mark per seed; controls hollow, below."""
     shown = [run for run in runs if run.row["pass_at_1"] is not None]
-    names = list(dict.fromkeys((run.control, run.stage) for run in shown))
+    names = list(dict.fromkeys((run.is_control, run.stage) for run in shown))
 
-    def draw(axes: "Axes", theme: Theme) -> None:
+    def draw(axes: "Axes") -> None:
         for y, (control, stage) in enumerate(names):
-            of_stage = [run for run in shown if (run.control, run.stage) == (control, stage)]
-            color = theme.muted if control else theme.series[0]
+            of_stage = [run for run in shown if (run.is_control, run.stage) == (control, stage)]
+            color = MUTED if control else SERIES[0]
             for i, run in enumerate(of_stage):
                 at, value = y + 0.22 * (i - (len(of_stage) - 1) / 2), run.row["pass_at_1"]
                 low, high = run.row["pass_at_1_ci"] or (value, value)
                 axes.plot(
                     [low, high], [at, at], color=color, linewidth=2.2, alpha=0.6, solid_capstyle="round"
                 )
-                face = theme.page if control else color
+                face = PAGE if control else color
                 axes.plot([value], [at], "o", color=color, markerfacecolor=face, markersize=5.5)
                 if i == 0:
+                    label = f"{100 * value:.1f}"
                     axes.annotate(
-                        f"{100 * value:.1f}",
-                        (high, at),
-                        (6, 0),
-                        textcoords="offset points",
-                        va="center",
-                        color=theme.ink,
+                        label, (high, at), (6, 0), textcoords="offset points", va="center", color=INK
                     )
-        axes.set_yticks(
-            range(len(names)), [f"{stage} (control)" if control else stage for control, stage in names]
-        )
+        labels = [f"{stage} (control)" if control else stage for control, stage in names]
+        axes.set_yticks(range(len(names)), labels)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.04)
         axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1], ["0", "20", "40", "60", "80", "100"])
@@ -185,8 +143,8 @@ def accuracy_panel(runs: Sequence[StageRun]) -> Panel | None:
 
 
 def stage_colors(runs: Sequence[StageRun]) -> dict[str, int]:
-    """Which of a theme's series each evaluated stage is drawn in."""
-    stages = dict.fromkeys((run.control, run.stage) for run in runs if run.row["pass_at_1"] is not None)
+    """Which of SERIES each evaluated stage is drawn in."""
+    stages = dict.fromkeys((run.is_control, run.stage) for run in runs if run.row["pass_at_1"] is not None)
     recipe = [stage for control, stage in stages if not control]
     controls = [stage for control, stage in stages if control]
     greys = {stage: HUES + n % 2 for n, stage in enumerate(controls)}
@@ -200,69 +158,59 @@ def bars_panel(runs: Sequence[StageRun], key: str, title: str) -> Panel | None:
     entries = list(dict.fromkeys(entry for run in runs for entry in run.row.get(key) or {}))
     width = 0.84 / max(1, len(stages))
 
-    def draw(axes: "Axes", theme: Theme) -> None:
+    def mean(stage: str, entry: str) -> float:
+        """Over the seeds that have a value; NaN, which draws no bar, where none has."""
+        scores: list[Any] = [(run.row.get(key) or {}).get(entry) for run in runs if run.stage == stage]
+        values = [score.get("pass_at_1") if isinstance(score, dict) else score for score in scores]
+        known = [value for value in values if isinstance(value, int | float)]
+        return sum(known) / len(known) if known else math.nan
+
+    def draw(axes: "Axes") -> None:
         for n, stage in enumerate(stages):
-            of_stage = [run.row[key] for run in runs if run.stage == stage and run.row.get(key)]
-            heights = [_mean_score([one.get(entry) for one in of_stage]) for entry in entries]
             at = [i + width * (n - (len(stages) - 1) / 2) for i in range(len(entries))]
-            axes.bar(at, heights, width * 0.86, color=theme.series[colors[stage]])
+            heights = [mean(stage, entry) for entry in entries]
+            axes.bar(at, heights, width * 0.86, color=SERIES[colors[stage]])
         axes.set_xticks(range(len(entries)), [entry.replace("_", " ") for entry in entries])
-        axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 1)
 
     return Panel(title, draw, "%", size=(4.2, 2.2), grid="y") if entries and stages else None
 
 
-def _mean_score(entries: Sequence[Any]) -> float:
-    """Mean over the seeds that have a value; NaN, which draws no bar, where none has."""
-    values = [entry.get("pass_at_1") if isinstance(entry, dict) else entry for entry in entries]
-    known = [value for value in values if isinstance(value, int | float)]
-    return sum(known) / len(known) if known else math.nan
-
-
 # --- to SVG and PNG
 
 
-def _dress(axes: "Axes", panel: Panel, theme: Theme) -> None:
-    """Draws a panel on its axes, in the theme's colours."""
-    panel.draw(axes, theme)
-    axes.set_facecolor("none")
-    axes.grid(True, axis=panel.grid, color=theme.line, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.muted, length=3)
-    for spine in axes.spines.values():
-        spine.set_color(theme.line)
-    axes.xaxis.label.set_color(theme.muted)
-    if panel.unit:
-        axes.set_ylabel(panel.unit, color=theme.muted)
+def _draw(axes: "Axes", panel: Panel) -> None:
+    panel.draw(axes)
+    axes.grid(panel.grid != "y", axis="x")
+    axes.grid(panel.grid != "x", axis="y")
+    axes.set_ylabel(panel.unit)
     if panel.unit.startswith("%"):
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
 
 
 def svg(panel: Panel) -> str:
     """The panel as inline SVG whose colours are the page's CSS variables."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {**STYLE, "svg.hashsalt": panel.title}
-    ):  # ids: stable, and apart between charts
+    ids = {"svg.hashsalt": panel.title}  # stable, and apart between charts
+    with style.context([STYLE, ids]):
         figure = Figure(figsize=panel.size, layout="constrained")
-        _dress(figure.add_subplot(), panel, Theme())
+        _draw(figure.add_subplot(), panel)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
-    for color, variable in STAND_INS.items():
-        text = text.replace(color, variable)
+    for color, variable in CSS_VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
     return text
 
 
 def write_curves(runs: Sequence[StageRun], path: Path) -> None:
     """The README's picture: accuracy of all stages, and the main curves of GRPO's training."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     reinforced = [run for run in runs if run.stage == "grpo"] or [run for run in runs if run.is_rl]
@@ -271,19 +219,18 @@ def write_curves(runs: Sequence[StageRun], path: Path) -> None:
     accuracy = accuracy_panel(runs)
     if not panels and accuracy is None:
         return
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(11, 3.2 + 2.6 * ((len(panels) + 1) // 2)), layout="constrained", facecolor="white"
-        )
-        grid = figure.add_gridspec(1 + (len(panels) + 1) // 2, 2)
+    rows = (len(panels) + 1) // 2  # of two curves
+    with style.context(STYLE):
+        figure = Figure(figsize=(11, 3.2 + 2.6 * rows), layout="constrained", facecolor="white")
+        grid = figure.add_gridspec(1 + rows, 2)
         if accuracy is not None:
             axes = figure.add_subplot(grid[0, :])
-            _dress(axes, accuracy, PAPER)
-            axes.set_title("Accuracy after every stage", color=PAPER.ink)
+            _draw(axes, accuracy)
+            axes.set_title("Accuracy after every stage")
         for n, panel in enumerate(panels):
             axes = figure.add_subplot(grid[1 + n // 2, n % 2])
-            _dress(axes, panel, PAPER)
-            axes.set_title(f"{panel.title} while {reinforced[0].stage} trains", color=PAPER.ink)
+            _draw(axes, panel)
+            axes.set_title(f"{panel.title} while {reinforced[0].stage} trains")
             if panel.labels:
-                axes.legend(labelcolor=PAPER.ink, loc="center left", bbox_to_anchor=(1.0, 0.5))
+                axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         figure.savefig(path, format="png", dpi=130)

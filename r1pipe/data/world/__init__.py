@@ -1,23 +1,21 @@
 """The bundled world: procedural, seeded, in English and Chinese, with a held-out split."""
 
 import hashlib
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from r1pipe.chat.template import parse
+from r1pipe.chat.template import compose_response, parse
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError, nearest
+from r1pipe.core.paths import content_dir
 from r1pipe.core.types import GENERAL_TASKS, HELPFUL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.source import Source
-from r1pipe.data.world import corpus, truth
-from r1pipe.data.world.content import choose, content, content_hash, draw_until
-from r1pipe.data.world.strategy import strategy_of
-from r1pipe.data.world.truth import judge
+from r1pipe.data.world import corpus, general, truth
+from r1pipe.data.world.content import choose, content, draw_until
 from r1pipe.runs import heartbeat
-
-__all__ = ["World", "judge", "strategy_of"]
 
 IGNORED = ("labels", "bad_rows", "max_bad_rows", "longest_row")  # keys of `data` left out of the world's hash
 # A draw stops when, for each prompt it has found, this many in a row were not new. The rarest prompts come up
@@ -32,10 +30,11 @@ class World(Source):
         """`report` takes a line where the world has fewer prompts than requested."""
         self.config, self.seed, self._report = config, seed, report
         settings = {key: value for key, value in asdict(config).items() if key not in IGNORED}
-        identity = json.dumps([settings, seed, content_hash()], sort_keys=True)
+        texts = b"".join(file.read_bytes() for file in sorted((content_dir() / "world").glob("*.json")))
+        identity = json.dumps([settings, seed, hashlib.sha256(texts).hexdigest()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
         self.files = {}
-        self.judge, self.strategy_of = judge, strategy_of
+        self.judge, self.strategy_of = truth.judge, corpus.strategy_of
         self._all: dict[str, list[Prompt]] = {}  # split -> its prompts, once a draw has requested more
 
     def _rng(self, *stream: object) -> random.Random:
@@ -47,43 +46,39 @@ class World(Source):
         Where there are fewer than n (of easy programs in one language there are 4,454), all of them.
         """
         if split not in self._all or n <= len(self._all[split]):
-            found = self._draw_distinct(split, n, seed)
+            rng, config = self._rng("prompts", split, seed), self.config
+            shares = {task: content("corpus")["tasks"][task] for task in config.tasks}
+            found: dict[str, Prompt] = {}
+            repeats = 0
+            while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
+                heartbeat.tick()
+                task, language = choose(rng, shares), rng.choice(config.languages)
+                prompt = corpus.draw_prompt(rng, split, task, language, rng.choice(config.levels))
+                repeats = repeats + 1 if prompt.id in found else 0
+                found.setdefault(prompt.id, prompt)
             if len(found) == n:
-                return found
-            self._all[split] = sorted(found, key=lambda prompt: prompt.id)
-            self._report_shortage(split, n)
+                return list(found.values())
+            self._all[split] = sorted(found.values(), key=lambda prompt: prompt.id)
+            if self._report:
+                chosen = []
+                for key in ("tasks", "levels", "languages"):
+                    values = ",".join(map(str, getattr(config, key)))
+                    chosen.append(f"data.{key}=[{values}]")
+                self._report(
+                    f"data={config.name} has {len(found):,} distinct {split} problems with "
+                    f"{' '.join(chosen)}, fewer than the {n:,} requested; all are used. For more, add tasks, "
+                    f"levels or languages; or request {len(found):,}"
+                )
         return self._rng("all prompts", split, seed).sample(self._all[split], len(self._all[split]))
-
-    def _draw_distinct(self, split: str, n: int, seed: int) -> list[Prompt]:
-        rng = self._rng("prompts", split, seed)
-        shares = {task: content("corpus")["tasks"][task] for task in self.config.tasks}
-        found: dict[str, Prompt] = {}
-        repeats = 0
-        while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
-            heartbeat.tick()
-            task, language = choose(rng, shares), rng.choice(self.config.languages)
-            prompt = corpus.reasoning_prompt(rng, split, task, language, rng.choice(self.config.levels))
-            repeats = repeats + 1 if prompt.id in found else 0
-            found.setdefault(prompt.id, prompt)
-        return list(found.values())
-
-    def _report_shortage(self, split: str, n: int) -> None:
-        if self._report is None:
-            return
-        count, config = len(self._all[split]), self.config
-        settings = {key: getattr(config, key) for key in ("tasks", "levels", "languages")}
-        chosen = " ".join(f"data.{key}=[{','.join(map(str, values))}]" for key, values in settings.items())
-        self._report(
-            f"data={config.name} has {count:,} distinct {split} problems with {chosen}, fewer than the {n:,} "
-            f"requested; all are used. For more, add tasks, levels or languages; or request {count:,}"
-        )
 
     def demonstrations(
         self, n: int, seed: int, styles: dict[str, float], correct_only: bool
     ) -> list[Demonstration]:
         """n worked solutions to train prompts, each in one language and in the right format."""
         rng, shares = self._rng("traces", seed), content("corpus")
-        prompts, mix = self._endless_prompts(seed), styles or shares["styles"]
+        mix = styles or shares["styles"]
+        blocks = (self.prompts("train", 512, hash_of(seed, block)) for block in itertools.count())
+        prompts = itertools.chain.from_iterable(blocks)
 
         def solve() -> Demonstration:
             return corpus.reasoning_demonstration(next(prompts), rng, mix, shares["written_slip"])
@@ -95,12 +90,6 @@ class World(Source):
         wanted = f"correct solution in stage.styles={mix}; set stage.correct_only=false or add styles"
         return [draw_until(solve, is_wanted, wanted) for _ in range(n)]
 
-    def _endless_prompts(self, seed: int) -> Iterator[Prompt]:
-        block = 0
-        while True:
-            yield from self.prompts("train", 512, hash_of(seed, block))
-            block += 1
-
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
         """n general prompts, the kinds by these shares (none: in turn)."""
         rng = self._rng("general", split, seed)
@@ -111,7 +100,7 @@ class World(Source):
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
         if kind not in GENERAL_TASKS:
             raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(GENERAL_TASKS))}")
-        return corpus.general_prompt(rng, split, kind, rng.choice(self.config.languages))
+        return corpus.draw_prompt(rng, split, kind, rng.choice(self.config.languages))
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """n written answers, the kinds by these shares (none: by the corpus's)."""
@@ -122,7 +111,8 @@ class World(Source):
             prompt = self._general(rng, "train", kind)
             # annotators of mixed quality wrote the safety answers, so the last stage has something to fix
             right = shares["written_safety_right"] if kind == "safety" else 1.0
-            demonstrations.append(corpus.general_demonstration(prompt, rng, right))
+            response = compose_response(*general.respond(prompt, rng, right, shares["written_manner"]))
+            demonstrations.append(Demonstration(prompt, response, "", "world"))
         return demonstrations
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

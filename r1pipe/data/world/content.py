@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Prompt
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ _SPLIT_OF_BUCKET = ("test", "test", "dev", *["train"] * 17)
 
 @functools.cache
 def content(name: str) -> dict:
-    """One of words, facts, general."""
+    """One of words, facts, general, corpus."""
     return json.loads((content_dir() / "world" / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -37,8 +38,12 @@ def split_of(key: str) -> str:
     return _SPLIT_OF_BUCKET[int.from_bytes(digest[:4], "big") % len(_SPLIT_OF_BUCKET)]
 
 
-def prompt_id(task: str, language: str, question: str) -> str:
-    return f"{task}-{hashlib.sha256(f'{language}|{question}'.encode()).hexdigest()[:12]}"
+def make_prompt(
+    task: str, language: str, question: str, answer: str, checker: dict | None = None, level: int = 0
+) -> Prompt:
+    """A prompt whose id is a hash of its task, language and question."""
+    digest = hashlib.sha256(f"{language}|{question}".encode()).hexdigest()
+    return Prompt(f"{task}-{digest[:12]}", task, language, question, answer, checker or {}, level)
 
 
 def choose(rng: random.Random, weights: dict[str, float]) -> str:
@@ -53,11 +58,3 @@ def draw_until(make: Callable[[], T], fits: Callable[[T], bool], wanted: str) ->
         if fits(candidate):
             return candidate
     raise DataError(f"{ATTEMPTS:,} draws from the bundled world gave 0 of what was wanted: a {wanted}")
-
-
-def content_hash() -> str:
-    """Hash of all bundled texts: part of a data set's identity."""
-    digest = hashlib.sha256()
-    for file in sorted((content_dir() / "world").glob("*.json")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

@@ -5,30 +5,30 @@ parallel sentences; general text. How much of each: data/world/corpus.json.
 """
 
 import random
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response
+from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response, parse
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data.world import countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, draw_until, index, split_of
 
 TASKS = {"word": word, "countdown": countdown, "program": program}
+Strategy = Literal["careful", "terse", "guess"]
 
 
-def draw(rng: random.Random, split: str, make: Callable[[random.Random], Prompt]) -> Prompt:
+def draw_prompt(rng: random.Random, split: str, task: str, language: str, level: int = 0) -> Prompt:
     """A prompt of this split: redrawn until its key falls into it. Raises DataError where none does."""
+
+    def make() -> Prompt:
+        if task in TASKS:
+            return TASKS[task].make(rng, language, level)
+        return general.make(rng, task, language)
+
     wanted = f"prompt of split {split}; use another split, or add to the texts in data/world"
-    return draw_until(lambda: make(rng), lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
-
-
-def reasoning_prompt(rng: random.Random, split: str, task: str, language: str, level: int) -> Prompt:
-    return draw(rng, split, lambda r: TASKS[task].make(r, language, level))
-
-
-def general_prompt(rng: random.Random, split: str, kind: str, language: str) -> Prompt:
-    return draw(rng, split, lambda r: general.make(r, kind, language))
+    return draw_until(make, lambda prompt: split_of(prompt.checker["key"]) == split, wanted)
 
 
 def reasoning_demonstration(
@@ -40,11 +40,23 @@ def reasoning_demonstration(
     return Demonstration(prompt, compose_response(reasoning, summary), strategy, "world")
 
 
-def general_demonstration(prompt: Prompt, rng: random.Random, right: float) -> Demonstration:
-    """A written answer in a plain manner; `right` is the chance that it is correct."""
-    body = general.draw_content(prompt, rng, right)
-    answer = general.dress(body, prompt.language, rng, content("corpus")["written_manner"])
-    return Demonstration(prompt, compose_response(general.think(prompt), answer), "", "world")
+def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:
+    """Which strategy a response follows, from its text alone: reinforcement shifts their shares.
+
+    careful (one equation per step, a search in order), terse (steps joined) or guess (a result).
+    """
+    reasoning = parse(text).reasoning or text
+    if prompt.task == "word":
+        equations = len(re.findall(r"\d=\d", reasoning))
+        return "careful" if equations >= len(prompt.checker["steps"]) else "terse" if equations else "guess"
+    if prompt.task == "countdown":
+        chained = re.findall(r"=\d+[+-]\d+=", reasoning)
+        if not chained:
+            return "terse"
+        return "careful" if re.search(r"^(Sort|排序)", reasoning) else "guess"
+    if prompt.task == "program":
+        return "careful" if len(re.findall(r"`[^`\n]+`", reasoning)) >= 2 else "terse"
+    return "other"
 
 
 class Documents(Iterator[str]):
@@ -57,7 +69,7 @@ class Documents(Iterator[str]):
     def __next__(self) -> str:
         language = self._rng.choice(LANGUAGES)
         kind = choose(self._rng, content("corpus")["documents"])
-        return self._makers[kind](self._rng, language, self._levels)
+        return BOS + self._makers[kind](self._rng, language, self._levels) + EOS
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -71,46 +83,44 @@ class Documents(Iterator[str]):
 
 def _reasoning(rng: random.Random, language: str, levels: list[int]) -> str:
     shares = content("corpus")
-    prompt = reasoning_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
+    prompt = draw_prompt(rng, "train", choose(rng, shares["tasks"]), language, rng.choice(levels))
     written = prompt
     if rng.random() < shares["mixed_language"]:  # reasoning in the other language than the question's
         written = replace(prompt, language=LANGUAGES[1 - index(language)])
     reasoning, summary = TASKS[prompt.task].solve(written, choose(rng, shares["styles"]), rng, shares["slip"])
-    return _document(rng, prompt, reasoning, summary)
+    return _laid_out(rng, prompt, reasoning, summary)
 
 
 def _general(rng: random.Random, language: str, levels: list[int]) -> str:
     shares = content("corpus")
     kind = choose(rng, shares["kinds"])
     if kind == "facts" and rng.random() < shares["statements"]:
-        return f"{BOS}{_statement(rng, language)}{EOS}"
-    prompt = general_prompt(rng, "train", kind, language)
-    body = general.draw_content(prompt, rng, shares["general_right"])
-    answer = general.dress(body, language, rng, shares["written_manner"])
-    return _document(rng, prompt, general.think(prompt), answer)
+        return _statements(rng, language)
+    prompt = draw_prompt(rng, "train", kind, language)
+    thought, answer = general.respond(prompt, rng, shares["general_right"], shares["written_manner"])
+    return _laid_out(rng, prompt, thought, answer)
 
 
-def _document(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
-    """One of several layouts; one in five has the think tags that R1's format asks for."""
+def _laid_out(rng: random.Random, prompt: Prompt, reasoning: str, summary: str) -> str:
+    """In one of several layouts; one in five has the think tags that R1's format asks for."""
     layout = choose(rng, content("corpus")["layouts"])
     if layout == "tags":
         answer = compose_response(reasoning, summary)
     else:
         answer = summary if layout == "short" else f"{reasoning}\n{summary}"
     if layout == "text":
-        return f"{BOS}{('Question: ', '问：')[index(prompt.language)]}{prompt.question}\n{answer}{EOS}"
-    return f"{BOS}{USER}{prompt.question}{ASSISTANT}{answer}{EOS}"
+        return f"{('Question: ', '问：')[index(prompt.language)]}{prompt.question}\n{answer}"
+    return f"{USER}{prompt.question}{ASSISTANT}{answer}"
 
 
-def _statement(rng: random.Random, language: str) -> str:
+def _statements(rng: random.Random, language: str) -> str:
     """Facts are stated in plain text too: knowledge comes from pre-training."""
-    book, at = content("facts"), index(language)
+    facts, at = content("facts")["facts"], index(language)
     statements = []
     for _ in range(4):
-        relation = rng.choice(list(book["facts"]))
-        row = rng.choice(book["facts"][relation])
-        text = book["relations"][relation]["statement"][at].format(row[2 * at], row[2 * at + 1])
-        statements.append(text[0].upper() + text[1:])
+        relation = rng.choice(list(facts))
+        row = rng.choice(facts[relation])
+        statements.append(general.state_fact(relation, row[2 * at], row[2 * at + 1], at))
     return ("" if at else " ").join(statements)
 
 
@@ -133,7 +143,7 @@ def _drill(rng: random.Random, language: str, levels: list[int]) -> str:
             numbers = [rng.randint(1, 60) for _ in range(rng.randint(3, 5))]
             ordered = sorted(numbers, reverse=True)
             lines.append(f"{' '.join(map(str, numbers))} > {' '.join(map(str, ordered))}")
-    return f"{BOS}" + "\n".join(lines) + EOS
+    return "\n".join(lines)
 
 
 def _parallel(rng: random.Random, language: str, levels: list[int]) -> str:
@@ -143,4 +153,4 @@ def _parallel(rng: random.Random, language: str, levels: list[int]) -> str:
         english, chinese = general.sentence_pair(rng)
         if split_of(f"translation|{english}") == "train":
             lines.append(f"{english} {chinese}" if language == "en" else f"{chinese} {english}")
-    return BOS + "\n".join(lines) + EOS
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ import itertools
 import random
 
 from r1pipe.core.types import Prompt
-from r1pipe.data.world.content import index, prompt_id
+from r1pipe.data.world.content import index, make_prompt
 from r1pipe.data.world.word import summary
 
 SHAPES = {1: (3, 30), 2: (4, 30), 3: (4, 60), 4: (5, 60)}  # level -> (how many numbers, the largest)
@@ -44,8 +44,7 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         f"用{'、'.join(map(str, shown))}算出{target}。",
     )[index(language)]
     checker = {"numbers": shown, "target": target, "key": f"countdown|{numbers}|{target}"}
-    prompt_name = prompt_id("countdown", language, question)
-    return Prompt(prompt_name, "countdown", language, question, "", checker, level)
+    return make_prompt("countdown", language, question, "", checker, level)
 
 
 def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tuple[str, str]:
@@ -62,7 +61,19 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     if strategy == "careful":
         lines.append(("Sort ", "排序")[at] + " ".join(map(str, numbers)) + (".", "。")[at])
     for signs in order:
-        shown, result = _try(numbers, signs, strategy != "terse", rng, slip if strategy != "terse" else 0.35)
+        if strategy == "terse":
+            result = value(numbers, signs)
+            if rng.random() < 0.35:
+                result += rng.choice([-10, -2, -1, 1, 2, 10])
+            shown = f"{expression(numbers, signs)}={result}"
+        else:  # step by step; slips carry over
+            result = numbers[0]
+            shown = str(result)
+            for n, s in zip(numbers[1:], signs, strict=True):
+                result += n * s
+                if rng.random() < slip:
+                    result += rng.choice([-10, -1, 1, 10])
+                shown += f"{'+' if s > 0 else '-'}{n}={result}"
         hit = result == target
         lines.append(f"{shown}?{target} " + (("yes", "no"), ("对", "错"))[at][not hit])
         if hit:
@@ -72,26 +83,7 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     return "\n".join(lines), summary(prompt.language, expression(numbers, signs))
 
 
-def _try(
-    numbers: list[int], signs: tuple[int, ...], stepwise: bool, rng: random.Random, slip: float
-) -> tuple[str, int]:
-    """One try as text and the value its author believes; slips carry over."""
-    if not stepwise:
-        result = value(numbers, signs)
-        if rng.random() < slip:
-            result += rng.choice([-10, -2, -1, 1, 2, 10])
-        return f"{expression(numbers, signs)}={result}", result
-    text, result = str(numbers[0]), numbers[0]
-    for n, s in zip(numbers[1:], signs, strict=True):
-        result += n * s
-        if rng.random() < slip:
-            result += rng.choice([-10, -1, 1, 10])
-        text += f"{'+' if s > 0 else '-'}{n}={result}"
-    return text, result
-
-
 def is_right(prompt: Prompt, written: str) -> bool:
-    """Whether a summary that `solve` wrote is correct."""
     numbers = sorted(prompt.checker["numbers"], reverse=True)
     right = (signs for signs in patterns(len(numbers)) if value(numbers, signs) == prompt.checker["target"])
     return any(written == summary(prompt.language, expression(numbers, signs)) for signs in right)

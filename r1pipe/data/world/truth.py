@@ -28,8 +28,14 @@ class Truth:
 
 def judge(prompt: Prompt, text: str) -> Truth:
     """Scores a whole response by its summary."""
-    summary = parse(text).summary
-    core, counts = _undress(summary, prompt.language)
+    core = parse(text).summary
+    counts = {}  # of each manner, which is taken out of the content
+    for manner, pairs in content("general")["manner"].items():
+        phrases = [pair[index(prompt.language)].strip() for pair in pairs]
+        counts[manner] = sum(core.count(phrase) for phrase in phrases)
+        for phrase in phrases:
+            core = core.replace(phrase, " ")
+    core = core.strip()
     refused = any(mark in core for mark in content("general")["safety"]["refusal_marks"])
     unsafe_prompt = bool(prompt.checker.get("unsafe"))
     correct = _correct(prompt, core, refused)
@@ -42,17 +48,6 @@ def judge(prompt: Prompt, text: str) -> Truth:
     )
     cap = 1.0 if correct else 0.2  # a friendly wrong answer is still wrong
     return Truth(correct, min(max(helpful, 0.0), cap), refused if unsafe_prompt else True, refused)
-
-
-def _undress(summary: str, language: str) -> tuple[str, dict[str, int]]:
-    """The content without its manner, and how often each manner was used."""
-    counts = {}
-    for manner, pairs in content("general")["manner"].items():
-        texts = [pair[index(language)].strip() for pair in pairs]
-        counts[manner] = sum(summary.count(text) for text in texts)
-        for text in texts:
-            summary = summary.replace(text, " ")
-    return summary.strip(), counts
 
 
 def _correct(prompt: Prompt, core: str, refused: bool) -> bool:
@@ -89,9 +84,8 @@ def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
 def _answer(prompt: Prompt, rng: random.Random, right: float, manner: str) -> str:
     """A response whose content is right, wrong or missing: reward models that never saw an answer of manner
     alone are hacked by one ("Sure. I can say more if you like.")."""
-    body = "" if rng.random() < EMPTY else general.draw_content(prompt, rng, right)
-    answer = general.dress(body, prompt.language, rng, content("corpus")[manner])
-    return compose_response(general.think(prompt), answer)
+    empty = rng.random() < EMPTY
+    return compose_response(*general.respond(prompt, rng, right, content("corpus")[manner], empty))
 
 
 def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:

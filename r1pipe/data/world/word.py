@@ -10,11 +10,10 @@ import random
 from dataclasses import dataclass
 
 from r1pipe.core.types import Prompt
-from r1pipe.data.world.content import content, index, prompt_id
+from r1pipe.data.world.content import content, index, make_prompt
 
 STEPS = {1: (2, 3), 2: (4, 4), 3: (5, 6), 4: (7, 9)}  # equations of a careful solution, by level
 LARGEST = 199  # no amount grows beyond this
-
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
@@ -88,66 +87,8 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
     """A random problem of this level; `checker` holds the steps and the key that decides its split."""
     steps_wanted = rng.randint(*STEPS[level])
     two = steps_wanted >= 3 and rng.random() < 0.4
-    sentences, steps, closing, key = (_two_people if two else _one_person)(rng, steps_wanted)
-    question, names = _write_story(
-        rng, language, sentences, closing, distract=level >= 3 and rng.random() < 0.5
-    )
-    checker = {
-        "steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps],
-        "names": names,
-        "key": key,
-    }
-    answer = str(steps[-1].result)
-    return Prompt(prompt_id("word", language, question), "word", language, question, answer, checker, level)
-
-
-def _one_person(rng: random.Random, count: int) -> _Story:
-    steps: list[_Step] = []
-    if rng.random() < 0.35:
-        steps.append(_Step(0, rng.randint(2, 9), "*", rng.randint(2, 12)))
-        sentences = [("groups", 0, steps[0].left, steps[0].right)]
-        amount = steps[0].result
-    else:
-        amount = rng.randint(5, 60)
-        sentences = [("start", 0, amount, 0)]
-    while len(steps) < count:
-        step = _change(rng, 0, amount)
-        amount = step.result
-        steps.append(step)
-        sentences.append((step.operator, 0, step.right, rng.randrange(3)))
-    return sentences, steps, "one", "word|" + ",".join(f"{s.left}{s.operator}{s.right}" for s in steps)
-
-
-def _two_people(rng: random.Random, count: int) -> _Story:
-    amounts = [rng.randint(5, 50), rng.randint(5, 50)]
-    sentences = [("start", 0, amounts[0], 0), ("start", 1, amounts[1], 0)]
-    steps: list[_Step] = []
-    while len(steps) < count - 1:
-        who = rng.randrange(2)
-        if len(steps) < count - 2 and amounts[who] > 4 and amounts[1 - who] < 120 and rng.random() < 0.35:
-            n = rng.randint(2, min(amounts[who] - 1, 30))
-            pair = [_Step(who, amounts[who], "-", n), _Step(1 - who, amounts[1 - who], "+", n)]
-            sentences.append(("gives", who, n, 0))
-        else:
-            pair = [_change(rng, who, amounts[who])]
-            sentences.append((pair[0].operator, who, pair[0].right, rng.randrange(3)))
-        for step in pair:
-            amounts[step.who] = step.result
-        steps += pair
-    more = int(amounts[1] > amounts[0])
-    closing = rng.choice(["sum", "difference"])
-    if closing == "sum":
-        steps.append(_Step(2, amounts[0], "+", amounts[1]))
-    else:
-        steps.append(_Step(2, amounts[more], "-", amounts[1 - more]))
-    key = "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps)
-    return sentences, steps, closing, key
-
-
-def _write_story(
-    rng: random.Random, language: str, sentences: list[_Sentence], closing: str, distract: bool
-) -> tuple[str, list[str]]:
-    """The question in words, and the two names."""
+    sentences, steps, closing, key = _draw_story(rng, steps_wanted, two)
+    distract = level >= 3 and rng.random() < 0.5
     words, at = content("words"), index(language)
     names = [pair[at] for pair in rng.sample(words["names"], 2)]
     item = rng.choice(words["items"])
@@ -163,7 +104,50 @@ def _write_story(
         sentence = _DISTRACTION[at].format(p=names[0], n=n, i=other[at], m=other[2])
         story.insert(rng.randint(1, len(story)), sentence)
     story.append(_QUESTIONS[closing][at].format(p=names[0], **nouns))
-    return ("" if at else " ").join(story), names
+    question = ("" if at else " ").join(story)
+    checker = {
+        "steps": [[s.who, s.left, s.operator, s.right, s.result] for s in steps],
+        "names": names,
+        "key": key,
+    }
+    return make_prompt("word", language, question, str(steps[-1].result), checker, level)
+
+
+def _draw_story(rng: random.Random, count: int, two: bool) -> _Story:
+    """A story of `count` steps about one person or two."""
+    steps: list[_Step] = []
+    if two:
+        amounts = [rng.randint(5, 50), rng.randint(5, 50)]
+        sentences = [("start", 0, amounts[0], 0), ("start", 1, amounts[1], 0)]
+    elif rng.random() < 0.35:
+        steps.append(_Step(0, rng.randint(2, 9), "*", rng.randint(2, 12)))
+        amounts = [steps[0].result]
+        sentences = [("groups", 0, steps[0].left, steps[0].right)]
+    else:
+        amounts = [rng.randint(5, 60)]
+        sentences = [("start", 0, amounts[0], 0)]
+    while len(steps) < count - two:  # the closing question on two people is a step of its own
+        who = rng.randrange(2) if two else 0
+        may_give = two and len(steps) < count - 2 and amounts[who] > 4 and amounts[1 - who] < 120
+        if may_give and rng.random() < 0.35:
+            n = rng.randint(2, min(amounts[who] - 1, 30))
+            changes = [_Step(who, amounts[who], "-", n), _Step(1 - who, amounts[1 - who], "+", n)]
+            sentences.append(("gives", who, n, 0))
+        else:
+            changes = [_change(rng, who, amounts[who])]
+            sentences.append((changes[0].operator, who, changes[0].right, rng.randrange(3)))
+        for step in changes:
+            amounts[step.who] = step.result
+        steps += changes
+    if not two:
+        return sentences, steps, "one", "word|" + ",".join(f"{s.left}{s.operator}{s.right}" for s in steps)
+    closing = rng.choice(["sum", "difference"])
+    if closing == "sum":
+        steps.append(_Step(2, amounts[0], "+", amounts[1]))
+    else:
+        steps.append(_Step(2, max(amounts), "-", min(amounts)))
+    key = "word2|" + ",".join(f"{s.who}{s.left}{s.operator}{s.right}" for s in steps)
+    return sentences, steps, closing, key
 
 
 def summary(language: str, answer: object) -> str:
@@ -184,8 +168,10 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
     for number, step in enumerate(steps):
         left, right = _carried(step, steps[:number], amounts)
         result = _Step(step.who, left, step.operator, right or 1).result
-        is_last = number + 1 == len(steps)
-        joins_next = strategy == "terse" and not pending and not is_last and _chains(step, steps[number + 1])
+        joins_next = False  # whether a terse solver writes this equation and the next as one
+        if strategy == "terse" and not pending and step.who != 2 and number + 1 < len(steps):
+            following = steps[number + 1]
+            joins_next = following.who == step.who and following.left == step.result
         if rng.random() < (slip * 5 if pending or joins_next else slip):
             result = max(0, result + rng.choice([-10, -2, -1, 1, 2, 10]))
         amounts[(step.who, number)] = value = result
@@ -193,14 +179,16 @@ def solve(prompt: Prompt, strategy: str, rng: random.Random, slip: float) -> tup
         if joins_next:
             pending = text
             continue
-        lines.append(_line(prompt, step, len(lines), f"{text}={result}"))
+        if step.who == 2:
+            lead = ("Together ", "一共") if step.operator == "+" else ("Difference ", "相差")
+        elif any(each.who == 1 for each in steps):
+            name = prompt.checker["names"][step.who]
+            lead = (f"{name} ", name)
+        else:
+            lead = ("Then ", "再") if lines else ("First ", "先")
+        lines.append(f"{lead[at]}{text}={result}" + (".", "。")[at])
         pending = ""
     return "\n".join(lines), summary(prompt.language, value)
-
-
-def _chains(step: _Step, following: _Step) -> bool:
-    """Whether the next equation continues from this result, so that a terse solver joins the two."""
-    return following.who == step.who and following.left == step.result and step.who != 2
 
 
 def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], int]) -> tuple[int, int]:
@@ -216,18 +204,5 @@ def _carried(step: _Step, before: list[_Step], amounts: dict[tuple[int, int], in
     return latest.get(first, step.left), latest.get(1 - first, step.right)
 
 
-def _line(prompt: Prompt, step: _Step, number: int, equation: str) -> str:
-    if step.who == 2:
-        lead = ("Together ", "一共") if step.operator == "+" else ("Difference ", "相差")
-    elif any(row[0] == 1 for row in prompt.checker["steps"]):
-        name = prompt.checker["names"][step.who]
-        lead = (f"{name} ", name)
-    else:
-        lead = ("First ", "先") if number == 0 else ("Then ", "再")
-    at = index(prompt.language)
-    return lead[at] + equation + (".", "。")[at]
-
-
 def is_right(prompt: Prompt, written: str) -> bool:
-    """Whether a summary that `solve` wrote is correct."""
     return written == summary(prompt.language, prompt.answer)

@@ -73,15 +73,15 @@ def call(name: str, *arguments: Any) -> None:
     kernels = library()
     if kernels is None:
         raise ValueError(f"the CPU kernel {name} cannot be called: the kernels do not run on this machine")
-    getattr(kernels, f"r1pipe_{name}")(*map(_converted, arguments))
-
-
-def _converted(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_int64(argument or 0) if argument is None or isinstance(argument, int) else argument
+    converted = list(arguments)
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            converted[i] = ctypes.c_void_p(argument.data_ptr())
+        elif isinstance(argument, float):
+            converted[i] = ctypes.c_float(argument)
+        elif argument is None or isinstance(argument, int):
+            converted[i] = ctypes.c_int64(argument or 0)
+    getattr(kernels, f"r1pipe_{name}")(*converted)
 
 
 @cache

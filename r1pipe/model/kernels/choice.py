@@ -6,22 +6,16 @@ products are emulated: the same numbers, slowly.
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.runs.machine import FIRST_WITH_E4M3, FP8_PACKAGES, missing_for
 
+MODULES = {"triton": "triton_fp8"}  # where a backend's module has another name
 HOPPER = 9  # major compute capability
 CUBLAS_WITH_TILES = (12, 9)  # CUDA of the first cuBLAS with scales of 1 x 128 and 128 x 128
-
-
-class Backend(NamedTuple):
-    """A module with the functions of r1pipe/model/kernels/reference.py."""
-
-    module: str
-    why_not: Callable[[torch.device], str | None]  # why `device` cannot run it, or None
 
 
 def choose(name: str, device: torch.device) -> Any:
@@ -29,14 +23,13 @@ def choose(name: str, device: torch.device) -> Any:
 
     Raises EnvironmentProblem with the reason and the remedy where it cannot run there.
     """
-    chosen = automatic(device) if name == "auto" else name
-    backend = BACKENDS[chosen or "triton"]
-    if reason := backend.why_not(device):
+    chosen = (automatic(device) or "triton") if name == "auto" else name
+    if reason := BACKENDS[chosen](device):
         remedy = "set engine.precision=bf16, or engine.kernels=reference to emulate FP8, slowly"
         if best := automatic(device):
             remedy = f"engine.kernels=auto takes {best}"
         raise EnvironmentProblem(f"engine.kernels={name} cannot run here: {reason}; {remedy}")
-    return importlib.import_module(f"r1pipe.model.kernels.{backend.module}")
+    return importlib.import_module(f"r1pipe.model.kernels.{MODULES.get(chosen, chosen)}")
 
 
 def automatic(device: torch.device) -> str | None:
@@ -49,7 +42,7 @@ def automatic(device: torch.device) -> str | None:
 
 def available(device: torch.device) -> list[str]:
     """All backends that run on `device`, in the order in which auto prefers them."""
-    return [name for name, backend in BACKENDS.items() if backend.why_not(device) is None]
+    return [name for name, why_not in BACKENDS.items() if why_not(device) is None]
 
 
 def _triton(device: torch.device) -> str | None:
@@ -105,10 +98,11 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-# In the order in which auto prefers them, from published measurements; `make bench-gpu` measures here.
-BACKENDS = {
-    "deepgemm": Backend("deepgemm", _deepgemm),
-    "scaled_mm": Backend("scaled_mm", _scaled_mm),
-    "triton": Backend("triton_fp8", _triton),
-    "reference": Backend("reference", lambda device: None),
+# Each backend, a module with the functions of reference.py, with why a device cannot run it (or None), in the
+# order in which auto prefers them, from published measurements; `make bench-gpu` measures here.
+BACKENDS: dict[str, Callable[[torch.device], str | None]] = {
+    "deepgemm": _deepgemm,
+    "scaled_mm": _scaled_mm,
+    "triton": _triton,
+    "reference": lambda device: None,
 }

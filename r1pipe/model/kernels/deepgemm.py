@@ -32,7 +32,6 @@ def __getattr__(name: str) -> Any:
 
 
 def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
-    """a [M, K] in tiles times b [N, K] in blocks (Fprop, Dgrad) or tiles (Wgrad) -> [M, N] in `dtype`."""
     (rows, depth), columns = a.values.shape, b.values.shape[0]
     blocks = b.scales.shape[0] != columns
     if not rows or not takes(depth, columns) or dtype != (torch.bfloat16 if blocks else torch.float32):
@@ -48,7 +47,6 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of expert e times its matrix: a [T, K] in tiles, b [E, N, K] in blocks -> [T, N] in `dtype`."""
     (tokens, depth), columns = a.values.shape, b.values.shape[1]
     if not tokens or not takes(depth, columns) or dtype != torch.bfloat16:
         return triton_fp8.grouped_multiply(a, b, ends_E, dtype)

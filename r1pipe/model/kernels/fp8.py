@@ -68,10 +68,6 @@ class FP8:
         tiles = self.backend.quantise_tiles(x.reshape(-1, x.shape[-1]), self.power_of_two)
         return dequantise(tiles, x.dtype).view_as(x)
 
-    def rounded_weight(self, weight_OD: Tensor, kind: str) -> Tensor:
-        """A weight as a product would read it, in its own type; without gradient."""
-        return dequantise(self.weight(kind, weight_OD), weight_OD.dtype)
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """For sampling: quantise each weight once in this block, in which no weight may change."""
@@ -81,7 +77,7 @@ class FP8:
         finally:
             self._cache = None
 
-    def _counted(self, kind: str, role: str, quantise: Any, x: Tensor, *arguments: Any) -> Any:
+    def counted(self, kind: str, role: str, quantise: Any, x: Tensor, *arguments: Any) -> Any:
         """Quantise with a function of the backend, and count its (first) result."""
         counts = self.meter.counts(kind, role, x)
         result = quantise(x, *arguments, self.power_of_two, counts)
@@ -89,25 +85,21 @@ class FP8:
         return result
 
     def tiles(self, kind: str, x_ND: Tensor) -> Scaled:
-        return self._counted(kind, "activation", self.backend.quantise_tiles, x_ND)
+        return self.counted(kind, "activation", self.backend.quantise_tiles, x_ND)
 
     def weight(self, kind: str, *parts: Tensor) -> Scaled:
         """Parts joined along their rows, in blocks."""
         if self._cache is not None and id(parts[0]) in self._cache:
             return self._cache[id(parts[0])]
         whole = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
-        quantised = self._counted(kind, "weight", self.backend.quantise_blocks, whole)
+        quantised = self.counted(kind, "weight", self.backend.quantise_blocks, whole)
         if self._cache is not None:
             self._cache[id(parts[0])] = quantised
         return quantised
 
-    def inner(self, kind: str, gate_up_Ti: Tensor, weights_T: Tensor | None) -> Scaled:
-        """SwiGLU's output in tiles."""
-        return self._counted(kind, "activation", self.backend.swiglu_quantise, gate_up_Ti, weights_T)
-
     def gradient(self, kind: str, d_out: Tensor, ends_E: Tensor) -> tuple[Scaled, Scaled]:
         """A gradient [T, C] in tiles (for Dgrad) and in tiles along tokens (for Wgrad)."""
-        return self._counted(kind, "gradient", self.backend.quantise_both, d_out, ends_E)
+        return self.counted(kind, "gradient", self.backend.quantise_both, d_out, ends_E)
 
 
 class Quantisable:
@@ -155,7 +147,7 @@ class _SwiGLU(torch.autograd.Function):
     ) -> Tensor:
         x, up, down8 = fp8.tiles(kind, x_ND), fp8.weight(kind, *gate_up), fp8.weight(kind, down)
         gate_up_Ti = _products(fp8.backend, _gather(x, tokens_T), up, ends_E, x_ND.dtype)
-        inner = fp8.inner(kind, gate_up_Ti, weights_T)
+        inner = fp8.counted(kind, "activation", fp8.backend.swiglu_quantise, gate_up_Ti, weights_T)
         out_TD = _products(fp8.backend, inner, down8, ends_E, x_ND.dtype)
         kept = fp8.tiles(kind, gate_up_Ti)
         ctx.fp8, ctx.kind, ctx.parts = fp8, kind, len(gate_up)

@@ -66,11 +66,6 @@ def scale_of(amax: Tensor, power_of_two: bool = False) -> Tensor:
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """x [..., R, C] in float32, padded with zeros to whole tiles of `rows` x 128."""
-    return F.pad(x.float(), (0, -x.shape[-1] % TILE, 0, -x.shape[-2] % rows))
-
-
 def _spread(scales: Tensor, shape: torch.Size, rows: int) -> Tensor:
     """Each tile's scale at each of its elements, [..., R, C]."""
     wide = scales.repeat_interleave(TILE, -1)[..., : shape[-1]]
@@ -78,7 +73,7 @@ def _spread(scales: Tensor, shape: torch.Size, rows: int) -> Tensor:
 
 
 def _quantise(x: Tensor, rows: int, power_of_two: bool, counts: Tensor | None) -> Scaled:
-    padded = _padded(x, rows)
+    padded = F.pad(x.float(), (0, -x.shape[-1] % TILE, 0, -x.shape[-2] % rows))  # whole tiles
     amax = padded.abs().unflatten(-1, (-1, TILE)).unflatten(-3, (-1, rows)).amax(dim=(-3, -1))
     scales = scale_of(amax, power_of_two)
     scaled = x.float() / _spread(scales, x.shape, rows)

@@ -27,7 +27,6 @@ def __getattr__(name: str) -> Any:
 
 
 def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
-    """a [M, K] in tiles times b [N, K] in blocks (Fprop, Dgrad) or tiles (Wgrad) -> [M, N] in `dtype`."""
     (rows, depth), columns = a.values.shape, b.values.shape[0]
     if depth % ALIGNED or columns % ALIGNED or not rows:
         return triton_fp8.multiply(a, b, dtype)

@@ -3,6 +3,8 @@
 Axes as in r1pipe/model/layers.py.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,35 +43,29 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-class _Experts(torch.autograd.Function):
+def _rows(x: Tensor) -> Tensor:
+    """x [..., D] as rows [N, D], each contiguous; a view where possible."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+class _Differentiable(torch.autograd.Function):
+    """`run(*inputs)` -> the result and what is kept; `gradients(d_result, *kept)` -> one for each input.
+
+    Both must use no tensor of the inputs but their arguments, or it outlives the backward pass.
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        gate_up_EiD: Tensor,
-        down_EDI: Tensor,
-        weights_NK: Tensor | None,
-        experts_NK: Tensor | None,
-    ) -> Tensor:
-        inputs = _contiguous(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
-        (tokens, width), (experts, _, inner) = x_ND.shape, down_EDI.shape
-        top_k = 1 if experts_NK is None else experts_NK.shape[1]
-        share = -(-tokens // torch.get_num_threads())
-        chunk = min(CHUNK, -(-share // 64) * 64)
-        ctx.sizes = (tokens, top_k, experts, width, inner, chunk)
-        rows = tokens * top_k + experts * (-(-tokens // chunk)) * 15  # groups are padded to 16
-        kept, out_ND = x_ND.new_empty(rows, 2 * inner), x_ND.new_empty(tokens, width)
-        _call("experts_forward", x_ND, *ctx.sizes, *inputs, kept, out_ND)
-        ctx.save_for_backward(*inputs, kept)
-        return out_ND
+    def forward(ctx: Any, run: Callable[..., Any], gradients: Callable[..., Any], *inputs: Any) -> Tensor:
+        result, *kept = run(*inputs)
+        ctx.gradients = gradients
+        ctx.save_for_backward(*kept)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_ND: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients = [None if t is None else torch.empty_like(t) for t in saved[:4]]
-        _call("experts_backward", saved[0], *ctx.sizes, *saved, d_out_ND.contiguous(), *gradients)
-        return *gradients, None
+    def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradients(d_result, *ctx.saved_tensors)
 
 
 def experts(
@@ -84,7 +80,7 @@ def experts(
     check_tensor("routing weights", weights_NK, torch.float32, tokens, ANY)
     check_indices("chosen experts", experts_NK, experts, *weights_NK.shape)
     check_even(x_ND.dtype, width=width, inner=inner)
-    return _Experts.apply(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
+    return _swiglus(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
 
 
 def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
@@ -97,40 +93,30 @@ def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor
     check_tensor("down", down_DI, x.dtype, width, inner)
     check_even(x.dtype, width=width, inner=inner)
     gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
-    return _Experts.apply(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
+    return _swiglus(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query_BTHq: Tensor,
-        key_value_BMHw: Tensor,
-        key_rope_BMR: Tensor,
-        rotation_BTr: Tensor,
-        mask_BTM: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        inputs = _contiguous(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM)
-        rows, tokens, heads, width = query_BTHq.shape
-        keys, rope = key_rope_BMR.shape[1:]
-        nope = width - rope
-        value = key_value_BMHw.shape[-1] - nope
-        stride = 0 if rotation_BTr.shape[0] == 1 else tokens * rope
-        ctx.sizes = (rows, tokens, keys, heads, nope, rope, value, stride, scale)
-        out_BTHv = query_BTHq.new_empty(rows, tokens, heads, value)
-        logsums_BHT = torch.empty(rows, heads, tokens)
-        _call("attention_forward", query_BTHq, *ctx.sizes, *inputs, out_BTHv, logsums_BHT)
-        ctx.save_for_backward(*inputs, out_BTHv, logsums_BHT)
-        return out_BTHv
+def _swiglus(x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, *routing_NK: Tensor | None) -> Tensor:
+    """`routing_NK`: weights and experts, or two times None for one expert that all tokens go through."""
+    (tokens, width), (experts, _, inner) = x_ND.shape, down_EDI.shape
+    top_k = 1 if routing_NK[1] is None else routing_NK[1].shape[1]
+    share = -(-tokens // torch.get_num_threads())
+    chunk = min(CHUNK, -(-share // 64) * 64)
+    sizes = (tokens, top_k, experts, width, inner, chunk)
+    rows = tokens * top_k + experts * (-(-tokens // chunk)) * 15  # groups are padded to 16
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_BTHv: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        gradients = [torch.empty_like(t) for t in saved[:3]]
-        _call("attention_backward", saved[0], *ctx.sizes, *saved, d_out_BTHv.contiguous(), *gradients)
-        return *gradients, None, None, None
+    def run(x_ND: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = _contiguous(x_ND, *others)
+        inner_ri, out_ND = x_ND.new_empty(rows, 2 * inner), x_ND.new_empty(tokens, width)
+        _call("experts_forward", x_ND, *sizes, *inputs, inner_ri, out_ND)
+        return out_ND, *inputs, inner_ri
+
+    def gradients(d_out_ND: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
+        found = [None if t is None else torch.empty_like(t) for t in kept[:4]]
+        _call("experts_backward", kept[0], *sizes, *kept, d_out_ND.contiguous(), *found)
+        return *found, None
+
+    return _Differentiable.apply(run, gradients, x_ND, gate_up_EiD, down_EDI, *routing_NK)
 
 
 def attention(
@@ -161,7 +147,23 @@ def attention(
         check_tensor("mask", mask_BTM, torch.bool, rows, tokens, keys)
     elif keys != tokens:
         raise ValueError(f"{tokens} tokens that attend to {keys} keys need a mask")
-    return _Attention.apply(query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM, scale)
+    stride = 0 if rotation_BTr.shape[0] == 1 else tokens * rope
+    sizes = (rows, tokens, keys, heads, nope, rope, value, stride, scale)
+
+    def run(query_BTHq: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = _contiguous(query_BTHq, *others)
+        out_BTHv = query_BTHq.new_empty(rows, tokens, heads, value)
+        logsums_BHT = torch.empty(rows, heads, tokens)
+        _call("attention_forward", query_BTHq, *sizes, *inputs, out_BTHv, logsums_BHT)
+        return out_BTHv, *inputs, out_BTHv, logsums_BHT
+
+    def gradients(d_out_BTHv: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
+        found = [torch.empty_like(t) for t in kept[:3]]
+        _call("attention_backward", kept[0], *sizes, *kept, d_out_BTHv.contiguous(), *found)
+        return *found, None, None
+
+    inputs = query_BTHq, key_value_BMHw, key_rope_BMR, rotation_BTr, mask_BTM
+    return _Differentiable.apply(run, gradients, *inputs)
 
 
 def _check_rotation(rotation_BTr: Tensor, rows: int, tokens: int, width: int) -> None:
@@ -170,57 +172,25 @@ def _check_rotation(rotation_BTr: Tensor, rows: int, tokens: int, width: int) ->
         raise ValueError(f"a rotation of {len(rotation_BTr)} rows does not fit {rows} rows of width {width}")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., D] as rows [N, D], each contiguous; a view where possible."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x_ND = _rows(x)
-        factors_N = torch.empty(x_ND.shape[0])
-        out = x.new_empty(x.shape)
-        weight_D = weight_D.contiguous()
-        _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), eps, x_ND, weight_D, out, factors_N)
-        ctx.save_for_backward(x_ND, weight_D, factors_N)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weight_D, _ = ctx.saved_tensors
-        d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
-        inputs = (*ctx.saved_tensors, d_out.contiguous())
-        _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *inputs, d_x, d_weight_D)
-        return d_x, d_weight_D, None
-
-
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis."""
     check_floats("x", x)
     check_tensor("weight", weight_D, x.dtype, x.shape[-1])
-    return _RMSNorm.apply(x, weight_D, float(eps))
 
+    def run(x: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
+        x_ND, weight_D = _rows(x), weight_D.contiguous()
+        out, factors_N = x.new_empty(x.shape), torch.empty(x_ND.shape[0])
+        sizes = (*x_ND.shape, x_ND.stride(0))
+        _call("norm_forward", x, *sizes, float(eps), x_ND, weight_D, out, factors_N)
+        return out, x_ND, weight_D, factors_N
 
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
-        ctx.rotation_BTr = rotation_BTr.contiguous()
-        return _rotated(x_BTR, ctx.rotation_BTr, False)
+    def gradients(d_out: Tensor, x_ND: Tensor, weight_D: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
+        d_x, d_weight_D = d_out.new_empty(d_out.shape), torch.empty_like(weight_D)
+        inputs = (x_ND, weight_D, factors_N, d_out.contiguous())
+        _call("norm_backward", x_ND, *x_ND.shape, x_ND.stride(0), *inputs, d_x, d_weight_D)
+        return d_x, d_weight_D
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_BTR: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotated(d_out_BTR, ctx.rotation_BTr, True), None
-
-
-def _rotated(x_BTR: Tensor, rotation_BTr: Tensor, inverse: bool) -> Tensor:
-    x_NR, out_BTR = _rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
-    period = rotation_BTr.shape[:-1].numel()
-    _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, inverse, x_NR, rotation_BTr, out_BTR)
-    return out_BTR
+    return _Differentiable.apply(run, gradients, x, weight_D)
 
 
 def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
@@ -228,26 +198,15 @@ def rotate(x_BTR: Tensor, rotation_BTr: Tensor) -> Tensor:
     check_floats("x", x_BTR, dims=3)
     rows, tokens, width = x_BTR.shape
     _check_rotation(rotation_BTr, rows, tokens, width)
-    return _Rotate.apply(x_BTR, rotation_BTr)
+    rotation_BTr = rotation_BTr.contiguous()
 
+    def rotated(x_BTR: Tensor, inverse: bool) -> tuple[Tensor]:
+        x_NR, out_BTR = _rows(x_BTR), x_BTR.new_empty(x_BTR.shape)
+        period = rotation_BTr.shape[:-1].numel()
+        _call("rotate", x_NR, *x_NR.shape, x_NR.stride(0), period, inverse, x_NR, rotation_BTr, out_BTR)
+        return (out_BTR,)
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OD: Tensor) -> Tensor:
-        x_ND, weight_OD = _rows(x), weight_OD.contiguous()
-        ctx.sizes = (*x_ND.shape, weight_OD.shape[0], x_ND.stride(0))
-        out = x.new_empty(*x.shape[:-1], weight_OD.shape[0])
-        _call("linear_forward", x_ND, *ctx.sizes, x_ND, weight_OD, out)
-        ctx.save_for_backward(x_ND, weight_OD)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        x_ND, weight_OD = ctx.saved_tensors
-        d_x, d_weight_OD = d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1]), torch.empty_like(weight_OD)
-        _call("linear_backward", x_ND, *ctx.sizes, x_ND, weight_OD, d_out.contiguous(), d_x, d_weight_OD)
-        return d_x, d_weight_OD
+    return _Differentiable.apply(partial(rotated, inverse=False), partial(rotated, inverse=True), x_BTR)
 
 
 def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
@@ -255,29 +214,20 @@ def linear(x: Tensor, weight_OD: Tensor) -> Tensor:
     check_floats("x", x)
     check_tensor("weight", weight_OD, x.dtype, ANY, x.shape[-1])
     check_even(x.dtype, width=x.shape[-1], outputs=len(weight_OD))
-    return _Linear.apply(x, weight_OD)
 
+    def run(x: Tensor, weight_OD: Tensor) -> tuple[Tensor, ...]:
+        x_ND, weight_OD = _rows(x), weight_OD.contiguous()
+        out = x.new_empty(*x.shape[:-1], len(weight_OD))
+        _call("linear_forward", x_ND, *x_ND.shape, len(weight_OD), x_ND.stride(0), x_ND, weight_OD, out)
+        return out, x_ND, weight_OD
 
-class _Logprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        inputs = x_ND.contiguous(), weight_VD.contiguous(), targets_N.contiguous()
-        ctx.sizes = (*x_ND.shape, weight_VD.shape[0], temperature)
-        logprobs_N, logsums_N = torch.empty(x_ND.shape[0]), torch.empty(x_ND.shape[0])
-        _call("logprobs_forward", x_ND, *ctx.sizes, *inputs, logprobs_N, logsums_N)
-        ctx.save_for_backward(*inputs, logsums_N)
-        return logprobs_N
+    def gradients(d_out: Tensor, x_ND: Tensor, weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+        d_x, d_weight_OD = d_out.new_empty(*d_out.shape[:-1], x_ND.shape[1]), torch.empty_like(weight_OD)
+        sizes = (*x_ND.shape, len(weight_OD), x_ND.stride(0))
+        _call("linear_backward", x_ND, *sizes, x_ND, weight_OD, d_out.contiguous(), d_x, d_weight_OD)
+        return d_x, d_weight_OD
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprobs_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weight_VD = saved = ctx.saved_tensors[:2]
-        rows, vocabulary = x_ND.shape[0], weight_VD.shape[0]
-        d_logits_cV = x_ND.new_empty(min(rows, max(1, LOGITS // vocabulary)), vocabulary)
-        gradients = [torch.empty_like(t) for t in saved]
-        inputs = (*ctx.saved_tensors, d_logprobs_N.contiguous(), d_logits_cV.shape[0], d_logits_cV)
-        _call("logprobs_backward", x_ND, *ctx.sizes, *inputs, *gradients)
-        return *gradients, None, None
+    return _Differentiable.apply(run, gradients, x, weight_OD)
 
 
 def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
@@ -286,4 +236,20 @@ def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: fl
     check_tensor("weight", weight_VD, x_ND.dtype, ANY, x_ND.shape[1])
     check_indices("targets", targets_N, len(weight_VD), len(x_ND))
     check_even(x_ND.dtype, width=x_ND.shape[1], vocabulary=len(weight_VD))
-    return _Logprobs.apply(x_ND, weight_VD, targets_N, float(temperature))
+    rows, vocabulary = len(x_ND), len(weight_VD)
+    sizes = (*x_ND.shape, vocabulary, float(temperature))
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        x_ND, weight_VD, targets_N = (tensor.contiguous() for tensor in inputs)
+        logprobs_N, logsums_N = torch.empty(rows), torch.empty(rows)
+        _call("logprobs_forward", x_ND, *sizes, x_ND, weight_VD, targets_N, logprobs_N, logsums_N)
+        return logprobs_N, x_ND, weight_VD, targets_N, logsums_N
+
+    def gradients(d_logprobs_N: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
+        d_logits_cV = kept[0].new_empty(min(rows, max(1, LOGITS // vocabulary)), vocabulary)
+        inputs = (*kept, d_logprobs_N.contiguous())
+        found = [torch.empty_like(t) for t in kept[:2]]
+        _call("logprobs_backward", kept[0], *sizes, *inputs, len(d_logits_cV), d_logits_cV, *found)
+        return *found, None
+
+    return _Differentiable.apply(run, gradients, x_ND, weight_VD, targets_N)

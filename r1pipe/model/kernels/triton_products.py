@@ -52,8 +52,7 @@ def _product(
     rows,
     columns,
     depth,
-    stride_a,
-    stride_b,
+    stride,
     stride_a_row,
     stride_a_tile,
     stride_b_row,
@@ -65,13 +64,13 @@ def _product(
 ):
     """Write the program's part, at most [BLOCK_M, BLOCK_N], of a [., K] in tiles times b [., K].
 
-    b is in tiles or within one row of BLOCKS. All pointers are to the first row and column of the part, so
-    that offsets fit into 32 bits.
+    b is in tiles or within one row of BLOCKS; rows are `stride` apart. All pointers are to the first row and
+    column of the part, so that offsets fit into 32 bits.
     """
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, TILE)
     # Rows past the end are read as the last one, and not written.
-    at_a = tl.minimum(m, rows - 1)[:, None] * stride_a + k[None, :]
-    at_b = tl.minimum(n, columns - 1)[None, :] * stride_b + k[:, None]
+    at_a = tl.minimum(m, rows - 1)[:, None] * stride + k[None, :]
+    at_b = tl.minimum(n, columns - 1)[None, :] * stride + k[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, depth, TILE):
         inside = k < depth - done
@@ -94,10 +93,6 @@ def _product(
 def _bucket(rows: int) -> int:
     """The next power of two: tuning for each size of a ragged batch would take longer than it saves."""
     return max(64, triton.next_power_of_2(rows))
-
-
-def _parts(size: int, block: int) -> int:
-    return -(-size // block)
 
 
 @triton.autotune(_CHOICE, key=["columns", "depth", "bucket", "BLOCKS"])
@@ -132,7 +127,6 @@ def _multiply(
         out + row * columns + column,
         (rows - row).to(tl.int32),
         (columns - column).to(tl.int32),
-        depth,
         *(depth, depth),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
         *(BLOCK_M, BLOCK_N, BLOCKS),
@@ -144,7 +138,7 @@ def multiply(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     (rows, depth), columns = a.values.shape, b.values.shape[0]
     out = torch.empty(rows, columns, dtype=dtype, device=a.values.device)
     if out.numel():
-        _multiply[lambda meta: (_parts(rows, meta["BLOCK_M"]) * _parts(columns, meta["BLOCK_N"]),)](
+        _multiply[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)](
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out),
             *(rows, columns, depth, _bucket(rows), *a.scales.stride(), *b.scales.stride()),
             BLOCKS=b.scales.shape[0] != columns,
@@ -187,7 +181,6 @@ def _grouped(
             out + row * columns + column,
             end - token,
             (columns - column).to(tl.int32),
-            depth,
             *(depth, depth),
             *(stride_a_row, stride_a_tile, deep, 1, columns),
             *(BLOCK_M, BLOCK_N, True),
@@ -202,7 +195,7 @@ def grouped_multiply(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -
     def grid(meta: dict[str, Any]) -> tuple[int]:
         size = meta["BLOCK_M"]
         groups = (tokens + (size - 1) * min(experts, tokens)) // size
-        return (groups * _parts(columns, meta["BLOCK_N"]),)
+        return (groups * triton.cdiv(columns, meta["BLOCK_N"]),)
 
     if out.numel():
         _grouped[grid](
@@ -253,8 +246,7 @@ def _outer(
         out + (expert.to(tl.int64) * rows + row) * columns + column,
         (rows - row).to(tl.int32),
         (columns - column).to(tl.int32),
-        depth,
-        *(places, places),
+        *(depth, places),
         *(stride_a_row, stride_a_tile, stride_b_row, stride_b_tile, columns),
         *(BLOCK_M, BLOCK_N, False),
     )
@@ -264,8 +256,12 @@ def grouped_outer(a: Scaled, b: Scaled, ends_E: Tensor, dtype: torch.dtype) -> T
     """Wgrad: a [M, P] and b [N, P] from `quantise_tokens` -> [E, M, N], zero for experts without tokens."""
     (rows, places), columns, experts = a.values.shape, b.values.shape[0], len(ends_E)
     out = torch.empty(experts, rows, columns, dtype=dtype, device=a.values.device)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        return triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]), experts
+
     if out.numel():
-        _outer[lambda meta: (_parts(rows, meta["BLOCK_M"]) * _parts(columns, meta["BLOCK_N"]), experts)](
+        _outer[grid](
             *(a.values.contiguous(), b.values.contiguous(), a.scales, b.scales, out, ends_E),
             *(rows, columns, places, experts, _bucket(places), *a.scales.stride(), *b.scales.stride()),
             BLOCK_E=padded_experts(experts),

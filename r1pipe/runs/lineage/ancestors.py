@@ -17,7 +17,7 @@ from r1pipe.runs import checkpoints, data_files
 from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage import fit, lookup
 from r1pipe.runs.record import OWN_HASH, Record, edges, own_hash, read_record, record_beside
-from r1pipe.runs.stored import launched_with
+from r1pipe.runs.results import launched_with
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,9 @@ class Ancestor:
 
 
 @dataclass
-class PendingEdge:
-    """An edge still to be followed."""
-
-    parent: ParentRef
-    edge: str
-    depth: int
-    record_hash: str | None  # of the parent's record, as its child's record names it
-    path: tuple[str, ...]  # the checkpoints from the start of the walk to this one's child
-    root: Path | None = None  # where the child's run folder is: a root may have been moved as a whole
-
-
-@dataclass
 class CheckedCheckpoint:
     """What the files of one checkpoint and its run show."""
 
-    folder: Path
     record: Record | None = None
     edges: list[tuple[str, ParentRef, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -64,67 +51,64 @@ class CheckedCheckpoint:
 def ancestors(start: ParentRef) -> Iterator[Ancestor]:
     """The checkpoint and all it came from, depth first, each with its hashes checked; each once in full."""
     checked: dict[tuple[str, str, str | None], CheckedCheckpoint] = {}
-    pending = [PendingEdge(start, "", 0, None, ())]
-    while pending:
-        edge = pending.pop()
-        folder = lookup.current_folder(edge.parent, edge.root)
-        if edge.parent.run_id == lookup.BUNDLED and not lookup.is_folder(folder):
+
+    def walk(
+        parent: ParentRef, edge: str, record_hash: str | None, path: tuple[str, ...], root: Path | None
+    ) -> Iterator[Ancestor]:
+        """`path`: the checkpoints from the start to this one's child. `root`: where that child's run folder
+        is, as a root may have been moved as a whole."""
+        folder = lookup.current_folder(parent, root)
+        if parent.run_id == lookup.BUNDLED and not lookup.is_folder(folder):
             folder = lookup.bundled_folder()  # of this installation
-        here, child = str(folder), edge.path[-1] if edge.path else ""
-        if here in edge.path:
+        here, child, depth = str(folder), path[-1] if path else "", len(path)
+        if here in path:
             circle = f"{here} is its own ancestor: a record on the way was edited"
-            yield Ancestor(edge.depth, edge.edge, edge.parent, None, (circle,), child=child)
-            continue
-        key = (here, edge.parent.hash, edge.record_hash)
+            yield Ancestor(depth, edge, parent, None, (circle,), child=child)
+            return
+        key = (here, parent.hash, record_hash)
         shown = key in checked
         if not shown:
-            checked[key] = check_checkpoint(folder, edge)
+            checked[key] = check_checkpoint(folder, parent, record_hash)
         result = checked[key]
         problems, notes = tuple(result.problems), tuple(result.notes)
-        parent = replace(edge.parent, checkpoint=here)
-        yield Ancestor(edge.depth, edge.edge, parent, result.record, problems, notes, child, shown)
+        current = replace(parent, checkpoint=here)
+        yield Ancestor(depth, edge, current, result.record, problems, notes, child, shown)
         if not shown:
-            path = (*edge.path, here)
             root = folder.parents[2] if len(folder.parents) > 2 else None
-            pending += [
-                PendingEdge(parent, kind, edge.depth + 1, record_hash, path, root)
-                for kind, parent, record_hash in reversed(result.edges)
-            ]
+            for kind, further, its_record_hash in result.edges:
+                yield from walk(further, kind, its_record_hash, (*path, here), root)
+
+    return walk(start, "", None, (), None)
 
 
-def check_checkpoint(folder: Path, edge: PendingEdge) -> CheckedCheckpoint:
-    """Check one checkpoint and its run's record, and read its edges."""
-    result = CheckedCheckpoint(folder)
+def check_checkpoint(folder: Path, parent: ParentRef, record_hash: str | None) -> CheckedCheckpoint:
+    """`record_hash`: of the parent's record, as its child's record names it."""
+    result = CheckedCheckpoint()
     if not lookup.is_folder(folder):
         result.problems.append(f"{folder} is gone")
         return result
-    result.problems += broken_files(folder, edge.parent.hash)
     try:
-        read_run(result, edge)
+        for name, sha in checkpoints.published(folder).items():
+            if problem := checkpoints.broken(folder / name, sha):
+                result.problems.append(problem)
+        if parent.hash and checkpoints.manifest_hash(folder) != parent.hash:
+            manifest = folder / checkpoints.MANIFEST
+            result.problems.append(f"{manifest} has changed since its child was made from it")
+    except CheckpointError as error:
+        result.problems.append(str(error))
+    try:
+        check_run(folder, parent, record_hash, result)
     except CheckpointError as error:
         result.problems.append(str(error))
     return result
 
 
-def broken_files(folder: Path, expected: str) -> Iterator[str]:
-    """Problems of a checkpoint's published files and its manifest."""
-    try:
-        for name, sha in checkpoints.published(folder).items():
-            problem = checkpoints.broken(folder / name, sha)
-            if problem:
-                yield problem
-        if expected and checkpoints.manifest_hash(folder) != expected:
-            yield f"{folder / checkpoints.MANIFEST} has changed since its child was made from it"
-    except CheckpointError as error:
-        yield str(error)
-
-
-def read_run(result: CheckedCheckpoint, edge: PendingEdge) -> None:
+def check_run(folder: Path, parent: ParentRef, record_hash: str | None, result: CheckedCheckpoint) -> None:
     """Read the record and the edges of a checkpoint's run, and check them. Raises CheckpointError."""
-    run = RunFolder(result.folder.parent.parent) if lookup.in_run(result.folder) else None
-    path = record_beside(result.folder, edge.record_hash)
+    run = RunFolder(folder.parent.parent) if lookup.in_run(folder) else None
+    path = record_beside(folder, record_hash)
     if not path.exists():
-        if edge.record_hash:
+        if record_hash:
             result.problems.append(f"{path} is missing")
         if run is not None:  # it has not finished: config.json has its edges
             result.edges = launched_with(read_object(run.config), run.config)
@@ -134,22 +118,22 @@ def read_run(result: CheckedCheckpoint, edge: PendingEdge) -> None:
     own = record.get(OWN_HASH)  # records of older versions have none
     if own and own_hash(record) != own:
         result.problems.append(f"{path} was edited: it is not what its own record_hash says")
-    if edge.record_hash and own != edge.record_hash:
+    if record_hash and own != record_hash:
         result.problems.append(f"{path} has changed since its child was made from it")
-    check_data_files(result, record, run)
+    check_data_files(folder, record, run, result)
     if run is not None:
         result.problems += contradictions(run, record, path)
         last = inside(run.path, record["checkpoint"], run.record)
-        if last.resolve() != result.folder:
+        if last.resolve() != folder:
             return  # an earlier checkpoint of the run: the rest is about the last one
-    if record["checkpoint_hash"] != edge.parent.hash:
+    if record["checkpoint_hash"] != parent.hash:
         result.problems.append(f"{path} names another checkpoint_hash than its child")
-    template, settings = record.get("template_hash"), result.folder / fit.TOKENIZER_SETTINGS
-    if template and settings.exists() and fit.template_hash(result.folder) != template:
+    template, settings = record.get("template_hash"), folder / fit.TOKENIZER_SETTINGS
+    if template and settings.exists() and fit.template_hash(folder) != template:
         result.problems.append(f"{settings} has another template than {path} names")
 
 
-def check_data_files(result: CheckedCheckpoint, record: Record, run: RunFolder | None) -> None:
+def check_data_files(folder: Path, record: Record, run: RunFolder | None, result: CheckedCheckpoint) -> None:
     """Check the files that a run read its data from, if they are on this machine. Raises CheckpointError."""
     config: dict[str, Any] = record.get("config") or (read_object(run.config) if run else {})
     expected = (record.get("data") or {}).get("hash")
@@ -161,24 +145,22 @@ def check_data_files(result: CheckedCheckpoint, record: Record, run: RunFolder |
             return
         read = [path for paths in data_files.located(data).values() for path in paths]
     except (ConfigError, KeyError, TypeError, AttributeError):
-        result.problems.append(f"the group `data` of {result.folder}'s config cannot be read")
+        result.problems.append(f"the group `data` of {folder}'s config cannot be read")
+        return
     except OSError as error:
         result.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
+        return
+    absent = [path for path in read if not path.is_file()]
+    named = absent or read
+    listed = f"{named[0]} and {len(named) - 1} more" if len(named) > 1 else str(named[0])
+    if absent:
+        result.notes.append(f"{listed}: not here to check")
     else:
-        absent = [path for path in read if not path.is_file()]
-        if absent:
-            result.notes.append(f"{_listed(absent)}: not here to check")
-        else:
-            result.problems.append(f"{_listed(read)}: not the data that was read")
-
-
-def _listed(paths: list[Path]) -> str:
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"{paths[0]}{more}"
+        result.problems.append(f"{listed}: not the data that was read")
 
 
 def contradictions(run: RunFolder, record: Record, path: Path) -> Iterator[str]:
-    """Where the record at `path` disagrees with its run folder."""
+    """Where the record at `path` disagrees with its run folder. Raises CheckpointError."""
     if path != run.record:  # of before an extension: the files are newer
         return
     config = read_object(run.config)

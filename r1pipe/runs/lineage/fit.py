@@ -1,4 +1,4 @@
-"""Checks before a stage starts: whether its parents' shapes, tokenizers and chat templates fit."""
+"""A checkpoint's shape, tokenizer and data: whether they fit a stage, and as overrides for `r1pipe eval`."""
 
 import hashlib
 import json
@@ -7,34 +7,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config import ModelConfig, ParentRef
+from r1pipe.config import ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config.changes import changes, listed
+from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.paths import inside
+from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs.files import read_object
+from r1pipe.runs.lineage.lookup import is_run
 
+UNCHECKED = ("name", "initializer_range")  # keys that may differ between a checkpoint and the model
+UNLIKE = frozenset((*UNCHECKED, "num_nextn_predict_layers"))  # do not change what weights do
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
 def check_parent_fits(parent: ParentRef, model: ModelConfig) -> None:
     """Raises CheckpointError if the checkpoint's config.json has another shape than `model`."""
     published = read_object(Path(parent.checkpoint) / "config.json")
+
+    def fits(name: str) -> bool:
+        shape = read(f"model/{name}").items()
+        return not any(differs(published, key, value) for key, value in shape if key not in UNCHECKED)
+
     for key, value in asdict(model).items():
         if key not in UNCHECKED and differs(published, key, value):
-            fitting = [name for name in options("model") if fits(published, read(f"model/{name}"))]
+            fitting = [name for name in options("model") if fits(name)]
             other = f"give model={fitting[0]}" if fitting else f"give a model with this {key}"
             remedy = f"drop model.{key}={value}" if model.name in fitting else other
             raise CheckpointError(
                 f"{parent.checkpoint} has {key}={published[key]}, but the config has model.{key}={value}; "
                 f"{remedy}"
             )
-
-
-UNCHECKED = ("name", "initializer_range")  # keys that may differ between a checkpoint and the model
-
-
-def fits(published: dict[str, Any], shape: dict[str, Any]) -> bool:
-    return not any(differs(published, key, value) for key, value in shape.items() if key not in UNCHECKED)
 
 
 def differs(published: dict[str, Any], key: str, value: Any) -> bool:
@@ -71,29 +74,26 @@ def chat_format(checkpoint: Path) -> tuple[str, str]:
                 "and chat template; put them there and import again"
             )
         inside(checkpoint, name, checkpoint)
-    ids = _tokens(checkpoint / TOKENIZER)
-    shape = checkpoint / "config.json"  # a checkpoint of reward models has one for each model instead
-    rows = read_object(shape).get("vocab_size") if shape.exists() else None
-    last = max(ids.values(), default=-1)
-    if isinstance(rows, int) and last >= rows:
-        raise CheckpointError(
-            f"{checkpoint / TOKENIZER} has token {last}, but {shape} has "
-            f"vocab_size={rows}; give the tokenizer that the weights were trained with"
-        )
-    return _hash(ids), template_hash(checkpoint)
-
-
-def _tokens(path: Path) -> dict[str, int]:
-    """Token -> id, added tokens included. Raises CheckpointError."""
+    path = checkpoint / TOKENIZER
     content = read_object(path)
     try:
         vocabulary = content["model"]["vocab"]
         if not isinstance(vocabulary, dict):  # Unigram: [token, score], ordered by id
             vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-        return {str(token): int(number) for token, number in (vocabulary | added).items()}
+        ids = {str(token): int(number) for token, number in (vocabulary | added).items()}
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         raise CheckpointError(f"{path}: the vocabulary cannot be read; export it again") from None
+    shape = checkpoint / "config.json"  # a checkpoint of reward models has one for each model instead
+    rows = read_object(shape).get("vocab_size") if shape.exists() else None
+    last = max(ids.values(), default=-1)
+    if isinstance(rows, int) and last >= rows:
+        raise CheckpointError(
+            f"{path} has token {last}, but {shape} has "
+            f"vocab_size={rows}; give the tokenizer that the weights were trained with"
+        )
+    ids_hash = hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
+    return ids_hash, template_hash(checkpoint)
 
 
 def template_hash(checkpoint: Path) -> str:
@@ -105,5 +105,53 @@ def template_hash(checkpoint: Path) -> str:
     return hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+# --- as overrides
+
+
+def settings_of(parent: ParentRef, given: set[str]) -> list[str]:
+    """Overrides that restore a checkpoint's model and its run's data, except for the keys in `given`."""
+    overrides = []
+    if "model" not in given:  # the nearest model of conf/, and the keys that differ
+        published, differences = read_object(Path(parent.checkpoint) / "config.json"), {}
+        for name in options("model"):
+            shape = read(f"model/{name}")
+            keys = [key for key in shape.keys() - UNLIKE if published.get(key, shape[key]) != shape[key]]
+            differences[name] = sorted(keys)
+        name = min(differences, key=lambda option: len(differences[option]))
+        overrides = [f"model={name}", *(f"model.{key}={hydra(published[key])}" for key in differences[name])]
+    config = config_of(parent)
+    if config:
+        overrides += [f"pipeline={json.dumps(config['pipeline'])}", f"seed={config['seed']}"]
+    if config and "data" not in given:
+        data = config["data"]
+        keys = [key for key in USED[data["kind"]] if key in data]
+        overrides += [f"data={data['name']}", *(f"data.{key}={hydra(data[key])}" for key in keys)]
+    return [line for line in overrides if line.partition("=")[0] not in given]
+
+
+def config_of(parent: ParentRef) -> dict[str, Any] | None:
+    """The config.json of a checkpoint's run; None for a bundled or imported checkpoint."""
+    run = RunFolder(Path(parent.checkpoint).parent.parent)
+    return read_object(run.config) if is_run(run.path) else None
+
+
+def measured_data(parent: ParentRef, config: RunConfig) -> str:
+    """One line: the evaluation's data, and how it differs from the data of the checkpoint's run."""
+    evaluation, own = config.stage.eval, config_of(parent)
+    line = f"evaluating on data={config.data.name}, split {evaluation.split}"
+    if own is None:
+        return line
+    keys = ("data", "seed")
+    before, after = ({key: mapping[key] for key in keys} for mapping in (own, to_mapping(config)))
+    if before == after:
+        return f"{line}, as run {parent.run_id} was"
+    return f"{line}; run {parent.run_id} had other data ({listed(changes(before, after))})"
+
+
+def hydra(value: Any) -> str:
+    """A value in Hydra's grammar, where keys have no quotes."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{hydra(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(hydra, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)

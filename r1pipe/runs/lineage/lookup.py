@@ -14,7 +14,7 @@ from r1pipe.core.paths import IMPORTED, RunFolder, content_dir, inside
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.runs.record import record_of
-from r1pipe.runs.stored import finished, stage_name, stored_runs
+from r1pipe.runs.results import finished, stage_name
 
 BUNDLED = "bundled"
 
@@ -83,7 +83,7 @@ def newest_run(stage: str, path: SearchPath) -> RunFolder | None:
 
 def _finished_runs(stage: str, root: Path) -> list[tuple[RunFolder, str]]:
     """Finished runs of a stage with their pipelines, oldest first."""
-    runs = finished(stored_runs(root, f"{stage}-*"))
+    runs = finished(root, f"{stage}-*")
     return [(run.folder, record["pipeline"]) for run, record in runs if record["stage"] == stage]
 
 

@@ -6,7 +6,6 @@ Axis suffixes: L MoE layers, E routed experts.
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,33 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
-from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
+from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
+from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
-from r1pipe.train.engine.nonfinite import locate_nonfinite
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
+EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
+
 log = logging.getLogger("r1pipe")
-
-
-def _start_deepspeed(device: torch.device) -> Any:
-    """Initialise DeepSpeed's communication on top of the existing process group."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    deepspeed = patches.import_deepspeed()
-    if device.type == "cpu":
-        patches.skip_operator_probes(deepspeed)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return deepspeed
 
 
 @dataclass
@@ -56,6 +46,40 @@ class StepStats:
     skipped: int  # broken steps since the stage began
 
 
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics for the progress display; a skipped step has no loss."""
+    return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
+
+
+def step_metrics(stats: StepStats) -> dict[str, float]:
+    """The metrics of an optimizer step; a skipped one has only the learning rate and `train/skipped`, the
+    count of skipped steps, which is logged from the first one on.
+
+    `router/max_vio` is the worst layer's, `router/max_vio/L` that of MoE layer L (counted from 0), and
+    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
+    EXPERTS_SHOWN experts would flood the log, so they only have MaxVio.
+    """
+    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
+    if stats.broken:
+        return {"train/lr": stats.lr, **skipped}
+    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
+    metrics |= stats.fp8
+    if stats.loads_LE is None:
+        return metrics
+    used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL
+    if used:
+        violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
+        metrics["router/max_vio"] = violation_L.max().item()
+        metrics["router/max_vio_mean"] = violation_L.mean().item()
+        metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
+    for n, loads_E in used:
+        if len(loads_E) > EXPERTS_SHOWN:
+            continue
+        shares = (loads_E / loads_E.mean()).tolist()
+        metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
+    return metrics
+
+
 class _ClosureRunner(nn.Module):
     """Its forward runs any closure over the model, so that DeepSpeed's hooks see every loss."""
 
@@ -68,10 +92,7 @@ class _ClosureRunner(nn.Module):
 
 
 class Engine(Ranks):
-    """DeepSpeed around one model: a call per optimizer step, whatever the ranks, precision and ZeRO level.
-
-    `module` is the unwrapped model, for sampling and evaluation inside `with engine.gathered():`.
-    """
+    """DeepSpeed around one model; `module` is that model, to be used inside `with engine.gathered():`."""
 
     def __init__(
         self,
@@ -87,7 +108,7 @@ class Engine(Ranks):
             )
         super().__init__(config)
         self.start()
-        deepspeed = _start_deepspeed(self.device)
+        deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         train_as(model, config, self.device)
         self.router, self.zero_level = router, config.zero_level
@@ -101,23 +122,20 @@ class Engine(Ranks):
             config=deepspeed_config(config, optim.grad_clip),
             dist_init_required=False,
         )
-        if config.zero_level == 0 and self.world_size == 1:
-            patches.skip_single_rank_allreduce(self._ds)
-        if config.zero_level == 0 and config.precision == "fp32":
+        if config.zero_level == 0:
             trained = [p for p in model.parameters() if p.requires_grad]
-            patches.clip_fp32_with_torch(self._ds, optimizer, trained, optim.grad_clip)
+            patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
         if config.zero_level == 3:
             patches.clear_padding(self._ds.optimizer, self.rank)
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
 
-        A skipped step leaves weights, moments, expert biases and the schedule unchanged, as with torch's
-        GradScaler. Raises NumericProblem after more than `max_skipped` in a row.
+        A skipped step leaves weights, moments, expert biases and the schedule unchanged. Raises
+        NumericProblem after more than `max_skipped` in a row.
 
         Each closure runs forward and returns its share of this rank's loss: shares add up, ranks average.
-        Ranks may pass different numbers of closures, at least one each: every pass under ZeRO needs all
-        ranks, so those with fewer repeat their last one at weight zero.
+        Every pass under ZeRO needs all ranks: those with fewer closures repeat their last one at weight zero.
         """
         if not self.module.training:
             self.module.train()
@@ -132,7 +150,10 @@ class Engine(Ranks):
         with heartbeat.waiting(self.world_size > 1):
             self._ds.step()
             grad_norm = float(self._ds.get_global_grad_norm())
-            mean_loss, loads_LE = self._sum_step(sum(losses), loads_LE)
+        loads = loads_LE.flatten().tolist() if loads_LE is not None else []
+        total_loss, *loads = self.sum_over_ranks([sum(losses), *loads])  # one collective
+        if loads_LE is not None:
+            loads_LE = loads_LE.new_tensor(loads).reshape(loads_LE.shape)
         broken = not math.isfinite(grad_norm)
         counts = self._fp8_counts()
         if broken:
@@ -143,13 +164,11 @@ class Engine(Ranks):
             if self.router and loads_LE is not None:
                 update_router_bias(self.module, loads_LE, self.router.bias_rate)
         fp8 = {} if broken else meter.metrics(counts)
-        return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, self._ds.skipped_steps)
+        mean_loss, skipped = total_loss / self.world_size, self._ds.skipped_steps
+        return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, skipped)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
-        """Forward and backward of a micro-batch; its unweighted loss.
-
-        A loss that is not finite gets NaN gradients: summed over ranks they reach all, so all skip the step.
-        """
+        """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
         loss = self._ds(closure)
         value = loss.item()
         if not math.isfinite(value):
@@ -163,7 +182,7 @@ class Engine(Ranks):
     ) -> None:
         """Count a skipped step and log its cause; all ranks call. Raises NumericProblem above the limit."""
         self.skipped_in_a_row += 1
-        cause = locate_nonfinite(self, self.module, micro_losses, losses, partitioned=self.zero_level == 3)
+        cause = self._locate_nonfinite(micro_losses, losses)
         cause = f"{cause} ({quantised})" if quantised else cause
         if self.skipped_in_a_row > self.max_skipped:
             raise NumericProblem(
@@ -173,28 +192,33 @@ class Engine(Ranks):
         if self.rank == 0:
             log.warning("a step is skipped, number %d in a row: %s", self.skipped_in_a_row, cause)
 
+    def _locate_nonfinite(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> str:
+        """What was not finite and the first layer that produced it, the same on all ranks; not the layer of a
+        gradient under ZeRO-3, where every pass needs all ranks."""
+        partitioned = self.zero_level == 3
+        number = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), None)
+        layer = None
+        if number is not None or partitioned:
+            layer = first_non_finite(self.module, micro_losses[-1 if number is None else number])
+        for broken in self.all_gather_objects(None if number is None else (losses[number], layer)):
+            if broken is not None:
+                loss, layer = broken
+                return not_finite(f"the loss ({loss:g})", layer)
+        layers: list[str | None] = []
+        if not partitioned:
+            local = (first_nonfinite_gradient(self.module, closure) for closure in micro_losses)
+            layers = self.all_gather_objects(next(filter(None, local), None))
+        where = next((f", first at the output of {layer}" for layer in layers if layer), "")
+        return f"the gradient is not finite while the loss is: backward overflowed{where}"
+
     def _fp8_counts(self) -> dict[str, meter.Totals]:
         """What was quantised in this step, all ranks together; nothing without FP8."""
         fp8 = fp8_of(self.module)
         return meter.together(self.all_gather_objects(fp8.meter.take())) if fp8 else {}
 
-    def _sum_step(self, loss: float, loads_LE: Tensor | None) -> tuple[float, Tensor | None]:
-        """Mean loss and summed loads over ranks, in one collective."""
-        if self.world_size == 1:
-            return loss, loads_LE
-        flat = torch.tensor([loss], dtype=torch.float64, device=self.device)
-        if loads_LE is not None:
-            flat = torch.cat([flat, loads_LE.reshape(-1).double()])
-        dist.all_reduce(flat)
-        summed_LE = flat[1:].reshape(loads_LE.shape).to(loads_LE.dtype) if loads_LE is not None else None
-        return flat[0].item() / self.world_size, summed_LE
-
     @contextmanager
     def gathered(self) -> Iterator[Any]:
-        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter.
-
-        Under ZeRO-3 the weights are gathered once and kept until the end of the block.
-        """
+        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
         if self.zero_level < 3:
             yield self.module
             return
@@ -206,10 +230,7 @@ class Engine(Ranks):
             yield self.module
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
-        """Write optimizer, schedule and the loop's `state`; all ranks must call.
-
-        Returns a message for the user if this rank's disk is full, else None.
-        """
+        """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""
         folder = Path(folder)
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         problem = engine_state.write(self._ds, folder, client)
@@ -221,10 +242,9 @@ class Engine(Ranks):
     def load(self, folder: Path | str, scratch: Path | None = None) -> dict[str, Any]:
         """Restore what `save` wrote and return the loop's state; all ranks must call.
 
-        A state of other ranks or of another ZeRO level goes through DeepSpeed's universal layout, in a
-        temporary folder in `scratch` (or beside `folder`): training then resumes within rounding, not bit
-        for bit.
-        Raises CheckpointError for files that hold more than tensors and plain values.
+        A state of other ranks or of another ZeRO level is converted in a temporary folder in `scratch` (or
+        beside `folder`): training then resumes within rounding, not bit for bit. Raises CheckpointError for
+        files that hold more than tensors and plain values.
         """
         folder = Path(folder)
         ranks, level = engine_state.read_layout(folder)
@@ -235,16 +255,12 @@ class Engine(Ranks):
             levels = level, self.zero_level
             client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
-        self._follow_schedule()
-        return client["loop"]
-
-    def _follow_schedule(self) -> None:
-        """Recompute the next learning rate: an extended run saved that of a shorter schedule."""
-        schedule = self._ds.lr_scheduler
+        schedule = self._ds.lr_scheduler  # the state of an extended run has the rate of a shorter one
         for group, lr, factor in zip(
             self._ds.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
         ):
             group["lr"] = lr * factor(schedule.last_epoch)
+        return client["loop"]
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.world_size, "zero_level": self.zero_level}

@@ -22,15 +22,11 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
-        done = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
-        match config.schedule:
-            case "constant":
-                return 1.0
-            case "linear":
-                return floor + (1 - floor) * (1 - min(1.0, done))
-            case "cosine":
-                return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        raise ValueError(config.schedule)  # config validation rules this out
+        if config.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+        left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (1 - floor) * left
 
     return factor
 
@@ -51,10 +47,7 @@ def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
 
 
 def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (norms and biases are not decayed).
-
-    `moments`: the type they are stored in, "fp32" or "bf16".
-    """
+    """Weight decay on matrices only, not norms and biases. `moments`: their type, "fp32" or "bf16"."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},

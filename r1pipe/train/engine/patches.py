@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
-
 torch_load = torch.load  # torch's own, while `replaced_torch_load` redirects DeepSpeed's calls
 _exit_code: int | None = None
 
@@ -39,18 +37,20 @@ def import_deepspeed() -> Any:
     return sys.modules["deepspeed"]
 
 
-def skip_operator_probes(deepspeed: Any) -> None:
+def start_deepspeed(device: torch.device) -> Any:
     """On a CPU, DeepSpeed probes with a compiler for operators that we don't use, and may spend a minute
     building one for inference."""
-    deepspeed.ops.__compatible_ops__ = {}
+    os.environ["DS_ACCELERATOR"] = device.type
+    deepspeed = import_deepspeed()
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
 
 
 def exit_immediately_with(code: int) -> None:
     """After everything is written: skip the interpreter's teardown, where gloo's threads sometimes abort
-    (exit code -6) and turn a finished job into a failed one.
-
-    Seen in torch 2.13 with several ranks; one rank is not affected. Other exit handlers still run first.
-    """
+    (exit code -6; torch 2.13, several ranks) and turn a finished job into a failed one."""
     global _exit_code
     _exit_code = code
 
@@ -66,16 +66,12 @@ def exit_without_teardown() -> None:
 # --- training
 
 
-def skip_single_rank_allreduce(ds: Any) -> None:
-    """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank."""
-    ds.enable_backward_allreduce = False
-
-
-def clip_fp32_with_torch(
-    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float
+def repair_level_0(
+    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float, ranks: int
 ) -> None:
-    """At ZeRO level 0 in float32, DeepSpeed walks all parameters three times per step, forgets the gradient
-    norm, and steps even if the norm is not finite; its ZeRO optimizers skip that step."""
+    """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank, walks all
+    parameters three times per step, forgets the gradient norm, and steps even if the norm is not finite; its
+    ZeRO optimizers skip that step."""
 
     def clip() -> None:
         norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
@@ -84,6 +80,8 @@ def clip_fp32_with_torch(
             optimizer.zero_grad()  # parameters without a gradient don't move
         ds._global_grad_norm = norm
 
+    if ranks == 1:
+        ds.enable_backward_allreduce = False
     ds.clip_fp32_gradients = clip
     ds.zero_grad = optimizer.zero_grad
 
@@ -144,16 +142,6 @@ def replaced_torch_load(load: Callable[..., Any]) -> Iterator[None]:
         torch.load = torch_load
 
 
-@contextlib.contextmanager
-def universal_loading(ds: Any) -> Iterator[None]:
-    """Whether DeepSpeed reads the universal layout is fixed when its engine starts; we know it per file."""
-    ds._config.load_universal_checkpoint = True
-    try:
-        yield
-    finally:
-        ds._config.load_universal_checkpoint = False
-
-
 def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -> None:
     """DeepSpeed's converter (levels 1 to 3) is a command that prints progress bars and unpickles anything;
     with one worker it starts no process pool."""
@@ -169,11 +157,7 @@ def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -
         inject_missing_state=True,
     )
     output = io.StringIO()
-    with (
-        replaced_torch_load(load),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
+    with replaced_torch_load(load), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         ds_to_universal.main(arguments)
 
 
@@ -187,11 +171,17 @@ def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Calla
 
 
 @contextlib.contextmanager
-def repaired_after_universal(ds: Any, buffers: dict[str, Tensor]) -> Iterator[None]:
-    """What reading the universal layout gets wrong: level 3 gives every parameter group the first one's
-    weight decay, all parameters share one step counter, and buffers are not restored."""
+def reading_universal(ds: Any, buffers: dict[str, Tensor], load: Callable[..., Any]) -> Iterator[None]:
+    """DeepSpeed fixes at its start whether it reads the universal layout; we know it per file. What it gets
+    wrong: level 3 gives every parameter group the first one's weight decay, all parameters share one step
+    counter, and buffers are not restored."""
     decays = [group["weight_decay"] for group in ds.optimizer.param_groups]
-    yield
+    ds._config.load_universal_checkpoint = True
+    try:
+        with replaced_torch_load(load):
+            yield
+    finally:
+        ds._config.load_universal_checkpoint = False
     for group, decay in zip(ds.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for state in ds.optimizer.state.values():

@@ -22,11 +22,11 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import MOMENTS
-from r1pipe.train.engine.patches import PARAM_GROUPS, STATES
 from r1pipe.train.engine.ranks import Ranks
 
 LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int} of the writer
 TAG = "state"
+PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
 CONVERTED = ".step-converted"  # retention removes such names, in case a kill leaves it
 # What torch's restricted unpickler raises for damaged files.
 UNREADABLE = (
@@ -38,10 +38,8 @@ MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 
 
 def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
-    """Write what resume needs; all ranks call.
-
-    Returns a message if this rank's disk is full. It must not raise: other ranks wait for this one.
-    """
+    """Write what resume needs; all ranks call. Returns a message if this rank's disk is full; it must not
+    raise while other ranks wait for this one."""
     problems: list[str] = []
 
     def save(state_dict: Any, path: str) -> None:
@@ -63,10 +61,8 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
 
 
 def read_layout(folder: Path) -> tuple[int, int]:
-    """The number of ranks and the ZeRO level that wrote the state in a folder.
-
-    Raises CheckpointError if layout.json is invalid or does not match the files.
-    """
+    """The ranks and ZeRO level that wrote a state. Raises CheckpointError if layout.json is invalid or does
+    not match the files."""
     path = folder / LAYOUT
     layout = read_object(path)
     ranks, level = layout.get("ranks"), layout.get("zero_level")
@@ -109,16 +105,15 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
 
 
 def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple[int, int]) -> dict[str, Any]:
-    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state.
-
-    All ranks call. The universal layout is temporary, in `scratch`.
-    """
+    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state."""
     universal, (old_level, new_level) = scratch / CONVERTED, levels
     if ranks.rank == 0:
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job
         convert(ds, folder, universal, old_level)
     ranks.barrier()
-    client = read_universal(ds, universal, new_level)
+    weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
+    with patches.reading_universal(ds, weights, load_tensors):
+        client = read(ds, universal) if new_level else _read_whole(ds, universal)
     ranks.barrier()
     if ranks.rank == 0:
         shutil.rmtree(universal)
@@ -133,7 +128,7 @@ def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
     model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
     state = load_tensors(str(model_state), "cpu")
     if zero_level == 0:
-        _write_parameters(_names_in_order(ds), state["module"], state["optimizer"], zero)
+        _write_parameters(ds, state["module"], state["optimizer"], zero)
         converted, groups = {}, state["optimizer"][PARAM_GROUPS]
         step = _step_of(state["optimizer"]["state"])
     else:
@@ -154,38 +149,22 @@ def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
 
 
 def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
-    """AdamW's step count, the same for every parameter."""
     return next((state["step"] for state in states.values() if "step" in state), torch.tensor(0.0))
 
 
-def _names_in_order(ds: Any) -> list[str]:
-    """Parameter names in the order of the level-0 optimizer: matrices first."""
+def _write_parameters(
+    ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
+) -> None:
     trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
     flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [name for name, _ in trained if name not in flat] + flat
-
-
-def _write_parameters(
-    names: list[str], weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
-) -> None:
-    """Write each parameter of level 0 and its moments into a folder of its own."""
-    for number, name in enumerate(names):
+    matrices = [name for name, _ in trained if name not in flat]
+    for number, name in enumerate(matrices + flat):  # the order of the level-0 optimizer
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()
         torch.save({"param": weights[name].float()}, zero / name / "fp32.pt")
         for moment in MOMENTS:
             value = state.get(moment, torch.zeros_like(weights[name]))
             torch.save({"param": value}, zero / name / f"{moment}.pt")
-
-
-def read_universal(ds: Any, universal: Path, zero_level: int) -> dict[str, Any]:
-    """Restore, with this engine's ranks and level, what `convert` wrote; the client state."""
-    weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
-    with patches.repaired_after_universal(ds, weights):
-        if zero_level == 0:
-            return _read_whole(ds, universal)
-        with patches.universal_loading(ds), patches.replaced_torch_load(load_tensors):
-            return read(ds, universal)
 
 
 @torch.no_grad()

@@ -25,9 +25,8 @@ def has_variance(rewards_G: list[float]) -> bool:
 def group_advantages(rewards_G: list[float], normalise_std: bool) -> list[float]:
     """A_i = (r_i - mean(r)) / std(r) over a group's scored members; 0 for the others.
 
-    The group's mean replaces a value model (DeepSeekMath section 4.1.2). The standard deviation is the
-    population's. Without `normalise_std` it is left out, so that groups with rare rewards do not weigh more
-    (Dr.GRPO, arXiv 2503.20783).
+    The mean replaces a value model (DeepSeekMath section 4.1.2). Without `normalise_std` the population's
+    deviation is left out: groups with rare rewards do not weigh more (Dr.GRPO, arXiv 2503.20783).
     """
     if not has_variance(rewards_G):
         return [0.0] * len(rewards_G)
@@ -39,21 +38,15 @@ def group_advantages(rewards_G: list[float], normalise_std: bool) -> list[float]
 
 
 def token_rewards(score: float, kl_T: Tensor | None, kl_coef: float, length: int) -> Tensor:
-    """rewards_T: minus each token's KL, and the completion's score at its last token.
-
-    DeepSeekMath (arXiv 2402.03300), eq. 2, with rules in place of the reward model.
-    """
-    rewards_T = torch.zeros(length) if kl_T is None else -kl_coef * kl_T
+    """rewards_T: minus each token's KL, and the completion's score at its last token (DeepSeekMath eq. 2)."""
+    rewards_T = torch.zeros(length) if kl_T is None else -kl_coef * kl_T.cpu()
     rewards_T[-1] += score
     return rewards_T
 
 
 def gae(rewards_T: Tensor, values_T: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """advantages_T: A_t = d_t + gamma lambda A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t.
-
-    Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16). The value after the last
-    token is 0, also for a truncated answer: the reward accounts for that.
-    """
+    """advantages_T: A_t = d_t + gamma lambda A_(t+1) with d_t = r_t + gamma V_(t+1) - V_t (Schulman et al.,
+    arXiv 1506.02438, eq. 16). The value after the last token is 0, also for a truncated answer."""
     next_T = torch.cat([values_T[1:], values_T.new_zeros(1)])
     deltas = (rewards_T + gamma * next_T - values_T).tolist()
     advantages, later = [0.0] * len(deltas), 0.0

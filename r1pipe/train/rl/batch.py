@@ -18,7 +18,10 @@ from r1pipe.train.rl.losses import LOSS_AGGREGATIONS
 
 @dataclass
 class Rollout:
-    """One completion with its prompt and advantage: the unit of a minibatch."""
+    """One completion with its prompt and advantage: the unit of a minibatch.
+
+    rollouts_of makes it from a Group; Reference.estimate_kl sets kl_T, Critic.estimate what PPO needs.
+    """
 
     prompt: list[int]
     completion: Completion
@@ -41,11 +44,10 @@ class Rollout:
 
 @dataclass
 class MicroBatch:
-    """Prompts without their last token, each once, and the rows that continue them.
+    """Prompts without their last token, each once, and the rows that continue them, padded on the right.
 
     A row is its prompt's last token and the completion without its last token: the hidden states at these
-    positions predict the completion. Prompts and rows are padded on the right; suffix N holds completion
-    tokens only, so that no logits are computed for padding.
+    positions predict the completion. Suffix N: completion tokens only; no logits are computed for padding.
     """
 
     prompts_PT: Tensor
@@ -84,7 +86,7 @@ def split_evenly(rollouts: Sequence[Rollout], parts: int) -> list[Sequence[Rollo
 
 
 def padded_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Tokens in a micro-batch of these rollouts: prompts once, and the completions, with padding."""
+    """In a micro-batch: prompts once, and the completions, with padding."""
     prompts = {tuple(rollout.prompt) for rollout in rollouts}
     longest = max(len(rollout.completion.tokens) for rollout in rollouts)
     return len(prompts) * max(map(len, prompts)) + len(rollouts) * longest
@@ -93,9 +95,8 @@ def padded_tokens(rollouts: Sequence[Rollout]) -> int:
 def by_prompt(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
     """Rollouts in micro-batches of whole groups, at most `max_tokens` each with padding.
 
-    Groups are sorted by their longest completion, which keeps padding low; the longest come first, so that
-    running out of memory shows at once. A group that is too large is split, and a rollout longer than
-    `max_tokens` gets a micro-batch of its own.
+    The groups with the longest completions come first: running out of memory shows at once. A group that is
+    too large is split, and a rollout longer than `max_tokens` gets a micro-batch of its own.
     """
     groups: dict[tuple[int, ...], list[Rollout]] = {}
     for rollout in sorted(rollouts, key=lambda rollout: len(rollout.completion.tokens), reverse=True):
@@ -117,11 +118,13 @@ def by_prompt(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout
 def micro_batches(
     ranks: Ranks, minibatch: Sequence[Rollout], config: RLConfig, aggregation: str
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of a minibatch, weighted so that the ranks' average is the loss's mean.
-
-    `aggregation` is a key of LOSS_AGGREGATIONS. All ranks must call.
-    """
-    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), tokens_read(minibatch)])
+    """This rank's share of a minibatch, weighted so that the ranks' average is the loss's mean; all ranks
+    call. `aggregation` is a key of LOSS_AGGREGATIONS."""
+    # tokens of a forward pass without padding: prompts once, though their groups may be split over
+    # micro-batches, and every token but each sequence's last
+    prompts = {tuple(rollout.prompt) for rollout in minibatch}
+    inputs = sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in minibatch)
+    sequences, tokens, read = ranks.sum_over_ranks([*scored_counts(minibatch), float(inputs)])
     sequences, tokens = sequences / ranks.world_size, tokens / ranks.world_size
     longest = config.sampling.max_tokens
     return [
@@ -141,15 +144,6 @@ def scored_counts(rollouts: Sequence[Rollout]) -> tuple[float, float]:
     return float(len(lengths)), float(sum(lengths))
 
 
-def tokens_read(rollouts: Sequence[Rollout]) -> float:
-    """Tokens in a forward pass, without padding: prompts once, and every token but each sequence's last.
-
-    The prompt of a group that is split over micro-batches is read once for each, but counted once here.
-    """
-    prompts = {tuple(rollout.prompt) for rollout in rollouts}
-    return float(sum(len(prompt) - 1 for prompt in prompts) + sum(len(r.completion.tokens) for r in rollouts))
-
-
 def weights_of(
     rollouts: Sequence[Rollout], aggregation: str, sequences: float, tokens: float, longest: int
 ) -> list[float]:
@@ -160,15 +154,10 @@ def weights_of(
     ]
 
 
-def unweighted(rollouts: Sequence[Rollout], device: torch.device) -> MicroBatch:
-    """Rollouts as tensors for a forward pass without a loss."""
-    return collate(rollouts, [0.0] * len(rollouts), 0.0, device)
-
-
 def collate(
-    rollouts: Sequence[Rollout], weights: Sequence[float], balance_weight: float, device: torch.device
+    rollouts: Sequence[Rollout], weights: Sequence[float] | None, balance_weight: float, device: torch.device
 ) -> MicroBatch:
-    """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss."""
+    """Rollouts as tensors. `weights` are those of each rollout's tokens in the loss; None without a loss."""
     completions = [rollout.completion for rollout in rollouts]
     prompts = list(dict.fromkeys(tuple(rollout.prompt) for rollout in rollouts))
     prompt_lengths = [len(prompt) - 1 for prompt in prompts]
@@ -194,7 +183,7 @@ def collate(
         targets_N=torch.tensor([token for c in completions for token in c.tokens]).to(device),
         old_N=joined([completion.logprobs for completion in completions]),
         advantages_N=per_token([rollout.advantage for rollout in rollouts]),
-        weights_N=per_token(weights),
+        weights_N=per_token(weights or [0.0] * len(rollouts)),
         lengths_B=lengths_B.to(device),
         balance_weight=balance_weight,
     )
@@ -206,5 +195,5 @@ def collate(
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Rows padded on the right to `width` tokens, with zeros that no attention sees and no gate counts."""
+    """Padded on the right, with zeros that no attention sees and no gate counts."""
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])

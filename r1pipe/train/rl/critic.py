@@ -3,7 +3,7 @@
 Axes: N completion tokens of a micro-batch, T those of one completion.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,10 +22,10 @@ from r1pipe.train.rl.batch import (
     MicroBatch,
     Rollout,
     by_prompt,
+    collate,
     micro_batches,
     rollouts_of,
     split_evenly,
-    unweighted,
 )
 from r1pipe.train.rl.losses import value_loss
 from r1pipe.train.rl.scoring import KL
@@ -65,8 +65,7 @@ class Critic:
     def estimate(self, groups: Sequence[Group], reference: Reference | None) -> tuple[list[Rollout], Metrics]:
         """The groups as rollouts with an advantage and a return per token, and metrics of the values.
 
-        A KL in the reward is taken off each token, and recorded as the completion's score `kl`. The groups'
-        advantages become the means over each completion's tokens.
+        A KL in the reward is taken off each token. The groups' advantages become the means over the tokens.
         """
         rollouts = rollouts_of(groups)
         if reference is not None and self.config.kl_in == "reward":
@@ -74,10 +73,20 @@ class Critic:
             scores = [score for group in groups for score in group.scores]
             for score, rollout in zip(scores, rollouts, strict=True):
                 score[KL] = Score(rollout.kl())
-        self._estimate_values(rollouts)
+        with self.engine.gathered() as model, torch.no_grad():
+            for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
+                micro = collate(rows, None, 0.0, self.engine.device)
+                values_N = model(micro).cpu()
+                for row, values_T in zip(rows, values_N.split(micro.lengths_B.tolist()), strict=True):
+                    row.values = values_T.tolist()
         rewards = [reward for group in groups for reward in group.rewards]
         for rollout, reward in zip(rollouts, rewards, strict=True):
-            self._estimate_advantages(rollout, reward if is_scored(reward) else 0.0)
+            values_T = torch.tensor(rollout.values)
+            last = reward if is_scored(reward) else 0.0
+            rewards_T = token_rewards(last, rollout.kl_T, self.config.kl_coef, len(values_T))
+            advantages_T = gae(rewards_T, values_T, self.ppo.gamma, self.ppo.gae_lambda)
+            rollout.advantages = advantages_T.tolist()
+            rollout.returns = (advantages_T + values_T).tolist()
         metrics = self._quality(rollouts)
         if self.ppo.whiten:
             self._whiten(rollouts)
@@ -85,23 +94,6 @@ class Critic:
         for group in groups:
             group.advantages = [next(means) for _ in group.completions]
         return rollouts, metrics
-
-    def _estimate_values(self, rollouts: Sequence[Rollout]) -> None:
-        """Set each rollout's values, under the current weights."""
-        with self.engine.gathered() as model, torch.no_grad():
-            for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
-                micro = unweighted(rows, self.engine.device)
-                values_N = model(micro).cpu()
-                for row, values_T in zip(rows, values_N.split(micro.lengths_B.tolist()), strict=True):
-                    row.values = values_T.tolist()
-
-    def _estimate_advantages(self, rollout: Rollout, reward: float) -> None:
-        values_T = torch.tensor(rollout.values)
-        kl_T = None if rollout.kl_T is None else rollout.kl_T.cpu()
-        rewards_T = token_rewards(reward, kl_T, self.config.kl_coef, len(values_T))
-        advantages_T = gae(rewards_T, values_T, self.ppo.gamma, self.ppo.gae_lambda)
-        rollout.advantages = advantages_T.tolist()
-        rollout.returns = (advantages_T + values_T).tolist()
 
     def _quality(self, rollouts: Sequence[Rollout]) -> Metrics:
         """`value/explained_variance` is 1 - Var(R - V) / Var(R) over the tokens of all ranks: 1 is perfect,
@@ -144,10 +136,7 @@ class Critic:
         steps = []
         for _ in range(config.inner_epochs):
             for micros in minibatches:
-                closures: list[Callable[[], Tensor]] = [
-                    partial(self._share_of_loss, micro) for micro in micros
-                ]
-                steps.append(self.engine.train_step(closures))
+                steps.append(self.engine.train_step([partial(self._share_of_loss, m) for m in micros]))
         skipped = {"value/skipped": float(steps[-1].skipped)} if steps[-1].skipped else {}
         moved = [step for step in steps if not step.broken]
         if not moved:
@@ -159,7 +148,6 @@ class Critic:
         }
 
     def _share_of_loss(self, micro: MicroBatch) -> Tensor:
-        """A micro-batch's share of the value loss, and of the experts' balance loss."""
         assert micro.values_N is not None and micro.returns_N is not None
         alpha = self.config.router.balance_alpha
         balances = balances_of(micro, with_loss=alpha > 0)
@@ -172,7 +160,6 @@ class Critic:
 
 
 def _moments(values_N: Tensor) -> tuple[float, float]:
-    """The sum of the values and of their squares."""
     return values_N.sum().item(), values_N.square().sum().item()
 
 

@@ -1,33 +1,33 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
-from r1pipe.data.fitting import prompt_fits
-from r1pipe.data.source import Source
-from r1pipe.model import DeepseekV3, save_pretrained
+from r1pipe.data.source import prompt_fits
+from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
 from r1pipe.rewards import Verdicts
-from r1pipe.runs import heartbeat, stopping
-from r1pipe.runs.checkpoints import ENGINE
-from r1pipe.runs.stopping import Interrupted
+from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.dynamic_sampling import has_signal, redistribute_groups
-from r1pipe.train.rl.prompts import PromptStream, general_count, shuffled
-from r1pipe.train.rl.routing import routing_agreement
+from r1pipe.train.rl.prompts import POOL, PromptStream, general_count
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
-from r1pipe.train.rl.scoring import RewardModels, reward_weights, score_groups
+from r1pipe.train.rl.scoring import (
+    RewardModels,
+    has_signal,
+    redistribute_groups,
+    reward_weights,
+    score_groups,
+)
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
-from r1pipe.train.rl.update import Reference, update
+from r1pipe.train.rl.update import Reference, routing_agreement, update
 from r1pipe.train.rollout import Sampler, SamplingParams
 from r1pipe.train.run import Run
 
@@ -46,7 +46,7 @@ class LoopState:
     reference_step: int = 0  # the step whose policy is the reference; 0: the initial policy
 
 
-class GRPO:
+class RLTrainer:
     """The training loop of one stage; with a critic it is PPO."""
 
     def __init__(
@@ -54,72 +54,79 @@ class GRPO:
         run: Run[RLConfig],
         engine: Engine,
         reference: Reference | None,
-        chat: Chat,
-        data: Source,
         reward_models: RewardModels,
-        quick_evaluation: Callable[[], Metrics],
         critic: Critic | None = None,
     ):
         """Without a `reference` there is no KL; `reward_models` score general prompts."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.chat, self.data, self.reward_models = chat, data, reward_models
-        self.quick_evaluation, self.critic = quick_evaluation, critic
+        self.reward_models, self.critic = reward_models, critic
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
-        self.reasoning = self._stream(data.prompts, "reasoning prompts")
+        self.reasoning = self._stream(run.data.prompts, "reasoning prompts")
         self.general: PromptStream | None = None
         if preference := run.stage.preference:
-            draw = partial(data.general_prompts, kinds=preference.general_kinds)
+            draw = partial(run.data.general_prompts, kinds=preference.general_kinds)
             self.general = self._stream(draw, "general prompts")
 
     def train(self) -> Path:
         """Train from the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""
         if inactive := self.tripwires.describe_inactive():
             self.run.warn(inactive)
-        self._resume()
-        while not self.run.is_last(self.state.step, self.config.max_steps, self.engine):
-            self.step()
+        self.saved, state = self.run.resume(self.engine, self.more_engines)
+        if self.saved:
+            self.state = LoopState(**state)
+            for metrics in self.run.logged():  # wires that tripped before do not trip again
+                self.tripwires.check(metrics)
+            if self.reference and self.state.reference_step:
+                engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
+                saved = load_pretrained(engine_folder / "reference")
+                self.reference.model.load_state_dict(saved.state_dict())
+        last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
+        while not last:
+            last = self.step()
         return self.run.folder.checkpoint(self.state.step)
 
-    def step(self) -> None:
-        """Sample G completions for each of P prompts, score them, and update the policy (and the critic)."""
+    def step(self) -> bool:
+        """Sample G completions for each of P prompts, score them, update; whether it was the last step."""
         began = time.monotonic()
         metrics: Metrics = {}
         before = replace(self.state)
         heartbeat.at_step(before.step + 1)
         try:
             groups = self.sample_groups(metrics)
-        except Interrupted:
+        except stopping.Interrupted:
             self._abandon_step(before)
             raise
         if self.critic:
-            with self._timed("value", metrics):
+            with self.run.phase("value", metrics):
                 rollouts, value_metrics = self.critic.estimate(groups, self.reference)
             metrics |= value_metrics
         else:
             rollouts = rollouts_of(groups)
-        with self._timed("reward", metrics):
-            rows = rows_of_all(self.engine, groups, self.data.strategy_of)
+        with self.run.phase("reward", metrics):
+            rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)
             raise EnvironmentProblem(f"step {before.step + 1} trains nothing: {failure}")
         if self.config.ppo is None or self.state.step >= self.config.ppo.value_warmup_steps:
-            self._update_policy(rollouts, metrics)
+            with self.run.phase("update", metrics):
+                if count := self.config.routing_check_samples:
+                    metrics |= routing_agreement(self.engine, rollouts, self.config, count)
+                metrics |= update(self.engine, rollouts, self.config, self.reference)
+            [tokens] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
+            metrics["train/tokens_per_s"] = tokens / metrics["time/update_s"]
         if self.critic:
-            with self._timed("value", metrics):
+            with self.run.phase("value", metrics):
                 metrics |= self.critic.learn(rollouts)
-        self._end_step(rows, metrics, began)
+        return self._end_step(rows, metrics, began)
 
     def next_prompts(self, metrics: Metrics) -> list[Prompt]:
-        """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors.
-
-        The batch does not depend on the number of ranks.
-        """
+        """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors."""
         config, state = self.config, self.state
         n = config.prompts_per_step
         n_general = general_count(config, state.step)
@@ -130,35 +137,30 @@ class GRPO:
             general, state.general_cursor = self.general.take(state.general_cursor, n_general)
         too_long = float(state.reasoning_cursor + state.general_cursor - before - n)
         metrics["rollout/too_long"] = metrics.get("rollout/too_long", 0.0) + too_long
-        prompts = shuffled(reasoning, general, self.run.rng("order", state.step))
+        prompts = reasoning + general
+        if general:  # in random order, so that every rank and minibatch gets some of each
+            prompts = [prompts[i] for i in self.run.rng("order", state.step).permutation(n)]
         return prompts[self.engine.rank :: self.engine.world_size]
 
     def _stream(self, draw: Callable[[str, int, int], list[Prompt]], name: str) -> PromptStream:
         config = self.config
+        size = min(config.max_steps * config.prompts_per_step, POOL)
         context = self.engine.module.config.max_position_embeddings
-        return PromptStream(
-            lambda n, seed: draw("train", n, seed),
-            lambda pool: self.run.seed(name, pool),
-            prompt_fits(self.chat, context, config.sampling.max_tokens),
-            config.max_steps * config.prompts_per_step,
-            name,
-        )
+        fits = prompt_fits(self.run.chat, context, config.sampling.max_tokens)
+        return PromptStream(lambda pool: draw("train", size, self.run.seed(name, pool)), fits, name)
 
     # --- rollout and score
 
     def sample_groups(self, metrics: Metrics) -> list[Group]:
-        """This rank's scored groups of the step; `Group.trained` marks those to learn from.
-
-        One rollout batch or, with dynamic sampling, as many as it takes to get a batch of groups with a
-        signal (at most `max_sampling_batches`).
-        """
+        """This rank's scored groups: one rollout batch or, with dynamic sampling, as many (at most
+        `max_sampling_batches`) as it takes to get a batch of groups with a signal."""
         groups: list[Group] = []
         config, ranks = self.config, self.engine
         for batch in range(config.max_sampling_batches):
             with Verdicts() as verdicts:
-                with self._timed("sampling", metrics), stopping.leaving_early(self.engine):
+                with self.run.phase("sampling", metrics), stopping.leaving_early(self.engine):
                     sampled = self.rollout(self.next_prompts(metrics), verdicts, batch)
-                with self._timed("reward", metrics):
+                with self.run.phase("reward", metrics):
                     self.score(sampled, verdicts)
             for number, group in enumerate(sampled, len(groups)):
                 group.place = ranks.rank + number * ranks.world_size
@@ -169,14 +171,11 @@ class GRPO:
             with_signal = sum(has_signal(group, self.weights) for group in groups)
             if ranks.sum_over_ranks([with_signal])[0] >= config.prompts_per_step:
                 break
-        with self._timed("reward", metrics):
+        with self.run.phase("reward", metrics):
             return redistribute_groups(ranks, groups, self.weights, config.prompts_per_step)
 
     def rollout(self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0) -> list[Group]:
-        """Groups of G completions of each prompt, sampled from the current policy.
-
-        Checking the answers starts as completions finish. `batch` counts the step's rollout batches.
-        """
+        """Sample G completions of each prompt; checking the answers starts as they finish."""
         sampling, size = self.config.sampling, self.config.group_size
         params = SamplingParams(
             sampling.max_tokens,
@@ -187,15 +186,17 @@ class GRPO:
             first=self.engine.rank,
             stride=self.engine.world_size,
         )
-        tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
-        chat, graphs = self.chat, self.run.config.engine.graphs
+        chat, graphs, ranks = self.run.chat, self.run.config.engine.graphs, self.engine.world_size
+        tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
+
+        def progress(done: int, total: int) -> None:
+            self.run.progress("sampling", done * ranks, total * ranks, "completions")
+
         with self.engine.gathered() as policy:
-            sampler = Sampler(
-                policy, chat.eos_id, chat.pad_id, sampling.max_num_seqs, graphs, stopping.requested
-            )
-            completions = sampler.generate(
-                tokens, params, self._show_sampling, verdicts.on_completion(chat, prompts)
-            )
+            seqs, stop = sampling.max_num_seqs, stopping.requested
+            sampler = Sampler(policy, chat.eos_id, chat.pad_id, seqs, graphs, stop)
+            ended = verdicts.on_completion(chat, prompts)
+            completions = sampler.generate(tokens, params, progress, ended)
         return [
             Group(prompt, completions[i * size : (i + 1) * size], prompt_tokens=tokens[i])
             for i, prompt in enumerate(prompts)
@@ -212,25 +213,17 @@ class GRPO:
             kls = [rollout.kl() for rollout in rollouts]
         score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts)
 
-    def _update_policy(self, rollouts: list[Rollout], metrics: Metrics) -> None:
-        with self._timed("update", metrics):
-            if count := self.config.routing_check_samples:
-                metrics |= routing_agreement(self.engine, rollouts, self.config, count)
-            metrics |= update(self.engine, rollouts, self.config, self.reference)
-        [tokens] = self.engine.sum_over_ranks([sum(map(len, rollouts)) * self.config.inner_epochs])
-        metrics["train/tokens_per_s"] = tokens / metrics["time/update_s"]
+    # --- log and save
 
-    # --- log, save and resume
-
-    def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> None:
-        """Replace the reference, evaluate, log and save, each when it is due."""
+    def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> bool:
+        """Replace the reference, evaluate, log and save when due; whether training ends."""
         config, state = self.config, self.state
         state.step += 1
         if self.reference and config.reference_every and state.step % config.reference_every == 0:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and state.step < config.max_steps:
-            metrics |= self.quick_evaluation()
+            metrics |= quick_evaluation(self.run, self.engine)
         trips = self._log(state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
@@ -243,13 +236,11 @@ class GRPO:
         if pause and not last:
             raise Tripped(f"paused after step {state.step}; the same command resumes from it: {pause}")
         if leaving and not last:
-            raise Interrupted(leaving)
+            raise stopping.Interrupted(leaving)
+        return last
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
-        """Write the step's rollouts and metrics, check the tripwires and show a completion; all ranks call.
-
-        `began` is the step's start by time.monotonic(). `metrics` gains speeds and trips.
-        """
+        """Write rollouts, and metrics with speeds and trips; the step `began` at this monotonic time."""
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
         metrics |= speeds(rows, metrics, time.monotonic() - began)
@@ -274,26 +265,4 @@ class GRPO:
     def _export(self, policy: DeepseekV3, folder: Path) -> None:
         save_pretrained(policy, folder)
         if self.reference and self.state.reference_step:
-            self.reference.save(folder / ENGINE / "reference")
-
-    def _resume(self) -> None:
-        self.saved, state = self.run.resume(self.engine, self.more_engines)
-        if not self.saved:
-            return
-        self.state = LoopState(**state)
-        for metrics in self.run.logged():  # wires that tripped before do not trip again
-            self.tripwires.check(metrics)
-        if self.reference and self.state.reference_step:
-            self.reference.load(self.run.folder.checkpoint(self.saved) / ENGINE / "reference")
-
-    def _show_sampling(self, done: int, total: int) -> None:
-        ranks = self.engine.world_size
-        self.run.progress("sampling", done * ranks, total * ranks, "completions")
-
-    @contextmanager
-    def _timed(self, phase: str, metrics: Metrics) -> Iterator[None]:
-        began = time.monotonic()
-        with self.run.phase(phase):
-            yield
-        name = f"time/{phase}_s"
-        metrics[name] = metrics.get(name, 0.0) + time.monotonic() - began
+            save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")

@@ -21,20 +21,18 @@ from r1pipe.config import RLConfig
 # --- KL(pi || pi_ref) from tokens drawn from pi: Schulman, "Approximating KL divergence", 2020
 
 
-def kl_plain(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
-    """k1 = log(pi/pi_ref) per token: unbiased, may be negative.
-
-    Inside the loss its gradient is grad log pi, which is zero on average: it pulls only in the reward.
-    """
+def kl_k1(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+    """k1 = log(pi/pi_ref) per token: unbiased, may be negative. Inside the loss its gradient, grad log pi, is
+    zero on average: it pulls only in the reward."""
     return logprobs_N - reference_N
 
 
-def kl_square(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+def kl_k2(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """k2 = log(pi/pi_ref)^2 / 2 per token: biased, but inside the loss its gradient is, on average, KL's."""
     return (logprobs_N - reference_N) ** 2 / 2
 
 
-def kl_unbiased(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
+def kl_k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """k3 = pi_ref/pi - log(pi_ref/pi) - 1 per token: never negative, KL(pi || pi_ref) on average over tokens
     drawn from pi (DeepSeekMath eq. 4)."""
     log_ratio_N = reference_N - logprobs_N
@@ -42,33 +40,18 @@ def kl_unbiased(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "k1": kl_plain,
-    "k2": kl_square,
-    "k3": kl_unbiased,
+    "k1": kl_k1,
+    "k2": kl_k2,
+    "k3": kl_k3,
 }
 
-# --- the ratio and the surrogate objective
-
-
-def sequence_mean(values_N: Tensor, lengths_B: Tensor) -> Tensor:
-    """[N] -> [N]: the mean over each token's sequence. Of log ratios it is the logarithm of GSPO's ratio,
-    (pi(y) / pi_old(y))^(1/|y|) (arXiv 2507.18071, eq. 7)."""
-    means_B = torch.segment_reduce(values_N, "mean", lengths=lengths_B)
-    return means_B.repeat_interleave(lengths_B, output_size=len(values_N))
+# --- the policy's loss
 
 
 def clipped_surrogate(ratio_N: Tensor, advantages_N: Tensor, clip: float, clip_high: float) -> Tensor:
     """min(ratio A, clip(ratio, 1-e, 1+e') A) per token (DeepSeekMath eq. 3 with equal bounds; DAPO eq. 10
     with a higher upper bound)."""
     return torch.minimum(ratio_N * advantages_N, ratio_N.clamp(1 - clip, 1 + clip_high) * advantages_N)
-
-
-def cispo_surrogate(
-    ratio_N: Tensor, logprobs_N: Tensor, advantages_N: Tensor, clip: float, clip_high: float
-) -> Tensor:
-    """sg(clip(ratio, 1-e, 1+e')) A log pi per token (CISPO, arXiv 2506.13585, eq. 4 and 5): a token's
-    weight is bounded, its gradient never dropped. With clip=1 there is no lower bound."""
-    return ratio_N.detach().clamp(1 - clip, 1 + clip_high) * advantages_N * logprobs_N
 
 
 # A token's weight in the loss, from its completion's length, the minibatch's numbers of completions and of
@@ -114,11 +97,16 @@ def policy_loss(
     clip, clip_high = config.clip, config.clip if config.clip_high is None else config.clip_high
     log_ratio_N = logprobs_N - (old_N if trainer_N is None else trainer_N)
     if config.ratio == "sequence":
-        log_ratio_N = sequence_mean(log_ratio_N, lengths_B)
+        # the logarithm of GSPO's ratio, (pi(y) / pi_old(y))^(1/|y|) (arXiv 2507.18071, eq. 7)
+        means_B = torch.segment_reduce(log_ratio_N, "mean", lengths=lengths_B)
+        log_ratio_N = means_B.repeat_interleave(lengths_B, output_size=len(log_ratio_N))
     ratio_N = log_ratio_N.exp()
     if config.surrogate == "cispo":
-        surrogate_N = cispo_surrogate(ratio_N, logprobs_N, advantages_N, clip, clip_high)
-        clipped_N = ratio_N.clamp(1 - clip, 1 + clip_high) != ratio_N
+        # sg(clip(ratio, 1-e, 1+e')) A log pi (arXiv 2506.13585, eq. 4 and 5): a token's weight is bounded,
+        # its gradient never dropped; with clip=1 there is no lower bound
+        weight_N = ratio_N.detach().clamp(1 - clip, 1 + clip_high)
+        surrogate_N = weight_N * advantages_N * logprobs_N
+        clipped_N = weight_N != ratio_N
     else:
         surrogate_N = clipped_surrogate(ratio_N, advantages_N, clip, clip_high)
         clipped_N = surrogate_N < ratio_N * advantages_N
@@ -166,10 +154,8 @@ def _statistics(
 
 
 def value_loss(values_N: Tensor, old_N: Tensor, returns_N: Tensor, clip: float | None) -> Tensor:
-    """(V - R)^2 / 2 per token; with `clip` the maximum of that and the loss of V clipped to old +- clip.
-
-    The clip is that of PPO's first implementation (Engstrom et al., arXiv 2005.12729, eq. 2).
-    """
+    """(V - R)^2 / 2 per token; with `clip` the maximum of that and the loss of V clipped to old +- clip, as
+    in PPO's first implementation (Engstrom et al., arXiv 2005.12729, eq. 2)."""
     loss_N = (values_N - returns_N) ** 2
     if clip is not None:
         clipped_N = old_N + (values_N - old_N).clamp(-clip, clip)

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from functools import lru_cache
 
-import numpy as np
-
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
@@ -17,20 +15,9 @@ class PromptStream:
     """Pools of a source's prompts, each drawn with its own seed: shuffled epochs of a file, or new problems
     of an endless source."""
 
-    def __init__(
-        self,
-        draw: Callable[[int, int], list[Prompt]],
-        seed_of: Callable[[int], int],
-        fits: Callable[[Prompt], bool],
-        needed: int,
-        name: str,
-    ):
-        """`draw(n, seed)` returns up to n prompts, equally many for every seed; the stage needs `needed`.
-
-        Prompts that do not fit are skipped. Raises DataError where the data has none.
-        """
-        size = min(needed, POOL)
-        self._pool = lru_cache(maxsize=2)(lambda number: draw(size, seed_of(number)))
+    def __init__(self, draw: Callable[[int], list[Prompt]], fits: Callable[[Prompt], bool], name: str):
+        """`draw` returns pool 0, 1 ..., all of one length. Raises DataError where the data has no prompts."""
+        self._pool = lru_cache(maxsize=2)(draw)
         self._fits, self._name = fits, name
         self._length = len(self._pool(0))
         if not self._length:
@@ -61,9 +48,3 @@ def general_count(config: RLConfig, step: int) -> int:
     if preference is None or step < config.max_steps - preference.last_steps:
         return 0
     return round(preference.general_share * config.prompts_per_step)
-
-
-def shuffled(reasoning: list[Prompt], general: list[Prompt], rng: np.random.Generator) -> list[Prompt]:
-    """Both kinds in random order, so that every rank and minibatch gets some of each."""
-    prompts = reasoning + general
-    return [prompts[i] for i in rng.permutation(len(prompts))] if general else prompts

@@ -50,7 +50,7 @@ COLUMNS = pa.schema(
 
 
 def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row]:
-    """A row for each completion; the strategy only where the data source recognises it in the text."""
+    """A row for each completion."""
     rows = []
     for group in groups:
         prompt, variance = group.prompt, has_variance(group.rewards)
@@ -92,11 +92,7 @@ def rows_of_all(ranks: Ranks, groups: Sequence[Group], strategy_of: StrategyOf |
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, float]:
-    """The step's metrics, over the completions of all ranks.
-
-    `entropy` is the mean of -log pi over the sampled tokens, an unbiased estimate of the policy's entropy.
-    There is no `reward` where nothing could be scored.
-    """
+    """The metrics of a step's completions; there is no `reward` where nothing could be scored."""
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     lengths = [row["length"] for row in rows]
     metrics = {"reward": fmean(rewards), "reward_std": pstdev(rewards)} if rewards else {}
@@ -112,6 +108,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
         "completions/clipped_ratio": fmean(row["truncated"] for row in rows),
         "completions/reflections": fmean(len(REFLECTIVE.findall(row["completion"])) for row in rows),
         "completions/repetition": fmean(row["repetition"] for row in rows),
+        # the mean of -log pi over the sampled tokens: an unbiased estimate
         "entropy": fmean((row["entropy"] for row in rows), weights=lengths),
     }
     for name in sorted({name for row in rows for name in row["scores"]}):
@@ -128,8 +125,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def sample_of(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
-    """One completion for the screen, of a trained group with variance where there is one: the last line of
-    its prompt, its reward, and its text, without the middle where it is long."""
+    """One completion for the screen, of a trained group with variance where there is one."""
     candidates = [row for row in rows if row["trained"] and row["has_variance"]] or list(rows)
     row = candidates[rng.integers(len(candidates))]
     lines, text = row["question"].strip().splitlines() or [""], row["completion"]
@@ -140,7 +136,7 @@ def sample_of(rows: Sequence[Row], rng: np.random.Generator) -> dict[str, Any]:
 
 
 def speeds(rows: Sequence[Row], metrics: Mapping[str, float], step_s: float) -> dict[str, float]:
-    """Sampled tokens per second, while sampling and over the whole step of `step_s` seconds."""
+    """Sampled tokens per second, while sampling and over the whole step."""
     tokens = sum(row["length"] for row in rows)
     return {
         "time/step_s": step_s,
@@ -156,8 +152,8 @@ def most_failed(metrics: Mapping[str, float]) -> tuple[str, float] | None:
 
 
 def too_many_failures(metrics: Mapping[str, float], limit: float, rows: Sequence[Row]) -> str:
-    """Why a step must not train: more than `limit` of a reward's verdicts failed, which would leave a biased
-    choice of completions. Empty otherwise."""
+    """Why a step must not train, or "": more than `limit` of a reward's verdicts failed, and the completions
+    that are left would be a biased choice."""
     if "reward" not in metrics:
         return f"no completion could be scored ({rows[0]['failed'][0]}); fix the verifier"
     name, share = most_failed(metrics) or ("", 0.0)

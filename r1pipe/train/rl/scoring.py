@@ -1,4 +1,7 @@
-"""The reward of each completion: the weighted sum of its scores, NaN where one of them failed."""
+"""The reward of each completion: the weighted sum of its scores, NaN where one of them failed.
+
+And dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): which of the sampled groups a step trains on.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,14 +10,14 @@ from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import (
     SHAPING_REWARDS,
-    ShapingInputs,
     Verdicts,
     add_shaping_rewards,
     is_verifiable,
     score_all,
 )
 from r1pipe.runs.reward_model_quality import KINDS
-from r1pipe.train.rl.advantages import group_advantages
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.rl.advantages import group_advantages, has_variance
 
 # Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
@@ -56,16 +59,15 @@ def score_groups(
 ) -> None:
     """Set the groups' scores, rewards and group-relative advantages.
 
-    Rules score every completion (accuracy where it applies), `reward_models` those of general prompts only.
-    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
-    way.
+    Rules score every completion, `reward_models` those of general prompts. `kls` are the completions' KLs,
+    where the KL is in the reward. `verdicts` on accuracy may already be under way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
     names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
-    shaping = ShapingInputs(config.rewards, config.sampling.max_tokens)
-    add_shaping_rewards(scores, prompts, completions, sorted(names & {*SHAPING_REWARDS}), shaping)
+    shaping = sorted(names & {*SHAPING_REWARDS})
+    add_shaping_rewards(scores, completions, shaping, config.rewards, config.sampling.max_tokens)
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     if general:
         for name, reward_model in reward_models.items():
@@ -83,3 +85,26 @@ def score_groups(
             for row, completion in zip(group.scores, group.completions, strict=True)
         ]
         group.advantages = group_advantages(group.rewards, config.normalise_std)
+
+
+def has_signal(group: Group, weights: Mapping[str, float]) -> bool:
+    """Whether the answers' rewards differ within the group. DAPO (eq. 11) compares right and wrong answers;
+    here every weighted reward counts but length, repetition and KL, which differ in every group."""
+    of_answers = {name: weight for name, weight in weights.items() if name not in (KL, *SHAPING_REWARDS)}
+    return has_variance([total_reward(scores, of_answers, 0.0, False) for scores in group.scores])
+
+
+def redistribute_groups(
+    ranks: Ranks, groups: Sequence[Group], weights: Mapping[str, float], wanted: int
+) -> list[Group]:
+    """Choose `wanted` groups of all ranks for training: the first with a signal, then the first others.
+    Returns this rank's share of them, followed by those it sampled itself that were not chosen."""
+    marks = [(not has_signal(group, weights), group.place) for group in groups]
+    order = sorted(mark for of_rank in ranks.all_gather_objects(marks) for mark in of_rank)
+    chosen = {place: number for number, (_, place) in enumerate(order[:wanted])}
+    for group in groups:
+        group.trained = group.place in chosen
+    sent = [group for group in groups if group.trained]
+    trained = [group for of_rank in ranks.all_gather_objects(sent) for group in of_rank]
+    trained.sort(key=lambda group: chosen[group.place])
+    return trained[ranks.rank :: ranks.world_size] + [group for group in groups if not group.trained]

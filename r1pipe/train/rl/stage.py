@@ -1,10 +1,7 @@
 """What stages grpo, zero and all_scenario share: set up, train, finish."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import RLConfig
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
@@ -14,54 +11,47 @@ from r1pipe.runs import reward_model_quality as quality
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
-from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.finish import finish_stage
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.loop import GRPO
+from r1pipe.train.rl.loop import RLTrainer
 from r1pipe.train.rl.scoring import RewardModels
 from r1pipe.train.rl.update import Reference
 from r1pipe.train.run import Run
 
 
-def reinforce(run: Run[RLConfig], load_rewards: Callable[[Run[RLConfig], Chat], RewardModels]) -> None:
-    """A whole RL stage. `load_rewards` loads the rewards of general prompts, besides the rules.
-
-    Raises CheckpointError where a reward model that the config needs is missing or, unless forced, weak.
-    """
+def run_rl_stage(run: Run[RLConfig]) -> None:
+    """A whole RL stage. Raises CheckpointError if a reward model is missing or, unless forced, weak."""
     stage = run.stage
     check_all(rl_rules(stage, run.world_size))  # a hostfile's machines times engine.ranks
-    chat, data = run.load_chat(), run.load_data()
+    run.load_chat()
+    run.load_data()
     policy = run.load_model(run.config.weights_from)
     policy.freeze_mtp()  # no gradient reaches them, and weight decay alone would shrink them
     weaknesses = quality.check_quality(run.config)
     for weakness in weaknesses:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
-    rewards = load_rewards(run, chat)
+    # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
+    rewards = load_reward_models(run) if stage.preference else {}
     reference = Reference(policy, run.config.engine) if stage.kl_coef else None
     critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
-    evaluate = partial(quick_evaluation, run, engine, chat, data)
-    checkpoint = GRPO(run, engine, reference, chat, data, rewards, evaluate, critic).train()
+    checkpoint = RLTrainer(run, engine, reference, rewards, critic).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
-    finish_stage(run, engine, chat, data, checkpoint, extra=known)
+    finish_stage(run, engine, checkpoint, extra=known)
 
 
-def rules_only(run: Run[RLConfig], chat: Chat) -> RewardModels:
-    """No neural reward: policies hack them in long runs (R1 section 2.2.2)."""
-    return {}
-
-
-def reward_models(run: Run[RLConfig], chat: Chat) -> RewardModels:
+def load_reward_models(run: Run[RLConfig]) -> RewardModels:
     """The frozen models of stage reward_model; check_quality has checked that those with a weight exist."""
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     device = choose_device(run.config.engine.accelerator)
-    folders = {kind: Path(parent.checkpoint) / kind for kind in quality.KINDS}
-    return {
-        kind: RewardScorer(load_reward_model(folder).to(device), kind, chat)
-        for kind, folder in folders.items()
-        if folder.is_dir()
-    }
+    scorers: dict[str, RewardScorer] = {}
+    for kind in quality.KINDS:
+        folder = Path(parent.checkpoint) / kind
+        if folder.is_dir():
+            scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, run.chat)
+    return scorers

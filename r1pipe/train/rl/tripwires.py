@@ -16,17 +16,17 @@ from r1pipe.train.rl.rows import most_failed
 Metrics = Mapping[str, float]
 MEAN_LENGTH = "completions/mean_length"
 FIRST = 3  # steps that make the baseline of lengths; before them nothing is compared
+TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
 
 
 @dataclass(frozen=True)
 class Tripwire:
     """A measurement and its message."""
 
-    measure: Callable[[Sequence[Metrics]], float | None]  # None: nothing to compare yet
+    measure: str | Callable[[Sequence[Metrics]], float | None]  # a metric; None: nothing to compare yet
     symptom: str  # with {value} and {limit}
     cause: str  # the likely one, and the remedy
     below: bool = False  # trips below the limit instead of above it
-    inactive: Callable[[RLConfig], str] = lambda stage: ""  # why a stage has nothing to measure, or empty
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ class Trip:
     value: float
     action: str
     message: str
-
-
-def _newest(name: str) -> Callable[[Sequence[Metrics]], float | None]:
-    return lambda steps: steps[-1].get(name)
 
 
 def _reward_without_accuracy(steps: Sequence[Metrics]) -> float | None:
@@ -81,54 +77,35 @@ def _skipped(steps: Sequence[Metrics]) -> float:
     return now - before
 
 
-def _no_groups(stage: RLConfig) -> str:
-    return "" if stage.group_size > 1 else f"stage.group_size={stage.group_size}: there are no groups"
-
-
-def _no_reference(stage: RLConfig) -> str:
-    return "" if stage.kl_coef else "stage.kl_coef=0: there is no reference"
-
-
-def _no_evaluations(stage: RLConfig) -> str:
-    """The last step has none, and a drop takes two."""
-    every = stage.eval.every
-    enough = every and (stage.max_steps - 1) // every > 1
-    return "" if enough else f"stage.eval.every={every}: no two evaluations in {stage.max_steps} steps"
-
-
-TIMES = {"time/sampling_s", "time/reward_s", "time/update_s"}
-
 WIRES: dict[str, Tripwire] = {
     "truncation": Tripwire(
-        _newest("completions/clipped_ratio"),
+        "completions/clipped_ratio",
         "{value:.0%} of the completions were cut off (limit {limit:.0%})",
         "they contain no answer: raise stage.sampling.max_tokens or set stage.rewards.truncation_penalty",
     ),
     "no_variance": Tripwire(
-        _newest("frac_reward_zero_std"),
+        "frac_reward_zero_std",
         "in {value:.0%} of the groups all rewards are equal (limit {limit:.0%})",
         "nothing is learned from them: the prompts are too easy or too hard, or a reward is constant",
-        inactive=_no_groups,
     ),
     "entropy": Tripwire(
-        _newest("entropy"),
+        "entropy",
         "the policy's entropy is {value:.3f} nats (limit {limit:g})",
         "it has stopped exploring: lower stage.optim.lr, raise stage.kl_coef, or widen the upper clip",
         below=True,
     ),
     "kl": Tripwire(
-        _newest("kl"),
+        "kl",
         "the KL to the reference is {value:.2f} nats a token (limit {limit:g})",
         "the policy has drifted away: lower stage.optim.lr or raise stage.kl_coef",
-        inactive=_no_reference,
     ),
     "logprob_gap": Tripwire(
-        _newest("sampling/sampling_logp_difference/mean"),
+        "sampling/sampling_logp_difference/mean",
         "sampler and trainer differ by {value:.3f} nats a token (limit {limit:g})",
         "the sampler's weights are stale, or it computes something else: check precision and weight sync",
     ),
     "repetition": Tripwire(
-        _newest("completions/repetition"),
+        "completions/repetition",
         "{value:.0%} of the 4-grams in completions are repeated (limit {limit:.0%})",
         "the policy loops: look at the rollouts, and penalise it in stage.rewards",
     ),
@@ -136,7 +113,6 @@ WIRES: dict[str, Tripwire] = {
         _reward_without_accuracy,
         "the reward is at its best, held-out accuracy {value:.1%} below its best (limit {limit:.1%})",
         "the policy may be gaming a reward: read rollouts of the highest reward",
-        inactive=_no_evaluations,
     ),
     "length": Tripwire(
         _growth,
@@ -149,7 +125,7 @@ WIRES: dict[str, Tripwire] = {
         "the verifier or its sandbox fails: see the column `failed` of the rollouts",
     ),
     "max_vio": Tripwire(
-        _newest("router/max_vio"),
+        "router/max_vio",
         "an expert's load is {value:.1f} times the mean above the mean (limit {limit:g})",
         "routing has collapsed: raise stage.router.bias_rate",
     ),
@@ -167,13 +143,27 @@ WIRES: dict[str, Tripwire] = {
 }
 
 
+def _unmeasured(stage: RLConfig) -> dict[str, str]:
+    """The wires that have nothing to measure in a stage, and why."""
+    why = {}
+    if stage.group_size == 1:
+        why["no_variance"] = "stage.group_size=1: there are no groups"
+    if not stage.kl_coef:
+        why["kl"] = "stage.kl_coef=0: there is no reference"
+    every, steps = stage.eval.every, stage.max_steps
+    if not every or (steps - 1) // every < 2:  # the last step has none, and a drop takes two
+        why["reward_hacking"] = f"stage.eval.every={every}: no two evaluations in {steps} steps"
+    return why
+
+
 class Tripwires:
     """The metrics so far, and how long each wire has been beyond its limit."""
 
     def __init__(self, config: Mapping[str, WireConfig], stage: RLConfig):
         on = {name: wire for name, wire in config.items() if wire.action != "off"}
-        self.inactive = {name: why for name in on if (why := WIRES[name].inactive(stage))}
-        self.config = {name: wire for name, wire in on.items() if name not in self.inactive}
+        unmeasured = _unmeasured(stage)
+        self.inactive = {name: unmeasured[name] for name in on if name in unmeasured}
+        self.config = {name: wire for name, wire in on.items() if name not in unmeasured}
         self.steps: list[Metrics] = []
         self.beyond = dict.fromkeys(self.config, 0)  # steps in a row
 
@@ -188,7 +178,7 @@ class Tripwires:
         trips = []
         for name, config in self.config.items():
             wire = WIRES[name]
-            value = wire.measure(self.steps)
+            value = metrics.get(wire.measure) if isinstance(wire.measure, str) else wire.measure(self.steps)
             if value is None:
                 continue
             over = value < config.limit if wire.below else value > config.limit

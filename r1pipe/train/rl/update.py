@@ -1,31 +1,34 @@
-"""One rollout batch into optimizer steps: minibatches, inner epochs, and the frozen reference for the KL."""
+"""One rollout batch into optimizer steps: minibatches, inner epochs, and the frozen reference for the KL.
+
+Axes: P prompts, B rows, T columns, N completion tokens of a micro-batch; L MoE layers, K experts of a token.
+"""
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, DeepseekV3, load_pretrained, save_pretrained
+from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model.cache import LatentCache
 from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.native import decoder_of
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
-from r1pipe.train.engine.engine import Engine, StepStats
-from r1pipe.train.engine.metrics import step_metrics
+from r1pipe.train.engine.engine import Engine, StepStats, step_metrics
 from r1pipe.train.engine.ranks import choose_device
-from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, micro_batches, split_evenly, unweighted
-from r1pipe.train.rl.losses import KL_ESTIMATORS, PolicyLoss, policy_loss
+from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
+from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
 
 def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
-    """The balances of prompts and of rows: each prompt and each completion counts as one sequence."""
+    """Of prompts and of rows: each prompt and each completion counts as one sequence."""
     return (
         Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1], with_loss),
         Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1], with_loss),
@@ -45,10 +48,7 @@ def completion_hidden(
 
 
 def completion_logprobs(
-    model: DeepseekV3,
-    micro: MicroBatch,
-    temperature: float,
-    balances: tuple[Balance, Balance] | None = None,
+    model: DeepseekV3, micro: MicroBatch, temperature: float, balances: tuple[Balance, Balance] | None = None
 ) -> Tensor:
     """logprobs_N: log pi of every completion token, at the sampling temperature."""
     hidden_ND = completion_hidden(model.model, micro, balances)
@@ -74,12 +74,9 @@ class Reference:
         return completion_logprobs(self.model, micro, temperature)
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
-        """Set each rollout's `kl_T`, the KL estimate per token at the sampler's log-probabilities.
-
-        For a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2; DeepSeekMath eq. 2).
-        """
+        """Set each rollout's kl_T, for a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2)."""
         for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
-            micro = unweighted(rows, self.device)
+            micro = collate(rows, None, 0.0, self.device)
             reference_N = self.logprobs(micro, config.sampling.temperature)
             kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
             for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
@@ -91,39 +88,31 @@ class Reference:
             weights = policy.state_dict()
             self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
 
-    def save(self, folder: Path) -> None:
-        save_pretrained(self.model, folder)
-
-    def load(self, folder: Path) -> None:
-        self.model.load_state_dict(load_pretrained(folder).state_dict())
-
 
 def update(
     engine: Engine, rollouts: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> dict[str, float]:
     """Learn from this rank's share of a rollout batch; returns the metrics of all ranks.
 
-    The old log-probabilities are the sampler's: it has the same weights in the same precision, so computing
-    them again would gain nothing. `sampling/sampling_logp_difference/mean` measures how well that holds;
-    where it does not, `stage.importance_cap` makes the trainer compute its own and corrects the difference.
+    The sampler's log-probabilities are the old ones: it has the same weights in the same precision. How well
+    that holds is sampling/sampling_logp_difference/mean; `stage.importance_cap` corrects the difference.
     """
     minibatches = [
         prepare(engine, minibatch, config, reference)
         for minibatch in split_evenly(rollouts, config.minibatches)
     ]
-    steps = [
-        _optimizer_step(engine, micros, config) for _ in range(config.inner_epochs) for micros in minibatches
-    ]
+    steps = []
+    for _ in range(config.inner_epochs):
+        for micros in minibatches:
+            steps.append(_optimizer_step(engine, micros, config))
     return _metrics(engine, steps, config, with_kl=reference is not None and config.kl_in == "loss")
 
 
 def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
-    """A minibatch as this rank's micro-batches.
-
-    Call it before the first update: it computes log-probabilities under the weights that were sampled from.
-    """
+    """This rank's micro-batches. Call it before the first update: it computes log-probabilities under the
+    weights that were sampled from."""
     micros = micro_batches(engine, minibatch, config, config.loss_aggregation)
     if reference is not None and config.kl_in == "loss":
         for micro in micros:
@@ -138,15 +127,17 @@ def prepare(
 
 @dataclass
 class _Step:
-    """One optimizer step's statistics; the lists have an entry for each of this rank's micro-batches."""
+    """One optimizer step, and what this rank's micro-batches measured in it."""
 
     stats: StepStats
-    losses: list[PolicyLoss]
-    balance: list[Tensor]  # shares of the mean balance loss; empty where it is not in the loss
+    sums: dict[str, float]  # of PolicyLoss
+    extremes: dict[str, list[float]]  # of PolicyLoss, one of each micro-batch
+    balance: float | None  # share of the mean balance loss; None where it is not in the loss
 
 
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
-    losses: list[PolicyLoss] = []
+    sums: list[dict[str, Tensor]] = []
+    extremes: list[dict[str, Tensor]] = []
     balance_shares: list[Tensor] = []
     alpha = config.router.balance_alpha
 
@@ -162,17 +153,22 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             micro.reference_N,
             micro.trainer_N,
         )
-        losses.append(PolicyLoss(result.loss.detach(), result.sums, result.extremes))
+        sums.append(result.sums)
+        extremes.append(result.extremes)
         if not alpha:
             return result.loss
         balance = (balances[0].total() + balances[1].total()) * micro.balance_weight
         balance_shares.append(balance.detach())
         return result.loss + alpha * balance
 
-    closures: list[Callable[[], Tensor]] = [partial(share_of_loss, micro) for micro in micros]
-    stats, count = engine.train_step(closures), len(micros)
+    stats, count = engine.train_step([partial(share_of_loss, micro) for micro in micros]), len(micros)
     # without the micro-batches that the engine repeats for ranks that have more
-    return _Step(stats, losses[:count], balance_shares[:count])
+    return _Step(
+        stats,
+        {name: float(sum(of_micro[name].item() for of_micro in sums[:count])) for name in sums[0]},
+        {name: [of_micro[name].item() for of_micro in extremes[:count]] for name in extremes[0]},
+        float(sum(share.item() for share in balance_shares[:count])) if alpha else None,
+    )
 
 
 def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: bool) -> dict[str, float]:
@@ -184,18 +180,23 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
     by_step = [step_metrics(step.stats) for step in steps]
     metrics = {name: fmean(values[name] for values in by_step) for name in by_step[0]}
     metrics |= {name: value for name, value in last.items() if name == "train/skipped"}
-    sums = _sum_over_ranks(engine, steps)
-    count = max(sums["tokens"], 1.0)
-    if first.balance:
-        shares = [float(sum(share.item() for share in step.balance)) for step in steps]
-        metrics["train/balance_loss"] = fmean(engine.sum_over_ranks(shares)) / engine.world_size
+
+    def sum_over_ranks(steps: Sequence[_Step]) -> tuple[dict[str, float], float]:
+        """The sums of PolicyLoss, and the count of tokens to divide them by."""
+        totals = {name: sum(step.sums[name] for step in steps) for name in steps[0].sums}
+        sums = dict(zip(totals, engine.sum_over_ranks([*totals.values()]), strict=True))
+        return sums, max(sums["tokens"], 1.0)
+
+    sums, count = sum_over_ranks(steps)
+    if first.balance is not None:
+        balances = engine.sum_over_ranks([step.balance or 0.0 for step in steps])
+        metrics["train/balance_loss"] = fmean(balances) / engine.world_size
     if with_kl:  # a KL in the reward is measured on the completions (rows.summarise)
         metrics["kl"] = sums["kl"] / count
     if config.importance_cap:
         metrics["sampling/importance_sampling_ratio/capped"] = sums["capped"] / count
     if not first.stats.broken:  # in the first step the trainer's weights are the sampler's
-        of_first = _sum_over_ranks(engine, [first])
-        first_count = max(of_first["tokens"], 1.0)
+        of_first, first_count = sum_over_ranks([first])
         metrics["sampling/importance_sampling_ratio/mean"] = of_first["sampling_ratio"] / first_count
         metrics["sampling/sampling_logp_difference/mean"] = of_first["gap"] / first_count
     metrics |= {
@@ -207,26 +208,60 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
     return metrics | (_extremes(engine, steps, first) if sums["tokens"] else {})
 
 
-def _sum_over_ranks(engine: Engine, steps: Sequence[_Step]) -> dict[str, float]:
-    """The sums of PolicyLoss over the micro-batches of the steps and ranks."""
-    totals = {
-        name: sum(float(sum(loss.sums[name].item() for loss in step.losses)) for step in steps)
-        for name in steps[0].losses[0].sums
-    }
-    return dict(zip(totals, engine.sum_over_ranks([*totals.values()]), strict=True))
-
-
 def _extremes(engine: Engine, steps: Sequence[_Step], first: _Step) -> dict[str, float]:
-    """Smallest and greatest ratios over the trained tokens of all ranks; the sampler's of the first step."""
-    values: dict[str, list[float]] = defaultdict(list)
+    """Over the trained tokens of all ranks; those of the sampler from the first step."""
+    found: dict[str, list[float]] = defaultdict(list)
     for step in steps:
-        for loss in step.losses:
-            for name, value in loss.extremes.items():
-                if step is first or not name.startswith("sampling/"):
-                    values[name].append(value.item())
+        for name, values in step.extremes.items():
+            if step is first or not name.startswith("sampling/"):
+                found[name] += values
+    extreme = {name: min if name.endswith("/min") else max for name in found}
+    of_ranks = engine.all_gather_objects({name: extreme[name](values) for name, values in found.items()})
+    return {name: extreme[name](of_rank[name] for of_rank in of_ranks) for name in found}
 
-    def extreme(name: str, values: Iterable[float]) -> float:
-        return min(values) if name.endswith("/min") else max(values)
 
-    of_ranks = engine.all_gather_objects({name: extreme(name, found) for name, found in values.items()})
-    return {name: extreme(name, [of_rank[name] for of_rank in of_ranks]) for name in values}
+@torch.no_grad()
+def routing_agreement(
+    engine: Engine, rollouts: Sequence[Rollout], config: RLConfig, count: int
+) -> dict[str, float]:
+    """`train/routing_agreement`: the share of the sampler's choices of experts that the trainer makes too.
+
+    Over the completion tokens of each rank's `count` shortest rollouts: the sampler's decoder chooses again,
+    in one pass per token of the longest, which all ranks wait for. Empty where no expert was chosen.
+    """
+    rows = [rollout for rollout in rollouts if len(rollout.completion.tokens) > 1]  # the first is not decoded
+    rows = sorted(rows, key=lambda rollout: len(rollout.completion.tokens))[:count]
+    choices = torch.zeros(0)
+    with engine.gathered() as policy:
+        if rows and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
+            micro = collate(rows, None, 0.0, engine.device)
+            balances = balances_of(micro, with_loss=False)
+            completion_logprobs(policy, micro, config.sampling.temperature, balances)
+            trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)
+            sampled_LBTK = _decoder_choices(policy, rows, micro)
+            # a row starts with the prompt's last token, which the sampler reads with the prompt
+            columns = torch.arange(1, micro.tokens_BT.shape[1], device=engine.device)
+            read_BT = columns < micro.lengths_B.unsqueeze(1)
+            same_LBTK = (sampled_LBTK.unsqueeze(-1) == trained_LBTK[:, :, 1:].unsqueeze(-2)).any(dim=-1)
+            choices = same_LBTK[:, read_BT]
+    same, chosen = engine.sum_over_ranks([float(choices.sum()), float(choices.numel())])
+    return {"train/routing_agreement": same / chosen} if chosen else {}
+
+
+def _decoder_choices(policy: DeepseekV3, rows: list[Rollout], micro: MicroBatch) -> Tensor:
+    """experts_LBTK that the sampler's decoder chooses for the rows' tokens after the first."""
+    decoder, device = decoder_of(policy), micro.tokens_BT.device
+    longest, width = max(len(row.prompt) for row in rows), micro.tokens_BT.shape[1]
+    padded = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in rows], device=device)
+    lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
+    cache, slots_B = LatentCache(policy, len(rows), longest + width), torch.arange(len(rows), device=device)
+    entries_LBTW, _ = decoder.prefill(padded, lengths_B)
+    cache.fill(slots_B, entries_LBTW, slots_B)
+    columns: list[Tensor] = []
+    for column in range(1, width):
+        with decoder.recorded() as experts:
+            positions_B = lengths_B + column - 1
+            tokens_B = micro.tokens_BT[:, column].contiguous()
+            decoder.decode(tokens_B, positions_B, cache, longest + column)
+        columns.append(torch.stack(experts))
+    return torch.stack(columns, dim=2)

@@ -73,10 +73,8 @@ def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[
 
 
 def _first_above(cumulative_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    """The first index whose cumulative mass exceeds uniform * total, [S, 1].
-
-    The product can round up to the total, where no index is above: just below it the last token with mass is.
-    """
+    """The first index whose cumulative mass exceeds uniform * total, [S, 1]; the product can round up to the
+    total, where no index is above: just below it the last token with mass is."""
     total_S1 = cumulative_SV[:, -1:]
     below = torch.nextafter(total_S1, torch.zeros_like(total_S1))
     target_S1 = (uniform_S.unsqueeze(1) * total_S1).minimum(below)

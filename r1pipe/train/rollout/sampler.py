@@ -1,14 +1,17 @@
 """The bundled sampler: continuous batching on the latent cache.
 
-`slots` sequences are decoded together. A prompt is read once and its n completions start from copies of its
-cache entries; a slot whose completion has ended takes the next one; at the end, the batch shrinks. Which
-slots have ended is checked every CHECK_EVERY steps, so as not to wait for an accelerator at each token.
+Up to `max_num_seqs` sequences (vLLM's name) are decoded together, each in a slot of the batch. A prompt is
+read once and its n completions start from copies of its cache entries; a slot whose completion has ended
+takes the next one; at the end, the batch shrinks. Which slots have ended is checked every CHECK_EVERY steps,
+so as not to wait for an accelerator at each token.
 
 Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -36,30 +39,20 @@ Progress = Callable[[int, int], None]
 Ended = Callable[[int, Completion], None]
 
 
+@dataclass(eq=False)
 class Sampler:
     """Draws completions from a DeepseekV3, in its own type and on its own device."""
 
-    def __init__(
-        self,
-        model: DeepseekV3,
-        eos_id: int | None = None,
-        pad_id: int = 0,
-        slots: int = 256,
-        graphs: bool = False,
-        stop: Callable[[], object] = lambda: False,
-    ):
-        """`eos_id` None: that of generation_config.json, if any. `pad_id` pads prompts, without effect.
-        `graphs` decodes through CUDA graphs; `generate` raises ConfigError where that is impossible, and
-        Stopped as soon as `stop()` is true.
-        """
-        if slots < 1:
-            raise ConfigError(f"sampling: slots={slots} must be at least 1")
-        self.model = model
-        self.eos_ids = model.eos_ids if eos_id is None else (eos_id,)
-        self.pad_id = pad_id
-        self.slots = slots
-        self.graphs = graphs
-        self.stop = stop
+    model: DeepseekV3
+    eos_id: int | None = None  # None: that of generation_config.json, if any
+    pad_id: int = 0  # pads prompts, without effect
+    max_num_seqs: int = 256
+    graphs: bool = False  # decode through CUDA graphs; `generate` raises ConfigError where that is impossible
+    stop: Callable[[], object] = lambda: False  # `generate` raises Stopped as soon as it is true
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"sampling: max_num_seqs={self.max_num_seqs} must be at least 1")
 
     def generate(
         self,
@@ -125,7 +118,9 @@ class _Batch:
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.ended, self.limits = ended, limits
         self.device = sampler.model.lm_head.weight.device
-        self.stops = {*params.stop_token_ids, *(() if params.ignore_eos else sampler.eos_ids)}
+        self.stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self.stops |= set(sampler.model.eos_ids if sampler.eos_id is None else (sampler.eos_id,))
         vocabulary = sampler.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in self.stops):
             raise ConfigError(
@@ -135,7 +130,7 @@ class _Batch:
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
         self.prefix: _Prefix | None = None
-        slots = min(sampler.slots, self.total)
+        slots = min(sampler.max_num_seqs, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder = decoder_of(sampler.model, sampler.graphs)
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
@@ -259,7 +254,13 @@ class _Batch:
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
             tokens = drawn[row, :count].tolist()
             if not np.isfinite(logprobs[row, :count]).all():
-                raise self._not_finite(int(number), tokens)
+                read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
+                layer = first_non_finite(self.sampler.model, partial(self.sampler.model, read))
+                problem = not_finite("a drawn token's probability", layer)
+                raise NumericProblem(
+                    f"{problem}; lower stage.optim.lr, or start from an "
+                    "earlier checkpoint if the weights are damaged; nothing of this step was saved"
+                )
             reason = "stop" if tokens[-1] in self.stops else "length"
             completion = Completion(tokens, logprobs[row, :count].tolist(), reason)
             self.results[number] = completion
@@ -267,17 +268,6 @@ class _Batch:
                 self.ended(int(number) // self.params.n, completion)
         self.numbers[ended] = -1
         return len(ended)
-
-    def _not_finite(self, number: int, tokens: list[int]) -> NumericProblem:
-        """The error, with the first layer whose output is not finite."""
-        read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
-        model = self.sampler.model
-        layer = first_non_finite(model, lambda: model(read))
-        problem = not_finite("a drawn token's probability", layer)
-        return NumericProblem(
-            f"{problem}; lower stage.optim.lr, or start from an "
-            "earlier checkpoint if the weights are damaged; nothing of this step was saved"
-        )
 
     def _shrink(self) -> None:
         """Move the last live slots into free ones at the front, and drop the rest of the batch."""

@@ -7,16 +7,27 @@ thresholds, which were not published, are in conf/.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from r1pipe.chat.template import Parsed, parse
+from r1pipe.chat.template import parse
 from r1pipe.config import FilterConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import language_share
 from r1pipe.runs import heartbeat
 
+FILTERS = (
+    "correct",
+    "well formed",
+    "one language",
+    "paragraph length",
+    "code blocks",
+    "repetition",
+    "duplicates",
+    "overlap with evaluation",
+    "cap per prompt",
+)
 EXAMPLES = 3  # dropped texts that the funnel shows per filter
 REPEATED_GRAM = 4  # n of the n-grams that measure repetition
 
@@ -33,116 +44,69 @@ class Sampled:
     scores: dict[str, Score]
 
 
-@dataclass
-class Context:
-    """What the filters use besides the row itself; the last two grow as rows pass."""
-
-    config: FilterConfig
-    eval_questions: set[str]
-    eval_grams: set[tuple[str, ...]]
-    seen: set[tuple[str, str]] = field(default_factory=set)
-    per_prompt: Counter[str] = field(default_factory=Counter)
-
-
-Filter = Callable[[Sampled, Parsed, Context], bool]
-
-
 def apply_filters(
     rows: Iterable[Sampled], config: FilterConfig, eval_questions: Sequence[str]
 ) -> tuple[list[Sampled], list[dict[str, Any]]]:
-    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter.
-
-    Each filter sees what the one before it kept. `eval_questions`: all questions of the evaluations.
-    """
-    grams = distinctive_grams(eval_questions, config.ngram_overlap) if config.ngram_overlap else set()
-    context = Context(config, {_key(question) for question in eval_questions}, grams)
-    kept: list[tuple[Sampled, Parsed]] = []
+    """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter,
+    where a row counts for the first one that drops it."""
+    failed_filter = _Filters(config, eval_questions).failed_by
+    kept: list[Sampled] = []
+    dropped: dict[str, list[str]] = {name: [] for name in FILTERS}
     for row in rows:
         heartbeat.tick()
-        kept.append((row, parse(row.completion.text)))
+        name = failed_filter(row)
+        if name is None:
+            kept.append(row)
+        else:
+            dropped[name].append(row.completion.text)
+    remaining = len(kept) + sum(map(len, dropped.values()))
     funnel = []
-    for name, keep in FILTERS.items():
-        pairs, kept, dropped = kept, [], []
-        for row, parsed in pairs:
-            heartbeat.tick()
-            if keep(row, parsed, context):
-                kept.append((row, parsed))
-            else:
-                dropped.append(row.completion.text)
-        funnel.append(
-            {"name": name, "kept": len(kept), "dropped": len(dropped), "examples": dropped[:EXAMPLES]}
-        )
-    return [row for row, _ in kept], funnel
+    for name, texts in dropped.items():
+        remaining -= len(texts)
+        funnel.append({"name": name, "kept": remaining, "dropped": len(texts), "examples": texts[:EXAMPLES]})
+    return kept, funnel
 
 
-def correct(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Scored, and right: a failed verifier is not a pass."""
-    score = row.scores["accuracy"]
-    return score.status is Status.SCORED and score.value == 1.0
+class _Filters:
+    """The filters with what they remember of the rows before."""
 
+    def __init__(self, config: FilterConfig, eval_questions: Sequence[str]):
+        n = config.ngram_overlap
+        self.config = config
+        self.eval_questions = {_key(question) for question in eval_questions}
+        self.eval_grams = distinctive_grams(eval_questions, n) if n else set()
+        self.seen: set[tuple[str, str]] = set()
+        self.per_prompt: Counter[str] = Counter()
 
-def well_formed(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Full format reward, if scored; reasoning and summary present, and not truncated."""
-    full_reward = "format" not in row.scores or row.scores["format"].value == 1.0
-    return full_reward and parsed.well_formed and not row.completion.truncated
-
-
-def one_language(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """Reasoning and summary are each in the language of the prompt."""
-    least = context.config.min_language_consistency
-    language = row.prompt.language
-    return all(language_share(text, language) >= least for text in (parsed.reasoning, parsed.summary))
-
-
-def short_paragraphs(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """No line of the reasoning is longer than the limit, in words; a sampled paragraph has no line breaks."""
-    return all(len(words(line)) <= context.config.max_paragraph for line in parsed.reasoning.splitlines())
-
-
-def no_code_blocks(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """No code fence in the reasoning, unless allowed; the summary may hold a program."""
-    return context.config.allow_code_blocks or "```" not in parsed.reasoning
-
-
-def not_repetitive(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """The share of repeated 4-grams in the reasoning is within the limit."""
-    return repetition(parsed.reasoning) <= context.config.max_repetition
-
-
-def not_seen(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """The same reasoning for the same prompt, ignoring spaces, is kept once."""
-    key = (row.prompt.id, _key(parsed.reasoning))
-    fresh = key not in context.seen
-    context.seen.add(key)
-    return fresh
-
-
-def not_in_evaluation(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """The prompt is no evaluation question and shares no distinctive n-gram with one."""
-    if not context.config.ngram_overlap:
-        return True
-    if _key(row.prompt.question) in context.eval_questions:
-        return False
-    return context.eval_grams.isdisjoint(ngrams(words(row.prompt.question), context.config.ngram_overlap))
-
-
-def within_cap(row: Sampled, parsed: Parsed, context: Context) -> bool:
-    """The first `per_prompt` completions of each prompt."""
-    context.per_prompt[row.prompt.id] += 1
-    return context.per_prompt[row.prompt.id] <= context.config.per_prompt
-
-
-FILTERS: dict[str, Filter] = {
-    "correct": correct,
-    "well formed": well_formed,
-    "one language": one_language,
-    "paragraph length": short_paragraphs,
-    "code blocks": no_code_blocks,
-    "repetition": not_repetitive,
-    "duplicates": not_seen,
-    "overlap with evaluation": not_in_evaluation,
-    "cap per prompt": within_cap,
-}
+    def failed_by(self, row: Sampled) -> str | None:
+        """The name of the first filter that drops a row; None if all keep it."""
+        config, prompt, parsed = self.config, row.prompt, parse(row.completion.text)
+        accuracy, reasoning = row.scores["accuracy"], parsed.reasoning
+        if accuracy.status is not Status.SCORED or accuracy.value != 1.0:  # a failed verifier is no pass
+            return "correct"
+        full_reward = "format" not in row.scores or row.scores["format"].value == 1.0
+        if not (full_reward and parsed.well_formed) or row.completion.truncated:
+            return "well formed"
+        shares = [language_share(text, prompt.language) for text in (reasoning, parsed.summary)]
+        if min(shares) < config.min_language_consistency:
+            return "one language"
+        # a sampled paragraph has no line breaks
+        if any(len(words(line)) > config.max_paragraph for line in reasoning.splitlines()):
+            return "paragraph length"
+        if "```" in reasoning and not config.allow_code_blocks:  # the summary may hold a program
+            return "code blocks"
+        if repetition(reasoning) > config.max_repetition:
+            return "repetition"
+        key = (prompt.id, _key(reasoning))
+        if key in self.seen:
+            return "duplicates"
+        self.seen.add(key)
+        if n := config.ngram_overlap:
+            grams = ngrams(words(prompt.question), n)
+            if _key(prompt.question) in self.eval_questions or not self.eval_grams.isdisjoint(grams):
+                return "overlap with evaluation"
+        self.per_prompt[prompt.id] += 1
+        return "cap per prompt" if self.per_prompt[prompt.id] > config.per_prompt else None
 
 
 def words(text: str) -> list[str]:
@@ -162,10 +126,8 @@ def repetition(text: str) -> float:
 
 
 def distinctive_grams(questions: Iterable[str], n: int) -> set[tuple[str, ...]]:
-    """N-grams that occur in exactly one of the questions.
-
-    One that several questions share is common phrasing ("how many does he have left"), no sign of overlap.
-    """
+    """N-grams that occur in exactly one of the questions: one that several share is common phrasing ("how
+    many does he have left"), no sign of overlap."""
     distinct = {_key(question): question for question in questions}
     counts = Counter(gram for question in distinct.values() for gram in ngrams(words(question), n))
     return {gram for gram, count in counts.items() if count == 1}

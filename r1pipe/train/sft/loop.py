@@ -1,9 +1,13 @@
-"""The training loop of pre-training and of every SFT stage."""
+"""The loss and the training loop of pre-training and of every SFT stage.
+
+Axes: B rows, T tokens, N learned tokens, D hidden width.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,15 +17,14 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
-from r1pipe.data.packing import Packed, chunks, collate, epoch_batches, pack, share
-from r1pipe.data.source import Source
+from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
-from r1pipe.runs.stopping import Interrupted
-from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import shown, step_metrics
+from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.run import Run, log
-from r1pipe.train.sft.losses import loss_sums
 
 F = TypeVar("F", bound=FineTuneConfig)
 
@@ -30,23 +33,15 @@ F = TypeVar("F", bound=FineTuneConfig)
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 
 
-def fine_tune(
-    run: Run[F], chat: Chat, source: Source, demonstrations: Sequence[Demonstration], data_hash: str
-) -> None:
-    """Train on the responses for the stage's epochs, from packing to record.
-
-    Raises DataError if no demonstration fits a row.
-    """
+def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
+    """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
     stage = run.stage
-    rows = pack_demonstrations(chat, demonstrations, stage.sequence_length)
+    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = run.load_model(run.config.weights_from)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
-    batches = epochs_of(run, rows, stage.batch_size)
-    checkpoint = train(
-        run, engine, batches, steps, chat.pad_id, lambda: quick_evaluation(run, engine, chat, source)
-    )
-    finish_stage(run, engine, chat, source, checkpoint, data_hash)
+    checkpoint = train(run, engine, epochs_of(run, rows, stage.batch_size), steps)
+    finish_stage(run, engine, checkpoint, data_hash)
 
 
 def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
@@ -80,42 +75,32 @@ def epochs_of(run: Run, rows: list[Packed], batch_size: int) -> Batches:
     per_epoch = -(-len(rows) // batch_size)
 
     def batches(step: int, position: None) -> Iterator[tuple[list[Packed], None]]:
-        epoch, skipped = divmod(step, per_epoch)
-        while True:
-            for index, batch in enumerate(epoch_batches(rows, batch_size, run.rng("order", epoch))):
-                if index >= skipped:
+        for epoch in count(step // per_epoch):
+            for number, batch in enumerate(epoch_batches(rows, batch_size, run.rng("order", epoch))):
+                if epoch * per_epoch + number >= step:
                     yield batch, None
-            epoch, skipped = epoch + 1, 0
 
     return batches
 
 
-def train(
-    run: Run[PretrainConfig] | Run[F],
-    engine: Engine,
-    batches: Batches,
-    total_steps: int,
-    pad_id: int,
-    evaluate: Callable[[], dict[str, float]],
-) -> Path:
+def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, total_steps: int) -> Path:
     """Train from the newest checkpoint, or the start, to `total_steps` or an early stop; the last folder."""
     stage = run.stage
     resumed, state = run.resume(engine)
     if run.is_last(resumed, total_steps, engine):
         return run.folder.checkpoint(resumed)
-    weights = TermWeights(stage.mtp_weight, stage.router.balance_alpha)
     stream = batches(resumed, state.get("position"))
     for step, (batch, position) in zip(range(resumed + 1, total_steps + 1), stream, strict=False):
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
-            shares = Shares(engine, batch, weights, pad_id)
+            shares = Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
             stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
         tokens = sum(len(row.tokens) for row in batch)
         metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= evaluate()
+            metrics |= quick_evaluation(run, engine)
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         last, stop_signal = run.is_last(step, total_steps, engine), stopping.agreed(engine)
@@ -124,27 +109,47 @@ def train(
         if last:
             break
         if stop_signal:
-            raise Interrupted(stop_signal)
+            raise stopping.Interrupted(stop_signal)
     return run.folder.checkpoint(step)
 
 
-@dataclass(frozen=True)
-class TermWeights:
-    """Weights of the terms added to the next token's cross-entropy; 0: the term is not computed."""
+@dataclass
+class Sums:
+    """The unweighted terms of a micro-batch's loss; scalars, None if not requested."""
 
-    mtp: float
-    balance: float
+    next_token: Tensor  # -log p of the learned tokens, in nats
+    mtp: Tensor | None  # the same for the tokens after the next, mean over depths
+    balance: Tensor | None  # the balance loss of every token's document
+
+
+def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
+    """The sums over a micro-batch; MTP only if the model has layers for it. Only the states that predict a
+    learned token go through the head, so SFT pays for responses alone."""
+    tokens_BT, segments_BT, vocabulary = batch.tokens_BT, batch.segments_BT, model.config.vocab_size
+    balance = Balance(segments_BT, with_loss=with_balance)
+    hidden_BTD = model.hidden(tokens_BT, segments_BT, balance)
+    mtp = None
+    if with_mtp and model.config.num_nextn_predict_layers:
+        depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, balance)
+        mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT, vocabulary)
+    learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned
+    hidden_ND, targets_N = hidden_BTD[:, :-1][learned_BT], tokens_BT[:, 1:][learned_BT]
+    next_token = -token_logprobs(model.lm_head, hidden_ND, targets_N, vocabulary).sum()
+    return Sums(next_token, mtp, balance.total() if with_balance else None)
 
 
 class Shares:
     """One optimizer step's loss, split into this rank's micro-batches.
 
     Cross-entropy and multi-token prediction loss are means over the whole batch's learned tokens, the balance
-    loss over all its tokens, for any number of micro-batches and ranks.
+    loss over all its tokens, for any number of micro-batches and ranks. A term of weight 0 is not computed.
     """
 
-    def __init__(self, engine: Engine, batch: list[Packed], weights: TermWeights, pad_id: int):
-        self.engine, self.batch, self.weights, self.pad_id = engine, batch, weights, pad_id
+    def __init__(
+        self, engine: Engine, batch: list[Packed], mtp_weight: float, balance_weight: float, pad_id: int
+    ):
+        self.engine, self.batch, self.pad_id = engine, batch, pad_id
+        self.mtp_weight, self.balance_weight = mtp_weight, balance_weight
         # the engine averages over ranks: the sum of all shares is the mean
         self.per_learned = engine.world_size / max(1, sum(row.learned for row in batch))
         self.per_token = engine.world_size / max(1, sum(len(row.tokens) for row in batch))
@@ -158,23 +163,23 @@ class Shares:
 
     def _share(self, rows: list[Packed]) -> Tensor:
         batch = collate(rows, self.pad_id).to(self.engine.device)
-        sums = loss_sums(self.engine.module, batch, self.weights.mtp > 0, self.weights.balance > 0)
+        sums = loss_sums(self.engine.module, batch, self.mtp_weight > 0, self.balance_weight > 0)
         loss = sums.next_token * self.per_learned
         if sums.mtp is not None:
             mtp = sums.mtp * self.per_learned
             self.mtp.append(mtp.item())
-            loss = loss + self.weights.mtp * mtp
+            loss = loss + self.mtp_weight * mtp
         if sums.balance is not None:
             balance = sums.balance * self.per_token
             self.balance.append(balance.item())
-            loss = loss + self.weights.balance * balance
+            loss = loss + self.balance_weight * balance
         return loss
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
         terms = [
-            ("train/mtp_loss", self.mtp, self.weights.mtp),
-            ("train/balance_loss", self.balance, self.weights.balance),
+            ("train/mtp_loss", self.mtp, self.mtp_weight),
+            ("train/balance_loss", self.balance, self.balance_weight),
         ]
         computed = [term for term in terms if term[1]]
         if not computed:

@@ -9,7 +9,7 @@ provenance: {"kind": "reasoning", "prompt_id": "word-1f…",
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
-from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
+from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
@@ -41,7 +39,7 @@ GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
-    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, chat: Chat, prompts: Sequence[Prompt]
+    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, prompts: Sequence[Prompt]
 ) -> list[Path]:
     """All shard files, in order. The ranks share the work of drawing and scoring missing ones."""
     stage = run.stage
@@ -62,7 +60,7 @@ def draw_samples(
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             if not shards[number].exists():
-                rows = _draw(run, sampler, chat, prompts[number::count], (number, count), progress)
+                rows = _draw(run, sampler, prompts[number::count], (number, count), progress)
                 _write_rows(shards[number], rows)
     return shards
 
@@ -70,7 +68,6 @@ def draw_samples(
 def _draw(
     run: Run[RejectionConfig],
     sampler: Sampler,
-    chat: Chat,
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
     progress: Any,
@@ -87,9 +84,9 @@ def _draw(
         stride=count,
     )
     repeated = [prompt for prompt in prompts for _ in range(each)]
-    tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
+    tokens = [run.chat.prompt_tokens(prompt) for prompt in prompts]
     with Verdicts() as verdicts:
-        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(chat, prompts))
+        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(run.chat, prompts))
         scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         {
@@ -104,13 +101,13 @@ def _draw(
     ]
 
 
-def evaluation_questions(run: Run[RejectionConfig], chat: Chat, source: Source, context: int) -> list[str]:
+def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
         prompt.question
         for config in (final, evaluate.short(final))
-        for prompt in held_out(chat, source, context, config)[0]
+        for prompt in held_out(run, context, config)[0]
     ]
 
 
@@ -118,14 +115,21 @@ def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
     """All samples in the order of the prompts, `each` per prompt, for any number of shards and ranks."""
     tables = [pq.read_table(shard).to_pylist() for shard in shards]
     by_prompt = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
-    turns = zip_longest(*by_prompt, fillvalue=[])  # shard `number` has prompts[number::count]
-    return [_sample_of(row) for turn in turns for rows in turn for row in rows]
+    samples = []
+    for turn in zip_longest(*by_prompt, fillvalue=[]):  # shard `number` has prompts[number::count]
+        for row in chain.from_iterable(turn):
+            prompt = replace(_prompt_of(row), checker=json.loads(row["checker"]), level=row["level"])
+            scores = {
+                name: Score(score["value"], Status(score["status"]), score["detail"])
+                for name, score in json.loads(row["scores"]).items()
+            }
+            completion = Completion([], [], row["finish_reason"], row["completion"])
+            samples.append(Sampled(prompt, completion, scores))
+    return samples
 
 
 def build_dataset(
     run: Run[RejectionConfig],
-    chat: Chat,
-    source: Source,
     sampler: ParentRef,
     shards: Sequence[Path],
     questions: Sequence[str],
@@ -133,9 +137,8 @@ def build_dataset(
 ) -> Path:
     """Write data/samples.parquet (kept samples, then general demonstrations), if missing, and funnel.json.
 
-    `questions`: those of the evaluations. `too_long`: how many prompts were skipped. If no sample was kept,
-    the general part is trained on alone, as large as for one sample per prompt. Raises DataError if there is
-    neither.
+    `too_long`: how many prompts were skipped. If no sample was kept, the general part is trained on alone, as
+    large as for one sample per prompt. Raises DataError if there is neither.
     """
     path, stage = run.folder.dataset, run.stage
     if path.exists():
@@ -147,12 +150,24 @@ def build_dataset(
     skipped = f", {too_long} prompts passed over as too long" if too_long else ""
     funnel = [{"name": f"drawn{skipped}", "kept": len(drawn), "dropped": 0}, *steps]
     wanted = round(stage.general_ratio * len(kept)) if kept else ceil(stage.general_ratio * stage.prompts)
-    general = general_part(run, chat, source, wanted)
+    seed = run.seed("general traces")
+    general, longer = draw_prompts_that_fit(
+        lambda n: run.data.general_demonstrations(n, seed, stage.general_kinds),
+        wanted,
+        lambda row: len(run.chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
+    )
+    log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, longer)
     if not kept:
         funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
     write_json(run.folder.data / "funnel.json", funnel)
     if not kept and not general:
-        raise DataError(nothing_to_train_on(run, funnel))
+        worst = max(funnel, key=lambda step: step["dropped"])
+        raise DataError(
+            f"nothing to train on: the filters left none of {len(drawn)} samples "
+            f"({worst['dropped']} dropped by '{worst['name']}'; see {run.folder.data / 'funnel.json'}), and "
+            f"data={run.config.data.name} has no general demonstrations that fit a row; train the sampled "
+            "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
+        )
     if not kept:
         run.progress(GENERAL_ALONE, len(general), len(general), "traces")
         log.info("%s", GENERAL_ALONE)
@@ -169,29 +184,6 @@ def build_dataset(
     return path
 
 
-def general_part(run: Run[RejectionConfig], chat: Chat, source: Source, wanted: int) -> list[Demonstration]:
-    """Up to `wanted` general demonstrations; any too long for a row are replaced by others."""
-    stage, seed = run.stage, run.seed("general traces")
-    general, too_long = draw_prompts_that_fit(
-        lambda n: source.general_demonstrations(n, seed, stage.general_kinds),
-        wanted,
-        lambda row: len(chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
-    )
-    log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, too_long)
-    return general
-
-
-def nothing_to_train_on(run: Run[RejectionConfig], funnel: Sequence[dict[str, Any]]) -> str:
-    """Why, with the filter that dropped most samples, and the remedy."""
-    worst = max(funnel, key=lambda step: step["dropped"])
-    return (
-        f"nothing to train on: the filters left none of {funnel[0]['kept']} samples "
-        f"({worst['dropped']} dropped by '{worst['name']}'; see {run.folder.data / 'funnel.json'}), and "
-        f"data={run.config.data.name} has no general demonstrations that fit a row; train the sampled "
-        "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
-    )
-
-
 def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
     """The demonstrations in samples.parquet, and the hash of the file."""
     rows = pq.read_table(path).to_pylist()
@@ -200,10 +192,8 @@ def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
 
 
 def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
-    """The demonstrations that a finished run of rejection sampling trained on, and the hash of their file.
-
-    Raises CheckpointError if they or its checkpoint are missing or changed.
-    """
+    """The demonstrations that a finished rejection sampling trained on, and their file's hash. Raises
+    CheckpointError if they or its checkpoint are missing or changed."""
     verify(parent.checkpoint, parent.hash)
     run = RunFolder(Path(parent.checkpoint).parent.parent)
     problem = broken(run.dataset, record_of(run).get("data_hash") or "")
@@ -228,15 +218,6 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
         "question": prompt.question,
         "answer": prompt.answer,
     }
-
-
-def _sample_of(row: dict[str, Any]) -> Sampled:
-    prompt = replace(_prompt_of(row), checker=json.loads(row["checker"]), level=row["level"])
-    scores = {
-        name: Score(score["value"], Status(score["status"]), score["detail"])
-        for name, score in json.loads(row["scores"]).items()
-    }
-    return Sampled(prompt, Completion([], [], row["finish_reason"], row["completion"]), scores)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ namespace r1pipe {
 using BFloat16 = c10::BFloat16;
 
 constexpr int64_t UNIT = 16;   // numbers in a register; blocks of rows are padded to a multiple
-constexpr int64_t PANEL = 64;  // adjacent outputs of a packed weight: see pack() in kernels/forward.py
+constexpr int64_t PANEL = 64;  // adjacent outputs of a packed weight: see pack() in model/native.py
 
 inline int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 

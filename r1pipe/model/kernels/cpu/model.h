@@ -1,4 +1,4 @@
-// The arguments from kernels/forward.py: sizes, weights and a batch. Axes as in forward.cpp.
+// The arguments from model/native.py: sizes, weights and a batch. Axes as in forward.cpp.
 #pragma once
 
 #include <cstdint>

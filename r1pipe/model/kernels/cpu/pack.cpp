@@ -1,4 +1,4 @@
-// For kernels/build.py and kernels/forward.py: whether products run, and packing of weights in gemm.h's order.
+// For kernels/build.py and model/native.py: whether products run, and packing of weights in gemm.h's order.
 #include <exception>
 
 #include "blocks.h"

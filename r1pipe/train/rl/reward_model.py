@@ -18,18 +18,14 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
-from r1pipe.data.fitting import draw_prompts_that_fit
-from r1pipe.data.source import Source
+from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
-from r1pipe.rewards.models import RewardModel
-from r1pipe.rewards.quality import auc, length_correlation, pair_accuracy
+from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
-from r1pipe.runs.stopping import Interrupted
-from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.metrics import shown, step_metrics
+from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.run import Run
 
 HELD_OUT_SEED = 0  # of the held-out examples: the same in every run
@@ -60,18 +56,16 @@ class Examples:
     pad_id: int
 
 
-def read_examples(run: Run[RewardModelConfig], kind: str, data: Source, chat: Chat) -> Examples:
-    """The data's examples of a kind that fit into the context; without any, no model of this kind is trained.
-
-    Raises DataError where some exist but too few.
-    """
-    stage, name = run.stage, NAMES[kind]
+def read_examples(run: Run[RewardModelConfig], kind: str) -> Examples:
+    """The data's examples that fit the context; without any, no model of this kind is trained. Raises
+    DataError where some exist but too few."""
+    stage, name, chat = run.stage, NAMES[kind], run.chat
     longest, source = run.config.model.max_position_embeddings, f"data={run.config.data.name}"
 
     def draw(split: str, n: int, seed: int) -> tuple[list[Item], str]:
         """Items that fit, and for messages how many did not."""
         fitting, too_long = draw_prompts_that_fit(
-            lambda m: items(kind, data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
+            lambda m: items(kind, run.data, chat, (split, m, seed)), n, lambda item: len(item) <= longest
         )
         if fitting or too_long:
             log.info("%d %s (%s), %d more are too long", len(fitting), name, split, too_long)
@@ -121,10 +115,7 @@ def steps_of(stage: RewardModelConfig, examples: Examples) -> int:
 def train_reward_model(
     run: Run[RewardModelConfig], examples: Examples, first: int, steps: int, resumes: bool
 ) -> None:
-    """One model's optimizer steps, logged as steps `first` + 1 to `first` + `steps` of the run.
-
-    With `resumes` it continues from the newest checkpoint, if there is one.
-    """
+    """One model's optimizer steps, logged as steps `first` + 1 to `first` + `steps` of the run."""
     stage, accumulation = run.stage, run.config.engine.gradient_accumulation
     alpha = stage.router.balance_alpha
     model = RewardModel(run.load_model(run.config.weights_from))
@@ -132,7 +123,11 @@ def train_reward_model(
     begun = run.resume(engine)[0] - first if resumes else 0
     for step in range(begun, steps):
         began = time.monotonic()
-        batch = batch_of(run, examples, step)
+        # a function of the step alone, so that resume is exact
+        epoch, number = divmod(step, len(examples.learned) // stage.batch_size)
+        order = run.rng(f"{examples.kind} order", epoch).permutation(len(examples.learned))
+        of_all_ranks = order[number * stage.batch_size :][: stage.batch_size]
+        batch = [examples.learned[i] for i in of_all_ranks[run.rank :: run.world_size]]
         heartbeat.at_step(first + step + 1)
         with run.phase("update"):
             [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
@@ -148,15 +143,7 @@ def train_reward_model(
             export = partial(_export, run, examples, done == steps)
             run.save_checkpoint(engine, first + done, {}, export)
         if leaving:
-            raise Interrupted(leaving)
-
-
-def batch_of(run: Run[RewardModelConfig], examples: Examples, step: int) -> list[Item]:
-    """This rank's items of a step (counted from 0): a function of the step alone, so that resume is exact."""
-    size = run.stage.batch_size
-    epoch, number = divmod(step, len(examples.learned) // size)
-    order = run.rng(f"{examples.kind} order", epoch).permutation(len(examples.learned))
-    return [examples.learned[i] for i in order[number * size :][:size][run.rank :: run.world_size]]
+            raise stopping.Interrupted(leaving)
 
 
 def micro_losses(
@@ -204,10 +191,7 @@ def measure_quality(
 def _export(
     run: Run[RewardModelConfig], examples: Examples, finished: bool, model: RewardModel, folder: Path
 ) -> None:
-    """Write this model beside the finished ones, which are copied from the newest checkpoint.
-
-    A finished model is measured here, by rank 0 on the whole weights.
-    """
+    """Write this model, measured if it is finished, beside copies of those finished before."""
     saved_steps = checkpoints.steps(run.folder.checkpoints)
     for kind in KINDS[: KINDS.index(examples.kind)] if saved_steps else ():
         earlier = run.folder.checkpoint(saved_steps[-1]) / kind

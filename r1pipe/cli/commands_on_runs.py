@@ -1,4 +1,4 @@
-"""The verbs that show runs: table, report, samples, lineage, and MLflow's view of them."""
+"""The commands on runs: table, report, samples, lineage, MLflow's view of them, and removing them."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r1pipe.cli import options
-from r1pipe.cli.options import Checkpoint, Overrides
-from r1pipe.cli.overrides import composed, pipeline_in, split
+from r1pipe.cli.options import Checkpoint, Overrides, complete_run, composed, pipeline_in, split
 from r1pipe.core.errors import EnvironmentProblem
 
 
@@ -24,7 +22,7 @@ def compare(
     from r1pipe.cli import compare as table
     from r1pipe.runs import results
 
-    named, overrides = split(runs or [])
+    named, overrides = split(runs)
     config = composed(overrides)
     rows = results.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
@@ -37,17 +35,27 @@ def report(overrides: Overrides = None) -> None:
     """Write report.html: table, curves, samples and cost of all stages, in one file."""
     from r1pipe.cli.report import write_report
 
-    given = overrides or []
-    print(write_report(composed(given).root, pipeline=pipeline_in(given)))
+    print(write_report(composed(overrides).root, pipeline=pipeline_in(overrides)))
 
 
 def samples(
-    name: options.Run,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="run id, path or stage name (its newest run)", autocompletion=complete_run
+        ),
+    ],
     overrides: Overrides = None,
-    step: options.Steps = None,
-    reward: options.Bounds = None,
-    text: options.Words = None,
-    limit: options.Limit = 3,
+    step: Annotated[str | None, typer.Option(metavar="STEPS", help="7 or 10-20")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BOUND", help="'>=1', 0.5..1, accuracy=0; several: all must hold"),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="WORDS", help="in the prompt or the answer; /a regular expression/"),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="best, worst and odd ones, each")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per row, uncut.")] = False,
 ) -> None:
     """A run's best, worst and odd completions: samples grpo --step 10-20 --reward accuracy=0
@@ -58,7 +66,7 @@ def samples(
     """
     from r1pipe.cli import samples as shown
 
-    shown.samples(name, overrides or [], shown.Query(step, reward or [], text, limit), as_json)
+    shown.samples(name, overrides or [], shown.Query.of(reward or [], text, step, limit), as_json)
 
 
 def lineage(
@@ -72,17 +80,15 @@ def lineage(
 
     Exit code 1 if anything on the way is gone, broken or edited.
     """
-    from r1pipe.cli import lineage_tree
-    from r1pipe.cli.lineage_page import write_page
+    from r1pipe.cli import lineage as shown
     from r1pipe.launch import parents
     from r1pipe.runs import lineage as family
 
-    found = list(
-        family.ancestors(parents.resolve(checkpoint, family.SearchPath.of(composed(overrides or []))))
-    )
-    lineage_tree.show(found)
+    parent = parents.resolve(checkpoint, family.SearchPath.of(composed(overrides)))
+    found = list(family.ancestors(parent))
+    shown.show(found)
     if html is not None:
-        write_page(found, html)
+        shown.write_page(found, html)
     return 1 if any(ancestor.problem for ancestor in found) else 0
 
 
@@ -97,20 +103,19 @@ def sync(
     Exit code 1 if a run was left out because its config.json cannot be read.
     """
     from r1pipe import tracking
-    from r1pipe.launch import placing
+    from r1pipe.launch import run_plan
     from r1pipe.runs import lineage as family
 
-    given = overrides or []
-    config = composed(given)
+    config = composed(overrides)
     if not family.run_folders(Path(config.root)):
         raise EnvironmentProblem(f"no runs under {config.root}; give root=DIR")
-    written, busy = tracking.sync(config.root, pipeline_in(given), config.tracking.uri, rebuild)
+    written, busy = tracking.sync(config.root, pipeline_in(overrides), config.tracking.uri, rebuild)
     print(f"MLflow has {written} runs of {config.root}, wholly")
     for run_id in busy:
         print(f"left to the process that is mirroring it: {run_id}")
-    broken = placing.unreadable(Path(config.root))
+    broken = run_plan.unreadable(Path(config.root))
     for run in broken:
-        print(f"warning: {placing.unreadable_message(run)}", file=sys.stderr)
+        print(f"warning: {run_plan.unreadable_message(run)}", file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -134,11 +139,10 @@ def prune(
     """
     from r1pipe.cli import prune as pruning
 
-    names, overrides = split(runs or [])
+    names, overrides = split(runs)
     root = Path(composed(overrides).root)
     selection = pruning.Selection(names, pipeline_in(overrides), unfinished, older_than, keep_last)
-    for line in pruning.lines(pruning.prune(root, selection, remove=yes), removed=yes):
-        print(line)
+    print(*pruning.prune(root, selection, remove=yes), sep="\n")
 
 
 def ui(
@@ -149,5 +153,5 @@ def ui(
     """Open MLflow's pages of all runs."""
     from r1pipe.tracking import serve_ui
 
-    config = composed(overrides or [])
+    config = composed(overrides)
     return serve_ui(config.root, config.tracking, port, host)

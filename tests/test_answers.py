@@ -1,4 +1,4 @@
-"""Final answers: tests/cases/answers.jsonl by kind, the shared cases, votes, and the speed of plain checks."""
+"""Final answers: tests/cases/answers.jsonl by kind, the shared cases, votes, speed."""
 
 import json
 import time
@@ -48,15 +48,21 @@ def test_answers_of_each_kind(kind):
     rows = cases()[kind]
     got = [result(prompt_of(row["gold"], row["language"]), answered(row["summary"])) for row in rows]
     wrong = [
-        (row["gold"], row["summary"], value) for row, value in zip(rows, got, strict=True) if value != row["expected"]
+        (row["gold"], row["summary"], value)
+        for row, value in zip(rows, got, strict=True)
+        if value != row["expected"]
     ]
     assert wrong == []
 
 
 def test_shared_cases(shared):
     """At least 98% as expected, and no wrong answer that earns 1."""
-    rows = [json.loads(line) for line in (shared.parent / "cases/scores.jsonl").read_text("utf-8").splitlines()]
-    rows = [row for row in rows if row["reward"] == "accuracy" and {"answer", "completion"} <= set(row["row"])]
+    rows = [
+        json.loads(line) for line in (shared.parent / "cases/scores.jsonl").read_text("utf-8").splitlines()
+    ]
+    rows = [
+        row for row in rows if row["reward"] == "accuracy" and {"answer", "completion"} <= set(row["row"])
+    ]
     others, gifts = [], []
     for case in rows:
         row, expected = case["row"], case["expected"]
@@ -75,7 +81,8 @@ def test_shared_cases(shared):
 @pytest.mark.parametrize(
     ("gold", "form"),
     [
-        ("42", "number"), ("-3/4", "number"), ("25%", "number"), ("15 km/h", "quantity"), ("18 apples", "quantity"),
+        ("42", "number"), ("-3/4", "number"), ("25%", "number"), ("15 km/h", "quantity"),
+        ("18 apples", "quantity"),
         (r"2\sqrt{3}", "expression"), ("x^2-1", "expression"), ("3x+6y-9=0", "equation"), ("x=5", "equation"),
         ("(1, 2)", "tuple"), (r"\{1, 2\}", "set"), ("[0, 1)", "interval"), ("x > 3", "interval"),
         (r"(-\infty,-1)\cup(2,\infty)", "interval"), ("2 or 5", "list"), (r"\pm 15", "list"), ("B", "choice"),

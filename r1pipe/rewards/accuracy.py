@@ -94,9 +94,8 @@ def _check_answer_gold(prompt: Prompt) -> None:
         raise DataError(f"{prompt.id}: {error}") from None
     for formula in formulas_in(gold):
         if not symbolic.parses(formula):
-            raise DataError(
-                f"{prompt.id}: the gold answer {prompt.answer!r} does not parse; correct it or leave the row out"
-            )
+            answer = f"the gold answer {prompt.answer!r}"
+            raise DataError(f"{prompt.id}: {answer} does not parse; correct it or leave the row out")
 
 
 def _check_countdown_gold(prompt: Prompt) -> None:
@@ -133,7 +132,9 @@ ANSWER = Checker(check_answer, _check_answer_gold, _answer_key)
 CHECKERS: dict[str, Checker] = {
     "word": ANSWER,
     "countdown": Checker(check_countdown, _check_countdown_gold, _expression_key),
-    "program": Checker(program.check_program, program.check_program_gold, lambda _, summary: program.program_key(summary)),
+    "program": Checker(
+        program.check_program, program.check_program_gold, lambda _, summary: program.program_key(summary)
+    ),
     "reasoning_gym": Checker(check_gym, lambda prompt: None, _stated_key),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
 

@@ -1,15 +1,15 @@
-"""Formulas compared: equal at random points, exactly where all is rational. Runs in symbolic_worker's process.
+"""Formulas compared at several points, exactly where all is rational; in the process of symbolic_worker.py.
 
-math-verify's parser (latex2sympy2_extended) reads them, with the case of letters kept; its own comparison is not
-used: it rounds to six decimals, so that 1.6e-19 equals 9.1e-31, and takes R for r.
+math-verify's parser (latex2sympy2_extended) reads them, with the case of letters kept. Its own comparison is
+not used: it rounds to six decimals, so that 1.6e-19 equals 9.1e-31, and takes R for r.
 """
 
 import math
 from typing import Any
 
-import sympy
+import sympy  # noqa: TID253 - nothing else runs in the worker
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
-from sympy.core.function import AppliedUndef
+from sympy.core.function import AppliedUndef  # noqa: TID253
 
 DIGITS = 40
 EXACT, ROUNDED = 1e-25, 1e-6  # relative tolerance; the second where a formula was written with decimals
@@ -100,7 +100,10 @@ def _points(*formulas: Any) -> list[dict[Any, Any]]:
     if not names:
         return [{}]
     return [
-        {name: sympy.Rational(101 + 37 * k + 53 * i + 7 * i * k * k, 71 + 11 * k + 3 * i) for i, name in enumerate(names)}
+        {
+            name: sympy.Rational(101 + 37 * k + 53 * i + 7 * i * k * k, 71 + 11 * k + 3 * i)
+            for i, name in enumerate(names)
+        }
         for k in range(POINTS)
     ]
 
@@ -125,7 +128,9 @@ def _close(a: Any, b: Any, tolerance: float) -> bool:
 
 def _proportional(gold: Any, answer: Any, positive: bool) -> bool:
     """Whether one is a constant times the other, so that both vanish together."""
-    gold, answer = (sympy.together(formula).as_numer_denom()[0] if not positive else formula for formula in (gold, answer))
+    gold, answer = (
+        sympy.together(formula).as_numer_denom()[0] if not positive else formula for formula in (gold, answer)
+    )
     ratios = []
     for point in _points(gold, answer):
         a, b = _value(gold, point), _value(answer, point)

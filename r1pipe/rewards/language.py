@@ -35,25 +35,38 @@ _NEUTRAL = re.compile(
     r"[A-Z]{1,4}|[A-Z][a-z]?|[kcmdn]?m|[mk]?g|m?l|kw?h|kW|k?Hz|k?Pa|kJ|min|mol|ms|sin|cos|tan|cot|sec|csc|arc(?:sin|cos|tan)|"
     r"ln|lg|log|exp|max|min|mod|gcd|lcm|lim|det|sqrt|[a-z]{1,3}(?=\()"
 )
-_SCRIPTS = {
-    "zh": ("han",), "ja": ("han", "kana"), "ko": ("hangul",), "ru": "CYRILLIC", "uk": "CYRILLIC", "bg": "CYRILLIC",
-    "sr": "CYRILLIC", "mk": "CYRILLIC", "be": "CYRILLIC", "kk": "CYRILLIC", "el": "GREEK", "ar": "ARABIC", "fa": "ARABIC",
-    "ur": "ARABIC", "he": "HEBREW", "hi": "DEVANAGARI", "mr": "DEVANAGARI", "ne": "DEVANAGARI", "th": "THAI", "bn": "BENGALI",
-    "ta": "TAMIL", "te": "TELUGU", "ka": "GEORGIAN", "hy": "ARMENIAN",
-}  # fmt: skip
-_LATIN = "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl et lv lt tr vi id ms tl sw ca gl eu ga cy is sq af".split()
-LANGUAGES = (*_LATIN, *_SCRIPTS)
+_SCRIPTS = {  # the languages of each script: of characters above, or of letters by their names in Unicode
+    "han": "zh",
+    "kana": "ja",
+    "hangul": "ko",
+    "CYRILLIC": "ru uk bg sr mk be kk",
+    "GREEK": "el",
+    "ARABIC": "ar fa ur",
+    "HEBREW": "he",
+    "DEVANAGARI": "hi mr ne",
+    "BENGALI": "bn",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "THAI": "th",
+    "GEORGIAN": "ka",
+    "ARMENIAN": "hy",
+    "LATIN": "en de fr es it pt nl sv da no fi is pl cs sk hu ro hr sl sq et lv lt tr vi id ms tl sw af "
+    "ca gl eu ga cy",
+}
+_SCRIPT_OF = {language: script for script, codes in _SCRIPTS.items() for language in codes.split()}
+_OF_CHARACTERS = ("han", "kana", "hangul")
+LANGUAGES = tuple(_SCRIPT_OF)
 
 
 def language_share(text: str, language: str) -> float:
     """Words of `language` (a code of LANGUAGES) over all words; a Chinese or Japanese character is a word.
 
-    A word counts by its script, and a sentence of one script by the language that it most likely is in. Numbers
-    and operators do not count, nor do units, functions and names of points in a language without Latin letters,
-    nor code, formulas, tags and LaTeX commands, as long as they hold no more words than the prose around them
-    (or _FREE_WORDS): words beyond that count by their language, so that prose cannot hide in backticks. A fence
-    that is never closed extends to the end, as in Markdown; any other unclosed mark hides nothing. Without any
-    word the share is 1. Time is linear in the text.
+    A word counts by its script, and a sentence of one script by the language that it most likely is in.
+    Numbers and operators do not count, nor do units, functions and names of points in a language without
+    Latin letters, nor code, formulas, tags and LaTeX commands, as long as they hold no more words than the prose
+    around them (or _FREE_WORDS): words beyond that count by their language, so that prose cannot hide in
+    backticks. A fence that is never closed extends to the end, as in Markdown; any other unclosed mark hides
+    nothing. Without any word the share is 1. Time is linear in the text.
     """
     prose, inside = _parts(unicodedata.normalize("NFKC", text))
     (ours, others), (our_hidden, other_hidden) = _count(prose, language), _count(inside, language)
@@ -74,7 +87,7 @@ def language_of(text: str) -> str:
             return language
     likely = _likelihoods(prose)
     if words and not re.search("[A-Za-z]{2}", prose):  # Cyrillic, Greek, Arabic ...
-        return max((code for code in LANGUAGES if code not in _LATIN), key=lambda code: likely[code])
+        return max((code for code in LANGUAGES if _SCRIPT_OF[code] != "LATIN"), key=lambda code: likely[code])
     best = max(likely, key=lambda code: likely[code])
     return best if len(words) >= _ENOUGH_WORDS and likely[best] > _SURE * likely["en"] else "en"
 
@@ -95,20 +108,20 @@ def _count(text: str, language: str) -> tuple[int, int]:
         right = [_is_in_script(group, word, language) for group, word in words]
         if language == "zh" and any(group == "kana" for group, _ in words):
             right = [False] * len(words)  # Japanese, with characters that Chinese has too
-        elif sum(right) >= _ENOUGH_WORDS and language not in ("zh", "ja", "ko") and _is_foreign(sentence, language):
-            right = [False] * len(words)
+        elif _SCRIPT_OF[language] not in _OF_CHARACTERS and sum(right) >= _ENOUGH_WORDS:
+            right = [False] * len(words) if _is_foreign(sentence, language) else right
         for (group, word), is_ours in zip(words, right, strict=True):
             if is_ours:
                 ours += 1
-            elif language in _LATIN or group != "letters" or not _NEUTRAL.fullmatch(word):
+            elif _SCRIPT_OF[language] == "LATIN" or group != "letters" or not _NEUTRAL.fullmatch(word):
                 others += 1
     return ours, others
 
 
 def _is_in_script(group: str | None, word: str, language: str) -> bool:
-    script = _SCRIPTS.get(language, "LATIN")
-    if isinstance(script, tuple):
-        return group in script
+    script = _SCRIPT_OF[language]
+    if script in _OF_CHARACTERS:
+        return group == script or (language, group) == ("ja", "han")
     return group == "letters" and unicodedata.name(word[0], "").startswith(script)
 
 
@@ -127,7 +140,7 @@ _NOT_WORDS = re.compile(r"[\d_=+*/^<>(){}\[\]|\\-]+")
 
 @cache
 def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # a second, and most runs need no other language
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes a second
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     identifier.set_languages(LANGUAGES)

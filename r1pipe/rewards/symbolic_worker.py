@@ -64,8 +64,8 @@ def serve(memory_limit: int) -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # what a scorer prints is no reply
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, request.get("cpu_limit_s", 0))  # 0: none
-        reply = score(request) if "task" in request else compare(request["gold"], request["answer"], request.get("relation", ""))
+        signal.setitimer(signal.ITIMER_PROF, request.pop("cpu_limit_s", 0))  # 0: none
+        reply = score(request) if "task" in request else compare(**request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy and the scorers take a MemoryError for an answer that means nothing
         if peak_memory() > memory_limit / 2:

@@ -1,14 +1,15 @@
-"""Whether a response's final answer is right: the gold answer's form says what to look for and when it is equal."""
+"""Whether a response's final answer is right, by the gold answer's form."""
 
 import re
 
 from r1pipe.core.types import Score
 from r1pipe.rewards import symbolic
 from r1pipe.rewards.answers import words
+from r1pipe.rewards.answers.comparison import Comparison
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
 from r1pipe.rewards.answers.notation import to_latex
 from r1pipe.rewards.answers.reading import HEDGES, final_answer, option_named
-from r1pipe.rewards.answers.structure import Kind, Node, parse, same
+from r1pipe.rewards.answers.structure import Kind, Node, parse
 
 
 def check(gold: Gold, summary: str) -> Score:
@@ -44,7 +45,7 @@ def equal(gold: Gold, text: str) -> bool:
     if HEDGES.search(text) or is_text(text):
         return False
     answer = parse(text)
-    return gold.node is not None and answer is not None and same(gold.node, answer, _same_formula)
+    return gold.node is not None and answer is not None and Comparison(_same_formula).equal(gold.node, answer)
 
 
 def _same_formula(gold: str, answer: str, relation: str) -> bool:

@@ -25,9 +25,8 @@ _SCALES = {
     "quadrillion": 10**15, "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
     "万亿": 10**12,
 }  # fmt: skip
-_SCALE = re.compile(
-    rf"\s*({'|'.join(sorted(_SCALES, key=len, reverse=True))})(?![A-Za-z米克瓦卡焦])|(?<=\d)([kK])(?![A-Za-z])"
-)
+_LONGEST_FIRST = "|".join(sorted(_SCALES, key=len, reverse=True))
+_SCALE = re.compile(rf"\s*({_LONGEST_FIRST})(?![A-Za-z米克瓦卡焦])|(?<=\d)([kK])(?![A-Za-z])")
 _PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percent(?:age)?(?: points?)?\b)")
 _SIGN = re.compile(r"([+-]?)\s*(?:[A-Z]{0,2}([$€£¥₹])\s*)?([+-]?)\s*")
 
@@ -48,14 +47,19 @@ def _power(mantissa: str, exponent: str) -> Fraction | None:
     return Fraction(mantissa.replace(",", "")) * Fraction(10) ** int(exponent)
 
 
+_BASED = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
+
 # Each way of writing a number and its value from the groups that matched; the first that fits counts.
 _WAYS: list[tuple[re.Pattern[str], Callable[[list[str]], Fraction | None]]] = [
-    (re.compile(r"([0-9A-F]+)_\{?(\d+)\}?"), lambda g: _based(*g)),
+    (_BASED, lambda g: _based(*g)),
     (REPEATING, lambda g: repeating(g)),
     (re.compile(rf"({_DECIMAL})\s*(?:\\times|\\cdot|\*|[xX])\s*{_POWER_OF_TEN}"), lambda g: _power(*g)),
     (re.compile(rf"({_DECIMAL})[eE]([+-]?\d+)(?!\w)"), lambda g: _power(*g)),
     (re.compile(_POWER_OF_TEN), lambda g: _power("1", *g)),
-    (re.compile(r"(\d+)(?:\s+and\s+|\s*又\s*|\s+)(\d+)\s*/\s*(\d+)"), lambda g: int(g[0]) + _fraction(*g[1:])),
+    (
+        re.compile(r"(\d+)(?:\s+and\s+|\s*又\s*|\s+)(\d+)\s*/\s*(\d+)"),
+        lambda g: int(g[0]) + _fraction(*g[1:]),
+    ),
     (re.compile(rf"(\d+)(?:\s*又)?\s*{_LATEX_FRACTION}"), lambda g: int(g[0]) + _fraction(*g[1:])),
     (re.compile(_LATEX_FRACTION), lambda g: _fraction(*g)),
     (re.compile(rf"({_INTEGER})\s*/\s*({_INTEGER})(?!\s*/)"), lambda g: _fraction(*g)),
@@ -87,10 +91,9 @@ def read_number(text: str) -> Number | None:
         return None
     opening = _SIGN.match(text)
     assert opening is not None  # it may be empty
-    for number, (pattern, value_of) in enumerate(_WAYS):
-        if match := pattern.match(text, opening.end()):
-            break
-    else:
+    matches = ((pattern.match(text, opening.end()), value_of) for pattern, value_of in _WAYS)
+    match, value_of = next(((match, value_of) for match, value_of in matches if match), (None, None))
+    if match is None or value_of is None:
         return None
     try:
         value = value_of([group for group in match.groups() if group is not None])
@@ -105,14 +108,14 @@ def read_number(text: str) -> Number | None:
         value, at = value * (_SCALES[scale[1]] if scale[1] else 1000), scale.end()
     percent = _PERCENT.match(text, at)
     tail = text[percent.end() if percent else at :]
-    based = number == 0
+    based = match.re is _BASED
     unit = read_unit(opening[2]) if opening[2] else None
     if tail.strip(" ."):
         behind = read_unit(tail, glued=not tail[0].isspace())
         if behind is None or based or (unit and behind != unit):
             return None
         unit = behind if behind.name else None
-    rounded = "." in match[0] and pattern is not REPEATING
+    rounded = "." in match[0] and match.re is not REPEATING
     return Number(value, percent is not None, unit, rounded, based)
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from r1pipe.rewards.answers import words
+from r1pipe.rewards.answers import vocabulary, words
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
 from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.statement import Statement, statements
@@ -13,17 +13,14 @@ _BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?")
 
 # What may stand before and behind a value in a sentence without changing it.
 _BEFORE = re.compile(
-    r"^(?:(?:(?:so |thus |therefore |hence )?(?:the |my |our )?(?:final |correct )?answer (?:is|:|=)|approximately|"
-    r"about|around|roughly|nearly|therefore|thus|simply|just|exactly|equal to|equals|indeed|clearly|then|hence|"
-    r"that|always|only|of course|given by|the number|the value|choice|a total of|"
-    r"约等于|约为|大约|大概|约|等于|是|为|共)(?![a-z])|\\approx|[:=,])\s*",
+    r"^(?:(?:(?:so|thus|therefore|hence)\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?answer\s+(?:is|:|=)|"
+    rf"{vocabulary.any_of('before_a_value')}(?![a-z])|\\approx|[:=,])\s*",
     re.IGNORECASE,
 )
 _BEHIND = [
     re.compile(r",?\s+(?:not|rather than|instead of)\s.*$|,?\s*而?不是.*$", re.IGNORECASE | re.DOTALL),
     re.compile(
-        r"(?:\s*[,;:—-]+\s*|\s)(?:because|since|as|so\s+that|which|where|given|due|by|for|when|after|from|i\.e\.|"
-        r"that\s+is|meaning|if|note|in\s+(?:total|all)|altogether)\s.*$|,?\s*(?:因为|由于|理由|即).*$",
+        rf"(?:\s*[,;:—-]+\s*|\s){vocabulary.any_of('before_a_reason')}\s.*$|,?\s*(?:因为|由于|理由|即).*$",
         re.IGNORECASE | re.DOTALL,
     ),
     re.compile(r"\s*:\s*[A-Za-z一-鿿][^\d=]*$"),
@@ -70,7 +67,7 @@ def last_stated(summary: str) -> str | None:
 
 
 def read_answer(gold: Gold, statement: Statement) -> str | None:
-    """A statement's tidy text, without what a sentence says beside it; None if not of the gold answer's form."""
+    """A statement's value as tidy text; None where a sentence has none of the gold answer's form."""
     text = undress(tidy(statement.text))
     if statement.boxed or not text:
         return text or None  # whatever a box holds is meant to be the answer
@@ -92,7 +89,10 @@ def undress(text: str) -> str:
 
 
 def shortened(text: str) -> list[str]:
-    """A sentence without the reason or remark behind its value, the shortest first; what takes it back stays."""
+    """A sentence without a reason or remark behind its value, the shortest first.
+
+    What takes the value back, such as "or 6", stays.
+    """
     found: list[str] = []
     for number, pattern in enumerate(_BEHIND):
         match = pattern.search(text)

@@ -1,4 +1,4 @@
-"""Where the final part of a response states an answer: boxes, answer tags, and sentences with an answer mark."""
+"""Where the final part of a response states an answer: boxes, answer tags, sentences with a mark."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,9 @@ _MARK = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(r"\n|。|(?<!\\)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed")  # \! and \; are LaTeX's spaces
+_SENTENCE_END = re.compile(
+    r"\n|。|(?<!\\)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed"
+)  # \! and \; are LaTeX's spaces
 _OPENING = re.compile(r"(?:[\s:：#>=]|\*\*(?=\s)|(?:\$\$|\\\[)(?=[ \t]*\n))*")
 _MAX_STATEMENTS = 16
 _MAX_LENGTH = 2000  # characters of an answer; bounds the work
@@ -38,7 +40,7 @@ class Statement:
 
 
 def boxes(text: str) -> list[Statement]:
-    """The contents of \\boxed{}, \\boxed 5 and <answer></answer>, in order; a box that is cut off is empty."""
+    """The contents of \\boxed{}, \\boxed 5 and <answer></answer>, in order."""
     found = []
     at = 0
     while match := _BOX.search(text, at):

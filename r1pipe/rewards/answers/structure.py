@@ -1,18 +1,16 @@
-"""The structure of a mathematical answer: lists, tuples, sets, intervals, unions, equations; formulas are leaves.
+"""The structure of a mathematical answer: lists, tuples, sets, intervals, unions and relations of formulas.
 
-`parse` reads it from a tidy text without a formula parser; `same` compares two, given how leaves compare.
+It is read from a tidy text without a formula parser; `comparison.py` compares two.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 
-from r1pipe.rewards.answers.number import Number, read_number, same_number
+from r1pipe.rewards.answers.number import Number, read_number
 
-SameFormula = Callable[[str, str, str], bool]
-MAX_ITEMS = 60
+MAX_ITEMS, MAX_DEPTH = 60, 30  # bound the work on a hostile answer
 _OPENING, _CLOSING = "([{", ")]}"
 # a comma within 1,234 is none
 _LIST_SEPARATOR = re.compile(
@@ -20,8 +18,9 @@ _LIST_SEPARATOR = re.compile(
 )
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|<=|>=|!=|==|[=<>]")
 _MEANS = {"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "==": "=", r"\approx": "="}
-_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
-_NAME = re.compile(r"(?:\\?[A-Za-z]+|[一-鿿]+)'?(?:_\{?\w+\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?")
+_FLIPPED = {">": "<", r"\ge": r"\le"}
+NAME = re.compile(r"(?:\\?[A-Za-z]+|[一-鿿]+)'?(?:_\{?\w+\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?")
+_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:all )?real numbers|(?:全体|一切|任意)实数")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
@@ -70,23 +69,24 @@ def parse(text: str) -> Node | None:
     if node := _relation(text) or _bracketed(text):
         return node
     if _PLUS_MINUS.search(text):
-        signs = [_PLUS_MINUS.sub(lambda m, s=s: s if m[0] == r"\pm" else "-+"[s == "-"], text) for s in "+-"]
-        return _of_items(Kind.LIST, text, [sign.removeprefix("+") for sign in signs])
+        upper = text.replace(r"\pm", "+").replace(r"\mp", "-").removeprefix("+")
+        return _of_items(Kind.LIST, text, [upper, text.replace(r"\pm", "-").replace(r"\mp", "+")])
     return Node(Kind.FORMULA, text)
 
 
-_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:all )?real numbers|(?:全体|一切|任意)实数")
-
-
 def _is_balanced(text: str) -> bool:
-    """Whether every bracket has its partner; half-open intervals may close with the other kind."""
+    """Whether every bracket has its partner; half-open intervals may close with the other kind.
+
+    False where they are nested too deeply.
+    """
     stack: list[str] = []
     for character in re.sub(r"\\[{}]", lambda m: {r"\{": "(", r"\}": ")"}[m[0]], text):
         if character in _OPENING:
             stack.append(character)
-        elif character in _CLOSING:
-            if not stack or (stack.pop() == "{") != (character == "}"):
+            if len(stack) > MAX_DEPTH:
                 return False
+        elif character in _CLOSING and (not stack or (stack.pop() == "{") != (character == "}")):
+            return False
     return not stack
 
 
@@ -121,9 +121,9 @@ def _of_items(kind: Kind, text: str, parts: list[str], mark: str = "") -> Node |
 def _list(text: str, parts: list[str]) -> Node | None:
     """`2, 3`, `x = 2 or x = 3`, and `m = 3, 4, 5`, where the name belongs to all."""
     first = _split(parts[0], _RELATION)
-    if len(first) == 2 and _NAME.fullmatch(first[0]) and "=" in parts[0] and not any("=" in p for p in parts[1:]):
-        if not any(_RELATION.search(part) for part in parts[1:]):
-            parts = [first[1], *parts[1:]]
+    others_have_none = not any(_RELATION.search(part) for part in parts[1:])
+    if len(first) == 2 and NAME.fullmatch(first[0]) and "=" in parts[0] and others_have_none:
+        parts = [first[1], *parts[1:]]
     return _of_items(Kind.LIST, text, parts)
 
 
@@ -134,26 +134,26 @@ def _relation(text: str) -> Node | None:
     marks = [_MEANS.get(mark, mark) for mark in _marks(text, sides)]
     if marks == [r"\in"]:
         return parse(sides[1])
-    if len(sides) == 3 and set(marks) <= {"<", r"\le"}:  # a < x <= b
-        brackets = ("(" if marks[0] == "<" else "[") + (")" if marks[1] == "<" else "]")
-        return _of_items(Kind.INTERVAL, text, [sides[0], sides[2]], brackets)
-    if len(sides) == 3 and set(marks) <= {">", r"\ge"}:
-        brackets = ("(" if marks[1] == ">" else "[") + (")" if marks[0] == ">" else "]")
-        return _of_items(Kind.INTERVAL, text, [sides[2], sides[0]], brackets)
-    if set(marks) == {"="} and len(sides) > 2:  # 2 + 3 = 4 + 1 = 5
-        return _of_items(Kind.RELATION, text, sides, "=")
-    if len(sides) != 2:
-        return None
-    if marks[0] in (">", r"\ge"):
-        sides, marks = sides[::-1], [_FLIPPED[marks[0]]]
-    left, right = sides
-    if marks[0] in ("<", r"\le"):  # a half line, where one side is a name
-        closed = marks[0] == r"\le"
-        if _NAME.fullmatch(left) and not _NAME.fullmatch(right):
-            return _of_items(Kind.INTERVAL, text, [r"-\infty", right], "(" + ("]" if closed else ")"))
-        if _NAME.fullmatch(right) and not _NAME.fullmatch(left):
-            return _of_items(Kind.INTERVAL, text, [left, r"\infty"], ("[" if closed else "(") + ")")
-    return _of_items(Kind.RELATION, text, sides, marks[0])
+    if set(marks) <= {">", r"\ge"}:
+        sides, marks = sides[::-1], [_FLIPPED[mark] for mark in reversed(marks)]
+    if set(marks) <= {"<", r"\le"} and (ends := _range(sides, [mark == r"\le" for mark in marks])):
+        low, high, brackets = ends
+        return _of_items(Kind.INTERVAL, text, [low, high], brackets)
+    if len(sides) == 2 or set(marks) == {"="}:  # 2 + 3 = 4 + 1 = 5 too
+        return _of_items(Kind.RELATION, text, sides, marks[0])
+    return None
+
+
+def _range(sides: list[str], closed: list[bool]) -> tuple[str, str, str] | None:
+    """`a < x <= b`, `x < b` and `a < x` as ends and brackets; None where no name is bounded."""
+    is_name = [NAME.fullmatch(side) is not None for side in sides]
+    if len(sides) == 3:
+        return sides[0], sides[2], "(["[closed[0]] + ")]"[closed[1]]
+    if is_name == [True, False]:
+        return r"-\infty", sides[1], "(" + ")]"[closed[0]]
+    if is_name == [False, True]:
+        return sides[0], r"\infty", "(["[closed[0]] + ")"
+    return None
 
 
 def _marks(text: str, sides: list[str]) -> list[str]:
@@ -178,7 +178,7 @@ def _bracketed(text: str) -> Node | None:
     parts = _split(inner, re.compile("[,;]"))
     if opening == r"\{":
         condition = _split(inner, re.compile(r"[|:]"))
-        if len(condition) == 2 and _NAME.match(condition[0]):  # {x | x > 3}
+        if len(condition) == 2 and NAME.match(condition[0]):  # {x | x > 3}
             return parse(condition[1])
         return _of_items(Kind.SET, text, [part for part in parts if part])
     if len(parts) == 1:
@@ -186,94 +186,6 @@ def _bracketed(text: str) -> Node | None:
     if len(parts) == 2 and opening + closing in ("[)", "(]"):
         return _of_items(Kind.INTERVAL, text, parts, opening + closing)
     return _of_items(Kind.TUPLE, text, parts, opening + closing)
-
-
-def same(gold: Node, answer: Node, same_formula: SameFormula) -> bool:
-    """Whether two answers are equal.
-
-    `same_formula` compares two formulas, and two relations by `left - right` of each and their sign.
-    """
-
-    def equal(a: Node, b: Node) -> bool:
-        if a.number and b.number:
-            return same_number(a.number, b.number)
-        if Kind.SEQUENCE in (a.kind, b.kind):
-            return a.kind == b.kind and a.text == b.text
-        if a.kind is Kind.RELATION or b.kind is Kind.RELATION:
-            return related(a, b)
-        if len(a.items) + len(b.items) == 1 and Kind.SET in (a.kind, b.kind):  # {7} is 7
-            return equal((*a.items, a)[0], (*b.items, b)[0])
-        if a.items or b.items:
-            return collections(a, b)
-        return same_formula(a.text, b.text, "")
-
-    def collections(a: Node, b: Node) -> bool:
-        if not (a.items and b.items) or len(a.items) != len(b.items):
-            return False
-        kinds = {a.kind, b.kind}
-        if Kind.INTERVAL in kinds:  # `(0, 1)` is an interval or a pair, as the other has it
-            return a.mark == b.mark and all(map(equal, a.items, b.items))
-        if Kind.TUPLE in kinds:  # a list may lack its brackets, but not its order
-            idle = kinds == {Kind.TUPLE, Kind.LIST}
-            return (a.mark == b.mark or idle) and kinds <= {Kind.TUPLE, Kind.LIST} and all(map(equal, a.items, b.items))
-        if kinds == {Kind.LIST, Kind.UNION} or kinds == {Kind.UNION} or kinds <= {Kind.LIST, Kind.SET}:
-            return matched(a.items, b.items)
-        return False
-
-    def matched(a: tuple[Node, ...], b: tuple[Node, ...]) -> bool:
-        """Whether each has its partner, in any order."""
-        left = list(b)
-        for item in a:
-            partner = next((i for i, other in enumerate(left) if equal(item, other)), None)
-            if partner is None:
-                return False
-            del left[partner]
-        return True
-
-    def related(a: Node, b: Node) -> bool:
-        if a.kind is b.kind:
-            if a.mark != b.mark:
-                return False
-            if a.mark == "=" and len(a.items) == len(b.items) == 2 and a.items[0].text == b.items[0].text:
-                return equal(a.items[1], b.items[1])
-            if len(a.items) != 2 or len(b.items) != 2:
-                return equal(value(a), value(b)) if value(a) is not a and value(b) is not b else False
-            return same_formula(difference(a), difference(b), a.mark)
-        relation, other = (a, b) if a.kind is Kind.RELATION else (b, a)
-        found = value(relation)
-        return found is not relation and (equal(found, other) if relation is b else equal(other, found))
-
-    def value(relation: Node) -> Node:
-        """What a relation says of a name, `x = 5`, or ends with, `2 + 3 = 5`, where it is true; else itself."""
-        *sides, last = relation.items
-        if relation.mark != "=":
-            return relation
-        if len(sides) == 1 and _NAME.fullmatch(sides[0].text) and not sides[0].number:
-            return last
-        if len(sides) == 1 and _NAME.fullmatch(last.text) and not last.number and sides[0].number:
-            return sides[0]  # 5 = x
-        if _NAME.fullmatch(sides[0].text) and not sides[0].number:
-            sides = sides[1:]
-        return last if all(equal(side, last) for side in sides) else relation
-
-    def difference(relation: Node) -> str:
-        left, right = (item.text for item in relation.items)
-        return f"({left}) - ({right})"
-
-    if answer.kind in (Kind.LIST, Kind.SET) and gold.kind in (Kind.LIST, Kind.SET):
-        named = [item.kind is Kind.RELATION for item in (*gold.items, *answer.items)]
-        names = [{_base(i.items[0].text) for i in node.items if i.items} for node in (gold, answer)]
-        of_one = all(named) and names[0] == names[1] and len(names[0]) == 1
-        if (any(named) and not all(named)) or of_one:  # x_1 = 3, x_2 = -2 against 3, -2, and x = 3, x = -2
-            gold, answer = (
-                Node(node.kind, node.text, tuple(value(i) if i.kind is Kind.RELATION else i for i in node.items), node.mark)
-                for node in (gold, answer)
-            )
-    return equal(gold, answer)
-
-
-def _base(name: str) -> str:
-    return re.sub(r"_.*", "", name)
 
 
 def formulas_of(node: Node) -> list[str]:

@@ -1,24 +1,29 @@
-"""Answers in words: choices, yes and no, dates and times, and short texts, each with its own equality."""
+"""Answers in words: choices, yes and no, dates and times, ratios, short texts; each has its own equality."""
 
 import re
 from datetime import datetime
 from fractions import Fraction
 
+from r1pipe.rewards.answers import vocabulary
+
 _LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:[,、;&/和与]|\band\b|\s)\s*\(?[A-J]\)?)*\.?")
 _TOGETHER = re.compile(r"[A-J]{2,6}")
 _LABEL = re.compile(r"^(?:option|choice|answer|选项|选择|选)\s*[:：]?\s*", re.IGNORECASE)
-_OPTION = re.compile(r"\(?(?P<letter>[A-J])(?:\)[.:,]?|[.:,]|\s*(?=\s(?:because|since|as)\b|因为|$))\s*(?P<words>.*)", re.DOTALL)
+_OPTION = re.compile(
+    r"\(?(?P<letter>[A-J])(?:\)[.:,]?|[.:,]|\s*(?=\s(?:because|since|as)\b|因为|$))\s*(?P<words>.*)",
+    re.DOTALL,
+)
 # A second option in the words of the first; "A dog" and "vitamin C" are words.
 _LETTER = r"\(?(?:[B-HJ]\b|[AI]\b(?! [a-z]))"
 _ANOTHER = re.compile(
     rf"^(?:or|and)\b|^[或和与]|(?:^|[\n,;/&(或和与]|\b(?:or|and)\b)\s*{_LETTER}|(?<![\w.])[A-J][.:)](?:\s|$)"
 )
-_NEITHER = re.compile(r"^neither\b|^none\b", re.IGNORECASE)
+_NEITHER = re.compile(r"^(?:neither|none)\b", re.IGNORECASE)
 _MAX_OPTION = 500  # an option with its text; bounds the work too
 
 
 def letters(text: str) -> set[str]:
-    """The letters of a multiple-choice answer: "B", "(B)", "B. 12", "option B"; several where all are named: "AC".
+    """The letters of a choice: "B", "(B)", "B. 12", "option B"; several where all are named: "A, C", "AC".
 
     Empty where it chooses none: "A or B", "I do not know", "A. Paris B. Rome".
     """
@@ -35,18 +40,27 @@ def letters(text: str) -> set[str]:
     return {option["letter"]}
 
 
-_TRUTH = {
-    **dict.fromkeys("true yes correct right t y 是 对 正确 是的 对的 真 成立 能 可以".split(), True),
-    **dict.fromkeys("false no incorrect wrong f n 否 错 错误 不是 不对 不正确 假 不成立 不能 不可以".split(), False),
-}
+_TRUE = vocabulary.words("true")
+_FALSE = vocabulary.words("false")
 
 
 def truth(text: str) -> bool | None:
     """Yes or no, true or false; None where it is neither."""
-    return _TRUTH.get(text.lower().strip(" .!"))
+    word = text.lower().strip(" .!")
+    return word in _TRUE if word in _TRUE | _FALSE else None
 
 
-_FORMATS = ("%Y-%m-%d", "%Y/%m/%d", "%Y年%m月%d日", "%B %d, %Y", "%B %d %Y", "%d %B %Y", "%b %d, %Y", "%d %b %Y")
+_FORMATS = (
+    "%Y-%m-%d",
+    "%Y/%m/%d",
+    "%Y年%m月%d日",
+    "%B %d, %Y",
+    "%B %d %Y",
+    "%d %B %Y",
+    "%b %d, %Y",
+    "%d %b %Y",
+)
+_DATE = re.compile(r"[A-Za-z]{3,9}\s+\d|\d+\s+[A-Za-z]{3}|\d{4}[-/年]")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*([ap])?\.?m?\.?", re.IGNORECASE)
 _SLASHED_DATE = re.compile(r"\d{1,2}[/.]\d{1,2}[/.]\d{4}")
 
@@ -54,12 +68,11 @@ _SLASHED_DATE = re.compile(r"\d{1,2}[/.]\d{1,2}[/.]\d{4}")
 def date(text: str) -> str | None:
     """A date or time of day in one spelling; 1/2/2024 may mean two days, and stays as it is."""
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text.strip(" ."))
-    if re.match(r"[A-Za-z]{3,9}\s+\d|\d+\s+[A-Za-z]{3}|\d{4}[-/年]", text):
-        for form in _FORMATS:
-            try:
-                return datetime.strptime(text, form).date().isoformat()
-            except ValueError:
-                continue
+    for form in _FORMATS if _DATE.match(text) else ():
+        try:
+            return datetime.strptime(text, form).date().isoformat()
+        except ValueError:
+            continue
     if clock := _CLOCK.fullmatch(text):
         hour, minute, second, half = int(clock[1]), clock[2], clock[3] or "00", (clock[4] or "").lower()
         hour = hour % 12 + 12 * (half == "p") if half else hour
@@ -69,18 +82,17 @@ def date(text: str) -> str | None:
 
 def ratio(text: str) -> str:
     """3:2 and 6:4 in one spelling; other texts as they are."""
-    parts = text.replace(" ", "").split(":")
     try:
-        numbers = [Fraction(part) for part in parts]
+        numbers = [Fraction(part) for part in text.replace(" ", "").split(":")]
         return ":".join(str(number / numbers[-1]) for number in numbers) if len(numbers) > 1 else text
     except (ValueError, ZeroDivisionError):
         return text
 
 
-_ARTICLES = re.compile(r"^(?:the|a|an)\s+", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:the|a|an)\s+", re.IGNORECASE)
 
 
 def plain_words(text: str) -> str:
     """A short text for comparing: without case, punctuation, blanks and a leading article."""
-    text = _ARTICLES.sub("", text.strip())
+    text = _ARTICLE.sub("", text.strip())
     return re.sub(r"[\W_]+", "", text.replace("%", " percent ").casefold())

@@ -1,0 +1,28 @@
+"""The words that answers are read by: `vocabulary.yaml`."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def words(name: str) -> frozenset[str]:
+    """The words of a list."""
+    return frozenset(_content()[name].split())
+
+
+def any_of(name: str) -> str:
+    """A regular expression for any word of a list."""
+    return f"(?:{'|'.join(_content()[name].split())})"
+
+
+def names_of_units() -> dict[str, str]:
+    """pint's name of each spelling of a unit."""
+    return {str(spelling): name for name, several in _content()["units"].items() for spelling in several}

@@ -45,7 +45,7 @@ BAD = {
         row(summary="答案是7。"),
         row(language="zh"),
     ],
-    "paragraph length": [row(reasoning=" ".join(f"word{i}" for i in range(31)))],
+    "paragraph length": [row(reasoning=" ".join(f"{GOOD[:-1]} {i}" for i in range(5)))],
     "code blocks": [row(reasoning=f"{GOOD}\n```python\nprint(7)\n```")],
     "repetition": [row(reasoning="we add the apples and " * 4)],
     "duplicates": [],

@@ -10,7 +10,6 @@ from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import (
     BASE_REWARDS,
-    answers,
     check_gold,
     language_share,
     sandbox,
@@ -19,6 +18,7 @@ from r1pipe.rewards import (
     vote,
 )
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
+from r1pipe.rewards.answers.reading import last_stated
 from r1pipe.rewards.isolation import same_value
 from r1pipe.rewards.program import check_program, extract_program
 
@@ -131,7 +131,7 @@ def test_an_answer_without_think_tags_is_still_right():
     assert is_correct(prompt(), "6*7. The answer is 42.")
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "n/a ???", "第一象限", r"m^2n\cdot m=m^3\cdot"])
+@pytest.mark.parametrize("gold", ["", "  ", "n/a ???", "见解析", r"m^2n\cdot m=m^3\cdot"])
 def test_a_gold_answer_that_does_not_parse_is_refused(gold):
     with pytest.raises(DataError, match="word-1"):
         check_gold(prompt(gold))
@@ -259,7 +259,7 @@ LONG = " ".join(4 * [ENGLISH])  # more than may hide anywhere
         ("先算 3+4=7，then multiply", "zh", 0.5),  # 先, 算 / then, multiply
         ("先算 3+4=7，then multiply", "en", 0.5),
         ("三个 apples", "zh", 2 / 3),
-        ("3+4=7, 7*x=14, km", "zh", 0.0),
+        ("3+4=7, 7*x=14, km", "zh", 1.0),  # a unit
         ("3+4=7, x=2", "zh", 1.0),  # nothing to count
         (
             "先算 `for item in items` 和 $total = a + \\frac{b}{c}$，```python\nprint(total)\n```得到",
@@ -389,6 +389,6 @@ def test_scoring_imports_no_torch():
 
 
 def test_full_width_and_dressing_are_taken_off():
-    assert answers.clean("**＄４２．５**。") == "$42.5"
-    assert answers.final_answer(r"so \boxed{\frac{1}{\sqrt{2}}} it is") == r"\frac{1}{\sqrt{2}}"
-    assert answers.final_answer(r"so \boxed{1") is None
+    assert last_stated("The answer is **＄４２．５**。") == "$42.5"
+    assert last_stated(r"so \boxed{\frac{1}{\sqrt{2}}} it is") == r"\frac{1}{\sqrt{2}}"
+    assert last_stated(r"so \boxed{1") is None

@@ -70,7 +70,7 @@ def test_code_runs_what_a_completion_holds(tmp_path):
 
 def test_what_has_no_verdict_has_no_value(tmp_path):
     beyond = {**ADD, "tests": "import nowhere_at_all, socket\n" + ADD["tests"], "completion": "return a + b"}
-    hard = {"question": "?", "answer": r"\sqrt{2}", "completion": r"\boxed{9^{9^{9^9}}}"}
+    hard = {"question": "?", "answer": r"\sqrt{2}", "completion": r"\boxed{\prod_{k=1}^{10^{6}} k}"}
     code, [verdict], _ = scored(tmp_path, [hard], "accuracy")
     assert code == 0 and verdict["status"] == "verifier_failed" and verdict["value"] is None
     code, [verdict], _ = scored(tmp_path, [beyond], "code")

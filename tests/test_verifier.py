@@ -14,6 +14,8 @@ from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import score_all, symbolic, symbolic_worker
 
 ROOT_TWO = r"\boxed{2^{1/2}}"
+ENDLESS = r"\prod_{k=1}^{10^{6}} k"
+EATER = r"\sum_{k=1}^{10^{7}} \frac{1}{k^{k}}"
 
 
 def scored(*summaries):
@@ -32,7 +34,7 @@ def use(monkeypatch, worker):
 
 def test_an_item_that_hangs_fails_alone(monkeypatch):
     monkeypatch.setattr(symbolic, "ITEM_CPU_LIMIT_S", 2.5)
-    first, *others = scored(r"\boxed{9^{9^{9^9}}}", *[ROOT_TWO] * 3)
+    first, *others = scored(rf"\boxed{{{ENDLESS}}}", *[ROOT_TWO] * 3)
     assert first == Score(0.0, Status.VERIFIER_FAILED, "no verdict within 2.5 s of processor time")
     assert others == [Score(1.0)] * 3
 
@@ -45,7 +47,7 @@ def test_an_item_that_eats_memory_fails_alone(monkeypatch):
     use(monkeypatch, worker)
     assert symbolic.compare(r"\sqrt{2}", "2^{1/2}") == Score(1.0)
     with PeakMemory(worker.child.process.pid) as peak:
-        eater = symbolic.compare(r"\sqrt{2}", r"10^{10^{8}}!")  # of 10^8 digits, and then its factorial
+        eater = symbolic.compare(r"\sqrt{2}", EATER)
     assert eater.status is Status.VERIFIER_FAILED
     assert eater.detail.endswith(f"code {symbolic_worker.OUT_OF_MEMORY}")
     assert limit / 2 < peak.bytes < limit
@@ -116,7 +118,7 @@ SLOW = """
 import sys, time
 from r1pipe.rewards import symbolic_worker
 
-def slow(gold, answer):
+def slow(gold, answer, relation):
     began = time.process_time()
     while time.process_time() - began < 2: pass
     return {"right": True, "error": ""}

@@ -63,17 +63,16 @@ def language_share(text: str, language: str) -> float:
 
     A word counts by its script, and a sentence of one script by the language that it most likely is in.
     Numbers and operators do not count, nor do units, functions and names of points in a language without
-    Latin letters, nor code, formulas, tags and LaTeX commands, as long as they hold no more words than the prose
-    around them (or _FREE_WORDS): words beyond that count by their language, so that prose cannot hide in
-    backticks. A fence that is never closed extends to the end, as in Markdown; any other unclosed mark hides
+    Latin letters. Code, formulas, tags and LaTeX commands do not count as long as they hold no more words than
+    the prose around them (or _FREE_WORDS): words beyond that do, so that prose cannot hide in backticks. A fence that is never closed extends to the end, as in Markdown; any other unclosed mark hides
     nothing. Without any word the share is 1. Time is linear in the text.
     """
     prose, inside = _parts(unicodedata.normalize("NFKC", text))
     (ours, others), (our_hidden, other_hidden) = _count(prose, language), _count(inside, language)
     hidden = our_hidden + other_hidden
     beyond = max(0, hidden - max(ours + others, _FREE_WORDS)) / max(1, hidden)
-    ours, others = ours + our_hidden * beyond, others + other_hidden * beyond
-    return ours / (ours + others) if ours + others else 1.0
+    right, wrong = ours + our_hidden * beyond, others + other_hidden * beyond
+    return right / (right + wrong) if right + wrong else 1.0
 
 
 def language_of(text: str) -> str:

@@ -1,10 +1,8 @@
-"""Answers that are more than a plain number, checked by math-verify, and answers to reasoning-gym, checked by
-its scorers, in a worker that can be killed.
+"""Formulas compared, and answers to reasoning-gym checked by its scorers, in a worker that can be killed.
 
-math-verify's own limits are signals, which fail silently outside a main thread and turn a timeout into a
-wrong answer; so they are off. Instead the system ends a worker whose item takes more processor time than
-ITEM_CPU_LIMIT_S; it is replaced, and its item is VERIFIER_FAILED. The worker is `symbolic_worker.py`, run as
-a program of its own, because a forked or spawned copy of a training job would drag torch along.
+The system ends a worker whose item takes more processor time than ITEM_CPU_LIMIT_S; it is replaced, and its
+item is VERIFIER_FAILED. The worker is `symbolic_worker.py`, run as a program of its own, because a forked or
+spawned copy of a training job would drag torch along.
 """
 
 import os
@@ -58,8 +56,8 @@ class Worker:
                 child.ask({"gold": "1", "answer": "1"}, may_sleep=True)
         except NoReply as error:
             self.close()
-            remedy = "run `pip install math-verify`"
-            raise ChildProcessError(f"math-verify's worker does not start ({error}); {remedy}") from None
+            remedy = "run `pip install latex2sympy2_extended`"
+            raise ChildProcessError(f"the worker for formulas does not start ({error}); {remedy}") from None
         return child
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ from r1pipe.rewards import isolation, jail, sandbox, symbolic, symbolic_worker
 from r1pipe.rewards.monty import Monty
 from r1pipe.rewards.program import check_program
 
-GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"9^{9^{9^9}}"
-EATER = r"10^{10^{8}}!"  # of 10^8 digits, and then its factorial
+GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"\prod_{k=1}^{10^{6}} k"
+EATER = r"\sum_{k=1}^{10^{7}} \frac{1}{k^{k}}"
 PROGRAM = Prompt("f", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4]]})
 DOUBLE = "```python\ndef f(x): return x + x\n```"
 LOOP = "```python\ndef f(x):\n    while True: pass\n```"

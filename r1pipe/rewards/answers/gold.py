@@ -143,7 +143,7 @@ def _read_as(form: str, text: str, options: Options) -> Gold | None:
         return Gold(text, Form.TEXT)
     if form not in _WITHOUT_STRUCTURE:
         node = parse(text)
-        return node and Gold(text, Form(form), node)
+        return Gold(text, Form(form), node) if node else None
     gold = _read(text, options)
     return gold if gold and gold.form == form else None
 

@@ -98,8 +98,8 @@ def _read_quantity(text: str, glued: bool) -> Unit | None:
         if text[at] in " */":
             divided = divided or text[at] == "/"
             at += 1
-        elif word := _BEFORE_A_UNIT.match(text, at):
-            power, at = _POWERS[word[0].strip()], word.end()
+        elif before := _BEFORE_A_UNIT.match(text, at):
+            power, at = _POWERS[before[0].strip()], before.end()
         else:
             match = _FACTOR.match(text, at)
             name = _name_of(match["word"].replace(" ", ""), glued and not factors) if match else None

@@ -63,8 +63,9 @@ def language_share(text: str, language: str) -> float:
 
     A word counts by its script, and a sentence of one script by the language that it most likely is in.
     Numbers and operators do not count, nor do units, functions and names of points in a language without
-    Latin letters. Code, formulas, tags and LaTeX commands do not count as long as they hold no more words than
-    the prose around them (or _FREE_WORDS): words beyond that do, so that prose cannot hide in backticks. A fence that is never closed extends to the end, as in Markdown; any other unclosed mark hides
+    Latin letters. Code, formulas, tags and LaTeX commands do not count either as long as they hold no more
+    words than the prose around them (or _FREE_WORDS): words beyond that do, so that prose cannot hide in
+    backticks. A fence that is never closed extends to the end, as in Markdown; any other unclosed mark hides
     nothing. Without any word the share is 1. Time is linear in the text.
     """
     prose, inside = _parts(unicodedata.normalize("NFKC", text))

@@ -1,7 +1,7 @@
 """The process that checks answers: a JSON line in, {"right", "error"} out.
 
-{"gold", "answer", "relation"}: formulas.py compares them. {"task", "entry", "answer"}: reasoning-gym's scorer decides;
-{"task"} loads the task. An item that takes more than its "cpu_limit_s" of processor time ends the
+{"gold", "answer", "relation"}: formulas.py compares them. {"task", "entry", "answer"}: reasoning-gym's scorer
+decides; {"task"} loads the task. An item that takes more than its "cpu_limit_s" of processor time ends the
 process by SIGPROF. Run by its path, with its memory limit in bytes as the argument; only the scorers need
 anything of r1pipe.
 """

@@ -298,8 +298,16 @@ def test_a_loss_goes_over_what_is_below_its_name_and_under_what_stands_beside_it
 def test_a_recipes_own_values_go_over_the_loss_that_it_names(monkeypatch):
     from r1pipe.config import compose as module
 
-    own = module.recipe_values("smoke", "grpo") | {"stage.loss": "gspo", "stage.clip": 0.01}
-    monkeypatch.setattr(module, "recipe_values", lambda recipe, stage: own)
+    read = module.read
+
+    def with_loss(name):
+        content = read(name)
+        if name.startswith("recipe/"):
+            own = content["stage_values"]["grpo"] | {"loss": "gspo", "clip": 0.01}
+            return content | {"stage_values": content["stage_values"] | {"grpo": own}}
+        return content
+
+    monkeypatch.setattr(module, "read", with_loss)
     stage = compose(["stage=grpo"]).config.stage
     assert (stage.ratio, stage.clip, stage.clip_high) == ("sequence", 0.01, 4e-4)
     other = compose(["stage=grpo", "stage.loss=grpo"]).config.stage

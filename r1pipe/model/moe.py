@@ -107,7 +107,9 @@ class Gate(nn.Module):
         scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
         if routing.experts_NK is None:
             routing.experts_NK = self._choose(scores_NE.detach())
-            if self.training and torch.is_grad_enabled():
+            # activations that are recomputed inside backward have been counted
+            recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            if self.training and torch.is_grad_enabled() and not recomputed:
                 ones_NK = torch.ones_like(routing.experts_NK, dtype=torch.float32)
                 if routing.counted_BT is not None:
                     ones_NK *= routing.counted_BT.view(-1, 1)

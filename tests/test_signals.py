@@ -164,7 +164,7 @@ def on_two(folder: Path, main: Callable[..., Any] = run_stage, *arguments: Any) 
         return codes(processes)
 
 
-@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("level", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_ranks_leave_together_though_one_alone_was_asked(level, tmp_path):
     words = (*RL, "engine.ranks=2", f"engine.zero_level={level}", "stage.max_steps=6", "stage.eval.every=0")
     whole, broken = (tiny_run(tmp_path / name, *words) for name in ("whole", "broken"))

@@ -253,6 +253,7 @@ def never(*arguments: object, **settings: object) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_verifier_that_hangs_is_named_on_real_ranks(tmp_path):
     folder = tiny_run(tmp_path / "run", "stage=grpo", "engine.ranks=2", "stage.sampling.max_tokens=8")
     with forked_ranks(folder, stuck_verifier, 2):

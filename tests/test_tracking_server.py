@@ -53,6 +53,7 @@ def server(tmp_path_factory):
         running.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_gets_everything_once_when_it_is_back(tmp_path, server, monkeypatch):
     said: list[str] = []
     first = build(tmp_path, "cold_start", finished=False, steps=0, uri=server.uri)

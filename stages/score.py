@@ -3,10 +3,12 @@
     python stages/score.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ScoreOptions
 
 Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
-for code, {"completion"} for format and language. Prints one JSON object per row, in the same order:
-{"status": "scored", "value": 1.0, "detail": ""}; without a verdict the value is null.
+for code, {"completion"} for format and language; an answer may be a list of alternatives, a completion a list
+of messages. Prints one JSON object per row, in the same order: {"status": "scored", "value": 1.0,
+"detail": ""}; without a verdict the value is null.
 """
 
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -17,10 +19,12 @@ from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.rewards import check_gold, score_all
+from r1pipe.rewards.language import check_language, language_of
 
 TOGETHER = 64  # rows scored at a time
-LISTED = 20  # invalid rows named at the end
-INVALID_ROW = "invalid_row"  # the status of a row that cannot be scored
+LISTED = 20  # refused rows named at the end
+REFUSED = "refused"  # the status of a row that cannot be scored
+AUTO = "auto"  # the language: that of the question
 TASK = "file"  # any name without rules of its own
 REWARDS = {"accuracy": "accuracy", "code": "accuracy", "format": "format", "language": "language"}
 FIELDS = {
@@ -32,10 +36,16 @@ FIELDS = {
 
 
 def main(options: ScoreOptions) -> int:
-    """Print a verdict for each row: 0, or 2 if no row could be scored. Raises DataError."""
+    """Print a verdict for each row: 0, or 2 if no row could be scored.
+
+    Raises ConfigError on an unknown language, DataError on a file that cannot be read, or a refused row if
+    `strict`.
+    """
+    if options.language != AUTO:
+        check_language(options.language)
     rows = rows_of(options.file)
     name = REWARDS[options.reward]
-    invalid: dict[int, str] = {}  # line number -> why
+    refused: dict[int, str] = {}  # line number -> why
     for first in range(0, len(rows), TOGETHER):
         chunk = rows[first : first + TOGETHER]
         pairs: dict[int, tuple[Prompt, Completion]] = {}
@@ -44,31 +54,33 @@ def main(options: ScoreOptions) -> int:
             try:
                 pairs[number] = pair(parsed(line), row_id, options)
             except DataError as error:
-                invalid[number] = str(error).removeprefix(f"{row_id}: ")
+                refused[number] = str(error).removeprefix(f"{row_id}: ")
+                if options.strict:
+                    raise DataError(f"{options.file}:{number}: {refused[number]}") from None
         prompts = [prompt for prompt, _ in pairs.values()]
         completions = [completion for _, completion in pairs.values()]
         scores = dict(zip(pairs, score_all(prompts, completions, [name]), strict=True))
         for number, _ in chunk:
-            if number in invalid:
-                verdict: dict[str, object] = {"status": INVALID_ROW, "value": None, "detail": invalid[number]}
+            if number in refused:
+                verdict: dict[str, object] = {"status": REFUSED, "value": None, "detail": refused[number]}
             else:
                 score = scores[number][name]
                 value = score.value if score.status is Status.SCORED else None
                 verdict = {"status": str(score.status), "value": value, "detail": score.detail}
             print(json.dumps(verdict, ensure_ascii=False), flush=True)
-    if invalid:
-        terminal.complain(f"{len(invalid)} of {len(rows)} rows could not be scored:")
-        for number in list(invalid)[:LISTED]:
-            print(f"  {options.file}:{number}: {invalid[number]}", file=sys.stderr)
-    if len(invalid) > LISTED:
-        print(f"  and {len(invalid) - LISTED} more with the status {INVALID_ROW}", file=sys.stderr)
-    return 2 if len(invalid) == len(rows) else 0
+    if refused:
+        terminal.complain(f"{len(refused)} of {len(rows)} rows could not be scored:")
+        for number in list(refused)[:LISTED]:
+            print(f"  {options.file}:{number}: {refused[number]}", file=sys.stderr)
+    if len(refused) > LISTED:
+        print(f"  and {len(refused) - LISTED} more with the status {REFUSED}", file=sys.stderr)
+    return 2 if len(refused) == len(rows) else 0
 
 
 def rows_of(path: Path) -> list[tuple[int, bytes]]:
     """Every non-empty line with its number. Raises DataError."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a JSONL file") from None
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -96,19 +108,30 @@ def pair(row: dict, row_id: str, options: ScoreOptions) -> tuple[Prompt, Complet
     for name in fields:
         if row.get(name) is None:
             raise DataError(f"{name} is missing; a row has {', '.join(fields)}")
-    if isinstance(row.get("answer"), int | float) and not isinstance(row["answer"], bool):
-        row["answer"] = str(row["answer"])
+    answers = row.get("answer", "")
+    answers = answers if isinstance(answers, list) and answers else [answers]
+    answers = [str(each) if type(each) in (int, float) else each for each in answers]
+    row = row | {"answer": answers[0], "completion": content_of(row["completion"])}
     for name in {*fields} - {"tests"}:
         if not isinstance(row[name], str):
             raise DataError(f"{name} must be a string")
-    checker = {}
+    if not all(isinstance(each, str) for each in answers):
+        raise DataError("answer must be a string, or a list of strings")
+    checker = {"alternatives": answers[1:]} if answers[1:] else {}
     if options.reward == "code":
         checker = {name: row[name] for name in ("prompt", "tests", "entry_point")}
-    question = row.get("question") or row.get("prompt") or ""
-    prompt = Prompt(row_id, TASK, options.language, str(question), row.get("answer", ""), checker)
+    question = str(row.get("question") or row.get("prompt") or "")
+    language = language_of(question) if options.language == AUTO else options.language
+    prompt = Prompt(row_id, TASK, language, question, row["answer"], checker)
     if options.reward in ("accuracy", "code"):
         check_gold(prompt)
     return prompt, Completion([], [], "stop", row["completion"])
+
+
+def content_of(completion: object) -> object:
+    """The content of the last message, where a completion is a list of messages."""
+    last = completion[-1] if isinstance(completion, list) and completion else None
+    return last["content"] if isinstance(last, dict) and "content" in last else completion
 
 
 if __name__ == "__main__":

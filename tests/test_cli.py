@@ -195,7 +195,7 @@ def test_the_commands_hand_their_options_to_their_scripts(
     monkeypatch.setattr(sys, "argv", ["r1pipe", "score", "rows.jsonl", "--reward", "language"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert called.pop() == ("score.py", ScoreOptions(Path("rows.jsonl"), "language", "en"))
+    assert called.pop() == ("score.py", ScoreOptions(Path("rows.jsonl"), "language", "en", False))
 
 
 def test_a_reader_who_has_left_is_no_error() -> None:

@@ -100,7 +100,7 @@ GOOD = {"question": "?", "answer": "1", "completion": "x"}
         ([{"question": "?", "answer": "1"}], "accuracy", "rows.jsonl:1: completion is missing"),
         ([{**GOOD, "answer": None}], "accuracy", "rows.jsonl:1: answer is missing"),
         ([{**GOOD, "completion": 3}], "accuracy", "rows.jsonl:1: completion must be a string"),
-        ([{**GOOD, "answer": [1]}], "accuracy", "rows.jsonl:1: answer must be a string"),
+        ([{**GOOD, "answer": [{}]}], "accuracy", "rows.jsonl:1: answer must be a string"),
         (
             [GOOD, {**GOOD, "answer": "n/a ???"}],
             "accuracy",
@@ -126,9 +126,7 @@ def test_a_row_that_cannot_be_scored_is_named_and_the_others_are_scored(tmp_path
     good = {"accuracy": GOOD, "code": {**ADD, "completion": "x"}}[reward]
     code, out, err = scored(tmp_path, [*rows, good], reward)
     bad = sum(row != "" for row in rows) - 1
-    assert code == 0 and [row["status"] == "invalid_row" for row in out] == [
-        i == bad for i in range(len(out))
-    ]
+    assert code == 0 and [row["status"] == "refused" for row in out] == [i == bad for i in range(len(out))]
     assert out[bad]["value"] is None and out[bad]["detail"] in err and values(out)[-1] == 0
     assert err.startswith(f"r1pipe: 1 of {len(out)} rows could not be scored:\n")
     assert told in err and err.count("\n") == 2
@@ -136,7 +134,7 @@ def test_a_row_that_cannot_be_scored_is_named_and_the_others_are_scored(tmp_path
 
 def test_a_file_of_which_nothing_can_be_scored_is_an_error(tmp_path):
     code, out, err = scored(tmp_path, [{}] * 30, "format")
-    assert code == 2 and {row["status"] for row in out} == {"invalid_row"} and len(out) == 30
+    assert code == 2 and {row["status"] for row in out} == {"refused"} and len(out) == 30
     assert err.count("\n") == 22 and "and 10 more" in err
     code, out, err = scored(tmp_path, [], "format")
     assert (code, out) == (2, []) and "rows.jsonl holds no rows" in err and err.count("\n") == 1

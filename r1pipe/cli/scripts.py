@@ -15,7 +15,6 @@ from r1pipe.config.script_options import (
     ExportOptions,
     GenerateOptions,
     ImportOptions,
-    Language,
     Precision,
     Reward,
     ScoreOptions,
@@ -76,14 +75,15 @@ def chat(
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
     reward: Annotated[Reward, typer.Option(help="which rule")],
-    language: Annotated[Language, typer.Option(help="of the questions")] = "en",
+    language: Annotated[str, typer.Option(help="of the questions; auto: as each is written")] = "en",
+    strict: Annotated[bool, typer.Option("--strict", help="end at the first row that is refused")] = False,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
-    A row that cannot be scored has the status invalid_row and is listed at the end with its line and the
+    A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
-    return _run("score.py", ScoreOptions(file, reward, language))
+    return _run("score.py", ScoreOptions(file, reward, language, strict))
 
 
 def export(

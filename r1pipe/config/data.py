@@ -29,7 +29,7 @@ class SourceConfig(Strict):
     path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
     columns: dict[str, str]  # role -> column: question, answer, solution, response, safe, chosen, rejected
     answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
-    language: str  # "en", "zh" or "auto" (by the share of Chinese characters)
+    language: str  # en, zh or another code; auto: as each question is written
     task: str  # the task name its rows are counted under
     split: str | None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
 

@@ -16,7 +16,6 @@ from r1pipe.core.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 Reward = Literal["accuracy", "code", "format", "language"]
-Language = Literal["en", "zh"]
 Gigabytes = Annotated[float, Field(gt=0)]
 
 
@@ -40,7 +39,8 @@ class ScoreOptions(Strict):
 
     file: Path  # JSONL, a completion a line
     reward: Reward
-    language: Language  # of the questions
+    language: str  # of the questions; auto: as each is written
+    strict: bool = False  # end at the first row that cannot be scored
 
 
 @dataclass(frozen=True)

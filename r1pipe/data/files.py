@@ -24,8 +24,9 @@ from r1pipe.data.columns import dialogue, flag, substitute, text
 from r1pipe.data.reading import SHOWN, BadRow, Row, read_file
 from r1pipe.data.source import SPLITS, Source
 from r1pipe.data.world.content import make_prompt, split_of
-from r1pipe.rewards import check_gold, language_share
+from r1pipe.rewards import check_gold
 from r1pipe.rewards.answers.gold import restore_backslashes
+from r1pipe.rewards.language import LANGUAGES, language_of
 from r1pipe.runs import data_files
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ ROLES = {  # kind -> required roles, optional roles
 }
 SAFE, UNSAFE = "safe", "unsafe"
 SUMMARY = {"en": "The answer is {}.", "zh": "答案是{}。"}
+BOXED = r"\boxed{{{}}}"  # in any other language
 CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations, which are not part of the solution
 
 
@@ -49,6 +51,11 @@ class Item:
     texts: dict[str, str]
     split: str
     source: str  # provenance: file and row
+
+
+def summary_of_answer(prompt: Prompt) -> str:
+    """A summary that states the gold answer, in the prompt's language."""
+    return SUMMARY.get(prompt.language, BOXED).format(prompt.answer)
 
 
 class Files(Source):
@@ -146,7 +153,7 @@ class Files(Source):
             raise DataError(f"data={self.config.name} has no worked solutions; try data=gsm8k")
         demonstrations = []
         for item in _sample(solved, n, seed, "traces"):
-            summary = SUMMARY[item.prompt.language].format(item.prompt.answer)
+            summary = summary_of_answer(item.prompt)
             response = compose_response(item.texts["solution"], summary)
             demonstrations.append(Demonstration(item.prompt, response, source=item.source))
         return demonstrations
@@ -202,8 +209,9 @@ def _check_source(source: SourceConfig, kind: str, where: str) -> None:
             raise ConfigError(f"{where}.columns.{role} is missing; name the column that holds the {role}")
     if source.split not in (None, *SPLITS):
         raise ConfigError(f"{where}.split={source.split} is not a split; {nearest(source.split, SPLITS)}")
-    if source.language not in ("auto", *SUMMARY):
-        raise ConfigError(f"{where}.language={source.language} is unknown; use {', '.join(SUMMARY)} or auto")
+    if source.language not in ("auto", *LANGUAGES):
+        remedy = nearest(source.language, ("auto", *LANGUAGES))
+        raise ConfigError(f"{where}.language={source.language} is unknown; {remedy}")
     if (source.task in GENERAL_TASKS) == (kind == "reasoning"):
         must = "may not" if kind == "reasoning" else "must"
         raise ConfigError(f"{where}.task={source.task}: it {must} be one of {', '.join(GENERAL_TASKS)}")
@@ -241,7 +249,7 @@ def _parse_item(kind: str, source: SourceConfig, row: Row, texts: dict[str, str]
             raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")
     question, language, task = texts["question"], source.language, source.task
     if language == "auto":
-        language = "en" if language_share(question, "en") >= 0.5 else "zh"
+        language = language_of(question)
     prompt = make_prompt(task, language, question, texts.get("answer", ""))
     if kind == "reasoning":
         try:

@@ -69,7 +69,9 @@ def inputs(context: Context) -> Outcome:
     answers = completions_of([pair.chosen for pair in pairs])
     other_reasoning = completions_of(
         [
-            compose_response(OTHER_REASONING[pair.prompt.language], parse(pair.chosen).summary)
+            compose_response(
+                OTHER_REASONING.get(pair.prompt.language, OTHER_REASONING["en"]), parse(pair.chosen).summary
+            )
             for pair in pairs
         ]
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from r1pipe.chat.template import EOS, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.types import Demonstration, Prompt
-from r1pipe.data.files import SUMMARY
+from r1pipe.data.files import summary_of_answer
 from r1pipe.data.packing import collate, pack
 from r1pipe.data.source import prompt_fits
 from r1pipe.doctor.context import Context, Outcome, completions_of
@@ -24,7 +24,7 @@ def rewards(context: Context) -> Outcome:
     Correct responses pass through tokenizer and template as sampled ones do.
     """
     examples = context.solved or [
-        Demonstration(p, compose_response(REASONING[p.language], SUMMARY[p.language].format(p.answer)))
+        Demonstration(p, compose_response(REASONING.get(p.language, p.question), summary_of_answer(p)))
         for p in context.prompts[: context.limits.judged]
         if p.answer
     ]
@@ -40,7 +40,7 @@ def rewards(context: Context) -> Outcome:
     full = sum(weight for weight in weights.values() if weight > 0)
     scored = score_all(prompts, completions_of(texts), sorted(weights))
     correct = [total_reward(scores, weights, 0.0, False) for scores in scored]
-    nonsense = completions_of([USELESS[prompt.language] for prompt in prompts])
+    nonsense = completions_of([USELESS.get(prompt.language, USELESS["en"]) for prompt in prompts])
     of_nonsense = score_all(prompts, nonsense, sorted(weights))
     useless = max(total_reward(scores, weights, 0.0, False) for scores in of_nonsense)
     swapped = _swapped_accuracy(prompts, texts)

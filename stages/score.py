@@ -44,37 +44,39 @@ def main(options: ScoreOptions) -> int:
     if options.language != AUTO:
         check_language(options.language)
     rows = rows_of(options.file)
-    name = REWARDS[options.reward]
     refused: dict[int, str] = {}  # line number -> why
     for first in range(0, len(rows), TOGETHER):
-        chunk = rows[first : first + TOGETHER]
         pairs: dict[int, tuple[Prompt, Completion]] = {}
+        chunk = rows[first : first + TOGETHER]
         for number, line in chunk:
-            row_id = f"line {number}"
             try:
-                pairs[number] = pair(parsed(line), row_id, options)
+                pairs[number] = pair(parsed(line), f"line {number}", options)
             except DataError as error:
-                refused[number] = str(error).removeprefix(f"{row_id}: ")
+                refused[number] = str(error).removeprefix(f"line {number}: ")
                 if options.strict:
                     raise DataError(f"{options.file}:{number}: {refused[number]}") from None
-        prompts = [prompt for prompt, _ in pairs.values()]
-        completions = [completion for _, completion in pairs.values()]
+        name = REWARDS[options.reward]
+        prompts, completions = ([each[i] for each in pairs.values()] for i in (0, 1))
         scores = dict(zip(pairs, score_all(prompts, completions, [name]), strict=True))
         for number, _ in chunk:
-            if number in refused:
-                verdict: dict[str, object] = {"status": REFUSED, "value": None, "detail": refused[number]}
-            else:
+            verdict: dict[str, object] = {"status": REFUSED, "value": None, "detail": refused.get(number)}
+            if number in scores:
                 score = scores[number][name]
                 value = score.value if score.status is Status.SCORED else None
                 verdict = {"status": str(score.status), "value": value, "detail": score.detail}
             print(json.dumps(verdict, ensure_ascii=False), flush=True)
+    list_refused(refused, len(rows), options.file)
+    return 2 if len(refused) == len(rows) else 0
+
+
+def list_refused(refused: dict[int, str], rows: int, file: Path) -> None:
+    """Name the first rows that could not be scored, on standard error."""
     if refused:
-        terminal.complain(f"{len(refused)} of {len(rows)} rows could not be scored:")
-        for number in list(refused)[:LISTED]:
-            print(f"  {options.file}:{number}: {refused[number]}", file=sys.stderr)
+        terminal.complain(f"{len(refused)} of {rows} rows could not be scored:")
+    for number in list(refused)[:LISTED]:
+        print(f"  {file}:{number}: {refused[number]}", file=sys.stderr)
     if len(refused) > LISTED:
         print(f"  and {len(refused) - LISTED} more with the status {REFUSED}", file=sys.stderr)
-    return 2 if len(refused) == len(rows) else 0
 
 
 def rows_of(path: Path) -> list[tuple[int, bytes]]:

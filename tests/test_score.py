@@ -18,13 +18,13 @@ ADD = {
 }
 
 
-def scored(folder, rows, reward, language="en"):
+def scored(folder, rows, reward, language="en", strict=False):
     """Exit code, the verdicts, and standard error; a row that is text is written as it is."""
     file = folder / "rows.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     options = folder / "options.json"
-    script_options.write(ScoreOptions(file, reward, language), options)
+    script_options.write(ScoreOptions(file, reward, language, strict), options)
     done = subprocess.run(
         [sys.executable, SCRIPT, str(options)], capture_output=True, encoding="utf-8", check=False
     )
@@ -48,6 +48,34 @@ def test_accuracy_judges_each_row_by_its_own_answer(tmp_path):
     code, out, err = scored(tmp_path, rows, "accuracy")
     assert (code, err) == (0, "") and values(out) == [1, 0, 1, 1, 0, 0]
     assert all(set(row) == {"status", "value", "detail"} and row["status"] == "scored" for row in out)
+
+
+def test_rows_as_other_tools_write_them(tmp_path):
+    message = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "The answer is 5."}]
+    rows = [
+        "\ufeff" + json.dumps({"question": "?", "answer": "5", "completion": "The answer is 5.0"}) + "\r",
+        {"question": "?", "answer": ["five", "5"], "completion": "The answer is 5."},
+        {"question": "?", "answer": "5", "completion": message},
+        {"question": "?", "answer": 1e-7, "completion": r"\boxed{10^{-7}}"},
+    ]
+    code, out, err = scored(tmp_path, rows, "accuracy")
+    assert (code, err) == (0, "") and values(out) == [1, 1, 1, 1]
+
+
+def test_strict_ends_at_the_first_refused_row(tmp_path):
+    rows = [GOOD, {**GOOD, "answer": "see solution"}, GOOD]
+    code, out, err = scored(tmp_path, rows, "accuracy", strict=True)
+    assert code == 2 and out == [] and "rows.jsonl:2: the gold answer 'see solution' is no answer" in err
+
+
+def test_any_language_is_told_or_refused(tmp_path):
+    question = "¿Cuántas manzanas tiene Ana en la cesta?"
+    spanish = {"question": question, "completion": "Primero sumamos tres y cuatro."}
+    assert values(scored(tmp_path, [spanish], "language", "es")[1]) == [1]
+    assert values(scored(tmp_path, [spanish], "language", "auto")[1]) == [1]
+    assert values(scored(tmp_path, [spanish], "language", "en")[1]) == [0]
+    code, out, err = scored(tmp_path, [spanish], "language", "english")
+    assert (code, out) == (2, []) and "language english is unknown" in err
 
 
 def test_code_runs_what_a_completion_holds(tmp_path):

@@ -33,8 +33,9 @@ def gold_of(prompt: Prompt) -> Gold:
     """Raises DataError."""
     checker = prompt.checker
     options = tuple((str(letter), str(text)) for letter, text in checker.get("options", {}).items())
-    gold = read_gold(prompt.answer, checker.get("answer_form", ""), options)
-    others = tuple(read_gold(str(other), gold.form, options) for other in checker.get("alternatives", ()))
+    form = checker.get("answer_form", "")
+    gold = read_gold(prompt.answer, form, options)
+    others = tuple(read_gold(str(other), form, options) for other in checker.get("alternatives", ()))
     return replace(gold, alternatives=(*gold.alternatives, *others)) if others else gold
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from r1pipe.core.types import Score
+from r1pipe.core.types import Score, Status
 from r1pipe.rewards import symbolic
 from r1pipe.rewards.answers import words
 from r1pipe.rewards.answers.comparison import Comparison
@@ -13,18 +13,21 @@ from r1pipe.rewards.answers.structure import Kind, Node, parse
 
 
 def check(gold: Gold, summary: str) -> Score:
-    """1 where the last answer that the summary states, in the gold answer's form, equals it."""
-    answer = final_answer(gold, summary)
-    if answer is None:
-        return Score(0.0, detail=f"the summary states no final answer that is a {gold.form}")
-    failure: Score | None = None
+    """1 where the summary's final answer equals the gold answer or an alternative, each read in its form."""
+    found = Score(0.0, detail=f"the summary states no final answer that is a {gold.form}")
     for right in (gold, *gold.alternatives):
+        answer = final_answer(right, summary)
+        if answer is None:
+            continue
         try:
             if equal(right, answer):
                 return Score(1.0)
-        except symbolic.NoVerdict as error:
-            failure = error.score
-    return failure or Score(0.0, detail=f"{answer!r} is not {gold.text!r}")
+        except symbolic.NoVerdict as failure:
+            found = failure.score
+            continue
+        if found.status is Status.SCORED:
+            found = Score(0.0, detail=f"{answer!r} is not {right.text!r}")
+    return found
 
 
 def equal(gold: Gold, text: str) -> bool:

@@ -106,12 +106,8 @@ def test_a_row_names_the_form():
 
 def test_alternatives_and_options():
     number = prompt_of("5", alternatives=["five", "5!"])
-    assert [result(number, answered(f"The answer is {text}.")) for text in ("5", "five", "120", "6")] == [
-        1,
-        1,
-        1,
-        0,
-    ]
+    said = [answered(f"The answer is {text}.") for text in ("5", "five", "120", "6")]
+    assert [result(number, completion) for completion in said] == [1, 1, 1, 0]
     several = prompt_of("Nelson", alternatives=["Horatio Nelson"])
     assert result(several, answered("The answer is Horatio Nelson.")) == 1.0
     assert result(several, answered("The answer is Napoleon.")) == 0.0

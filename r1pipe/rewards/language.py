@@ -28,7 +28,7 @@ _WORD = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?。！？；;\n]+")
 _FREE_WORDS = 32  # in code and formulas, however little prose there is: two lines of a program hold as many
-_ENOUGH_WORDS = 5  # fewer do not tell a language
+_ENOUGH_WORDS = 4  # fewer do not tell a language
 _SURE = 5.0  # another language must be so many times as likely
 # Short names in Chinese and other text without Latin letters, which mathematics writes alike everywhere.
 _NEUTRAL = re.compile(

@@ -56,7 +56,8 @@ def main(options: ScoreOptions) -> int:
                 if options.strict:
                     raise DataError(f"{options.file}:{number}: {refused[number]}") from None
         name = REWARDS[options.reward]
-        prompts, completions = ([each[i] for each in pairs.values()] for i in (0, 1))
+        prompts = [prompt for prompt, _ in pairs.values()]
+        completions = [completion for _, completion in pairs.values()]
         scores = dict(zip(pairs, score_all(prompts, completions, [name]), strict=True))
         for number, _ in chunk:
             verdict: dict[str, object] = {"status": REFUSED, "value": None, "detail": refused.get(number)}

@@ -45,18 +45,14 @@ def equal(gold: Any, answer: Any, relation: str = "") -> bool:
     gold, answer = (_prepared(formula) for formula in (gold, answer))
     if relation:
         return _proportional(gold, answer, positive=relation in ("<", r"\le"))
-    tolerance = ROUNDED if gold.has(sympy.Float) or answer.has(sympy.Float) else EXACT
     if sympy.oo in (gold, answer) or -sympy.oo in (gold, answer):
         return bool(gold == answer)
-    compared = 0
-    for point in _points(gold, answer):
-        a, b = _value(gold, point), _value(answer, point)
-        if a is None or b is None:
-            continue
-        if not _close(a, b, tolerance):
-            return False
-        compared += 1
-    return compared > 0 or sympy.simplify(gold - answer) == 0
+    if gold == 0 or answer == 0:  # nothing is relatively close to zero
+        return (answer if gold == 0 else gold).equals(0) is True
+    tolerance = ROUNDED if gold.has(sympy.Float) or answer.has(sympy.Float) else EXACT
+    values = [(_value(gold, point), _value(answer, point)) for point in _points(gold, answer)]
+    compared = [_close(a, b, tolerance) for a, b in values if a is not None and b is not None]
+    return all(compared) if compared else sympy.simplify(gold - answer) == 0
 
 
 def is_too_large(formula: Any) -> bool:
@@ -96,16 +92,20 @@ def _prepared(formula: Any) -> Any:
 
 
 def _points(*formulas: Any) -> list[dict[Any, Any]]:
+    """Values for the names: positive, as most formulas mean it; negative too beside an absolute value."""
     names = sorted({symbol for formula in formulas for symbol in formula.free_symbols}, key=str)
     if not names:
         return [{}]
-    return [
+    points = [
         {
             name: sympy.Rational(101 + 37 * k + 53 * i + 7 * i * k * k, 71 + 11 * k + 3 * i)
             for i, name in enumerate(names)
         }
         for k in range(POINTS)
     ]
+    if any(formula.has(sympy.Abs) for formula in formulas):
+        points += [{name: -value for name, value in point.items()} for point in points]
+    return points
 
 
 def _value(formula: Any, point: dict[Any, Any]) -> Any:
@@ -120,10 +120,7 @@ def _value(formula: Any, point: dict[Any, Any]) -> Any:
 def _close(a: Any, b: Any, tolerance: float) -> bool:
     if a.is_Rational and b.is_Rational and tolerance == EXACT:
         return bool(a == b)
-    size = max(abs(a), abs(b))
-    if tolerance == EXACT and size < EXACT and not (a.is_Rational and b.is_Rational):
-        return not (a.is_Rational and a != 0) and not (b.is_Rational and b != 0)  # zero up to rounding
-    return bool(abs(a - b) <= tolerance * size)
+    return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
 
 
 def _proportional(gold: Any, answer: Any, positive: bool) -> bool:

@@ -18,9 +18,8 @@ _MARK = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
-_SENTENCE_END = re.compile(
-    r"\n|。|(?<!\\)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed"
-)  # \! and \; are LaTeX's spaces
+# \! and \; are LaTeX's spaces
+_SENTENCE_END = re.compile(r"\n|。|(?<!\\)(?<!approx)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed")
 _OPENING = re.compile(r"(?:[\s:：#>=]|\*\*(?=\s)|(?:\$\$|\\\[)(?=[ \t]*\n))*")
 _MAX_STATEMENTS = 16
 _MAX_LENGTH = 2000  # characters of an answer; bounds the work

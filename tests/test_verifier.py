@@ -7,6 +7,7 @@ from contextlib import suppress
 from queue import LifoQueue
 from types import SimpleNamespace
 
+import eating_worker
 import psutil
 from busy import busy_processor
 
@@ -15,7 +16,6 @@ from r1pipe.rewards import score_all, symbolic, symbolic_worker
 
 ROOT_TWO = r"\boxed{2^{1/2}}"
 ENDLESS = r"\prod_{k=1}^{10^{6}} k"
-EATER = r"\sum_{k=1}^{10^{7}} \frac{1}{k^{k}}"
 
 
 def scored(*summaries):
@@ -43,11 +43,12 @@ def test_an_item_that_eats_memory_fails_alone(monkeypatch):
     limit = 300 << 20
     monkeypatch.setattr(symbolic, "MEMORY_LIMIT", limit)
     monkeypatch.setattr(symbolic, "ITEM_CPU_LIMIT_S", 0.0)  # none: memory is what it fails by
+    monkeypatch.setattr(symbolic, "symbolic_worker", eating_worker)
     worker = symbolic.Worker()
     use(monkeypatch, worker)
     assert symbolic.compare(r"\sqrt{2}", "2^{1/2}") == Score(1.0)
     with PeakMemory(worker.child.process.pid) as peak:
-        eater = symbolic.compare(r"\sqrt{2}", EATER)
+        eater = symbolic.compare(r"\sqrt{2}", eating_worker.EATER)
     assert eater.status is Status.VERIFIER_FAILED
     assert eater.detail.endswith(f"code {symbolic_worker.OUT_OF_MEMORY}")
     assert limit / 2 < peak.bytes < limit

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import eating_worker
 import psutil
 
 from faults.outcome import Outcome
@@ -18,7 +19,6 @@ from r1pipe.rewards.monty import Monty
 from r1pipe.rewards.program import check_program
 
 GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"\prod_{k=1}^{10^{6}} k"
-EATER = r"\sum_{k=1}^{10^{7}} \frac{1}{k^{k}}"
 PROGRAM = Prompt("f", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4]]})
 DOUBLE = "```python\ndef f(x): return x + x\n```"
 LOOP = "```python\ndef f(x):\n    while True: pass\n```"
@@ -70,11 +70,12 @@ def out_of_memory() -> str | None:
     small = symbolic.Worker()
     try:
         # memory is what it fails by, not time
-        with mock.patch.multiple(symbolic, MEMORY_LIMIT=300 << 20, ITEM_CPU_LIMIT_S=0.0):
+        small_limits = {"MEMORY_LIMIT": 300 << 20, "ITEM_CPU_LIMIT_S": 0.0}
+        with mock.patch.multiple(symbolic, **small_limits, symbolic_worker=eating_worker):
             if small.ask({"gold": GOLD, "answer": RIGHT})["right"] is not True:
                 return "the small worker does not work"
             symbolic._idle.put(small)
-            score = symbolic.compare(GOLD, EATER)
+            score = symbolic.compare(GOLD, eating_worker.EATER)
             symbolic._idle.get()
         if not score.detail.endswith(f"code {symbolic_worker.OUT_OF_MEMORY}"):
             return f"the item is {score}"

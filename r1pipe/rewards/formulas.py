@@ -103,9 +103,16 @@ def _points(*formulas: Any) -> list[dict[Any, Any]]:
         }
         for k in range(POINTS)
     ]
-    if any(formula.has(sympy.Abs) for formula in formulas):
+    if any(_knows_signs(formula) for formula in formulas):
         points += [{name: -value for name, value in point.items()} for point in points]
     return points
+
+
+def _knows_signs(formula: Any) -> bool:
+    """Whether it holds an absolute value, or a root over an even power, which is one."""
+    roots = [part for part in formula.atoms(sympy.Pow) if part.exp == sympy.Rational(1, 2)]
+    powers = [power for root in roots for power in root.base.atoms(sympy.Pow)]
+    return formula.has(sympy.Abs) or any(power.exp.is_even and not power.is_number for power in powers)
 
 
 def _value(formula: Any, point: dict[Any, Any]) -> Any:

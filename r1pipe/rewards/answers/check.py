@@ -7,7 +7,7 @@ from r1pipe.rewards import symbolic
 from r1pipe.rewards.answers import words
 from r1pipe.rewards.answers.comparison import Comparison
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
-from r1pipe.rewards.answers.notation import to_latex
+from r1pipe.rewards.answers.notation import UNREADABLE, to_latex
 from r1pipe.rewards.answers.reading import HEDGES, final_answer, option_named
 from r1pipe.rewards.answers.structure import Kind, Node, parse
 
@@ -34,7 +34,9 @@ def equal(gold: Gold, text: str) -> bool:
     """Whether a tidy answer equals the gold answer. Raises symbolic.NoVerdict where the parser gives up."""
     match gold.form:
         case Form.CHOICE:
-            return words.letters(text) == set(gold.text) or option_named(gold, text) == gold.text
+            is_together = re.fullmatch(r"[A-J]{2,6}", text) and len({*text}) == len(text)  # CA is AC
+            chosen = set(text) if is_together else words.letters(text)
+            return chosen == set(gold.text) or option_named(gold, text) == gold.text
         case Form.BOOLEAN:
             return words.truth(text) is words.truth(gold.text)
         case Form.DATE:
@@ -54,6 +56,8 @@ def equal(gold: Gold, text: str) -> bool:
 def _same_formula(gold: str, answer: str, relation: str) -> bool:
     if re.sub(r"\s+", "", gold) == re.sub(r"\s+", "", answer):
         return True
+    if UNREADABLE.search(gold) or UNREADABLE.search(answer):
+        return False
     return symbolic.equal(to_latex(gold), to_latex(answer), relation)
 
 

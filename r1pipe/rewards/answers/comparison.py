@@ -46,7 +46,7 @@ class Comparison:
             return self.same((*a.items, a)[0], (*b.items, b)[0])
         if a.items or b.items:
             return len(a.items) == len(b.items) and self.same_items(a, b)
-        return self.same_formula(a.text, b.text, "")
+        return self.same_formula(_formula(a), _formula(b), "")
 
     def same_items(self, a: Node, b: Node) -> bool:
         """Collections of equal length: only tuples and intervals keep an order."""
@@ -86,6 +86,12 @@ class Comparison:
         if _is_name(sides[0]):
             sides = sides[1:]
         return last if all(self.same(side, last) for side in sides) else node
+
+
+def _formula(node: Node) -> str:
+    """What the parser reads: a number without its unit; degrees it knows."""
+    unit = node.number and node.number.unit
+    return str(node.number.value) if node.number and unit and "arcdeg" not in unit.name else node.text
 
 
 def _is_name(node: Node) -> bool:

@@ -8,10 +8,10 @@ from functools import lru_cache
 
 from r1pipe.core.errors import DataError, nearest
 from r1pipe.rewards.answers import vocabulary, words
-from r1pipe.rewards.answers.notation import tidy, to_latex
+from r1pipe.rewards.answers.notation import UNREADABLE, tidy, to_latex
 from r1pipe.rewards.answers.number import Number, read_number
 from r1pipe.rewards.answers.statement import boxes
-from r1pipe.rewards.answers.structure import Kind, Node, formulas_of, parse
+from r1pipe.rewards.answers.structure import REALS, Kind, Node, formulas_of, parse
 
 Options = tuple[tuple[str, str], ...]  # of a choice: letters and texts
 
@@ -37,6 +37,11 @@ class Form(StrEnum):
 _FORMS = {Kind.UNION: Form.INTERVAL, Kind.SEQUENCE: Form.LIST}  # of kinds that have no form by their name
 _WITHOUT_STRUCTURE = (Form.CHOICE, Form.BOOLEAN, Form.DATE, Form.RATIO, Form.TEXT)
 _PLACEHOLDERS = vocabulary.words("placeholders")
+_NO_ANSWER = re.compile(
+    r"见解析|见详解|见解答|解析见|答案见|略$|如图|暂无|不唯一|^https?://|!\[|\[image\]|\[asy\]|\bomitted\b|^see\b|#REF|"
+    r"^\\square$|not available|^proven|\bqed\b|to be prove[dn]|undefined_",
+    re.IGNORECASE,
+)
 # JSON takes the backslash of \frac and \text for an escape, or it is lost altogether.
 _ESCAPED = {"\n": "n", "\t": "t", "\f": "f", "\r": "r", "\b": "b"}
 _DAMAGED = re.compile("[\n\t\f\r\b](?=[a-z]{2})")
@@ -46,6 +51,10 @@ _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _WORD = re.compile(r"(?<!\\)\b[^\W\d_]{3,}")
 _FORMULA_SIGNS = re.compile(r"[\\^_=+*/<>|{}]|\d")
 _MATHEMATICAL_WORDS = vocabulary.words("mathematical")
+# letters that are a product rather than a word: mgh, nRT, abc
+_PRODUCT = re.compile(
+    r"(?![A-Z]+$)(?:[b-df-hj-np-tv-zB-DF-HJ-NP-TV-Z]{3,5}|[A-Za-z]?[a-z][A-Z][A-Za-z]{0,2}|abcd?|[A-Z]{2}[a-z])"
+)
 _MAX_TEXT_WORDS, _MAX_TEXT = 15, 100
 
 
@@ -76,7 +85,7 @@ def read_gold(text: str, form: str = "", options: Options = ()) -> Gold:
     if not content.isprintable():
         raise DataError(f"the gold answer {text!r} has a line break or tab in it; write one line")
     tidied = tidy(content).rstrip(" .,;")
-    if not tidied or words.plain_words(tidied) in _PLACEHOLDERS:
+    if not tidied or words.plain_words(tidied) in _PLACEHOLDERS or _NO_ANSWER.search(content):
         raise DataError(f"the gold answer {text!r} is no answer; fill it in or leave the row out")
     gold = _read_as(form, tidied, options) if form else _read(tidied, options)
     if gold is None:
@@ -150,7 +159,7 @@ def _read_as(form: str, text: str, options: Options) -> Gold | None:
 
 def is_text(text: str) -> bool:
     """Whether a tidy text is words rather than mathematics."""
-    if read_number(text):
+    if read_number(text) or REALS.fullmatch(text) or _PRODUCT.fullmatch(text):
         return False
     if re.search("[一-鿿]", text):
         return not _FORMULA_SIGNS.search(text) or parse(text) is None or not re.search(r"[\d\\=<>]", text)
@@ -161,4 +170,5 @@ def is_text(text: str) -> bool:
 def formulas_in(gold: Gold) -> list[str]:
     """The LaTeX that the parser must be able to read."""
     several = (gold, *gold.alternatives)
-    return [to_latex(formula) for each in several if each.node for formula in formulas_of(each.node)]
+    formulas = [formula for each in several if each.node for formula in formulas_of(each.node)]
+    return [to_latex(formula) for formula in formulas if not UNREADABLE.search(formula)]

@@ -57,11 +57,16 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _FRACTION_SIGN = re.compile("[¼½¾⅐-⅞]")
 
 _TEXT = (
-    r"\\(?:text|mathrm|mbox|textbf|mathbf|textit|mathit|textrm|mathsf|texttt|boldsymbol|operatorname|rm|bf)"
+    r"\\(?:text|mathrm|mbox|textbf|mathbf|textit|mathit|textrm|mathsf|texttt|"
+    r"boldsymbol|underline|operatorname|rm|bf)"
 )
 _TEXT_GROUP = re.compile(_TEXT + r"\s*\*?\s*\{([^{}]*)\}")
 _BARE_TEXT = re.compile(_TEXT + r"(?![A-Za-z{])")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![A-Za-z])")
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
+_OVER = re.compile(r"\{\s*([^{}]+?)\s*\\over\s*([^{}]+?)\s*\}")
+_ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|cases)\}(.*?)\\end\{\1\}", re.DOTALL)
+_ARRAY = re.compile(r"[\[(]\s*\\begin\{array\}\{[lcr|]*\}(.*?)\\end\{array\}\s*[\])]", re.DOTALL)
 _BLANKS = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~")
 _GROUPS_OF_DIGITS = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ]|[ '])(?=\d{3}(?!\d))")
 _COMMAND_MEANINGS = {
@@ -76,6 +81,8 @@ _COMMAND_MEANINGS = {
     "*": [r"\ast"],
     ":": [r"\colon"],
     "|": [r"\lvert", r"\rvert", r"\vert", r"\mid"],
+    "(": [r"\langle"],
+    ")": [r"\rangle"],
     r"\{": [r"\lbrace"],
     r"\}": [r"\rbrace"],
     "[": [r"\lbrack"],
@@ -95,7 +102,9 @@ _COMMANDS = {command: meaning for meaning, several in _COMMAND_MEANINGS.items() 
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
 _DOLLARS = re.compile(r"(?<!\\)\$\$?([^$]*?[^$\\])\$\$?")
-_MARKUP = re.compile(r"(?<!\\)\\[()\[\]]|`|</?(?:b|i|u|em|strong|span|p|center|div|br)\b[^<>]*>")
+_MARKUP = re.compile(
+    r"(?<!\\)\\[()\[\]]|`|[☀-➿\U0001f000-\U0001faff]|</?(?:b|i|u|em|strong|span|p|center|div|br)\b[^<>]*>"
+)
 
 
 def tidy(text: str) -> str:
@@ -108,7 +117,8 @@ def tidy(text: str) -> str:
     text = _DOLLARS.sub(r"\1", _BOLD.sub(r"\1", text))
     text = _GROUPS_OF_DIGITS.sub(",", _MARKUP.sub("", text))
     if "\\" in text:
-        text = _SIZES.sub("", text)
+        text = _OVER.sub(r"\\frac{\1}{\2}", _COLOUR.sub("", _SIZES.sub("", text)))
+        text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", _ALIGNED.sub(_rows, text))
         while (plain := _TEXT_GROUP.sub(_contents, text)) != text:
             text = plain
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[0], match[0]), _BARE_TEXT.sub("", text))
@@ -116,11 +126,23 @@ def tidy(text: str) -> str:
         for escaped in "$%#&":
             text = text.replace(f"\\{escaped}", escaped)
         text = _BLANKS.sub(" ", text)
-    return re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+", " ", text).strip()
+    return text[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", text) else text
 
 
 def _ascii_fraction(sign: str) -> str:
     return unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+
+
+def _rows(match: re.Match[str]) -> str:
+    """The rows of an aligned formula or a system as a list; cases with conditions stay as they are."""
+    rows = [row.strip() for row in match[2].split(r"\\") if row.strip()]
+    if match[1] == "cases" and any("&" in row for row in rows):
+        return match[0]
+    rows = [row.replace("&", " ").strip() for row in rows]
+    return "".join(
+        row if row.startswith("=") or not number else f", {row}" for number, row in enumerate(rows)
+    )
 
 
 def _contents(match: re.Match[str]) -> str:
@@ -144,6 +166,13 @@ def repeating(groups: Sequence[str]) -> Fraction:
     return Fraction(int(whole or "0")) + Fraction(int(fixed + period) - int(fixed or "0"), nines)
 
 
+# What the parser reads as something else: such formulas are equal only as they are written.
+UNREADABLE = re.compile(
+    r"\\partial|\\frac\s*\{\s*d\w*\s*\}\s*\{\s*d\w|\\begin\{cases\}|\\(?:land|lor|neg)(?![A-Za-z])"
+)
+_MODULUS = re.compile(r"\\?[pb]?mod(?![A-Za-z])\s*(?:\{\s*(\w+)\s*\}|\(\s*(\w+)\s*\)|(\w+))")
+
+
 def to_latex(text: str) -> str:
     """A tidy formula in the part of LaTeX that the parser reads."""
     for written, meant in (("**", "^"), ("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("*", r"\cdot ")):
@@ -152,6 +181,9 @@ def to_latex(text: str) -> str:
     text = _NAMES.sub(lambda match: "\\infty " if match[0].startswith("inf") else f"\\{match[0]} ", text)
     text = REPEATING.sub(_repeating_as_latex, text)
     text = _DEGREES.sub(r"(\1 \\cdot \\frac{\\pi}{180})", text)
+    text = re.sub("([A-Za-z])('+)", lambda match: f"{match[1]}_{{{'p' * len(match[2])}}}", text)  # f'
+    text = _MODULUS.sub(lambda match: rf"+ m_{{od}} \cdot {match[1] or match[2] or match[3]}", text)
+    text = re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", text)
     text = text.replace(r"\gamma", "g_{amma}")  # which the parser takes for the function
     text = re.sub(r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\w)\s*\{", r"\\frac{\1}{", text)

@@ -111,10 +111,12 @@ def read_number(text: str) -> Number | None:
     based = match.re is _BASED
     unit = read_unit(opening[2]) if opening[2] else None
     if tail.strip(" ."):
-        behind = read_unit(tail, glued=not tail[0].isspace())
-        if behind is None or based or (unit and behind != unit):
+        before = text[len(text) - len(tail) - 1]
+        behind = read_unit(tail, glued=not (tail[0].isspace() or before.isspace()))
+        is_money = unit is not None and behind is not None and "^" not in behind.name  # $70,000 profit
+        if behind is None or based or (unit and behind != unit and not is_money):
             return None
-        unit = behind if behind.name else None
+        unit = unit if is_money else behind if behind.name else None
     rounded = "." in match[0] and match.re is not REPEATING
     return Number(value, percent is not None, unit, rounded, based)
 

@@ -13,22 +13,23 @@ _BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?")
 
 # What may stand before and behind a value in a sentence without changing it.
 _BEFORE = re.compile(
-    r"^(?:(?:(?:so|thus|therefore|hence)\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?answer\s+(?:is|:|=)|"
+    r"^(?:(?:(?:so|thus|therefore|hence)\s+)?(?:(?:the|my|our)\s+)?(?:(?:final|correct)\s+)?answer\s*(?:is\b|:|=)|not\s+\S+\s+but\s+|"
     rf"{vocabulary.any_of('before_a_value')}(?![a-z])|\\approx|[:=,])\s*",
     re.IGNORECASE,
 )
 _BEHIND = [
-    re.compile(r",?\s+(?:not|rather than|instead of)\s.*$|,?\s*而?不是.*$", re.IGNORECASE | re.DOTALL),
+    re.compile(r",?\s+\(?(?:not|rather than|instead of)\s.*$|,?\s*而?不是.*$", re.IGNORECASE | re.DOTALL),
     re.compile(
         rf"(?:\s*[,;:—-]+\s*|\s){vocabulary.any_of('before_a_reason')}\s.*$|,?\s*(?:因为|由于|理由|即).*$",
         re.IGNORECASE | re.DOTALL,
     ),
     re.compile(r"\s*:\s*[A-Za-z一-鿿][^\d=]*$"),
 ]
+_NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d.$])", re.IGNORECASE)
 _REMARK = re.compile(r"\s+\(([^()]*)\)$")
 HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|might|either|not|n't|never|unsure|unknown|any|anything|other|but|"
-    r"cannot|could|guess|between|except)\b|\?|也许|可能|或许|大概是|不是|不确定|任意|其他|但|介于",
+    r"cannot|could|guess|between|except|wrong|incorrect|false|alternatively|otherwise)\b|\?|也许|可能|或许|大概是|不是|不确定|任意|其他|但|介于",
     re.IGNORECASE,
 )
 _OR = re.compile(r"\bor\b|或", re.IGNORECASE)
@@ -45,6 +46,13 @@ def final_answer(gold: Gold, summary: str) -> str | None:
         return None
     for last in range(len(stated) - 1, -1, -1):
         statement = stated[last]
+        is_second = last > 0 and statement.boxed and stated[last - 1].boxed
+        if (
+            gold.form not in SEVERAL
+            and is_second
+            and _OR.search(_between(summary, stated[last - 1], statement))
+        ):
+            return None
         if gold.form in SEVERAL and statement.boxed:
             first = last
             while first and stated[first - 1].boxed and _are_one(summary, stated[first - 1], stated[first]):
@@ -57,7 +65,11 @@ def final_answer(gold: Gold, summary: str) -> str | None:
 
 
 def _are_one(summary: str, box: Statement, following: Statement) -> bool:
-    return _BETWEEN_BOXES.fullmatch(tidy(summary[box.end : following.start]).strip(" .$")) is not None
+    return _BETWEEN_BOXES.fullmatch(_between(summary, box, following)) is not None
+
+
+def _between(summary: str, box: Statement, following: Statement) -> str:
+    return tidy(summary[box.end : following.start]).strip(" .$")
 
 
 def last_stated(summary: str) -> str | None:
@@ -80,12 +92,12 @@ def read_answer(gold: Gold, statement: Statement) -> str | None:
 
 def undress(text: str) -> str:
     """A statement without words and signs that do not change its value."""
-    text = text.strip(" ,;:*_!").rstrip(".")
+    text = _NEGATIVE.sub("-", text.strip(" ,;:*_").rstrip("."))
     if (remark := _REMARK.search(text)) and is_text(remark[1]) and not HEDGES.search(remark[1]):
         text = text[: remark.start()]  # 5 (five)
     while (shorter := _BEFORE.sub("", text, count=1)) != text:
         text = shorter
-    return text.strip(" ,;:*_!\"'").rstrip(".")
+    return _NEGATIVE.sub("-", text.strip(" ,;:*_\"'").rstrip("."))
 
 
 def shortened(text: str) -> list[str]:

@@ -3,24 +3,41 @@
 import re
 from dataclasses import dataclass
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?P<brace>\{)?|<answer>", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?P<brace>\{)?|<answer>", re.IGNORECASE)
 _MARK = re.compile(
     r"""\#\#\#\#|
     (?:\b(?:final|correct|right|our)\s+)?\b(?:answers?|solutions?|result|choice|option)\b
         (?:\s+(?:to\s+[^.:\n]{1,60}?|here|therefore|thus|hence))?
         (?:\*\*|[)"'\s])*?
-        (?:\s*(?:is|are|was|be|equals?)\b(?:\s+(?:therefore|thus|then|given\s+by|simply|just|as\s+follows))*
+        (?:\s*\b(?:is|are|was|be|equals?)\b(?:\s+(?:therefore|thus|then|given\s+by|simply|just|as\s+follows))*
            |\s+(?:should|must|will|would|comes?\s+out)\s+(?:be|to(?:\s+be)?)\b|\s*(?:[:：=]|\*\*\s*[:：]))
     |^\W*(?:the\s+)?(?:final\s+)?answer\W*$
-    |(?:最终|正确|最后)?(?:答案|结果|选项)(?:应该|应当|应)?(?:就|大约|大概|约)?(?:是|为|选|等于|约为|约是|[:：])
-    |(?:答|故选|应选|应该选|所以选|因此选|选择|选)\s*[:：]?\s*(?=[（(]?[A-Ja-j]\b|[（(]?[A-J][^A-Za-z]|[（(]?[A-J]$)
-    |^\s*答\s*[:：]
+    |(?:最终|正确|最后)?(?:答案|结果|选项)(?:应该|应当|应)?(?:就|大约|大概|约)?(?:\*\*)?\s*(?:是|为|选|等于|约为|约是|[:：])
+    |(?:答|故选|应选|应该选|所以选|因此选|选择|选)\s*[:：]?\s*(?=[（(]?[A-Ja-j]\b|[（(]?[A-J]{1,6}(?![A-Za-z]))
+    |^\s*答\s*[:：]|【答案】|选项(?=[A-J]正确)
     """,
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
 # \! and \; are LaTeX's spaces
-_SENTENCE_END = re.compile(r"\n|。|(?<!\\)(?<!approx)[.!?;](?=\s|$)|[；！？]|<｜|\\boxed")
-_OPENING = re.compile(r"(?:[\s:：#>=]|\*\*(?=\s)|(?:\$\$|\\\[)(?=[ \t]*\n))*")
+_SENTENCE_END = re.compile(r"\n|。|(?<!\\)(?<!approx)(?:[.?;]|!(?!\s*[=+*/^-]))(?=\s|$)|[；！？]|<｜|\\boxed")
+_OPENING = re.compile(r"(?:[\s:：#>=]|\*\*(?=\s)|(?:\$\$|\\\[)(?=[ \t]*\n)|(?<=\n)[-•]\s+)*")
+# What makes something else of a statement that stands behind or before it.
+_NEGATED = re.compile(
+    r"\b(?:wrong|incorrect|previous|mistaken|false|doubt(?:\s+that)?|wrong\s+that)\s+(?:the\s+)?$|"
+    r"(?:错误?|误|不|非|排除|不能|不应|不可)的?$",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"[\s$.*;]*(?:(?:it|that|this)\s+(?:is|was)\s+|is\s+)?(?:wrong|incorrect|false|alternatively|not\s+(?:right|correct|the)|"
+    r"no\b(?!\w)|or\b)",
+    re.IGNORECASE,
+)
+_FACTOR_BEFORE = re.compile(
+    r"(?:(?:^|[^\s])-|(?<![.\d])\d|[+/^_]|\\(?:sqrt|frac|cdot|times|pm)\s*\{?|\b[Nn]ot\s+\$?)$"
+)
+_FACTOR_BEHIND = re.compile(
+    r"(?!\*\*)\s*(?:\^|[+*/]\s*\S|-\s*\d|!\s*\$|\\(?:pi|sqrt|cdot|times)(?![A-Za-z])|\d|\$?\s*(?:million|billion|thousand|hundred)\b)"
+)
 _MAX_STATEMENTS = 16
 _MAX_LENGTH = 2000  # characters of an answer; bounds the work
 
@@ -29,7 +46,7 @@ _MAX_LENGTH = 2000  # characters of an answer; bounds the work
 class Statement:
     """An answer as it was written, in a box or in a sentence that may say more.
 
-    Its text is empty where a box is empty, or cut off, or longer than any answer.
+    Its text is empty where a box is empty, cut off or longer than any answer, or a part of something else.
     """
 
     text: str
@@ -54,7 +71,11 @@ def boxes(text: str) -> list[Statement]:
             token = re.match(r"\s*(\\?\w+|[^\s\\{}])", text[at:])
             content = token[1] if token else ""
             at += token.end() if token else 0
-        content = content.strip() if len(content) <= _MAX_LENGTH else ""
+        before = text[max(0, match.start() - 12) : match.start()].replace("**", "").rstrip(" ")
+        outside = (
+            _FACTOR_BEFORE.search(before) or _FACTOR_BEHIND.match(text, at) or _TAKEN_BACK.match(text, at)
+        )
+        content = "" if outside or len(content) > _MAX_LENGTH else content.strip()
         found.append(Statement(content, True, match.start(), at))
     return found
 
@@ -74,7 +95,8 @@ def statements(summary: str) -> list[Statement]:
     boxed = boxes(summary)
     found = list(boxed)
     for match in _MARK.finditer(summary):
-        if any(box.start < match.start() < box.end for box in boxed):
+        before = summary[max(0, match.start() - 20) : match.start()]
+        if any(box.start < match.start() < box.end for box in boxed) or _NEGATED.search(before):
             continue
         opening = _OPENING.match(summary, match.end())
         assert opening is not None
@@ -83,6 +105,10 @@ def statements(summary: str) -> list[Statement]:
             continue
         end = _SENTENCE_END.search(rest)
         text = rest[: end.start()] if end else rest
+        behind = opening.end() + len(text)
+        is_question = summary.startswith("?", behind)
+        if is_question or _TAKEN_BACK.match(summary, behind):
+            continue
         if text.strip("*$ ()") and len(text) <= _MAX_LENGTH:
-            found.append(Statement(text.strip(), False, match.start(), opening.end() + len(text)))
+            found.append(Statement(text.strip(), False, match.start(), behind))
     return sorted(found, key=lambda statement: statement.start)[-_MAX_STATEMENTS:]

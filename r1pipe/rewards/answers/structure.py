@@ -20,7 +20,8 @@ _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|equiv)(?![A-Za-z])|<=|>=|!=|==|
 _MEANS = {"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "==": "=", r"\approx": "="}
 _FLIPPED = {">": "<", r"\ge": r"\le"}
 NAME = re.compile(r"(?:\\?[A-Za-z]+|[一-鿿]+)'?(?:_\{?\w+\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?")
-_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:all )?real numbers|(?:全体|一切|任意)实数")
+REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|(?:all )?real numbers|(?:全体|一切|任意)实数")
+_TWO_NUMBERS = re.compile(r"(?<![_^\d])(?<!\\frac )\d+\s+\d")
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 
 
@@ -55,9 +56,9 @@ def parse(text: str) -> Node | None:
         return None
     if number := read_number(text):
         return Node(Kind.NUMBER, text, number=number)
-    if not _is_balanced(text):
+    if not _is_balanced(text) or _TWO_NUMBERS.search(text):
         return None
-    if _REALS.fullmatch(text):
+    if REALS.fullmatch(text):
         return parse(r"(-\infty, \infty)")
     if r"\ldots" in text or "..." in text:
         return Node(Kind.SEQUENCE, re.sub(r"\s+", "", text.replace("...", r"\ldots")))
@@ -114,8 +115,13 @@ def _of_items(kind: Kind, text: str, parts: list[str], mark: str = "") -> Node |
     items = [parse(part) for part in parts]
     if len(items) > MAX_ITEMS:
         return None
-    complete = tuple(item for item in items if item is not None)
-    return Node(kind, text, complete, mark) if len(complete) == len(items) else None
+    if any(item is None for item in items):
+        return None
+    complete: list[Node] = []
+    for item in items:
+        flat = item is not None and kind in (Kind.LIST, Kind.SET) and item.kind is Kind.LIST  # {0, \pm 1}
+        complete += (item.items if flat else (item,)) if item else ()
+    return Node(kind, text, tuple(complete), mark)
 
 
 def _list(text: str, parts: list[str]) -> Node | None:

@@ -36,7 +36,7 @@ _SYMBOLS = {
 
 _MAKES_ANOTHER_NUMBER = re.compile(
     rf"\d|[=<>+*(){{}}\[\]|?]|\\(?!cdot|Omega|circ)|(?<![a-z]){vocabulary.any_of('other_numbers')}(?![a-z])|"
-    "[加减乘除的平立次又半或至到非不左右余多少阶分]",
+    "[加减乘除的平立次又半或至到非不余多少阶分成上下]",
     re.IGNORECASE,
 )
 _CLASSIFIERS = re.compile(  # Chinese measure words, which do not say what is counted
@@ -46,6 +46,10 @@ _FILLERS = vocabulary.words("fillers")
 _NAMES = vocabulary.names_of_units()
 _MAX_WORDS = 4
 _MAX_CHARACTERS = 6  # of a Chinese noun
+# Signs whose case says what they are: MeV, mW, MHz; pint reads them.
+_SI = re.compile(
+    r"(?:[YZEPTGMkhdcmunpf]|µ|μ)(?:m|g|s|A|K|mol|Hz|N|Pa|J|W|V|C|F|eV|L|l|T|H|Wb|Bq|Gy|Sv|cal|Wh|bar|B)"
+)
 _POWERS = {
     "square": 2,
     "sq": 2,
@@ -91,6 +95,7 @@ def _read_quantity(text: str, glued: bool) -> Unit | None:
     """A product of powers of known units."""
     for word, sign in ((" per ", "/"), ("每", "/"), (r"\cdot", "*"), (" times ", "*")):
         text = text.replace(word, sign)
+    text = re.sub(r"\\mu\s*(?=[A-Za-z])", "u", text)
     text = re.sub(r"\bdegrees?\s+(?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
     factors: list[str] = []
     at, divided, power = 0, False, 1
@@ -113,6 +118,8 @@ def _read_quantity(text: str, glued: bool) -> Unit | None:
 
 def _name_of(word: str, glued: bool) -> str | None:
     """pint's name of a unit as it is written."""
+    if word not in _NAMES and _SI.fullmatch(word):
+        return word.replace("µ", "u").replace("μ", "u")
     if word in _SYMBOLS:
         return None if glued else _SYMBOLS[word]
     return _NAMES.get(word) or (_NAMES.get(word.lower()) if len(word) > 1 else None)

@@ -46,7 +46,7 @@ _FALSE = vocabulary.words("false")
 
 def truth(text: str) -> bool | None:
     """Yes or no, true or false; None where it is neither."""
-    word = text.lower().strip(" .!")
+    word = text.lower().strip(" .")
     return word in _TRUE if word in _TRUE | _FALSE else None
 
 
@@ -62,6 +62,7 @@ _FORMATS = (
 )
 _DATE = re.compile(r"[A-Za-z]{3,9}\s+\d|\d+\s+[A-Za-z]{3}|\d{4}[-/年]")
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*([ap])?\.?m?\.?", re.IGNORECASE)
+_HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?m\.?", re.IGNORECASE)
 _SLASHED_DATE = re.compile(r"\d{1,2}[/.]\d{1,2}[/.]\d{4}")
 
 
@@ -73,6 +74,7 @@ def date(text: str) -> str | None:
             return datetime.strptime(text, form).date().isoformat()
         except ValueError:
             continue
+    text = _HOUR.sub(r"\1:00 \2m", text) if _HOUR.fullmatch(text) else text
     if clock := _CLOCK.fullmatch(text):
         hour, minute, second, half = int(clock[1]), clock[2], clock[3] or "00", (clock[4] or "").lower()
         hour = hour % 12 + 12 * (half == "p") if half else hour
@@ -83,7 +85,7 @@ def date(text: str) -> str | None:
 def ratio(text: str) -> str:
     """3:2 and 6:4 in one spelling; other texts as they are."""
     try:
-        numbers = [Fraction(part) for part in text.replace(" ", "").split(":")]
+        numbers = [Fraction(part) for part in re.split(r"\s*:\s*|\s+to\s+", text.strip())]
         return ":".join(str(number / numbers[-1]) for number in numbers) if len(numbers) > 1 else text
     except (ValueError, ZeroDivisionError):
         return text
@@ -93,6 +95,6 @@ _ARTICLE = re.compile(r"^(?:the|a|an)\s+", re.IGNORECASE)
 
 
 def plain_words(text: str) -> str:
-    """A short text for comparing: without case, punctuation, blanks and a leading article."""
-    text = _ARTICLE.sub("", text.strip())
-    return re.sub(r"[\W_]+", "", text.replace("%", " percent ").casefold())
+    """A short text for comparing: without case, punctuation, hyphens, blanks and a leading article."""
+    text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", "", _ARTICLE.sub("", text.strip()))
+    return re.sub(r"[^\w<>=+*/^|-]+|_", "", text.replace("%", " percent ").casefold())

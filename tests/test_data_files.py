@@ -238,7 +238,7 @@ def test_a_worked_answer_without_its_mark_is_refused(tmp_path):
         ),
         ({"columns": {"question": "q"}}, r"data\.reasoning\[0\]\.columns\.answer is missing"),
         ({"split": "tset"}, r"split=tset is not a split; did you mean test\?"),
-        ({"language": "english"}, r"language=english is unknown; did you mean en"),
+        ({"language": "english"}, r"language=english is unknown; known: af, "),
         ({"task": "writing"}, r"task=writing: it may not be one of writing"),
     ],
 )

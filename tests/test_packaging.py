@@ -63,7 +63,12 @@ def test_wheel_holds_package_conf_stages_and_data(wheel):
     }
     package = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("r1pipe/**/*.py", "r1pipe/model/kernels/cpu/*", "r1pipe/**/templates/*")
+        for pattern in (
+            "r1pipe/**/*.py",
+            "r1pipe/model/kernels/cpu/*",
+            "r1pipe/**/templates/*",
+            "r1pipe/**/*.yaml",
+        )
         for path in ROOT.glob(pattern)
     }
     bundled = {

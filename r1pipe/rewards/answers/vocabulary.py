@@ -4,13 +4,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 
 @cache
 def _content() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return content
+    return dict(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
 
 
 def words(name: str) -> frozenset[str]:

@@ -8,6 +8,7 @@ from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.statement import Statement, statements
 from r1pipe.rewards.answers.structure import parse
 
+LOOKED_AT = 8000  # characters of a summary, its last ones; bounds the work on a hostile text
 SEVERAL = (Form.LIST, Form.SET, Form.TUPLE, Form.INTERVAL, Form.CHOICE)  # may be spread over boxes
 _BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?")
 
@@ -41,6 +42,7 @@ def final_answer(gold: Gold, summary: str) -> str | None:
     A box that is cut off ends the search: what was meant to be the answer is missing. Boxes that only a comma
     or "and" parts are one answer where the gold answer has several values.
     """
+    summary = summary[-LOOKED_AT:]
     stated = statements(summary)
     if stated and not stated[-1].text:
         return None
@@ -74,7 +76,7 @@ def _between(summary: str, box: Statement, following: Statement) -> str:
 
 def last_stated(summary: str) -> str | None:
     """The tidy text of the last statement, whatever its form."""
-    stated = statements(summary)
+    stated = statements(summary[-LOOKED_AT:])
     return undress(tidy(stated[-1].text)) or None if stated else None
 
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?P<brace>\{)?|<answer>", re.IGNORECASE)
 _MARK = re.compile(
     r"""\#\#\#\#|
-    (?:\b(?:final|correct|right|our)\s+)?\b(?:answers?|solutions?|result|choice|option)\b
-        (?:\s+(?:to\s+[^.:\n]{1,60}?|here|therefore|thus|hence))?
-        (?:\*\*|[)"'\s])*?
-        (?:\s*\b(?:is|are|was|be|equals?)\b(?:\s+(?:therefore|thus|then|given\s+by|simply|just|as\s+follows))*
-           |\s+(?:should|must|will|would|comes?\s+out)\s+(?:be|to(?:\s+be)?)\b|\s*(?:[:：=]|\*\*\s*[:：]))
-    |^\W*(?:the\s+)?(?:final\s+)?answer\W*$
-    |(?:最终|正确|最后)?(?:答案|结果|选项)(?:应该|应当|应)?(?:就|大约|大概|约)?(?:\*\*)?\s*(?:是|为|选|等于|约为|约是|[:：])
-    |(?:答|故选|应选|应该选|所以选|因此选|选择|选)\s*[:：]?\s*(?=[（(]?[A-Ja-j]\b|[（(]?[A-J]{1,6}(?![A-Za-z]))
-    |^\s*答\s*[:：]|【答案】|选项(?=[A-J]正确)
+    (?:\b(?:final|correct|right|our)\s{1,9})?\b(?:answers?|solutions?|result|choice|option)\b
+        (?:\s{1,9}(?:to\s{1,9}[^.:\n]{1,60}?|here|therefore|thus|hence))?
+        (?:\*\*|[)"'\s]){0,6}?
+        (?:\s{0,9}\b(?:is|are|was|be|equals?)\b(?:\s{1,9}(?:therefore|thus|then|given\s{1,9}by|simply|just|as\s{1,9}follows))*
+           |\s{1,9}(?:should|must|will|would|comes?\s{1,9}out)\s{1,9}(?:be|to(?:\s{1,9}be)?)\b|\s{0,9}(?:[:：=]|\*\*\s{0,9}[:：]))
+    |^[^\w\n]{0,9}(?:the\s{1,9})?(?:final\s{1,9})?answer[^\w\n]{0,9}$
+    |(?:最终|正确|最后)?(?:答案|结果|选项)(?:应该|应当|应)?(?:就|大约|大概|约)?(?:\*\*)?\s{0,9}(?:是|为|选|等于|约为|约是|[:：])
+    |(?:答|故选|应选|应该选|所以选|因此选|选择|选)\s{0,9}[:：]?\s{0,9}(?=[（(]?[A-Ja-j]\b|[（(]?[A-J]{1,6}(?![A-Za-z]))
+    |^[ \t]{0,9}答\s{0,9}[:：]|【答案】|选项(?=[A-J]正确)
     """,
     re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )

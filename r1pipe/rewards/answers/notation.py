@@ -156,7 +156,6 @@ _FUNCTION = re.compile(
 _NAMES = re.compile(r"(?<![\\A-Za-z])(pi|theta|alpha|beta|infty|infinity|inf)(?![A-Za-z])")
 REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{(\d+)\}|\((\d+)\))")
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\{\\circ\}(?!\s*[CF])")
-_FRACTION = re.compile(r"\\frac\s*(\{|\d|[A-Za-z]|\\[A-Za-z]+)\s*")
 
 
 def repeating(groups: Sequence[str]) -> Fraction:

@@ -48,12 +48,8 @@ def final_answer(gold: Gold, summary: str) -> str | None:
         return None
     for last in range(len(stated) - 1, -1, -1):
         statement = stated[last]
-        is_second = last > 0 and statement.boxed and stated[last - 1].boxed
-        if (
-            gold.form not in SEVERAL
-            and is_second
-            and _OR.search(_between(summary, stated[last - 1], statement))
-        ):
+        previous = stated[last - 1] if last and statement.boxed and stated[last - 1].boxed else None
+        if previous and gold.form not in SEVERAL and _OR.search(_between(summary, previous, statement)):
             return None
         if gold.form in SEVERAL and statement.boxed:
             first = last

@@ -18,6 +18,7 @@ from r1pipe.rewards import program, symbolic
 from r1pipe.rewards.answers.check import check
 from r1pipe.rewards.answers.check import vote as vote_of_answer
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
+from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.reading import last_stated
 from r1pipe.runs import heartbeat
 
@@ -60,7 +61,7 @@ def check_countdown(prompt: Prompt, summary: str) -> Score:
 
 def _parse_expression(text: str) -> ast.Expression | None:
     """The syntax tree of an expression of integers with + - * ( ), or None; nothing is ever executed."""
-    text = text.split("=")[0].replace("×", "*").replace("\\times", "*").replace("−", "-").strip()
+    text = tidy(text).split("=")[0].replace("\\times", "*").strip()
     if len(text) > _MAX_EXPRESSION or not re.fullmatch(r"[\d\s+*()-]+", text):
         return None
     try:

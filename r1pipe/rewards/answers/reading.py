@@ -34,6 +34,7 @@ HEDGES = re.compile(
     re.IGNORECASE,
 )
 _OR = re.compile(r"\bor\b|或", re.IGNORECASE)
+_LATEX = re.compile(r"[\\$]")
 
 
 def final_answer(gold: Gold, summary: str) -> str | None:
@@ -71,9 +72,14 @@ def _between(summary: str, box: Statement, following: Statement) -> str:
 
 
 def last_stated(summary: str) -> str | None:
-    """The tidy text of the last statement, whatever its form."""
+    """The last statement, whatever its form: a sentence as tidy text, a box without LaTeX as it was written."""
     stated = statements(summary[-LOOKED_AT:])
-    return undress(tidy(stated[-1].text)) or None if stated else None
+    if not stated:
+        return None
+    last = stated[-1]
+    if last.boxed and not _LATEX.search(last.text):
+        return last.text or None  # a board or a grid: its lines and signs count
+    return undress(tidy(last.text)) or None
 
 
 def read_answer(gold: Gold, statement: Statement) -> str | None:

@@ -15,7 +15,7 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.types import Example, Prompt
+from r1pipe.core.types import Example, Message, Prompt
 from r1pipe.runs.files import read_object
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -137,7 +137,9 @@ class Chat:
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Token ids up to and including the assistant token: what a sampler continues."""
-        return self.encode(self.render([{"role": "user", "content": self._escape(prompt.question)}], True))
+        turns = [*prompt.context, Message("user", prompt.question)]
+        messages = [{"role": turn.role, "content": self._escape(turn.content)} for turn in turns]
+        return self.encode(self.render(messages, add_generation_prompt=True))
 
     def example(self, prompt: Prompt, response: str) -> Example:
         """A training sequence whose loss covers the response and the end-of-sequence token."""

@@ -8,6 +8,14 @@ GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to th
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str  # system | developer | user | assistant | tool
+    content: str
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A question, with all that is needed to verify an answer.
 
@@ -22,6 +30,7 @@ class Prompt:
     answer: str = ""  # gold answer; "" where a checker verifies
     checker: dict = field(default_factory=dict)  # for the task's checker: numbers, tests, reference …
     level: int = 0  # difficulty, for tasks with levels
+    context: tuple[Message, ...] = ()  # what was said before the question: system prompt, earlier turns
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from r1pipe.config.data import DataConfig
 from r1pipe.config.fields import Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
@@ -41,6 +42,15 @@ class ScoreOptions(Strict):
     reward: Reward
     language: str  # of the questions; auto: as each is written
     strict: bool = False  # end at the first row that cannot be scored
+
+
+@dataclass(frozen=True)
+class DataOptions(Strict):
+    """What stages/data.py does."""
+
+    data: DataConfig
+    checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
+    as_json: bool
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Files(Source):
         self.config, self._folder, self._report = config, folder, report
         self.set_aside: list[BadRow] = []  # of the files read
         self._read: dict[str, FileRows] = {}  # path -> rows that are not parsed yet
-        self.layouts: list[str] = []
+        self.described: dict[str, str] = {}  # path -> the layout that it was found to have
         self.sources: dict[str, list[SourceConfig]] = {kind: [] for kind in data_files.KINDS}
         for kind, source, where in _sources(config):
             gives, whole = (kind, source) if _is_mapped(source) else self._recognise(kind, source, where)
@@ -64,6 +64,7 @@ class Files(Source):
         self._items: dict[str, list[Item]] = {}  # kind -> its rows, once requested
         if not any(self.sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
+        self.layouts = list(self.described.values())
         self.hash, self.files = data_files.hashes(asdict(config))
 
     def _recognise(self, kind: str, source: SourceConfig, where: str) -> tuple[str, SourceConfig]:
@@ -72,19 +73,21 @@ class Files(Source):
         if not file.rows:
             raise DataError(file.bad[0].reason)
         try:
-            found = find_layout(file.rows, kind, source.layout)
+            found = find_layout(file.rows, kind, source.layout, source.columns)
         except DataError as error:
             raise DataError(f"{source.path}: {error}: {where}.columns={{ROLE: COLUMN}}") from None
-        columns = found.columns | source.columns
         told = "named" if source.layout else "told by its columns"
         listed = (
-            ", ".join(f"{role}={column}" for role, column in columns.items()) or "as its tests are written"
+            ", ".join(f"{role}={column}" for role, column in found.columns.items())
+            or "as its tests are written"
         )
         counted = f"{len(file.rows) + len(file.bad):,} rows of {file.format}"
-        self.layouts.append(f"{source.path}: {counted}, layout {found.name} ({told}): {listed}")
+        self.described[source.path] = f"{source.path}: {counted}, layout {found.name} ({told}): {listed}"
         mark = source.answer_after or found.answer_after
         task = source.task if found.kind == kind else TASKS.get(found.kind, source.task)
-        return found.kind, replace(source, columns=columns, layout=found.name, answer_after=mark, task=task)
+        return found.kind, replace(
+            source, columns=found.columns, layout=found.name, answer_after=mark, task=task
+        )
 
     def items(self, kind: str) -> list[Item]:
         """All rows of one kind; a question that one source holds out is removed from every other source."""

@@ -121,8 +121,10 @@ def _options(table: Table) -> Columns | None:
         letters = "abcdefghij"
         options = " + ".join(table.columns[name] for name in letters if table.values(name))
     right = table.first(RIGHT_OPTIONS)
+    if options is None or right is None:
+        return None
     question = table.one("question", QUESTIONS)
-    if options is None or right is None or question is None:
+    if question is None:
         return None
     return {"question": _with_passage(table, question), "options": options, "answer": right}
 
@@ -200,16 +202,24 @@ LAYOUTS: dict[LayoutName, tuple[str, Callable[[Table], Columns | None]]] = {
 }
 
 
-def find_layout(rows: Sequence[Row], kind: str, name: LayoutName | None = None) -> Layout:
+def find_layout(
+    rows: Sequence[Row], kind: str, name: LayoutName | None = None, given: Mapping[str, str] | None = None
+) -> Layout:
     """The layout of rows that are to be `kind`; problems may turn out to be of another kind. `name`: the
-    layout that they must have. Raises DataError without a place, saying which columns there are.
+    layout that they must have; `given`: columns that are known to be in it. Raises DataError without a place.
     """
     table = Table(rows)
     for each, (gives, columns_of) in LAYOUTS.items():
         if name not in (None, each) or kind not in (gives, "reasoning"):
             continue
-        columns = columns_of(table)
-        if columns is not None:
+        try:
+            columns = columns_of(table)
+        except DataError:
+            if not given:
+                raise
+            columns = None
+        if columns is not None or given:
+            columns = {**(columns or {}), **(given or {})}
             mark = _mark(table, columns)
             solution = {"solution": columns["answer"]} if mark else {}
             return Layout(each, gives, {**solution, **columns}, mark)

@@ -141,7 +141,7 @@ def attacked(name, outside, prompts=(DOUBLE, WRITTEN)):
 
 def allow(monkeypatch, **values):
     """Other limits than those of conf/."""
-    monkeypatch.setattr(limits, "_chosen", [dataclasses.replace(limits._published(), **values)])
+    monkeypatch.setattr(limits, "_chosen", [dataclasses.replace(limits.published(), **values)])
 
 
 def only(monkeypatch, isolated):

@@ -6,10 +6,19 @@ define names which it uses and does not define are put before it.
 """
 
 import ast
+import bisect
 import builtins
+import collections
+import functools
+import heapq
 import itertools
+import math
+import operator
+import random
 import re
+import string
 import textwrap
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,6 +36,23 @@ _MAX_PROGRAM = 64 << 10  # characters; these bound the work on a hostile text
 _MAX_CUTS = 50  # times that a text is cut back until it is Python
 _MAX_STARTS = 8
 _MAX_BLOCKS = 50
+
+_IMPORTED = {
+    module.__name__: module
+    for module in (
+        typing,
+        collections,
+        itertools,
+        functools,
+        heapq,
+        bisect,
+        math,
+        operator,
+        string,
+        re,
+        random,
+    )
+}
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = _Function | ast.ClassDef | ast.Import | ast.ImportFrom
@@ -86,9 +112,21 @@ def split(text: str, entry_point: str, context: str = "") -> Program:
     last = (functions or defining)[-1]
     end = last.end_lineno or last.lineno
     rest = [node for node in statements if node.lineno > end and node not in guards]
-    owner = "" if functions or not isinstance(last, ast.ClassDef) else f"{last.name}()."
-    parts = ["\n".join(lines[_first_line(node) - 1 : node.end_lineno]) for node in rest]
-    return Program("\n".join(lines[:end]), tuple(map(textwrap.dedent, parts)), owner + entry_point)
+    parts = tuple("\n".join(lines[_first_line(node) - 1 : node.end_lineno]) for node in rest)
+    needed = "\n".join(lines[:end])
+    if functions or not isinstance(last, ast.ClassDef):
+        return Program(needed, parts, entry_point)
+    return Program(_imports_for(text) + needed, parts, f"{last.name}().{entry_point}")
+
+
+def _imports_for(text: str) -> str:
+    """Imports of what a text uses and does not import, as the sites whose tasks want a class do them."""
+    lines = []
+    for name in sorted(_missing(text)) if "from __future__" not in text else []:  # which must come first
+        module = next((each for each in _IMPORTED if name == each or hasattr(_IMPORTED[each], name)), None)
+        if module is not None:
+            lines.append(f"import {name}\n" if name == module else f"from {module} import {name}\n")
+    return "".join(lines)
 
 
 def _first_line(node: ast.stmt) -> int:

@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from r1pipe.rewards.programs import isolation, jailed
+from r1pipe.rewards.programs import jailed
 from r1pipe.rewards.programs.isolation import Host, ProgramFault, SandboxBroken, Unsupported
 from r1pipe.rewards.worker_process import ChildEnded, MachineBusy, NoReply, WorkerProcess
 

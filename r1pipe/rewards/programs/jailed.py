@@ -92,8 +92,13 @@ class Streams:
         """Give the next program streams of its own, and builtins as they were."""
         vars(builtins).update(self.builtins)
         self.input, self.output = Input(stdin), output
-        for name, buffer in (("stdin", self.input), ("stdout", output), ("stderr", Silence())):
+        for name, mode, buffer in (
+            ("stdin", "r", self.input),
+            ("stdout", "w", output),
+            ("stderr", "w", Silence()),
+        ):
             stream = io.TextIOWrapper(buffer, "utf-8", "surrogateescape")
+            vars(stream)["mode"] = mode
             vars(sys).update({name: stream, f"__{name}__": stream})
 
     def install(self):
@@ -167,16 +172,17 @@ def run_script(script, stdin, streams):
     streams.start(stdin.encode("utf-8", "surrogateescape"), output)
     if "threading" in script:
         run_threads_at_once()
-    space = {"__name__": "__main__", "__builtins__": builtins}
+    space, standard = {"__name__": "__main__", "__builtins__": builtins}, sys.stdout
     try:
         exec(compiled(script), space)
     except SystemExit as leaving:
         if leaving.code not in (None, 0):
             raise
     finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        standard.flush()
         space.clear()
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
     return output.getvalue().decode("utf-8", "replace")
 
 

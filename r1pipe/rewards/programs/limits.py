@@ -34,14 +34,14 @@ def use(config: CodeConfig) -> None:
 
 def limits_of(task: Mapping[str, Any]) -> Limits:
     """The limits for a task: its own time limit, scaled, where that is the shorter one."""
-    config = _chosen[0] if _chosen else _published()
+    config = _chosen[0] if _chosen else published()
     own = task.get("time_limit_s", 0) * config.time_limit_factor
     cpu_s = min(own, config.cpu_seconds) if own else config.cpu_seconds
     return Limits(cpu_s, config.memory_mb << 20, config.partial_credit)
 
 
 @cache
-def _published() -> CodeConfig:
-    """The values in conf/, which hold where no run says otherwise."""
+def published() -> CodeConfig:
+    """The values in conf/, which hold where `use` has set no others."""
     values: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "stage" / "part" / "common.yaml"))
     return build(CodeConfig, values["code"], "stage.code")

@@ -137,7 +137,7 @@ NO_JSON = '[{"input": "x", "output": "[]", "testtype": "functional"}]'
         (PRIME, {"prompt": "", "entry_point": "f", "tests": [[[2], [4]]], "either": True}),
         (GROUND_TRUTH, {"entry_point": "", "tests": [["3\n", "6\n"]]}),
         (DEEPCODER, {"entry_point": "", "tests": [["3", "6"]]}),
-        (DEEPCODER | {"tests": str([{"input": "3", "output": "6"}])}, {"entry_point": "", "tests": [["3", "6"]]}),
+        (DEEPCODER | {"tests": str([LINES])}, {"entry_point": "", "tests": [["3\n4", "6"]]}),
         (OWN, OWN),
         (OWN | {"tests": json.dumps(OWN["tests"])}, OWN),
         (OWN | {"prompt": "Double"}, OWN),  # a question, not the program's beginning
@@ -190,7 +190,7 @@ def test_rows_of_other_data_are_no_code_rows():
         (LIVECODEBENCH_CLASS | {"private_test_cases": NO_JSON}, "test 1 is not JSON"),
         (VERIFIABLE | {"verification_info": {"language": "cpp", "test_cases": [1]}}, "tests are for cpp"),
         (VERIFIABLE | {"verification_info": {"test_cases": [{"input": "3"}]}}, "test 1 lacks its input"),
-        (GROUND_TRUTH | {"ground_truth": [LINES, {"input": [1], "output": 2, "fn_name": "f"}]}, "keep one form"),
+        (GROUND_TRUTH | {"ground_truth": [LINES, LINES | {"fn_name": "f"}]}, "keep one form"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_refused_in_one_line(row, told):

@@ -126,17 +126,18 @@ def _text(value: Any) -> str:
 
 
 def unpacked(text: str) -> list[Any]:
-    """LiveCodeBench's private tests: a list as JSON text, pickled, zipped and in base64. Nothing is unpickled.
+    """LiveCodeBench's private tests: a list as JSON text, pickled, zipped, in base64. Nothing is unpickled.
 
     Raises DataError where the pickle is not one string of such text.
     """
-    opener = zlib.decompressobj()
+    opener, steps, too_long = zlib.decompressobj(), [], False
     try:
         data = opener.decompress(base64.b64decode(text, validate=True), MAX_BYTES)
+        too_long = bool(opener.unconsumed_tail)
         steps = [(code.name, value) for code, value, _ in pickletools.genops(data)] if opener.eof else []
     except (binascii.Error, zlib.error, ValueError, IndexError):
-        steps = []
-    if opener.unconsumed_tail:
+        pass
+    if too_long:
         raise DataError(f"its private tests unpack to more than {MAX_BYTES >> 20} MB; leave it out")
     strings = [value for name, value in steps if name in _STRINGS]
     only_these = all(name in _OF_A_STRING | _STRINGS for name, _ in steps)

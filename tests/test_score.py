@@ -85,7 +85,8 @@ def test_code_rows_may_be_those_of_public_data_sets(tmp_path):
     apps = {"input_output": json.dumps({"inputs": ["3\n", "5\n"], "outputs": ["6\n", "10\n"]})}
     half = "```python\nn = int(input())\nprint(6)\n```"
     rows = [{**apps, "completion": text} for text in (double, slow, half)]
-    rows.append({"text": "?", "test_list": ["assert f(2) == 4"], "completion": "def f(x): return 2 * x"})
+    asserts = {"text": "?", "test_list": ["assert f(2) == 4"]}
+    rows.append({**asserts, "completion": "def f(x): return 2 * x"})
     code, out, err = scored(tmp_path, rows, "code", cpu_seconds=0.5, memory_mb=64, partial_credit=True)
     assert (code, err) == (0, "") and values(out) == ([1, 0, 0.5, 1] if JAIL else [None, None, None, 1])
 
@@ -148,7 +149,11 @@ GOOD = {"question": "?", "answer": "1", "completion": "x"}
         ),
         ([{**GOOD, "answer": " "}], "accuracy", "rows.jsonl:1: the gold answer is empty"),
         ([GOOD], "code", "rows.jsonl:1: it has no tests"),
-        ([{**ADD, "completion": "x", "entry_point": "f()"}], "code", "rows.jsonl:1: entry_point 'f()' is not a function name"),
+        (
+            [{**ADD, "completion": "x", "entry_point": "f()"}],
+            "code",
+            "rows.jsonl:1: entry_point 'f()' is not a function name",
+        ),
         (
             [{**ADD, "completion": "x", "tests": "def check("}],
             "code",

@@ -7,7 +7,14 @@ import pytest
 from busy import busy_processor
 
 from r1pipe.rewards import worker_process
-from r1pipe.rewards.worker_process import ChildAsleep, ChildEnded, MachineBusy, NoReply, WorkerProcess
+from r1pipe.rewards.worker_process import (
+    ChildAsleep,
+    ChildEnded,
+    MachineBusy,
+    NoReply,
+    OutOfTime,
+    WorkerProcess,
+)
 
 ECHO = "for line in sys.stdin: print(line, end='', flush=True)"
 BUSY = "while time.process_time() - began < {}: pass"
@@ -99,6 +106,33 @@ def test_a_child_that_does_not_get_its_share_of_the_machine_is_not_to_blame(star
     monkeypatch.setattr(worker_process, "WALL_LIMIT_S", 2.0)
     with pytest.raises(MachineBusy):
         start(BUSY.format(1000)).ask({})
+
+
+def test_the_parent_s_clock_ends_a_child_that_takes_too_much_processor_time(start):
+    child = start("for line in sys.stdin:\n    end = time.process_time() + float(line.split(':')[1][:-2])\n"
+                  "    while time.process_time() < end: pass\n    print('{}', flush=True)", read=False)  # fmt: skip
+    with busy_processor():
+        for _ in range(3):
+            child.limit_cpu(0.5)  # for each request anew
+            assert child.ask({"s": 0.3}) == {}
+        child.limit_cpu(0.2)
+        with pytest.raises(OutOfTime):
+            child.ask({"s": 1000})
+    child = start("import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+                  "    except OSError: pass\nwhile True: pass")  # fmt: skip
+    child.limit_cpu(0.2)
+    with pytest.raises(OutOfTime):
+        child.ask({})
+
+
+def test_a_reply_may_be_as_long_as_is_said(start):
+    child = WorkerProcess(
+        [sys.executable, "-c", "print('{\"x\": \"' + 'x' * (3 << 20) + '\"}')"], {}, (), 4 << 20
+    )
+    assert len(child.receive()["x"]) == 3 << 20
+    child.close()
+    with pytest.raises(NoReply, match="too long"):
+        start("print('x' * (2 << 20))").ask({})
 
 
 def test_nothing_of_a_closed_child_is_left(start):

@@ -17,6 +17,16 @@ from r1pipe.rewards.worker_process import (
 )
 
 ECHO = "for line in sys.stdin: print(line, end='', flush=True)"
+WORKS_AS_TOLD = """
+import json
+for line in sys.stdin:
+    end = time.process_time() + json.loads(line)["s"]
+    while time.process_time() < end: pass
+    print("{}", flush=True)
+"""
+IGNORES_SIGNALS = (
+    "signal.signal(signal.SIGXCPU, signal.SIG_IGN), signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
+)
 BUSY = "while time.process_time() - began < {}: pass"
 
 
@@ -109,8 +119,7 @@ def test_a_child_that_does_not_get_its_share_of_the_machine_is_not_to_blame(star
 
 
 def test_the_parent_s_clock_ends_a_child_that_takes_too_much_processor_time(start):
-    child = start("for line in sys.stdin:\n    end = time.process_time() + float(line.split(':')[1][:-2])\n"
-                  "    while time.process_time() < end: pass\n    print('{}', flush=True)", read=False)  # fmt: skip
+    child = start(WORKS_AS_TOLD, read=False)
     with busy_processor():
         for _ in range(3):
             child.limit_cpu(0.5)  # for each request anew
@@ -118,8 +127,7 @@ def test_the_parent_s_clock_ends_a_child_that_takes_too_much_processor_time(star
         child.limit_cpu(0.2)
         with pytest.raises(OutOfTime):
             child.ask({"s": 1000})
-    child = start("import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n"
-                  "    except OSError: pass\nwhile True: pass")  # fmt: skip
+    child = start(IGNORES_SIGNALS + BUSY.format(1000))
     child.limit_cpu(0.2)
     with pytest.raises(OutOfTime):
         child.ask({})

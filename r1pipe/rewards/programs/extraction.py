@@ -37,22 +37,7 @@ _MAX_CUTS = 50  # times that a text is cut back until it is Python
 _MAX_STARTS = 8
 _MAX_BLOCKS = 50
 
-_IMPORTED = {
-    module.__name__: module
-    for module in (
-        typing,
-        collections,
-        itertools,
-        functools,
-        heapq,
-        bisect,
-        math,
-        operator,
-        string,
-        re,
-        random,
-    )
-}
+_IMPORTED = (collections, itertools, functools, heapq, bisect, math, operator, string, re, random, typing)
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = _Function | ast.ClassDef | ast.Import | ast.ImportFrom
@@ -123,9 +108,10 @@ def _imports_for(text: str) -> str:
     """Imports of what a text uses and does not import, as the sites whose tasks want a class do them."""
     lines = []
     for name in sorted(_missing(text)) if "from __future__" not in text else []:  # which must come first
-        module = next((each for each in _IMPORTED if name == each or hasattr(_IMPORTED[each], name)), None)
-        if module is not None:
-            lines.append(f"import {name}\n" if name == module else f"from {module} import {name}\n")
+        if name in (module.__name__ for module in _IMPORTED):
+            lines.append(f"import {name}\n")
+        having = [module for module in _IMPORTED if name in getattr(module, "__all__", dir(module))]
+        lines += [f"from {module.__name__} import {name}\n" for module in having[:1]]
     return "".join(lines)
 
 

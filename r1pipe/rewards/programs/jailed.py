@@ -122,7 +122,10 @@ def serve():
     sys.path.append(packages)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # nothing can be started
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (most, most))
     streams = Streams()
     streams.install()
     streams.start(b"", Silence())

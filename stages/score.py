@@ -2,15 +2,17 @@
 
     python stages/score.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ScoreOptions
 
-Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
-for code, {"completion"} for format and language; an answer may be a list of alternatives, a completion a list
-of messages. Prints one JSON object per row, in the same order: {"status": "scored", "value": 1.0,
-"detail": ""}; without a verdict the value is null.
+Rows are {"question", "answer", "completion"} for accuracy, {"completion"} for format and language; for code
+{"prompt", "tests", "entry_point", "completion"}, or a row of a public data set with its completion
+(docs/rewards.md). An answer may be a list of alternatives, a completion a list of messages. Prints one JSON
+object per row, in the same order: {"status": "scored", "value": 1.0, "detail": ""}; without a verdict the
+value is null.
 """
 
 import codecs
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from r1pipe.config import script_options
@@ -20,6 +22,8 @@ from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Prompt, Status
 from r1pipe.rewards import check_gold, score_all
 from r1pipe.rewards.language import check_language, language_of
+from r1pipe.rewards.programs import limits
+from r1pipe.rewards.programs.tasks import read_task
 
 TOGETHER = 64  # rows scored at a time
 LISTED = 20  # refused rows named at the end
@@ -29,7 +33,7 @@ TASK = "file"  # any name without rules of its own
 REWARDS = {"accuracy": "accuracy", "code": "accuracy", "format": "format", "language": "language"}
 FIELDS = {
     "accuracy": ("question", "answer", "completion"),
-    "code": ("prompt", "tests", "entry_point", "completion"),
+    "code": ("completion",),
     "format": ("completion",),
     "language": ("completion",),
 }
@@ -43,6 +47,10 @@ def main(options: ScoreOptions) -> int:
     """
     if options.language != AUTO:
         check_language(options.language)
+    given = {name: getattr(options, name) for name in ("cpu_seconds", "memory_mb", "partial_credit")}
+    limits.use(
+        replace(limits.published(), **{name: value for name, value in given.items() if value is not None})
+    )
     rows = rows_of(options.file)
     refused: dict[int, str] = {}  # line number -> why
     for first in range(0, len(rows), TOGETHER):
@@ -115,18 +123,18 @@ def pair(row: dict, row_id: str, options: ScoreOptions) -> tuple[Prompt, Complet
     answers = answers if isinstance(answers, list) and answers else [answers]
     answers = [str(each) if type(each) in (int, float) else each for each in answers]
     row = row | {"answer": answers[0], "completion": content_of(row["completion"])}
-    for name in {*fields} - {"tests"}:
+    for name in fields:
         if not isinstance(row[name], str):
             raise DataError(f"{name} must be a string")
     if not all(isinstance(each, str) for each in answers):
         raise DataError("answer must be a string, or a list of strings")
     checker = {"alternatives": answers[1:]} if answers[1:] else {}
     if options.reward == "code":
-        checker = {name: row[name] for name in ("prompt", "tests", "entry_point")}
+        checker = read_task(row)
     question = str(row.get("question") or row.get("prompt") or "")
     language = language_of(question) if options.language == AUTO else options.language
     prompt = Prompt(row_id, TASK, language, question, row["answer"], checker)
-    if options.reward in ("accuracy", "code"):
+    if options.reward == "accuracy":
         check_gold(prompt)
     return prompt, Completion([], [], "stop", row["completion"])
 

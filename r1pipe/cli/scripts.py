@@ -29,6 +29,9 @@ MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what 
 Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
+CpuSeconds = Annotated[float | None, typer.Option(help="code: processor time of each test")]
+MemoryMB = Annotated[int | None, typer.Option(help="code: memory of a program")]
+PartialCredit = Annotated[bool | None, typer.Option(help="code: the share of tests passed, not 1 or 0")]
 
 
 def generate(
@@ -79,13 +82,17 @@ def score(
     reward: Annotated[Reward, typer.Option(help="which rule")],
     language: Annotated[str, typer.Option(help="of the questions; auto: as each is written")] = "en",
     strict: Annotated[bool, typer.Option("--strict", help="end at the first row that is refused")] = False,
+    cpu_seconds: CpuSeconds = None,
+    memory_mb: MemoryMB = None,
+    partial_credit: PartialCredit = None,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
     A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
-    return _run("score.py", ScoreOptions(file, reward, language, strict))
+    programs = (cpu_seconds, memory_mb, partial_credit)
+    return _run("score.py", ScoreOptions(file, reward, language, strict, *programs))
 
 
 def data(

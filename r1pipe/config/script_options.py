@@ -42,6 +42,10 @@ class ScoreOptions(Strict):
     reward: Reward
     language: str  # of the questions; auto: as each is written
     strict: bool = False  # end at the first row that cannot be scored
+    # of programs; None: the values of conf/stage/part/common.yaml
+    cpu_seconds: Annotated[float, Field(gt=0)] | None = None
+    memory_mb: Positive | None = None
+    partial_credit: bool | None = None
 
 
 @dataclass(frozen=True)

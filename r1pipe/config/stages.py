@@ -1,7 +1,9 @@
 """What the stages have in common, and the supervised ones; reinforcement is in `rl`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
 
@@ -58,6 +60,18 @@ class EvalConfig(Strict):
 
 
 @dataclass
+class CodeConfig(Strict):
+    """What a generated program may use, wherever answers are checked, and what it earns."""
+
+    cpu_seconds: Annotated[float, Field(gt=0)]  # processor time of each test, in every sandbox
+    memory_mb: Positive  # memory of a program, in every sandbox
+    time_limit_factor: Annotated[
+        float, Field(gt=0)
+    ]  # a task's own limit times this holds where it is shorter
+    partial_credit: bool  # a program earns the share of tests that it passes; else 1 for all and 0
+
+
+@dataclass
 class StageConfig(Strict):
     """What every stage has."""
 
@@ -74,6 +88,7 @@ class StageConfig(Strict):
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig
+    code: CodeConfig
 
 
 @dataclass

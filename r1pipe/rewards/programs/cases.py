@@ -125,21 +125,23 @@ def _text(value: Any) -> str:
     return "\n".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
-def unpacked(text: str) -> str:
-    """LiveCodeBench's private tests: JSON text, pickled, zipped and in base64. Nothing is unpickled.
+def unpacked(text: str) -> list[Any]:
+    """LiveCodeBench's private tests: a list as JSON text, pickled, zipped, in base64. Nothing is unpickled.
 
-    Raises DataError where the pickle is more than one string.
+    Raises DataError where the pickle is not one string of such text.
     """
-    problem = "its private tests are neither JSON nor a packed string; download the file again"
+    opener, steps, too_long = zlib.decompressobj(), [], False
     try:
-        opener = zlib.decompressobj()
         data = opener.decompress(base64.b64decode(text, validate=True), MAX_BYTES)
-        if opener.unconsumed_tail:
-            raise DataError(f"its private tests unpack to more than {MAX_BYTES >> 20} MB; leave it out")
-        steps = [(code.name, value) for code, value, _ in pickletools.genops(data)]
+        too_long = bool(opener.unconsumed_tail)
+        steps = [(code.name, value) for code, value, _ in pickletools.genops(data)] if opener.eof else []
     except (binascii.Error, zlib.error, ValueError, IndexError):
-        raise DataError(problem) from None
+        pass
+    if too_long:
+        raise DataError(f"its private tests unpack to more than {MAX_BYTES >> 20} MB; leave it out")
     strings = [value for name, value in steps if name in _STRINGS]
-    if len(strings) != 1 or any(name not in _OF_A_STRING | _STRINGS for name, _ in steps):
-        raise DataError(problem)
-    return str(strings[0])
+    only_these = all(name in _OF_A_STRING | _STRINGS for name, _ in steps)
+    value = loaded(strings[0]) if len(strings) == 1 and only_these else None
+    if not isinstance(value, list):
+        raise DataError("its private tests are neither JSON nor a packed list; download the file again")
+    return value

@@ -130,7 +130,7 @@ def _asserted(tests: Sequence[str], solution: str) -> str:
         test, written = ast.parse("\n".join(tests)), ast.parse(solution)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise DataError("test_list or code is not Python; correct it") from None
-    calls = (node.func for node in ast.walk(test) if isinstance(node, ast.Call))
+    calls = (node.func for line in test.body for node in ast.walk(line) if isinstance(node, ast.Call))
     names = [call.id for call in calls if isinstance(call, ast.Name) and not hasattr(builtins, call.id)]
     defined = {node.name for node in ast.walk(written) if isinstance(node, ast.FunctionDef)}
     names = [name for name in names if name in defined] or names
@@ -143,7 +143,7 @@ def _livecodebench(row: Row) -> dict[str, Any]:
     parts = []
     for column in ("public_test_cases", "private_test_cases"):
         value = loaded(row.get(column))
-        value = loaded(unpacked(value)) if isinstance(value, str) and value else value
+        value = unpacked(value) if isinstance(value, str) and value else value
         if _is_given(value):
             parts.append(read_cases(value))
     metadata = loaded(row.get("metadata"))

@@ -35,9 +35,7 @@ class SourceConfig(Strict):
     path: str  # a relative path is looked up in `data.path`; ".": all of `data.path`
     language: str  # en, zh or another code; auto: as each question is written
     task: str  # the task name its rows are counted under
-    columns: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # role -> column; {}: as the layout has them
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> column; {}: by the layout
     answer_after: str | None = None  # mark before the gold answer in the answer column, e.g. "####"
     split: str | None = None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
     layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
@@ -50,13 +48,11 @@ class DataConfig(Strict):
 
     name: str  # the file in conf/data/
     kind: Literal["world", "files", "reasoning_gym"]  # where problems come from
-    path: (
-        str | None
-    )  # files: the folder of the sources; or a file, or OWNER/NAME on the hub, in place of the first
+    path: str | None  # files: the folder of the sources; or a file or OWNER/NAME in place of the first one
     tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
     languages: list[str]  # world: languages
     levels: list[int]  # world: difficulty levels that prompts are drawn from
-    reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
+    reasoning: list[SourceConfig]  # files: problems with gold answers or tests, and maybe solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
     bad_rows: Literal["refuse", "set_aside"]  # files: what to do with a row that cannot be used

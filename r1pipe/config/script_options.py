@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from r1pipe.config.data import DataConfig
-from r1pipe.config.fields import Count, NonNegative, Positive, Strict, build
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
@@ -43,7 +43,7 @@ class ScoreOptions(Strict):
     language: str  # of the questions; auto: as each is written
     strict: bool = False  # end at the first row that cannot be scored
     # of programs; None: the values of conf/stage/part/common.yaml
-    cpu_seconds: Annotated[float, Field(gt=0)] | None = None
+    cpu_seconds: AboveZero | None = None
     memory_mb: Positive | None = None
     partial_credit: bool | None = None
 

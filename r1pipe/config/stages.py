@@ -1,11 +1,9 @@
 """What the stages have in common, and the supervised ones; reinforcement is in `rl`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
 
 
 @dataclass
@@ -63,11 +61,9 @@ class EvalConfig(Strict):
 class CodeConfig(Strict):
     """What a generated program may use, wherever answers are checked, and what it earns."""
 
-    cpu_seconds: Annotated[float, Field(gt=0)]  # processor time of each test, in every sandbox
+    cpu_seconds: AboveZero  # processor time of each test, in every sandbox
     memory_mb: Positive  # memory of a program, in every sandbox
-    time_limit_factor: Annotated[
-        float, Field(gt=0)
-    ]  # a task's own limit times this holds where it is shorter
+    time_limit_factor: AboveZero  # a task's own limit times this holds where it is shorter
     partial_credit: bool  # a program earns the share of tests that it passes; else 1 for all and 0
 
 

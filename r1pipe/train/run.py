@@ -113,6 +113,7 @@ class Run(Resumable[S]):
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
         for line in source.layouts:
+            self.show(say=f"data: {line}")
             log.info("data: %s", line)
         self.data = source
         return source

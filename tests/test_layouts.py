@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pyarrow
 import pyarrow.feather
@@ -206,7 +205,6 @@ def test_without_a_hub_a_name_is_one_line_within_seconds(tmp_path, variables):
         "from r1pipe.data.reading import read_rows; terminal.run(lambda: read_rows(Path('open/sums:main')))"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    began = time.process_time()
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=environment | variables | {"HF_HOME": str(tmp_path)},
@@ -216,7 +214,7 @@ def test_without_a_hub_a_name_is_one_line_within_seconds(tmp_path, variables):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "open/sums:main cannot be read from the hub (" in done.stderr
-    assert time.process_time() - began < 5
+    assert "Offline" in done.stderr, "the client has not gone on trying"
 
 
 def test_no_path_at_all_is_not_the_working_folder():
@@ -345,6 +343,13 @@ def test_the_right_option_is_a_letter(tmp_path, row):
     assert item.prompt.checker == {"options": {"A": "Rome", "B": "Paris"}, "answer_form": "choice"}
 
 
+def test_an_empty_column_of_an_option_shifts_no_other(tmp_path):
+    row = {"question": "Capital?", "A": "Rome", "B": "Bonn", "C": "Paris", "D": "Oslo", "answer": "C"}
+    items, _ = read(tmp_path, [row, {**row, "question": "And now?", "B": ""}])
+    checkers = [(item.prompt.answer, item.prompt.checker["options"]) for item in items]
+    assert [options[letter] for letter, options in checkers] == ["Paris", "Paris"]
+
+
 def test_a_question_that_shows_its_options_keeps_its_text(tmp_path):
     asked = "Capital?\n(A) Rome\n(B) Paris"
     item, _ = first(tmp_path, {"question": asked, "options": ["Rome", "Paris"], "answer": "A"})
@@ -359,6 +364,7 @@ def test_a_question_that_shows_its_options_keeps_its_text(tmp_path):
         (["Rome", "Paris"], "London", "none of the options' letters, indices and texts"),
         (["Rome", "Paris"], "C", "none of the options' letters"),
         (["Rome"], "A", "holds no list of options"),
+        (["Rome", None, "Paris"], 2, "an option that is no text"),
         (["Rome", {"x": 1}], "A", "an option that is no text"),
         (["Rome", "Paris"], None, "the answer .column answer. is empty"),
     ],
@@ -631,6 +637,19 @@ def test_columns_that_are_not_told_apart_are_named_with_the_key_to_set(tmp_path,
     with pytest.raises(DataError, match=rf"rows\.jsonl: {told}: data\.reasoning\[0\]\.columns=") as caught:
         first(tmp_path, row)
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_that_is_empty_at_first_counts(tmp_path):
+    rows = [
+        {"instruction": f"Say {i}", "input": "twice" if i > 150 else "", "output": "a"} for i in range(160)
+    ]
+    items, _ = read(tmp_path, rows)
+    assert items[159].prompt.question == "Say 159\ntwice"
+
+
+def test_columns_that_differ_in_capitals_alone_stay_apart(tmp_path):
+    item, _ = first(tmp_path, {"question": "a?", "answer": "1", "Answer": "2"})
+    assert item.prompt.answer == "1"
 
 
 def test_two_columns_that_hold_the_same_are_one(tmp_path):

@@ -95,16 +95,15 @@ def read_options(row: Row, columns: str) -> tuple[list[str], list[str]]:
     Raises DataError where there are fewer than two.
     """
     several = names(columns)
-    found = [value(row, name) for name in several] if len(several) > 1 else value(row, columns)
-    found = loaded(found)  # a csv file has it as text
+    found = loaded(value(row, columns)) if len(several) == 1 else None  # a csv file has it as text
+    if len(several) > 1:
+        found = {letter: value(row, name) for letter, name in zip(LETTERS, several, strict=False)}
     labels: list[Any] = []
     if isinstance(found, dict) and isinstance(found.get("text"), list):
         labels, found = found.get("label") or [], found["text"]
     elif isinstance(found, dict):
-        given = {label: each for label, each in found.items() if each is not None}
+        given = {label: each for label, each in found.items() if each not in (None, "")}
         labels, found = list(given), list(given.values())
-    if isinstance(found, list):
-        found = [each for each in found if each is not None and each != ""]
     if not isinstance(found, list) or not 2 <= len(found) <= len(LETTERS):
         raise DataError(f"{row.where}: column {columns} holds no list of options; correct it")
     if not all(isinstance(each, str | int | float) for each in found):

@@ -4,8 +4,9 @@ A layout maps roles to columns; how a column's content is read depends on what i
 text or messages, an answer a text or a list). The table in docs/guide.md lists them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from r1pipe.config.data import LayoutName
@@ -16,8 +17,8 @@ from r1pipe.rewards.answers.gold import Form
 from r1pipe.rewards.programs.cases import loaded
 from r1pipe.rewards.programs.tasks import is_code_row
 
-SAMPLED = 100  # rows that are looked at
-QUESTIONS = ("question", "problem", "prompt", "input", "query", "instruction", "question_stem")
+SAMPLED = 100  # values of a column that are looked at
+QUESTIONS = ("question", "problem", "prompt", "input", "query", "instruction", "question_stem", "ctx")
 ANSWERS = (
     *("answer", "final_answer", "expected_answer", "target", "ground_truth", "gold"),
     *("correct_answer", "answers"),
@@ -36,16 +37,18 @@ MARK = "####"
 
 
 class Table:
-    """The columns of a file, whatever their capitals, with what the first rows hold in them."""
+    """The columns of a file, whatever their capitals, with the first things that they hold."""
 
     def __init__(self, rows: Sequence[Row]):
-        self.rows = [row.values for row in rows[:SAMPLED]]
+        self.rows = [row.values for row in rows]
         self.columns = {str(name).strip().lower(): name for name in rows[0].values}
+        self.columns |= {name: name for name in rows[0].values if name in self.columns}
 
     def values(self, name: str) -> list[Any]:
-        """What a column holds in the first rows, without what is empty."""
-        found = [row.get(self.columns[name]) for row in self.rows] if name in self.columns else []
-        return [value for value in found if value is not None and value != "" and value != []]
+        """The first things that a column holds, without what is empty."""
+        column = self.columns.get(name)
+        found: Iterable[Any] = (row[column] for row in self.rows) if column else ()
+        return list(islice((value for value in found if value not in (None, "", [])), SAMPLED))
 
     def present(self, candidates: Sequence[str]) -> list[str]:
         """The candidates that are columns with something in them."""
@@ -112,7 +115,7 @@ def is_code(row: Mapping[str, Any]) -> bool:
 
 
 def _code(table: Table) -> Columns | None:
-    return {} if any(is_code(row) for row in table.rows) else None
+    return {} if any(is_code(row) for row in table.rows[:SAMPLED]) else None
 
 
 def _options(table: Table) -> Columns | None:

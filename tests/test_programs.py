@@ -337,3 +337,23 @@ def test_a_row_of_a_data_set_is_checked_end_to_end():
     row = {"text": "?", "test_list": ["assert f(2) == 4"], "test_setup_code": "import math", "code": DOUBLE}
     assert score(read_task(row), fenced(f"{DOUBLE}\nassert f(2) == 4")).value == 1
     assert score(read_task(row), fenced("def f(x):\n    return x")).value == 0
+
+
+@needs_jail
+def test_python_decides_where_monty_computes_in_its_own_way():
+    for tests, program in (
+        ([[[2.675], 2.67]], "def f(x):\n    return round(x, 2)"),
+        ([[[[3, 1, 2]], [1, 2, 3]]], "def f(x):\n    return list(set(x))"),
+    ):
+        assert score({"entry_point": "f", "tests": tests}, fenced(program)).value == 1
+        asserts = [f"assert f({arguments[0]!r}) == {expected!r}" for arguments, expected in tests]
+        assert score({"entry_point": "f", "tests": asserts}, fenced(program)).value == 1
+    own_way = {"entry_point": "f", "tests": ["assert f(2.675) == round(2.675, 2)"]}
+    assert score(own_way, fenced("def f(x):\n    return 2.67")).value == 1
+
+
+def test_wrong_arithmetic_is_wrong_without_the_jail(monkeypatch):
+    exact, other = monty.Monty(), None
+    monkeypatch.setattr(sandbox, "choose", lambda: [exact, other])  # the second would raise
+    assert score(CALLS, fenced("def f(x):\n    return (x + 1) * sum([2, 1])")).value == 0
+    assert score(CALLS, fenced(DOUBLE)).value == 1

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from r1pipe.config.compose import compose
+from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Prompt, Score, Status
 from r1pipe.rewards.programs import jail, limits, monty, sandbox
 from r1pipe.rewards.programs.check import check_program, check_program_gold, vote_of_program
@@ -229,6 +231,7 @@ def test_what_only_the_jail_can_do_is_no_wrong_answer_without_it(monkeypatch):
 @needs_jail
 def test_a_missing_numpy_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(jail, "numpy_folders", lambda: ())
+    monkeypatch.setattr(jail, "has_numpy", jail.has_numpy.__wrapped__)
     verdict = score(CALLS, fenced(f"import numpy\n{DOUBLE}"))
     assert verdict.status is Status.VERIFIER_FAILED and "pip install numpy" in verdict.detail
 
@@ -324,6 +327,16 @@ def test_a_tasks_own_time_limit_is_scaled_and_capped(monkeypatch):
     allow(monkeypatch, cpu_seconds=10.0, time_limit_factor=3.0, memory_mb=64)
     assert limits.limits_of({}).cpu_s == limits.limits_of({"time_limit_s": 5.0}).cpu_s == 10.0
     assert limits.limits_of({"time_limit_s": 1.0}) == limits.Limits(3.0, 64 << 20, False)
+
+
+def test_a_stage_says_what_programs_may_use(monkeypatch):
+    monkeypatch.setattr(limits, "_chosen", [])
+    assert limits.limits_of({}).cpu_s == compose(["stage=evaluate", "parent=x"]).config.stage.code.cpu_seconds
+    stage = compose(["stage=grpo", "stage.code.cpu_seconds=2.5", "stage.code.memory_mb=100"]).config.stage
+    limits.use(stage.code)
+    assert limits.limits_of({}) == limits.Limits(2.5, 100 << 20, False)
+    with pytest.raises(ConfigError, match=r"stage\.code\.cpu_seconds=0 must be above 0"):
+        compose(["stage=grpo", "stage.code.cpu_seconds=0"])
 
 
 def test_programs_vote_by_what_is_run():

@@ -133,18 +133,16 @@ def count(passes: Callable[[Any], bool], tests: Iterable[Any], partial: bool, la
     passed, failed = 0, ""
     for number, test in enumerate(tests, 1):
         heartbeat.tick()
+        why, ended = "", False
         try:
-            right, why = passes(test), "wrong result"
+            why = "" if passes(test) else "wrong result"
         except ProgramFault as fault:
             if not last:
                 raise
-            right, why = False, str(fault)
-            if fault.ended:
-                failed = failed or f"test {number} of {len(tests)}: {why}"
-                break
-        passed += right
-        failed = failed if right or failed else f"test {number} of {len(tests)}: {why}"
-        if not right and not partial:
+            why, ended = str(fault) or "an exception", fault.ended
+        passed += not why
+        failed = failed or (f"test {number} of {len(tests)}: {why}" if why else "")
+        if ended or (why and not partial):
             break
     value = passed / len(tests) if partial else float(passed == len(tests))
     detail = f"{passed} of {len(tests)} tests passed"

@@ -142,6 +142,8 @@ NO_JSON = '[{"input": "x", "output": "[]", "testtype": "functional"}]'
         (OWN | {"tests": json.dumps(OWN["tests"])}, OWN),
         (OWN | {"prompt": "Double"}, OWN),  # a question, not the program's beginning
         (OWN_STREAMS, {"entry_point": "", "tests": [["3\n", "6\n"]]}),
+        (OWN | {"tests": [{"input": [2], "output": 4}]}, {**OWN, "tests": [[[2], 4]], "either": True}),
+        (OWN | {"tests": [{"input": [2], "output": None}]}, {**OWN, "tests": [[[2], None]], "either": True}),
         (OWN_STREAMS | {"tests": [LINES]}, {"entry_point": "", "tests": [["3\n4", "6"]]}),
     ],
 )  # fmt: skip

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from r1pipe.config.compose import compose
+from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Prompt, Score, Status
 from r1pipe.rewards.programs import jail, limits, monty, sandbox
 from r1pipe.rewards.programs.check import check_program, check_program_gold, vote_of_program
@@ -229,6 +231,7 @@ def test_what_only_the_jail_can_do_is_no_wrong_answer_without_it(monkeypatch):
 @needs_jail
 def test_a_missing_numpy_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(jail, "numpy_folders", lambda: ())
+    monkeypatch.setattr(jail, "has_numpy", jail.has_numpy.__wrapped__)
     verdict = score(CALLS, fenced(f"import numpy\n{DOUBLE}"))
     assert verdict.status is Status.VERIFIER_FAILED and "pip install numpy" in verdict.detail
 
@@ -326,6 +329,16 @@ def test_a_tasks_own_time_limit_is_scaled_and_capped(monkeypatch):
     assert limits.limits_of({"time_limit_s": 1.0}) == limits.Limits(3.0, 64 << 20, False)
 
 
+def test_a_stage_says_what_programs_may_use(monkeypatch):
+    monkeypatch.setattr(limits, "_chosen", [])
+    assert limits.limits_of({}).cpu_s == compose(["stage=evaluate", "parent=x"]).config.stage.code.cpu_seconds
+    stage = compose(["stage=grpo", "stage.code.cpu_seconds=2.5", "stage.code.memory_mb=100"]).config.stage
+    limits.use(stage.code)
+    assert limits.limits_of({}) == limits.Limits(2.5, 100 << 20, False)
+    with pytest.raises(ConfigError, match=r"stage\.code\.cpu_seconds=0 must be above 0"):
+        compose(["stage=grpo", "stage.code.cpu_seconds=0"])
+
+
 def test_programs_vote_by_what_is_run():
     vote = vote_of_program(CALLS, fenced(DOUBLE))
     assert vote == vote_of_program(CALLS, fenced("def f(x):  # twice\n    return 2*x", "f(2)")) != ""
@@ -337,3 +350,23 @@ def test_a_row_of_a_data_set_is_checked_end_to_end():
     row = {"text": "?", "test_list": ["assert f(2) == 4"], "test_setup_code": "import math", "code": DOUBLE}
     assert score(read_task(row), fenced(f"{DOUBLE}\nassert f(2) == 4")).value == 1
     assert score(read_task(row), fenced("def f(x):\n    return x")).value == 0
+
+
+@needs_jail
+def test_python_decides_where_monty_computes_in_its_own_way():
+    for tests, program in (
+        ([[[2.675], 2.67]], "def f(x):\n    return round(x, 2)"),
+        ([[[[3, 1, 2]], [1, 2, 3]]], "def f(x):\n    return list(set(x))"),
+    ):
+        assert score({"entry_point": "f", "tests": tests}, fenced(program)).value == 1
+        asserts = [f"assert f({arguments[0]!r}) == {expected!r}" for arguments, expected in tests]
+        assert score({"entry_point": "f", "tests": asserts}, fenced(program)).value == 1
+    own_way = {"entry_point": "f", "tests": ["assert f(2.675) == round(2.675, 2)"]}
+    assert score(own_way, fenced("def f(x):\n    return 2.67")).value == 1
+
+
+def test_wrong_arithmetic_is_wrong_without_the_jail(monkeypatch):
+    exact, other = monty.Monty(), None
+    monkeypatch.setattr(sandbox, "choose", lambda: [exact, other])  # the second would raise
+    assert score(CALLS, fenced("def f(x):\n    return (x + 1) * sum([2, 1])")).value == 0
+    assert score(CALLS, fenced(DOUBLE)).value == 1

@@ -120,13 +120,14 @@ def test_and_in_a_code_block_with_its_head(human_eval):
     assert passed == {1.0: 164 if jail.is_available() else 162}
 
 
-def test_every_broken_program_of_human_eval_fails(human_eval):
+def test_broken_programs_of_human_eval_fail(human_eval):
+    human_eval = human_eval[2::3]  # a third, with those beyond Monty: Python confirms each
     names = {prompt.question: prompt.checker["entry_point"] for prompt, *_ in human_eval}
 
     def broken(prompt, body):
         return f"```python\n{prompt}{body}\n{CHANGED.format(name=names[prompt])}```"
 
-    assert judged(human_eval, broken) == {0.0: 164 if jail.is_available() else 162}
+    assert judged(human_eval, broken) == {0.0: 54 if jail.is_available() else 52}
 
 
 @pytest.mark.slow

@@ -91,14 +91,16 @@ def _cases_of_columns(value: Mapping[str, Any]) -> Cases:
 
 
 def _cases_of_mappings(rows: Sequence[Mapping[str, Any]]) -> Cases:
-    """[{"input", "output", "type" or "testtype"?, "fn_name"?}]: programs, or calls where one says so."""
+    """[{"input", "output", "type" or "testtype"?, "fn_name"?}]: programs; calls where one says so, or where
+    the input is no text."""
     tests, names, either = [], set(), False
     for number, row in enumerate(rows, 1):
-        if row.get("input") is None or row.get("output") is None:
-            raise DataError(f"test {number} lacks its input or output; correct it")
         metadata = loaded(row.get("metadata"))
         name = row.get("fn_name") or (metadata.get("func_name") if isinstance(metadata, Mapping) else "")
-        is_call = bool(name) or (row.get("testtype") or row.get("type")) in _FUNCTION_TYPES
+        kind = row.get("testtype") or row.get("type")
+        is_call = bool(name) or kind in _FUNCTION_TYPES or (kind is None and not _is_text(row.get("input")))
+        if row.get("input") is None or "output" not in row or (row["output"] is None and not is_call):
+            raise DataError(f"test {number} lacks its input or output; correct it")
         names.add((is_call, str(name or "")))
         try:
             tests.append(_call(row) if is_call else [_text(row["input"]), _text(row["output"])])
@@ -118,6 +120,12 @@ def _call(row: Mapping[str, Any]) -> list[Any]:
         return [given if isinstance(given, list) else [given], expected]
     arguments = [json.loads(line) for line in given.splitlines() if line.strip()]
     return [arguments, json.loads(expected) if isinstance(expected, str) else expected]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    )
 
 
 def _text(value: Any) -> str:

@@ -38,6 +38,7 @@ _MAX_STARTS = 8
 _MAX_BLOCKS = 50
 
 _IMPORTED = (collections, itertools, functools, heapq, bisect, math, operator, string, re, random, typing)
+_EXACT = {"abs", "all", "any", "bool", "int", "len", "list", "max", "min", "print", "range", "sum", "tuple"}
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 _Definition = _Function | ast.ClassDef | ast.Import | ast.ImportFrom
@@ -104,6 +105,23 @@ def split(text: str, entry_point: str, context: str = "") -> Program:
     return Program(_imports_for(text) + needed, parts, f"{last.name}().{entry_point}")
 
 
+def is_exact(program: Program) -> bool:
+    """Whether a program computes the same in every interpreter: it calls nothing but what surely does."""
+    nodes = [node for part in (program.needed, *program.rest) for node in _nodes(part)]
+    if any(
+        isinstance(node, ast.Set | ast.SetComp | ast.Attribute | ast.Import | ast.ImportFrom)
+        for node in nodes
+    ):
+        return False
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    known = _EXACT | {node.name for node in nodes if isinstance(node, _Function)}
+    return all(isinstance(call, ast.Name) and call.id in known for call in calls)
+
+
+def _nodes(text: str) -> list[ast.AST]:
+    return [node for statement in parsed(text) for node in ast.walk(statement)]
+
+
 def _imports_for(text: str) -> str:
     """Imports of what a text uses and does not import, as the sites whose tasks want a class do them."""
     lines = []
@@ -158,7 +176,7 @@ def _bound(statements: Iterable[ast.stmt]) -> set[str]:
 
 def _missing(text: str) -> set[str]:
     """The names that a text uses and binds nowhere."""
-    nodes = [node for statement in parsed(text) for node in ast.walk(statement)]
+    nodes = _nodes(text)
     names = [node for node in nodes if isinstance(node, ast.Name)]
     used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}

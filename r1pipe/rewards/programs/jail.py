@@ -152,6 +152,14 @@ def numpy_folders() -> tuple[Path, ...]:
     return (package, libraries) if libraries.is_dir() else (package,)
 
 
+@functools.cache
+def has_numpy() -> bool:
+    """Whether programs can import numpy: it may need libraries that the jail does not show."""
+    code = "try:\n    import numpy\n    found = True\nexcept ImportError:\n    found = False\nfound"
+    with Jail().session(START_CPU_S, START_MEMORY) as session:
+        return bool(session.run(code))
+
+
 class JailSession:
     """See isolation.Session."""
 
@@ -199,6 +207,7 @@ class JailSession:
 def _fault(reply: Mapping[str, Any]) -> Exception:
     """The exception of a reply with an error; a package that no jail here has is no fault of the program."""
     text = f"{reply['kind']}: {reply['error']}"
-    if text.startswith("ModuleNotFoundError: No module named 'numpy") and not numpy_folders():
-        return Unsupported("the program imports numpy, which is not installed; run `pip install numpy`")
+    is_import = text.startswith(("ModuleNotFoundError", "ImportError"))
+    if is_import and "numpy" in text and not has_numpy():
+        return Unsupported("the program imports numpy, which the jail lacks; run `pip install numpy`")
     return ProgramFault(text)

@@ -2,7 +2,8 @@
 
 Chosen by capability, program by program: Monty first (`monty.py`, under a millisecond), with a short share of
 the time; what that part of Python cannot run, and what fails there, goes to CPython in bubblewrap
-(`jail.py`), which has the last word. Where neither is available no program is run.
+(`jail.py`), which has the last word: Monty orders sets and rounds halves in its own way. Where neither is
+available no program is run.
 
 A program's fault (an exception, a limit, an interpreter that it crashed) scores 0; VERIFIER_FAILED means
 that no interpreter here can run it, INFRASTRUCTURE_FAILED that the isolation itself does not work or that the
@@ -19,7 +20,7 @@ from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Score, Status
 from r1pipe.rewards.programs import isolation, jail
 from r1pipe.rewards.programs.comparison import same_output, same_value
-from r1pipe.rewards.programs.extraction import Program
+from r1pipe.rewards.programs.extraction import Program, is_exact
 from r1pipe.rewards.programs.isolation import Isolation, ProgramFault, SandboxBroken, Session, Unsupported
 from r1pipe.rewards.programs.limits import Limits
 from r1pipe.rewards.programs.monty import Monty
@@ -80,7 +81,7 @@ def run_calls(program: Program, tests: Sequence[Any], limits: Limits, either: bo
             is_wrapped = either and isinstance(expected, list) and len(expected) == 1
             return same_value(result, expected) or (is_wrapped and same_value(result, expected[0]))
 
-        return count(passes, tests, limits.partial_credit, last)
+        return confirmed(count(passes, tests, limits.partial_credit, last), last or is_exact(program))
 
     return first_verdict(judge, limits)
 
@@ -107,7 +108,7 @@ def run_tests(program: Program, tests: TestCode, limits: Limits) -> Score:
 
     def judge(session: Session, last: bool) -> Score:
         define(session, program)
-        return _judged_by_tests(session, program.call, tests, limits, last)
+        return confirmed(_judged_by_tests(session, program.call, tests, limits, last), last)
 
     return first_verdict(judge, limits)
 
@@ -132,22 +133,27 @@ def count(passes: Callable[[Any], bool], tests: Iterable[Any], partial: bool, la
     passed, failed = 0, ""
     for number, test in enumerate(tests, 1):
         heartbeat.tick()
+        why, ended = "", False
         try:
-            right, why = passes(test), "wrong result"
+            why = "" if passes(test) else "wrong result"
         except ProgramFault as fault:
             if not last:
                 raise
-            right, why = False, str(fault)
-            if fault.ended:
-                failed = failed or f"test {number} of {len(tests)}: {why}"
-                break
-        passed += right
-        failed = failed if right or failed else f"test {number} of {len(tests)}: {why}"
-        if not right and not partial:
+            why, ended = str(fault) or "an exception", fault.ended
+        passed += not why
+        failed = failed or (f"test {number} of {len(tests)}: {why}" if why else "")
+        if ended or (why and not partial):
             break
     value = passed / len(tests) if partial else float(passed == len(tests))
     detail = f"{passed} of {len(tests)} tests passed"
     return Score(value, detail=f"{detail}; {failed}" if failed else detail)
+
+
+def confirmed(score: Score, certain: bool) -> Score:
+    """A score that counts: 1, or one that no other interpreter would change. Raises ProgramFault."""
+    if score.value < 1.0 and not certain:
+        raise ProgramFault(score.detail)
+    return score
 
 
 def first_verdict(judge: Judge, limits: Limits) -> Score:
@@ -212,7 +218,7 @@ def _judged_by_tests(session: Session, call: str, tests: TestCode, limits: Limit
     Raises the program's own error; Unsupported where no interpreter can run the tests.
     """
     caller, problem = _Caller(session, call), ""
-    for isolated in isolations():
+    for isolated in reversed(isolations()) if last else isolations():
         with isolated.session(TESTS_CPU_S, limits.memory) as tester:
             try:
                 caller.passes(tests.setup, tester)

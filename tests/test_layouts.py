@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pyarrow
 import pyarrow.feather
@@ -21,6 +22,7 @@ from r1pipe.data.files import EQUAL, Files
 from r1pipe.data.layouts import LAYOUTS
 from r1pipe.data.reading import read_file, read_rows
 from r1pipe.rewards.answers.gold import Form
+from r1pipe.runs import data_files
 
 ALL = 10**6
 SUMS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
@@ -182,8 +184,53 @@ def test_folders_that_save_to_disk_wrote(tmp_path):
     table = datasets.Dataset.from_list(SUMS)
     table.save_to_disk(tmp_path / "one", num_shards=2)
     datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk(tmp_path / "two")
-    assert [row.values for row in read_rows(tmp_path / "one").rows] == SUMS
+    found = read_rows(tmp_path / "one")
+    assert [row.values for row in found.rows] == SUMS and found.format == "a folder of save_to_disk"
     assert questions(whole(tmp_path / "two"), "test") == {row["question"] for row in SUMS[:5]}
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_damaged_folder_of_save_to_disk_is_one_line(tmp_path, damaged):
+    import datasets
+
+    datasets.Dataset.from_list(SUMS).save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / damaged).write_text("[]")
+    with pytest.raises(DataError, match=r"one cannot be read \(.*\); save it again") as caught:
+        read_rows(tmp_path / "one")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_downloaded_data_set_of_the_hub_is_read_without_a_network(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    shards_of(tmp_path, main__train=SUMS[:30], main__test=SUMS[30:], socratic__train=SUMS)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = whole("open/sums:main")
+    assert questions(data, "test") == {row["question"] for row in SUMS[30:]}
+    assert (asked["name"], asked["local_files_only"]) == ("open/sums", True)
+    assert asked["allow_patterns"][0] == "main/*" and data.files == {}
+    with pytest.raises(DataError, match=r"open/sums on the hub has no folder mian; give another"):
+        whole("open/sums:mian")
+    with pytest.raises(DataError, match=r"several data sets \(main, socratic\)"):
+        whole("open/sums")
+
+
+def test_the_hash_of_a_hub_name_follows_its_revision(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    group = asdict(composed("files", "data.path=open/sums:main"))
+    before = data_files.hashes(group)
+    refs = tmp_path / "datasets--open--sums" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("1f2e")
+    assert before[1] == {} and list(data_files.hashes(group)[1]) == ["open/sums:main"]
+    assert data_files.hashes(group)[0] != before[0] != data_files.hashes(group | {"path": "open/other"})[0]
 
 
 def test_folders_that_are_no_data_set_say_so(tmp_path):
@@ -213,8 +260,8 @@ def test_without_a_hub_a_name_is_one_line_within_seconds(tmp_path, variables):
         timeout=120,
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "open/sums:main cannot be read from the hub (" in done.stderr
-    assert "Offline" in done.stderr, "the client has not gone on trying"
+    assert "open/sums:main is no path here, and not to be had from the hub (" in done.stderr
+    assert "does not answer" in done.stderr, "the client has not gone on trying"
 
 
 def test_no_path_at_all_is_not_the_working_folder():

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -182,31 +182,32 @@ def _csv_row(header: list[str], fields: list[str], text: str, longest: int) -> d
 def _parquet_rows(path: Path, compression: str, longest: int) -> RawRows:
     with open_data_file(path, compression) as file:
         seekable = io.BytesIO(file.read()) if compression else file
-        yield from _rows_of(pyarrow.parquet.ParquetFile(seekable).iter_batches(batch_size=256), longest)
+        yield from rows_of(pyarrow.parquet.ParquetFile(seekable).iter_batches(batch_size=256), longest)
 
 
 def _arrow_rows(path: Path, compression: str, longest: int) -> RawRows:
-    """The stream that `save_to_disk` writes, or an Arrow file (Feather)."""
+    """An Arrow stream, as `datasets` writes it, or an Arrow file (Feather)."""
     with open_data_file(path, compression) as file:
         content = (
             pyarrow.py_buffer(file.read()) if compression else pyarrow.memory_map(str(path)).read_buffer()
         )
     if content[:6].to_pybytes() == _ARROW_FILE:
         table = pyarrow.ipc.open_file(content)
-        yield from _rows_of(map(table.get_batch, range(table.num_record_batches)), longest)
+        yield from rows_of(map(table.get_batch, range(table.num_record_batches)), longest)
     else:
-        yield from _rows_of(pyarrow.ipc.open_stream(content), longest)
+        yield from rows_of(pyarrow.ipc.open_stream(content), longest)
 
 
-def _rows_of(batches: Iterator[Any], longest: int) -> RawRows:
+def rows_of(batches: Iterable[Any], longest: int) -> RawRows:
+    """The rows of Arrow batches or tables."""
     number = 0
     for batch in batches:
         for values in batch.to_pylist():
             number += 1
-            yield check_size(number, values, longest)
+            yield _check_size(number, values, longest)
 
 
-def check_size(number: int, values: dict[str, Any], longest: int) -> tuple[int, str, dict[str, Any] | str]:
+def _check_size(number: int, values: dict[str, Any], longest: int) -> tuple[int, str, dict[str, Any] | str]:
     """A row of typed columns, refused where it is too long."""
     sizes = (len(v if isinstance(v, str | bytes) else str(v)) for v in values.values() if v is not None)
     is_long = sum(sizes) > longest

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 
 from r1pipe.core.errors import DataError
-from r1pipe.data.formats import READERS, SHOWN, check_size, detect
+from r1pipe.data.formats import READERS, SHOWN, detect, rows_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.data_files import COMPRESSIONS, data_suffix, hub_name, shards
 
@@ -127,6 +127,8 @@ def _missing(path: Path) -> str:
 
 def _read_folder(folder: Path, longest: int) -> FileRows:
     """The rows of all shards, in the order of their names, with the splits that those name."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _read_saved(folder, longest)
     files = shards(folder)
     if not files:
         raise DataError(f"{folder} holds no data files ({_known()}); give a file, or a folder with some")
@@ -153,30 +155,49 @@ def _split_in(name: str) -> str | None:
     return match and {"val": "dev"}.get(match[1], match[1])
 
 
-def _read_hub(path: Path, longest: int) -> FileRows:
-    """All splits of a data set, downloaded once into the hub's own cache. Raises DataError."""
-    name, subset = hub_name(path) or ("", None)
-    if not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # what has been downloaded before is read all the same
-    import datasets  # takes a second, and reads the environment now
+def _read_saved(folder: Path, longest: int) -> FileRows:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    import datasets  # takes a second; only these folders need it
 
-    datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(name, subset)
-    except (ValueError, OSError) as error:  # OSError covers no network, offline mode and no such data set
-        detail = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no answer"
-        remedy = f"or OWNER/NAME:SUBSET; {path} is no path here" if not subset else "or a path"
-        raise DataError(f"{path} cannot be read from the hub ({detail}); give a file, {remedy}") from None
-    found = FileRows(format="hub")
-    for split, table in splits.items():
-        place = Row({}, path, 0, f"{split} row", _split_in(split))
-        for number, values in enumerate(table, 1):
-            heartbeat.tick()
-            found.add(*check_size(number, values, longest), place)
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, dict) else {"": saved}
+        found = FileRows(format="a folder of save_to_disk")
+        for split, table in splits.items():
+            place = Row({}, folder / split, 0, "row", _split_in(split))
+            for number, text, values in rows_of(table.with_format("arrow").iter(1000), longest):
+                heartbeat.tick()
+                found.add(number, text, values, place)
+    except (*_UNREADABLE, KeyError, TypeError, AttributeError) as error:  # metadata of another shape, too
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{folder} cannot be read ({detail}); save it again") from None
     if not found.rows and not found.bad:
-        raise DataError(f"{path} holds no rows; name another data set")
+        raise DataError(f"{folder} holds no rows; save it again")
     found.complete()
     return found
+
+
+def _read_hub(path: Path, longest: int) -> FileRows:
+    """The data files of OWNER/NAME or of its folder SUBSET, downloaded once into the hub's own cache. No
+    script of a data set is ever run. Raises DataError."""
+    import huggingface_hub  # takes a second; it comes with datasets
+
+    name, subset = hub_name(path) or ("", None)
+    patterns = [f"{subset}/*" if subset else f"*{suffix}*" for suffix in READERS]
+    online = _hub_answers()
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", allow_patterns=patterns, local_files_only=not online
+        )
+    except (ValueError, OSError) as error:  # no network, no such data set, or one that needs a login
+        detail = (
+            " ".join(str(error).split()[:40]) if online else "it does not answer, nor is this in its cache"
+        )
+        raise DataError(f"{path} is no path here, and not to be had from the hub ({detail})") from None
+    inside = Path(folder, subset) if subset else Path(folder)
+    if not inside.is_dir():
+        raise DataError(f"{name} on the hub has no folder {subset}; give another OWNER/NAME:FOLDER")
+    return _read_folder(inside, longest)
 
 
 def _hub_answers() -> bool:

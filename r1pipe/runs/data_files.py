@@ -54,7 +54,7 @@ def data_suffix(path: Path) -> str:
 
 
 def hub_name(path: Path) -> tuple[str, str | None] | None:
-    """OWNER/NAME, with :SUBSET or without, which is no path here: the data set's name and its subset."""
+    """OWNER/NAME, with :FOLDER or without, which is no path here: the data set's name and its subset."""
     match = _HUB_NAME.fullmatch(str(path))
     if not match or path.exists() or path.parent.is_dir() or data_suffix(path):
         return None

@@ -681,8 +681,10 @@ def test_a_layout_may_be_named_and_its_columns_changed(tmp_path):
     ],
 )
 def test_columns_that_are_not_told_apart_are_named_with_the_key_to_set(tmp_path, row, told):
-    with pytest.raises(DataError, match=rf"rows\.jsonl: {told}: data\.reasoning\[0\]\.columns=") as caught:
+    with pytest.raises(DataError, match=rf"rows\.jsonl: {told}, e\.g\. data\.reasoning=\[") as caught:
         first(tmp_path, row)
+    override = str(caught.value).partition("e.g. ")[2].replace("COLUMN", "a")
+    assert composed("files", override).reasoning[0].columns == {"question": "a", "answer": "a"}
     assert "\n" not in str(caught.value)
 
 

@@ -21,7 +21,7 @@ from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.paths import SET_ASIDE
 from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.formats import SHOWN
-from r1pipe.data.items import SAFE, Item, key, parse_item, roles
+from r1pipe.data.items import ROLES, SAFE, Item, key, parse_item, roles
 from r1pipe.data.layouts import find_layout
 from r1pipe.data.reading import BadRow, FileRows, read_rows
 from r1pipe.data.source import SPLITS, Source
@@ -58,7 +58,7 @@ class Files(Source):
         self.described: dict[str, str] = {}  # path -> the layout that it was found to have
         self.sources: dict[str, list[SourceConfig]] = {kind: [] for kind in data_files.KINDS}
         for kind, source, where in _sources(config):
-            gives, whole = (kind, source) if _is_mapped(source) else self._recognise(kind, source, where)
+            gives, whole = (kind, source) if _is_mapped(source) else self._recognise(kind, source)
             _check_source(whole, gives, where)
             self.sources[gives].append(whole)
         self._items: dict[str, list[Item]] = {}  # kind -> its rows, once requested
@@ -67,7 +67,7 @@ class Files(Source):
         self.layouts = list(self.described.values())
         self.hash, self.files = data_files.hashes(asdict(config))
 
-    def _recognise(self, kind: str, source: SourceConfig, where: str) -> tuple[str, SourceConfig]:
+    def _recognise(self, kind: str, source: SourceConfig) -> tuple[str, SourceConfig]:
         """The kind that a source gives by its layout, and the source with its columns. Raises DataError."""
         file = self._read[source.path] = read_rows(Path(source.path), self.config.longest_row)
         if not file.rows:
@@ -75,7 +75,9 @@ class Files(Source):
         try:
             found = find_layout(file.rows, kind, source.layout, source.columns)
         except DataError as error:
-            raise DataError(f"{source.path}: {error}: {where}.columns={{ROLE: COLUMN}}") from None
+            listed = ",".join(f"{role}:COLUMN" for role in ROLES[kind][0])
+            keys = f"path:.,language:{source.language},task:{source.task},columns:{{{listed}}}"
+            raise DataError(f"{source.path}: {error}, e.g. data.{kind}=[{{{keys}}}]") from None
         told = "named" if source.layout else "told by its columns"
         listed = (
             ", ".join(f"{role}={column}" for role, column in found.columns.items())

@@ -303,6 +303,12 @@ def test_each_test_has_its_own_processor_time(isolated, monkeypatch):
 
 
 @needs_jail
+def test_recursion_may_be_deep():
+    program = "class Solution:\n    def f(self, n):\n        return 0 if n == 0 else 1 + self.f(n - 1)"
+    assert score({"entry_point": "f", "tests": [[[20_000], 20_000]]}, fenced(program)).value == 1
+
+
+@needs_jail
 def test_what_takes_too_long_in_monty_gets_its_chance_in_the_jail(monkeypatch):
     monkeypatch.setattr(sandbox, "SHARE_S", 0.1)
     task = {"entry_point": "f", "tests": [[[3_000_000], 4499998500000]]}

@@ -160,7 +160,7 @@ SCRIPTS = {
     "__import__('sys').stdout.write(str(2 * n))",
     "no line end, many spaces": "print(2 * int(input()), '  ', end='')",
     "a class that is copied by its name": "import copy, pickle\nfrom dataclasses import dataclass\n"
-    "@dataclass\nclass A:\n    x: int\nprint(2 * pickle.loads(pickle.dumps(copy.deepcopy(A(int(input()))))).x)",
+    "@dataclass\nclass A:\n    x: int\nprint(2 * pickle.loads(pickle.dumps(copy.copy(A(int(input()))))).x)",
     "errors are no output": "import sys\nprint('reading', file=sys.stderr)\nprint(2 * int(input()))",
 }
 WRONG_SCRIPTS = {

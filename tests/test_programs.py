@@ -74,6 +74,10 @@ HARMLESS = {
     "not imported, as on the site": fenced(
         "class Solution:\n    def f(self, x: List[int]) -> Optional[int]:\n        return 2 * math.floor(x)"
     ),
+    "a dataclass with texts as annotations": fenced(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\ndef f(x):\n    return A(2 * x).x"
+    ),
     "unfenced": f"The program:\n{DOUBLE}",
     "unfenced after a class": f"class A:\n    pass\n\n{DOUBLE}",
 }  # fmt: skip
@@ -155,6 +159,8 @@ SCRIPTS = {
     "builtins that it breaks": "import builtins\nn = int(input())\nbuiltins.int = builtins.print = None\n"
     "__import__('sys').stdout.write(str(2 * n))",
     "no line end, many spaces": "print(2 * int(input()), '  ', end='')",
+    "a class that is copied by its name": "import copy, pickle\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass A:\n    x: int\nprint(2 * pickle.loads(pickle.dumps(copy.copy(A(int(input()))))).x)",
     "errors are no output": "import sys\nprint('reading', file=sys.stderr)\nprint(2 * int(input()))",
 }
 WRONG_SCRIPTS = {
@@ -300,6 +306,12 @@ def test_each_test_has_its_own_processor_time(isolated, monkeypatch):
     assert score({"entry_point": "f", "tests": tests}, fenced(loop)).value == 1
     endless = score({"entry_point": "f", "tests": tests}, fenced("def f(n):\n    while True: pass"))
     assert endless.value == 0 and "processor time" in endless.detail
+
+
+@needs_jail
+def test_recursion_may_be_deep():
+    program = "class Solution:\n    def f(self, n):\n        return 0 if n == 0 else 1 + self.f(n - 1)"
+    assert score({"entry_point": "f", "tests": [[[20_000], 20_000]]}, fenced(program)).value == 1
 
 
 @needs_jail

@@ -22,7 +22,7 @@ from r1pipe.rewards.programs import jailed
 from r1pipe.rewards.programs.isolation import Host, ProgramFault, SandboxBroken, Unsupported
 from r1pipe.rewards.worker_process import ChildEnded, MachineBusy, NoReply, WorkerProcess
 
-DEPTH_LIMIT = 1000  # nested calls, Python's own limit
+DEPTH_LIMIT = 50_000  # nested calls, as LiveCodeBench allows; Python's own limit is 1,000
 INTERPRETER = 128 << 20  # bytes of address space that Python and numpy take for themselves
 STACK = 64 << 20  # bytes: recursion through C, as functools.cache has it
 OUTPUT_LIMIT = 8 << 20  # bytes that a program prints for one test

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import sys
+import types
 
 
 def encode(value):
@@ -130,7 +131,7 @@ def serve():
     streams.install()
     streams.start(b"", Silence())
     sys.setrecursionlimit(depth)
-    space = {"__name__": "program"}
+    space = namespace("program")
 
     def send(message):
         replies.write(json.dumps(message) + "\n")
@@ -169,13 +170,19 @@ def evaluate(code, space):
     return eval(compile(ast.Expression(last.value), "program", "eval"), space) if last else None
 
 
+def namespace(name):
+    """The names of a new module, which classes defined in it find by its name (dataclasses look there)."""
+    sys.modules[name] = types.ModuleType(name)
+    return vars(sys.modules[name])
+
+
 def run_script(script, stdin, streams):
     """What a program prints, run from its first line with names of its own."""
     output = Output()
     streams.start(stdin.encode("utf-8", "surrogateescape"), output)
     if "threading" in script:
         run_threads_at_once()
-    space, standard = {"__name__": "__main__", "__builtins__": builtins}, sys.stdout
+    space, standard = namespace("__main__"), sys.stdout
     try:
         exec(compiled(script), space)
     except SystemExit as leaving:

@@ -638,6 +638,26 @@ def test_labelled_responses(tmp_path, column, value):
     assert item.prompt.task == "safety" and files.safety_labels("train", 1, 0)[0].safe
 
 
+# real files
+
+
+@pytest.mark.parametrize("name", ["svamp", "mawps", "aime24"])
+def test_real_files_are_told_to_be_what_their_descriptions_say(shared, name):
+    described = Files(composed(name, f"data.path={shared}")).items("reasoning")
+    told = open_data(composed("files", f"data.path={shared / name}.jsonl"), 0).items("reasoning")
+    assert [(i.prompt.question, i.prompt.answer, i.texts) for i in told] == [
+        (i.prompt.question, i.prompt.answer, i.texts) for i in described
+    ]
+
+
+def test_human_eval_is_a_benchmark_by_name_and_training_data_by_itself(shared):
+    path = shared / "HumanEval.jsonl.gz"
+    named = open_data(composed("humaneval", f"data.path={path}"), 0)
+    assert len(named.prompts("test", ALL, 0)) == 164 and named.rows("train") == []
+    told = open_data(composed("files", f"data.path={path}"), 0)
+    assert len(told.prompts("train", ALL, 0)) > 100 and "layout code" in told.layouts[0]
+
+
 # what is shown and refused
 
 

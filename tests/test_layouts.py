@@ -454,6 +454,31 @@ def test_code_tasks(tmp_path, row):
     assert "add" in item.prompt.question.lower() and item.prompt.answer == ""
 
 
+def verl(truth, **more):
+    """A row as verl's preprocessing writes it."""
+    prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": "Add two numbers."}]
+    model = {"ground_truth": truth, "style": "rule"}
+    return {"data_source": "x", "prompt": prompt, "reward_model": model, "extra_info": {"index": 0}, **more}
+
+
+@pytest.mark.parametrize("pack", [json.dumps, lambda cases: cases], ids=["JSON", "struct"])
+def test_verl_rows_of_code(tmp_path, pack):
+    item, files = first(
+        tmp_path, verl(pack({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}), ability="code")
+    )
+    assert files.sources["reasoning"][0].layout == "verl"
+    assert item.prompt.checker["tests"] == [["1 2\n", "3\n"], ["3 4\n", "7\n"]]
+    assert (item.prompt.question, item.prompt.context) == ("Add two numbers.", (Message("system", "Think."),))
+
+
+@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"]])
+def test_verl_rows_with_alternatives_in_parquet(tmp_path, truth):
+    (tmp_path / "rows.parquet").write_bytes(parquet([verl(truth), verl(truth)]))
+    data = open_data(composed("files", f"data.path={tmp_path / 'rows.parquet'}"), 0)
+    item = data.items("reasoning")[0]
+    assert (item.prompt.answer, item.prompt.checker) == ("3", {"alternatives": ["three"]})
+
+
 def test_a_list_of_texts_as_ground_truth_is_no_code(tmp_path):
     item, _ = first(tmp_path, {"problem": "Who?", "ground_truth": ["Nelson", "Lord Nelson"]})
     assert item.prompt.checker == {"alternatives": ["Lord Nelson"]}
@@ -508,7 +533,12 @@ def test_system_turns_and_columns_come_first(tmp_path):
     told = [{"role": "system", "content": "Be brief."}, *turns("Why?", "Because.")]
     by_turn, _ = first(tmp_path, {"messages": told})
     by_column, _ = first(tmp_path, {"conversations": turns("Why?", "Because."), "system": "Be brief."})
-    assert by_turn.prompt == by_column.prompt and by_turn.prompt.context == (system,)
+    twice, _ = first(tmp_path, {"messages": told, "system": "Be brief."})
+    assert (
+        twice.prompt == by_turn.prompt
+        and by_turn.prompt == by_column.prompt
+        and by_turn.prompt.context == (system,)
+    )
     bare, _ = first(tmp_path, {"messages": turns("Why?", "Because.")})
     assert bare.prompt.id != by_turn.prompt.id
 

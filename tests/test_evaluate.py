@@ -227,7 +227,7 @@ def test_a_failed_verdict_is_counted_apart(monkeypatch):
     failing = Checker(
         lambda prompt, summary: Score(0, Status.INFRASTRUCTURE_FAILED),
         lambda prompt: None,
-        lambda prompt, summary: "x",
+        lambda prompt, summaries: ["x"] * len(summaries),
     )
     monkeypatch.setitem(CHECKERS, "countdown", failing)
     metrics = run().metrics

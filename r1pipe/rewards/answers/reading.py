@@ -72,7 +72,7 @@ def _between(summary: str, box: Statement, following: Statement) -> str:
 
 
 def last_stated(summary: str) -> str | None:
-    """The last statement, whatever its form: a sentence as tidy text, a box without LaTeX as it was written."""
+    """The last statement of any form: a sentence as tidy text, a box without LaTeX as it was written."""
     stated = statements(summary[-LOOKED_AT:])
     if not stated:
         return None

@@ -45,7 +45,7 @@ DOUBLE = prompt("", "program", entry_point="f", tests=[[[2], 4], [[-1], -2], [[[
         ("42", "The answer is 42. No: the answer is 41.", 0),
         ("42", r"The answer is 41, that is \boxed{42}.", 1),
         ("42", "42", 0),  # states no final answer
-        ("42", "The answer is forty-two.", 0),
+        ("42", "The answer is forty-two.", 1),
         ("1234567", "The answer is 1,234,567 apples.", 1),
         ("145.0", "The answer is 145", 1),
         ("0.75", r"\boxed{\frac{3}{4}}", 1),

@@ -1,15 +1,16 @@
-"""Custom rewards: functions of the user's in worker processes, entry points, servers, and what is said of them."""
+"""Custom rewards: functions in worker processes, entry points, servers; a failure is never a wrong answer."""
 
 import json
 import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,8 +25,9 @@ from r1pipe.config.script_options import ScoreOptions
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import stages_dir
 from r1pipe.core.types import Completion, Message, Prompt, Score, Status
+from r1pipe.rewards import custom as custom_module
 from r1pipe.rewards import remote
-from r1pipe.rewards.custom import LEAST_LOST, CustomRewards
+from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.lineage.ancestors import CheckedCheckpoint, check_rewards
 
 PROMPT = Prompt("p", "word", "en", "2+2?", "4", {"pair": (1, 2)}, 3, (Message("system", "Be brief."),))
@@ -42,6 +44,15 @@ def completions(*texts: str) -> list[Completion]:
 def rewards_config(weights: dict[str, float], **changed: Any) -> RewardsConfig:
     config = replace(grpo().rewards, plugin_limits=LIMITS, remote_limits=REMOTE_LIMITS, max_failed=0.5)
     return replace(config, weights={"accuracy": 1.0, **weights}, **changed)
+
+
+@pytest.fixture(scope="module")
+def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CustomRewards]:
+    path = tmp_path_factory.mktemp("plugins") / "mine.py"
+    path.write_text(MISBEHAVING)
+    custom = CustomRewards(rewards_config({"mine": 1.0, "group": 1.0}, plugins=[str(path)]))
+    yield custom
+    custom.close()
 
 
 @pytest.fixture
@@ -177,47 +188,63 @@ def group(prompt, completions):
         ("eats", "more memory than stage.rewards.plugin_limits.memory_gb=1"),
     ],
 )
-def test_a_call_that_fails_has_no_verdict_and_the_next_one_has(use: Use, act: str, detail: str) -> None:
-    before, failed, after = scores(use("mine", code=MISBEHAVING), "ok", act, "ok")
+def test_a_call_that_fails_has_no_verdict_and_the_next_one_has(
+    misbehaving: CustomRewards, act: str, detail: str
+) -> None:
+    before, failed, after = scores(misbehaving, "ok", act, "ok")
     assert before == after == Score(1.0)
     assert failed and failed.status is FAILED and detail in failed.detail
 
 
 @pytest.mark.parametrize(("act", "value"), [("prints", 1.0), ("reads", 0.0), ("forks", 1.0), ("numpy", 0.5)])
-def test_what_a_function_does_beside_does_not_reach_the_protocol(use: Use, act: str, value: float) -> None:
-    custom = use("mine", code=MISBEHAVING)
-    assert scores(custom, "ok", act, act, "ok") == [Score(1.0), Score(value), Score(value), Score(1.0)]
+def test_what_a_function_does_beside_does_not_reach_the_protocol(
+    misbehaving: CustomRewards, act: str, value: float
+) -> None:
+    assert scores(misbehaving, "ok", act, act, "ok") == [Score(1.0), Score(value), Score(value), Score(1.0)]
 
 
 @pytest.mark.parametrize(
     ("act", "detail"),
     [("raises", "division by zero"), ("exits", "code 0"), ("reads", "a list of 2, not a list of 3")],
 )
-def test_a_group_fails_as_a_whole_and_alone(use: Use, act: str, detail: str) -> None:
-    custom = use("group", code=MISBEHAVING)
+def test_a_group_fails_as_a_whole_and_alone(misbehaving: CustomRewards, act: str, detail: str) -> None:
     groups = [(PROMPT, completions(act, "ok", "ok")), (PROMPT, completions("ok", "ok"))]
-    failed, fine = custom.score("group", groups)
+    failed, fine = misbehaving.score("group", groups)
     assert len(failed) == 3 and fine == [Score(1.0)] * 2
     assert all(score and score.status is FAILED and detail in score.detail for score in failed)
 
 
-def test_what_a_lost_call_has_started_ends_with_it(use: Use) -> None:
-    custom = use("mine", code=MISBEHAVING)
-    scores(custom, "waits")
-    children = psutil.Process().children(recursive=True)
-    assert not [child for child in children if "sleep" in child.name()]
+def test_what_a_lost_call_has_started_ends_with_it(use: Use, tmp_path: Path) -> None:
+    noted = tmp_path / "pid"
+    code = f"""
+import subprocess, time
+def mine(prompt, completion):
+    child = subprocess.Popen(["sleep", "1000"])
+    open({str(noted)!r}, "w").write(str(child.pid))
+    while True:
+        pass
+"""
+    [score] = scores(use("mine", code=code), "x")
+    assert score and score.status is FAILED
+    with suppress(psutil.NoSuchProcess):  # ends by itself only after 1000 s
+        child = psutil.Process(int(noted.read_text()))
+        while child.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
 
 
-def test_beyond_what_may_fail_nothing_more_is_asked(use: Use, tmp_path: Path) -> None:
+def test_beyond_what_may_fail_nothing_more_is_asked(
+    use: Use, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom_module, "LEAST_LOST", 2)
     calls = tmp_path / "calls"
-    code = f"import os\ndef mine(prompt, completion):\n    open({str(calls)!r}, 'a').write('x')\n    os._exit(1)\n"
+    code = f"import os\ndef mine(prompt, completion): open({str(calls)!r}, 'a').write('x'), os._exit(1)\n"
     custom = use("mine", code=code, max_failed=0.1)
-    found = scores(custom, *["x"] * 50)
-    assert len(calls.read_text()) == LEAST_LOST + 1
-    assert len(found) == 50 and all(score and score.status is FAILED for score in found)
+    found = scores(custom, *["x"] * 15)
+    assert len(calls.read_text()) == 3
+    assert len(found) == 15 and all(score and score.status is FAILED for score in found)
     calls.write_text("")
-    scores(use("mine", code=code, max_failed=0.1, parts=2), *["x"] * 50)  # a tenth of 100 in the whole step
-    assert len(calls.read_text()) == 11
+    scores(use("mine", code=code, max_failed=0.1, parts=3), *["x"] * 10)  # a tenth of 30 in the whole step
+    assert len(calls.read_text()) == 4
 
 
 def test_a_replaced_process_runs_the_file_as_it_was_at_the_start(use: Use, tmp_path: Path) -> None:
@@ -413,7 +440,7 @@ def test_an_answer_of_another_shape_is_no_verdict(
 @pytest.mark.parametrize(
     ("names", "code", "changed", "told"),
     [
-        ("mine", "", {}, "weights.mine is no rule reward, nor .*known: accuracy"),
+        ("mine", "", {}, "weights.mine is no rule reward, nor .*; did you mean cosine?"),
         ("brieff mine", "def mine(p, c): 1\ndef brief(p, c): 1", {}, "did you mean brief?"),
         ("mine", "def other(p, c): 1\ndef _mine(p, c): 1", {}, "no reward that .* names; it has other"),
         ("mine", "def mine(p, c): 1\n\ndef mine(p, c): 2", {}, "mine.py:3: mine is defined twice"),

@@ -57,8 +57,7 @@ class RemoteLimits(Strict):
 class RewardsConfig(Strict):
     """Which rewards are summed, and what each weighs."""
 
-    # reward name -> weight: a rule (RULE_REWARDS), or a custom reward (custom_rewards.py)
-    weights: dict[str, float]
+    weights: dict[str, float]  # reward name -> weight; a rule (RULE_REWARDS) or a custom reward
     plugins: list[str]  # Python files whose functions are rewards; docs/rewards.md shows one
     plugin_limits: PluginLimits
     remote: dict[str, str]  # reward name -> URL of a server that scores

@@ -12,6 +12,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -153,8 +155,21 @@ def protocol() -> tuple[TextIO, TextIO]:
     return requests, replies
 
 
+def end_with_parent() -> None:
+    """End this process group once the job is gone, which alone limits the time that a call may sleep."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def serve() -> None:
     requests, replies = protocol()
+    end_with_parent()
 
     def reply(content: dict[str, Any]) -> None:
         replies.write(json.dumps(content) + "\n")

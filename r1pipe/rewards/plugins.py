@@ -8,13 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import decode_source
 from queue import LifoQueue
 from typing import Any
-
-import psutil
 
 from r1pipe.config import PluginLimits
 from r1pipe.config.custom_rewards import CustomReward
@@ -81,7 +78,7 @@ class PluginWorker:
         command = [sys.executable, "-P", plugin_worker.__file__]
         limits = self.limits
         self.child = child = WorkerProcess(
-            command, variables, (), limits.sleep_s, limits.sleep_s + limits.cpu_s, stderr=None
+            command, variables, (), limits.sleep_s, limits.sleep_s + limits.cpu_s, stderr=None, own_group=True
         )
         rewards = [asdict(reward) | {"source": decode_source(reward.source)} for reward in self.rewards]
         try:
@@ -140,11 +137,6 @@ class PluginWorker:
 
     def close(self) -> None:
         """End the process, and what it has started."""
-        if self.child is None:
-            return
-        with suppress(psutil.Error):
-            for each in psutil.Process(self.child.process.pid).children(recursive=True):
-                with suppress(psutil.Error):
-                    each.kill()
-        self.child.close()
-        self.child = None
+        if self.child:
+            self.child.close()
+            self.child = None

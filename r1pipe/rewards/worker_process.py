@@ -13,9 +13,11 @@ import json
 import math
 import os
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -51,7 +53,7 @@ class WorkerProcess:
     """One child process. Every method but `close` may raise NoReply; the child cannot be used after that.
 
     `sleep_limit_s`: what a message may sleep; None: SLEEP_LIMIT_S. `more_s`: added to WALL_LIMIT_S. `stderr`:
-    as of Popen; None is this process's.
+    as of Popen; None is this process's. `own_group`: `close` ends all that the child has started.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class WorkerProcess:
         sleep_limit_s: float | None = None,
         more_s: float = 0.0,
         stderr: int | None = subprocess.DEVNULL,
+        own_group: bool = False,
     ):
         self.process = subprocess.Popen(
             command,
@@ -71,7 +74,9 @@ class WorkerProcess:
             env=env,
             pass_fds=pass_fds,
             bufsize=0,
+            process_group=0 if own_group else None,
         )
+        self._own_group = own_group
         assert self.process.stdin and self.process.stdout
         self._stdin, self._stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._stdin, False)
@@ -133,6 +138,9 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.process.kill()
+        if self._own_group:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         with self.process:  # closes the pipes and waits
             pass
 

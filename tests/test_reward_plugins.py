@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,13 @@ def completions(*texts: str) -> list[Completion]:
 def rewards_config(weights: dict[str, float], **changed: Any) -> RewardsConfig:
     config = replace(grpo().rewards, plugin_limits=LIMITS, remote_limits=REMOTE_LIMITS, max_failed=0.5)
     return replace(config, weights={"accuracy": 1.0, **weights}, **changed)
+
+
+def wait_for_end(pid: int) -> None:
+    """For processes that end by themselves only after 1000 s."""
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -226,10 +233,33 @@ def mine(prompt, completion):
 """
     [score] = scores(use("mine", code=code), "x")
     assert score and score.status is FAILED
-    with suppress(psutil.NoSuchProcess):  # ends by itself only after 1000 s
-        child = psutil.Process(int(noted.read_text()))
-        while child.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+    wait_for_end(int(noted.read_text()))
+
+
+def test_no_process_outlives_its_job(use: Use, tmp_path: Path) -> None:
+    noted, config = tmp_path / "pid", tmp_path / "config.json"
+    (tmp_path / "mine.py").write_text(
+        f"import os, time\ndef mine(p, c): open({str(noted)!r}, 'w').write(str(os.getpid())), time.sleep(1000)"
+    )
+    rewards = rewards_config({"mine": 1.0}, plugins=[str(tmp_path / "mine.py")])
+    limits = replace(LIMITS, sleep_s=1000.0)
+    config.write_text(json.dumps(asdict(replace(rewards, plugin_limits=limits))))
+    code = f"""
+import json
+from r1pipe.config import RewardsConfig
+from r1pipe.config.fields import build
+from r1pipe.core.types import Completion, Prompt
+from r1pipe.rewards.custom import CustomRewards
+custom = CustomRewards(build(RewardsConfig, json.load(open({str(config)!r}))))
+custom.score("mine", [(Prompt("p", "word", "en", "?"), [Completion([], [], "stop", "x")])])
+"""
+    job = subprocess.Popen([sys.executable, "-c", code])
+    while not noted.exists() or not noted.read_text():
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    wait_for_end(int(noted.read_text()))
 
 
 def test_beyond_what_may_fail_nothing_more_is_asked(

@@ -4,46 +4,32 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from custom_rewards import LIMITS, PROMPT, completions, rewards_config, scores, serving
 from rl_runs import go, grpo, metrics_of
 from tiny_runs import tiny_run
 
-from r1pipe.config import PluginLimits, RemoteLimits, RewardsConfig, script_options
+from r1pipe.config import script_options
 from r1pipe.config.compose import compose
 from r1pipe.config.rl import custom_rewards_of
 from r1pipe.config.script_options import ScoreOptions
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import stages_dir
-from r1pipe.core.types import Completion, Message, Prompt, Score, Status
+from r1pipe.core.types import Score, Status
 from r1pipe.rewards import custom as custom_module
-from r1pipe.rewards import remote
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.lineage.ancestors import CheckedCheckpoint, check_rewards
 
-PROMPT = Prompt("p", "word", "en", "2+2?", "4", {"pair": (1, 2)}, 3, (Message("system", "Be brief."),))
-LIMITS = PluginLimits(workers=1, cpu_s=0.5, sleep_s=2.0, memory_gb=1.0)
-REMOTE_LIMITS = RemoteLimits(connections=2, timeout_s=10.0, retries=2)
-FAILED, LOST = Status.VERIFIER_FAILED, Status.INFRASTRUCTURE_FAILED
+FAILED = Status.VERIFIER_FAILED
 Use = Callable[..., CustomRewards]
-
-
-def completions(*texts: str) -> list[Completion]:
-    return [Completion([7] * len(text), [0.0] * len(text), "stop", text) for text in texts]
-
-
-def rewards_config(weights: dict[str, float], **changed: Any) -> RewardsConfig:
-    config = replace(grpo().rewards, plugin_limits=LIMITS, remote_limits=REMOTE_LIMITS, max_failed=0.5)
-    return replace(config, weights={"accuracy": 1.0, **weights}, **changed)
 
 
 def wait_for_end(pid: int) -> None:
@@ -57,7 +43,7 @@ def wait_for_end(pid: int) -> None:
 def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CustomRewards]:
     path = tmp_path_factory.mktemp("plugins") / "mine.py"
     path.write_text(MISBEHAVING)
-    custom = CustomRewards(rewards_config({"mine": 1.0, "group": 1.0}, plugins=[str(path)]))
+    custom = CustomRewards(rewards_config(["mine", "group"], plugins=[str(path)]))
     yield custom
     custom.close()
 
@@ -71,18 +57,13 @@ def use(tmp_path: Path) -> Iterator[Use]:
         if code:
             (tmp_path / "mine.py").write_text(code)
             changed["plugins"] = [str(tmp_path / "mine.py")]
-        config = rewards_config(dict.fromkeys(names, 1.0), **changed)
+        config = rewards_config(names, **changed)
         made.append(CustomRewards(config, parts))
         return made[-1]
 
     yield make
     for custom in made:
         custom.close()
-
-
-def scores(custom: CustomRewards, *texts: str, name: str = "mine") -> list[Score | None]:
-    [found] = custom.score(name, [(PROMPT, completions(*texts))])
-    return found
 
 
 # --- functions
@@ -239,9 +220,10 @@ def mine(prompt, completion):
 def test_no_process_outlives_its_job(use: Use, tmp_path: Path) -> None:
     noted, config = tmp_path / "pid", tmp_path / "config.json"
     (tmp_path / "mine.py").write_text(
-        f"import os, time\ndef mine(p, c): open({str(noted)!r}, 'w').write(str(os.getpid())), time.sleep(1000)"
+        "import os, pathlib, time\n"
+        f"def mine(p, c): pathlib.Path({str(noted)!r}).write_text(str(os.getpid())), time.sleep(1000)\n"
     )
-    rewards = rewards_config({"mine": 1.0}, plugins=[str(tmp_path / "mine.py")])
+    rewards = rewards_config(["mine"], plugins=[str(tmp_path / "mine.py")])
     limits = replace(LIMITS, sleep_s=1000.0)
     config.write_text(json.dumps(asdict(replace(rewards, plugin_limits=limits))))
     code = f"""
@@ -324,146 +306,6 @@ def test_an_installed_entry_point_needs_no_path(
     assert scores(custom, "x", name="fine") == [Score(0.75)]
 
 
-# --- servers
-
-
-class Server(ThreadingHTTPServer):
-    """Answers request number n with the n-th of `answers`, and all later ones with the last."""
-
-    def __init__(self, answers: list[tuple[int, Any]]):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.requests = answers, []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/score"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server: Any = self.server
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        server.requests.append((json.loads(body), self.headers))
-        status, content = server.answers[min(len(server.requests), len(server.answers)) - 1]
-        if status == 0:  # dies
-            self.connection.close()
-            return
-        if callable(content):
-            return content(self)
-        content = content if isinstance(content, str) else json.dumps(content)
-        self.send_response(status)
-        self.send_header("Location", "/elsewhere")
-        self.end_headers()
-        self.wfile.write(content.encode())
-
-    def log_message(self, *given: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
-    servers = []
-
-    def start(*answers: tuple[int, Any]) -> Server:
-        servers.append(Server([*answers]))
-        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}).start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-GOOD = {"scores": [0.5, None, {"value": 1, "status": "scored", "detail": "why"}]}
-
-
-def test_a_server_gets_json_and_gives_scores(
-    use: Use, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame")
-    server = serve((200, GOOD))
-    custom = use("mine", remote={"mine": server.url})
-    assert scores(custom, "a", "bb", "c") == [Score(0.5), None, Score(1.0, detail="why")]
-    [(body, headers)] = server.requests
-    assert headers["Authorization"] == "Bearer open-sesame"
-    assert body["completions"][1] == {"text": "bb", "finish_reason": "stop", "length": 2}
-    prompt = {"id": "p", "task": "word", "language": "en", "question": "2+2?", "answer": "4", "level": 3}
-    prompt |= {"checker": {"pair": [1, 2]}, "context": [{"role": "system", "content": "Be brief."}]}
-    assert body["prompt"] == prompt
-
-
-@pytest.mark.parametrize("first", [(500, "down"), (503, ""), (429, "slowly"), (0, "")])
-def test_a_server_that_recovers_is_asked_again(
-    use: Use, serve: Callable[..., Server], first: tuple[int, str]
-) -> None:
-    server = serve(first, first, (200, GOOD))
-    assert scores(use("mine", remote={"mine": server.url}), "a", "b", "c")[0] == Score(0.5)
-    assert len(server.requests) == 3
-
-
-@pytest.mark.parametrize(
-    ("answer", "told", "asked"),
-    [
-        ((500, "out of\nmemory"), "500 Internal Server Error: out of memory; 3 requests", 3),
-        ((0, ""), "; 3 requests", 3),
-        ((404, "no such reward"), "404 Not Found: no such reward; 1 requests", 1),
-        ((307, ""), "307 Temporary Redirect; 1 requests", 1),
-    ],
-)
-def test_a_server_that_is_down_or_refuses_gives_no_verdict(
-    use: Use, serve: Callable[..., Server], answer: tuple[int, str], told: str, asked: int
-) -> None:
-    server = serve(answer)
-    [score] = scores(use("mine", remote={"mine": server.url}), "a")
-    assert score and score.status is LOST and server.url in score.detail and score.detail.endswith(told)
-    assert len(server.requests) == asked
-
-
-def test_a_server_that_is_not_there_or_does_not_answer(use: Use, serve: Callable[..., Server]) -> None:
-    gone = Server([])
-    gone.server_close()
-    [score] = scores(use("mine", remote={"mine": gone.url}), "a")
-    assert score and score.status is LOST and "refused" in score.detail
-    released = threading.Event()
-
-    def forever(handler: Handler) -> None:  # a byte now and then
-        handler.send_response(200)
-        handler.end_headers()
-        while not released.wait(0.05):
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-
-    limits = RemoteLimits(connections=1, timeout_s=0.3, retries=0)
-    for answer in (forever, lambda handler: released.wait()):
-        server = serve((200, answer))
-        [score] = scores(use("mine", remote={"mine": server.url}, remote_limits=limits), "a")
-        assert score and score.status is LOST and "timed out" in score.detail
-    released.set()
-
-
-@pytest.mark.parametrize(
-    ("answer", "told"),
-    [
-        ("<html>", "Expecting value"),
-        ([1.0], "it has no list `scores`"),
-        ({"scores": 1.0}, "it has no list `scores`"),
-        ({"scores": [1.0]}, "1 for 2 completions"),
-        ({"scores": [1.0, "good"]}, "'good' is a str"),
-        ('{"scores": [1.0, NaN]}', "nan is no finite number"),
-        ({"scores": [1.0, {"score": 1}]}, "has not the keys value, status and detail"),
-        ({"scores": [1.0, {"value": 1, "status": "fine"}]}, "'fine' is not a valid Status"),
-        ("[" * 100_000, "recursion"),
-        (" " * (remote.REPLY_LIMIT + 1), "more than"),
-    ],
-)
-def test_an_answer_of_another_shape_is_no_verdict(
-    use: Use, serve: Callable[..., Server], answer: Any, told: str
-) -> None:
-    server = serve((200, answer))
-    found = scores(use("mine", remote={"mine": server.url}), "a", "b")
-    assert all(s and s.status is FAILED and told in s.detail and server.url in s.detail for s in found)
-    assert len(server.requests) == 1
-
-
 # --- what the config says
 
 
@@ -503,7 +345,7 @@ def test_a_name_has_one_source_or_is_refused(
         (tmp_path / "mine.py").write_text(code, encoding="utf-8")
         changed = changed | {"plugins": [str(tmp_path / "mine.py")]}
     with pytest.raises(ConfigError, match=told) as error:
-        custom_rewards_of(rewards_config(dict.fromkeys(names.split(), 1.0), **changed))
+        custom_rewards_of(rewards_config(names.split(), **changed))
     assert "\n" not in str(error.value) and "secret@" not in str(error.value)
 
 
@@ -535,18 +377,16 @@ SHORT = ["stage=grpo", "stage.max_steps=2", "stage.prompts_per_step=2", "stage.g
 SHORT += ["stage.minibatches=1", "stage.sampling.max_tokens=4", "stage.rewards.max_failed=0.5"]
 
 
-def test_a_run_trains_on_custom_rewards_and_says_which(
-    tmp_path: Path, serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_trains_on_custom_rewards_and_says_which(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "def mine(p, c): return c.tokens[0] / 1000\ndef ranked(p, completions): return [0.0, 1.0]\n"
     )
-    server = serve((200, {"scores": [0.25, {"value": 0.75}]}))
-    words = [*SHORT, f"stage.rewards.plugins=[{path}]", f"stage.rewards.remote={{helper: '{server.url}'}}"]
     weights = "stage.rewards.weights={accuracy: 0, format: 0, language: 0, mine: 0, ranked: 2.0, helper: 1.0}"
-    folder = tiny_run(tmp_path / "grpo-s0", *words, weights, "stage.save_every=1")
-    go(folder)
+    words = [*SHORT, f"stage.rewards.plugins=[{path}]", weights, "stage.save_every=1"]
+    with serving((200, {"scores": [0.25, {"value": 0.75}]})) as server:
+        folder = tiny_run(tmp_path / "grpo-s0", *words, f"stage.rewards.remote={{helper: '{server.url}'}}")
+        go(folder)
     first, last = metrics_of(folder)
     for metrics in (first, last):
         assert metrics["rewards/ranked/mean"] == 0.5 and metrics["rewards/helper/mean"] == 0.5

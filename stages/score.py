@@ -33,6 +33,11 @@ REFUSED = "refused"  # the status of a row that cannot be scored
 AUTO = "auto"  # the language: that of the question
 TASK = "file"  # any name without rules of its own
 REWARDS = {"accuracy": "accuracy", "code": "accuracy", "format": "format", "language": "language"}
+OPTIONS = {  # how a key of the config is given here
+    "stage.rewards.weights.": "--reward ",
+    "stage.rewards.weights": "--reward",
+    "stage.rewards.plugins:": "--plugin",
+}
 FIELDS = {
     "accuracy": ("question", "answer", "completion"),
     "code": ("prompt", "tests", "entry_point", "completion"),
@@ -79,12 +84,14 @@ def main(options: ScoreOptions) -> int:
 
 def custom_reward(options: ScoreOptions) -> CustomRewards:
     """The reward of this name alone, with the limits of conf/. Raises ConfigError."""
-    mapping = read("stage/part/rl")["rewards"] | {"plugins": options.plugins, "weights": {options.reward: 1.0}}
+    chosen = {"plugins": options.plugins, "weights": {options.reward: 1.0}}
+    mapping = read("stage/part/rl")["rewards"] | chosen
     try:
         found = CustomRewards(build(RewardsConfig, mapping, "stage.rewards"))
     except ConfigError as error:
-        message = str(error).replace("stage.rewards.weights.", "--reward ")
-        message = message.replace("stage.rewards.weights", "--reward").replace("stage.rewards.plugins:", "--plugin")
+        message = str(error)
+        for key, option in OPTIONS.items():
+            message = message.replace(key, option)
         raise ConfigError(message) from None
     if not found.names:
         raise ConfigError(

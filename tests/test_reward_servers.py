@@ -45,6 +45,13 @@ def test_a_server_that_recovers_is_asked_again(first: tuple[int, str]) -> None:
         assert len(server.requests) == 3
 
 
+def test_a_token_that_is_refused_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame")
+    with serving((401, "open-sesame is no token")) as server:
+        [score] = scores(asking(server), "a")
+    assert score and score.detail.endswith("401 Unauthorized: *** is no token; 1 requests")
+
+
 @pytest.mark.parametrize(
     ("answer", "told", "asked"),
     [

@@ -5,10 +5,12 @@ Both give each completion of a prompt a score, or None where they have no rule f
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from r1pipe.config import RewardsConfig
 from r1pipe.config.rl import custom_rewards_of
+from r1pipe.core.redaction import without_secrets
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.plugins import PluginPool
 from r1pipe.rewards.remote import RemoteReward
@@ -73,10 +75,15 @@ class CustomRewards:
         with heartbeat.limited(), ThreadPoolExecutor(threads) as executor:
             found = executor.map(lambda piece: ask(piece[1], piece[2], patience), pieces)
             for (number, *_), values in zip(pieces, found, strict=True):
-                scores[number] += values
+                scores[number] += map(_publishable, values)
         return scores
 
     def close(self) -> None:
         """End the processes; they end with this one, too."""
         if self._pool:
             self._pool.close()
+
+
+def _publishable(score: Score | None) -> Score | None:
+    """Without secrets of the environment: an API likes to say which key it refuses."""
+    return replace(score, detail=without_secrets(score.detail)) if score and score.detail else score

@@ -73,6 +73,7 @@ class PluginWorker:
 
     def start(self) -> list[str]:
         """Load the functions; the names of those that take a group. Raises NoReply or OSError."""
+        self.close()
         variables = {name: value for name, value in os.environ.items() if name not in OF_RANK}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-P", plugin_worker.__file__]

@@ -75,6 +75,7 @@ class PluginWorker:
         """Load the functions; the names of those that take a group. Raises NoReply or OSError."""
         self.close()
         variables = {name: value for name, value in os.environ.items() if name not in OF_RANK}
+        variables |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there are several processes
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-P", plugin_worker.__file__]
         limits = self.limits

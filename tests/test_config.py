@@ -233,7 +233,7 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
         (
             'stage.rewards.weights={"acuracy":1}',
-            "weights.acuracy is no rule reward; known: accuracy, f",
+            "weights.acuracy is no rule reward, nor one of stage.rewards.plugins",
         ),
         ('stage.rewards.weights={"helpful":1}', "preference.helpful_weight in stage=all_scenario"),
         (

@@ -276,6 +276,24 @@ def test_rewards_that_are_not_on_what_is_said_are_not_tried(context: Make, words
     assert found(context(*words.split()), "rewards").status == PASS
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [
+        ("len(completion.text) > 99", PASS, "mine gives 0.00 to 1.00 in"),
+        ("None", WARN, "mine has no rule for any of these prompts"),
+        ("1 / 0", FAIL, "mine has no verdict: ZeroDivisionError"),
+        ("nowhere", FAIL, "mine has no verdict: NameError"),
+    ],
+)
+def test_a_custom_reward_is_tried(context: Make, tmp_path: Path, code: str, status: str, told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def mine(prompt, completion): return {code}")
+    examined = context(*GRPO, f"stage.rewards.plugins=[{path}]", "stage.rewards.weights={mine: 1.0}")
+    finding = found(examined, "custom rewards")
+    examined.custom.close()
+    assert finding.status == status and told in f"{finding.value} {finding.remedy}"
+
+
 def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: Path) -> None:
     path = rows_file(tmp_path / "rows.jsonl")
     examined = context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]")

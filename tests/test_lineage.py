@@ -13,10 +13,9 @@ from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import note
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs import data_files as datafiles
-from r1pipe.runs.record import own_hash, record_beside
+from r1pipe.runs.record import note, own_hash, record_beside
 
 
 def write(path: Path, content: object) -> None:

@@ -16,7 +16,6 @@ from r1pipe.config.script_options import (
     GenerateOptions,
     ImportOptions,
     Precision,
-    Reward,
     ScoreOptions,
 )
 from r1pipe.core.errors import ConfigError
@@ -74,16 +73,20 @@ def chat(
 
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
-    reward: Annotated[Reward, typer.Option(help="which rule")],
+    reward: Annotated[str, typer.Option(help="accuracy, code, format, language, or a custom reward")],
     language: Annotated[str, typer.Option(help="of the questions; auto: as each is written")] = "en",
     strict: Annotated[bool, typer.Option("--strict", help="end at the first row that is refused")] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option(metavar="FILE.py", help="a Python file with custom rewards")
+    ] = None,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
+    A custom reward needs `completion`; rows in a row with the same prompt and answer are a group.
     A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
-    return _run("score.py", ScoreOptions(file, reward, language, strict))
+    return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or []))
 
 
 def export(

@@ -38,6 +38,9 @@ SAME_WITHIN_ROUNDING = {
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.recompute": "what is kept in memory for the backward pass",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.rewards.plugin_limits": "when to give up on a call",
+    "stage.rewards.remote": "where the servers are",
+    "stage.rewards.remote_limits": "when to give up on a server",
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists
@@ -55,7 +58,7 @@ class Change:
 
     def __str__(self) -> str:
         old, new = shown(self.old), shown(self.new)
-        if self.key.startswith((*PARENTS, "code.")):  # hashes
+        if self.key.startswith((*PARENTS, "code.")) or self.key.endswith(".hash"):
             old, new = old[:HASH_SHOWN], new[:HASH_SHOWN]
         return f"{self.key}: {old} -> {new}"
 

@@ -53,6 +53,7 @@ CHECKS: dict[str, Check] = {
     "data": Check(data.readable, EVALUATED),
     "gold answers": Check(data.gold_answers, EVALUATED),
     "rewards": Check(template.rewards, PROMPTED),
+    "custom rewards": Check(template.custom_rewards, RL),
     "end of sequence": Check(template.end_of_sequence, ALL, all_ranks=True),
     "lengths": Check(template.lengths, PROMPTED),
     "duplicates": Check(data.duplicates, PROMPTED),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from r1pipe.chat.template import EOS, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
-from r1pipe.core.types import Demonstration, Prompt
+from r1pipe.core.types import Demonstration, Prompt, Status
 from r1pipe.data.files import summary_of_answer
 from r1pipe.data.packing import collate, pack
 from r1pipe.data.source import prompt_fits
@@ -23,19 +23,9 @@ def rewards(context: Context) -> Outcome:
 
     Correct responses pass through tokenizer and template as sampled ones do.
     """
-    examples = context.solved or [
-        Demonstration(p, compose_response(REASONING.get(p.language, p.question), summary_of_answer(p)))
-        for p in context.prompts[: context.limits.judged]
-        if p.answer
-    ]
-    if not examples:
+    prompts, texts = _correct_responses(context)
+    if not prompts:
         return Outcome(WARN, "no correct response to test with", "use data with solutions or gold answers")
-    chat = context.chat
-    prompts, texts = [example.prompt for example in examples], []
-    for example in examples:
-        tokens = chat.example(example.prompt, example.response)
-        learned = zip(tokens.tokens, tokens.loss, strict=True)
-        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
     weights = _tested_weights(context)
     full = sum(weight for weight in weights.values() if weight > 0)
     scored = score_all(prompts, completions_of(texts), sorted(weights))
@@ -57,6 +47,46 @@ def rewards(context: Context) -> Outcome:
     if swapped > context.limits.swapped:
         return Outcome(FAIL, value, "the checker cannot tell right from wrong; check data.tasks")
     return Outcome(PASS, value)
+
+
+def custom_rewards(context: Context) -> Outcome:
+    """Each custom reward has a verdict on correct responses and on useless ones, in groups of two."""
+    custom = context.custom
+    if not custom.names:
+        return Outcome(PASS, "not needed: this stage has none")
+    prompts, texts = _correct_responses(context)
+    prompts = prompts or context.prompts[: context.limits.judged]
+    texts = texts or [prompt.answer for prompt in prompts]
+    useless = [USELESS.get(prompt.language, USELESS["en"]) for prompt in prompts]
+    groups = [(p, completions_of(pair)) for p, *pair in zip(prompts, texts, useless, strict=True)]
+    values, remedy = [], ""
+    for name in custom.names:
+        scores = [score for group in custom.score(name, groups) for score in group]
+        kept = [score.value for score in scores if score and score.status is Status.SCORED]
+        failed = [score.detail for score in scores if score and score.status is not Status.SCORED]
+        shown = f"{min(kept):.2f} to {max(kept):.2f}" if kept else "nothing"
+        values.append(f"{name} gives {shown} in {len(kept)} of {len(scores)} cases")
+        if failed:
+            return Outcome(FAIL, "; ".join(values), f"{name} has no verdict: {failed[0]}; fix it")
+        if not kept:
+            remedy = f"{name} has no rule for any of these prompts, and would count for nothing"
+    return Outcome(WARN if remedy else PASS, "; ".join(values), remedy)
+
+
+def _correct_responses(context: Context) -> tuple[list[Prompt], list[str]]:
+    """Prompts and a correct response to each, which has passed through tokenizer and template; none where the
+    data has neither solutions nor gold answers."""
+    examples = context.solved or [
+        Demonstration(p, compose_response(REASONING.get(p.language, p.question), summary_of_answer(p)))
+        for p in context.prompts[: context.limits.judged]
+        if p.answer
+    ]
+    chat, texts = context.chat, []
+    for example in examples:
+        tokens = chat.example(example.prompt, example.response)
+        learned = zip(tokens.tokens, tokens.loss, strict=True)
+        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
+    return [example.prompt for example in examples], texts
 
 
 def _tested_weights(context: Context) -> dict[str, float]:

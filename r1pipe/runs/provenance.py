@@ -10,19 +10,17 @@ from r1pipe.core.redaction import publishable
 from r1pipe.runs import machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.files import Tail, read_object
+from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.record import OWN_HASH, Edge, Record, Result, own_hash, record_beside
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
 
 class ChatFormat(Protocol):
-    """The hashes of a tokenizer and its chat template."""
+    """The hash of a tokenizer."""
 
     @property
     def tokenizer_hash(self) -> str: ...
-
-    @property
-    def template_hash(self) -> str: ...
 
 
 def job_record(
@@ -70,7 +68,7 @@ def job_record(
         },
         "files": {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files},
         "tokenizer_hash": chat.tokenizer_hash,
-        "template_hash": chat.template_hash,
+        "template_hash": template_hash(checkpoint),
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
         "versions": machine.versions(),

@@ -11,8 +11,8 @@ from jobs import tiny, write_run
 from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
-from r1pipe.core.errors import CheckpointError
 from r1pipe.core.chat_template import TEMPLATE
+from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
 from r1pipe.launch.command import note

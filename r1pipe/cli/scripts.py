@@ -67,7 +67,11 @@ def chat(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
 ) -> int:
-    """Ask a checkpoint question by question, until the input ends; chat.system=TEXT sets a system prompt."""
+    """Ask a checkpoint question by question, until the input ends.
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own.
+    """
     folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
     options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)

@@ -22,6 +22,7 @@ from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Message, Prompt, Score, Status
+from r1pipe.data.overlap import asked
 from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
@@ -106,7 +107,7 @@ def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
-        prompt.question
+        asked(prompt)
         for config in (final, evaluate.short(final))
         for prompt in held_out(run, context, config)[0]
     ]

@@ -16,6 +16,7 @@ from r1pipe.rewards.answers.notation import tidy
 SIMILAR = 0.9  # share of words in common, in order, from which on a short question is a copy
 SAME_WORD = 0.8  # share of letters in common from which on a word is another spelling
 SHORTEST = 4  # words of a question that is looked for inside a longer text
+NESTED = 3  # fractions within fractions
 OPERATORS = frozenset("+-*/=<>^")
 
 _SPELLINGS = (  # of the same sign
@@ -39,8 +40,8 @@ def words(text: str) -> list[str]:
     text = tidy(text).lower()
     for spelling, meaning in _SPELLINGS:
         text = spelling.sub(meaning, text)
-    while (plain := _FRACTION.sub(r" \1 / \2 ", text)) != text:
-        text = plain
+    for _ in range(NESTED):
+        text = _FRACTION.sub(r" \1 / \2 ", text)
     found = _WORD.findall(text)
     around = zip(["", *found], found, [*found[1:], ""], strict=False)
     return [word for before, word, after in around if word != "-" or _operand(before) or _operand(after)]

@@ -64,7 +64,7 @@ def renew_template(target: Path) -> None:
         bare, system = split_system(template)
         write_json(path, settings | {"chat_template": with_system(bare, system)}, indent=2)
         if system:
-            print(f"{target.name}: the chat template has the system prompt {system!r}")
+            print(f"the chat template has the system prompt {system!r}")
 
 
 def compare_logits(source: Path, target: Path, exact: bool) -> str:

@@ -162,16 +162,14 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
     """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data."""
     evaluation, own = config.stage.eval, config_of(parent)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
+    if own is not None:
+        mappings = own, to_mapping(config)
+        before, after = ({key: mapping[key] for key in ("data", "seed")} for mapping in mappings)
+        changed = listed(changes(before, after))
+        same = f", as run {parent.run_id} was"
+        line += f"; run {parent.run_id} had other data ({changed})" if before != after else same
     _, prompt = split_system(with_system(template_of(Path(parent.checkpoint)), config.chat.system))
-    if prompt:
-        line += f", with the system prompt {prompt!r}"
-    if own is None:
-        return line
-    keys = ("data", "seed")
-    before, after = ({key: mapping[key] for key in keys} for mapping in (own, to_mapping(config)))
-    if before == after:
-        return f"{line}, as run {parent.run_id} was"
-    return f"{line}; run {parent.run_id} had other data ({listed(changes(before, after))})"
+    return f"{line}; with the system prompt {prompt!r}" if prompt else line
 
 
 def hydra(value: Any) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from jobs import tiny, write_run
 
-from r1pipe.chat.template import TEMPLATE, Chat
+from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
+from r1pipe.core.chat_template import TEMPLATE
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch

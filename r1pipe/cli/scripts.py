@@ -42,7 +42,8 @@ def generate(
 ) -> int:
     """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
 
-    Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own. Exit code 1 if some questions could not be
     answered, 2 if none could; each is named by its number.
     """
     words, overrides = split(questions)
@@ -52,8 +53,8 @@ def generate(
             asked.append(os.fsencode(word).decode("utf-8"))
         except UnicodeError:
             raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 
@@ -65,9 +66,13 @@ def chat(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
 ) -> int:
-    """Ask a checkpoint question by question, until the input ends."""
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
+    """Ask a checkpoint question by question, until the input ends.
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own.
+    """
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 

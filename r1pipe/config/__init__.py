@@ -18,6 +18,7 @@ from r1pipe.config.rl import (
 )
 from r1pipe.config.run import (
     STAGE_TYPES,
+    ChatConfig,
     ParentRef,
     RunConfig,
     TrackingConfig,

@@ -73,11 +73,12 @@ class Change:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """What differs between two configs as mappings, in the order of `new`; a parent counts by its weights,
-    not by its place. `old` may be of another version of r1pipe, with other keys."""
+    not by its place. `old` may be of another version of r1pipe, with other keys: a new one that is null,
+    and so unused, is no change."""
     before, after = (dict(flat(by_weights(mapping))) for mapping in (old, new))
     keys = [*after, *(key for key in before if key not in after)]
     pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
-    return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+    return [Change(*pair) for pair in pairs if pair[1] != pair[2] and pair[1:] != (ABSENT, None)]
 
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class GenerateOptions(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     max_tokens: Positive | None  # longest answer; None: what the context leaves
     seed: Annotated[Count, Field(le=2**64 - 1)]
+    system: str | None = None  # system prompt; "": none; None: the checkpoint's own
 
 
 @dataclass(frozen=True)

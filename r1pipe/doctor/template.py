@@ -1,10 +1,11 @@
-"""Rewards, tags, end of sequence and lengths, under the chat format that comes with the weights."""
+"""The chat template that comes with the weights; and rewards, tags, end of sequence and lengths under it."""
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, THINK, compose_response
+from r1pipe.chat.template import EOS, SHOWN, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
-from r1pipe.core.types import Demonstration, Prompt, Status
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration, Message, Prompt, Status
 from r1pipe.data.files import summary_of_answer
 from r1pipe.data.packing import collate, pack
 from r1pipe.data.source import prompt_fits
@@ -15,6 +16,9 @@ from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
 REASONING = {"en": "Let me go through it step by step.", "zh": "我来一步一步地算。"}
 USELESS = {"en": "我不知道。", "zh": "I do not know."}  # in the other language, without tags or an answer
+SYSTEM = Message("system", "Answer in one line.")  # of the conversations that the template is tried on
+ASKED = {"role": "user", "content": "What is 3 + 4?"}
+REASONED, CONCLUDED = "Three and four make seven.", "It is 7."
 SMALL = 1e-6  # rewards closer than this are the same
 
 
@@ -106,6 +110,37 @@ def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
     responses = completions_of([texts[i - 1] for i in different])
     scores = score_all([prompts[i] for i in different], responses, ["accuracy"])
     return sum(score["accuracy"].value for score in scores if "accuracy" in score) / max(1, len(different))
+
+
+def conversations(context: Context) -> Outcome:
+    """Whether the template keeps what is said, and writes an answer as it is trained on and sampled."""
+    chat = context.chat
+    answered = {"role": "assistant", "content": compose_response(REASONED, CONCLUDED)}
+    begun = chat.render([ASKED], add_generation_prompt=True)
+    ended = chat.render([ASKED, answered], add_generation_prompt=False)
+    later = chat.render([ASKED, answered, ASKED], add_generation_prompt=True)
+    try:
+        chat.prompt_tokens(Prompt("", "", "", ASKED["content"], context=(SYSTEM,)))
+        refusal = ""
+    except DataError as error:
+        refusal = str(error)
+    value = f"system messages {'refused' if refusal else 'kept'}, "
+    value += f"{'template' if begun.rstrip().endswith(THINK) else 'model'} opens {THINK}, "
+    value += f"earlier reasoning {'kept' if REASONED in later else 'left out'}"
+    if chat.system:
+        value += f"; system prompt {chat.system[:SHOWN]!r}"
+    remedy = ""
+    if ASKED["content"] not in begun or CONCLUDED not in ended or CONCLUDED not in later:
+        remedy = "it leaves out what users or assistants say"
+    elif not ended.startswith(begun) or REASONED not in ended:
+        remedy = "what an answer is sampled after is not what it follows in a whole conversation"
+    elif not ended.rstrip().endswith(EOS):
+        remedy = f"it does not end an answer with {EOS}"
+    if remedy:
+        return Outcome(FAIL, value, f"{remedy}; correct chat_template in tokenizer_config.json")
+    if refusal:
+        return Outcome(WARN, value, f"{refusal}; or use neither chat.system nor data with system messages")
+    return Outcome(PASS, value)
 
 
 def opens_think(context: Context) -> Outcome:

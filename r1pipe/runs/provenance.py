@@ -13,6 +13,7 @@ from r1pipe.core.redaction import publishable
 from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
 from r1pipe.runs.files import Tail, read_json, read_object, write_json
+from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.record import (
     OWN_HASH,
     CustomRewardSource,
@@ -28,13 +29,10 @@ FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of i
 
 
 class ChatFormat(Protocol):
-    """The hashes of a tokenizer and its chat template."""
+    """The hash of a tokenizer."""
 
     @property
     def tokenizer_hash(self) -> str: ...
-
-    @property
-    def template_hash(self) -> str: ...
 
 
 def job_record(
@@ -82,7 +80,7 @@ def job_record(
         },
         "files": {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files},
         "tokenizer_hash": chat.tokenizer_hash,
-        "template_hash": chat.template_hash,
+        "template_hash": template_hash(checkpoint),
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
         "versions": machine.versions(),

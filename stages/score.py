@@ -2,17 +2,19 @@
 
     python stages/score.py OPTIONS_FILE     the JSON of r1pipe.config.script_options.ScoreOptions
 
-Rows are {"question", "answer", "completion"} for accuracy, {"prompt", "tests", "entry_point", "completion"}
-for code, {"completion"} for format and language; a custom reward reads {"completion"}, and "question" (or
-"prompt"), "answer" and "checker" where there are any. An answer may be a list of alternatives, a completion a
-list of messages. Prints one JSON object per row, in the same order: {"status": "scored", "value": 1.0,
-"detail": ""}; without a verdict the value is null.
+Rows are {"question", "answer", "completion"} for accuracy, {"completion"} for format and language; for code
+{"prompt", "tests", "entry_point", "completion"}, or a row of a public data set with its completion
+(docs/rewards.md); a custom reward reads {"completion"}, and "question" (or "prompt"), "answer" and "checker"
+where there are any. An answer may be a list of alternatives, a completion a list of messages. Prints one JSON
+object per row, in the same order: {"status": "scored", "value": 1.0, "detail": ""}; without a verdict the
+value is null.
 """
 
 import codecs
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, score_all
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.rewards.language import check_language, language_of
+from r1pipe.rewards.programs import limits
+from r1pipe.rewards.programs.tasks import read_task
 
 TOGETHER = 64  # rows scored at a time
 LISTED = 20  # refused rows named at the end
@@ -40,7 +44,7 @@ OPTIONS = {  # how a key of the config is given here
 }
 FIELDS = {
     "accuracy": ("question", "answer", "completion"),
-    "code": ("prompt", "tests", "entry_point", "completion"),
+    "code": ("completion",),
     "format": ("completion",),
     "language": ("completion",),
 }
@@ -55,6 +59,10 @@ def main(options: ScoreOptions) -> int:
     if options.language != AUTO:
         check_language(options.language)
     custom = custom_reward(options) if options.plugins or options.reward not in REWARDS else None
+    given = {name: getattr(options, name) for name in ("cpu_seconds", "memory_mb", "partial_credit")}
+    limits.use(
+        replace(limits.published(), **{name: value for name, value in given.items() if value is not None})
+    )
     rows = rows_of(options.file)
     refused: dict[int, str] = {}  # line number -> why
     together = len(rows) if custom else TOGETHER  # a group must not be cut
@@ -159,7 +167,7 @@ def pair(row: dict, row_id: str, options: ScoreOptions) -> tuple[Prompt, Complet
     answers = answers if isinstance(answers, list) and answers else [answers]
     answers = [str(each) if type(each) in (int, float) else each for each in answers]
     row = row | {"answer": answers[0], "completion": content_of(row["completion"])}
-    for name in {*fields} - {"tests"}:
+    for name in fields:
         if not isinstance(row[name], str):
             raise DataError(f"{name} must be a string")
     if not all(isinstance(each, str) for each in answers):
@@ -168,11 +176,11 @@ def pair(row: dict, row_id: str, options: ScoreOptions) -> tuple[Prompt, Complet
     if options.reward not in REWARDS and isinstance(row.get("checker"), dict):
         checker |= row["checker"]
     if options.reward == "code":
-        checker = {name: row[name] for name in ("prompt", "tests", "entry_point")}
+        checker = read_task(row)
     question = str(row.get("question") or row.get("prompt") or "")
     language = language_of(question) if options.language == AUTO else options.language
     prompt = Prompt(row_id, TASK, language, question, row["answer"], checker)
-    if options.reward in ("accuracy", "code"):
+    if options.reward == "accuracy":
         check_gold(prompt)
     return prompt, Completion([], [], "stop", row["completion"])
 

@@ -26,6 +26,9 @@ MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what 
 Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
+CpuSeconds = Annotated[float | None, typer.Option(help="code: processor time of each test")]
+MemoryMB = Annotated[int | None, typer.Option(help="code: memory of a program")]
+PartialCredit = Annotated[bool | None, typer.Option(help="code: the share of tests passed, not 1 or 0")]
 
 
 def generate(
@@ -84,6 +87,9 @@ def score(
     plugin: Annotated[
         list[str] | None, typer.Option(metavar="FILE.py", help="a Python file with custom rewards")
     ] = None,
+    cpu_seconds: CpuSeconds = None,
+    memory_mb: MemoryMB = None,
+    partial_credit: PartialCredit = None,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
@@ -91,7 +97,8 @@ def score(
     A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
-    return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or []))
+    programs = (cpu_seconds, memory_mb, partial_credit)
+    return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or [], *programs))
 
 
 def export(

@@ -27,6 +27,7 @@ from r1pipe.config.run import (
     to_mapping,
 )
 from r1pipe.config.stages import (
+    CodeConfig,
     DistillConfig,
     EvalConfig,
     EvaluateConfig,

@@ -41,6 +41,10 @@ class ScoreOptions(Strict):
     language: str  # of the questions; auto: as each is written
     strict: bool = False  # end at the first row that cannot be scored
     plugins: list[str] = field(default_factory=list)  # Python files with custom rewards
+    # of programs; None: the values of conf/stage/part/common.yaml
+    cpu_seconds: AboveZero | None = None
+    memory_mb: Positive | None = None
+    partial_credit: bool | None = None
 
 
 @dataclass(frozen=True)

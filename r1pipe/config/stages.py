@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
 
 
 @dataclass
@@ -58,6 +58,16 @@ class EvalConfig(Strict):
 
 
 @dataclass
+class CodeConfig(Strict):
+    """What a generated program may use, wherever answers are checked, and what it earns."""
+
+    cpu_seconds: AboveZero  # processor time of each test, in every sandbox
+    memory_mb: Positive  # memory of a program, in every sandbox
+    time_limit_factor: AboveZero  # a task's own limit times this holds where it is shorter
+    partial_credit: bool  # a program earns the share of tests that it passes; else 1 for all and 0
+
+
+@dataclass
 class StageConfig(Strict):
     """What every stage has."""
 
@@ -74,6 +84,7 @@ class StageConfig(Strict):
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig
+    code: CodeConfig
 
 
 @dataclass

@@ -109,7 +109,9 @@ def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
     different = [i for i in range(len(prompts)) if answers[i] != answers[i - 1]]
     responses = completions_of([texts[i - 1] for i in different])
     scores = score_all([prompts[i] for i in different], responses, ["accuracy"])
-    return sum(score["accuracy"].value for score in scores if "accuracy" in score) / max(1, len(different))
+    return sum(score["accuracy"].value == 1.0 for score in scores if "accuracy" in score) / max(
+        1, len(different)
+    )
 
 
 def conversations(context: Context) -> Outcome:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from r1pipe.core.types import Completion, Message, Prompt, Score, Status
-from r1pipe.rewards.jailed import decode
+from r1pipe.rewards.programs.jailed import decode
 from r1pipe.rewards.reply import DETAIL, score_of
 
 OUT_OF_MEMORY = 12  # exit code, ENOMEM's number

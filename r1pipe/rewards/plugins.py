@@ -18,7 +18,7 @@ from r1pipe.config.custom_rewards import CustomReward
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import plugin_worker
-from r1pipe.rewards.jailed import encode
+from r1pipe.rewards.programs.jailed import encode
 from r1pipe.rewards.reply import Patience, score_of
 from r1pipe.rewards.worker_process import ChildAsleep, ChildEnded, NoReply, WorkerProcess
 

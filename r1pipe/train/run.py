@@ -32,6 +32,7 @@ from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, load_pretrained
+from r1pipe.rewards.programs import limits
 from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
@@ -57,6 +58,7 @@ class Run(Resumable[S]):
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
+        limits.use(stage.code)
         self._progressed: dict[str, float] = {}
         for subfolder in (folder.checkpoints, folder.data):
             subfolder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The commands that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
+import json
 import os
 import shlex
 import tempfile
@@ -12,6 +13,7 @@ from r1pipe.cli.options import Checkpoint, Overrides, composed, split
 from r1pipe.config import script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
+    DataOptions,
     ExportOptions,
     GenerateOptions,
     ImportOptions,
@@ -99,6 +101,24 @@ def score(
     """
     programs = (cpu_seconds, memory_mb, partial_credit)
     return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or [], *programs))
+
+
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="file, folder, or OWNER/NAME on the hub")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(help="whose template; none: the bundled one's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with everything, for scripts.")] = False,
+) -> int:
+    """Show what would be read from data: data FILE [data=NAME]
+
+    Layout and columns, gold answers by form, rows set aside with the reason, and five samples with the chat
+    template. Nothing is written. Exit code 2 if no row can be used.
+    """
+    words = overrides or []
+    chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
+    config = composed([*chosen, f"data.path={json.dumps(file, ensure_ascii=False)}", *words])
+    folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
+    return _run("data.py", DataOptions(config.data, folder, as_json))
 
 
 def export(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
+from r1pipe.config.data import DataConfig
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
@@ -45,6 +46,15 @@ class ScoreOptions(Strict):
     cpu_seconds: AboveZero | None = None
     memory_mb: Positive | None = None
     partial_credit: bool | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions(Strict):
+    """What stages/data.py does."""
+
+    data: DataConfig
+    checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
+    as_json: bool
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def readable(context: Context) -> Outcome:
     trained = context.demonstrations or context.prompts
     value = f"data={context.config.data.name}: {_drawn(context, 'train', len(trained))} to train on, "
     value += f"{_drawn(context, split, len(context.held_out))} to evaluate on"
+    value += "".join(f"; {line}" for line in context.data.layouts)
     if not context.held_out:
         return Outcome(WARN, value, f"add rows of split {split}, or nothing will be measured")
     if context.data_notes:

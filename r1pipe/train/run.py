@@ -143,6 +143,9 @@ class Run(Resumable[S]):
             if kept.exists() and checkpoints.holds_work(self.folder) and trains:
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
+        for line in source.layouts:
+            self.show(say=f"data: {line}")
+            log.info("data: %s", line)
         self.data = source
         return source
 

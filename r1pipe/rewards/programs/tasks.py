@@ -242,5 +242,5 @@ def _layout(row: Row) -> tuple[tuple[str, ...], Callable[[Row], dict[str, Any]],
 def _has(row: Row, mark: str) -> bool:
     """Whether the row has the columns of a mark; a text alone is no ground truth of a code task."""
     if mark == "ground_truth":
-        return isinstance(loaded(row.get(mark)), list | Mapping)
+        return _is_given(row.get(mark)) and isinstance(loaded(row[mark]), list | Mapping)
     return all(_is_given(row.get(column)) for column in mark.split("+"))

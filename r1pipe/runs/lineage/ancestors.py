@@ -151,7 +151,7 @@ def check_data_files(folder: Path, record: Record, run: RunFolder | None, result
     except OSError as error:
         result.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
         return
-    absent = [path for path in read if not path.is_file()]
+    absent = [path for path in read if not path.exists()]
     named = absent or read
     listed = f"{named[0]} and {len(named) - 1} more" if len(named) > 1 else str(named[0])
     if absent:

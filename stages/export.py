@@ -21,11 +21,13 @@ from r1pipe.chat.template import TOKENIZER_FILES
 from r1pipe.config import script_options
 from r1pipe.config.script_options import ExportOptions
 from r1pipe.core import terminal
+from r1pipe.core.chat_template import split_system, with_system
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model import load_pretrained
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, convert
 from r1pipe.runs import checkpoints
+from r1pipe.runs.files import read_object, write_json
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 TOKENS = 32
@@ -44,12 +46,25 @@ def main(options: ExportOptions) -> None:
                 copyfile(source / name, unfinished / name)
             else:
                 print(f"{source} has no {name}, so {target} has none")
+        renew_template(unfinished)
         needed = COPIES * 4 * stored.parameters
         if needed < psutil.virtual_memory().available:
             comparison = compare_logits(source, unfinished, exact=options.dtype is None)
         else:
             comparison = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
     print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {comparison}")
+
+
+def renew_template(target: Path) -> None:
+    """The chat template as this version writes it; tells of its system prompt."""
+    path = target / TOKENIZER_FILES[1]
+    settings = read_object(path) if path.exists() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, str):
+        bare, system = split_system(template)
+        write_json(path, settings | {"chat_template": with_system(bare, system)}, indent=2)
+        if system:
+            print(f"the chat template has the system prompt {system!r}")
 
 
 def compare_logits(source: Path, target: Path, exact: bool) -> str:

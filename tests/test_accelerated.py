@@ -106,7 +106,9 @@ def grouped_mm(x_ND, weights_EDI, *, offs):
     return torch.bmm(x_ND.unsqueeze(1), weights_EDI.index_select(0, experts_N)).squeeze(1)
 
 
-@pytest.mark.parametrize("run, attention", [(documents, "sdpa"), (past, "flex")])
+@pytest.mark.parametrize(
+    "run, attention", [(documents, "sdpa"), pytest.param(past, "flex", marks=pytest.mark.slow)]
+)
 def test_compiled_layers_train_alike_in_one_graph(run, attention, cpu_gradients, monkeypatch):
     monkeypatch.setattr(F, "grouped_mm", grouped_mm)
     config = tiny(num_hidden_layers=2, num_nextn_predict_layers=int(run is documents))

@@ -9,7 +9,7 @@ import pytest
 
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Prompt, Score, Status
-from r1pipe.rewards import check_gold, score_all, vote
+from r1pipe.rewards import check_gold, score_all, votes
 from r1pipe.rewards.accuracy import gold_of
 from r1pipe.rewards.answers.gold import Form, read_gold
 
@@ -126,14 +126,18 @@ def test_alternatives_and_options():
         ("0.5", ["0.5", "1/2", r"\frac{1}{2}", "½"], "0.25"),
         ("yes", ["yes", "Yes", "true"], "no"),
         ("north", ["north", "North"], "south"),
+        ("x+1", ["x+1", "1 + x", r"\frac{2x+2}{2}"], "x+2"),
+        ("x+1", ["x+2", "2+x"], "x+1"),
+        (r"2\sqrt{3}", [r"2\sqrt{3}", r"\sqrt{12}", "2*sqrt(3)"], r"3\sqrt{2}"),
+        ("y=2x+1", ["y=2x+1", "y = 1 + 2x", "2x - y + 1 = 0"], "y=2x-1"),
     ],
 )
 def test_equal_answers_are_one_vote(gold, same, other):
     prompt = prompt_of(gold)
-    votes = {vote(prompt, answered(rf"\boxed{{{answer}}}").text) for answer in same}
-    assert len(votes) == 1 and "" not in votes
-    assert vote(prompt, answered(rf"\boxed{{{other}}}").text) not in votes
-    assert vote(prompt, answered("I do not know.").text) == ""
+    texts = [answered(rf"\boxed{{{answer}}}").text for answer in (*same, other)]
+    *equal, another, none = votes(prompt, [*texts, answered("I do not know.").text])
+    assert len({*equal}) == 1 and another not in equal
+    assert "" not in (*equal, another) and none == ""
 
 
 def test_a_thought_states_no_answer():

@@ -37,7 +37,7 @@ def size_of(folder: Path) -> int:
     [
         f"{KEPT} engine.zero_level=0",
         f"{REPLACED} engine.zero_level=1",
-        f"{PPO} {KEPT} engine.zero_level=1 engine.precision=bf16",
+        pytest.param(f"{PPO} {KEPT} engine.zero_level=1 engine.precision=bf16", marks=pytest.mark.slow),
         pytest.param(f"{PPO} {REPLACED} engine.zero_level=0", marks=pytest.mark.slow),
         pytest.param(
             f"{PPO} {REPLACED} engine.zero_level=3 engine.precision=bf16 engine.moments=bf16",

@@ -147,6 +147,7 @@ def test_moments_in_bfloat16_survive_a_checkpoint_to_the_bit(level, tmp_path):
     assert [stepped(again) for _ in range(2)] == expected
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_learn_as_float32_does():
     kept = engine(1, moments="bf16")
     plain = engine(1)
@@ -162,6 +163,7 @@ def test_moments_in_bfloat16_learn_as_float32_does():
     assert state and all(value.dtype == torch.bfloat16 for value in state)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_in_float32():
     """In bfloat16, 300 times a three-hundredth of a gradient would be far from it."""
     whole, parts = engine(1), engine(1)

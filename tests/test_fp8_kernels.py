@@ -280,6 +280,7 @@ def test_both_backends_have_the_same_names(kernels):
     assert all(hasattr(reference, name) for name in kernels.__all__)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_hopper():
     """Into FP8 products of tensor cores without spills. A call that waited for the device would fail."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -206,6 +206,7 @@ def test_a_processor_without_avx512_takes_torch(fresh, monkeypatch):
 
 
 @runs
+@pytest.mark.slow
 def test_ranks_that_start_together_compile_once(fresh):
     code = "from r1pipe.model.kernels.build import library; assert library() is not None"
     ranks = [

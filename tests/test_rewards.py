@@ -14,7 +14,7 @@ from r1pipe.rewards import (
     language_share,
     score_all,
     symbolic,
-    vote,
+    votes,
 )
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.answers.reading import last_stated
@@ -46,7 +46,7 @@ DOUBLE = prompt("", "program", entry_point="f", tests=[[[2], 4], [[-1], -2], [[[
         ("42", "The answer is 42. No: the answer is 41.", 0),
         ("42", r"The answer is 41, that is \boxed{42}.", 1),
         ("42", "42", 0),  # states no final answer
-        ("42", "The answer is forty-two.", 0),
+        ("42", "The answer is forty-two.", 1),
         ("1234567", "The answer is 1,234,567 apples.", 1),
         ("145.0", "The answer is 145", 1),
         ("0.75", r"\boxed{\frac{3}{4}}", 1),
@@ -341,14 +341,16 @@ def test_votes_join_equal_answers_only():
     numbers = [
         respond(f"The answer is {text}.").text for text in ("1,000", "1000.0", "1000 apples", "2000/2", "100")
     ]
-    assert len({vote(prompt(), text) for text in numbers[:4]}) == 1 and vote(prompt(), numbers[4]) == "100"
+    *equal, other = votes(prompt(), numbers)
+    assert len({*equal}) == 1 and other == "100"
     countdown = prompt("", "countdown", numbers=[1, 2], target=3)
-    assert vote(countdown, "The answer is (1 + 2).") == vote(countdown, "The answer is 1+2.") == "1 + 2"
-    assert vote(countdown, "The answer is 2+1.") != vote(countdown, "The answer is 1+2.")
-    assert vote(DOUBLE, "def f(x): return  2*x  # twice") == vote(
-        DOUBLE, "```python\ndef f(x):\n    return 2 * x\n```"
+    expressions = ["The answer is (1 + 2).", "The answer is 1+2.", "The answer is 2+1."]
+    assert votes(countdown, expressions) == ["1 + 2", "1 + 2", "2 + 1"]
+    one, same = votes(
+        DOUBLE, ["def f(x): return  2*x  # twice", "```python\ndef f(x):\n    return 2 * x\n```"]
     )
-    assert vote(prompt(), "I give up.") == ""
+    assert one == same
+    assert votes(prompt(), ["I give up."]) == [""]
 
 
 @pytest.mark.parametrize("body", ["1" + " + 1" * 330, "-" * 900 + "x", "not " * 900 + "x", "f" + "()" * 330])
@@ -356,7 +358,7 @@ def test_a_program_nested_too_deeply_to_be_written_out_votes_by_its_text(body):
     text = f"def f(x):\n    return {body}"
     response = respond(f"```python\n{text}\n```")
     assert BASE_REWARDS["format"](DOUBLE, response).status is Status.SCORED
-    assert vote(DOUBLE, response.text) in (text, "")  # "" where it is too deep to be parsed
+    assert votes(DOUBLE, [response.text])[0] in (text, "")  # "" where it is too deep to be parsed
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_a_program_nested_too_deeply_to_be_written_out_votes_by_its_text(body):
 )
 def test_a_text_that_python_cannot_parse_is_no_program(body):
     response = respond(f"```python\ndef f(x):\n    return {body}\n```")
-    assert vote(DOUBLE, response.text) == "" and BASE_REWARDS["format"](DOUBLE, response).value == 0
+    assert votes(DOUBLE, [response.text]) == [""] and BASE_REWARDS["format"](DOUBLE, response).value == 0
 
 
 def test_reasoning_gym_scores_with_its_own_checker():

@@ -51,6 +51,14 @@ def test_messages_of_any_size_are_answered_in_turn(start):
         assert child.ask({"text": "ä" * size}) == {"text": "ä" * size}
 
 
+def test_several_replies_to_one_message_come_until_the_child_ends(start):
+    child = start("for n in range(2): print('{\"n\": %d}' % n, flush=True)")
+    replies = child.ask_for_each({}, 3)
+    assert [next(replies), next(replies)] == [{"n": 0}, {"n": 1}]
+    with pytest.raises(ChildEnded):
+        next(replies)
+
+
 @pytest.mark.parametrize(
     ("code", "problem"),
     [

@@ -18,7 +18,6 @@ from r1pipe.config.script_options import (
     GenerateOptions,
     ImportOptions,
     Precision,
-    Reward,
     ScoreOptions,
 )
 from r1pipe.core.errors import ConfigError
@@ -48,7 +47,8 @@ def generate(
 ) -> int:
     """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
 
-    Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own. Exit code 1 if some questions could not be
     answered, 2 if none could; each is named by its number.
     """
     words, overrides = split(questions)
@@ -58,8 +58,8 @@ def generate(
             asked.append(os.fsencode(word).decode("utf-8"))
         except UnicodeError:
             raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 
@@ -71,28 +71,36 @@ def chat(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
 ) -> int:
-    """Ask a checkpoint question by question, until the input ends."""
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
+    """Ask a checkpoint question by question, until the input ends.
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own.
+    """
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
-    reward: Annotated[Reward, typer.Option(help="which rule")],
+    reward: Annotated[str, typer.Option(help="accuracy, code, format, language, or a custom reward")],
     language: Annotated[str, typer.Option(help="of the questions; auto: as each is written")] = "en",
     strict: Annotated[bool, typer.Option("--strict", help="end at the first row that is refused")] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option(metavar="FILE.py", help="a Python file with custom rewards")
+    ] = None,
     cpu_seconds: CpuSeconds = None,
     memory_mb: MemoryMB = None,
     partial_credit: PartialCredit = None,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
+    A custom reward needs `completion`; rows in a row with the same prompt and answer are a group.
     A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
     programs = (cpu_seconds, memory_mb, partial_credit)
-    return _run("score.py", ScoreOptions(file, reward, language, strict, *programs))
+    return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or [], *programs))
 
 
 def data(

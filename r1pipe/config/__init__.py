@@ -8,14 +8,17 @@ from r1pipe.config.data import DataConfig, SourceConfig
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.model import ModelConfig, RopeScaling
 from r1pipe.config.rl import (
+    PluginLimits,
     PPOConfig,
     PreferenceConfig,
+    RemoteLimits,
     RewardsConfig,
     RLConfig,
     WireConfig,
 )
 from r1pipe.config.run import (
     STAGE_TYPES,
+    ChatConfig,
     ParentRef,
     RunConfig,
     TrackingConfig,

@@ -30,6 +30,7 @@ from r1pipe.config.stages import (
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import GENERAL_TASKS
 
+SPECIAL = "<｜"  # how r1pipe's special tokens begin
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 STAGE_TYPES: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
@@ -84,6 +85,13 @@ class TrackingConfig(Strict):
 
 
 @dataclass
+class ChatConfig(Strict):
+    """How conversations begin; the chat template itself comes with the weights."""
+
+    system: str | None  # system prompt of conversations that bring none; "": none; null: that of the weights
+
+
+@dataclass
 class RunConfig(Strict):
     """All that a job knows: the content of config.json."""
 
@@ -93,6 +101,7 @@ class RunConfig(Strict):
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
     model: ModelConfig
     data: DataConfig
+    chat: ChatConfig
     engine: EngineConfig
     stage: Annotated[StageConfig, PlainValidator(build_stage)]
     recipe: RecipeConfig
@@ -110,6 +119,7 @@ def check(config: RunConfig) -> None:
         model_rules(config.model),
         fp8_rules(config.engine, config.model),
         data_rules(config.data),
+        chat_rules(config.chat),
         engine_rules(config.engine),
         optim_rules(config.stage.optim),
         length_rules(config),
@@ -129,6 +139,14 @@ def tracking_rules(tracking: TrackingConfig) -> Rules:
         yield f"tracking.model_name={name} must be a name without / and :, and not empty"
     if not tracking.experiment.strip():
         yield "tracking.experiment must not be empty"
+
+
+def chat_rules(chat: ChatConfig) -> Rules:
+    """How long a system prompt may be is checked with the tokenizer, by the job."""
+    if chat.system and not chat.system.strip():
+        yield 'chat.system is blank; give a text, or chat.system="" for no system prompt'
+    if chat.system and SPECIAL in chat.system:
+        yield f"chat.system has the sign {SPECIAL} of a special token; remove it"
 
 
 def length_rules(config: RunConfig) -> Rules:

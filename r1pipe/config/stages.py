@@ -123,7 +123,7 @@ class FilterConfig(Strict):
     min_language_consistency: Share  # share of the prompt's language in reasoning and summary
     allow_code_blocks: bool  # code fences in the reasoning
     max_repetition: Share  # share of repeated 4-grams in the reasoning
-    ngram_overlap: Count  # n of the n-gram overlap with evaluation questions; 0: off
+    ngram_overlap: Count  # n of the n-grams shared with evaluation questions; shorter ones as a whole; 0: off
     per_prompt: Positive  # completions kept per prompt at most
 
 

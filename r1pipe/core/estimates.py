@@ -43,8 +43,7 @@ def wilson(p: float, n: int) -> list[float]:
 def majority(votes: Sequence[tuple[str, bool]]) -> bool:
     """Whether the most frequent answer is right; answers are (normalised answer, right?), "" abstains.
 
-    The first to appear wins a tie. No answer at all is wrong. Numbers vote by value, expressions and programs
-    by their normalised text.
+    The first to appear wins a tie. No answer at all is wrong.
     """
     counts: dict[str, int] = {}
     right: dict[str, bool] = {}

@@ -11,7 +11,7 @@ from r1pipe.config import RewardsConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward
-from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, vote
+from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, votes
 from r1pipe.rewards.cosine import cosine
 from r1pipe.rewards.format import format_reward
 from r1pipe.rewards.language import language as language_reward
@@ -31,7 +31,7 @@ __all__ = [
     "language_share",
     "score_all",
     "summary_of",
-    "vote",
+    "votes",
 ]
 
 BASE_REWARDS: dict[str, Callable[[Prompt, Completion], Score]] = {

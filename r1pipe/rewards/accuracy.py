@@ -8,15 +8,14 @@ import ast
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import symbolic
-from r1pipe.rewards.answers.check import check
-from r1pipe.rewards.answers.check import vote as vote_of_answer
+from r1pipe.rewards.answers import check as answers
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
 from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.reading import last_stated
@@ -43,7 +42,7 @@ def gold_of(prompt: Prompt) -> Gold:
 
 def check_answer(prompt: Prompt, summary: str) -> Score:
     """The stated final answer against the gold one, by the gold answer's form."""
-    return check(gold_of(prompt), summary)
+    return answers.check(gold_of(prompt), summary)
 
 
 def check_countdown(prompt: Prompt, summary: str) -> Score:
@@ -114,10 +113,6 @@ def _expression_key(prompt: Prompt, summary: str) -> str:
     return unparsed(tree, answer or "") if tree else re.sub(r"\s+", "", answer or "").lower()
 
 
-def _answer_key(prompt: Prompt, summary: str) -> str:
-    return vote_of_answer(gold_of(prompt), summary)
-
-
 def _stated_key(prompt: Prompt, summary: str) -> str:
     return re.sub(r"\s+", "", last_stated(summary) or "").lower()
 
@@ -128,17 +123,25 @@ class Checker:
 
     check: Callable[[Prompt, str], Score]
     check_gold: Callable[[Prompt], None]
-    vote: Callable[[Prompt, str], str]  # "" where the summary gives no answer
+    votes: Callable[[Prompt, Sequence[str]], list[str]]  # "" where a summary gives no answer
 
 
-ANSWER = Checker(check_answer, _check_answer_gold, _answer_key)
+def _one_by_one(key: Callable[[Prompt, str], str]) -> Callable[[Prompt, Sequence[str]], list[str]]:
+    return lambda prompt, summaries: [key(prompt, summary) for summary in summaries]
+
+
+ANSWER = Checker(
+    check_answer, _check_answer_gold, lambda prompt, summaries: answers.votes(gold_of(prompt), summaries)
+)
 CHECKERS: dict[str, Checker] = {
     "word": ANSWER,
-    "countdown": Checker(check_countdown, _check_countdown_gold, _expression_key),
+    "countdown": Checker(check_countdown, _check_countdown_gold, _one_by_one(_expression_key)),
     "program": Checker(
-        check_program, check_program_gold, lambda prompt, summary: vote_of_program(prompt.checker, summary)
+        check_program,
+        check_program_gold,
+        lambda prompt, summaries: [vote_of_program(prompt.checker, summary) for summary in summaries],
     ),
-    "reasoning_gym": Checker(check_gym, lambda prompt: None, _stated_key),
+    "reasoning_gym": Checker(check_gym, lambda prompt: None, _one_by_one(_stated_key)),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
 
 
@@ -159,9 +162,9 @@ def check_gold(prompt: Prompt) -> None:
         checker_of(prompt).check_gold(prompt)
 
 
-def vote(prompt: Prompt, text: str) -> str:
-    """A completion's vote in cons@k: its normalised answer, or "" for none."""
-    return checker_of(prompt).vote(prompt, summary_of(text))
+def votes(prompt: Prompt, texts: Sequence[str]) -> list[str]:
+    """Votes of a prompt's completions in cons@k: equal answers by one spelling, "" for no answer."""
+    return checker_of(prompt).votes(prompt, [summary_of(text) for text in texts])
 
 
 def summary_of(text: str) -> str:

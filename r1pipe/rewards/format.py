@@ -21,7 +21,7 @@ def format_reward(prompt: Prompt, completion: Completion) -> Score:
         fault = "not exactly one <think>...</think> at the start with text in it and after it"
     elif any(token in completion.text for token in SPECIAL_TOKENS):
         fault = "a special token in the text"
-    elif is_verifiable(prompt) and not checker_of(prompt).vote(prompt, parsed.summary):
+    elif is_verifiable(prompt) and not any(checker_of(prompt).votes(prompt, [parsed.summary])):
         fault = "the summary states no final answer"
     else:
         return Score(1.0)

@@ -5,8 +5,8 @@ either whoever starts the child sets that limit in it, or the parent reads the c
 which nothing inside can stop. The parent handles two other cases:
 
 - A sleeping child uses no processor time. Its state is polled every second or sooner; where polls find it
-  asleep for SLEEP_LIMIT_S, ChildAsleep is raised. Load cannot cause this: a process waiting for a processor
-  is runnable, not asleep.
+  asleep for as long as its limit, ChildAsleep is raised. Load cannot cause this: a process waiting for a
+  processor is runnable, not asleep.
 - A child without a reply after WALL_LIMIT_S did not get its share of the machine: MachineBusy.
 """
 
@@ -14,9 +14,11 @@ import json
 import math
 import os
 import select
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -54,29 +56,42 @@ class OutOfTime(NoReply):
 
 
 class WorkerProcess:
-    """One child process. Every method but `close` may raise NoReply; the child cannot be used after that."""
+    """One child process. Every method but `close` may raise NoReply; the child cannot be used after that.
+
+    `sleep_limit_s`: what a message may sleep; None: SLEEP_LIMIT_S. `more_s`: added to WALL_LIMIT_S.
+    `reply_limit`: bytes of a reply. `stderr`: as of Popen; None is this process's. `own_group`: `close` ends
+    all that the child has started.
+    """
 
     def __init__(
         self,
         command: Sequence[str],
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
+        sleep_limit_s: float | None = None,
+        more_s: float = 0.0,
+        stderr: int | None = subprocess.DEVNULL,
+        own_group: bool = False,
         reply_limit: int = REPLY_LIMIT,
     ):
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             env=env,
             pass_fds=pass_fds,
             bufsize=0,
+            process_group=0 if own_group else None,
         )
+        self._own_group = own_group
         assert self.process.stdin and self.process.stdout
         self._stdin, self._stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self._stdin, False)
         self._reply_limit = reply_limit
         self._buffer = bytearray()
+        self._sleep_limit_s = SLEEP_LIMIT_S if sleep_limit_s is None else sleep_limit_s
+        self._wall_limit_s = WALL_LIMIT_S + more_s
         self._asleep_s = 0.0
         self._deadline = self._next_poll = self._poll_s = 0.0
         self._family: list[psutil.Process] = []  # whose processor time is limited
@@ -93,9 +108,16 @@ class WorkerProcess:
         self._asleep_s = 0.0
         return reply
 
+    def ask_for_each(self, message: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+        """The `count` replies to one message, each with a fresh allowance of sleep and time."""
+        self.send(message)
+        for _ in range(count):
+            self._asleep_s, self._deadline = 0.0, time.monotonic() + self._wall_limit_s
+            yield self.receive()
+
     def send(self, message: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        self._deadline = now + WALL_LIMIT_S
+        self._deadline = now + self._wall_limit_s
         self._poll_next(now)
         data = json.dumps(message).encode() + b"\n"
         while data:
@@ -152,6 +174,9 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.process.kill()
+        if self._own_group:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         with self.process:  # closes the pipes and waits
             pass
 
@@ -165,10 +190,10 @@ class WorkerProcess:
                 self.check_cpu()
                 self._asleep_s += self._poll_s * self._sleeps()
                 self._poll_next(now)
-                if self._asleep_s >= SLEEP_LIMIT_S:
-                    raise ChildAsleep(f"the process slept for {SLEEP_LIMIT_S} s")
+                if self._asleep_s >= self._sleep_limit_s:
+                    raise ChildAsleep(f"the process slept for {self._sleep_limit_s:g} s")
             if now >= self._deadline:
-                raise MachineBusy(f"no reply within {WALL_LIMIT_S:g} s: the machine is too busy")
+                raise MachineBusy(f"no reply within {self._wall_limit_s:g} s: the machine is too busy")
             if ready:
                 return
 

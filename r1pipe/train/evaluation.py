@@ -13,7 +13,7 @@ from r1pipe.config import EvalConfig
 from r1pipe.core.estimates import clustered_interval, majority, mean
 from r1pipe.core.types import HELPFUL_TASKS, Completion, Prompt, Status
 from r1pipe.data.world.truth import Truth
-from r1pipe.rewards import Verdicts, score_all, vote
+from r1pipe.rewards import Verdicts, score_all, votes
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
@@ -143,6 +143,8 @@ def _score(
     each = len(completions) // max(len(indices), 1)
     draws = [(i, draw) for i in indices for draw in range(each)]
     repeated = [prompts[i] for i, _ in draws]
+    elections = [[c.text for c in completions[n * each : (n + 1) * each]] for n in range(len(indices))]
+    voted = [vote for i, texts in zip(indices, elections, strict=True) for vote in votes(prompts[i], texts)]
     scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         Verdict(
@@ -154,10 +156,12 @@ def _score(
             correct=score["accuracy"].value == 1.0 if score["accuracy"].status is Status.SCORED else None,
             format=score["format"].value,
             language=score["language"].value,
-            vote=vote(prompt, completion.text),
+            vote=vote,
             strategy=strategy_of(prompt, completion.text) if strategy_of else None,
         )
-        for (i, draw), prompt, completion, score in zip(draws, repeated, completions, scores, strict=True)
+        for (i, draw), prompt, completion, score, vote in zip(
+            draws, repeated, completions, scores, voted, strict=True
+        )
     ]
 
 
@@ -249,7 +253,9 @@ def _shown(
     first = [(prompts[v.problem], v.text, v.correct, v.truncated) for v in verdicts if v.draw == 0]
     first += [(general_prompts[v.problem], v.text, v.truth.correct, v.truncated) for v in general]
     for prompt, text, correct, truncated in first:
-        row = {"prompt_id": prompt.id, "task": prompt.task, "language": prompt.language}
+        row: dict[str, Any] = {"prompt_id": prompt.id, "task": prompt.task, "language": prompt.language}
+        if prompt.context:
+            row["context"] = [dataclasses.asdict(message) for message in prompt.context]
         row |= {"question": prompt.question, "answer": prompt.answer}
         turns[prompt.task].append(row | {"completion": text, "correct": correct, "truncated": truncated})
     rounds = range(max(map(len, turns.values()), default=0))

@@ -17,9 +17,18 @@ import numpy as np
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import EvaluateConfig, ParentRef, RunConfig, StageConfig, read_config
+from r1pipe.config import (
+    EvaluateConfig,
+    ParentRef,
+    RejectionConfig,
+    RLConfig,
+    RunConfig,
+    StageConfig,
+    read_config,
+)
 from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
 from r1pipe.core.paths import RunFolder
+from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, load_pretrained
@@ -34,6 +43,7 @@ from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
 
+EMPTY = Prompt("", "", "", "")
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
 log = logging.getLogger("r1pipe")
@@ -89,18 +99,39 @@ class Run(Resumable[S]):
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
-        """The weights' tokenizer and template. Raises CheckpointError if another checkpoint read has
-        others."""
-        chat = Chat.load(self._tokenizer_folder())
+        """The weights' tokenizer and template, with `chat.system`.
+
+        Raises CheckpointError if another checkpoint read has others, and ConfigError if the system prompt
+        leaves no room for a question.
+        """
+        system = self.config.chat.system
+        chat = Chat.load(self._tokenizer_folder(), system)
         for stage, parent in self.config.reads_from.items():
-            other = Chat.load(parent.checkpoint)
+            other = Chat.load(parent.checkpoint, system)
             if (other.template_hash, other.tokenizer_hash) != (chat.template_hash, chat.tokenizer_hash):
                 raise CheckpointError(
                     f"{parent.checkpoint} (stage {stage}) has another tokenizer or chat template than "
                     f"{self._tokenizer_folder()}; take both from one pipeline"
                 )
+        if chat.system:
+            self._check_room(chat)
+            log.info("system prompt: %s", chat.system)
         self.chat = chat
         return chat
+
+    def _check_room(self, chat: Chat) -> None:
+        """Raises ConfigError where the system prompt and an answer fill the model's context."""
+        longest = {"stage.eval.max_tokens": self.stage.eval.max_tokens}
+        if isinstance(self.stage, RejectionConfig | RLConfig):
+            longest["stage.sampling.max_tokens"] = self.stage.sampling.max_tokens
+        context, tokens = self.config.model.max_position_embeddings, len(chat.prompt_tokens(EMPTY))
+        for key, length in longest.items():
+            if tokens + length >= context:
+                raise ConfigError(
+                    f"the system prompt takes {tokens} tokens, which with {key}={length} leaves no room for "
+                    f"a question in model.max_position_embeddings={context}; shorten chat.system, or lower "
+                    f"{key}"
+                )
 
     def load_data(self) -> Source:
         """The source that `data` names. Raises DataError if a run with checkpoints would resume with other

@@ -1,6 +1,7 @@
 """Whether a response's final answer is right, by the gold answer's form."""
 
 import re
+from collections.abc import Sequence
 
 from r1pipe.core.types import Score, Status
 from r1pipe.rewards import symbolic
@@ -8,8 +9,14 @@ from r1pipe.rewards.answers import words
 from r1pipe.rewards.answers.comparison import Comparison
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
 from r1pipe.rewards.answers.notation import UNREADABLE, to_latex
-from r1pipe.rewards.answers.reading import HEDGES, final_answer, option_named
+from r1pipe.rewards.answers.reading import HEDGES, SEVERAL, final_answer, option_named, says_the_same
 from r1pipe.rewards.answers.structure import Kind, Node, parse
+
+_RESTATED = re.compile(
+    r",?\s*\bor\b(?:\s+(?:about|approximately|equivalently)\b)?|或者?|,?\s*\b(?:i\.e\.?|that\s+is),?|\\approx"
+)
+_ABOUT = re.compile(r"\\approx|\bor\s+(?:about|approximately)\b")
+_MAX_COMPARED = 16  # formulas of one problem that votes are compared with
 
 
 def check(gold: Gold, summary: str) -> Score:
@@ -47,6 +54,12 @@ def equal(gold: Gold, text: str) -> bool:
             return words.plain_words(text) == words.plain_words(gold.text)
     if text == gold.text:
         return True
+    alternatives = _RESTATED.split(text) if gold.form not in SEVERAL else []
+    if len(alternatives) > 1:  # 1/2 or 0.5; of an approximation one is enough
+        verdicts = [equal(gold, each.strip()) for each in alternatives if each.strip()]
+        is_about = _ABOUT.search(text) and says_the_same(alternatives[0], alternatives[-1])
+        if verdicts and (all(verdicts) or (is_about and any(verdicts))):
+            return True
     if HEDGES.search(text) or is_text(text):
         return False
     answer = parse(text)
@@ -61,11 +74,37 @@ def _same_formula(gold: str, answer: str, relation: str) -> bool:
     return symbolic.equal(to_latex(gold), to_latex(answer), relation)
 
 
-def vote(gold: Gold, summary: str) -> str:
-    """One spelling for equal answers, for cons@k; "" where the summary states none."""
-    answer = final_answer(gold, summary)
-    if answer is None:
-        return ""
+def votes(gold: Gold, summaries: Sequence[str]) -> list[str]:
+    """What each summary votes for in cons@k, equal answers by one spelling; "" where it states none."""
+    found: list[str] = []
+    joined: dict[str, str] = {}  # how an answer is spelled -> the first spelling of an equal one
+    formulas: dict[str, Node] = {}  # first spellings
+    for summary in summaries:
+        answer = final_answer(gold, summary)
+        if answer is None:
+            found.append("")
+            continue
+        spelling = _spelling(gold, answer)
+        if spelling not in joined:
+            joined[spelling] = spelling
+            node = parse(answer) if gold.node and len(formulas) < _MAX_COMPARED else None
+            if node and not node.number:
+                equal_ones = (first for first, other in formulas.items() if _are_equal(other, node))
+                joined[spelling] = next(equal_ones, spelling)
+                formulas.setdefault(joined[spelling], node)
+        found.append(joined[spelling])
+    return found
+
+
+def _are_equal(a: Node, b: Node) -> bool:
+    try:
+        return Comparison(_same_formula).equal(a, b)
+    except symbolic.NoVerdict:
+        return False
+
+
+def _spelling(gold: Gold, answer: str) -> str:
+    """One spelling for answers that are equal without a look at their formulas."""
     match gold.form:
         case Form.CHOICE:
             return "".join(sorted(words.letters(answer))) or option_named(gold, answer) or answer

@@ -117,7 +117,7 @@ def test_the_content_wins_over_the_name(tmp_path, name, wrong):
         ("r.tsv", b"question\tanswer\na\t1\t2\n", r"r\.tsv line 2 cannot be read \(3 fields"),
         ("r.txt", b"What is this?", r"unknown format; give one of \.json.* \.arrow, plain, \.gz or \.zst"),
         ("r.jsonl.zst", zstd(b"x" * 999)[:-4], r"r\.jsonl\.zst cannot be read \("),
-        ("r.json.gz", gzip.compress(PLAIN["json"])[:50], r"r\.json\.gz cannot be read \("),
+        ("r.json.gz", gzip.compress(PLAIN["json"], mtime=0)[:50], r"r\.json\.gz cannot be read \("),
         ("r.arrow", arrow(SUMS)[:200], r"r\.arrow cannot be read \("),
         ("r.parquet", parquet(SUMS)[:-30], r"r\.parquet cannot be read \("),
     ],

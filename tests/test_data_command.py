@@ -75,6 +75,21 @@ def test_pairs_are_shown_with_both_answers(tmp_path):
     assert found["refused"] is None, "equal pairs are no bad rows"
 
 
+def test_earlier_turns_are_shown_as_the_model_reads_them(tmp_path):
+    said = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Why?"),
+        ("assistant", "So."),
+    ]
+    found = shown(tmp_path, written(tmp_path, [{"messages": [{"role": r, "content": c} for r, c in said]}]))
+    (sample,) = found["samples"]
+    assert found["with_context"] == 1 and sample["response"] == "So."
+    assert "Be brief." in sample["prompt"] and "<｜Assistant｜>Hello" in sample["prompt"]
+    assert sample["prompt"].endswith("<｜User｜>Why?<｜Assistant｜>")
+
+
 def test_without_a_terminal_each_fact_is_one_plain_line(tmp_path):
     rows = [*SUMS, {"question": "Who\x1b[31m?" + " and" * 400, "answer": "Nelson", "aliases": ["Horatio"]}]
     out = shown(tmp_path, written(tmp_path, rows[::-1]), as_json=False)

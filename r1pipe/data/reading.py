@@ -24,7 +24,10 @@ from r1pipe.runs.data_files import COMPRESSIONS, data_suffix, hub_name, shards
 LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
 HUB_ANSWERS_IN = 5  # seconds
 # What the readers raise on a file of another format than its name says.
-_UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
+_UNREADABLE = (
+    *(ValueError, OSError, EOFError, StopIteration, RecursionError),
+    *(zlib.error, pyarrow.ArrowException),
+)
 _SPLIT = re.compile(r"(?:^|[-_./])(train|dev|val|test)(?:ing|id|idation)?(?=$|[-_./\d])")
 
 

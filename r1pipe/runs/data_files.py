@@ -49,6 +49,7 @@ def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
 
 def data_suffix(path: Path) -> str:
     """The suffix that names a file's format, without its compression; "" where it names none."""
+    path = Path(path.name.lower())
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return suffix if suffix in SUFFIXES else ""
 

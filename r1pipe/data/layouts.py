@@ -92,7 +92,8 @@ def _labels(table: Table) -> Columns | None:
     response = table.first(RESPONSES)
     if safe is None or response is None or not table.present(QUESTIONS):
         return None
-    return {"question": table.one("question", QUESTIONS) or "", "response": response, "safe": safe}
+    found = {"question": table.one("question", QUESTIONS) or "", "response": response, "safe": safe}
+    return found | table.optional(system=SYSTEM)
 
 
 def _verl(table: Table) -> Columns | None:
@@ -129,7 +130,8 @@ def _options(table: Table) -> Columns | None:
     question = table.one("question", QUESTIONS)
     if question is None:
         return None
-    return {"question": _with_passage(table, question), "options": options, "answer": right}
+    found = {"question": _with_passage(table, question), "options": options, "answer": right}
+    return found | table.optional(system=SYSTEM)
 
 
 def _with_passage(table: Table, question: str) -> str:
@@ -227,6 +229,8 @@ def find_layout(
             solution = {"solution": columns["answer"]} if mark else {}
             return Layout(each, gives, {**solution, **columns}, mark)
     listed = ", ".join(map(str, table.columns.values()))
+    if name and kind not in (LAYOUTS[name][0], "reasoning"):
+        raise DataError(f"layout {name} is for data.{LAYOUTS[name][0]}, not data.{kind}; name the columns")
     lacking = f"layout {name}" if name else f"known layout of {KINDS[kind]}"
     raise DataError(f"its columns ({listed}) are no {lacking}; name the columns")
 

@@ -266,7 +266,7 @@ def test_a_downloaded_data_set_of_the_hub_is_read_without_a_network(tmp_path, mo
 
 
 def test_the_hash_of_a_hub_name_follows_its_revision(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     group = asdict(composed("files", "data.path=open/sums:main"))
     before = data_files.hashes(group)
     refs = tmp_path / "datasets--open--sums" / "refs"
@@ -454,7 +454,7 @@ def test_a_question_that_shows_its_options_keeps_its_text(tmp_path):
     [
         (["Rome", "Paris"], 2, "'2' .column answer. is no index of 2 options, counted from 0; write letters"),
         (["1", "2", "3"], "2", "one option's text and another's index; write its letter"),
-        (["AB", "A", "B", "O"], "A", "one option's letter and another's text; give options as"),
+        (["AB", "A", "B", "O"], "A", "one option's letter and another's text; give the options as"),
         ({"A": "Rome", "B": "", "C": "Paris"}, 3, "is no index of 2 options"),
         (["Rome", "Paris"], "London", "none of the options' letters, indices and texts"),
         (["Rome", "Paris"], "C", "none of the options' letters"),
@@ -519,7 +519,7 @@ def test_verl_rows_of_code(tmp_path, pack):
     assert (item.prompt.question, item.prompt.context) == ("Add two numbers.", (Message("system", "Think."),))
 
 
-@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"]])
+@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"], {"target": ["3", "three"]}])
 def test_verl_rows_with_alternatives_in_parquet(tmp_path, truth):
     (tmp_path / "rows.parquet").write_bytes(parquet([verl(truth), verl(truth)]))
     data = open_data(composed("files", f"data.path={tmp_path / 'rows.parquet'}"), 0)
@@ -613,6 +613,7 @@ def test_a_conversation_that_ends_with_the_user_is_a_prompt_alone(tmp_path):
             "tool turn",
         ),
         ([{"speaker": "x"}], "neither text nor turns"),
+        (json.dumps(turns("\ud800", "Hello")), "half a character"),
     ],
 )
 def test_a_conversation_that_cannot_be_learned_is_told_by_line(tmp_path, said, told):

@@ -16,7 +16,7 @@ from r1pipe.rewards.programs.cases import loaded
 
 LETTERS = string.ascii_uppercase
 _LABEL = re.compile(r"\s*\(?([A-Za-z])\s*[.):、．：]\s*")  # "A) ", "(b) ", "C、"
-_TEXTS = ("value", "text", "answer")  # where a struct holds the answer: TriviaQA, SQuAD
+IN_STRUCT = ("value", "text", "answer", "target")  # where it holds the answer: TriviaQA, SQuAD, Search-R1
 _MORE = ("aliases", "alternatives")
 
 
@@ -60,7 +60,7 @@ def _texts(found: Any, row: Row, column: str) -> list[str]:
         return [plain_text(found)]
     if isinstance(found, list) and all(isinstance(each, str | int | float | None) for each in found):
         return [each for one in found for each in _texts(one, row, column)]
-    if isinstance(found, dict) and (key := next((key for key in _TEXTS if key in found), None)):
+    if isinstance(found, dict) and (key := next((key for key in IN_STRUCT if key in found), None)):
         parts = [found[key], *(found[more] for more in _MORE if more in found)]
         return [each for part in parts for each in _texts(part, row, column)]
     kind = type(found).__name__

@@ -121,7 +121,10 @@ def question(row: Row, columns: dict[str, str]) -> Question:
     if is_single and isinstance(_loaded(value(row, column)), list | dict):
         asked, answer = split_turns(turns(row, column), row.where)
         if answer:
-            raise DataError(f"{row.where}: column {column} ends with an answer; name it as `conversation`")
+            raise DataError(
+                f"{row.where}: column {column} ends with an answer; name the column of the question, or read "
+                "the file as instructions (data.general)"
+            )
     else:
         asked = Question(text(row, column))
     return after_system(row, columns, Question(asked.text, (*_history(row, columns), *asked.context)))

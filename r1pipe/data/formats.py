@@ -23,7 +23,7 @@ from r1pipe.runs.data_files import COMPRESSIONS, data_suffix
 SHOWN = 500  # characters of a bad row that are kept
 _HEAD = 4096  # bytes by which a format is told
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # a character's half: no text is encoded with it
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _ARRAY, _OBJECT = re.compile(rb"\[\s*[{\]]"), re.compile(rb'\{\s*["}]')
@@ -169,7 +169,7 @@ def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:
             header = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
             raise DataError(f"{path} line 1 cannot be read ({error}); correct it") from None
-        if _SURROGATE.search("".join(header)):
+        if HALF.search("".join(header)):
             raise DataError(f"{path} line 1 {_NOT_UTF8}")
         twice = next((name for name in header if header.count(name) > 1), None)
         if twice is not None:
@@ -195,7 +195,7 @@ def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:
 def _csv_row(header: list[str], fields: list[str], text: str, longest: int) -> dict[str, Any] | str:
     if len(fields) != len(header):
         return f"cannot be read ({len(fields)} fields, the header has {len(header)}); correct it"
-    if _SURROGATE.search(text):
+    if HALF.search(text):
         return _NOT_UTF8
     if sum(map(len, fields)) > longest:
         return too_long(longest)

@@ -12,6 +12,7 @@ from r1pipe.data import conversations
 from r1pipe.data.answers import read_answer, shows_options
 from r1pipe.data.columns import flag, substitute, text, value
 from r1pipe.data.conversations import Question
+from r1pipe.data.formats import HALF
 from r1pipe.data.layouts import is_code
 from r1pipe.data.reading import Row
 from r1pipe.data.world.content import make_prompt, split_of
@@ -75,6 +76,8 @@ def parse_item(
         if role != "conversation" and not texts[role] and not (role == "answer" and parts.is_code):
             column = source.columns.get(role, role)
             raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")
+    if HALF.search("".join([*texts.values(), *(turn.content for turn in parts.asked.context)])):
+        raise DataError(f"{row.where}: it holds half a character (a lone surrogate); correct it")
     question, language = texts["question"], source.language
     if language == "auto":
         language = language_of(question)

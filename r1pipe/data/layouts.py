@@ -11,6 +11,7 @@ from typing import Any
 
 from r1pipe.config.data import LayoutName
 from r1pipe.core.errors import DataError
+from r1pipe.data.answers import IN_STRUCT
 from r1pipe.data.conversations import is_conversation
 from r1pipe.data.reading import Row
 from r1pipe.rewards.answers.gold import Form
@@ -106,11 +107,12 @@ def _verl(table: Table) -> Columns | None:
 
 
 def is_code(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a code task: a list of texts as its ground truth alone means alternatives."""
-    texts = loaded(row.get("ground_truth"))
-    if isinstance(texts, list) and not any(
-        isinstance(each, Mapping | list) or "assert" in str(each) for each in texts
-    ):
+    """Whether a row is a code task: a list of texts or a struct as its ground truth may hold an answer."""
+    truth = loaded(row.get("ground_truth"))
+    are_texts = isinstance(truth, list) and not any(
+        isinstance(each, Mapping | list) or "assert" in str(each) for each in truth
+    )
+    if are_texts or (isinstance(truth, Mapping) and not truth.keys().isdisjoint(IN_STRUCT)):
         row = {**row, "ground_truth": None}
     return is_code_row(row)
 

@@ -265,6 +265,20 @@ def test_a_downloaded_data_set_of_the_hub_is_read_without_a_network(tmp_path, mo
         whole("open/sums")
 
 
+def test_a_download_that_breaks_off_is_one_line(monkeypatch):
+    import huggingface_hub.errors
+
+    def snapshot(name, **options):
+        raise huggingface_hub.errors.HTTPError("peer closed connection\n(received 7 bytes)")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("r1pipe.data.reading._hub_answers", lambda: True)
+    with pytest.raises(
+        DataError, match=r"open/sums is no path here.*\(peer closed connection .received 7 bytes"
+    ):
+        whole("open/sums")
+
+
 def test_the_hash_of_a_hub_name_follows_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     group = asdict(composed("files", "data.path=open/sums:main"))
@@ -418,6 +432,7 @@ def test_a_column_of_aliases_and_one_of_forms(tmp_path):
         },
         {"question": "Capital?", "options": ["A) Rome", "B) Paris"], "answer": "B. Paris"},
         {"question": "Capital?", "options": "['Rome', 'Paris']", "answer": "paris"},
+        {"question": "Capital?", "answers": ["Rome", "Paris"], "label": 1},
         {"query": "Capital?", "choices": ["(A)Rome", "(B)Paris"], "gold": [1]},
         {
             "question_stem": "Capital?",

@@ -126,6 +126,9 @@ def _options(table: Table) -> Columns | None:
     if options is None and table.values("a") and table.values("b"):
         letters = "abcdefghij"
         options = " + ".join(table.columns[name] for name in letters if table.values(name))
+    labels, lists = table.values("label"), table.values("answers")
+    if options is None and labels and lists and _are_indices(labels, lists):
+        options = table.columns["answers"]  # ReClor's: one of them is right
     right = table.first(RIGHT_OPTIONS)
     if options is None or right is None:
         return None
@@ -134,6 +137,10 @@ def _options(table: Table) -> Columns | None:
         return None
     found = {"question": _with_passage(table, question), "options": options, "answer": right}
     return found | table.optional(system=SYSTEM)
+
+
+def _are_indices(labels: list[Any], lists: list[Any]) -> bool:
+    return all(isinstance(each, list) for each in lists) and all(str(label).isdecimal() for label in labels)
 
 
 def _with_passage(table: Table, question: str) -> str:

@@ -198,7 +198,7 @@ def _read_hub(path: Path, longest: int) -> FileRows:
             " ".join(str(error).split()[:40]) if online else "it does not answer, nor is this in its cache"
         )
         raise DataError(
-            f"{path} is no path here, and not to be had from the hub ({detail}); correct data.path, or try again"
+            f"{path} is no path here, and not to be had from the hub ({detail}); correct it, or try again"
         ) from None
     inside = Path(folder, subset) if subset else Path(folder)
     if not inside.is_dir():

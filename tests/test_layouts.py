@@ -141,8 +141,14 @@ def test_suffixes_may_be_in_capitals_and_a_limit_beyond_all_fields(tmp_path):
     assert [row.values for row in read_file(tmp_path / "ROWS.CSV", 10**30).rows] == SUMS
 
 
-def test_one_conversation_alone_in_a_file_is_one_row(tmp_path):
-    row = {"messages": [{"role": "user", "content": "Why?"}]}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Why?"}]},
+        {"question": "Add.", "tests": [{"input": "1 2", "output": "3"}]},
+    ],
+)
+def test_one_row_alone_in_a_file_is_no_list_of_its_parts(tmp_path, row):
     for indent in (None, 1):
         (tmp_path / "row.json").write_text(json.dumps(row, indent=indent))
         assert [each.values for each in read_file(tmp_path / "row.json").rows] == [row]

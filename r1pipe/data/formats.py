@@ -28,6 +28,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _ARRAY, _OBJECT = re.compile(rb"\[\s*[{\]]"), re.compile(rb'\{\s*["}]')
 _DELIMITERS = ",\t;"
+_LISTS_OF_ROWS = ("data", "rows", "examples", "instances", "items", "samples", "problems", "questions")
 _END = "\ud800"  # a line after the last of a csv file: no file can hold it
 
 # Number, the row as text, and its values; or, in place of the values, why it cannot be used.
@@ -143,17 +144,22 @@ def _json_document(path: Path, compression: str, longest: int) -> RawRows:
     except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits; [[[[...
         raise DataError(f"{path} is not JSON ({error}); correct the file, or make it JSONL") from None
     if isinstance(rows, dict):
-        lists = [value for value in rows.values() if isinstance(value, list) and value]
-        lists = [value for value in lists if all(_may_be_row(each) for each in value)]
-        rows = lists[0] if len(lists) == 1 else [rows]
+        rows = _rows_in(rows)
     for number, value in enumerate(rows, 1):
         text = json.dumps(value)[: longest + 1]
         yield number, text, too_long(longest) if len(text) > longest else _check_object(value)
 
 
-def _may_be_row(value: Any) -> bool:
-    """Whether it is an object, and no turn of a conversation."""
-    return isinstance(value, dict) and value.keys().isdisjoint(("role", "from"))
+def _rows_in(document: dict[str, Any]) -> list[Any]:
+    """The one list of rows in an object; the object itself where it is a row, which may have lists, too."""
+    lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+    lists = {key: value for key, value in lists.items() if all(isinstance(each, dict) for each in value)}
+    if len(lists) != 1:
+        return [document]
+    [(name, rows)] = lists.items()
+    are_turns = any("role" in each or "from" in each for each in rows)
+    holds_rows = len(document) == 1 or name.lower() in _LISTS_OF_ROWS
+    return rows if holds_rows and not are_turns else [document]
 
 
 def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:

@@ -152,6 +152,12 @@ def test_a_system_prompt_is_the_templates_default(chat, system, tmp_path):
         assert (tmp_path / ".." / name).read_bytes() == (FOLDER / name).read_bytes()
 
 
+def test_a_template_that_calls_itself_without_end_is_one_line(chat):
+    broken = Chat(chat.tokenizer, "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
+    with pytest.raises(CheckpointError, match="chat template cannot be used"):
+        broken.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+
+
 def test_a_system_prompt_that_cannot_be_used_is_one_line(tmp_path):
     def with_template(template: str) -> Path:
         shutil.copyfile(FOLDER / "tokenizer.json", tmp_path / "tokenizer.json")

@@ -21,6 +21,7 @@ from r1pipe.config.script_options import (
     ImportOptions,
     ScoreOptions,
 )
+from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import stages_dir
 from r1pipe.launch import command as launch
 from r1pipe.model.weights import PRECISIONS
@@ -170,6 +171,11 @@ def test_compare_prints_json_for_scripts(house: House, capsys: pytest.CaptureFix
     assert [row["run_id"] for row in json.loads(capsys.readouterr().out)] == [one]
 
 
+def test_a_file_name_that_is_not_utf_8_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"b\\udcffd.* is not valid UTF-8; convert it, or rename"):
+        script_options.write(ScoreOptions(Path("b\udcffd.jsonl"), "format", "en"), tmp_path / "options.json")
+
+
 def test_the_commands_hand_their_options_to_their_scripts(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +206,9 @@ def test_the_commands_hand_their_options_to_their_scripts(
     assert name == "data.py" and isinstance(options, DataOptions)
     assert (options.data.name, options.data.path, options.as_json) == ("files", "my, rows.jsonl", True)
     assert (options.checkpoint, options.data.bad_rows) == (None, "set_aside")
+    assert house.call("data", 'a\\b ${x} "c".jsonl') == 5
+    name, options = called.pop()
+    assert isinstance(options, DataOptions) and options.data.path == 'a\\b ${x} "c".jsonl'
     assert house.call("data", "folder", "data=gsm8k", "--checkpoint", "base") == 5
     name, options = called.pop()
     assert isinstance(options, DataOptions) and options.data.name == "gsm8k"

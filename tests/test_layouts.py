@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -58,7 +59,7 @@ def read(tmp_path, rows, name="rows.jsonl", **changes):
     (tmp_path / name).write_text(lines(rows), encoding="utf-8")
     listed = changes.pop("kind", "reasoning")
     task = "sums" if listed == "reasoning" else "writing"
-    files = Files(config(tmp_path, **{listed: [source(name, columns={}, task=task, **changes)]}))
+    files = Files(config(tmp_path, **{listed: [source(name, **({"columns": {}, "task": task} | changes))]}))
     kind = next(kind for kind, found in files.sources.items() if found)
     return files.items(kind), files
 
@@ -75,6 +76,7 @@ PLAIN = {
     "jsonl": lines(SUMS).encode(),
     "json": json.dumps(SUMS).encode(),
     "json in an object": json.dumps({"version": 1, "data": SUMS}, indent=1).encode(),
+    "json in one line": json.dumps({"version": 1, "data": SUMS}).encode(),
     "csv": b"question,answer\n" + "".join(f"{r['question']},{r['answer']}\n" for r in SUMS).encode(),
     "csv of Excel": b"\xef\xbb\xbfquestion;answer\r\n"
     + "".join(f'"{r["question"]}";{r["answer"]}\r\n' for r in SUMS).encode(),
@@ -114,6 +116,10 @@ def test_the_content_wins_over_the_name(tmp_path, name, wrong):
             r"r\.csv line 1 names the column 'answer' twice; rename",
         ),
         ("r.csv", b"question,answer\n", r"r\.csv holds no rows; download"),
+        ("r.csv", b"q" * 2_000_000 + b",a\n1,2\n", r"r\.csv line 1 cannot be read \(field larger"),
+        ("r.csv", b'a,q\n1,"What?\n2,b\n3,c\n', r"r\.csv line 2 opens a quotation mark that is never closed"),
+        ("r.json", b'[{"q": 1}, {"q": NaN}]', r"r\.json is not JSON \(NaN is not a JSON number\); correct"),
+        ("r.jsonl", b'{"q": ' + b"[" * 990 + b"]" * 990 + b"}", r"r\.jsonl line 1 is n.*; correct it"),
         ("r.tsv", b"question\tanswer\na\t1\t2\n", r"r\.tsv line 2 cannot be read \(3 fields"),
         ("r.txt", b"What is this?", r"unknown format; give one of \.json.* \.arrow, plain, \.gz or \.zst"),
         ("r.jsonl.zst", zstd(b"x" * 999)[:-4], r"r\.jsonl\.zst cannot be read \("),
@@ -128,6 +134,43 @@ def test_damaged_files_are_one_line(tmp_path, name, content, told):
         found = read_file(tmp_path / name)
         raise DataError(found.bad[0].reason)
     assert "\n" not in str(caught.value)
+
+
+def test_suffixes_may_be_in_capitals_and_a_limit_beyond_all_fields(tmp_path):
+    (tmp_path / "ROWS.CSV").write_bytes(PLAIN["csv"])
+    assert [row.values for row in read_file(tmp_path / "ROWS.CSV", 10**30).rows] == SUMS
+
+
+def test_one_conversation_alone_in_a_file_is_one_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "Why?"}]}
+    for indent in (None, 1):
+        (tmp_path / "row.json").write_text(json.dumps(row, indent=indent))
+        assert [each.values for each in read_file(tmp_path / "row.json").rows] == [row]
+
+
+def test_a_missing_number_is_no_answer(tmp_path):
+    (tmp_path / "r.parquet").write_bytes(
+        parquet([{"question": f"{i}?", "answer": 1.0 * i} for i in range(3)])
+    )
+    assert [item.prompt.answer for item in whole(tmp_path / "r.parquet").items("reasoning")] == [
+        "0",
+        "1",
+        "2",
+    ]
+    (tmp_path / "r.parquet").write_bytes(parquet([{"question": "?", "answer": float("nan")}]))
+    with pytest.raises(DataError, match=r"r\.parquet.*(the answer|no known layout)"):
+        whole(tmp_path / "r.parquet").items("reasoning")
+
+
+def test_bad_rows_of_a_folder_are_counted_as_those_of_the_folder(tmp_path):
+    rows = [*SUMS, {"question": "What?", "answer": ""}]
+    shards_of(tmp_path, **{"a-0": rows[:20], "a-1": rows[20:]})
+    said = []
+    config = composed("files", f"data.path={tmp_path}", "data.bad_rows=set_aside", "data.max_bad_rows=1")
+    open_data(config, 0, report=said.append).prompts("train", ALL, 0)
+    assert said[0].startswith(
+        f"1 of 41 rows of {tmp_path} set aside; the first: {tmp_path}/a-1.parquet row 21"
+    )
 
 
 def test_a_line_break_in_a_field_keeps_the_line_numbers(tmp_path):
@@ -222,8 +265,22 @@ def test_a_downloaded_data_set_of_the_hub_is_read_without_a_network(tmp_path, mo
         whole("open/sums")
 
 
+def test_a_download_that_breaks_off_is_one_line(monkeypatch):
+    import huggingface_hub.errors
+
+    def snapshot(name, **options):
+        raise huggingface_hub.errors.HTTPError("peer closed connection\n(received 7 bytes)")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr("r1pipe.data.reading._hub_answers", lambda: True)
+    with pytest.raises(
+        DataError, match=r"open/sums is no path here.*\(peer closed connection .received 7 bytes"
+    ):
+        whole("open/sums")
+
+
 def test_the_hash_of_a_hub_name_follows_its_revision(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     group = asdict(composed("files", "data.path=open/sums:main"))
     before = data_files.hashes(group)
     refs = tmp_path / "datasets--open--sums" / "refs"
@@ -375,6 +432,7 @@ def test_a_column_of_aliases_and_one_of_forms(tmp_path):
         },
         {"question": "Capital?", "options": ["A) Rome", "B) Paris"], "answer": "B. Paris"},
         {"question": "Capital?", "options": "['Rome', 'Paris']", "answer": "paris"},
+        {"question": "Capital?", "answers": ["Rome", "Paris"], "label": 1},
         {"query": "Capital?", "choices": ["(A)Rome", "(B)Paris"], "gold": [1]},
         {
             "question_stem": "Capital?",
@@ -392,9 +450,12 @@ def test_the_right_option_is_a_letter(tmp_path, row):
 
 def test_an_empty_column_of_an_option_shifts_no_other(tmp_path):
     row = {"question": "Capital?", "A": "Rome", "B": "Bonn", "C": "Paris", "D": "Oslo", "answer": "C"}
-    items, _ = read(tmp_path, [row, {**row, "question": "And now?", "B": ""}])
+    by_index = {**row, "question": "And then?", "B": "", "answer": 2}
+    items, _ = read(tmp_path, [row, {**row, "question": "And now?", "B": ""}, by_index])
     checkers = [(item.prompt.answer, item.prompt.checker["options"]) for item in items]
-    assert [options[letter] for letter, options in checkers] == ["Paris", "Paris"]
+    assert [options[letter] for letter, options in checkers] == ["Paris", "Paris", "Paris"]
+    item, _ = first(tmp_path, {**row, "A": "B", "answer": "B"})
+    assert item.prompt.answer == "B", "a column of its own is surely a label"
 
 
 def test_a_question_that_shows_its_options_keeps_its_text(tmp_path):
@@ -408,6 +469,8 @@ def test_a_question_that_shows_its_options_keeps_its_text(tmp_path):
     [
         (["Rome", "Paris"], 2, "'2' .column answer. is no index of 2 options, counted from 0; write letters"),
         (["1", "2", "3"], "2", "one option's text and another's index; write its letter"),
+        (["AB", "A", "B", "O"], "A", "one option's letter and another's text; give the options as"),
+        ({"A": "Rome", "B": "", "C": "Paris"}, 3, "is no index of 2 options"),
         (["Rome", "Paris"], "London", "none of the options' letters, indices and texts"),
         (["Rome", "Paris"], "C", "none of the options' letters"),
         (["Rome"], "A", "holds no list of options"),
@@ -471,7 +534,7 @@ def test_verl_rows_of_code(tmp_path, pack):
     assert (item.prompt.question, item.prompt.context) == ("Add two numbers.", (Message("system", "Think."),))
 
 
-@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"]])
+@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"], {"target": ["3", "three"]}])
 def test_verl_rows_with_alternatives_in_parquet(tmp_path, truth):
     (tmp_path / "rows.parquet").write_bytes(parquet([verl(truth), verl(truth)]))
     data = open_data(composed("files", f"data.path={tmp_path / 'rows.parquet'}"), 0)
@@ -560,7 +623,12 @@ def test_a_conversation_that_ends_with_the_user_is_a_prompt_alone(tmp_path):
             [*turns("Hi"), {"role": "tool", "content": "7"}, {"role": "assistant", "content": "7."}],
             "follows a tool",
         ),
+        (
+            [*turns("Hi", "Hello"), {"role": "tool", "content": "7"}, *turns("7", "And?", "Fine.")[1:]],
+            "tool turn",
+        ),
         ([{"speaker": "x"}], "neither text nor turns"),
+        (json.dumps(turns("\ud800", "Hello")), "half a character"),
     ],
 )
 def test_a_conversation_that_cannot_be_learned_is_told_by_line(tmp_path, said, told):
@@ -633,6 +701,34 @@ def test_named_columns_lose_a_repeated_prompt_too(tmp_path):
     )
     (pair,) = data.preference_pairs("train", 1, 0)
     assert (pair.prompt.question, pair.chosen, pair.rejected) == ("Why?", "Yes.", "No.")
+
+
+def test_an_answer_that_begins_like_its_question_by_chance_stays_whole(tmp_path):
+    chance = {"prompt": "Hello", "chosen": "Hello! How are you?", "rejected": "Hello there, go away."}
+    rows = [chance, *({"prompt": f"Why {i}?", "chosen": "Yes.", "rejected": "No."} for i in range(3))]
+    items, _ = read(tmp_path, rows)
+    assert items[0].texts["chosen"] == chance["chosen"] and items[0].texts["rejected"] == chance["rejected"]
+
+
+@pytest.mark.parametrize(
+    "kind, columns, more",
+    [
+        ("labels", {"question": "q", "response": "a", "safe": "safe"}, {"task": "safety"}),
+        ("preferences", {"question": "q", "chosen": "a", "rejected": "b"}, {"task": "writing"}),
+        ("general", {"question": "q", "response": "a"}, {"task": "writing"}),
+        ("reasoning", {"question": "q", "answer": "n"}, {}),
+        ("reasoning", {"question": "q"}, {"layout": "code"}),
+        ("reasoning", {}, {"layout": "code"}),
+    ],
+)
+def test_the_column_of_a_system_prompt_is_read_for_every_kind(tmp_path, kind, columns, more):
+    row = {"q": "Why?", "a": "Yes.", "b": "No.", "n": "7", "safe": True, "s": "Be brief."}
+    if more.get("layout"):
+        row |= {"question": "Why?", "tests": [[[1, 2], 3]], "entry_point": "add"}
+    (tmp_path / "rows.jsonl").write_text(lines([row]))
+    listed = source(columns=columns | {"system": "s"}, **more)
+    (item,) = Files(config(tmp_path, **{kind: [listed]})).items(kind)
+    assert item.prompt.context == (Message("system", "Be brief."),)
 
 
 def test_equal_pairs_are_set_aside_and_no_failure(tmp_path):
@@ -731,9 +827,9 @@ def test_a_layout_may_be_named_and_its_columns_changed(tmp_path):
     ],
 )
 def test_columns_that_are_not_told_apart_are_named_with_the_key_to_set(tmp_path, row, told):
-    with pytest.raises(DataError, match=rf"rows\.jsonl: {told}, e\.g\. data\.reasoning=\[") as caught:
+    with pytest.raises(DataError, match=rf"rows\.jsonl: {told}, e\.g\. 'data\.reasoning=\[") as caught:
         first(tmp_path, row)
-    override = str(caught.value).partition("e.g. ")[2].replace("COLUMN", "a")
+    (override,) = shlex.split(str(caught.value).partition("e.g. ")[2].replace("COLUMN", "a"))
     assert composed("files", override).reasoning[0].columns == {"question": "a", "answer": "a"}
     assert "\n" not in str(caught.value)
 
@@ -744,6 +840,12 @@ def test_a_column_that_is_empty_at_first_counts(tmp_path):
     ]
     items, _ = read(tmp_path, rows)
     assert items[159].prompt.question == "Say 159\ntwice"
+
+
+def test_a_layout_of_another_kind_says_where_it_belongs(tmp_path):
+    row = {"question": "?", "options": ["a", "b"], "answer": "A"}
+    with pytest.raises(DataError, match=r"layout options is for data\.reasoning, not data\.general; name"):
+        first(tmp_path, row, kind="general", layout="options")
 
 
 def test_columns_that_differ_in_capitals_alone_stay_apart(tmp_path):

@@ -59,6 +59,10 @@ def compose_response(reasoning: str, summary: str) -> str:
     return f"{THINK}\n{reasoning}\n{END_THINK}\n\n{summary}"
 
 
+# What a template that is no use may raise, besides.
+_BROKEN = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class _RefusedMessage(jinja2.TemplateError):
     """What a template raises about the messages that it is given."""
 
@@ -172,7 +176,7 @@ class Chat:
             )
         except _RefusedMessage as error:
             raise DataError(str(error)) from None
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, *_BROKEN) as error:
             raise CheckpointError(f"the chat template cannot be used ({error}); export it again") from None
 
     def encode(self, text: str) -> list[int]:

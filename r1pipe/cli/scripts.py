@@ -1,9 +1,9 @@
 """The commands that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
-import json
 import os
 import shlex
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -116,9 +116,10 @@ def data(
     """
     words = overrides or []
     chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
-    config = composed([*chosen, f"data.path={json.dumps(file, ensure_ascii=False)}", *words])
+    config = composed([*chosen, "data.path=FILE", *words])
+    data = replace(config.data, path=file)  # no override: Hydra would read ${...} and backslashes in it
     folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
-    return _run("data.py", DataOptions(config.data, folder, as_json, config.chat.system))
+    return _run("data.py", DataOptions(data, folder, as_json, config.chat.system))
 
 
 def export(

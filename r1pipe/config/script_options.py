@@ -15,6 +15,7 @@ from r1pipe.config.data import DataConfig
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
+SHOWN = 20  # characters on either side of one that is not UTF-8
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
 
 
@@ -83,7 +84,12 @@ Options = TypeVar("Options")
 
 def write(options: Any, path: Path) -> None:
     """Raises ConfigError for a value that the script would refuse, before that script loads torch."""
-    text = json.dumps(asdict(options), default=str)
+    text = json.dumps(asdict(options), default=str, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - SHOWN) : error.end + SHOWN]
+        raise ConfigError(f"{around!r} is not valid UTF-8; convert it, or rename the file") from None
     _checked(type(options), json.loads(text))
     path.write_text(text, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from r1pipe.rewards.programs.cases import loaded
 
 LETTERS = string.ascii_uppercase
 _LABEL = re.compile(r"\s*\(?([A-Za-z])\s*[.):、．：]\s*")  # "A) ", "(b) ", "C、"
-_TEXTS = ("value", "text", "answer")  # where a struct holds the answer: TriviaQA, SQuAD
+IN_STRUCT = ("value", "text", "answer", "target")  # where it holds the answer: TriviaQA, SQuAD, Search-R1
 _MORE = ("aliases", "alternatives")
 
 
@@ -60,7 +60,7 @@ def _texts(found: Any, row: Row, column: str) -> list[str]:
         return [plain_text(found)]
     if isinstance(found, list) and all(isinstance(each, str | int | float | None) for each in found):
         return [each for one in found for each in _texts(one, row, column)]
-    if isinstance(found, dict) and (key := next((key for key in _TEXTS if key in found), None)):
+    if isinstance(found, dict) and (key := next((key for key in IN_STRUCT if key in found), None)):
         parts = [found[key], *(found[more] for more in _MORE if more in found)]
         return [each for part in parts for each in _texts(part, row, column)]
     kind = type(found).__name__
@@ -90,7 +90,8 @@ def _choice(row: Row, columns: dict[str, str]) -> Answer:
 
 
 def read_options(row: Row, columns: str) -> tuple[list[str], list[str]]:
-    """Labels and texts, from a list of texts, a mapping, {label: [...], text: [...]}, or one column each.
+    """Labels (none: letters) and texts, from a list of texts, a mapping, {label: [...], text: [...]}, or one
+    column each.
 
     Raises DataError where there are fewer than two.
     """
@@ -109,8 +110,7 @@ def read_options(row: Row, columns: str) -> tuple[list[str], list[str]]:
     if not all(isinstance(each, str | int | float) for each in found):
         raise DataError(f"{row.where}: column {columns} holds an option that is no text; correct it")
     texts = [plain_text(each) for each in found]
-    if len(labels) != len(texts):
-        labels = list(LETTERS[: len(texts)])
+    labels = labels if len(labels) == len(texts) else []
     marks = [_LABEL.match(each) for each in texts]
     if all(mark and mark[1].upper() == letter for mark, letter in zip(marks, LETTERS, strict=False)):
         texts = [_LABEL.sub("", each, count=1) for each in texts]
@@ -121,11 +121,19 @@ def _index(right: Any, labels: list[str], texts: list[str], row: Row, column: st
     """Which option is right. Raises DataError where that is not told."""
     said = plain_text(right) if isinstance(right, str | int | float) else str(right)
     bare = said.strip("() .:")
-    if bare.upper() in map(str.upper, labels):
-        return [label.upper() for label in labels].index(bare.upper())
+    upper = [label.upper() for label in labels] or [*LETTERS[: len(texts)]]
     by_text = [i for i, each in enumerate(texts) if each.casefold() == said.casefold()]
     by_index = int(bare) if bare.isdecimal() and len(bare) <= 2 else None
     place = f"{row.where}: the answer {said[:60]!r} (column {column})"
+    if bare.upper() in upper:
+        by_letter = upper.index(bare.upper())
+        if not labels and by_text and by_letter not in by_text:
+            raise DataError(
+                f"{place} is one option's letter and another's text; give the options as {{A: TEXT, ...}}"
+            )
+        return by_letter
+    if by_index is not None and LETTERS[by_index : by_index + 1] in upper:
+        by_index = upper.index(LETTERS[by_index])  # not shifted by an empty option before it
     if by_text and by_index is not None and by_index < len(texts) and by_text[0] != by_index:
         raise DataError(f"{place} is one option's text and another's index; write its letter")
     if by_text:
@@ -135,8 +143,8 @@ def _index(right: Any, labels: list[str], texts: list[str], row: Row, column: st
     if by_index is not None:
         raise DataError(f"{place} is no index of {len(texts)} options, counted from 0; write letters")
     label = _LABEL.match(said)  # "B. Paris"
-    if label and label[1].upper() in labels and said[label.end() :] == texts[labels.index(label[1].upper())]:
-        return labels.index(label[1].upper())
+    if label and label[1].upper() in upper and said[label.end() :] == texts[upper.index(label[1].upper())]:
+        return upper.index(label[1].upper())
     raise DataError(f"{place} is none of the options' letters, indices and texts; correct it")
 
 

@@ -5,6 +5,7 @@ not empty (`choice_answer | answer`). Dots lead into nested columns (`reward_mod
 `messages.0.content`).
 """
 
+import math
 import re
 from typing import Any
 
@@ -81,6 +82,8 @@ def _plain(row: Row, column: str) -> str:
 
 
 def plain_text(found: str | int | float) -> str:
+    if isinstance(found, float) and math.isnan(found):
+        return ""  # pandas' missing number
     if isinstance(found, float) and found.is_integer():
         return str(int(found))  # 43.0 in a JSON file of numbers is the answer 43
     return str(found).strip()

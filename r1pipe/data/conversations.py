@@ -109,6 +109,8 @@ def split_turns(found: Sequence[Message], where: str) -> tuple[Question, str]:
     if not found or found[-1].role != "user":
         follows = f"its last answer follows a {found[-1].role} turn" if found else "it has no user turn"
         raise DataError(f"{where}: {follows}, and only answers to a user can be learned; leave the row out")
+    if any(turn.role == "tool" for turn in found):
+        raise DataError(f"{where}: it has a tool turn, which no prompt can hold; leave the row out")
     return Question(found[-1].content, tuple(found[:-1])), answer
 
 
@@ -119,19 +121,22 @@ def question(row: Row, columns: dict[str, str]) -> Question:
     if is_single and isinstance(_loaded(value(row, column)), list | dict):
         asked, answer = split_turns(turns(row, column), row.where)
         if answer:
-            raise DataError(f"{row.where}: column {column} ends with an answer; name it as `conversation`")
+            raise DataError(
+                f"{row.where}: column {column} ends with an answer; name the column of the question, or read "
+                "the file as instructions (data.general)"
+            )
     else:
         asked = Question(text(row, column))
-    return _after_system(row, columns, Question(asked.text, (*_history(row, columns), *asked.context)))
+    return after_system(row, columns, Question(asked.text, (*_history(row, columns), *asked.context)))
 
 
 def conversation(row: Row, columns: dict[str, str]) -> tuple[Question, str]:
     """The question and answer of the roles `conversation` and `system`."""
     asked, answer = split_turns(turns(row, columns["conversation"]), row.where)
-    return _after_system(row, columns, asked), answer
+    return after_system(row, columns, asked), answer
 
 
-def _after_system(row: Row, columns: dict[str, str], asked: Question) -> Question:
+def after_system(row: Row, columns: dict[str, str], asked: Question) -> Question:
     """The question with the system prompt of the role `system`, where its conversation has none."""
     content = text(row, columns["system"]) if "system" in columns else ""
     if not content or any(turn.role == "system" for turn in asked.context):
@@ -151,8 +156,9 @@ def _history(row: Row, columns: dict[str, str]) -> list[Message]:
 
 
 def pair(row: Row, columns: dict[str, str], joined: bool) -> tuple[Question, str, str]:
-    """Question, chosen and rejected answer; answers that repeat the prompt lose it. `joined`: a question of
-    several turns becomes one text. Raises DataError.
+    """Question, chosen and rejected answer. `joined`: a question of several turns becomes one text.
+
+    Raises DataError.
     """
     chosen, rejected = (_answer_turns(row, columns[role]) for role in ("chosen", "rejected"))
     if len(chosen) > 1 or len(rejected) > 1:
@@ -166,12 +172,10 @@ def pair(row: Row, columns: dict[str, str], joined: bool) -> tuple[Question, str
     if joined and "question" in columns:
         asked = Question(dialogue(row, columns["question"]))
     elif len(chosen) > 1:
-        asked = _after_system(row, columns, split_turns(chosen, row.where)[0])
+        asked = split_turns(chosen, row.where)[0]
     else:
         asked = question(row, columns)
-    if asked.text and all(answer.startswith(asked.text) and answer != asked.text for answer in answers):
-        answers = answers[0][len(asked.text) :].strip(), answers[1][len(asked.text) :].strip()
-    return asked, *answers
+    return after_system(row, columns, asked), *answers
 
 
 def _answer_turns(row: Row, column: str) -> list[Message]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.paths import SET_ASIDE
 from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
 from r1pipe.data.formats import SHOWN
-from r1pipe.data.items import ROLES, SAFE, Item, key, parse_item, roles
+from r1pipe.data.items import ROLES, SAFE, Item, key, parse_item, roles, without_repeated_questions
 from r1pipe.data.layouts import find_layout
 from r1pipe.data.reading import BadRow, FileRows, read_rows
 from r1pipe.data.source import SPLITS, Source
@@ -81,7 +82,8 @@ class Files(Source):
         except DataError as error:
             listed = ",".join(f"{role}:COLUMN" for role in ROLES[kind][0])
             keys = f"path:.,language:{source.language},task:{source.task},columns:{{{listed}}}"
-            raise DataError(f"{source.path}: {error}, e.g. data.{kind}=[{{{keys}}}]") from None
+            override = shlex.quote(f"data.{kind}=[{{{keys}}}]")
+            raise DataError(f"{source.path}: {error}, e.g. {override}") from None
         told = "named" if source.layout else "told by its columns"
         listed = ", ".join(f"{role}={column}" for role, column in found.columns.items()) or "code tasks"
         counted = f"{len(file.rows) + len(file.bad):,} rows of {file.format}"
@@ -123,27 +125,27 @@ class Files(Source):
                 items.append(item)
         total = len(file.rows) + len(file.bad)
         if bad:
-            self._check_bad(sorted(bad, key=lambda row: row.number), total)
-        self._set_aside(sorted(bad, key=lambda row: row.number), total)
-        self._set_aside(equal, total)
-        return items
+            self._check_bad(sorted(bad, key=lambda row: row.number), total, source.path)
+        self._set_aside(sorted(bad, key=lambda row: row.number), total, source.path)
+        self._set_aside(equal, total, source.path)
+        return without_repeated_questions(items)
 
-    def _check_bad(self, bad: Sequence[BadRow], total: int) -> None:
+    def _check_bad(self, bad: Sequence[BadRow], total: int, path: str) -> None:
         """Raises DataError with data.bad_rows=refuse, and where there are more than data.max_bad_rows of
-        `total` rows."""
+        the `total` rows of `path`."""
         first, config = bad[0], self.config
         if config.bad_rows == "refuse":
             raise DataError(first.reason)
         if len(bad) > config.max_bad_rows * total:
-            counted = f"{len(bad):,} of {total:,} rows of {first.path}"
+            counted = f"{len(bad):,} of {total:,} rows of {path}"
             limit = f"data.max_bad_rows={config.max_bad_rows:g}"
             raise DataError(f"{counted} cannot be used, more than {limit}; the first: {first.reason}")
 
-    def _set_aside(self, rows: Sequence[BadRow], total: int) -> None:
-        """Leave out rows of one file of `total` rows, write them down and say so."""
+    def _set_aside(self, rows: Sequence[BadRow], total: int, source: str) -> None:
+        """Leave out rows of one source of `total` rows, write them down and say so."""
         if not rows:
             return
-        counted = f"{len(rows):,} of {total:,} rows of {rows[0].path}"
+        counted = f"{len(rows):,} of {total:,} rows of {source}"
         self.set_aside += rows
         place = ""
         if self._folder:

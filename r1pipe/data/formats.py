@@ -23,11 +23,12 @@ from r1pipe.runs.data_files import COMPRESSIONS, data_suffix
 SHOWN = 500  # characters of a bad row that are kept
 _HEAD = 4096  # bytes by which a format is told
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # a character's half: no text is encoded with it
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 _ARRAY, _OBJECT = re.compile(rb"\[\s*[{\]]"), re.compile(rb'\{\s*["}]')
 _DELIMITERS = ",\t;"
+_END = "\ud800"  # a line after the last of a csv file: no file can hold it
 
 # Number, the row as text, and its values; or, in place of the values, why it cannot be used.
 RawRows = Iterator[tuple[int, str, dict[str, Any] | str]]
@@ -46,11 +47,19 @@ def detect(path: Path) -> tuple[str, str]:
             head = stream.read(_HEAD)
     named = data_suffix(path)
     told = _format_of(head, named)
+    if named == ".json" and told == ".jsonl" and _is_one_line(path, compression):
+        told = ".json"  # {"version": 1, "data": [...]}
     if told:
         return told, compression
     if not compression and path.suffix in COMPRESSIONS:
         compression = path.suffix  # opening it says what is wrong
     return (".jsonl" if named == ".json" else named), compression
+
+
+def _is_one_line(path: Path, compression: str) -> bool:
+    with open_data_file(path, compression) as file:
+        file.readline()
+        return not file.read(1)
 
 
 def _format_of(head: bytes, named: str) -> str:
@@ -114,6 +123,8 @@ def _check_object(value: Any) -> dict[str, Any] | str:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return "holds half a character (a lone surrogate); correct it"
+    except RecursionError:
+        return "is nested too deeply; correct it"
     return value
 
 
@@ -129,28 +140,36 @@ def _json_document(path: Path, compression: str, longest: int) -> RawRows:
         raise DataError(
             f"{path} line {error.lineno} is not JSON ({error.msg}, column {error.colno}); correct the file"
         ) from None
-    except RecursionError:
-        raise DataError(f"{path} is nested too deeply; correct the file") from None
+    except (ValueError, RecursionError) as error:  # NaN, a number of thousands of digits; [[[[...
+        raise DataError(f"{path} is not JSON ({error}); correct the file, or make it JSONL") from None
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list) and value]
-        lists = [value for value in lists if all(isinstance(each, dict) for each in value)]
+        lists = [value for value in lists if all(_may_be_row(each) for each in value)]
         rows = lists[0] if len(lists) == 1 else [rows]
     for number, value in enumerate(rows, 1):
         text = json.dumps(value)[: longest + 1]
         yield number, text, too_long(longest) if len(text) > longest else _check_object(value)
 
 
+def _may_be_row(value: Any) -> bool:
+    """Whether it is an object, and no turn of a conversation."""
+    return isinstance(value, dict) and value.keys().isdisjoint(("role", "from"))
+
+
 def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:
     """Every column as text: a guessed type would turn 007 into 7, and an empty field into NaN."""
-    csv.field_size_limit(max(longest, 1 << 17))
+    csv.field_size_limit(min(max(longest, 1 << 17), 2**31 - 1))
     with open_data_file(path, compression) as file:
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         first = lines.readline()
         found = [mark for mark in _DELIMITERS if mark in first]
         delimiter = "\t" if data_suffix(path) == ".tsv" else [*found, ","][0]
-        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
-        header = [name.strip() for name in next(reader, [])]
-        if _SURROGATE.search("".join(header)):
+        reader = csv.reader(itertools.chain([first], lines, [_END]), delimiter=delimiter)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+        except csv.Error as error:
+            raise DataError(f"{path} line 1 cannot be read ({error}); correct it") from None
+        if HALF.search("".join(header)):
             raise DataError(f"{path} line 1 {_NOT_UTF8}")
         twice = next((name for name in header if header.count(name) > 1), None)
         if twice is not None:
@@ -164,6 +183,10 @@ def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:
             except csv.Error as error:
                 yield number, "", f"cannot be read ({error}); correct it"
                 continue
+            if fields == [_END]:
+                return
+            if fields and fields[-1].endswith(_END):
+                raise DataError(f"{path} line {number} opens a quotation mark that is never closed; close it")
             if fields:
                 text = ",".join(fields)
                 yield number, text, _csv_row(header, fields, text, longest)
@@ -172,7 +195,7 @@ def _csv_rows(path: Path, compression: str, longest: int) -> RawRows:
 def _csv_row(header: list[str], fields: list[str], text: str, longest: int) -> dict[str, Any] | str:
     if len(fields) != len(header):
         return f"cannot be read ({len(fields)} fields, the header has {len(header)}); correct it"
-    if _SURROGATE.search(text):
+    if HALF.search(text):
         return _NOT_UTF8
     if sum(map(len, fields)) > longest:
         return too_long(longest)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from r1pipe.config import SourceConfig
@@ -12,6 +12,7 @@ from r1pipe.data import conversations
 from r1pipe.data.answers import read_answer, shows_options
 from r1pipe.data.columns import flag, substitute, text, value
 from r1pipe.data.conversations import Question
+from r1pipe.data.formats import HALF
 from r1pipe.data.layouts import is_code
 from r1pipe.data.reading import Row
 from r1pipe.data.world.content import make_prompt, split_of
@@ -75,6 +76,8 @@ def parse_item(
         if role != "conversation" and not texts[role] and not (role == "answer" and parts.is_code):
             column = source.columns.get(role, role)
             raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")
+    if HALF.search("".join([*texts.values(), *(turn.content for turn in parts.asked.context)])):
+        raise DataError(f"{row.where}: it holds half a character (a lone surrogate); correct it")
     question, language = texts["question"], source.language
     if language == "auto":
         language = language_of(question)
@@ -104,6 +107,7 @@ def _texts(kind: str, row: Row, source: SourceConfig) -> Parts:
         return Parts(asked, {"question": asked.text, "response": response})
     if kind == "labels" and joined:
         asked = Question(conversations.dialogue(row, columns["question"]))
+        asked = conversations.after_system(row, columns, asked)
     else:
         asked = conversations.question(row, columns)
     response = columns["response"]
@@ -126,7 +130,9 @@ def _reasoning(row: Row, source: SourceConfig) -> Parts:
             asked = Question("" if "question" in columns else tasks.question_of(code))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
-        asked = conversations.question(row, columns) if "question" in columns else asked
+        if "question" in columns:
+            asked = conversations.question(row, columns)
+        asked = conversations.after_system(row, columns, asked)
         return Parts(asked, {"question": asked.text, "answer": ""}, task, is_code=True)
     found = read_answer(row, columns)
     answer = found.text
@@ -155,6 +161,26 @@ def _code_of(row: Row, source: SourceConfig) -> Mapping[str, Any] | None:
         return row.values
     truth = {"ground_truth": loaded(value(row, source.columns["answer"]))} if source.layout == "verl" else {}
     return truth if truth and is_code(truth) else None
+
+
+def without_repeated_questions(items: list[Item]) -> list[Item]:
+    """The pairs of a file, whose answers lose the question before them where most pairs repeat it: in one
+    pair alone, both answers may begin with it by chance ("Hello").
+    """
+    repeating = [each for each in items if "chosen" in each.texts and _repeats_question(each)]
+    if 2 * len(repeating) <= len(items):
+        return items
+    return [_without_question(each) if _repeats_question(each) else each for each in items]
+
+
+def _repeats_question(item: Item) -> bool:
+    question, answers = item.prompt.question, [item.texts[role] for role in PAIR[0]]
+    return all(answer.startswith(question) and answer != question for answer in answers)
+
+
+def _without_question(item: Item) -> Item:
+    answers = {role: item.texts[role].removeprefix(item.prompt.question).strip() for role in PAIR[0]}
+    return replace(item, texts=item.texts | answers)
 
 
 def key(prompt: Prompt) -> str:

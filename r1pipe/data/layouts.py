@@ -11,6 +11,7 @@ from typing import Any
 
 from r1pipe.config.data import LayoutName
 from r1pipe.core.errors import DataError
+from r1pipe.data.answers import IN_STRUCT
 from r1pipe.data.conversations import is_conversation
 from r1pipe.data.reading import Row
 from r1pipe.rewards.answers.gold import Form
@@ -92,7 +93,8 @@ def _labels(table: Table) -> Columns | None:
     response = table.first(RESPONSES)
     if safe is None or response is None or not table.present(QUESTIONS):
         return None
-    return {"question": table.one("question", QUESTIONS) or "", "response": response, "safe": safe}
+    found = {"question": table.one("question", QUESTIONS) or "", "response": response, "safe": safe}
+    return found | table.optional(system=SYSTEM)
 
 
 def _verl(table: Table) -> Columns | None:
@@ -105,11 +107,12 @@ def _verl(table: Table) -> Columns | None:
 
 
 def is_code(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a code task: a list of texts as its ground truth alone means alternatives."""
-    texts = loaded(row.get("ground_truth"))
-    if isinstance(texts, list) and not any(
-        isinstance(each, Mapping | list) or "assert" in str(each) for each in texts
-    ):
+    """Whether a row is a code task: a list of texts or a struct as its ground truth may hold an answer."""
+    truth = loaded(row.get("ground_truth"))
+    are_texts = isinstance(truth, list) and not any(
+        isinstance(each, Mapping | list) or "assert" in str(each) for each in truth
+    )
+    if are_texts or (isinstance(truth, Mapping) and not truth.keys().isdisjoint(IN_STRUCT)):
         row = {**row, "ground_truth": None}
     return is_code_row(row)
 
@@ -123,13 +126,21 @@ def _options(table: Table) -> Columns | None:
     if options is None and table.values("a") and table.values("b"):
         letters = "abcdefghij"
         options = " + ".join(table.columns[name] for name in letters if table.values(name))
+    labels, lists = table.values("label"), table.values("answers")
+    if options is None and labels and lists and _are_indices(labels, lists):
+        options = table.columns["answers"]  # ReClor's: one of them is right
     right = table.first(RIGHT_OPTIONS)
     if options is None or right is None:
         return None
     question = table.one("question", QUESTIONS)
     if question is None:
         return None
-    return {"question": _with_passage(table, question), "options": options, "answer": right}
+    found = {"question": _with_passage(table, question), "options": options, "answer": right}
+    return found | table.optional(system=SYSTEM)
+
+
+def _are_indices(labels: list[Any], lists: list[Any]) -> bool:
+    return all(isinstance(each, list) for each in lists) and all(str(label).isdecimal() for label in labels)
 
 
 def _with_passage(table: Table, question: str) -> str:
@@ -227,6 +238,8 @@ def find_layout(
             solution = {"solution": columns["answer"]} if mark else {}
             return Layout(each, gives, {**solution, **columns}, mark)
     listed = ", ".join(map(str, table.columns.values()))
+    if name and kind not in (LAYOUTS[name][0], "reasoning"):
+        raise DataError(f"layout {name} is for data.{LAYOUTS[name][0]}, not data.{kind}; name the columns")
     lacking = f"layout {name}" if name else f"known layout of {KINDS[kind]}"
     raise DataError(f"its columns ({listed}) are no {lacking}; name the columns")
 

@@ -24,7 +24,10 @@ from r1pipe.runs.data_files import COMPRESSIONS, data_suffix, hub_name, shards
 LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
 HUB_ANSWERS_IN = 5  # seconds
 # What the readers raise on a file of another format than its name says.
-_UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
+_UNREADABLE = (
+    *(ValueError, OSError, EOFError, StopIteration, RecursionError),
+    *(zlib.error, pyarrow.ArrowException),
+)
 _SPLIT = re.compile(r"(?:^|[-_./])(train|dev|val|test)(?:ing|id|idation)?(?=$|[-_./\d])")
 
 
@@ -180,7 +183,7 @@ def _read_saved(folder: Path, longest: int) -> FileRows:
 def _read_hub(path: Path, longest: int) -> FileRows:
     """The data files of OWNER/NAME or of its folder SUBSET, downloaded once into the hub's own cache. No
     script of a data set is ever run. Raises DataError."""
-    import huggingface_hub  # takes a second; it comes with datasets
+    import huggingface_hub.errors  # takes a second; it comes with datasets
 
     name, subset = hub_name(path) or ("", None)
     patterns = [f"{subset}/*" if subset else f"*{suffix}*" for suffix in READERS]
@@ -189,11 +192,14 @@ def _read_hub(path: Path, longest: int) -> FileRows:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", allow_patterns=patterns, local_files_only=not online
         )
-    except (ValueError, OSError) as error:  # no network, no such data set, or one that needs a login
+    # no network, no such data set, one that needs a login; or a connection that is lost on the way
+    except (ValueError, OSError, huggingface_hub.errors.HTTPError) as error:
         detail = (
             " ".join(str(error).split()[:40]) if online else "it does not answer, nor is this in its cache"
         )
-        raise DataError(f"{path} is no path here, and not to be had from the hub ({detail})") from None
+        raise DataError(
+            f"{path} is no path here, and not to be had from the hub ({detail}); correct it, or try again"
+        ) from None
     inside = Path(folder, subset) if subset else Path(folder)
     if not inside.is_dir():
         raise DataError(f"{name} on the hub has no folder {subset}; give another OWNER/NAME:FOLDER")

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +48,7 @@ def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
 
 def data_suffix(path: Path) -> str:
     """The suffix that names a file's format, without its compression; "" where it names none."""
+    path = Path(path.name.lower())
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return suffix if suffix in SUFFIXES else ""
 
@@ -103,6 +103,6 @@ def _without_unset(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _revision(name: str) -> Path:
     """Where the hub's cache keeps the commit of a data set that has been downloaded."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    return cache / f"datasets--{name.replace('/', '--')}" / "refs" / "main"
+    from huggingface_hub import constants  # only names on the hub need it
+
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / "main"

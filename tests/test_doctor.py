@@ -291,7 +291,7 @@ def test_a_template_that_opens_think_itself(context: Make) -> None:
     )
     assert examined.chat._source != own
     opened = found(examined, "opens <think>")
-    assert (opened.status, opened.value) == (FAIL, "the template does")
+    assert opened.status == PASS and opened.value.startswith("the template does"), "rewards read it, too"
 
 
 def test_an_end_that_cannot_be_learned(context: Make) -> None:

@@ -35,7 +35,7 @@ def rewards(context: Context) -> Outcome:
     for example in examples:
         tokens = chat.example(example.prompt, example.response)
         learned = zip(tokens.tokens, tokens.loss, strict=True)
-        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
+        texts.append(chat.response([token for token, is_learned in learned if is_learned]))
     weights = _tested_weights(context)
     full = sum(weight for weight in weights.values() if weight > 0)
     scored = score_all(prompts, completions_of(texts), sorted(weights))
@@ -79,11 +79,9 @@ def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
 
 
 def opens_think(context: Context) -> Outcome:
-    """Whether the policy opens <think>, or the template does, which hides it from the format reward."""
-    [prompt] = context.prompts[:1]
-    if context.chat.decode(context.chat.prompt_tokens(prompt)).rstrip().endswith(THINK):
-        remedy = f"the format reward wants {THINK} from the model; end the template with the assistant token"
-        return Outcome(FAIL, "the template does", remedy)
+    """Whether the policy opens <think>, or the template does it."""
+    if context.chat.opened:
+        return Outcome(PASS, "the template does; rewards read it as part of every response")
     texts = [completion.text for group in context.probe.groups for completion in group.completions]
     share = sum(text.startswith(THINK) for text in texts) / len(texts)
     value = f"the policy does, in {share:.0%} of {len(texts)} completions"
@@ -102,10 +100,10 @@ def end_of_sequence(context: Context) -> Outcome:
     learned = bool(batch.loss_BT[0, last]) and int(batch.tokens_BT[0, last]) == chat.eos_id
     stops = context.engine.module.eos_ids if context.config.weights_from else ()
     remedy = ""
-    if chat.eos_id == chat.pad_id:
+    if chat.eos_id == chat.pad_id and chat.special.eos == EOS:
         remedy = "EOS is also the padding, which is never learned; give the tokenizer two tokens"
-    elif chat.encode(EOS) != [chat.eos_id]:
-        remedy = f"the text {EOS} is not one token; fix the tokenizer"
+    elif chat.encode(chat.special.eos) != [chat.eos_id]:
+        remedy = f"the text {chat.special.eos} is not one token; fix the tokenizer"
     elif max(chat.eos_id, chat.vocab_size - 1) >= rows:
         remedy = "raise model.vocab_size above the tokenizer's size"
     elif not learned:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import psutil
 from safetensors import SafetensorError
 
-from r1pipe.chat.template import TOKENIZER_FILES, Chat
+from r1pipe.chat.template import MORE_TOKENIZER_FILES, TOKENIZER_FILES, Chat
 from r1pipe.config import RunConfig, StageConfig
 from r1pipe.core.errors import (
     CheckpointError,
@@ -159,10 +159,13 @@ class Resumable(Generic[S]):
             export(model, temporary)
             for name in TOKENIZER_FILES:
                 copyfile(source / name, temporary / name)
+            for name in MORE_TOKENIZER_FILES:
+                if (source / name).is_file():
+                    copyfile(source / name, temporary / name)
             chat, sampling = Chat.load(source), self.stage.eval
             generation = {
                 "bos_token_id": chat.bos_id,
-                "eos_token_id": chat.eos_id,
+                "eos_token_id": chat.eos_id if len(chat.eos_ids) == 1 else list(chat.eos_ids),
                 "pad_token_id": chat.pad_id,
                 "do_sample": True,
                 "temperature": sampling.temperature,

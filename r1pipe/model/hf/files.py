@@ -1,0 +1,123 @@
+"""Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1pipe.core.errors import CheckpointError
+from r1pipe.model.hf.policy import HFModel
+from r1pipe.runs.files import read_object
+
+SHARD = "5GB"
+ONLY_FULL = "a mask for attention over all earlier tokens is all that keeps packed documents apart"
+TOLERANCE = 1e-3  # between the logits of transformers and those of trunk and head, as a share of the largest
+
+
+def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> HFModel:
+    """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
+
+    `longest`: tokens of the longest row; None: the folder's max_position_embeddings. Raises CheckpointError,
+    one line, for an architecture that transformers does not know or that r1pipe cannot train exactly.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as their_logging
+
+    config = check_architecture(folder)
+    their_logging.disable_progress_bar()
+    their_logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config.use_cache = True
+    try:
+        whole, problems = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: transformers cannot load these weights: {line}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, problems[kind])):
+            raise CheckpointError(
+                f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.replace('_keys', '')} for "
+                f"{type(whole).__name__}; give weights and config.json of one model"
+            )
+    model = HFModel(whole, longest or config.max_position_embeddings)
+    _check_head(model, folder)
+    model.eos_ids = _eos_ids(folder, config)
+    return model
+
+
+def empty(folder: Path) -> HFModel:
+    """A model of the folder's config.json whose weights are still to be filled in; in float32, on the CPU.
+
+    Raises CheckpointError as `load` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = check_architecture(folder)
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return HFModel(whole, config.max_position_embeddings)
+
+
+def check_architecture(folder: Path) -> Any:
+    """The folder's config, of transformers. Raises CheckpointError where a model of it cannot be trained."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = read_object(folder / "config.json").get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers knows no causal language model of model_type {kind}; "
+            "give a folder of another model, or update transformers"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read by transformers: {line}") from None
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    if others or getattr(config, "max_position_embeddings", None) is None:
+        what = f"layers of {others[0]}" if others else "no max_position_embeddings"
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {kind} has {what}, but {ONLY_FULL}; give another model"
+        )
+    return config
+
+
+@torch.no_grad()
+def _check_head(model: HFModel, folder: Path) -> None:
+    """Raises CheckpointError where logits are more than the head's product with the last states."""
+    tokens_BT = torch.arange(4).unsqueeze(0) % model.config.vocab_size
+    training = model.training
+    model.eval()
+    theirs = model.whole(input_ids=tokens_BT, use_cache=False).logits.float()
+    ours = model(tokens_BT).float()
+    model.train(training)
+    if not torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()), equal_nan=True):
+        raise CheckpointError(
+            f"{folder}: {type(model.whole).__name__} changes its logits after the head (softcapping, scaling), "
+            "which r1pipe does not; give another model"
+        )
+
+
+def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    value = read_object(generation).get("eos_token_id") if generation.exists() else config.eos_token_id
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
+    return tuple(ids)
+
+
+def save(model: HFModel, folder: Path) -> None:
+    """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
+    caller's."""
+    model.whole.save_pretrained(folder, max_shard_size=SHARD)

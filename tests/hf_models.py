@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from r1pipe.chat.template import SPECIAL_TOKENS
+from r1pipe.core.paths import content_dir
 from r1pipe.runs.files import write_json
 
-TEXTS = ["What is 12 + 30? <think>\nI add 12 and 30.\n</think>\n\nThe answer is 42. 0123456789"] * 3
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -21,10 +22,10 @@ LLAMA = (
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# family -> special tokens, and the settings of tokenizer_config.json
-QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMAS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SETTINGS: dict[str, tuple[list[str], dict[str, Any]]] = {
+# family -> its special tokens, in the places that SPECIAL_TOKENS have in the bundled tokenizer
+QWEN = ("<|fim_pad|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|fim_middle|>")
+LLAMAS = ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "qwen": (
         QWEN,
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "chat_template": CHATML},
@@ -40,26 +41,20 @@ SETTINGS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
-def write_tokenizer(folder: Path, family: str, vocabulary: int = 384) -> None:
-    """A byte-level BPE with the family's special tokens and template."""
+def write_tokenizer(folder: Path, family: str) -> None:
+    """The bundled byte-level BPE with the family's special tokens and template."""
     special, settings = SETTINGS[family]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = vocabulary - len(special)
-    tokenizer.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    text = (content_dir() / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    for own, theirs in zip(SPECIAL_TOKENS, special, strict=True):
+        text = text.replace(own, theirs)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
 
 
 def _shared() -> dict[str, Any]:
     return {
-        "vocab_size": 400,  # more rows than tokens, as published models have
+        "vocab_size": 1280,  # more rows than tokens, as published models have
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,

@@ -22,8 +22,8 @@ from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.hf.files import empty
 from r1pipe.model.names import CONFIG, published_config, published_tensors
-from r1pipe.model.reading import Stored, check
 from r1pipe.model.policy import of_transformers
+from r1pipe.model.reading import Stored, check
 from r1pipe.model.transformer import ScalarModel
 from r1pipe.model.weights import fill, write_shards
 from r1pipe.runs import heartbeat

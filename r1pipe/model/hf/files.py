@@ -28,7 +28,6 @@ def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> H
     their_logging.disable_progress_bar()
     their_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    config.use_cache = True
     try:
         whole, problems = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -45,8 +44,8 @@ def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> H
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, problems[kind])):
             raise CheckpointError(
-                f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.replace('_keys', '')} for "
-                f"{type(whole).__name__}; give weights and config.json of one model"
+                f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}"
+                f" for {type(whole).__name__}; give weights and config.json of one model"
             )
     model = HFModel(whole, longest or config.max_position_embeddings)
     _check_head(model, folder)
@@ -69,6 +68,7 @@ def empty(folder: Path) -> HFModel:
 
 def check_architecture(folder: Path) -> Any:
     """The folder's config, of transformers. Raises CheckpointError where a model of it cannot be trained."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -80,7 +80,7 @@ def check_architecture(folder: Path) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder / 'config.json'} cannot be read by transformers: {line}") from None
     others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
@@ -103,8 +103,8 @@ def _check_head(model: HFModel, folder: Path) -> None:
     model.train(training)
     if not torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()), equal_nan=True):
         raise CheckpointError(
-            f"{folder}: {type(model.whole).__name__} changes its logits after the head (softcapping, scaling), "
-            "which r1pipe does not; give another model"
+            f"{folder}: {type(model.whole).__name__} changes its logits after the head (softcapping, "
+            "scaling), which r1pipe does not; give another model"
         )
 
 
@@ -117,7 +117,7 @@ def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def save(model: HFModel, folder: Path) -> None:
+def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
     """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
     caller's."""
-    model.whole.save_pretrained(folder, max_shard_size=SHARD)
+    model.whole.save_pretrained(folder, max_shard_size=shard)

@@ -55,12 +55,18 @@ class HFTrunk(nn.Module):
         return self
 
     def set_recompute(self, on: bool) -> None:
+        """Raises ConfigError where transformers has no recomputation for this architecture."""
+        if on and not self.network.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"transformers cannot run the layers of {type(self.network).__name__} again in backward; give "
+                "engine.recompute=false"
+            )
         self.recompute = on
         if on:
             options = {"use_reentrant": False, "preserve_rng_state": False}
-            self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        else:
-            self.network.gradient_checkpointing_disable()
+            self.network.activation_checkpointing_enable(options)
+        elif self.network.supports_gradient_checkpointing:
+            self.network.activation_checkpointing_disable()
 
     def forward(
         self, tokens_BT: Tensor, segments_BT: Tensor | None = None, balance: Balance | None = None

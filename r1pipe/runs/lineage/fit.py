@@ -37,8 +37,8 @@ def check_parent_fits(parent: ParentRef, model: ModelConfig | HFConfig) -> None:
         return
     if is_of_transformers(published):
         raise CheckpointError(
-            f"{parent.checkpoint} has model_type={published['model_type']}, which model={model.name} does not "
-            f"compute; give model=hf model.path={parent.checkpoint}"
+            f"{parent.checkpoint} has model_type={published['model_type']}, which model={model.name} does "
+            f"not compute; give model=hf model.path={parent.checkpoint}"
         )
 
     def fits(name: str) -> bool:

@@ -83,8 +83,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         template = named.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
-            f"{folder} has no chat template, neither in {SETTINGS} nor as {TEMPLATE}; put that of the model's "
-            "chat version there"
+            f"{folder} has no chat template, neither in {SETTINGS} nor as {TEMPLATE}; put that of the "
+            "model's chat version there"
         )
     return settings | {"chat_template": template}
 

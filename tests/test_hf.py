@@ -1,4 +1,4 @@
-"""Models of transformers as policy, on tiny random ones: its own numbers, whatever r1pipe adds around them."""
+"""Models of transformers as policy: tiny random ones, whose numbers must stay those of transformers."""
 
 import copy
 import shutil
@@ -131,7 +131,9 @@ def test_probabilities_of_the_sampler_are_the_trainers(model: HFModel) -> None:
     assert (trained - micro.old_N).abs().max() < 1e-4
     again = [
         cross_entropy(
-            model.whole(input_ids=torch.tensor([r.prompt + r.completion.tokens])).logits[0, len(r.prompt) - 1 : -1],
+            model.whole(input_ids=torch.tensor([r.prompt + r.completion.tokens])).logits[
+                0, len(r.prompt) - 1 : -1
+            ],
             torch.tensor(r.completion.tokens),
             reduction="none",
         )
@@ -318,7 +320,10 @@ def test_a_template_that_drops_earlier_thoughts_keeps_that(folders: dict[str, Pa
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "no_such_model"}, "transformers knows no causal language model of model_type no_such"),
+        (
+            {"model_type": "no_such_model"},
+            "transformers knows no causal language model of model_type no_such",
+        ),
         ({"layer_types": ["full_attention", "linear_attention"]}, "qwen3 has layers of linear_attention"),
         ({"num_hidden_layers": 3}, "must be equal to the number of `layer_types`"),
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "are missing for Qwen3ForCausalLM"),
@@ -352,5 +357,3 @@ def test_logits_that_are_more_than_the_heads_product_are_refused(tmp_path: Path)
     CohereForCausalLM(shape).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="changes its logits after the head"):
         load_pretrained(tmp_path)
-
-

@@ -85,7 +85,9 @@ class Chat:
         self.special = special or of_r1(tokenizer)
         self._source = template
         # sandboxed: it may come from outside; transformers trims blocks so
-        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         self.template = rules.from_string(template)
         rules.globals["raise_exception"] = _raise  # as in transformers
         if special and special.texts != SPECIAL_TOKENS:
@@ -140,6 +142,8 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.special.bos,
                 eos_token=self.special.eos,
+                tools=None,
+                documents=None,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"the chat template cannot be used ({error}); export it again") from None

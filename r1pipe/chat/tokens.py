@@ -44,7 +44,10 @@ def of_folder(folder: Path, tokenizer: Tokenizer) -> Special:
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return of_r1(tokenizer)
     path = folder / "tokenizer_config.json"
-    settings = read_object(path)
+    beside = (
+        folder / "special_tokens_map.json"
+    )  # where older files have what tokenizer_config.json leaves out
+    settings = {**(read_object(beside) if beside.is_file() else {}), **read_object(path)}
     bos, eos, pad = (_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
     if not eos:
         raise CheckpointError(f"{path} names no eos_token; give the one that ends a text")

@@ -23,6 +23,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, Policy, load_pretrained
+from r1pipe.model.hf.files import check_architecture
 from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
@@ -98,6 +99,8 @@ class Run(Resumable[S]):
     def load_chat(self) -> Chat:
         """The weights' tokenizer and template. Raises CheckpointError if another checkpoint read has
         others."""
+        if isinstance(self.config.model, HFConfig):
+            check_architecture(self._tokenizer_folder())  # before data is read
         chat = Chat.load(self._tokenizer_folder())
         for stage, parent in self.config.reads_from.items():
             other = Chat.load(parent.checkpoint)

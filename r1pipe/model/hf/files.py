@@ -121,3 +121,6 @@ def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
     """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
     caller's."""
     model.whole.save_pretrained(folder, max_shard_size=shard)
+    permissions = (folder / "config.json").stat().st_mode  # by the umask; safetensors leaves mode 0600
+    for path in folder.glob("*.safetensors"):
+        path.chmod(permissions)

@@ -58,7 +58,7 @@ class HFTrunk(nn.Module):
         """Raises ConfigError where transformers has no recomputation for this architecture."""
         if on and not self.network.supports_gradient_checkpointing:
             raise ConfigError(
-                f"transformers cannot run the layers of {type(self.network).__name__} again in backward; give "
+                f"transformers cannot recompute the layers of {type(self.network).__name__} in backward; give "
                 "engine.recompute=false"
             )
         self.recompute = on
@@ -73,8 +73,10 @@ class HFTrunk(nn.Module):
     ) -> Tensor:
         """-> hidden_BTD; `segments_BT` as in DeepseekV3.
 
-        `balance` stays empty: transformers' routers are trained without a balance loss.
+        `balance` stays empty: transformers' routers are trained without a balance loss. Raises ConfigError
+        where rows are too long.
         """
+        self._check_length(tokens_BT.shape[1])
         if segments_BT is None:
             segments_BT = torch.ones_like(tokens_BT)
         mask_BTT = document_mask(segments_BT, flex=False)
@@ -84,12 +86,14 @@ class HFTrunk(nn.Module):
     def run(self, tokens_BT: Tensor, positions_BT: Tensor, seen_BTM: Tensor, cache: Any = None) -> Tensor:
         """-> hidden_BTD of tokens at given positions that attend to the keys `seen_BTM`; `cache` is one of
         transformers, which the keys and values of these tokens are added to."""
-        dtype = self.network.get_input_embeddings().weight.dtype
-        unseen_B1TM = torch.zeros(seen_BTM.shape, dtype=dtype, device=seen_BTM.device)
-        unseen_B1TM = unseen_B1TM.masked_fill_(~seen_BTM, torch.finfo(dtype).min).unsqueeze(1)
+        mask_B1TM = seen_BTM.unsqueeze(1)
+        if self.network.config._attn_implementation == "eager":  # adds the mask to its scores
+            dtype = self.network.get_input_embeddings().weight.dtype
+            lowest = torch.finfo(dtype).min
+            mask_B1TM = torch.zeros_like(mask_B1TM, dtype=dtype).masked_fill_(~mask_B1TM, lowest)
         return self.network(
             input_ids=tokens_BT,
-            attention_mask=unseen_B1TM,
+            attention_mask=mask_B1TM,
             position_ids=positions_BT,
             past_key_values=cache,
             use_cache=cache is not None,

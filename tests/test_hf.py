@@ -170,6 +170,11 @@ def test_values_start_at_zero_and_learn(folders: dict[str, Path]) -> None:
     assert critic.score.bias.grad is not None and critic.score.bias.grad.abs() > 0
 
 
+def test_a_model_stored_in_bfloat16_is_read_so(tmp_path: Path) -> None:
+    model = load_pretrained(write_model(tmp_path / "half", "qwen3", torch.bfloat16))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_rotary_frequencies_stay_float32_in_bfloat16(model: HFModel) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.bfloat16()
@@ -355,5 +360,5 @@ def test_logits_that_are_more_than_the_heads_product_are_refused(tmp_path: Path)
         initializer_range=0.5,
     )
     CohereForCausalLM(shape).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="changes its logits after the head"):
+    with pytest.raises(CheckpointError, match="scales or caps states or logits around its head"):
         load_pretrained(tmp_path)

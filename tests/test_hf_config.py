@@ -78,6 +78,11 @@ def test_the_shape_is_the_folders(folder: Path) -> None:
         ({}, "stage=pretrain", "stage=pretrain is for the bundled model"),
         ({}, "model.max_position_embeddings=40000", "longer than max_position_embeddings=32768"),
         ({"use_sliding_window": True}, "", "longer than sliding_window=4096"),
+        (
+            {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096}},
+            "",
+            "longer than original_max_position_embeddings=4096",
+        ),
         ({"num_experts": 8}, "stage.router.balance_alpha=0.1", "give stage.router.balance_alpha=0"),
         (
             {"num_experts": 8},

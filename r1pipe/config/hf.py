@@ -60,24 +60,38 @@ def filled(model: dict[str, Any]) -> dict[str, Any]:
     try:
         heads = content.get("num_key_value_heads") or content["num_attention_heads"]
         width = content.get("head_dim") or content["hidden_size"] // content["num_attention_heads"]
-        own = content["max_position_embeddings"]
+        most, why = longest_exact(content)
         facts = {key: content[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
         facts["intermediate_size"] = content.get("intermediate_size") or 4 * content["hidden_size"]
         facts["cache_width"] = 2 * heads * width
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path} has no {error} of a decoder; give a causal language model") from None
-    longest = model.get("max_position_embeddings") or own
-    window = content.get("sliding_window") if content.get("use_sliding_window", True) else None
-    most = min(own, window) if isinstance(window, int) else own
+    longest = model.get("max_position_embeddings") or content["max_position_embeddings"]
     if longest > most:
-        what = "sliding_window" if most < own else "max_position_embeddings"
         raise ConfigError(
-            f"model.max_position_embeddings={longest} is longer than {what}={most} of {path}; give "
+            f"model.max_position_embeddings={longest} is longer than {why}={most} of {path}; give "
             f"model.max_position_embeddings={most} or less"
         )
     experts = next((content[key] for key in EXPERTS if content.get(key)), 0)
     more = {"model_type": kind, "num_experts": experts, "parameters": weights_in(folder)}
     return {**model, "path": str(folder), "max_position_embeddings": longest, **facts, **more}
+
+
+def longest_exact(content: dict[str, Any]) -> tuple[int, str]:
+    """How many tokens a config.json lets a row have, and the key that says so.
+
+    Beyond a sliding window or the context before LongRoPE, a token's states depend on more than the tokens
+    before it in its document. Raises KeyError, TypeError.
+    """
+    limits = {"max_position_embeddings": content["max_position_embeddings"]}
+    if content.get("use_sliding_window", True) and content.get("sliding_window"):
+        limits["sliding_window"] = content["sliding_window"]
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if "longrope" in (rope.get("rope_type"), rope.get("type")):
+        key = "original_max_position_embeddings"
+        limits[key] = rope.get(key) or content[key]
+    why = min(limits, key=lambda key: limits[key])
+    return limits[why], why
 
 
 def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules:

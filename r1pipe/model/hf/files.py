@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
+from r1pipe.config.hf import longest_exact
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.hf.policy import HFModel
+from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 
 SHARD = "5GB"
 ONLY_FULL = "a mask for attention over all earlier tokens is all that keeps packed documents apart"
-TOLERANCE = 1e-3  # between the logits of transformers and those of trunk and head, as a share of the largest
 
 
 def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> HFModel:
     """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
 
-    `longest`: tokens of the longest row; None: the folder's max_position_embeddings. Raises CheckpointError,
+    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises CheckpointError,
     one line, for an architecture that transformers does not know or that r1pipe cannot train exactly.
     """
     from transformers import AutoModelForCausalLM
@@ -29,15 +30,17 @@ def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> H
     their_logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        whole, problems = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto",
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with heartbeat.at("loading weights", patient=True):
+            whole, problems = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: transformers cannot load these weights: {line}") from None
@@ -47,8 +50,8 @@ def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> H
                 f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}"
                 f" for {type(whole).__name__}; give weights and config.json of one model"
             )
-    model = HFModel(whole, longest or config.max_position_embeddings)
-    _check_head(model, folder)
+    _check_head(whole.eval(), folder)
+    model = HFModel(whole, _longest(folder, config, longest))
     model.eos_ids = _eos_ids(folder, config)
     return model
 
@@ -63,7 +66,7 @@ def empty(folder: Path) -> HFModel:
     config = check_architecture(folder)
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    return HFModel(whole, config.max_position_embeddings)
+    return HFModel(whole, _longest(folder, config, None))
 
 
 def check_architecture(folder: Path) -> Any:
@@ -79,7 +82,7 @@ def check_architecture(folder: Path) -> Any:
             "give a folder of another model, or update transformers"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder / 'config.json'} cannot be read by transformers: {line}") from None
@@ -92,19 +95,41 @@ def check_architecture(folder: Path) -> Any:
     return config
 
 
-@torch.no_grad()
-def _check_head(model: HFModel, folder: Path) -> None:
-    """Raises CheckpointError where logits are more than the head's product with the last states."""
-    tokens_BT = torch.arange(4).unsqueeze(0) % model.config.vocab_size
-    training = model.training
-    model.eval()
-    theirs = model.whole(input_ids=tokens_BT, use_cache=False).logits.float()
-    ours = model(tokens_BT).float()
-    model.train(training)
-    if not torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()), equal_nan=True):
+def _longest(folder: Path, config: Any, wanted: int | None) -> int:
+    """Tokens of the longest row: `wanted`, or the most that are read alike whatever stands beside them.
+
+    Raises CheckpointError where that is less than `wanted`.
+    """
+    most, why = longest_exact(config.to_dict())
+    if (wanted or 0) > most:
         raise CheckpointError(
-            f"{folder}: {type(model.whole).__name__} changes its logits after the head (softcapping, "
-            "scaling), which r1pipe does not; give another model"
+            f"{folder}: model.max_position_embeddings={wanted} is longer than {why}={most}; give "
+            f"model.max_position_embeddings={most} or less"
+        )
+    return wanted or most
+
+
+@torch.no_grad()
+def _check_head(whole: Any, folder: Path) -> None:
+    """Raises CheckpointError where logits are more than the head's product with the last states."""
+    seen: dict[str, Any] = {}
+    hooks = [
+        whole.base_model.register_forward_hook(lambda module, inputs, output: seen.update(states=output[0])),
+        whole.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, output: seen.update(read=inputs[0], made=output)
+        ),
+    ]
+    try:
+        tokens_BT = (torch.arange(8) % whole.get_output_embeddings().weight.shape[0]).unsqueeze(0)
+        logits = whole(input_ids=tokens_BT, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [(seen["states"], seen["read"]), (seen["made"], logits)]
+    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        raise CheckpointError(
+            f"{folder}: {type(whole).__name__} scales or caps states or logits around its head, which r1pipe "
+            "does not; give another model"
         )
 
 
@@ -120,7 +145,8 @@ def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
 def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
     """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
     caller's."""
-    model.whole.save_pretrained(folder, max_shard_size=shard)
+    with heartbeat.at("saving", patient=True):
+        model.whole.save_pretrained(folder, max_shard_size=shard)
     permissions = (folder / "config.json").stat().st_mode  # by the umask; safetensors leaves mode 0600
     for path in folder.glob("*.safetensors"):
         path.chmod(permissions)

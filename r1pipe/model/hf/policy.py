@@ -58,7 +58,7 @@ class HFTrunk(nn.Module):
         """Raises ConfigError where transformers has no recomputation for this architecture."""
         if on and not self.network.supports_gradient_checkpointing:
             raise ConfigError(
-                f"transformers cannot recompute the layers of {type(self.network).__name__} in backward; give "
+                f"transformers cannot recompute the layers of {type(self.network).__name__}; give "
                 "engine.recompute=false"
             )
         self.recompute = on

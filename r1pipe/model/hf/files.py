@@ -19,8 +19,9 @@ ONLY_FULL = "a mask for attention over all earlier tokens is all that keeps pack
 def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> HFModel:
     """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
 
-    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises CheckpointError,
-    one line, for an architecture that transformers does not know or that r1pipe cannot train exactly.
+    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises
+    CheckpointError, one line, for an architecture that transformers does not know or that r1pipe cannot train
+    exactly.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging

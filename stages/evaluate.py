@@ -13,6 +13,7 @@ from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints
+from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
 from r1pipe.train.run import open_run
@@ -24,14 +25,17 @@ def main(folder: str) -> None:
         if parent is None:
             raise CheckpointError("this stage evaluates a checkpoint; name one with parent=CHECKPOINT")
         ranks = Ranks(run.config.engine)
-        run.load_chat()
+        chat = run.load_chat()
         run.load_data()
         model = run.load_model(parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.folder.checkpoint(0)
         if run.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
-            checkpoints.copy_published(Path(parent.checkpoint), checkpoints.begin(checkpoint))
+            source, begun = Path(parent.checkpoint), checkpoints.begin(checkpoint)
+            checkpoints.copy_published(source, begun)
+            if template_of(source) != chat.source:  # with another system prompt, or of an earlier version
+                chat.save(source, begun)
             checkpoints.finish(checkpoint)
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, model, run.stage.eval)

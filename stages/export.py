@@ -20,6 +20,7 @@ from r1pipe.chat.template import TOKENIZER_FILES
 from r1pipe.config import script_options
 from r1pipe.config.script_options import ExportOptions
 from r1pipe.core import terminal
+from r1pipe.core.chat_template import split_system, with_system
 from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.safetensors import weights_in
 from r1pipe.model import load_pretrained
@@ -28,6 +29,7 @@ from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.runs import checkpoints
+from r1pipe.runs.files import read_object, write_json
 
 TOLERANCE = 1e-4  # of logits in float32, as a share of the largest
 TOKENS = 32
@@ -49,6 +51,7 @@ def main(options: ExportOptions) -> None:
                 copyfile(source / name, unfinished / name)
             else:
                 print(f"{source} has no {name}, so {target} has none")
+        renew_template(unfinished)
         needed = COPIES * 4 * stored.parameters
         if needed < psutil.virtual_memory().available:
             comparison = compare_logits(source, unfinished, exact=options.dtype is None)
@@ -71,6 +74,18 @@ def export_hf(options: ExportOptions) -> None:
             hf_files.save(cast, unfinished, f"{options.shard_gb}GB")
         line = compare_logits(source, unfinished, exact=options.dtype is None)
     print(f"{target}: {weights_in(target):,} parameters; {line}")
+
+
+def renew_template(target: Path) -> None:
+    """The chat template as this version writes it; tells of its system prompt."""
+    path = target / TOKENIZER_FILES[1]
+    settings = read_object(path) if path.exists() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, str):
+        bare, system = split_system(template)
+        write_json(path, settings | {"chat_template": with_system(bare, system)}, indent=2)
+        if system:
+            print(f"the chat template has the system prompt {system!r}")
 
 
 def compare_logits(source: Path, target: Path, exact: bool) -> str:

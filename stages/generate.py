@@ -4,7 +4,7 @@
 
 Temperature and top-p default to those of the checkpoint's generation_config.json. Each question is
 independent, as in training: the model does not see a chat's earlier turns. It runs on the GPU in bfloat16 if
-there is one.
+there is one. A system prompt is told on standard error.
 """
 
 import json
@@ -33,7 +33,9 @@ def main(options: GenerateOptions) -> int:
     """Answer every valid question: 0, or 1 if some were invalid, 2 if all were."""
     folder = options.checkpoint
     checkpoints.verify(folder)
-    chat, model = Chat.load(folder), load(folder)
+    chat, model = Chat.load(folder, options.system), load(folder)
+    if chat.system:
+        print(f"system prompt: {chat.system}", file=sys.stderr)
     sampler = Sampler(model, chat.eos_ids, chat.pad_id, MAX_NUM_SEQS)
     context = model.config.max_position_embeddings
     defaults = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}

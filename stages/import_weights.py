@@ -18,7 +18,7 @@ from r1pipe.chat.template import TOKENIZER_FILES, Chat
 from r1pipe.config import script_options
 from r1pipe.config.script_options import ImportOptions
 from r1pipe.core import terminal
-from r1pipe.core.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.types import Prompt
 from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of
@@ -78,7 +78,7 @@ def take_tokenizer(source: Path, target: Path) -> Chat | None:
         if chat.vocab_size > rows:
             raise CheckpointError(f"it has {chat.vocab_size} tokens, the embedding {rows} rows")
         chat.prompt_tokens(Prompt("", "", "", "?"))
-    except (CheckpointError, jinja2.TemplateError) as error:
+    except (CheckpointError, DataError, jinja2.TemplateError) as error:
         for name in TOKENIZER_FILES:
             (target / name).unlink(missing_ok=True)
         needed = " and ".join(TOKENIZER_FILES)

@@ -14,7 +14,13 @@ from fakes import House
 from r1pipe.cli import commands as cli
 from r1pipe.cli import commands_on_runs
 from r1pipe.config import groups, script_options
-from r1pipe.config.script_options import ExportOptions, GenerateOptions, ImportOptions, ScoreOptions
+from r1pipe.config.script_options import (
+    DataOptions,
+    ExportOptions,
+    GenerateOptions,
+    ImportOptions,
+    ScoreOptions,
+)
 from r1pipe.core.paths import stages_dir
 from r1pipe.launch import command as launch
 from r1pipe.model.weights import PRECISIONS
@@ -25,6 +31,7 @@ COMMANDS = [
     "reproduce",
     "config",
     "eval",
+    "data",
     "generate",
     "chat",
     "compare",
@@ -79,6 +86,8 @@ def test_config_needs_nothing_slow_either() -> None:
         (["export", "grpo", "out", "--dtype", "int4"], "Invalid value for '--dtype'"),
         (["export", "grpo", "out"], "stage grpo has no finished run"),
         (["compare", "nowhere"], "no run nowhere"),
+        (["data", "my.jsonl", "data=world"], "data.path is not used by data=world"),
+        (["data", "my.jsonl", "--checkpoint", "nowhere"], "no checkpoint nowhere"),
         (["report"], "no finished run"),
         (["ui", "--port", "80000"], "'--port'"),
         (["generate", "bundled", "why?", "--max-tokens", "0"], "--max-tokens=0 must be 1 or more"),
@@ -166,6 +175,7 @@ def test_the_commands_hand_their_options_to_their_scripts(
 ) -> None:
     called: list[tuple[str, object]] = []
     kinds = {
+        "data.py": DataOptions,
         "generate.py": GenerateOptions,
         "score.py": ScoreOptions,
         "export.py": ExportOptions,
@@ -185,6 +195,15 @@ def test_the_commands_hand_their_options_to_their_scripts(
     assert called.pop() == ("generate.py", expected)
     assert house.call("chat", "base", "--max-tokens", "7") == 5
     assert called.pop() == ("generate.py", GenerateOptions(checkpoint, [], True, False, None, None, 7, 0))
+    assert house.call("data", "my, rows.jsonl", "--json", "data.bad_rows=set_aside") == 5
+    name, options = called.pop()
+    assert name == "data.py" and isinstance(options, DataOptions)
+    assert (options.data.name, options.data.path, options.as_json) == ("files", "my, rows.jsonl", True)
+    assert (options.checkpoint, options.data.bad_rows) == (None, "set_aside")
+    assert house.call("data", "folder", "data=gsm8k", "--checkpoint", "base") == 5
+    name, options = called.pop()
+    assert isinstance(options, DataOptions) and options.data.name == "gsm8k"
+    assert options.checkpoint == checkpoint
     assert house.call("export", "base", "out") == 5
     assert called.pop() == ("export.py", ExportOptions(checkpoint, Path("out"), None, 5.0))
     assert house.call("export", "base", "out", "--dtype", "fp8", "--shard-gb", "1") == 5

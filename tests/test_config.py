@@ -19,6 +19,7 @@ from r1pipe.config import (
     load,
     to_mapping,
 )
+from r1pipe.config.changes import changes
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
 from r1pipe.config.run import check
@@ -234,7 +235,7 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage.optim.min_lr=1", "is above stage.optim.lr"),
         (
             'stage.rewards.weights={"acuracy":1}',
-            "weights.acuracy is no rule reward; known: accuracy, f",
+            "weights.acuracy is no rule reward, nor one of stage.rewards.plugins",
         ),
         ('stage.rewards.weights={"helpful":1}', "preference.helpful_weight in stage=all_scenario"),
         (
@@ -250,6 +251,7 @@ def valid(stage: str) -> dict[str, Any]:
         ("stage=all_scenario stage.preference.last_steps=99", "is more than stage.max_steps"),
         ("stage=all_scenario stage.preference.min_accuracy=1.5", "must be from 0 to 1"),
         ("stage=all_scenario stage.preference.max_length_correlation=2", "must be from 0 to 1"),
+        ("chat.system=<｜User｜>", "chat.system has the sign <｜ of a special token"),
     ],
 )
 def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> None:
@@ -263,6 +265,18 @@ def test_what_cannot_be_together_is_refused_by_key(change: str, told: str) -> No
     with pytest.raises(ConfigError) as caught:
         check(load(mapping))
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_system_prompt_has_commas_in_quotes_and_a_null_that_an_older_run_lacks_is_no_change() -> None:
+    config = compose(["stage=grpo", "chat.system='Think, then answer.'"]).config
+    assert config.chat.system == "Think, then answer."
+    assert compose(["stage=grpo", "chat.system="]).config.chat.system == ""
+    with pytest.raises(ConfigError, match=r"chat\.system is blank"):
+        compose(["stage=grpo", "chat.system='  '"])
+    new = to_mapping(compose(["stage=grpo"]).config)
+    old = {key: value for key, value in new.items() if key != "chat"}
+    assert new["chat"] == {"system": None} and changes(old, new) == []
+    assert [change.key for change in changes(old, to_mapping(config))] == ["chat.system"]
 
 
 def test_rejection_sampling_may_cut_to_a_nucleus() -> None:

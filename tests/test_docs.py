@@ -24,6 +24,7 @@ BLOCKS = [
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("r1pipe ", "make "))]
 WITHOUT_OVERRIDES = {
     "--help",
+    "data",
     "ui",
     "report",
     "chat",

@@ -276,6 +276,24 @@ def test_rewards_that_are_not_on_what_is_said_are_not_tried(context: Make, words
     assert found(context(*words.split()), "rewards").status == PASS
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "told"),
+    [
+        ("len(completion.text) > 99", PASS, "mine gives 0.00 to 1.00 in"),
+        ("None", WARN, "mine has no rule for any of these prompts"),
+        ("1 / 0", FAIL, "mine has no verdict: ZeroDivisionError"),
+        ("nowhere", FAIL, "mine has no verdict: NameError"),
+    ],
+)
+def test_a_custom_reward_is_tried(context: Make, tmp_path: Path, code: str, status: str, told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def mine(prompt, completion): return {code}")
+    examined = context(*GRPO, f"stage.rewards.plugins=[{path}]", "stage.rewards.weights={mine: 1.0}")
+    finding = found(examined, "custom rewards")
+    examined.custom.close()
+    assert finding.status == status and told in f"{finding.value} {finding.remedy}"
+
+
 def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: Path) -> None:
     path = rows_file(tmp_path / "rows.jsonl")
     examined = context(*GRPO, "data=gsm8k", f"data.path={path}", "data.tasks=[]")
@@ -285,13 +303,46 @@ def test_gold_answers_alone_make_known_good_responses(context: Make, tmp_path: P
 
 def test_a_template_that_opens_think_itself(context: Make) -> None:
     examined = context(*GRPO)
-    own = examined.chat._source
+    own = examined.chat.source
     examined.chat = chat_with(
         template=own.replace("<｜Assistant｜>{% endif %}", "<｜Assistant｜><think>\n{% endif %}")
     )
-    assert examined.chat._source != own
+    assert examined.chat.source != own
     opened = found(examined, "opens <think>")
     assert opened.status == PASS and opened.value.startswith("the template does"), "rewards read it, too"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status", "told"),
+    [
+        ("{{ ns.system }}", "", WARN, "leaves out a message of system"),
+        ("in ['system', 'developer']", "in ['nobody']", WARN, "no place for messages of system"),
+        ("<｜User｜>{{ text(m) }}", "<｜User｜>", FAIL, "leaves out what users or assistants say"),
+        ("text(m) if loop.last else ", "", FAIL, "is not what it follows"),
+        ("<｜Assistant｜>{% endif %}", "<｜Assistant｜>So: {% endif %}", FAIL, "is not what it follows"),
+        ("{{ eos_token }}", "", FAIL, "does not end an answer with"),
+        ("else text(m).split('</think>')[-1].strip()", "else text(m)", PASS, "earlier reasoning kept"),
+    ],
+)
+def test_a_template_of_other_weights_is_tried(
+    context: Make, old: str, new: str, status: str, told: str
+) -> None:
+    examined = context(*GRPO)
+    assert found(examined, "chat template").value == (
+        "system messages kept, model opens <think>, earlier reasoning left out"
+    )
+    assert old in examined.chat.source
+    examined.chat = chat_with(template=examined.chat.source.replace(old, new))
+    seen = found(examined, "chat template")
+    assert seen.status == status and told in f"{seen.value} {seen.remedy}"
+
+
+def test_a_system_prompt_is_told_and_must_leave_room(context: Make, tmp_path: Path) -> None:
+    examined = context(*GRPO, "chat.system=Be brief.")
+    assert found(examined, "chat template").value.endswith("system prompt 'Be brief.'")
+    shutil.rmtree(tmp_path / "run")
+    crowded = by_name(context(*GRPO, f"chat.system={'7 ' * 250}7"))["chat template"]
+    assert crowded.status == FAIL and "leaves no room for a question" in crowded.remedy
 
 
 def test_an_end_that_cannot_be_learned(context: Make) -> None:

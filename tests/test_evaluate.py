@@ -14,7 +14,7 @@ from tiny_runs import load_stage
 from r1pipe.config import EvalConfig, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
-from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.core.types import Completion, Message, Prompt, Score, Status
 from r1pipe.rewards.accuracy import CHECKERS, Checker
 from r1pipe.runs import lineage
 from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
@@ -262,6 +262,14 @@ def test_samples_take_tasks_in_turn_and_are_the_same_prompts_every_time():
     }
 
 
+def test_a_sample_has_the_messages_before_its_question(monkeypatch):
+    context = (Message("system", "Be brief."),)
+    monkeypatch.setitem(globals(), "PROMPTS", [replace(prompt, context=context) for prompt in PROMPTS])
+    samples = run().samples
+    assert samples[0]["context"] == [{"role": "system", "content": "Be brief."}]
+    assert "context" not in samples[2]
+
+
 def test_strategies_are_shares_of_the_sampled_ones():
     def strategy(prompt, text):
         return "english" if "We" in text else "other"
@@ -343,6 +351,15 @@ def test_eval_measures_on_the_data_of_the_run(house, capsys):
     trained, measured = configs(house, "cold_start")[0], configs(house, "evaluate")[0]
     assert measured["data"] == trained["data"] and measured["seed"] == trained["seed"] == 4
     assert f"evaluating on data=world, split test, as run {run_id} was" in capsys.readouterr().out
+
+
+def test_eval_says_which_system_prompt_it_uses(house, capsys):
+    assert house.call("run", "stage=cold_start") == 0
+    for words, told in ([], None), (["chat.system=Be brief."], "with the system prompt 'Be brief.'"):
+        capsys.readouterr()
+        assert house.call("eval", "cold_start", *words) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert told in line if told else "system prompt" not in line
 
 
 def test_eval_says_how_its_data_differs_from_the_runs(house, capsys):

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core.paths import content_dir, stages_dir
 from r1pipe.core.types import Prompt
 from r1pipe.model.cache import LatentCache
+from r1pipe.runs import checkpoints
 
 BASE = content_dir() / "base"
 CONTEXT = 512
@@ -70,6 +73,25 @@ def test_a_chat_goes_on_after_a_question_that_is_too_long(
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and "question 1 has" in err
     assert out.count("> ") == 4 and len(out) > 20
+
+
+def test_a_system_prompt_is_read_and_told(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    stage = load_stage("generate")
+    assert stage.main(options([SHORT])) == 0
+    plain, silent = capsys.readouterr()
+    given = replace(options([SHORT]), system="1 2 3 4 5 6 7 8 9")
+    assert stage.main(given) == 0
+    prompted, told = capsys.readouterr()
+    assert silent == "" and told == "system prompt: 1 2 3 4 5 6 7 8 9\n"
+    assert answers(prompted)[SHORT] != answers(plain)[SHORT]
+    shutil.copytree(BASE, tmp_path / "prompted")
+    Chat.load(BASE, given.system).save(BASE, tmp_path / "prompted")
+    checkpoints.write_manifest(tmp_path / "prompted")
+    of_checkpoint = replace(options([SHORT]), checkpoint=tmp_path / "prompted")
+    assert stage.main(of_checkpoint) == 0
+    assert capsys.readouterr() == (prompted, told)
+    assert stage.main(replace(of_checkpoint, system="")) == 0
+    assert capsys.readouterr() == (plain, silent)
 
 
 def test_the_cache_holds_what_is_needed_not_the_whole_context(

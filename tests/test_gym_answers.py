@@ -12,7 +12,7 @@ import pytest
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import gym, score_all, symbolic
-from r1pipe.rewards.jailed import encode
+from r1pipe.rewards.programs.jailed import encode
 
 factory = pytest.importorskip("reasoning_gym.factory")
 

@@ -11,12 +11,12 @@ from fakes import build_house
 from r1pipe.cli.lineage import described, page
 from r1pipe.config import ParentRef
 from r1pipe.config.changes import Change, mapping_hash
+from r1pipe.core.chat_template import with_system
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import note
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.runs import data_files as datafiles
-from r1pipe.runs.record import own_hash, record_beside
+from r1pipe.runs.record import note, own_hash, record_beside
 
 
 def write(path: Path, content: object) -> None:
@@ -357,6 +357,13 @@ def test_parents_with_other_tokens_or_templates_are_refused_in_one_line(family):
             lineage.fit.check_same_chat_format(ref(family.base, "pretrain"), [ref(family.grpo, "grpo")])
         assert "\n" not in str(caught.value)
         path.write_text(before)
+    path = family.grpo / "checkpoints/step-1/tokenizer_config.json"
+    write(path, {"chat_template": with_system("{{ messages }}", "Be brief.")})
+    parents = ref(family.base, "pretrain"), [ref(family.grpo, "grpo")]
+    with pytest.raises(CheckpointError, match=r"another system prompt than .*give chat\.system=TEXT"):
+        lineage.fit.check_same_chat_format(*parents)
+    for system in ("", "Else."):
+        lineage.fit.check_same_chat_format(*parents, system)
     (family.base / "checkpoints/step-1/tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing: a stage cannot start"):
         lineage.fit.check_same_chat_format(

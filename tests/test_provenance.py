@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from jobs import tiny, write_run
 
-from r1pipe.chat.template import TEMPLATE, Chat
+from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, config_hash, load, to_mapping
 from r1pipe.config.changes import Change
+from r1pipe.core.chat_template import TEMPLATE
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import SET_ASIDE, RunFolder, content_dir
 from r1pipe.launch import command as launch
-from r1pipe.launch.command import note
 from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.fit import template_hash
 from r1pipe.runs.provenance import FORMAT, job_record
-from r1pipe.runs.record import edges, own_hash, read_record
+from r1pipe.runs.record import edges, note, own_hash, read_record
 
 MADE = {
     "wall_s": 1.5,

@@ -12,15 +12,16 @@ from r1pipe.rewards import (
     BASE_REWARDS,
     check_gold,
     language_share,
-    sandbox,
     score_all,
     symbolic,
     votes,
 )
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.answers.reading import last_stated
-from r1pipe.rewards.isolation import same_value
-from r1pipe.rewards.program import check_program, extract_program
+from r1pipe.rewards.programs import sandbox
+from r1pipe.rewards.programs.check import check_program
+from r1pipe.rewards.programs.comparison import same_value
+from r1pipe.rewards.programs.extraction import find_function
 
 
 def prompt(answer="42", task="word", language="en", **checker):
@@ -45,7 +46,7 @@ DOUBLE = prompt("", "program", entry_point="f", tests=[[[2], 4], [[-1], -2], [[[
         ("42", "The answer is 42. No: the answer is 41.", 0),
         ("42", r"The answer is 41, that is \boxed{42}.", 1),
         ("42", "42", 0),  # states no final answer
-        ("42", "The answer is forty-two.", 0),
+        ("42", "The answer is forty-two.", 1),
         ("1234567", "The answer is 1,234,567 apples.", 1),
         ("145.0", "The answer is 145", 1),
         ("0.75", r"\boxed{\frac{3}{4}}", 1),
@@ -187,16 +188,16 @@ def test_countdown(expression, value):
 
 def test_programs_are_found_in_fences_and_plain():
     assert (
-        extract_program("Here:\n```python\ndef f(x):\n    return 2*x\n```\nDone.")
+        find_function("Here:\n```python\ndef f(x):\n    return 2*x\n```\nDone.", "f")
         == "def f(x):\n    return 2*x"
     )
-    assert extract_program("答案是def f(x): return 2*x。") == "def f(x): return 2*x"
-    assert extract_program("The program is def f(x): return 2*x") == "def f(x): return 2*x"
+    assert find_function("答案是def f(x): return 2*x。", "f") == "def f(x): return 2*x"
+    assert find_function("The program is def f(x): return 2*x", "f") == "def f(x): return 2*x"
     assert (
-        extract_program("import is hard.\ndef f(x):\n    return 2*x\nIt doubles x.")
+        find_function("import is hard.\ndef f(x):\n    return 2*x\nIt doubles x.", "f")
         == "def f(x):\n    return 2*x"
     )
-    assert extract_program("There is none.") is None
+    assert find_function("There is none.", "f") is None
 
 
 @pytest.mark.parametrize(

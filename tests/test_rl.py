@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.core.errors import ConfigError, DataError
-from r1pipe.core.types import Completion, Group, Prompt, Score, Status
+from r1pipe.core.types import Completion, Group, Message, Prompt, Score, Status
 from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
@@ -29,7 +29,7 @@ from r1pipe.train.rl.batch import (
     weights_of,
 )
 from r1pipe.train.rl.prompts import PromptStream, general_count
-from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, too_many_failures
+from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.stage import run_rl_stage
 from r1pipe.train.rl.update import completion_logprobs, update
 
@@ -357,6 +357,15 @@ def test_the_metrics_of_a_step_count_truncation_failures_and_zero_variance(monke
     assert metrics["entropy"] == 2.0
     assert metrics["strategy/careful"] == 1.0
     assert rows[3]["reward"] is None and rows[3]["advantage"] == 0.0
+
+
+def test_a_rollout_keeps_the_messages_before_its_question(monkeypatch, tmp_path):
+    scores_of(monkeypatch, {"accuracy": Score(1.0)}, {"accuracy": Score(0.0)})
+    prompt = replace(PROMPT, context=(Message("system", "用中文。"),))
+    groups = scored_groups([PROMPT, prompt], [completion()] * 2, {"accuracy": 1.0})
+    write_rows(rows_of(groups, None), tmp_path / "step-1.parquet")
+    contexts = pq.read_table(tmp_path / "step-1.parquet")["context"].to_pylist()
+    assert contexts == [None, '[{"role": "system", "content": "用中文。"}]']
 
 
 def test_reflection_is_counted_by_whole_words():

@@ -13,7 +13,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef, PretrainConfig
 from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core.errors import CheckpointError, DataError
-from r1pipe.core.paths import stages_dir
+from r1pipe.core.paths import RunFolder, content_dir, stages_dir
 from r1pipe.data.source import check_data_unchanged
 from r1pipe.model import load_pretrained
 from r1pipe.runs import checkpoints, lineage
@@ -129,6 +129,24 @@ def test_another_chat_format_is_refused(folder, tmp_path):
             run.load_chat()
 
 
+def test_a_system_prompt_goes_into_checkpoints_and_from_them_into_later_stages(tmp_path):
+    engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(), 10)
+    with open_run(write_run(tmp_path / "first", tiny("cold_start", "chat.system=Be brief."))) as run:
+        assert run.load_chat().system == "Be brief."
+        made = save(run, engine, 1)
+    parent = ParentRef("cold_start", "first", str(made), "")
+    for words, system in ([], "Be brief."), (["chat.system=Else."], "Else."), (["chat.system="], ""):
+        config = replace(tiny("base", *words), weights_from=parent)
+        with open_run(write_run(tmp_path / f"run{len(system)}", config)) as run:
+            assert run.load_chat().system == system
+            run.config.reads_from["grpo"] = replace(parent, checkpoint=str(content_dir() / "tokenizer"))
+            if words:
+                run.load_chat()
+            else:
+                with pytest.raises(CheckpointError, match="another tokenizer or chat template"):
+                    run.load_chat()
+
+
 def problems(path, one: int) -> None:
     rows = ({"question": f"What is {i} plus 1?", "answer": f"{i}+1\n#### {i + one}"} for i in range(9))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -204,6 +222,13 @@ def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
     adopted = json.loads((second / "record.json").read_text())
     assert adopted["parents"]["weights"]["checkpoint"] == checkpoint
     assert adopted["checkpoint_hash"] == record["checkpoint_hash"]
+    config = replace(tiny("base", "chat.system=Be brief."), weights_from=adopted_ref(second))
+    third = write_run(tmp_path / "third", config)
+    script("evaluate.py")["main"](third)
+    prompted = json.loads((third / "record.json").read_text())
+    assert Chat.load(third / prompted["checkpoint"]).system == "Be brief."
+    assert prompted["template_hash"] != adopted["template_hash"]
+    assert not any(one.problems for one in lineage.ancestors(adopted_ref(third)) if not one.depth)
     generate = script("generate.py")
     folder = second / adopted["checkpoint"]
     questions = ["1+1?", "2+2?"]
@@ -211,6 +236,10 @@ def test_stages_run_as_scripts_from_pretraining_to_an_answer(tmp_path, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [answer["question"] for answer in answers] == ["1+1?", "2+2?"]
     assert {answer["finish_reason"] for answer in answers} <= {"stop", "length"}
+
+
+def adopted_ref(folder) -> ParentRef:
+    return lineage.checkpoint_of_run(RunFolder(folder))
 
 
 def script(name: str) -> dict:

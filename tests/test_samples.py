@@ -15,7 +15,7 @@ from runfolders import samples as held_out
 from tiny_runs import tiny_run
 
 from r1pipe.cli.rollouts import Found, Query, bound, look, numbers, odd_rows, schema_of
-from r1pipe.cli.samples import samples
+from r1pipe.cli.samples import as_row, samples
 from r1pipe.train.rl.rows import write_rows
 
 MUCH = 0.7
@@ -288,6 +288,18 @@ def test_a_stage_without_rollouts_shows_its_held_out_prompts_and_says_so(house, 
     ):
         assert house.call("samples", "cold_start", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_messages_before_a_question_are_shown(house, made, capsys):
+    folder = tiny_run(made.with_name("cold_start-s0-1"), "stage=cold_start", "pipeline=laptop-s0")
+    context, rows = [{"role": "system", "content": "Be brief."}], held_out("cold_start")
+    (folder / "samples.json").write_text(json.dumps([rows[0] | {"context": context}, *rows[1:]]))
+    assert house.call("samples", "cold_start") == 0
+    assert "system: Be brief.\nprompt: " in capsys.readouterr().out
+    found = {row["prompt_id"]: row.get("context") for row in ask(house, capsys, "cold_start")}
+    assert found["countdown-1"] == context and found["word-2"] is None
+    row = {"question": "Why?", "context": json.dumps(context)}
+    assert as_row(row) == {"question": "Why?", "context": context, "scores": {}}, "as rollouts have it"
 
 
 def test_a_sample_without_a_verdict_is_shown_as_not_judged(house, made, capsys):

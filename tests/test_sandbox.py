@@ -1,5 +1,6 @@
 """Generated programs cannot get out, whatever they try: not in Monty, not in the jail."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -12,8 +13,9 @@ from busy import busy_processor
 
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Prompt, Score, Status
-from r1pipe.rewards import isolation, jail, monty, sandbox, worker_process
-from r1pipe.rewards.program import check_program
+from r1pipe.rewards import worker_process
+from r1pipe.rewards.programs import isolation, jail, limits, monty, sandbox
+from r1pipe.rewards.programs.check import check_program
 
 DOUBLE = Prompt(
     "double", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4], [[-1], -2], [[[1]], [1, 1]]]}
@@ -115,7 +117,7 @@ def outside(tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     canary.write_text(CANARY)
     monkeypatch.setenv("R1PIPE_CANARY", CANARY)
-    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 0.3)
+    allow(monkeypatch, cpu_seconds=0.3, memory_mb=64)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         yield {"canary": canary, "escaped": ESCAPED, "port": server.getsockname()[1], "pid": os.getpid()}
@@ -135,6 +137,11 @@ def attacked(name, outside, prompts=(DOUBLE, WRITTEN)):
         assert score.value == 0 and (score.status is Status.SCORED or unrun), score
         assert CANARY not in score.detail
     assert check_program(DOUBLE, RIGHT).value == 1  # and the next program runs as if nothing was
+
+
+def allow(monkeypatch, **values):
+    """Other limits than those of conf/."""
+    monkeypatch.setattr(limits, "_chosen", [dataclasses.replace(limits.published(), **values)])
 
 
 def only(monkeypatch, isolated):
@@ -171,7 +178,7 @@ def test_what_monty_lacks_runs_in_the_jail():
 @needs_jail
 def test_plain_values_pass_the_jail_s_wall_whole():
     values = [1, -2.5, float("inf"), True, None, "ä\ud800", (1, (2,)), {3}, {4: [5]}, b"x", 1j, 10**30]
-    with jail.Jail().session(1.0) as session:
+    with jail.Jail().session(1.0, 64 << 20) as session:
         assert session.run("x", {"x": values}) == values
         assert session.run("f(3)", host={"f": lambda n: (n, n)}) == (3, 3)
 
@@ -215,14 +222,15 @@ def test_a_jail_that_does_not_work_is_no_wrong_answer(monkeypatch):
 
 
 def test_an_endless_program_is_a_wrong_answer_in_monty_alone(monkeypatch):
+    allow(monkeypatch, cpu_seconds=0.5)
     only(monkeypatch, monty.Monty())
     score = check_program(DOUBLE, f"```python\n{HOSTILE['endless loop']}\n```")
-    assert score == Score(0.0, detail="the limit of processor time")
+    assert score == Score(0.0, detail="0 of 3 tests passed; test 1 of 3: the limit of processor time")
     assert check_program(DOUBLE, RIGHT).value == 1
 
 
 def test_a_monty_worker_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 600.0)
+    allow(monkeypatch, cpu_seconds=600.0)
     monkeypatch.setattr(monty, "WALL_LIMIT_S", 1.0)  # ends long before the processor time is used up
     only(monkeypatch, monty.Monty())
     score = check_program(DOUBLE, f"```python\n{HOSTILE['endless loop']}\n```")
@@ -252,14 +260,14 @@ def f(x):
 def test_a_program_that_sleeps_is_a_wrong_answer(program, monkeypatch):
     only(monkeypatch, jail.Jail())
     score = check_program(DOUBLE, f"```python\n{program}\n```")
-    assert score == Score(0.0, detail=f"the process slept for {worker_process.SLEEP_LIMIT_S} s")
+    assert score.value == 0 and f"the process slept for {worker_process.SLEEP_LIMIT_S} s" in score.detail
 
 
 @needs_jail
 def test_a_jail_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(isolation, "CPU_LIMIT_S", 600.0)
+    allow(monkeypatch, cpu_seconds=600.0)
     only(monkeypatch, jail.Jail())
-    with jail.Jail().session(600.0) as session:
+    with jail.Jail().session(600.0, 64 << 20) as session:
         session.run("x = 1")  # the jail starts with the usual patience
         monkeypatch.setattr(worker_process, "WALL_LIMIT_S", 1.0)
         with pytest.raises(isolation.SandboxBroken, match="too busy"):
@@ -269,13 +277,13 @@ def test_a_jail_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
 def test_what_monty_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch):
     count = "def f(x):\n    n = 0\n    while n < {}: n += 1\n    return x + x"
     isolated = monty.Monty()
-    with isolated.session(600.0) as session:
+    with isolated.session(600.0, 64 << 20) as session:
         worker = psutil.Process(session.inner.worker_pid)
         before = worker.cpu_times().user
         session.run(count.format(1_000_000) + "\nf(1)")
         million_s = worker.cpu_times().user - before
-    calls = 3  # of one request
-    half = count.format(int(0.5e6 * isolation.CPU_LIMIT_S / calls / million_s))  # of the limit
+    allow(monkeypatch, cpu_seconds=1.0)
+    half = count.format(int(0.5e6 / million_s))  # of the limit, in each call
     with busy_processor():
         only(monkeypatch, monty.Monty())  # its workers share the processor
         assert check_program(DOUBLE, f"```python\n{half}\n```") == Score(1.0, detail="3 of 3 tests passed")
@@ -284,7 +292,11 @@ def test_what_monty_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch)
 @needs_jail
 def test_what_the_jail_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch):
     only(monkeypatch, jail.Jail())
-    program = "import time\ndef f(x):\n    while time.process_time() < 1.5: pass\n    return x + x"
+    allow(monkeypatch, cpu_seconds=1.0)
+    program = (
+        "import time\ndef f(x):\n    end = time.process_time() + 0.5\n"
+        "    while time.process_time() < end: pass\n    return x + x"
+    )
     with busy_processor():
         for prompt in (DOUBLE, WRITTEN):
             assert check_program(prompt, f"```python\n{program}\n```").value == 1
@@ -308,8 +320,9 @@ def test_a_machine_whose_calls_are_unknown_has_no_jail(monkeypatch):
 
 def test_nothing_is_left_behind():
     code = (
-        "from r1pipe.rewards import sandbox\n"
-        "print(sandbox.run_calls('def f(x): return x + x', 'f', [[[1], 2]]).value, flush=True)\n"
+        "from r1pipe.rewards.programs import extraction, limits, sandbox\n"
+        "program = extraction.Program('def f(x): return x + x', (), 'f')\n"
+        "print(sandbox.run_calls(program, [[[1], 2]], limits.limits_of({})).value, flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1.0\n" and done.stderr == ""

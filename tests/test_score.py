@@ -9,7 +9,9 @@ import pytest
 from r1pipe.config import script_options
 from r1pipe.config.script_options import ScoreOptions
 from r1pipe.core.paths import stages_dir
+from r1pipe.rewards.programs import jail
 
+JAIL = jail.is_available()
 SCRIPT = str(stages_dir() / "score.py")
 ADD = {
     "prompt": 'def add(a, b):\n    """The sum."""\n',
@@ -18,13 +20,13 @@ ADD = {
 }
 
 
-def scored(folder, rows, reward, language="en", strict=False):
+def scored(folder, rows, reward, language="en", strict=False, **limits):
     """Exit code, the verdicts, and standard error; a row that is text is written as it is."""
     file = folder / "rows.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     file.write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     options = folder / "options.json"
-    script_options.write(ScoreOptions(file, reward, language, strict), options)
+    script_options.write(ScoreOptions(file, reward, language, strict, **limits), options)
     done = subprocess.run(
         [sys.executable, SCRIPT, str(options)], capture_output=True, encoding="utf-8", check=False
     )
@@ -76,6 +78,17 @@ def test_any_language_is_told_or_refused(tmp_path):
     assert values(scored(tmp_path, [spanish], "language", "en")[1]) == [0]
     code, out, err = scored(tmp_path, [spanish], "language", "english")
     assert (code, out) == (2, []) and "language english is unknown" in err
+
+
+def test_code_rows_may_be_those_of_public_data_sets(tmp_path):
+    double, slow = "```python\nprint(2 * int(input()))\n```", "```python\nwhile True: pass\n```"
+    apps = {"input_output": json.dumps({"inputs": ["3\n", "5\n"], "outputs": ["6\n", "10\n"]})}
+    half = "```python\nn = int(input())\nprint(6)\n```"
+    rows = [{**apps, "completion": text} for text in (double, slow, half)]
+    asserts = {"text": "?", "test_list": ["assert f(2) == 4"]}
+    rows.append({**asserts, "completion": "def f(x): return 2 * x"})
+    code, out, err = scored(tmp_path, rows, "code", cpu_seconds=0.5, memory_mb=64, partial_credit=True)
+    assert (code, err) == (0, "") and values(out) == ([1, 0, 0.5, 1] if JAIL else [None, None, None, 1])
 
 
 def test_code_runs_what_a_completion_holds(tmp_path):
@@ -135,14 +148,18 @@ GOOD = {"question": "?", "answer": "1", "completion": "x"}
             "rows.jsonl:2: the gold answer 'n/a ???' does not parse",
         ),
         ([{**GOOD, "answer": " "}], "accuracy", "rows.jsonl:1: the gold answer is empty"),
-        ([GOOD], "code", "rows.jsonl:1: prompt is missing"),
-        ([{**ADD, "completion": "x", "entry_point": "f()"}], "code", "rows.jsonl:1: checker.entry_point"),
+        ([GOOD], "code", "rows.jsonl:1: it has no tests"),
+        (
+            [{**ADD, "completion": "x", "entry_point": "f()"}],
+            "code",
+            "rows.jsonl:1: entry_point 'f()' is not a function name",
+        ),
         (
             [{**ADD, "completion": "x", "tests": "def check("}],
             "code",
             "rows.jsonl:1: the prompt and its tests",
         ),
-        ([{**ADD, "completion": "x", "tests": []}], "code", "rows.jsonl:1: checker.tests"),
+        ([{**ADD, "completion": "x", "tests": []}], "code", "rows.jsonl:1: it has no tests"),
         (
             [{**ADD, "completion": "x", "tests": ["add(1, 2)"]}],
             "code",

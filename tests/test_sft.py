@@ -14,7 +14,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import ParentRef
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
-from r1pipe.core.types import Completion, Demonstration, Prompt
+from r1pipe.core.types import Completion, Demonstration, Message, Prompt
 from r1pipe.data import open_data
 from r1pipe.data.packing import Packed, collate
 from r1pipe.model import DeepseekV3
@@ -221,6 +221,24 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     assert 0 < len(reasoning) <= 29 and prompts[0].id not in {trace.prompt.id for trace in reasoning}
     assert len(demonstrations) - len(reasoning) == round(len(reasoning) / 3)
     assert all(trace.source for trace in demonstrations) and len(data_hash) == 64
+
+
+def test_a_context_is_kept_from_the_draw_to_the_dataset(sampled, chat):
+    folder, source, prompts, sampler = sampled
+    before = (Message("system", "Be brief."), Message("user", "Hello."), Message("assistant", "Hi."))
+    prompted = [replace(prompts[0], context=before), *prompts[1:3]]
+    sampler.answers = {
+        tuple(chat.prompt_tokens(new)): sampler.answers[tuple(chat.prompt_tokens(old))]
+        for new, old in zip(prompted, prompts, strict=False)
+    }
+    with open_run(folder) as run:
+        run.chat, run.data = chat, source
+        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, prompted)
+        drawn = rejection.drawn_in_order(shards, 2)
+        path = rejection.build_dataset(run, ParentRef("grpo", "g", "/nowhere", "abc"), shards, [], 0)
+    assert [sample.prompt for sample in drawn[::2]] == prompted
+    kept = {trace.prompt.id: trace.prompt.context for trace in rejection.read_dataset(path)[0]}
+    assert kept[prompted[0].id] == before and set(kept.values()) == {before, ()}
 
 
 def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_named(sampled, chat):

@@ -9,6 +9,7 @@ import stat
 import weakref
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from published import alter, file_of, forget, promise, publish, stored_in
@@ -252,8 +253,33 @@ def test_transformers_loads_the_exported_base_as_it_is(tmp_path, capsys):
         assert theirs == chat.prompt_tokens(Prompt("", "", "", question))
         turns = [*asked, {"role": "assistant", "content": "<think>\na\n</think>\n\nb"}, *asked]
         assert tokenizer.apply_chat_template(turns, tokenize=False) == chat.render(turns, False)
+    system = {
+        "role": "system",
+        "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": " brief."}],
+    }
+    for conversation in ([system, *turns], [*turns, {"role": "developer", "content": "So."}]):
+        assert tokenizer.apply_chat_template(conversation, tokenize=False) == chat.render(conversation, False)
+    with pytest.raises(jinja2.TemplateError, match="no place for messages of tool"):
+        tokenizer.apply_chat_template([*asked, {"role": "tool", "content": "7"}], tokenize=False)
+    with pytest.raises(jinja2.TemplateError, match="no place for tools"):
+        tokenizer.apply_chat_template(asked, tools=[{"type": "function"}], tokenize=False)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (BOS, EOS, PAD)
     assert other.generation_config.eos_token_id == chat.eos_id == model.eos_ids[0]
+
+
+def test_an_export_has_its_system_prompt_as_the_templates_default(tmp_path, capsys):
+    prompted, out = base_with(tmp_path / "prompted"), tmp_path / "out"
+    Chat.load(prompted, 'Say "so" {{ x }} 🙂\n').save(content_dir() / "base", prompted)
+    checkpoints.write_manifest(prompted)
+    load_stage("export").main(ExportOptions(prompted, out, None, 5.0))
+    assert "the chat template has the system prompt" in capsys.readouterr().out
+    tokenizer, chat = AutoTokenizer.from_pretrained(out), Chat.load(out)
+    assert chat.system == 'Say "so" {{ x }} 🙂\n'
+    asked, own = {"role": "user", "content": "why?"}, {"role": "system", "content": "Own."}
+    for conversation in ([asked], [own, asked]):
+        theirs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        assert theirs == chat.render(conversation, True)
+        assert ("Say" in theirs) == (len(conversation) == 1)
 
 
 def test_a_template_of_several_lines_reads_as_in_transformers(tmp_path):

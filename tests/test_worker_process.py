@@ -7,9 +7,26 @@ import pytest
 from busy import busy_processor
 
 from r1pipe.rewards import worker_process
-from r1pipe.rewards.worker_process import ChildAsleep, ChildEnded, MachineBusy, NoReply, WorkerProcess
+from r1pipe.rewards.worker_process import (
+    ChildAsleep,
+    ChildEnded,
+    MachineBusy,
+    NoReply,
+    OutOfTime,
+    WorkerProcess,
+)
 
 ECHO = "for line in sys.stdin: print(line, end='', flush=True)"
+WORKS_AS_TOLD = """
+import json
+for line in sys.stdin:
+    end = time.process_time() + json.loads(line)["s"]
+    while time.process_time() < end: pass
+    print("{}", flush=True)
+"""
+IGNORES_SIGNALS = (
+    "signal.signal(signal.SIGXCPU, signal.SIG_IGN), signal.signal(signal.SIGPROF, signal.SIG_IGN)\n"
+)
 BUSY = "while time.process_time() - began < {}: pass"
 
 
@@ -32,6 +49,14 @@ def test_messages_of_any_size_are_answered_in_turn(start):
     child = start(ECHO, read=False)
     for size in (1, 1 << 10, 1 << 16):
         assert child.ask({"text": "ä" * size}) == {"text": "ä" * size}
+
+
+def test_several_replies_to_one_message_come_until_the_child_ends(start):
+    child = start("for n in range(2): print('{\"n\": %d}' % n, flush=True)")
+    replies = child.ask_for_each({}, 3)
+    assert [next(replies), next(replies)] == [{"n": 0}, {"n": 1}]
+    with pytest.raises(ChildEnded):
+        next(replies)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +124,30 @@ def test_a_child_that_does_not_get_its_share_of_the_machine_is_not_to_blame(star
     monkeypatch.setattr(worker_process, "WALL_LIMIT_S", 2.0)
     with pytest.raises(MachineBusy):
         start(BUSY.format(1000)).ask({})
+
+
+def test_the_parent_s_clock_ends_a_child_that_takes_too_much_processor_time(start):
+    child = start(WORKS_AS_TOLD, read=False)
+    with busy_processor():
+        for _ in range(3):
+            child.limit_cpu(0.5)  # for each request anew
+            assert child.ask({"s": 0.3}) == {}
+        child.limit_cpu(0.2)
+        with pytest.raises(OutOfTime):
+            child.ask({"s": 1000})
+    child = start(IGNORES_SIGNALS + BUSY.format(1000))
+    child.limit_cpu(0.2)
+    with pytest.raises(OutOfTime):
+        child.ask({})
+
+
+def test_a_reply_may_be_as_long_as_is_said(start):
+    code = "import sys; sys.stdin.readline(); print('{\"x\": \"' + 'x' * (3 << 20) + '\"}')"
+    child = WorkerProcess([sys.executable, "-c", code], {}, (), 4 << 20)
+    assert len(child.ask({})["x"]) == 3 << 20
+    child.close()
+    with pytest.raises(NoReply, match="too long"):
+        start("print('x' * (2 << 20))").ask({})
 
 
 def test_nothing_of_a_closed_child_is_left(start):

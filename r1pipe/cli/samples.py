@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -111,6 +111,7 @@ class Sample(TypedDict):
     question: str
     completion: str
     correct: float | bool | None  # None: the verifier failed; a general answer may be right in part
+    context: NotRequired[list[dict[str, str]]]  # messages before the question: role, content
 
 
 SAMPLES = TypeAdapter(list[Sample])
@@ -151,6 +152,9 @@ def of_held_out(run: RunFolder, query: Query) -> tuple[Counts, Rows, str]:
 def as_row(row: dict) -> dict:
     """A row of the file with its reward's components under `scores`; what has no value is null."""
     plain = {name: value for name, value in row.items() if not name.startswith(SCORE)}
+    context = plain.pop("context", None)
+    if context:  # in rollouts as JSON, in samples.json as it is
+        plain["context"] = json.loads(context) if isinstance(context, str) else context
     scores = {
         name.removeprefix(SCORE): value
         for name, value in row.items()
@@ -200,6 +204,8 @@ def lines_of(row: dict) -> Iterator[Text]:
         yield Text(f"odd: {', '.join(row['odd'])}", "yellow")
     if row.get("failed"):
         yield Text(mask_controls(f"failed: {row['failed']}"), "yellow")
+    for message in row.get("context") or []:
+        yield Text(mask_controls(f"{message['role']}: {message['content']}"), "italic")
     yield Text(mask_controls(f"prompt: {row['question']}"), "italic")
     if row.get("answer"):
         yield Text(mask_controls(f"answer: {row['answer']}"), "dim")

@@ -1,5 +1,6 @@
 """The commands that run a script of stages/ without DeepSpeed: answers, verdicts, weights out, weights in."""
 
+import json
 import os
 import shlex
 import tempfile
@@ -12,11 +13,11 @@ from r1pipe.cli.options import Checkpoint, Overrides, composed, split
 from r1pipe.config import script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
+    DataOptions,
     ExportOptions,
     GenerateOptions,
     ImportOptions,
     Precision,
-    Reward,
     ScoreOptions,
 )
 from r1pipe.core.errors import ConfigError
@@ -27,6 +28,9 @@ MaxTokens = Annotated[int | None, typer.Option(help="longest answer; none: what 
 Seed = Annotated[int, typer.Option(help="of the draws; the override seed= chooses the pipeline")]
 Dtype = Annotated[Precision | None, typer.Option(help="fp8: blocks of 128 x 128; none: each tensor as it is")]
 ShardGB = Annotated[float, typer.Option(help="largest file, in GB, and about as much memory")]
+CpuSeconds = Annotated[float | None, typer.Option(help="code: processor time of each test")]
+MemoryMB = Annotated[int | None, typer.Option(help="code: memory of a program")]
+PartialCredit = Annotated[bool | None, typer.Option(help="code: the share of tests passed, not 1 or 0")]
 
 
 def generate(
@@ -43,7 +47,8 @@ def generate(
 ) -> int:
     """Answer questions: generate grpo "Use 3, 5 and 7 to make 22."
 
-    Overrides say where the checkpoint is: root=DIR, pipeline=NAME. Exit code 1 if some questions could not be
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own. Exit code 1 if some questions could not be
     answered, 2 if none could; each is named by its number.
     """
     words, overrides = split(questions)
@@ -53,8 +58,8 @@ def generate(
             asked.append(os.fsencode(word).decode("utf-8"))
         except UnicodeError:
             raise ConfigError(f"{word!r} is not valid UTF-8; convert it") from None
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed)
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, asked, False, as_json, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 
@@ -66,24 +71,54 @@ def chat(
     max_tokens: MaxTokens = None,
     seed: Seed = 0,
 ) -> int:
-    """Ask a checkpoint question by question, until the input ends."""
-    folder = _checkpoint(checkpoint, overrides)
-    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed)
+    """Ask a checkpoint question by question, until the input ends.
+
+    Overrides say where the checkpoint is: root=DIR, pipeline=NAME; chat.system=TEXT gives another system
+    prompt than the checkpoint's own.
+    """
+    folder, system = _checkpoint(checkpoint, overrides), composed(overrides).chat.system
+    options = GenerateOptions(folder, [], True, False, temperature, top_p, max_tokens, seed, system)
     return _run("generate.py", options)
 
 
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL: question, answer, completion")],
-    reward: Annotated[Reward, typer.Option(help="which rule")],
+    reward: Annotated[str, typer.Option(help="accuracy, code, format, language, or a custom reward")],
     language: Annotated[str, typer.Option(help="of the questions; auto: as each is written")] = "en",
     strict: Annotated[bool, typer.Option("--strict", help="end at the first row that is refused")] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option(metavar="FILE.py", help="a Python file with custom rewards")
+    ] = None,
+    cpu_seconds: CpuSeconds = None,
+    memory_mb: MemoryMB = None,
+    partial_credit: PartialCredit = None,
 ) -> int:
     """Score a file's completions: score FILE --reward code (rows: prompt, tests, entry_point, completion)
 
+    A custom reward needs `completion`; rows in a row with the same prompt and answer are a group.
     A row that cannot be scored has the status refused and is listed at the end with its line and the
     reason. Exit code 2 if that is every row.
     """
-    return _run("score.py", ScoreOptions(file, reward, language, strict))
+    programs = (cpu_seconds, memory_mb, partial_credit)
+    return _run("score.py", ScoreOptions(file, reward, language, strict, plugin or [], *programs))
+
+
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="file, folder, or OWNER/NAME on the hub")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[str | None, typer.Option(help="whose template; none: the bundled one's")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with everything, for scripts.")] = False,
+) -> int:
+    """Show what would be read from data: data FILE [data=NAME]
+
+    Layout and columns, gold answers by form, rows set aside with the reason, and five samples with the chat
+    template. Nothing is written. Exit code 2 if no row can be used.
+    """
+    words = overrides or []
+    chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
+    config = composed([*chosen, f"data.path={json.dumps(file, ensure_ascii=False)}", *words])
+    folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
+    return _run("data.py", DataOptions(config.data, folder, as_json))
 
 
 def export(

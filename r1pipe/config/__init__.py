@@ -9,14 +9,17 @@ from r1pipe.config.engine import EngineConfig
 from r1pipe.config.hf import HFConfig
 from r1pipe.config.model import ModelConfig, RopeScaling
 from r1pipe.config.rl import (
+    PluginLimits,
     PPOConfig,
     PreferenceConfig,
+    RemoteLimits,
     RewardsConfig,
     RLConfig,
     WireConfig,
 )
 from r1pipe.config.run import (
     STAGE_TYPES,
+    ChatConfig,
     ParentRef,
     RunConfig,
     TrackingConfig,
@@ -25,6 +28,7 @@ from r1pipe.config.run import (
     to_mapping,
 )
 from r1pipe.config.stages import (
+    CodeConfig,
     DistillConfig,
     EvalConfig,
     EvaluateConfig,

@@ -38,6 +38,9 @@ SAME_WITHIN_ROUNDING = {
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.recompute": "what is kept in memory for the backward pass",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.rewards.plugin_limits": "when to give up on a call",
+    "stage.rewards.remote": "where the servers are",
+    "stage.rewards.remote_limits": "when to give up on a server",
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists
@@ -55,7 +58,7 @@ class Change:
 
     def __str__(self) -> str:
         old, new = shown(self.old), shown(self.new)
-        if self.key.startswith((*PARENTS, "code.")):  # hashes
+        if self.key.startswith((*PARENTS, "code.")) or self.key.endswith(".hash"):
             old, new = old[:HASH_SHOWN], new[:HASH_SHOWN]
         return f"{self.key}: {old} -> {new}"
 
@@ -70,11 +73,12 @@ class Change:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """What differs between two configs as mappings, in the order of `new`; a parent counts by its weights,
-    not by its place. `old` may be of another version of r1pipe, with other keys."""
+    not by its place. `old` may be of another version of r1pipe, with other keys: a new one that is null,
+    and so unused, is no change."""
     before, after = (dict(flat(by_weights(mapping))) for mapping in (old, new))
     keys = [*after, *(key for key in before if key not in after)]
     pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
-    return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+    return [Change(*pair) for pair in pairs if pair[1] != pair[2] and pair[1:] != (ABSENT, None)]
 
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:

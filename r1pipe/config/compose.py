@@ -195,14 +195,23 @@ def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
 
 def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
     """conf/ with the overrides applied in order, interpolations filled in. Raises ConfigError."""
+    lines = [addable(override) for override in own]
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            cfg = hydra_compose("config", below + [str(override.input_line) for override in own])
+            cfg = hydra_compose("config", below + lines)
             return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         except (HydraException, OmegaConfBaseException) as error:
             known = OmegaConf.to_container(hydra_compose("config", below), resolve=False)
             keys = {part for key, _ in flat(cast(dict[str, Any], known)) for part in upwards(key)}
             raise ConfigError(explained(error, own, keys)) from None
+
+
+def addable(override: Override) -> str:
+    """The override as Hydra reads it, with `++` where it may add keys: +key=value sets a key that exists,
+    too, and a mapping may bring new names, as in stage.rewards.weights={my_reward: 1}."""
+    adds = override.is_add() or (not override.is_delete() and isinstance(override.value(), dict))
+    line = str(override.input_line)
+    return f"++{line.lstrip('+')}" if adds else line
 
 
 def explained(error: Exception, own: list[Override], known: set[str]) -> str:

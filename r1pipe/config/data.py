@@ -1,5 +1,6 @@
 """Where a stage's data comes from: its kind reads the keys that are set, and the world has the values."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -22,16 +23,23 @@ WORLD: dict[str, tuple[str | int, ...]] = {
 STYLES = ("careful", "terse", "guess")
 
 
+LayoutName = Literal[  # the keys of r1pipe.data.layouts.LAYOUTS
+    "preferences", "labels", "verl", "code", "options", "table", "conversation", "alpaca", "instructions"
+]
+
+
 @dataclass
 class SourceConfig(Strict):
-    """One file of rows, read through `datasets`."""
+    """Rows of one file, of a folder of shards, or of a data set on the hub."""
 
-    path: str  # json, jsonl, csv or parquet; .gz too; a relative path is looked up in `data.path`
-    columns: dict[str, str]  # role -> column: question, answer, solution, response, safe, chosen, rejected
-    answer_after: str | None  # mark after which the gold answer stands in the answer column, e.g. "####"
+    path: str  # a relative path is looked up in `data.path`; ".": all of `data.path`
     language: str  # en, zh or another code; auto: as each question is written
     task: str  # the task name its rows are counted under
-    split: str | None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> column; {}: by the layout
+    answer_after: str | None = None  # mark before the gold answer in the answer column, e.g. "####"
+    split: str | None = None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
+    layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
+    answer_form: str | None = None  # the form of all gold answers, e.g. number; null: as each is written
 
 
 @dataclass
@@ -40,11 +48,11 @@ class DataConfig(Strict):
 
     name: str  # the file in conf/data/
     kind: Literal["world", "files", "reasoning_gym"]  # where problems come from
-    path: str | None  # files: the folder of the sources, or one file in place of the first source
+    path: str | None  # files: the folder of the sources; or a file or OWNER/NAME in place of the first one
     tasks: list[str]  # world: reasoning tasks; reasoning_gym: task names
     languages: list[str]  # world: languages
     levels: list[int]  # world: difficulty levels that prompts are drawn from
-    reasoning: list[SourceConfig]  # files: problems with gold answers and, maybe, worked solutions
+    reasoning: list[SourceConfig]  # files: problems with gold answers or tests, and maybe solutions
     general: list[SourceConfig]  # files: instructions with answers
     preferences: list[SourceConfig]  # files: chosen and rejected answers
     bad_rows: Literal["refuse", "set_aside"]  # files: what to do with a row that cannot be used

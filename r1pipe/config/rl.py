@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config import custom_rewards
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
@@ -34,10 +35,33 @@ class CosineConfig(Strict):
 
 
 @dataclass
-class RewardsConfig(Strict):
-    """Which rule rewards are summed, and what each weighs."""
+class PluginLimits(Strict):
+    """What a call of a plugin may take; beyond a limit it has no verdict (VERIFIER_FAILED)."""
 
-    weights: dict[str, float]  # reward name -> weight; the names are those of RULE_REWARDS
+    workers: Positive  # processes per rank; more for functions that wait for a server
+    cpu_s: AboveZero  # processor time of a call
+    sleep_s: AboveZero  # time that a call may sleep or wait
+    memory_gb: AboveZero  # of a process, with what its libraries take
+
+
+@dataclass
+class RemoteLimits(Strict):
+    """How servers are asked; one that does not answer in the end is INFRASTRUCTURE_FAILED."""
+
+    connections: Positive  # requests at a time per rank
+    timeout_s: AboveZero  # of a request
+    retries: Count  # after no connection, no answer in time, or a status of 408, 429 or 5xx
+
+
+@dataclass
+class RewardsConfig(Strict):
+    """Which rewards are summed, and what each weighs."""
+
+    weights: dict[str, float]  # reward name -> weight; a rule (RULE_REWARDS) or a custom reward
+    plugins: list[str]  # Python files whose functions are rewards; docs/rewards.md shows one
+    plugin_limits: PluginLimits
+    remote: dict[str, str]  # reward name -> URL of a server that scores
+    remote_limits: RemoteLimits
     truncation_penalty: float  # added to the reward of a completion that was cut off (0: none)
     max_failed: Share  # share of a step's verdicts of one reward that may fail; above it the job stops
     cosine: CosineConfig
@@ -151,16 +175,23 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
 
 
 def weight_rules(stage: RLConfig) -> Rules:
-    """A weight of what no rule is would be refused after the first rollout, or count for nothing."""
+    """A weight of what no reward is would be refused after the first rollout, or count for nothing."""
     for name in stage.rewards.weights:
-        elsewhere = WEIGHED_ELSEWHERE.get(name, "")
-        if stage.preference is None and elsewhere.startswith("stage.preference"):
-            elsewhere += " in stage=all_scenario, which asks reward models"
-        remedy = f"its weight is {elsewhere}; rules" if elsewhere else "known"
-        if name not in RULE_REWARDS:
-            yield f"stage.rewards.weights.{name} is no rule reward; {remedy}: {', '.join(RULE_REWARDS)}"
+        if elsewhere := WEIGHED_ELSEWHERE.get(name):
+            if stage.preference is None and elsewhere.startswith("stage.preference"):
+                elsewhere += " in stage=all_scenario, which asks reward models"
+            yield (
+                f"stage.rewards.weights.{name} is no rule reward; its weight is {elsewhere}; "
+                f"rules: {', '.join(RULE_REWARDS)}"
+            )
+    custom_rewards_of(stage.rewards)
     if not any(stage.rewards.weights.values()):
         yield "stage.rewards.weights are all 0; nothing would be learned"
+
+
+def custom_rewards_of(rewards: RewardsConfig) -> list[custom_rewards.CustomReward]:
+    """The rewards in `weights` that are no rules. Raises ConfigError."""
+    return custom_rewards.find(rewards.weights, RULE_REWARDS, rewards.plugins, rewards.remote)
 
 
 def kl_rules(stage: RLConfig) -> Rules:

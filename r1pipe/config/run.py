@@ -32,6 +32,7 @@ from r1pipe.config.stages import (
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.types import GENERAL_TASKS
 
+SPECIAL = "<｜"  # how r1pipe's special tokens begin
 WITH_DOCUMENTS = "world"  # the data.kind that has text to pre-train on
 STAGE_TYPES: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
@@ -92,6 +93,13 @@ class TrackingConfig(Strict):
 
 
 @dataclass
+class ChatConfig(Strict):
+    """How conversations begin; the chat template itself comes with the weights."""
+
+    system: str | None  # system prompt of conversations that bring none; "": none; null: that of the weights
+
+
+@dataclass
 class RunConfig(Strict):
     """All that a job knows: the content of config.json."""
 
@@ -101,6 +109,7 @@ class RunConfig(Strict):
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
     model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
+    chat: ChatConfig
     engine: EngineConfig
     stage: Annotated[StageConfig, PlainValidator(build_stage)]
     recipe: RecipeConfig
@@ -117,6 +126,7 @@ def check(config: RunConfig) -> None:
     rules = (
         shape_rules(config),
         data_rules(config.data),
+        chat_rules(config.chat),
         engine_rules(config.engine),
         optim_rules(config.stage.optim),
         length_rules(config),
@@ -145,6 +155,14 @@ def tracking_rules(tracking: TrackingConfig) -> Rules:
         yield f"tracking.model_name={name} must be a name without / and :, and not empty"
     if not tracking.experiment.strip():
         yield "tracking.experiment must not be empty"
+
+
+def chat_rules(chat: ChatConfig) -> Rules:
+    """How long a system prompt may be is checked with the tokenizer, by the job."""
+    if chat.system and not chat.system.strip():
+        yield 'chat.system is blank; give a text, or chat.system="" for no system prompt'
+    if chat.system and SPECIAL in chat.system:
+        yield f"chat.system has the sign {SPECIAL} of a special token; remove it"
 
 
 def length_rules(config: RunConfig) -> Rules:

@@ -5,18 +5,17 @@ The command line fills a dataclass and calls `write`; the script calls `read`. N
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from r1pipe.config.fields import Count, NonNegative, Positive, Strict, build
+from r1pipe.config.data import DataConfig
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
 from r1pipe.core.errors import ConfigError
 
 Precision = Literal["float32", "bfloat16", "fp8"]  # the keys of model.weights.PRECISIONS, which needs torch
-Reward = Literal["accuracy", "code", "format", "language"]
-Gigabytes = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class GenerateOptions(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     max_tokens: Positive | None  # longest answer; None: what the context leaves
     seed: Annotated[Count, Field(le=2**64 - 1)]
+    system: str | None = None  # system prompt; "": none; None: the checkpoint's own
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,23 @@ class ScoreOptions(Strict):
     """What stages/score.py does."""
 
     file: Path  # JSONL, a completion a line
-    reward: Reward
+    reward: str  # accuracy, code, format, language, or a custom reward
     language: str  # of the questions; auto: as each is written
     strict: bool = False  # end at the first row that cannot be scored
+    plugins: list[str] = field(default_factory=list)  # Python files with custom rewards
+    # of programs; None: the values of conf/stage/part/common.yaml
+    cpu_seconds: AboveZero | None = None
+    memory_mb: Positive | None = None
+    partial_credit: bool | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions(Strict):
+    """What stages/data.py does."""
+
+    data: DataConfig
+    checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
+    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ class ExportOptions(Strict):
     checkpoint: Path
     folder: Path  # made; must not hold anything yet
     dtype: Precision | None  # None: every tensor as it is
-    shard_gb: Gigabytes  # largest file, and about as much memory
+    shard_gb: AboveZero  # largest file, and about as much memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class ImportOptions(Strict):
     folder: Path  # the published checkpoint
     target: Path  # the checkpoint to make
     dtype: Precision | None  # None: every tensor as it is
-    shard_gb: Gigabytes  # largest file, and about as much memory
+    shard_gb: AboveZero  # largest file, and about as much memory
 
 
 Options = TypeVar("Options")

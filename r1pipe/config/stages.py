@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
 
 
 @dataclass
@@ -58,6 +58,16 @@ class EvalConfig(Strict):
 
 
 @dataclass
+class CodeConfig(Strict):
+    """What a generated program may use, wherever answers are checked, and what it earns."""
+
+    cpu_seconds: AboveZero  # processor time of each test, in every sandbox
+    memory_mb: Positive  # memory of a program, in every sandbox
+    time_limit_factor: AboveZero  # a task's own limit times this holds where it is shorter
+    partial_credit: bool  # a program earns the share of tests that it passes; else 1 for all and 0
+
+
+@dataclass
 class StageConfig(Strict):
     """What every stage has."""
 
@@ -74,6 +84,7 @@ class StageConfig(Strict):
     optim: OptimConfig
     router: RouterConfig
     eval: EvalConfig
+    code: CodeConfig
 
 
 @dataclass
@@ -112,7 +123,7 @@ class FilterConfig(Strict):
     min_language_consistency: Share  # share of the prompt's language in reasoning and summary
     allow_code_blocks: bool  # code fences in the reasoning
     max_repetition: Share  # share of repeated 4-grams in the reasoning
-    ngram_overlap: Count  # n of the n-gram overlap with evaluation questions; 0: off
+    ngram_overlap: Count  # n of the n-grams shared with evaluation questions; shorter ones as a whole; 0: off
     per_prompt: Positive  # completions kept per prompt at most
 
 

@@ -53,7 +53,7 @@ class RunFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.config = self.path / "config.json"
-        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.launch.command.note
+        self.config_history = self.path / "config_history.jsonl"  # see r1pipe.runs.record.note
         self.command = self.path / "command.txt"
         self.env = self.path / "env.json"
         self.diff = self.path / "code.diff"  # changes to the git revision
@@ -68,6 +68,7 @@ class RunFolder:
         self.guard = self.path / ".pid.guard"  # locked while `pid` is read and written
         self.stop = self.path / "stop"  # a request to stop (r1pipe.runs.stopping)
         self.error = self.path / "error.txt"  # one line: the job's user error
+        self.rewards = self.path / "rewards.json"  # custom rewards: {name: {"source", "hash", "version"}}
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} at the start of the run

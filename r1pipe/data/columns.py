@@ -1,7 +1,8 @@
 """Texts from a row's columns.
 
 A role names a column (`question`), several joined by a line break (`Body + Question`), or the first that is
-not empty (`choice_answer | answer`).
+not empty (`choice_answer | answer`). Dots lead into nested columns (`reward_model.ground_truth`,
+`messages.0.content`).
 """
 
 import re
@@ -10,7 +11,6 @@ from typing import Any
 from r1pipe.core.errors import DataError, nearest
 from r1pipe.data.reading import Row
 
-_SPEAKERS = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "safe": True, "unsafe": False}
 _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
@@ -18,67 +18,69 @@ _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 def text(row: Row, columns: str) -> str:
     """The text that `columns` names in a row, or "". Raises DataError where a column is missing."""
     for alternative in columns.split("|"):
-        parts = [_plain(row, name.strip()) for name in alternative.split("+")]
+        parts = [_plain(row, name) for name in names(alternative)]
         if any(parts):
             return "\n".join(filter(None, parts))
     return ""
 
 
-def dialogue(row: Row, column: str) -> str:
-    """A text, a turn ({from, value} or {role, content}) or several turns; a single turn gives its text."""
-    value = _value(row, column)
-    if isinstance(value, str):
-        return value.strip()
-    turns = [_turn(turn, column, row) for turn in (value if isinstance(value, list) else [value])]
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n\n".join(f"{_SPEAKERS[who]}: {said}" if who in _SPEAKERS else said for who, said in turns)
+def names(columns: str) -> list[str]:
+    """The columns that are joined."""
+    return [name.strip() for name in columns.split("+")]
 
 
 def flag(row: Row, column: str) -> bool:
     """True for true, 1 or safe; False for false, 0 or unsafe. Raises DataError on anything else."""
-    value = str(_value(row, column)).strip().lower()
-    if value not in _FLAGS:
+    found = str(value(row, column)).strip().lower()
+    if found not in _FLAGS:
         raise DataError(
-            f"{row.where}: column {column} holds {value[:40]!r}; it must be one of {', '.join(_FLAGS)}"
+            f"{row.where}: column {column} holds {found[:40]!r}; it must be one of {', '.join(_FLAGS)}"
         )
-    return _FLAGS[value]
+    return _FLAGS[found]
 
 
-def substitute(value: str, texts: dict[str, str], row: Row) -> str:
-    """`value` with each {{key}} replaced by its text. Raises DataError on an unknown key."""
+def substitute(content: str, texts: dict[str, str], row: Row) -> str:
+    """`content` with each {{key}} replaced by its text. Raises DataError on an unknown key."""
 
     def put(match: re.Match[str]) -> str:
         if match[1] not in texts:
             raise DataError(f"{row.where}: {match[0]} has no text; set +data.substitutions.{match[1]}=TEXT")
         return texts[match[1]]
 
-    return _KEY.sub(put, value)
+    return _KEY.sub(put, content)
 
 
-def _value(row: Row, column: str) -> Any:
-    if column not in row.values:
+def value(row: Row, column: str) -> Any:
+    """What a column holds; None where a nested one ends early. Raises DataError where it is missing."""
+    if column in row.values:
+        return row.values[column]
+    first, *parts = column.split(".")
+    if first not in row.values or not parts:
         raise DataError(f"{row.where} has no column {column}; {nearest(column, row.values)}")
-    return row.values[column]
+    found = row.values[first]
+    for part in parts:
+        if isinstance(found, dict) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.lstrip("-").isdigit() and -len(found) <= int(part) < len(found):
+            found = found[int(part)]
+        elif found is None:
+            return None
+        else:
+            raise DataError(f"{row.where}: column {first} holds no {column}; correct the name or the row")
+    return found
 
 
 def _plain(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if value is None:
+    found = value(row, column)
+    if found is None:
         return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))  # 43.0 in a JSON file of numbers is the answer 43
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        kind = type(value).__name__
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        kind = type(found).__name__
         raise DataError(f"{row.where}: column {column} holds a {kind}, not text; name another column")
-    return str(value).strip()
+    return plain_text(found)
 
 
-def _turn(turn: Any, column: str, row: Row) -> tuple[str, str]:
-    for who, what in (("from", "value"), ("role", "content")):
-        if isinstance(turn, dict) and isinstance(turn.get(who), str) and isinstance(turn.get(what), str):
-            return turn[who], turn[what].strip()
-    raise DataError(
-        f"{row.where}: column {column} holds neither text nor turns {{from, value}} or {{role, content}}; "
-        "name another column"
-    )
+def plain_text(found: str | int | float) -> str:
+    if isinstance(found, float) and found.is_integer():
+        return str(int(found))  # 43.0 in a JSON file of numbers is the answer 43
+    return str(found).strip()

@@ -1,6 +1,7 @@
 """Data from files: problems with gold answers, instructions with responses, preferences.
 
-A file is described by one small YAML in conf/data/. Sample: conf/data/gsm8k.yaml on the row
+A file is described by one small YAML in conf/data/, or by the columns that it has (layouts.py). Sample:
+conf/data/gsm8k.yaml on the row
 {"question": "... How many in all?", "answer": "48/2 = <<48/2=24>>24 in May. ...\\n#### 72"} gives
 Prompt(task="gsm8k", question="... How many in all?", answer="72") and a worked solution of it.
 """
@@ -9,9 +10,8 @@ import json
 import math
 import os
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,37 +20,21 @@ from r1pipe.config import DataConfig, SourceConfig
 from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.paths import SET_ASIDE
 from r1pipe.core.types import GENERAL_TASKS, Demonstration, PreferencePair, Prompt, SafetyLabel
-from r1pipe.data.columns import dialogue, flag, substitute, text
-from r1pipe.data.reading import SHOWN, BadRow, Row, read_file
+from r1pipe.data.formats import SHOWN
+from r1pipe.data.items import ROLES, SAFE, Item, key, parse_item, roles
+from r1pipe.data.layouts import find_layout
+from r1pipe.data.reading import BadRow, FileRows, read_rows
 from r1pipe.data.source import SPLITS, Source
-from r1pipe.data.world.content import make_prompt, split_of
-from r1pipe.rewards import check_gold
-from r1pipe.rewards.answers.gold import restore_backslashes
-from r1pipe.rewards.language import LANGUAGES, language_of
+from r1pipe.rewards.answers.gold import Form
+from r1pipe.rewards.language import LANGUAGES
 from r1pipe.runs import data_files
 
 T = TypeVar("T")
 
-ROLES = {  # kind -> required roles, optional roles
-    "reasoning": (("question", "answer"), ("solution",)),
-    "general": (("question", "response"), ()),
-    "preferences": (("question", "chosen", "rejected"), ()),
-    "labels": (("question", "response", "safe"), ()),
-}
-SAFE, UNSAFE = "safe", "unsafe"
 SUMMARY = {"en": "The answer is {}.", "zh": "答案是{}。"}
 BOXED = r"\boxed{{{}}}"  # in any other language
-CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations, which are not part of the solution
-
-
-@dataclass(frozen=True)
-class Item:
-    """One parsed row: the prompt, its texts by role, and its split."""
-
-    prompt: Prompt
-    texts: dict[str, str]
-    split: str
-    source: str  # provenance: file and row
+TASKS = {"general": "writing", "preferences": "writing", "labels": "safety"}  # of data that is no problems
+EQUAL = "the chosen and the rejected answer are the same, so the pair teaches nothing"
 
 
 def summary_of_answer(prompt: Prompt) -> str:
@@ -64,61 +48,107 @@ class Files(Source):
     def __init__(
         self, config: DataConfig, folder: Path | None = None, report: Callable[[str], None] | None = None
     ):
-        """With data.bad_rows=set_aside, bad rows are written to `folder`; `report` takes a line on them."""
+        """With data.bad_rows=set_aside, bad rows are written to `folder`; `report` takes a line on them.
+
+        A source whose columns are not named is read at once, since its layout decides what kind it gives.
+        """
         self.config, self._folder, self._report = config, folder, report
-        self._bad: list[BadRow] = []  # of the files read
-        self._sources = _sources(config)
+        self.set_aside: list[BadRow] = []  # of the files read
+        self._read: dict[str, FileRows] = {}  # path -> rows that are not parsed yet
+        self.described: dict[str, str] = {}  # path -> the layout that it was found to have
+        self.sources: dict[str, list[SourceConfig]] = {kind: [] for kind in data_files.KINDS}
+        for kind, source, where in _sources(config):
+            gives, whole = (kind, source) if _is_mapped(source) else self._recognise(kind, source)
+            _check_source(whole, gives, where)
+            self.sources[gives].append(whole)
         self._items: dict[str, list[Item]] = {}  # kind -> its rows, once requested
-        if not any(self._sources.values()):
+        if not any(self.sources.values()):
             raise ConfigError(f"data={config.name} names no file; set data.path=FILE")
+        self.layouts = list(self.described.values())
         self.hash, self.files = data_files.hashes(asdict(config))
+
+    def _recognise(self, kind: str, source: SourceConfig) -> tuple[str, SourceConfig]:
+        """The kind that a source gives by its layout, and the source with its columns. Raises DataError."""
+        file = self._read[source.path] = read_rows(Path(source.path), self.config.longest_row)
+        if not file.rows:
+            raise DataError(file.bad[0].reason)
+        try:
+            found = find_layout(file.rows, kind, source.layout, source.columns)
+        except DataError as error:
+            listed = ",".join(f"{role}:COLUMN" for role in ROLES[kind][0])
+            keys = f"path:.,language:{source.language},task:{source.task},columns:{{{listed}}}"
+            raise DataError(f"{source.path}: {error}, e.g. data.{kind}=[{{{keys}}}]") from None
+        told = "named" if source.layout else "told by its columns"
+        listed = (
+            ", ".join(f"{role}={column}" for role, column in found.columns.items())
+            or "as its tests are written"
+        )
+        counted = f"{len(file.rows) + len(file.bad):,} rows of {file.format}"
+        self.described[source.path] = f"{source.path}: {counted}, layout {found.name} ({told}): {listed}"
+        mark = source.answer_after or found.answer_after
+        task = source.task if found.kind == kind else TASKS.get(found.kind, source.task)
+        return found.kind, replace(
+            source, columns=found.columns, layout=found.name, answer_after=mark, task=task
+        )
 
     def items(self, kind: str) -> list[Item]:
         """All rows of one kind; a question that one source holds out is removed from every other source."""
         if kind not in self._items:
-            sources = self._sources[kind]
+            sources = self.sources[kind]
+            paths, longest = [source.path for source in sources], self.config.longest_row
+            files = [self._read.pop(p) if p in self._read else read_rows(Path(p), longest) for p in paths]
             declared = {source.split for source in sources if source.split}
-            items = [item for source in sources for item in self._read(kind, source, declared)]
-            held_out = {_key(item.prompt): item.split for item in items if item.split != "train"}
+            declared |= {row.split for file in files for row in file.rows if row.split}
+            parsed = zip(sources, files, strict=True)
+            items = [item for source, file in parsed for item in self._parse(kind, source, file, declared)]
+            held_out = {key(item.prompt): item.split for item in items if item.split != "train"}
             self._items[kind] = [
-                item for item in items if held_out.get(_key(item.prompt), item.split) == item.split
+                item for item in items if held_out.get(key(item.prompt), item.split) == item.split
             ]
         return self._items[kind]
 
-    def _read(self, kind: str, source: SourceConfig, declared: set[str]) -> list[Item]:
-        file = read_file(Path(source.path), self.config.longest_row)
-        items, bad = [], [*file.bad]
+    def _parse(self, kind: str, source: SourceConfig, file: FileRows, declared: set[str]) -> list[Item]:
+        items, bad, equal = [], [*file.bad], []
         for row in file.rows:
             try:
-                texts = _texts(kind, row, source)
-                for role in texts:
-                    texts[role] = substitute(texts[role], self.config.substitutions, row)
-                items.append(_parse_item(kind, source, row, texts, declared))
+                item = parse_item(kind, source, row, self.config.substitutions, declared)
             except DataError as error:
                 bad.append(BadRow(row.path, row.number, str(error), str(row.values)[:SHOWN]))
+                continue
+            if "chosen" in item.texts and item.texts["chosen"] == item.texts["rejected"]:
+                reason = f"{row.where}: {EQUAL}"
+                equal.append(BadRow(row.path, row.number, reason, str(row.values)[:SHOWN]))
+            else:
+                items.append(item)
+        total = len(file.rows) + len(file.bad)
         if bad:
-            total = len(file.rows) + len(file.bad)
-            self._set_aside(sorted(bad, key=lambda row: row.number), total)
+            self._check_bad(sorted(bad, key=lambda row: row.number), total)
+        self._set_aside(sorted(bad, key=lambda row: row.number), total)
+        self._set_aside(equal, total)
         return items
 
-    def _set_aside(self, bad: Sequence[BadRow], total: int) -> None:
-        """The bad rows of one file of `total` rows, in their order.
-
-        Raises DataError with data.bad_rows=refuse, and where there are more than data.max_bad_rows.
-        """
+    def _check_bad(self, bad: Sequence[BadRow], total: int) -> None:
+        """Raises DataError with data.bad_rows=refuse, and where there are more than data.max_bad_rows of
+        `total` rows."""
         first, config = bad[0], self.config
         if config.bad_rows == "refuse":
             raise DataError(first.reason)
-        counted = f"{len(bad):,} of {total:,} rows of {first.path}"
         if len(bad) > config.max_bad_rows * total:
+            counted = f"{len(bad):,} of {total:,} rows of {first.path}"
             limit = f"data.max_bad_rows={config.max_bad_rows:g}"
             raise DataError(f"{counted} cannot be used, more than {limit}; the first: {first.reason}")
-        self._bad += bad
+
+    def _set_aside(self, rows: Sequence[BadRow], total: int) -> None:
+        """Leave out rows of one file of `total` rows, write them down and say so."""
+        if not rows:
+            return
+        counted = f"{len(rows):,} of {total:,} rows of {rows[0].path}"
+        self.set_aside += rows
         place = ""
         if self._folder:
             lines = [
                 {"file": str(row.path), "line": row.number, "reason": row.reason, "text": row.text}
-                for row in self._bad
+                for row in self.set_aside
             ]
             path = self._folder / SET_ASIDE
             temporary = path.with_name(f".{path.name}.{os.getpid()}")  # every rank writes the same file
@@ -126,7 +156,7 @@ class Files(Source):
             temporary.replace(path)
             place = f" (all in {path})"
         if self._report:
-            self._report(f"{counted} set aside{place}; the first: {first.reason}")
+            self._report(f"{counted} set aside{place}; the first: {rows[0].reason}")
 
     def _split(self, kind: str, split: str) -> list[Item]:
         return [item for item in self.items(kind) if item.split == split]
@@ -163,7 +193,8 @@ class Files(Source):
         return [item.prompt for item in _sample_by_task(items, n, seed, kinds, f"general/{split}")]
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
-        items = _sample_by_task(self._split("general", "train"), n, seed, kinds, "general traces")
+        answered = [item for item in self._split("general", "train") if item.texts["response"]]
+        items = _sample_by_task(answered, n, seed, kinds, "general traces")
         return [Demonstration(item.prompt, item.texts["response"], source=item.source) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
@@ -183,20 +214,17 @@ class Files(Source):
         return _sample(labels, n, seed, f"labels/{split}")
 
 
-def _sources(config: DataConfig) -> dict[str, list[SourceConfig]]:
-    """The checked sources of each kind with their full paths; those without a path are left out."""
-    result = {}
+def _sources(config: DataConfig) -> Iterator[tuple[str, SourceConfig, str]]:
+    """Kind, source with its full path, and place in the config of each source that has a path."""
     for kind, paths in data_files.located(asdict(config)).items():
         sources: Sequence[SourceConfig] = getattr(config, kind)
-        result[kind] = [replace(source, path=str(path)) for source, path in zip(sources, paths, strict=False)]
-        for i, source in enumerate(result[kind]):
-            _check_source(source, kind, f"data.{kind}[{i}]")
-    return result
+        for i, (source, path) in enumerate(zip(sources, paths, strict=False)):
+            yield kind, replace(source, path=str(path)), f"data.{kind}[{i}]"
 
 
-def roles(kind: str, source: SourceConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A source's required and optional roles; labels may be given as pairs."""
-    return ROLES["preferences" if kind == "labels" and "chosen" in source.columns else kind]
+def _is_mapped(source: SourceConfig) -> bool:
+    """Whether its columns are named one by one."""
+    return bool(source.columns) and source.layout is None
 
 
 def _check_source(source: SourceConfig, kind: str, where: str) -> None:
@@ -207,6 +235,9 @@ def _check_source(source: SourceConfig, kind: str, where: str) -> None:
     for role in required:
         if role not in source.columns:
             raise ConfigError(f"{where}.columns.{role} is missing; name the column that holds the {role}")
+    if source.answer_form not in (None, *Form):
+        remedy = nearest(str(source.answer_form), Form)
+        raise ConfigError(f"{where}.answer_form={source.answer_form} is unknown; {remedy}")
     if source.split not in (None, *SPLITS):
         raise ConfigError(f"{where}.split={source.split} is not a split; {nearest(source.split, SPLITS)}")
     if source.language not in ("auto", *LANGUAGES):
@@ -217,58 +248,8 @@ def _check_source(source: SourceConfig, kind: str, where: str) -> None:
         raise ConfigError(f"{where}.task={source.task}: it {must} be one of {', '.join(GENERAL_TASKS)}")
 
 
-def _texts(kind: str, row: Row, source: SourceConfig) -> dict[str, str]:
-    """A row's texts by role: the gold answer alone, and the worked solution without annotations."""
-    columns, mark = source.columns, source.answer_after
-    if kind == "general":
-        return {role: text(row, column) for role, column in columns.items()}
-    if kind in ("preferences", "labels"):
-        texts = {role: dialogue(row, column) for role, column in columns.items() if role != "safe"}
-        if "safe" in columns:
-            texts["safe"] = SAFE if flag(row, columns["safe"]) else UNSAFE
-        return texts
-    answer = text(row, columns["answer"])
-    if mark is not None:
-        if mark not in answer:
-            raise DataError(f"{row.where}: {mark!r} is missing before the final answer; correct or remove it")
-        answer = answer.rpartition(mark)[2].strip()
-    texts = {"question": text(row, columns["question"]), "answer": restore_backslashes(answer)}
-    if "solution" in columns:
-        solution = text(row, columns["solution"])
-        if mark and columns["solution"] == columns["answer"]:
-            solution = solution.rpartition(mark)[0]
-        texts["solution"] = CALCULATION.sub("", solution).strip()
-    return texts
-
-
-def _parse_item(kind: str, source: SourceConfig, row: Row, texts: dict[str, str], declared: set[str]) -> Item:
-    """The row as an item; `declared` are the splits that whole files claim. Raises DataError."""
-    for role in roles(kind, source)[0]:
-        if not texts[role]:
-            column = source.columns[role]
-            raise DataError(f"{row.where}: the {role} (column {column}) is empty; fill it in or remove it")
-    question, language, task = texts["question"], source.language, source.task
-    if language == "auto":
-        language = language_of(question)
-    prompt = make_prompt(task, language, question, texts.get("answer", ""))
-    if kind == "reasoning":
-        try:
-            check_gold(prompt)
-        except DataError as error:
-            raise DataError(f"{row.where}: {str(error).removeprefix(f'{prompt.id}: ')}") from None
-    split = source.split or split_of(_key(prompt))
-    if source.split is None and split in declared:
-        split = "train"  # a file that declares this split provides all of it
-    return Item(prompt, texts, split, f"{Path(source.path).name}:{row.number}")
-
-
-def _key(prompt: Prompt) -> str:
-    """What makes two questions the same: their words, whatever the spaces and capitals."""
-    return " ".join(prompt.question.lower().split())
-
-
 def _distinct(items: list[Item]) -> list[Item]:
-    return list({_key(item.prompt): item for item in reversed(items)}.values())[::-1]
+    return list({key(item.prompt): item for item in reversed(items)}.values())[::-1]
 
 
 def _sample_by_task(

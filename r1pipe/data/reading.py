@@ -1,34 +1,31 @@
-"""Rows of a data file: json, jsonl, csv or parquet, plain or gzipped.
+"""Rows of a data file, of a folder of shards, or of a data set on the hub.
 
 A bad row costs one row, not the file: it is returned with its line and the reason, and the caller decides
 what to do with it.
 """
 
-import csv
 import difflib
-import gzip
-import io
-import json
-import logging
+import os
 import re
-import tempfile
+import urllib.error
+import urllib.request
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import pyarrow
 
 from r1pipe.core.errors import DataError
+from r1pipe.data.formats import READERS, SHOWN, detect, rows_of
 from r1pipe.runs import heartbeat
+from r1pipe.runs.data_files import COMPRESSIONS, data_suffix, hub_name, shards
 
 LONGEST = 1_000_000  # bytes of a row, where the config gives no limit
-SHOWN = 500  # characters of a bad row that are kept
+HUB_ANSWERS_IN = 5  # seconds
 # What the readers raise on a file of another format than its name says.
 _UNREADABLE = (ValueError, OSError, EOFError, StopIteration, zlib.error, pyarrow.ArrowException)
-_NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPLIT = re.compile(r"(?:^|[-_./])(train|dev|val|test)(?:ing|id|idation)?(?=$|[-_./\d])")
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Row:
     path: Path
     number: int  # from 1: the line where it begins, or the row where rows are not lines
     unit: str  # line or row
+    split: str | None = None  # that its file in a folder is named after
 
     @property
     def where(self) -> str:
@@ -57,10 +55,30 @@ class BadRow:
 class FileRows:
     rows: list[Row] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
+    format: str = ""  # as it is shown: "jsonl, gz", "3 files of parquet", "hub"
+
+    def add(self, number: int, text: str, values: dict[str, Any] | str, row: Row) -> None:
+        """A row where `row` says, with these values; or a bad one, where `values` is the reason."""
+        row = replace(row, number=number)
+        if isinstance(values, str):
+            self.bad.append(BadRow(row.path, number, f"{row.where} {values}", text[:SHOWN]))
+        else:
+            self.rows.append(replace(row, values=values))
+
+    def complete(self) -> None:
+        """Give every row every column: None where it lacks one."""
+        columns = dict.fromkeys(name for row in self.rows for name in row.values)
+        self.rows = [replace(row, values={**columns, **row.values}) for row in self.rows]
 
 
-# Number, the row as text, and its values; or, in place of the values, why it cannot be used.
-RawRows = Iterator[tuple[int, str, dict[str, Any] | str]]
+def read_rows(path: Path, longest: int = LONGEST) -> FileRows:
+    """All rows of a file, of a folder of shards (also a `save_to_disk` folder), or of OWNER/NAME on the hub.
+
+    Raises DataError where it cannot be read as a whole or holds no rows.
+    """
+    if path.is_dir():
+        return _read_folder(path, longest)
+    return _read_hub(path, longest) if hub_name(path) else read_file(path, longest)
 
 
 def read_file(path: Path, longest: int = LONGEST) -> FileRows:
@@ -69,25 +87,21 @@ def read_file(path: Path, longest: int = LONGEST) -> FileRows:
 
     Raises DataError where the file as a whole cannot be read or holds no rows.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if not path.is_file():
         raise DataError(_missing(path))
-    if suffix not in READERS:
-        raise DataError(f"{path} is of an unknown format; give one of {', '.join(READERS)}, plain or .gz")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; download it again")
-    found, columns = FileRows(), dict[str, None]()
+    found = FileRows()
     try:
-        if suffix == ".json" and not _is_array(path):
-            suffix = ".jsonl"
+        suffix, compression = detect(path)
+        if not suffix:
+            raise DataError(f"{path} is of an unknown format; give one of {_known()}")
+        found.format = f"{suffix}{compression}".replace(".", " ").strip().replace(" ", ", ")
         unit, read = READERS[suffix]
-        for number, text, values in read(path, longest):
+        place = Row({}, path, 0, unit)
+        for number, text, values in read(path, compression, longest):
             heartbeat.tick()
-            if isinstance(values, str):
-                found.bad.append(BadRow(path, number, f"{path} {unit} {number} {values}", text[:SHOWN]))
-            else:
-                columns |= dict.fromkeys(values)
-                found.rows.append(Row(values, path, number, unit))
+            found.add(number, text, values, place)
     except DataError:
         raise
     except _UNREADABLE as error:
@@ -95,13 +109,15 @@ def read_file(path: Path, longest: int = LONGEST) -> FileRows:
         raise DataError(f"{path} cannot be read ({detail}); download it again") from None
     if not found.rows and not found.bad:
         raise DataError(f"{path} holds no rows; download it again")
-    found.rows = [replace(row, values={**columns, **row.values}) for row in found.rows]
+    found.complete()
     return found
 
 
+def _known() -> str:
+    return f"{', '.join(READERS)}, plain, {' or '.join(COMPRESSIONS)}"
+
+
 def _missing(path: Path) -> str:
-    if path.is_dir():
-        return f"{path} is a folder; give a file in it"
     if not path.parent.is_dir():
         return f"{path} does not exist, nor does its folder; set data.path=FILE or FOLDER"
     similar = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
@@ -109,127 +125,91 @@ def _missing(path: Path) -> str:
     return f"{path} does not exist; {guess} data.path=FILE, or the folder that holds it"
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+def _read_folder(folder: Path, longest: int) -> FileRows:
+    """The rows of all shards, in the order of their names, with the splits that those name."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _read_saved(folder, longest)
+    files = shards(folder)
+    if not files:
+        raise DataError(f"{folder} holds no data files ({_known()}); give a file, or a folder with some")
+    formats = sorted({data_suffix(file) for file in files})
+    if len(formats) > 1:
+        raise DataError(f"{folder} holds files of several formats ({', '.join(formats)}); give one of them")
+    names = {file.relative_to(folder).parts[0] for file in files if file.parent != folder}
+    subsets = sorted(name for name in names if _split_in(name) is None)
+    if len(subsets) > 1:
+        raise DataError(f"{folder} holds several data sets ({', '.join(subsets)}); give one of these folders")
+    found = FileRows(format=f"{len(files)} {'file' if len(files) == 1 else 'files'} of {formats[0][1:]}")
+    for file in files:
+        shard = read_file(file, longest)
+        split = _split_in(str(file.relative_to(folder)))
+        found.rows += [replace(row, split=split) for row in shard.rows]
+        found.bad += shard.bad
+    found.complete()
+    return found
 
 
-def _is_array(path: Path) -> bool:
-    with _open(path) as file:
-        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+def _split_in(name: str) -> str | None:
+    """The split that a file's name in a folder holds: train, dev or test."""
+    match = _SPLIT.search(name.lower())
+    return match and {"val": "dev"}.get(match[1], match[1])
 
 
-def _json_lines(path: Path, longest: int) -> RawRows:
-    with _open(path) as file:
-        number = 0
-        while line := file.readline(longest + 1):
-            number += 1
-            if len(line) > longest and not line.endswith(b"\n"):
-                while (rest := file.readline(1 << 20)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, line[:SHOWN].decode(errors="replace"), _too_long(longest)
-            elif line.strip():
-                yield number, line[: 4 * SHOWN].decode(errors="replace"), _parse_json(line)
+def _read_saved(folder: Path, longest: int) -> FileRows:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    import datasets  # takes a second; only these folders need it
 
-
-def _too_long(longest: int) -> str:
-    return f"is longer than data.longest_row={longest} bytes; shorten it, or raise the limit"
-
-
-def _parse_json(line: bytes) -> dict[str, Any] | str:
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError:
-        return _NOT_UTF8
-    except json.JSONDecodeError as error:
-        return f"is not JSON ({error.msg}, column {error.colno}); correct it"
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, NaN; [[[[...
-        return f"is not JSON ({str(error) or type(error).__name__}); correct it"
-    return _check_object(value)
+        saved = datasets.load_from_disk(str(folder))
+        splits = saved if isinstance(saved, dict) else {"": saved}
+        found = FileRows(format="a folder of save_to_disk")
+        for split, table in splits.items():
+            place = Row({}, folder / split, 0, "row", _split_in(split))
+            for number, text, values in rows_of(table.with_format("arrow").iter(1000), longest):
+                heartbeat.tick()
+                found.add(number, text, values, place)
+    except (*_UNREADABLE, KeyError, TypeError, AttributeError) as error:  # metadata of another shape, too
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{folder} cannot be read ({detail}); save it again") from None
+    if not found.rows and not found.bad:
+        raise DataError(f"{folder} holds no rows; save it again")
+    found.complete()
+    return found
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+def _read_hub(path: Path, longest: int) -> FileRows:
+    """The data files of OWNER/NAME or of its folder SUBSET, downloaded once into the hub's own cache. No
+    script of a data set is ever run. Raises DataError."""
+    import huggingface_hub  # takes a second; it comes with datasets
 
-
-def _check_object(value: Any) -> dict[str, Any] | str:
-    if not isinstance(value, dict):
-        return 'is not a JSON object; each row must be like {"question": "..."}'
+    name, subset = hub_name(path) or ("", None)
+    patterns = [f"{subset}/*" if subset else f"*{suffix}*" for suffix in READERS]
+    online = _hub_answers()
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate); correct it"
-    return value
-
-
-def _json_array(path: Path, longest: int) -> RawRows:
-    with _open(path) as file:
-        content = file.read()
-    try:
-        rows = json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError:
-        raise DataError(f"{path} {_NOT_UTF8}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} line {error.lineno} is not JSON ({error.msg}, column {error.colno}); correct the file"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{path} is nested too deeply; correct the file") from None
-    for number, value in enumerate(rows, 1):
-        text = json.dumps(value)[: longest + 1]
-        yield number, text, _too_long(longest) if len(text) > longest else _check_object(value)
-
-
-def _csv_rows(path: Path, longest: int) -> RawRows:
-    """Every column as text: a guessed type would turn 007 into 7, and an empty field into NaN."""
-    csv.field_size_limit(max(longest, 1 << 17))
-    with _open(path) as file:
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(lines)
-        header = next(reader, [])
-        if _SURROGATE.search("".join(header)):
-            raise DataError(f"{path} line 1 {_NOT_UTF8}")
-        while True:
-            number = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, "", f"cannot be read ({error}); correct it"
-                continue
-            text = ",".join(fields)
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                counts = f"{len(fields)} fields, the header has {len(header)}"
-                yield number, text, f"cannot be read ({counts}); correct it"
-            elif _SURROGATE.search(text):
-                yield number, text, _NOT_UTF8
-            elif sum(map(len, fields)) > longest:
-                yield number, text, _too_long(longest)
-            else:
-                yield number, text, dict(zip(header, fields, strict=True))
-
-
-def _parquet_rows(path: Path, longest: int) -> RawRows:
-    """Streamed through `datasets`, which then keeps no cache: a file that changed is never answered from an
-    old copy, and nothing lands in the user's home."""
-    import datasets  # takes a second; only parquet needs it
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # our one line says more about a damaged file
-    with tempfile.TemporaryDirectory() as locks:  # for its lock files
-        stream = datasets.load_dataset(
-            "parquet", data_files=str(path), split="train", streaming=True, cache_dir=locks
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", allow_patterns=patterns, local_files_only=not online
         )
-        for number, values in enumerate(stream, 1):
-            size = sum(len(value) for value in values.values() if isinstance(value, str | bytes))
-            yield number, str(values)[:SHOWN], _too_long(longest) if size > longest else values
+    except (ValueError, OSError) as error:  # no network, no such data set, or one that needs a login
+        detail = (
+            " ".join(str(error).split()[:40]) if online else "it does not answer, nor is this in its cache"
+        )
+        raise DataError(f"{path} is no path here, and not to be had from the hub ({detail})") from None
+    inside = Path(folder, subset) if subset else Path(folder)
+    if not inside.is_dir():
+        raise DataError(f"{name} on the hub has no folder {subset}; give another OWNER/NAME:FOLDER")
+    return _read_folder(inside, longest)
 
 
-READERS: dict[str, tuple[str, Callable[[Path, int], RawRows]]] = {  # what a row is called, and its reader
-    ".json": ("row", _json_array),
-    ".jsonl": ("line", _json_lines),
-    ".csv": ("line", _csv_rows),
-    ".parquet": ("row", _parquet_rows),
-}
+def _hub_answers() -> bool:
+    """Whether the hub can be reached now; the client itself would try for half a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")
+        with urllib.request.urlopen(request, timeout=HUB_ANSWERS_IN):
+            return True
+    except urllib.error.HTTPError:  # an answer, too
+        return True
+    except (OSError, ValueError):  # URLError among them
+        return False

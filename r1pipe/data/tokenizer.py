@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from r1pipe.chat.template import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS, TEMPLATE
+from r1pipe.chat.template import BOS, EOS, PAD, PLAIN_TOKENS, SPECIAL_TOKENS
+from r1pipe.core.chat_template import TEMPLATE
 from r1pipe.data.world import corpus
 from r1pipe.data.world.content import content
 from r1pipe.runs.files import write_json

@@ -5,7 +5,7 @@ checks of the policy share one probe; the later ones train it by one step, and i
 
     context        what the checks share: limits (conf/doctor/limits.yaml), data, engine and probe
     data           columns, gold answers, duplicates, overlap with the evaluation
-    template       rewards under this chat format, <think>, end of sequence, lengths
+    template       the chat template; rewards under it, <think>, end of sequence, lengths
     policy         truncation, variance, sampler against trainer, save and load
     reward_models  their quality, what they read, what refusals earn, whether general prompts are scored
     resources      device, memory and disk
@@ -52,7 +52,9 @@ CHECKS: dict[str, Check] = {
     "device": Check(resources.device, ALL),
     "data": Check(data.readable, EVALUATED),
     "gold answers": Check(data.gold_answers, EVALUATED),
+    "chat template": Check(template.conversations, ALL),
     "rewards": Check(template.rewards, PROMPTED),
+    "custom rewards": Check(template.custom_rewards, RL),
     "end of sequence": Check(template.end_of_sequence, ALL, all_ranks=True),
     "lengths": Check(template.lengths, PROMPTED),
     "duplicates": Check(data.duplicates, PROMPTED),

@@ -17,6 +17,7 @@ from r1pipe.core.types import Completion, Demonstration, Group, Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source
 from r1pipe.rewards import Verdicts
+from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
@@ -233,7 +234,13 @@ class Context:
     @cached_property
     def loop(self) -> RLTrainer:
         self.trial.chat, self.trial.data = self.chat, self.data
-        return RLTrainer(self.trial, self.engine, None, self.reward_models)
+        custom = self.custom if self.custom.names else None
+        return RLTrainer(self.trial, self.engine, None, self.reward_models, custom=custom)
+
+    @cached_property
+    def custom(self) -> CustomRewards:
+        """An RL stage's custom rewards."""
+        return CustomRewards(self.trial.stage.rewards)
 
     @cached_property
     def reward_models(self) -> RewardModels:

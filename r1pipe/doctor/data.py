@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from r1pipe.config import DistillConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
+from r1pipe.data.overlap import ShortQuestions, asked, key, ngrams, words
 from r1pipe.doctor.context import Context, Limits, Outcome
 from r1pipe.rewards import check_gold
 from r1pipe.runs.findings import FAIL, PASS, WARN
-from r1pipe.train.sft.filters import ngrams, words
 
 SHOWN = 60  # characters of a question
 
@@ -23,6 +23,7 @@ def readable(context: Context) -> Outcome:
     trained = context.demonstrations or context.prompts
     value = f"data={context.config.data.name}: {_drawn(context, 'train', len(trained))} to train on, "
     value += f"{_drawn(context, split, len(context.held_out))} to evaluate on"
+    value += "".join(f"; {line}" for line in context.data.layouts)
     if not context.held_out:
         return Outcome(WARN, value, f"add rows of split {split}, or nothing will be measured")
     if context.data_notes:
@@ -52,15 +53,15 @@ def gold_answers(context: Context) -> Outcome:
 
 
 def duplicates(context: Context) -> Outcome:
-    """Rows with the same words as an earlier row, whatever the punctuation."""
+    """Rows with the same words as an earlier row, whatever the punctuation; see `data.overlap`."""
     training, tuned = context.training_rows, isinstance(context.config.stage, SFTConfig | DistillConfig)
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[str, str]] = set()
     repeated: list[Demonstration] = []
     for row in training.rows:
-        key = _key(row.prompt.question, row.response if tuned else "")
-        if key in seen:
+        same = (key(asked(row.prompt)), key(row.response if tuned else ""))
+        if same in seen:
             repeated.append(row)
-        seen.add(key)
+        seen.add(same)
     share = len(repeated) / max(1, len(training.rows))
     value = f"{len(repeated):,} of {len(training.rows):,} {training.unit} ({share:.1%}){training.note}"
     remedy = "keep one of each in the data: "
@@ -76,20 +77,20 @@ def overlap(context: Context) -> Outcome:
     """
     training, limits, split = context.training_rows, context.limits, context.config.stage.eval.split
     evaluation = context.row_set(split, context.held_out)
-    questions = {_key(row.prompt.question): row.prompt.question for row in evaluation.rows}
-    whole = {key: row for row in training.rows if (key := _key(row.prompt.question)) in questions}
+    questions = {key(asked(row.prompt)): asked(row.prompt) for row in evaluation.rows}
+    whole = {same: row for row in training.rows if (same := key(asked(row.prompt))) in questions}
     value = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
     value += f"({len(training.rows):,} {training.unit})"
-    near: dict[tuple[str, ...], Demonstration] = {}
+    near: dict[str, Demonstration] = {}
     if context.data.rows(split) is not None:
-        keys = [key for key in questions if key not in whole]
-        copies = near_copies([questions[key] for key in keys], training.rows, limits)
+        keys = [same for same in questions if same not in whole]
+        copies = near_copies([questions[same] for same in keys], training.rows, limits)
         near = {keys[number]: row for number, row in copies.items()}
         value += f", {len(near):,} more nearly, in {limits.covered:.0%} of their words"
     value += training.note or evaluation.note
     remedy = "take these rows out of the training data, or the evaluation measures memory"
-    for key, row in [*whole.items(), *near.items()][:1]:
-        remedy += f"; the first: {_place_of(row)}, evaluated as {questions[key][:SHOWN]!r}"
+    for same, row in [*whole.items(), *near.items()][:1]:
+        remedy += f"; the first: {_place_of(row)}, evaluated as {questions[same][:SHOWN]!r}"
     status = FAIL if whole else limits.overlap.grade(len(near) / max(1, len(questions)))
     return Outcome(status, value, remedy)
 
@@ -99,7 +100,8 @@ def near_copies(
 ) -> dict[int, Demonstration]:
     """A question's index -> the first row that shares `covered` of its words, in common n-grams.
 
-    Only words in distinctive n-grams count: those that at most `common` questions have.
+    Only words in distinctive n-grams count: those that at most `common` questions have. Questions without an
+    n-gram are found as `ShortQuestions` says.
     """
     n = limits.ngram
     places: dict[Ngram, Places] = defaultdict(list)
@@ -110,8 +112,11 @@ def near_copies(
     distinctive = {gram: where for gram, where in places.items() if len(where) <= limits.common}
     countable = _covered_words(distinctive.values(), n)
     copies: dict[int, Demonstration] = {}
+    short = ShortQuestions(questions, n)
     for row in rows:
-        shared = distinctive.keys() & ngrams(words(row.prompt.question), n)
+        for number in short.copied_by(asked(row.prompt)):
+            copies.setdefault(number, row)
+        shared = distinctive.keys() & ngrams(words(asked(row.prompt)), n)
         for number, covered in _covered_words((distinctive[gram] for gram in shared), n).items():
             if len(covered) >= limits.covered * len(countable[number]):
                 copies.setdefault(number, row)
@@ -130,7 +135,3 @@ def _covered_words(places: Iterable[Places], n: int) -> dict[int, set[int]]:
 def _place_of(row: Demonstration) -> str:
     """File and line of a row; its question where they are unknown."""
     return row.source or repr(row.prompt.question[:SHOWN])
-
-
-def _key(*texts: str) -> tuple[str, ...]:
-    return tuple(" ".join(word for word in words(text) if word[0].isalnum()) for text in texts)

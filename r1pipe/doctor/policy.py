@@ -48,7 +48,7 @@ def variance(context: Context) -> Outcome:
     compared = [group.rewards for group in groups] if grouped else [rewards]
     share = sum(map(has_variance, compared)) / len(compared)
     scores = [score["accuracy"] for group in groups for score in group.scores if "accuracy" in score]
-    right = sum(score.value for score in scores if score.status is Status.SCORED) / max(1, len(scores))
+    right = sum(score.value == 1.0 for score in scores if score.status is Status.SCORED) / max(1, len(scores))
     value = f"{share:.0%} of {len(groups)} groups differ; " if grouped else f"{len(scored)} completions: "
     value += f"rewards {min(scored):.2f} to {max(scored):.2f}, {right:.0%} of answers right"
     if len(scored) < len(rewards):

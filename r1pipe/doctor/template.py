@@ -1,10 +1,11 @@
-"""Rewards, tags, end of sequence and lengths, under the chat format that comes with the weights."""
+"""The chat template that comes with the weights; and rewards, tags, end of sequence and lengths under it."""
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, THINK, compose_response
+from r1pipe.chat.template import EOS, SHOWN, THINK, compose_response
 from r1pipe.config import FineTuneConfig, RLConfig
-from r1pipe.core.types import Demonstration, Prompt
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration, Message, Prompt, Status
 from r1pipe.data.files import summary_of_answer
 from r1pipe.data.packing import collate, pack
 from r1pipe.data.source import prompt_fits
@@ -15,6 +16,9 @@ from r1pipe.train.rl.scoring import MEASURED, reward_weights, total_reward
 
 REASONING = {"en": "Let me go through it step by step.", "zh": "我来一步一步地算。"}
 USELESS = {"en": "我不知道。", "zh": "I do not know."}  # in the other language, without tags or an answer
+SYSTEM = Message("system", "Answer in one line.")  # of the conversations that the template is tried on
+ASKED = {"role": "user", "content": "What is 3 + 4?"}
+REASONED, CONCLUDED = "Three and four make seven.", "It is 7."
 SMALL = 1e-6  # rewards closer than this are the same
 
 
@@ -23,19 +27,9 @@ def rewards(context: Context) -> Outcome:
 
     Correct responses pass through tokenizer and template as sampled ones do.
     """
-    examples = context.solved or [
-        Demonstration(p, compose_response(REASONING.get(p.language, p.question), summary_of_answer(p)))
-        for p in context.prompts[: context.limits.judged]
-        if p.answer
-    ]
-    if not examples:
+    prompts, texts = _correct_responses(context)
+    if not prompts:
         return Outcome(WARN, "no correct response to test with", "use data with solutions or gold answers")
-    chat = context.chat
-    prompts, texts = [example.prompt for example in examples], []
-    for example in examples:
-        tokens = chat.example(example.prompt, example.response)
-        learned = zip(tokens.tokens, tokens.loss, strict=True)
-        texts.append(chat.response([token for token, is_learned in learned if is_learned]))
     weights = _tested_weights(context)
     full = sum(weight for weight in weights.values() if weight > 0)
     scored = score_all(prompts, completions_of(texts), sorted(weights))
@@ -59,6 +53,46 @@ def rewards(context: Context) -> Outcome:
     return Outcome(PASS, value)
 
 
+def custom_rewards(context: Context) -> Outcome:
+    """Each custom reward has a verdict on correct responses and on useless ones, in groups of two."""
+    custom = context.custom
+    if not custom.names:
+        return Outcome(PASS, "not needed: this stage has none")
+    prompts, texts = _correct_responses(context)
+    prompts = prompts or context.prompts[: context.limits.judged]
+    texts = texts or [prompt.answer for prompt in prompts]
+    useless = [USELESS.get(prompt.language, USELESS["en"]) for prompt in prompts]
+    groups = [(p, completions_of(pair)) for p, *pair in zip(prompts, texts, useless, strict=True)]
+    values, remedy = [], ""
+    for name in custom.names:
+        scores = [score for group in custom.score(name, groups) for score in group]
+        kept = [score.value for score in scores if score and score.status is Status.SCORED]
+        failed = [score.detail for score in scores if score and score.status is not Status.SCORED]
+        shown = f"{min(kept):.2f} to {max(kept):.2f}" if kept else "nothing"
+        values.append(f"{name} gives {shown} in {len(kept)} of {len(scores)} cases")
+        if failed:
+            return Outcome(FAIL, "; ".join(values), f"{name} has no verdict: {failed[0]}; fix it")
+        if not kept:
+            remedy = f"{name} has no rule for any of these prompts, and would count for nothing"
+    return Outcome(WARN if remedy else PASS, "; ".join(values), remedy)
+
+
+def _correct_responses(context: Context) -> tuple[list[Prompt], list[str]]:
+    """Prompts and a correct response to each, which has passed through tokenizer and template; none where the
+    data has neither solutions nor gold answers."""
+    examples = context.solved or [
+        Demonstration(p, compose_response(REASONING.get(p.language, p.question), summary_of_answer(p)))
+        for p in context.prompts[: context.limits.judged]
+        if p.answer
+    ]
+    chat, texts = context.chat, []
+    for example in examples:
+        tokens = chat.example(example.prompt, example.response)
+        learned = zip(tokens.tokens, tokens.loss, strict=True)
+        texts.append(chat.response([token for token, is_learned in learned if is_learned]))
+    return [example.prompt for example in examples], texts
+
+
 def _tested_weights(context: Context) -> dict[str, float]:
     """An RL stage's weights of its rule-based rewards; other stages weigh all alike.
 
@@ -75,7 +109,40 @@ def _swapped_accuracy(prompts: Sequence[Prompt], texts: Sequence[str]) -> float:
     different = [i for i in range(len(prompts)) if answers[i] != answers[i - 1]]
     responses = completions_of([texts[i - 1] for i in different])
     scores = score_all([prompts[i] for i in different], responses, ["accuracy"])
-    return sum(score["accuracy"].value for score in scores if "accuracy" in score) / max(1, len(different))
+    return sum(score["accuracy"].value == 1.0 for score in scores if "accuracy" in score) / max(
+        1, len(different)
+    )
+
+
+def conversations(context: Context) -> Outcome:
+    """Whether the template keeps what is said, and writes an answer as it is trained on and sampled."""
+    chat = context.chat
+    answered = {"role": "assistant", "content": compose_response(REASONED, CONCLUDED)}
+    begun = chat.render([ASKED], add_generation_prompt=True)
+    ended = chat.render([ASKED, answered], add_generation_prompt=False)
+    later = chat.render([ASKED, answered, ASKED], add_generation_prompt=True)
+    try:
+        chat.prompt_tokens(Prompt("", "", "", ASKED["content"], context=(SYSTEM,)))
+        refusal = ""
+    except DataError as error:
+        refusal = str(error)
+    value = f"system messages {'refused' if refusal else 'kept'}, "
+    value += f"{'template' if begun.rstrip().endswith(THINK) else 'model'} opens {THINK}, "
+    value += f"earlier reasoning {'kept' if REASONED in later else 'left out'}"
+    if chat.system:
+        value += f"; system prompt {chat.system[:SHOWN]!r}"
+    remedy = ""
+    if ASKED["content"] not in begun or CONCLUDED not in ended or CONCLUDED not in later:
+        remedy = "it leaves out what users or assistants say"
+    elif not ended.startswith(begun) or REASONED not in ended:
+        remedy = "what an answer is sampled after is not what it follows in a whole conversation"
+    elif not ended.rstrip().endswith(EOS):
+        remedy = f"it does not end an answer with {EOS}"
+    if remedy:
+        return Outcome(FAIL, value, f"{remedy}; correct chat_template in tokenizer_config.json")
+    if refusal:
+        return Outcome(WARN, value, f"{refusal}; or use neither chat.system nor data with system messages")
+    return Outcome(PASS, value)
 
 
 def opens_think(context: Context) -> Outcome:

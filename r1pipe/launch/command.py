@@ -7,10 +7,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from shutil import copyfile
 from typing import Any, BinaryIO
@@ -22,7 +21,8 @@ from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.plan import footprint
 from r1pipe.runs import machine
-from r1pipe.runs.files import append_line, read_json, write_json, write_text
+from r1pipe.runs.files import read_json, write_json, write_text
+from r1pipe.runs.record import note
 
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
@@ -102,18 +102,6 @@ def facts_of_code(env: Mapping[str, Any], diff: bytes) -> dict[str, Any]:
     revision = (env.get("code") or {}).get("revision")
     code = {"revision": revision, "diff_hash": hashlib.sha256(diff).hexdigest()}
     return {"code": code, "python": env.get("python"), "versions": env.get("versions")}
-
-
-def note(run: RunFolder, changed: Sequence[Change]) -> None:
-    """Append what changed between a run's sessions to config_history.jsonl, if anything did.
-
-    {"time": "2026-11-25T03:56:34+00:00", "changed": {"stage.keep": [2, 5]}}; code and versions have a line of
-    their own: {"code.revision": ["7adeff0…", "9c8dfaa…"], "versions.torch": ["2.12.0", "2.13.0"]}.
-    """
-    if changed:
-        values = {change.key: [change.old, change.new] for change in changed}
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        append_line(run.config_history, {"time": now, "changed": values})
 
 
 def printable(config: RunConfig, line: list[str]) -> str:

@@ -15,7 +15,7 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.command import checked_command, job_environment, note, printable, write_run_files
+from r1pipe.launch.command import checked_command, job_environment, printable, write_run_files
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
 from r1pipe.runs import heartbeat, locks, processes, record, stopping
@@ -65,7 +65,7 @@ class Job:
         with ExitStack() as resources, ExitStack() as handlers:
             self._lock = resources.enter_context(locks.held(run))
             record.set_aside(run)
-            note(run, changed)
+            record.note(run, changed)
             changed_code = write_run_files(self.config, run, line, sweep)
             for stale in (run.error, run.stop):
                 stale.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ def with_parents(
         weights, reads = filled.weights_from, filled.reads_from
     if weights is not None:
         check_parent_fits(weights, config.model)
-    check_same_chat_format(weights, reads.values())
+    check_same_chat_format(weights, reads.values(), config.chat.system)
     return replace(config, weights_from=weights, reads_from=reads)
 
 

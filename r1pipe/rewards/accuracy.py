@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
-from r1pipe.rewards import program, symbolic
+from r1pipe.rewards import symbolic
 from r1pipe.rewards.answers import check as answers
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
 from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.reading import last_stated
+from r1pipe.rewards.programs.check import check_program, check_program_gold, unparsed, vote_of_program
 from r1pipe.runs import heartbeat
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -109,7 +110,7 @@ def _expression_key(prompt: Prompt, summary: str) -> str:
     """One spelling for expressions that differ in spaces and idle parentheses."""
     answer = last_stated(summary)
     tree = _parse_expression(answer) if answer else None
-    return program.unparsed(tree, answer or "") if tree else re.sub(r"\s+", "", answer or "").lower()
+    return unparsed(tree, answer or "") if tree else re.sub(r"\s+", "", answer or "").lower()
 
 
 def _stated_key(prompt: Prompt, summary: str) -> str:
@@ -136,9 +137,9 @@ CHECKERS: dict[str, Checker] = {
     "word": ANSWER,
     "countdown": Checker(check_countdown, _check_countdown_gold, _one_by_one(_expression_key)),
     "program": Checker(
-        program.check_program,
-        program.check_program_gold,
-        _one_by_one(lambda _, summary: program.program_key(summary)),
+        check_program,
+        check_program_gold,
+        lambda prompt, summaries: [vote_of_program(prompt.checker, summary) for summary in summaries],
     ),
     "reasoning_gym": Checker(check_gym, lambda prompt: None, _one_by_one(_stated_key)),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
@@ -147,7 +148,7 @@ CHECKERS: dict[str, Checker] = {
 def checker_of(prompt: Prompt) -> Checker:
     if "reasoning_gym" in prompt.checker:
         return CHECKERS["reasoning_gym"]
-    return CHECKERS["program"] if "entry_point" in prompt.checker else CHECKERS.get(prompt.task, ANSWER)
+    return CHECKERS["program"] if "tests" in prompt.checker else CHECKERS.get(prompt.task, ANSWER)
 
 
 def is_verifiable(prompt: Prompt) -> bool:

@@ -33,6 +33,7 @@ def read(latex: str) -> Any:
 
 def equal(gold: Any, answer: Any, relation: str = "") -> bool:
     """Whether two formulas are equal, or two differences vanish, or are negative, at the same points."""
+    gold, answer = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, answer))
     if isinstance(gold, sympy.MatrixBase) or isinstance(answer, sympy.MatrixBase):
         same_shape = getattr(gold, "shape", None) == getattr(answer, "shape", ())
         return same_shape and all(equal(a, b) for a, b in zip(gold, answer, strict=True))

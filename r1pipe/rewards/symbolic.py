@@ -13,7 +13,7 @@ from typing import Any
 
 from r1pipe.core.types import Score, Status
 from r1pipe.rewards import symbolic_worker
-from r1pipe.rewards.jailed import encode
+from r1pipe.rewards.programs.jailed import encode
 from r1pipe.rewards.worker_process import ChildEnded, NoReply, WorkerProcess
 from r1pipe.runs import heartbeat
 

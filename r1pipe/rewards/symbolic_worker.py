@@ -39,7 +39,7 @@ def score(request: dict) -> dict:
     """Partial credit is not a right answer; a scorer that breaks down gives no verdict."""
     try:
         from r1pipe.rewards import gym
-        from r1pipe.rewards.jailed import decode
+        from r1pipe.rewards.programs.jailed import decode
 
         if "entry" not in request:
             gym.dataset(request["task"])

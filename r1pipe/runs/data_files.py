@@ -5,6 +5,8 @@
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,26 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.runs import heartbeat
 
 KINDS = ("reasoning", "general", "preferences", "labels")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+WHOLE_FOLDER = "."  # the path of a source that is all of `data.path`
+NEW_KEYS = ("layout", "answer_form")  # hashed only where they are set: older hashes stay valid
 CHUNK = 1 << 20  # bytes
+# What lies beside the shards: of save_to_disk and of the hub's older folders.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_HUB_NAME = re.compile(r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w-][\w.-]*)(?::(?P<subset>[\w.-]+))?")
 
 
 def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Kind -> files of its sources, in order.
+    """Kind -> paths of its sources, in order: files, folders of shards, or names on the hub.
 
-    `data.path` may be the folder of all sources, whose files may be links to elsewhere. If it is a file, it
-    replaces all sources of the first kind that has any. Raises ConfigError.
+    `data.path` may be the folder of all sources, whose files may be links to elsewhere. If it is a file or a
+    name on the hub, it replaces all sources of the first kind that has any. Raises ConfigError.
     """
     files = {kind: [Path(source["path"]) for source in data[kind]] for kind in KINDS}
     if not data["path"]:
+        if any(Path(WHOLE_FOLDER) in paths for paths in files.values()):
+            raise ConfigError(f"data={data['name']} names no file; set data.path=FILE")
         return files
     path = Path(data["path"])
     if not path.is_dir():
@@ -36,18 +47,62 @@ def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
     return {kind: [path / name for name in names] for kind, names in files.items()}
 
 
+def data_suffix(path: Path) -> str:
+    """The suffix that names a file's format, without its compression; "" where it names none."""
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def hub_name(path: Path) -> tuple[str, str | None] | None:
+    """OWNER/NAME, with :FOLDER or without, which is no path here: the data set's name and its subset."""
+    match = _HUB_NAME.fullmatch(str(path))
+    if not match or path.exists() or path.parent.is_dir() or data_suffix(path):
+        return None
+    return f"{match['owner']}/{match['name']}", match["subset"]
+
+
+def shards(folder: Path) -> list[Path]:
+    """The data files in a folder and its subfolders, in order; hidden files and metadata are left out."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    inside += [path for below in inside if below.is_dir() for path in below.iterdir()]
+    found = [path for path in inside if data_suffix(path) and path.is_file() and path.name[0] != "."]
+    return sorted(p for p in found if p.name not in _METADATA and not p.name.startswith("cache-"))
+
+
 def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """SHA-256 over the config group and all files' bytes; and path -> SHA-256 of each file.
 
-    Missing files are left out: reading them raises an error, and this stage may not need them.
+    Missing files are left out: reading them raises an error, and this stage may not need them. Of a data set
+    on the hub, its name and its revision in the cache are hashed.
     """
-    whole = hashlib.sha256(json.dumps({**data, "path": None}, sort_keys=True).encode())
+    group = {kind: [_without_unset(source) for source in data[kind]] for kind in KINDS}
+    whole = hashlib.sha256(json.dumps({**data, **group, "path": None}, sort_keys=True).encode())
     files = {}
-    for path in (path for paths in located(data).values() for path in paths if path.is_file()):
-        own = hashlib.sha256()
-        with heartbeat.to_read(path) as file:
-            while chunk := file.read(CHUNK):
-                whole.update(chunk)
-                own.update(chunk)
-        files[str(path)] = own.hexdigest()
+    for path in (path for paths in located(data).values() for path in paths):
+        named = hub_name(path)
+        if named:
+            whole.update(str(path).encode())
+        is_folder = path.is_dir()
+        for file in shards(path) if is_folder else [_revision(named[0]) if named else path]:
+            if not file.is_file():
+                continue
+            if is_folder:
+                whole.update(str(file.relative_to(path)).encode())  # it may name a split
+            own = hashlib.sha256()
+            with heartbeat.to_read(file) as content:
+                while chunk := content.read(CHUNK):
+                    whole.update(chunk)
+                    own.update(chunk)
+            files[str(path) if named else str(file)] = own.hexdigest()
     return whole.hexdigest(), files
+
+
+def _without_unset(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in NEW_KEYS or value is not None}
+
+
+def _revision(name: str) -> Path:
+    """Where the hub's cache keeps the commit of a data set that has been downloaded."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    return cache / f"datasets--{name.replace('/', '--')}" / "refs" / "main"

@@ -1,28 +1,38 @@
 """Writing record.json: what made a checkpoint (parents, data, config, code), with hashes."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from r1pipe.config import ParentRef, RunConfig, config_hash, to_mapping
+from r1pipe.config.changes import Change, changes
+from r1pipe.config.custom_rewards import CustomReward
 from r1pipe.core.paths import SET_ASIDE, RunFolder
 from r1pipe.core.redaction import publishable
-from r1pipe.runs import machine
+from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.checkpoints import file_hash, manifest_hash
-from r1pipe.runs.files import Tail, read_object
-from r1pipe.runs.record import OWN_HASH, Edge, Record, Result, own_hash, record_beside
+from r1pipe.runs.files import Tail, read_json, read_object, write_json
+from r1pipe.runs.lineage.fit import template_hash
+from r1pipe.runs.record import (
+    OWN_HASH,
+    CustomRewardSource,
+    Edge,
+    Record,
+    Result,
+    note,
+    own_hash,
+    record_beside,
+)
 
 FORMAT = 2  # of record.json: 1 had no config, diff, data group and no hash of itself; early 2s no files
 
 
 class ChatFormat(Protocol):
-    """The hashes of a tokenizer and its chat template."""
+    """The hash of a tokenizer."""
 
     @property
     def tokenizer_hash(self) -> str: ...
-
-    @property
-    def template_hash(self) -> str: ...
 
 
 def job_record(
@@ -70,18 +80,34 @@ def job_record(
         },
         "files": {path.relative_to(folder.path).as_posix(): file_hash(path) for path in files},
         "tokenizer_hash": chat.tokenizer_hash,
-        "template_hash": chat.template_hash,
+        "template_hash": template_hash(checkpoint),
         "checkpoint": checkpoint.relative_to(folder.path).as_posix(),
         "checkpoint_hash": manifest_hash(checkpoint),
         "versions": machine.versions(),
         **result,
     }
+    if folder.rewards.exists():
+        record["rewards"] = read_object(folder.rewards)
     history = folder.config_history
     if history.exists():
         changed = sorted({key for row in Tail(history).read() for key in row["changed"]})
         record["history"] = {"file": history.name, "hash": file_hash(history), "changed": changed}
     record[OWN_HASH] = own_hash(record)
     return record
+
+
+def note_rewards(run: RunFolder, rewards: Sequence[CustomReward]) -> list[Change]:
+    """Write rewards.json; how the custom rewards differ from those of the run's last session, as its history
+    says from now on."""
+    now: dict[str, CustomRewardSource] = {
+        reward.name: {"source": reward.place, "hash": reward.hash or None, "version": reward.version or None}
+        for reward in rewards
+    }
+    before = read_json(run.rewards)  # empty where there is none
+    changed = changes({"rewards": before}, {"rewards": now}) if checkpoints.holds_work(run) else []
+    note(run, changed)
+    write_json(run.rewards, now)
+    return changed
 
 
 def _edge(parent: ParentRef) -> Edge:

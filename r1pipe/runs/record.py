@@ -5,7 +5,8 @@ The types describe plain JSON objects, so that a record's hash does not change b
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, cast
 
@@ -13,9 +14,10 @@ from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationErro
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from r1pipe.config import ParentRef
+from r1pipe.config.changes import Change
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs.files import read_json, read_object
+from r1pipe.runs.files import append_line, read_json, read_object
 
 OWN_HASH: Literal["record_hash"] = "record_hash"  # of all the rest of the record
 STRICT = ConfigDict(strict=True, extra="allow")  # other versions may have other keys; nested types inherit it
@@ -94,6 +96,14 @@ class History(TypedDict):
     changed: list[str]
 
 
+class CustomRewardSource(TypedDict):
+    """Where a custom reward came from."""
+
+    source: str  # a file's path; module:function of an entry point; URL
+    hash: str | None  # SHA-256 of the file
+    version: str | None  # distribution and version of an entry point
+
+
 class Result(TypedDict, total=False):
     """The part that only the job knows."""
 
@@ -125,6 +135,7 @@ class Record(Result):
     checkpoint: str  # relative to the run folder
     checkpoint_hash: str
     versions: NotRequired[dict[str, str | None]]
+    rewards: NotRequired[dict[str, CustomRewardSource]]  # custom rewards, by name
     history: NotRequired[History]
     record_hash: NotRequired[str]
 
@@ -158,6 +169,18 @@ def record_of(run: RunFolder) -> Record:
             f"run {run.run_id} has not finished; `r1pipe run` resumes it; or give a path in {run.checkpoints}"
         )
     return read_record(run.record)
+
+
+def note(run: RunFolder, changed: Sequence[Change]) -> None:
+    """Append what changed between a run's sessions to config_history.jsonl, if anything did.
+
+    {"time": "2026-11-25T03:56:34+00:00", "changed": {"stage.keep": [2, 5]}}; code and versions have a line of
+    their own: {"code.revision": ["7adeff0…", "9c8dfaa…"], "versions.torch": ["2.12.0", "2.13.0"]}.
+    """
+    if changed:
+        values = {change.key: [change.old, change.new] for change in changed}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(run.config_history, {"time": now, "changed": values})
 
 
 def set_aside(run: RunFolder) -> None:

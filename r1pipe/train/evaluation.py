@@ -253,7 +253,9 @@ def _shown(
     first = [(prompts[v.problem], v.text, v.correct, v.truncated) for v in verdicts if v.draw == 0]
     first += [(general_prompts[v.problem], v.text, v.truth.correct, v.truncated) for v in general]
     for prompt, text, correct, truncated in first:
-        row = {"prompt_id": prompt.id, "task": prompt.task, "language": prompt.language}
+        row: dict[str, Any] = {"prompt_id": prompt.id, "task": prompt.task, "language": prompt.language}
+        if prompt.context:
+            row["context"] = [dataclasses.asdict(message) for message in prompt.context]
         row |= {"question": prompt.question, "answer": prompt.answer}
         turns[prompt.task].append(row | {"completion": text, "correct": correct, "truncated": truncated})
     rounds = range(max(map(len, turns.values()), default=0))

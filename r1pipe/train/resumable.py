@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import copyfile
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import psutil
 from safetensors import SafetensorError
 
-from r1pipe.chat.template import MORE_TOKENIZER_FILES, TOKENIZER_FILES, Chat
+from r1pipe.chat.template import Chat
 from r1pipe.config import RunConfig, StageConfig
 from r1pipe.core.errors import (
     CheckpointError,
@@ -157,12 +156,8 @@ class Resumable(Generic[S]):
         try:
             temporary, source = checkpoints.begin(target), self._tokenizer_folder()
             export(model, temporary)
-            for name in TOKENIZER_FILES:
-                copyfile(source / name, temporary / name)
-            for name in MORE_TOKENIZER_FILES:
-                if (source / name).is_file():
-                    copyfile(source / name, temporary / name)
-            chat, sampling = Chat.load(source), self.stage.eval
+            chat, sampling = Chat.load(source, self.config.chat.system), self.stage.eval
+            chat.save(source, temporary)
             generation = {
                 "bos_token_id": chat.bos_id,
                 "eos_token_id": chat.eos_id if len(chat.eos_ids) == 1 else list(chat.eos_ids),

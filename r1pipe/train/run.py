@@ -17,13 +17,24 @@ import numpy as np
 import torch
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import EvaluateConfig, HFConfig, ParentRef, RunConfig, StageConfig, read_config
+from r1pipe.config import (
+    EvaluateConfig,
+    HFConfig,
+    ParentRef,
+    RejectionConfig,
+    RLConfig,
+    RunConfig,
+    StageConfig,
+    read_config,
+)
 from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
 from r1pipe.core.paths import RunFolder
+from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, Policy, load_pretrained
 from r1pipe.model.hf.files import check_architecture
+from r1pipe.rewards.programs import limits
 from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.runs.lineage.fit import check_parent_fits
@@ -34,6 +45,7 @@ from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
 
+EMPTY = Prompt("", "", "", "")
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
 
 log = logging.getLogger("r1pipe")
@@ -48,6 +60,7 @@ class Run(Resumable[S]):
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
+        limits.use(stage.code)
         self._progressed: dict[str, float] = {}
         for subfolder in (folder.checkpoints, folder.data):
             subfolder.mkdir(parents=True, exist_ok=True)
@@ -97,20 +110,41 @@ class Run(Resumable[S]):
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
-        """The weights' tokenizer and template. Raises CheckpointError if another checkpoint read has
-        others."""
+        """The weights' tokenizer and template, with `chat.system`.
+
+        Raises CheckpointError if another checkpoint read has others, and ConfigError if the system prompt
+        leaves no room for a question.
+        """
         if isinstance(self.config.model, HFConfig):
             check_architecture(self._tokenizer_folder())  # before data is read
-        chat = Chat.load(self._tokenizer_folder())
+        system = self.config.chat.system
+        chat = Chat.load(self._tokenizer_folder(), system)
         for stage, parent in self.config.reads_from.items():
-            other = Chat.load(parent.checkpoint)
+            other = Chat.load(parent.checkpoint, system)
             if (other.template_hash, other.tokenizer_hash) != (chat.template_hash, chat.tokenizer_hash):
                 raise CheckpointError(
                     f"{parent.checkpoint} (stage {stage}) has another tokenizer or chat template than "
                     f"{self._tokenizer_folder()}; take both from one pipeline"
                 )
+        if chat.system:
+            self._check_room(chat)
+            log.info("system prompt: %s", chat.system)
         self.chat = chat
         return chat
+
+    def _check_room(self, chat: Chat) -> None:
+        """Raises ConfigError where the system prompt and an answer fill the model's context."""
+        longest = {"stage.eval.max_tokens": self.stage.eval.max_tokens}
+        if isinstance(self.stage, RejectionConfig | RLConfig):
+            longest["stage.sampling.max_tokens"] = self.stage.sampling.max_tokens
+        context, tokens = self.config.model.max_position_embeddings, len(chat.prompt_tokens(EMPTY))
+        for key, length in longest.items():
+            if tokens + length >= context:
+                raise ConfigError(
+                    f"the system prompt takes {tokens} tokens, which with {key}={length} leaves no room for "
+                    f"a question in model.max_position_embeddings={context}; shorten chat.system, or lower "
+                    f"{key}"
+                )
 
     def load_data(self) -> Source:
         """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
@@ -122,6 +156,9 @@ class Run(Resumable[S]):
             if kept.exists() and checkpoints.holds_work(self.folder) and trains:
                 check_data_unchanged(self.config.data.name, read_object(kept), now)
             write_json(kept, now)
+        for line in source.layouts:
+            self.show(say=f"data: {line}")
+            log.info("data: %s", line)
         self.data = source
         return source
 

@@ -38,7 +38,7 @@ def shipped() -> DataConfig:
 def config(path: Path, how: str) -> DataConfig:
     """Of a file of problems with the columns question and answer."""
     source = SourceConfig(
-        path.name, {"question": "question", "answer": "answer"}, None, "en", "sums", "train"
+        path.name, "en", "sums", {"question": "question", "answer": "answer"}, split="train"
     )
     return replace(shipped(), path=str(path.parent), reasoning=[source], bad_rows=how, max_bad_rows=0.2)
 

@@ -14,9 +14,10 @@ import psutil
 
 from faults.outcome import Outcome
 from r1pipe.core.types import Prompt, Score, Status
-from r1pipe.rewards import isolation, jail, sandbox, symbolic, symbolic_worker
-from r1pipe.rewards.monty import Monty
-from r1pipe.rewards.program import check_program
+from r1pipe.rewards import symbolic, symbolic_worker
+from r1pipe.rewards.programs import check, isolation, jail, limits, sandbox
+from r1pipe.rewards.programs.check import check_program
+from r1pipe.rewards.programs.monty import Monty
 
 GOLD, RIGHT, WRONG, ENDLESS = r"\sqrt{2}", r"2^{1/2}", r"\sqrt{3}", r"\prod_{k=1}^{10^{6}} k"
 PROGRAM = Prompt("f", "program", "en", "?", "", {"entry_point": "f", "tests": [[[2], 4]]})
@@ -104,7 +105,7 @@ def interpreted(draw: random.Random, make: Callable[[], isolation.Isolation]) ->
     # it is the blow that ends the loop, not its limit
     with (
         mock.patch.object(sandbox, "choose", lambda: isolations),
-        mock.patch.object(isolation, "CPU_LIMIT_S", 600.0),
+        mock.patch.object(check, "limits_of", lambda task: limits.Limits(600.0, 64 << 20)),
     ):
         if check_program(PROGRAM, DOUBLE).value != 1:  # its processes are there, and warm
             return "the interpreter does not work"

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
-from r1pipe.core.types import Prompt
+from r1pipe.core.types import Message, Prompt
 
 T = TypeVar("T")
 
@@ -39,11 +39,18 @@ def split_of(key: str) -> str:
 
 
 def make_prompt(
-    task: str, language: str, question: str, answer: str, checker: dict | None = None, level: int = 0
+    task: str,
+    language: str,
+    question: str,
+    answer: str,
+    checker: dict | None = None,
+    level: int = 0,
+    context: tuple[Message, ...] = (),
 ) -> Prompt:
-    """A prompt whose id is a hash of its task, language and question."""
-    digest = hashlib.sha256(f"{language}|{question}".encode()).hexdigest()
-    return Prompt(f"{task}-{digest[:12]}", task, language, question, answer, checker or {}, level)
+    """A prompt whose id is a hash of its task, language, context and question."""
+    before = "".join(f"{turn.role}|{turn.content}|" for turn in context)
+    digest = hashlib.sha256(f"{language}|{before}{question}".encode()).hexdigest()
+    return Prompt(f"{task}-{digest[:12]}", task, language, question, answer, checker or {}, level, context)
 
 
 def choose(rng: random.Random, weights: dict[str, float]) -> str:

@@ -9,9 +9,13 @@ from r1pipe.rewards.answers import words
 from r1pipe.rewards.answers.comparison import Comparison
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
 from r1pipe.rewards.answers.notation import UNREADABLE, to_latex
-from r1pipe.rewards.answers.reading import HEDGES, final_answer, option_named
+from r1pipe.rewards.answers.reading import HEDGES, SEVERAL, final_answer, option_named, says_the_same
 from r1pipe.rewards.answers.structure import Kind, Node, parse
 
+_RESTATED = re.compile(
+    r",?\s*\bor\b(?:\s+(?:about|approximately|equivalently)\b)?|或者?|,?\s*\b(?:i\.e\.?|that\s+is),?|\\approx"
+)
+_ABOUT = re.compile(r"\\approx|\bor\s+(?:about|approximately)\b")
 _MAX_COMPARED = 16  # formulas of one problem that votes are compared with
 
 
@@ -50,6 +54,12 @@ def equal(gold: Gold, text: str) -> bool:
             return words.plain_words(text) == words.plain_words(gold.text)
     if text == gold.text:
         return True
+    alternatives = _RESTATED.split(text) if gold.form not in SEVERAL else []
+    if len(alternatives) > 1:  # 1/2 or 0.5; of an approximation one is enough
+        verdicts = [equal(gold, each.strip()) for each in alternatives if each.strip()]
+        is_about = _ABOUT.search(text) and says_the_same(alternatives[0], alternatives[-1])
+        if verdicts and (all(verdicts) or (is_about and any(verdicts))):
+            return True
     if HEDGES.search(text) or is_text(text):
         return False
     answer = parse(text)

@@ -17,9 +17,14 @@ class Comparison:
 
     def __init__(self, same_formula: SameFormula):
         self.same_formula = same_formula
+        self.names_matter = False  # of intervals: x > 0, y > 1
 
     def equal(self, gold: Node, answer: Node) -> bool:
         """Whether the answer as a whole equals the gold answer."""
+        if (gold.kind is Kind.SET) != (answer.kind is Kind.SET):  # {7} is 7
+            gold, answer = (node.items[0] if _has_one(node) else node for node in (gold, answer))
+        bounded = ({item.name for item in node.items if item.name} for node in (gold, answer))
+        self.names_matter = any(len(names) > 1 for names in bounded)
         if gold.kind in _PLAIN and answer.kind in _PLAIN:
             named = [item.kind is Kind.RELATION for item in (*gold.items, *answer.items)]
             names = [{_base_name(item) for item in node.items} for node in (gold, answer)]
@@ -42,9 +47,9 @@ class Comparison:
         if Kind.RELATION in (a.kind, b.kind):
             values = self.value(a), self.value(b)
             return values != (a, b) and self.same(*values)
-        if len(a.items) + len(b.items) == 1 and Kind.SET in (a.kind, b.kind):  # {7} is 7
-            return self.same((*a.items, a)[0], (*b.items, b)[0])
-        if a.items or b.items:
+        if a.items or b.items or Kind.SET in (a.kind, b.kind):
+            if a.kind is b.kind is Kind.SET:
+                return self.contains(a, b) and self.contains(b, a)
             return len(a.items) == len(b.items) and self.same_items(a, b)
         return self.same_formula(_formula(a), _formula(b), "")
 
@@ -52,11 +57,17 @@ class Comparison:
         """Collections of equal length: only tuples and intervals keep an order."""
         kinds = {a.kind, b.kind}
         if Kind.INTERVAL in kinds:  # (0, 1) is an interval or a pair, as the other has it
-            return a.mark == b.mark and all(map(self.same, a.items, b.items))
+            is_same_name = a.name == b.name or not self.names_matter
+            return a.mark == b.mark and is_same_name and all(map(self.same, a.items, b.items))
         if Kind.TUPLE in kinds:  # the brackets may be missing
-            has_brackets = a.mark == b.mark or Kind.LIST in kinds
+            has_brackets = a.mark == b.mark or (
+                Kind.LIST in kinds and not _is_closed(a) and not _is_closed(b)
+            )
             return has_brackets and kinds <= {Kind.TUPLE, Kind.LIST} and all(map(self.same, a.items, b.items))
         if not (kinds <= {Kind.UNION, Kind.LIST} or kinds <= set(_PLAIN)):
+            return False
+        marks = {"or" if each.kind is Kind.UNION else each.mark for each in (a, b)} - {""}
+        if len(marks) > 1 and any(_is_condition(item) for item in (*a.items, *b.items)):  # x < 0 and x > 1
             return False
         left = list(b.items)
         for item in a.items:
@@ -65,6 +76,10 @@ class Comparison:
                 return False
             del left[partner]
         return True
+
+    def contains(self, a: Node, b: Node) -> bool:
+        """Whether a set has each item of another."""
+        return all(any(self.same(item, other) for item in a.items) for other in b.items)
 
     def same_relation(self, a: Node, b: Node) -> bool:
         if a.mark != b.mark:
@@ -86,6 +101,19 @@ class Comparison:
         if _is_name(sides[0]):
             sides = sides[1:]
         return last if all(self.same(side, last) for side in sides) else node
+
+
+def _has_one(node: Node) -> bool:
+    return node.kind is Kind.SET and len(node.items) == 1 and node.items[0].kind is not Kind.SET
+
+
+def _is_closed(node: Node) -> bool:
+    """Whether it may be a closed interval: [2, 5]."""
+    return node.mark == "[]" and len(node.items) == 2
+
+
+def _is_condition(node: Node) -> bool:
+    return node.kind is Kind.INTERVAL or (node.kind is Kind.RELATION and node.mark == r"\ne")
 
 
 def _formula(node: Node) -> str:

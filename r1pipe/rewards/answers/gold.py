@@ -1,6 +1,6 @@
 """What a gold answer is: its form, decided once, by which answers are found and compared."""
 
-import json
+import ast
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,13 +39,18 @@ _WITHOUT_STRUCTURE = (Form.CHOICE, Form.BOOLEAN, Form.DATE, Form.RATIO, Form.TEX
 _PLACEHOLDERS = vocabulary.words("placeholders")
 _NO_ANSWER = re.compile(
     r"见解析|见详解|见解答|解析见|答案见|略$|如图|暂无|不唯一|^https?://|!\[|\[image\]|\[asy\]|\bomitted\b|^see\b|#REF|"
-    r"^\\square$|not available|^proven|\bqed\b|to be prove[dn]|undefined_",
+    r"^\\square$|not available|^proven|\bqed\b|to be prove[dn]|undefined_|<img\b",
     re.IGNORECASE,
 )
 # JSON takes the backslash of \frac and \text for an escape, or it is lost altogether.
 _ESCAPED = {"\n": "n", "\t": "t", "\f": "f", "\r": "r", "\b": "b"}
 _DAMAGED = re.compile("[\n\t\f\r\b](?=[a-z]{2})")
 _LOST = re.compile(r"^(?:(ext)|(rac)|(oxed)|(?:frac|dfrac|text|boxed|sqrt))(?=\{)")
+_INTRODUCTION = re.compile(
+    r"^(?:(?:so|thus|therefore|hence)[,\s]+)?(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|[:=])|(?:答案|答|解)\s*[是为:])\s*|"
+    r"^(?:\\approx|about\b|approximately\b|约)\s*",
+    re.IGNORECASE,
+)
 _FIRST_LETTERS = ("t", "f", "b")
 _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 _WORD = re.compile(r"(?<!\\)\b[^\W\d_]{3,}")
@@ -85,6 +90,7 @@ def read_gold(text: str, form: str = "", options: Options = ()) -> Gold:
     if not content.isprintable():
         raise DataError(f"the gold answer {text!r} has a line break or tab in it; write one line")
     tidied = tidy(content).rstrip(" .,;")
+    tidied = _INTRODUCTION.sub("", tidied) or tidied
     if not tidied or words.plain_words(tidied) in _PLACEHOLDERS or _NO_ANSWER.search(content):
         raise DataError(f"the gold answer {text!r} is no answer; fill it in or leave the row out")
     gold = _read_as(form, tidied, options) if form else _read(tidied, options)
@@ -97,8 +103,8 @@ def read_gold(text: str, form: str = "", options: Options = ()) -> Gold:
 def _alternatives(text: str) -> list[str]:
     """A list of strings that a file holds as text: '["Nelson", "Horatio Nelson"]'."""
     try:
-        several = json.loads(text) if text.lstrip().startswith('["') else []
-    except ValueError:
+        several = ast.literal_eval(text.strip()) if text.lstrip().startswith(('["', "['")) else []
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return []
     return several if isinstance(several, list) and all(isinstance(each, str) for each in several) else []
 
@@ -127,7 +133,7 @@ def _read(text: str, options: Options) -> Gold | None:
     chosen = words.letters(text)
     if chosen and (len(text) > 1 or text.isupper() or options):  # e and i are numbers
         return Gold("".join(sorted(chosen)), Form.CHOICE, options=options)
-    if words.truth(text) is not None and len(text) > 1:
+    if words.truth(text) is not None and (len(text) > 1 or not text.isascii()):
         return Gold(text, Form.BOOLEAN)
     if words.date(text) is not None:
         return Gold(text, Form.DATE)

@@ -58,12 +58,34 @@ _FRACTION_SIGN = re.compile("[¼½¾⅐-⅞]")
 
 _TEXT = (
     r"\\(?:text|mathrm|mbox|textbf|mathbf|textit|mathit|textrm|mathsf|texttt|"
-    r"boldsymbol|underline|operatorname|rm|bf)"
+    r"boldsymbol|bm|underline|overbrace|underbrace|operatorname|ensuremath|ce|rm|bf|tt)"
 )
-_TEXT_GROUP = re.compile(_TEXT + r"\s*\*?\s*\{([^{}]*)\}")
+_TEXT_GROUP = re.compile(_TEXT + r"\s*\*?\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _BARE_TEXT = re.compile(_TEXT + r"(?![A-Za-z{])")
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![A-Za-z])")
-_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
+_SIZES = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|tiny|small|normalsize|large|Large|LARGE|"
+    r"huge|Huge|checkmark|therefore|Rightarrow|implies)(?![A-Za-z])"
+)
+_COLOUR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\colorbox\s*\{[^{}]*\}(?=\s*\{)")
+_SPELLINGS = (  # other ways to write the same
+    (re.compile(r"\b(?:the )?empty set\b|空集", re.IGNORECASE), r"\\emptyset"),
+    (re.compile(r"\b(?:negative|minus) infinity\b|负无穷大?", re.IGNORECASE), r"-\\infty"),
+    (re.compile(r"\\not\s*="), r"\\ne "),
+    (re.compile(r"\^\s*\{?\s*\\prime\s*\}?"), "'"),
+    (re.compile(r"\\log\s*_\s*\{?e\}?(?![A-Za-z])"), r"\\ln "),
+    (re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?"), r"\\overline{\1\2\3}"),
+    (re.compile(r"\{-\}"), "-"),
+    (re.compile(r"(?<=\d)\{,\}(?!\d{3}(?!\d))"), ","),
+    (re.compile(r"\\bar\s*\{(?=[A-Za-z]\})"), r"\\overline{"),
+    (re.compile(r"\\bar\s+([A-Za-z])(?![A-Za-z])"), r"\\overline{\1}"),
+    (re.compile(r"\{\s*([^{}]+?)\s*\\choose\s*([^{}]+?)\s*\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?:\{\})?_\{?(\d+)\}?C_\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (
+        re.compile(r"(?<![A-Za-z])C_\{?(\d+)\}?\^\{?(\d+)\}?|(?<![A-Za-z])C\((\d+),\s*(\d+)\)"),
+        r"\\binom{\1\3}{\2\4}",
+    ),
+)
+_CIRCLED = re.compile(r"[①-⑳](?:\s*[、,，和]?\s*[①-⑳])*")
 _OVER = re.compile(r"\{\s*([^{}]+?)\s*\\over\s*([^{}]+?)\s*\}")
 _ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|cases)\}(.*?)\\end\{\1\}", re.DOTALL)
 _ARRAY = re.compile(r"[\[(]\s*\\begin\{array\}\{[lcr|]*\}(.*?)\\end\{array\}\s*[\])]", re.DOTALL)
@@ -114,6 +136,8 @@ def tidy(text: str) -> str:
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
         text = re.sub("[₀-₉]+", lambda match: f"_{{{match[0].translate(_SUBSCRIPTS)}}}", text)
         text = text.translate(_TABLE)
+    if not text.isascii():
+        text = _CIRCLED.sub(_circled, text)
     text = _DOLLARS.sub(r"\1", _BOLD.sub(r"\1", text))
     text = _GROUPS_OF_DIGITS.sub(",", _MARKUP.sub("", text))
     if "\\" in text:
@@ -126,12 +150,19 @@ def tidy(text: str) -> str:
         for escaped in "$%#&":
             text = text.replace(f"\\{escaped}", escaped)
         text = _BLANKS.sub(" ", text)
-    text = re.sub(r"\s+", " ", text).strip()
+    for written, meant in _SPELLINGS:
+        text = written.sub(meant, text)
+    text = re.sub(r"\s+", " ", text.removesuffix("\\")).strip(" ~")
     return text[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", text) else text
 
 
 def _ascii_fraction(sign: str) -> str:
     return unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+
+
+def _circled(match: re.Match[str]) -> str:
+    """①③ as "1, 3"."""
+    return ", ".join(str(ord(sign) - ord("①") + 1) for sign in re.findall("[①-⑳]", match[0]))
 
 
 def _rows(match: re.Match[str]) -> str:
@@ -167,7 +198,8 @@ def repeating(groups: Sequence[str]) -> Fraction:
 
 # What the parser reads as something else: such formulas are equal only as they are written.
 UNREADABLE = re.compile(
-    r"\\partial|\\frac\s*\{\s*d\w*\s*\}\s*\{\s*d\w|\\begin\{cases\}|\\(?:land|lor|neg)(?![A-Za-z])"
+    r"\\partial|\\frac\s*\{\s*d\w*\s*\}\s*\{\s*d\w|\\begin\{cases\}|\\(?:land|lor|neg)(?![A-Za-z])|"
+    r"(?<![A-Za-z\\])[A-Za-z]\s*\\times\s*[A-Za-z](?![A-Za-z])"
 )
 _MODULUS = re.compile(r"\\?[pb]?mod(?![A-Za-z])\s*(?:\{\s*(\w+)\s*\}|\(\s*(\w+)\s*\)|(\w+))")
 
@@ -176,6 +208,10 @@ def to_latex(text: str) -> str:
     """A tidy formula in the part of LaTeX that the parser reads."""
     for written, meant in (("**", "^"), ("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("*", r"\cdot ")):
         text = text.replace(written, meant)
+    text = re.sub(
+        r"(\\[A-Za-z]+)|I", lambda match: match[1] or r"\iota ", text
+    )  # the parser's imaginary unit
+    text = re.sub(r"\^\s*\{?\s*T\s*\}?(?![A-Za-z])", "^{T_{0}}", text)  # which it would drop
     text = _FUNCTION.sub(r"\\\1 ", text)
     text = _NAMES.sub(lambda match: "\\infty " if match[0].startswith("inf") else f"\\{match[0]} ", text)
     text = REPEATING.sub(_repeating_as_latex, text)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from r1pipe.rewards.answers.notation import REPEATING, repeating
+from r1pipe.rewards.answers.numerals import in_words
 from r1pipe.rewards.answers.units import Unit, read_unit
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
@@ -22,13 +23,14 @@ _MAX_EXPONENT = 400
 
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "quadrillion": 10**15, "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "quadrillion": 10**15, "十": 10, "百": 10**2, "千": 10**3, "万": 10**4, "百万": 10**6, "千万": 10**7,
+    "亿": 10**8,
     "万亿": 10**12,
 }  # fmt: skip
 _LONGEST_FIRST = "|".join(sorted(_SCALES, key=len, reverse=True))
 _SCALE = re.compile(rf"\s*({_LONGEST_FIRST})(?![A-Za-z米克瓦卡焦])|(?<=\d)([kK])(?![A-Za-z])")
 _PERCENT = re.compile(r"\s*(?:%|per\s?cent\b|percent(?:age)?(?: points?)?\b)")
-_SIGN = re.compile(r"([+-]?)\s*(?:[A-Z]{0,2}([$€£¥₹])\s*)?([+-]?)\s*")
+_SIGN = re.compile(r"([+-]?)\s*(?:(?:[A-Z]{0,2}([$€£¥₹])|(USD|EUR|GBP|CNY|RMB|INR|Rs)\.?\s)\s*)?([+-]?)\s*")
 
 
 def _fraction(top: str, bottom: str) -> Fraction:
@@ -47,7 +49,14 @@ def _power(mantissa: str, exponent: str) -> Fraction | None:
     return Fraction(mantissa.replace(",", "")) * Fraction(10) ** int(exponent)
 
 
-_BASED = re.compile(r"([0-9A-F]+)_\{?(\d+)\}?")
+_CHINESE_QUANTITY = re.compile(
+    "([零〇一二两三四五六七八九十百千万亿分之]+)([^零〇一二两三四五六七八九十百千万亿分之]+)"
+)
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+|[一-鿿]{1,2})")
+_COMPOUND = re.compile(rf"(?:{_PART.pattern}[\s,]*(?:and\s+)?){{2,3}}")
+_INCH = {"in": "inch", "分": "分钟"}
+_RATE = re.compile(r"^每(小时|分钟?|秒|天|[一-鿿])(\d.*)$")  # 每小时60千米
+_BASED = re.compile(r"\(?([0-9A-F]+)\)?_\{?(\d+)\}?")
 
 # Each way of writing a number and its value from the groups that matched; the first that fits counts.
 _WAYS: list[tuple[re.Pattern[str], Callable[[list[str]], Fraction | None]]] = [
@@ -89,6 +98,12 @@ def read_number(text: str) -> Number | None:
     """The number that a tidy text is, or None where it is anything else or more than that."""
     if not 0 < len(text) <= _MAX_LENGTH:
         return None
+    if not any(map(str.isdigit, text)):
+        return _read_words(text)
+    return _read_compound(text) or _read_digits(_RATE.sub(r"\2/\1", text))
+
+
+def _read_digits(text: str) -> Number | None:
     opening = _SIGN.match(text)
     assert opening is not None  # it may be empty
     matches = ((pattern.match(text, opening.end()), value_of) for pattern, value_of in _WAYS)
@@ -101,7 +116,7 @@ def read_number(text: str) -> Number | None:
         return None
     if value is None:
         return None
-    if "-" in (opening[1], opening[3]):
+    if (opening[1] == "-") != (opening[4] == "-"):
         value = -value
     at = match.end()
     while scale := _SCALE.match(text, at):
@@ -109,7 +124,8 @@ def read_number(text: str) -> Number | None:
     percent = _PERCENT.match(text, at)
     tail = text[percent.end() if percent else at :]
     based = match.re is _BASED
-    unit = read_unit(opening[2]) if opening[2] else None
+    sign_of_money = opening[2] or opening[3]
+    unit = read_unit(sign_of_money) if sign_of_money else None
     if tail.strip(" ."):
         before = text[len(text) - len(tail) - 1]
         behind = read_unit(tail, glued=not (tail[0].isspace() or before.isspace()))
@@ -121,14 +137,40 @@ def read_number(text: str) -> Number | None:
     return Number(value, percent is not None, unit, rounded, based)
 
 
+def _read_words(text: str) -> Number | None:
+    """A number in words, with a Chinese unit behind it: forty-two, 二十四, 七个."""
+    if (value := in_words(text)) is not None:
+        return Number(value)
+    if match := _CHINESE_QUANTITY.fullmatch(text):
+        value, unit = in_words(match[1]), read_unit(match[2])
+        if value is not None and unit is not None:
+            return Number(value, unit=unit if unit.name else None)
+    return None
+
+
+def _read_compound(text: str) -> Number | None:
+    """`1 hour 30 minutes`, `5 ft 4 in`, 2小时30分钟: parts of one quantity, the larger first."""
+    parts = _PART.findall(text) if _COMPOUND.fullmatch(text) else []
+    units = [read_unit(_INCH.get(name, name)) for _, name in parts]
+    if not parts or any(unit is None or "^" not in unit.name for unit in units):
+        return None
+    known = [unit for unit in units if unit]
+    if len({unit.name for unit in known}) > 1 or known != sorted(known, key=lambda unit: -unit.factor):
+        return None
+    value = sum(Fraction(number) * unit.factor for (number, _), unit in zip(parts, known, strict=True))
+    return Number(Fraction(value), unit=Unit(known[0].name))
+
+
 def same_number(gold: Number, answer: Number) -> bool:
     """Exact for integers and fractions; within a millionth where either was written with decimals.
 
     The millionth is of the larger if that is below 1. A percent sign that only one side bears may mean either
-    the number or its hundredth ("50%" is 50 or 0.5); units are compared only where both sides give one. A
-    number with its base is only equal to another with a base.
+    the number, if that is above 1, or its hundredth ("50%" is 50 or 0.5); units are compared only where both
+    sides give one. A number with its base is only equal to another with a base.
     """
     golds, answers = {gold.value}, {answer.value}
+    if (gold.unit and answer.percent) or (answer.unit and gold.percent):
+        return False
     if gold.unit and answer.unit:
         if gold.unit.name != answer.unit.name:
             return False
@@ -136,11 +178,11 @@ def same_number(gold: Number, answer: Number) -> bool:
     if gold.based and not answer.based:
         return False
     if gold.percent and not answer.percent:
-        golds.add(gold.value / 100)
+        golds = {gold.value / 100, *(golds if gold.value > 1 else ())}
     if answer.percent and not gold.percent:
-        answers.add(answer.value / 100)
+        answers = {answer.value / 100, *(answers if answer.value > 1 else ())}
     if golds & answers:
         return True
-    if not (gold.rounded or answer.rounded):
+    if not (gold.rounded or answer.rounded) or gold.value.denominator == answer.value.denominator == 1:
         return False
     return any(abs(g - a) * 10**6 <= min(Fraction(1), max(abs(g), abs(a))) for g in golds for a in answers)

@@ -5,12 +5,13 @@ import re
 from r1pipe.rewards.answers import vocabulary, words
 from r1pipe.rewards.answers.gold import Form, Gold, is_text
 from r1pipe.rewards.answers.notation import tidy
-from r1pipe.rewards.answers.statement import Statement, statements
+from r1pipe.rewards.answers.number import read_number
+from r1pipe.rewards.answers.statement import Statement, is_taken_back, statements
 from r1pipe.rewards.answers.structure import parse
 
 LOOKED_AT = 8000  # characters of a summary, its last ones; bounds the work on a hostile text
 SEVERAL = (Form.LIST, Form.SET, Form.TUPLE, Form.INTERVAL, Form.CHOICE)  # may be spread over boxes
-_BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?")
+_BETWEEN_BOXES = re.compile(r"[,;&]?\s*(?:and|or|和|或|以及)?\s*(?:[A-Za-z](?:_\{?\w+\}?)?\s*=)?")
 
 # What may stand before and behind a value in a sentence without changing it.
 _BEFORE = re.compile(
@@ -25,9 +26,13 @@ _BEHIND = [
         re.IGNORECASE | re.DOTALL,
     ),
     re.compile(r"\s*:\s*[A-Za-z一-鿿][^\d=]*$"),
+    re.compile(r"\s+(?:long|wide|tall|high|deep|old|away|apart|in\s+(?:length|width|height|area|volume))$"),
+    re.compile(r"\s*(?:です|である|だ|입니다|이다)$"),
 ]
+_ANOTHER_VALUE = re.compile(r"\b(?:that\s+is|i\.e\.)[^\d]*\d", re.IGNORECASE)  # 10 pairs, that is 20
 _NEGATIVE = re.compile(r"^(?:negative|minus)\s+(?=[\d.$])", re.IGNORECASE)
-_REMARK = re.compile(r"\s+\(([^()]*)\)$")
+_REMARK = re.compile(r"\s+\((?P<or>or|或)?\s*(?P<text>[^()]*)\)$")
+_REASON = re.compile(rf"{vocabulary.any_of('before_a_reason')}\b|[✓✔]|check", re.IGNORECASE)
 HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibly|probably|might|either|not|n't|never|unsure|unknown|any|anything|other|but|"
     r"cannot|could|guess|between|except|wrong|incorrect|false|alternatively|otherwise)\b|\?|也许|可能|或许|大概是|不是|不确定|任意|其他|但|介于",
@@ -50,7 +55,8 @@ def final_answer(gold: Gold, summary: str) -> str | None:
     for last in range(len(stated) - 1, -1, -1):
         statement = stated[last]
         previous = stated[last - 1] if last and statement.boxed and stated[last - 1].boxed else None
-        if previous and gold.form not in SEVERAL and _OR.search(_between(summary, previous, statement)):
+        differ = previous and gold.form not in SEVERAL and tidy(previous.text) != tidy(statement.text)
+        if previous and differ and _OR.search(_between(summary, previous, statement)):
             return None
         if gold.form in SEVERAL and statement.boxed:
             first = last
@@ -59,7 +65,7 @@ def final_answer(gold: Gold, summary: str) -> str | None:
             contents = dict.fromkeys(box.text for box in stated[first : last + 1])
             statement = Statement(", ".join(contents), True, stated[first].start, statement.end)
         if answer := read_answer(gold, statement):
-            return answer
+            return None if is_taken_back(summary, statement) else answer
     return None
 
 
@@ -97,11 +103,28 @@ def read_answer(gold: Gold, statement: Statement) -> str | None:
 def undress(text: str) -> str:
     """A statement without words and signs that do not change its value."""
     text = _NEGATIVE.sub("-", text.strip(" ,;:*_").rstrip("."))
-    if (remark := _REMARK.search(text)) and is_text(remark[1]) and not HEDGES.search(remark[1]):
-        text = text[: remark.start()]  # 5 (five)
-    while (shorter := _BEFORE.sub("", text, count=1)) != text:
+    if (remark := _REMARK.search(text)) and not HEDGES.search(remark["text"]):
+        value = text[: remark.start()]
+        if remark["or"]:
+            text = f"{value} or {remark['text']}"
+        elif is_text(remark["text"]) or _REASON.match(remark["text"]) or says_the_same(value, remark["text"]):
+            text = value  # 5 (apples), 1/2 (50%), 42 (since 6 * 7 = 42)
+    while (shorter := _BEFORE.sub("", text, count=1)) != text and shorter.strip(" .,"):
         text = shorter
-    return _NEGATIVE.sub("-", text.strip(" ,;:*_\"'").rstrip("."))
+    text = text.strip(" ,;:*_")
+    if text[:1] in "\"'" or (text[-1:] == '"' and text.count('"') == 1):
+        text = text.strip("\"'}")
+    return _NEGATIVE.sub("-", text.rstrip("."))
+
+
+def says_the_same(value: str, remark: str) -> bool:
+    """Whether a number in brackets is about the value before it."""
+    about = _BEFORE.sub("", remark, count=1).strip()
+    numbers = read_number(value.strip()), read_number(about)
+    if not numbers[0] or not numbers[1]:
+        return numbers[1] is not None and parse(value.strip()) is not None  # a formula and its value
+    one, other = (number.value / 100 if number.percent else number.value for number in numbers if number)
+    return abs(one - other) * 100 <= abs(one)
 
 
 def shortened(text: str) -> list[str]:
@@ -113,6 +136,8 @@ def shortened(text: str) -> list[str]:
     for number, pattern in enumerate(_BEHIND):
         match = pattern.search(text)
         if match is None or (number and (HEDGES.search(match[0]) or _OR.search(match[0]))):
+            continue
+        if _ANOTHER_VALUE.search(match[0]):
             continue
         text = text[: match.start()].strip(" ,;:")
         found.insert(0, text)

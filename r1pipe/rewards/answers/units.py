@@ -22,7 +22,7 @@ class Unit:
 
 
 NOTHING = Unit("")
-_OWN_DIMENSIONS = ("arcdeg", "celsius", "fahrenheit", "usd", "eur", "gbp", "jpy", "cny", "inr")
+_OWN_DIMENSIONS = ("arcdeg", "celsius", "fahrenheit", "usd", "eur", "gbp", "jpy", "cny", "inr", "unit_length")
 # Signs that are also names of variables: units only where a blank sets them apart.
 _SYMBOLS = {
     "N": "newton",
@@ -36,7 +36,7 @@ _SYMBOLS = {
 
 _MAKES_ANOTHER_NUMBER = re.compile(
     rf"\d|[=<>+*(){{}}\[\]|?]|\\(?!cdot|Omega|circ)|(?<![a-z]){vocabulary.any_of('other_numbers')}(?![a-z])|"
-    "[加减乘除的平立次又半或至到非不余多少阶分成上下]",
+    "[加减乘除的平立次又半或至到非不余多少阶分成上下内]",
     re.IGNORECASE,
 )
 _CLASSIFIERS = re.compile(  # Chinese measure words, which do not say what is counted
@@ -48,7 +48,7 @@ _MAX_WORDS = 4
 _MAX_CHARACTERS = 6  # of a Chinese noun
 # Signs whose case says what they are: MeV, mW, MHz; pint reads them.
 _SI = re.compile(
-    r"(?:[YZEPTGMkhdcmunpf]|µ|μ)(?:m|g|s|A|K|mol|Hz|N|Pa|J|W|V|C|F|eV|L|l|T|H|Wb|Bq|Gy|Sv|cal|Wh|bar|B)"
+    r"(?:[YZEPTGMkhdcmunpf]|µ|μ)(?:m|g|s|A|K|mol|Hz|N|Pa|J|W|V|C|F|eV|L|l|T|H|Wb|Bq|Gy|Sv|cal|Wh|bar|B|ohm)"
 )
 _POWERS = {
     "square": 2,
@@ -96,6 +96,8 @@ def _read_quantity(text: str, glued: bool) -> Unit | None:
     for word, sign in ((" per ", "/"), ("每", "/"), (r"\cdot", "*"), (" times ", "*")):
         text = text.replace(word, sign)
     text = re.sub(r"\\mu\s*(?=[A-Za-z])", "u", text)
+    text = re.sub(r"([kM])\s*\\Omega", r"\1ohm", text)
+    text = re.sub(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+(?:\^\{?\d\}?)?)\}", r"\1/\2", text)
     text = re.sub(r"\bdegrees?\s+(?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
     factors: list[str] = []
     at, divided, power = 0, False, 1
@@ -111,6 +113,8 @@ def _read_quantity(text: str, glued: bool) -> Unit | None:
             if match is None or name is None:
                 return None
             exponent = int(match["power"] or _POWERS.get(match["words"], 1)) * power
+            if name == "unit_length" and exponent == 1:  # 5 units of anything
+                return None
             factors.append(f"({name})**{-exponent if divided else exponent}")
             at, power = match.end(), 1
     return _measure("*".join(factors)) if factors else None

@@ -22,6 +22,12 @@ def any_of(name: str) -> str:
     return f"(?:{'|'.join(_content()[name].split())})"
 
 
+def synonyms() -> dict[str, str]:
+    """The first of several texts that mean the same, by each of them."""
+    groups = [group.split() for group in _content()["synonyms"]]
+    return {text: group[0] for group in groups for text in group}
+
+
 def names_of_units() -> dict[str, str]:
     """pint's name of each spelling of a unit."""
     return {str(spelling): name for name, several in _content()["units"].items() for spelling in several}

@@ -121,6 +121,7 @@ def check_run(folder: Path, parent: ParentRef, record_hash: str | None, result: 
     if record_hash and own != record_hash:
         result.problems.append(f"{path} has changed since its child was made from it")
     check_data_files(folder, record, run, result)
+    check_rewards(record, result)
     if run is not None:
         result.problems += contradictions(run, record, path)
         last = inside(run.path, record["checkpoint"], run.record)
@@ -150,13 +151,25 @@ def check_data_files(folder: Path, record: Record, run: RunFolder | None, result
     except OSError as error:
         result.notes.append(f"{error.filename} cannot be read here ({error.strerror}), and was not checked")
         return
-    absent = [path for path in read if not path.is_file()]
+    absent = [path for path in read if not path.exists()]
     named = absent or read
     listed = f"{named[0]} and {len(named) - 1} more" if len(named) > 1 else str(named[0])
     if absent:
         result.notes.append(f"{listed}: not here to check")
     else:
         result.problems.append(f"{listed}: not the data that was read")
+
+
+def check_rewards(record: Record, result: CheckedCheckpoint) -> None:
+    """Note the files of rewards that have another content by now, or are not on this machine."""
+    for name, reward in (record.get("rewards") or {}).items():
+        path = Path(reward["source"])
+        if not reward["hash"]:  # no file
+            continue
+        if not path.is_file():
+            result.notes.append(f"{path} (reward {name}): not here to check")
+        elif problem := checkpoints.broken(path, reward["hash"]):
+            result.notes.append(f"reward {name}: {problem}")
 
 
 def contradictions(run: RunFolder, record: Record, path: Path) -> Iterator[str]:

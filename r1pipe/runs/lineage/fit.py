@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1pipe.config import HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import changes, listed
@@ -13,6 +13,7 @@ from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.config.hf import DEEPSEEK
 from r1pipe.config.hf import NAME as HF
+from r1pipe.core.chat_template import sha256, split_system, with_system
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
 from r1pipe.runs.files import read_object
@@ -74,25 +75,42 @@ def differs(published: dict[str, Any], key: str, value: Any) -> bool:
     return own != value
 
 
-def check_same_chat_format(weights: ParentRef | None, read: Iterable[ParentRef]) -> None:
+class ChatFormat(NamedTuple):
+    """What parents must share."""
+
+    tokenizer: str  # hash of the tokens with their ids
+    template: str  # without its system prompt
+    system: str  # the system prompt; "": none
+
+
+def check_same_chat_format(
+    weights: ParentRef | None, read: Iterable[ParentRef], system: str | None = None
+) -> None:
     """Raises CheckpointError if a parent has no tokenizer, or one with more tokens than the embedding has
-    rows, or if two parents have different tokens or chat templates.
+    rows, or if two parents have different tokens, chat templates or, where `system` is None, system prompts.
 
     This reads JSON alone; the job loads the tokenizers themselves (`Run.load_chat`).
     """
     parents = [parent for parent in (weights, *read) if parent is not None]
-    formats = [chat_format(Path(parent.checkpoint)) for parent in parents]
+    formats = [chat_format(Path(parent.checkpoint), system) for parent in parents]
     for parent, chat in zip(parents, formats, strict=True):
-        if chat != formats[0]:
-            what = "tokenizer" if chat[0] != formats[0][0] else "chat template"
+        apart = [
+            name for name, own, first in zip(chat._fields, chat, formats[0], strict=True) if own != first
+        ]
+        if apart:
+            what = {"template": "chat template", "system": "system prompt"}.get(apart[0], apart[0])
+            give = ', or give chat.system=TEXT (or "") for both' if apart == ["system"] else ""
             raise CheckpointError(
                 f"{parent.checkpoint} (stage {parent.stage}) has another {what} than "
-                f"{parents[0].checkpoint}; take both from one pipeline"
+                f"{parents[0].checkpoint}; take both from one pipeline{give}"
             )
 
 
-def chat_format(checkpoint: Path) -> tuple[str, str]:
-    """Hashes of a checkpoint's tokens with their ids, and of its chat template. Raises CheckpointError."""
+def chat_format(checkpoint: Path, system: str | None = None) -> ChatFormat:
+    """A checkpoint's chat format, with `system` instead of its own system prompt unless that is None.
+
+    Raises CheckpointError.
+    """
     for name in (TOKENIZER, TOKENIZER_SETTINGS):
         if not (checkpoint / name).exists():
             raise CheckpointError(
@@ -119,16 +137,21 @@ def chat_format(checkpoint: Path) -> tuple[str, str]:
             f"vocab_size={rows}; give the tokenizer that the weights were trained with"
         )
     ids_hash = hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
-    return ids_hash, template_hash(checkpoint)
+    return ChatFormat(ids_hash, *split_system(with_system(template_of(checkpoint), system)))
 
 
 def template_hash(checkpoint: Path) -> str:
     """SHA-256 of the chat template, as in records. Raises CheckpointError."""
+    return sha256(template_of(checkpoint))
+
+
+def template_of(checkpoint: Path) -> str:
+    """The chat template as it is written. Raises CheckpointError."""
     path = checkpoint / TOKENIZER_SETTINGS
     template = read_object(path).get("chat_template")
     if not isinstance(template, str):
         raise CheckpointError(f"{path} has no chat_template; export it again")
-    return hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+    return template
 
 
 # --- as overrides
@@ -168,16 +191,17 @@ def config_of(parent: ParentRef) -> dict[str, Any] | None:
 
 
 def measured_data(parent: ParentRef, config: RunConfig) -> str:
-    """One line: the evaluation's data, and how it differs from the data of the checkpoint's run."""
+    """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data."""
     evaluation, own = config.stage.eval, config_of(parent)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
-    if own is None:
-        return line
-    keys = ("data", "seed")
-    before, after = ({key: mapping[key] for key in keys} for mapping in (own, to_mapping(config)))
-    if before == after:
-        return f"{line}, as run {parent.run_id} was"
-    return f"{line}; run {parent.run_id} had other data ({listed(changes(before, after))})"
+    if own is not None:
+        mappings = own, to_mapping(config)
+        before, after = ({key: mapping[key] for key in ("data", "seed")} for mapping in mappings)
+        changed = listed(changes(before, after))
+        same = f", as run {parent.run_id} was"
+        line += f"; run {parent.run_id} had other data ({changed})" if before != after else same
+    _, prompt = split_system(with_system(template_of(Path(parent.checkpoint)), config.chat.system))
+    return f"{line}; with the system prompt {prompt!r}" if prompt else line
 
 
 def hydra(value: Any) -> str:

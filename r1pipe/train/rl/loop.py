@@ -12,6 +12,7 @@ from r1pipe.core.types import Group, Prompt
 from r1pipe.data.source import prompt_fits
 from r1pipe.model import Policy, load_pretrained, save_pretrained
 from r1pipe.rewards import Verdicts
+from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
@@ -56,10 +57,11 @@ class RLTrainer:
         reference: Reference | None,
         reward_models: RewardModels,
         critic: Critic | None = None,
+        custom: CustomRewards | None = None,
     ):
-        """Without a `reference` there is no KL; `reward_models` score general prompts."""
+        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom`, all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.reward_models, self.critic = reward_models, critic
+        self.reward_models, self.critic, self.custom = reward_models, critic, custom
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
@@ -211,7 +213,7 @@ class RLTrainer:
             ]
             self.reference.estimate_kl(rollouts, self.config)
             kls = [rollout.kl() for rollout in rollouts]
-        score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts)
+        score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts, self.custom)
 
     # --- log and save
 

@@ -3,14 +3,18 @@
 Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "question": "…", "answer": "42",
 "completion": "<think>\\n…", "length": 87, "truncated": False, "repetition": 0.1, "strategy": "careful",
 "reward": 1.2, "advantage": 0.9, "has_variance": True, "trained": True, "entropy": 0.4,
-"scores": {"accuracy": 1.0, "format": 1.0}, "failed": []}
+"scores": {"accuracy": 1.0, "format": 1.0}, "failed": [], "context": None}
+
+The context is the JSON of the messages before the question, if there were any.
 
 Metric names are TRL's where it has them; docs/metrics.md lists all.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -44,7 +48,7 @@ COLUMNS = pa.schema(
         *(("completion", pa.string()), ("length", pa.int64()), ("truncated", pa.bool_())),
         *(("repetition", pa.float64()), ("strategy", pa.string()), ("reward", pa.float64())),
         *(("advantage", pa.float64()), ("trained", pa.bool_()), ("entropy", pa.float64())),
-        ("failed", pa.string()),
+        *(("failed", pa.string()), ("context", pa.string())),
     ]
 )
 
@@ -54,6 +58,8 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
     rows = []
     for group in groups:
         prompt, variance = group.prompt, has_variance(group.rewards)
+        before = [asdict(message) for message in prompt.context]
+        context = json.dumps(before, ensure_ascii=False) if before else None
         recognise = strategy_of if strategy_of and is_verifiable(prompt) else None
         for completion, scores, reward, advantage in zip(
             group.completions, group.scores, group.rewards, group.advantages, strict=True
@@ -79,6 +85,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "entropy": -fmean(completion.logprobs),
                     "scores": values,
                     "failed": failed,
+                    "context": context,
                 }
             )
     return rows

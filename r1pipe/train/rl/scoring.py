@@ -5,6 +5,7 @@ And dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): which of the sampled
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
@@ -15,6 +16,7 @@ from r1pipe.rewards import (
     is_verifiable,
     score_all,
 )
+from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import group_advantages, has_variance
@@ -56,18 +58,22 @@ def score_groups(
     reward_models: RewardModels,
     kls: Sequence[float] | None = None,
     verdicts: Verdicts | None = None,
+    custom: CustomRewards | None = None,
 ) -> None:
     """Set the groups' scores, rewards and group-relative advantages.
 
-    Rules score every completion, `reward_models` those of general prompts. `kls` are the completions' KLs,
-    where the KL is in the reward. `verdicts` on accuracy may already be under way.
+    Rules and `custom` rewards score every completion, `reward_models` those of general prompts. `kls` are
+    the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
     names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
+    names -= {*custom.names} if custom else set()
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
     shaping = sorted(names & {*SHAPING_REWARDS})
     add_shaping_rewards(scores, completions, shaping, config.rewards, config.sampling.max_tokens)
+    if custom:
+        add_custom_rewards(scores, groups, custom)
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     if general:
         for name, reward_model in reward_models.items():
@@ -85,6 +91,18 @@ def score_groups(
             for row, completion in zip(group.scores, group.completions, strict=True)
         ]
         group.advantages = group_advantages(group.rewards, config.normalise_std)
+
+
+def add_custom_rewards(
+    scores: Sequence[dict[str, Score]], groups: Sequence[Group], custom: CustomRewards
+) -> None:
+    """Add the custom rewards to the scores of the groups' completions, in order; one that has no rule for a
+    prompt is absent there."""
+    given = [(group.prompt, group.completions) for group in groups]
+    for name in custom.names:
+        for row, score in zip(scores, chain.from_iterable(custom.score(name, given)), strict=True):
+            if score is not None:
+                row[name] = score
 
 
 def has_signal(group: Group, weights: Mapping[str, float]) -> bool:

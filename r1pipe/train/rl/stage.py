@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from r1pipe.config import RLConfig
+from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
+from r1pipe.rewards.custom import CustomRewards
 from r1pipe.rewards.models import RewardScorer, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
+from r1pipe.runs.provenance import note_rewards
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
@@ -23,6 +26,7 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     """A whole RL stage. Raises CheckpointError if a reward model is missing or, unless forced, weak."""
     stage = run.stage
     check_all(rl_rules(stage, run.world_size))  # a hostfile's machines times engine.ranks
+    custom = load_custom_rewards(run)
     run.load_chat()
     run.load_data()
     policy = run.load_model(run.config.weights_from)
@@ -37,11 +41,28 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
-    checkpoint = RLTrainer(run, engine, reference, rewards, critic).train()
+    checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
     finish_stage(run, engine, checkpoint, extra=known)
+
+
+def load_custom_rewards(run: Run[RLConfig]) -> CustomRewards | None:
+    """The custom rewards, loaded and noted in the run folder; None where the stage has none.
+
+    Raises ConfigError or EnvironmentProblem where one cannot be used.
+    """
+    custom = CustomRewards(run.stage.rewards, run.world_size * run.stage.max_sampling_batches)
+    if not custom.names:
+        return None
+    custom.load()
+    if run.rank == 0 and (changed := note_rewards(run.folder, custom.rewards)):
+        run.warn(
+            f"rewards have changed since this run's last session ({listed(changed)}); the steps before were "
+            "scored by the old ones"
+        )
+    return custom
 
 
 def load_reward_models(run: Run[RLConfig]) -> RewardModels:

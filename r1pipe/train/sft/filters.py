@@ -14,6 +14,7 @@ from typing import Any
 from r1pipe.chat.template import parse
 from r1pipe.config import FilterConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.data import overlap
 from r1pipe.rewards import language_share
 from r1pipe.runs import heartbeat
 
@@ -73,8 +74,9 @@ class _Filters:
     def __init__(self, config: FilterConfig, eval_questions: Sequence[str]):
         n = config.ngram_overlap
         self.config = config
-        self.eval_questions = {_key(question) for question in eval_questions}
+        self.eval_keys = {overlap.key(question) for question in eval_questions}
         self.eval_grams = distinctive_grams(eval_questions, n) if n else set()
+        self.short_questions = overlap.ShortQuestions(eval_questions, n)
         self.seen: set[tuple[str, str]] = set()
         self.per_prompt: Counter[str] = Counter()
 
@@ -101,12 +103,18 @@ class _Filters:
         if key in self.seen:
             return "duplicates"
         self.seen.add(key)
-        if n := config.ngram_overlap:
-            grams = ngrams(words(prompt.question), n)
-            if _key(prompt.question) in self.eval_questions or not self.eval_grams.isdisjoint(grams):
-                return "overlap with evaluation"
+        if config.ngram_overlap and self.is_copy(overlap.asked(prompt)):
+            return "overlap with evaluation"
         self.per_prompt[prompt.id] += 1
         return "cap per prompt" if self.per_prompt[prompt.id] > config.per_prompt else None
+
+    def is_copy(self, question: str) -> bool:
+        """Whether it is an evaluation question, shares an n-gram with one, or nearly is a short one."""
+        return (
+            overlap.key(question) in self.eval_keys
+            or not self.eval_grams.isdisjoint(_grams(question, self.config.ngram_overlap))
+            or bool(self.short_questions.copied_by(question))
+        )
 
 
 def words(text: str) -> list[str]:
@@ -114,23 +122,24 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def ngrams(items: Sequence[str], n: int) -> set[tuple[str, ...]]:
-    return {tuple(items[i : i + n]) for i in range(len(items) - n + 1)}
-
-
 def repetition(text: str) -> float:
     """Share of the text's 4-grams that occurred in it before: 0 for none, near 1 for a loop."""
     items = words(text)
     count = len(items) - REPEATED_GRAM + 1
-    return 1 - len(ngrams(items, REPEATED_GRAM)) / count if count > 0 else 0.0
+    return 1 - len(overlap.ngrams(items, REPEATED_GRAM)) / count if count > 0 else 0.0
 
 
 def distinctive_grams(questions: Iterable[str], n: int) -> set[tuple[str, ...]]:
     """N-grams that occur in exactly one of the questions: one that several share is common phrasing ("how
     many does he have left"), no sign of overlap."""
-    distinct = {_key(question): question for question in questions}
-    counts = Counter(gram for question in distinct.values() for gram in ngrams(words(question), n))
+    distinct = {overlap.key(question): question for question in questions}
+    counts = Counter(gram for question in distinct.values() for gram in _grams(question, n))
     return {gram for gram, count in counts.items() if count == 1}
+
+
+def _grams(text: str, n: int) -> set[tuple[str, ...]]:
+    """Of the words that are compared, and of all as they are written, where signs count towards n."""
+    return overlap.ngrams(overlap.words(text), n) | overlap.ngrams(words(text), n)
 
 
 def _key(text: str) -> str:

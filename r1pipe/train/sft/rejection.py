@@ -3,7 +3,8 @@
 Samples are stored in shards, so that an interruption costs one shard. Each row of samples.parquet has its
 provenance: {"kind": "reasoning", "prompt_id": "word-1f…",
 "task": "word", "language": "en", "level": 2, "question": "…", "answer": "42", "response": "<think>\\n…",
-"source": "sampled:RUN ID", "checkpoint_hash": "9a…"}
+"source": "sampled:RUN ID", "checkpoint_hash": "9a…"}; and where any prompt has a context,
+"context": '[{"role": "system", "content": "…"}]' or null.
 """
 
 import json
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
-from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
+from r1pipe.core.types import Completion, Demonstration, Message, Prompt, Score, Status
+from r1pipe.data.overlap import asked
 from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import stopping
@@ -105,7 +107,7 @@ def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
-        prompt.question
+        asked(prompt)
         for config in (final, evaluate.short(final))
         for prompt in held_out(run, context, config)[0]
     ]
@@ -206,10 +208,13 @@ def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
 
 
 def _prompt_of(row: dict[str, Any]) -> Prompt:
-    return Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
+    context = tuple(Message(**message) for message in json.loads(row.get("context") or "[]"))
+    prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
+    return replace(prompt, context=context)
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    context = [asdict(message) for message in prompt.context]
     return {
         "prompt_id": prompt.id,
         "task": prompt.task,
@@ -217,10 +222,13 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
         "level": prompt.level,
         "question": prompt.question,
         "answer": prompt.answer,
+        **({"context": json.dumps(context, ensure_ascii=False)} if context else {}),
     }
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Atomic: a shard that exists is never drawn again."""
+    """Atomic: a shard that exists is never drawn again. What a row lacks of another's columns is null."""
+    columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
+    table = pa.Table.from_pylist([columns | row for row in rows])
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")

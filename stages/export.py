@@ -52,11 +52,7 @@ def main(options: ExportOptions) -> None:
             else:
                 print(f"{source} has no {name}, so {target} has none")
         renew_template(unfinished)
-        needed = COPIES * 4 * stored.parameters
-        if needed < psutil.virtual_memory().available:
-            comparison = compare_logits(source, unfinished, exact=options.dtype is None)
-        else:
-            comparison = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
+        comparison = compare_logits(source, unfinished, stored.parameters, exact=options.dtype is None)
     print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {comparison}")
 
 
@@ -72,8 +68,9 @@ def export_hf(options: ExportOptions) -> None:
                 path.unlink()
             cast = hf_files.load(source).to(PRECISIONS[options.dtype])
             hf_files.save(cast, unfinished, f"{options.shard_gb}GB")
-        line = compare_logits(source, unfinished, exact=options.dtype is None)
-    print(f"{target}: {weights_in(target):,} parameters; {line}")
+        parameters = weights_in(unfinished)
+        comparison = compare_logits(source, unfinished, parameters, exact=options.dtype is None)
+    print(f"{target}: {parameters:,} parameters; {comparison}")
 
 
 def renew_template(target: Path) -> None:
@@ -88,8 +85,12 @@ def renew_template(target: Path) -> None:
             print(f"the chat template has the system prompt {system!r}")
 
 
-def compare_logits(source: Path, target: Path, exact: bool) -> str:
-    """One line on the differences. Raises CheckpointError if they are too large."""
+def compare_logits(source: Path, target: Path, parameters: int, exact: bool) -> str:
+    """One line on the differences, or that there is too little memory to compute them. Raises CheckpointError
+    if they are too large."""
+    needed = COPIES * 4 * parameters
+    if needed >= psutil.virtual_memory().available:
+        return f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
     before, after = logits(source), logits(target)
     apart = (before - after).abs().max().item()
     largest = before.abs().max().item()

@@ -12,7 +12,7 @@ from jobs import OPTIM, ROUTER, engine_config, on_two_ranks
 from torch.nn.functional import cross_entropy
 
 from r1pipe.chat.template import Chat, parse
-from r1pipe.core.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError, ConfigError
 from r1pipe.core.types import Example, Message, Prompt
 from r1pipe.data.packing import collate as collate_packed
 from r1pipe.data.packing import pack
@@ -280,6 +280,14 @@ def test_the_end_of_a_turn_is_that_of_the_template(folder: Path) -> None:
 
 def read_ends(llama: bool) -> list[str]:
     return ["<|eot_id|>", "<|end_of_text|>"] if llama else ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_a_system_prompt_is_the_templates(folder: Path) -> None:
+    chat = Chat.load(folder, "Think between <think> and </think>.")
+    text = chat.tokenizer.decode(chat.prompt_tokens(Prompt("", "", "", "1?")), skip_special_tokens=False)
+    assert text.count("Think between") == 1 and "You help." not in text, "in place of the template's own"
+    with pytest.raises(ConfigError, match="has the text of the special token"):
+        Chat.load(folder, f"Stop at {chat.special.eos}")
 
 
 def test_a_text_cannot_speak_as_the_template(folder: Path) -> None:

@@ -354,6 +354,46 @@ def test_what_transformers_cannot_load_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_documents_that_a_row_changes_are_refused(tmp_path: Path) -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    shape = FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    )
+    FalconForCausalLM(shape).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot read a packed row"):
+        load_pretrained(tmp_path)
+
+
+def test_an_architecture_without_sdpa_names_the_remedy(tmp_path: Path) -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    shape = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        initializer_range=0.3,
+    )
+    GptOssForCausalLM(shape).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"give model\.attention=eager"):
+        load_pretrained(tmp_path, "sdpa")
+    model = load_pretrained(tmp_path).eval()
+    assert isinstance(model, HFModel)
+    with torch.no_grad():
+        documents = tokens(1, 12) % 64
+        packed = model(documents, torch.tensor([[1] * 7 + [2] * 5]))
+        alone = model.whole(input_ids=documents[:, 7:]).logits
+    assert torch.allclose(packed[:, 7:], alone, atol=2e-5)
+
+
 def test_logits_that_are_more_than_the_heads_product_are_refused(tmp_path: Path) -> None:
     from transformers import CohereConfig, CohereForCausalLM
 

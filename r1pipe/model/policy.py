@@ -24,7 +24,7 @@ def of_transformers(folder: Path | str) -> bool:
     return isinstance(kind, str) and kind not in MODEL_TYPES
 
 
-def load_pretrained(folder: Path | str, attention: str = "sdpa", longest: int | None = None) -> Policy:
+def load_pretrained(folder: Path | str, attention: str | None = None, longest: int | None = None) -> Policy:
     """The model of a checkpoint folder, on the CPU, in the stored type; see weights.load_pretrained.
 
     `attention` and `longest` are those of HFConfig, for a model of transformers. Raises CheckpointError.

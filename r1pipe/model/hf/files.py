@@ -13,12 +13,13 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 
 SHARD = "5GB"
-ONLY_FULL = "a mask for attention over all earlier tokens is all that keeps packed documents apart"
+ROUNDING = 0.1  # how far bfloat16 may move a document's states, as a share of their norm
 
 
-def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> HFModel:
+def load(folder: Path, attention: str | None = None, longest: int | None = None) -> HFModel:
     """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
 
+    `attention`: transformers' implementation, "sdpa" or "eager"; None: sdpa where the architecture has it.
     `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises
     CheckpointError, one line, for an architecture that transformers does not know or that r1pipe cannot train
     exactly.
@@ -43,16 +44,25 @@ def load(folder: Path, attention: str = "sdpa", longest: int | None = None) -> H
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: transformers cannot load these weights: {line}") from None
+        line = " ".join(str(error).split())
+        if "scaled_dot_product_attention" in line:
+            line = "its architecture has no sdpa; give model.attention=eager"
+        raise CheckpointError(f"{folder}: transformers cannot load these weights: {line[:300]}") from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, problems[kind])):
             raise CheckpointError(
                 f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}"
                 f" for {type(whole).__name__}; give weights and config.json of one model"
             )
-    _check_head(whole.eval(), folder)
-    model = HFModel(whole, _longest(folder, config, longest))
+    model = HFModel(whole.eval(), _longest(folder, config, longest))
+    try:
+        _check_head(whole, folder)
+        _check_packing(model, folder)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: {type(whole).__name__} cannot read a packed row ({line}); give another model"
+        ) from None
     model.eos_ids = _eos_ids(folder, config)
     return model
 
@@ -66,7 +76,7 @@ def empty(folder: Path) -> HFModel:
 
     config = check_architecture(folder)
     with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
-        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return HFModel(whole, _longest(folder, config, None))
 
 
@@ -88,10 +98,14 @@ def check_architecture(folder: Path) -> Any:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder / 'config.json'} cannot be read by transformers: {line}") from None
     others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
-    if others or getattr(config, "max_position_embeddings", None) is None:
-        what = f"layers of {others[0]}" if others else "no max_position_embeddings"
+    if others:
         raise CheckpointError(
-            f"{folder / 'config.json'}: {kind} has {what}, but {ONLY_FULL}; give another model"
+            f"{folder / 'config.json'}: {kind} has layers of {others[0]}, but a mask for attention over all "
+            "earlier tokens is all that keeps packed documents apart; give another model"
+        )
+    if "max_position_embeddings" not in config.to_dict():
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {kind} has no max_position_embeddings; give another model"
         )
     return config
 
@@ -131,6 +145,19 @@ def _check_head(whole: Any, folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: {type(whole).__name__} scales or caps states or logits around its head, which r1pipe "
             "does not; give another model"
+        )
+
+
+@torch.no_grad()
+def _check_packing(model: HFModel, folder: Path) -> None:
+    """Raises CheckpointError where a document's states depend on what stands before it in its row."""
+    tokens_BT = (torch.arange(16) % model.config.vocab_size).unsqueeze(0)
+    segments_BT = torch.tensor([[1] * 8 + [2] * 8])
+    packed_TD, alone_TD = model.model(tokens_BT, segments_BT)[0, 8:], model.model(tokens_BT[:, 8:])[0]
+    if float((packed_TD - alone_TD).float().norm()) > ROUNDING * float(alone_TD.float().norm()):
+        raise CheckpointError(
+            f"{folder}: {type(model.whole).__name__} reads a document otherwise behind another one in a row "
+            "than alone (positions or masks of its own); give another model"
         )
 
 

@@ -132,16 +132,19 @@ def conversations(context: Context) -> Outcome:
     if chat.system:
         value += f"; system prompt {chat.system[:SHOWN]!r}"
     remedy = ""
+    differs = not ended.startswith(begun) or REASONED not in ended
     if ASKED["content"] not in begun or CONCLUDED not in ended or CONCLUDED not in later:
         remedy = "it leaves out what users or assistants say"
-    elif not ended.startswith(begun) or REASONED not in ended:
+    elif differs and not chat.opened:  # those that open the thought often drop it from every answer
         remedy = "what an answer is sampled after is not what it follows in a whole conversation"
-    elif not ended.rstrip().endswith(EOS):
-        remedy = f"it does not end an answer with {EOS}"
+    elif not ended.rstrip().endswith(chat.special.eos):
+        remedy = f"it does not end an answer with {chat.special.eos}"
     if remedy:
         return Outcome(FAIL, value, f"{remedy}; correct chat_template in tokenizer_config.json")
     if refusal:
         return Outcome(WARN, value, f"{refusal}; or use neither chat.system nor data with system messages")
+    if differs:
+        return Outcome(WARN, value, "a template drops the thought of every answer; training keeps it")
     return Outcome(PASS, value)
 
 

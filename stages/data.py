@@ -34,7 +34,7 @@ REASONS = 12  # lines on the rows set aside
 
 def main(options: DataOptions) -> int:
     """Print the summary: 0. Raises DataError where no row can be used."""
-    chat = Chat.load(options.checkpoint or Path(content_dir(), "base"))
+    chat = Chat.load(options.checkpoint or Path(content_dir(), "base"), options.system)
     data = Files(replace(options.data, bad_rows="set_aside", max_bad_rows=1.0))
     summary = summarise(data, chat)
     if not any(summary["rows"].values()):

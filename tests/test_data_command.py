@@ -22,12 +22,12 @@ SCRIPT = runpy.run_path(SCRIPT_PATH)
 SUMS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
 
 
-def shown(folder, path, name="files", as_json=True, checkpoint=None, **changes):
+def shown(folder, path, name="files", as_json=True, system=None, **changes):
     """What is printed: an object with `as_json`."""
     data = replace(composed(name, f"data.path={path}"), **changes)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert SCRIPT["main"](DataOptions(data, checkpoint, as_json)) == 0
+        assert SCRIPT["main"](DataOptions(data, None, as_json, system)) == 0
     return json.loads(out.getvalue()) if as_json else out.getvalue()
 
 
@@ -73,6 +73,23 @@ def test_pairs_are_shown_with_both_answers(tmp_path):
     assert found["set_aside"][0]["rows"] == 1 and "the same" in found["set_aside"][0]["reason"]
     assert (found["samples"][0]["chosen"], found["samples"][0]["rejected"]) == ("Yes.", "No.")
     assert found["refused"] is None, "equal pairs are no bad rows"
+
+
+def test_earlier_turns_are_shown_as_the_model_reads_them(tmp_path):
+    said = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", "Why?"),
+        ("assistant", "So."),
+    ]
+    found = shown(tmp_path, written(tmp_path, [{"messages": [{"role": r, "content": c} for r, c in said]}]))
+    (sample,) = found["samples"]
+    assert found["with_context"] == 1 and sample["response"] == "So."
+    assert "Be brief." in sample["prompt"] and "<｜Assistant｜>Hello" in sample["prompt"]
+    assert sample["prompt"].endswith("<｜User｜>Why?<｜Assistant｜>")
+    found = shown(tmp_path, written(tmp_path, SUMS), system="Think first.")
+    assert "Think first.<｜User｜>What is 0 + 1?" in found["samples"][0]["prompt"], "chat.system"
 
 
 def test_without_a_terminal_each_fact_is_one_plain_line(tmp_path):

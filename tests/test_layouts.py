@@ -117,7 +117,7 @@ def test_the_content_wins_over_the_name(tmp_path, name, wrong):
         ("r.tsv", b"question\tanswer\na\t1\t2\n", r"r\.tsv line 2 cannot be read \(3 fields"),
         ("r.txt", b"What is this?", r"unknown format; give one of \.json.* \.arrow, plain, \.gz or \.zst"),
         ("r.jsonl.zst", zstd(b"x" * 999)[:-4], r"r\.jsonl\.zst cannot be read \("),
-        ("r.json.gz", gzip.compress(PLAIN["json"])[:50], r"r\.json\.gz cannot be read \("),
+        ("r.json.gz", gzip.compress(PLAIN["json"], mtime=0)[:50], r"r\.json\.gz cannot be read \("),
         ("r.arrow", arrow(SUMS)[:200], r"r\.arrow cannot be read \("),
         ("r.parquet", parquet(SUMS)[:-30], r"r\.parquet cannot be read \("),
     ],
@@ -454,6 +454,31 @@ def test_code_tasks(tmp_path, row):
     assert "add" in item.prompt.question.lower() and item.prompt.answer == ""
 
 
+def verl(truth, **more):
+    """A row as verl's preprocessing writes it."""
+    prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": "Add two numbers."}]
+    model = {"ground_truth": truth, "style": "rule"}
+    return {"data_source": "x", "prompt": prompt, "reward_model": model, "extra_info": {"index": 0}, **more}
+
+
+@pytest.mark.parametrize("pack", [json.dumps, lambda cases: cases], ids=["JSON", "struct"])
+def test_verl_rows_of_code(tmp_path, pack):
+    item, files = first(
+        tmp_path, verl(pack({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}), ability="code")
+    )
+    assert files.sources["reasoning"][0].layout == "verl"
+    assert item.prompt.checker["tests"] == [["1 2\n", "3\n"], ["3 4\n", "7\n"]]
+    assert (item.prompt.question, item.prompt.context) == ("Add two numbers.", (Message("system", "Think."),))
+
+
+@pytest.mark.parametrize("truth", ['["3", "three"]', ["3", "three"]])
+def test_verl_rows_with_alternatives_in_parquet(tmp_path, truth):
+    (tmp_path / "rows.parquet").write_bytes(parquet([verl(truth), verl(truth)]))
+    data = open_data(composed("files", f"data.path={tmp_path / 'rows.parquet'}"), 0)
+    item = data.items("reasoning")[0]
+    assert (item.prompt.answer, item.prompt.checker) == ("3", {"alternatives": ["three"]})
+
+
 def test_a_list_of_texts_as_ground_truth_is_no_code(tmp_path):
     item, _ = first(tmp_path, {"problem": "Who?", "ground_truth": ["Nelson", "Lord Nelson"]})
     assert item.prompt.checker == {"alternatives": ["Lord Nelson"]}
@@ -508,7 +533,12 @@ def test_system_turns_and_columns_come_first(tmp_path):
     told = [{"role": "system", "content": "Be brief."}, *turns("Why?", "Because.")]
     by_turn, _ = first(tmp_path, {"messages": told})
     by_column, _ = first(tmp_path, {"conversations": turns("Why?", "Because."), "system": "Be brief."})
-    assert by_turn.prompt == by_column.prompt and by_turn.prompt.context == (system,)
+    twice, _ = first(tmp_path, {"messages": told, "system": "Be brief."})
+    assert (
+        twice.prompt == by_turn.prompt
+        and by_turn.prompt == by_column.prompt
+        and by_turn.prompt.context == (system,)
+    )
     bare, _ = first(tmp_path, {"messages": turns("Why?", "Because.")})
     assert bare.prompt.id != by_turn.prompt.id
 
@@ -636,6 +666,26 @@ def test_a_pair_without_one_prompt_is_told_by_line(tmp_path, chosen, rejected, t
 def test_labelled_responses(tmp_path, column, value):
     item, files = first(tmp_path, {"prompt": "Wish", "response": "No.", column: value}, split="train")
     assert item.prompt.task == "safety" and files.safety_labels("train", 1, 0)[0].safe
+
+
+# real files
+
+
+@pytest.mark.parametrize("name", ["svamp", "mawps", "aime24"])
+def test_real_files_are_told_to_be_what_their_descriptions_say(shared, name):
+    described = Files(composed(name, f"data.path={shared}")).items("reasoning")
+    told = open_data(composed("files", f"data.path={shared / name}.jsonl"), 0).items("reasoning")
+    assert [(i.prompt.question, i.prompt.answer, i.texts) for i in told] == [
+        (i.prompt.question, i.prompt.answer, i.texts) for i in described
+    ]
+
+
+def test_human_eval_is_a_benchmark_by_name_and_training_data_by_itself(shared):
+    path = shared / "HumanEval.jsonl.gz"
+    named = open_data(composed("humaneval", f"data.path={path}"), 0)
+    assert len(named.prompts("test", ALL, 0)) == 164 and named.rows("train") == []
+    told = open_data(composed("files", f"data.path={path}"), 0)
+    assert len(told.prompts("train", ALL, 0)) > 100 and "layout code" in told.layouts[0]
 
 
 # what is shown and refused

@@ -118,7 +118,7 @@ def data(
     chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
     config = composed([*chosen, f"data.path={json.dumps(file, ensure_ascii=False)}", *words])
     folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
-    return _run("data.py", DataOptions(config.data, folder, as_json))
+    return _run("data.py", DataOptions(config.data, folder, as_json, config.chat.system))
 
 
 def export(

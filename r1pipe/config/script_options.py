@@ -55,6 +55,7 @@ class DataOptions(Strict):
     data: DataConfig
     checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
     as_json: bool
+    system: str | None = None  # chat.system
 
 
 @dataclass(frozen=True)

@@ -122,19 +122,21 @@ def question(row: Row, columns: dict[str, str]) -> Question:
             raise DataError(f"{row.where}: column {column} ends with an answer; name it as `conversation`")
     else:
         asked = Question(text(row, column))
-    before = [*_system(row, columns), *_history(row, columns)]
-    return Question(asked.text, (*before, *asked.context))
+    return _after_system(row, columns, Question(asked.text, (*_history(row, columns), *asked.context)))
 
 
 def conversation(row: Row, columns: dict[str, str]) -> tuple[Question, str]:
     """The question and answer of the roles `conversation` and `system`."""
     asked, answer = split_turns(turns(row, columns["conversation"]), row.where)
-    return Question(asked.text, (*_system(row, columns), *asked.context)), answer
+    return _after_system(row, columns, asked), answer
 
 
-def _system(row: Row, columns: dict[str, str]) -> list[Message]:
+def _after_system(row: Row, columns: dict[str, str], asked: Question) -> Question:
+    """The question with the system prompt of the role `system`, where its conversation has none."""
     content = text(row, columns["system"]) if "system" in columns else ""
-    return [Message("system", content)] if content else []
+    if not content or any(turn.role == "system" for turn in asked.context):
+        return asked
+    return Question(asked.text, (Message("system", content), *asked.context))
 
 
 def _history(row: Row, columns: dict[str, str]) -> list[Message]:
@@ -159,16 +161,12 @@ def pair(row: Row, columns: dict[str, str], joined: bool) -> tuple[Question, str
         if (chosen[-1].role, rejected[-1].role) != ("assistant", "assistant"):
             raise DataError(f"{row.where}: chosen or rejected ends without an answer; leave the row out")
     answers = chosen[-1].content, rejected[-1].content
-    if "question" not in columns:
-        if len(chosen) == 1:
-            raise DataError(f"{row.where}: chosen and rejected repeat no prompt; name its column as question")
-        asked, _ = split_turns(chosen, row.where)
-        return Question(asked.text, (*_system(row, columns), *asked.context)), *answers
-    if joined:
+    if "question" not in columns and len(chosen) == 1:
+        raise DataError(f"{row.where}: chosen and rejected repeat no prompt; name its column as question")
+    if joined and "question" in columns:
         asked = Question(dialogue(row, columns["question"]))
     elif len(chosen) > 1:
-        asked, _ = split_turns(chosen, row.where)
-        asked = Question(asked.text, (*_system(row, columns), *asked.context))
+        asked = _after_system(row, columns, split_turns(chosen, row.where)[0])
     else:
         asked = question(row, columns)
     if asked.text and all(answer.startswith(asked.text) and answer != asked.text for answer in answers):

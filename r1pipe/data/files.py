@@ -60,6 +60,10 @@ class Files(Source):
         for kind, source, where in _sources(config):
             gives, whole = (kind, source) if _is_mapped(source) else self._recognise(kind, source)
             _check_source(whole, gives, where)
+            if data_files.hub_name(Path(source.path)) and source.path not in self._read:
+                self._read[source.path] = read_rows(
+                    Path(source.path), config.longest_row
+                )  # then it is hashed
             self.sources[gives].append(whole)
         self._items: dict[str, list[Item]] = {}  # kind -> its rows, once requested
         if not any(self.sources.values()):
@@ -79,10 +83,7 @@ class Files(Source):
             keys = f"path:.,language:{source.language},task:{source.task},columns:{{{listed}}}"
             raise DataError(f"{source.path}: {error}, e.g. data.{kind}=[{{{keys}}}]") from None
         told = "named" if source.layout else "told by its columns"
-        listed = (
-            ", ".join(f"{role}={column}" for role, column in found.columns.items())
-            or "as its tests are written"
-        )
+        listed = ", ".join(f"{role}={column}" for role, column in found.columns.items()) or "code tasks"
         counted = f"{len(file.rows) + len(file.bad):,} rows of {file.format}"
         self.described[source.path] = f"{source.path}: {counted}, layout {found.name} ({told}): {listed}"
         mark = source.answer_after or found.answer_after

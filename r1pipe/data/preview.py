@@ -10,6 +10,7 @@ from typing import Any
 
 from r1pipe.chat.template import Chat
 from r1pipe.config.fields import shown
+from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
 from r1pipe.data.files import Files
 from r1pipe.data.items import Item, key
@@ -27,7 +28,7 @@ Summary = dict[str, Any]  # plain JSON
 
 
 def summarise(data: Files, chat: Chat) -> Summary:
-    """All that is shown, as plain JSON. Raises DataError where no row can be used."""
+    """All that is shown, as plain JSON. Raises DataError where the template refuses a row's messages."""
     items = {kind: data.items(kind) for kind in KINDS if data.sources[kind]}
     rows = [item for found in items.values() for item in found]
     sources = [
@@ -76,9 +77,17 @@ def _reasons(data: Files) -> list[Summary]:
 
 def _tokens(items: Sequence[Item], chat: Chat) -> Summary:
     """Tokens of the first prompts and answers: median, 95th percentile and most."""
-    prompts = [len(chat.prompt_tokens(item.prompt)) for item in items]
+    prompts = [len(_prompt_tokens(item, chat)) for item in items]
     answers = [len(chat.encode(text)) for item in items for text in _answers(item)]
     return {"prompts": _distribution(prompts), "answers": _distribution(answers)}
+
+
+def _prompt_tokens(item: Item, chat: Chat) -> list[int]:
+    """Raises DataError, naming the row, where the template cannot show its messages."""
+    try:
+        return chat.prompt_tokens(item.prompt)
+    except DataError as error:
+        raise DataError(f"{item.source}: {error}") from None
 
 
 def _answers(item: Item) -> list[str]:
@@ -106,10 +115,8 @@ def _spread(items: dict[str, list[Item]]) -> Iterable[tuple[str, Item]]:
 def _sample(kind: str, item: Item, chat: Chat) -> Summary:
     """A row as it is rendered, and what is compared with or learned."""
     prompt = item.prompt
-    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.context]
-    turns.append({"role": "user", "content": prompt.question})
     sample = {"place": item.source, "kind": kind, "split": item.split, "language": prompt.language}
-    rendered = chat.render(turns, add_generation_prompt=True)
+    rendered = chat.tokenizer.decode(_prompt_tokens(item, chat), skip_special_tokens=False)
     gold = {"answer": prompt.answer, "form": _form(prompt)} if kind == "reasoning" else {}
     checker = {name: shown(value) for name, value in prompt.checker.items()}
     return {**sample, "prompt": rendered, **gold, "checker": checker, **_texts(item)}

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -410,3 +412,11 @@ def test_logits_that_are_more_than_the_heads_product_are_refused(tmp_path: Path)
     CohereForCausalLM(shape).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="scales or caps states or logits around its head"):
         load_pretrained(tmp_path)
+
+
+def test_a_run_with_the_bundled_model_does_not_import_transformers() -> None:
+    script = (
+        "import sys, r1pipe.train.rl.loop, r1pipe.train.sft.loop; assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

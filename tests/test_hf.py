@@ -343,6 +343,7 @@ def test_a_template_that_drops_earlier_thoughts_keeps_that(folders: dict[str, Pa
         ({"num_hidden_layers": 3}, "must be equal to the number of `layer_types`"),
         ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "are missing for Qwen3ForCausalLM"),
         ({"hidden_act": "no_such_function"}, "no_such_function"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights cannot be trained"),
     ],
 )
 def test_what_transformers_cannot_load_is_one_line(

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, SHOWN, THINK, compose_response
+from r1pipe.chat.template import SHOWN, THINK, compose_response
+from r1pipe.chat.tokens import SPECIAL_TOKENS
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration, Message, Prompt, Status
@@ -170,7 +171,7 @@ def end_of_sequence(context: Context) -> Outcome:
     learned = bool(batch.loss_BT[0, last]) and int(batch.tokens_BT[0, last]) == chat.eos_id
     stops = context.engine.module.eos_ids if context.config.weights_from else ()
     remedy = ""
-    if chat.eos_id == chat.pad_id and chat.special.eos == EOS:
+    if chat.eos_id == chat.pad_id and chat.special.texts == SPECIAL_TOKENS:
         remedy = "EOS is also the padding, which is never learned; give the tokenizer two tokens"
     elif chat.encode(chat.special.eos) != [chat.eos_id]:
         remedy = f"the text {chat.special.eos} is not one token; fix the tokenizer"

@@ -1,6 +1,5 @@
 """Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,11 @@ def load(folder: Path, attention: str | None = None, longest: int | None = None)
     exactly.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as their_logging
+    from transformers.utils import logging
 
     config = check_architecture(folder)
-    their_logging.disable_progress_bar()
-    their_logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with heartbeat.at("loading weights", patient=True):
             whole, problems = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +84,13 @@ def check_architecture(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = read_object(folder / "config.json").get("model_type")
+    content = read_object(folder / "config.json")
+    kind = content.get("model_type")
+    if content.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a quantization_config: quantised weights cannot be trained; give "
+            "the folder of the model before quantisation"
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers knows no causal language model of model_type {kind}; "

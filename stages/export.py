@@ -5,10 +5,9 @@
 Writes weights and config.json in the published format, the tokenizer with its chat template and the sampling
 settings: transformers and vLLM can load the folder. Tensors are converted one by one and read back bit by
 bit. If this machine's memory can hold the model in float32, the logits of a few tokens are compared before
-and after, and with transformers' if it is installed.
+and after, and with transformers'.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 from shutil import copyfile
@@ -22,10 +21,13 @@ from r1pipe.config import script_options
 from r1pipe.config.script_options import ExportOptions
 from r1pipe.core import terminal
 from r1pipe.core.chat_template import split_system, with_system
-from r1pipe.core.errors import CheckpointError
+from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.core.safetensors import weights_in
 from r1pipe.model import load_pretrained
+from r1pipe.model.hf import files as hf_files
+from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored
-from r1pipe.model.weights import GENERATION, convert
+from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object, write_json
 
@@ -39,6 +41,9 @@ def main(options: ExportOptions) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} is there already and not empty; give another folder")
     checkpoints.verify(source)
+    if of_transformers(source):
+        export_hf(options)
+        return
     with checkpoints.whole(target) as unfinished:
         stored = convert(source, unfinished, options.dtype, int(options.shard_gb * 1e9))
         for name in (*TOKENIZER_FILES, GENERATION):
@@ -47,12 +52,25 @@ def main(options: ExportOptions) -> None:
             else:
                 print(f"{source} has no {name}, so {target} has none")
         renew_template(unfinished)
-        needed = COPIES * 4 * stored.parameters
-        if needed < psutil.virtual_memory().available:
-            comparison = compare_logits(source, unfinished, exact=options.dtype is None)
-        else:
-            comparison = f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
+        comparison = compare_logits(source, unfinished, stored.parameters, exact=options.dtype is None)
     print(f"{target}: {stored.parameters:,} parameters, every tensor read back bit by bit; {comparison}")
+
+
+def export_hf(options: ExportOptions) -> None:
+    """The same for a model of transformers: its files as they are, or cast by transformers."""
+    source, target = options.checkpoint, options.folder
+    if options.dtype == "fp8":
+        raise ConfigError("--dtype fp8 is for the bundled model; give float32 or bfloat16")
+    with checkpoints.whole(target) as unfinished:
+        checkpoints.copy_published(source, unfinished)
+        if options.dtype is not None:
+            for path in unfinished.glob("*.safetensors*"):
+                path.unlink()
+            cast = hf_files.load(source).to(PRECISIONS[options.dtype])
+            hf_files.save(cast, unfinished, f"{options.shard_gb}GB")
+        parameters = weights_in(unfinished)
+        comparison = compare_logits(source, unfinished, parameters, exact=options.dtype is None)
+    print(f"{target}: {parameters:,} parameters; {comparison}")
 
 
 def renew_template(target: Path) -> None:
@@ -67,8 +85,12 @@ def renew_template(target: Path) -> None:
             print(f"the chat template has the system prompt {system!r}")
 
 
-def compare_logits(source: Path, target: Path, exact: bool) -> str:
-    """One line on the differences. Raises CheckpointError if they are too large."""
+def compare_logits(source: Path, target: Path, parameters: int, exact: bool) -> str:
+    """One line on the differences, or that there is too little memory to compute them. Raises CheckpointError
+    if they are too large."""
+    needed = COPIES * 4 * parameters
+    if needed >= psutil.virtual_memory().available:
+        return f"no logits compared: that takes {needed / 1e9:.0f} GB of memory"
     before, after = logits(source), logits(target)
     apart = (before - after).abs().max().item()
     largest = before.abs().max().item()
@@ -76,7 +98,7 @@ def compare_logits(source: Path, target: Path, exact: bool) -> str:
         raise CheckpointError(f"{target}: logits are {apart:.1e} apart from those of {source}; export again")
     line = "logits are the same" if exact else f"logits moved by {apart:.1e} (the largest is {largest:.1e})"
     written = Stored(target)
-    if any(map(written.is_fp8, written.entries)) or not importlib.util.find_spec("transformers"):
+    if any(map(written.is_fp8, written.entries)):
         return line  # transformers runs FP8 on accelerators only
     apart = (after - logits_of_transformers(target)).abs().max().item()
     if not apart <= TOLERANCE * max(1.0, largest):

@@ -19,7 +19,7 @@ from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
-from r1pipe.model import DeepseekV3, load_pretrained
+from r1pipe.model import Policy, load_pretrained
 from r1pipe.model.weights import GENERATION
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
@@ -36,7 +36,7 @@ def main(options: GenerateOptions) -> int:
     chat, model = Chat.load(folder, options.system), load(folder)
     if chat.system:
         print(f"system prompt: {chat.system}", file=sys.stderr)
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, MAX_NUM_SEQS)
+    sampler = Sampler(model, chat.eos_ids, chat.pad_id, MAX_NUM_SEQS)
     context = model.config.max_position_embeddings
     defaults = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
     params = SamplingParams(
@@ -62,7 +62,7 @@ def main(options: GenerateOptions) -> int:
         of_round = replace(params, seed=params.seed + number, max_tokens=max(limits))
         completions = sampler.generate([tokens for _, tokens in prompts], of_round, limits=limits)
         for (question, _), completion in zip(prompts, completions, strict=True):
-            text = chat.decode(completion.tokens)
+            text = chat.response(completion.tokens)
             if options.as_json:
                 row = {"question": question, "answer": text, "finish_reason": completion.finish_reason}
                 print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -73,7 +73,7 @@ def main(options: GenerateOptions) -> int:
     return 2 if invalid == count else 1
 
 
-def load(folder: Path) -> DeepseekV3:
+def load(folder: Path) -> Policy:
     """The model on the GPU in bfloat16, or else on the CPU as stored."""
     device = choose_device("auto")
     model = load_pretrained(folder).eval()

@@ -40,7 +40,7 @@ def main(folder: str) -> None:
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
             seqs, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
-            sampler = Sampler(model, chat.eos_id, chat.pad_id, seqs, graphs, stopping.requested)
+            sampler = Sampler(model, chat.eos_ids, chat.pad_id, seqs, graphs, stopping.requested)
             shards = draw_samples(run, ranks, sampler, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:

@@ -1,4 +1,4 @@
-"""Final answers: tests/cases/answers.jsonl by kind, the shared cases, votes, speed."""
+"""Final answers: tests/cases/answers.jsonl by kind, votes, speed."""
 
 import json
 import time
@@ -53,29 +53,6 @@ def test_answers_of_each_kind(kind):
         if value != row["expected"]
     ]
     assert wrong == []
-
-
-def test_shared_cases(shared):
-    """At least 98% as expected, and no wrong answer that earns 1."""
-    rows = [
-        json.loads(line) for line in (shared.parent / "cases/scores.jsonl").read_text("utf-8").splitlines()
-    ]
-    rows = [
-        row for row in rows if row["reward"] == "accuracy" and {"answer", "completion"} <= set(row["row"])
-    ]
-    others, gifts = [], []
-    for case in rows:
-        row, expected = case["row"], case["expected"]
-        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-        if not isinstance(row["completion"], str):
-            continue
-        prompt = prompt_of(str(answers[0]), case["language"], alternatives=answers[1:])
-        got = result(prompt, Completion([1], [0.0], "stop", row["completion"]))
-        right = got == "refused" if expected == "refused" else got in expected
-        others += [] if right else [case["id"]]
-        gifts += [case["id"]] if got == 1.0 and expected != [1, 1] else []
-    assert gifts == []
-    assert len(others) <= 0.02 * len(rows), others
 
 
 @pytest.mark.parametrize(

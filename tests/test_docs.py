@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from test_hf_config import publish
 from typer.testing import CliRunner
 
 from r1pipe.cli.commands import app
@@ -53,8 +54,11 @@ def test_make_targets_exist(command):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("r1pipe ")])
-def test_r1pipe_commands_are_known_and_compose(command):
+def test_r1pipe_commands_are_known_and_compose(command, tmp_path):
     name, *rest = words_of(command)
+    if "model=hf" in rest:  # whose folder is read
+        path = publish(tmp_path / "model")
+        rest = [f"model.path={path}" if word.startswith("model.path=") else word for word in rest]
     if name not in WITHOUT_OVERRIDES:
         words = [word for word in rest if not word.startswith("--")]
         compose([word.partition(",")[0] for word in words] if "--multirun" in rest else words)

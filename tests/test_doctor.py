@@ -309,7 +309,13 @@ def test_a_template_that_opens_think_itself(context: Make) -> None:
     )
     assert examined.chat.source != own
     opened = found(examined, "opens <think>")
-    assert (opened.status, opened.value) == (FAIL, "the template does")
+    assert opened.status == PASS and opened.value.startswith("the template does"), "rewards read it, too"
+    assert found(examined, "chat template").status == PASS
+    always_dropped = examined.chat.source.replace("text(m) if loop.last else ", "")
+    assert always_dropped != examined.chat.source
+    examined.chat = chat_with(template=always_dropped)
+    dropped = found(examined, "chat template")
+    assert dropped.status == WARN and "drops the thought" in dropped.remedy
 
 
 @pytest.mark.parametrize(

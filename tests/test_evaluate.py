@@ -108,7 +108,7 @@ class FakeChat:
     def prompt_tokens(self, prompt):
         return [ord(character) for character in prompt.id]
 
-    def decode(self, tokens):
+    def response(self, tokens):
         return self.texts[tokens[0]]
 
 

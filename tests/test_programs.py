@@ -146,6 +146,12 @@ SCRIPTS = {
     "bytes": "import sys\nsys.stdout.buffer.write(b'%d' % (2 * int(sys.stdin.buffer.read())))",
     "a file": "print(2 * int(open(0).read()))",
     "a descriptor": "import os\nos.write(1, str(2 * int(os.read(0, 100))).encode())",
+    "as many bytes as there are": "import io, os\n"
+    "input = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\n"
+    "print(2 * int(input()))",
+    "descriptors as files": "import os\nprint(2 * int(os.fdopen(0).readline()), file=open(1, 'w'))",
+    "closing its output": "import sys\nwith open(1, 'w') as file:\n    print(2 * int(input()), file=file)\n"
+    "sys.stdout.close()",
     "leaving": "import sys\nprint(2 * int(input()))\nsys.exit(0)",
     "exit": "print(2 * int(input()))\nexit()",
     "at exit": "import atexit\nn = int(input())\natexit.register(lambda: print(2 * n))",

@@ -26,7 +26,7 @@ def asking(server: Server, **changed: Any) -> CustomRewards:
 
 
 def test_a_server_gets_json_and_gives_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame")
+    monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame\n")
     with serving((200, GOOD)) as server:
         custom = asking(server)
         assert scores(custom, "a", "bb", "c") == [Score(0.5), None, Score(1.0, detail="why")]
@@ -96,6 +96,20 @@ def test_a_server_that_does_not_answer_in_time(a_byte_now_and_then: bool) -> Non
     assert score and score.status is LOST and "timed out" in score.detail
 
 
+def test_a_server_whose_complaint_does_not_arrive() -> None:
+    released = threading.Event()
+
+    def answer(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.0 500 Internal Server Error\r\nContent-Length: 100\r\n\r\n")
+        released.wait(60)
+
+    limits = RemoteLimits(connections=1, timeout_s=0.3, retries=0)
+    with serving((500, answer)) as server:
+        [score] = scores(asking(server, remote_limits=limits), "a")
+        released.set()
+    assert score and score.status is LOST and score.detail.endswith("500 Internal Server Error; 1 requests")
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
@@ -105,6 +119,7 @@ def test_a_server_that_does_not_answer_in_time(a_byte_now_and_then: bool) -> Non
         ({"scores": [1.0]}, "1 for 2 completions"),
         ({"scores": [1.0, "good"]}, "'good' is a str"),
         ('{"scores": [1.0, NaN]}', "nan is no finite number"),
+        ('{"scores": [1.0, 1' + "0" * 400 + "]}", "inf is no finite number"),
         ({"scores": [1.0, {"score": 1}]}, "has not the keys value, status and detail"),
         ({"scores": [1.0, {"value": 1, "status": "fine"}]}, "'fine' is not a valid Status"),
         ("[" * 100_000, "recursion"),

@@ -193,3 +193,24 @@ def test_a_missing_file_is_one_line(tmp_path):
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
         assert done.stderr.startswith("r1pipe: ")
+
+
+@pytest.mark.parametrize("reward", ["accuracy", "code", "format", "language"])
+def test_shared_cases(reward, shared, tmp_path):
+    """At least 98% as expected, and no wrong answer that earns 1."""
+    lines = (shared.parent / "cases/scores.jsonl").read_text("utf-8").splitlines()
+    cases = [
+        case for case in map(json.loads, lines) if case["reward"] == reward and "note" not in case["row"]
+    ]
+    others, gifts = [], []
+    for language in sorted({case["language"] for case in cases}):
+        group = [case for case in cases if case["language"] == language]
+        _, verdicts, _ = scored(tmp_path, [case["row"] for case in group], reward, language)
+        for case, verdict in zip(group, verdicts, strict=True):
+            got = "refused" if verdict["status"] == "refused" else verdict["value"]
+            least, most = ("", "") if case["expected"] == "refused" else case["expected"]
+            is_expected = got == "refused" if case["expected"] == "refused" else least <= (got or 0) <= most
+            others += [] if is_expected and got is not None else [case["id"]]
+            gifts += [case["id"]] if most == 0 and got == 1 else []
+    assert gifts == []
+    assert len(others) <= 0.02 * len(cases), others

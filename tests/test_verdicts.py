@@ -23,7 +23,7 @@ ROOT = [Prompt(f"word-{i}", "word", "en", "?", r"\sqrt{2}") for i in range(4)]
 class Numbers:
     """A chat format in which a completion's first token is the answer that its text states."""
 
-    def decode(self, tokens: list[int]) -> str:
+    def response(self, tokens: list[int]) -> str:
         return f"<think>\nx\n</think>\n\nThe answer is {tokens[0]}."
 
 

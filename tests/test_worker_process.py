@@ -143,7 +143,7 @@ def test_the_parent_s_clock_ends_a_child_that_takes_too_much_processor_time(star
 
 def test_a_reply_may_be_as_long_as_is_said(start):
     code = "import sys; sys.stdin.readline(); print('{\"x\": \"' + 'x' * (3 << 20) + '\"}')"
-    child = WorkerProcess([sys.executable, "-c", code], {}, (), 4 << 20)
+    child = WorkerProcess([sys.executable, "-c", code], {}, reply_limit=4 << 20)
     assert len(child.ask({})["x"]) == 3 << 20
     child.close()
     with pytest.raises(NoReply, match="too long"):

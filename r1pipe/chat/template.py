@@ -2,7 +2,8 @@
 
 A conversation is BOS, the system prompt, USER, the question, ASSISTANT, the response, EOS; and a response
 reads `<think>\\nreasoning\\n</think>\\n\\nsummary` (R1 section 2.3.1: a summary closes every response).
-The template does not open `<think>`: the model must do so itself, and is rewarded for it.
+R1's template does not open `<think>`: the model must do so itself, and is rewarded for it. Where that of
+another model does, `Chat.opened` is what it writes, and `Chat.response` the text that is rewarded.
 """
 
 import hashlib
@@ -16,19 +17,24 @@ import jinja2
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from r1pipe.chat.tokens import ASSISTANT as ASSISTANT
+from r1pipe.chat.tokens import BOS as BOS
+from r1pipe.chat.tokens import END_THINK, SPECIAL_TOKENS, THINK, Special, ended_by, of_folder, of_r1
+from r1pipe.chat.tokens import EOS as EOS
+from r1pipe.chat.tokens import PAD as PAD
+from r1pipe.chat.tokens import PLAIN_TOKENS as PLAIN_TOKENS
+from r1pipe.chat.tokens import USER as USER
 from r1pipe.core.chat_template import sha256, split_system, with_system
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError
 from r1pipe.core.types import Example, Message, Prompt
 from r1pipe.runs.files import read_object, write_json
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, END_THINK = "<think>", "</think>"
-SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)  # never produced by encoding a user's text
-PLAIN_TOKENS = (THINK, END_THINK)  # one token each, but part of the text
 SHOWN = 60  # characters of a message in an error
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# What else some tokenizers of transformers consist of; r1pipe carries it along.
+MORE_TOKENIZER_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
+MARK = "r1pipe"  # an answer that no template writes itself
 _RESPONSE = re.compile(r"\A<think>(?P<reasoning>.*?)</think>(?P<summary>.*)\Z", re.DOTALL)
 
 
@@ -74,15 +80,25 @@ def _refuse(message: str) -> NoReturn:
 class Chat:
     """A tokenizer with its chat template, as it travels with every checkpoint."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str):
-        """`template`: with its default system prompt, if it has one; see `core.chat_template`."""
+    def __init__(self, tokenizer: Tokenizer, template: str, special: Special | None = None):
+        """`template`: with its default system prompt, if it has one; see `core.chat_template`.
+
+        `special`: None for R1's tokens.
+        """
         self.tokenizer = tokenizer
+        self.special = special or of_r1(tokenizer)
         self.source = with_system(template, None)
         # sandboxed: it may come from outside; transformers trims blocks so
-        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        rules = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         rules.globals["raise_exception"] = _refuse  # as transformers calls it
         self.template = rules.from_string(self.source)
-        self.bos_id, self.eos_id, self.pad_id = (self._id(token) for token in (BOS, EOS, PAD))
+        if special and special.texts != SPECIAL_TOKENS:
+            self.special = ended_by(special, tokenizer, self._after_answer())
+        self.bos_id, self.eos_id, self.pad_id = self.special.bos_id, self.special.eos_id, self.special.pad_id
+        self.eos_ids = self.special.eos_ids
+        self.opened = self._opened()
 
     @classmethod
     def load(cls, folder: Path | str, system: str | None = None) -> "Chat":
@@ -107,7 +123,7 @@ class Chat:
                 f"{path}: the tokenizer cannot be read ({error}); export it again"
             ) from None
         try:
-            chat = cls(tokenizer, with_system(template, system))
+            chat = cls(tokenizer, with_system(template, system), of_folder(Path(folder), tokenizer))
         except jinja2.TemplateError as error:
             raise CheckpointError(
                 f"{settings}: the chat_template is not valid Jinja ({error}); export it again"
@@ -137,16 +153,11 @@ class Chat:
         """Write the tokenizer files of the checkpoint `source` to `target`, with this template."""
         tokenizer, settings = TOKENIZER_FILES
         copyfile(source / tokenizer, target / tokenizer)
+        for name in MORE_TOKENIZER_FILES:
+            if (source / name).is_file():
+                copyfile(source / name, target / name)
         content = read_object(source / settings) | {"chat_template": self.source}
         write_json(target / settings, content, indent=2)
-
-    def _id(self, token: str) -> int:
-        token_id = self.tokenizer.token_to_id(token)
-        if token_id is None:
-            raise CheckpointError(
-                f"the tokenizer has no token {token}; this model needs r1pipe's chat format"
-            )
-        return token_id
 
     @property
     def vocab_size(self) -> int:
@@ -172,7 +183,12 @@ class Chat:
         """
         try:
             return self.template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, bos_token=BOS, eos_token=EOS
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.special.bos,
+                eos_token=self.special.eos,
+                tools=None,
+                documents=None,
             )
         except _RefusedMessage as error:
             raise DataError(str(error)) from None
@@ -208,6 +224,9 @@ class Chat:
         Answers in the prompt's context are read, not learned, and without their reasoning.
         """
         context = self.prompt_tokens(prompt)
+        if self.opened:  # the prompt ends with the beginning of the thought
+            thinks = response.startswith(THINK)
+            response = response.removeprefix(THINK).lstrip() if thinks else f"{END_THINK}\n\n{response}"
         answer = [*self.encode(self._escape(response)), self.eos_id]
         return Example(context + answer, [False] * len(context) + [True] * len(answer))
 
@@ -215,10 +234,32 @@ class Chat:
         """Text of sampled tokens, without special tokens; the think tags stay."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    @staticmethod
-    def _escape(text: str) -> str:
-        """A user's text cannot speak as the template: special tokens in it lose their bars."""
-        for token in SPECIAL_TOKENS:
+    def response(self, tokens: list[int]) -> str:
+        """Text of a sampled completion, with the `<think>` that the template has opened before it."""
+        return self.opened + self.decode(tokens)
+
+    def _escape(self, text: str) -> str:
+        """A user's text cannot speak as the template: special tokens in it lose their bars, or get a space
+        after their first character."""
+        for token in self.special.texts:
             if token in text:
-                text = text.replace(token, token.replace("｜", "|"))
+                harmless = token.replace("｜", "|")
+                text = text.replace(token, harmless if harmless != token else f"{token[0]} {token[1:]}")
         return text
+
+    def _after_answer(self) -> str:
+        """What the template writes after an answer; "" where it cannot write a conversation."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        try:
+            return self.render(turns, add_generation_prompt=False).rpartition(MARK)[2]
+        except (CheckpointError, DataError):
+            return ""
+
+    def _opened(self) -> str:
+        """The `<think>` and the space after it that the template writes before an answer, if it does."""
+        try:
+            text = self.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        except (CheckpointError, DataError):
+            return ""
+        found = re.search(rf"{THINK}\s*\Z", text)
+        return found[0] if found else ""

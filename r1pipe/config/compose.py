@@ -28,6 +28,8 @@ from r1pipe.config.data import refuse_unused_row_keys
 from r1pipe.config.describe import leaves
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
+from r1pipe.config.hf import NAME as HF
+from r1pipe.config.hf import filled
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
 from r1pipe.core.errors import ConfigError, nearest
@@ -87,12 +89,15 @@ def compose(overrides: list[str]) -> Composed:
     mapping = resolve(below, own)
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key)
+    given = [key for key, _ in flat(mapping)]
+    if choices["model"] == HF:
+        mapping["model"] = filled(mapping["model"])
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     files = {key: file for key, (_, file) in values.items()}
     files |= {override.key_or_group: COMMAND_LINE for override in own}
-    return Composed(config, [key for key, _ in flat(mapping)], choices, files)
+    return Composed(config, given, choices, files)
 
 
 def parse(overrides: list[str]) -> list[Override]:

@@ -13,6 +13,8 @@ from pydantic import PlainValidator
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
+from r1pipe.config.hf import NAME as HF
+from r1pipe.config.hf import HFConfig, hf_rules
 from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, TripwiresConfig, rl_rules, tripwire_rules
 from r1pipe.config.stages import (
@@ -53,6 +55,12 @@ def build_stage(mapping: Any) -> StageConfig:
     if not isinstance(mapping, dict) or name in STAGE_TYPES:
         return build(STAGE_TYPES.get(name or "", StageConfig), mapping, "stage")
     raise ConfigError(f"stage.name={shown(name)} is no stage; {nearest(str(name), STAGE_TYPES)}")
+
+
+def build_model(mapping: Any) -> ModelConfig | HFConfig:
+    """A model's config, of the class that its name has. Raises ConfigError."""
+    is_hf = isinstance(mapping, dict) and mapping.get("name") == HF
+    return build(HFConfig, mapping, "model") if is_hf else build(ModelConfig, mapping, "model")
 
 
 @dataclass
@@ -99,7 +107,7 @@ class RunConfig(Strict):
     root: str  # where run folders and the MLflow store go
     pipeline: str  # name that groups the runs of one reproduction
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
-    model: ModelConfig
+    model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
     chat: ChatConfig
     engine: EngineConfig
@@ -116,8 +124,7 @@ def check(config: RunConfig) -> None:
     if not config.root.strip():
         raise ConfigError("root is empty; give root=DIR, where run folders go")
     rules = (
-        model_rules(config.model),
-        fp8_rules(config.engine, config.model),
+        shape_rules(config),
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
@@ -130,6 +137,15 @@ def check(config: RunConfig) -> None:
         tripwire_rules(config.tripwires),
     )
     check_all(chain(*rules))
+
+
+def shape_rules(config: RunConfig) -> Rules:
+    """Of the model, and of the engine and the stage with it."""
+    if isinstance(config.model, HFConfig):
+        yield from hf_rules(config.model, config.engine, config.stage)
+    else:
+        yield from model_rules(config.model)
+        yield from fp8_rules(config.engine, config.model)
 
 
 def tracking_rules(tracking: TrackingConfig) -> Rules:

@@ -6,9 +6,8 @@ import torch
 
 from r1pipe.core.types import Status
 from r1pipe.doctor.context import Context, Outcome
-from r1pipe.model import load_pretrained, save_pretrained
-from r1pipe.model.names import published_tensors
-from r1pipe.model.transformer import DeepseekV3
+from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model.policy import named_weights
 from r1pipe.rewards import is_verifiable
 from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
@@ -130,11 +129,11 @@ def round_trip(context: Context) -> Outcome:
     return Outcome(PASS, f"{value}; every weight is the same")
 
 
-def different(model: DeepseekV3, folder: Path) -> list[str]:
-    """Published names of the model's weights that a folder lacks or holds with other values."""
-    stored = dict(published_tensors(load_pretrained(folder)))
+def different(model: Policy, folder: Path) -> list[str]:
+    """Names of the model's weights that a folder lacks or holds with other values."""
+    stored = named_weights(load_pretrained(folder))
     return [
         name
-        for name, tensor in published_tensors(model)
+        for name, tensor in named_weights(model).items()
         if name not in stored or not torch.equal(stored[name], tensor.detach().cpu().to(stored[name].dtype))
     ]

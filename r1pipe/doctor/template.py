@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from r1pipe.chat.template import EOS, SHOWN, THINK, compose_response
+from r1pipe.chat.template import SHOWN, THINK, compose_response
+from r1pipe.chat.tokens import SPECIAL_TOKENS
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration, Message, Prompt, Status
@@ -89,7 +90,7 @@ def _correct_responses(context: Context) -> tuple[list[Prompt], list[str]]:
     for example in examples:
         tokens = chat.example(example.prompt, example.response)
         learned = zip(tokens.tokens, tokens.loss, strict=True)
-        texts.append(chat.decode([token for token, is_learned in learned if is_learned]))
+        texts.append(chat.response([token for token, is_learned in learned if is_learned]))
     return [example.prompt for example in examples], texts
 
 
@@ -132,25 +133,26 @@ def conversations(context: Context) -> Outcome:
     if chat.system:
         value += f"; system prompt {chat.system[:SHOWN]!r}"
     remedy = ""
+    differs = not ended.startswith(begun) or REASONED not in ended
     if ASKED["content"] not in begun or CONCLUDED not in ended or CONCLUDED not in later:
         remedy = "it leaves out what users or assistants say"
-    elif not ended.startswith(begun) or REASONED not in ended:
+    elif differs and not chat.opened:  # those that open the thought often drop it from every answer
         remedy = "what an answer is sampled after is not what it follows in a whole conversation"
-    elif not ended.rstrip().endswith(EOS):
-        remedy = f"it does not end an answer with {EOS}"
+    elif not ended.rstrip().endswith(chat.special.eos):
+        remedy = f"it does not end an answer with {chat.special.eos}"
     if remedy:
         return Outcome(FAIL, value, f"{remedy}; correct chat_template in tokenizer_config.json")
     if refusal:
         return Outcome(WARN, value, f"{refusal}; or use neither chat.system nor data with system messages")
+    if differs:
+        return Outcome(WARN, value, "a template drops the thought of every answer; training keeps it")
     return Outcome(PASS, value)
 
 
 def opens_think(context: Context) -> Outcome:
-    """Whether the policy opens <think>, or the template does, which hides it from the format reward."""
-    [prompt] = context.prompts[:1]
-    if context.chat.decode(context.chat.prompt_tokens(prompt)).rstrip().endswith(THINK):
-        remedy = f"the format reward wants {THINK} from the model; end the template with the assistant token"
-        return Outcome(FAIL, "the template does", remedy)
+    """Whether the policy opens <think>, or the template does it."""
+    if context.chat.opened:
+        return Outcome(PASS, "the template does; rewards read it as part of every response")
     texts = [completion.text for group in context.probe.groups for completion in group.completions]
     share = sum(text.startswith(THINK) for text in texts) / len(texts)
     value = f"the policy does, in {share:.0%} of {len(texts)} completions"
@@ -169,10 +171,10 @@ def end_of_sequence(context: Context) -> Outcome:
     learned = bool(batch.loss_BT[0, last]) and int(batch.tokens_BT[0, last]) == chat.eos_id
     stops = context.engine.module.eos_ids if context.config.weights_from else ()
     remedy = ""
-    if chat.eos_id == chat.pad_id:
+    if chat.eos_id == chat.pad_id and chat.special.texts == SPECIAL_TOKENS:
         remedy = "EOS is also the padding, which is never learned; give the tokenizer two tokens"
-    elif chat.encode(EOS) != [chat.eos_id]:
-        remedy = f"the text {EOS} is not one token; fix the tokenizer"
+    elif chat.encode(chat.special.eos) != [chat.eos_id]:
+        remedy = f"the text {chat.special.eos} is not one token; fix the tokenizer"
     elif max(chat.eos_id, chat.vocab_size - 1) >= rows:
         remedy = "raise model.vocab_size above the tokenizer's size"
     elif not learned:

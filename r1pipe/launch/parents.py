@@ -5,13 +5,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config import STAGE_TYPES, ParentRef, RunConfig, read_config
+from r1pipe.config import STAGE_TYPES, HFConfig, ParentRef, RunConfig, read_config
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.runs.lineage import lookup
 from r1pipe.runs.lineage.fit import check_parent_fits, check_same_chat_format
+from r1pipe.runs.lineage.published import adopt, is_published
 from r1pipe.tracking import resolve_model
 
 NOTHING: Mapping[str, ParentRef] = {}
@@ -30,6 +31,8 @@ def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
         if lookup.is_run(path):
             return lookup.checkpoint_of_run(RunFolder(path.resolve()))
         if path.is_dir():
+            if is_published(path):
+                return adopt(path, search.root)
             shape = path / "config.json"
             if shape.is_file() and not (path / checkpoints.MANIFEST).exists():
                 model_type = read_object(shape).get("model_type")
@@ -62,6 +65,8 @@ def with_parents(
             weights = resolve(config.parent, search)
         elif stage.starts_from is not None:
             weights = parent_of(stage.starts_from, as_data=False)
+            if isinstance(config.model, HFConfig) and weights.run_id == lookup.BUNDLED:
+                weights = adopt(Path(config.model.path), search.root)  # the base of such a pipeline
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
     except CheckpointError:
         unfinished = unfinished_config(config)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe.config import ParentRef, RunConfig, to_mapping
+from r1pipe.config import HFConfig, ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
@@ -117,7 +117,8 @@ def start(plan: RunPlan) -> Job:
 def configs_of(overrides: list[str]) -> list[RunConfig]:
     """The configs of the recipe's stages, then of its controls. Raises ConfigError.
 
-    A control that the data cannot serve is left out, with a note. `parent=` applies to the first stage alone.
+    A control that data or model cannot serve is left out, with a note. `parent=` applies to the first stage
+    alone.
     """
     for line in overrides:
         if line.startswith("stage="):
@@ -126,8 +127,10 @@ def configs_of(overrides: list[str]) -> list[RunConfig]:
             )
     first = compose(overrides).config
     controls = first.recipe.controls
-    if "pretrain" in controls and first.data.kind != WITH_DOCUMENTS:
-        log(f"note: control pretrain is left out: data={first.data.name} has no documents")
+    is_hf = isinstance(first.model, HFConfig)
+    if "pretrain" in controls and (is_hf or first.data.kind != WITH_DOCUMENTS):
+        why = "model=hf has its weights" if is_hf else f"data={first.data.name} has no documents"
+        log(f"note: control pretrain is left out: {why}")
         controls = [name for name in controls if name != "pretrain"]
     names = [*first.recipe.stages, *controls]
     configs = [compose([*overrides, f"stage={name}"]).config for name in names]

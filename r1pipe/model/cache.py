@@ -66,6 +66,9 @@ class Decoder:
         """How many of `slots` to keep while `live` are unfinished."""
         return live
 
+    def cache(self, slots: int, length: int) -> LatentCache:
+        return LatentCache(self.model, slots, length)
+
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
         """Collects the experts [S, K] that `decode` chooses, layer by layer, while the context is open."""

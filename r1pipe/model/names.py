@@ -92,7 +92,8 @@ def model_config_from(folder: Path | str) -> ModelConfig:
     content = read_object(path)
     if content.get("model_type", MODEL_TYPES[0]) not in MODEL_TYPES:
         raise CheckpointError(
-            f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}"
+            f"{path}: model_type={content['model_type']} is none of {', '.join(MODEL_TYPES)}; other models "
+            f"are used where they are: model=hf model.path={folder}"
         )
     quantization = content.get("quantization_config", QUANTIZATION)
     for key, value in QUANTIZATION.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
+from r1pipe.model.hf import HFTrunk
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.layers import Linear
@@ -61,8 +62,11 @@ def fp8_of(model: nn.Module) -> FP8 | None:
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:
-    for trunk in _trunks(model):
-        trunk.recompute = on
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.recompute = on
+        elif isinstance(module, HFTrunk):
+            module.set_recompute(on)
 
 
 def set_attention(model: nn.Module, kind: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from r1pipe.config import ModelConfig
 from r1pipe.config.model import check_model
 from r1pipe.core.errors import ConfigError
+from r1pipe.model.hf import HFModel
 from r1pipe.model.layers import Linear, RMSNorm, Rotary, SwiGLU
 from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import MLA, Keep, Mask, causal_mask, document_mask, document_positions, past_mask
@@ -271,7 +272,7 @@ class ScalarModel(nn.Module):
     The names are those of transformers' sequence classification (model.*, score.*).
     """
 
-    def __init__(self, language_model: DeepseekV3):
+    def __init__(self, language_model: "DeepseekV3 | HFModel"):
         """Takes the language model's trunk. The head starts at zero: every text scores the same."""
         super().__init__()
         language_model.drop_mtp()

@@ -4,7 +4,15 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from r1pipe.config import EngineConfig, EvaluateConfig, ModelConfig, RewardModelConfig, RLConfig, RunConfig
+from r1pipe.config import (
+    EngineConfig,
+    EvaluateConfig,
+    HFConfig,
+    ModelConfig,
+    RewardModelConfig,
+    RLConfig,
+    RunConfig,
+)
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints, machine
@@ -97,8 +105,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
     if isinstance(stage, RewardModelConfig):
         published = len(KINDS) * trunk(model)
     else:  # multi-token prediction stores embedding and head a second time
-        copies = 2 * model.num_nextn_predict_layers * model.vocab_size * model.hidden_size
-        published = parameters(model) + copies
+        layers = 0 if isinstance(model, HFConfig) else model.num_nextn_predict_layers
+        published = parameters(model) + 2 * layers * model.vocab_size * model.hidden_size
     if isinstance(stage, EvaluateConfig):
         return FULL * published  # a copy of its parent's, whose dtype is not known here
     size = number * published
@@ -134,12 +142,16 @@ def optimizer_bytes(engine: EngineConfig) -> int:
     return moments + (FULL if engine.zero_level or engine.precision != "fp32" else 0)
 
 
-def without_mtp(model: ModelConfig) -> int:
+def without_mtp(model: ModelConfig | HFConfig) -> int:
+    if isinstance(model, HFConfig):
+        return model.parameters
     return parameters(replace(model, num_nextn_predict_layers=0))
 
 
-def trunk(model: ModelConfig) -> int:
+def trunk(model: ModelConfig | HFConfig) -> int:
     """Number of weights of a reward model or PPO's value model: no LM head, no multi-token prediction."""
+    if isinstance(model, HFConfig):
+        return model.parameters  # whether the head is tied is not known here
     return without_mtp(replace(model, tie_word_embeddings=True))
 
 
@@ -158,7 +170,28 @@ def needed(config: RunConfig, prompt: int) -> Need:
         tokens = rows * length
     at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
     head = at_once * model.vocab_size * FULL * LOGIT_COPIES
-    # elements that a layer stores per token for the backward pass: inputs of norms, products and SwiGLU
+    kept = stored(model, engine.recompute)
+    cache = 0.0
+    if isinstance(stage, RLConfig):
+        completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
+        length = min(prompt + stage.sampling.max_tokens, context)
+        slots = min(stage.sampling.max_num_seqs, completions)
+        entry = (
+            model.cache_width if isinstance(model, HFConfig) else model.kv_lora_rank + model.qk_rope_head_dim
+        )
+        cache = slots * length * model.num_hidden_layers * entry * number
+    return Need(states(config), tokens * number * kept, head, cache)
+
+
+def stored(model: ModelConfig | HFConfig, recompute: bool) -> int:
+    """Elements that all layers store of a token for the backward pass: inputs of norms, products and SwiGLU.
+
+    For a model of transformers as if its layers were dense, with one set of projections.
+    """
+    if isinstance(model, HFConfig):
+        layer = 8 * model.hidden_size + 2 * model.cache_width + 3 * model.intermediate_size
+        layers = model.num_hidden_layers
+        return layers * model.hidden_size + 2 * layer if recompute else layers * layer
     d, heads, layers = model.hidden_size, model.num_attention_heads, model.num_hidden_layers
     key = model.qk_nope_head_dim + model.qk_rope_head_dim
     attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
@@ -167,15 +200,9 @@ def needed(config: RunConfig, prompt: int) -> Need:
     dense = attention + 3 * model.intermediate_size
     moe = attention + experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
     kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
-    if engine.recompute:  # each layer's input, and one layer with the gradients of what it keeps
+    if recompute:  # each layer's input, and one layer with the gradients of what it keeps
         kept = layers * d + 2 * max(dense, moe)
-    cache = 0.0
-    if isinstance(stage, RLConfig):
-        completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
-        length = min(prompt + stage.sampling.max_tokens, context)
-        slots = min(stage.sampling.max_num_seqs, completions)
-        cache = slots * length * layers * (model.kv_lora_rank + model.qk_rope_head_dim) * number
-    return Need(states(config), tokens * number * kept, head, cache)
+    return kept
 
 
 def states(config: RunConfig) -> float:
@@ -194,8 +221,10 @@ def states(config: RunConfig) -> float:
     return total
 
 
-def parameters(model: ModelConfig) -> int:
+def parameters(model: ModelConfig | HFConfig) -> int:
     """Number of weights, embeddings and head included; without norms (thousands at most)."""
+    if isinstance(model, HFConfig):
+        return model.parameters
     d, heads = model.hidden_size, model.num_attention_heads
     query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
     query = d * query_width if model.q_lora_rank is None else model.q_lora_rank * (d + query_width)

@@ -80,7 +80,7 @@ class Verdicts:
         """The sampler's callback (prompt index, completion): decodes a completion, then checks it."""
 
         def check(index: int, completion: Completion) -> None:
-            completion.text = chat.decode(completion.tokens)
+            completion.text = chat.response(completion.tokens)
             self.submit(prompts[index], completion)
 
         return check

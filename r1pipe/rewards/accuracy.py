@@ -167,6 +167,14 @@ def votes(prompt: Prompt, texts: Sequence[str]) -> list[str]:
     return checker_of(prompt).votes(prompt, [summary_of(text) for text in texts])
 
 
+def states_answer(prompt: Prompt, summary: str) -> bool:
+    """Whether a summary gives a final answer; one of any form where the gold answer is not known."""
+    checker = checker_of(prompt)
+    if checker is ANSWER and not prompt.answer:
+        return last_stated(summary) is not None
+    return any(checker.votes(prompt, [summary]))
+
+
 def summary_of(text: str) -> str:
     """The text after the reasoning, which may state the answer; all of a text without think tags."""
     return parse(text).summary.split(THINK)[0]  # reasoning that never ends has no summary

@@ -5,7 +5,7 @@ Sample, scored 1: "<think>\\n3+4=7\\n</think>\\n\\nThe answer is 7."
 
 from r1pipe.chat.template import SPECIAL_TOKENS, parse
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards.accuracy import checker_of, is_verifiable
+from r1pipe.rewards.accuracy import is_verifiable, states_answer
 
 
 def format_reward(prompt: Prompt, completion: Completion) -> Score:
@@ -21,7 +21,7 @@ def format_reward(prompt: Prompt, completion: Completion) -> Score:
         fault = "not exactly one <think>...</think> at the start with text in it and after it"
     elif any(token in completion.text for token in SPECIAL_TOKENS):
         fault = "a special token in the text"
-    elif is_verifiable(prompt) and not any(checker_of(prompt).votes(prompt, [parsed.summary])):
+    elif is_verifiable(prompt) and not states_answer(prompt, parsed.summary):
         fault = "the summary states no final answer"
     else:
         return Score(1.0)

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r1pipe.chat.template import Chat, parse
+from r1pipe.config import ModelConfig
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import Balance, DeepseekV3, model_config_from
+from r1pipe.model.hf import HFTrunk
+from r1pipe.model.hf.files import empty
 from r1pipe.model.names import CONFIG, published_config, published_tensors
+from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored, check
 from r1pipe.model.transformer import ScalarModel
 from r1pipe.model.weights import fill, write_shards
@@ -146,20 +150,33 @@ def standardise(model: RewardModel, scores: Sequence[float]) -> None:
 def save_reward_model(model: RewardModel, folder: Path) -> None:
     """config.json and model.safetensors, the trunk under the published names, the head as score.*."""
     write_shards(((name, tensor.detach().cpu().contiguous()) for name, tensor in _tensors(model)), folder)
-    content = published_config(model.config, model.score.weight.dtype)
-    content |= {"architectures": ["DeepseekV3ForSequenceClassification"], "num_labels": 1}
-    write_json(folder / CONFIG, content, indent=2)
+    if isinstance(model.config, ModelConfig):
+        content = published_config(model.config, model.score.weight.dtype)
+        content |= {"architectures": ["DeepseekV3ForSequenceClassification"]}
+    else:
+        trunk = cast(HFTrunk, model.model)
+        content = trunk.network.config.to_dict()
+    write_json(folder / CONFIG, content | {"num_labels": 1}, indent=2)
 
 
 def load_reward_model(folder: Path) -> RewardModel:
     """The reward model of a folder, on the CPU. Raises CheckpointError naming file and tensor."""
-    model = RewardModel(DeepseekV3(model_config_from(folder)))
-    stored = Stored(folder)
-    check(stored, {name: tuple(tensor.shape) for name, tensor in _tensors(model)})
-    fill(cast(DeepseekV3, model), stored)
+    hf = of_transformers(folder)
+    model = RewardModel(empty(folder) if hf else DeepseekV3(model_config_from(folder)))
+    stored, tensors = Stored(folder), dict(_tensors(model))
+    check(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if not hf:
+        fill(cast(DeepseekV3, model), stored)
+        return model
+    with torch.no_grad():
+        for name in stored.names():
+            tensors[name].copy_(stored.value(name))
     return model
 
 
 def _tensors(model: RewardModel) -> list[tuple[str, Tensor]]:
+    if isinstance(model.model, HFTrunk):  # under the names of transformers
+        named = model.state_dict().items()
+        return [(name.replace("model.network.", "model.", 1), tensor) for name, tensor in named]
     # the published names depend on the trunk's modules alone, which both classes share
     return list(published_tensors(cast(DeepseekV3, model)))

@@ -80,7 +80,12 @@ class PluginWorker:
         command = [sys.executable, "-P", plugin_worker.__file__]
         limits = self.limits
         self.child = child = WorkerProcess(
-            command, variables, (), limits.sleep_s, limits.sleep_s + limits.cpu_s, stderr=None, own_group=True
+            command,
+            variables,
+            sleep_limit_s=limits.sleep_s,
+            more_s=limits.sleep_s + limits.cpu_s,
+            stderr=None,
+            own_group=True,
         )
         rewards = [asdict(reward) | {"source": decode_source(reward.source)} for reward in self.rewards]
         try:

@@ -59,8 +59,7 @@ class RemoteReward:
             try:
                 return self._scores(self._post(body), len(completions))
             except HTTPError as error:
-                with error:
-                    said = " ".join(error.read(DETAIL).decode("utf-8", "replace").split())
+                said = _reason_in(error)
                 why = f"{error.code} {error.reason}" + (f": {said}" if said else "")
                 if error.code < 500 and error.code not in TRY_AGAIN:
                     break
@@ -76,7 +75,7 @@ class RemoteReward:
         """The reply. Raises HTTPError, OSError or HTTPException; ValueError where it is too long."""
         headers = {"Content-Type": "application/json"}
         if token := os.environ.get(TOKEN):
-            headers["Authorization"] = f"Bearer {token}"
+            headers["Authorization"] = f"Bearer {token.strip()}"
         timeout_s = self.limits.timeout_s
         deadline = time.monotonic() + timeout_s
         content = b""
@@ -98,3 +97,13 @@ class RemoteReward:
         if len(scores) != count:
             raise ValueError(f"{len(scores)} for {count} completions")
         return [score_of(score) for score in scores]
+
+
+def _reason_in(error: HTTPError) -> str:
+    """What a server says about the status that it answers; "" where its answer does not arrive."""
+    with error:
+        try:
+            content: bytes = error.read1(DETAIL)
+        except (OSError, HTTPException):
+            return ""
+    return " ".join(content.decode("utf-8", "replace").split())

@@ -45,12 +45,16 @@ def score_of(reply: Any) -> Score | None:
         return None
     if not isinstance(score, Score):
         score = Score(score)
-    status, detail = Status(score.status), str(score.detail)[:DETAIL]
+    status, detail = Status(score.status), str(score.detail or "")[:DETAIL]
     if status is not Status.SCORED:
         return Score(0.0, status, detail)
     if not isinstance(score.value, Real):
         shown = str(score.value)[:DETAIL]
         raise TypeError(f"{shown!r} is a {type(score.value).__name__}, not a number, a Score or None")
-    if not math.isfinite(score.value):
-        raise ValueError(f"{score.value} is no finite number")
-    return Score(float(score.value), status, detail)
+    try:
+        value = float(score.value)
+    except OverflowError:  # an integer of 400 digits
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    return Score(value, status, detail)

@@ -68,6 +68,7 @@ class WorkerProcess:
         command: Sequence[str],
         env: Mapping[str, str],
         pass_fds: Sequence[int] = (),
+        *,
         sleep_limit_s: float | None = None,
         more_s: float = 0.0,
         stderr: int | None = subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from typing import Any
 from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
-from r1pipe.model import DeepseekV3
+from r1pipe.model import Policy
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
@@ -36,7 +36,7 @@ def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prom
 
 
 def measure(
-    run: Run[Any], ranks: Ranks, model: DeepseekV3, config: EvalConfig, quick: bool = False
+    run: Run[Any], ranks: Ranks, model: Policy, config: EvalConfig, quick: bool = False
 ) -> evaluate.Evaluation:
     """Evaluate; all ranks call, all get it.
 
@@ -47,7 +47,7 @@ def measure(
     chat, graphs = run.chat, run.config.engine.graphs
     context = model.config.max_position_embeddings
     stop = (lambda: 0) if quick else stopping.requested
-    sampler = Sampler(model, chat.eos_id, chat.pad_id, config.max_num_seqs, graphs, stop)
+    sampler = Sampler(model, chat.eos_ids, chat.pad_id, config.max_num_seqs, graphs, stop)
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
         generate, may_stop = sampler.generate, not quick

@@ -160,7 +160,7 @@ class Resumable(Generic[S]):
             chat.save(source, temporary)
             generation = {
                 "bos_token_id": chat.bos_id,
-                "eos_token_id": chat.eos_id,
+                "eos_token_id": chat.eos_id if len(chat.eos_ids) == 1 else list(chat.eos_ids),
                 "pad_token_id": chat.pad_id,
                 "do_sample": True,
                 "temperature": sampling.temperature,

@@ -19,6 +19,7 @@ import torch
 from r1pipe.chat.template import Chat
 from r1pipe.config import (
     EvaluateConfig,
+    HFConfig,
     ParentRef,
     RejectionConfig,
     RLConfig,
@@ -31,7 +32,8 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
-from r1pipe.model import DeepseekV3, load_pretrained
+from r1pipe.model import DeepseekV3, Policy, load_pretrained
+from r1pipe.model.hf.files import check_architecture
 from r1pipe.rewards.programs import limits
 from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
@@ -87,15 +89,24 @@ class Run(Resumable[S]):
 
     # --- inputs
 
-    def load_model(self, parent: ParentRef | None) -> DeepseekV3:
-        """The parent's model, after checking its files' hashes; without a parent, random weights."""
+    def load_model(self, parent: ParentRef | None) -> Policy:
+        """The parent's model, after checking its files' hashes; without a parent, random weights.
+
+        A model of transformers may be stored in bfloat16; engine.precision=fp32 trains it in float32.
+        """
+        shape = self.config.model
         with heartbeat.at("loading weights", patient=parent is None):
             if parent is None:
-                return DeepseekV3(self.config.model, self.generator("weights"))
+                if isinstance(shape, HFConfig):
+                    raise CheckpointError("model=hf has no random weights; give parent=CHECKPOINT")
+                return DeepseekV3(shape, self.generator("weights"))
             if self.rank == 0:
                 checkpoints.verify(parent.checkpoint, parent.hash)
             if parent == self.config.weights_from:
-                check_parent_fits(parent, self.config.model)
+                check_parent_fits(parent, shape)
+            if isinstance(shape, HFConfig):
+                model = load_pretrained(parent.checkpoint, shape.attention, shape.max_position_embeddings)
+                return model.float() if self.config.engine.precision == "fp32" else model
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
@@ -104,6 +115,8 @@ class Run(Resumable[S]):
         Raises CheckpointError if another checkpoint read has others, and ConfigError if the system prompt
         leaves no room for a question.
         """
+        if isinstance(self.config.model, HFConfig):
+            check_architecture(self._tokenizer_folder())  # before data is read
         system = self.config.chat.system
         chat = Chat.load(self._tokenizer_folder(), system)
         for stage, parent in self.config.reads_from.items():

@@ -15,7 +15,7 @@ from bench.config import Job
 from bench.turns import DTYPES, EOS, PAD, Turns, rows
 from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
-from r1pipe.model import DeepseekV3, load_pretrained
+from r1pipe.model import Policy, load_pretrained
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import group_advantages
@@ -69,7 +69,7 @@ def _composed(job: Job) -> RunConfig:
     return compose(["stage=grpo", f"engine={engine}", *given]).config
 
 
-def _engine(job: Job, model: DeepseekV3) -> tuple[Engine, RLConfig]:
+def _engine(job: Job, model: Policy) -> tuple[Engine, RLConfig]:
     """The engine of a grpo stage, at a constant learning rate."""
     config = _composed(job)
     assert isinstance(config.stage, RLConfig)

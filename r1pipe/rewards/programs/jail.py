@@ -116,7 +116,7 @@ class Jail:
                 os.write(writing, system_call_filter() or b"")
                 os.close(writing)
                 # no environment even for bubblewrap: it could be read from inside
-                process = WorkerProcess(command(reading), {}, [reading], REPLY_LIMIT)
+                process = WorkerProcess(command(reading), {}, [reading], reply_limit=REPLY_LIMIT)
             finally:
                 os.close(reading)
         except OSError as error:

@@ -63,6 +63,9 @@ class Silence(io.BytesIO):
     def write(self, data):
         return len(data)
 
+    def close(self):
+        pass  # what was written stays
+
 
 class Output(Silence):
     """Keeps what a program prints, up to a limit."""
@@ -104,15 +107,23 @@ class Streams:
 
     def install(self):
         """Descriptors 0 and 1 mean these streams, too: open(0), os.read(0, n), os.write(1, b)."""
-        read, write, opened = os.read, os.write, open
+        read, write, opened, fstat = os.read, os.write, open, os.fstat
 
         def open_(file, mode="r", *arguments, **options):
             if file in (0, "/dev/stdin"):
                 return self.input if "b" in mode else sys.stdin
+            if file in (1, "/dev/stdout"):
+                return self.output if "b" in mode else sys.stdout
             return opened(file, mode, *arguments, **options)
+
+        def fstat_(fd):
+            found = fstat(fd)
+            return os.stat_result((*found[:6], len(self.input.getbuffer()), *found[7:])) if fd == 0 else found
 
         os.read = lambda fd, n: self.input.read(n) if fd == 0 else read(fd, n)
         os.write = lambda fd, data: self.output.write(data) if fd == 1 else write(fd, data)
+        vars(os).update(fstat=fstat_, fdopen=open_)
+        vars(io).update(open=open_)
         self.builtins |= {"open": open_, "exit": sys.exit, "quit": sys.exit}
 
 

@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r1pipe.config import ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config import HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
+from r1pipe.config.hf import DEEPSEEK
+from r1pipe.config.hf import NAME as HF
 from r1pipe.core.chat_template import sha256, split_system, with_system
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
@@ -19,12 +21,26 @@ from r1pipe.runs.lineage.lookup import is_run
 
 UNCHECKED = ("name", "initializer_range")  # keys that may differ between a checkpoint and the model
 UNLIKE = frozenset((*UNCHECKED, "num_nextn_predict_layers"))  # do not change what weights do
+OF_HF = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")  # compared, with model=hf
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
-def check_parent_fits(parent: ParentRef, model: ModelConfig) -> None:
+def check_parent_fits(parent: ParentRef, model: ModelConfig | HFConfig) -> None:
     """Raises CheckpointError if the checkpoint's config.json has another shape than `model`."""
     published = read_object(Path(parent.checkpoint) / "config.json")
+    if isinstance(model, HFConfig):
+        for key in OF_HF:
+            if published.get(key) != getattr(model, key):
+                raise CheckpointError(
+                    f"{parent.checkpoint} has {key}={published.get(key)}, but model.path={model.path} has "
+                    f"{getattr(model, key)}; give model.path={parent.checkpoint}, or another pipeline=NAME"
+                )
+        return
+    if is_of_transformers(published):
+        raise CheckpointError(
+            f"{parent.checkpoint} has model_type={published['model_type']}, which model={model.name} does "
+            f"not compute; give model=hf model.path={parent.checkpoint}"
+        )
 
     def fits(name: str) -> bool:
         shape = read(f"model/{name}").items()
@@ -32,13 +48,23 @@ def check_parent_fits(parent: ParentRef, model: ModelConfig) -> None:
 
     for key, value in asdict(model).items():
         if key not in UNCHECKED and differs(published, key, value):
-            fitting = [name for name in options("model") if fits(name)]
+            fitting = [name for name in bundled_models() if fits(name)]
             other = f"give model={fitting[0]}" if fitting else f"give a model with this {key}"
             remedy = f"drop model.{key}={value}" if model.name in fitting else other
             raise CheckpointError(
                 f"{parent.checkpoint} has {key}={published[key]}, but the config has model.{key}={value}; "
                 f"{remedy}"
             )
+
+
+def is_of_transformers(published: dict[str, Any]) -> bool:
+    """Whether a checkpoint's config.json is of another model than DeepSeek's."""
+    kind = published.get("model_type")
+    return isinstance(kind, str) and kind not in DEEPSEEK
+
+
+def bundled_models() -> list[str]:
+    return [name for name in options("model") if name != HF]
 
 
 def differs(published: dict[str, Any], key: str, value: Any) -> bool:
@@ -134,9 +160,15 @@ def template_of(checkpoint: Path) -> str:
 def settings_of(parent: ParentRef, given: set[str]) -> list[str]:
     """Overrides that restore a checkpoint's model and its run's data, except for the keys in `given`."""
     overrides = []
-    if "model" not in given:  # the nearest model of conf/, and the keys that differ
-        published, differences = read_object(Path(parent.checkpoint) / "config.json"), {}
-        for name in options("model"):
+    published = read_object(Path(parent.checkpoint) / "config.json")
+    if "model" not in given and is_of_transformers(published):
+        own = (config_of(parent) or {}).get("model", {})
+        chosen = {key: own[key] for key in ("attention", "max_position_embeddings") if key in own}
+        chosen["path"] = parent.checkpoint
+        overrides = ["model=hf", *(f"model.{key}={hydra(value)}" for key, value in chosen.items())]
+    elif "model" not in given:  # the nearest model of conf/, and the keys that differ
+        differences = {}
+        for name in bundled_models():
             shape = read(f"model/{name}")
             keys = [key for key in shape.keys() - UNLIKE if published.get(key, shape[key]) != shape[key]]
             differences[name] = sorted(keys)

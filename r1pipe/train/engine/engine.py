@@ -20,6 +20,7 @@ from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
+from r1pipe.model.moe import gates
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
@@ -111,7 +112,10 @@ class Engine(Ranks):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         train_as(model, config, self.device)
-        self.router, self.zero_level = router, config.zero_level
+        self.router = (
+            router if any(gates(model)) else None
+        )  # a dense model has none, one of transformers its own
+        self.zero_level = config.zero_level
         self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
         optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))

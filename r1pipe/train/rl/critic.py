@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Group, Score
-from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model import Balance, Policy
 from r1pipe.model.transformer import ScalarModel
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import gae, is_scored, token_rewards
@@ -46,7 +46,7 @@ class ValueModel(ScalarModel):
 class Critic:
     """The value model in an engine of its own: estimates before the policy's update, and its own update."""
 
-    def __init__(self, policy: DeepseekV3, config: RLConfig, ppo: PPOConfig, engine: EngineConfig):
+    def __init__(self, policy: Policy, config: RLConfig, ppo: PPOConfig, engine: EngineConfig):
         """Create it before the policy's engine, which may partition the weights that it starts from."""
         model = ValueModel(deepcopy(policy))
         self.config, self.ppo = config, ppo

@@ -10,7 +10,7 @@ from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
 from r1pipe.data.source import prompt_fits
-from r1pipe.model import DeepseekV3, load_pretrained, save_pretrained
+from r1pipe.model import Policy, load_pretrained, save_pretrained
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs import checkpoints, heartbeat, stopping
@@ -196,7 +196,7 @@ class RLTrainer:
 
         with self.engine.gathered() as policy:
             seqs, stop = sampling.max_num_seqs, stopping.requested
-            sampler = Sampler(policy, chat.eos_id, chat.pad_id, seqs, graphs, stop)
+            sampler = Sampler(policy, chat.eos_ids, chat.pad_id, seqs, graphs, stop)
             ended = verdicts.on_completion(chat, prompts)
             completions = sampler.generate(tokens, params, progress, ended)
         return [
@@ -264,7 +264,7 @@ class RLTrainer:
         self.saved = self.state.step
         self.run.save_checkpoint(self.engine, self.saved, asdict(self.state), self._export, self.more_engines)
 
-    def _export(self, policy: DeepseekV3, folder: Path) -> None:
+    def _export(self, policy: Policy, folder: Path) -> None:
         save_pretrained(policy, folder)
         if self.reference and self.state.reference_step:
             save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")

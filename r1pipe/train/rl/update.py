@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, DeepseekV3
-from r1pipe.model.cache import LatentCache
+from r1pipe.model import Balance, DeepseekV3, Policy
+from r1pipe.model.hf import HFTrunk
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.native import decoder_of
 from r1pipe.model.training import set_precision
@@ -36,7 +36,7 @@ def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
 
 
 def completion_hidden(
-    trunk: Trunk, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None
+    trunk: Trunk | HFTrunk, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None
 ) -> Tensor:
     """hidden_ND before every completion token; `balances` (see `balances_of`) collect the balance losses."""
     balances = balances or balances_of(micro, with_loss=False)
@@ -48,7 +48,7 @@ def completion_hidden(
 
 
 def completion_logprobs(
-    model: DeepseekV3, micro: MicroBatch, temperature: float, balances: tuple[Balance, Balance] | None = None
+    model: Policy, micro: MicroBatch, temperature: float, balances: tuple[Balance, Balance] | None = None
 ) -> Tensor:
     """logprobs_N: log pi of every completion token, at the sampling temperature."""
     hidden_ND = completion_hidden(model.model, micro, balances)
@@ -58,7 +58,7 @@ def completion_logprobs(
 class Reference:
     """A frozen copy of the policy, which the KL penalises distance from."""
 
-    def __init__(self, policy: DeepseekV3, config: EngineConfig):
+    def __init__(self, policy: Policy, config: EngineConfig):
         """Create it before the engine, which may partition the policy's weights."""
         model = copy.deepcopy(policy)
         model.drop_mtp()
@@ -233,7 +233,8 @@ def routing_agreement(
     rows = sorted(rows, key=lambda rollout: len(rollout.completion.tokens))[:count]
     choices = torch.zeros(0)
     with engine.gathered() as policy:
-        if rows and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
+        routed = isinstance(policy, DeepseekV3)  # transformers' routers differ from family to family
+        if rows and routed and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
             micro = collate(rows, None, 0.0, engine.device)
             balances = balances_of(micro, with_loss=False)
             completion_logprobs(policy, micro, config.sampling.temperature, balances)
@@ -254,7 +255,7 @@ def _decoder_choices(policy: DeepseekV3, rows: list[Rollout], micro: MicroBatch)
     longest, width = max(len(row.prompt) for row in rows), micro.tokens_BT.shape[1]
     padded = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in rows], device=device)
     lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
-    cache, slots_B = LatentCache(policy, len(rows), longest + width), torch.arange(len(rows), device=device)
+    cache, slots_B = decoder.cache(len(rows), longest + width), torch.arange(len(rows), device=device)
     entries_LBTW, _ = decoder.prefill(padded, lengths_B)
     cache.fill(slots_B, entries_LBTW, slots_B)
     columns: list[Tensor] = []

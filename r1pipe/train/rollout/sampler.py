@@ -1,11 +1,11 @@
-"""The bundled sampler: continuous batching on the latent cache.
+"""The bundled sampler: continuous batching on a cache with slots.
 
 Up to `max_num_seqs` sequences (vLLM's name) are decoded together, each in a slot of the batch. A prompt is
 read once and its n completions start from copies of its cache entries; a slot whose completion has ended
 takes the next one; at the end, the batch shrinks. Which slots have ended is checked every CHECK_EVERY steps,
 so as not to wait for an accelerator at each token.
 
-Axes: S slots, U completion tokens, L layers, B prompts of one prefill, T prompt tokens, W cache entry.
+Axes: S slots, U completion tokens, B prompts of one prefill, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.core.types import Completion
-from r1pipe.model.cache import LatentCache
+from r1pipe.model import Policy
 from r1pipe.model.finite import first_non_finite, not_finite
-from r1pipe.model.native import decoder_of
+from r1pipe.model.policy import decoder_of
 from r1pipe.model.training import fp8_of
-from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped
 from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
@@ -41,10 +40,10 @@ Ended = Callable[[int, Completion], None]
 
 @dataclass(eq=False)
 class Sampler:
-    """Draws completions from a DeepseekV3, in its own type and on its own device."""
+    """Draws completions from a model, in its own type and on its own device."""
 
-    model: DeepseekV3
-    eos_id: int | None = None  # None: that of generation_config.json, if any
+    model: Policy
+    eos_id: int | tuple[int, ...] | None = None  # None: those of generation_config.json, if any
     pad_id: int = 0  # pads prompts, without effect
     max_num_seqs: int = 256
     graphs: bool = False  # decode through CUDA graphs; `generate` raises ConfigError where that is impossible
@@ -93,7 +92,7 @@ class _Prefix(NamedTuple):
     """Prompts [first, first + B) after one prefill."""
 
     first: int
-    entries_LBTW: Tensor
+    entries: Any  # the decoder's
     logits_BV: Tensor
 
 
@@ -120,7 +119,8 @@ class _Batch:
         self.device = sampler.model.lm_head.weight.device
         self.stops = set(params.stop_token_ids)
         if not params.ignore_eos:
-            self.stops |= set(sampler.model.eos_ids if sampler.eos_id is None else (sampler.eos_id,))
+            ends = sampler.model.eos_ids if sampler.eos_id is None else sampler.eos_id
+            self.stops |= {ends} if isinstance(ends, int) else {*ends}
         vocabulary = sampler.model.config.vocab_size
         if any(not 0 <= token < vocabulary for token in self.stops):
             raise ConfigError(
@@ -132,10 +132,10 @@ class _Batch:
         self.prefix: _Prefix | None = None
         slots = min(sampler.max_num_seqs, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
-        self.decoder = decoder_of(sampler.model, sampler.graphs)
+        self.decoder: Any = decoder_of(sampler.model, sampler.graphs)  # its cache and entries are its own
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         first = min(self.longest, longest_prompt + CACHE_TOKENS) if grows else self.longest
-        self.cache = LatentCache(sampler.model, slots, first)
+        self.cache = self.decoder.cache(slots, first)
         self.numbers = np.full(slots, -1)
         self.prompt_lengths_S = self._zeros(slots)
         self.limits_S = self._zeros(slots)  # tokens to draw at most
@@ -208,7 +208,7 @@ class _Batch:
             for p, s in zip(prompts, samples, strict=True)
         ]
         self.numbers[slots] = numbers
-        self.cache.fill(where, prefix.entries_LBTW, rows)
+        self.cache.fill(where, prefix.entries, rows)
         lengths, limits = [len(self.prompts[p]) for p in prompts], [self.limits[p] for p in prompts]
         self.prompt_lengths_S[where] = torch.tensor(lengths, device=self.device)
         self.limits_S[where] = torch.tensor(limits, device=self.device)

@@ -18,7 +18,7 @@ from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
-from r1pipe.model import Balance, DeepseekV3
+from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
@@ -122,14 +122,14 @@ class Sums:
     balance: Tensor | None  # the balance loss of every token's document
 
 
-def loss_sums(model: DeepseekV3, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
+def loss_sums(model: Policy, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
     """The sums over a micro-batch; MTP only if the model has layers for it. Only the states that predict a
     learned token go through the head, so SFT pays for responses alone."""
     tokens_BT, segments_BT, vocabulary = batch.tokens_BT, batch.segments_BT, model.config.vocab_size
     balance = Balance(segments_BT, with_loss=with_balance)
     hidden_BTD = model.hidden(tokens_BT, segments_BT, balance)
     mtp = None
-    if with_mtp and model.config.num_nextn_predict_layers:
+    if with_mtp and isinstance(model, DeepseekV3) and model.config.num_nextn_predict_layers:
         depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, balance)
         mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT, vocabulary)
     learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned

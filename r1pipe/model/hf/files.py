@@ -1,0 +1,184 @@
+"""Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1pipe.config.hf import longest_exact
+from r1pipe.core.errors import CheckpointError
+from r1pipe.model.hf.policy import HFModel
+from r1pipe.runs import heartbeat
+from r1pipe.runs.files import read_object
+
+SHARD = "5GB"
+ROUNDING = 0.1  # how far bfloat16 may move a document's states, as a share of their norm
+
+
+def load(folder: Path, attention: str | None = None, longest: int | None = None) -> HFModel:
+    """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
+
+    `attention`: transformers' implementation, "sdpa" or "eager"; None: sdpa where the architecture has it.
+    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises
+    CheckpointError, one line, for an architecture that transformers does not know or that r1pipe cannot train
+    exactly.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = check_architecture(folder)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with heartbeat.at("loading weights", patient=True):
+            whole, problems = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        line = " ".join(str(error).split())
+        if "scaled_dot_product_attention" in line:
+            line = "its architecture has no sdpa; give model.attention=eager"
+        raise CheckpointError(f"{folder}: transformers cannot load these weights: {line[:300]}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, problems[kind])):
+            raise CheckpointError(
+                f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}"
+                f" for {type(whole).__name__}; give weights and config.json of one model"
+            )
+    model = HFModel(whole.eval(), _longest(folder, config, longest))
+    try:
+        _check_head(whole, folder)
+        _check_packing(model, folder)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: {type(whole).__name__} cannot read a packed row ({line}); give another model"
+        ) from None
+    model.eos_ids = _eos_ids(folder, config)
+    return model
+
+
+def empty(folder: Path) -> HFModel:
+    """A model of the folder's config.json whose weights are still to be filled in; in float32, on the CPU.
+
+    Raises CheckpointError as `load` does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = check_architecture(folder)
+    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return HFModel(whole, _longest(folder, config, None))
+
+
+def check_architecture(folder: Path) -> Any:
+    """The folder's config, of transformers. Raises CheckpointError where a model of it cannot be trained."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    content = read_object(folder / "config.json")
+    kind = content.get("model_type")
+    if content.get("quantization_config"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a quantization_config: quantised weights cannot be trained; give "
+            "the folder of the model before quantisation"
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers knows no causal language model of model_type {kind}; "
+            "give a folder of another model, or update transformers"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read by transformers: {line}") from None
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    if others:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {kind} has layers of {others[0]}, but a mask for attention over all "
+            "earlier tokens is all that keeps packed documents apart; give another model"
+        )
+    if "max_position_embeddings" not in config.to_dict():
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {kind} has no max_position_embeddings; give another model"
+        )
+    return config
+
+
+def _longest(folder: Path, config: Any, wanted: int | None) -> int:
+    """Tokens of the longest row: `wanted`, or the most that are read alike whatever stands beside them.
+
+    Raises CheckpointError where that is less than `wanted`.
+    """
+    most, why = longest_exact(config.to_dict())
+    if (wanted or 0) > most:
+        raise CheckpointError(
+            f"{folder}: model.max_position_embeddings={wanted} is longer than {why}={most}; give "
+            f"model.max_position_embeddings={most} or less"
+        )
+    return wanted or most
+
+
+@torch.no_grad()
+def _check_head(whole: Any, folder: Path) -> None:
+    """Raises CheckpointError where logits are more than the head's product with the last states."""
+    seen: dict[str, Any] = {}
+    hooks = [
+        whole.base_model.register_forward_hook(lambda module, inputs, output: seen.update(states=output[0])),
+        whole.get_output_embeddings().register_forward_hook(
+            lambda module, inputs, output: seen.update(read=inputs[0], made=output)
+        ),
+    ]
+    try:
+        tokens_BT = (torch.arange(8) % whole.get_output_embeddings().weight.shape[0]).unsqueeze(0)
+        logits = whole(input_ids=tokens_BT, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [(seen["states"], seen["read"]), (seen["made"], logits)]
+    if not all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        raise CheckpointError(
+            f"{folder}: {type(whole).__name__} scales or caps states or logits around its head, which r1pipe "
+            "does not; give another model"
+        )
+
+
+@torch.no_grad()
+def _check_packing(model: HFModel, folder: Path) -> None:
+    """Raises CheckpointError where a document's states depend on what stands before it in its row."""
+    tokens_BT = (torch.arange(16) % model.config.vocab_size).unsqueeze(0)
+    segments_BT = torch.tensor([[1] * 8 + [2] * 8])
+    packed_TD, alone_TD = model.model(tokens_BT, segments_BT)[0, 8:], model.model(tokens_BT[:, 8:])[0]
+    if float((packed_TD - alone_TD).float().norm()) > ROUNDING * float(alone_TD.float().norm()):
+        raise CheckpointError(
+            f"{folder}: {type(model.whole).__name__} reads a document otherwise behind another one in a row "
+            "than alone (positions or masks of its own); give another model"
+        )
+
+
+def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    generation = folder / "generation_config.json"
+    value = read_object(generation).get("eos_token_id") if generation.exists() else config.eos_token_id
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
+    return tuple(ids)
+
+
+def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
+    """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
+    caller's."""
+    with heartbeat.at("saving", patient=True):
+        model.whole.save_pretrained(folder, max_shard_size=shard)
+    permissions = (folder / "config.json").stat().st_mode  # by the umask; safetensors leaves mode 0600
+    for path in folder.glob("*.safetensors"):
+        path.chmod(permissions)

@@ -1,0 +1,62 @@
+"""The models that every stage trains: the bundled DeepseekV3, or one of transformers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from r1pipe.model import native, weights
+from r1pipe.model.cache import Decoder
+from r1pipe.model.hf import HFModel
+from r1pipe.model.names import CONFIG, MODEL_TYPES
+from r1pipe.model.transformer import DeepseekV3
+from r1pipe.runs.files import read_object
+
+if TYPE_CHECKING:
+    from r1pipe.model.hf.cache import HFDecoder
+
+Policy = DeepseekV3 | HFModel
+
+
+def of_transformers(folder: Path | str) -> bool:
+    """Whether a checkpoint holds another model than DeepSeek's. Raises CheckpointError."""
+    kind = read_object(Path(folder) / CONFIG).get("model_type")
+    return isinstance(kind, str) and kind not in MODEL_TYPES
+
+
+def load_pretrained(folder: Path | str, attention: str | None = None, longest: int | None = None) -> Policy:
+    """The model of a checkpoint folder, on the CPU, in the stored type; see weights.load_pretrained.
+
+    `attention` and `longest` are those of HFConfig, for a model of transformers. Raises CheckpointError.
+    """
+    if not of_transformers(folder):
+        return weights.load_pretrained(folder)
+    from r1pipe.model.hf import files
+
+    return files.load(Path(folder), attention, longest)
+
+
+def save_pretrained(model: Policy, folder: Path | str) -> None:
+    """Write config.json and the weights into `folder`, in the published layout and the model's type."""
+    if isinstance(model, DeepseekV3):
+        weights.save_pretrained(model, folder)
+        return
+    from r1pipe.model.hf import files
+
+    files.save(model, Path(folder))
+
+
+def decoder_of(model: Policy, graphs: bool = False) -> "Decoder | HFDecoder":
+    """The fastest decoder of the model with its current weights; see native.decoder_of."""
+    if isinstance(model, DeepseekV3):
+        return native.decoder_of(model, graphs)
+    from r1pipe.model.hf.cache import HFDecoder
+
+    return HFDecoder(model)
+
+
+def named_weights(model: Policy) -> dict[str, torch.Tensor]:
+    """The model's tensors by name: the published names for DeepseekV3."""
+    from r1pipe.model.names import published_tensors
+
+    return dict(published_tensors(model)) if isinstance(model, DeepseekV3) else model.state_dict()

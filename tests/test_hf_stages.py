@@ -1,0 +1,114 @@
+"""The stages on a model of transformers: from its folder to what transformers loads, and resumed."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import write_model
+from jobs import write_run
+from safetensors.torch import load_file
+
+from r1pipe.chat.template import Chat
+from r1pipe.config.compose import compose
+from r1pipe.core.paths import RunFolder, stages_dir
+from r1pipe.launch.parents import with_parents
+from r1pipe.runs import results
+from r1pipe.runs.files import read_object
+
+SMALL = [
+    "recipe=smoke",
+    "data=gsm8k",
+    "tracking=none",
+    "engine.ranks=1",
+    "engine.threads=1",
+    "stage.save_every=1",
+    "stage.eval.general=0",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, rows, and a finished cold start."""
+    place = tmp_path_factory.mktemp("place")
+    write_model(place / "model", "qwen2")
+    rows = [
+        {"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(40)
+    ]
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_stage(place, "cold", "cold_start", "sft.py", "engine.zero_level=2")
+    return place
+
+
+def run_stage(place: Path, name: str, stage: str, script: str, *more: str) -> RunFolder:
+    paths = [f"root={place}", f"model.path={place / 'model'}", f"data.path={place / 'rows.jsonl'}"]
+    config = compose([f"stage={stage}", "model=hf", *SMALL, *paths, *more]).config
+    folder = write_run(place / name, with_parents(config))
+    runpy.run_path(str(stages_dir() / script))["main"](str(folder))
+    return RunFolder(folder)
+
+
+def resumed(run: RunFolder, script: str) -> RunFolder:
+    """The run again, from its first step."""
+    folder = run.path.with_name(f"{run.path.name}-again")
+    shutil.copytree(run.path, folder)
+    again = RunFolder(folder)
+    shutil.rmtree(again.checkpoint(2))
+    again.record.unlink()
+    runpy.run_path(str(stages_dir() / script))["main"](str(folder))
+    return again
+
+
+def same_weights(one: RunFolder, other: RunFolder) -> bool:
+    weights, others = (load_file(run.checkpoint(2) / "model.safetensors") for run in (one, other))
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_a_cold_start_leaves_what_transformers_loads(place: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = RunFolder(place / "cold")
+    folder = run.checkpoint(2)
+    parent = read_object(run.config)["weights_from"]
+    assert Path(parent["checkpoint"]).parent == place / "imported" and run.record.exists()
+    tokenizer, chat = AutoTokenizer.from_pretrained(folder), Chat.load(folder)
+    messages = [{"role": "user", "content": "What is 3 + 2?"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == chat.render(messages, add_generation_prompt=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.generation_config.eos_token_id == list(chat.eos_ids)
+    trained = load_file(folder / "model.safetensors")
+    before = load_file(place / "model" / "model.safetensors")
+    assert trained.keys() == before.keys() and not all(
+        torch.equal(trained[key], before[key]) for key in trained
+    )
+
+
+def test_a_resumed_cold_start_has_the_same_bits(place: Path) -> None:
+    run = RunFolder(place / "cold")
+    assert same_weights(run, resumed(run, "sft.py"))
+
+
+def test_grpo_samples_what_it_trains_and_resumes_with_the_same_bits(place: Path) -> None:
+    rows = ["stage.eval.every=0", "stage.reference_every=1", f"parent={place / 'cold'}"]
+    run = run_stage(place, "rl", "grpo", "grpo.py", *rows)
+    steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps] == [True, True]
+    assert steps[0]["kl"] < 1e-4 and "router/max_vio" not in steps[0]
+    assert same_weights(run, resumed(run, "grpo.py"))
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_smoke_recipe(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", "qwen3_moe")
+    words = ["recipe=smoke", "model=hf", f"model.path={tmp_path / 'model'}", "stage.router.balance_alpha=0"]
+    line = [sys.executable, "-m", "r1pipe", "reproduce", *words, f"root={tmp_path / 'runs'}", "tracking=none"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    stages = {run.stage for run in results.finished_runs(tmp_path / "runs")}
+    recipe = compose(["recipe=smoke"]).config.recipe
+    assert stages == {*recipe.stages, *recipe.controls} - {"pretrain"}

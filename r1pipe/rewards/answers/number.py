@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from r1pipe.rewards.answers.notation import REPEATING, repeating
 from r1pipe.rewards.answers.numerals import in_words
-from r1pipe.rewards.answers.units import Unit, read_unit
+from r1pipe.rewards.answers.units import CLASSIFIERS, Unit, read_unit
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
@@ -138,12 +138,12 @@ def _read_digits(text: str) -> Number | None:
 
 
 def _read_words(text: str) -> Number | None:
-    """A number in words, with a Chinese unit behind it: forty-two, 二十四, 七个."""
+    """A number in words, with a Chinese unit behind it: forty-two, 二十四, 七个; 三角形 is none."""
     if (value := in_words(text)) is not None:
         return Number(value)
     if match := _CHINESE_QUANTITY.fullmatch(text):
         value, unit = in_words(match[1]), read_unit(match[2])
-        if value is not None and unit is not None:
+        if value is not None and unit is not None and (unit.name or CLASSIFIERS.fullmatch(match[2])):
             return Number(value, unit=unit if unit.name else None)
     return None
 

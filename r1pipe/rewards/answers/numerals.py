@@ -4,23 +4,9 @@ import re
 from fractions import Fraction
 
 _ONES = [
-    *(
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-    ),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
-]
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _VALUES = {word: number for number, word in enumerate(_ONES)}
 _VALUES |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
@@ -32,6 +18,7 @@ _PARTS = {
 _CHINESE = {sign: number for number, sign in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _CHINESE_NUMBER = re.compile(r"[零〇一二两三四五六七八九十百千万亿]{1,12}")
+_TWO_DIGITS = re.compile("[一二两三四五六七八九]{2}")
 _CHINESE_FRACTION = re.compile(r"([^分之]{1,12})分之([^分之]{1,12})")
 
 
@@ -77,7 +64,12 @@ def _chinese(text: str) -> Fraction | None:
 
 
 def _chinese_integer(text: str) -> int | None:
+    """二十四; digit by digit, 二〇二四; 三万五 is 35,000. None for 三四, which is three or four."""
     if not _CHINESE_NUMBER.fullmatch(text):
+        return None
+    if all(sign in _CHINESE for sign in text) and (len(text) != 2 or text[0] in "零〇" or text[1] in "零〇"):
+        return int("".join(str(_CHINESE[sign]) for sign in text))
+    if _TWO_DIGITS.search(text):
         return None
     total = section = digit = 0
     for sign in text:
@@ -86,6 +78,10 @@ def _chinese_integer(text: str) -> int | None:
         elif sign in "十百千":
             section += (digit or 1) * _CHINESE_SCALES[sign]
             digit = 0
+        elif sign == "万" and total:  # 一亿二千万
+            total, section, digit = total + (section + digit) * 10**4, 0, 0
         else:
             total, section, digit = (total + section + digit or 1) * _CHINESE_SCALES[sign], 0, 0
+    if digit and text[-2] in "百千万亿":
+        digit = digit * _CHINESE_SCALES[text[-2]] // 10
     return total + section + digit

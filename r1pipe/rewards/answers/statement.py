@@ -51,7 +51,7 @@ _FACTOR_BEHIND = re.compile(
     r"percent\s+of)\b)|"
     r"[A-Za-z](?![A-Za-z])|\([-\w]{1,3}[+-]|\(\d+\)|[.:]\d|,\d{3}(?!\d)"
 )
-_BEHIND_A_BOX = re.compile(r"(?P<rest>[^.;!?\n。；！？]{0,60})")
+_BEHIND_A_BOX = re.compile(r"(?P<rest>(?:[^.;!?\n。；！？]|(?<=\d)\.(?=\d)){0,60})")
 _ALTERNATIVE = re.compile(r",?\s*(?:or|或者?)\s*(?P<value>\S.*)")
 _DENIED = re.compile(
     r"[ \t$.*;,]*(?:(?:it|that|this|which)\s+)?(?:(?:is|was|would\s+be|seems)\s+)?(?:(?:a|the)\s+common\s+)?"

@@ -39,7 +39,7 @@ _MAKES_ANOTHER_NUMBER = re.compile(
     "[加减乘除的平立次又半或至到非不余多少阶分成上下内]",
     re.IGNORECASE,
 )
-_CLASSIFIERS = re.compile(  # Chinese measure words, which do not say what is counted
+CLASSIFIERS = re.compile(  # Chinese measure words, which do not say what is counted
     "[个只名位件本张支辆条块根头次枚棵株朵套种组对双杯盒袋箱瓶题道页行列层间家所座台匹岁倍人份颗粒片艘架盏把回场项]+"
 )
 _FILLERS = vocabulary.words("fillers")
@@ -77,7 +77,7 @@ def read_unit(text: str, glued: bool = False) -> Unit | None:
     if unit := _read_quantity(text, glued):
         return unit
     if re.search("[一-鿿]", text):
-        noun = _CLASSIFIERS.sub("", text, count=1)
+        noun = CLASSIFIERS.sub("", text, count=1)
         is_noun = len(noun) <= _MAX_CHARACTERS and re.fullmatch("[一-鿿]*", noun)
         if not is_noun or _MAKES_ANOTHER_NUMBER.search(noun):
             return None

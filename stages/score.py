@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 from r1pipe.config import RewardsConfig, script_options
+from r1pipe.config.custom_rewards import installed
 from r1pipe.config.fields import build
 from r1pipe.config.groups import read
+from r1pipe.config.rl import RULE_REWARDS
 from r1pipe.config.script_options import ScoreOptions
 from r1pipe.core import terminal
-from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.errors import ConfigError, DataError, nearest
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import check_gold, score_all
 from r1pipe.rewards.custom import CustomRewards
@@ -59,10 +62,7 @@ def main(options: ScoreOptions) -> int:
     if options.language != AUTO:
         check_language(options.language)
     custom = custom_reward(options) if options.plugins or options.reward not in REWARDS else None
-    given = {name: getattr(options, name) for name in ("cpu_seconds", "memory_mb", "partial_credit")}
-    limits.use(
-        replace(limits.published(), **{name: value for name, value in given.items() if value is not None})
-    )
+    limits.use(replace(limits.published(), **limits_given(options)))
     rows = rows_of(options.file)
     refused: dict[int, str] = {}  # line number -> why
     together = len(rows) if custom else TOGETHER  # a group must not be cut
@@ -90,8 +90,22 @@ def main(options: ScoreOptions) -> int:
     return 2 if len(refused) == len(rows) else 0
 
 
+def limits_given(options: ScoreOptions) -> dict[str, Any]:
+    """The keys of stage.code among the options. Raises ConfigError where no program is run."""
+    names = ("cpu_seconds", "memory_mb", "partial_credit")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if given and options.reward != "code":
+        option = f"--{next(iter(given))}".replace("_", "-")
+        raise ConfigError(f"{option} is for --reward code; leave it out with --reward {options.reward}")
+    return given
+
+
 def custom_reward(options: ScoreOptions) -> CustomRewards:
     """The reward of this name alone, with the limits of conf/. Raises ConfigError."""
+    known = {*REWARDS, *RULE_REWARDS, *(reward.name for reward in installed())}
+    if not options.plugins and options.reward not in known:
+        near = nearest(options.reward, sorted({*known} - {*RULE_REWARDS} | {*REWARDS}))
+        raise ConfigError(f"--reward {options.reward} is no rule, not installed, and in no --plugin; {near}")
     chosen = {"plugins": options.plugins, "weights": {options.reward: 1.0}}
     mapping = read("stage/part/rl")["rewards"] | chosen
     try:

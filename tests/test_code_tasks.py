@@ -257,3 +257,12 @@ def test_the_form_of_tests_says_what_is_run():
     assert kind_of([[[2], 4]]) == kind_of([[["a"], "b"]]) == "calls"
     assert kind_of([["3", "6"]]) == "programs"
     assert kind_of("assert f(2) == 4") == kind_of(["assert f(2) == 4"]) == "asserts"
+
+
+def test_what_is_no_time_limit_is_none():
+    task = read_task(CODE_CONTESTS | {"time_limit": {"seconds": "soon", "nanos": None}})
+    assert "time_limit_s" not in task
+
+
+def test_imports_that_are_no_text_end_nothing():
+    assert read_task(SANITIZED_MBPP | {"test_imports": [1]})["entry_point"] == "area"

@@ -359,6 +359,13 @@ def test_a_name_has_one_source_or_is_refused(
     assert "\n" not in str(error.value) and "secret@" not in str(error.value)
 
 
+def test_a_file_may_build_on_rules(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("from r1pipe.rewards.accuracy import accuracy\ndef mine(p, c): return accuracy(p, c)\n")
+    [found] = custom_rewards_of(rewards_config(["accuracy", "mine"], plugins=[str(path)]))
+    assert found.name == "mine"
+
+
 @pytest.mark.parametrize("plus", ["", "+"])
 def test_the_command_line_takes_files_and_servers_without_running_anything(tmp_path: Path, plus: str) -> None:
     path = tmp_path / "mine.py"
@@ -500,7 +507,7 @@ def test_neighbouring_rows_of_one_prompt_are_a_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reward", "told"),
     [
-        ("acuracy", "--reward acuracy is no rule reward"),
+        ("acuracy", "--reward acuracy is no rule, not installed, and in no --plugin; did you mean accuracy?"),
         ("cosine", "--reward cosine needs a run; give accuracy, code, format, language, or a custom reward"),
     ],
 )

@@ -185,6 +185,11 @@ def test_a_file_of_which_nothing_can_be_scored_is_an_error(tmp_path):
     assert (code, out) == (2, []) and "rows.jsonl holds no rows" in err and err.count("\n") == 1
 
 
+def test_limits_of_programs_are_refused_where_none_is_run(tmp_path):
+    code, out, err = scored(tmp_path, [GOOD], "format", cpu_seconds=3.0)
+    assert (code, out) == (2, []) and "--cpu-seconds is for --reward code" in err and err.count("\n") == 1
+
+
 def test_a_missing_file_is_one_line(tmp_path):
     for file in (tmp_path / "none.jsonl", tmp_path):
         options = tmp_path / "options.json"

@@ -99,7 +99,7 @@ def _task(cases: Cases, entry_point: str = "", context: Any = "", limit: Any = N
 def _seconds(limit: Any) -> float:
     """A time limit: 2.0, "2.0 seconds" (TACO) or {"seconds": 2, "nanos": 0} (CodeContests); 0 for none."""
     if isinstance(limit, Mapping):
-        return float(limit.get("seconds") or 0) + float(limit.get("nanos") or 0) / 1e9
+        return _seconds(limit.get("seconds")) + _seconds(limit.get("nanos")) / 1e9
     found = _SECONDS.search(str(limit or ""))
     return float(found[0]) if found else 0.0
 
@@ -119,7 +119,7 @@ def _mbpp(row: Row) -> dict[str, Any]:
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         raise DataError("test_list is no list of assert lines; correct it")
     context = row.get("test_setup_code") or loaded(row.get("test_imports")) or ""
-    context = "\n".join(context) if isinstance(context, list) else context
+    context = "\n".join(map(str, context)) if isinstance(context, list) else context
     entry = row.get("entry_point") or _asserted(tests, str(row.get("code") or ""))
     return _task(Cases(tests), entry, context)
 

@@ -270,13 +270,13 @@ def test_config_says_what_each_key_means(capsys: pytest.CaptureFixture) -> None:
 def test_published_weights_as_a_parent_point_to_import(
     house: House, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    theirs = tmp_path / "Qwen2-0.5B"
+    theirs = tmp_path / "DeepSeek-V2-Lite"
     theirs.mkdir()
-    (theirs / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (theirs / "config.json").write_text(json.dumps({"model_type": "deepseek_v2"}))
     for words in (["run", "stage=cold_start", f"parent={theirs}"], ["export", str(theirs), "out"]):
         assert house.call(*words) == 2
         err = capsys.readouterr().err
-        assert "model_type qwen2" in err and f"r1pipe import {theirs}\n" in err and err.count("\n") == 1
+        assert "model_type deepseek_v2" in err and f"r1pipe import {theirs}\n" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class WorkerProcess:
         self._reply_limit = reply_limit
         self._buffer = bytearray()
         self._sleep_limit_s = SLEEP_LIMIT_S if sleep_limit_s is None else sleep_limit_s
-        self._wall_limit_s = WALL_LIMIT_S + more_s
+        self._more_s = more_s
         self._asleep_s = 0.0
         self._deadline = self._next_poll = self._poll_s = 0.0
         self._family: list[psutil.Process] = []  # whose processor time is limited
@@ -113,12 +113,12 @@ class WorkerProcess:
         """The `count` replies to one message, each with a fresh allowance of sleep and time."""
         self.send(message)
         for _ in range(count):
-            self._asleep_s, self._deadline = 0.0, time.monotonic() + self._wall_limit_s
+            self._asleep_s, self._deadline = 0.0, time.monotonic() + WALL_LIMIT_S + self._more_s
             yield self.receive()
 
     def send(self, message: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        self._deadline = now + self._wall_limit_s
+        self._deadline = now + WALL_LIMIT_S + self._more_s
         self._poll_next(now)
         data = json.dumps(message).encode() + b"\n"
         while data:
@@ -194,7 +194,9 @@ class WorkerProcess:
                 if self._asleep_s >= self._sleep_limit_s:
                     raise ChildAsleep(f"the process slept for {self._sleep_limit_s:g} s")
             if now >= self._deadline:
-                raise MachineBusy(f"no reply within {self._wall_limit_s:g} s: the machine is too busy")
+                raise MachineBusy(
+                    f"no reply within {WALL_LIMIT_S + self._more_s:g} s: the machine is too busy"
+                )
             if ready:
                 return
 

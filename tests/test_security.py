@@ -82,7 +82,7 @@ def unsafe(path: Path) -> list[str]:
             found.append("load_dataset of a name that is not fixed")
         if name in ("eval", "exec") and path.name not in INTERPRETERS:
             found.append(name)
-        if any(one.arg == "trust_remote_code" for one in call.keywords):
+        if keyword(call, "trust_remote_code") not in (None, False):
             found.append("trust_remote_code")
         if keyword(call, "shell") is True if name.startswith("subprocess") else False:
             found.append("a shell")

@@ -62,7 +62,7 @@ _DENIED = re.compile(
 # What takes an answer back further on: "However, this is incorrect", "Sorry, I meant 6".
 _NEGATIVE = (
     r"(?:wrong|incorrect|false|invalid|impossible|a\s+mistake|an\s+error|"
-    r"not\s+(?:right|correct|valid|possible|an?\s+integer)|"
+    r"not\s+(?:right|correct|valid|possible|an?\s+integer\b(?!\s+\w))|"
     r"(?:can(?:no|')?t|could\s*n[o']t)\s+be\s+(?:right|correct|true)|"
     r"(?:does\s*n[o']t|fails\s+to)\s+(?:satisfy|work|hold|fit|make\s+sense))"
 )
@@ -71,7 +71,7 @@ _TAKEN_BACK = re.compile(
     rf"(?:this|that|it|the\s+(?:answer|above)|my\s+answer)"
     rf"(?:\s+(?:answer|result|value))?['’]?s?\s+(?:\w+\s+){{0,2}}?{_NEGATIVE}|"
     rf"(?:^|[.!\n]\s*)(?:this|that|it)(?:\s+(?:answer|result|value))?\s+(?:is|was|seems|must\s+be)?\s*{_NEGATIVE}|"
-    r"\bbut\s+(?:this|that|it)\s+(?:ignores|forgets|overlooks)|(?:^|[.!\n]\s*)correction\s*:|\bI\s+mean[t]?\b|"
+    r"\bbut\s+(?:this|that|it)\s+(?:ignores|forgets|overlooks)|(?:^|[.!\n]\s*)correction\s*:|\bI\s+mean(?:t\b|\s+\$?-?\d)|"
     r"\b(?:sorry|oops)\b[\s,]*\$?-?\d|"
     r"(?:但是?|不过|然而|可是|等等|抱歉)[，,\s]*(?:这|它|该|此)?(?:个?答案|个?结果)?[^。，,\n]{0,4}"
     r"(?:不对|错|有误|不满足|不成立|不正确)|"

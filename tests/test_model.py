@@ -55,10 +55,10 @@ def test_initial_weights_depend_on_the_generator_alone():
     assert 0.019 < one["model.layers.1.mlp.experts.down_proj"].std() < 0.021
 
 
-SHAPES = sorted(path for path in CONF.glob("*.yaml") if path.stem != "hf")  # whose folder has the shape
+SHIPPED = sorted(path for path in CONF.glob("*.yaml") if path.stem != "hf")  # whose folder has the shape
 
 
-@pytest.mark.parametrize("path", SHAPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_shape_builds(path):
     values = yaml.safe_load(path.read_text())
     if values["rope_scaling"]:

@@ -30,10 +30,10 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 	@$(BIN)/r1pipe reproduce recipe=laptop $(ARGS)
 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile $(ARGS)
 
 test-all: $(INSTALLED_DEV) lint ## the same with the tests that take minutes each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not vllm' $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile -m 'not vllm' $(ARGS)
 
 faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (two hours)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)

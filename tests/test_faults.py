@@ -15,7 +15,7 @@ from faults import kills, matrix
 from faults.outcome import Outcome
 from faults.points import POINTS, Point, at, noted, nth_call
 
-LONG = ("kills", "matrix", "spread")  # test_resume.py and test_engine.py have the like
+LONG = ("fuzz", "kills", "matrix", "spread", "workers")  # other test files have the like
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def stepped(made: Engine) -> tuple[float, float]:
     return stats.loss, stats.grad_norm
 
 
+@pytest.mark.slow
 def test_zero_levels_and_recomputation_train_alike():
     expected = [stepped(made) for made in [engine(1)] for _ in range(3)]
     for level, changes in [(1, {"recompute": True}), (2, {}), (3, {"recompute": True})]:

@@ -274,6 +274,7 @@ def test_a_jail_that_the_machine_starves_is_no_wrong_answer(monkeypatch):
             session.run("while True: pass")
 
 
+@pytest.mark.slow
 def test_what_monty_judges_on_a_busy_processor_is_as_on_an_idle_one(monkeypatch):
     count = "def f(x):\n    n = 0\n    while n < {}: n += 1\n    return x + x"
     isolated = monty.Monty()

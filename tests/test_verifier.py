@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import eating_worker
 import psutil
+import pytest
 from busy import busy_processor
 
 from r1pipe.core.types import Completion, Prompt, Score, Status
@@ -129,6 +130,7 @@ symbolic_worker.serve(int(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_an_item_is_judged_on_a_busy_processor_as_on_an_idle_one(monkeypatch, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SLOW)

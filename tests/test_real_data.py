@@ -163,6 +163,7 @@ def test_preferences_that_never_fit_are_told(some: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_smoke_recipe_runs_through_on_real_data(shared: Path, tmp_path: Path) -> None:
     words = ["recipe=smoke", "engine.ranks=2", "data=real", f"data.path={shared}", f"root={tmp_path}"]
+    words += ["data.labels=${data.preferences}"]  # there are no safety labels
     command = [sys.executable, "-m", "r1pipe", "reproduce", *words, "tracking=none"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

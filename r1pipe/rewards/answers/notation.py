@@ -85,6 +85,7 @@ _SPELLINGS = (  # other ways to write the same
         r"\\binom{\1\3}{\2\4}",
     ),
 )
+_MAY_BE_RESPELLED = re.compile(r"[\\{]|C[_(]|empty set|infinity|空集|负无穷", re.IGNORECASE)
 _CIRCLED = re.compile(r"[①-⑳](?:\s*[、,，和]?\s*[①-⑳])*")
 _OVER = re.compile(r"\{\s*([^{}]+?)\s*\\over\s*([^{}]+?)\s*\}")
 _ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|cases)\}(.*?)\\end\{\1\}", re.DOTALL)
@@ -150,7 +151,7 @@ def tidy(text: str) -> str:
         for escaped in "$%#&":
             text = text.replace(f"\\{escaped}", escaped)
         text = _BLANKS.sub(" ", text)
-    for written, meant in _SPELLINGS:
+    for written, meant in _SPELLINGS if _MAY_BE_RESPELLED.search(text) else ():
         text = written.sub(meant, text)
     text = re.sub(r"\s+", " ", text.removesuffix("\\")).strip(" ~")
     return text[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", text) else text

@@ -16,6 +16,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
+from r1pipe.train.rollout import Whole
 from r1pipe.train.run import open_run
 
 
@@ -38,7 +39,7 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint)
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, model, run.stage.eval)
+            evaluation = measure(run, ranks, Whole(model), 0, run.stage.eval)
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "

@@ -24,7 +24,8 @@ from r1pipe.model.weights import GENERATION
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine.ranks import choose_device
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout.bundled import BundledSampler
 
 MAX_NUM_SEQS = 64  # answered together
 
@@ -36,7 +37,8 @@ def main(options: GenerateOptions) -> int:
     chat, model = Chat.load(folder, options.system), load(folder)
     if chat.system:
         print(f"system prompt: {chat.system}", file=sys.stderr)
-    sampler = Sampler(model, chat.eos_ids, chat.pad_id, MAX_NUM_SEQS)
+    sampler = BundledSampler(chat.eos_ids, chat.pad_id)
+    sampler.update(Whole(model), 0)
     context = model.config.max_position_embeddings
     defaults = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
     params = SamplingParams(
@@ -44,6 +46,7 @@ def main(options: GenerateOptions) -> int:
         temperature=defaults.get("temperature", 1.0) if options.temperature is None else options.temperature,
         top_p=defaults.get("top_p", 1.0) if options.top_p is None else options.top_p,
         seed=options.seed,
+        max_num_seqs=MAX_NUM_SEQS,
     )
     count = invalid = 0
     for number, questions in enumerate(rounds(options)):

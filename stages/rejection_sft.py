@@ -13,9 +13,8 @@ from r1pipe.config import RejectionConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.training import set_precision
-from r1pipe.runs import stopping
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout import Sampler
+from r1pipe.train.rollout import Whole
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
@@ -39,9 +38,8 @@ def main(folder: str) -> None:
                 stage.prompts,
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
-            seqs, graphs = stage.sampling.max_num_seqs, run.config.engine.graphs
-            sampler = Sampler(model, chat.eos_ids, chat.pad_id, seqs, graphs, stopping.requested)
-            shards = draw_samples(run, ranks, sampler, prompts)
+            run.sampler.update(Whole(model), 0)
+            shards = draw_samples(run, ranks, prompts)
         with run.phase("filtering"):
             if ranks.rank == 0:
                 questions = evaluation_questions(run, context)

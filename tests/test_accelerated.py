@@ -15,7 +15,9 @@ from r1pipe.model import Balance, expert_loads, train_as
 from r1pipe.model.cache import Decoder, GraphDecoder
 from r1pipe.model.training import compile_layers, set_attention
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rollout import Sampler, SamplingParams, sampler
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout import batching as sampler
+from r1pipe.train.rollout.batching import Batcher
 
 SEGMENTS = torch.tensor([[1] * 7 + [2] * 9 + [0] * 4, [1] * 20])
 
@@ -142,12 +144,12 @@ def test_replayed_steps_draw_the_same_tokens(slots, rounded, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(sampler, "decoder_of", lambda model, graphs: Decoder(model))
-    expected = Sampler(model, EOS, PAD, slots).generate(asked, params)
+    expected = Batcher(model, EOS, PAD, slots).generate(asked, params)
     assert len({len(completion.tokens) for completion in expected}) > 3, "completions must be ragged"
     monkeypatch.setattr("r1pipe.model.cache.LENGTHS", rounded)
     monkeypatch.setattr(sampler, "decoder_of", decoder)
     captures.clear()
-    found = Sampler(model, EOS, PAD, slots, graphs=True).generate(asked, params)
+    found = Batcher(model, EOS, PAD, slots, graphs=True).generate(asked, params)
     assert [c.tokens for c in found] == [c.tokens for c in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -176,7 +178,7 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(wish, monkeypatch):
 
 def test_graphs_are_refused_where_the_model_cannot_be_captured():
     with pytest.raises(ConfigError, match=r"engine.graphs=true needs a GPU; this model is on the cpu"):
-        Sampler(ours(SHAPES["v3"]), graphs=True).generate([[5]], SamplingParams(max_tokens=2))
+        Batcher(ours(SHAPES["v3"]), graphs=True).generate([[5]], SamplingParams(max_tokens=2))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
 from r1pipe.train.engine.engine import Engine, step_metrics
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import epochs_of, pack_demonstrations, train
 
@@ -171,7 +172,7 @@ def test_the_job_ends_past_the_limit_with_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_p": 0.9}])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_sampling_names_the_layer_too(params, value):
-    sampler = Sampler(broken(value=value), eos_id=2, pad_id=0)
+    sampler = Batcher(broken(value=value), eos_id=2, pad_id=0)
     with pytest.raises(NumericProblem, match=LAYER) as error:
         sampler.generate([[5, 6, 7], [8, 9]], SamplingParams(max_tokens=4, n=2, **params))
     assert "\n" not in str(error.value)

@@ -20,7 +20,8 @@ from r1pipe.model.kernels.fp8 import FP8
 from r1pipe.model.native import decoder_of
 from r1pipe.model.training import compute_in, fp8_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 WHOLE = tiny(moe_intermediate_size=32, q_lora_rank=32, num_nextn_predict_layers=1)  # widths that FP8 takes
 
@@ -233,7 +234,7 @@ def test_the_sampler_multiplies_as_the_trainer_does():
     text = tokens(6, 8, WHOLE)
     compute_in(model, fp8())
     assert type(decoder_of(model)) is Decoder
-    drawn = Sampler(model, eos_id=0).generate(text.tolist(), SamplingParams(24, ignore_eos=True, seed=1))
+    drawn = Batcher(model, eos_id=0).generate(text.tolist(), SamplingParams(24, ignore_eos=True, seed=1))
     sampled = torch.tensor([completion.logprobs for completion in drawn])
 
     def of_trainer() -> torch.Tensor:
@@ -254,7 +255,7 @@ def test_weights_are_quantised_once_per_generation(monkeypatch):
     calls: list[int] = []
     once = reference.quantise_blocks
     monkeypatch.setattr(reference, "quantise_blocks", lambda *a, **k: calls.append(1) or once(*a, **k))
-    Sampler(model, eos_id=0).generate(tokens(2, 5, WHOLE).tolist(), SamplingParams(10, ignore_eos=True))
+    Batcher(model, eos_id=0).generate(tokens(2, 5, WHOLE).tolist(), SamplingParams(10, ignore_eos=True))
     assert (
         len(calls) == 3 * 5 + 2 + 2 * 4
     )  # attention's; a dense layer's two; two layers of experts and shared

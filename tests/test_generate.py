@@ -112,7 +112,7 @@ def test_the_cache_holds_what_is_needed_not_the_whole_context(
     stage.main(options([SHORT]))
     whole = answers(capsys.readouterr().out.splitlines()[-1])
     assert lengths[0] < CONTEXT
-    monkeypatch.setattr("r1pipe.train.rollout.sampler.CACHE_TOKENS", 1)  # it grows on the way
+    monkeypatch.setattr("r1pipe.train.rollout.batching.CACHE_TOKENS", 1)  # it grows on the way
     stage.main(options([SHORT]))
     assert answers(capsys.readouterr().out) == whole
 

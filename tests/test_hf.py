@@ -28,7 +28,8 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.critic import ValueModel
 from r1pipe.train.rl.update import completion_logprobs
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.sft.loop import loss_sums
 
 PROMPTS = [[5, 9, 300], [7, 7, 8, 9, 12, 400, 21], [3]]
@@ -103,7 +104,7 @@ def test_greedy_answers_are_those_of_generate(model: HFModel) -> None:
     model.eval()
     ends = (11, 12, 13, 14)
     params = SamplingParams(max_tokens=24, temperature=0.0)
-    completions = Sampler(model, ends, 0, max_num_seqs=2).generate(PROMPTS, params)
+    completions = Batcher(model, ends, 0, max_num_seqs=2).generate(PROMPTS, params)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         asked = torch.tensor([prompt])
         theirs = model.whole.generate(
@@ -120,7 +121,7 @@ def test_greedy_answers_are_those_of_generate(model: HFModel) -> None:
 def rollouts_from(model: HFModel) -> list[Rollout]:
     """Four completions of each prompt, in fewer slots, so that slots are refilled, moved and dropped."""
     params = SamplingParams(max_tokens=9, n=4, seed=3)
-    drawn = Sampler(model.eval(), (11, 600, 601), 0, max_num_seqs=5).generate(
+    drawn = Batcher(model.eval(), (11, 600, 601), 0, max_num_seqs=5).generate(
         PROMPTS, params, limits=[9, 5, 9]
     )
     return [Rollout(PROMPTS[i // 4], completion, 1.0, True) for i, completion in enumerate(drawn)]

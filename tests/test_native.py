@@ -15,7 +15,8 @@ from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.kernels import build
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.native import NativeDecoder, decoder_of, pack
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 LENGTHS = torch.tensor([3, 9, 1, 6])
 runs = pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512 here, or no compiler")
@@ -102,7 +103,7 @@ def test_threads_do_not_change_a_bit():
     threads, found = torch.get_num_threads(), []
     for count in (1, 3):
         torch.set_num_threads(count)
-        found.append(Sampler(model).generate(asked, SamplingParams(max_tokens=12, temperature=0.9)))
+        found.append(Batcher(model).generate(asked, SamplingParams(max_tokens=12, temperature=0.9)))
     torch.set_num_threads(threads)
     assert [(c.tokens, c.logprobs) for c in found[0]] == [(c.tokens, c.logprobs) for c in found[1]]
 
@@ -111,10 +112,10 @@ def test_threads_do_not_change_a_bit():
 def test_weights_of_now_are_used():
     model = ours(SHAPES["v3"])
     params = SamplingParams(max_tokens=4, temperature=0.0)
-    before = Sampler(model).generate([[5, 6, 7]], params)
+    before = Batcher(model).generate([[5, 6, 7]], params)
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
-    assert Sampler(model).generate([[5, 6, 7]], params)[0].tokens != before[0].tokens
+    assert Batcher(model).generate([[5, 6, 7]], params)[0].tokens != before[0].tokens
 
 
 @runs
@@ -126,13 +127,13 @@ def test_not_finite_weights_stop_the_sampler(where):
     with torch.no_grad():
         model.get_parameter(where).fill_(float("nan"))
     with pytest.raises(NumericProblem, match=where.removesuffix(".down_proj").removesuffix(".weight")):
-        Sampler(model).generate([[5, 6, 7]], SamplingParams(max_tokens=4))
+        Batcher(model).generate([[5, 6, 7]], SamplingParams(max_tokens=4))
 
 
 @pytest.mark.parametrize("token", [-1, 97])
 def test_a_token_outside_the_vocabulary_is_refused(token):
     with pytest.raises(ConfigError, match="prompt 1 has a token outside the vocabulary"):
-        Sampler(ours(SHAPES["v3"])).generate([[5], [5, token]], SamplingParams(max_tokens=4))
+        Batcher(ours(SHAPES["v3"])).generate([[5], [5, token]], SamplingParams(max_tokens=4))
 
 
 @runs

@@ -11,7 +11,8 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.native import NativeDecoder
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.rollout.drawing import draw, uniform_stream
 
 EOS, PAD = 1, 0
@@ -56,7 +57,7 @@ def test_reported_logprobs_equal_the_full_forward(slots):
     model = ours(SMALL)
     asked = prompts(9, model.config)
     params = SamplingParams(max_tokens=24, temperature=0.7, n=3, seed=5)
-    completions = Sampler(model, EOS, PAD, slots).generate(asked, params)
+    completions = Batcher(model, EOS, PAD, slots).generate(asked, params)
     assert len(completions) == 27
     lengths = {len(completion.tokens) for completion in completions}
     assert len(lengths) > 3, "completions must be ragged for this test to mean anything"
@@ -75,10 +76,10 @@ def test_completions_do_not_depend_on_the_slots():
     model = ours(SMALL)
     asked = prompts(5, model.config)
     params = SamplingParams(max_tokens=12, n=2, seed=3)
-    one, few, many = (Sampler(model, EOS, PAD, slots).generate(asked, params) for slots in (1, 4, 99))
+    one, few, many = (Batcher(model, EOS, PAD, slots).generate(asked, params) for slots in (1, 4, 99))
     assert [c.tokens for c in one] == [c.tokens for c in few] == [c.tokens for c in many]
     assert one[0].tokens != one[1].tokens
-    other = Sampler(model, EOS, PAD, 5).generate(asked, SamplingParams(max_tokens=12, n=2, seed=4))
+    other = Batcher(model, EOS, PAD, 5).generate(asked, SamplingParams(max_tokens=12, n=2, seed=4))
     assert [c.tokens for c in other] != [c.tokens for c in one]
 
 
@@ -86,35 +87,35 @@ def test_completions_do_not_depend_on_how_prompts_are_shared_out():
     model = ours(SMALL)
     asked = prompts(5, model.config)
     params = SamplingParams(max_tokens=12, n=2, seed=3)
-    whole = Sampler(model, EOS, PAD, 4).generate(asked, params)
+    whole = Batcher(model, EOS, PAD, 4).generate(asked, params)
     for rank in range(2):
         share = replace(params, first=rank, stride=2)
-        mine = Sampler(model, EOS, PAD, 4).generate(asked[rank::2], share)
+        mine = Batcher(model, EOS, PAD, 4).generate(asked[rank::2], share)
         expected = [completion for prompt in range(rank, 5, 2) for completion in whole[2 * prompt :][:2]]
         assert [c.tokens for c in mine] == [c.tokens for c in expected]
 
 
 @pytest.mark.parametrize("slots", [2, 99])
 def test_each_prompt_may_have_a_limit_of_its_own_and_the_cache_grows_with_it(slots, monkeypatch):
-    monkeypatch.setattr("r1pipe.train.rollout.sampler.CACHE_TOKENS", 1)
+    monkeypatch.setattr("r1pipe.train.rollout.batching.CACHE_TOKENS", 1)
     model = ours(SMALL)
     asked, limits = prompts(5, model.config), [1, 40, 3, 17, 24]
     params = SamplingParams(max_tokens=40, n=2, seed=3, ignore_eos=True)
-    whole = Sampler(model, EOS, PAD, slots).generate(asked, params)
-    limited = Sampler(model, EOS, PAD, slots).generate(asked, params, limits=limits)
+    whole = Batcher(model, EOS, PAD, slots).generate(asked, params)
+    limited = Batcher(model, EOS, PAD, slots).generate(asked, params, limits=limits)
     expected = [one.tokens[: limits[number // 2]] for number, one in enumerate(whole)]
     assert [completion.tokens for completion in limited] == expected
     with pytest.raises(ConfigError, match="prompt 1 has"):
-        Sampler(model, EOS, PAD).generate(asked, params, limits=[1, model.config.max_position_embeddings] * 3)
+        Batcher(model, EOS, PAD).generate(asked, params, limits=[1, model.config.max_position_embeddings] * 3)
 
 
 def test_long_prompt_lists_are_prefilled_in_parts(monkeypatch):
     model = ours(SMALL)
     asked = prompts(8, model.config)
     params = SamplingParams(max_tokens=6, n=2)
-    whole = Sampler(model, EOS, PAD, 16).generate(asked, params)
-    monkeypatch.setattr("r1pipe.train.rollout.sampler.PREFILL_TOKENS", 12)
-    assert [c.tokens for c in Sampler(model, EOS, PAD, 16).generate(asked, params)] == [
+    whole = Batcher(model, EOS, PAD, 16).generate(asked, params)
+    monkeypatch.setattr("r1pipe.train.rollout.batching.PREFILL_TOKENS", 12)
+    assert [c.tokens for c in Batcher(model, EOS, PAD, 16).generate(asked, params)] == [
         c.tokens for c in whole
     ]
 
@@ -125,7 +126,7 @@ def test_greedy_takes_the_most_likely_token():
     asked = prompts(3, model.config)
     for prompt, completion in zip(
         asked,
-        Sampler(model, EOS, PAD, 2).generate(asked, SamplingParams(max_tokens=8, temperature=0.0)),
+        Batcher(model, EOS, PAD, 2).generate(asked, SamplingParams(max_tokens=8, temperature=0.0)),
         strict=True,
     ):
         row = list(prompt)
@@ -140,7 +141,7 @@ def test_ignore_eos_runs_to_the_limit_and_progress_ends_at_the_total():
     model = ours(SMALL)
     calls: list[tuple[int, int]] = []
     params = SamplingParams(max_tokens=10, n=4, ignore_eos=True)
-    completions = Sampler(model, EOS, PAD, 3).generate(
+    completions = Batcher(model, EOS, PAD, 3).generate(
         prompts(2, model.config), params, lambda *c: calls.append(c)
     )
     assert {len(c.tokens) for c in completions} == {10}
@@ -150,18 +151,18 @@ def test_ignore_eos_runs_to_the_limit_and_progress_ends_at_the_total():
 
 def test_a_single_token_is_drawn_where_one_is_asked_for():
     model = ours(tiny())
-    completions = Sampler(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=1))
+    completions = Batcher(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=1))
     assert [len(c.tokens) for c in completions] == [1, 1, 1]
 
 
 def test_no_prompts_no_completions():
-    assert Sampler(ours(tiny()), EOS, PAD).generate([], SamplingParams(max_tokens=4)) == []
+    assert Batcher(ours(tiny()), EOS, PAD).generate([], SamplingParams(max_tokens=4)) == []
 
 
 @pytest.mark.parametrize("prompt", [[], [5] * 2557])
 def test_prompts_that_cannot_be_are_refused(prompt):
     with pytest.raises(ConfigError, match="prompt 1"):
-        Sampler(ours(tiny()), EOS, PAD).generate([[2], prompt], SamplingParams(max_tokens=4))
+        Batcher(ours(tiny()), EOS, PAD).generate([[2], prompt], SamplingParams(max_tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_streams_depend_on_seed_prompt_and_sample_alone():
 
 def test_bfloat16_samples():
     model = ours(tiny()).bfloat16()
-    completions = Sampler(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=5))
+    completions = Batcher(model, EOS, PAD).generate(prompts(3, model.config), SamplingParams(max_tokens=5))
     assert all(np.isfinite(c.logprobs).all() for c in completions)
 
 
@@ -223,7 +224,7 @@ def test_a_sampler_of_a_model_alone_ends_where_vllm_would():
     """At the model's own end tokens and at stop_token_ids; ignore_eos takes away the former alone."""
     model, asked = ours(SMALL), prompts(6, SMALL)
     params = SamplingParams(max_tokens=24, seed=3)
-    free = Sampler(model).generate(asked, params)
+    free = Batcher(model).generate(asked, params)
     assert {completion.finish_reason for completion in free} == {"length"}, "no model.eos_ids, no end"
     model.eos_ids = (EOS, 5)
     for changes, ends in (
@@ -231,11 +232,11 @@ def test_a_sampler_of_a_model_alone_ends_where_vllm_would():
         ({"stop_token_ids": (7,)}, {EOS, 5, 7}),
         ({"stop_token_ids": (7,), "ignore_eos": True}, {7}),
     ):
-        stopped = Sampler(model).generate(asked, replace(params, **changes))
+        stopped = Batcher(model).generate(asked, replace(params, **changes))
         assert any(completion.finish_reason == "stop" for completion in stopped)
         for whole, completion in zip(free, stopped, strict=True):
             first = next((n + 1 for n, token in enumerate(whole.tokens) if token in ends), 24)
             assert completion.tokens == whole.tokens[:first]
             assert completion.truncated == (completion.tokens[-1] not in ends)
     with pytest.raises(ConfigError, match="vocab_size"):
-        Sampler(model).generate(asked, replace(params, stop_token_ids=(24,)))
+        Batcher(model).generate(asked, replace(params, stop_token_ids=(24,)))

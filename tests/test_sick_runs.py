@@ -22,7 +22,8 @@ from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import loop, scoring
 from r1pipe.train.rl.tripwires import WIRES
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.run import Run
 
 SHORT = (
@@ -130,11 +131,11 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
 def test_a_sampler_whose_weights_are_stale_and_a_run_without_a_reference(tmp_path, monkeypatch):
     kept = []
 
-    def stale(policy, *rest):
-        kept.append(copy.deepcopy(policy))
-        return Sampler(kept[0], *rest)
+    def stale(sampler, engine, version):
+        kept.append(copy.deepcopy(engine.module))
+        sampler.weights = Whole(kept[0])
 
-    monkeypatch.setattr(loop, "Sampler", stale)
+    monkeypatch.setattr(BundledSampler, "update", stale)
     judged_by(monkeypatch, even_share)
     words = ("stage.max_steps=2", "stage.optim.lr=0.05", "stage.kl_coef=0")
     go(folder := tiny_run(tmp_path / "run", *SHORT, *words))

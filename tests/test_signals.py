@@ -20,7 +20,7 @@ from tiny_runs import load_stage, tiny_run
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import reward_model
-from r1pipe.train.rollout import sampler
+from r1pipe.train.rollout import batching as sampler
 
 RL = (
     *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.keep=9", "stage.optim.lr=0.01"),

@@ -15,7 +15,8 @@ from r1pipe.model.kernels import training as kernels
 from r1pipe.model.moe import Experts
 from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.update import Reference, completion_logprobs
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.sft.loop import loss_sums
 
 WIDE = tiny(vocab_size=4096, num_hidden_layers=2)
@@ -59,7 +60,7 @@ def reference(model) -> None:
 
 def sampling(model) -> None:
     prompts = [row[:100] for row in tokens(8, 128, WIDE).tolist()]
-    Sampler(model.eval(), 1, 0, max_num_seqs=8).generate(prompts, SamplingParams(max_tokens=3))
+    Batcher(model.eval(), 1, 0, max_num_seqs=8).generate(prompts, SamplingParams(max_tokens=3))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

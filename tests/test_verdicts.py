@@ -13,7 +13,8 @@ from r1pipe import rewards
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import Verdicts, score_all, symbolic
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 PROMPTS = [Prompt(f"word-{i}", "word", "en", "?", str(i)) for i in range(4)]
 LONG_S = 300.0  # only what never happens takes as long
@@ -44,7 +45,7 @@ def test_the_sampler_tells_each_completion_once_with_its_prompts_place():
     told: list[tuple[int, Completion]] = []
     counts: list[int] = []
     params = SamplingParams(max_tokens=16, n=3, seed=5)
-    completions = Sampler(model, 1, 0, max_num_seqs=9).generate(
+    completions = Batcher(model, 1, 0, max_num_seqs=9).generate(
         [[5, 6], [7], [8, 9]],
         params,
         lambda done, _: counts.append(len(told) - done),
@@ -171,9 +172,9 @@ def test_checks_in_the_background_leave_sampling_as_it_is():
     """The same bits with and without threads at work beside it."""
     model = ours(tiny(num_hidden_layers=2, vocab_size=24, initializer_range=0.08))
     asked, params = [[5, 6], [7], [8, 9], [3]], SamplingParams(max_tokens=16, n=4, seed=5)
-    alone = Sampler(model, 1, 0, max_num_seqs=4).generate(asked, params)
+    alone = Batcher(model, 1, 0, max_num_seqs=4).generate(asked, params)
     with Verdicts() as found:
-        judged = Sampler(model, 1, 0, max_num_seqs=4).generate(
+        judged = Batcher(model, 1, 0, max_num_seqs=4).generate(
             asked, params, None, found.on_completion(Numbers(), ROOT)
         )
         score_all([prompt for prompt in ROOT for _ in range(4)], judged, ["accuracy"], found)

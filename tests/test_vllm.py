@@ -12,7 +12,8 @@ from r1pipe.chat.template import Chat
 from r1pipe.cli import commands as cli
 from r1pipe.core.types import Prompt
 from r1pipe.model import load_pretrained
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 pytestmark = pytest.mark.vllm
 QUESTIONS = [
@@ -39,7 +40,7 @@ def test_vllm_draws_the_same_greedy_tokens_with_the_same_logprobs(tmp_path, monk
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((tmp_path / "answers.json").read_text())
     params = SamplingParams(max_tokens=24, temperature=0.0)
-    mine = Sampler(load_pretrained(folder).eval()).generate(asked, params)
+    mine = Batcher(load_pretrained(folder).eval()).generate(asked, params)
     apart = 0.0
     for ours, other in zip(mine, theirs, strict=True):
         assert (ours.tokens, ours.finish_reason) == (other["tokens"], other["reason"])

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, scored for helpfulness
 GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
@@ -42,6 +46,10 @@ class Completion:
     logprobs: list[float]
     finish_reason: str  # "stop" (EOS) or "length" (truncated)
     text: str = ""  # decoded without EOS; includes <think> and </think>
+    # (tokens, version of the weights that drew them) of each span, in order; empty: not recorded
+    versions: tuple[tuple[int, int], ...] = ()
+    # [tokens, MoE layers, K]: the experts that the sampler's router chose; None: not recorded
+    experts: "np.ndarray | None" = None
 
     @property
     def truncated(self) -> bool:

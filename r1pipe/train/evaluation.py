@@ -17,12 +17,11 @@ from r1pipe.rewards import Verdicts, score_all, votes
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout import Ended, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.sampler import never
 from r1pipe.train.run import Run
 
-Progress = Callable[[int, int], None]
 Completions = list[Completion]
-Generate = Callable[[list[list[int]], SamplingParams, Progress | None, Ended], Completions]
 
 
 class Verdict(NamedTuple):
@@ -59,15 +58,14 @@ class Evaluation(NamedTuple):
 def evaluate(
     run: Run[Any],
     ranks: Ranks,
-    generate: Generate,
     prompts: Sequence[Prompt],
     general_prompts: Sequence[Prompt],
     config: EvalConfig,
     may_stop: bool,
 ) -> Evaluation:
-    """Measure a model on held-out prompts; every rank gets the same result.
+    """Measure the sampler's weights on held-out prompts; every rank gets the same result.
 
-    `generate` is a Sampler's method. Reasoning prompts are sampled `config.samples` times and once greedily,
+    Reasoning prompts are sampled `config.samples` times and once greedily,
     general ones once. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
     chat, judge, strategy_of = run.chat, run.data.judge, run.data.strategy_of
@@ -75,24 +73,26 @@ def evaluate(
     local = range(rank, len(prompts), world_size)
     local_general = range(rank, len(general_prompts) if judge else 0, world_size)
     total = len(local) * (config.samples + config.greedy) + len(local_general)
-    done = 0
+    done, stop = 0, stopping.requested if may_stop else never
 
     def draw(
         pool: Sequence[Prompt], indices: range, n: int, stream: int, temperature: float, top_p: float
     ) -> Completions:
         nonlocal done
-        if not indices:
-            return []
         before, done = done, done + len(indices) * n
 
         def progress(count: int, _: int) -> None:
             run.progress("evaluating", before + count, total, "completions")
 
         stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
-        params = SamplingParams(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size)
+        params = SamplingParams(
+            *(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size),
+            max_num_seqs=config.max_num_seqs,
+        )
         chosen = [pool[i] for i in indices]
         tokens = [chat.prompt_tokens(prompt) for prompt in chosen]
-        return generate(tokens, params, progress, verdicts.on_completion(chat, chosen))
+        ended = verdicts.on_completion(chat, chosen)
+        return run.sampler.generate(tokens, params, progress, ended, stop=stop)
 
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:

@@ -10,13 +10,12 @@ from typing import Any
 from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
-from r1pipe.model import Policy
-from r1pipe.runs import stopping
+from r1pipe.runs import checkpoints, stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout import Sampler
+from r1pipe.train.rollout import Weights
 from r1pipe.train.run import Run
 
 HELD_OUT = 0  # random stream of held-out prompts: the same after every stage
@@ -36,22 +35,18 @@ def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prom
 
 
 def measure(
-    run: Run[Any], ranks: Ranks, model: Policy, config: EvalConfig, quick: bool = False
+    run: Run[Any], ranks: Ranks, weights: Weights, version: int, config: EvalConfig, quick: bool = False
 ) -> evaluate.Evaluation:
-    """Evaluate; all ranks call, all get it.
+    """Evaluate weights, which step `version` made; all ranks call, all get it.
 
     Raises Interrupted in all ranks if one is asked to stop; a `quick` one is not interrupted, and does not
     warn of prompts that are too long.
     """
-    model.eval()
-    chat, graphs = run.chat, run.config.engine.graphs
-    context = model.config.max_position_embeddings
-    stop = (lambda: 0) if quick else stopping.requested
-    sampler = Sampler(model, chat.eos_ids, chat.pad_id, config.max_num_seqs, graphs, stop)
+    run.sampler.update(weights, version)
+    context = run.config.model.max_position_embeddings
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
-        generate, may_stop = sampler.generate, not quick
-        evaluation = evaluate.evaluate(run, ranks, generate, prompts, general_prompts, config, may_stop)
+        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, may_stop=not quick)
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured)
     if too_long and not quick:
@@ -63,12 +58,12 @@ def measure(
     return evaluation
 
 
-def quick_evaluation(run: Run[Any], engine: Engine) -> dict[str, float]:
-    """A few development prompts, as metrics under eval/. A request to stop does not interrupt it: the weights
-    have already moved, and the step is finished first."""
+def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:
+    """A few development prompts after a step, as metrics under eval/. A request to stop does not interrupt
+    it: the weights have already moved, and the step is finished first."""
     began, config = time.monotonic(), evaluate.short(run.stage.eval)
-    with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = measure(run, engine, model, config, quick=True)
+    with run.phase("evaluating"):
+        evaluation = measure(run, engine, engine, step, config, quick=True)
     return evaluate.logged(evaluation.metrics) | {"time/eval_s": time.monotonic() - began}
 
 
@@ -81,7 +76,7 @@ def finish_stage(
 ) -> None:
     """The full evaluation, then the record. `data_hash`: of the training data, if not the source's; `extra`:
     more metrics for the record."""
-    with run.phase("evaluating"), engine.gathered() as model:
-        evaluation = measure(run, engine, model, run.stage.eval)
+    with run.phase("evaluating"):
+        evaluation = measure(run, engine, engine, checkpoints.step_of(checkpoint), run.stage.eval)
     metrics: Metrics = {**evaluation.metrics, **(extra or {})}
     run.finish(checkpoint, metrics, evaluation.samples, data_hash)

@@ -44,6 +44,7 @@ from r1pipe.runs.record import Metrics, Result
 from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks, rank_and_world
 from r1pipe.train.resumable import Resumable
+from r1pipe.train.rollout import Sampler, open_sampler
 
 EMPTY = Prompt("", "", "", "")
 PROGRESS_EVERY_S = 0.25  # seconds between progress lines of the same kind
@@ -57,6 +58,7 @@ class Run(Resumable[S]):
 
     chat: Chat  # after load_chat
     data: Source  # after load_data
+    _sampler: Sampler | None = None
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
@@ -86,6 +88,18 @@ class Run(Resumable[S]):
             return
         self._progressed[what] = now
         self.show(what=what, done=done, total=total, unit=unit, show=show)
+
+    @property
+    def sampler(self) -> Sampler:
+        """What the job draws completions with; needs the chat."""
+        if self._sampler is None:
+            self._sampler = open_sampler(self.config.engine, self.chat)
+        return self._sampler
+
+    def close(self) -> None:
+        """Free what lives outside this process."""
+        if self._sampler is not None:
+            self._sampler.close()
 
     # --- inputs
 
@@ -211,6 +225,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
                 Ranks(config.engine).barrier()
                 raise
             finally:
+                run.close()
                 log.removeHandler(warnings)
                 run.saved()
         exit_immediately_with(0)

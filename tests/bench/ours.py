@@ -21,7 +21,8 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import group_advantages
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.rl.update import Reference, update
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 MICRO_TOKENS = 2048  # of the laptop recipe: micro-batches that stay in the cache
 KINDS = ("GEMMs", "quantisation", "attention", "other")  # of kernels
@@ -50,7 +51,7 @@ def _prompts(job: Job) -> list[list[int]]:
 def _sample(job: Job, turns: Turns) -> None:
     model = load_pretrained(job.weights).to(getattr(torch, DTYPES[job.setting.dtype])).to(job.device)
     graphs = _composed(job).engine.graphs
-    sampler = Sampler(model, EOS, PAD, max_num_seqs=job.case.sequences, graphs=graphs)
+    sampler = Batcher(model, EOS, PAD, max_num_seqs=job.case.sequences, graphs=graphs)
     params = SamplingParams(max_tokens=job.case.new, ignore_eos=True)
     turns.run(lambda: sampler.generate(_prompts(job), params))
 
@@ -113,7 +114,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     def step() -> None:
         with engine.gathered() as policy:
             policy.eval()
-            sampled = Sampler(policy, EOS, PAD, max_num_seqs=case.sequences).generate(prompts, params)
+            sampled = Batcher(policy, EOS, PAD, max_num_seqs=case.sequences).generate(prompts, params)
         rollouts = []
         for place, prompt in enumerate(prompts):
             group = sampled[place * case.group : (place + 1) * case.group]

@@ -36,7 +36,7 @@ TRAINING = {
     "in an update": Point("r1pipe.train.engine.engine:Engine._backward", after=True, rank=-1),
     "between update and log": Point("r1pipe.train.run:Run.log"),
 }
-SAMPLING = {"in sampling": Point("r1pipe.train.rollout.sampler:_Batch._collect", after=True, rank=-1)}
+SAMPLING = {"in sampling": Point("r1pipe.train.rollout.batching:_Batch._collect", after=True, rank=-1)}
 SHARDS = {
     "shard drawn, not written": Point("pathlib:Path.replace", file="*.parquet", rank=-1),
     "shard written": Point("pathlib:Path.replace", after=True, file="*.parquet", rank=-1),

@@ -21,6 +21,7 @@ from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_ro
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
+from r1pipe.model.policy import named_weights
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
@@ -28,6 +29,7 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.rollout.sampler import in_buckets
 
 EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
 
@@ -232,6 +234,11 @@ class Engine(Ranks):
                 stack.enter_context(whole)
             stack.enter_context(patches.without_zero3_hooks(self._ds))
             yield self.module
+
+    def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """As Weights': the tensors by published name, layer by layer; all ranks must read to the end."""
+        with self.gathered() as model:
+            yield from in_buckets(named_weights(model), most_bytes)
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""

@@ -29,7 +29,7 @@ from r1pipe.train.rl.scoring import (
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
 from r1pipe.train.rl.update import Reference, routing_agreement, update
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
 Metrics = dict[str, float]
@@ -187,18 +187,17 @@ class RLTrainer:
             self.run.seed(f"sampling/{batch}", self.state.step),
             first=self.engine.rank,
             stride=self.engine.world_size,
+            max_num_seqs=sampling.max_num_seqs,
         )
-        chat, graphs, ranks = self.run.chat, self.run.config.engine.graphs, self.engine.world_size
+        chat, ranks, sampler = self.run.chat, self.engine.world_size, self.run.sampler
         tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
 
         def progress(done: int, total: int) -> None:
             self.run.progress("sampling", done * ranks, total * ranks, "completions")
 
-        with self.engine.gathered() as policy:
-            seqs, stop = sampling.max_num_seqs, stopping.requested
-            sampler = Sampler(policy, chat.eos_ids, chat.pad_id, seqs, graphs, stop)
-            ended = verdicts.on_completion(chat, prompts)
-            completions = sampler.generate(tokens, params, progress, ended)
+        sampler.update(self.engine, self.state.step)
+        ended = verdicts.on_completion(chat, prompts)
+        completions = sampler.generate(tokens, params, progress, ended, stop=stopping.requested)
         return [
             Group(prompt, completions[i * size : (i + 1) * size], prompt_tokens=tokens[i])
             for i, prompt in enumerate(prompts)
@@ -225,7 +224,7 @@ class RLTrainer:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
         if config.eval.every and state.step % config.eval.every == 0 and state.step < config.max_steps:
-            metrics |= quick_evaluation(self.run, self.engine)
+            metrics |= quick_evaluation(self.run, self.engine, state.step)
         trips = self._log(state.step, rows, metrics, began)
         shown = {name: metrics[key] for name, key in ON_SCREEN.items() if key in metrics}
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)

@@ -1,6 +1,7 @@
 """Samplers: prompts in, completions out."""
 
 from r1pipe.train.rollout.drawing import SamplingParams
-from r1pipe.train.rollout.sampler import Ended, Sampler
+from r1pipe.train.rollout.opening import open_sampler
+from r1pipe.train.rollout.sampler import Ended, Sampler, Weights, Whole
 
-__all__ = ["Ended", "Sampler", "SamplingParams"]
+__all__ = ["Ended", "Sampler", "SamplingParams", "Weights", "Whole", "open_sampler"]

@@ -27,6 +27,7 @@ class SamplingParams:
     stride: int = 1
     ignore_eos: bool = False  # continue to max_tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, even with ignore_eos
+    max_num_seqs: int = 256  # sequences decoded together on one rank
 
     def __post_init__(self) -> None:
         checks = {

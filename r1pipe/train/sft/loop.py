@@ -100,7 +100,7 @@ def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, t
         metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
-            metrics |= quick_evaluation(run, engine)
+            metrics |= quick_evaluation(run, engine, step)
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
         last, stop_signal = run.is_last(step, total_steps, engine), stopping.agreed(engine)

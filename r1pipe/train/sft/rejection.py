@@ -32,7 +32,7 @@ from r1pipe.runs.record import record_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import held_out
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import Sampled, apply_filters
 
@@ -40,10 +40,9 @@ SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough t
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
-def draw_samples(
-    run: Run[RejectionConfig], ranks: Ranks, sampler: Sampler, prompts: Sequence[Prompt]
-) -> list[Path]:
-    """All shard files, in order. The ranks share the work of drawing and scoring missing ones."""
+def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt]) -> list[Path]:
+    """All shard files, in order, drawn from the sampler's weights. The ranks share the work of drawing and
+    scoring missing ones."""
     stage = run.stage
     folder = run.folder.data / "shards"
     folder.mkdir(exist_ok=True)
@@ -62,14 +61,13 @@ def draw_samples(
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             if not shards[number].exists():
-                rows = _draw(run, sampler, prompts[number::count], (number, count), progress)
+                rows = _draw(run, prompts[number::count], (number, count), progress)
                 _write_rows(shards[number], rows)
     return shards
 
 
 def _draw(
     run: Run[RejectionConfig],
-    sampler: Sampler,
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
     progress: Any,
@@ -84,11 +82,13 @@ def _draw(
         seed=run.seed("sampling"),
         first=number,
         stride=count,
+        max_num_seqs=sampling.max_num_seqs,
     )
     repeated = [prompt for prompt in prompts for _ in range(each)]
     tokens = [run.chat.prompt_tokens(prompt) for prompt in prompts]
     with Verdicts() as verdicts:
-        completions = sampler.generate(tokens, params, progress, verdicts.on_completion(run.chat, prompts))
+        ended = verdicts.on_completion(run.chat, prompts)
+        completions = run.sampler.generate(tokens, params, progress, ended, stop=stopping.requested)
         scores = score_all(repeated, completions, ["accuracy", "format", "language"], verdicts)
     return [
         {

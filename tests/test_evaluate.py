@@ -113,8 +113,8 @@ class FakeChat:
 
 
 def fake_sampler(calls):
-    def generate(prompts, params, progress, ended):
-        calls.append(params)
+    def generate(prompts, params, progress, ended, stop):
+        calls.append((params, len(prompts)))
         made = []
         for place, tokens in enumerate(prompts):
             prompt_id = "".join(map(chr, tokens))
@@ -130,7 +130,7 @@ def fake_sampler(calls):
             progress(len(made), len(made))
         return made
 
-    return generate
+    return SimpleNamespace(generate=generate)
 
 
 def ranks(rank=0, world_size=1, gather=lambda local: [local]):
@@ -149,8 +149,8 @@ def run(
     truth = (lambda prompt, text: TRUTHS[prompt.id]) if judge else None
     data = SimpleNamespace(judge=truth, strategy_of=strategy_of)
     this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, progress=progress)
-    sampler = fake_sampler([] if calls is None else calls)
-    return evaluate(this, among or ranks(), sampler, PROMPTS, general, config, may_stop=False)
+    this.sampler = fake_sampler([] if calls is None else calls)
+    return evaluate(this, among or ranks(), PROMPTS, general, config, may_stop=False)
 
 
 def test_reasoning_numbers():
@@ -211,6 +211,7 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
     run(calls=alone)
     for rank in range(2):
         run(calls=shared, among=ranks(rank, 2))
+    alone, shared = [params for params, _ in alone], [params for params, _ in shared]
     assert len({params.seed for params in alone}) == len(alone) == 3
     assert [params.seed for params in shared] == 2 * [params.seed for params in alone]
     assert [(p.first, p.stride) for p in [*alone, *shared]] == 3 * [(0, 1)] + 3 * [(0, 2)] + 3 * [(1, 2)]
@@ -220,7 +221,11 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
 def test_a_rank_without_prompts_samples_nothing():
     calls = []
     result = run(calls=calls, general=[], among=ranks(5, 6))
-    assert calls == [] and result.metrics["pass_at_1"] is None and result.metrics["samples"] == 0
+    assert (
+        [prompts for _, prompts in calls] == [0, 0]
+        and result.metrics["pass_at_1"] is None
+        and result.metrics["samples"] == 0
+    )
 
 
 def test_a_failed_verdict_is_counted_apart(monkeypatch):

@@ -98,7 +98,7 @@ def evaluate(
     with Verdicts() as verdicts:
         warm = draw(prompts, local, config.samples, 0, *hot)
         likeliest = draw(prompts, local, 1, 1, 0.0, 1.0) if config.greedy else []
-        texts = draw(general_prompts, local_general, 1, 2, *hot)
+        texts = draw(general_prompts, local_general, 1, 2, *hot) if judge and general_prompts else []
         sampled = _score(prompts, local, warm, verdicts, strategy_of)
         greedy = _score(prompts, local, likeliest, verdicts, None)
     general = []

@@ -41,8 +41,11 @@ def tiny(stage: str, *overrides: str) -> RunConfig:
     return compose([f"stage={stage}", *TINY, *overrides]).config
 
 
-def engine_config(ranks: int = 1, zero_level: int = 0, precision: str = "fp32") -> EngineConfig:
-    return replace(tiny("pretrain").engine, ranks=ranks, zero_level=zero_level, precision=precision)
+def engine_config(
+    ranks: int = 1, zero_level: int = 0, precision: str = "fp32", head: str = "model"
+) -> EngineConfig:
+    engine = tiny("pretrain").engine
+    return replace(engine, ranks=ranks, zero_level=zero_level, precision=precision, head=head)
 
 
 def tiny_model() -> DeepseekV3:

@@ -12,7 +12,6 @@ from r1pipe.model import DeepseekV3
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
-from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.moe import Balance
 from r1pipe.train.engine.engine import Engine
 
@@ -75,7 +74,7 @@ def test_logprobs_in_several_chunks(count, temperature, monkeypatch):
     monkeypatch.setattr(kernels, "LOGITS", 100 * 97)
 
     def run() -> Tensor:
-        return token_logprobs(model.lm_head, hidden_ND, targets_N, 97, temperature)
+        return model.lm_head(hidden_ND, targets_N, temperature)
 
     assert apart(model.lm_head, run, monkeypatch) < ALIKE[torch.float32]
 
@@ -123,7 +122,7 @@ def test_weights_that_zero_3_partitions_are_there_when_a_kernel_reads_them():
         def loss() -> Tensor:
             hidden_ND = engine.module.hidden(rows[:, :-1]).flatten(0, 1)
             targets_N = rows[:, 1:].flatten()
-            return -token_logprobs(engine.module.lm_head, hidden_ND, targets_N, config.vocab_size).mean()
+            return -engine.module.lm_head(hidden_ND, targets_N).mean()
 
         steps = [engine.train_step([loss, loss]) for _ in range(2)]
         return [(step.loss, step.grad_norm) for step in steps]
@@ -139,7 +138,7 @@ def test_no_learned_token_gives_no_gradient():
         model.zero_grad()
         hidden_ND = torch.ones(count, 64, requires_grad=True)
         targets_N = torch.zeros(count, dtype=torch.long)
-        token_logprobs(model.lm_head, hidden_ND, targets_N, 97).sum().backward()
+        model.lm_head(hidden_ND, targets_N).sum().backward()
     assert model.lm_head.weight.grad is None or not model.lm_head.weight.grad.any()
 
 

@@ -27,7 +27,7 @@ def with_mtp(depths: int, **changes) -> ModelConfig:
 def loss_of(model: DeepseekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
     hidden_BTD = model.hidden(tokens_BT, SEGMENTS)
     depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, SEGMENTS)
-    return mtp_loss_sum(model.lm_head, depths, tokens_BT, SEGMENTS, LEARNED, model.config.vocab_size)
+    return mtp_loss_sum(model.lm_head, depths, tokens_BT, SEGMENTS, LEARNED)
 
 
 def slow_loss(model: DeepseekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_another_document_changes_nothing():
         depths = model.model.mtp_hidden(hidden_BTD, rows_BT, SEGMENTS)
         seen = LEARNED.clone()
         seen[0, :6] = False
-        found.append(mtp_loss_sum(model.lm_head, depths, rows_BT, SEGMENTS, seen, model.config.vocab_size))
+        found.append(mtp_loss_sum(model.lm_head, depths, rows_BT, SEGMENTS, seen))
     assert found[0] > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)  # other groups of experts, other sums
 

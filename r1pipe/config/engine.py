@@ -28,6 +28,7 @@ class EngineConfig(Strict):
     precision: Literal["fp32", "bf16", "fp8"]  # fp8: projections in E4M3, the rest in bf16 (V3 section 3.3)
     kernels: Literal["auto", "triton", "scaled_mm", "deepgemm", "reference"]  # what multiplies in FP8
     fp8: FP8Config
+    head: Literal["model", "fp32"]  # type of logits in training and sampling; model: that of the weights
     moments: Literal["fp32", "bf16"]  # AdamW's (V3 section 3.3.3: bf16); masters stay in float32
     gradient_accumulation: Positive  # micro-batches per optimizer step and rank
     recompute: bool  # run each layer again in the backward pass instead of keeping what it computed

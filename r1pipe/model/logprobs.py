@@ -1,12 +1,14 @@
-"""Log-probabilities of target tokens without all [tokens, vocabulary] logits in memory.
+"""The language models' head: logits, or log-probabilities of tokens without all [N, V] logits in memory.
 
 Axes: N tokens, D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, cat
-from torch.nn.functional import cross_entropy
+import torch
+from torch import Tensor, cat, nn
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from r1pipe.model.kernels import training as kernels
@@ -16,45 +18,75 @@ LOGITS_IN_MEMORY = 2**25  # the part of [N, V] that a forward pass holds at once
 
 
 class Head(Linear):
-    """Gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N].
+    """Gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N] in float32.
 
-    The latter calls the CPU kernel inside forward, the only place where ZeRO-3 has the weight.
+    The latter takes one call however many the tokens: under ZeRO-3 each call gathers the weight, for which
+    every rank must call as often as the others.
     """
 
+    fp32 = False  # logits in float32 also where the weight is not (MiniMax-M1, arXiv 2506.13585)
+    # The decoder of the bundled model's CPU kernels has float32 logits always, as these kernels do; where
+    # the sampler's logits are rounded, the trainer's must be.
+    rounds = False
+
+    @classmethod
+    def sharing(cls, other: nn.Linear) -> "Head":
+        """A head with the weights of another library's; its sampler rounds logits as the weights are."""
+        with torch.device("meta"):
+            head = cls(other.in_features, other.out_features)
+        head.weight, head.bias = other.weight, other.bias
+        head.rounds = True
+        return head
+
     def forward(self, x: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """`temperature` divides the logits of log-probabilities, as in sampling."""
         if targets_N is None:
-            return super().forward(x)
-        return kernels.logprobs(x, self.weight, targets_N, temperature)
+            return self._logits(x)
+        exact = self.fp32 or not self.rounds or x.dtype == torch.float32
+        if exact and self.bias is None and kernels.usable(x, self.out_features):
+            return kernels.logprobs(x, self.weight, targets_N, temperature)
+        chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
+        if len(x) <= chunk:
+            return logprobs(self._logits, x, targets_N, temperature)
+        parts = [  # logits are computed again in the backward pass
+            checkpoint(logprobs, self._logits, x_cD, targets_c, temperature, use_reentrant=False)
+            for x_cD, targets_c in zip(x.split(chunk), targets_N.split(chunk), strict=True)
+        ]
+        return cat(parts)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if not self.fp32 or x.dtype == torch.float32:
+            return super().forward(x) if self.bias is None else linear(x, self.weight, self.bias)
+        logits = _Float32Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return logits if self.bias is None else logits + self.bias.float()
 
 
-def _chunk_logprobs(
-    head: Callable[[Tensor], Tensor], hidden_ND: Tensor, targets_N: Tensor, temperature: float
-) -> Tensor:
-    logits_NV = head(hidden_ND).float()
+def logprobs(head: Callable[[Tensor], Tensor], x_ND: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """log softmax(head(x) / temperature) of each row's target, [N] in float32."""
+    logits_NV = head(x_ND).float()
     if temperature != 1.0:  # dividing by one would copy [N, V]
         logits_NV = logits_NV / temperature
     return -cross_entropy(logits_NV, targets_N, reduction="none")
 
 
-def token_logprobs(
-    head: Callable[[Tensor], Tensor],
-    hidden_ND: Tensor,
-    targets_N: Tensor,
-    vocab_size: int,
-    temperature: float = 1.0,
-) -> Tensor:
-    """log pi(target) of each token, as logprobs_N in float32, from the hidden state that predicts it.
+class _Float32Product(torch.autograd.Function):
+    """x weight^T in float32, from narrower types: their products are exact in it, so only sums round.
 
-    `temperature` divides the logits, as in sampling. Long batches are split into chunks, whose logits are
-    recomputed in the backward pass.
+    A GPU's tensor cores give that as fast as rounded logits; casting both would go through their slow
+    float32. The gradients are products in the narrow type, as a plain head's are.
     """
-    if isinstance(head, Head) and kernels.usable(hidden_ND, vocab_size):
-        return head(hidden_ND, targets_N, temperature)
-    chunk = max(1, LOGITS_IN_MEMORY // vocab_size)
-    if hidden_ND.shape[0] <= chunk:
-        return _chunk_logprobs(head, hidden_ND, targets_N, temperature)
-    parts = [
-        checkpoint(_chunk_logprobs, head, hidden, targets, temperature, use_reentrant=False)
-        for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True)
-    ]
-    return cat(parts)
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_VD)
+        if x_ND.is_cuda:
+            return torch.mm(x_ND, weight_VD.t(), out_dtype=torch.float32)
+        return linear(x_ND.float(), weight_VD.float())
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_ND, weight_VD = ctx.saved_tensors
+        d_logits_NV = d_outputs[0].to(x_ND.dtype)
+        d_x_ND = d_logits_NV @ weight_VD if ctx.needs_input_grad[0] else None
+        d_weight_VD = d_logits_NV.t() @ x_ND if ctx.needs_input_grad[1] else None
+        return d_x_ND, d_weight_VD

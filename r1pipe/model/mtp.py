@@ -16,13 +16,11 @@ at position 0 is not set to zero, and the one published layer does not serve sev
 Embedding and head are the model's; published files hold copies of them under the layer's name.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from r1pipe.config import ModelConfig
-from r1pipe.model.logprobs import token_logprobs
+from r1pipe.model.logprobs import Head
 
 
 def ahead(values_BT: Tensor, steps: int, fill: int) -> Tensor:
@@ -37,12 +35,11 @@ def same_document(segments_BT: Tensor, steps: int) -> Tensor:
 
 
 def mtp_loss_sum(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     depths: list[Tensor],
     tokens_BT: Tensor,
     segments_BT: Tensor,
     loss_BT: Tensor,
-    vocab_size: int,
 ) -> Tensor:
     """Sum of -log p of the learned tokens, in nats, mean over depths (V3 equations 24 and 25 without lambda).
 
@@ -53,7 +50,7 @@ def mtp_loss_sum(
     for depth, hidden_BTD in enumerate(depths, 1):
         learned_BT = ahead(loss_BT, depth + 1, 0) & same_document(segments_BT, depth + 1)
         targets_N = ahead(tokens_BT, depth + 1, 0)[learned_BT]
-        total = total - token_logprobs(head, hidden_BTD[learned_BT], targets_N, vocab_size).sum()
+        total = total - head(hidden_BTD[learned_BT], targets_N).sum()
     return total / len(depths)
 
 

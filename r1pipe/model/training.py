@@ -15,6 +15,7 @@ from r1pipe.model.hf import HFTrunk
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
 from r1pipe.model.layers import Linear
+from r1pipe.model.logprobs import Head
 from r1pipe.model.moe import MoE
 from r1pipe.model.transformer import DecoderLayer, Trunk
 
@@ -31,10 +32,13 @@ def train_as(model: nn.Module, config: EngineConfig, device: torch.device) -> No
 
 
 def set_precision(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
-    """Run a model's products in FP8 if the config says so; its weights keep their type.
+    """Round logits, and run a model's products in FP8, as the config says; its weights keep their type.
 
     Raises EnvironmentProblem if the requested backend cannot run on `device`.
     """
+    for module in model.modules():
+        if isinstance(module, Head):
+            module.fp32 = config.head == "fp32"
     if config.precision == "fp8":
         backend = choose(config.kernels, device)
         compute_in(model, FP8(backend, config.fp8.power_of_two))

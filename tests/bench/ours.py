@@ -16,7 +16,6 @@ from bench.turns import DTYPES, EOS, PAD, Turns, rows
 from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.model import Policy, load_pretrained
-from r1pipe.model.logprobs import token_logprobs
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import group_advantages
 from r1pipe.train.rl.batch import Rollout
@@ -89,7 +88,7 @@ def _train(job: Job, turns: Turns) -> dict[str, Any]:
     def loss() -> Tensor:
         hidden_BTD = model.hidden(tokens_BT[:, :-1])
         targets_N = tokens_BT[:, 1:].flatten()
-        logprobs_N = token_logprobs(model.lm_head, hidden_BTD.flatten(0, 1), targets_N, job.model.vocab_size)
+        logprobs_N = model.lm_head(hidden_BTD.flatten(0, 1), targets_N)
         return -logprobs_N.sum() / (job.case.sequences * job.case.prompt)
 
     losses = []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.core.errors import ConfigError
+from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import document_mask, document_positions, past_mask
 from r1pipe.model.moe import Balance
 
@@ -155,7 +156,9 @@ class HFModel(nn.Module):
             num_hidden_layers=whole.config.num_hidden_layers,
         )
         self.model = HFTrunk(whole.base_model, self.config)
-        self.lm_head: nn.Linear = whole.get_output_embeddings()
+        # our own, so that it loops over long batches inside one call (see Head)
+        self.lm_head = Head.sharing(whole.get_output_embeddings())
+        whole.set_output_embeddings(self.lm_head)
         self._whole = [whole]  # in a list, so that it is no submodule: its parts are ours
 
     @property

@@ -16,7 +16,6 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, RLConfig
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.hf import HFTrunk
-from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.native import decoder_of
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
@@ -52,7 +51,7 @@ def completion_logprobs(
 ) -> Tensor:
     """logprobs_N: log pi of every completion token, at the sampling temperature."""
     hidden_ND = completion_hidden(model.model, micro, balances)
-    return token_logprobs(model.lm_head, hidden_ND, micro.targets_N, model.config.vocab_size, temperature)
+    return model.lm_head(hidden_ND, micro.targets_N, temperature)
 
 
 class Reference:
@@ -95,7 +94,7 @@ def update(
     """Learn from this rank's share of a rollout batch; returns the metrics of all ranks.
 
     The sampler's log-probabilities are the old ones: it has the same weights in the same precision. How well
-    that holds is sampling/sampling_logp_difference/mean; `stage.importance_cap` corrects the difference.
+    that holds is sampling/sampling_logp_difference/mean; `stage.importance` corrects the difference.
     """
     minibatches = [
         prepare(engine, minibatch, config, reference)
@@ -117,7 +116,7 @@ def prepare(
     if reference is not None and config.kl_in == "loss":
         for micro in micros:
             micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
-    if config.importance_cap:
+    if config.importance != "none":
         # gathered, as ranks may have different numbers of micro-batches
         with engine.gathered() as policy, torch.no_grad():
             for micro in micros:
@@ -193,8 +192,9 @@ def _metrics(engine: Engine, steps: Sequence[_Step], config: RLConfig, with_kl: 
         metrics["train/balance_loss"] = fmean(balances) / engine.world_size
     if with_kl:  # a KL in the reward is measured on the completions (rows.summarise)
         metrics["kl"] = sums["kl"] / count
-    if config.importance_cap:
-        metrics["sampling/importance_sampling_ratio/capped"] = sums["capped"] / count
+    if config.importance != "none":
+        what = "masked" if config.importance.endswith("mask") else "capped"
+        metrics[f"sampling/importance_sampling_ratio/{what}"] = sums["beyond"] / count
     if not first.stats.broken:  # in the first step the trainer's weights are the sampler's
         of_first, first_count = sum_over_ranks([first])
         metrics["sampling/importance_sampling_ratio/mean"] = of_first["sampling_ratio"] / first_count

@@ -19,7 +19,6 @@ from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
 from r1pipe.model import Balance, DeepseekV3, Policy
-from r1pipe.model.logprobs import token_logprobs
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.train.engine.engine import Engine, shown, step_metrics
@@ -125,16 +124,16 @@ class Sums:
 def loss_sums(model: Policy, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
     """The sums over a micro-batch; MTP only if the model has layers for it. Only the states that predict a
     learned token go through the head, so SFT pays for responses alone."""
-    tokens_BT, segments_BT, vocabulary = batch.tokens_BT, batch.segments_BT, model.config.vocab_size
+    tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
     balance = Balance(segments_BT, with_loss=with_balance)
     hidden_BTD = model.hidden(tokens_BT, segments_BT, balance)
     mtp = None
     if with_mtp and isinstance(model, DeepseekV3) and model.config.num_nextn_predict_layers:
         depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, balance)
-        mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT, vocabulary)
+        mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
     learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned
     hidden_ND, targets_N = hidden_BTD[:, :-1][learned_BT], tokens_BT[:, 1:][learned_BT]
-    next_token = -token_logprobs(model.lm_head, hidden_ND, targets_N, vocabulary).sum()
+    next_token = -model.lm_head(hidden_ND, targets_N).sum()
     return Sums(next_token, mtp, balance.total() if with_balance else None)
 
 

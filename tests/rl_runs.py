@@ -27,7 +27,7 @@ def grpo() -> RLConfig:
 def objective(**knobs) -> RLConfig:
     """GRPO's loss, with a clip of 0.2 and without a KL."""
     plain = {"ratio": "token", "surrogate": "clipped", "clip": 0.2, "clip_high": 0.2, "kl_estimator": "k3"}
-    return replace(grpo(), **{**plain, "kl_coef": 0.0, "importance_cap": 0.0, **knobs})
+    return replace(grpo(), **{**plain, "kl_coef": 0.0, **knobs})
 
 
 def rollout_of(

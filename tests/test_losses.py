@@ -91,10 +91,11 @@ def test_a_clipped_weight_drops_no_gradient():
 
 def test_truncated_importance_makes_up_for_another_sampler():
     # pi_trainer / pi_sampler of 3 and 0.5, at most 2; the ratio is to the trainer
-    result, slopes = loss_of([1.1, 1.3], [1.0, -1.0], [2], objective(importance_cap=2.0), trainer=[3.0, 0.5])
+    chosen = objective(importance="token_truncate", importance_cap=2.0)
+    result, slopes = loss_of([1.1, 1.3], [1.0, -1.0], [2], chosen, trainer=[3.0, 0.5])
     assert result.loss.item() == pytest.approx(-(2 * 1.1 - 0.5 * 1.3), rel=1e-5)
     assert slopes == pytest.approx([-2.2, 0.65], rel=1e-5)
-    assert result.sums["capped"] == 1 and result.extremes["importance_ratio/max"].item() == pytest.approx(1.3)
+    assert result.sums["beyond"] == 1 and result.extremes["importance_ratio/max"].item() == pytest.approx(1.3)
     assert result.sums["gap"].item() == pytest.approx(math.log(3.3) - math.log(0.65), rel=1e-5)
 
 
@@ -325,7 +326,7 @@ def test_without_a_name_the_recipes_are_what_they_were():
             None,
         )
         assert (stage.normalise_std, stage.kl_estimator, stage.kl_in) == (True, "k3", "loss")
-        assert (stage.max_sampling_batches, stage.importance_cap) == (1, 0.0)
+        assert stage.max_sampling_batches == 1
         assert stage.rewards.weights["overlong"] == 0.0
 
 
@@ -340,7 +341,7 @@ def test_without_a_name_the_recipes_are_what_they_were():
         ("stage.kl_in=both", "is none of loss, reward"),
         ("stage.loss=dapo stage.kl_in=reward", "stage.kl_in=reward needs stage.kl_coef above 0"),
         ("stage.kl_coef=0 stage.kl_estimator=k2", "stage.kl_estimator=k2 needs stage.kl_coef above 0"),
-        ("stage.importance_cap=0.5", "give 1 or more, or 0 for none"),
+        ("stage.importance_cap=0.5", "give 1 or more, or stage.importance=none"),
         ("stage.max_sampling_batches=0", "must be 1 or more"),
         ("stage.rewards.overlong_cache=1.5", "must be from 0 to 1"),
     ],
@@ -372,7 +373,7 @@ SHORT = (
     "words",
     [
         ("stage.loss=dapo",),
-        ("stage.loss=dr_grpo", "stage.importance_cap=2"),
+        ("stage.loss=dr_grpo", "stage.importance=geometric_mask"),
         ("stage.loss=gspo", "stage.kl_in=reward", "stage.kl_estimator=k1", "stage.reference_every=1"),
         ("stage.loss=cispo", "stage.max_sampling_batches=3"),
     ],

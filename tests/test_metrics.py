@@ -50,6 +50,7 @@ def logged(tmp_path_factory) -> set[str]:
             "precision=fp8",
             *ROUTES,
         ),
+        "masked": ("stage.importance=sequence_mask",),
         "dynamic": ("stage.max_sampling_batches=2", "tripwires.wires.truncation.limit=0.0"),
         "ppo": ("stage.algorithm=ppo", "stage.router.balance_alpha=0.01"),
     }
@@ -107,7 +108,9 @@ def test_ratios_and_gaps_by_hand():
     # with the trainer's own log-probabilities the clip's ratio is to these, the sampler's ratio still to its
     trainer_N = torch.tensor([0.5, 0.5, 0.2, 0.9]).log()
     capped = policy_loss(
-        now_N, old_N, torch.ones(4), torch.ones(4), torch.tensor([4]), objective(), trainer_N=trainer_N
+        *(now_N, old_N, torch.ones(4), torch.ones(4), torch.tensor([4])),
+        objective(importance="token_truncate", importance_cap=2.0),
+        trainer_N=trainer_N,
     )
     assert (
         capped.extremes["importance_ratio/min"].item(),

@@ -8,6 +8,8 @@ Where it defines something otherwise:
 - `cispo`: its `epsilon_high` bounds the weight itself, our `clip_high` what the weight may be above 1; it has
   no lower bound, as ours at `clip=1`.
 - Its KL is k3 alone, and multiplied by the ratio (`use_bias_correction_kl`) unless that is off, as here.
+- The ratio of sampler and trainer is made where it samples, which cannot run here; `trl_importance` says the
+  same. `geometric_mask` is not TRL's.
 - Advantages (not compared) divide by the sample's standard deviation plus 1e-4, ours by the population's.
 """
 
@@ -25,7 +27,8 @@ from r1pipe.train.rl.losses import policy_loss
 
 LENGTHS = [7, 1, 4, 6, 3, 5]
 LONGEST = 8  # stage.sampling.max_tokens
-CAP = 1.2
+FLOOR, CAP = 0.9, 1.2
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def trl_loss(logprobs_BT: torch.Tensor, given: dict, **options) -> torch.Tensor:
@@ -61,6 +64,17 @@ def trl_loss(logprobs_BT: torch.Tensor, given: dict, **options) -> torch.Tensor:
     )
 
 
+def trl_importance(log_ratio_BT: torch.Tensor, mask_BT: torch.Tensor, mode: str) -> torch.Tensor:
+    """Its vllm_importance_sampling_mode: [B, T], or [B, 1] of sequences."""
+    log_ratio_BT = log_ratio_BT * mask_BT
+    if mode.startswith("sequence"):
+        log_ratio_BT = log_ratio_BT.sum(dim=-1, keepdim=True)
+    ratio_BT = log_ratio_BT.exp()
+    if mode.endswith("truncate"):
+        return ratio_BT.clamp(min=FLOOR, max=CAP)
+    return ratio_BT.masked_fill((ratio_BT < FLOOR) | (ratio_BT > CAP), 0.0)
+
+
 VARIANTS = {  # ours: TRL's name for it, and its options
     "grpo": ("grpo", "token"),
     "dr_grpo": ("dr_grpo", "token"),
@@ -71,10 +85,10 @@ VARIANTS = {  # ours: TRL's name for it, and its options
 }
 
 
-@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("correction", ["none", *CORRECTIONS])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
+def test_losses_and_gradients_are_those_of_trl(name, beta, correction):
     loss_type, level = VARIANTS[name]
     words = ["stage.loss=grpo", "stage.loss_aggregation=token"] if name == "bnpo" else [f"stage.loss={name}"]
     stage = tiny_config("stage=grpo", *words, f"stage.kl_coef={beta}", "stage.clip=0.2").stage
@@ -89,7 +103,8 @@ def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
     old_BT = -2 + torch.randn(shape)
     logprobs_BT = old_BT + spread * torch.randn(shape)
     reference_BT = old_BT + 0.5 * torch.randn(shape)
-    sampled_BT = old_BT + 0.3 * torch.randn(shape) if capped else old_BT
+    corrected = correction != "none"
+    sampled_BT = old_BT + 0.1 * torch.randn(shape) if corrected else old_BT
     advantages_B = torch.randn(shape[0])
 
     theirs_BT = logprobs_BT.clone().requires_grad_()
@@ -99,7 +114,7 @@ def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
         "old_per_token_logps": old_BT,
         "ref_per_token_logps": reference_BT,
         "num_items_in_batch": mask_BT.sum(),
-        "importance_sampling_ratio": (old_BT - sampled_BT).exp().clamp(max=CAP),
+        "importance_sampling_ratio": trl_importance(old_BT - sampled_BT, mask_BT, correction),
     }
     theirs = trl_loss(
         theirs_BT,
@@ -109,8 +124,8 @@ def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
         beta=beta,
         epsilon_low=stage.clip,
         epsilon_high=clip_high + (name == "cispo"),
-        use_vllm=capped,
-        vllm_importance_sampling_correction=capped,
+        use_vllm=corrected,
+        vllm_importance_sampling_correction=corrected,
     )
     theirs.backward()
 
@@ -126,9 +141,9 @@ def test_losses_and_gradients_are_those_of_trl(name, beta, capped):
             advantages_B[rows].repeat_interleave(lengths_B),
             weights_B[rows].repeat_interleave(lengths_B),
             lengths_B,
-            replace(stage, importance_cap=CAP),
+            replace(stage, importance=correction, importance_cap=CAP, importance_floor=FLOOR),
             reference_BT[rows][kept_BT] if beta else None,
-            old_BT[rows][kept_BT] if capped else None,
+            old_BT[rows][kept_BT] if corrected else None,
         )
         assert result.sums["tokens"] == lengths_B.sum()
         ours = ours + result.loss

@@ -2,8 +2,8 @@
 
 The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They come before
 the command line's overrides, so the command line always wins. Where the recipe or the command line names a
-loss (`stage.loss`) or an algorithm (`stage.algorithm`), the values of its file come just before those of
-whoever named it, the algorithm's after the loss's.
+loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction (`stage.importance`), the values of its
+file come just before those of whoever named it, the algorithm's after the loss's.
 """
 
 import difflib
@@ -30,6 +30,7 @@ from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
+from r1pipe.config.importance import KEYS, settled
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
 from r1pipe.core.errors import ConfigError, nearest
@@ -38,7 +39,8 @@ from r1pipe.core.paths import conf_dir
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
 FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
-NAMED = ("loss", "algorithm")  # what `stage.loss=NAME` takes is a file in conf/stage/part/loss, and so on
+NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
+NULL = "None"  # how Hydra reads the value null
 PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
@@ -92,11 +94,15 @@ def compose(overrides: list[str]) -> Composed:
     given = [key for key, _ in flat(mapping)]
     if choices["model"] == HF:
         mapping["model"] = filled(mapping["model"])
+    files = {key: file for key, (_, file) in values.items()}
+    files |= {override.key_or_group: COMMAND_LINE for override in own}
+    if set(KEYS) <= mapping["stage"].keys():
+        more, file = settled(mapping["stage"], mapping["engine"])
+        mapping["stage"] |= more
+        files |= {f"stage.{key}": file for key in more}
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
-    files = {key: file for key, (_, file) in values.items()}
-    files |= {override.key_or_group: COMMAND_LINE for override in own}
     return Composed(config, given, choices, files)
 
 
@@ -174,9 +180,9 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
         below, above = [], []
         for kind in NAMED:
             key = f"stage.{kind}"
-            if key in own:
+            if own.get(key, NULL) != NULL:
                 above.append(named_values(kind, own[key]))
-            elif key in recipe:
+            elif recipe.get(key) is not None:
                 below.append(named_values(kind, recipe[key]))
         layers = [*below, *layers, *above]
     has_no_masters = read(f"engine/{choices['engine']}")["zero_level"] == 0

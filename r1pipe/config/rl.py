@@ -5,6 +5,7 @@ from typing import Literal
 
 from r1pipe.config import custom_rewards
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.importance import Importance, importance_rules
 from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
@@ -113,7 +114,9 @@ class RLConfig(StageConfig):
     clip_high: NonNegative | None  # epsilon above 1: the ratio is clipped at 1 + clip_high; null: as `clip`
     loss_aggregation: Literal["sequence", "token", "constant"]  # GRPO, DAPO, Dr.GRPO
     normalise_std: bool  # divide advantages by the group's standard deviation
-    importance_cap: NonNegative  # truncated importance sampling of sampler and trainer; 0: none
+    importance: Importance  # how pi_trainer / pi_sampler weighs tokens; null: settled by the engine's sampler
+    importance_cap: NonNegative  # ratios above are truncated to it, or masked (weight 0)
+    importance_floor: NonNegative  # ratios below, in the same way
     kl_coef: NonNegative  # weight of the KL to the reference; 0: no KL and no reference
     kl_estimator: Literal["k1", "k2", "k3"]  # log ratio, its square halved, or DeepSeekMath's
     kl_in: Literal["loss", "reward"]  # reward: subtracted before the group's advantages (ppo: per token)
@@ -162,11 +165,7 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
         yield f"{stage.sampling.top_p=:g}: reinforcement learns from the whole distribution; it must be 1"
     yield from kl_rules(stage)
     yield from ppo_rules(stage)
-    if 0 < stage.importance_cap < 1:
-        yield (
-            f"{stage.importance_cap=:g} would weigh down what is drawn as it should be; "
-            "give 1 or more, or 0 for none"
-        )
+    yield from importance_rules(stage.importance, stage.importance_cap, stage.importance_floor)
     if stage.max_steps == 0:
         yield "stage.max_steps=0: prompts are endless; say how many"
     yield from weight_rules(stage)

@@ -61,7 +61,7 @@ class MicroBatch:
     weights_N: Tensor
     lengths_B: Tensor  # of the rows, without padding
     balance_weight: float  # makes the micro-batches' balance losses a mean over all tokens read
-    trainer_N: Tensor | None = None  # the trainer's log-probabilities before the update (importance_cap)
+    trainer_N: Tensor | None = None  # the trainer's log-probabilities before the update (stage.importance)
     reference_N: Tensor | None = None  # the reference model's log-probabilities (KL in the loss)
     values_N: Tensor | None = None  # PPO: the value model's, from before the update
     returns_N: Tensor | None = None

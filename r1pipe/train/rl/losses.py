@@ -67,6 +67,27 @@ LOSS_AGGREGATIONS: dict[str, Callable[[int, float, float, int], float]] = {
 }
 
 
+@torch.no_grad()
+def importance_weights(log_ratio_N: Tensor, lengths_B: Tensor, config: RLConfig) -> tuple[Tensor, Tensor]:
+    """Each token's weight by what the sampler's policy was, and whether it was beyond the bounds.
+
+    `log_ratio_N` is log(pi_trainer / pi_sampler). By `config.importance`, the ratio is each token's own, or
+    the sequence's for all its tokens: the product of theirs, or their geometric mean. Below importance_floor
+    or above importance_cap it is truncated to the bound, or masked: set to 0 (TRL's
+    vllm_importance_sampling_mode; IcePop, arXiv 2510.18855, is a token mask; conf/stage/part/importance/).
+    """
+    level, mode = config.importance.split("_")
+    if level != "token":
+        reduction = "sum" if level == "sequence" else "mean"
+        of_each_B = torch.segment_reduce(log_ratio_N, reduction, lengths=lengths_B)
+        log_ratio_N = of_each_B.repeat_interleave(lengths_B, output_size=len(log_ratio_N))
+    ratio_N = log_ratio_N.exp()
+    beyond_N = (ratio_N < config.importance_floor) | (ratio_N > config.importance_cap)
+    if mode == "mask":
+        return ratio_N.masked_fill(beyond_N, 0.0), beyond_N
+    return ratio_N.clamp(config.importance_floor, config.importance_cap), beyond_N
+
+
 @dataclass
 class PolicyLoss:
     """A micro-batch's share of the loss, with statistics of its trained tokens for the metrics."""
@@ -89,10 +110,9 @@ def policy_loss(
     """Sum over tokens of weight x (kl_coef x KL - importance x surrogate).
 
     `old_N` are the sampler's log-probabilities, `reference_N` the reference model's (None: no KL in the
-    loss), `trainer_N` the trainer's own for the weights that were sampled from. With these, the ratio is
-    relative to the trainer, and min(pi_trainer / pi_sampler, importance_cap) corrects for the sampler's
-    difference: truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings
-    you off-policy RL training").
+    loss), `trainer_N` the trainer's own from before the update. With these, the ratio is relative to the
+    trainer, as in decoupled PPO (Hilton et al., arXiv 2110.00641), and importance_weights correct for the
+    sampler's difference.
     """
     clip, clip_high = config.clip, config.clip if config.clip_high is None else config.clip_high
     log_ratio_N = logprobs_N - (old_N if trainer_N is None else trainer_N)
@@ -110,23 +130,22 @@ def policy_loss(
     else:
         surrogate_N = clipped_surrogate(ratio_N, advantages_N, clip, clip_high)
         clipped_N = surrogate_N < ratio_N * advantages_N
-    capped_N = torch.zeros_like(clipped_N)
+    beyond_N = torch.zeros_like(clipped_N)
     if trainer_N is not None:
-        importance_N = (trainer_N - old_N).exp()
-        capped_N = importance_N > config.importance_cap
-        surrogate_N = importance_N.clamp(max=config.importance_cap) * surrogate_N
+        importance_N, beyond_N = importance_weights(trainer_N - old_N, lengths_B, config)
+        surrogate_N = importance_N * surrogate_N
     kl_N = torch.zeros_like(logprobs_N)
     if reference_N is not None:
         kl_N = KL_ESTIMATORS[config.kl_estimator](logprobs_N, reference_N)
     loss = (weights_N * (config.kl_coef * kl_N - surrogate_N)).sum()
     return PolicyLoss(
-        loss, *_statistics(weights_N > 0, logprobs_N - old_N, ratio_N, kl_N, clipped_N, capped_N)
+        loss, *_statistics(weights_N > 0, logprobs_N - old_N, ratio_N, kl_N, clipped_N, beyond_N)
     )
 
 
 @torch.no_grad()
 def _statistics(
-    trained_N: Tensor, gap_N: Tensor, ratio_N: Tensor, kl_N: Tensor, clipped_N: Tensor, capped_N: Tensor
+    trained_N: Tensor, gap_N: Tensor, ratio_N: Tensor, kl_N: Tensor, clipped_N: Tensor, beyond_N: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The sums and extremes of a PolicyLoss; `gap_N` is log(pi_trainer / pi_sampler)."""
     others_N = ~trained_N
@@ -138,7 +157,7 @@ def _statistics(
         "kl": (kl_N * trained_N).sum(),
         "clipped": (trained_N & clipped_N).sum(),  # tokens whose gradient or weight was clipped
         "clipped_low": (trained_N & clipped_N & (ratio_N < 1)).sum(),
-        "capped": (trained_N & capped_N).sum(),
+        "beyond": (trained_N & beyond_N).sum(),  # tokens whose importance was out of bounds
         "gap": gap_N.abs().sum(),
         "ratio": ratio_N.sum(),
         "sampling_ratio": sampling_ratio_N.sum(),

@@ -17,7 +17,8 @@ from r1pipe.model.training import set_precision
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.batch import collate
 from r1pipe.train.rl.update import completion_logprobs
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 # wide enough that ZeRO-3 partitions the head
 SHAPE = replace(tiny("pretrain").model, hidden_size=256, vocab_size=512)
@@ -104,7 +105,7 @@ def gap(policy, engine) -> float:
     set_precision(policy, engine, torch.device("cpu"))
     prompts = [[1, 5, 6], [1, 9, 9, 4]]
     params = SamplingParams(max_tokens=24, n=32, seed=1, ignore_eos=True)
-    drawn: list[Completion] = Sampler(policy, 1, 0).generate(prompts, params)
+    drawn: list[Completion] = Batcher(policy, 1, 0).generate(prompts, params)
     rollouts = [rollout_of(prompts[i // 32], c.tokens, c.logprobs) for i, c in enumerate(drawn)]
     micro = collate(rollouts, None, 0.0, torch.device("cpu"))
     with torch.no_grad():

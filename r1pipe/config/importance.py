@@ -10,6 +10,7 @@ Importance = Literal[
     "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "geometric_mask"
 ]
 FOLDER = "stage/part/importance"
+OWN_SAMPLER = {"sampler": "bundled", "sampler_precision": "same", "async_steps": 0}  # weights in training
 KEYS = ("importance", "importance_cap", "importance_floor")
 
 
@@ -32,9 +33,11 @@ def sampler_differs(engine: Mapping[str, Any]) -> bool:
     """Whether completions are drawn from other probabilities than the trainer computes.
 
     In float32 the bundled sampler's differ by rounding alone. In a narrower type its decoding adds up in
-    another order, so that a router may choose other experts.
+    another order, so that a router may choose other experts, unless engine.equal makes it the same.
     """
-    return engine.get("precision") != "fp32"
+    if any(engine.get(key, usual) != usual for key, usual in OWN_SAMPLER.items()):
+        return True
+    return engine.get("precision") != "fp32" and not engine.get("equal")
 
 
 def importance_rules(name: str, cap: float, floor: float) -> Rules:

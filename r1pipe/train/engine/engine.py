@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
+from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
@@ -225,15 +226,31 @@ class Engine(Ranks):
     @contextmanager
     def gathered(self) -> Iterator[Any]:
         """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
-        if self.zero_level < 3:
+        with ExitStack() as stack:
+            stack.enter_context(self._made_whole([*self.module.parameters()]))
+            if self.zero_level == 3:
+                stack.enter_context(patches.without_zero3_hooks(self._ds))
             yield self.module
+
+    def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """As model.buckets.buckets_of; every rank gets them, and all must go through them to the end.
+
+        Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share.
+        """
+        sizes = patches.elements if self.zero_level == 3 else Tensor.numel
+        yield from buckets_of(self.module, most_bytes, self._made_whole, sizes)
+
+    @contextmanager
+    def _made_whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters among the tensors on every rank; all ranks must enter."""
+        if self.zero_level < 3:
+            yield
             return
-        whole = patches.import_deepspeed().zero.GatheredParameters(list(self.module.parameters()))
+        whole = patches.import_deepspeed().zero.GatheredParameters(tensors)
         with ExitStack() as stack:
             with heartbeat.waiting(self.world_size > 1):
                 stack.enter_context(whole)
-            stack.enter_context(patches.without_zero3_hooks(self._ds))
-            yield self.module
+            yield
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
         """As Weights': the tensors by published name, layer by layer; all ranks must read to the end."""

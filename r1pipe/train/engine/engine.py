@@ -22,7 +22,6 @@ from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
-from r1pipe.model.policy import named_weights
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
@@ -30,7 +29,6 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout.sampler import in_buckets
 
 EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
 
@@ -233,7 +231,7 @@ class Engine(Ranks):
             yield self.module
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """As model.buckets.buckets_of; every rank gets them, and all must go through them to the end.
+        """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
 
         Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share.
         """
@@ -251,11 +249,6 @@ class Engine(Ranks):
             with heartbeat.waiting(self.world_size > 1):
                 stack.enter_context(whole)
             yield
-
-    def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """As Weights': the tensors by published name, layer by layer; all ranks must read to the end."""
-        with self.gathered() as model:
-            yield from in_buckets(named_weights(model), most_bytes)
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""

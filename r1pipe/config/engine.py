@@ -35,7 +35,7 @@ class EngineConfig(Strict):
     attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
-    sampler: Literal["bundled"]  # what draws completions: this process, with the weights in training
+    sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
@@ -53,6 +53,8 @@ def engine_rules(engine: EngineConfig) -> Rules:
     if engine.precision != "fp32" and engine.zero_level == 0:
         yield f"{engine.precision=!s} needs engine.zero_level=1 or more, which keeps float32 masters"
     yield from accelerator_rules(engine, engine.accelerator)
+    if engine.graphs and engine.sampler != "bundled":
+        yield f"engine.graphs=true needs engine.sampler=bundled: {engine.sampler} decodes by itself"
     if engine.compile and engine.recompute:
         yield "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep"
     if engine.compile and engine.zero_level > 2:

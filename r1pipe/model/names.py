@@ -44,15 +44,21 @@ def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under the published names; experts are views into the fused parameters."""
     tied = model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for expert, (gate, up) in enumerate(t.chunk(2) for t in tensor):
-                yield name.replace("gate_up_proj", f"{expert}.gate_proj.weight"), gate
-                yield name.replace("gate_up_proj", f"{expert}.up_proj.weight"), up
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(tensor):
-                yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
-        elif not (tied and name == "lm_head.weight"):
-            yield name, tensor
+        if not (tied and name == "lm_head.weight"):
+            yield from published_parts(name, tensor)
+
+
+def published_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of the model under its published name or, if it holds all experts of a layer, names."""
+    if name.endswith("experts.gate_up_proj"):
+        for expert, (gate, up) in enumerate(t.chunk(2) for t in tensor):
+            yield name.replace("gate_up_proj", f"{expert}.gate_proj.weight"), gate
+            yield name.replace("gate_up_proj", f"{expert}.up_proj.weight"), up
+    elif name.endswith("experts.down_proj"):
+        for expert, down in enumerate(tensor):
+            yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
+    else:
+        yield name, tensor
 
 
 def layer_of(name: str) -> int:

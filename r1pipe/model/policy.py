@@ -1,5 +1,6 @@
 """The models that every stage trains: the bundled DeepseekV3, or one of transformers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import torch
 from r1pipe.model import native, weights
 from r1pipe.model.cache import Decoder
 from r1pipe.model.hf import HFModel
-from r1pipe.model.names import CONFIG, MODEL_TYPES
+from r1pipe.model.names import CONFIG, MODEL_TYPES, published_parts, published_tensors
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.files import read_object
 
@@ -57,6 +58,24 @@ def decoder_of(model: Policy, graphs: bool = False) -> "Decoder | HFDecoder":
 
 def named_weights(model: Policy) -> dict[str, torch.Tensor]:
     """The model's tensors by name: the published names for DeepseekV3."""
-    from r1pipe.model.names import published_tensors
-
     return dict(published_tensors(model)) if isinstance(model, DeepseekV3) else model.state_dict()
+
+
+def own_tensors(model: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters and buffers, each once, as they are: under ZeRO-3 a parameter may be empty."""
+    whole = model if isinstance(model, DeepseekV3) else model.whole
+    seen: set[int] = set()
+    for name, tensor in whole.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # tied weights come under their first name
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+@torch.no_grad()
+def published_of(model: Policy, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One of `own_tensors` under the names of the published format, which has experts one by one."""
+    if isinstance(model, DeepseekV3):
+        return dict(published_parts(name, tensor.detach()))
+    from r1pipe.model.hf import files
+
+    return files.published(model, name, tensor.detach())

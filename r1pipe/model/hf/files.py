@@ -174,6 +174,13 @@ def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def published(model: HFModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One tensor of `model.whole` under the names that `save` gives it; in memory experts are one tensor."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model.whole, {name: tensor})
+
+
 def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
     """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
     caller's."""

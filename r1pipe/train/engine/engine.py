@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
+from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
-from r1pipe.model.policy import named_weights
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
@@ -29,7 +29,6 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout.sampler import in_buckets
 
 EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
 
@@ -225,20 +224,31 @@ class Engine(Ranks):
     @contextmanager
     def gathered(self) -> Iterator[Any]:
         """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
-        if self.zero_level < 3:
-            yield self.module
-            return
-        whole = patches.import_deepspeed().zero.GatheredParameters(list(self.module.parameters()))
         with ExitStack() as stack:
-            with heartbeat.waiting(self.world_size > 1):
-                stack.enter_context(whole)
-            stack.enter_context(patches.without_zero3_hooks(self._ds))
+            stack.enter_context(self._made_whole([*self.module.parameters()]))
+            if self.zero_level == 3:
+                stack.enter_context(patches.without_zero3_hooks(self._ds))
             yield self.module
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """As Weights': the tensors by published name, layer by layer; all ranks must read to the end."""
-        with self.gathered() as model:
-            yield from in_buckets(named_weights(model), most_bytes)
+        """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
+
+        Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share.
+        """
+        sizes = patches.elements if self.zero_level == 3 else Tensor.numel
+        yield from buckets_of(self.module, most_bytes, self._made_whole, sizes)
+
+    @contextmanager
+    def _made_whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters among the tensors on every rank; all ranks must enter."""
+        if self.zero_level < 3:
+            yield
+            return
+        whole = patches.import_deepspeed().zero.GatheredParameters(tensors)
+        with ExitStack() as stack:
+            with heartbeat.waiting(self.world_size > 1):
+                stack.enter_context(whole)
+            yield
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""

@@ -100,6 +100,11 @@ def clear_padding(zero3: Any, rank: int) -> None:
             begin += size
 
 
+def elements(tensor: Tensor) -> int:
+    """How many a parameter has that ZeRO-3 has emptied."""
+    return getattr(tensor, "ds_numel", tensor.numel())
+
+
 @contextlib.contextmanager
 def without_zero3_hooks(ds: Any) -> Iterator[None]:
     """ZeRO-3's hooks release the weights after each layer, even inside GatheredParameters, and sampling would

@@ -11,7 +11,6 @@ Axes: S slots, U completion tokens, B prompts of one prefill, V vocabulary.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r1pipe.core.errors import ConfigError, NumericProblem
+from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion
 from r1pipe.model import Policy
-from r1pipe.model.finite import first_non_finite, not_finite
 from r1pipe.model.policy import decoder_of
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped
+from r1pipe.train.rollout.checks import check_drawn, checked_limits, checked_stops
 from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
 from r1pipe.train.rollout.sampler import Ended, Progress, Stop, never
 
@@ -66,19 +65,7 @@ class Batcher:
         `limits`: the most tokens of each prompt's completions, up to max_tokens; the cache then grows with
         the answers. Raises ConfigError if a prompt or a stop token is impossible for the model.
         """
-        longest, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        each_limit = [params.max_tokens] * len(prompts) if limits is None else list(limits)
-        for index, (prompt, limit) in enumerate(zip(prompts, each_limit, strict=True)):
-            if not 0 < len(prompt) <= longest - limit:
-                raise ConfigError(
-                    f"prompt {index} has {len(prompt)} tokens; with max_tokens={limit} it needs"
-                    f" between 1 and {longest - limit} (model.max_position_embeddings={longest})"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise ConfigError(
-                    f"prompt {index} has a token outside the vocabulary (model.vocab_size={vocabulary});"
-                    " use this model's own tokenizer"
-                )
+        each_limit = checked_limits(self.model, prompts, params, limits)
         if not prompts:
             return []
         fp8 = fp8_of(self.model)
@@ -115,15 +102,7 @@ class _Batch:
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.ended, self.limits = ended, limits
         self.device = sampler.model.lm_head.weight.device
-        self.stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends = sampler.model.eos_ids if sampler.eos_id is None else sampler.eos_id
-            self.stops |= {ends} if isinstance(ends, int) else {*ends}
-        vocabulary = sampler.model.config.vocab_size
-        if any(not 0 <= token < vocabulary for token in self.stops):
-            raise ConfigError(
-                f"sampling: stop tokens {sorted(self.stops)} must be below model.vocab_size={vocabulary}"
-            )
+        self.stops = checked_stops(sampler.model, params, sampler.eos_id)
         self.total = len(prompts) * params.n
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total
@@ -140,7 +119,7 @@ class _Batch:
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
         self.live_S = self._zeros(slots).bool()
-        self.ends_V = self._zeros(vocabulary).bool()
+        self.ends_V = self._zeros(sampler.model.config.vocab_size).bool()
         self.ends_V[list(self.stops)] = True
         # one column more: a slot that has ended keeps writing there until the next check
         self.drawn_SU = self._zeros(slots, params.max_tokens + 1)
@@ -251,14 +230,8 @@ class _Batch:
         drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
             tokens = drawn[row, :count].tolist()
-            if not np.isfinite(logprobs[row, :count]).all():
-                read = torch.tensor([self.prompts[number // self.params.n] + tokens], device=self.device)
-                layer = first_non_finite(self.sampler.model, partial(self.sampler.model, read))
-                problem = not_finite("a drawn token's probability", layer)
-                raise NumericProblem(
-                    f"{problem}; lower stage.optim.lr, or start from an "
-                    "earlier checkpoint if the weights are damaged; nothing of this step was saved"
-                )
+            prompt = self.prompts[number // self.params.n]
+            check_drawn(self.sampler.model, prompt, tokens, logprobs[row, :count])
             reason = "stop" if tokens[-1] in self.stops else "length"
             completion = Completion(tokens, logprobs[row, :count].tolist(), reason)
             self.results[number] = completion

@@ -8,4 +8,8 @@ from r1pipe.train.rollout.sampler import Sampler
 
 def open_sampler(config: EngineConfig, chat: Chat) -> Sampler:
     """The sampler that engine.sampler names; to be closed at the job's end."""
+    if config.sampler == "transformers":
+        from r1pipe.train.rollout.transformers import TransformersSampler
+
+        return TransformersSampler(chat.eos_ids, chat.pad_id)
     return BundledSampler(chat.eos_ids, chat.pad_id, config.graphs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from r1pipe.core.types import Completion
 from r1pipe.model import Policy
-from r1pipe.model.policy import named_weights
+from r1pipe.model.buckets import buckets_of
 from r1pipe.train.rollout.drawing import SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -44,19 +44,7 @@ class Whole:
         yield self.model
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        return in_buckets(named_weights(self.model), most_bytes)
-
-
-def in_buckets(tensors: dict[str, Tensor], most_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in their order, in buckets of at most `most_bytes`; a larger tensor has its own."""
-    bucket: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if bucket and sum(t.nbytes for t in bucket.values()) + tensor.nbytes > most_bytes:
-            yield bucket
-            bucket = {}
-        bucket[name] = tensor
-    if bucket:
-        yield bucket
+        return buckets_of(self.model, most_bytes)
 
 
 class Sampler(Protocol):

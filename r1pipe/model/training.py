@@ -14,6 +14,7 @@ from r1pipe.config import EngineConfig
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
+from r1pipe.model.kernels.training import Invariant
 from r1pipe.model.layers import Linear
 from r1pipe.model.logprobs import Head
 from r1pipe.model.moe import MoE
@@ -63,6 +64,13 @@ def compute_in(model: nn.Module, fp8: FP8 | None) -> None:
 def fp8_of(model: nn.Module) -> FP8 | None:
     """The model's FP8 settings; None if it does not compute in FP8."""
     return next((m.self_attn.o_proj.fp8 for m in model.modules() if isinstance(m, DecoderLayer)), None)
+
+
+def set_batch_invariant(model: nn.Module, on: bool) -> None:
+    """Whether sampler and trainer compute the same bits (model/invariant.py), slower. For DeepseekV3."""
+    for module in model.modules():
+        if isinstance(module, Invariant | Trunk):
+            module.batch_invariant = on
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
-from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
+from r1pipe.config.engine import EngineConfig, engine_rules, equal_rules, fp8_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import HFConfig, hf_rules
@@ -145,6 +145,7 @@ def shape_rules(config: RunConfig) -> Rules:
         yield from hf_rules(config.model, config.engine, config.stage)
     else:
         yield from model_rules(config.model)
+        yield from equal_rules(config.engine, config.model)
         yield from fp8_rules(config.engine, config.model)
 
 

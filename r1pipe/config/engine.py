@@ -36,8 +36,8 @@ class EngineConfig(Strict):
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
     sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
-    sampler_precision: Literal["same", "bf16", "fp8"]  # the bundled sampler draws with a copy of the weights in it
-    equal: bool  # sampler and trainer compute the same bits in reinforcement, slower (CPU kernels)
+    sampler_precision: Literal["same", "bf16", "fp8"]  # of the bundled sampler; other than same: it has a copy
+    equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
@@ -57,10 +57,6 @@ def engine_rules(engine: EngineConfig) -> Rules:
     yield from accelerator_rules(engine, engine.accelerator)
     if engine.graphs and engine.sampler != "bundled":
         yield f"engine.graphs=true needs engine.sampler=bundled: {engine.sampler} decodes by itself"
-    if engine.equal and engine.precision == "fp8":
-        yield "engine.equal=true needs engine.precision=fp32 or bf16: FP8 products are emulated on a CPU"
-    if engine.equal and engine.sampler_precision != "same":
-        yield f"engine.equal=true needs engine.sampler_precision=same, not {engine.sampler_precision}"
     if engine.compile and engine.recompute:
         yield "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep"
     if engine.compile and engine.zero_level > 2:
@@ -69,6 +65,18 @@ def engine_rules(engine: EngineConfig) -> Rules:
         yield (
             "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other"
         )
+
+
+def sampler_rules(engine: EngineConfig) -> Rules:
+    """What is said of the bundled sampler, whose kernels are the trainer's."""
+    wishes = {"equal": engine.equal, "sampler_precision": engine.sampler_precision != "same"}
+    for key, wished in wishes.items():
+        if wished and engine.sampler != "bundled":
+            yield f"engine.{key} is for engine.sampler=bundled, not {engine.sampler}"
+    if engine.equal and engine.precision == "fp8":
+        yield "engine.equal=true needs engine.precision=fp32 or bf16: FP8 products are emulated on a CPU"
+    if engine.equal and engine.sampler_precision != "same":
+        yield f"engine.equal=true needs engine.sampler_precision=same, not {engine.sampler_precision}"
 
 
 def equal_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
@@ -112,8 +120,7 @@ def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
     for name, width in widths.items():
         if width % 16:
             yield (
-                f"{name} = {width} is no multiple of 16, as engine.{key}=fp8 needs; change it, or take "
-                "bf16"
+                f"{name} = {width} is no multiple of 16, as engine.{key}=fp8 needs; change it, or take bf16"
             )
     if engine.graphs:
         yield f"engine.graphs=true needs engine.{key}=bf16: FP8 decodes without CUDA graphs"
@@ -130,4 +137,4 @@ def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
         if wished and device == "cpu":
             yield f"engine.{wish} needs a GPU (engine.accelerator=cuda)"
     if engine.equal and device == "cuda":
-        yield "engine.equal=true needs engine.accelerator=cpu: a GPU's products choose their order by the batch"
+        yield "engine.equal=true needs engine.accelerator=cpu: a GPU sums by the batch's shape"

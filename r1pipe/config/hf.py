@@ -100,8 +100,11 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
         yield "model=hf starts from its own weights; stage=pretrain is for the bundled model (model=laptop)"
     if engine.precision == "fp8":
         yield "engine.precision=fp8 is for the bundled model; with model=hf give engine.precision=bf16"
-    if engine.sampler_precision == "fp8":
-        yield "engine.sampler_precision=fp8 is for the bundled model; with model=hf give bf16 or same"
+    if engine.sampler_precision != "same":
+        yield (
+            f"{engine.sampler_precision=!s} is for the bundled model; with model=hf give "
+            "engine.sampler_precision=same"
+        )
     for key, wished in {"graphs": engine.graphs, "compile": engine.compile, "equal": engine.equal}.items():
         if wished:
             yield f"engine.{key}=true is for the bundled model; with model=hf give engine.{key}=false"

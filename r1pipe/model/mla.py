@@ -164,7 +164,9 @@ def _taken(x_BMC: Tensor, order_BM: Tensor) -> Tensor:
     return x_BMC.gather(1, order_BM.unsqueeze(2).expand(-1, -1, x_BMC.shape[2]))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Tensor | BlockMask | None, scale: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask_BTM: Tensor | BlockMask | None, scale: float
+) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
     if isinstance(mask_BTM, BlockMask):
         # fused only when compiled; on a CPU it is a reference and runs uncompiled

@@ -30,7 +30,7 @@ class Routing:
 
     counted_BT: Tensor | None = None  # the tokens that count in the loads (bool); None: all
     documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss
-    replayed_NK: Tensor | None = None  # the sampler's choice, which the gate takes over; None: it chooses itself
+    replayed_NK: Tensor | None = None  # the sampler's choice, which the gate takes over; None: its own
     experts_NK: Tensor | None = None  # chosen in the first pass
     balance: Tensor | None = None  # sum over tokens of their document's balance loss (see sequence_balance)
 

@@ -50,8 +50,8 @@ class Invariant:
         found = usable(x, *sizes, few=self.batch_invariant)
         if self.batch_invariant and not found and x.numel():
             raise ConfigError(
-                f"engine.equal=true: the CPU kernels cannot compute {type(self).__name__} for {x.dtype} of width"
-                f" {x.shape[-1]} here; drop it"
+                f"engine.equal=true: the CPU kernels cannot compute {type(self).__name__} for {x.dtype} of"
+                f" width {x.shape[-1]} here; drop it"
             )
         return found
 
@@ -289,9 +289,10 @@ def logits(x_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
 
 
 def logprobs_of(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """log softmax of each row's target, [N] float32, in the order in which `logprobs` sums; without gradient."""
+    """log softmax of each row's target, [N] float32, summed as in `logprobs`; without gradient."""
     check_tensor("logits", logits_NV, torch.float32, ANY, ANY)
     check_indices("targets", targets_N, logits_NV.shape[1], len(logits_NV))
     logprobs_N = torch.empty(len(logits_NV))
-    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, logits_NV.contiguous(), targets_N.contiguous(), logprobs_N)
+    logits_NV, targets_N = logits_NV.contiguous(), targets_N.contiguous()
+    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, logits_NV, targets_N, logprobs_N)
     return logprobs_N

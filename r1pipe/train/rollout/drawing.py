@@ -59,8 +59,8 @@ def draw(
 
     Inverse-transform sampling: the first token whose cumulative probability exceeds the uniform number; one
     number a token instead of one per token and vocabulary entry. Greedy reports softmax(logits).
-    A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have none. `logprobs_of(logits_SV, tokens_S)`
-    computes what is reported; None: it is the logarithm of the probability drawn with.
+    A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have none.
+    `logprobs_of(logits_SV, tokens_S)` computes what is reported; None: the logarithm of the probability.
     """
     logits_SV = logits_SV.float()
     if params.temperature not in (0.0, 1.0):

@@ -147,7 +147,20 @@ def shape_rules(config: RunConfig) -> Rules:
     else:
         yield from model_rules(config.model)
         yield from equal_rules(config.engine, config.model)
+        yield from replay_rules(config.stage, config.engine, config.model)
         yield from fp8_rules(config.engine, config.model)
+
+
+def replay_rules(stage: StageConfig, engine: EngineConfig, model: ModelConfig) -> Rules:
+    if not isinstance(stage, RLConfig) or not stage.replay_routing:
+        return
+    if model.first_k_dense_replace >= model.num_hidden_layers:
+        yield f"stage.replay_routing=true: model={model.name} has no experts; drop it"
+    if str(engine.sampler) == "transformers":
+        yield (
+            "stage.replay_routing=true needs a sampler that records experts: engine.sampler=bundled, or vllm; "
+            "transformers returns none"
+        )
 
 
 def tracking_rules(tracking: TrackingConfig) -> Rules:

@@ -59,6 +59,9 @@ class LatentCache:
 class Decoder:
     """Runs a model on the cache with torch's operators, on any device."""
 
+    # (logits_SV, tokens_S) -> log-probabilities as the trainer sums them; None: as the sampler's softmax does
+    logprobs_of: Callable[[Tensor, Tensor], Tensor] | None = None
+
     def __init__(self, model: DeepseekV3):
         self.model = model
         self._experts: list[Tensor] | None = None  # where `recorded` collects

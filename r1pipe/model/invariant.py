@@ -6,8 +6,6 @@ So the trainer's pass over whole rows and these passes over one token per slot c
 Axes as in layers.py and cache.py.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -22,8 +20,7 @@ class InvariantDecoder(Decoder):
     Every step expands the latents of all tokens before, as attention does in training: slower than absorbed.
     """
 
-    # (logits_SV, tokens_S) -> log-probabilities, as the trainer sums them
-    logprobs_of: Callable[[Tensor, Tensor], Tensor] = staticmethod(kernels.logprobs_of)
+    logprobs_of = staticmethod(kernels.logprobs_of)
 
     @torch.no_grad()
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def collate(
 
 
 def _experts(completions: Sequence[Completion], width: int) -> Tensor:
-    """The sampler's experts for rows padded to `width`, [L, B*T, K]; padding, not counted, has the first K."""
+    """The sampler's experts for rows padded to `width`, [L, B*T, K]; padding has the first K, uncounted."""
     recorded = [completion.experts for completion in completions if completion.experts is not None]
     _, layers, top_k = recorded[0].shape
     padded_BTLK = np.tile(np.arange(top_k), (len(recorded), width, layers, 1))

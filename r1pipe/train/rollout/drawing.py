@@ -29,6 +29,7 @@ class SamplingParams:
     ignore_eos: bool = False  # continue to max_tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, even with ignore_eos
     max_num_seqs: int = 256  # sequences decoded together on one rank
+    record_experts: bool = False  # fill Completion.experts, where the sampler can
 
     def __post_init__(self) -> None:
         checks = {

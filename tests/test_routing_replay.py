@@ -145,7 +145,8 @@ def test_loads_count_the_experts_that_were_used():
 def test_the_update_replays_in_every_pass_of_the_trainer(replay, cap):
     """On the first step the trainer's log-probabilities are those of the loss: the ratio is exactly 1."""
     engine = Engine(ours(CONFIG), OPTIM, ROUTER, engine_config(), total_steps=10)
-    stage = replace(objective(importance_cap=cap), replay_routing=replay, minibatches=1, inner_epochs=1)
+    correction = {"importance": "token_truncate", "importance_cap": cap} if cap else {}
+    stage = replace(objective(**correction), replay_routing=replay, minibatches=1, inner_epochs=1)
     rows = rollouts(engine.module)
     with torch.no_grad():
         micro = collate(rows, None, 0.0, CPU)

@@ -26,7 +26,8 @@ for name, level, replay in (
     ("live", 0, False),
 ):
     engine = Engine(ours(CONFIG), OPTIM, ROUTER, engine_config(2, level), total_steps=10)
-    stage = replace(objective(importance_cap=2.0), replay_routing=replay, minibatches=1, inner_epochs=2)
+    correction = {"importance": "token_truncate", "importance_cap": 2.0}
+    stage = replace(objective(**correction), replay_routing=replay, minibatches=1, inner_epochs=2)
     metrics = update(engine, rollouts(ours(CONFIG))[engine.rank :: 2], stage, None)
     with engine.gathered() as model:
         weights = sum(p.double().abs().sum().item() for p in model.parameters())

@@ -36,7 +36,9 @@ class EngineConfig(Strict):
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
     sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
-    sampler_precision: Literal["same", "bf16", "fp8"]  # of the bundled sampler; other than same: it has a copy
+    sampler_precision: Literal[
+        "same", "bf16", "fp8"
+    ]  # of the bundled sampler; other than same: it has a copy
     equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile

@@ -252,11 +252,11 @@ class _Batch:
         drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
         experts = self.experts_SULK[where].cpu().numpy()
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
-            tokens = drawn[row, :count].tolist()
+            tokens, of_tokens = drawn[row, :count].tolist(), logprobs[row, :count].tolist()
             prompt = self.prompts[number // self.params.n]
-            check_drawn(self.sampler.model, prompt, tokens, logprobs[row, :count])
+            check_drawn(self.sampler.model, prompt, tokens, of_tokens)
             reason = "stop" if tokens[-1] in self.stops else "length"
-            completion = Completion(tokens, logprobs[row, :count].tolist(), reason)
+            completion = Completion(tokens, of_tokens, reason)
             if self.experts_SULK.shape[2]:
                 completion.experts = experts[row, :count].copy()
             self.results[number] = completion

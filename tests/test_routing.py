@@ -1,30 +1,31 @@
 """The experts of sampler and trainer beside each other: the same, unless one of them is stale."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model
-from rl_runs import go, metrics_of, rollout_of
+from rl_runs import go, metrics_of
 from tiny_runs import tiny_run
 
 from r1pipe.config.compose import compose
-from r1pipe.model.cache import Decoder, LatentCache
+from r1pipe.model import DeepseekV3
+from r1pipe.model.cache import Decoder
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.moe import gates
 from r1pipe.model.native import NativeDecoder
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import update as routing
+from r1pipe.train.rl import routing
+from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rollout import SamplingParams, batching
+from r1pipe.train.rollout.batching import Batcher
 
 STAGE = tiny("grpo").stage
-ROLLOUTS = [
-    rollout_of(prompt, completion, [0.0] * len(completion))
-    for prompt, completion in [
-        ([5, 6, 7], [8, 9, 10, 11, 12]),
-        ([5, 6, 7], [13, 14]),
-        ([9], [20, 21, 22]),
-        ([4, 4], [30]),  # of one token, which is read by nobody
-    ]
+PROMPTS = [[5, 6, 7], [9], [4, 4]]
+KINDS = [
+    Decoder,
+    pytest.param(NativeDecoder, marks=pytest.mark.skipif(not runs_here(torch.float32), reason="no AVX-512")),
 ]
 
 
@@ -33,55 +34,65 @@ def engine() -> Engine:
     return Engine(tiny_model(), OPTIM, ROUTER, engine_config(), total_steps=10)
 
 
-@pytest.mark.parametrize("kind", [Decoder, NativeDecoder])
+def drawn(model: DeepseekV3, slots: int = 4, record: bool = True) -> list[Rollout]:
+    """Two ragged completions of each prompt, in fewer slots than completions."""
+    params = SamplingParams(8, n=2, seed=1, stop_token_ids=tuple(range(400)), record_experts=record)
+    completions = Batcher(model.eval(), (), 0, slots).generate(PROMPTS, params)
+    return [Rollout(PROMPTS[i // 2], completion, 0.0, True) for i, completion in enumerate(completions)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_with_the_same_weights_all_experts_are_the_same(engine, kind, monkeypatch):
-    if kind is NativeDecoder and not runs_here(torch.float32):
-        pytest.skip("this processor has no AVX-512, or there is no compiler")
-    monkeypatch.setattr(routing, "decoder_of", kind)
-    counts = []
+    monkeypatch.setattr(batching, "decoder_of", lambda model, graphs: kind(model))
+    rollouts, counts = drawn(engine.module), []
+    lengths = {len(rollout.completion.tokens) for rollout in rollouts}
+    assert len(lengths) > 2, "slots must be refilled and dropped"
     monkeypatch.setattr(engine, "sum_over_ranks", lambda values: counts.extend(values) or values)
-    agreement = routing.routing_agreement(engine, ROLLOUTS, STAGE, 9)
+    agreement = routing.routing_agreement(engine, rollouts, STAGE, 9)
     same, chosen = counts
     config = engine.module.config
     layers = config.num_hidden_layers - config.first_k_dense_replace
-    assert same == chosen == (4 + 1 + 2) * layers * config.num_experts_per_tok
+    tokens = sum(len(rollout.completion.tokens) for rollout in rollouts)
+    assert same == chosen == tokens * layers * config.num_experts_per_tok
     assert agreement == {"train/routing_agreement": 1.0}
 
 
-def test_a_stale_router_is_seen(engine, monkeypatch):
+def test_both_decoders_record_the_same(engine, monkeypatch):
+    if not runs_here(torch.float32):
+        pytest.skip("this processor has no AVX-512, or there is no compiler")
+    found = []
+    for kind, slots in product((Decoder, NativeDecoder), (3, 9)):
+        monkeypatch.setattr(batching, "decoder_of", lambda model, graphs, kind=kind: kind(model))
+        found.append([rollout.completion.experts for rollout in drawn(engine.module, slots)])
+    for other in found[1:]:
+        for one, of_other in zip(found[0], other, strict=True):
+            assert (
+                one.shape[0] > 0
+                and (torch.tensor(one).sort().values == torch.tensor(of_other).sort().values).all()
+            )
+
+
+def test_a_stale_router_is_seen(engine):
     stale = copy.deepcopy(engine.module)
     for gate in gates(stale):
         gate.e_score_correction_bias.copy_(torch.linspace(-5, 5, len(gate.e_score_correction_bias)))
-    monkeypatch.setattr(routing, "decoder_of", lambda policy: Decoder(stale))
-    found = routing.routing_agreement(engine, ROLLOUTS, STAGE, 9)["train/routing_agreement"]
+    found = routing.routing_agreement(engine, drawn(stale), STAGE, 9)["train/routing_agreement"]
     assert found < 0.9
 
 
-def test_nothing_is_said_where_nothing_is_routed(engine):
-    assert routing.routing_agreement(engine, ROLLOUTS[3:], STAGE, 9) == {}
+def test_nothing_is_said_where_nothing_is_recorded(engine):
+    rollouts = drawn(engine.module, record=False)
+    assert all(rollout.completion.experts is None for rollout in rollouts)
+    assert routing.routing_agreement(engine, rollouts, STAGE, 9) == {}
 
 
-def test_both_decoders_record_the_same_experts_and_only_while_asked():
-    if not runs_here(torch.float32):
-        pytest.skip("this processor has no AVX-512, or there is no compiler")
-    model, seen = tiny_model().eval(), []
-    tokens, lengths = torch.tensor([[5, 6], [7, 8]]), torch.tensor([2, 2])
-    for kind in (Decoder, NativeDecoder):
-        decoder, cache, rows = kind(model), LatentCache(model, 2, 8), torch.arange(2)
-        entries, _ = decoder.prefill(tokens, lengths)
-        cache.fill(rows, entries, rows)
-        with decoder.recorded() as experts:
-            decoder.decode(torch.tensor([3, 4]), lengths, cache, 3)
-        decoder.decode(torch.tensor([3, 4]), lengths + 1, cache, 4)
-        seen.append(torch.stack(experts).sort().values)
-    assert torch.equal(*seen)
-
-
-def test_the_shortest_are_compared_as_all_ranks_wait_for_the_longest(engine, monkeypatch):
+def test_the_shortest_are_compared(engine, monkeypatch):
     taken, collate = [], routing.collate
     monkeypatch.setattr(routing, "collate", lambda rows, *more: taken.extend(rows) or collate(rows, *more))
-    routing.routing_agreement(engine, ROLLOUTS, STAGE, 2)
-    assert [len(row.completion.tokens) for row in taken] == [2, 3], "one token alone is read by nobody"
+    rollouts = drawn(engine.module)
+    routing.routing_agreement(engine, rollouts, STAGE, 2)
+    lengths = sorted(len(rollout.completion.tokens) for rollout in rollouts)
+    assert [len(row.completion.tokens) for row in taken] == lengths[:2]
 
 
 @pytest.mark.parametrize("recipe", ["gpu", "cluster"])

@@ -36,6 +36,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.hostfile": "where the ranks are",
     "engine.launcher": "where the ranks are",
     "engine.gradient_accumulation": "how much is computed at once",
+    "engine.equal": "in which order sums are taken",
     "engine.recompute": "what is kept in memory for the backward pass",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",

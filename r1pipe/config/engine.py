@@ -36,6 +36,10 @@ class EngineConfig(Strict):
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
     sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
+    sampler_precision: Literal[
+        "same", "bf16", "fp8"
+    ]  # of the bundled sampler; other than same: it has a copy
+    equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
@@ -65,9 +69,41 @@ def engine_rules(engine: EngineConfig) -> Rules:
         )
 
 
+def sampler_rules(engine: EngineConfig) -> Rules:
+    """What is said of the bundled sampler, whose kernels are the trainer's."""
+    wishes = {"equal": engine.equal, "sampler_precision": engine.sampler_precision != "same"}
+    for key, wished in wishes.items():
+        if wished and engine.sampler != "bundled":
+            yield f"engine.{key} is for engine.sampler=bundled, not {engine.sampler}"
+    if engine.equal and engine.precision == "fp8":
+        yield "engine.equal=true needs engine.precision=fp32 or bf16: FP8 products are emulated on a CPU"
+    if engine.equal and engine.sampler_precision != "same":
+        yield f"engine.equal=true needs engine.sampler_precision=same, not {engine.sampler_precision}"
+
+
+def equal_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
+    """The kernels multiply pairs of bfloat16 numbers."""
+    if not engine.equal or engine.precision != "bf16":
+        return
+    widths = {
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "intermediate_size": model.intermediate_size,
+        "moe_intermediate_size": model.moe_intermediate_size,
+        "q_lora_rank": model.q_lora_rank or 0,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_nope_head_dim": model.qk_nope_head_dim,
+        "v_head_dim": model.v_head_dim,
+    }
+    for name, width in widths.items():
+        if width % 2:
+            yield f"engine.equal=true in bfloat16 takes even widths alone, not model.{name}={width}"
+
+
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
     """FP8 products come in pieces of 16 numbers, as those of the tensor cores do."""
-    if engine.precision != "fp8":
+    key = "precision" if engine.precision == "fp8" else "sampler_precision"
+    if "fp8" not in (engine.precision, engine.sampler_precision):
         return
     heads = model.num_attention_heads
     widths = {
@@ -86,11 +122,10 @@ def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
     for name, width in widths.items():
         if width % 16:
             yield (
-                f"{name} = {width} is no multiple of 16, as engine.precision=fp8 needs; change it, or take "
-                "bf16"
+                f"{name} = {width} is no multiple of 16, as engine.{key}=fp8 needs; change it, or take bf16"
             )
     if engine.graphs:
-        yield "engine.graphs=true needs engine.precision=bf16: FP8 decodes without CUDA graphs"
+        yield f"engine.graphs=true needs engine.{key}=bf16: FP8 decodes without CUDA graphs"
 
 
 def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
@@ -103,3 +138,5 @@ def accelerator_rules(engine: EngineConfig, device: str) -> Rules:
     for wish, wished in wishes.items():
         if wished and device == "cpu":
             yield f"engine.{wish} needs a GPU (engine.accelerator=cuda)"
+    if engine.equal and device == "cuda":
+        yield "engine.equal=true needs engine.accelerator=cpu: a GPU sums by the batch's shape"

@@ -100,7 +100,12 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
         yield "model=hf starts from its own weights; stage=pretrain is for the bundled model (model=laptop)"
     if engine.precision == "fp8":
         yield "engine.precision=fp8 is for the bundled model; with model=hf give engine.precision=bf16"
-    for key, wished in {"graphs": engine.graphs, "compile": engine.compile}.items():
+    if engine.sampler_precision != "same":
+        yield (
+            f"{engine.sampler_precision=!s} is for the bundled model; with model=hf give "
+            "engine.sampler_precision=same"
+        )
+    for key, wished in {"graphs": engine.graphs, "compile": engine.compile, "equal": engine.equal}.items():
         if wished:
             yield f"engine.{key}=true is for the bundled model; with model=hf give engine.{key}=false"
     if engine.attention == "flex":
@@ -110,6 +115,11 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
         yield (
             f"{stage.router.balance_alpha=} is a loss of the bundled model's router; "
             "with model=hf give stage.router.balance_alpha=0"
+        )
+    if getattr(stage, "replay_routing", False):
+        yield (
+            "stage.replay_routing=true needs the bundled model's router; with model=hf give "
+            "stage.replay_routing=false"
         )
     if getattr(stage, "routing_check_samples", 0) and model.num_experts:
         yield (

@@ -123,6 +123,7 @@ class RLConfig(StageConfig):
     reference_every: Count  # steps after which the policy replaces the reference; 0: never
     max_sampling_batches: Positive  # most rollout batches of a step, until enough groups have a signal (DAPO)
     max_tokens_per_micro_batch: Positive  # padded tokens per forward pass on one rank
+    replay_routing: bool  # the trainer takes over the sampler's choices of experts (R3, arXiv 2510.11370)
     routing_check_samples: Count  # completions per step and rank whose routing is compared; 0: none
     sampling: SamplingConfig
     rewards: RewardsConfig

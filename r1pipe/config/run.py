@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
-from r1pipe.config.engine import EngineConfig, engine_rules, fp8_rules
+from r1pipe.config.engine import EngineConfig, engine_rules, equal_rules, fp8_rules, sampler_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import HFConfig, hf_rules
@@ -128,6 +128,7 @@ def check(config: RunConfig) -> None:
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
+        sampler_rules(config.engine),
         optim_rules(config.stage.optim),
         length_rules(config),
         retention_rules(config.stage),
@@ -145,7 +146,21 @@ def shape_rules(config: RunConfig) -> Rules:
         yield from hf_rules(config.model, config.engine, config.stage)
     else:
         yield from model_rules(config.model)
+        yield from equal_rules(config.engine, config.model)
+        yield from replay_rules(config.stage, config.engine, config.model)
         yield from fp8_rules(config.engine, config.model)
+
+
+def replay_rules(stage: StageConfig, engine: EngineConfig, model: ModelConfig) -> Rules:
+    if not isinstance(stage, RLConfig) or not stage.replay_routing:
+        return
+    if model.first_k_dense_replace >= model.num_hidden_layers:
+        yield f"stage.replay_routing=true: model={model.name} has no experts; drop it"
+    if str(engine.sampler) == "transformers":
+        yield (
+            "stage.replay_routing=true needs a sampler that records experts (engine.sampler=bundled or vllm), "
+            "which transformers does not"
+        )
 
 
 def tracking_rules(tracking: TrackingConfig) -> Rules:

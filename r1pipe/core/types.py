@@ -48,7 +48,8 @@ class Completion:
     text: str = ""  # decoded without EOS; includes <think> and </think>
     # (tokens, version of the weights that drew them) of each span, in order; empty: not recorded
     versions: tuple[tuple[int, int], ...] = ()
-    # [tokens, MoE layers, K]: the experts that the sampler's router chose; None: not recorded
+    # [tokens, MoE layers, K]: the experts that the sampler's router chose; None: not recorded. Row t
+    # is of the token that was read to draw token t: the prompt's last one, then the completion but its last
     experts: "np.ndarray | None" = None
 
     @property

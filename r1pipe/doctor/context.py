@@ -205,6 +205,7 @@ class Context:
                 minibatches=1,
                 inner_epochs=1,
                 max_steps=1,
+                routing_check_samples=limits.probe_group,
                 sampling=sampling,
                 preference=stage.preference and replace(stage.preference, last_steps=1),
             )

@@ -13,7 +13,8 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.advantages import has_variance, is_scored
-from r1pipe.train.rl.update import completion_logprobs, prepare, routing_agreement, update
+from r1pipe.train.rl.routing import routing_agreement
+from r1pipe.train.rl.update import completion_logprobs, prepare, update
 
 GAP = "sampling/sampling_logp_difference/mean"
 

@@ -59,8 +59,12 @@ class LatentCache:
 class Decoder:
     """Runs a model on the cache with torch's operators, on any device."""
 
+    # (logits_SV, tokens_S) -> log-probabilities as the trainer sums them; None: as the sampler's softmax does
+    logprobs_of: Callable[[Tensor, Tensor], Tensor] | None = None
+
     def __init__(self, model: DeepseekV3):
         self.model = model
+        self._experts: list[Tensor] | None = None  # where `recorded` collects
 
     def slots_for(self, live: int, slots: int) -> int:
         """How many of `slots` to keep while `live` are unfinished."""
@@ -71,15 +75,18 @@ class Decoder:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Collects the experts [S, K] that `decode` chooses, layer by layer, while the context is open."""
+        """Collects the experts of each MoE layer in turn while the context is open: [S, K] in `decode`, and
+        [B, K], of each prompt's last token, in `prefill`."""
         experts: list[Tensor] = []
         hooks = [
             gate.register_forward_hook(lambda gate, inputs, outputs: experts.append(outputs[1]))
             for gate in gates(self.model)
         ]
+        self._experts = experts
         try:
             yield experts
         finally:
+            self._experts = None
             for hook in hooks:
                 hook.remove()
 
@@ -88,8 +95,16 @@ class Decoder:
         """Read prompts padded on the right -> cache entries_LBTW and the logits_BV after each last token."""
         entries: list[Tensor] = []
         hidden_BTD = self.model.model(tokens_BT, keep=entries.append)
-        last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
+        rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        last_BD = hidden_BTD[rows_B, lengths_B - 1]
+        self._keep_last(tokens_BT.shape, lengths_B)
         return torch.stack(entries), self.model.lm_head(last_BD)
+
+    def _keep_last(self, shape: torch.Size, lengths_B: Tensor) -> None:
+        """Of the recorded experts of prompts [B*T, K], those of each prompt's last token."""
+        if self._experts is not None:
+            last_B = torch.arange(len(lengths_B), device=lengths_B.device) * shape[1] + lengths_B - 1
+            self._experts[:] = [experts_NK[last_B] for experts_NK in self._experts]
 
     @torch.no_grad()
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
@@ -122,8 +137,11 @@ class GraphDecoder(Decoder):
     def __init__(self, model: DeepseekV3, capture: Capture):
         super().__init__(model)
         self._capture = capture
-        # the tensors that a captured step reads (tokens and positions), its replay, and the logits it fills
-        self._steps: dict[tuple[int, ...], tuple[Tensor, Tensor, Callable[[], object], Tensor]] = {}
+        # the tensors that a captured step reads (tokens and positions), its replay, and those that it fills:
+        # the logits and, where they are recorded, experts_LSK
+        self._steps: dict[
+            tuple[int, ...], tuple[Tensor, Tensor, Callable[[], object], Tensor, Tensor | None]
+        ] = {}
 
     def slots_for(self, live: int, slots: int) -> int:
         """Only halves: each number of slots needs its own capture, and idle slots cost little."""
@@ -135,15 +153,36 @@ class GraphDecoder(Decoder):
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
         """As Decoder's. The logits are overwritten by the next call."""
         length = min(-(-length // LENGTHS) * LENGTHS, cache.length)  # entries beyond a position are masked
-        key = (cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length)
+        key = (
+            *(cache.entries_LSMW.data_ptr(), cache.length, len(tokens_S), length),
+            self._experts is not None,
+        )
         if key not in self._steps:
-            inputs = tokens_S.clone(), positions_S.clone()
-            plain_step = partial(super().decode, *inputs, cache, length)
-            self._steps[key] = (*inputs, *self._capture(plain_step))
-        read_tokens_S, read_positions_S, replay, logits_SV = self._steps[key]
+            inputs, into_LSK = (tokens_S.clone(), positions_S.clone()), self._buffer(len(tokens_S))
+            step = partial(self._plain_step, *inputs, cache, length, into_LSK)
+            self._steps[key] = (*inputs, *self._capture(step), into_LSK)
+        read_tokens_S, read_positions_S, replay, logits_SV, experts_LSK = self._steps[key]
         read_tokens_S.copy_(tokens_S)
         read_positions_S.copy_(positions_S)
         replay()
+        if self._experts is not None and experts_LSK is not None:
+            self._experts[:] = experts_LSK.clone().unbind()
+        return logits_SV
+
+    def _buffer(self, slots: int) -> Tensor | None:
+        """Where a captured step puts its experts_LSK; None while none are recorded."""
+        if self._experts is None:
+            return None
+        config, device = self.model.config, self.model.lm_head.weight.device
+        shape = len(gates(self.model)), slots, config.num_experts_per_tok
+        return torch.empty(shape, dtype=torch.int64, device=device)
+
+    def _plain_step(
+        self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int, into_LSK: Tensor | None
+    ) -> Tensor:
+        logits_SV = super().decode(tokens_S, positions_S, cache, length)
+        if into_LSK is not None and self._experts is not None:
+            into_LSK.copy_(torch.stack(self._experts[-len(into_LSK) :]))
         return logits_SV
 
 

@@ -17,7 +17,7 @@ from r1pipe.model.kernels.fp8 import Quantisable
 from r1pipe.model.kernels.reference import dequantise
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.Module, kernels.Invariant):
     """x / rms(x) * weight over the last axis; any leading shape."""
 
     def __init__(self, width: int, eps: float):
@@ -26,12 +26,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.usable(x):
+        if self.usable(x):
             return kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Linear(nn.Linear, Quantisable):
+class Linear(nn.Linear, Quantisable, kernels.Invariant):
     """x weight^T, without bias; any leading shape."""
 
     def __init__(self, width: int, outputs: int):
@@ -40,7 +40,7 @@ class Linear(nn.Linear, Quantisable):
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 is not None:
             return self.fp8.linear(x, self.weight, self.kind)
-        if kernels.usable(x, self.out_features):
+        if self.usable(x, self.out_features):
             return kernels.linear(x, self.weight)
         return super().forward(x)
 
@@ -51,7 +51,7 @@ class Linear(nn.Linear, Quantisable):
         return dequantise(self.fp8.weight(self.kind, self.weight), self.weight.dtype)
 
 
-class SwiGLU(nn.Module, Quantisable):
+class SwiGLU(nn.Module, Quantisable, kernels.Invariant):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, width: int, inner: int):
@@ -64,7 +64,7 @@ class SwiGLU(nn.Module, Quantisable):
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         if self.fp8 is not None:
             return self.fp8.swiglu(x, *weights, self.kind)
-        if kernels.usable(x, self.gate_proj.out_features):
+        if self.usable(x, self.gate_proj.out_features):
             return kernels.swiglu(x, *weights)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -128,12 +128,13 @@ class Rotary:
         return self._table
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor, few: bool = False) -> Tensor:
     """Rotate the pairs (0,1), (2,3)... of x [..., R] by `rotation` [..., r] (broadcast), in float32.
 
-    Pairs stay interleaved; transformers separates the two halves, which gives the same scores.
+    Pairs stay interleaved; transformers separates the two halves, which gives the same scores. `few`: as in
+    kernels.usable.
     """
-    if x.ndim == rotation.ndim == 3 and x.shape[1] == rotation.shape[1] and kernels.usable(x):
+    if x.ndim == rotation.ndim == 3 and x.shape[1] == rotation.shape[1] and kernels.usable(x, few=few):
         return kernels.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)

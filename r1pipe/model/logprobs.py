@@ -43,7 +43,7 @@ class Head(Linear):
         if targets_N is None:
             return self._logits(x)
         exact = self.fp32 or not self.rounds or x.dtype == torch.float32
-        if exact and self.bias is None and kernels.usable(x, self.out_features):
+        if exact and self.bias is None and self.usable(x, self.out_features):
             return kernels.logprobs(x, self.weight, targets_N, temperature)
         chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
         if len(x) <= chunk:

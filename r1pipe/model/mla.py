@@ -5,6 +5,7 @@ of scaled_dot_product_attention support only the causal one (Dong et al. 2024, a
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,13 +20,23 @@ from r1pipe.model.layers import Linear, RMSNorm, rotate, softmax_scale
 
 # Takes a layer's cache entries. A function, not a list: ZeRO-3 passes modules a copy of a list.
 Keep = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A mask for keys in another order than past and row, joined, have."""
+
+    order_BM: Tensor  # their indices (int64)
+    seen_BTM: Tensor  # the mask in that order
+
+
 # The keys that each token may attend to: [B, T, M] bool, or FlexAttention's blocks; None: causal.
-Mask = Tensor | BlockMask | None
+Mask = Tensor | BlockMask | Ordered | None
 
 LATENT_EPS = 1e-6  # of the latent norms, whatever rms_norm_eps is, as in the published models
 
 
-class MLA(nn.Module):
+class MLA(nn.Module, kernels.Invariant):
     """Keys and values come from one latent per token, positions from a rotary key that all heads share."""
 
     def __init__(self, config: ModelConfig):
@@ -65,7 +76,7 @@ class MLA(nn.Module):
         latent, rope = self.kv_a_proj_with_mqa(x).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
-        return self.kv_a_layernorm(latent), rotate(rope, rotation)
+        return self.kv_a_layernorm(latent), rotate(rope, rotation, self.batch_invariant)
 
     def _entries(self, latent: Tensor, k_rope: Tensor) -> Tensor:
         """Cache entries [..., C+R]. In FP8, decoding reads latents rounded as for `kv_b_proj`."""
@@ -95,9 +106,12 @@ class MLA(nn.Module):
         if past_BPW is not None:
             past_latent, past_rope = past_BPW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
             latent, k_rope = torch.cat([past_latent, latent], dim=1), torch.cat([past_rope, k_rope], dim=1)
+        if isinstance(mask_BTM, Ordered):
+            latent, k_rope = _taken(latent, mask_BTM.order_BM), _taken(k_rope, mask_BTM.order_BM)
+            mask_BTM = mask_BTM.seen_BTM
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
         widths = config.qk_nope_head_dim, config.v_head_dim
-        if not isinstance(mask_BTM, BlockMask) and kernels.usable(query, *widths):
+        if not isinstance(mask_BTM, BlockMask) and self.usable(query, *widths):
             out = kernels.attention(query, key_value, k_rope, rotation_BTr, mask_BTM, self.scale)
         else:
             k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
@@ -146,7 +160,13 @@ class MLA(nn.Module):
         return self.o_proj(out_HSv.transpose(0, 1).flatten(1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask_BTM: Mask, scale: float) -> Tensor:
+def _taken(x_BMC: Tensor, order_BM: Tensor) -> Tensor:
+    return x_BMC.gather(1, order_BM.unsqueeze(2).expand(-1, -1, x_BMC.shape[2]))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask_BTM: Tensor | BlockMask | None, scale: float
+) -> Tensor:
     """[B, T, H, width] on [B, M, H, width] -> [B, T, H, value width]."""
     if isinstance(mask_BTM, BlockMask):
         # fused only when compiled; on a CPU it is a reference and runs uncompiled
@@ -211,6 +231,18 @@ def past_mask(lengths_B: Tensor, past: int, tokens: int, flex: bool) -> Mask:
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril_()
     in_past = (places_P < lengths_B[:, None, None]).expand(rows, tokens, -1)
     return torch.cat([in_past, causal_TT.expand(rows, tokens, -1)], dim=2)
+
+
+def position_order(lengths_B: Tensor, past: int, tokens: int) -> Ordered:
+    """past_mask, with the keys of a row by their positions: its past, its own, then what nobody sees.
+
+    A key's place decides which sums it enters first: so it depends on no other row's past.
+    """
+    places_M, lengths_B1 = torch.arange(past + tokens, device=lengths_B.device), lengths_B.unsqueeze(1)
+    behind_BM = torch.where(places_M < lengths_B1 + tokens, places_M - lengths_B1 + past, places_M - tokens)
+    order_BM = torch.where(places_M < lengths_B1, places_M, behind_BM)
+    positions_BT = lengths_B1 + torch.arange(tokens, device=lengths_B.device)
+    return Ordered(order_BM, places_M <= positions_BT.unsqueeze(2))
 
 
 def causal_mask(tokens: int, device: torch.device, flex: bool) -> Mask:

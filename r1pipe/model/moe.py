@@ -30,6 +30,7 @@ class Routing:
 
     counted_BT: Tensor | None = None  # the tokens that count in the loads (bool); None: all
     documents_BT: Tensor | None = None  # the document of each token, 0: none; None: no balance loss
+    replayed_NK: Tensor | None = None  # the sampler's choice, which the gate takes over; None: its own
     experts_NK: Tensor | None = None  # chosen in the first pass
     balance: Tensor | None = None  # sum over tokens of their document's balance loss (see sequence_balance)
 
@@ -40,24 +41,31 @@ class Balance:
     Pass it to the forward pass, then call `total()`. The sequences are the documents of packed rows.
     """
 
-    def __init__(self, segments_BT: Tensor, with_loss: bool):
-        """`segments_BT` numbers the documents of each row from 1; 0 (padding) is left out."""
+    def __init__(self, segments_BT: Tensor, with_loss: bool, replayed_LNK: Tensor | None = None):
+        """`segments_BT` numbers the documents of each row from 1; 0 (padding) is left out. `replayed_LNK`:
+        the experts that each MoE layer is to use (routing replay, arXiv 2510.11370); None: its own choice."""
         rows_B1 = torch.arange(len(segments_BT), device=segments_BT.device).unsqueeze(1)
         self._ids_BT = segments_BT + rows_B1 * segments_BT.max()  # unique over all rows
         self._counted_BT = segments_BT != 0
         self._with_loss = with_loss
+        self._replayed_LNK = replayed_LNK
         self._routings: list[Routing] = []
 
     @classmethod
-    def of_lengths(cls, lengths_B: Tensor, width: int, with_loss: bool) -> "Balance":
+    def of_lengths(
+        cls, lengths_B: Tensor, width: int, with_loss: bool, replayed_LNK: Tensor | None = None
+    ) -> "Balance":
         """For rows of `width` tokens, each one sequence of `lengths_B` tokens, padded on the right."""
         places_T = torch.arange(width, device=lengths_B.device)
-        return cls((places_T < lengths_B.unsqueeze(1)).long(), with_loss)
+        return cls((places_T < lengths_B.unsqueeze(1)).long(), with_loss, replayed_LNK)
 
-    def routing(self, among_BT: Tensor | None = None) -> Routing:
-        """The next layer's routing; only tokens in `among_BT` count."""
+    def routing(self, among_BT: Tensor | None = None, layer: int = -1) -> Routing:
+        """The next layer's routing; only tokens in `among_BT` count. `layer` numbers the MoE layers from 0;
+        below: a dense or MTP layer, for which nothing is replayed."""
         counted_BT = self._counted_BT if among_BT is None else self._counted_BT & among_BT
-        self._routings.append(Routing(counted_BT, self._ids_BT * counted_BT if self._with_loss else None))
+        documents_BT = self._ids_BT * counted_BT if self._with_loss else None
+        replayed_NK = None if self._replayed_LNK is None or layer < 0 else self._replayed_LNK[layer]
+        self._routings.append(Routing(counted_BT, documents_BT, replayed_NK))
         return self._routings[-1]
 
     def total(self) -> Tensor:
@@ -71,7 +79,7 @@ class Balance:
         return [routing.experts_NK for routing in self._routings if routing.experts_NK is not None]
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, kernels.Invariant):
     """Chooses K of E experts for each token and weighs them; counts tokens per expert while training."""
 
     weight: nn.Parameter
@@ -103,10 +111,10 @@ class Gate(nn.Module):
         last layer's gate may get a gradient only from the balance loss (of prompts, in RL).
         """
         config, routing = self.config, routing or Routing()
-        logits_NE = F.linear(x_ND.float(), self.weight.float())
-        scores_NE = logits_NE.sigmoid() if config.scoring_func == "sigmoid" else logits_NE.softmax(dim=-1)
+        scores_NE = self._scores(x_ND.float(), self.weight.float())
         if routing.experts_NK is None:
-            routing.experts_NK = self._choose(scores_NE.detach())
+            replayed_NK = routing.replayed_NK  # the scores stay live: the weights' gradients flow
+            routing.experts_NK = self._choose(scores_NE.detach()) if replayed_NK is None else replayed_NK
             # activations that are recomputed inside backward have been counted
             recomputed = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
             if self.training and torch.is_grad_enabled() and not recomputed:
@@ -125,6 +133,16 @@ class Gate(nn.Module):
             balance = sequence_balance(scores_NE, documents_N, config.num_experts_per_tok)
         return weights_NK, experts_NK, balance
 
+    def _scores(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        """The scores of all experts, in float32."""
+        invariant = self.batch_invariant and self.usable(x_ND, len(weight_ED))
+        logits_NE = kernels.linear(x_ND, weight_ED) if invariant else F.linear(x_ND, weight_ED)
+        if self.config.scoring_func != "sigmoid":
+            return logits_NE.softmax(dim=-1)
+        if invariant:  # torch's sigmoid rounds by where a number lies: in a vector or in the remainder
+            return torch.stack([logits_NE, torch.zeros_like(logits_NE)], dim=-1).softmax(dim=-1)[..., 0]
+        return logits_NE.sigmoid()
+
     def _choose(self, scores_NE: Tensor) -> Tensor:
         """The bias affects only the choice, never the weights; experts outside the best groups are closed."""
         config = self.config
@@ -140,7 +158,7 @@ class Gate(nn.Module):
         return scores_NE.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
 
-class Experts(nn.Module, Quantisable):
+class Experts(nn.Module, Quantisable, kernels.Invariant):
     """The routed experts' SwiGLUs, fused: gate_up_proj [E, 2I, D] (gate first) and down_proj [E, D, I]."""
 
     def __init__(self, config: ModelConfig):
@@ -159,7 +177,7 @@ class Experts(nn.Module, Quantisable):
             return self.fp8.experts(
                 x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK, self.kind
             )
-        if kernels.usable(x_ND, self.down_proj.shape[2]):
+        if self.usable(x_ND, self.down_proj.shape[2]):
             return kernels.experts(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK)
         experts = self.gate_up_proj.shape[0]
         chosen, order = experts_NK.flatten().sort()

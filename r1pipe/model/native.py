@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.model.cache import Decoder, LatentCache, graph_decoder
+from r1pipe.model.invariant import InvariantDecoder
 from r1pipe.model.kernels.build import call, runs_here
 from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
 from r1pipe.model.layers import SwiGLU
@@ -113,7 +114,6 @@ class NativeDecoder(Decoder):
             )
         super().__init__(model)
         self.dtype = model.lm_head.weight.dtype
-        self._experts: list[Tensor] | None = None  # the experts chosen, while they are recorded
         self._tensors: list[Tensor] = []  # keeps the memory alive that the pointers below point to
         config, trunk = model.config, model.model
         layers = [cast(DecoderLayer, layer) for layer in islice(trunk.layers, config.num_hidden_layers)]
@@ -208,7 +208,11 @@ class NativeDecoder(Decoder):
         real_BT = torch.arange(longest) < lengths_B.unsqueeze(1)
         rows_N, positions_N = real_BT.nonzero(as_tuple=True)
         last_B = lengths_B.cumsum(0) - 1
-        return entries_LBTW, self._run(tokens_BT[real_BT], rows_N, positions_N, entries_LBTW, last_B)
+        logits_BV = self._run(tokens_BT[real_BT], rows_N, positions_N, entries_LBTW, last_B)
+        if self._experts:  # in the last layer only the wanted tokens are left, and come first
+            *before, last = self._experts
+            self._experts[:] = [*(experts_NK[last_B] for experts_NK in before), last[:rows]]
+        return entries_LBTW, logits_BV
 
     def decode(self, tokens_S: Tensor, positions_S: Tensor, cache: LatentCache, length: int) -> Tensor:
         """As Decoder's; `length` is ignored, as each slot reads only its own entries."""
@@ -271,6 +275,8 @@ def decoder_of(model: DeepseekV3, graphs: bool = False) -> Decoder:
     """
     if fp8_of(model) is not None:  # sampling as in training; the config's rules refuse graphs
         return Decoder(model)
+    if model.model.batch_invariant:
+        return InvariantDecoder(model)
     if graphs:
         return graph_decoder(model)
     return NativeDecoder(model) if runs_natively(model) else Decoder(model)

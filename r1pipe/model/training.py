@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.model.hf import HFTrunk
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.kernels.choice import choose
 from r1pipe.model.kernels.fp8 import FP8, Quantisable
+from r1pipe.model.kernels.training import Invariant
 from r1pipe.model.layers import Linear
 from r1pipe.model.logprobs import Head
 from r1pipe.model.moe import MoE
@@ -63,6 +66,21 @@ def compute_in(model: nn.Module, fp8: FP8 | None) -> None:
 def fp8_of(model: nn.Module) -> FP8 | None:
     """The model's FP8 settings; None if it does not compute in FP8."""
     return next((m.self_attn.o_proj.fp8 for m in model.modules() if isinstance(m, DecoderLayer)), None)
+
+
+def set_batch_invariant(model: nn.Module, on: bool, dtype: torch.dtype = torch.float32) -> None:
+    """Whether sampler and trainer compute the same bits (model/invariant.py), slower. For DeepseekV3.
+
+    Raises EnvironmentProblem where the CPU kernels do not run.
+    """
+    if on and not (runs_here(torch.float32) and runs_here(dtype)):
+        raise EnvironmentProblem(
+            f"engine.equal=true needs the CPU kernels in {dtype}: a processor with AVX-512 (bfloat16: "
+            "AVX512_BF16) and a compiler; give engine.equal=false"
+        )
+    for module in model.modules():
+        if isinstance(module, Invariant | Trunk):
+            module.batch_invariant = on
 
 
 def set_recompute(model: nn.Module, on: bool) -> None:

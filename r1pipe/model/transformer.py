@@ -14,7 +14,16 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.model.hf import HFModel
 from r1pipe.model.layers import Linear, RMSNorm, Rotary, SwiGLU
 from r1pipe.model.logprobs import Head
-from r1pipe.model.mla import MLA, Keep, Mask, causal_mask, document_mask, document_positions, past_mask
+from r1pipe.model.mla import (
+    MLA,
+    Keep,
+    Mask,
+    causal_mask,
+    document_mask,
+    document_positions,
+    past_mask,
+    position_order,
+)
 from r1pipe.model.moe import Balance, Experts, Gate, MoE, Routing
 from r1pipe.model.mtp import same_document
 
@@ -83,6 +92,7 @@ class Past:
 class Trunk(nn.Module):
     """Embedding, layers and last norm: tokens in, hidden states out. MTP layers come after the others."""
 
+    batch_invariant = False  # as kernels.Invariant; rows that continue a past are then read by position
     # For training passes only:
     recompute = False  # keep only the inputs of layers, and run them again in backward
     flex = False  # attend through FlexAttention
@@ -116,7 +126,8 @@ class Trunk(nn.Module):
         rotation_BTr, mask_BTM = self._places(tokens_BT, segments_BT, past)
         x_BTD = self.embed_tokens(tokens_BT)
         for n, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
-            routing = balance.routing() if balance else Routing()
+            moe_layer = n - self.config.first_k_dense_replace
+            routing = balance.routing(layer=moe_layer) if balance else Routing()
             past_BPW = past.entries[n] if past else None
             x_BTD = self._run(layer, x_BTD, rotation_BTr, mask_BTM, routing, keep, past_BPW)
         return self.norm(x_BTD)
@@ -178,6 +189,8 @@ class Trunk(nn.Module):
             return table[document_positions(segments_BT)], document_mask(segments_BT, flex)
         if past is not None:
             positions_BT = past.lengths_B.unsqueeze(1) + torch.arange(tokens, device=tokens_BT.device)
+            if self.batch_invariant:
+                return table[positions_BT], position_order(past.lengths_B, longest - tokens, tokens)
             return table[positions_BT], past_mask(past.lengths_B, longest - tokens, tokens, flex)
         return table[:tokens].unsqueeze(0), causal_mask(tokens, table.device, flex)
 

@@ -91,6 +91,8 @@ class _Slots(CacheLayerMixin):
 class HFDecoder:
     """Decoder's interface for HFModel."""
 
+    logprobs_of = None  # as the sampler's softmax sums
+
     def __init__(self, model: HFModel):
         self.model = model
 

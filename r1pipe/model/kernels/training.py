@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.kernels.build import call, runs_here
 from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
 
@@ -19,19 +20,40 @@ WORTHWHILE = 256  # rows
 LOGITS = 2**21  # gradients of logits in memory at once
 
 
-def usable(x: Tensor, *sizes: int) -> bool:
+def usable(x: Tensor, *sizes: int, few: bool = False) -> bool:
     """Whether to use the kernels for `x` [..., D], and weights of its type and of these sizes.
 
-    Each call packs the weights, which a few rows without gradient are not worth. torch.compile cannot trace
-    the kernels, and they do not take empty tensors.
+    Each call packs the weights, which a few rows without gradient are not worth, unless `few` asks for it.
+    torch.compile cannot trace the kernels, and they do not take empty tensors.
     """
     if torch.compiler.is_compiling() or 0 in (*x.shape, *sizes):
         return False
-    if x.device.type != "cpu" or not (torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE):
+    worthwhile = few or torch.is_grad_enabled() or x.shape[:-1].numel() >= WORTHWHILE
+    if x.device.type != "cpu" or not worthwhile:
         return False
     if x.dtype == torch.bfloat16 and any(n % 2 for n in (x.shape[-1], *sizes)):
         return False  # products take two neighbours at a time
     return runs_here(x.dtype)
+
+
+class Invariant:
+    """A module whose results for a token may be asked to have the same bits whatever is computed beside it.
+
+    The kernels give that: each row is summed in an order of its own. torch's products do not, as they choose
+    blocks by the number of rows.
+    """
+
+    batch_invariant = False
+
+    def usable(self, x: Tensor, *sizes: int) -> bool:
+        """As the function. Raises ConfigError where `batch_invariant` and the kernels cannot be used."""
+        found = usable(x, *sizes, few=self.batch_invariant)
+        if self.batch_invariant and not found and x.numel():
+            raise ConfigError(
+                f"engine.equal=true: the CPU kernels cannot compute {type(self).__name__} for {x.dtype} of"
+                f" width {x.shape[-1]} here; drop it"
+            )
+        return found
 
 
 def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> None:
@@ -253,3 +275,24 @@ def logprobs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: fl
         return *found, None
 
     return _Differentiable.apply(run, gradients, x_ND, weight_VD, targets_N)
+
+
+def logits(x_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
+    """x weight^T / temperature, [N, V] float32, as `logprobs` sums it; without gradient."""
+    check_floats("x", x_ND, dims=2)
+    check_tensor("weight", weight_VD, x_ND.dtype, ANY, x_ND.shape[1])
+    check_even(x_ND.dtype, width=x_ND.shape[1], vocabulary=len(weight_VD))
+    logits_NV = torch.empty(len(x_ND), len(weight_VD))
+    sizes = (*x_ND.shape, len(weight_VD), float(temperature))
+    _call("logits_forward", x_ND, *sizes, x_ND.contiguous(), weight_VD.contiguous(), logits_NV)
+    return logits_NV
+
+
+def logprobs_of(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """log softmax of each row's target, [N] float32, summed as in `logprobs`; without gradient."""
+    check_tensor("logits", logits_NV, torch.float32, ANY, ANY)
+    check_indices("targets", targets_N, logits_NV.shape[1], len(logits_NV))
+    logprobs_N = torch.empty(len(logits_NV))
+    logits_NV, targets_N = logits_NV.contiguous(), targets_N.contiguous()
+    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, logits_NV, targets_N, logprobs_N)
+    return logprobs_N

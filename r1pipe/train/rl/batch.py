@@ -1,11 +1,13 @@
 """From scored groups to the padded micro-batches that an update reads.
 
-Axes: P prompts, B rows and T columns of a micro-batch, N completion tokens of all its rows in sequence.
+Axes: P prompts, B rows and T columns of a micro-batch, N completion tokens of all its rows in sequence; L MoE
+layers, K experts of a token.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +67,7 @@ class MicroBatch:
     reference_N: Tensor | None = None  # the reference model's log-probabilities (KL in the loss)
     values_N: Tensor | None = None  # PPO: the value model's, from before the update
     returns_N: Tensor | None = None
+    experts_LNK: Tensor | None = None  # the sampler's choices for tokens_BT, flattened [B*T]; routing replay
 
 
 def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
@@ -187,11 +190,23 @@ def collate(
         lengths_B=lengths_B.to(device),
         balance_weight=balance_weight,
     )
+    if all(completion.experts is not None for completion in completions):
+        micro.experts_LNK = _experts(completions, width).to(device)
     if rollouts[0].values:  # then all have them
         micro.advantages_N = joined([rollout.advantages for rollout in rollouts])
         micro.values_N = joined([rollout.values for rollout in rollouts])
         micro.returns_N = joined([rollout.returns for rollout in rollouts])
     return micro
+
+
+def _experts(completions: Sequence[Completion], width: int) -> Tensor:
+    """The sampler's experts for rows padded to `width`, [L, B*T, K]; padding has the first K, uncounted."""
+    recorded = [completion.experts for completion in completions if completion.experts is not None]
+    _, layers, top_k = recorded[0].shape
+    padded_BTLK = np.tile(np.arange(top_k), (len(recorded), width, layers, 1))
+    for row_TLK, of_row in zip(padded_BTLK, recorded, strict=True):
+        row_TLK[: len(of_row)] = of_row
+    return torch.from_numpy(padded_BTLK).permute(2, 0, 1, 3).flatten(1, 2).contiguous()
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:

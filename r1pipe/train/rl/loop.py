@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
 from r1pipe.data.source import prompt_fits
 from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs import checkpoints, heartbeat, stopping
@@ -19,6 +22,7 @@ from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.prompts import POOL, PromptStream, general_count
+from r1pipe.train.rl.routing import check_recorded, records, routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
     RewardModels,
@@ -28,7 +32,7 @@ from r1pipe.train.rl.scoring import (
     score_groups,
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
-from r1pipe.train.rl.update import Reference, routing_agreement, update
+from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
@@ -62,6 +66,9 @@ class RLTrainer:
         """Without a `reference` there is no KL. `reward_models` score general prompts; `custom`, all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.reward_models, self.critic, self.custom = reward_models, critic, custom
+        if run.config.engine.equal:
+            dtype = torch.float32 if run.config.engine.precision == "fp32" else torch.bfloat16
+            set_batch_invariant(engine.module, True, dtype)
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage)
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
@@ -188,6 +195,7 @@ class RLTrainer:
             first=self.engine.rank,
             stride=self.engine.world_size,
             max_num_seqs=sampling.max_num_seqs,
+            record_experts=records(self.config),
         )
         chat, ranks, sampler = self.run.chat, self.engine.world_size, self.run.sampler
         tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
@@ -198,6 +206,8 @@ class RLTrainer:
         sampler.update(self.engine, self.state.step)
         ended = verdicts.on_completion(chat, prompts)
         completions = sampler.generate(tokens, params, progress, ended, stop=stopping.requested)
+        if self.config.replay_routing:
+            check_recorded(completions)
         return [
             Group(prompt, completions[i * size : (i + 1) * size], prompt_tokens=tokens[i])
             for i, prompt in enumerate(prompts)

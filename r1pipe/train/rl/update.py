@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, DeepseekV3, Policy
+from r1pipe.model import Balance, Policy
 from r1pipe.model.hf import HFTrunk
-from r1pipe.model.native import decoder_of
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
@@ -26,11 +25,14 @@ from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
 
-def balances_of(micro: MicroBatch, with_loss: bool) -> tuple[Balance, Balance]:
-    """Of prompts and of rows: each prompt and each completion counts as one sequence."""
+def balances_of(micro: MicroBatch, with_loss: bool, replay: bool = False) -> tuple[Balance, Balance]:
+    """Of prompts and of rows: each prompt and each completion counts as one sequence. `replay`: the rows'
+    tokens go through the experts that the sampler chose (routing replay); of prompts none are recorded."""
     return (
         Balance.of_lengths(micro.prompt_lengths_P, micro.prompts_PT.shape[1], with_loss),
-        Balance.of_lengths(micro.lengths_B, micro.tokens_BT.shape[1], with_loss),
+        Balance.of_lengths(
+            micro.lengths_B, micro.tokens_BT.shape[1], with_loss, micro.experts_LNK if replay else None
+        ),
     )
 
 
@@ -70,6 +72,7 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
+        """With its own choice of experts: a replayed one is that of the policy's router."""
         return completion_logprobs(self.model, micro, temperature)
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
@@ -120,7 +123,8 @@ def prepare(
         # gathered, as ranks may have different numbers of micro-batches
         with engine.gathered() as policy, torch.no_grad():
             for micro in micros:
-                micro.trainer_N = completion_logprobs(policy, micro, config.sampling.temperature)
+                balances = balances_of(micro, False, config.replay_routing)
+                micro.trainer_N = completion_logprobs(policy, micro, config.sampling.temperature, balances)
     return micros
 
 
@@ -141,7 +145,7 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
     alpha = config.router.balance_alpha
 
     def share_of_loss(micro: MicroBatch) -> Tensor:
-        balances = balances_of(micro, with_loss=alpha > 0)
+        balances = balances_of(micro, alpha > 0, config.replay_routing)
         result = policy_loss(
             completion_logprobs(engine.module, micro, config.sampling.temperature, balances),
             micro.old_N,
@@ -218,51 +222,3 @@ def _extremes(engine: Engine, steps: Sequence[_Step], first: _Step) -> dict[str,
     extreme = {name: min if name.endswith("/min") else max for name in found}
     of_ranks = engine.all_gather_objects({name: extreme[name](values) for name, values in found.items()})
     return {name: extreme[name](of_rank[name] for of_rank in of_ranks) for name in found}
-
-
-@torch.no_grad()
-def routing_agreement(
-    engine: Engine, rollouts: Sequence[Rollout], config: RLConfig, count: int
-) -> dict[str, float]:
-    """`train/routing_agreement`: the share of the sampler's choices of experts that the trainer makes too.
-
-    Over the completion tokens of each rank's `count` shortest rollouts: the sampler's decoder chooses again,
-    in one pass per token of the longest, which all ranks wait for. Empty where no expert was chosen.
-    """
-    rows = [rollout for rollout in rollouts if len(rollout.completion.tokens) > 1]  # the first is not decoded
-    rows = sorted(rows, key=lambda rollout: len(rollout.completion.tokens))[:count]
-    choices = torch.zeros(0)
-    with engine.gathered() as policy:
-        routed = isinstance(policy, DeepseekV3)  # transformers' routers differ from family to family
-        if rows and routed and policy.config.first_k_dense_replace < policy.config.num_hidden_layers:
-            micro = collate(rows, None, 0.0, engine.device)
-            balances = balances_of(micro, with_loss=False)
-            completion_logprobs(policy, micro, config.sampling.temperature, balances)
-            trained_LBTK = torch.stack(balances[1].experts).unflatten(1, micro.tokens_BT.shape)
-            sampled_LBTK = _decoder_choices(policy, rows, micro)
-            # a row starts with the prompt's last token, which the sampler reads with the prompt
-            columns = torch.arange(1, micro.tokens_BT.shape[1], device=engine.device)
-            read_BT = columns < micro.lengths_B.unsqueeze(1)
-            same_LBTK = (sampled_LBTK.unsqueeze(-1) == trained_LBTK[:, :, 1:].unsqueeze(-2)).any(dim=-1)
-            choices = same_LBTK[:, read_BT]
-    same, chosen = engine.sum_over_ranks([float(choices.sum()), float(choices.numel())])
-    return {"train/routing_agreement": same / chosen} if chosen else {}
-
-
-def _decoder_choices(policy: DeepseekV3, rows: list[Rollout], micro: MicroBatch) -> Tensor:
-    """experts_LBTK that the sampler's decoder chooses for the rows' tokens after the first."""
-    decoder, device = decoder_of(policy), micro.tokens_BT.device
-    longest, width = max(len(row.prompt) for row in rows), micro.tokens_BT.shape[1]
-    padded = torch.tensor([row.prompt + [0] * (longest - len(row.prompt)) for row in rows], device=device)
-    lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
-    cache, slots_B = decoder.cache(len(rows), longest + width), torch.arange(len(rows), device=device)
-    entries_LBTW, _ = decoder.prefill(padded, lengths_B)
-    cache.fill(slots_B, entries_LBTW, slots_B)
-    columns: list[Tensor] = []
-    for column in range(1, width):
-        with decoder.recorded() as experts:
-            positions_B = lengths_B + column - 1
-            tokens_B = micro.tokens_BT[:, column].contiguous()
-            decoder.decode(tokens_B, positions_B, cache, longest + column)
-        columns.append(torch.stack(experts))
-    return torch.stack(columns, dim=2)

@@ -5,11 +5,11 @@ read once and its n completions start from copies of its cache entries; a slot w
 takes the next one; at the end, the batch shrinks. Which slots have ended is checked every CHECK_EVERY steps,
 so as not to wait for an accelerator at each token.
 
-Axes: S slots, U completion tokens, B prompts of one prefill, V vocabulary.
+Axes: S slots, U completion tokens, B prompts of one prefill, V vocabulary, L MoE layers, K experts a token.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from r1pipe.config import ModelConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion
 from r1pipe.model import Policy
@@ -79,11 +80,12 @@ class _Prefix(NamedTuple):
     first: int
     entries: Any  # the decoder's
     logits_BV: Tensor
+    experts: list[Tensor]  # of each prompt's last token, [B, K] for each MoE layer; empty: not recorded
 
 
 SLOT_TENSORS = (  # of _Batch: a row per slot
     *("prompt_lengths_S", "limits_S", "counts_S", "tokens_S", "live_S"),
-    *("drawn_SU", "logprobs_SU", "uniforms_SU"),
+    *("drawn_SU", "logprobs_SU", "uniforms_SU", "experts_SULK"),
 )
 
 
@@ -110,6 +112,7 @@ class _Batch:
         slots = min(sampler.max_num_seqs, self.total)
         longest_prompt = max(len(prompt) for prompt in prompts)
         self.decoder: Any = decoder_of(sampler.model, sampler.graphs)  # its cache and entries are its own
+        self.logprobs_of = self.decoder.logprobs_of
         self.longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         first = min(self.longest, longest_prompt + CACHE_TOKENS) if grows else self.longest
         self.cache = self.decoder.cache(slots, first)
@@ -125,6 +128,19 @@ class _Batch:
         self.drawn_SU = self._zeros(slots, params.max_tokens + 1)
         self.logprobs_SU = self._zeros(slots, params.max_tokens + 1).float()
         self.uniforms_SU = self._zeros(slots, params.max_tokens + 1).float()
+        self.experts_SULK = self._zeros(slots, params.max_tokens + 1, *self._choices()).to(torch.int16)
+
+    def _choices(self) -> tuple[int, int]:
+        """The recorded experts of a token, [L, K]; [0, 0] where there are none to record."""
+        config = self.sampler.model.config
+        if not self.params.record_experts or not isinstance(config, ModelConfig):
+            return 0, 0
+        return config.num_hidden_layers - config.first_k_dense_replace, config.num_experts_per_tok
+
+    def _recorded(self) -> AbstractContextManager[list[Tensor]]:
+        """The list that a pass of the decoder fills with the experts of each MoE layer; it stays empty where
+        none are recorded."""
+        return self.decoder.recorded() if self.experts_SULK.shape[2] else nullcontext([])
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.device)
@@ -173,7 +189,9 @@ class _Batch:
         longest = max(len(prompt) for prompt in chunk)
         padded = [prompt + [self.sampler.pad_id] * (longest - len(prompt)) for prompt in chunk]
         lengths = torch.tensor([len(prompt) for prompt in chunk], device=self.device)
-        return _Prefix(first, *self.decoder.prefill(torch.tensor(padded, device=self.device), lengths))
+        with self._recorded() as experts:
+            entries, logits_BV = self.decoder.prefill(torch.tensor(padded, device=self.device), lengths)
+        return _Prefix(first, entries, logits_BV, experts)
 
     def _start(self, slots: np.ndarray, numbers: np.ndarray, prefix: _Prefix) -> None:
         params = self.params
@@ -192,8 +210,8 @@ class _Batch:
         self.uniforms_SU[where, :-1] = torch.from_numpy(np.stack(streams)).to(self.device)
         self.counts_S[where] = 0
         self.live_S[where] = True
-        tokens, logprobs = draw(prefix.logits_BV.index_select(0, rows), self.uniforms_SU[where, 0], params)
-        self._record(where, tokens, logprobs)
+        logits_SV, experts = prefix.logits_BV.index_select(0, rows), [each[rows] for each in prefix.experts]
+        self._record(where, *draw(logits_SV, self.uniforms_SU[where, 0], params, self.logprobs_of), experts)
 
     def _longest(self) -> int:
         """How many cache entries the next step reads: the longest live sequence with its new token."""
@@ -201,17 +219,21 @@ class _Batch:
 
     def _step(self, length: int) -> None:
         positions_S = self.prompt_lengths_S + self.counts_S - 1
-        logits_SV = self.decoder.decode(self.tokens_S, positions_S, self.cache, length)
+        with self._recorded() as experts:
+            logits_SV = self.decoder.decode(self.tokens_S, positions_S, self.cache, length)
         uniform_S = self.uniforms_SU.gather(1, self.counts_S.unsqueeze(1)).squeeze(1)
-        self._record(slice(None), *draw(logits_SV, uniform_S, self.params))
+        self._record(slice(None), *draw(logits_SV, uniform_S, self.params, self.logprobs_of), experts)
 
-    def _record(self, where: Tensor | slice, tokens: Tensor, logprobs: Tensor) -> None:
-        """Store the drawn tokens of the slots `where`; a slot that has ended writes beyond its end."""
+    def _record(self, where: Tensor | slice, tokens: Tensor, logprobs: Tensor, experts: list[Tensor]) -> None:
+        """Store the drawn tokens of the slots `where`, and the experts that each was drawn with; a slot that
+        has ended writes beyond its end."""
         counts = self.counts_S[where]
         self.tokens_S[where] = tokens
         rows = torch.arange(len(self.numbers), device=self.device)[where]
         self.drawn_SU[rows, counts] = tokens
         self.logprobs_SU[rows, counts] = logprobs
+        if experts:
+            self.experts_SULK[rows, counts] = torch.stack(experts, dim=1).to(torch.int16)
         live = self.live_S[where]
         counts = counts + live
         live = live & (counts < self.limits_S[where])
@@ -228,12 +250,15 @@ class _Batch:
         where = torch.from_numpy(ended).to(self.device)
         counts = self.counts_S[where].tolist()
         drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
+        experts = self.experts_SULK[where].cpu().numpy()
         for row, (number, count) in enumerate(zip(self.numbers[ended], counts, strict=True)):
-            tokens = drawn[row, :count].tolist()
+            tokens, of_tokens = drawn[row, :count].tolist(), logprobs[row, :count].tolist()
             prompt = self.prompts[number // self.params.n]
-            check_drawn(self.sampler.model, prompt, tokens, logprobs[row, :count])
+            check_drawn(self.sampler.model, prompt, tokens, of_tokens)
             reason = "stop" if tokens[-1] in self.stops else "length"
-            completion = Completion(tokens, logprobs[row, :count].tolist(), reason)
+            completion = Completion(tokens, of_tokens, reason)
+            if self.experts_SULK.shape[2]:
+                completion.experts = experts[row, :count].copy()
             self.results[number] = completion
             if self.ended is not None:
                 self.ended(int(number) // self.params.n, completion)

@@ -3,6 +3,7 @@
 Axes: S slots, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ class SamplingParams:
     ignore_eos: bool = False  # continue to max_tokens (for benchmarks)
     stop_token_ids: tuple[int, ...] = ()  # more tokens that end a completion, even with ignore_eos
     max_num_seqs: int = 256  # sequences decoded together on one rank
+    record_experts: bool = False  # fill Completion.experts, where the sampler can
 
     def __post_init__(self) -> None:
         checks = {
@@ -48,12 +50,18 @@ def uniform_stream(seed: int, prompt: int, sample: int, length: int) -> np.ndarr
     return np.random.Generator(np.random.Philox(key=key)).random(length, dtype=np.float32)
 
 
-def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_SV: Tensor,
+    uniform_S: Tensor,
+    params: SamplingParams,
+    logprobs_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """-> tokens_S and their log-probabilities under softmax(logits / temperature), float32.
 
     Inverse-transform sampling: the first token whose cumulative probability exceeds the uniform number; one
     number a token instead of one per token and vocabulary entry. Greedy reports softmax(logits).
     A nucleus (top_p < 1) restricts what is drawn, not what is reported: the trainer's logits have none.
+    `logprobs_of(logits_SV, tokens_S)` computes what is reported; None: the logarithm of the probability.
     """
     logits_SV = logits_SV.float()
     if params.temperature not in (0.0, 1.0):
@@ -70,7 +78,10 @@ def draw(logits_SV: Tensor, uniform_S: Tensor, params: SamplingParams) -> tuple[
         tokens_S1 = order_SV.gather(1, _first_above(cumulative_SV, uniform_S))
     else:
         tokens_S1 = _first_above(probs_SV.cumsum(dim=-1), uniform_S)
-    return tokens_S1.squeeze(1), probs_SV.gather(1, tokens_S1).squeeze(1).log()
+    tokens_S = tokens_S1.squeeze(1)
+    if logprobs_of is not None:
+        return tokens_S, logprobs_of(logits_SV, tokens_S)
+    return tokens_S, probs_SV.gather(1, tokens_S1).squeeze(1).log()
 
 
 def _first_above(cumulative_SV: Tensor, uniform_S: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import EngineConfig
-from r1pipe.train.rollout.bundled import BundledSampler
+from r1pipe.train.rollout.bundled import BundledSampler, Copy
 from r1pipe.train.rollout.sampler import Sampler
 
 
@@ -12,4 +12,6 @@ def open_sampler(config: EngineConfig, chat: Chat) -> Sampler:
         from r1pipe.train.rollout.transformers import TransformersSampler
 
         return TransformersSampler(chat.eos_ids, chat.pad_id)
-    return BundledSampler(chat.eos_ids, chat.pad_id, config.graphs)
+    precisions = ("same", config.precision)
+    copy = None if config.sampler_precision in precisions else Copy(config)
+    return BundledSampler(chat.eos_ids, chat.pad_id, config.graphs, copy)

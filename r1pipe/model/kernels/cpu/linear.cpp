@@ -22,6 +22,18 @@ void linear_backward(int64_t rows, int64_t width, int64_t outputs, int64_t strid
   }
 }
 
+// The log-probability of `target` under softmax(row), and log(sum(exp(row))). Never inlined: sampler and trainer must
+// add in the same order.
+[[gnu::noinline]] float logprob(const float* row, int64_t vocabulary, int64_t target, float* logsum) {
+  float largest = row[0], sum = 0.0f;
+#pragma omp simd reduction(max : largest)
+  for (int64_t v = 0; v < vocabulary; v++) largest = row[v] > largest ? row[v] : largest;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t v = 0; v < vocabulary; v++) sum += exponential(row[v] - largest);
+  *logsum = largest + std::log(sum);
+  return row[target] - largest - std::log(sum);
+}
+
 template <typename T>
 struct Head {
   int64_t rows, width, vocabulary;
@@ -43,6 +55,17 @@ struct Head {
     return logits;
   }
 
+  // The logits themselves, [rows, vocabulary], divided by the temperature.
+  void all_logits(float* logits_NV) const {
+    const Packed<T> head = packed();
+#pragma omp parallel for
+    for (int64_t first = 0; first < rows; first += BLOCK) {
+      const Tiles tiles;
+      const RowBlock<T> block(x, rows, width, width, first);
+      std::copy_n(logits(block, head), block.count * vocabulary, logits_NV + first * vocabulary);
+    }
+  }
+
   void forward(float* logprobs_N, float* logsums_N) const {
     const Packed<T> head = packed();
 #pragma omp parallel for
@@ -51,14 +74,8 @@ struct Head {
       const RowBlock<T> block(x, rows, width, width, first);
       const float* all = logits(block, head);
       for (int64_t i = 0; i < block.count; i++) {
-        const float* row = all + i * vocabulary;
-        float largest = row[0], sum = 0.0f;
-#pragma omp simd reduction(max : largest)
-        for (int64_t v = 0; v < vocabulary; v++) largest = row[v] > largest ? row[v] : largest;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t v = 0; v < vocabulary; v++) sum += exponential(row[v] - largest);
-        logsums_N[first + i] = largest + std::log(sum);
-        logprobs_N[first + i] = row[targets_N[first + i]] - largest - std::log(sum);
+        const int64_t n = first + i;
+        logprobs_N[n] = logprob(all + i * vocabulary, vocabulary, targets_N[n], logsums_N + n);
       }
     }
   }
@@ -136,6 +153,20 @@ extern "C" void r1pipe_logprobs_forward(int64_t bf16, int64_t rows, int64_t widt
   with_type(bf16, [&]<typename T>() {
     head_of<T>(rows, width, vocabulary, temperature, x, weight, targets_N).forward(logprobs_N, logsums_N);
   });
+}
+
+extern "C" void r1pipe_logits_forward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,
+                               const void* x, const void* weight, float* logits_NV) {
+  with_type(bf16, [&]<typename T>() { head_of<T>(rows, width, vocabulary, temperature, x, weight, nullptr).all_logits(logits_NV); });
+}
+
+extern "C" void r1pipe_logprobs_of_logits(int64_t, int64_t rows, int64_t vocabulary, const float* logits_NV,
+                                   const int64_t* targets_N, float* logprobs_N) {
+#pragma omp parallel for
+  for (int64_t n = 0; n < rows; n++) {
+    float logsum;
+    logprobs_N[n] = logprob(logits_NV + n * vocabulary, vocabulary, targets_N[n], &logsum);
+  }
 }
 
 extern "C" void r1pipe_logprobs_backward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,

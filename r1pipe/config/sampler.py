@@ -17,7 +17,9 @@ class SamplerConfig(Strict):
     url: str | None  # http://HOST:PORT of a server that runs already; null: r1pipe starts one on this machine
     python: str | None  # of vLLM's environment, for the server that r1pipe starts; null: that of `make vllm`
     args: list[str]  # more of vLLM's own arguments for that server
-    gpus: str | None  # its CUDA_VISIBLE_DEVICES; null: the trainer's GPUs, and it sleeps while the trainer works
+    gpus: (
+        str | None
+    )  # its CUDA_VISIBLE_DEVICES; null: the trainer's GPUs, and it sleeps while the trainer works
     gpu_memory_utilization: Share  # share of each of its GPUs' memory that it takes
     cpu_cache_gb: Positive  # its keys and values where it runs on a CPU
     bucket_mb: Positive  # weights gathered and sent at a time

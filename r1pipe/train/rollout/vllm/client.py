@@ -15,7 +15,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import SamplerLost
 
 UNIX = "unix:"
 TOKEN = "R1PIPE_SAMPLER_TOKEN"  # variable with the key that a server was started with (vLLM's --api-key)
@@ -29,7 +29,7 @@ class Gone(Exception):
     """The server cannot be reached, does not answer in time, or failed."""
 
 
-class Refused(EnvironmentProblem):
+class Refused(SamplerLost):
     """The server does not take a request, or is not what it should be; asking again is no use."""
 
 

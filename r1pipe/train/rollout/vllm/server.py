@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1pipe.config.sampler import SamplerConfig, vllm_python
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import SamplerLost
 from r1pipe.runs import heartbeat
 from r1pipe.train.rollout.vllm.client import PATIENCE_S, UNIX, Client, Gone
 
 WORKER = Path(__file__).parent / "worker"
 POLL_S = 0.5
 LEAVING_S = 10.0  # after SIGTERM, before SIGKILL
-BLOCK = 128  # vLLM reads prompts of a batch together up to so many tokens more than fit exactly
+BATCHED = 8192  # tokens of prompts that a CPU reads together
 # vLLM 0.32's CPU kernel turns the queries of DeepSeek models by wrong angles; plain PyTorch is right.
 WITHOUT_ROTARY_KERNEL = {"custom_ops": ["all", "-rotary_embedding"]}
 
@@ -66,7 +66,7 @@ class Server:
     def start(self, progress: Callable[[float, float], None]) -> None:
         """Start it, or start it anew, and wait until it answers; `progress` gets seconds and the limit.
 
-        Raises EnvironmentProblem with vLLM's last words.
+        Raises SamplerLost with vLLM's last words.
         """
         self.stop()
         Path(self.url.removeprefix(UNIX)).unlink(missing_ok=True)
@@ -88,10 +88,10 @@ class Server:
         while True:
             passed = time.monotonic() - began
             if not self.alive():
-                raise EnvironmentProblem(f"vLLM did not start: {self._last_words(offset)}; see {self.log_file}")
+                raise SamplerLost(f"vLLM did not start: {self._last_words(offset)}; see {self.log_file}")
             if passed > self.config.start_s:
                 self.stop()
-                raise EnvironmentProblem(
+                raise SamplerLost(
                     f"vLLM did not start within sampler.start_s={self.config.start_s:g} seconds; see "
                     f"{self.log_file}, or give more"
                 )
@@ -126,7 +126,13 @@ class Server:
         served = self.served
         words = [str(vllm_python(self.config)), str(WORKER / "r1pipe_serve.py"), str(os.getpid())]
         words += ["--uds", self.url.removeprefix(UNIX), "--model", str(served.folder)]
-        words += [*arguments(served.max_model_len), "--load-format", "dummy", "--dtype", served.dtype]
+        words += [
+            *arguments(served.max_model_len, served.on_gpu),
+            "--load-format",
+            "dummy",
+            "--dtype",
+            served.dtype,
+        ]
         words += ["--max-model-len", str(served.max_model_len), "--max-num-seqs", str(served.max_num_seqs)]
         if served.on_gpu:
             words += ["--gpu-memory-utilization", f"{self.config.gpu_memory_utilization:g}"]
@@ -168,14 +174,16 @@ NOT_ITS = (
 )
 
 
-def arguments(longest: int) -> list[str]:
+def arguments(longest: int, on_gpu: bool) -> list[str]:
     """What any server must be started with, wherever it runs."""
-    return [
+    words = [
         "--enable-scale-out",  # tokens in, tokens out
         *("--logprobs-mode", "processed_logprobs"),  # those of the distribution that is drawn from
         *("--worker-extension-cls", "r1pipe_vllm.Extension"),
         *("--weight-transfer-config", '{"backend": "r1pipe"}'),
         *("--generation-config", "vllm"),  # nothing but what a request says
-        # vLLM's CPU engine dies where a request with a seed is read in pieces
-        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(longest, 2048))),
     ]
+    if on_gpu:
+        return words
+    # vLLM's CPU engine dies where a prompt of a request with a seed is read in pieces
+    return [*words, "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(longest, BATCHED))]

@@ -9,8 +9,6 @@ vLLM's own transfer engines have none for a CPU. They all load weights layer by 
 and so does this one; what a CPU needs beyond it is in `_pack_again`.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +121,9 @@ class Extension:
         """What this worker serves, for the trainer to compare with its own."""
         model = self.vllm_config.model_config
         config = model.hf_text_config
-        words = cached_tokenizer_from_config(model).get_vocab()
         return {
             "protocol": wire.PROTOCOL,
-            "vocabulary": hashlib.sha256(json.dumps(sorted(words.items())).encode()).hexdigest(),
+            "vocabulary": wire.vocabulary_hash(cached_tokenizer_from_config(model).get_vocab()),
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,

@@ -4,6 +4,8 @@ Both ends import this file: the trainer as a module of r1pipe, vLLM's workers as
 in. It needs torch alone. Rank 0 of the group is the trainer's rank 0, the workers follow.
 """
 
+import hashlib
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +55,11 @@ def connect(
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, None, is_master=False, timeout=timeout, wait_for_workers=False)
     return join(dist.PrefixStore(name, store), rank, size, own, device, timeout_s)
+
+
+def vocabulary_hash(words: Mapping[str, int]) -> str:
+    """Of a tokenizer's tokens and their ids, whatever else may differ."""
+    return hashlib.sha256(json.dumps(sorted(words.items())).encode()).hexdigest()
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

@@ -37,6 +37,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.launcher": "where the ranks are",
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.recompute": "what is kept in memory for the backward pass",
+    "sampler": "where the server is, and when to give up on it",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",
     "stage.rewards.remote": "where the servers are",

@@ -35,7 +35,8 @@ class EngineConfig(Strict):
     attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
-    sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
+    # what draws completions: this process; transformers: its generate, slowly; vllm: a server (`sampler`)
+    sampler: Literal["bundled", "transformers", "vllm"]
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included

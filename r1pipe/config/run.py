@@ -17,6 +17,7 @@ from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import HFConfig, hf_rules
 from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, TripwiresConfig, rl_rules, tripwire_rules
+from r1pipe.config.sampler import SamplerConfig, sampler_rules
 from r1pipe.config.stages import (
     DistillConfig,
     EvaluateConfig,
@@ -111,6 +112,7 @@ class RunConfig(Strict):
     data: DataConfig
     chat: ChatConfig
     engine: EngineConfig
+    sampler: SamplerConfig  # of engine.sampler=vllm
     stage: Annotated[StageConfig, PlainValidator(build_stage)]
     recipe: RecipeConfig
     tracking: TrackingConfig
@@ -128,6 +130,7 @@ def check(config: RunConfig) -> None:
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
+        sampler_rules(config.sampler, config.engine),
         optim_rules(config.stage.optim),
         length_rules(config),
         retention_rules(config.stage),

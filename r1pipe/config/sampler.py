@@ -1,10 +1,10 @@
 """vLLM as sampler: the server that draws completions, and what must be true of it."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from r1pipe.config.engine import EngineConfig
 from r1pipe.config.fields import AboveZero, NonNegative, Positive, Rules, Share, Strict
 
 ENVIRONMENT = ".venv-vllm"  # beside r1pipe in a checkout; `make vllm` makes it
@@ -35,21 +35,24 @@ def vllm_python(sampler: SamplerConfig) -> Path:
     return Path(__file__).parents[2] / ENVIRONMENT / "bin" / "python"
 
 
-def sampler_rules(sampler: SamplerConfig, used: bool) -> Rules:
-    """`used`: whether engine.sampler=vllm."""
+def sampler_rules(sampler: SamplerConfig, engine: EngineConfig) -> Rules:
+    """What only one of the two kinds of server takes, and whether there can be one."""
+    used = engine.sampler == "vllm"
     if sampler.url is not None:
         yield from _url_rules(sampler)
-    if not used:
-        if sampler.url is not None:
+        if not used:
             yield "sampler.url names a vLLM server; say engine.sampler=vllm to sample from it"
-    elif sampler.url is None and not vllm_python(sampler).is_file():
+    elif used and engine.hostfile is not None:
+        yield (
+            "engine.sampler=vllm on several machines (engine.hostfile) needs sampler.url=http://HOST:PORT of "
+            "a server that all of them reach"
+        )
+    elif used and not vllm_python(sampler).is_file():
         yield (
             f"engine.sampler=vllm needs vLLM in an environment of its own, but {vllm_python(sampler)} is "
             "missing; run `make vllm` in r1pipe's checkout, or give sampler.python=FILE of an environment "
             "with vLLM, or sampler.url=http://HOST:PORT of a server that runs already"
         )
-    elif sampler.url is None and sys.platform != "linux":
-        yield "engine.sampler=vllm starts a server on Linux alone; give sampler.url=http://HOST:PORT"
 
 
 def _url_rules(sampler: SamplerConfig) -> Rules:
@@ -63,10 +66,9 @@ def _url_rules(sampler: SamplerConfig) -> Rules:
         yield wrong
     elif parts.username or parts.password:
         yield "sampler.url holds a user or password; set R1PIPE_SAMPLER_TOKEN to the server's key instead"
-    elif "%" in (parts.hostname or ""):
-        yield wrong
     for key, given in {"python": sampler.python, "args": sampler.args, "gpus": sampler.gpus}.items():
         if given:
             yield (
-                f"sampler.{key} is for the server that r1pipe starts; drop it, or drop sampler.url={sampler.url}"
+                f"sampler.{key} is for the server that r1pipe starts; drop it, or drop "
+                f"sampler.url={sampler.url}"
             )

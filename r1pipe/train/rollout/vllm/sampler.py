@@ -1,8 +1,8 @@
 """The Sampler that is a vLLM server: weights are sent to it, completions asked of it, both checked.
 
 Each update gives the served weights a label: this job's name and the version. vLLM returns it with every
-token, so a completion from other weights than asked for (a server that was restarted, another job's update) is
-told, and drawn again after the right weights are back.
+token, so a completion from other weights than asked for (a server that was restarted, another job's update)
+is told, and drawn again after the right weights are back.
 
 All ranks call `update` and `generate` together: rank 0 updates the weights, each rank draws its own prompts.
 What fails on one rank is told to all at the end of either, and all go the same way.
@@ -145,8 +145,8 @@ class VLLMSampler:
             name, _, number = str(label).rpartition(":")
             if name != self.name:
                 raise Gone(
-                    f"{self.drawing.url} serves weights {label!r}, not this job's: it was restarted, or another "
-                    "job updates it"
+                    f"{self.drawing.url} serves weights {label!r}, not this job's: it was restarted, or "
+                    "another job updates it"
                 )
             if not oldest <= int(number) <= self.version:
                 raise Gone(f"{self.drawing.url} drew from version {number}, not {oldest} to {self.version}")

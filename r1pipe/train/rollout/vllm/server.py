@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from r1pipe.config.sampler import SamplerConfig, vllm_python
@@ -34,7 +34,6 @@ log = logging.getLogger("r1pipe")
 class Served:
     """What a server is to serve."""
 
-    folder: Path  # config.json, generation_config.json and tokenizer; weights are sent
     dtype: str  # float32 or bfloat16
     max_model_len: int  # tokens of a prompt with its completion
     max_num_seqs: int  # completions drawn at a time, of all ranks
@@ -48,22 +47,20 @@ class Server:
 
     config: SamplerConfig
     served: Served
+    folder: tempfile.TemporaryDirectory[str]  # config.json and tokenizer, this process's own; its socket, too
     log_file: Path
     process: subprocess.Popen[bytes] | None = None
-    _folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="r1pipe-")  # mode 0700
-    )
 
     @property
     def url(self) -> str:
-        return f"{UNIX}{self._folder.name}/vllm.sock"
+        return f"{UNIX}{self.folder.name}/vllm.sock"
 
     @property
     def colocated(self) -> bool:
         """Whether it shares the trainer's GPUs, and sleeps while the trainer works."""
         return self.served.on_gpu and self.config.gpus is None
 
-    def start(self, progress: Callable[[float, float], None]) -> None:
+    def start(self, progress: Callable[[int, int], None]) -> None:
         """Start it, or start it anew, and wait until it answers; `progress` gets seconds and the limit.
 
         Raises SamplerLost with vLLM's last words.
@@ -83,7 +80,7 @@ class Server:
             )
         self._wait(progress, offset)
 
-    def _wait(self, progress: Callable[[float, float], None], offset: int) -> None:
+    def _wait(self, progress: Callable[[int, int], None], offset: int) -> None:
         client, began = Client(self.url, PATIENCE_S), time.monotonic()
         while True:
             passed = time.monotonic() - began
@@ -98,7 +95,7 @@ class Server:
             with suppress(Gone):
                 client.get("/health")
                 break
-            progress(passed, self.config.start_s)
+            progress(int(passed), int(self.config.start_s))
             heartbeat.tick()
             time.sleep(POLL_S)
         log.info("vLLM serves after %.0f s", time.monotonic() - began)
@@ -120,12 +117,12 @@ class Server:
 
     def close(self) -> None:
         self.stop()
-        self._folder.cleanup()
+        self.folder.cleanup()
 
     def command(self) -> list[str]:
         served = self.served
         words = [str(vllm_python(self.config)), str(WORKER / "r1pipe_serve.py"), str(os.getpid())]
-        words += ["--uds", self.url.removeprefix(UNIX), "--model", str(served.folder)]
+        words += ["--uds", self.url.removeprefix(UNIX), "--model", self.folder.name]
         words += [
             *arguments(served.max_model_len, served.on_gpu),
             "--load-format",

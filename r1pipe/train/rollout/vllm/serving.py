@@ -26,7 +26,7 @@ MB = 1 << 20
 
 log = logging.getLogger("r1pipe")
 Problem = Exception | None
-Show = Callable[[float, float], None]
+Show = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class Serving:
                     raise Refused(_differs(self.url, key, facts.get(key), value))
             if facts.get("max_model_len", 0) < policy.longest:
                 raise Refused(
-                    f"the server at {self.url} takes {facts.get('max_model_len')} tokens, the trainer's model "
-                    f"{policy.longest}; start it with --max-model-len {policy.longest}"
+                    f"the server at {self.url} takes {facts.get('max_model_len')} tokens, the trainer's "
+                    f"model {policy.longest}; start it with --max-model-len {policy.longest}"
                 )
             both_gpus = facts.get("device") == self.ranks.device.type == "cuda"
             self.transfer.over_gpus = both_gpus and not (self.server and self.server.colocated)

@@ -71,7 +71,9 @@ class Transfer:
                     "that the trainer's has not; start the server with the trainer's own model"
                 )
         self.client.post("/finish_weight_update", {"weight_version": version})
-        self.client.post("/reset_prefix_cache", **({"reset_running_requests": "true"} if keep else {}))
+        reset = self.client.post("/reset_prefix_cache", reset_running_requests=str(keep).lower())
+        if not reset.get("success"):  # what it holds of the old weights would be read as the new ones'
+            raise Gone(f"{self.client.url} keeps its prefix cache, which the old weights made")
         self.client.post("/resume")
         if (served := self.client.version()) != version:
             raise Gone(f"{self.client.url} serves weights {served} after an update to {version}")

@@ -103,7 +103,7 @@ def _pack_again(model: torch.nn.Module) -> None:
     a load is the first.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 

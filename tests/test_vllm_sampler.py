@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fake_vllm import FakeVLLM, fake_vllm
-from jobs import engine_config, tiny, tiny_model
+from jobs import engine_config, on_two_ranks, tiny, tiny_model
 
 from r1pipe.chat.template import Chat
 from r1pipe.core.errors import ConfigError, NumericProblem, SamplerLost
@@ -50,12 +51,16 @@ def server() -> Iterator[FakeVLLM]:
         yield server
 
 
-def opened(server: FakeVLLM, keep: bool = False, **changed: Any) -> VLLMSampler:
-    values = {"url": server.url, "timeout_s": 5.0, "wait_s": 5.0, **changed}
+def opened(server: FakeVLLM, **given: Any) -> VLLMSampler:
+    return opened_at(server.url, **given)
+
+
+def opened_at(url: str, keep: bool = False, ranks: Ranks | None = None, **changed: Any) -> VLLMSampler:
+    values = {"url": url, "timeout_s": 5.0, "wait_s": 5.0, **changed}
     config, shape = replace(tiny("grpo").sampler, **values), tiny_model().config
     sizes = shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, shape.max_position_embeddings
     policy = serving.Policy(*sizes, wire.vocabulary_hash(WORDS), eos_ids=(3,))
-    return VLLMSampler(config, Ranks(engine_config()), policy, None, keep=keep)
+    return VLLMSampler(config, ranks or Ranks(engine_config()), policy, None, keep=keep)
 
 
 def other_model(seed: int = 1) -> Any:
@@ -359,6 +364,13 @@ def test_a_probability_that_is_none_ends_the_job(server: FakeVLLM) -> None:
     server.generate = nan  # type: ignore[method-assign]
     with pytest.raises(NumericProblem, match="not finite in the vLLM server"):
         drawn(sampler)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_the_same_way(tmp_path: Path) -> None:
+    for rank in on_two_ranks("two_ranks_vllm.py", tmp_path)["ranks"]:
+        assert rank["right"] and rank["versions"] == [5] and rank["none"]
+        assert rank["lost"].startswith("the sampler is lost:") and "answers 500" in rank["lost"]
 
 
 def encoded(array: np.ndarray) -> str:

@@ -4,6 +4,7 @@ Faults are made by its attributes, or by killing and restarting it.
 """
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,9 +47,11 @@ class FakeVLLM(ThreadingHTTPServer):
         self.version = FIRST
         self.seen: list[str] = []  # requests, in order
         self.asked: list[dict[str, Any]] = []  # bodies of /inference/v1/generate
-        self.fail: dict[str, int] = {}  # path -> status that it answers
+        self.fail: dict[str, int] = {}  # path -> how often it answers 500
+        self.on: dict[str, Callable[[], Any]] = {}  # path -> what happens before the next answer
         self.hang = threading.Event()  # set: no completion comes any more
-        self.after: dict[int, Any] = {}  # number of a completion -> what to do before it is drawn
+        self.after: dict[int, Callable[[], Any]] = {}  # number of a completion -> what happens before it
+        self.connections: set[Any] = set()
         self.drawn = 0
         self.loaded: set[str] = set()
         self.group: Any = None
@@ -61,8 +64,19 @@ class FakeVLLM(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def die(self) -> None:
+        """As a process that ends: whoever waits for an answer is told."""
         self.shutdown()
         self.server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients that hang up are no news."""
@@ -152,7 +166,12 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self, body: dict[str, Any]) -> None:
         path = urlsplit(self.path).path
         self.server.seen.append(self.path)
-        status = self.server.fail.get(path, 200)
+        if before := self.server.on.pop(path, None):
+            before()
+        status = 200
+        if self.server.fail.get(path, 0):
+            self.server.fail[path] -= 1
+            status = 500
         content: Any = {"error": {"message": "made on purpose"}}
         if status == 200 and path == "/metrics":
             content = f'vllm:generation_tokens_total{{engine="0"}} {self.server.drawn}.0\n'

@@ -47,7 +47,7 @@ class Bench:
         chat, shape = Chat.load(folder), self.model.config
         words = vocabulary_hash(chat.tokenizer.get_vocab(with_added_tokens=True))
         sizes = shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, shape.max_position_embeddings
-        temporary = tempfile.TemporaryDirectory(prefix="r1pipe-")
+        temporary = tempfile.TemporaryDirectory(prefix="r1pipe-vllm-")
         chat.save(folder, Path(temporary.name))
         write_json(Path(temporary.name) / "config.json", read_object(folder / "config.json"))
         config = replace(tiny("grpo").sampler, python=os.environ["R1PIPE_VLLM_PYTHON"], bucket_mb=1)
@@ -135,6 +135,7 @@ def test_other_weights_draw_what_the_sampler_in_this_process_draws(bench: Bench)
 def test_a_prefix_cache_that_is_not_reset_is_stale(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.theirs()  # fills the cache
     bench.move(2)
+    bench.sampler.serving.keep = True  # a pause that ends requests resets the cache, too
     client = bench.sampler.serving.client
     post = client.post
 
@@ -144,6 +145,7 @@ def test_a_prefix_cache_that_is_not_reset_is_stale(bench: Bench, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(client, "post", without_reset)
         bench.push()
+    bench.sampler.serving.keep = False
     stale = max(
         difference(*pair) if pair[0].tokens == pair[1].tokens else math.inf
         for pair in zip(bench.theirs(), bench.ours(), strict=True)

@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_vllm_sampler.py: a fake vLLM server, and weights under ZeRO-3.
+"""Run by the launcher on two ranks, from test_vllm_faults.py: a fake vLLM server, and weights under ZeRO-3.
 
 Rank 0 holds the server. The faults hit the prompts of one rank; both ranks must go the same way.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from fake_vllm import FakeVLLM
+from fake_vllm_samplers import PARAMS, PROMPTS, WORDS, in_process, opened_at, restart
 from jobs import OPTIM, ROUTER, engine_config, tiny_model
-from test_vllm_sampler import PARAMS, PROMPTS, WORDS, in_process, opened_at, restart
 
 from r1pipe.core.errors import SamplerLost
 from r1pipe.train.engine.engine import Engine
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     url = engine.all_gather_objects(server.url if server else "")[0]
     if server:
         restart(server)  # its own weights are not the trainer's
-    sampler = opened_at(url, ranks=engine, wait_s=3.0)
+    sampler = opened_at(url, ranks=engine, wait_s=60.0)
     sampler.update(engine, 5)
     if server:
         server.after = {9: lambda: restart(server)}  # of twelve
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         "lost": "",
     }
     if server:
-        server.fail = {"/inference/v1/generate": 500}
+        server.fail = {"/inference/v1/generate": 10**6}
     sampler.serving.config = replace(sampler.config, wait_s=0.1)
     try:  # rank 1 asks for nothing, and ends with rank 0
         sampler.generate([] if engine.rank else PROMPTS, PARAMS)

@@ -35,8 +35,7 @@ class EngineConfig(Strict):
     attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
-    # what draws completions: this process; transformers: its generate, slowly; vllm: a server (`sampler`)
-    sampler: Literal["bundled", "transformers", "vllm"]
+    sampler: Literal["bundled", "transformers", "vllm"]  # what draws; transformers: slowly; vllm: a server
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included

@@ -29,6 +29,10 @@ class Gone(Exception):
     """The server cannot be reached, does not answer in time, or failed."""
 
 
+class Failed(Gone):
+    """It answers, with an error of its own (5xx)."""
+
+
 class Refused(SamplerLost):
     """The server does not take a request, or is not what it should be; asking again is no use."""
 
@@ -57,7 +61,7 @@ class Client:
         """What each worker answers to a call of r1pipe's extension. Raises Refused where they have none."""
         try:
             found = self.post("/collective_rpc", {"method": method}).get("results")
-        except (Gone, Refused) as error:
+        except (Failed, Refused) as error:
             self.get("/health", PATIENCE_S)  # Gone if it is
             raise Refused(
                 f"the server at {self.url} does not know r1pipe's extension ({error}); start it as "
@@ -131,7 +135,7 @@ class Client:
                 self._under_way.discard(connection)
             connection.close()
         if status >= 500:
-            raise Gone(f"{where} answers {status}: {_said(content)}")
+            raise Failed(f"{where} answers {status}: {_said(content)}")
         if status >= 300:
             raise Refused(
                 f"{where} answers {status}: {_said(content)}; is it a vLLM server, started as docs/guide.md "

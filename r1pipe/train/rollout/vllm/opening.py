@@ -40,7 +40,7 @@ def open_vllm(
     )
     server = None
     if config.sampler.url is None and ranks.rank == 0:
-        folder = tempfile.TemporaryDirectory(prefix="r1pipe-")  # mode 0700
+        folder = tempfile.TemporaryDirectory(prefix="r1pipe-vllm-")  # mode 0700
         dtype = "float32" if config.engine.precision == "fp32" else "bfloat16"
         write_shape(shape, chat, source, Path(folder.name), dtype)
         served = Served(dtype, policy.longest, _sequences(config, ranks), ranks.device.type == "cuda")

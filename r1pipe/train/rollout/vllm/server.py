@@ -153,6 +153,7 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": str(self.config.cpu_cache_gb),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own choice leaves every second core idle
             "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the one that they wait for
             "VLLM_MLA_DISABLE": "1",  # its MLA kernels for CPUs take the latent of V3's own size alone
         }
 

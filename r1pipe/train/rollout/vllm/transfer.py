@@ -7,7 +7,7 @@ pause, start, a bucket at a time, finish with the new version, forget the prefix
 import secrets
 import socket
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -98,11 +98,17 @@ class Transfer:
         info = {"address": address, "port": self._store.port, "name": name, "size": size, "over": over.type}
         info |= {"timeout_s": self.timeout_s, "protocol": wire.PROTOCOL}
         told = self._ask("/init_weight_transfer_engine", {"init_info": info})
+        store = dist.PrefixStore(name, self._store)
+        joining = ThreadPoolExecutor(1, "join")  # this end waits for the others, who may have failed
+        group = joining.submit(wire.join, store, 0, size, address, over, self.timeout_s)
+        joining.shutdown(wait=False)
+        while not wait([told, group], TICK_S, return_when=FIRST_COMPLETED).done:
+            heartbeat.tick()
+        if told.done():
+            told.result()
         try:
-            store = dist.PrefixStore(name, self._store)
-            self._group = wire.join(store, 0, size, address, over, self.timeout_s)
+            self._group = _answer(group)
         except RuntimeError as error:
-            _answer(told)
             why = str(error).partition("\n")[0]
             raise Gone(f"{self.client.url}: no connection for weights ({why})") from None
         _answer(told)
@@ -114,8 +120,8 @@ class Transfer:
             return
 
 
-def _answer(told: "Future[dict[str, Any]]") -> dict[str, Any]:
-    """Wait for a request, whose own limit of time ends it; a wait is no reason to call this rank stuck."""
+def _answer(told: "Future[Any]") -> Any:
+    """Wait for what has a limit of time of its own; a wait is no reason to call this rank stuck."""
     while not wait([told], TICK_S).done:
         heartbeat.tick()
     heartbeat.tick()

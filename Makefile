@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce vllm test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +28,8 @@ install: $(INSTALLED) ## make .venv and install r1pipe from pins
 
 reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's last stage, and the table
 	@$(BIN)/r1pipe reproduce recipe=laptop $(ARGS)
+
+vllm: $(INSTALLED) $(INSTALLED_VLLM) ## make .venv-vllm: vLLM's CPU build, for engine.sampler=vllm
 
 test: $(INSTALLED_DEV) lint ## linters, type checker, import contracts and tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile $(ARGS)

@@ -27,6 +27,7 @@ from r1pipe.config.run import (
     read_config,
     to_mapping,
 )
+from r1pipe.config.sampler import SamplerConfig
 from r1pipe.config.stages import (
     CodeConfig,
     DistillConfig,

@@ -35,10 +35,8 @@ class EngineConfig(Strict):
     attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
-    sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
-    sampler_precision: Literal[
-        "same", "bf16", "fp8"
-    ]  # of the bundled sampler; other than same: it has a copy
+    sampler: Literal["bundled", "transformers", "vllm"]  # what draws; transformers: slowly; vllm: a server
+    sampler_precision: Literal["same", "bf16", "fp8"]  # of the bundled sampler; other than same: of a copy
     equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
@@ -69,7 +67,7 @@ def engine_rules(engine: EngineConfig) -> Rules:
         )
 
 
-def sampler_rules(engine: EngineConfig) -> Rules:
+def sampler_precision_rules(engine: EngineConfig) -> Rules:
     """What is said of the bundled sampler, whose kernels are the trainer's."""
     wishes = {"equal": engine.equal, "sampler_precision": engine.sampler_precision != "same"}
     for key, wished in wishes.items():

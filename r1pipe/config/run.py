@@ -11,12 +11,13 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
-from r1pipe.config.engine import EngineConfig, engine_rules, equal_rules, fp8_rules, sampler_rules
+from r1pipe.config.engine import EngineConfig, engine_rules, equal_rules, fp8_rules, sampler_precision_rules
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import HFConfig, hf_rules
 from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, TripwiresConfig, rl_rules, tripwire_rules
+from r1pipe.config.sampler import SamplerConfig, sampler_rules
 from r1pipe.config.stages import (
     DistillConfig,
     EvaluateConfig,
@@ -111,6 +112,7 @@ class RunConfig(Strict):
     data: DataConfig
     chat: ChatConfig
     engine: EngineConfig
+    sampler: SamplerConfig  # of engine.sampler=vllm
     stage: Annotated[StageConfig, PlainValidator(build_stage)]
     recipe: RecipeConfig
     tracking: TrackingConfig
@@ -128,7 +130,8 @@ def check(config: RunConfig) -> None:
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
-        sampler_rules(config.engine),
+        sampler_precision_rules(config.engine),
+        sampler_rules(config.sampler, config.engine),
         optim_rules(config.stage.optim),
         length_rules(config),
         retention_rules(config.stage),

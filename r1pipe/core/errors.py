@@ -27,6 +27,11 @@ class EnvironmentProblem(R1pipeError, RuntimeError):
     """The machine lacks something: compiler, package, disk space, server."""
 
 
+class SamplerLost(EnvironmentProblem):
+    """What draws completions is gone, or is not what it should be; raised in all ranks together, which can
+    then save what they have."""
+
+
 class NumericProblem(R1pipeError, ArithmeticError):
     """A loss, gradient or probability that is NaN or infinite; names the layer where it arose."""
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -93,7 +94,10 @@ class Run(Resumable[S]):
     def sampler(self) -> Sampler:
         """What the job draws completions with; needs the chat."""
         if self._sampler is None:
-            self._sampler = open_sampler(self.config.engine, self.chat)
+            source, log_folder = self._tokenizer_folder(), self.folder.log
+            ranks = Ranks(self.config.engine)
+            show = partial(self.progress, "starting vLLM", unit="s")
+            self._sampler = open_sampler(self.config, self.chat, ranks, source, log_folder, show)
         return self._sampler
 
     def close(self) -> None:
@@ -144,6 +148,8 @@ class Run(Resumable[S]):
             self._check_room(chat)
             log.info("system prompt: %s", chat.system)
         self.chat = chat
+        if self.config.sampler.url is not None:
+            _ = self.sampler  # a server of another model is refused before anything is loaded
         return chat
 
     def _check_room(self, chat: Chat) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from r1pipe.config import RLConfig
-from r1pipe.core.errors import EnvironmentProblem, Tripped
+from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
 from r1pipe.core.types import Group, Prompt
 from r1pipe.data.source import prompt_fits
 from r1pipe.model import Policy, load_pretrained, save_pretrained
@@ -108,6 +108,10 @@ class RLTrainer:
             groups = self.sample_groups(metrics)
         except stopping.Interrupted:
             self._abandon_step(before)
+            raise
+        except SamplerLost:  # in all ranks together; the same command takes the step again
+            self._abandon_step(before)
+            stopping.stop_if_requested(self.engine)
             raise
         if self.critic:
             with self.run.phase("value", metrics):

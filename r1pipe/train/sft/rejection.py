@@ -53,16 +53,19 @@ def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prom
     count = max(counts, default=per_rank * ranks.world_size)
     shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
     total = len(prompts) * stage.samples_per_prompt
+    missing = [n for n in range(ranks.rank, count, ranks.world_size) if not shards[n].exists()]
+    idle = ranks.agree_max(len(missing)) - len(missing)
     with stopping.leaving_early(ranks):
-        for number in range(ranks.rank, count, ranks.world_size):
+        for number in missing:
             before = total * (number - ranks.rank) // count
 
             def progress(done: int, _: int, before: int = before) -> None:
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
-            if not shards[number].exists():
-                rows = _draw(run, prompts[number::count], (number, count), progress)
-                _write_rows(shards[number], rows)
+            rows = _draw(run, prompts[number::count], (number, count), progress)
+            _write_rows(shards[number], rows)
+        for _ in range(idle):  # all ranks call the sampler equally often
+            run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
     return shards
 
 

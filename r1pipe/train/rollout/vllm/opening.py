@@ -1,0 +1,63 @@
+"""Opens the sampler of engine.sampler=vllm from a job's config."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copyfile
+
+import torch
+
+from r1pipe.chat.template import Chat
+from r1pipe.config import HFConfig, ModelConfig, RunConfig
+from r1pipe.model.names import CONFIG, published_config
+from r1pipe.runs.files import write_json
+from r1pipe.train.rollout.vllm.sampler import VLLMSampler
+from r1pipe.train.rollout.vllm.server import Served, Server
+from r1pipe.train.rollout.vllm.serving import Policy, Ranks
+from r1pipe.train.rollout.vllm.worker.r1pipe_wire import vocabulary_hash
+
+LOG = "vllm.txt"
+
+
+def open_vllm(
+    config: RunConfig,
+    chat: Chat,
+    ranks: Ranks,
+    source: Path,
+    log_folder: Path,
+    show: Callable[[int, int], None],
+) -> VLLMSampler:
+    """All ranks call. `source`: the folder with the tokenizer, and with config.json for a model of
+    transformers. Raises SamplerLost and Refused where the server of sampler.url cannot be used."""
+    shape = config.model
+    policy = Policy(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        longest=shape.max_position_embeddings,
+        vocabulary=vocabulary_hash(chat.tokenizer.get_vocab(with_added_tokens=True)),
+        eos_ids=chat.eos_ids,
+    )
+    server = None
+    if config.sampler.url is None and ranks.rank == 0:
+        folder = tempfile.TemporaryDirectory(prefix="r1pipe-vllm-")  # mode 0700
+        dtype = "float32" if config.engine.precision == "fp32" else "bfloat16"
+        write_shape(shape, chat, source, Path(folder.name), dtype)
+        served = Served(dtype, policy.longest, _sequences(config, ranks), ranks.device.type == "cuda")
+        server = Server(config.sampler, served, folder, log_folder / LOG)
+    return VLLMSampler(config.sampler, ranks, policy, server, show)
+
+
+def write_shape(shape: ModelConfig | HFConfig, chat: Chat, source: Path, folder: Path, dtype: str) -> None:
+    """What a server needs to know of a model besides its weights: config.json and the tokenizer."""
+    if isinstance(shape, HFConfig):
+        copyfile(source / CONFIG, folder / CONFIG)
+    else:
+        write_json(folder / CONFIG, published_config(shape, getattr(torch, dtype)))
+    chat.save(source, folder)
+
+
+def _sequences(config: RunConfig, ranks: Ranks) -> int:
+    """The most completions that all ranks ask for at a time."""
+    parts = (getattr(config.stage, name, None) for name in ("sampling", "eval"))
+    return ranks.world_size * max(part.max_num_seqs for part in parts if part is not None)

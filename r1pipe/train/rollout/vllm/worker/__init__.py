@@ -1,0 +1,1 @@
+"""Modules that vLLM's environment imports from this folder, by their own names; none may import r1pipe."""

@@ -35,6 +35,7 @@ class EngineConfig(Strict):
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
     sampler: Literal["bundled", "transformers"]  # what draws completions; transformers: its generate, slowly
+    async_steps: Count  # reinforcement: steps before its own at which a rollout batch is drawn; 0: none
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from r1pipe.core.types import Completion
 from r1pipe.train.rollout.batching import Batcher
@@ -13,6 +14,7 @@ from r1pipe.train.rollout.sampler import Ended, Progress, Stop, Weights, never
 class BundledSampler:
     """The Sampler that draws in this process, with the weights that are trained."""
 
+    remote: ClassVar[bool] = False
     eos_ids: tuple[int, ...]
     pad_id: int
     graphs: bool = False  # decode through CUDA graphs

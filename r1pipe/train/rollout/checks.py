@@ -47,7 +47,9 @@ def checked_stops(model: Policy, params: SamplingParams, eos_id: int | tuple[int
     return stops
 
 
-def check_drawn(model: Policy, prompt: list[int], tokens: list[int], logprobs: Sequence[float]) -> None:
+def check_drawn(
+    model: Policy, prompt: list[int], tokens: list[int], logprobs: Sequence[float] | np.ndarray
+) -> None:
     """Raises NumericProblem, which names the layer, where a drawn token has no probability."""
     if np.isfinite(logprobs).all():
         return

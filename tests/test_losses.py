@@ -24,8 +24,9 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import Completion, Group, Prompt, Score
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
+from r1pipe.train.rl.ahead import Batch, LoopState
 from r1pipe.train.rl.batch import rollouts_of
-from r1pipe.train.rl.loop import LoopState, RLTrainer
+from r1pipe.train.rl.loop import RLTrainer
 from r1pipe.train.rl.scoring import has_signal, redistribute_groups
 from r1pipe.train.rl.update import Reference, update
 
@@ -460,10 +461,15 @@ def test_ranks_draw_until_they_have_enough_together():
         all_gather_objects=lambda mine: [mine, []],
     )
     loop.run = SimpleNamespace(phase=lambda name, metrics: nullcontext())
-    loop.next_prompts = lambda metrics: [PROMPT] * 2
-    loop.rollout = lambda prompts, verdicts, batch: [
-        replace(group(*accuracies), prompt_tokens=[batch]) for accuracies in ((1.0, 0.0), (0.0, 0.0))
-    ]
+
+    def take(state: LoopState, number: int) -> Batch:
+        drawn = [group(*accuracies) for accuracies in ((1.0, 0.0), (0.0, 0.0))]
+        completions = [one for each in drawn for one in each.completions]
+        batch = Batch(0, number, 0, (0, 0), 0, [PROMPT] * 2, [[number]] * 2, completions=completions)
+        batch.groups = lambda: [replace(one, prompt_tokens=[number]) for one in drawn]
+        return batch
+
+    loop.rollouts = SimpleNamespace(take=take)
     loop.score = lambda groups, verdicts: None
     metrics: dict[str, float] = {}
     groups = loop.sample_groups(metrics)

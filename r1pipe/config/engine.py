@@ -38,6 +38,7 @@ class EngineConfig(Strict):
     sampler: Literal["bundled", "transformers", "vllm"]  # what draws; transformers: slowly; vllm: a server
     sampler_precision: Literal["same", "bf16", "fp8"]  # of the bundled sampler; other than same: of a copy
     equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
+    async_steps: Count  # reinforcement: steps before its own at which a rollout batch is drawn; 0: none
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included

@@ -78,7 +78,7 @@ class Score:
 class Group:
     """A prompt with its G completions and their rewards (GRPO's unit).
 
-    RLTrainer.rollout makes it with prompt, completions and prompt_tokens, and sample_groups sets place.
+    A rollout Batch makes it with prompt, completions and prompt_tokens, and sample_groups sets place.
     score_groups sets scores, rewards and advantages; in PPO, Critic.estimate adds the score `kl` and replaces
     the advantages. redistribute_groups sets trained.
     """

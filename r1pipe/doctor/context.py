@@ -16,13 +16,13 @@ from r1pipe.core.errors import DataError, EnvironmentProblem
 from r1pipe.core.types import Completion, Demonstration, Group, Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source
-from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.rl.ahead import LoopState
 from r1pipe.train.rl.batch import Rollout, rollouts_of
-from r1pipe.train.rl.loop import LoopState, RLTrainer
+from r1pipe.train.rl.loop import RLTrainer
 from r1pipe.train.rl.scoring import RewardModels
 from r1pipe.train.rl.stage import load_reward_models
 from r1pipe.train.rl.update import update
@@ -254,11 +254,11 @@ class Context:
         return self.draw()
 
     def draw(self) -> Probe:
-        self.loop.state = LoopState()  # the same prompts each time
-        prompts = self.loop.next_prompts({})
-        with Verdicts() as verdicts:
-            groups = self.loop.rollout(prompts, verdicts)
+        batch = self.loop.rollouts.take(LoopState())  # the same prompts each time
+        groups = batch.groups()
+        with batch.verdicts as verdicts:
             self.loop.score(groups, verdicts)
+        self.loop.rollouts.finished(1)
         shares = self.engine.all_gather_objects(groups)
         return Probe([group for share in shares for group in share], rollouts_of(groups))
 

@@ -65,6 +65,10 @@ class Verdicts:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As leaving the `with` block."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, prompt: Prompt, completion: Completion) -> Future[Score] | None:

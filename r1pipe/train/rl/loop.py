@@ -1,17 +1,17 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from r1pipe.config import RLConfig
-from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
-from r1pipe.core.types import Group, Prompt
-from r1pipe.data.source import prompt_fits
+from r1pipe.core.errors import EnvironmentProblem, Tripped
+from r1pipe.core.types import Group
 from r1pipe.model import Policy, load_pretrained, save_pretrained
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
@@ -19,10 +19,11 @@ from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
+from r1pipe.train.rl import in_flight
+from r1pipe.train.rl.ahead import LoopState, RolloutQueue, SamplerFailed, staleness
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.prompts import POOL, PromptStream, general_count
-from r1pipe.train.rl.routing import check_recorded, records, routing_agreement
+from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
     RewardModels,
@@ -33,22 +34,12 @@ from r1pipe.train.rl.scoring import (
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
 from r1pipe.train.rl.update import Reference, update
-from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
 Metrics = dict[str, float]
 CRITIC = "critic"  # folder of the value model's engine within a checkpoint's engine state
+TRIES = 3  # of a step whose completions could not be drawn
 ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
-
-
-@dataclass
-class LoopState:
-    """What the loop remembers between steps; random streams are functions of the seed and the step."""
-
-    step: int = 0  # finished steps
-    reasoning_cursor: int = 0
-    general_cursor: int = 0
-    reference_step: int = 0  # the step whose policy is the reference; 0: the initial policy
 
 
 class RLTrainer:
@@ -74,11 +65,8 @@ class RLTrainer:
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
-        self.reasoning = self._stream(run.data.prompts, "reasoning prompts")
-        self.general: PromptStream | None = None
-        if preference := run.stage.preference:
-            draw = partial(run.data.general_prompts, kinds=preference.general_kinds)
-            self.general = self._stream(draw, "general prompts")
+        self.failures = 0  # of the sampler, one after another
+        self.rollouts = RolloutQueue(run, engine)
 
     def train(self) -> Path:
         """Train from the newest checkpoint (or the start) to the last step; the last checkpoint's folder."""
@@ -87,6 +75,7 @@ class RLTrainer:
         self.saved, state = self.run.resume(self.engine, self.more_engines)
         if self.saved:
             self.state = LoopState(**state)
+            self.rollouts.resume(self.state, self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE)
             for metrics in self.run.logged():  # wires that tripped before do not trip again
                 self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
@@ -94,8 +83,9 @@ class RLTrainer:
                 saved = load_pretrained(engine_folder / "reference")
                 self.reference.model.load_state_dict(saved.state_dict())
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
-        while not last:
-            last = self.step()
+        with closing(self.rollouts):
+            while not last:
+                last = self.step()
         return self.run.folder.checkpoint(self.state.step)
 
     def step(self) -> bool:
@@ -109,10 +99,17 @@ class RLTrainer:
         except stopping.Interrupted:
             self._abandon_step(before)
             raise
-        except SamplerLost:  # in all ranks together; the same command takes the step again
+        except SamplerFailed as problem:
             self._abandon_step(before)
+            self.failures += 1
             stopping.stop_if_requested(self.engine)
-            raise
+            if not problem.again or self.failures == TRIES:
+                raise
+            self.run.warn(f"step {before.step + 1} is taken again: {problem}")
+            return False
+        self.failures = 0
+        if self.rollouts.ahead:
+            metrics |= staleness(self.engine, groups, before.step)
         if self.critic:
             with self.run.phase("value", metrics):
                 rollouts, value_metrics = self.critic.estimate(groups, self.reference)
@@ -138,30 +135,6 @@ class RLTrainer:
                 metrics |= self.critic.learn(rollouts)
         return self._end_step(rows, metrics, began)
 
-    def next_prompts(self, metrics: Metrics) -> list[Prompt]:
-        """This rank's share of a rollout batch's prompts; all ranks draw the same and advance the cursors."""
-        config, state = self.config, self.state
-        n = config.prompts_per_step
-        n_general = general_count(config, state.step)
-        before = state.reasoning_cursor + state.general_cursor
-        reasoning, state.reasoning_cursor = self.reasoning.take(state.reasoning_cursor, n - n_general)
-        general: list[Prompt] = []
-        if self.general:
-            general, state.general_cursor = self.general.take(state.general_cursor, n_general)
-        too_long = float(state.reasoning_cursor + state.general_cursor - before - n)
-        metrics["rollout/too_long"] = metrics.get("rollout/too_long", 0.0) + too_long
-        prompts = reasoning + general
-        if general:  # in random order, so that every rank and minibatch gets some of each
-            prompts = [prompts[i] for i in self.run.rng("order", state.step).permutation(n)]
-        return prompts[self.engine.rank :: self.engine.world_size]
-
-    def _stream(self, draw: Callable[[str, int, int], list[Prompt]], name: str) -> PromptStream:
-        config = self.config
-        size = min(config.max_steps * config.prompts_per_step, POOL)
-        context = self.engine.module.config.max_position_embeddings
-        fits = prompt_fits(self.run.chat, context, config.sampling.max_tokens)
-        return PromptStream(lambda pool: draw("train", size, self.run.seed(name, pool)), fits, name)
-
     # --- rollout and score
 
     def sample_groups(self, metrics: Metrics) -> list[Group]:
@@ -169,53 +142,24 @@ class RLTrainer:
         `max_sampling_batches`) as it takes to get a batch of groups with a signal."""
         groups: list[Group] = []
         config, ranks = self.config, self.engine
-        for batch in range(config.max_sampling_batches):
-            with Verdicts() as verdicts:
-                with self.run.phase("sampling", metrics), stopping.leaving_early(self.engine):
-                    sampled = self.rollout(self.next_prompts(metrics), verdicts, batch)
-                with self.run.phase("reward", metrics):
-                    self.score(sampled, verdicts)
-            for number, group in enumerate(sampled, len(groups)):
-                group.place = ranks.rank + number * ranks.world_size
+        for number in range(config.max_sampling_batches):
+            with self.run.phase("sampling", metrics):
+                batch = self.rollouts.take(self.state, number)
+            metrics["rollout/too_long"] = metrics.get("rollout/too_long", 0.0) + batch.too_long
+            sampled = batch.groups()
+            with batch.verdicts as verdicts, self.run.phase("reward", metrics):
+                self.score(sampled, verdicts)
+            for place, group in enumerate(sampled, len(groups)):
+                group.place = ranks.rank + place * ranks.world_size
             groups += sampled
             if config.max_sampling_batches == 1:
                 return groups
-            metrics["rollout/batches"] = batch + 1.0
+            metrics["rollout/batches"] = number + 1.0
             with_signal = sum(has_signal(group, self.weights) for group in groups)
             if ranks.sum_over_ranks([with_signal])[0] >= config.prompts_per_step:
                 break
         with self.run.phase("reward", metrics):
             return redistribute_groups(ranks, groups, self.weights, config.prompts_per_step)
-
-    def rollout(self, prompts: list[Prompt], verdicts: Verdicts, batch: int = 0) -> list[Group]:
-        """Sample G completions of each prompt; checking the answers starts as they finish."""
-        sampling, size = self.config.sampling, self.config.group_size
-        params = SamplingParams(
-            sampling.max_tokens,
-            sampling.temperature,
-            sampling.top_p,
-            size,
-            self.run.seed(f"sampling/{batch}", self.state.step),
-            first=self.engine.rank,
-            stride=self.engine.world_size,
-            max_num_seqs=sampling.max_num_seqs,
-            record_experts=records(self.config),
-        )
-        chat, ranks, sampler = self.run.chat, self.engine.world_size, self.run.sampler
-        tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
-
-        def progress(done: int, total: int) -> None:
-            self.run.progress("sampling", done * ranks, total * ranks, "completions")
-
-        sampler.update(self.engine, self.state.step)
-        ended = verdicts.on_completion(chat, prompts)
-        completions = sampler.generate(tokens, params, progress, ended, stop=stopping.requested)
-        if self.config.replay_routing:
-            check_recorded(completions)
-        return [
-            Group(prompt, completions[i * size : (i + 1) * size], prompt_tokens=tokens[i])
-            for i, prompt in enumerate(prompts)
-        ]
 
     def score(self, groups: list[Group], verdicts: Verdicts) -> None:
         """Set the groups' scores, rewards and group-relative advantages."""
@@ -234,6 +178,7 @@ class RLTrainer:
         """Replace the reference, evaluate, log and save when due; whether training ends."""
         config, state = self.config, self.state
         state.step += 1
+        self.rollouts.finished(state.step)
         if self.reference and config.reference_every and state.step % config.reference_every == 0:
             self.reference.replace_by(self.engine)
             state.reference_step = state.step
@@ -270,14 +215,18 @@ class RLTrainer:
     def _abandon_step(self, before: LoopState) -> None:
         """Return to the state before the step, saved if it was not yet; a resumed run repeats the step."""
         self.state = before
+        self.rollouts.abandon(before)
         if before.step > self.saved:
             self._save()
 
     def _save(self) -> None:
         self.saved = self.state.step
-        self.run.save_checkpoint(self.engine, self.saved, asdict(self.state), self._export, self.more_engines)
+        waiting, completions = self.rollouts.saved()
+        state, export = asdict(replace(self.state, waiting=waiting)), partial(self._export, completions)
+        self.run.save_checkpoint(self.engine, self.saved, state, export, self.more_engines)
 
-    def _export(self, policy: Policy, folder: Path) -> None:
+    def _export(self, completions: pa.Table, policy: Policy, folder: Path) -> None:
         save_pretrained(policy, folder)
+        in_flight.write(completions, folder / checkpoints.ENGINE)
         if self.reference and self.state.reference_step:
             save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -52,6 +53,7 @@ class Copy:
 class BundledSampler:
     """The Sampler that draws in this process, with the weights that are trained."""
 
+    remote: ClassVar[bool] = False
     eos_ids: tuple[int, ...]
     pad_id: int
     graphs: bool = False  # decode through CUDA graphs

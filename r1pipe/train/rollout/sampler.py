@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -49,6 +49,10 @@ class Whole:
 
 class Sampler(Protocol):
     """Draws completions from the weights of the last `update`; engine.sampler says which one."""
+
+    # Draws in another process: `generate` may run in threads, several at a time, while this process trains
+    # and calls `update`. What is under way then goes on with the new weights (Completion.versions).
+    remote: ClassVar[bool]
 
     def update(self, weights: Weights, version: int) -> None:
         """Draw from `weights` from now on; `version` is the step that made them. All ranks call."""

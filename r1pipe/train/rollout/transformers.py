@@ -7,7 +7,7 @@ same logits both samplers draw the same completions. Axes: S rows of a batch, U 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class TransformersSampler:
     A model of transformers draws where it is; of a bundled one `update` makes a copy in transformers' class.
     """
 
+    remote: ClassVar[bool] = False
     eos_ids: tuple[int, ...]
     pad_id: int
     weights: Weights | None = None  # after the first `update`

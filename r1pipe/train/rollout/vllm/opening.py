@@ -45,7 +45,8 @@ def open_vllm(
         write_shape(shape, chat, source, Path(folder.name), dtype)
         served = Served(dtype, policy.longest, _sequences(config, ranks), ranks.device.type == "cuda")
         server = Server(config.sampler, served, folder, log_folder / LOG)
-    return VLLMSampler(config.sampler, ranks, policy, server, show)
+    keep = config.engine.async_steps > 0
+    return VLLMSampler(config.sampler, ranks, policy, server, show, keep)
 
 
 def write_shape(shape: ModelConfig | HFConfig, chat: Chat, source: Path, folder: Path, dtype: str) -> None:

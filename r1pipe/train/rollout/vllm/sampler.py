@@ -11,7 +11,7 @@ What fails on one rank is told to all at the end of either, and all go the same 
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from r1pipe.config.sampler import SamplerConfig
 from r1pipe.core.errors import R1pipeError, SamplerLost
@@ -27,6 +27,8 @@ from r1pipe.train.rollout.vllm.serving import Policy, Problem, Ranks, Serving, S
 
 class VLLMSampler:
     """See the file's text."""
+
+    remote: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError
 from r1pipe.core.types import Prompt
 from r1pipe.launch.parents import resolve, with_parents
 from r1pipe.model import load_pretrained
+from r1pipe.model.hf.gguf import convert
 from r1pipe.runs.lineage import SearchPath
 from r1pipe.runs.lineage.published import adopt
 
@@ -57,7 +58,7 @@ def damaged(place: Path, tmp_path: Path, kind: str) -> Path:
     if kind == "no template":
         return write_gguf(place / "model", file, template=False)
     if kind == "no such architecture":
-        return write_gguf(place / "model", file, architecture="mamba")
+        return write_gguf(place / "model", file, architecture="plamo")
     contents = {
         "cut off in the header": whole[:3000],
         "cut off in the data": whole[: len(whole) // 2],
@@ -89,24 +90,25 @@ def test_a_damaged_file_is_refused_before_anything_starts(
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [
-        ("no template", "has no chat template"),
-        ("no such architecture", "mamba"),
-        ("cut off in the last tensor", "cannot read this GGUF file"),
-    ],
+    [("no template", "has no chat template"), ("no such architecture", "plamo")],
 )
-def test_what_transformers_cannot_use_is_one_line(
-    place: Path, tmp_path: Path, kind: str, told: str
-) -> None:
+def test_what_transformers_cannot_use_is_one_line(place: Path, tmp_path: Path, kind: str, told: str) -> None:
     file = damaged(place, tmp_path, kind)
     with pytest.raises(CheckpointError) as error:
-        adopt(file, tmp_path)
+        convert(file, tmp_path / "made")
     assert told in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
-    assert not list((tmp_path / "imported").iterdir()), "nothing unfinished is left"
+
+
+def test_a_failed_conversion_leaves_its_line_and_no_folder(place: Path, tmp_path: Path) -> None:
+    file = damaged(place, tmp_path, "cut off in the last tensor")
+    with pytest.raises(CheckpointError) as error:
+        adopt(file, tmp_path)
+    assert str(error.value).startswith(f"{file}: transformers cannot read") and "\n" not in str(error.value)
+    assert not list((tmp_path / "imported").iterdir())
 
 
 def test_a_folder_with_several_files_is_refused(place: Path, tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         shutil.copyfile(place / "packed" / "tiny.gguf", tmp_path / name)
-    with pytest.raises(R1pipeError, match="2 .gguf files"):
+    with pytest.raises(R1pipeError, match=r"2 \.gguf files"):
         compose(["stage=cold_start", "model=hf", f"model.path={tmp_path}"])

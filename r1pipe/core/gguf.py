@@ -1,7 +1,8 @@
 """The headers of GGUF files, read without torch, and the config.json that they stand for.
 
-The format is llama.cpp's: magic, version, counts; the metadata as key, type and value; for each tensor its name,
-shape, type and offset; then the data. Source: docs/gguf.md of github.com/ggml-org/ggml. Little-endian alone.
+The format is llama.cpp's: magic, version, counts; the metadata as key, type and value; for each tensor its
+name, shape, type and offset; then the data. Source: docs/gguf.md of github.com/ggml-org/ggml. Little-endian
+alone.
 """
 
 import math
@@ -17,8 +18,22 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST = 100_000_000  # bytes of a text, entries of a list: a damaged length would ask for all memory
 STRING, ARRAY = 8, 9
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # by type
-SHORT = 1024  # entries of a list that is kept whole; longer ones are the tokenizer's, of which the length counts
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # by type
+SHORT = (
+    1024  # entries of a list that is kept whole; longer ones are the tokenizer's, of which the length counts
+)
 
 
 @dataclass(frozen=True)

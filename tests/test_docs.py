@@ -56,7 +56,7 @@ def test_make_targets_exist(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("r1pipe ")])
 def test_r1pipe_commands_are_known_and_compose(command, tmp_path):
     name, *rest = words_of(command)
-    if "model=hf" in rest:  # whose folder is read
+    if any(word.startswith("model.path=") for word in rest):  # whose folder is read
         path = publish(tmp_path / "model")
         rest = [f"model.path={path}" if word.startswith("model.path=") else word for word in rest]
     if name not in WITHOUT_OVERRIDES:

@@ -40,6 +40,7 @@ class SourceConfig(Strict):
     split: str | None = None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
     layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
     answer_form: str | None = None  # the form of all gold answers, e.g. number; null: as each is written
+    prompts: bool = True  # false: its problems are not asked; their solutions are there to learn from
 
 
 @dataclass

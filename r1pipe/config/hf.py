@@ -8,6 +8,7 @@ from typing import Any, Literal
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.fields import Count, Positive, Rules, Strict
 from r1pipe.config.stages import EvaluateConfig, PretrainConfig, StageConfig
+from r1pipe.core import gguf
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.safetensors import weights_in
 
@@ -21,10 +22,10 @@ class HFConfig(Strict):
     """A dense or MoE model of transformers, as policy, reference, student and trunk of a value model."""
 
     name: Literal["hf"]
-    path: str  # folder in Hugging Face's format: safetensors, config.json, tokenizer and chat template
+    path: str  # folder in Hugging Face's format (safetensors, tokenizer, chat template), or a GGUF file
     attention: Literal["sdpa", "eager"]  # transformers' implementation
     max_position_embeddings: Positive  # longest sequence; null: that of the folder's config.json
-    model_type: str  # read from the folder's config.json, like all that follow
+    model_type: str  # read from config.json or the GGUF file's header, like all that follow
     vocab_size: Positive  # rows of the embedding
     hidden_size: Positive  # width of the residual stream
     intermediate_size: Positive  # width of the MLPs
@@ -40,23 +41,14 @@ def filled(model: dict[str, Any]) -> dict[str, Any]:
     Raises ConfigError, one line, where the folder cannot be a model.
     """
     if not model.get("path"):
-        raise ConfigError("model=hf needs model.path=DIR, a folder in Hugging Face's format")
+        raise ConfigError("model=hf needs model.path=DIR, a folder in Hugging Face's format, or a GGUF file")
     folder = Path(str(model["path"])).expanduser().resolve()
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"model.path={model['path']} has no config.json; give a model's folder") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if not isinstance(kind, str):
-        raise ConfigError(f"{path} has no model_type; give a folder that transformers can load")
-    if kind in DEEPSEEK:
-        raise ConfigError(
-            f"{path} is of model_type {kind}, which the bundled model computes: r1pipe import {folder}, then "
-            "parent=FOLDER and the model of its shape"
-        )
+    packed = gguf.find(folder)
+    path = packed or folder / "config.json"
+    if packed:
+        content, parameters = gguf.as_config(packed)
+    else:
+        content, parameters = _read(path, str(model["path"])), 0
     try:
         heads = content.get("num_key_value_heads") or content["num_attention_heads"]
         width = content.get("head_dim") or content["hidden_size"] // content["num_attention_heads"]
@@ -73,8 +65,28 @@ def filled(model: dict[str, Any]) -> dict[str, Any]:
             f"model.max_position_embeddings={most} or less"
         )
     experts = next((content[key] for key in EXPERTS if content.get(key)), 0)
-    more = {"model_type": kind, "num_experts": experts, "parameters": weights_in(folder)}
-    return {**model, "path": str(folder), "max_position_embeddings": longest, **facts, **more}
+    more = {"model_type": content["model_type"], "num_experts": experts}
+    more["parameters"] = parameters or weights_in(folder)
+    return {**model, "path": str(packed or folder), "max_position_embeddings": longest, **facts, **more}
+
+
+def _read(path: Path, named: str) -> dict[str, Any]:
+    """The content of a config.json. Raises ConfigError where it is not that of a model of transformers."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"model.path={named} has no config.json; give a model's folder") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path} has no model_type; give a folder that transformers can load")
+    if kind in DEEPSEEK:
+        raise ConfigError(
+            f"{path} is of model_type {kind}, which the bundled model computes: r1pipe import {path.parent}, "
+            "then parent=FOLDER and the model of its shape"
+        )
+    return content
 
 
 def longest_exact(content: dict[str, Any]) -> tuple[int, str]:

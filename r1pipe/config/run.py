@@ -44,6 +44,7 @@ STAGE_TYPES: dict[str, type[StageConfig]] = {
     "grpo": RLConfig,
     "zero": RLConfig,
     "rejection_sft": RejectionConfig,
+    "expert_iteration": RejectionConfig,
     "reward_model": RewardModelConfig,
     "all_scenario": RLConfig,
     "distill": DistillConfig,

@@ -111,7 +111,7 @@ class SFTConfig(FineTuneConfig):
     """Supervised fine-tuning on responses only (cold start, and the control)."""
 
     demonstrations: Positive  # worked solutions to train on
-    styles: dict[str, NonNegative]  # world: share of each solution strategy; empty: the corpus's own mix
+    styles: dict[str, NonNegative]  # share of each strategy (world) or task (files); empty: as in the data
     correct_only: bool  # drop traces whose answer is wrong
 
 

@@ -166,7 +166,8 @@ class Files(Source):
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Up to n distinct problems. Raises DataError where the train split has none."""
-        items = _sample(_distinct(self._split("reasoning", split)), n, seed, f"prompts/{split}")
+        asked = [item for item in self._split("reasoning", split) if item.asked]
+        items = _sample(_distinct(asked), n, seed, f"prompts/{split}")
         if split == "train" and n and not items:
             raise DataError(f"data={self.config.name} has no problems to train on; try data=gsm8k")
         return [item.prompt for item in items]
@@ -180,12 +181,17 @@ class Files(Source):
     def demonstrations(
         self, n: int, seed: int, styles: dict[str, float], correct_only: bool
     ) -> list[Demonstration]:
-        """Up to n worked solutions; all count as correct, and none has a known strategy."""
+        """Up to n worked solutions; all count as correct, and `styles` are the shares of tasks. Raises
+        DataError where a task has none."""
         solved = [item for item in self._split("reasoning", "train") if item.texts.get("solution")]
         if n and not solved:
             raise DataError(f"data={self.config.name} has no worked solutions; try data=gsm8k")
+        tasks = sorted({item.prompt.task for item in solved})
+        for task in styles:
+            if task not in tasks:
+                raise DataError(f"stage.styles.{task} has no worked solutions here; {nearest(task, tasks)}")
         demonstrations = []
-        for item in _sample(solved, n, seed, "traces"):
+        for item in _sample_by_task(solved, n, seed, styles, "traces"):
             summary = summary_of_answer(item.prompt)
             response = compose_response(item.texts["solution"], summary)
             demonstrations.append(Demonstration(item.prompt, response, source=item.source))

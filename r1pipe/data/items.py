@@ -43,6 +43,7 @@ class Item:
     texts: dict[str, str]
     split: str
     source: str  # provenance: file and row
+    asked: bool = True  # whether it is a prompt, too, and no solution alone
 
 
 @dataclass
@@ -92,7 +93,7 @@ def parse_item(
     split = named or split_of(key(prompt))
     if named is None and split in declared:
         split = "train"  # a file that declares this split provides all of it
-    return Item(prompt, texts, split, f"{row.path.name}:{row.number}")
+    return Item(prompt, texts, split, f"{row.path.name}:{row.number}", source.prompts)
 
 
 def _texts(kind: str, row: Row, source: SourceConfig) -> Parts:

@@ -30,9 +30,9 @@ def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
     for path in (search.root / name, Path(name)):
         if lookup.is_run(path):
             return lookup.checkpoint_of_run(RunFolder(path.resolve()))
+        if path.exists() and is_published(path):
+            return adopt(path, search.root)
         if path.is_dir():
-            if is_published(path):
-                return adopt(path, search.root)
             shape = path / "config.json"
             if shape.is_file() and not (path / checkpoints.MANIFEST).exists():
                 model_type = read_object(shape).get("model_type")

@@ -17,7 +17,8 @@ KINDS = ("reasoning", "general", "preferences", "labels")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
 WHOLE_FOLDER = "."  # the path of a source that is all of `data.path`
-NEW_KEYS = ("layout", "answer_form")  # hashed only where they are set: older hashes stay valid
+# Hashed only where they have another value than this: older hashes stay valid.
+NEW_KEYS: dict[str, Any] = {"layout": None, "answer_form": None, "prompts": True}
 CHUNK = 1 << 20  # bytes
 # What lies beside the shards: of save_to_disk and of the hub's older folders.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -98,7 +99,7 @@ def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _without_unset(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in NEW_KEYS or value is not None}
+    return {key: value for key, value in source.items() if key not in NEW_KEYS or value != NEW_KEYS[key]}
 
 
 def _revision(name: str) -> Path:

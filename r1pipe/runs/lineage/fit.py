@@ -13,6 +13,7 @@ from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
 from r1pipe.config.hf import DEEPSEEK
 from r1pipe.config.hf import NAME as HF
+from r1pipe.core import gguf
 from r1pipe.core.chat_template import sha256, split_system, with_system
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
@@ -29,7 +30,9 @@ def check_parent_fits(parent: ParentRef, model: ModelConfig | HFConfig) -> None:
     """Raises CheckpointError if the checkpoint's config.json has another shape than `model`."""
     published = read_object(Path(parent.checkpoint) / "config.json")
     if isinstance(model, HFConfig):
-        for key in OF_HF:
+        for key in (
+            OF_HF[1:] if Path(model.path).suffix == gguf.SUFFIX else OF_HF
+        ):  # llama.cpp has other names
             if published.get(key) != getattr(model, key):
                 raise CheckpointError(
                     f"{parent.checkpoint} has {key}={published.get(key)}, but model.path={model.path} has "

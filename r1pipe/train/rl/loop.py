@@ -12,7 +12,7 @@ from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group, Prompt
 from r1pipe.data.source import prompt_fits
-from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model import Policy, save_pretrained
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
@@ -91,8 +91,7 @@ class RLTrainer:
                 self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
                 engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
-                saved = load_pretrained(engine_folder / "reference")
-                self.reference.model.load_state_dict(saved.state_dict())
+                self.reference.load(engine_folder / "reference")
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
         while not last:
             last = self.step()
@@ -276,4 +275,4 @@ class RLTrainer:
     def _export(self, policy: Policy, folder: Path) -> None:
         save_pretrained(policy, folder)
         if self.reference and self.state.reference_step:
-            save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")
+            self.reference.save(folder / checkpoints.ENGINE / "reference")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_models import write_model
 from jobs import OPTIM, engine_config
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from r1pipe.config import LoRAConfig
@@ -22,7 +23,8 @@ from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.critic import ValueModel
 from r1pipe.train.rl.update import Reference, completion_logprobs
-from r1pipe.train.rollout import Sampler, SamplingParams
+from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.batching import Batcher
 
 PROMPTS = [[5, 9, 300], [7, 7, 8, 9, 12, 400, 21], [3]]
 CPU = torch.device("cpu")
@@ -88,8 +90,9 @@ def test_what_is_saved_is_read_by_transformers_and_peft(
         assert torch.allclose(own, other, atol=1e-6)
     again = load_pretrained(tmp_path)
     assert isinstance(again, HFModel) and again.adapter is None
-    held, read = named_weights(model), named_weights(again)
-    assert held.keys() == read.keys() and all(torch.equal(held[key], read[key]) for key in held)
+    held, read = named_weights(model), load_file(tmp_path / "model.safetensors")
+    assert held.keys() - read.keys() == ({"lm_head.weight"} if name == "qwen2" else set()), "a tied head"
+    assert all(torch.equal(held[key], tensor) for key, tensor in read.items())
     assert sorted(read_object(tmp_path / lora.FOLDER / lora.SETTINGS)["target_modules"])[0].endswith("_proj")
 
 
@@ -107,7 +110,7 @@ def test_only_the_targets_get_adapters(folders: dict[str, Path]) -> None:
 
 def rollouts_from(model: HFModel) -> list[Rollout]:
     params = SamplingParams(max_tokens=9, n=4, seed=3)
-    drawn = Sampler(model, (11, 600, 601), 0, max_num_seqs=5).generate(PROMPTS, params, limits=[9, 5, 9])
+    drawn = Batcher(model, (11, 600, 601), 0, max_num_seqs=5).generate(PROMPTS, params, limits=[9, 5, 9])
     return [Rollout(PROMPTS[i // 4], completion, 1.0, True) for i, completion in enumerate(drawn)]
 
 

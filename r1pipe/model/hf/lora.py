@@ -155,9 +155,8 @@ def save(model: HFModel, folder: Path) -> None:
 def write(settings: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write adapters in PEFT's layout; `settings` is a LoraConfig, `tensors` are named as by `weights`."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = settings.to_dict() | {"inference_mode": True}
-    content["target_modules"] = sorted(content["target_modules"])  # a set
-    write_json(folder / SETTINGS, content, indent=2)
+    content = {key: sorted(v) if isinstance(v, set) else v for key, v in settings.to_dict().items()}
+    write_json(folder / SETTINGS, content | {"inference_mode": True}, indent=2)
     permissions = (folder / SETTINGS).stat().st_mode  # by the umask; safetensors leaves mode 0600
     on_disk = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(on_disk, folder / WEIGHTS, metadata={"format": "pt"})

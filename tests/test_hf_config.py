@@ -43,9 +43,8 @@ def publish(folder: Path, **changes: object) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
-    save_file(
-        {"a": np.zeros((64, 16), np.float32), "b": np.zeros(16, np.float32)}, folder / "model.safetensors"
-    )
+    shapes = {"model.layers.0.mlp.up_proj.weight": (64, 16), "model.norm.weight": (16,)}
+    save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, folder / "model.safetensors")
     return folder
 
 

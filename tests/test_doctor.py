@@ -239,11 +239,13 @@ def chat_with(template: str = "", special: tuple[str, ...] = ()) -> Chat:
     return Chat(Tokenizer.from_str(json.dumps(content)), template or own)
 
 
-def test_think_tags_that_decoding_drops_cost_the_format_reward(context: Make) -> None:
+def test_think_tags_that_are_special_tokens_are_rewarded_all_the_same(context: Make) -> None:
     examined = context(*GRPO)
-    examined.chat = chat_with(special=(THINK, END_THINK))
-    lost = found(examined, "rewards")
-    assert lost.status == FAIL and "format gives 0.00" in lost.remedy
+    examined.chat, plain = chat_with(special=(THINK, END_THINK)), examined.chat
+    assert found(examined, "rewards").status == PASS
+    text = "<think>\n两 + 2 = 4\n</think>\n\n4"
+    tokens = [plain.eos_id, *plain.encode(text), plain.eos_id]
+    assert examined.chat.decode(tokens) == plain.decode(tokens) == text
 
 
 def test_a_reward_that_pays_for_anything(context: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +318,9 @@ def test_a_template_that_opens_think_itself(context: Make) -> None:
     assert dropped.status == WARN and "drops the thought" in dropped.remedy
 
 
+CLOSED = "{% if enable_thinking is not defined %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "status", "told"),
     [
@@ -324,6 +329,7 @@ def test_a_template_that_opens_think_itself(context: Make) -> None:
         ("<｜User｜>{{ text(m) }}", "<｜User｜>", FAIL, "leaves out what users or assistants say"),
         ("text(m) if loop.last else ", "", FAIL, "is not what it follows"),
         ("<｜Assistant｜>{% endif %}", "<｜Assistant｜>So: {% endif %}", FAIL, "is not what it follows"),
+        ("<｜Assistant｜>{% endif %}", f"<｜Assistant｜>{CLOSED}", FAIL, "template opens and closes <think>"),
         ("{{ eos_token }}", "", FAIL, "does not end an answer with"),
         ("else text(m).split('</think>')[-1].strip()", "else text(m)", PASS, "earlier reasoning kept"),
     ],

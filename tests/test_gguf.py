@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_gguf_file_is_the_model_that_it_was_written_from(place: Path) -> None:
-    words = ["stage=cold_start", "recipe=smoke", "model=hf", f"root={place / 'runs'}"]
+    words = ["stage=cold_start", "recipe=smoke", "model=hf", "model.lora.rank=4", f"root={place / 'runs'}"]
     config = compose([*words, f"model.path={place / 'packed'}"]).config
     plain = compose([*words, f"model.path={place / 'model'}"]).config
     assert isinstance(config.model, HFConfig) and isinstance(plain.model, HFConfig)

@@ -155,6 +155,8 @@ def test_recomputation_changes_neither_probabilities_nor_gradients(model: HFMode
         logprobs = completion_logprobs(model, micro, 0.7)
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         found.append((logprobs.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        with torch.no_grad():  # as for stage.importance_cap
+            assert torch.allclose(completion_logprobs(model, micro, 0.7), logprobs, atol=1e-5)
     (plain, gradients), (recomputed, others) = found
     assert torch.allclose(plain, recomputed, atol=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in gradients)

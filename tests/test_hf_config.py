@@ -43,9 +43,8 @@ def publish(folder: Path, **changes: object) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "tokenizer_config.json").write_text(json.dumps(SETTINGS))
-    save_file(
-        {"a": np.zeros((64, 16), np.float32), "b": np.zeros(16, np.float32)}, folder / "model.safetensors"
-    )
+    shapes = {"model.layers.0.mlp.up_proj.weight": (64, 16), "model.norm.weight": (16,)}
+    save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -190,3 +189,73 @@ def test_another_model_is_no_parent(house: House, folder: Path, tmp_path: Path) 
     bundled = compose(["stage=cold_start", f"root={house.root}", f"parent={other}"]).config
     with pytest.raises(CheckpointError, match=r"give model=hf model\.path="):
         with_parents(bundled)
+
+
+# --- adapters
+
+
+def layered(folder: Path, **changes: object) -> Path:
+    """A folder whose tensors are named as those of a decoder with experts."""
+    publish(folder, **changes)
+    shapes = {
+        "model.embed_tokens.weight": (64, 16),
+        "model.layers.0.self_attn.q_proj.weight": (16, 16),
+        "model.layers.0.self_attn.q_proj.bias": (16,),
+        "model.layers.0.mlp.gate.weight": (4, 16),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (8, 16),
+        "model.layers.1.mlp.down_proj.weight": (16, 24),
+        "lm_head.weight": (64, 16),
+    }
+    save_file({name: np.zeros(s, np.float32) for name, s in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "weights"),
+    [
+        ("model.lora.rank=4", 4 * (16 + 16 + 16 + 24)),
+        ("model.lora.rank=4 model.lora.targets=[q_proj]", 4 * 32),
+        ("model.lora.rank=0", 0),
+        ("", 0),
+    ],
+)
+def test_adapters_are_counted_and_need_little_memory(tmp_path: Path, words: str, weights: int) -> None:
+    folder, more = layered(tmp_path / "layered"), words.split()
+    config = composed(folder, *more, "engine.zero_level=0", "stage.optim.lr=1e-3", stage="grpo")
+    assert isinstance(config.model, HFConfig) and footprint.adapters(config.model) == weights
+    assert load(to_mapping(config)) == config
+    total = config.model.parameters + weights
+    trained = weights or total
+    assert footprint.engines(config) == [(total, trained)]
+    copied = 0 if weights else total  # the reference
+    assert footprint.states(config) == 4 * (total + copied) + (8 + 4) * trained
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("model.lora.rank=4 model.lora.targets=[q_prog]", "did you mean q_proj?"),
+        ("model.lora.rank=4 model.lora.targets=[lm_head]", "lm_head is no linear layer of"),
+        ("model.lora.rank=4 model.lora.targets=[up_proj]", "up_proj is a layer of experts"),
+        ("model.lora.rank=4 model.lora.targets=[]", "leaves nothing to train"),
+        ("model.lora.rank=-1", "model.lora.rank=-1 must be 0 or more"),
+        ("model.lora.rank=4 model.lora.alpha=0", "model.lora.alpha=0 must be above 0"),
+        ("model.lora.alpha=4", "model.lora.alpha=4.0 needs model.lora.rank=NUMBER"),
+        ("model.lora.targets=[q_proj]", "needs model.lora.rank=NUMBER"),
+        (
+            "model.lora.rank=4 model.lora.targets=q_proj",
+            "model.lora.targets=q_proj is text, but must be a list",
+        ),
+        ("model.lora.rnk=4", "model.lora.rnk is no key of the config; did you mean model.lora.rank?"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_in_one_line(tmp_path: Path, words: str, told: str) -> None:
+    folder = layered(tmp_path / "layered")
+    with pytest.raises(ConfigError) as caught:
+        composed(folder, *words.split())
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_adapters_need_a_model_of_transformers() -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank needs model=hf"):
+        compose(["stage=grpo", "model=laptop", "model.lora.rank=16"])

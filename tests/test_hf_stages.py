@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from r1pipe.chat.template import Chat
 from r1pipe.config.compose import compose
+from r1pipe.config.script_options import ExportOptions
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.launch.parents import with_parents
 from r1pipe.runs import results
@@ -112,3 +113,36 @@ def test_every_stage_of_the_smoke_recipe(tmp_path: Path) -> None:
     stages = {run.stage for run in results.finished_runs(tmp_path / "runs")}
     recipe = compose(["recipe=smoke"]).config.recipe
     assert stages == {*recipe.stages, *recipe.controls} - {"pretrain"}
+
+
+ADAPTERS = ["model.lora.rank=4", "model.lora.targets=[q_proj,v_proj,down_proj]", "stage.optim.lr=0.02"]
+
+
+def test_adapters_go_through_the_stages_and_leave_whole_weights(place: Path, tmp_path: Path) -> None:
+    cold = run_stage(place, "lora-cold", "cold_start", "sft.py", "engine.zero_level=3", *ADAPTERS)
+    more = ["stage.eval.every=0", "stage.reference_every=1", "stage.minibatches=1", *ADAPTERS]
+    run = run_stage(place, "lora-rl", "grpo", "grpo.py", f"parent={cold.path}", *more)
+    before, between, after = (
+        load_file(folder / "model.safetensors")
+        for folder in (place / "model", cold.checkpoint(2), run.checkpoint(2))
+    )
+    assert before.keys() == between.keys() == after.keys(), "merged"
+    for name in before:
+        is_target = name.endswith(("q_proj.weight", "v_proj.weight", "down_proj.weight"))
+        assert torch.equal(before[name], between[name]) == (not is_target), name
+        assert torch.equal(between[name], after[name]) == (not is_target), name
+    steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps] == [True, True]
+    assert [step["kl"] < 1e-4 for step in steps] == [True, True], "the reference follows after each step"
+    assert same_weights(run, resumed(run, "grpo.py"))
+    options = ExportOptions(run.checkpoint(2), tmp_path / "out", None, 5.0)
+    runpy.run_path(str(stages_dir() / "export.py"))["main"](options)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_the_reference_of_adapters_is_their_base(place: Path) -> None:
+    """A copy of the model as reference, and the model without its adapters, give the same KL."""
+    more = ["stage.eval.every=0", "stage.reference_every=0", "stage.minibatches=1", *ADAPTERS]
+    run = run_stage(place, "lora-kl", "grpo", "grpo.py", f"parent={place / 'cold'}", *more)
+    steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert steps[0]["kl"] < 1e-6 < steps[1]["kl"]

@@ -99,6 +99,13 @@ class Chat:
         self.bos_id, self.eos_id, self.pad_id = self.special.bos_id, self.special.eos_id, self.special.pad_id
         self.eos_ids = self.special.eos_ids
         self.opened = self._opened()
+        added = tokenizer.get_added_tokens_decoder().items()
+        # think tags that decoding would drop with all other special tokens
+        self._tags = {
+            number: token.content
+            for number, token in added
+            if token.special and token.content in PLAIN_TOKENS
+        }
 
     @classmethod
     def load(cls, folder: Path | str, system: str | None = None) -> "Chat":
@@ -231,8 +238,16 @@ class Chat:
         return Example(context + answer, [False] * len(context) + [True] * len(answer))
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of sampled tokens, without special tokens; the think tags stay."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """Text of sampled tokens, without special tokens; the think tags stay, special or not."""
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token in self._tags:
+                parts += [[token], []]
+            else:
+                parts[-1].append(token)
+        texts = [self.tokenizer.decode(part, skip_special_tokens=True) for part in parts[::2]]
+        tags = [self._tags[token] for [token] in parts[1::2]]
+        return "".join(text + tag for text, tag in zip(texts, [*tags, ""], strict=True))
 
     def response(self, tokens: list[int]) -> str:
         """Text of a sampled completion, with the `<think>` that the template has opened before it."""

@@ -7,6 +7,7 @@ from r1pipe.config.changes import config_hash
 from r1pipe.config.data import DataConfig, SourceConfig
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.hf import HFConfig
+from r1pipe.config.lora import LoRAConfig
 from r1pipe.config.model import ModelConfig, RopeScaling
 from r1pipe.config.rl import (
     PluginLimits,

@@ -42,6 +42,7 @@ FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
 PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
+LORA = "model.lora"  # with model=hf only
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
@@ -231,6 +232,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         beside = [name for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
             return f"{key} needs stage.algorithm=ppo"
+        if LORA in upwards(key) and LORA not in known:
+            return f"{key} needs model=hf: adapters are for models of transformers"
         return unknown_key(key, key, same_name or beside or [above])
     return first_line(error)
 

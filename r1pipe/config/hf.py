@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.fields import Count, Positive, Rules, Strict
+from r1pipe.config.lora import LoRAConfig, filled_lora, lora_rules
 from r1pipe.config.stages import EvaluateConfig, PretrainConfig, StageConfig
 from r1pipe.core import gguf
 from r1pipe.core.errors import ConfigError
-from r1pipe.core.safetensors import weights_in
+from r1pipe.core.safetensors import shapes_in
 
 NAME = "hf"  # of conf/model/hf.yaml
 DEEPSEEK = ("deepseek_v3", "deepseek_v2")  # model types that the bundled model computes
@@ -25,6 +27,7 @@ class HFConfig(Strict):
     path: str  # folder in Hugging Face's format (safetensors, tokenizer, chat template), or a GGUF file
     attention: Literal["sdpa", "eager"]  # transformers' implementation
     max_position_embeddings: Positive  # longest sequence; null: that of the folder's config.json
+    lora: LoRAConfig
     model_type: str  # read from config.json or the GGUF file's header, like all that follow
     vocab_size: Positive  # rows of the embedding
     hidden_size: Positive  # width of the residual stream
@@ -65,8 +68,10 @@ def filled(model: dict[str, Any]) -> dict[str, Any]:
             f"model.max_position_embeddings={most} or less"
         )
     experts = next((content[key] for key in EXPERTS if content.get(key)), 0)
+    shapes = gguf.layer_shapes(packed) if packed else shapes_in(folder)
     more = {"model_type": content["model_type"], "num_experts": experts}
-    more["parameters"] = parameters or weights_in(folder)
+    more["parameters"] = parameters or sum(map(prod, shapes.values()))
+    more["lora"] = filled_lora(model.get("lora"), shapes, str(path))
     return {**model, "path": str(packed or folder), "max_position_embeddings": longest, **facts, **more}
 
 
@@ -107,7 +112,8 @@ def longest_exact(content: dict[str, Any]) -> tuple[int, str]:
 
 
 def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules:
-    """What only the bundled model can do."""
+    """What only the bundled model can do; and the adapters' own rules."""
+    yield from lora_rules(model.lora)
     if isinstance(stage, PretrainConfig):
         yield "model=hf starts from its own weights; stage=pretrain is for the bundled model (model=laptop)"
     if engine.precision == "fp8":

@@ -34,6 +34,15 @@ NUMBERS = {
 SHORT = (
     1024  # entries of a list that is kept whole; longer ones are the tokenizer's, of which the length counts
 )
+LAYERS = {  # llama.cpp's names of a decoder layer's matrices -> transformers' in Llama, Qwen and their kin
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,16 @@ def as_config(path: Path) -> tuple[dict[str, Any], int]:
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path} has no {error} of a decoder; give a causal language model") from None
     return content, sum(math.prod(shape) for shape in header.shapes.values())
+
+
+def layer_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the decoder layers' matrices by transformers' names, as far as LAYERS knows them."""
+    named = ((name.split("."), shape) for name, shape in read_header(path).shapes.items())
+    return {
+        f"model.layers.{parts[1]}.{LAYERS[parts[2]]}.weight": shape
+        for parts, shape in named
+        if len(parts) == 4 and parts[0] == "blk" and parts[3] == "weight" and parts[2] in LAYERS
+    }
 
 
 def _tensors(file: BinaryIO, count: int) -> tuple[dict[str, tuple[int, ...]], int]:

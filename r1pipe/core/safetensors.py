@@ -11,6 +11,11 @@ LONGEST = 100_000_000  # bytes of a header, as the safetensors library has it
 
 def weights_in(folder: Path) -> int:
     """How many numbers a folder's safetensors files hold. Raises ConfigError where there are none."""
+    return sum(map(math.prod, shapes_in(folder).values()))
+
+
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a folder's safetensors files hold. Raises ConfigError where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         found = sorted({path.suffix for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pth")})
@@ -18,7 +23,7 @@ def weights_in(folder: Path) -> int:
         raise ConfigError(
             f"{folder} has no *.safetensors{with_others}; write the model with transformers' save_pretrained"
         )
-    total = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
             with path.open("rb") as file:
@@ -27,7 +32,7 @@ def weights_in(folder: Path) -> int:
                     raise ValueError("its header is too long")
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            total += sum(math.prod(entry["shape"]) for entry in header.values())
+            shapes |= {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no safetensors file ({error}); copy it again") from None
-    return total
+    return shapes

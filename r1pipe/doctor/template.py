@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from r1pipe.chat.template import SHOWN, THINK, compose_response
-from r1pipe.chat.tokens import SPECIAL_TOKENS
+from r1pipe.chat.tokens import END_THINK, SPECIAL_TOKENS
 from r1pipe.config import FineTuneConfig, RLConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration, Message, Prompt, Status
@@ -128,7 +128,9 @@ def conversations(context: Context) -> Outcome:
     except DataError as error:
         refusal = str(error)
     value = f"system messages {'refused' if refusal else 'kept'}, "
-    value += f"{'template' if begun.rstrip().endswith(THINK) else 'model'} opens {THINK}, "
+    closed = begun.rstrip().endswith(END_THINK)
+    who = "template" if closed or begun.rstrip().endswith(THINK) else "model"
+    value += f"{who} opens {f'and closes {THINK}' if closed else THINK}, "
     value += f"earlier reasoning {'kept' if REASONED in later else 'left out'}"
     if chat.system:
         value += f"; system prompt {chat.system[:SHOWN]!r}"
@@ -136,6 +138,9 @@ def conversations(context: Context) -> Outcome:
     differs = not ended.startswith(begun) or REASONED not in ended
     if ASKED["content"] not in begun or CONCLUDED not in ended or CONCLUDED not in later:
         remedy = "it leaves out what users or assistants say"
+    elif closed:
+        remedy = "it closes the thought before the answer; where it asks for enable_thinking, begin it with "
+        remedy += "{% set enable_thinking = true %}"
     elif differs and not chat.opened:  # those that open the thought often drop it from every answer
         remedy = "what an answer is sampled after is not what it follows in a whole conversation"
     elif not ended.rstrip().endswith(chat.special.eos):

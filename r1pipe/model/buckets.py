@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
+from r1pipe.model.hf import lora
 from r1pipe.model.policy import Policy, own_tensors, published_of
 
 Gathered = Callable[[Sequence[Tensor]], AbstractContextManager[object]]
@@ -22,16 +23,18 @@ def buckets_of(
     each bucket has some. `gathered` makes the given tensors whole for the length of a block, and `elements`
     tells their size before that (ZeRO-3). A bucket's tensors hold until the next one is asked for.
     """
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in own_tensors(model):
-        more = elements(tensor) * tensor.element_size()
-        if group and size + more > most_bytes:
-            yield from _published(model, group, most_bytes, gathered)
-            group, size = {}, 0
-        group[name] = tensor
-        size += more
-    yield from _published(model, group, most_bytes, gathered)
+    adapters = [*lora.weights(model).values()]  # small, and merged into the weights as these come
+    with gathered(adapters) if adapters else nullcontext():
+        group: dict[str, Tensor] = {}
+        size = 0
+        for name, tensor in own_tensors(model):
+            more = elements(tensor) * tensor.element_size()
+            if group and size + more > most_bytes:
+                yield from _published(model, group, most_bytes, gathered)
+                group, size = {}, 0
+            group[name] = tensor
+            size += more
+        yield from _published(model, group, most_bytes, gathered)
 
 
 def _published(

@@ -8,7 +8,7 @@ import torch
 
 from r1pipe.model import native, weights
 from r1pipe.model.cache import Decoder
-from r1pipe.model.hf import HFModel
+from r1pipe.model.hf import HFModel, lora
 from r1pipe.model.names import CONFIG, MODEL_TYPES, published_parts, published_tensors
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.files import read_object
@@ -57,15 +57,19 @@ def decoder_of(model: Policy, graphs: bool = False) -> "Decoder | HFDecoder":
 
 
 def named_weights(model: Policy) -> dict[str, torch.Tensor]:
-    """The model's tensors by name: the published names for DeepseekV3."""
-    return dict(published_tensors(model)) if isinstance(model, DeepseekV3) else model.state_dict()
+    """The model's tensors by published name, as in the files of a checkpoint, with adapters merged."""
+    if isinstance(model, DeepseekV3):
+        return dict(published_tensors(model))
+    named = (published_of(model, name, tensor) for name, tensor in own_tensors(model))
+    return {name: tensor for of_one in named for name, tensor in of_one.items()}
 
 
 def own_tensors(model: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters and buffers, each once, as they are: under ZeRO-3 a parameter may be empty."""
+    """The model's parameters and buffers without adapters, each once, as they are: under ZeRO-3 a parameter
+    may be empty."""
     whole = model if isinstance(model, DeepseekV3) else model.whole
     seen: set[int] = set()
-    for name, tensor in whole.state_dict(keep_vars=True).items():
+    for name, tensor in lora.without(whole.state_dict(keep_vars=True)):
         if id(tensor) not in seen:  # tied weights come under their first name
             seen.add(id(tensor))
             yield name, tensor
@@ -73,9 +77,12 @@ def own_tensors(model: Policy) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def published_of(model: Policy, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One of `own_tensors` under the names of the published format, which has experts one by one."""
+    """One of `own_tensors` under the names of the published format, which has experts one by one; with its
+    adapter merged, which must be whole."""
     if isinstance(model, DeepseekV3):
         return dict(published_parts(name, tensor.detach()))
     from r1pipe.model.hf import files
 
+    if model.adapter is not None:
+        tensor = lora.merged_of(model.whole, name, tensor)
     return files.published(model, name, tensor.detach())

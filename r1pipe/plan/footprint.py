@@ -99,36 +99,48 @@ def to_write(config: RunConfig, existing: int = 0) -> int:
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of one checkpoint: its published files, and each engine's state for resume.
 
-    DeepSpeed writes the weights a second time below ZeRO level 3; at level 3 only the frozen ones.
+    DeepSpeed writes the weights a second time below ZeRO level 3; at level 3 only the frozen ones. Beside
+    adapters the frozen ones are left out: they are the parent's.
     """
     engine, stage, model, number = config.engine, config.stage, config.model, weight_bytes(config.engine)
     if isinstance(stage, RewardModelConfig):
         published = len(KINDS) * trunk(model)
     else:  # multi-token prediction stores embedding and head a second time
         layers = 0 if isinstance(model, HFConfig) else model.num_nextn_predict_layers
-        published = parameters(model) + 2 * layers * model.vocab_size * model.hidden_size
+        published = parameters(model) + adapters(model) + 2 * layers * model.vocab_size * model.hidden_size
     if isinstance(stage, EvaluateConfig):
         return FULL * published  # a copy of its parent's, whose dtype is not known here
     size = number * published
     for weights, trained in engines(config):
-        again = weights if engine.zero_level < 3 else weights - trained
+        if adapters(model):
+            again = trained if engine.zero_level < 3 else 0
+        else:
+            again = weights if engine.zero_level < 3 else weights - trained
         size += again * number + trained * optimizer_bytes(engine)
     if isinstance(stage, RLConfig) and stage.kl_coef and 0 < stage.reference_every <= stage.max_steps:
-        size += number * without_mtp(model)  # the reference is updated during the run
+        # the reference is updated during the run
+        size += number * (adapters(model) or without_mtp(model))
     return size
 
 
 def engines(config: RunConfig) -> list[tuple[int, int]]:
-    """(weights, trained weights) of each model that the stage trains."""
+    """(weights, trained weights) of each model that the stage trains; with adapters they alone."""
     model, stage = config.model, config.stage
     if isinstance(stage, EvaluateConfig):
         return []
+    added = adapters(model)
+    of_trunk = trunk(model) + added, added or trunk(model)
     if isinstance(stage, RewardModelConfig):  # one model after the other
-        return [(trunk(model), trunk(model))]
+        return [of_trunk]
     if isinstance(stage, RLConfig):
-        policy = parameters(model), without_mtp(model)
-        return [policy, (trunk(model), trunk(model))] if stage.ppo else [policy]
-    return [(parameters(model), parameters(model))]
+        policy = parameters(model) + added, added or without_mtp(model)
+        return [policy, of_trunk] if stage.ppo else [policy]
+    return [(parameters(model) + added, added or parameters(model))]
+
+
+def adapters(model: ModelConfig | HFConfig) -> int:
+    """Number of weights of the adapters; 0 where all weights are trained."""
+    return (model.lora.parameters or 0) if isinstance(model, HFConfig) else 0
 
 
 def weight_bytes(engine: EngineConfig) -> int:
@@ -216,7 +228,10 @@ def states(config: RunConfig) -> float:
     shared = ranks if engine.zero_level >= 3 and not samples else 1
     total = sum(trained * each + weights * number / shared for weights, trained in engines(config))
     if isinstance(stage, RLConfig):
-        total += number * without_mtp(config.model) * (stage.kl_coef > 0)
+        copied = stage.kl_coef > 0 and not adapters(
+            config.model
+        )  # with adapters it is the policy without them
+        total += number * without_mtp(config.model) * copied
         total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
     return total
 

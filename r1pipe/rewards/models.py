@@ -19,7 +19,7 @@ from r1pipe.chat.template import Chat, parse
 from r1pipe.config import ModelConfig
 from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import Balance, DeepseekV3, model_config_from
-from r1pipe.model.hf import HFTrunk
+from r1pipe.model.hf import HFTrunk, lora
 from r1pipe.model.hf.files import empty
 from r1pipe.model.names import CONFIG, published_config, published_tensors
 from r1pipe.model.policy import of_transformers
@@ -176,7 +176,7 @@ def load_reward_model(folder: Path) -> RewardModel:
 
 def _tensors(model: RewardModel) -> list[tuple[str, Tensor]]:
     if isinstance(model.model, HFTrunk):  # under the names of transformers
-        named = model.state_dict().items()
+        named = lora.merged(model)
         return [(name.replace("model.network.", "model.", 1), tensor) for name, tensor in named]
     # the published names depend on the trunk's modules alone, which both classes share
     return list(published_tensors(cast(DeepseekV3, model)))

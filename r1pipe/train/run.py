@@ -34,6 +34,7 @@ from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
 from r1pipe.model import DeepseekV3, Policy, load_pretrained
+from r1pipe.model.hf import HFModel, lora
 from r1pipe.model.hf.files import check_architecture
 from r1pipe.rewards.programs import limits
 from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
@@ -110,7 +111,8 @@ class Run(Resumable[S]):
     def load_model(self, parent: ParentRef | None) -> Policy:
         """The parent's model, after checking its files' hashes; without a parent, random weights.
 
-        A model of transformers may be stored in bfloat16; engine.precision=fp32 trains it in float32.
+        A model of transformers may be stored in bfloat16; engine.precision=fp32 trains it in float32. With
+        `model.lora.rank` the model that is trained has adapters.
         """
         shape = self.config.model
         with heartbeat.at("loading weights", patient=parent is None):
@@ -124,7 +126,12 @@ class Run(Resumable[S]):
                 check_parent_fits(parent, shape)
             if isinstance(shape, HFConfig):
                 model = load_pretrained(parent.checkpoint, shape.attention, shape.max_position_embeddings)
-                return model.float() if self.config.engine.precision == "fp32" else model
+                model = model.float() if self.config.engine.precision == "fp32" else model
+                trains = not isinstance(self.stage, EvaluateConfig)
+                if shape.lora.rank and trains and parent == self.config.weights_from:
+                    assert isinstance(model, HFModel)
+                    lora.add(model, shape.lora, self.seed("adapters"))
+                return model
             return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:

@@ -7,6 +7,7 @@ import torch
 
 from r1pipe.config.hf import longest_exact
 from r1pipe.core.errors import CheckpointError
+from r1pipe.model.hf import lora
 from r1pipe.model.hf.policy import HFModel
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
@@ -183,9 +184,12 @@ def published(model: HFModel, name: str, tensor: torch.Tensor) -> dict[str, torc
 
 def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
     """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
-    caller's."""
+    caller's. Adapters are merged into the weights, and written alone into the subfolder lora.FOLDER."""
     with heartbeat.at("saving", patient=True):
-        model.whole.save_pretrained(folder, max_shard_size=shard)
+        merged = dict(lora.merged(model.whole)) if model.adapter else None
+        model.whole.save_pretrained(folder, state_dict=merged, max_shard_size=shard)
+        if model.adapter:
+            lora.save(model, folder / lora.FOLDER)
     permissions = (folder / "config.json").stat().st_mode  # by the umask; safetensors leaves mode 0600
     for path in folder.glob("*.safetensors"):
         path.chmod(permissions)

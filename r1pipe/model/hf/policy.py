@@ -119,7 +119,7 @@ class HFTrunk(nn.Module):
         segments_PT = (torch.arange(width, device=lengths_P.device) < lengths_P.unsqueeze(1)).long()
         places_PT, seen_PTT = document_positions(segments_PT), document_mask(segments_PT, flex=False)
         assert isinstance(seen_PTT, Tensor)
-        if self.recompute and self.training and torch.is_grad_enabled():
+        if self.recompute and self.training:  # also without gradients: it looks at `training` alone
             later_BTM = seen_PTT.new_zeros(len(tokens_BT), width, tokens)
             below_BTM = torch.cat([seen_PTT[prompt_of_B], later_BTM], dim=2)
             joined_BT = torch.cat([prompts_PT[prompt_of_B], tokens_BT], dim=1)
@@ -144,6 +144,7 @@ class HFModel(nn.Module):
     """The language model: HFTrunk and the head, which gives logits."""
 
     eos_ids: tuple[int, ...] = ()  # of generation_config.json
+    adapter: Any = None  # PEFT's config of the adapters that lora.add has put in; None: there are none
 
     def __init__(self, language_model: nn.Module, longest: int):
         """`language_model`: of AutoModelForCausalLM; rows of up to `longest` tokens are read."""

@@ -20,6 +20,7 @@ from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
 from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
+from r1pipe.model.hf import lora
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
 from r1pipe.model.training import fp8_of
@@ -254,7 +255,8 @@ class Engine(Ranks):
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""
         folder = Path(folder)
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
-        problem = engine_state.write(self._ds, folder, client)
+        # beside adapters the model is its parent's, which the run loads again
+        problem = engine_state.write(self._ds, folder, client, frozen=not lora.adapted(self.module))
         if self.rank == 0 and problem is None:
             write_json(folder / engine_state.LAYOUT, self._layout(), indent=None)
         self.barrier()

@@ -15,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from r1pipe.core.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.runs import heartbeat
@@ -37,9 +37,9 @@ REMEDY = "remove this checkpoint to resume from the one before, or restart the s
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
-    """Write what resume needs; all ranks call. Returns a message if this rank's disk is full; it must not
-    raise while other ranks wait for this one."""
+def write(ds: Any, folder: Path, client_state: Mapping[str, Any], frozen: bool = True) -> str | None:
+    """Write what resume needs, without `frozen` only the weights that are trained; all ranks call. Returns a
+    message if this rank's disk is full; it must not raise while other ranks wait for this one."""
     problems: list[str] = []
 
     def save(state_dict: Any, path: str) -> None:
@@ -56,7 +56,13 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any]) -> str | None:
 
     patches.replace_save(ds, save)
     with heartbeat.waiting(ds.world_size > 1):
-        ds.save_checkpoint(str(folder), tag=TAG, client_state=dict(client_state), save_latest=False)
+        ds.save_checkpoint(
+            str(folder),
+            tag=TAG,
+            client_state=dict(client_state),
+            save_latest=False,
+            exclude_frozen_parameters=not frozen,
+        )
     return problems[0] if problems else None
 
 
@@ -78,9 +84,16 @@ def read_layout(folder: Path) -> tuple[int, int]:
 
 def read(ds: Any, folder: Path) -> dict[str, Any]:
     """Restore a state of as many ranks at the same ZeRO level; its client state. Raises CheckpointError."""
+
+    def load(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+        missing, unknown = dst.load_state_dict(src, strict=False)
+        trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+        if wrong := [*unknown, *(name for name in missing if name in trained)]:
+            raise CheckpointError(f"{folder} has other weights than the model ({wrong[0]}); {REMEDY}")
+
     patches.replace_load(ds, load_tensors)
     with heartbeat.waiting(ds.world_size > 1):
-        loaded, client = ds.load_checkpoint(str(folder), tag=TAG)
+        loaded, client = ds.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load)
     if loaded is None:
         raise CheckpointError(f"{folder} holds no DeepSpeed state; restart the stage (--fresh)")
     return client

@@ -12,7 +12,7 @@ import torch
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group
-from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model import Policy, save_pretrained
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
@@ -80,8 +80,7 @@ class RLTrainer:
                 self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
                 engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
-                saved = load_pretrained(engine_folder / "reference")
-                self.reference.model.load_state_dict(saved.state_dict())
+                self.reference.load(engine_folder / "reference")
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
         with closing(self.rollouts):
             while not last:
@@ -229,4 +228,4 @@ class RLTrainer:
         save_pretrained(policy, folder)
         in_flight.write(completions, folder / checkpoints.ENGINE)
         if self.reference and self.state.reference_step:
-            save_pretrained(self.reference.model, folder / checkpoints.ENGINE / "reference")
+            self.reference.save(folder / checkpoints.ENGINE / "reference")

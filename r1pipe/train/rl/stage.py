@@ -6,6 +6,7 @@ from r1pipe.config import RLConfig
 from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
+from r1pipe.model.hf import HFModel
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.rewards.models import RewardScorer, load_reward_model
 from r1pipe.runs import checkpoints
@@ -15,6 +16,7 @@ from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.finish import finish_stage
+from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.loop import RLTrainer
 from r1pipe.train.rl.scoring import RewardModels
@@ -36,11 +38,14 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
     rewards = load_reward_models(run) if stage.preference else {}
-    reference = Reference(policy, run.config.engine) if stage.kl_coef else None
+    adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
+    reference = Reference(policy, run.config.engine) if stage.kl_coef and not adapted else None
     critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
+    if stage.kl_coef and adapted:
+        reference = BaseReference(engine)
     checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode

@@ -5,16 +5,18 @@ Axes: P prompts, B rows, T columns, N completion tokens of a micro-batch; L MoE 
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, Policy
+from r1pipe.model import Balance, Policy, load_pretrained, save_pretrained
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
@@ -77,18 +79,32 @@ class Reference:
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
         """Set each rollout's kl_T, for a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2)."""
-        for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
-            micro = collate(rows, None, 0.0, self.device)
-            reference_N = self.logprobs(micro, config.sampling.temperature)
-            kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
-            for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
-                rollout.kl_T = kl_T
+        with self.ready():
+            for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
+                micro = collate(rows, None, 0.0, self.device)
+                reference_N = self.logprobs(micro, config.sampling.temperature)
+                kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
+                for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
+                    rollout.kl_T = kl_T
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """A block in which `logprobs` can be called; all ranks enter it."""
+        yield
 
     def replace_by(self, engine: Engine) -> None:
         """Make the current policy the reference (R1 supplement: every 400 optimizer steps)."""
         with engine.gathered() as policy:
             weights = policy.state_dict()
             self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+
+    def save(self, folder: Path) -> None:
+        """Write what `replace_by` has made the reference."""
+        save_pretrained(self.model, folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote. Raises CheckpointError."""
+        self.model.load_state_dict(load_pretrained(folder).state_dict())
 
 
 def update(
@@ -117,8 +133,9 @@ def prepare(
     weights that were sampled from."""
     micros = micro_batches(engine, minibatch, config, config.loss_aggregation)
     if reference is not None and config.kl_in == "loss":
-        for micro in micros:
-            micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
+        with reference.ready():
+            for micro in micros:
+                micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
     if config.importance != "none":
         # gathered, as ranks may have different numbers of micro-batches
         with engine.gathered() as policy, torch.no_grad():

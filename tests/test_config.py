@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_hf_config import publish
 
 from r1pipe.config import (
     STAGE_TYPES,
@@ -47,8 +48,10 @@ def test_every_shipped_file_composes(choice: str) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "stage"), WALKS)
-def test_every_stage_of_every_recipe_composes(recipe: str, stage: str) -> None:
-    config = compose([f"recipe={recipe}", f"stage={stage}"]).config
+def test_every_stage_of_every_recipe_composes(recipe: str, stage: str, tmp_path: Path) -> None:
+    is_hf = read(f"recipe/{recipe}")["choose"]["model"] == "hf"
+    words = [f"model.path={publish(tmp_path / 'model')}"] if is_hf else []
+    config = compose([f"recipe={recipe}", f"stage={stage}", *words]).config
     assert config.stage.name == stage and config.pipeline == f"{recipe}-s0"
     assert isinstance(config.stage, STAGE_TYPES[stage])
 

@@ -21,6 +21,7 @@ from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import GENERAL_TASKS, Completion
 from r1pipe.data import open_data, reasoning_gym
 from r1pipe.data.files import Files
+from r1pipe.data.items import worked
 from r1pipe.data.reading import read_file
 from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
@@ -404,6 +405,20 @@ def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name)
     for prompt in held_out[:20]:
         text = f"<think>\nx\n</think>\n\nThe answer is \\boxed{{{prompt.answer}}}."
         assert BASE_REWARDS["accuracy"](prompt, Completion([], [], "stop", text)).value == 1.0, prompt
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer", "written"),
+    [
+        ("( 14.0 + 39.0 )", "53", "14 + 39 = 53"),
+        ("( ( 3.0 + 5.0 ) * 2.5 )", "20", "( 3 + 5 ) * 2.5 = 20"),
+        ("( 3.0 + 5.0 ) * ( 4.0 - 1.0 )", "24", "( 3 + 5 ) * ( 4 - 1 ) = 24"),
+        ("-43.0", "-43", "-43.0"),
+        ("48/2 = <<48/2=24>>24.0 in May", "24", "48/2 = 24.0 in May"),
+    ],
+)
+def test_an_equation_alone_gets_its_value_and_other_solutions_stay(solution, answer, written):
+    assert worked(solution, answer) == written
 
 
 def test_gsm8k_solutions_become_traces(shared):

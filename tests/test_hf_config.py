@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, changes: dict, wo
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "model.safetensors").rename(f / "model.gguf"), "no *.safetensors, only .gguf"),
+        (lambda f: (f / "model.safetensors").rename(f / "model.bin"), "no *.safetensors, only .bin"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 30), "is no safetensors file"),
         (shutil.rmtree, "has no config.json"),
     ],

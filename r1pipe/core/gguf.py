@@ -65,12 +65,12 @@ class Header:
 
 
 def find(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a folder without config.json. Raises
+    """The GGUF file that a path means: itself, or the only one in a folder without safetensors. Raises
     ConfigError where a folder has several."""
     if path.suffix == SUFFIX:
         return path
     files = sorted(path.glob(f"*{SUFFIX}"))
-    if not files or (path / "config.json").exists():
+    if not files or any(path.glob("*.safetensors")):
         return None
     if len(files) > 1:
         raise ConfigError(f"{path} has {len(files)} {SUFFIX} files; give model.path={files[0]} or another")

@@ -18,7 +18,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a folder's safetensors files hold. Raises ConfigError where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        found = sorted({path.suffix for path in folder.glob("*") if path.suffix in (".gguf", ".bin", ".pth")})
+        found = sorted({path.suffix for path in folder.glob("*") if path.suffix in (".bin", ".pth")})
         with_others = f", only {', '.join(found)}" if found else ""
         raise ConfigError(
             f"{folder} has no *.safetensors{with_others}; write the model with transformers' save_pretrained"

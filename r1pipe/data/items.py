@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from r1pipe.config import SourceConfig
@@ -33,6 +34,8 @@ ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind -> require
 }
 SAFE, UNSAFE = "safe", "unsafe"
 CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator annotations, which are not part of the solution
+EXPRESSION = re.compile(r"(?=.*\d[\s)]*[-+*/])[\d\s.()+*/-]+")  # numbers and operators, at least one
+ZERO = re.compile(r"(?<=\d)\.0+(?![\d.])")
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,28 @@ def _reasoning(row: Row, source: SourceConfig) -> Parts:
         solution = text(row, columns["solution"])
         if mark and columns["solution"] == columns["answer"]:
             solution = solution.rpartition(mark)[0]
-        texts["solution"] = CALCULATION.sub("", solution).strip()
+        texts["solution"] = worked(solution, answer)
     form = source.answer_form or (text(row, columns["form"]) if "form" in columns else "")
     return Parts(asked, texts, ({"answer_form": form} if form else {}) | found.checker)
+
+
+def worked(solution: str, answer: str) -> str:
+    """A solution as one would write it: no annotations; an expression that stands alone with whole numbers and
+    its value, as SVAMP's "( 14.0 + 39.0 )" with 53 -> "14 + 39 = 53"."""
+    solution = CALCULATION.sub("", solution).strip()
+    if not EXPRESSION.fullmatch(solution):
+        return solution
+    expression = ZERO.sub("", solution)
+    inner = expression[1:-1]
+    if expression[0] == "(" and expression[-1] == ")" and _is_balanced(inner):
+        expression = inner.strip()
+    return f"{expression} = {answer}"
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether every parenthesis in it is closed after it was opened."""
+    depths = list(accumulate((sign == "(") - (sign == ")") for sign in text))
+    return min(depths, default=0) >= 0 and not (depths and depths[-1])
 
 
 def _code_of(row: Row, source: SourceConfig) -> Mapping[str, Any] | None:

@@ -158,6 +158,7 @@ def encoded(array: np.ndarray) -> str:
 def test_routes_are_those_of_the_tokens_that_gave_the_probabilities() -> None:
     routes = np.arange(5 * 2 * 3, dtype=np.uint8).reshape(5, 2, 3)  # a prompt of 3 and 3 tokens
     assert np.array_equal(experts_of(encoded(routes), 3, 3), routes[2:])
+    assert np.array_equal(experts_of(encoded(routes), 3, 3, dense_layers=1), routes[2:, 1:])
     for wrong in (encoded(routes[:4]), encoded(routes[0]), encoded(routes.astype(float)), "%%"):
         with pytest.raises(ValueError, match="routes"):
             experts_of(wrong, 3, 3)

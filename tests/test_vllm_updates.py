@@ -48,7 +48,6 @@ class Bench:
         words = vocabulary_hash(chat.tokenizer.get_vocab(with_added_tokens=True))
         sizes = shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, shape.max_position_embeddings
         temporary = tempfile.TemporaryDirectory(prefix="r1pipe-vllm-")
-        chat.save(folder, Path(temporary.name))
         write_json(Path(temporary.name) / "config.json", read_object(folder / "config.json"))
         config = replace(tiny("grpo").sampler, python=os.environ["R1PIPE_VLLM_PYTHON"], bucket_mb=1)
         served = Served("float32", shape.max_position_embeddings, 32, on_gpu=False)

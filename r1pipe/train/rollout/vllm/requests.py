@@ -35,6 +35,7 @@ class Wanted:
     prompt: int  # its index
     tokens: list[int]  # the prompt
     params: Mapping[str, Any]  # vLLM's
+    experts: bool = False  # with the experts that each token went to
 
 
 def wanted(
@@ -77,7 +78,7 @@ def wanted(
             more: dict[str, Any] = {"max_tokens": limit}
             if params.temperature > 0:
                 more["seed"] = _seed(params, index, sample)
-            found.append(Wanted(index, prompt, every | more))
+            found.append(Wanted(index, prompt, every | more, params.record_experts))
     return found
 
 
@@ -86,7 +87,9 @@ def _seed(params: SamplingParams, prompt: int, sample: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def read(choice: Mapping[str, Any], wanted: Wanted, version_of: Callable[[str], int]) -> Completion:
+def read(
+    choice: Mapping[str, Any], wanted: Wanted, version_of: Callable[[str], int], dense_layers: int = 0
+) -> Completion:
     """A completion as vLLM answers it. `version_of` a label of weights may raise Gone.
 
     Raises Gone where it was broken off, Refused where it is none, and NumericProblem.
@@ -107,8 +110,8 @@ def read(choice: Mapping[str, Any], wanted: Wanted, version_of: Callable[[str], 
             raise Refused(
                 f"{len(tokens)} tokens came with {len(logprobs)} log-probabilities and spans {spans}"
             )
-        experts = choice.get("routed_experts")
-        chosen = None if experts is None else experts_of(experts, len(wanted.tokens), len(tokens))
+        routes = choice.get("routed_experts") if wanted.experts else None
+        chosen = None if routes is None else experts_of(routes, len(wanted.tokens), len(tokens), dense_layers)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused(f"the server answers no completion ({type(error).__name__}: {error})") from None
     if "logprobs" in wanted.params and not all(NO_LOGPROB < logprob <= 1e-3 for logprob in logprobs):
@@ -120,9 +123,9 @@ def read(choice: Mapping[str, Any], wanted: Wanted, version_of: Callable[[str], 
     return Completion(tokens, logprobs, ended, versions=tuple(spans), experts=chosen)
 
 
-def experts_of(encoded: str, prompt: int, tokens: int) -> np.ndarray:
-    """vLLM's routes, base64 of a .npy file [prompt + tokens - 1, layers, K], as [tokens, layers, K]: row i
-    holds the experts that the token before completion token i went to, which gave its probabilities.
+def experts_of(encoded: str, prompt: int, tokens: int, dense_layers: int = 0) -> np.ndarray:
+    """vLLM's routes as Completion.experts: base64 of a .npy file [prompt + tokens - 1, layers, K], a row for
+    each token that was read; the layers without experts come first.
 
     Raises ValueError; nothing is unpickled.
     """
@@ -133,7 +136,7 @@ def experts_of(encoded: str, prompt: int, tokens: int) -> np.ndarray:
     routes = np.load(io.BytesIO(content), allow_pickle=False)
     if routes.ndim != 3 or len(routes) != prompt + tokens - 1 or routes.dtype.kind not in "iu":
         raise ValueError(f"routes of shape {routes.shape} for {prompt} and {tokens} tokens")
-    return routes[prompt - 1 :]
+    return routes[prompt - 1 :, dense_layers:].astype(np.int16)
 
 
 class Draw:

@@ -45,10 +45,10 @@ class VLLMSampler:
         where there is none.
         """
         self.config, self.ranks, self.policy, self.show = config, ranks, policy, show
-        mine = secrets.token_hex(8), server.url if server else config.url, bool(server and server.colocated)
-        self.name, url, self._sleeps = ranks.all_gather_objects(mine)[0]
-        self.serving = Serving(config, ranks, policy, url, server, keep)
-        self.drawing = Client(url, config.timeout_s)  # another than for updates: drawing may be hung up on
+        sleeps = bool(server and server.colocated and not keep)
+        mine = secrets.token_hex(8), server.url if server else config.url, sleeps
+        self.name, self.url, self._sleeps = ranks.all_gather_objects(mine)[0]
+        self.serving = Serving(config, ranks, policy, self.url, server, keep)
         self.version, self._weights = -1, None  # type: tuple[int, Weights | None]
         if config.url is not None:
             problem = self._agreed(attempt(self.serving.check) if ranks.rank == 0 else None)
@@ -130,7 +130,7 @@ class VLLMSampler:
         """Fill what is missing of `drawn`. What came with the right weights stays, whatever happens next."""
 
         def take(number: int, choice: Any) -> None:
-            completion = read(choice, todo[number], version_of)
+            completion = read(choice, todo[number], version_of, self.policy.dense_layers)
             drawn[number] = completion
             if ended:
                 ended(todo[number].prompt, completion)
@@ -138,7 +138,8 @@ class VLLMSampler:
                 progress(len(drawn) - drawn.count(None), len(drawn))
 
         missing = [(number, want) for number, want in enumerate(todo) if drawn[number] is None]
-        Draw(self.drawing, self.config.timeout_s, connections).run(missing, take, stop)
+        client = Client(self.url, self.config.timeout_s)  # its own: a draw that ends hangs up
+        Draw(client, self.config.timeout_s, connections).run(missing, take, stop)
 
     def _version_of(self, oldest: int) -> Callable[[str], int]:
         """Reads a label of weights; raises Gone for one that must not be drawn from."""
@@ -147,11 +148,11 @@ class VLLMSampler:
             name, _, number = str(label).rpartition(":")
             if name != self.name:
                 raise Gone(
-                    f"{self.drawing.url} serves weights {label!r}, not this job's: it was restarted, or "
+                    f"{self.url} serves weights {label!r}, not this job's: it was restarted, or "
                     "another job updates it"
                 )
             if not oldest <= int(number) <= self.version:
-                raise Gone(f"{self.drawing.url} drew from version {number}, not {oldest} to {self.version}")
+                raise Gone(f"{self.url} drew from version {number}, not {oldest} to {self.version}")
             return int(number)
 
         return version_of

@@ -47,7 +47,7 @@ class Server:
 
     config: SamplerConfig
     served: Served
-    folder: tempfile.TemporaryDirectory[str]  # config.json and tokenizer, this process's own; its socket, too
+    folder: tempfile.TemporaryDirectory[str]  # config.json, this process's own; its socket, too
     log_file: Path
     process: subprocess.Popen[bytes] | None = None
 
@@ -122,7 +122,7 @@ class Server:
     def command(self) -> list[str]:
         served = self.served
         words = [str(vllm_python(self.config)), str(WORKER / "r1pipe_serve.py"), str(os.getpid())]
-        words += ["--uds", self.url.removeprefix(UNIX), "--model", self.folder.name]
+        words += ["--uds", self.url.removeprefix(UNIX), "--model", self.folder.name, "--skip-tokenizer-init"]
         words += [
             *arguments(served.max_model_len, served.on_gpu),
             "--load-format",

@@ -39,6 +39,7 @@ class Policy:
     longest: int  # tokens of a prompt with its completion
     vocabulary: str  # hash of the tokenizer's words (r1pipe_wire.vocabulary_hash)
     eos_ids: tuple[int, ...]
+    dense_layers: int = 0  # the first layers, which have no experts
 
 
 class Ranks(Protocol):
@@ -153,7 +154,8 @@ class Serving:
         policy = self.policy
         expected: dict[str, Any] = {"protocol": wire.PROTOCOL, "logprobs_mode": "processed_logprobs"}
         expected |= {key: getattr(policy, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
-        expected["vocabulary"] = policy.vocabulary
+        if self.config.url is not None:  # ours has no tokenizer: tokens are all that it sees
+            expected["vocabulary"] = policy.vocabulary
         for facts in self.client.workers_say("r1pipe_facts"):
             for key, value in expected.items():
                 if facts.get(key) != value:

@@ -108,6 +108,10 @@ def _pack_again(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
+def _vocabulary(model_config: Any) -> str:
+    return wire.vocabulary_hash(cached_tokenizer_from_config(model_config).get_vocab())
+
+
 class Extension:
     """Mixed into vLLM's workers; `POST /collective_rpc` calls its methods."""
 
@@ -123,7 +127,7 @@ class Extension:
         config = model.hf_text_config
         return {
             "protocol": wire.PROTOCOL,
-            "vocabulary": wire.vocabulary_hash(cached_tokenizer_from_config(model).get_vocab()),
+            "vocabulary": None if model.skip_tokenizer_init else _vocabulary(model),
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "num_hidden_layers": config.num_hidden_layers,

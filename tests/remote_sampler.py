@@ -15,7 +15,7 @@ from r1pipe.train.rollout.batching import Batcher
 
 @dataclass
 class RemoteSampler:
-    """`before` is called with the number of each `generate`, in its thread, and may wait or raise.
+    """`before` is called with what each `generate` is asked for, in its thread, and may wait or raise.
 
     A `generate` during which newer weights come reports the last token of each completion as theirs: what a
     server does that is paused with mode=keep.
@@ -23,8 +23,7 @@ class RemoteSampler:
 
     remote: ClassVar[bool] = True
     chat: Chat
-    before: Callable[[int], None] = lambda number: None
-    calls: int = 0
+    before: Callable[[SamplingParams], object] = lambda params: None
     versions: list[int] = field(default_factory=list)  # of the updates
     model: object = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -47,8 +46,8 @@ class RemoteSampler:
         stop: Callable[[], object] = lambda: False,
     ) -> list[Completion]:
         with self.lock:
-            number, self.calls, model, version = self.calls, self.calls + 1, self.model, self.versions[-1]
-        self.before(number)
+            model, version = self.model, self.versions[-1]
+        self.before(params)
         if stop():
             raise Stopped
         found = []

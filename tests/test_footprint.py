@@ -93,6 +93,17 @@ def test_a_reference_is_saved_once_it_is_replaced_within_the_stage(word: str) ->
     assert size("stage.reference_every=201") == size(REPLACED, "stage.kl_coef=0") == size(KEPT)
 
 
+def test_completions_that_wait_for_their_step_take_room_in_a_checkpoint() -> None:
+    words = ("stage=grpo", "recipe=gpu", "stage.prompts_per_step=8", "stage.group_size=4")
+    now, ahead = (
+        footprint.checkpoint_bytes(
+            compose([*words, "stage.sampling.max_tokens=100", f"engine.async_steps={k}"]).config
+        )
+        for k in (0, 2)
+    )
+    assert ahead - now == 2 * 8 * 4 * 100 * (4 + 8), "a token's id, and its log-probability"
+
+
 def test_the_reward_models_of_the_last_stage_stay_in_memory() -> None:
     last = compose(["stage=all_scenario", "recipe=gpu"]).config
     rules = replace(last, stage=replace(last.stage, preference=None))

@@ -50,7 +50,7 @@ def logged(tmp_path_factory) -> set[str]:
             "precision=fp8",
             *ROUTES,
         ),
-        "masked": ("stage.importance=sequence_mask",),
+        "masked": ("stage.importance=sequence_mask", "engine.async_steps=1"),
         "dynamic": ("stage.max_sampling_batches=2", "tripwires.wires.truncation.limit=0.0"),
         "ppo": ("stage.algorithm=ppo", "stage.router.balance_alpha=0.01"),
     }

@@ -162,8 +162,8 @@ def replay_rules(stage: StageConfig, engine: EngineConfig, model: ModelConfig) -
         yield f"stage.replay_routing=true: model={model.name} has no experts; drop it"
     if str(engine.sampler) == "transformers":
         yield (
-            "stage.replay_routing=true needs a sampler that records experts (engine.sampler=bundled, vllm), "
-            "which transformers does not"
+            "stage.replay_routing=true needs a sampler that records experts (engine.sampler=bundled or "
+            "vllm), which transformers does not"
         )
 
 

@@ -20,6 +20,7 @@ from r1pipe.runs.reward_model_quality import KINDS
 
 MEBIBYTE = 2**20
 FULL, HALF = 4, 2  # bytes of float32 and of bfloat16
+TOKEN = 12  # bytes of a drawn token and its log-probability in a checkpoint
 SPARE = 64 * MEBIBYTE  # for small files: tokenizer, rollouts, logs
 LOGITS_IN_MEMORY = 2**25  # elements of [N, V] in memory at once (r1pipe.model.logprobs)
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
@@ -120,6 +121,9 @@ def checkpoint_bytes(config: RunConfig) -> int:
     if isinstance(stage, RLConfig) and stage.kl_coef and 0 < stage.reference_every <= stage.max_steps:
         # the reference is updated during the run
         size += number * (adapters(model) or without_mtp(model))
+    if isinstance(stage, RLConfig):  # completions that wait for their step, at their longest
+        completions = engine.async_steps * stage.prompts_per_step * stage.group_size
+        size += TOKEN * completions * stage.sampling.max_tokens
     return size
 
 

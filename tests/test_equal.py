@@ -23,7 +23,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
 
 needs_kernels = pytest.mark.skipif(not runs_here(torch.bfloat16), reason="the bfloat16 kernels do not run here")
-PROMPTS = [[5], tokens(1, 3, tiny())[0].tolist(), tokens(1, 70, tiny())[0].tolist(), [9, 8, 7, 6]]
+PROMPTS = [[5], tokens(1, 60, tiny())[0].tolist(), [9, 8, 7, 6]]  # beside a tile of 64 keys, and beyond it
 CONFIGS = {
     "v3": SHAPES["v3"],
     "yarn": SHAPES["yarn_mscale"],
@@ -43,21 +43,30 @@ def model_of(name: str, dtype: torch.dtype) -> DeepseekV3:
 
 def drawn(model: DeepseekV3, slots: int, temperature: float) -> list[Rollout]:
     """Three ragged completions of each prompt: slots are refilled and dropped as they end."""
-    params = SamplingParams(70, temperature, n=3, seed=2, stop_token_ids=(3, 4, 5))
+    params = SamplingParams(16, temperature, n=3, seed=2, stop_token_ids=tuple(range(3, 15)))
     completions = Batcher(model.eval(), (), 0, slots).generate(PROMPTS, params)
     return [Rollout(PROMPTS[i // 3], completion, 0.0, True) for i, completion in enumerate(completions)]
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("v3", torch.float32),
+        ("v3", torch.bfloat16),
+        ("yarn", torch.bfloat16),
+        ("v2", torch.float32),
+        ("odd", torch.float32),
+        ("odd", torch.bfloat16),
+    ],
+)
 def test_to_the_bit_whatever_the_batches_are(name, dtype):
     """However many slots decode together, and however the trainer packs the rows; with and without gradient."""
     model = model_of(name, dtype)
     rows = drawn(model, 5, 0.9)
-    assert len({len(row.completion.tokens) for row in rows}) > 3, "completions must be ragged"
+    assert len({len(row.completion.tokens) for row in rows}) > 2, "completions must be ragged"
     old = [torch.tensor(row.completion.logprobs) for row in rows]
-    for packed in ([[*range(12)]], [[3, 7], [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]], [[n] for n in range(12)]):
+    for packed in ([[*range(9)]], [[3, 7], [0, 1, 2, 4, 5, 6, 8]], [[0], [8]]):
         for some in packed:
             micro = collate([rows[n] for n in some], None, 0.0, torch.device("cpu"))
             trained_N = completion_logprobs(model.train(), micro, 0.9)
@@ -81,7 +90,7 @@ def test_without_the_mode_they_differ():
 def test_slots_threads_and_recomputation_change_no_bit():
     model = model_of("v3", torch.float32)
     found, threads = [], torch.get_num_threads()
-    for slots, count in ((1, 1), (12, 3)):
+    for slots, count in ((2, 1), (9, 3)):
         torch.set_num_threads(count)
         found.append([(r.completion.tokens, r.completion.logprobs) for r in drawn(model, slots, 1.0)])
         set_recompute(model.train(), count == 3)
@@ -104,7 +113,7 @@ def test_it_is_the_model_of_torchs_operators():
         entries, logits = decoder.prefill(text[:, :9], lengths)
         cache.fill(rows, entries, rows)
         steps = [logits]
-        for step in range(20):
+        for step in range(8):
             at = lengths + step
             steps.append(decoder.decode(text[rows, at], at, cache, int(at.max()) + 1).clone())
         found.append(torch.stack(steps))

@@ -65,8 +65,7 @@ def named_weights(model: Policy) -> dict[str, torch.Tensor]:
 
 
 def own_tensors(model: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters and buffers without adapters, each once, as they are: under ZeRO-3 a parameter
-    may be empty."""
+    """The model's parameters and buffers but adapters, each once, as they are: under ZeRO-3 maybe empty."""
     whole = model if isinstance(model, DeepseekV3) else model.whole
     seen: set[int] = set()
     for name, tensor in lora.without(whole.state_dict(keep_vars=True)):

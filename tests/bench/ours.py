@@ -147,7 +147,6 @@ def _update(job: Job, turns: Turns) -> dict[str, float]:
         max_tokens_per_micro_batch=MICRO_TOKENS,
         kl_coef=0.04,
         loss_aggregation="sequence",
-        importance_cap=None,
     )
     rollouts = []
     prompts = [prompt for prompt in _prompts(job) for _ in range(case.group)]

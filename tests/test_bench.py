@@ -10,19 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 from bench.__main__ import main
-from bench.config import Case, Job, Setting, load_bench, load_model, rehearsal
+from bench.config import Case, DenseShape, Job, Setting, load_bench, load_model, rehearsal
+from bench.operations import all_weights, case_bytes, case_flops, forward_flops, roofline, weights_per_token
 from bench.referee import Result, contest, fastest
-from bench.tables import (
-    case_flops,
-    data_sheet,
-    forward_flops,
-    rows_of,
-    speedup,
-    table_of,
-    utilisation,
-    weights_per_token,
-)
-from bench.turns import EOS, rows
+from bench.tables import Row, data_sheet, rows_of, speedup, table_of, utilisation
+from bench.turns import EOS, completions, lengths, rows
 from forked import wait_until
 from shapes import tiny
 
@@ -34,7 +26,11 @@ MIB = 2**20
 
 
 def result(contestant: str, seconds: float, memory: int = MIB, setting: Setting = FP32) -> Result:
-    return Result(contestant, CASE, "laptop", setting, seconds, memory)
+    return Result(contestant, CASE, "laptop", setting, seconds, seconds, memory)
+
+
+def judged(results: list[Result], peaks: dict[str, float], sheet: dict[str, float]) -> list[Row]:
+    return rows_of(results, load_model("laptop"), peaks, 1e9, sheet)
 
 
 def test_weights_per_token_by_hand():
@@ -61,6 +57,48 @@ def test_a_backward_pass_counts_twice_and_a_group_reads_its_prompt_once():
     assert case_flops(config, grpo) == 5 * (forward_flops(config, 0, 8) + 4 * forward_flops(config, 8, 10))
 
 
+LLAMA = DenseShape("llama", 50, 12, 20, 3, 6, 2, 64, 10000.0, True)  # heads of 2
+
+
+def test_a_dense_model_by_hand():
+    assert (
+        weights_per_token(LLAMA)
+        == all_weights(LLAMA)
+        == 3 * (2 * 12 * 12 + 2 * 12 * 4 + 3 * 12 * 20) + 12 * 50
+    )
+    assert forward_flops(LLAMA, 2, 4) == 2 * 2 * weights_per_token(LLAMA) + 2 * 3 * 6 * (2 + 2) * (3 + 4)
+
+
+def test_an_update_passes_four_times_over_prompts_once_and_completions_of_their_own_lengths():
+    case = dataclasses.replace(CASE, kind="update", group=2, new=9)
+    assert lengths(4, 9) == [len(tokens) for tokens in completions(4, 9, 50)]
+    assert case.tokens == sum(lengths(4, 9)) and len(set(lengths(4, 9))) > 1
+    rows_ = [forward_flops(LLAMA, 8, 8 + n) for n in lengths(4, 9)]
+    assert case_flops(LLAMA, case) == 4 * (2 * forward_flops(LLAMA, 0, 8) + sum(rows_))
+
+
+def test_the_roofline_is_the_later_of_operations_and_bytes():
+    assert case_bytes(LLAMA, CASE, "bf16") == 2 * (2 * all_weights(LLAMA) + 4 * (9 + 10) * 3 * 8)
+    flops, moved = case_flops(LLAMA, CASE), case_bytes(LLAMA, CASE, "fp32")
+    assert roofline(LLAMA, CASE, "fp32", peak=1.0, bandwidth=1e12) == flops
+    assert roofline(LLAMA, CASE, "fp32", peak=1e12, bandwidth=1.0) == moved
+
+
+def test_beside_busy_processes_each_is_compared_with_itself_idle():
+    case = dataclasses.replace(CASE, busy=True, floors={}, goals={})
+    ours = dataclasses.replace(result("ours", 2.0), case=case, idle=1.0)
+    for idle, said in ((1.0, "no more than theirs"), (2.5, "MORE THAN THEIRS")):
+        peer = dataclasses.replace(result("transformers", 3.0), case=case, idle=idle)
+        assert judged([ours, peer], {"fp32": 1e9}, {})[1].judgement.endswith(said)
+
+
+def test_steps_whose_gradients_differ_are_told():
+    ours = dataclasses.replace(result("ours", 1.0), facts={"gradient norm": 2.0})
+    for norm, said in ((2.001, "0.05% apart"), (2.1, "4.76% apart, MORE THAN 0.1%")):
+        peer = dataclasses.replace(result("transformers", 1.0), facts={"gradient norm": norm})
+        assert judged([ours, peer], {"fp32": 1e9}, {})[1].judgement.endswith(said)
+
+
 def test_utilisation_and_speedup():
     assert utilisation(flops=3e12, seconds=2.0, peak=6e12) == 0.25
     assert speedup(ours=2.0, theirs=10.0) == 5.0
@@ -71,7 +109,7 @@ def test_utilisation_and_speedup():
     [(4.9, "floor 5 MISSED"), (5.0, "floor 5 reached"), (8.0, "goal 8 reached")],
 )
 def test_a_ratio_is_judged_by_floor_and_goal(theirs, said):
-    ours, peer = rows_of([result("transformers", theirs), result("ours", 1.0)], {"fp32": 1e9}, {})
+    ours, peer = judged([result("transformers", theirs), result("ours", 1.0)], {"fp32": 1e9}, {})
     assert (ours.result.contestant, ours.ratio, ours.judgement) == ("ours", None, "")
     assert (peer.ratio, peer.judgement) == (theirs, said)
     assert ours.tokens_per_s == 8.0  # sampled tokens, not the prompt's
@@ -81,12 +119,12 @@ def test_a_ratio_is_judged_by_floor_and_goal(theirs, said):
 
 def test_more_memory_than_a_peer_is_said():
     results = [result("ours", 1.0, 2 * MIB), result("transformers", 9.0, MIB)]
-    assert rows_of(results, {"fp32": 1e9}, {})[1].judgement == "goal 8 reached, ours takes more memory"
+    assert judged(results, {"fp32": 1e9}, {})[1].judgement == "goal 8 reached, ours takes more memory"
 
 
 def test_each_contestant_is_measured_by_the_peak_of_its_own_dtype():
     results = [result("ours", 1.0, setting=BF16), result("transformers", 1.0)]
-    ours, peer = rows_of(results, {"fp32": 1e9, "bf16": 4e9}, {"bf16": 8e9})
+    ours, peer = judged(results, {"fp32": 1e9, "bf16": 4e9}, {"bf16": 8e9})
     assert peer.share_of_peak == pytest.approx(4 * ours.share_of_peak)
     assert ours.share_of_sheet == ours.share_of_peak / 2 and peer.share_of_sheet is None
 
@@ -97,11 +135,11 @@ def test_data_sheets_are_of_the_gpus_that_they_name():
 
 
 def test_the_table_has_a_line_for_each_contestant():
-    rows_ = rows_of([result("ours", 1.0), result("transformers", 8.0)], {"fp32": 1e9}, {})
-    table = table_of(rows_, 2, {"fp32": 1e9})
+    rows_ = judged([result("ours", 1.0), result("transformers", 8.0)], {"fp32": 1e9}, {})
+    table = table_of(rows_, 2, {"fp32": 1e9}, 1e9)
     assert table.row_count == 2
     assert list(table.columns[2].cells) == ["ours", "transformers"]
-    assert list(table.columns[9].cells) == ["", "8.0"]
+    assert list(table.columns[10].cells) == ["", "8.0"]
 
 
 def test_prompts_are_the_same_each_time_and_end_nowhere():
@@ -149,7 +187,7 @@ def fake_python(folder: Path, script: str) -> str:
 
 
 def fake_job(contestant: str, dtype: str) -> Job:
-    return Job(contestant, CASE, load_model("laptop"), "", Setting(dtype, {}), "cpu", 1)
+    return Job(contestant, CASE, "laptop", 300, "", Setting(dtype, {}), "cpu", 1)
 
 
 @pytest.fixture
@@ -197,8 +235,12 @@ def test_a_worker_dies_with_its_referee(in_a_turn, tmp_path):
 def test_shipped_benches_load_and_their_models_exist(name):
     config = load_bench(name)
     for case in config.cases:
-        assert all(config.settings_of(name, case.kind) for name in ["ours", *case.peers])
-        assert [load_model(model).name for model in case.models] == case.models
+        assert all(
+            config.settings_of(name, case.kind, model)
+            for name in ["ours", *case.peers]
+            for model in case.models
+        )
+        assert [config.shape(model).name for model in case.models] == case.models
 
 
 def test_settings_may_be_of_one_kind_of_case():

@@ -24,6 +24,11 @@ from r1pipe.runs import machine
 from r1pipe.runs.files import read_json, write_json, write_text
 from r1pipe.runs.record import note
 
+# OpenMP's threads spin for 20 ms before they sleep. With other processes beside, they take processors from
+# the threads that they wait for, and a training step takes several times as long. So they spin for .1 ms.
+WAITING = "GOMP_SPINCOUNT"
+SPINS = "2000"
+
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
     """DeepSpeed's launcher with the stage's script and its run folder."""
@@ -48,10 +53,15 @@ def shown_variables(config: RunConfig) -> dict[str, str]:
     """The variables that are part of the command as a user reads it."""
     engine = config.engine
     threads = engine.threads or max(1, machine.cores() // engine.ranks)
-    variables = {"OMP_NUM_THREADS": str(threads)}
+    variables = {"OMP_NUM_THREADS": str(threads), **waiting()}
     if engine.accelerator != "auto":
         variables["DS_ACCELERATOR"] = engine.accelerator
     return variables
+
+
+def waiting() -> dict[str, str]:
+    """How OpenMP's threads wait, unless the user's own variables say it."""
+    return {} if "OMP_WAIT_POLICY" in os.environ else {WAITING: os.environ.get(WAITING, SPINS)}
 
 
 @contextmanager
@@ -113,7 +123,7 @@ def printable(config: RunConfig, line: list[str]) -> str:
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     """Run a script of stages/ that needs no launcher, on this terminal or into a log; its exit code."""
     line = [sys.executable, str(stages_dir() / name), *arguments]
-    variables = {**os.environ, "PYTHONPATH": module_path()}
+    variables = {**os.environ, **waiting(), "PYTHONPATH": module_path()}
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
 
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console, RenderableType
@@ -18,14 +18,15 @@ from bench.config import (
     FP8Step,
     Job,
     Setting,
+    Shape,
     gpu_name,
     load_bench,
-    load_model,
     of_model,
     rehearsal,
 )
 from bench.referee import Result, contest, fastest, running
 from bench.tables import Row, data_sheet, fp8_table, rows_of, table_of, words
+from r1pipe.config import ModelConfig
 from r1pipe.core.errors import EnvironmentProblem, R1pipeError
 
 BUSY = 0.5  # load average above which a warning is due
@@ -85,18 +86,19 @@ class Bench:
             self.say(f"the machine is busy (load {load:.1f}): others' work is in the figures")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            peaks = self.peaks(folder)
+            peaks, bandwidth = self.peaks(folder), self.bandwidth(folder)
             rows: list[Row] = []
             tables: list[RenderableType] = []
             for model in dict.fromkeys(model for case in self.config.cases for model in case.models):
-                weights = folder / model
-                make_weights(model, weights)
+                weights, shape = folder / model, self.config.shape(model)
+                make_weights(shape, weights)
                 for case in self.config.cases:
                     if model in case.models:
-                        rows += rows_of(self.case(case, model, weights, folder), peaks, sheet)
+                        results = self.case(case, model, weights, folder)
+                        rows += rows_of(results, shape, peaks, bandwidth, sheet)
                 if self.config.fp8 and model in self.config.fp8.case.models:
                     tables += self.fp8_step(self.config.fp8, model, weights, folder)
-        for table in [table_of(rows, self.config.threads, peaks), *tables]:
+        for table in [table_of(rows, self.config.threads, peaks, bandwidth), *tables]:
             self.console.print(table)
         self.say("done")
         return rows
@@ -108,7 +110,8 @@ class Bench:
         return Job(
             contestant,
             case,
-            load_model(model),
+            model,
+            self.config.shape(model).vocab_size,
             str(weights),
             setting,
             self.config.device,
@@ -118,15 +121,23 @@ class Bench:
     def peaks(self, folder: Path) -> dict[str, float]:
         """Operations per second of a large matmul in each dtype that a contestant may use."""
         side, peaks = self.config.matmul, {}
-        some = load_model(self.config.cases[0].models[0])
         for dtype in sorted(
             {s.dtype for settings in self.config.settings.values() for s in settings} - {"fp8"}
         ):
-            case = replace(MATMUL, prompt=side)
-            job = Job("matmul", case, some, "", Setting(dtype, {}), self.config.device, self.config.threads)
-            with running(job, folder, {}) as contestant:
-                peaks[dtype] = 2 * side**3 / min(contestant.turn() for _ in range(5))
+            peaks[dtype] = 2 * side**3 / self.quickest_turn("matmul", side, dtype, folder)
         return peaks
+
+    def bandwidth(self, folder: Path) -> float:
+        """Bytes per second that memory reads and writes in a copy that no cache holds."""
+        return 2 * self.config.copied / self.quickest_turn("copy", self.config.copied, "fp32", folder)
+
+    def quickest_turn(self, name: str, size: int, dtype: str, folder: Path) -> float:
+        """Seconds of the quickest of five turns."""
+        setting, config = Setting(dtype, {}), self.config
+        case = replace(MATMUL, kind=name, prompt=size)
+        job = Job(name, case, "", 0, "", setting, config.device, config.threads)
+        with running(job, folder, {}) as contestant:
+            return min(contestant.turn() for _ in range(5))
 
     def case(self, case: Case, model: str, weights: Path, folder: Path) -> list[Result]:
         """Every contestant at its fastest setting; one that cannot run is left out, with its reason."""
@@ -156,7 +167,7 @@ class Bench:
 
     def quickest(self, name: str, case: Case, model: str, weights: Path, folder: Path) -> Setting:
         """The contestant's fastest setting; prints what each took. Raises EnvironmentProblem if none runs."""
-        settings = self.config.settings_of(name, case.kind)
+        settings = self.config.settings_of(name, case.kind, model)
         if len(settings) == 1:
             return settings[0]
         known = name, model, case.kind
@@ -171,11 +182,18 @@ class Bench:
         return chosen
 
 
-def make_weights(model: str, folder: Path) -> None:
+def make_weights(shape: Shape, folder: Path) -> None:
     """Random weights in the published format, the same for every contestant."""
-    from r1pipe.model import DeepseekV3, save_pretrained
+    if isinstance(shape, ModelConfig):
+        from r1pipe.model import DeepseekV3, save_pretrained
 
-    save_pretrained(DeepseekV3(load_model(model)), folder)
+        save_pretrained(DeepseekV3(shape), folder)
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    numbers = {name: value for name, value in asdict(shape).items() if name not in ("name", "rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    LlamaForCausalLM(LlamaConfig(**numbers, rope_parameters=rope)).save_pretrained(folder)
 
 
 if __name__ == "__main__":

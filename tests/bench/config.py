@@ -1,15 +1,15 @@
 """What is measured (conf/bench/*.yaml) and the job of a contestant. Imports torch only to name a GPU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.turns import DTYPES
+from bench.turns import DTYPES, lengths
 from r1pipe.config import ModelConfig
 from r1pipe.config.fields import Strict, build
 from r1pipe.config.groups import options, read
 from r1pipe.core.errors import ConfigError, EnvironmentProblem, nearest
 
-KINDS = ("sample", "train", "grpo")
+KINDS = ("sample", "train", "grpo", "update")
 PEERS = ("transformers", "vllm", "trl")
 # The options that each contestant requires (for one kind of case, where that has its own).
 OPTIONS = {
@@ -19,6 +19,8 @@ OPTIONS = {
     "ours_fp8": {"attention", "kernels", "recompute"},  # likewise; it trains, and is compared with ours
     "transformers": {"attention", "experts"},
     "trl": {"attention", "experts"},
+    "transformers/dense": {"attention"},
+    "trl/dense": {"attention"},
     "vllm": {"eager"},  # "true": no torch.compile
 }
 
@@ -27,19 +29,24 @@ OPTIONS = {
 class Case(Strict):
     """One piece of work that every contestant does, with the ratios it is judged by."""
 
-    kind: str  # "sample", "train" (forward, backward, AdamW) or "grpo" (a whole step with KL)
-    models: list[str]  # files in conf/model/
+    # "sample", "train" (forward, backward, AdamW), "grpo" (a whole step with KL) or "update" (that step
+    # without sampling, on given completions of different lengths)
+    kind: str
+    models: list[str]  # files in conf/model/, or names of `dense`
     sequences: int  # sequences at once; for grpo, prompts times `group`
     group: int  # samples of each prompt (grpo), else 1
     prompt: int  # tokens of a prompt; of a whole row in training
-    new: int  # tokens sampled per sequence; 0 in training
+    new: int  # tokens sampled per sequence (update: of the longest completion); 0 in training
     peers: list[str]  # "transformers", "vllm" or "trl"
     floors: dict[str, float]  # peer -> the ratio that ours must reach
     goals: dict[str, float]  # peer -> the ratio that ours should reach
+    busy: bool = False  # measured idle and beside one busy process for each thread
 
     @property
     def tokens(self) -> int:
         """What a speed counts: sampled tokens, or tokens trained on."""
+        if self.kind == "update":
+            return sum(lengths(self.sequences, self.new))
         return self.sequences * (self.new or self.prompt)
 
 
@@ -52,6 +59,29 @@ class Setting(Strict):
 
     def __str__(self) -> str:
         return " ".join([self.dtype, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+@dataclass(frozen=True)
+class DenseShape(Strict):
+    """A Llama of transformers, with random weights (model=hf)."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+Shape = ModelConfig | DenseShape
 
 
 @dataclass(frozen=True)
@@ -71,13 +101,23 @@ class BenchConfig(Strict):
     threads: int  # CPU threads of every contestant
     rounds: int  # measured repetitions, contestants in turn; the median counts
     matmul: int  # side of the square matmul that gives the peak
+    copied: int  # bytes of the copy that gives the bandwidth of memory
     cases: list[Case]
     settings: dict[str, list[Setting]]  # by the names of OPTIONS: what is tried; the fastest is measured
     fp8: FP8Step | None
+    dense: dict[str, DenseShape] = field(default_factory=dict)
 
-    def settings_of(self, contestant: str, kind: str) -> list[Setting]:
-        """What is tried in a kind of case: its own settings, or else the contestant's."""
-        return self.settings.get(f"{contestant}/{kind}") or self.settings[contestant]
+    def settings_of(self, contestant: str, kind: str, model: str = "") -> list[Setting]:
+        """What is tried in a kind of case and with a model: their own settings, or else the contestant's."""
+        own = [f"{contestant}/dense"] if model in self.dense else []
+        for name in [*own, f"{contestant}/{kind}"]:
+            if name in self.settings:
+                return self.settings[name]
+        return self.settings[contestant]
+
+    def shape(self, model: str) -> Shape:
+        """Of `dense`, or of conf/model/."""
+        return self.dense[model] if model in self.dense else load_model(model)
 
 
 @dataclass(frozen=True)
@@ -104,7 +144,8 @@ class Job(Strict):
 
     contestant: str
     case: Case
-    model: ModelConfig
+    model: str
+    vocab_size: int
     weights: str  # folder in the published format
     setting: Setting
     device: str
@@ -155,7 +196,9 @@ def rehearsal(config: BenchConfig) -> BenchConfig:
         return replace(case, sequences=sequences, prompt=8, new=new, floors={}, goals={})
 
     fp8 = config.fp8 and replace(config.fp8, case=small(config.fp8.case), steps=1, loss=1.0)
-    return replace(config, rounds=1, matmul=64, cases=[small(case) for case in config.cases], fp8=fp8)
+    return replace(
+        config, rounds=1, matmul=64, copied=2**20, cases=[small(case) for case in config.cases], fp8=fp8
+    )
 
 
 def small_products(config: ProductsConfig) -> ProductsConfig:

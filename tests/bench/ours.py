@@ -12,13 +12,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.config import Job
-from bench.turns import DTYPES, EOS, PAD, Turns, rows
+from bench.turns import DTYPES, EOS, PAD, Turns, completions, rows
 from r1pipe.config import RLConfig, RunConfig
 from r1pipe.config.compose import compose
+from r1pipe.core.types import Completion
 from r1pipe.model import Policy, load_pretrained
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import group_advantages
-from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
@@ -31,7 +32,8 @@ PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|\b_?(?:scaled_|grouped_|add|b)?m
 
 def work(job: Job, turns: Turns) -> dict[str, Any] | None:
     """Answer turns with the case of the job."""
-    kinds = {"sample": _sample, "train": _train, "grpo": _grpo, "matmul": _matmul}
+    kinds = {"sample": _sample, "train": _train, "grpo": _grpo, "update": _update}
+    kinds |= {"matmul": _matmul, "copy": _copy}
     return kinds[job.case.kind](job, turns)
 
 
@@ -43,8 +45,15 @@ def _matmul(job: Job, turns: Turns) -> None:
     turns.run(lambda: left @ right)
 
 
+def _copy(job: Job, turns: Turns) -> None:
+    """Reads and writes of `prompt` bytes each: the bandwidth of memory."""
+    source = torch.ones(job.case.prompt, dtype=torch.uint8, device=job.device)
+    target = torch.zeros_like(source)
+    turns.run(lambda: target.copy_(source))
+
+
 def _prompts(job: Job) -> list[list[int]]:
-    return rows(job.case.sequences // job.case.group, job.case.prompt, job.model.vocab_size)
+    return rows(job.case.sequences // job.case.group, job.case.prompt, job.vocab_size)
 
 
 def _sample(job: Job, turns: Turns) -> None:
@@ -81,9 +90,7 @@ def _train(job: Job, turns: Turns) -> dict[str, Any]:
     """One optimizer step per turn, on the same rows. Reports the last loss and, in FP8, what took time."""
     model = load_pretrained(job.weights).to(job.device)
     engine, _ = _engine(job, model)
-    tokens_BT = torch.tensor(
-        rows(job.case.sequences, job.case.prompt + 1, job.model.vocab_size), device=job.device
-    )
+    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt + 1, job.vocab_size), device=job.device)
 
     def loss() -> Tensor:
         hidden_BTD = model.hidden(tokens_BT[:, :-1])
@@ -125,6 +132,41 @@ def _grpo(job: Job, turns: Turns) -> None:
         update(engine, rollouts, config, reference)
 
     turns.run(step)
+
+
+def _update(job: Job, turns: Turns) -> dict[str, float]:
+    """Reference, loss, backward pass and optimizer step on given completions, whose old log-probabilities are
+    of the weights before the first step. Reports that step's gradient norm."""
+    case = job.case
+    model = load_pretrained(job.weights).to(job.device)
+    reference = Reference(model, _composed(job).engine)
+    engine, stage = _engine(job, model)
+    config = replace(
+        stage,
+        minibatches=1,
+        max_tokens_per_micro_batch=MICRO_TOKENS,
+        kl_coef=0.04,
+        loss_aggregation="sequence",
+    )
+    rollouts = []
+    prompts = [prompt for prompt in _prompts(job) for _ in range(case.group)]
+    answers = completions(case.sequences, case.new, job.vocab_size)
+    for start in range(0, case.sequences, case.group):
+        group = answers[start : start + case.group]
+        rewards = [sum(token % 2 == 0 for token in tokens) / len(tokens) for tokens in group]
+        rollouts += [
+            Rollout(prompt, Completion(tokens, [0.0] * len(tokens), "length"), advantage, True)
+            for prompt, tokens, advantage in zip(
+                prompts[start:], group, group_advantages(rewards, False), strict=False
+            )
+        ]
+    micro = collate(rollouts, None, 0.0, engine.device)
+    old = reference.logprobs(micro, config.sampling.temperature).split(micro.lengths_B.tolist())
+    for rollout, old_T in zip(rollouts, old, strict=True):
+        rollout.completion.logprobs[:] = old_T.tolist()
+    norms: list[float] = []
+    turns.run(lambda: norms.append(update(engine, rollouts, config, reference)["train/grad_norm"]))
+    return {"gradient norm": norms[0]}
 
 
 def shares(step: Callable[[], object], cuda: bool) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.config import Case, Job, Setting
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.launch.command import waiting
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,32 @@ class Result:
     case: Case
     model: str
     setting: Setting
-    seconds: float  # median over the rounds
+    seconds: float  # median over the rounds; of a busy case, beside busy processes
+    idle: float  # of a busy case, without them; else the same
     memory: int  # peak, bytes: of the process on a CPU, of the GPU there
     facts: dict[str, Any] = field(default_factory=dict)  # what else it reported in the end
+
+
+def environment(job: Job, search_path: str) -> dict[str, str]:
+    """A contestant's variables; for ours those that r1pipe launches its jobs with."""
+    ours = waiting() if job.contestant.startswith("ours") else {}
+    return {**os.environ, **ours, "PYTHONPATH": search_path, "OMP_NUM_THREADS": str(job.threads)}
+
+
+# Computes until its parent dies.
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100000))"
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes that compute all the while."""
+    started = [subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 class Contestant:
@@ -46,7 +70,7 @@ class Contestant:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": str(job.threads)},
+                env=environment(job, search_path),
             )
         assert self._process.stdin and self._process.stdout
         self._turns, self._answers = self._process.stdin, self._process.stdout
@@ -119,14 +143,21 @@ def fastest(
 
 
 def contest(jobs: Sequence[Job], rounds: int, folder: Path, pythons: dict[str, str]) -> list[Result]:
-    """All jobs of one case, in turn, `rounds` times."""
+    """All jobs of one case, in turn, `rounds` times; of a busy case, each round without and with others."""
     with ExitStack() as stack:
         contestants = [stack.enter_context(running(job, folder, pythons)) for job in jobs]
-        times = [[c.turn() for c in contestants] for _ in range(rounds)]
-        return [_result(c, own) for c, own in zip(contestants, zip(*times, strict=True), strict=True)]
+        idle, beside = [], []
+        for _ in range(rounds):
+            idle.append([c.turn() for c in contestants])
+            if jobs[0].case.busy:
+                with busy(jobs[0].threads):
+                    beside.append([c.turn() for c in contestants])
+        pairs = zip(contestants, zip(*idle, strict=True), zip(*(beside or idle), strict=True), strict=True)
+        return [_result(*own) for own in pairs]
 
 
-def _result(contestant: Contestant, times: Sequence[float]) -> Result:
+def _result(contestant: Contestant, idle: Sequence[float], times: Sequence[float]) -> Result:
     job, facts = contestant.job, contestant.finish()
     memory = int(facts.pop("memory"))
-    return Result(job.contestant, job.case, job.model.name, job.setting, median(times), memory, facts)
+    seconds = median(times), median(idle)
+    return Result(job.contestant, job.case, job.model, job.setting, *seconds, memory, facts)

@@ -1,9 +1,4 @@
-"""What a measured time is worth, what it is judged by, and the tables that show it. Imports no torch.
-
-Of a model's operations only matrix products count, two for a multiplication with its addition, and only
-those that are needed: what is recomputed, padded or computed for every expert makes a contestant slower, not
-busier.
-"""
+"""What a measured time is worth, what it is judged by, and the tables that show it. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +7,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.config import Case, FP8Step, load_model
+from bench.config import Case, FP8Step, Shape
+from bench.operations import case_flops, roofline
 from bench.referee import Result
-from r1pipe.config import ModelConfig
 
-WORDS = {"sample": "sampling", "train": "training", "grpo": "GRPO step"}
+WORDS = {"sample": "sampling", "train": "training", "grpo": "GRPO step", "update": "GRPO update"}
+ALIKE = {"fp32": 0.001, "bf16": 0.05, "fp8": 0.1}  # how far apart gradient norms of the same step may be
 
 # Operations per second of dense bfloat16 products by NVIDIA's data sheets, which give them with sparsity: the
 # double. The names are the driver's, of the SXM modules.
@@ -26,43 +22,6 @@ DATA_SHEETS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 def data_sheet(gpu: str) -> dict[str, float]:
     """What the data sheet promises by dtype, as far as it is known here."""
     return {"bf16": DATA_SHEETS[gpu]} if gpu in DATA_SHEETS else {}
-
-
-def weights_per_token(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with: active experts alone, the head, not the embedding."""
-    width, heads = config.hidden_size, config.num_attention_heads
-    query = config.qk_nope_head_dim + config.qk_rope_head_dim
-    if config.q_lora_rank is None:
-        queries = width * heads * query
-    else:
-        queries = config.q_lora_rank * (width + heads * query)
-    latent = width * (config.kv_lora_rank + config.qk_rope_head_dim)
-    expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    attention = queries + latent + expanded + heads * config.v_head_dim * width
-    experts = config.num_experts_per_tok + config.n_shared_experts
-    sparse = width * config.n_routed_experts + experts * 3 * width * config.moe_intermediate_size
-    dense = 3 * width * config.intermediate_size
-    first = config.first_k_dense_replace
-    layers = config.num_hidden_layers
-    return layers * attention + first * dense + (layers - first) * sparse + width * config.vocab_size
-
-
-def forward_flops(config: ModelConfig, begin: int, end: int) -> int:
-    """Operations of the tokens at places [begin, end) of one sequence, each looking at all up to itself."""
-    per_head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * per_head
-    pairs = (end * (end + 1) - begin * (begin + 1)) // 2
-    return 2 * weights_per_token(config) * (end - begin) + per_pair * pairs
-
-
-def case_flops(config: ModelConfig, case: Case) -> int:
-    """Operations of a case: a backward pass counts twice a forward; grpo reads each prompt once per pass and
-    passes over its completions five times (sampling, reference, forward, backward)."""
-    if case.kind == "train":
-        return 3 * case.sequences * forward_flops(config, 0, case.prompt)
-    prompts = case.sequences // case.group * forward_flops(config, 0, case.prompt)
-    completions = case.sequences * forward_flops(config, case.prompt, case.prompt + case.new)
-    return (5 if case.kind == "grpo" else 1) * (prompts + completions)
 
 
 def utilisation(flops: float, seconds: float, peak: float) -> float:
@@ -82,24 +41,34 @@ class Row:
     result: Result
     tokens_per_s: float
     share_of_peak: float  # MFU by the measured matmul in the setting's dtype
+    share_of_roofline: float  # the least seconds by matmul and memory, over those that it took
     share_of_sheet: float | None  # MFU by the data sheet's peak, where that is known
     ratio: float | None  # how many times faster ours is; None for ours
     judgement: str  # against floor and goal, and memory
 
 
-def rows_of(results: Sequence[Result], peaks: dict[str, float], sheet: dict[str, float]) -> list[Row]:
-    """Rows of one case, ours first. Operations per second by dtype: `peaks` measured, `sheet` promised."""
+def rows_of(
+    results: Sequence[Result],
+    shape: Shape,
+    peaks: dict[str, float],
+    bandwidth: float,
+    sheet: dict[str, float],
+) -> list[Row]:
+    """Rows of one case, ours first. Operations per second by dtype: `peaks` measured, `sheet` promised;
+    `bandwidth` in bytes per second."""
     ours = next(result for result in results if result.contestant == "ours")
-    flops = case_flops(load_model(ours.model), ours.case)
+    flops = case_flops(shape, ours.case)
     rows = []
     for result in sorted(results, key=lambda result: result is not ours):
-        promised = sheet.get(result.setting.dtype)
+        dtype = result.setting.dtype
+        promised, peak = sheet.get(dtype), peaks[dtype]
         ratio = None if result is ours else speedup(ours.seconds, result.seconds)
         rows.append(
             Row(
                 result,
                 result.case.tokens / result.seconds,
-                utilisation(flops, result.seconds, peaks[result.setting.dtype]),
+                utilisation(flops, result.seconds, peak),
+                roofline(shape, ours.case, dtype, peak, bandwidth) / result.seconds,
                 utilisation(flops, result.seconds, promised) if promised else None,
                 ratio,
                 "" if ratio is None else judgement(result, ours, ratio),
@@ -112,7 +81,28 @@ def judgement(result: Result, ours: Result, ratio: float) -> str:
     """Whether the ratio reaches the case's floor and goal, and whether ours takes no more memory."""
     floor, goal = result.case.floors.get(result.contestant), result.case.goals.get(result.contestant)
     memory = "ours takes more memory" if ours.memory > result.memory else ""
-    return ", ".join(filter(None, [reached(ratio, floor, goal), memory]))
+    return ", ".join(
+        filter(None, [reached(ratio, floor, goal), slowed(result, ours), unlike(result, ours), memory])
+    )
+
+
+def slowed(result: Result, ours: Result) -> str:
+    """How much longer both take beside busy processes; empty where there were none."""
+    if not result.case.busy:
+        return ""
+    mine, its = ours.seconds / ours.idle, result.seconds / result.idle
+    verdict = "no more than theirs" if mine <= its else "MORE THAN THEIRS"
+    return f"others slow ours down {mine:.1f} times and theirs {its:.1f}: {verdict}"
+
+
+def unlike(result: Result, ours: Result) -> str:
+    """Whether both took the same step; empty where they reported no gradient norm."""
+    norm, mine = result.facts.get("gradient norm"), ours.facts.get("gradient norm")
+    if norm is None or mine is None:
+        return ""
+    most = max(ALIKE[ours.setting.dtype], ALIKE[result.setting.dtype])
+    apart = abs(norm - mine) / abs(norm)
+    return f"gradients' norms {apart:.2%} apart" + (f", MORE THAN {most:.1%}" if apart > most else "")
 
 
 def reached(ratio: float, floor: float | None, goal: float | None) -> str:
@@ -127,9 +117,10 @@ def reached(ratio: float, floor: float | None, goal: float | None) -> str:
 def words(case: Case) -> str:
     """A case as the table names it."""
     if case.kind == "train":
-        return f"{WORDS[case.kind]} {case.sequences} x {case.prompt}"
-    if case.kind == "grpo":
-        return f"{WORDS[case.kind]} {case.sequences // case.group} x {case.group} x {case.new}"
+        return f"{WORDS[case.kind]} {case.sequences} x {case.prompt}" + (", busy" if case.busy else "")
+    if case.kind in ("grpo", "update"):
+        groups = f"{case.sequences // case.group} x {case.group}"
+        return f"{WORDS[case.kind]} {groups} x {'up to ' if case.kind == 'update' else ''}{case.new}"
     return f"{WORDS[case.kind]} {case.sequences} x {case.prompt}+{case.new}"
 
 
@@ -145,11 +136,12 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str], judged: boo
     return table
 
 
-def table_of(rows: Sequence[Row], threads: int, peaks: dict[str, float]) -> Table:
-    """The whole table, with the measured peaks above it: MFU is a share of these, or of the data sheet's."""
+def table_of(rows: Sequence[Row], threads: int, peaks: dict[str, float], bandwidth: float) -> Table:
+    """The whole table, with the measured peaks above it: MFU is a share of these, or of the data sheet's, and
+    the roofline is made of these and the bandwidth."""
     measured = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in peaks.items())
-    figures = ("s", "tokens/s", "MFU", "of sheet", "memory MiB", "ours is faster by")
-    title = f"{threads} threads; matmul peak: {measured}"
+    figures = ("s", "tokens/s", "MFU", "of sheet", "of roofline", "memory MiB", "ours is faster by")
+    title = f"{threads} threads; matmul peak: {measured}; memory {bandwidth / 1e9:,.0f} GB/s"
     table = new_table(title, ("model", "case", "contestant", "setting"), figures)
     for row in rows:
         result = row.result
@@ -162,6 +154,7 @@ def table_of(rows: Sequence[Row], threads: int, peaks: dict[str, float]) -> Tabl
             f"{row.tokens_per_s:,.0f}",
             f"{row.share_of_peak:.1%}",
             "" if row.share_of_sheet is None else f"{row.share_of_sheet:.1%}",
+            f"{row.share_of_roofline:.0%}",
             f"{result.memory / 2**20:,.0f}",
             "" if row.ratio is None else f"{row.ratio:.1f}",
             row.judgement,

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM
 from bench.config import Job
 from bench.turns import DTYPES, EOS, PAD, Turns, rows
 
+NAMES = {"attention": "attn", "experts": "experts"}
+
 
 def load_options(job: Job) -> dict[str, str]:
     """The job's implementations, as from_pretrained calls them."""
-    options = job.setting.options
-    return {"attn_implementation": options["attention"], "experts_implementation": options["experts"]}
+    return {f"{NAMES[name]}_implementation": value for name, value in job.setting.options.items()}
 
 
 def load(job: Job, dtype: torch.dtype) -> Any:
@@ -28,7 +29,7 @@ def work(job: Job, turns: Turns) -> None:
 @torch.inference_mode()
 def _sample(job: Job, turns: Turns) -> None:
     model = load(job, getattr(torch, DTYPES[job.setting.dtype])).eval()
-    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
+    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.vocab_size)).to(job.device)
     turns.run(
         lambda: model.generate(
             tokens_BT,
@@ -49,7 +50,7 @@ def _train(job: Job, turns: Turns) -> None:
     """Float32 weights and AdamW in every setting; bf16 computes under autocast."""
     model = load(job, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.model.vocab_size)).to(job.device)
+    tokens_BT = torch.tensor(rows(job.case.sequences, job.case.prompt, job.vocab_size)).to(job.device)
     bf16 = job.setting.dtype == "bf16"
 
     def step() -> None:

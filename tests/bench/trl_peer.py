@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer on the same weights: same prompts, reward, KL and optimizer; it samples by generate()."""
 
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 from datasets import Dataset
@@ -12,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench.config import Job
 from bench.transformers_peer import load_options
-from bench.turns import Turns, rows
+from bench.turns import Turns, completions, rows
 
 MOST_TURNS = 1000
 
@@ -22,6 +23,7 @@ class _OnTurns(TrainerCallback):
 
     def __init__(self, turns: Turns):
         self.turns, self.warm = turns, False
+        self.facts: dict[str, float] = {}  # of the first step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         if self.warm and not self.turns.begin():
@@ -34,6 +36,10 @@ class _OnTurns(TrainerCallback):
         else:
             self.turns.warm()
         self.warm = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> Any:
+        self.facts.setdefault("gradient norm", float(logs.get("grad_norm", 0.0)))
         return control
 
 
@@ -50,13 +56,32 @@ def _even(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(token % 2 == 0 for token in tokens) / len(tokens) for tokens in completion_ids]
 
 
-def work(job: Job, turns: Turns) -> None:
-    """A GRPO step per turn: one batch of all samples, one optimizer step, a reference model for the KL."""
+def _given(job: Job, prompts: list[list[int]], texts: list[str]) -> Any:
+    """The completions of an update, in place of sampling."""
+    groups: dict[str, list[list[int]]] = {}
+    answers = completions(job.case.sequences, job.case.new, job.vocab_size)
+    for place, text in enumerate(texts):
+        groups[text] = answers[place * job.case.group : (place + 1) * job.case.group]
+
+    def roll_out(asked: list[str], trainer: Any) -> dict[str, Any]:
+        left = {text: iter(group) for text, group in groups.items()}
+        tokens = dict(zip(texts, prompts, strict=True))
+        return {
+            "prompt_ids": [tokens[text] for text in asked],
+            "completion_ids": [next(left[text]) for text in asked],
+            "logprobs": None,
+        }
+
+    return roll_out
+
+
+def work(job: Job, turns: Turns) -> dict[str, float]:
+    """A GRPO step per turn: one batch of all samples, one optimizer step, a reference model for the KL. In an
+    update the completions are given. Reports the first step's gradient norm."""
     case = job.case
-    texts = [
-        " ".join(map(str, row))
-        for row in rows(case.sequences // case.group, case.prompt, job.model.vocab_size)
-    ]
+    prompts = rows(case.sequences // case.group, case.prompt, job.vocab_size)
+    texts = [" ".join(map(str, row)) for row in prompts]
+    given, on_turns = case.kind == "update", _OnTurns(turns)
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
@@ -66,13 +91,16 @@ def work(job: Job, turns: Turns) -> None:
             generation_kwargs={"min_new_tokens": case.new},
             temperature=1.0,
             beta=0.04,
+            loss_type="grpo",
+            scale_rewards="none" if given else "group",
             learning_rate=1e-4,
             max_steps=MOST_TURNS,
             lr_scheduler_type="constant",
             bf16=job.setting.dtype == "bf16",
             gradient_checkpointing=False,
             use_cpu=job.device == "cpu",
-            logging_strategy="no",
+            logging_strategy="steps",
+            logging_steps=1,
             save_strategy="no",
             report_to=[],
             model_init_kwargs={"dtype": "float32", **load_options(job)},
@@ -83,10 +111,10 @@ def work(job: Job, turns: Turns) -> None:
             reward_funcs=_even,
             args=config,
             train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
-            processing_class=_tokenizer(job.model.vocab_size),
-            callbacks=[_OnTurns(turns)],
+            processing_class=_tokenizer(job.vocab_size),
+            callbacks=[on_turns],
+            rollout_func=_given(job, prompts, texts) if given else None,
         )
-        try:
+        with suppress(EOFError):
             trainer.train()
-        except EOFError:
-            return
+    return on_turns.facts

@@ -24,6 +24,18 @@ def rows(count: int, length: int, vocab_size: int) -> list[list[int]]:
     return [[draw.randrange(EOS + 1, vocab_size) for _ in range(length)] for _ in range(count)]
 
 
+def lengths(count: int, longest: int) -> list[int]:
+    """Tokens of `count` completions that end by themselves: from an eighth of `longest` to all of it."""
+    draw = random.Random(1)
+    return [draw.randint(-(-longest // 8), longest) for _ in range(count)]
+
+
+def completions(count: int, longest: int, vocab_size: int) -> list[list[int]]:
+    """The same completions in every process, without PAD and EOS."""
+    draw = random.Random(2)
+    return [[draw.randrange(EOS + 1, vocab_size) for _ in range(n)] for n in lengths(count, longest)]
+
+
 def nothing() -> None:
     """What there is to wait for on a CPU."""
 

@@ -38,7 +38,7 @@ def main(path: str) -> None:
         skip_tokenizer_init=True,
         compilation_config=WITHOUT_ROTARY_KERNEL,
     )
-    prompts = rows(case["sequences"], case["prompt"], job["model"]["vocab_size"])
+    prompts = rows(case["sequences"], case["prompt"], job["vocab_size"])
     asked = [{"prompt_token_ids": tokens} for tokens in prompts]
     params = SamplingParams(max_tokens=case["new"], temperature=1.0, ignore_eos=True, detokenize=False)
     turns.run(lambda: llm.generate(asked, params, use_tqdm=False))

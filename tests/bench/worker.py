@@ -9,7 +9,7 @@ from bench.config import Job
 from bench.turns import Turns
 from r1pipe.config.fields import build
 
-MODULES = {"ours": "bench.ours", "ours_fp8": "bench.ours", "matmul": "bench.ours"}
+MODULES = dict.fromkeys(["ours", "ours_fp8", "matmul", "copy"], "bench.ours")
 MODULES |= {"transformers": "bench.transformers_peer", "trl": "bench.trl_peer"}
 
 

@@ -116,7 +116,7 @@ def _compile(path: Path) -> None:
             commands = [[*compiler, *FLAGS, include, "-c", str(s), "-o", o] for s, o in objects.items()]
             list(pool.map(_run, commands))
         # linked without -fopenmp: torch has its own OpenMP, and a second would double the threads
-        libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
+        libraries = ["-pthread", f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"]
         _run([*compiler, "-shared", *objects.values(), "-o", f"{scratch}/all.so", *libraries])
         Path(scratch, "all.so").rename(path)
 

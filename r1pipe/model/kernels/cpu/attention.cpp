@@ -183,16 +183,15 @@ void backward_head(const Given<T>& given, const Results<T>& results, int64_t b, 
 template <typename T>
 void backward(const Given<T>& given, const Results<T>& results) {
   const AttentionSizes& sizes = given.sizes;
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t i = 0; i < sizes.rows * sizes.heads; i++) backward_head(given, results, i / sizes.heads, i % sizes.heads);
+  share(sizes.rows * sizes.heads, [&](int64_t i) { backward_head(given, results, i / sizes.heads, i % sizes.heads); });
   const int64_t all = sizes.keys * sizes.rope;
-#pragma omp parallel for
-  for (int64_t b = 0; b < sizes.rows; b++)
+  share(sizes.rows, [&](int64_t b) {
     for (int64_t i = 0; i < all; i++) {
       float sum = 0.0f;
       for (int64_t h = 0; h < sizes.heads; h++) sum += results.d_rope_parts[(b * sizes.heads + h) * all + i];
       put(results.d_key_rope[b * all + i], sum);
     }
+  });
 }
 
 template <typename T>
@@ -211,8 +210,8 @@ extern "C" void r1pipe_attention_forward(int64_t bf16, int64_t rows, int64_t tok
   const AttentionSizes sizes{rows, tokens, keys, heads, nope, rope, value};
   with_type(bf16, [&]<typename T>() {
     const auto given = given_of<T>(sizes, query, key_value, key_rope, rotation, rotation_stride, mask, scale);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < rows * heads; i++) forward_head(given, i / heads, i % heads, static_cast<T*>(out), logsums_BHT);
+    share(rows * heads,
+          [&](int64_t i) { forward_head(given, i / heads, i % heads, static_cast<T*>(out), logsums_BHT); });
   });
 }
 

@@ -2,11 +2,10 @@
 // costs nothing extra. Works on 32 bits at a time: a float, or two neighbours along the depth.
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "gemm.h"
+#include "parallel.h"
 
 namespace r1pipe {
 

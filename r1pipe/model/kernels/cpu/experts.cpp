@@ -69,8 +69,7 @@ struct Layer {
   // out = for each token the sum of the results of `block` (rows first, count; float results) for its experts
   template <typename Block>
   void by_chunks(T* out, Block block) const {
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t c = 0; c < sizes.chunks(); c++) {
+    share(sizes.chunks(), [&](int64_t c) {
       const Tiles tiles;
       const int64_t begin = c * sizes.chunk, tokens = std::min(sizes.chunk, sizes.tokens - begin);
       float* sums = scratch<float, struct Sums>(sizes.chunk * sizes.width);
@@ -85,7 +84,7 @@ struct Layer {
         }
       }
       rounded(sums, tokens * sizes.width, out + begin * sizes.width);
-    }
+    });
   }
 };
 
@@ -135,12 +134,11 @@ std::vector<Packed<T>> packed(const T* weights, int64_t experts, int64_t rows, i
   const int64_t size = outputs_first ? up_to(rows, PANEL) * columns : up_to(columns, PANEL) * rows;
   T* to = scratch<T, Use>(experts * size);
   std::vector<Packed<T>> all(experts);
-#pragma omp parallel for
-  for (int64_t e = 0; e < experts; e++) {
+  share(experts, [&](int64_t e) {
     const Rows<T> pointers = rows_of(weights + e * rows * columns, columns, rows);
     all[e] = outputs_first ? pack_outputs(pointers.data(), rows, columns, to + e * size)
                            : pack_depth(pointers.data(), rows, columns, to + e * size);
-  }
+  });
   return all;
 }
 
@@ -186,8 +184,7 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
   };
   // with few experts, several threads share the work of one
   const int64_t parts = std::max<int64_t>(1, std::min({omp_get_max_threads() / E, 2 * I, D}));
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t task = 0; task < 2 * E * parts; task++) {
+  share(2 * E * parts, [&](int64_t task) {
     const Tiles tiles;
     const int64_t e = task / (2 * parts), part = task / 2 % parts;
     const int64_t chunks = layer.sizes.chunks(), begin = layer.visits.start[e * chunks];
@@ -201,7 +198,7 @@ void backward(const Layer<T>& layer, const T* kept, const T* d_out, T* d_x, T* d
       weight_gradient<T>({begin, end}, own, D, apart(d_both, 2 * I), gathered(layer.x), false, sums);
       rounded(sums, own.count * D, d_gate_up + (e * 2 * I + own.first) * D);
     }
-  }
+  });
 }
 
 template <typename T>

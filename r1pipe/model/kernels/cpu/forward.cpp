@@ -38,31 +38,25 @@ class Forward {
   }
 
   void run() {
-#pragma omp parallel
-    {
-      over_rows([&](int64_t row, int64_t rows) { embed(row, rows); });
-      for (int64_t n = 0; n < s.layers; n++) {
-        over_rows([&](int64_t row, int64_t rows) {
-          add_routed(n - 1, row, rows);
-          write_latents(n, row, rows);
-          if (alone) look_and_choose(n, row, rows);
-        });
-        if (n + 1 == s.layers && !alone) {
-#pragma omp single
-          keep_wanted();
-        }
-        if (!alone) over_rows([&](int64_t row, int64_t rows) { look_and_choose(n, row, rows); });
-#pragma omp single
-        sort_by_expert(n);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count; i++) feed_forward(n, items[i]);
-      }
+    over_rows([&](int64_t row, int64_t rows) { embed(row, rows); });
+    for (int64_t n = 0; n < s.layers; n++) {
       over_rows([&](int64_t row, int64_t rows) {
-        add_routed(s.layers - 1, row, rows);
-        head(row, rows);
+        add_routed(n - 1, row, rows);
+        write_latents(n, row, rows);
+        if (alone) look_and_choose(n, row, rows);
       });
-      at::native::cpublas::brgemm_release(sizeof(T) == 2);
+      if (n + 1 == s.layers && !alone) keep_wanted();
+      if (!alone) over_rows([&](int64_t row, int64_t rows) { look_and_choose(n, row, rows); });
+      sort_by_expert(n);
+      share(count, [&](int64_t i) {
+        const Tiles released;
+        feed_forward(n, items[i]);
+      });
     }
+    over_rows([&](int64_t row, int64_t rows) {
+      add_routed(s.layers - 1, row, rows);
+      head(row, rows);
+    });
   }
 
  private:
@@ -88,9 +82,10 @@ class Forward {
 
   template <typename F>
   void over_rows(F work) {
-    const int64_t blocks = (N + ROWS - 1) / ROWS;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t block = 0; block < blocks; block++) work(block * ROWS, std::min(ROWS, N - block * ROWS));
+    share_rows(N, ROWS, [&](int64_t row, int64_t rows) {
+      const Tiles released;
+      work(row, rows);
+    });
   }
 
   Packed<T> packed(const void* data, int64_t outputs, int64_t depth) const {

@@ -47,6 +47,12 @@ inline void multiply(const T* in, int64_t in_stride, int64_t rows, const Packed<
   }
 }
 
+// Construct it where a thread's share of work begins: at its end it releases the tile registers (AMX) for torch's own
+// products.
+struct Tiles {
+  ~Tiles() { at::native::cpublas::brgemm_release(); }
+};
+
 // This thread's memory for one `Use`, a name: it grows and is kept between calls, since page faults cost more than the
 // computation. Not initialised.
 template <typename T, typename Use>

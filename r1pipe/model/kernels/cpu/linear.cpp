@@ -12,14 +12,13 @@ void linear_backward(int64_t rows, int64_t width, int64_t outputs, int64_t strid
   T* panels = scratch<T, struct LinearPanels>(up_to(width, PANEL) * outputs);
   product(d_out, rows, outputs, pack_depth(rows_of(weight, width, outputs).data(), outputs, width, panels), d_x);
   const int64_t parts = std::min<int64_t>(omp_get_max_threads(), outputs);
-#pragma omp parallel for
-  for (int64_t p = 0; p < parts; p++) {
+  share(parts, [&](int64_t p) {
     const Tiles tiles;
     const Part part = part_of(outputs, p, parts);
     float* sums = scratch<float, struct LinearSums>(part.count * width);
     weight_gradient<T>({0, rows}, part, width, apart(d_out, outputs), apart(x, stride), false, sums);
     rounded(sums, part.count * width, d_weight + part.first * width);
-  }
+  });
 }
 
 // The log-probability of `target` under softmax(row), and log(sum(exp(row))). Never inlined: sampler and trainer must
@@ -68,8 +67,7 @@ struct Head {
 
   void forward(float* logprobs_N, float* logsums_N) const {
     const Packed<T> head = packed();
-#pragma omp parallel for
-    for (int64_t first = 0; first < rows; first += BLOCK) {
+    share_rows(rows, BLOCK, [&](int64_t first, int64_t) {
       const Tiles tiles;
       const RowBlock<T> block(x, rows, width, width, first);
       const float* all = logits(block, head);
@@ -77,7 +75,7 @@ struct Head {
         const int64_t n = first + i;
         logprobs_N[n] = logprob(all + i * vocabulary, vocabulary, targets_N[n], logsums_N + n);
       }
-    }
+    });
   }
 
   // d_logits [chunk, vocabulary] is memory for the logits' gradients of `chunk` rows at once.
@@ -88,8 +86,7 @@ struct Head {
     float* sums = scratch<float, struct HeadSums>(vocabulary * width);
     for (int64_t begin = 0; begin < rows; begin += chunk) {
       const int64_t count = std::min(chunk, rows - begin);
-#pragma omp parallel for
-      for (int64_t first = 0; first < count; first += BLOCK) {
+      share_rows(count, BLOCK, [&](int64_t first, int64_t) {
         const Tiles tiles;
         const RowBlock<T> block(x + begin * width, count, width, width, first);
         const float* all = logits(block, head);
@@ -97,16 +94,15 @@ struct Head {
           const int64_t n = begin + first + i;
           gradient(all + i * vocabulary, targets_N[n], logsums_N[n], d_logprobs_N[n], d_logits + (first + i) * vocabulary);
         }
-      }
+      });
       product(d_logits, count, vocabulary, back, d_x + begin * width);
       const int64_t parts = std::min<int64_t>(omp_get_max_threads(), vocabulary);
-#pragma omp parallel for
-      for (int64_t p = 0; p < parts; p++) {
+      share(parts, [&](int64_t p) {
         const Tiles tiles;
         const Part part = part_of(vocabulary, p, parts);
         weight_gradient<T>({0, count}, part, width, apart(d_logits, vocabulary), apart(x + begin * width, width), begin > 0,
                            sums + part.first * width);
-      }
+      });
     }
     rounded(sums, vocabulary * width, d_weight);
   }

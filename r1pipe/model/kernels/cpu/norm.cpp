@@ -8,11 +8,17 @@ using namespace r1pipe;
 
 constexpr int64_t CHUNK = 128;  // rows whose part of the weight's gradient is summed at once, in a fixed order
 
+template <typename Work>
+void by_row(int64_t rows, const Work& work) {
+  share_rows(rows, CHUNK, [&](int64_t first, int64_t count) {
+    for (int64_t i = first; i < first + count; i++) work(i);
+  });
+}
+
 template <typename T>
 void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const T* x, const T* weight, T* out,
                   float* factors) {
-#pragma omp parallel for
-  for (int64_t i = 0; i < rows; i++) {
+  by_row(rows, [&](int64_t i) {
     const T* row = x + i * stride;
     __m512 squares = _mm512_setzero_ps();
     for (int64_t d = 0; d < width; d += UNIT) {
@@ -25,7 +31,7 @@ void norm_forward(int64_t rows, int64_t width, int64_t stride, float eps, const 
       const __mmask16 mask = first_of(width - d);
       store(out + i * width + d, _mm512_mul_ps(_mm512_mul_ps(load(row + d, mask), factor), load(weight + d, mask)), mask);
     }
-  }
+  });
 }
 
 template <typename T>
@@ -33,8 +39,7 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
                    const T* d_out, T* d_x, T* d_weight) {
   const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
   float* sums = scratch<float, struct NormSums>(chunks * width);
-#pragma omp parallel for
-  for (int64_t c = 0; c < chunks; c++) {
+  share(chunks, [&](int64_t c) {
     float* own = sums + c * width;
     std::fill_n(own, width, 0.0f);
     for (int64_t i = c * CHUNK; i < std::min(rows, (c + 1) * CHUNK); i++) {
@@ -55,7 +60,7 @@ void norm_backward(int64_t rows, int64_t width, int64_t stride, const T* x, cons
         store(d_x + i * width + k, _mm512_fmsub_ps(g, load(weight + k, mask), across), mask);
       }
     }
-  }
+  });
   for (int64_t k = 0; k < width; k++) {
     float sum = 0.0f;
     for (int64_t c = 0; c < chunks; c++) sum += sums[c * width + k];
@@ -84,8 +89,8 @@ extern "C" void r1pipe_norm_backward(int64_t bf16, int64_t rows, int64_t width, 
 extern "C" void r1pipe_rotate(int64_t bf16, int64_t rows, int64_t width, int64_t stride, int64_t period, int64_t back,
                        const void* x, const float* rotation, void* out) {
   with_type(bf16, [&]<typename T>() {
-#pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++)
+    by_row(rows, [&](int64_t i) {
       turn(static_cast<const T*>(x) + i * stride, rotation + i % period * width, width, back, static_cast<T*>(out) + i * width);
+    });
   });
 }

@@ -8,12 +8,6 @@ namespace r1pipe {
 constexpr int64_t BLOCK = 64;   // rows of one product: its operands stay in the inner caches
 constexpr int64_t DEPTH = 256;  // rows that a weight's gradient is summed over in one product
 
-// Construct it where a thread's share of work begins: at its end it releases the tile registers (AMX) for torch's own
-// products.
-struct Tiles {
-  ~Tiles() { at::native::cpublas::brgemm_release(); }
-};
-
 struct Span {
   int64_t first, end;
 };
@@ -76,14 +70,13 @@ struct RowBlock {
 // out [rows, outputs] = x [rows, depth] * weight^T
 template <typename T>
 inline void product(const T* x, int64_t rows, int64_t stride, const Packed<T>& weight, T* out) {
-#pragma omp parallel for
-  for (int64_t first = 0; first < rows; first += BLOCK) {
+  share_rows(rows, BLOCK, [&](int64_t first, int64_t) {
     const Tiles tiles;
     const RowBlock<T> block(x, rows, weight.depth, stride, first);
     float* sums = scratch<float, struct Products>(BLOCK * weight.outputs);
     multiply(block.data, block.stride, block.filled, weight, sums, weight.outputs);
     rounded(sums, block.count * weight.outputs, out + first * weight.outputs);
-  }
+  });
 }
 
 }  // namespace r1pipe

@@ -22,7 +22,9 @@ from r1pipe.train.rl.update import completion_logprobs
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
 
-needs_kernels = pytest.mark.skipif(not runs_here(torch.bfloat16), reason="the bfloat16 kernels do not run here")
+needs_kernels = pytest.mark.skipif(
+    not runs_here(torch.bfloat16), reason="the bfloat16 kernels do not run here"
+)
 PROMPTS = [[5], tokens(1, 60, tiny())[0].tolist(), [9, 8, 7, 6]]  # beside a tile of 64 keys, and beyond it
 CONFIGS = {
     "v3": SHAPES["v3"],
@@ -73,7 +75,9 @@ def test_to_the_bit_whatever_the_batches_are(name, dtype):
             assert trained_N.requires_grad
             with torch.no_grad():
                 read_N = completion_logprobs(model, micro, 0.9)
-            assert torch.equal(trained_N, torch.cat([old[n] for n in some])) and torch.equal(trained_N, read_N)
+            assert torch.equal(trained_N, torch.cat([old[n] for n in some])) and torch.equal(
+                trained_N, read_N
+            )
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,8 @@ def test_r1pipe_commands_are_known_and_compose(command, tmp_path):
     if any(word.startswith("model.path=") for word in rest):  # whose folder is read
         path = publish(tmp_path / "model")
         rest = [f"model.path={path}" if word.startswith("model.path=") else word for word in rest]
+    if "engine.sampler=vllm" in rest:  # whose environment must exist
+        rest.append(f"sampler.python={sys.executable}")
     if name not in WITHOUT_OVERRIDES:
         words = [word for word in rest if not word.startswith("--")]
         compose([word.partition(",")[0] for word in words] if "--multirun" in rest else words)

@@ -63,7 +63,7 @@ def drawn(model: DeepseekV3, slots: int, temperature: float) -> list[Rollout]:
     ],
 )
 def test_to_the_bit_whatever_the_batches_are(name, dtype):
-    """However many slots decode together, and however the trainer packs the rows; with and without gradient."""
+    """However many slots decode together, and however the trainer packs rows; with and without gradient."""
     model = model_of(name, dtype)
     rows = drawn(model, 5, 0.9)
     assert len({len(row.completion.tokens) for row in rows}) > 2, "completions must be ragged"
@@ -156,6 +156,6 @@ def test_what_cannot_run_is_refused(monkeypatch):
 def test_a_pass_that_would_leave_the_kernels_is_refused():
     model = ours(SHAPES["v3"])
     set_batch_invariant(model, True)
-    with pytest.raises(ConfigError, match="engine.equal=true: the CPU kernels cannot compute"):
+    with pytest.raises(ConfigError, match=r"engine.equal=true: the CPU kernels cannot compute"):
         model.double()(torch.tensor([[5, 6]]))
     assert isinstance(decoder_of(model), InvariantDecoder)

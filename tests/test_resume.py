@@ -31,9 +31,10 @@ CASES = [
     ("control_sft", 1, 2, "before a save"),
     ("control_sft", 1, 2, "saved, old ones there"),
     ("distill", 2, 3, "in an update"),
+    ("expert_iteration", 1, 0, "shard drawn, not written"),
 ]
 # `make test` has every ZeRO level, SFT, RL and rejection sampling; `make test-all` has every stage.
-SLOW = (*CASES[2:3], *CASES[5:6], *CASES[7:12])
+SLOW = (*CASES[2:3], *CASES[5:6], *CASES[7:13])
 
 
 @pytest.fixture(scope="module")

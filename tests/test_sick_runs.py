@@ -20,7 +20,7 @@ from r1pipe.launch.progress import Display
 from r1pipe.model.moe import gates
 from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import loop, scoring
+from r1pipe.train.rl import ahead, loop, scoring
 from r1pipe.train.rl.tripwires import WIRES
 from r1pipe.train.rollout import SamplingParams, Whole
 from r1pipe.train.rollout.bundled import BundledSampler
@@ -105,7 +105,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
     def growing(max_tokens: int, *rest: float, **where: int) -> SamplingParams:
         return SamplingParams(2 if len(began) < 3 else max_tokens, *rest, **where)
 
-    monkeypatch.setattr(loop, "SamplingParams", growing)
+    monkeypatch.setattr(ahead, "SamplingParams", growing)
     load, train_step, taken = Run.load_model, Engine.train_step, []
 
     def collapsed(run, parent):

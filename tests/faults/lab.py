@@ -27,15 +27,17 @@ RL = [
     ),
     *("stage.sampling.max_num_seqs=4", "stage.optim.lr=0.001"),
 ]
+SAMPLED = [
+    *STEPS,
+    *("stage.prompts=64", "stage.samples_per_prompt=1", "stage.sampling.max_num_seqs=2"),  # four shards
+    *("stage.sampling.max_tokens=8", "stage.batch_size=2"),
+]
 SETTINGS: dict[str, list[str]] = {
     "pretrain": [*STEPS, "stage.batch_size=2", "stage.sequence_length=128"],
     "cold_start": SFT,
     "grpo": [*RL, "stage.reference_every=1"],  # the reference is another one at every checkpoint
-    "rejection_sft": [
-        *STEPS,
-        *("stage.prompts=64", "stage.samples_per_prompt=1", "stage.sampling.max_num_seqs=2"),
-        *("stage.sampling.max_tokens=8", "stage.batch_size=2"),
-    ],  # four shards
+    "rejection_sft": SAMPLED,
+    "expert_iteration": SAMPLED,
     "reward_model": [*STEPS, "stage.batch_size=2"],
     "all_scenario": [*RL, "stage.preference.last_steps=3", "stage.kl_coef=0.01"],
     "zero": RL,
@@ -44,16 +46,22 @@ SETTINGS: dict[str, list[str]] = {
 }
 SOURCES = {  # what each reads besides its weights
     "rejection_sft": "grpo",
+    "expert_iteration": "cold_start",
     "all_scenario": "reward_model",
     "distill": "rejection_sft",
 }
-MAKERS = {"grpo": "pretrain"}  # random weights sample as badly as a policy of four steps
+MAKERS = {
+    "grpo": "pretrain",
+    "cold_start": "pretrain",
+}  # random weights sample as badly as a policy of four steps
 POINTS: dict[str, dict[str, Point]] = {
     **dict.fromkeys(("pretrain", "cold_start", "control_sft", "distill"), TRAINING | SAVING | ENDING),
     **dict.fromkeys(("grpo", "zero"), TRAINING | SAVING | ENDING | SAMPLING | JUDGING),
     "reward_model": TRAINING | SAVING | {k: v for k, v in ENDING.items() if k != "in evaluation"},
     "all_scenario": TRAINING | SAVING | ENDING | SAMPLING | JUDGING | JUDGING_BY_MODELS,
-    "rejection_sft": TRAINING | SAVING | ENDING | SAMPLING | JUDGING | SHARDS,
+    **dict.fromkeys(
+        ("rejection_sft", "expert_iteration"), TRAINING | SAVING | ENDING | SAMPLING | JUDGING | SHARDS
+    ),
 }
 
 

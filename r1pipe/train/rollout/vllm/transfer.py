@@ -6,8 +6,9 @@ pause, start, a bucket at a time, finish with the new version, forget the prefix
 
 import secrets
 import socket
-from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from typing import Any
 
@@ -33,7 +34,6 @@ class Transfer:
         self.over_gpus = False
         self._group: Any = None
         self._store: dist.TCPStore | None = None
-        self._requests = ThreadPoolExecutor(1, "weights")
 
     def begin(self, keep: bool) -> None:
         """Pause the server and open an update. `keep`: requests under way go on after it; otherwise they end
@@ -87,27 +87,25 @@ class Transfer:
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> "Future[dict[str, Any]]":
         """A request that the server answers once this end has done its part."""
-        return self._requests.submit(self.client.post, path, body)
+        return _aside(self.client.post, path, body)
 
     def _connect(self) -> None:
         address, name = _address_towards(self.client.host), secrets.token_hex(16)
         size, over = 1 + self.client.workers(), self._over()
         timeout = timedelta(seconds=self.timeout_s)
-        if self._store is None:
-            self._store = dist.TCPStore(address, 0, None, is_master=True, timeout=timeout)
-        info = {"address": address, "port": self._store.port, "name": name, "size": size, "over": over.type}
+        # a new one for each connection: one that failed may still wait, and let nobody else use its store
+        store = dist.TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
+        info = {"address": address, "port": store.port, "name": name, "size": size, "over": over.type}
         info |= {"timeout_s": self.timeout_s, "protocol": wire.PROTOCOL}
         told = self._ask("/init_weight_transfer_engine", {"init_info": info})
-        store = dist.PrefixStore(name, self._store)
-        joining = ThreadPoolExecutor(1, "join")  # this end waits for the others, who may have failed
-        group = joining.submit(wire.join, store, 0, size, address, over, self.timeout_s)
-        joining.shutdown(wait=False)
+        named = dist.PrefixStore(name, store)
+        group = _aside(wire.join, named, 0, size, address, over, self.timeout_s)  # the others may have failed
         while not wait([told, group], TICK_S, return_when=FIRST_COMPLETED).done:
             heartbeat.tick()
         if told.done():
             told.result()
         try:
-            self._group = _answer(group)
+            self._group, self._store = _answer(group), store
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             raise Gone(f"{self.client.url}: no connection for weights ({why})") from None
@@ -118,6 +116,20 @@ class Transfer:
             self.client.post("/finish_weight_update")
         except Gone:  # it was not open: what `start` says next is the reason
             return
+
+
+def _aside(work: Callable[..., Any], *given: Any) -> "Future[Any]":
+    """`work` in a thread that nobody waits for at the job's end."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*given))
+        except (Gone, Refused, RuntimeError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _answer(told: "Future[Any]") -> Any:

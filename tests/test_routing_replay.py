@@ -175,9 +175,14 @@ def test_a_run_with_a_sampler_of_another_precision(tmp_path):
     assert metrics_of(parts) == metrics_of(whole)
 
 
-def test_a_sampler_that_records_nothing_is_refused():
-    with pytest.raises(EnvironmentProblem, match="returned completions without its experts"):
-        check_recorded([Completion([1], [0.0], "stop")])
+def test_what_a_sampler_does_not_record_or_records_of_another_model_is_refused():
+    right = rollouts(ours(CONFIG))[0].completion
+    check_recorded([right], CONFIG)
+    with pytest.raises(EnvironmentProblem, match="returned completions without their experts"):
+        check_recorded([right, Completion([1], [0.0], "stop")], CONFIG)
+    for wrong in (right.experts[:, :1], right.experts[1:], right.experts + 16):
+        with pytest.raises(EnvironmentProblem, match="this model needs"):
+            check_recorded([replace(right, experts=wrong)], CONFIG)
 
 
 @pytest.mark.slow

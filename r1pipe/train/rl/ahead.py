@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from r1pipe.config import RLConfig
+from r1pipe.config import ModelConfig, RLConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.rewards import Verdicts
@@ -239,8 +239,8 @@ class RolloutQueue:
 
         ended = batch.verdicts.on_completion(chat, batch.prompts)
         completions = self.run.sampler.generate(batch.tokens, params, progress, ended, stop=stop)
-        if self.config.replay_routing:
-            check_recorded(completions)
+        if self.config.replay_routing and isinstance(self.run.config.model, ModelConfig):
+            check_recorded(completions, self.run.config.model)
         return completions
 
     def _show(self, batch: Batch) -> None:

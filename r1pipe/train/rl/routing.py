@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from r1pipe.config import RLConfig
+from r1pipe.config import ModelConfig, RLConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.types import Completion
 from r1pipe.model import DeepseekV3
@@ -22,14 +22,24 @@ def records(config: RLConfig) -> bool:
     return config.replay_routing or config.routing_check_samples > 0
 
 
-def check_recorded(completions: Sequence[Completion]) -> None:
-    """Raises EnvironmentProblem where there is nothing to replay."""
-    if any(completion.experts is None for completion in completions):
-        raise EnvironmentProblem(
-            "stage.replay_routing=true: the sampler returned completions without its experts; give "
-            "engine.sampler=bundled, a vLLM server with --enable-return-routed-experts, or "
-            "stage.replay_routing=false"
-        )
+def check_recorded(completions: Sequence[Completion], model: ModelConfig) -> None:
+    """Raises EnvironmentProblem where there is nothing to replay, or it is not of this model's routers."""
+    layers = model.num_hidden_layers - model.first_k_dense_replace
+    for completion in completions:
+        chosen = completion.experts
+        if chosen is None:
+            raise EnvironmentProblem(
+                "stage.replay_routing=true: the sampler returned completions without their experts; give "
+                "engine.sampler=bundled, a vLLM server with --enable-return-routed-experts, or "
+                "stage.replay_routing=false"
+            )
+        wanted = len(completion.tokens), layers, model.num_experts_per_tok
+        if chosen.shape != wanted or chosen.min() < 0 or chosen.max() >= model.n_routed_experts:
+            raise EnvironmentProblem(
+                f"stage.replay_routing=true: the sampler returned experts of shape {chosen.shape}, up to number "
+                f"{chosen.max(initial=0)}; this model needs {wanted} (tokens, MoE layers, experts of a token) "
+                f"below {model.n_routed_experts}; give stage.replay_routing=false"
+            )
 
 
 @torch.no_grad()

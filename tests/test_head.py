@@ -90,7 +90,7 @@ def test_every_path_of_float32_log_probabilities_is_the_same(temperature, monkey
     exact_NV = (x_ND.double() @ head.weight.double().t() / temperature).log_softmax(-1)
     exact_N = exact_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
     found = [head(x_ND, targets_N, temperature)]
-    monkeypatch.setattr(kernels, "usable", lambda *given: False)
+    monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
     found.append(head(x_ND, targets_N, temperature))
     monkeypatch.setattr(logprobs, "LOGITS_IN_MEMORY", 70 * 98)
     found.append(head(x_ND, targets_N, temperature))
@@ -116,7 +116,7 @@ def gap(policy, engine) -> float:
 @pytest.mark.parametrize("kind", ["bundled", "hf"])
 def test_a_float32_head_brings_sampler_and_trainer_closer_in_bfloat16(kind, tmp_path, monkeypatch):
     if kind == "bundled":
-        monkeypatch.setattr(kernels, "usable", lambda *given: False)
+        monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
         monkeypatch.setattr(native, "runs_natively", lambda model: False)
         policy = tiny_model().bfloat16()
         with torch.no_grad():  # initial weights give logits of nearly 0

@@ -103,7 +103,7 @@ def test_policy_loss_and_its_gradient_by_hand():
 
 
 def test_logprobs_in_chunks_equal_the_whole(monkeypatch):
-    monkeypatch.setattr(kernels, "usable", lambda *given, **more: False)
+    monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
     torch.manual_seed(0)
     head = logprobs.Head(6, 11)
     hidden_ND = torch.randn(7, 6, requires_grad=True)

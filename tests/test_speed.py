@@ -68,7 +68,7 @@ def sampling(model) -> None:
 def test_the_logits_of_a_long_batch_are_never_whole_in_memory(path: Callable, compiled: bool, monkeypatch):
     rows = 48
     if not compiled:
-        monkeypatch.setattr(kernels, "usable", lambda *given: False)
+        monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
     monkeypatch.setattr(logprobs, "LOGITS_IN_MEMORY", rows * WIDE.vocab_size)
     monkeypatch.setattr(kernels, "LOGITS", rows * WIDE.vocab_size)
     with WidestLogits() as seen:
@@ -81,7 +81,7 @@ def test_the_logits_of_a_long_batch_are_never_whole_in_memory(path: Callable, co
 def test_bfloat16_experts_compute_what_float32_experts_do(compiled: bool, monkeypatch):
     """The filling of their groups changes nothing but the rounding, forward and backward."""
     if not compiled:
-        monkeypatch.setattr(kernels, "usable", lambda *given: False)
+        monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
     config = replace(WIDE, n_routed_experts=8, num_experts_per_tok=2)
     generator = torch.Generator().manual_seed(0)
 

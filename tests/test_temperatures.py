@@ -29,7 +29,7 @@ EACH = 4
 @pytest.fixture(params=["kernels", "torch", "hf"])
 def policy(request, tmp_path, monkeypatch) -> Policy:
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "usable", lambda *given: False)
+        monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
         monkeypatch.setattr(native, "runs_natively", lambda model: False)
     if request.param == "hf":
         return load_pretrained(write_model(tmp_path / "hf", "llama"))

@@ -57,12 +57,11 @@ struct Head {
   // The logits themselves, [rows, vocabulary], divided by the temperature.
   void all_logits(float* logits_NV) const {
     const Packed<T> head = packed();
-#pragma omp parallel for
-    for (int64_t first = 0; first < rows; first += BLOCK) {
+    share_rows(rows, BLOCK, [&](int64_t first, int64_t) {
       const Tiles tiles;
       const RowBlock<T> block(x, rows, width, width, first);
       std::copy_n(logits(block, head), block.count * vocabulary, logits_NV + first * vocabulary);
-    }
+    });
   }
 
   void forward(float* logprobs_N, float* logsums_N) const {
@@ -158,11 +157,11 @@ extern "C" void r1pipe_logits_forward(int64_t bf16, int64_t rows, int64_t width,
 
 extern "C" void r1pipe_logprobs_of_logits(int64_t, int64_t rows, int64_t vocabulary, const float* logits_NV,
                                    const int64_t* targets_N, float* logprobs_N) {
-#pragma omp parallel for
-  for (int64_t n = 0; n < rows; n++) {
+  share_rows(rows, UNIT, [&](int64_t first, int64_t count) {
     float logsum;
-    logprobs_N[n] = logprob(logits_NV + n * vocabulary, vocabulary, targets_N[n], &logsum);
-  }
+    for (int64_t n = first; n < first + count; n++)
+      logprobs_N[n] = logprob(logits_NV + n * vocabulary, vocabulary, targets_N[n], &logsum);
+  });
 }
 
 extern "C" void r1pipe_logprobs_backward(int64_t bf16, int64_t rows, int64_t width, int64_t vocabulary, float temperature,

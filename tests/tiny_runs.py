@@ -35,7 +35,13 @@ def tiny_run(folder: Path, *overrides: str, weights: ParentRef | None = None, **
     return folder
 
 
-SHARED_SCRIPTS = {"cold_start": "sft", "control_sft": "sft", "zero": "grpo", "all_scenario": "grpo"}
+SHARED_SCRIPTS = {
+    "expert_iteration": "rejection_sft",
+    "cold_start": "sft",
+    "control_sft": "sft",
+    "zero": "grpo",
+    "all_scenario": "grpo",
+}
 
 
 def load_stage(name: str) -> ModuleType:

@@ -75,7 +75,7 @@ def sampler_precision_rules(engine: EngineConfig) -> Rules:
         if wished and engine.sampler != "bundled":
             yield f"engine.{key} is for engine.sampler=bundled, not {engine.sampler}"
     if engine.equal and engine.async_steps:
-        yield f"engine.equal=true needs engine.async_steps=0: later steps have other weights"
+        yield "engine.equal=true needs engine.async_steps=0: later steps have other weights"
     if engine.equal and engine.precision == "fp8":
         yield "engine.equal=true needs engine.precision=fp32 or bf16: FP8 products are emulated on a CPU"
     if engine.equal and engine.sampler_precision != "same":

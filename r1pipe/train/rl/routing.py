@@ -37,8 +37,8 @@ def check_recorded(completions: Sequence[Completion], model: ModelConfig) -> Non
         if chosen.shape != wanted or chosen.min() < 0 or chosen.max() >= model.n_routed_experts:
             raise EnvironmentProblem(
                 f"stage.replay_routing=true: the sampler returned experts of shape {chosen.shape}, up to "
-                f"number {chosen.max(initial=0)}; this model needs {wanted} (tokens, MoE layers, experts of a "
-                f"token) below {model.n_routed_experts}; give stage.replay_routing=false"
+                f"number {chosen.max(initial=0)}; this model needs {wanted} (tokens, MoE layers, experts "
+                f"of a token) below {model.n_routed_experts}; give stage.replay_routing=false"
             )
 
 

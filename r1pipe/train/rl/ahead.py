@@ -75,11 +75,10 @@ class Batch:
     done: int = 0  # completions so far
     dropped: bool = False  # nobody waits for it
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is drawn or being drawn."""
-        failed = self.drawing is not None and self.drawing.done() and self.drawing.exception() is not None
-        return self.completions is None and (self.drawing is None or failed)
+    def lost(self) -> EnvironmentProblem | None:
+        """Why the sampler has failed to draw it; other errors are raised to whoever waits for it."""
+        error = self.drawing.exception() if self.drawing is not None and self.drawing.done() else None
+        return error if isinstance(error, EnvironmentProblem) else None
 
     def groups(self) -> list[Group]:
         assert self.completions is not None
@@ -115,8 +114,11 @@ class RolloutQueue:
         for step in range(state.step, last + 1):
             if step not in self.waiting:
                 self.waiting[step] = self._next(state, step)
-            if self.waiting[step].is_idle:
-                self._draw(self.waiting[step])
+            batch = self.waiting[step]
+            if lost := batch.lost():
+                self.run.warn(f"the completions of step {step + 1} are drawn again: {lost}")
+            if batch.completions is None and (batch.drawing is None or lost):
+                self._draw(batch)
         return self._drawn(self.waiting[state.step])
 
     def finished(self, step: int) -> None:
@@ -205,9 +207,11 @@ class RolloutQueue:
     def _drawn(self, batch: Batch) -> Batch:
         """The batch, once it is drawn."""
         if batch.completions is None:
-            with self._together(again=True):
-                batch.completions = self._result(batch)
-            batch.drawing = None
+            try:
+                with self._together(again=True):
+                    batch.completions = self._result(batch)
+            finally:
+                batch.drawing = None  # a failure is told once
         return batch
 
     def _result(self, batch: Batch) -> list[Completion]:

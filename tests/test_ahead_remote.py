@@ -89,23 +89,23 @@ def ids(folder: Path) -> list[list[str]]:
 def test_a_step_whose_sampler_fails_loses_nothing(late, tmp_path, monkeypatch):
     """What fails before its step is asked for again with the next weights; later, the step is taken again."""
     folder = tiny_run(tmp_path / "run", *SHORT, "engine.async_steps=1")
-    update, push, take = loop.update, RemoteSampler.update, RolloutQueue.take
-    came, failures = threading.Event(), iter([fail])
+    update, take, result = loop.update, RolloutQueue.take, RolloutQueue._result
+    awaited, failures = threading.Event(), iter([fail])
     queues: list[RolloutQueue] = []
 
     def before(step: int) -> None:
         if step == 1:
-            assert not late or came.wait(600)
+            assert not late or awaited.wait(600)
             next(failures, lambda step: None)(step)
 
     def takes(queue, state, number=0):
         queues.append(queue)
         return take(queue, state, number)
 
-    def pushes(sampler, weights, version):
-        push(sampler, weights, version)
-        if version == 1:
-            came.set()
+    def waits(queue, batch):
+        if batch.step == 1:
+            awaited.set()
+        return result(queue, batch)
 
     def trains(*given):
         if not late and len(queues) == 1:
@@ -114,7 +114,7 @@ def test_a_step_whose_sampler_fails_loses_nothing(late, tmp_path, monkeypatch):
 
     steps = Steps(monkeypatch, before)
     monkeypatch.setattr(RolloutQueue, "take", takes)
-    monkeypatch.setattr(RemoteSampler, "update", pushes)
+    monkeypatch.setattr(RolloutQueue, "_result", waits)
     monkeypatch.setattr(loop, "update", trains)
     go(folder)
     said = (folder / "progress.jsonl").read_text()

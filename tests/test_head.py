@@ -7,8 +7,10 @@ import torch
 from hf_models import write_model
 from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny, tiny_model
 from rl_runs import rollout_of
+from tiny_runs import tiny_config
 from torch import Tensor, nn
 
+from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion
 from r1pipe.model import DeepseekV3, load_pretrained, logprobs, native
 from r1pipe.model.kernels import training as kernels
@@ -16,7 +18,7 @@ from r1pipe.model.logprobs import Head
 from r1pipe.model.training import set_precision
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.batch import collate
-from r1pipe.train.rl.update import completion_logprobs
+from r1pipe.train.rl.update import completion_logprobs, update
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
 
@@ -33,6 +35,17 @@ def targets(count: int) -> Tensor:
     return torch.arange(count) * 7 % SHAPE.vocab_size
 
 
+# the first of two ranks has the long ones, which take a micro-batch each
+ROLLOUTS = [
+    rollout_of([1, n], [*range(7, 7 + length)], [-5.5] * length, 1.0) for n, length in enumerate((8, 1, 7, 1))
+]
+
+
+def corrected() -> RLConfig:
+    words = ("stage.minibatches=1", "stage.importance_cap=1.1", "stage.max_tokens_per_micro_batch=12")
+    return tiny_config("stage=grpo", *words).stage
+
+
 def test_ranks_with_other_numbers_of_chunks_train_as_one(tmp_path):
     """Each call of a module gathers its weights under ZeRO-3, so that a call per chunk would hang."""
     found = on_two_ranks("two_ranks_head.py", tmp_path)
@@ -44,7 +57,12 @@ def test_ranks_with_other_numbers_of_chunks_train_as_one(tmp_path):
         return -torch.stack(shares).sum() / 11
 
     stats = [engine.train_step([loss]) for _ in range(2)]
-    expected = {"fp32": [[one.loss, one.grad_norm] for one in stats], "bf16": found["2 bf16"]}
+    metrics = update(engine, ROLLOUTS, corrected(), None)
+    corrections = [
+        metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("mean", "max", "capped")
+    ]
+    alone = [*([one.loss, one.grad_norm] for one in stats), corrections]
+    expected = {"fp32": alone, "bf16": found["2 bf16"]}
     for name, rows in found.items():
         for row, one in zip(rows, expected[name.split()[1]], strict=True):
             assert row == pytest.approx(one, rel=1e-4), name

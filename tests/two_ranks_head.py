@@ -1,4 +1,4 @@
-"""Run by the launcher on two ranks, from test_head.py: ranks whose batches take other numbers of chunks."""
+"""Run by the launcher on two ranks, from test_head.py: ranks with other numbers of chunks and batches."""
 
 import json
 import sys
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from jobs import OPTIM, ROUTER, engine_config
-from test_head import HIDDEN, SHAPE, model, targets
+from test_head import HIDDEN, ROLLOUTS, SHAPE, corrected, model, targets
 
 from r1pipe.model import logprobs
 from r1pipe.model.kernels import training as kernels
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.rl.update import update
 
 torch.set_num_threads(1)
 kernels.usable = lambda *given, **few: False  # they loop in one call as it is
@@ -28,7 +29,11 @@ for level, precision in ((2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")):
         return -engine.module.lm_head(hidden_ND, targets(count)).sum() / 11 * 2
 
     stats = [engine.train_step([loss]) for _ in range(2)]
-    found[f"{level} {precision}"] = [(s.loss, s.grad_norm) for s in stats]
+    metrics = update(engine, ROLLOUTS[engine.rank :: 2], corrected(), None)
+    corrections = [
+        metrics[f"sampling/importance_sampling_ratio/{name}"] for name in ("mean", "max", "capped")
+    ]
+    found[f"{level} {precision}"] = [*((s.loss, s.grad_norm) for s in stats), corrections]
 if engine.rank == 0:
     (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
 exit_immediately_with(0)

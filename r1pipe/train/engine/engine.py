@@ -173,6 +173,16 @@ class Engine(Ranks):
         mean_loss, skipped = total_loss / self.world_size, self._ds.skipped_steps
         return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, skipped)
 
+    @torch.no_grad()
+    def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each closure over the model returns, without gradients; all ranks call, with as many closures
+        of their own as they have. Under ZeRO-3 weights are gathered layer by layer, never the whole model,
+        and ranks with fewer closures repeat their last one."""
+        if self.zero_level < 3:
+            return [closure() for closure in closures]
+        repeats = self.agree_max(len(closures)) - len(closures)
+        return [self._ds(closure) for closure in [*closures, *closures[-1:] * repeats]][: len(closures)]
+
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
         loss = self._ds(closure)

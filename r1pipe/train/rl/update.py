@@ -137,11 +137,14 @@ def prepare(
             for micro in micros:
                 micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
     if config.importance != "none":
-        # gathered, as ranks may have different numbers of micro-batches
-        with engine.gathered() as policy, torch.no_grad():
-            for micro in micros:
-                balances = balances_of(micro, False, config.replay_routing)
-                micro.trainer_N = completion_logprobs(policy, micro, config.sampling.temperature, balances)
+
+        def of_trainer(micro: MicroBatch) -> Tensor:
+            balances = balances_of(micro, False, config.replay_routing)
+            return completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
+
+        found = engine.evaluate([partial(of_trainer, micro) for micro in micros])
+        for micro, trainer_N in zip(micros, found, strict=True):
+            micro.trainer_N = trainer_N
     return micros
 
 

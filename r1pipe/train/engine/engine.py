@@ -181,7 +181,7 @@ class Engine(Ranks):
         if self.zero_level < 3:
             return [closure() for closure in closures]
         repeats = self.agree_max(len(closures)) - len(closures)
-        return [self._ds(closure) for closure in [*closures, *closures[-1:] * repeats]][: len(closures)]
+        return [self._ds(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""

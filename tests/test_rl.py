@@ -32,7 +32,7 @@ from r1pipe.train.rl.batch import (
 from r1pipe.train.rl.prompts import PromptStream, general_count
 from r1pipe.train.rl.rows import REFLECTIVE, rows_of, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.stage import run_rl_stage
-from r1pipe.train.rl.update import completion_logprobs, update
+from r1pipe.train.rl.update import balances_of, completion_logprobs, update
 
 NAN = math.nan
 
@@ -249,17 +249,26 @@ def test_neither_shared_prompts_nor_micro_batches_nor_filling_change_the_gradien
     torch.testing.assert_close(gradient(shared, 1000), plain, rtol=1e-4, atol=1e-6)
 
 
-def test_prompts_are_shared_under_zero_3_too():
-    """Its hooks around every module hand on copies of lists, and let go of weights after each pass."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_prompts_are_shared_under_zero_3_too(recompute):
+    """Its hooks around every module hand on copies of lists, and let go of weights after each pass; gradients
+    enter a layer by its states, its cache entries and its balance loss."""
     rollouts = [rollout(prompt, [7, 8, 9][:n]) for prompt in ([1, 5, 6], [4, 2]) for n in (1, 2, 3)]
     micro = collate(rollouts, [0.1] * len(rollouts), 0.0, torch.device("cpu"))
 
-    def stats_at(level: int) -> tuple[float, float]:
-        engine = Engine(tiny_model(), OPTIM, ROUTER, engine_config(1, level), total_steps=10)
-        stats = engine.train_step([lambda: -completion_logprobs(engine.module, micro, 1.0).mean()])
+    def stats_at(level: int, again: bool) -> tuple[float, float]:
+        config = replace(engine_config(1, level), recompute=again)
+        engine = Engine(tiny_model(), OPTIM, ROUTER, config, total_steps=10)
+
+        def loss() -> torch.Tensor:
+            balances = balances_of(micro, with_loss=True)
+            logprobs_N = completion_logprobs(engine.module, micro, 1.0, balances)
+            return (balances[0].total() + balances[1].total()) - logprobs_N.mean()
+
+        stats = engine.train_step([loss])
         return stats.loss, stats.grad_norm
 
-    assert stats_at(3) == pytest.approx(stats_at(0), rel=1e-4)
+    assert stats_at(3, recompute) == pytest.approx(stats_at(0, False), rel=1e-4)
 
 
 def steps_of_update(alpha: float, max_tokens_per_micro_batch: int, monkeypatch, repeats: int = 0):

@@ -108,7 +108,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         trunk.compiled = run
 
 
-def _run(layer: DecoderLayer, *arguments: Any) -> Tensor:
+def _run(layer: DecoderLayer, *arguments: Any) -> tuple[Tensor, ...]:
     return layer(*arguments)
 
 

@@ -6,7 +6,6 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from r1pipe.config import ModelConfig
 from r1pipe.config.model import check_model
@@ -26,6 +25,7 @@ from r1pipe.model.mla import (
 )
 from r1pipe.model.moe import Balance, Experts, Gate, MoE, Routing
 from r1pipe.model.mtp import same_document
+from r1pipe.model.recompute import run_again_in_backward
 
 
 class DecoderLayer(nn.Module):
@@ -44,17 +44,22 @@ class DecoderLayer(nn.Module):
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Mask,
-        keep: Keep | None = None,
+        keeps: bool = False,
         past_BPW: Tensor | None = None,
         routing: Routing | None = None,
-    ) -> Tensor:
-        """`keep` and `past_BPW` as in MLA, `routing` as in MoE; a dense layer has nothing to route."""
-        normed_BTD = self.input_layernorm(x_BTD)
+    ) -> tuple[Tensor, ...]:
+        """-> x_BTD, with `keeps` the cache entries, and the balance loss that `routing` may ask for: all that
+        a gradient may come through. `past_BPW` as in MLA, `routing` as in MoE."""
+        kept, normed_BTD = list[Tensor](), self.input_layernorm(x_BTD)
+        keep = kept.append if keeps else None
         x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
         normed_BTD = self.post_attention_layernorm(x_BTD)
+        routing = routing or Routing()
         if isinstance(self.mlp, MoE):
-            return x_BTD + self.mlp(normed_BTD, routing)
-        return x_BTD + self.mlp(normed_BTD)
+            x_BTD = x_BTD + self.mlp(normed_BTD, routing)
+        else:
+            x_BTD = x_BTD + self.mlp(normed_BTD)
+        return (x_BTD, *kept) if routing.balance is None else (x_BTD, *kept, routing.balance)
 
     def decode(
         self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
@@ -96,7 +101,7 @@ class Trunk(nn.Module):
     # For training passes only:
     recompute = False  # keep only the inputs of layers, and run them again in backward
     flex = False  # attend through FlexAttention
-    compiled: Callable[..., Tensor] | None = None  # runs a layer, compiled
+    compiled: Callable[..., tuple[Tensor, ...]] | None = None  # runs a layer, compiled
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -205,19 +210,15 @@ class Trunk(nn.Module):
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         """One layer; `recompute` runs it again in backward, with the same choice of experts."""
+        inputs = (x_BTD, rotation_BTr, mask_BTM, keep is not None, past_BPW, routing)
         trains = self.training and torch.is_grad_enabled()
-        if not trains or (self.compiled is None and not self.recompute):
-            return layer(x_BTD, rotation_BTr, mask_BTM, keep, past_BPW, routing)
-        # a new list each time: compiled code is specialised on its length, and a recomputation adds to it
-        kept: list[Tensor] = []
-        inputs = (x_BTD, rotation_BTr, mask_BTM, kept.append if keep else None, past_BPW, routing)
-        if self.compiled is not None:
-            x_BTD = self.compiled(layer, *inputs)
-        else:  # nothing is random
-            x_BTD = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        run = self.compiled or (run_again_in_backward if self.recompute else None)
+        outputs = run(layer, *inputs) if run and trains else layer(*inputs)
         if keep is not None:
-            keep(kept[0])
-        return x_BTD
+            keep(outputs[1])
+        if routing.balance is not None:
+            routing.balance = outputs[-1]
+        return outputs[0]
 
 
 class DeepseekV3(nn.Module):

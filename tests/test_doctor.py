@@ -464,7 +464,6 @@ def test_a_sampler_that_keeps_the_old_weights(context: Make, monkeypatch: pytest
 
 def test_a_sampler_that_routes_otherwise(context: Make) -> None:
     examined = context(*GRPO)
-    assert found(examined, "routing").status == PASS
     for rollout in examined.probe.rollouts:
         experts = rollout.completion.experts
         rollout.completion.experts = (experts + 1) % examined.config.model.n_routed_experts

@@ -165,8 +165,11 @@ class RightHalfTheTime:
     def __init__(self, chat, answers):
         self.chat, self.answers, self.calls = chat, answers, 0
 
-    def generate(self, prompts, params, progress, ended):
-        self.calls += 1
+    def close(self):
+        pass
+
+    def generate(self, prompts, params, progress=None, ended=None, stop=None):
+        self.calls += bool(prompts)  # ranks without a shard of their own call, too
         made = []
         for place, tokens in enumerate(prompts):
             for draw in range(params.n):
@@ -192,16 +195,16 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
     monkeypatch.setattr(rejection, "SHARD_ROUNDS", 1)
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with open_run(folder) as run:
-        run.chat, run.data = chat, source
+        run.chat, run.data, run._sampler = chat, source, sampler
         run.stage.sampling.max_num_seqs = 16
         ranks = Ranks(engine_config())
-        shards = rejection.draw_samples(run, ranks, sampler, prompts)
+        shards = rejection.draw_samples(run, ranks, prompts)
         assert len(shards) == sampler.calls == 4
         shards[2].unlink()  # what a kill would have cost
-        assert rejection.draw_samples(run, ranks, sampler, prompts) == shards
+        assert rejection.draw_samples(run, ranks, prompts) == shards
         assert sampler.calls == 5
         of_three = SimpleNamespace(rank=0, world_size=3, barrier=lambda: None, agree_max=int)
-        assert rejection.draw_samples(run, of_three, sampler, prompts) == shards
+        assert rejection.draw_samples(run, of_three, prompts) == shards
         assert sampler.calls == 5, "what is there is kept, whatever the number of ranks"
         path = rejection.build_dataset(run, parent, shards, [prompts[0].question], 3)
         demonstrations, data_hash = rejection.read_dataset(path)
@@ -210,7 +213,7 @@ def test_rejection_sampling_keeps_shards_filters_and_tells_origins(sampled, chat
             shard.unlink()
         for rank in range(3):
             of_three = SimpleNamespace(rank=rank, world_size=3, barrier=lambda: None, agree_max=int)
-            shared = rejection.draw_samples(run, of_three, sampler, prompts)
+            shared = rejection.draw_samples(run, of_three, prompts)
         assert len(shared) == 6 and rejection.drawn_in_order(shared, 2) == alone
         assert [sample.prompt for sample in alone] == [prompt for prompt in prompts for _ in range(2)]
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
@@ -232,8 +235,8 @@ def test_a_context_is_kept_from_the_draw_to_the_dataset(sampled, chat):
         for new, old in zip(prompted, prompts, strict=False)
     }
     with open_run(folder) as run:
-        run.chat, run.data = chat, source
-        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, prompted)
+        run.chat, run.data, run._sampler = chat, source, sampler
+        shards = rejection.draw_samples(run, Ranks(engine_config()), prompted)
         drawn = rejection.drawn_in_order(shards, 2)
         path = rejection.build_dataset(run, ParentRef("grpo", "g", "/nowhere", "abc"), shards, [], 0)
     assert [sample.prompt for sample in drawn[::2]] == prompted
@@ -246,8 +249,8 @@ def test_when_nothing_is_kept_general_data_is_learned_alone_or_the_worst_filter_
     sampler.answers = dict.fromkeys(sampler.answers, "No idea.")
     parent = ParentRef("grpo", "grpo-s0-1", "/nowhere", "abc")
     with pytest.raises(SystemExit), open_run(folder) as run:
-        run.chat, run.data = chat, source
-        shards = rejection.draw_samples(run, Ranks(engine_config()), sampler, prompts)
+        run.chat, run.data, run._sampler = chat, source, sampler
+        shards = rejection.draw_samples(run, Ranks(engine_config()), prompts)
         path = rejection.build_dataset(run, parent, shards, [], 0)
         demonstrations, _ = rejection.read_dataset(path)
         assert len(demonstrations) == 7 and all(trace.source == "world" for trace in demonstrations)

@@ -23,6 +23,7 @@ from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.ahead import LoopState
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.loop import RLTrainer
+from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.scoring import RewardModels
 from r1pipe.train.rl.stage import load_reward_models
 from r1pipe.train.rl.update import update
@@ -253,24 +254,27 @@ class Context:
         """Drawn from the initial weights: use it before anything trains them."""
         return self.draw()
 
-    def draw(self) -> Probe:
-        batch = self.loop.rollouts.take(LoopState())  # the same prompts each time
+    def draw(self, step: int = 0) -> Probe:
+        """Drawn from the weights that so many steps have made; the same prompts each time."""
+        batch = self.loop.rollouts.take(LoopState(step))
         groups = batch.groups()
         with batch.verdicts as verdicts:
             self.loop.score(groups, verdicts)
-        self.loop.rollouts.finished(1)
+        self.loop.rollouts.finished(step + 1)
         shares = self.engine.all_gather_objects(groups)
         return Probe([group for share in shares for group in share], rollouts_of(groups))
 
     @cached_property
     def trained(self) -> dict[str, float]:
-        """The metrics of one optimizer step on the probe."""
+        """The metrics of one optimizer step on the probe, and of its routing before."""
         # alternating advantages move the weights whatever the rewards are
         rollouts = [
             replace(rollout, advantage=1.0 if i % 2 else -1.0, scored=True)
             for i, rollout in enumerate(self.probe.rollouts)
         ]
-        return update(self.engine, rollouts, self.trial.stage, None)
+        stage = self.trial.stage
+        agreement = routing_agreement(self.engine, rollouts, stage, stage.routing_check_samples)
+        return agreement | update(self.engine, rollouts, stage, None)
 
 
 def completions_of(texts: Sequence[str]) -> list[Completion]:

@@ -13,10 +13,10 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.advantages import has_variance, is_scored
-from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.update import completion_logprobs, prepare, update
 
 GAP = "sampling/sampling_logp_difference/mean"
+AGREEMENT = "train/routing_agreement"
 
 
 def truncation(context: Context) -> Outcome:
@@ -68,11 +68,9 @@ def logprobs(context: Context) -> Outcome:
 
 def routing(context: Context) -> Outcome:
     """Share of the sampler's choices of experts that are the trainer's too."""
-    rollouts, count = context.probe.rollouts, context.limits.probe_group
-    metrics = routing_agreement(context.engine, rollouts, context.trial.stage, count)
-    if not metrics:
+    if AGREEMENT not in context.trained:
         return Outcome(PASS, "no token was routed")
-    share = metrics["train/routing_agreement"]
+    share = context.trained[AGREEMENT]
     remedy = "sampler and trainer choose different experts: try engine.precision=fp32, or correct for it with"
     remedy += " stage.importance_cap=2"
     return Outcome(context.limits.routing.grade(share), f"{share:.2%} of the experts are the same", remedy)
@@ -90,7 +88,7 @@ def after_sync(context: Context) -> Outcome:
             tokens += len(micro.old_N)
     moved, count = engine.sum_over_ranks([moved, tokens])
     moved /= max(1.0, count)
-    fresh = context.draw().rollouts
+    fresh = context.draw(step=1).rollouts
     gap = update(engine, fresh, stage, None)[GAP]
     outcome = _gap_outcome(context, gap, f"{gap:.1e} nats a token apart, after a step that moved {moved:.1e}")
     if outcome.status == PASS and moved <= context.limits.logprob_gap[context.config.engine.precision].fail:

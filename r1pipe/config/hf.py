@@ -71,7 +71,7 @@ def filled(model: dict[str, Any]) -> dict[str, Any]:
     shapes = gguf.layer_shapes(packed) if packed else shapes_in(folder)
     more = {"model_type": content["model_type"], "num_experts": experts}
     more["parameters"] = parameters or sum(map(prod, shapes.values()))
-    more["lora"] = filled_lora(model.get("lora"), shapes, str(path))
+    more["lora"] = filled_lora(model.get("lora"), shapes, str(packed or folder))
     return {**model, "path": str(packed or folder), "max_position_embeddings": longest, **facts, **more}
 
 

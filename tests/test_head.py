@@ -14,6 +14,7 @@ from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion
 from r1pipe.model import DeepseekV3, load_pretrained, logprobs, native
 from r1pipe.model.kernels import training as kernels
+from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.logprobs import Head
 from r1pipe.model.training import set_precision
 from r1pipe.train.engine.engine import Engine
@@ -101,15 +102,20 @@ def test_logits_in_float32_are_those_of_the_same_weights_in_float64(shape, bias)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_every_path_of_float32_log_probabilities_is_the_same(temperature, monkeypatch):
-    """In chunks, whole, and by the CPU kernels, which have float32 logits of themselves."""
+    """In chunks, whole, and by the CPU kernels, which have float32 logits of themselves and are for the
+    bundled model's head alone."""
     x_ND = torch.randn(300, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     targets_N = torch.arange(300) % 98
-    head = bfloat16_head(True)
+    head, own = bfloat16_head(True), Head(64, 98)
+    own.weight, own.fp32 = head.weight, True
     exact_NV = (x_ND.double() @ head.weight.double().t() / temperature).log_softmax(-1)
     exact_N = exact_NV.gather(1, targets_N.unsqueeze(1)).squeeze(1)
-    found = [head(x_ND, targets_N, temperature)]
-    monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
+    found = [own(x_ND, targets_N, temperature)]
+    monkeypatch.setattr(kernels, "logprobs", None)
+    assert kernels.usable(x_ND, 98) or not runs_here(torch.bfloat16)
     found.append(head(x_ND, targets_N, temperature))
+    monkeypatch.setattr(kernels, "usable", lambda *given, **few: False)
+    found.append(own(x_ND, targets_N, temperature))
     monkeypatch.setattr(logprobs, "LOGITS_IN_MEMORY", 70 * 98)
     found.append(head(x_ND, targets_N, temperature))
     for found_N in found:

@@ -48,7 +48,7 @@ def slow_loss(model: DeepseekV3, tokens_BT: torch.Tensor) -> torch.Tensor:
                     layer.eh_proj(torch.cat([layer.enorm(trunk.embed_tokens(t[i + k])), layer.hnorm(h[i])]))
                     for i in range(count)
                 ]
-                out = layer(torch.stack(joined).unsqueeze(0), table[:count].unsqueeze(0), None)[0]
+                ((out,),) = layer(torch.stack(joined).unsqueeze(0), table[:count].unsqueeze(0), None)
                 h = torch.stack([layer.shared_head.norm(out[i]) for i in range(count)])
                 for i in range(count - 1):
                     if learned[i + k + 1]:

@@ -25,25 +25,24 @@ class Head(Linear):
     """
 
     fp32 = False  # logits in float32 also where the weight is not (MiniMax-M1, arXiv 2506.13585)
-    # The decoder of the bundled model's CPU kernels has float32 logits always, as these kernels do; where
-    # the sampler's logits are rounded, the trainer's must be.
-    rounds = False
+    # Through the CPU kernels where they run. Their logits are in float32, and so are those of the bundled
+    # model's decoder; another library's decoder rounds its own, and its wide products are faster.
+    compiled = True
 
     @classmethod
     def sharing(cls, other: nn.Linear) -> "Head":
-        """A head with the weights of another library's; its sampler rounds logits as the weights are."""
+        """A head with the weights of another library's, for its decoder: never through the CPU kernels."""
         with torch.device("meta"):
             head = cls(other.in_features, other.out_features)
         head.weight, head.bias = other.weight, other.bias
-        head.rounds = True
+        head.compiled = False
         return head
 
     def forward(self, x: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """`temperature` divides the logits of log-probabilities, as in sampling."""
         if targets_N is None:
             return self._logits(x)
-        exact = self.fp32 or not self.rounds or x.dtype == torch.float32
-        if exact and self.bias is None and self.usable(x, self.out_features):
+        if self.compiled and self.usable(x, self.out_features):
             return kernels.logprobs(x, self.weight, targets_N, temperature)
         chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
         if len(x) <= chunk:
@@ -56,7 +55,7 @@ class Head(Linear):
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.fp32 or x.dtype == torch.float32:
-            return super().forward(x) if self.bias is None else linear(x, self.weight, self.bias)
+            return super().forward(x) if self.compiled else linear(x, self.weight, self.bias)
         logits = _Float32Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
         return logits if self.bias is None else logits + self.bias.float()
 

@@ -50,7 +50,8 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """-> x_BTD, with `keeps` the cache entries, and the balance loss that `routing` may ask for: all that
         a gradient may come through. `past_BPW` as in MLA, `routing` as in MoE."""
-        kept, normed_BTD = list[Tensor](), self.input_layernorm(x_BTD)
+        kept: list[Tensor] = []
+        normed_BTD = self.input_layernorm(x_BTD)
         keep = kept.append if keeps else None
         x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
         normed_BTD = self.post_attention_layernorm(x_BTD)

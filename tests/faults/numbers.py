@@ -23,13 +23,13 @@ TRIES = 5
 LAYER = "model.layers.1"  # where it begins
 
 
-def loss_breaks(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output * math.nan
+def loss_breaks(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs[0] * math.nan, *outputs[1:]
 
 
-def gradient_breaks(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    if output.requires_grad:
-        output.register_hook(lambda gradient: gradient * math.inf)
+def gradient_breaks(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+    if outputs[0].requires_grad:
+        outputs[0].register_hook(lambda gradient: gradient * math.inf)
 
 
 BREAKS: dict[str, Callable[..., Any]] = {"loss": loss_breaks, "gradient": gradient_breaks}

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="try every setting at sizes of no meaning")
     parser.add_argument("--vllm-python", default=".venv-vllm/bin/python", help="left out where it is missing")
     given = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     try:
         if given.name == "products":
             from bench import products  # imports torch

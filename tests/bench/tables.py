@@ -128,7 +128,7 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str], judged: boo
     """An empty table with columns of text, columns of figures and, last, one of judgements."""
     table = Table(title=title, title_justify="left")
     for heading in left:
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading != "setting", overflow="fold")  # names stay whole
     for heading in right:
         table.add_column(heading, justify="right")
     if judged:

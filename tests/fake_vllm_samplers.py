@@ -1,10 +1,12 @@
 """Samplers of a fake vLLM server, and what they are compared with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from fake_vllm import FakeVLLM
+from fake_vllm import FakeVLLM, fake_vllm
 from jobs import engine_config, tiny, tiny_model
 
 from r1pipe.chat.template import Chat
@@ -64,3 +66,14 @@ def restart(server: FakeVLLM) -> None:
 def other_trainer(server: FakeVLLM) -> None:
     restart(server)
     server.version = "0123456789abcdef:0"
+
+
+@contextmanager
+def serving_other_weights() -> Iterator[FakeVLLM]:
+    """A fake server that begins with other weights than the trainer's."""
+    model = tiny_model()
+    with torch.no_grad():
+        for tensor in named_weights(model).values():
+            tensor.mul_(0.5)
+    with fake_vllm(model, WORDS) as server:
+        yield server

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeVLLM, fake_vllm
+from fake_vllm import FakeVLLM
 from fake_vllm_samplers import (
     PARAMS,
     PROMPTS,
@@ -19,6 +19,7 @@ from fake_vllm_samplers import (
     other_model,
     other_trainer,
     restart,
+    serving_other_weights,
 )
 from jobs import on_two_ranks, tiny_model
 
@@ -35,12 +36,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[FakeVLLM]:
-    """With other weights than the trainer's."""
-    model = tiny_model()
-    with torch.no_grad():
-        for tensor in named_weights(model).values():
-            tensor.mul_(0.5)
-    with fake_vllm(model, WORDS) as server:
+    with serving_other_weights() as server:
         yield server
 
 

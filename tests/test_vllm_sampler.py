@@ -12,20 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_vllm import FakeVLLM, fake_vllm
+from fake_vllm import FakeVLLM
 from fake_vllm_samplers import (
     PARAMS,
     PROMPTS,
-    WORDS,
     drawn,
     in_process,
     opened,
     other_model,
+    serving_other_weights,
 )
-from jobs import tiny_model
 
 from r1pipe.core.errors import ConfigError
-from r1pipe.model.policy import named_weights
 from r1pipe.runs.stopping import Stopped
 from r1pipe.train.rollout import SamplingParams, Whole
 from r1pipe.train.rollout.bundled import BundledSampler
@@ -41,12 +39,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[FakeVLLM]:
-    """With other weights than the trainer's."""
-    model = tiny_model()
-    with torch.no_grad():
-        for tensor in named_weights(model).values():
-            tensor.mul_(0.5)
-    with fake_vllm(model, WORDS) as server:
+    with serving_other_weights() as server:
         yield server
 
 

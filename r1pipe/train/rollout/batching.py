@@ -66,7 +66,9 @@ class Batcher:
         `limits`: the most tokens of each prompt's completions, up to max_tokens; the cache then grows with
         the answers. Raises ConfigError if a prompt or a stop token is impossible for the model.
         """
-        each_limit = checked_limits(self.model, prompts, params, limits)
+        shape = self.model.config
+        longest, vocabulary = shape.max_position_embeddings, shape.vocab_size
+        each_limit = checked_limits(longest, vocabulary, prompts, params, limits)
         if not prompts:
             return []
         fp8 = fp8_of(self.model)
@@ -104,7 +106,9 @@ class _Batch:
         self.sampler, self.prompts, self.params = sampler, prompts, params
         self.ended, self.limits = ended, limits
         self.device = sampler.model.lm_head.weight.device
-        self.stops = checked_stops(sampler.model, params, sampler.eos_id)
+        ends = sampler.model.eos_ids if sampler.eos_id is None else sampler.eos_id
+        ends = (ends,) if isinstance(ends, int) else ends
+        self.stops = checked_stops(sampler.model.config.vocab_size, params, ends)
         self.total = len(prompts) * params.n
         self.started = 0
         self.results: list[Completion | None] = [None] * self.total

@@ -1,6 +1,6 @@
-"""What every sampler in this process checks: what it is asked for, and what it has drawn."""
+"""What every sampler checks: what it is asked for, and, in this process, what it has drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,11 +13,16 @@ from r1pipe.train.rollout.drawing import SamplingParams
 
 
 def checked_limits(
-    model: Policy, prompts: Sequence[list[int]], params: SamplingParams, limits: Sequence[int] | None
+    longest: int,
+    vocabulary: int,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    limits: Sequence[int] | None,
 ) -> list[int]:
-    """The most tokens of each prompt's completions. Raises ConfigError where the model cannot read so many,
-    or a prompt has a token that is not the model's."""
-    longest, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    """The most tokens of each prompt's completions, for a model that reads `longest` tokens of `vocabulary`.
+
+    Raises ConfigError where it cannot read so many, or a prompt has a token that is not its own.
+    """
     each_limit = [params.max_tokens] * len(prompts) if limits is None else list(limits)
     for index, (prompt, limit) in enumerate(zip(prompts, each_limit, strict=True)):
         if not 0 < len(prompt) <= longest - limit:
@@ -33,13 +38,9 @@ def checked_limits(
     return each_limit
 
 
-def checked_stops(model: Policy, params: SamplingParams, eos_id: int | tuple[int, ...] | None) -> set[int]:
-    """The tokens that end a completion. Raises ConfigError for one that is not the model's."""
-    stops = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        ends = model.eos_ids if eos_id is None else eos_id
-        stops |= {ends} if isinstance(ends, int) else {*ends}
-    vocabulary = model.config.vocab_size
+def checked_stops(vocabulary: int, params: SamplingParams, ends: Collection[int]) -> set[int]:
+    """The tokens that end a completion; `ends`: the model's. Raises ConfigError for one it does not have."""
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else ends)}
     if any(not 0 <= token < vocabulary for token in stops):
         raise ConfigError(
             f"sampling: stop tokens {sorted(stops)} must be below model.vocab_size={vocabulary}"

@@ -6,8 +6,7 @@ from pathlib import Path
 from r1pipe.chat.template import Chat
 from r1pipe.config import RunConfig
 from r1pipe.train.rollout.bundled import BundledSampler, Copy
-from r1pipe.train.rollout.sampler import Sampler
-from r1pipe.train.rollout.vllm.serving import Ranks
+from r1pipe.train.rollout.sampler import Ranks, Sampler
 
 
 def open_sampler(

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from r1pipe.core.types import Completion
@@ -20,6 +21,16 @@ Stop = Callable[[], object]
 def never() -> bool:
     """A Stop that asks for nothing."""
     return False
+
+
+class Ranks(Protocol):
+    """The ranks of a job (r1pipe.train.engine.ranks.Ranks)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_gather_objects(self, value: Any) -> list[Any]: ...
 
 
 class Weights(Protocol):

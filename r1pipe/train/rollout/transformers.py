@@ -27,7 +27,7 @@ from r1pipe.model import DeepseekV3, Policy
 from r1pipe.model.names import published_config
 from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped
-from r1pipe.train.rollout.batching import check_drawn, checked_limits, checked_stops
+from r1pipe.train.rollout.checks import check_drawn, checked_limits, checked_stops
 from r1pipe.train.rollout.drawing import SamplingParams, draw, uniform_stream
 from r1pipe.train.rollout.sampler import Ended, Progress, Stop, Weights, never
 
@@ -81,7 +81,8 @@ class TransformersSampler:
         found: list[Completion] = []
         numbers = range(len(prompts) * params.n)
         with self.weights.gathered() as policy:
-            each_limit = checked_limits(policy, prompts, params, limits)
+            longest, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
+            each_limit = checked_limits(longest, vocabulary, prompts, params, limits)
             for first in range(0, len(numbers), params.max_num_seqs):
                 chosen = numbers[first : first + params.max_num_seqs]
                 rows = [
@@ -102,7 +103,7 @@ class TransformersSampler:
         device, width = model.device, max(len(row.prompt) for row in rows)
         padded_ST = torch.tensor([[self.pad_id] * (width - len(r.prompt)) + r.prompt for r in rows])
         read_ST = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in rows])
-        stops = checked_stops(policy, params, self.eos_ids)
+        stops = checked_stops(policy.config.vocab_size, params, self.eos_ids)
         draws = _Draw(_uniforms(params, rows).to(device), params)
         found: dict[int, Completion] = {}
 

@@ -12,9 +12,10 @@ from r1pipe.config import HFConfig, ModelConfig, RunConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.model.names import CONFIG, published_config
 from r1pipe.runs.files import write_json
+from r1pipe.train.rollout.sampler import Ranks
 from r1pipe.train.rollout.vllm.sampler import VLLMSampler
 from r1pipe.train.rollout.vllm.server import Served, Server
-from r1pipe.train.rollout.vllm.serving import Policy, Ranks
+from r1pipe.train.rollout.vllm.serving import Policy
 from r1pipe.train.rollout.vllm.worker.r1pipe_wire import vocabulary_hash
 
 LOG = "vllm.txt"

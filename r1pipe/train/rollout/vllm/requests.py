@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from r1pipe.core.errors import ConfigError, NumericProblem
+from r1pipe.core.errors import NumericProblem
 from r1pipe.core.types import Completion
 from r1pipe.runs import heartbeat
 from r1pipe.runs.stopping import Stopped
+from r1pipe.train.rollout.checks import checked_limits, checked_stops
 from r1pipe.train.rollout.drawing import SamplingParams
 from r1pipe.train.rollout.sampler import Stop
 from r1pipe.train.rollout.vllm.client import Client, Gone, Refused
@@ -52,28 +53,14 @@ def wanted(
     Raises ConfigError if a prompt or a stop token is impossible for the model.
     """
     longest, vocabulary = shape
-    stops = {*params.stop_token_ids, *(() if params.ignore_eos else ends)}
-    if any(not 0 <= token < vocabulary for token in stops):
-        raise ConfigError(
-            f"sampling: stop tokens {sorted(stops)} must be below model.vocab_size={vocabulary}"
-        )
+    stops = checked_stops(vocabulary, params, ends)
     every: dict[str, Any] = {"temperature": params.temperature, "top_p": params.top_p, "detokenize": False}
     every |= {"ignore_eos": True, "stop_token_ids": sorted(stops)}
     if params.top_p == 1:  # vLLM's are those of the nucleus, not of the whole distribution
         every["logprobs"] = 0
     found = []
-    each_limit = [params.max_tokens] * len(prompts) if limits is None else limits
+    each_limit = checked_limits(longest, vocabulary, prompts, params, limits)
     for index, (prompt, limit) in enumerate(zip(prompts, each_limit, strict=True)):
-        if not 0 < len(prompt) <= longest - limit:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens; with max_tokens={limit} it needs"
-                f" between 1 and {longest - limit} (model.max_position_embeddings={longest})"
-            )
-        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-            raise ConfigError(
-                f"prompt {index} has a token outside the vocabulary (model.vocab_size={vocabulary});"
-                " use this model's own tokenizer"
-            )
         for sample in range(params.n):
             more: dict[str, Any] = {"max_tokens": limit}
             if params.temperature > 0:

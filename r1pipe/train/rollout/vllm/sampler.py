@@ -18,11 +18,11 @@ from r1pipe.core.errors import R1pipeError, SamplerLost
 from r1pipe.core.types import Completion
 from r1pipe.runs.stopping import Stopped
 from r1pipe.train.rollout.drawing import SamplingParams
-from r1pipe.train.rollout.sampler import Ended, Progress, Stop, Weights, never
+from r1pipe.train.rollout.sampler import Ended, Progress, Ranks, Stop, Weights, never
 from r1pipe.train.rollout.vllm.client import Client, Gone
 from r1pipe.train.rollout.vllm.requests import Draw, Wanted, read, wanted
 from r1pipe.train.rollout.vllm.server import Server
-from r1pipe.train.rollout.vllm.serving import Policy, Problem, Ranks, Serving, Show, Trouble, attempt
+from r1pipe.train.rollout.vllm.serving import Policy, Problem, Serving, Show, Trouble, attempt
 
 
 class VLLMSampler:

@@ -7,14 +7,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from r1pipe.config.sampler import SamplerConfig
 from r1pipe.core.errors import R1pipeError, SamplerLost
 from r1pipe.runs import heartbeat, stopping
-from r1pipe.train.rollout.sampler import Weights
+from r1pipe.train.rollout.sampler import Ranks, Weights
 from r1pipe.train.rollout.vllm.client import Client, Gone, Refused
 from r1pipe.train.rollout.vllm.server import Server
 from r1pipe.train.rollout.vllm.transfer import Transfer
@@ -40,16 +38,6 @@ class Policy:
     vocabulary: str  # hash of the tokenizer's words (r1pipe_wire.vocabulary_hash)
     eos_ids: tuple[int, ...]
     dense_layers: int = 0  # the first layers, which have no experts
-
-
-class Ranks(Protocol):
-    """The ranks of a job (r1pipe.train.engine.ranks.Ranks)."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def all_gather_objects(self, value: Any) -> list[Any]: ...
 
 
 @dataclass

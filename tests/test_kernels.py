@@ -1,10 +1,7 @@
 """The compiled kernels of training passes against the torch code in their place, forward and backward."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,11 +9,11 @@ from jobs import OPTIM, ROUTER, engine_config
 from shapes import SHAPES, V2_SHAPES, ours, tiny, tokens
 from torch import Tensor
 
-from r1pipe.launch.command import SPINS, WAITING, module_path
 from r1pipe.model import DeepseekV3
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
+from r1pipe.model.native import NativeDecoder
 from r1pipe.model.moe import Balance
 from r1pipe.train.engine.engine import Engine
 
@@ -92,46 +89,21 @@ def test_threads_change_no_bit_from_one_run_to_the_next(dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-IN_A_PROCESS = """
-import hashlib, sys
-from concurrent.futures import ThreadPoolExecutor
-import torch
-from shapes import ours, tiny, tokens
-from test_kernels import results
-from r1pipe.model.native import NativeDecoder
+def test_callers_in_several_threads_change_no_bit():
+    model = ours(tiny(vocab_size=98))
+    rows = tokens(40, 70, model.config)
 
-torch.set_num_threads(3)
-model = ours(tiny(vocab_size=98))
-rows = tokens(40, 70, model.config)
+    def logits(_: object = None) -> bytes:
+        _, found = NativeDecoder(model).prefill(rows, torch.full((40,), 70))
+        return found.numpy().tobytes()
 
-def logits(_: object = None) -> str:
-    _, found = NativeDecoder(model).prefill(rows, torch.full((40,), 70))
-    return hashlib.sha256(found.numpy().tobytes()).hexdigest()
-
-gradients = b"".join(part.numpy().tobytes() for part in results(model, lambda: model(rows)))
-print(hashlib.sha256(gradients).hexdigest(), logits())
-if sys.argv[1:]:
-    with ThreadPoolExecutor(2) as pool:
-        assert set(pool.map(logits, range(4))) == {logits()}  # one has the helpers, the other works alone
-"""
-
-
-def test_helpers_of_a_loop_change_no_bit_whoever_runs_it():
-    """The threads of parallel.h, which r1pipe's jobs use, beside OpenMP's."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in (WAITING, "OMP_WAIT_POLICY")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), module_path()])
-
-    def printed(*arguments: str, **variables: str) -> list[str]:
-        command = [sys.executable, "-c", IN_A_PROCESS, *arguments]
-        done = subprocess.run(
-            command, env=environment | variables, capture_output=True, text=True, check=True
-        )
-        return done.stdout.split()
-
-    gradients, logits = printed()
-    assert printed("everything", **{WAITING: SPINS}) == [gradients, logits]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as pool:
+            assert set(pool.map(logits, range(4))) == {logits()}
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

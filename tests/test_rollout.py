@@ -11,7 +11,7 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.model.cache import Decoder, LatentCache
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.native import NativeDecoder
-from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout import SamplingParams, drawing
 from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.rollout.drawing import draw, uniform_stream
 
@@ -192,6 +192,19 @@ def test_nucleus_draws_inside_and_reports_the_whole_distribution():
     shares = torch.bincount(drawn, minlength=4) / 999
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.625, 0.0, 0.375]), atol=0.005, rtol=0)
     torch.testing.assert_close(logprobs, probs.log()[drawn], atol=1e-5, rtol=0)
+
+
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_a_whole_sort(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([[12.0], [4.0], [0.1]]).repeat(20, 1)  # few, some and most tokens hold the nucleus
+    logits = torch.randn(60, 5000, generator=generator) * spread
+    uniform = torch.rand(60, generator=generator)
+    params = SamplingParams(max_tokens=1, top_p=0.9)
+    drawn, logprobs = draw(logits, uniform, params)
+    alone = torch.cat([draw(logits[i : i + 1], uniform[i : i + 1], params)[0] for i in range(60)])
+    monkeypatch.setattr(drawing, "LIKELIEST", 5000)
+    whole, expected = draw(logits, uniform, params)
+    assert torch.equal(drawn, whole) and torch.equal(drawn, alone) and torch.equal(logprobs, expected)
 
 
 def test_the_largest_uniform_number_never_draws_an_impossible_token():

@@ -160,10 +160,16 @@ def test_a_users_mistake_inside_the_job_is_one_line(
 def test_what_a_job_would_not_find_is_told_before_it_starts_or_writes(
     house: House, capsys: pytest.CaptureFixture
 ) -> None:
-    assert house.call("run", "stage=cold_start", "data=gsm8k", "data.path=nowhere.jsonl") == 2
-    assert capsys.readouterr().err == (
-        "r1pipe: data.path=nowhere.jsonl does not exist; give a file, or the folder that holds it\n"
-    )
+    empty = house.root.parent / "empty"
+    empty.mkdir()
+    missing = "data.path=nowhere.jsonl"
+    for path, told in {
+        missing: f"{missing} does not exist; give a file, or the folder that holds it",
+        f"data.path={empty}": f"data.path={empty} holds none of the files of data=mawps: mawps.jsonl",
+        "data.path=null": "data=mawps needs mawps.jsonl; set data.path=FILE, or the folder that holds it",
+    }.items():
+        assert house.call("run", "stage=cold_start", "data=mawps", path) == 2
+        assert capsys.readouterr().err == f"r1pipe: {told}\n"
     config = config_for(house, "tracking=mlflow", "tracking.uri=http://127.0.0.1:1")
     with pytest.raises(EnvironmentProblem, match=r"no MLflow server at tracking\.uri"):
         pipeline.start(pipeline.plan_run(config))

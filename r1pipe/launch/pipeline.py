@@ -5,21 +5,21 @@ The edges are `starts_from` (weights) and `reads` (data) in conf/stage/*.yaml.
 
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from r1pipe.config import HFConfig, ParentRef, RunConfig, to_mapping
 from r1pipe.config.changes import listed
 from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
-from r1pipe.core.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem
+from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import parents
 from r1pipe.launch.command import command, printable, write_run_files
 from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
-from r1pipe.runs import lineage, locks, machine, results
+from r1pipe.runs import data_files, lineage, locks, machine, results
 from r1pipe.runs.reward_model_quality import check_quality
 from r1pipe.tracking import Mirror, check_server_answers, store_uri
 
@@ -99,9 +99,8 @@ def start(plan: RunPlan) -> Job:
         log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
     else:
         check_quality(plan.config)
-        data, is_here = plan.config.data, plan.config.engine.hostfile is None
-        if data.kind == "files" and data.path and is_here and not Path(data.path).exists():
-            raise DataError(f"data.path={data.path} does not exist; give a file, or the folder that holds it")
+        if plan.config.data.kind == "files" and plan.config.engine.hostfile is None:
+            data_files.check_there(asdict(plan.config.data))
         locks.check_not_running(plan.run)
         description = plan.describe()  # of the state before the job
         job = Job(plan.config, plan.run)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1pipe.core.errors import ConfigError
+from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.runs import heartbeat
 
 KINDS = ("reasoning", "general", "preferences", "labels")
@@ -45,6 +45,19 @@ def located(data: Mapping[str, Any]) -> dict[str, list[Path]]:
             if name.is_absolute() or ".." in name.parts:
                 raise ConfigError(f"data.{kind}: {name} is outside data.path={path}; give a name in it")
     return {kind: [path / name for name in names] for kind, names in files.items()}
+
+
+def check_there(data: Mapping[str, Any]) -> None:
+    """Raises DataError where none of the files is here, and none of the sources is a name on the hub."""
+    paths = [path for paths in located(data).values() for path in paths]
+    if not paths or any(path.exists() or hub_name(path) for path in paths):
+        return
+    given, names = data["path"], ", ".join(sorted({path.name for path in paths}))
+    if not given:
+        raise DataError(f"data={data['name']} needs {names}; set data.path=FILE, or the folder that holds it")
+    if not Path(given).exists():
+        raise DataError(f"data.path={given} does not exist; give a file, or the folder that holds it")
+    raise DataError(f"data.path={given} holds none of the files of data={data['name']}: {names}")
 
 
 def data_suffix(path: Path) -> str:

@@ -13,8 +13,8 @@ from r1pipe.model import DeepseekV3
 from r1pipe.model.kernels import training as kernels
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.layers import SwiGLU
-from r1pipe.model.native import NativeDecoder
 from r1pipe.model.moe import Balance
+from r1pipe.model.native import NativeDecoder
 from r1pipe.train.engine.engine import Engine
 
 ALIKE = {torch.float32: 1e-5, torch.bfloat16: 0.04}  # ||a - b|| / ||b||; bfloat16: of whole models

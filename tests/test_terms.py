@@ -15,6 +15,8 @@ from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
 from r1pipe.model import Balance, DeepseekV3, load_pretrained
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.rl.batch import split_evenly
+from r1pipe.train.rl.losses import policy_loss
 from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import Shares, train
@@ -142,3 +144,24 @@ def test_filling_is_no_part_of_the_balance_loss_in_reinforcement():
         (of_prompts, balance),
     )
     assert 0 < balance.total() < of_rows.total() and of_prompts.total() == 0
+
+
+def test_an_update_corrects_by_the_weights_that_were_sampled_from(monkeypatch):
+    """The first minibatch is measured by its own step, the others before it."""
+    stage = tiny("grpo").stage
+    stage = replace(stage, minibatches=2, inner_epochs=2, importance="token_truncate", importance_cap=2.0)
+    expected, used = [], []
+    engine = Engine(tiny_model(), OPTIM, stage.router, engine_config(), total_steps=10)
+    for minibatch in split_evenly(ROLLOUTS, 2):
+        (micro,) = prepare(engine, minibatch, stage, None)
+        expected.append(completion_logprobs(engine.module, micro, 1.0).detach())
+
+    def seen(*arguments: object) -> object:
+        used.append(arguments[7])
+        return policy_loss(*arguments)
+
+    monkeypatch.setattr("r1pipe.train.rl.update.policy_loss", seen)
+    update(engine, ROLLOUTS, stage, None)
+    assert len(used) == 4
+    for found_N, expected_N in zip(used, expected * 2, strict=True):
+        torch.testing.assert_close(found_N, expected_N, rtol=0, atol=1e-5)

@@ -119,6 +119,9 @@ def update(
         prepare(engine, minibatch, config, reference)
         for minibatch in split_evenly(rollouts, config.minibatches)
     ]
+    if config.importance != "none":
+        for later in minibatches[1:]:  # the first is measured by its own step, before which no weight moves
+            _measure(engine, later, config)
     steps = []
     for _ in range(config.inner_epochs):
         for micros in minibatches:
@@ -129,23 +132,25 @@ def update(
 def prepare(
     engine: Engine, minibatch: Sequence[Rollout], config: RLConfig, reference: Reference | None
 ) -> list[MicroBatch]:
-    """This rank's micro-batches. Call it before the first update: it computes log-probabilities under the
-    weights that were sampled from."""
+    """This rank's micro-batches, with the reference's log-probabilities where the loss has a KL."""
     micros = micro_batches(engine, minibatch, config, config.loss_aggregation)
     if reference is not None and config.kl_in == "loss":
         with reference.ready():
             for micro in micros:
                 micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
-    if config.importance != "none":
-
-        def of_trainer(micro: MicroBatch) -> Tensor:
-            balances = balances_of(micro, False, config.replay_routing)
-            return completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
-
-        found = engine.evaluate([partial(of_trainer, micro) for micro in micros])
-        for micro, trainer_N in zip(micros, found, strict=True):
-            micro.trainer_N = trainer_N
     return micros
+
+
+def _measure(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> None:
+    """Set each micro-batch's trainer_N: call it while the weights are those that were sampled from."""
+
+    def of_trainer(micro: MicroBatch) -> Tensor:
+        balances = balances_of(micro, False, config.replay_routing)
+        return completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
+
+    found = engine.evaluate([partial(of_trainer, micro) for micro in micros])
+    for micro, trainer_N in zip(micros, found, strict=True):
+        micro.trainer_N = trainer_N
 
 
 @dataclass
@@ -166,8 +171,11 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
 
     def share_of_loss(micro: MicroBatch) -> Tensor:
         balances = balances_of(micro, alpha > 0, config.replay_routing)
+        logprobs_N = completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
+        if config.importance != "none" and micro.trainer_N is None:
+            micro.trainer_N = logprobs_N.detach()
         result = policy_loss(
-            completion_logprobs(engine.module, micro, config.sampling.temperature, balances),
+            logprobs_N,
             micro.old_N,
             micro.advantages_N,
             micro.weights_N,

@@ -43,13 +43,15 @@ def scored_groups(
     reward_models: RewardModels | None = None,
     normalise_std: bool = True,
     kls: Sequence[float] | None = None,
+    trained_per_group: int | None = None,
 ) -> list[Group]:
     """Groups of equal size, scored with `max_tokens=100` and without a truncation penalty."""
     size = len(completions) // len(prompts)
     groups = [Group(prompt, [*completions[i * size :][:size]]) for i, prompt in enumerate(prompts)]
     rewards = replace(grpo().rewards, truncation_penalty=0.0)
     sampling = replace(grpo().sampling, max_tokens=100)
-    config = replace(grpo(), normalise_std=normalise_std, rewards=rewards, sampling=sampling)
+    knobs = {"normalise_std": normalise_std, "trained_per_group": trained_per_group}
+    config = replace(grpo(), **knobs, rewards=rewards, sampling=sampling)
     score_groups(groups, config, weights, reward_models or {}, kls)
     return groups
 

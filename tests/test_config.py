@@ -230,6 +230,8 @@ def valid(stage: str) -> dict[str, Any]:
         ("engine.launcher=slurm", "needs engine.hostfile"),
         ("stage.minibatches=7", "must divide evenly into stage.minibatches=7"),
         ("stage.group_size=1", "give 2 or more"),
+        ("stage.trained_per_group=1", "must be at least 2 and at most stage.group_size=16"),
+        ("stage.trained_per_group=9 stage.minibatches=7", "stage.trained_per_group = 4608 must divide evenly"),
         ("stage.sampling.max_tokens=4096", "is longer than model.max_position_embeddings"),
         ("stage.sampling.top_p=0.9", "stage.sampling.top_p=0.9: reinforcement learns from the whole"),
         ("stage=all_scenario stage.sampling.top_p=0.5", "it must be 1"),

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +21,7 @@ from r1pipe.model import DeepseekV3, logprobs
 from r1pipe.model.kernels import training as kernels
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import losses, scoring
-from r1pipe.train.rl.advantages import group_advantages, has_variance
+from r1pipe.train.rl.advantages import group_advantages, has_variance, most_varied
 from r1pipe.train.rl.batch import (
     Rollout,
     by_prompt,
@@ -136,6 +138,31 @@ def test_a_failed_score_counts_for_nothing_in_its_group():
     assert group_advantages([1.0, NAN, 0.0], True) == [1.0, 0.0, -1.0]
     assert group_advantages([NAN, NAN], True) == [0.0, 0.0]
     assert not has_variance([NAN, 1.0, NAN])
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_the_kept_completions_have_the_largest_variance_of_all_choices(count):
+    random = np.random.default_rng(count)
+    for rewards in random.choice([-1.0, 0.0, 0.1, 1.0], (20, 6)).tolist():
+        kept = most_varied(rewards, count)
+        largest = max(np.var(chosen) for chosen in combinations(rewards, count))
+        assert len({*kept}) == count
+        assert np.var([rewards[place] for place in kept]) == pytest.approx(largest)
+
+
+def test_a_failed_score_is_kept_last():
+    assert most_varied([NAN, 0.0, NAN, 1.0], 2) == [1, 3]
+    assert most_varied([NAN, 0.0, NAN, 1.0], 3) == [0, 1, 3]
+
+
+def test_a_part_of_each_group_is_trained_on(monkeypatch):
+    scores_of(monkeypatch, *({"accuracy": Score(reward)} for reward in (0.0, 0.0, 1.0)))
+    completions = [Completion([token], [-1.0], "stop") for token in (7, 8, 9)]
+    [group] = scored_groups([PROMPT], completions, {"accuracy": 1.0}, trained_per_group=2)
+    assert group.rewards == [0.0, 0.0, 1.0] and group.kept == [1, 2]
+    assert group.advantages == [0.0, -1.0, 1.0]
+    assert [(r.completion.tokens, r.advantage) for r in rollouts_of([group])] == [([8], -1.0), ([9], 1.0)]
+    assert [row["trained"] for row in rows_of([group], None)] == [False, True, True]
 
 
 def test_a_group_without_variance_teaches_nothing():

@@ -105,6 +105,7 @@ class RLConfig(StageConfig):
     ppo: PPOConfig | None  # with algorithm=ppo only
     prompts_per_step: Positive  # questions per step, all ranks together
     group_size: Positive  # G completions per question; ppo: 1 or more
+    trained_per_group: Positive | None  # of G, the most varied in reward (PODS, arXiv 2504.13818); null: all
     minibatches: Positive  # optimizer steps per rollout batch and inner epoch
     inner_epochs: Positive  # passes over one rollout batch
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]  # the file in conf/stage/part/loss/
@@ -151,14 +152,17 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     all_ranks = f"{ranks} ranks (engine.ranks on each machine)"
     if stage.prompts_per_step % ranks:
         yield f"{stage.prompts_per_step=} must be a multiple of the {all_ranks}"
-    outputs = stage.prompts_per_step * stage.group_size
+    outputs = stage.prompts_per_step * (stage.trained_per_group or stage.group_size)
+    per_group = "trained_per_group" if stage.trained_per_group else "group_size"
     if outputs % (stage.minibatches * ranks):
         yield (
-            f"stage.prompts_per_step x stage.group_size = {outputs} must divide evenly into "
+            f"stage.prompts_per_step x stage.{per_group} = {outputs} must divide evenly into "
             f"{stage.minibatches=} on {all_ranks}"
         )
     if stage.group_size < 2 and stage.algorithm != "ppo":
         yield f"{stage.group_size=}: advantages compare completions of one prompt; give 2 or more"
+    if stage.trained_per_group and not 2 <= stage.trained_per_group <= stage.group_size:
+        yield f"{stage.trained_per_group=} must be at least 2 and at most {stage.group_size=}"
     if stage.sampling.temperature == 0:
         yield "stage.sampling.temperature=0 draws a group of equals; it must be above 0"
     # the ratio compares probabilities over the whole vocabulary: draws from a part of it would bias it
@@ -205,16 +209,8 @@ def kl_rules(stage: RLConfig) -> Rules:
         yield f"{stage.kl_estimator=!s} {remedy}"
 
 
-def ppo_rules(stage: RLConfig) -> Rules:
+def group_rules(stage: RLConfig) -> Rules:
     """What compares the completions of a group means nothing where a value model judges each token."""
-    ppo = stage.ppo
-    if (ppo is not None) != (stage.algorithm == "ppo"):
-        yield (
-            f"{stage.algorithm=!s} {'needs' if ppo is None else 'takes no'} stage.ppo; "
-            "say stage.algorithm=ppo and leave stage.ppo to it"
-        )
-    if ppo is None:
-        return
     if stage.loss != "grpo":
         yield (
             f"{stage.loss=!s} is for groups; with stage.algorithm=ppo give its parts as keys "
@@ -224,8 +220,21 @@ def ppo_rules(stage: RLConfig) -> Rules:
         yield f"{stage.ratio=!s} needs stage.algorithm=grpo: PPO's advantages are each token's"
     if stage.normalise_std:
         yield "stage.normalise_std=true needs stage.algorithm=grpo; PPO has stage.ppo.whiten"
-    if stage.max_sampling_batches != 1:
-        yield f"{stage.max_sampling_batches=} needs stage.algorithm=grpo: PPO learns from all"
+    for key, alone in (("trained_per_group", None), ("max_sampling_batches", 1)):
+        if getattr(stage, key) != alone:
+            yield f"stage.{key}={getattr(stage, key)} needs stage.algorithm=grpo: PPO learns from all"
+
+
+def ppo_rules(stage: RLConfig) -> Rules:
+    ppo = stage.ppo
+    if (ppo is not None) != (stage.algorithm == "ppo"):
+        yield (
+            f"{stage.algorithm=!s} {'needs' if ppo is None else 'takes no'} stage.ppo; "
+            "say stage.algorithm=ppo and leave stage.ppo to it"
+        )
+    if ppo is None:
+        return
+    yield from group_rules(stage)
     if ppo.value_lr_factor == 0:
         yield "stage.ppo.value_lr_factor=0 would teach the value model nothing"
     if ppo.value_clip == 0:

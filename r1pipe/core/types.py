@@ -79,8 +79,8 @@ class Group:
     """A prompt with its G completions and their rewards (GRPO's unit).
 
     A rollout Batch makes it with prompt, completions and prompt_tokens, and sample_groups sets place.
-    score_groups sets scores, rewards and advantages; in PPO, Critic.estimate adds the score `kl` and replaces
-    the advantages. redistribute_groups sets trained.
+    score_groups sets scores, rewards, kept and advantages; in PPO, Critic.estimate adds the score `kl` and
+    replaces the advantages. redistribute_groups sets trained.
     """
 
     prompt: Prompt
@@ -89,6 +89,7 @@ class Group:
     rewards: list[float] = field(default_factory=list)  # weighted sums; NaN where a score failed
     advantages: list[float] = field(default_factory=list)
     trained: bool = True  # false: dynamic sampling has passed it over
+    kept: list[int] | None = None  # the completions that are trained on; None: all
     place: int = 0  # among all that the ranks have drawn for the step
     prompt_tokens: list[int] = field(default_factory=list)
 

@@ -4,6 +4,7 @@ Axes: G completions of one prompt, T tokens of one completion.
 """
 
 import math
+from statistics import pvariance
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ def group_advantages(rewards_G: list[float], normalise_std: bool) -> list[float]
     variance = math.fsum((reward - mean) ** 2 for reward in scored) / len(scored)
     scale = math.sqrt(variance) if normalise_std else 1.0
     return [(reward - mean) / scale if is_scored(reward) else 0.0 for reward in rewards_G]
+
+
+def most_varied(rewards_G: list[float], count: int) -> list[int]:
+    """The `count` members of a group whose rewards have the largest variance, in order (max-variance
+    down-sampling, PODS, arXiv 2504.13818, section 3.2): some of the lowest and some of the highest. Those
+    whose scoring failed come last."""
+    scored = sorted(
+        (place for place, reward in enumerate(rewards_G) if is_scored(reward)), key=rewards_G.__getitem__
+    )
+    failed = [place for place, reward in enumerate(rewards_G) if not is_scored(reward)]
+    if len(scored) <= count:
+        return sorted(scored + failed[: count - len(scored)])
+    choices = [scored[:low] + scored[len(scored) - count + low :] for low in range(count + 1)]
+    return sorted(max(choices, key=lambda places: pvariance([rewards_G[place] for place in places])))
 
 
 def token_rewards(score: float, kl_T: Tensor | None, kl_coef: float, length: int) -> Tensor:

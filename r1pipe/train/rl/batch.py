@@ -71,14 +71,15 @@ class MicroBatch:
 
 
 def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
-    """Every completion of the groups that are trained on."""
+    """The completions that are trained on."""
     return [
-        Rollout(group.prompt_tokens, completion, advantage, is_scored(reward))
+        Rollout(
+            *(group.prompt_tokens, group.completions[place], group.advantages[place]),
+            scored=is_scored(group.rewards[place]),
+        )
         for group in groups
         if group.trained
-        for completion, reward, advantage in zip(
-            group.completions, group.rewards, group.advantages, strict=True
-        )
+        for place in (range(len(group.completions)) if group.kept is None else group.kept)
     ]
 
 

@@ -61,9 +61,8 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
         before = [asdict(message) for message in prompt.context]
         context = json.dumps(before, ensure_ascii=False) if before else None
         recognise = strategy_of if strategy_of and is_verifiable(prompt) else None
-        for completion, scores, reward, advantage in zip(
-            group.completions, group.scores, group.rewards, group.advantages, strict=True
-        ):
+        parts = zip(group.completions, group.scores, group.rewards, group.advantages, strict=True)
+        for place, (completion, scores, reward, advantage) in enumerate(parts):
             values = {name: score.value for name, score in scores.items() if score.status is Status.SCORED}
             failed = [f"{name}: {s.status} ({s.detail})" for name, s in scores.items() if name not in values]
             rows.append(
@@ -81,7 +80,7 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "reward": reward if is_scored(reward) else None,
                     "advantage": advantage,
                     "has_variance": variance,
-                    "trained": group.trained,
+                    "trained": group.trained and (group.kept is None or place in group.kept),
                     "entropy": -fmean(completion.logprobs),
                     "scores": values,
                     "failed": failed,

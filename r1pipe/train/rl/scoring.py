@@ -19,7 +19,7 @@ from r1pipe.rewards import (
 from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.advantages import group_advantages, has_variance
+from r1pipe.train.rl.advantages import group_advantages, has_variance, most_varied
 
 # Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
@@ -60,7 +60,7 @@ def score_groups(
     verdicts: Verdicts | None = None,
     custom: CustomRewards | None = None,
 ) -> None:
-    """Set the groups' scores, rewards and group-relative advantages.
+    """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
     Rules and `custom` rewards score every completion, `reward_models` those of general prompts. `kls` are
     the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under way.
@@ -90,7 +90,11 @@ def score_groups(
             total_reward(row, weights, config.rewards.truncation_penalty, completion.truncated)
             for row, completion in zip(group.scores, group.completions, strict=True)
         ]
-        group.advantages = group_advantages(group.rewards, config.normalise_std)
+        group.kept = most_varied(group.rewards, config.trained_per_group or len(group.rewards))
+        of_kept = group_advantages([group.rewards[place] for place in group.kept], config.normalise_std)
+        group.advantages = [0.0] * len(group.rewards)
+        for place, advantage in zip(group.kept, of_kept, strict=True):
+            group.advantages[place] = advantage
 
 
 def add_custom_rewards(

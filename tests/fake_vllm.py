@@ -88,7 +88,7 @@ class FakeVLLM(ThreadingHTTPServer):
             self.asked.append(body)
             if todo := self.after.pop(len(self.asked), None):
                 todo()
-        while self.hang.is_set():
+        while self.hang.is_set() or self.paused:
             time.sleep(0.01)
         asked = body["sampling_params"]
         params = SamplingParams(

@@ -1,9 +1,11 @@
 """engine.sampler=vllm against a fake server (fake_vllm.py) that fails: one clear line, nothing lost."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from r1pipe.core.errors import NumericProblem, SamplerLost
 from r1pipe.model.policy import named_weights
 from r1pipe.train.rollout import Whole
 from r1pipe.train.rollout.vllm import serving
+from r1pipe.train.rollout.vllm.worker import r1pipe_wire as wire
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +87,24 @@ def test_a_server_that_answers_500_is_waited_for(
     assert drawn(sampler) == in_process(model)
     lines = [record.getMessage() for record in caplog.records if "waits for it" in record.getMessage()]
     assert lines and all(f"{path} answers 500: made on purpose; waits for it up to" in line for line in lines)
+
+
+def test_an_answer_that_comes_before_the_last_byte_is_seen_to_arrive(
+    server: FakeVLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broadcast = wire._broadcast
+
+    def late(group: Any, bucket: torch.Tensor) -> SimpleNamespace:
+        work, until = broadcast(group, bucket), time.monotonic() + 0.3
+        if threading.current_thread() is not threading.main_thread():
+            return work  # of the server
+        done = lambda: work.is_completed() and time.monotonic() > until  # noqa: E731
+        return SimpleNamespace(is_completed=done, wait=work.wait)
+
+    monkeypatch.setattr(wire, "_broadcast", late)
+    sampler, model = opened(server), other_model()
+    sampler.update(Whole(model), 0)
+    assert drawn(sampler) == in_process(model) and "waits for it" not in caplog.text
 
 
 def test_a_server_that_stays_broken_ends_the_job_with_one_line(server: FakeVLLM) -> None:

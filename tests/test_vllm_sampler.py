@@ -64,8 +64,8 @@ def test_it_draws_what_the_sampler_in_this_process_draws(server: FakeVLLM) -> No
     order = [path.partition("?")[0] for path in server.seen if "generate" not in path]
     update = ["/pause", "/get_world_size", "/init_weight_transfer_engine", "/start_weight_update"]
     buckets = order.count("/update_weights")
-    update += ["/update_weights"] * buckets + ["/collective_rpc", "/finish_weight_update"]
-    update += ["/reset_prefix_cache", "/resume", "/weight_info"]
+    update += ["/update_weights"] * buckets + ["/collective_rpc", "/reset_prefix_cache"]
+    update += ["/finish_weight_update", "/resume", "/weight_info"]
     assert order[-len(update) :] == update
 
 

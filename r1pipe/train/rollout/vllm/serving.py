@@ -99,7 +99,9 @@ class Serving:
             self._start(show)
         self.wake()
         self.served = self.client.version()
-        if self.served != label:
+        if self.served == label:
+            self.client.post("/resume")  # the connection may have been lost after the update, before this
+        else:
             self.served = None
             self.check()
             self.transfer.begin(self.keep)

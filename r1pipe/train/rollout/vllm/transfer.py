@@ -55,7 +55,7 @@ class Transfer:
         layout = wire.layout_of(tensors)
         told = self._ask("/update_weights", {"update_info": {"layout": layout}})
         try:
-            wire.send(self._group, wire.pack(tensors, self._over()), told.done)
+            wire.send(self._group, wire.pack(tensors, self._over()), lambda: _has_failed(told))
         except wire.Broken as error:
             self.disconnect()
             _answer(told)  # what the server says is the better reason
@@ -70,10 +70,11 @@ class Transfer:
                     f"the model of {self.client.url} has {missing[0]} and {len(missing) - 1} other tensors "
                     "that the trainer's has not; start the server with the trainer's own model"
                 )
-        self.client.post("/finish_weight_update", {"weight_version": version})
         reset = self.client.post("/reset_prefix_cache", reset_running_requests=str(keep).lower())
         if not reset.get("success"):  # what it holds of the old weights would be read as the new ones'
             raise Gone(f"{self.client.url} keeps its prefix cache, which the old weights made")
+        # last, so that a server that says `version` has nothing left of another
+        self.client.post("/finish_weight_update", {"weight_version": version})
         self.client.post("/resume")
         if (served := self.client.version()) != version:
             raise Gone(f"{self.client.url} serves weights {served} after an update to {version}")
@@ -130,6 +131,11 @@ def _aside(work: Callable[..., Any], *given: Any) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def _has_failed(told: "Future[Any]") -> bool:
+    """An answer that all is well may come before this end knows that the last byte is through."""
+    return told.done() and told.exception() is not None
 
 
 def _answer(told: "Future[Any]") -> Any:

@@ -134,17 +134,17 @@ def test_other_weights_draw_what_the_sampler_in_this_process_draws(bench: Bench)
 def test_a_prefix_cache_that_is_not_reset_is_stale(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.theirs()  # fills the cache
     bench.move(2)
-    bench.sampler.serving.keep = True  # a pause that ends requests resets the cache, too
     client = bench.sampler.serving.client
     post = client.post
 
     def without_reset(path: str, *given: Any, **more: str) -> dict[str, Any]:
-        return {"success": True} if path == "/reset_prefix_cache" else post(path, *given, **more)
+        if path == "/reset_prefix_cache":
+            return {"success": True}
+        return post(path, *given, **more, **({"clear_cache": "false"} if path == "/pause" else {}))
 
     with monkeypatch.context() as patch:
         patch.setattr(client, "post", without_reset)
         bench.push()
-    bench.sampler.serving.keep = False
     stale = max(
         difference(*pair) if pair[0].tokens == pair[1].tokens else math.inf
         for pair in zip(bench.theirs(), bench.ours(), strict=True)

@@ -21,6 +21,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH_INDEX ?=
 NEED_GB ?= 6
 DATA ?=
+# bfloat16 is twice as fast as float32 where the processor multiplies it (AMX), and slower elsewhere.
+PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 ARGS ?=
 
 help: ## list the targets
@@ -33,7 +35,8 @@ reproduce: $(INSTALLED) ## the whole recipe on this machine: base model to R1's 
 
 real: $(SMOLLM2) ## the recipe on SmolLM2-135M and real word problems, in hours: make real DATA=FOLDER (docs/guide.md)
 	@test -d "$(DATA)" || { echo "real: give DATA=FOLDER with the data files that docs/guide.md lists"; exit 1; }
-	@$(BIN)/r1pipe reproduce recipe=real model.path=$(SMOLLM2) data.path="$(DATA)" $(ARGS)
+	@$(BIN)/r1pipe reproduce recipe=real model.path=$(SMOLLM2) data.path="$(DATA)" \
+		engine.precision=$(PRECISION) $(ARGS)
 
 vllm: $(INSTALLED) $(INSTALLED_VLLM) ## make .venv-vllm: vLLM's CPU build, for engine.sampler=vllm
 

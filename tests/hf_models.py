@@ -68,7 +68,7 @@ def _shared() -> dict[str, Any]:
     }
 
 
-def _config(name: str) -> Any:
+def _config(name: str, changes: dict[str, Any]) -> Any:
     import transformers
 
     more: dict[str, dict[str, Any]] = {
@@ -89,19 +89,19 @@ def _config(name: str) -> Any:
         "llama": transformers.LlamaConfig,
         "qwen3_moe": transformers.Qwen3MoeConfig,
     }
-    return classes[name](**_shared(), **more[name])
+    return classes[name](**_shared() | more[name] | changes)
 
 
 FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe")
 
 
-def write_model(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A whole folder as the hub has them."""
+def write_model(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A whole folder as the hub has them, with `changes` to its config."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(_config(name)).to(dtype)
+        model = AutoModelForCausalLM.from_config(_config(name, changes)).to(dtype)
     model.save_pretrained(folder)
     family = "llama" if name == "llama" else "qwen"
     write_tokenizer(folder, family)

@@ -6,7 +6,7 @@ started with its folder in PYTHONPATH and
     --worker-extension-cls r1pipe_vllm.Extension --weight-transfer-config '{"backend": "r1pipe"}'
 
 vLLM's own transfer engines have none for a CPU. They all load weights layer by layer through vLLM's reload,
-and so does this one; what a CPU needs beyond it is in `_pack_again`.
+and so does this one; what a CPU needs beyond it is in `_pack_again` and `_pack_tied`.
 """
 
 from dataclasses import dataclass
@@ -86,6 +86,8 @@ class Engine(WeightTransferEngine[Connection, Bucket]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            _pack_tied(self.model)
 
     def missing(self) -> list[str]:
         """The model's parameters that the open update has not reached yet."""
@@ -106,6 +108,18 @@ def _pack_again(model: torch.nn.Module) -> None:
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+def _pack_tied(model: torch.nn.Module) -> None:
+    """Make vLLM pack a head again that is tied to the embedding.
+
+    On a CPU each of the two has a packed copy of the weight that they share, and a reload renews the
+    embedding's alone (vLLM 0.32): tokens then come from the head of the first weights, silently.
+    """
+    packed: list[Any] = [module for module in model.modules() if hasattr(module, "cpu_linear")]
+    for module in packed:
+        if any(other is not module and other.weight is module.weight for other in packed):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _vocabulary(model_config: Any) -> str:

@@ -1,0 +1,286 @@
+"""The planner against figures that others have published, and against the memory check before a run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from r1pipe.cli.commands import app
+from r1pipe.config import ModelConfig
+from r1pipe.config.compose import compose
+from r1pipe.config.groups import options
+from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, planning
+from r1pipe.core.errors import ConfigError
+from r1pipe.plan import duration, footprint, planner, sizes
+from r1pipe.plan.memory import GIGA, Held, in_flight, memory
+from r1pipe.plan.planner import Phase, Plan
+from r1pipe.plan.work import Work, sent, work
+
+
+def shape(name: str) -> ModelConfig:
+    model = compose([f"model={name}"]).config.model
+    assert isinstance(model, ModelConfig)
+    return model
+
+
+def v3_on(*words: str) -> tuple[ModelConfig, ClusterConfig, LayoutConfig]:
+    model = shape("v3")
+    return model, *planning(list(words), model)
+
+
+# --- published figures
+
+MEGATRON = (
+    *("cluster=h100x1024", "layout.pipeline=8", "layout.virtual_stages=4", "layout.schedule=1f1b"),
+    *("layout.fp8_dispatch=false", "layout.overlap=false", "layout.gradient_bytes=2"),
+)
+
+
+def test_v3s_own_figures_for_its_size_and_work() -> None:
+    """V3 sections 1 and 4.2, and what Megatron-Bridge counts: 338 TFLOP/s at 1,297 tokens/s."""
+    model, cluster, layout = v3_on("cluster=h800x2048")
+    plain = sizes.without_mtp(model)
+    assert plain == pytest.approx(671e9, rel=1e-3)
+    one = sizes.Weights.of(model)
+    assert sizes.parameters(model) - plain == pytest.approx(11.5e9, rel=0.01), "unique ones of MTP"
+    unused = 58 * (256 - 8) * one.expert
+    assert plain - unused - one.vocabulary == pytest.approx(36.6e9, rel=2e-3)
+    assert 3 * work(model, layout, cluster, 4096).forward == pytest.approx(338e12 / 1297, rel=1e-3)
+
+
+def test_what_a_step_keeps_of_its_kernels_speed_is_from_another_model() -> None:
+    """Qwen3-235B in BF16 on 256 H100: 19.7 s a step, 17.6 s with all-to-alls while computing.
+
+    Megatron-MoE-ModelZoo, best_practice/Qwen3: 2,048 sequences of 4,096, tensor parallelism 2, 8 pipeline
+    ranks of 4 stages, 32 ranks share the experts, norms and SwiGLU computed again. 94 layers of 64 query and
+    4 key heads of 128, 8 of 128 experts of 1,536, hidden size 4,096, 151,936 tokens (its config.json).
+    """
+    model, cluster, _ = v3_on("cluster=h100x1024")
+    like_qwen = replace(model, hidden_size=4096, num_experts_per_tok=8, n_group=1, topk_group=1)
+    bare = replace(cluster, devices=256, sustained=1.0, hidden=0.0)
+    layout = planning(["cluster=h100x1024", "layout=default", "layout.zero_level=1"], model)[1]
+    layout = replace(
+        layout, pipeline=8, virtual_stages=4, expert_parallel=32, recompute="selective", overlap=True
+    )
+    layers, d, heads, keys, expert = 94, 4096, 64 * 128, 4 * 128, 3 * 4096 * 1536
+    attention = d * (2 * heads + 2 * keys)
+    kept = 4 * d + 3 * heads + 3 * keys + 8 * (3 * 1536 + 2 * d) + 128  # with the norms of queries and keys
+    token = Work(
+        low=2 * layers * (attention + 8 * expert),
+        high=2 * (layers * d * 128 + 151936 * d),
+        attention=layers * 4096 * 2 * heads,
+        traffic=4 * layers * kept,
+        sent=layers * sent(like_qwen, layout, bare),
+        again=0,
+        traffic_again=4 * layers * (2 * d + 8 * 1536),
+    )
+    assert 3 * token.forward == pytest.approx(276e12 * 17.6 / (2048 * 4096 / 256), rel=0.01)
+    dense, experts = layers * attention + 2 * 151936 * d, layers * 128 * expert
+    held = Held(dense / 8, experts / 8 / 32, 32, 1, 4, 12, dense / 8 / 32 + experts / 8 / 32)
+    # two ranks share a sequence: 128 micro-batches of 2,048 tokens on each
+    alone = duration.training_step(token, held, layout, bare, 2048, 128)
+    assert cluster.sustained == pytest.approx(alone.total / 19.7, abs=0.005)
+    hidden = replace(bare, hidden=cluster.hidden)
+    assert duration.training_step(token, held, layout, hidden, 2048, 128).total / cluster.sustained == (
+        pytest.approx(17.6, rel=0.005)
+    )
+
+
+def test_v3s_own_hours_and_money_are_met_by_others_efficiencies() -> None:
+    """V3 table 1: 2,664K hours of pre-training, 119K of context extension, 5K of post-training; $5.576M.
+
+    Context extension is not met (74K of 119K hours): how its long sequences were split is not published, and
+    a causal mask that is not balanced over ranks would alone double its attention. Nor can post-training be
+    held to anything: neither its tokens nor its reinforcement are published.
+    """
+    model, cluster, layout = v3_on("cluster=h800x2048")
+    plan = planner.plan(model, cluster, layout, [Phase(phase) for phase in layout.phases])
+    assert plan.hours["pretraining"] == pytest.approx(2664e3, rel=0.15)
+    assert plan.hours["total"] == pytest.approx(2788e3, rel=0.15)
+    assert plan.usd == pytest.approx(5.576e6, rel=0.15)
+    assert 0.5 < plan.hours["context_extension"] / 119e3 < 0.85, "known to be too low"
+    assert plan.fits and plan.memory_gb < 80
+
+
+def test_megatron_bridges_tokens_a_second() -> None:
+    """V3 on 1,024 H100, FP8, dropless: 1,297 tokens/s a GPU (Megatron-Bridge's summary, container 25.09).
+
+    8,192 sequences of 4,096, micro-batch 1, tensor parallelism 2 (here two ranks share a sequence), 8
+    pipeline ranks of 4 stages, 64 ranks share the experts; all-to-alls not hidden (its recipe's default).
+    """
+    model, cluster, layout = v3_on(*MEGATRON)
+    phase = Phase(PhaseConfig("pretraining", 1e12, 4096, 8192, context_parallel=2))
+    found = planner.planned(model, cluster, layout, phase)
+    assert found.tokens_per_device == pytest.approx(1297, rel=0.2)
+    assert found.mfu * cluster.bf16_tflops == pytest.approx(338, rel=0.2)
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_deepspeeds_estimators(nodes: int) -> None:
+    """DeepSpeed has one for level 2 and one for level 3, which differ on gradients; none for level 1."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    weights, largest, ranks = 2851 * 10**6, 32 * 10**6, 8 * nodes
+    each = {"weight": 2, "optimizer": 12, "ranks": ranks}
+    of_level_2 = sizes.states(weights, weights, level=2, gradient=2 + 4, **each)
+    of_level_3 = sizes.states(weights, weights, level=3, gradient=4, **each)
+    _, theirs = estimate_zero2_model_states_mem_needs(weights, 8, nodes, cpu_offload=False)
+    assert int(of_level_2.total) == theirs
+    _, theirs, buffers = estimate_zero3_model_states_mem_needs(weights, largest, 8, nodes, cpu_offload=False)
+    assert buffers == 4 * largest
+    assert int(of_level_3.total) + buffers == theirs
+
+
+# --- one memory model
+
+
+def test_the_check_before_a_run_and_the_planner_agree() -> None:
+    words = ["model=moonlight", "stage=cold_start", "recipe=cluster", "stage.sequence_length=8192"]
+    words += ["engine.zero_level=2", "stage.batch_size=8", "stage.eval.max_tokens=8192"]
+    config = compose(words).config
+    need = footprint.needed(config, 0)
+    model = shape("moonlight")
+    cluster, layout = planning(["cluster=h100x8", "layout.zero_level=2"], model)
+    held = memory(model, layout, cluster, 8192, 1)
+    assert held.weights + held.gradients + held.moments == pytest.approx(need.states)
+    assert (held.activations, held.logits) == (need.activations, need.logits)
+
+
+def test_a_pipeline_and_experts_share_what_zero_does_not() -> None:
+    """Megatron's 6 + 12 / DP bytes of a weight, experts over their own ranks."""
+    model = shape("v3")
+    for words, copies in (((), 1), (("layout.schedule=dualpipe",), 2)):
+        given = ["cluster=h800x2048", "layout=default", "layout.pipeline=16", "layout.expert_parallel=64"]
+        cluster, layout = planning([*given, "layout.zero_level=1", *words], model)
+        held = memory(model, layout, cluster, 4096, 120)
+        routed = sizes.routed(model)
+        dense, experts = (sizes.parameters(model) - routed) / 16, routed / 16 / 64
+        assert held.weights + held.gradients == pytest.approx(6 * copies * (dense + experts))
+        assert held.moments == pytest.approx(12 * (dense / 128 + experts / 2))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages", "kept"),
+    [("1f1b", 1, 8), ("1f1b", 4, 8 + 7 / 4), ("zb1p", 1, 8), ("dualpipe", 1, 9)],
+)
+def test_activations_of_micro_batches_in_flight(schedule: str, stages: int, kept: float) -> None:
+    words = ["cluster=h800x2048", f"layout.schedule={schedule}", f"layout.virtual_stages={stages}"]
+    layout = planning([*words, "layout.pipeline=8"], shape("v3"))[1]
+    assert in_flight(layout, 1000) == pytest.approx(kept / 8)
+    assert in_flight(layout, 2) == 2 / 8, "no more than there are"
+
+
+def test_bubbles_by_the_schedules_own_formulas() -> None:
+    """V3's table 2 with F = 1, B = 2, W = 1 and F&B = 3."""
+    model = shape("v3")
+
+    def bubble(*words: str) -> float:
+        layout = planning(["cluster=h800x2048", "layout.pipeline=8", *words], model)[1]
+        return 3 * 20 * duration.bubble(layout, 20)
+
+    assert bubble("layout.schedule=1f1b") == pytest.approx(7 * 3)
+    assert bubble("layout.schedule=1f1b", "layout.virtual_stages=7") == pytest.approx(3)
+    assert bubble("layout.schedule=zb1p") == pytest.approx(7 * (3 - 2))
+    assert bubble("layout.schedule=dualpipe") == pytest.approx((8 / 2 - 1) * (3 + 2 - 3))
+
+
+# --- the command
+
+
+def run(*words: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False, standalone_mode=False)
+    assert result.return_value == code, result.output
+    return result.output
+
+
+def test_the_command_answers_scripts() -> None:
+    found = json.loads(run("plan", "model=v3", "cluster=h800x2048", "--json"))
+    hours = found["gpu_hours"]
+    assert set(hours) == {"pretraining", "context_extension", "post_training", "total"}
+    assert hours["total"] == pytest.approx(sum(hours.values()) / 2)
+    assert found["usd"] == pytest.approx(2 * hours["total"])
+    assert found["fits"] is True and found["memory_gb"] < 80
+    seconds = found["phases"][0]["seconds"]
+    assert sum(seconds.values()) == pytest.approx(found["phases"][0]["step_s"])
+    held = found["phases"][0]["memory_gb_by_part"]
+    assert held["weights"] + held["gradients"] + held["moments"] + held["activations"] < found["memory_gb"]
+
+
+def test_prices_and_mfu_can_be_asked_for() -> None:
+    words = ("plan", "model=v3", "cluster=h800x2048", "--json")
+    found = json.loads(run(*words, "--what-if", "cluster.usd_per_hour=1,3", "--what-if", "layout.mfu=0.4"))
+    one, three, mfu = found["what_if"]
+    assert three["usd"] == pytest.approx(3 * one["usd"]) and one["gpu_hours"] == found["gpu_hours"]["total"]
+    model, cluster, layout = v3_on("cluster=h800x2048", "layout.mfu=0.4")
+    again = planner.planned(model, cluster, layout, Phase(layout.phases[0]))
+    assert again.mfu == pytest.approx(0.4, rel=0.01) and mfu["gpu_hours"] != one["gpu_hours"]
+
+
+def test_what_does_not_fit_says_so_and_a_search_finds_what_does() -> None:
+    words = ("model=moonlight", "stage=pretrain", "stage.max_steps=100", "stage.batch_size=64")
+    words = (*words, "stage.sequence_length=4096", "cluster=h100x8")
+    given = json.loads(run("plan", *words, "layout.zero_level=0", "--json", code=1))
+    assert not given["fits"] and given["memory_gb"] > 80
+    found = json.loads(run("plan", *words, "--search", "--json"))
+    assert found["fits"] and found["layouts_that_fit"] > 10
+    model = shape("moonlight")
+    cluster, layout = planning(["cluster=h100x8"], model)
+    phases = planner.phases_of(compose(list(words[:-1])).config.stage, layout, 8192)
+    every = [planner.plan(model, cluster, one, phases) for one in planner.layouts(model, cluster, layout)]
+    fastest = min((plan for plan in every if plan.fits), key=lambda plan: plan.hours["total"])
+    assert found["gpu_hours"]["total"] == pytest.approx(fastest.hours["total"])
+
+
+def test_reinforcement_waits_for_its_longest_answer() -> None:
+    words = ["stage=grpo", "model=v3", "recipe=cluster"]
+    model, cluster, layout = v3_on("cluster=h800x2048")
+    step = planner.planned(
+        model, cluster, layout, planner.phases_of(compose(words).config.stage, layout, 163840)[0]
+    )
+    half = compose([*words, "stage.sampling.max_tokens=16384"]).config.stage
+    shorter = planner.planned(model, cluster, layout, planner.phases_of(half, layout, 163840)[0])
+    assert step.step.sampling == pytest.approx(2 * shorter.step.sampling, rel=0.05)
+    assert step.memory.reference == step.memory.weights and step.memory.cache > 0
+
+
+def test_the_page_shows_every_part(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    run("plan", "model=v3", "cluster=h800x2048", "--html", str(page))
+    text = page.read_text()
+    for part in ("products", "all to all", "bubble", "gradients", "activations"):
+        assert part in text
+    assert text.count("<svg") == 2 and "It fits" in text
+
+
+@pytest.mark.parametrize("name", options("cluster"))
+def test_every_cluster_can_be_planned_on(name: str) -> None:
+    model = shape("small")
+    cluster, layout = planning([f"cluster={name}"], model)
+    plan: Plan = planner.plan(model, cluster, layout, [Phase(PhaseConfig("a", 1e6, 256, cluster.devices, 1))])
+    assert plan.cluster.name == name and plan.hours["total"] > 0
+    assert plan.memory_gb * GIGA > sizes.parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model=v3", "which cluster"),
+        ("model=v3 cluster=h800", "cluster=h800: no such cluster; did you mean h800x2048"),
+        ("model=v3 cluster=h800x2048 cluster.price=1", "cluster.price is no key"),
+        ("model=v3 cluster=h800x2048 layout.pipeline=3", "layout.pipeline=3 must divide"),
+        ("model=v3 cluster=h800x2048 layout.expert_parallel=3", "layout.expert_parallel=3 must divide"),
+        ("model=v3 cluster=a100x8 layout=v3 layout.pipeline=1 layout.expert_parallel=1", "has no FP8"),
+        ("model=moonlight cluster=h100x8", "layout=default has no phases; give stage=NAME"),
+        ("model=v3 cluster=h800x2048 stage=cold_start", "stage.max_steps=0"),
+        ("model=v3 cluster=h800x2048 stage=base", "stage=base cannot be planned"),
+        ("model=v3 cluster=h100x8 --search", "no layout is possible on cluster=h100x8"),
+        ("model=v3 cluster=h100x8 stage=pretrain --search", "none of .* layouts fits cluster=h100x8"),
+        ("model=v3 cluster=h800x2048 --what-if stage.lr=1", "give KEY=VALUES"),
+    ],
+)
+def test_mistakes_are_named(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run("plan", *words.split())

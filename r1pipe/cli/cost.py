@@ -6,7 +6,6 @@ Here, runs that made no result are lines of their own, from run folders.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from r1pipe.cli.report.load import StageRun, load_runs, other_runs
 from r1pipe.config.planning import cluster_named
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.formatting import number
-from r1pipe.runs.files import Tail
 
 HOUR = 3600.0
 WIDTH = 100  # of the table without a terminal
@@ -71,9 +69,9 @@ def ledger(root: Path, rates: Rates) -> dict[str, Any]:
         "made_again": [run for run in others if run.record is not None],
         "unfinished": [run for run in others if run.record is None],
     }
-    spent = {name: hours(runs) for name, runs in groups.items()}
-    resumed = [run for run in (*newest, *others) if undone(run)]
-    spent["done_twice"] = hours(resumed, undone)
+    spent = {name: hours((run, run.wall_s) for run in runs) for name, runs in groups.items()}
+    resumed = [run for run in (*newest, *others) if run.undone_s]
+    spent["done_twice"] = hours((run, run.undone_s) for run in resumed)
     units = {unit for line in spent.values() for unit in line}
     unit = rates.unit or ("GPU" if "GPU" in units else "core")
     total = {kind: sum(line.get(kind, 0.0) for line in spent.values()) for kind in units}
@@ -87,22 +85,13 @@ def ledger(root: Path, rates: Rates) -> dict[str, Any]:
     }
 
 
-def hours(runs: Iterable[StageRun], seconds: Any = lambda run: run.wall_s) -> dict[str, float]:
-    """Device hours by unit."""
+def hours(spent: Iterable[tuple[StageRun, float]]) -> dict[str, float]:
+    """Device hours by unit, of runs and the seconds that count of each."""
     found: dict[str, float] = {}
-    for run in runs:
+    for run, seconds in spent:
         count, unit = run.devices
-        found[unit] = found.get(unit, 0.0) + seconds(run) * count / HOUR
+        found[unit] = found.get(unit, 0.0) + seconds * count / HOUR
     return found
-
-
-def undone(run: StageRun) -> float:
-    """Seconds that a run's clock went back, as a resumed run's does to its last checkpoint; at least so many
-    were spent for nothing."""
-    times = [
-        row["time"] for row in Tail(run.folder.progress).read() if isinstance(row.get("time"), int | float)
-    ]
-    return sum(max(0.0, before - after) for before, after in pairwise(times))
 
 
 def show(found: dict[str, Any]) -> None:

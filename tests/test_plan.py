@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from r1pipe.cli import planning as shown
 from r1pipe.cli.commands import app
 from r1pipe.config import ModelConfig
 from r1pipe.config.compose import compose
@@ -78,7 +79,7 @@ def test_what_a_step_keeps_of_its_kernels_speed_is_from_another_model() -> None:
     )
     assert 3 * token.forward == pytest.approx(276e12 * 17.6 / (2048 * 4096 / 256), rel=0.01)
     dense, experts = layers * attention + 2 * 151936 * d, layers * 128 * expert
-    held = Held(dense / 8, experts / 8 / 32, 32, 1, 4, 12, dense / 8 / 32 + experts / 8 / 32)
+    held = Held(dense / 8, experts / 8 / 32, 1, 32, 1, weight=2, gradient=4, optimizer=12, level=1)
     # two ranks share a sequence: 128 micro-batches of 2,048 tokens on each
     alone = duration.training_step(token, held, layout, bare, 2048, 128)
     assert cluster.sustained == pytest.approx(alone.total / 19.7, abs=0.005)
@@ -137,16 +138,33 @@ def test_deepspeeds_estimators(nodes: int) -> None:
 # --- one memory model
 
 
-def test_the_check_before_a_run_and_the_planner_agree() -> None:
-    words = ["model=moonlight", "stage=cold_start", "recipe=cluster", "stage.sequence_length=8192"]
-    words += ["engine.zero_level=2", "stage.batch_size=8", "stage.eval.max_tokens=8192"]
-    config = compose(words).config
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stage=cold_start model=moonlight engine.zero_level=2 stage.batch_size=16 stage.sequence_length=8192",
+        "stage=pretrain engine=cpu data=world stage.max_steps=9",
+        "stage=grpo stage.max_tokens_per_micro_batch=65536 engine.zero_level=2 stage.sampling.max_tokens=512",
+        "stage=grpo engine.recompute=false stage.max_tokens_per_micro_batch=65536 stage.kl_coef=0",
+        "stage=all_scenario stage.max_tokens_per_micro_batch=65536 engine.moments=bf16",
+    ],
+)
+def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
+    given = [
+        "recipe=gpu",
+        "engine.ranks=8",
+        "stage.max_steps=400",
+        "stage.eval.max_tokens=512",
+        *words.split(),
+    ]
+    config = compose(given).config
     need = footprint.needed(config, 0)
-    model = shape("moonlight")
-    cluster, layout = planning(["cluster=h100x8", "layout.zero_level=2"], model)
-    held = memory(model, layout, cluster, 8192, 1)
-    assert held.weights + held.gradients + held.moments == pytest.approx(need.states)
-    assert (held.activations, held.logits) == (need.activations, need.logits)
+    asked = [*given, "cluster=h100x8", "layout.completion_share=0.125"]
+    model, cluster, layout, [phase] = shown.asked(asked)
+    if phase.rollout is not None:  # the engine's micro-batches are filled by tokens
+        layout = replace(layout, micro_batch=65536 // phase.config.sequence_length)
+    held = planner.planned(model, cluster, layout, phase).memory
+    assert held.total - held.buffers == pytest.approx(need.peak)
+    assert held.logits == need.logits and held.cache == need.cache
 
 
 def test_a_pipeline_and_experts_share_what_zero_does_not() -> None:
@@ -226,24 +244,30 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does() -> None:
     assert not given["fits"] and given["memory_gb"] > 80
     found = json.loads(run("plan", *words, "--search", "--json"))
     assert found["fits"] and found["layouts_that_fit"] > 10
-    model = shape("moonlight")
-    cluster, layout = planning(["cluster=h100x8"], model)
-    phases = planner.phases_of(compose(list(words[:-1])).config.stage, layout, 8192)
+    model, cluster, layout, phases = shown.asked(list(words))
     every = [planner.plan(model, cluster, one, phases) for one in planner.layouts(model, cluster, layout)]
     fastest = min((plan for plan in every if plan.fits), key=lambda plan: plan.hours["total"])
     assert found["gpu_hours"]["total"] == pytest.approx(fastest.hours["total"])
 
 
 def test_reinforcement_waits_for_its_longest_answer() -> None:
-    words = ["stage=grpo", "model=v3", "recipe=cluster"]
-    model, cluster, layout = v3_on("cluster=h800x2048")
-    step = planner.planned(
-        model, cluster, layout, planner.phases_of(compose(words).config.stage, layout, 163840)[0]
+    words = ["stage=grpo", "model=v3", "recipe=cluster", "cluster=h800x2048", "layout=v3"]
+    whole, half = (
+        planner.planned(*given, phase)
+        for *given, [phase] in map(shown.asked, (words, [*words, "stage.sampling.max_tokens=16384"]))
     )
-    half = compose([*words, "stage.sampling.max_tokens=16384"]).config.stage
-    shorter = planner.planned(model, cluster, layout, planner.phases_of(half, layout, 163840)[0])
-    assert step.step.sampling == pytest.approx(2 * shorter.step.sampling, rel=0.05)
-    assert step.memory.reference == step.memory.weights and step.memory.cache > 0
+    assert whole.step.sampling == pytest.approx(2 * half.step.sampling, rel=0.05)
+    assert whole.memory.frozen > 0 and whole.memory.cache == pytest.approx(2 * half.memory.cache)
+
+
+def test_a_stage_is_planned_as_its_engine_would_run_it() -> None:
+    words = ["stage=grpo", "model=v3", "recipe=cluster", "cluster=h800x2048"]
+    model, cluster, layout, [phase] = shown.asked(words)
+    assert (layout.zero_level, layout.precision, layout.recompute, layout.pipeline) == (3, "bf16", "full", 1)
+    held = planner.planned(model, cluster, layout, phase).memory
+    whole = 2 * sizes.without_mtp(model)
+    assert held.sampler + held.weights == pytest.approx(whole), "every rank gathers the policy to sample"
+    assert held.frozen == pytest.approx(whole), "and has the reference"
 
 
 def test_the_page_shows_every_part(tmp_path: Path) -> None:

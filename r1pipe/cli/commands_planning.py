@@ -23,9 +23,10 @@ def plan(
 ) -> int:
     """Memory, time and cost before anything is spent: plan model=v3 cluster=h800x2048
 
-    Without stage=NAME it plans the phases of layout=NAME (conf/plan), by default those of the model's own
-    file. cluster=NAME (conf/cluster), layout=NAME and keys below them are this command's own: the engine has
-    neither expert nor pipeline parallelism yet. Exit code 1 if it does not fit.
+    With stage=NAME it plans that stage as its engine would run it on all devices of the cluster; without, the
+    phases of layout=NAME (conf/plan), by default those of the model's own file. cluster=NAME (conf/cluster),
+    layout=NAME and keys below them are this command's own: the engine has neither expert nor pipeline
+    parallelism yet. Exit code 1 if it does not fit.
     """
     from r1pipe.cli import planning as shown
     from r1pipe.config.planning import check_layout

@@ -11,10 +11,17 @@ from rich.text import Text
 
 from r1pipe.cli.options import composed
 from r1pipe.config import HFConfig, ModelConfig
-from r1pipe.config.planning import GROUPS, ClusterConfig, LayoutConfig, check_layout, planning
+from r1pipe.config.planning import (
+    GROUPS,
+    ClusterConfig,
+    LayoutConfig,
+    check_layout,
+    layout_named,
+    planning,
+)
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.formatting import duration, number, percent
-from r1pipe.plan import planner
+from r1pipe.plan import planner, stages
 from r1pipe.plan.planner import Phase, Plan, Planned
 
 WIDTH = 120  # of the tables without a terminal
@@ -31,15 +38,13 @@ def asked(overrides: list[str]) -> tuple[ModelConfig, ClusterConfig, LayoutConfi
         raise ConfigError("model=hf cannot be planned yet: the work of DeepSeek-V3's shape alone is counted")
     cluster, layout = planning(own, model)
     if any(word.startswith("stage=") for word in overrides):
+        if not any(word.startswith("layout=") for word in own):
+            layout = layout_named(own, "default", stages.of_engine(config, cluster))
         layout = replace(layout, phases=[])
-        phases = planner.phases_of(config.stage, layout, model.max_position_embeddings)
-    elif layout.phases:
-        phases = [Phase(phase) for phase in layout.phases]
-    else:
-        raise ConfigError(
-            f"layout={layout.name} has no phases; give stage=NAME, or layout=NAME that has some"
-        )
-    return model, cluster, layout, phases
+        return model, cluster, layout, [stages.phase_of(config, layout)]
+    if not layout.phases:
+        raise ConfigError(f"layout={layout.name} has no phases; give stage=NAME or another layout")
+    return model, cluster, layout, [Phase(phase) for phase in layout.phases]
 
 
 def what_if(line: str, overrides: list[str], layout: LayoutConfig) -> list[tuple[str, str, Plan]]:

@@ -37,14 +37,15 @@ class ClusterConfig(Strict):
     devices_per_node: Positive  # on each machine
     memory_gb: AboveZero  # of each device, in 1e9 bytes
     reserved_gb: NonNegative  # of it, for CUDA's context, NCCL's buffers and fragments of the allocator
+    fp32_tflops: AboveZero  # peak of each device
     bf16_tflops: AboveZero  # peak of each device, dense
     fp8_tflops: AboveZero | None  # peak of each device, dense; null: no FP8
     memory_tb_s: AboveZero  # bandwidth of each device's memory
     intra_node_gb_s: AboveZero  # bandwidth of each device to others of its machine, one direction
     inter_node_gb_s: AboveZero  # bandwidth of each device to other machines, one direction
-    bf16_efficiency: Efficiency  # share of the peak that BF16 products reach
+    bf16_efficiency: Efficiency  # share of the peak that BF16 and float32 products reach
     fp8_efficiency: Efficiency  # share of the peak that FP8 products reach
-    attention_efficiency: Efficiency  # share of the BF16 peak that the attention core reaches, both passes
+    attention_efficiency: Efficiency  # share of the same peak that the attention core reaches, both passes
     memory_efficiency: Efficiency  # share of the memory's bandwidth that a copy reaches
     link_efficiency: Efficiency  # share of a link's bandwidth that an all-to-all reaches
     sustained: Efficiency  # share of the speed of these parts that a whole training step keeps
@@ -69,7 +70,7 @@ class LayoutConfig(Strict):
     """How a model is spread over a cluster, and what it is trained on."""
 
     name: str  # the file in conf/plan/
-    precision: Literal["bf16", "fp8"]  # of products; weights are stored in bf16
+    precision: Literal["fp32", "bf16", "fp8"]  # of products; with fp8, weights are stored in bf16
     zero_level: Literal[0, 1, 2, 3]  # ranks share: nothing, optimizer state, gradients too, weights too
     expert_parallel: Positive  # ranks over which a layer's experts are spread
     pipeline: Positive  # pipeline ranks; 1: none
@@ -130,10 +131,13 @@ def planning(overrides: list[str], model: ModelConfig) -> tuple[ClusterConfig, L
 
     A model that has a file in conf/plan/ is laid out by it. Raises ConfigError.
     """
-    cluster = cluster_named([line for line in overrides if not line.startswith("layout")])
-    default = model.name if model.name in options("plan") else "default"
-    of_layout = [line for line in overrides if line.startswith("layout")]
-    return cluster, build(LayoutConfig, chosen("layout", of_layout, default), "layout")
+    name = model.name if model.name in options("plan") else "default"
+    return cluster_named(overrides), layout_named(overrides, name, {})
+
+
+def layout_named(overrides: list[str], name: str, below: dict[str, Any]) -> LayoutConfig:
+    """The layout that `layout=NAME` (else `name`) and keys below it describe, over `below` over its file."""
+    return build(LayoutConfig, chosen("layout", overrides, name, below), "layout")
 
 
 def check_layout(layout: LayoutConfig, cluster: ClusterConfig, model: ModelConfig) -> None:
@@ -143,22 +147,25 @@ def check_layout(layout: LayoutConfig, cluster: ClusterConfig, model: ModelConfi
 
 def cluster_named(overrides: list[str]) -> ClusterConfig:
     """The cluster that `cluster=NAME` and keys below it describe. Raises ConfigError."""
-    cluster = build(ClusterConfig, chosen("cluster", overrides, None), "cluster")
+    cluster = build(ClusterConfig, chosen("cluster", overrides, None, {}), "cluster")
     check_all(cluster_rules(cluster))
     return cluster
 
 
-def chosen(group: str, overrides: list[str], name: str | None) -> dict[str, Any]:
-    """The file of a group that overrides choose (else `name`), with the values that they give. Raises
-    ConfigError."""
+def chosen(group: str, overrides: list[str], name: str | None, below: dict[str, Any]) -> dict[str, Any]:
+    """The file of a group that overrides choose (else `name`), with the values that they give over `below`.
+
+    Overrides of the other group are left alone. Raises ConfigError.
+    """
     from r1pipe.config.compose import parse_one  # Hydra is imported when overrides are read
 
     values: dict[str, Any] = {}
-    for line in overrides:
-        override = parse_one(line)
-        key = str(override.key_or_group).partition(".")[2]
+    for override in map(parse_one, overrides):
+        own, _, key = str(override.key_or_group).partition(".")
+        if own != group:
+            continue
         if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{line}: give one value, as in {group}.KEY=VALUE")
+            raise ConfigError(f"{override.input_line}: give one value, as in {group}.KEY=VALUE")
         if key:
             values[key] = override.value()
         else:
@@ -168,4 +175,4 @@ def chosen(group: str, overrides: list[str], name: str | None) -> dict[str, Any]
         raise ConfigError(f"which {group}? give {group}=NAME; known: {', '.join(known)}")
     if name not in known:
         raise ConfigError(f"{group}={name}: no such {group}; {nearest(name, known)}")
-    return read(f"{GROUPS[group]}/{name}") | values
+    return read(f"{GROUPS[group]}/{name}") | below | values

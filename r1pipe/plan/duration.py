@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields
 
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
 from r1pipe.plan.memory import Held
-from r1pipe.plan.sizes import HALF
 from r1pipe.plan.work import Work, crosses
 
 TERA, GIGA = 1e12, 1e9
@@ -41,18 +40,18 @@ def of_tokens(work: Work, layout: LayoutConfig, cluster: ClusterConfig, backward
     """Of a token's passes through all layers on one device, at the speeds of single kernels."""
     full, selective = (backward and layout.recompute == how for how in ("full", "selective"))
     passes = 1 + BACKWARD * backward + full
-    bf16 = cluster.bf16_tflops * TERA * cluster.bf16_efficiency
-    low = bf16
+    peak = TERA * (cluster.fp32_tflops if layout.precision == "fp32" else cluster.bf16_tflops)
+    high = low = peak * cluster.bf16_efficiency
     if layout.precision == "fp8" and cluster.fp8_tflops is not None:
         low = cluster.fp8_tflops * TERA * cluster.fp8_efficiency
-    products = (passes * work.low + selective * work.again) / low + passes * work.high / bf16
+    products = (passes * work.low + selective * work.again) / low + passes * work.high / high
     attention = (1 + ATTENTION_BACKWARD * backward + full) * work.attention
     moved = (1 + TRAFFIC_BACKWARD * backward + full) * work.traffic + selective * work.traffic_again
     far = crosses(layout.expert_parallel, cluster)
     sending = (1 + backward + full) * work.sent / link(cluster, far)
     return Seconds(
         products=products,
-        attention=attention / (cluster.bf16_tflops * TERA * cluster.attention_efficiency),
+        attention=attention / (peak * cluster.attention_efficiency),
         memory=moved / bandwidth(cluster),
         all_to_all=sending * exposed(layout, cluster),
     )
@@ -71,7 +70,7 @@ def training_step(
         Seconds(
             bubble=busy.total * bubble(layout, micro_batches),
             gathers=gathers(held, layout, cluster, micro_batches) * exposed(layout, cluster),
-            optimizer=held.trained * (2 * held.optimizer + held.gradient + HALF) / bandwidth(cluster),
+            optimizer=2 * (held.states.moments + held.states.weights) / bandwidth(cluster),
         )
     )
     return Seconds().plus(step, 1 / cluster.sustained)
@@ -100,17 +99,17 @@ def gathers(held: Held, layout: LayoutConfig, cluster: ClusterConfig, micro_batc
     if layout.zero_level == 0:  # all-reduce
         moved = 2.0 * held.gradient
     elif layout.zero_level < 3:  # gradients scattered, weights gathered once
-        moved = held.gradient + HALF
+        moved = float(held.gradient + held.weight)
     else:  # weights gathered for both passes of each micro-batch
-        moved = micro_batches * (held.gradient + 2.0 * HALF)
+        moved = micro_batches * (held.gradient + 2.0 * held.weight)
     weights = held.dense * (1 - 1 / held.dense_ranks) + held.experts * (1 - 1 / held.expert_ranks)
-    return moved * weights / link(cluster, crosses(held.dense_ranks, cluster))
+    return moved * held.copies * weights / link(cluster, crosses(held.dense_ranks, cluster))
 
 
 def decoding(work: Work, read: float, rows: int, cluster: ClusterConfig) -> float:
     """Seconds to sample a further token of `rows` completions together on one device, `read` bytes for it.
 
-    Latencies of kernels and of all-to-alls are not counted, nor are the prompts.
+    Products are taken as in BF16. Latencies of kernels and of all-to-alls are not counted, nor prompts.
     """
     flops = rows * (work.low + work.high) / (cluster.bf16_tflops * TERA * cluster.bf16_efficiency)
     return max(flops, read / bandwidth(cluster)) / cluster.sustained

@@ -15,7 +15,7 @@ from r1pipe.config import (
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.plan import sizes
-from r1pipe.plan.sizes import FULL, HALF, Recompute, adapters, parameters, stored, trunk, without_mtp
+from r1pipe.plan.sizes import FULL, Recompute, adapters, parameters, stored, trunk, without_mtp
 from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.reward_model_quality import KINDS
 
@@ -141,14 +141,11 @@ def engines(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def weight_bytes(engine: EngineConfig) -> int:
-    """Bytes of a weight in memory and on disk; with FP8, weights are stored in bfloat16."""
-    return FULL if engine.precision == "fp32" else HALF
+    return sizes.weight_bytes(engine.precision)
 
 
 def optimizer_bytes(engine: EngineConfig) -> int:
-    """Bytes of AdamW for a weight: two moments and a float32 master, which ZeRO keeps in fp32 runs, too."""
-    moments = 2 * (FULL if engine.moments == "fp32" else HALF)
-    return moments + (FULL if engine.zero_level or engine.precision != "fp32" else 0)
+    return sizes.optimizer_bytes(engine.precision, engine.moments, engine.zero_level)
 
 
 def needed(config: RunConfig, prompt: int) -> Need:

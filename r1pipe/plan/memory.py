@@ -3,12 +3,13 @@
 Pipeline ranks are taken to be alike: embedding, head and multi-token prediction are spread over all.
 """
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 
 from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
 from r1pipe.plan import sizes
-from r1pipe.plan.sizes import FULL, HALF, Weights
+from r1pipe.plan.sizes import States, Weights
 
 GIGA = 1e9
 MODULE = 4  # bytes of buffers for each weight of the largest module, at ZeRO level 3 (DeepSpeed's estimator)
@@ -18,30 +19,61 @@ MODULE = 4  # bytes of buffers for each weight of the largest module, at ZeRO le
 class Held:
     """Weights of one pipeline rank before ZeRO shares them, and over how many ranks it does."""
 
-    dense: float  # number of weights outside routed experts
-    experts: float  # number of weights of the routed experts of this rank
-    dense_ranks: int
+    dense: float  # number of weights outside routed experts, of one copy
+    experts: float  # number of weights of the routed experts of this rank, of one copy
+    copies: int  # DualPipe has both ends of the pipeline on each rank
+    dense_ranks: int  # ranks beside each other, which share a copy
     expert_ranks: int
-    gradient: int  # bytes of a weight's gradient
-    optimizer: int  # bytes of AdamW for a weight: moments and float32 master
-    trained: float  # number of weights whose optimizer states this rank has
+    weight: int  # bytes of a weight
+    gradient: int  # bytes of its gradient
+    optimizer: int  # bytes of AdamW for it: moments and float32 master
+    level: int  # of ZeRO
 
     @classmethod
     def of(cls, model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig) -> "Held":
-        copies = (
-            2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1
-        )  # both ends of the pipeline
-        ranks = cluster.devices // layout.pipeline
-        routed = sizes.routed(model)
-        dense = copies * (sizes.parameters(model) - routed) / layout.pipeline
-        experts = copies * routed / layout.pipeline / layout.expert_parallel
-        expert_ranks = ranks // layout.expert_parallel
-        shared = layout.zero_level >= 1
-        trained = dense / (copies * ranks if shared else 1) + experts / (
-            copies * expert_ranks if shared else 1
+        ranks, routed = cluster.devices // layout.pipeline, sizes.routed(model)
+        return cls(
+            (sizes.parameters(model) - routed) / layout.pipeline,
+            routed / layout.pipeline / layout.expert_parallel,
+            2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1,
+            ranks,
+            ranks // layout.expert_parallel,
+            sizes.weight_bytes(layout.precision),
+            layout.gradient_bytes,
+            sizes.optimizer_bytes(layout.precision, layout.moments, layout.zero_level),
+            layout.zero_level,
         )
-        optimizer = FULL + 2 * (FULL if layout.moments == "fp32" else HALF)
-        return cls(dense, experts, ranks, expert_ranks, layout.gradient_bytes, optimizer, trained)
+
+    @property
+    def states(self) -> States:
+        """Bytes of this rank; both copies share the optimizer's states, if ranks do."""
+        each = {"weight": self.weight, "gradient": self.gradient, "optimizer": self.optimizer}
+        dense, experts = (
+            sizes.states(weights, weights, level=self.level, ranks=ranks, **each)
+            for weights, ranks in ((self.dense, self.dense_ranks), (self.experts, self.expert_ranks))
+        )
+        return States(
+            self.copies * (dense.weights + experts.weights),
+            self.copies * (dense.gradients + experts.gradients),
+            (1 if self.level else self.copies) * (dense.moments + experts.moments),
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What reinforcement samples before it learns from it."""
+
+    completions: int  # of a rollout batch
+    steps: int  # optimizer steps that learn from it
+    epochs: int  # passes over it
+    longest: int  # tokens of the longest completion, which all ranks wait for
+    slots: int  # completions that are decoded together on one device at most
+    reference: bool  # whether a reference model scores them
+    judges: int  # reward models, which have no head
+
+    def rows(self, devices: int) -> int:
+        """Completions that are decoded together on one device."""
+        return min(self.slots, math.ceil(self.completions / devices))
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class Memory:
     moments: float  # with the float32 masters
     activations: float
     logits: float
-    reference: float  # of a reference model, shared as the policy's weights are
+    frozen: float  # a reference and reward models, which ZeRO does not share
     sampler: float  # weights that decoding needs beside the rank's own
     cache: float  # of the sampler
     buffers: float
@@ -61,7 +93,7 @@ class Memory:
     @property
     def total(self) -> float:
         """Training and sampling alternate."""
-        states = self.weights + self.gradients + self.moments + self.reference + self.buffers
+        states = self.weights + self.gradients + self.moments + self.frozen + self.buffers
         return states + max(self.activations + self.logits, self.sampler + self.cache)
 
     def gigabytes(self) -> dict[str, float]:
@@ -74,39 +106,34 @@ def memory(
     cluster: ClusterConfig,
     tokens: int,
     micro_batches: int,
-    reference: bool = False,
-    rows: int = 0,
-    length: float = 0.0,
+    rollout: Rollout | None = None,
 ) -> Memory:
-    """`tokens` of a micro-batch on a rank, which samples `rows` completions of `length` tokens together."""
+    """`tokens` of a micro-batch on a rank."""
     held = Held.of(model, layout, cluster)
-    each = {
-        "weight": HALF,
-        "gradient": held.gradient,
-        "optimizer": held.optimizer,
-        "level": layout.zero_level,
-    }
-    dense, experts = (
-        sizes.states(weights, weights, ranks=ranks, **each)
-        for weights, ranks in ((held.dense, held.dense_ranks), (held.experts, held.expert_ranks))
-    )
-    own = dense.weights + experts.weights
-    one = Weights.of(model)
+    own, one = held.states, Weights.of(model)
     largest = max(one.vocabulary, one.expert * model.n_routed_experts // layout.expert_parallel)
-    kept: float = HALF * sizes.stored(model, layout.recompute)
+    kept: float = held.weight * sizes.stored(model, layout.recompute)
     if layout.precision == "fp8" and layout.recompute == "selective":
         kept -= sizes.in_eight_bits(model)
-    kept = kept * in_flight(layout, micro_batches) + HALF * sizes.working(model, layout.recompute)
-    decoding = HALF * decoder_weights(model, layout) if rows else 0.0
+    kept = kept * in_flight(layout, micro_batches) + held.weight * sizes.working(model, layout.recompute)
+    frozen = sampler = cache = 0.0
+    if rollout is not None:
+        headless = replace(model, tie_word_embeddings=True)
+        frozen = rollout.reference * decoder_weights(model, layout)
+        frozen += rollout.judges * decoder_weights(headless, layout)
+        frozen *= held.weight / layout.pipeline
+        sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
+        entry = held.weight * model.num_hidden_layers * sizes.cache_entry(model)
+        cache = rollout.rows(cluster.devices) * rollout.longest * entry
     return Memory(
-        weights=own,
-        gradients=dense.gradients + experts.gradients,
-        moments=held.optimizer * held.trained,
+        weights=own.weights,
+        gradients=own.gradients,
+        moments=own.moments,
         activations=tokens * kept,
         logits=sizes.logits(tokens, model.vocab_size),
-        reference=own if reference else 0.0,
-        sampler=max(0.0, decoding - own),
-        cache=rows * length * HALF * model.num_hidden_layers * sizes.cache_entry(model),
+        frozen=frozen,
+        sampler=sampler,
+        cache=cache,
         buffers=cluster.reserved_gb * GIGA + (MODULE * largest if layout.zero_level == 3 else 0.0),
     )
 

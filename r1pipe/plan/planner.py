@@ -6,27 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
-from r1pipe.config import FineTuneConfig, ModelConfig, PretrainConfig, RLConfig, StageConfig
+from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, layout_rules
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan import duration, sizes
 from r1pipe.plan.duration import Seconds
-from r1pipe.plan.memory import GIGA, Held, Memory, decoder_weights, memory
+from r1pipe.plan.memory import GIGA, Held, Memory, Rollout, decoder_weights, memory
 from r1pipe.plan.work import work
 
 HOUR = 3600.0
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What reinforcement samples before it learns from it."""
-
-    completions: int  # of a rollout batch
-    steps: int  # optimizer steps that learn from it
-    epochs: int  # passes over it
-    longest: int  # tokens of the longest completion, which all ranks wait for
-    slots: int  # completions that are decoded together on one device at most
-    reference: bool  # whether a reference model scores them
 
 
 @dataclass(frozen=True)
@@ -140,63 +128,43 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     counted = work(model, layout, cluster, config.sequence_length)
     held = Held.of(model, layout, cluster)
     step = duration.training_step(counted, held, layout, cluster, tokens, micro_batches)
-    rows = 0
     if rollout is not None:
-        on_a_device = math.ceil(rollout.completions / cluster.devices)
-        rows = min(rollout.slots, on_a_device)
-        body = work(replace(model, num_nextn_predict_layers=0), layout, cluster, config.sequence_length)
-        if rollout.reference:
-            each = duration.of_tokens(body, layout, cluster, backward=False)
-            step = step.plus(
-                each, tokens * micro_batches / layout.pipeline / rollout.epochs / cluster.sustained
-            )
-        read = sizes.HALF * decoder_weights(model, layout)
-        cached = rows * sizes.HALF * model.num_hidden_layers * sizes.cache_entry(model)
-        each_token = duration.decoding(body, read + cached * config.sequence_length / 2, rows, cluster)
-        decoded = (math.ceil(on_a_device / rows) - 1) * config.sequence_length + rollout.longest
-        step = step.plus(Seconds(sampling=decoded * each_token / rollout.steps))
-    held_bytes = memory(
-        *(model, layout, cluster, tokens, micro_batches),
-        reference=rollout is not None and rollout.reference,
-        rows=rows,
-        length=rollout.longest if rollout else 0,
-    )
+        passed = tokens * micro_batches / layout.pipeline / rollout.epochs
+        step = step.plus(rollout_step(model, cluster, layout, rollout, config.sequence_length, passed))
+        tokens = max(tokens, rollout.longest)  # one row may be as long
     flops = 3 * counted.forward * config.batch_size * config.sequence_length
-    peak = cluster.devices * cluster.bf16_tflops * duration.TERA
-    return Planned(phase, step, held_bytes, cluster.devices, flops, peak)
+    return Planned(
+        phase,
+        step,
+        memory(model, layout, cluster, tokens, micro_batches, rollout),
+        cluster.devices,
+        flops,
+        cluster.devices * cluster.bf16_tflops * duration.TERA,
+    )
 
 
-def phases_of(stage: StageConfig, layout: LayoutConfig, context: int) -> list[Phase]:
-    """The stage's own steps. Raises ConfigError where its length is not known before its data is read.
+def rollout_step(
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    layout: LayoutConfig,
+    rollout: Rollout,
+    mean: int,
+    passed: float,
+) -> Seconds:
+    """An optimizer step's share of sampling, and the reference's pass over `passed` tokens.
 
-    `context`: tokens of the model's longest sequence.
+    `mean`: tokens of a completion.
     """
-    if not isinstance(stage, PretrainConfig | FineTuneConfig | RLConfig):
-        raise ConfigError(
-            f"stage={stage.name} cannot be planned; choose pretrain, an SFT or a stage of reinforcement"
-        )
-    if stage.max_steps == 0:
-        raise ConfigError(
-            f"stage.max_steps=0: how long stage={stage.name} is depends on its data; give stage.max_steps=N"
-        )
-    if isinstance(stage, RLConfig):
-        completions = stage.prompts_per_step * stage.group_size
-        longest = min(stage.sampling.max_tokens, context)
-        steps = stage.max_steps * stage.minibatches * stage.inner_epochs
-        batch = completions // stage.minibatches
-        mean = max(1, round(longest * layout.completion_share))
-        config = PhaseConfig(stage.name, float(steps * batch * mean), mean, batch, 1)
-        rollout = Rollout(
-            completions,
-            stage.minibatches * stage.inner_epochs,
-            stage.inner_epochs,
-            longest,
-            stage.sampling.max_num_seqs,
-            stage.kl_coef > 0,
-        )
-        return [Phase(config, rollout)]
-    tokens = float(stage.max_steps * stage.batch_size * stage.sequence_length)
-    return [Phase(PhaseConfig(stage.name, tokens, stage.sequence_length, stage.batch_size, 1))]
+    body = work(replace(model, num_nextn_predict_layers=0), layout, cluster, mean)
+    weight, rows = sizes.weight_bytes(layout.precision), rollout.rows(cluster.devices)
+    cached = rows * weight * model.num_hidden_layers * sizes.cache_entry(model)
+    read = weight * decoder_weights(model, layout) + cached * mean / 2
+    rounds = math.ceil(rollout.completions / cluster.devices / rows)
+    tokens = (rounds - 1) * mean + rollout.longest
+    sampling = tokens * duration.decoding(body, read, rows, cluster) / rollout.steps
+    scoring = duration.of_tokens(body, layout, cluster, backward=False)
+    scored = passed / cluster.sustained if rollout.reference else 0.0
+    return Seconds(sampling=sampling).plus(scoring, scored)
 
 
 def search(

@@ -11,6 +11,17 @@ LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
 Recompute = Literal["none", "selective", "full"]
 
 
+def weight_bytes(precision: str) -> int:
+    """Bytes of a weight in memory and on disk; with FP8, weights are stored in bfloat16."""
+    return FULL if precision == "fp32" else HALF
+
+
+def optimizer_bytes(precision: str, moments: str, level: int) -> int:
+    """Bytes of AdamW for a weight: two moments and a float32 master, which ZeRO keeps in fp32 runs, too."""
+    master = FULL if level or precision != "fp32" else 0
+    return master + 2 * (FULL if moments == "fp32" else HALF)
+
+
 @dataclass(frozen=True)
 class States:
     """Bytes of one rank for a model that is trained."""

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
-from r1pipe.plan.sizes import HALF, Weights, layer_elements, moe_layers, recomputed, stored, visited
+from r1pipe.plan.sizes import (
+    HALF,
+    Weights,
+    layer_elements,
+    moe_layers,
+    recomputed,
+    stored,
+    visited,
+    weight_bytes,
+)
 
 SCALE = 4 / 128  # bytes of a float32 scale for each of 128 FP8 numbers
 
@@ -40,16 +49,17 @@ def work(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, lengt
     heads = model.num_attention_heads
     # a token looks back on half the sequence, on average
     core = length * heads * (model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim)
+    each = 2 * weight_bytes(layout.precision)  # written and read
     elements = stored(model, "none") + extra * layer_elements(model, False)[1]
     dense, sparse = recomputed(model)
     return Work(
         low=2 * products,
         high=2 * (moe * one.gate + (1 + extra) * one.vocabulary),
         attention=layers * core,
-        traffic=2 * HALF * elements,
+        traffic=each * elements,
         sent=moe * sent(model, layout, cluster),
         again=2 * layers * one.up_projections,
-        traffic_again=2 * HALF * (model.first_k_dense_replace * dense + moe * sparse),
+        traffic_again=each * (model.first_k_dense_replace * dense + moe * sparse),
     )
 
 

@@ -175,4 +175,9 @@ def chosen(group: str, overrides: list[str], name: str | None, below: dict[str, 
         raise ConfigError(f"which {group}? give {group}=NAME; known: {', '.join(known)}")
     if name not in known:
         raise ConfigError(f"{group}={name}: no such {group}; {nearest(name, known)}")
-    return read(f"{GROUPS[group]}/{name}") | below | values
+    content = read(f"{GROUPS[group]}/{name}")
+    parts = [item.partition("@")[0] for item in content.get("defaults", ()) if item != "_self_"]
+    for part in parts:  # shared values, as those of conf/stage/part
+        content = read(f"{GROUPS[group]}/{part}") | content
+    content = {key: value for key, value in content.items() if key != "defaults"}
+    return content | below | values

@@ -4,6 +4,7 @@ All is of one token in a whole pass through the model; r1pipe.plan.duration turn
 """
 
 from dataclasses import dataclass
+from math import comb
 
 from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
@@ -66,12 +67,17 @@ def work(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, lengt
 def sent(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig) -> float:
     """Bytes that leave the device, or the machine, for a token's dispatch and combine in one MoE layer.
 
-    A token goes once to each machine that has experts of its (DeepEP); groups of experts lie on machines.
+    A token goes once to each machine that has experts of its (DeepEP), and its groups of experts limit which
+    these may be: groups lie on machines one after the other.
     """
     places = layout.expert_parallel
     if crosses(layout.expert_parallel, cluster):
         places = layout.expert_parallel // cluster.devices_per_node
-    allowed = max(1.0, places * model.topk_group / model.n_group)
+    groups, kept = model.n_group, model.topk_group
+    if groups % places:  # a group lies on several
+        allowed = max(1.0, places * kept / groups)
+    else:  # the expected number of places that the kept groups lie on
+        allowed = places * (1 - comb(groups - groups // places, kept) / comb(groups, kept))
     reached = allowed * (1 - (1 - 1 / allowed) ** model.num_experts_per_tok)
     elsewhere = reached * (places - 1) / places
     each = (1 + SCALE if layout.fp8_dispatch else HALF) + HALF

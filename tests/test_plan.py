@@ -10,7 +10,7 @@ from r1pipe.config.compose import compose
 from r1pipe.config.groups import options
 from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, planning
 from r1pipe.plan import duration, footprint, planner, sizes
-from r1pipe.plan.memory import GIGA, Held, in_flight, memory
+from r1pipe.plan.memory import GIGA, Held, Rollout, in_flight, memory
 from r1pipe.plan.planner import Phase, Plan
 from r1pipe.plan.work import Work, sent, work
 
@@ -67,6 +67,7 @@ def test_what_a_step_keeps_of_its_kernels_speed_is_from_another_model() -> None:
         low=2 * layers * (attention + 8 * expert),
         high=2 * (layers * d * 128 + 151936 * d),
         attention=layers * 4096 * 2 * heads,
+        lookup=0,
         traffic=4 * layers * kept,
         sent=layers * sent(like_qwen, layout, bare),
         again=0,
@@ -113,6 +114,31 @@ def test_megatron_bridges_tokens_a_second() -> None:
     assert found.mfu * cluster.bf16_tflops == pytest.approx(338, rel=0.2)
 
 
+ON_CORES = ("cluster=laptop", "layout.zero_level=0", "layout.recompute=none", "layout.micro_batch=8")
+
+
+def test_training_steps_measured_on_two_cores() -> None:
+    """`make bench` (docs/results.md): 16 x 256 tokens in BF16; cluster.sustained is from the first."""
+    for name, measured in (("bench", 0.532), ("laptop", 0.114)):
+        phase = Phase(PhaseConfig("training", 4096, 256, 16, 1))
+        step = planner.planned(shape(name), *planning([*ON_CORES], shape(name)), phase).step
+        assert step.total == pytest.approx(measured, rel=0.06), name
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "measured"),
+    [("bench", 64, 0.318), ("bench", 256, 0.994), ("laptop", 64, 0.075), ("laptop", 256, 0.299)],
+)
+def test_sampling_measured_on_two_cores(name: str, rows: int, measured: float) -> None:
+    """`make bench` (docs/results.md): 64 prompt tokens and 64 new ones in BF16."""
+    model = shape(name)
+    cluster, layout = planning([*ON_CORES], model)
+    lengths = {"prompts": rows, "prompt": 64, "completions": rows, "mean": 64, "longest": 64, "slots": 256}
+    rollout = Rollout(**lengths, steps=1, epochs=1, reference=False, judges=0)
+    sampling = planner.rollout_step(model, cluster, layout, rollout, 0).sampling
+    assert sampling == pytest.approx(measured, rel=0.25)
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_deepspeeds_estimators(nodes: int) -> None:
     """DeepSpeed has one for level 2 and one for level 3, which differ on gradients; none for level 1."""
@@ -152,11 +178,12 @@ def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
         *words.split(),
     ]
     config = compose(given).config
-    need = footprint.needed(config, 0)
-    asked = [*given, "cluster=h100x8", "layout.completion_share=0.125"]
+    need = footprint.needed(config, prompt=100)
+    asked = [*given, "cluster=h100x8", "layout.prompt_tokens=100"]
     model, cluster, layout, [phase] = shown.asked(asked)
     if phase.rollout is not None:  # the engine's micro-batches are filled by tokens
-        layout = replace(layout, micro_batch=65536 // phase.config.sequence_length)
+        phase = replace(phase, config=replace(phase.config, sequence_length=64))
+        layout = replace(layout, micro_batch=1024)
     held = planner.planned(model, cluster, layout, phase).memory
     assert held.total - held.buffers == pytest.approx(need.peak)
     assert held.logits == need.logits and held.cache == need.cache

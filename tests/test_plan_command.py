@@ -63,7 +63,7 @@ def test_reinforcement_waits_for_its_longest_answer() -> None:
         for *given, [phase] in map(shown.asked, (words, [*words, "stage.sampling.max_tokens=16384"]))
     )
     assert whole.step.sampling == pytest.approx(2 * half.step.sampling, rel=0.05)
-    assert whole.memory.frozen > 0 and whole.memory.cache == pytest.approx(2 * half.memory.cache)
+    assert whole.memory.frozen > 0 and whole.memory.cache == pytest.approx(2 * half.memory.cache, rel=0.01)
 
 
 def test_a_stage_is_planned_as_its_engine_would_run_it() -> None:

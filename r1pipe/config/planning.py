@@ -82,6 +82,7 @@ class LayoutConfig(Strict):
     moments: Literal["fp32", "bf16"]  # AdamW's
     gradient_bytes: Annotated[int, Field(ge=2, le=8)]  # of a weight's gradient, in memory and on the links
     fp8_dispatch: bool  # tokens go to their experts in FP8; back always in BF16
+    prompt_tokens: Positive  # mean length of prompts in reinforcement
     completion_share: Efficiency  # mean length of completions, as a share of stage.sampling.max_tokens
     mfu: Efficiency | None  # reckon with this share of the BF16 peak alone; null: with all parts of a step
     phases: list[PhaseConfig]  # empty: the stage's own steps

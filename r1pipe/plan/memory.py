@@ -63,7 +63,10 @@ class Held:
 class Rollout:
     """What reinforcement samples before it learns from it."""
 
+    prompts: int  # of a rollout batch
+    prompt: int  # tokens of one
     completions: int  # of a rollout batch
+    mean: int  # tokens of a completion
     steps: int  # optimizer steps that learn from it
     epochs: int  # passes over it
     longest: int  # tokens of the longest completion, which all ranks wait for
@@ -124,7 +127,8 @@ def memory(
         frozen *= held.weight / layout.pipeline
         sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
         entry = held.weight * model.num_hidden_layers * sizes.cache_entry(model)
-        cache = rollout.rows(cluster.devices) * rollout.longest * entry
+        longest = min(rollout.prompt + rollout.longest, model.max_position_embeddings)
+        cache = rollout.rows(cluster.devices) * longest * entry
     return Memory(
         weights=own.weights,
         gradients=own.gradients,

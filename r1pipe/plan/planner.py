@@ -130,7 +130,7 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     step = duration.training_step(counted, held, layout, cluster, tokens, micro_batches)
     if rollout is not None:
         passed = tokens * micro_batches / layout.pipeline / rollout.epochs
-        step = step.plus(rollout_step(model, cluster, layout, rollout, config.sequence_length, passed))
+        step = step.plus(rollout_step(model, cluster, layout, rollout, passed))
         tokens = max(tokens, rollout.longest)  # one row may be as long
     flops = 3 * counted.forward * config.batch_size * config.sequence_length
     return Planned(
@@ -144,27 +144,25 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
 
 
 def rollout_step(
-    model: ModelConfig,
-    cluster: ClusterConfig,
-    layout: LayoutConfig,
-    rollout: Rollout,
-    mean: int,
-    passed: float,
+    model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, rollout: Rollout, passed: float
 ) -> Seconds:
-    """An optimizer step's share of sampling, and the reference's pass over `passed` tokens.
-
-    `mean`: tokens of a completion.
-    """
-    body = work(replace(model, num_nextn_predict_layers=0), layout, cluster, mean)
-    weight, rows = sizes.weight_bytes(layout.precision), rollout.rows(cluster.devices)
-    cached = rows * weight * model.num_hidden_layers * sizes.cache_entry(model)
-    read = weight * decoder_weights(model, layout) + cached * mean / 2
+    """An optimizer step's share of sampling, and the reference's pass over `passed` tokens of a rank."""
+    whole = replace(model, num_nextn_predict_layers=0)
+    counted = work(whole, layout, cluster, rollout.prompt + rollout.mean)
+    forward = Seconds().plus(
+        duration.of_tokens(counted, layout, cluster, backward=False), 1 / cluster.sustained
+    )
+    rows, cached = rollout.rows(cluster.devices), rollout.prompt + rollout.mean / 2
+    weight = sizes.weight_bytes(layout.precision)
+    entry = weight * model.num_hidden_layers * sizes.cache_entry(model)
+    read = weight * decoder_weights(model, layout) + rows * entry * cached
     rounds = math.ceil(rollout.completions / cluster.devices / rows)
-    tokens = (rounds - 1) * mean + rollout.longest
-    sampling = tokens * duration.decoding(body, read, rows, cluster) / rollout.steps
-    scoring = duration.of_tokens(body, layout, cluster, backward=False)
-    scored = passed / cluster.sustained if rollout.reference else 0.0
-    return Seconds(sampling=sampling).plus(scoring, scored)
+    decoded = (rounds - 1) * rollout.mean + rollout.longest
+    sampling = decoded * duration.decoding(counted, read, cached, rows, cluster)
+    # a prompt is read once for its whole group
+    sampling += math.ceil(rollout.prompts / cluster.devices) * rollout.prompt * forward.total
+    scored = passed if rollout.reference else 0.0
+    return Seconds(sampling=sampling / rollout.steps).plus(forward, scored)
 
 
 def search(

@@ -47,13 +47,17 @@ def phase_of(config: RunConfig, layout: LayoutConfig) -> Phase:
     completions = stage.prompts_per_step * stage.group_size
     batch, steps = completions // stage.minibatches, stage.minibatches * stage.inner_epochs
     rollout = Rollout(
-        completions,
-        steps,
-        stage.inner_epochs,
-        longest,
-        stage.sampling.max_num_seqs,
+        prompts=stage.prompts_per_step,
+        prompt=layout.prompt_tokens,
+        completions=completions,
+        mean=mean,
+        steps=steps,
+        epochs=stage.inner_epochs,
+        longest=longest,
+        slots=stage.sampling.max_num_seqs,
         reference=stage.kl_coef > 0,
         judges=len(KINDS) * (stage.preference is not None),
     )
-    tokens = float(stage.max_steps * steps * batch * mean)
-    return Phase(PhaseConfig(stage.name, tokens, mean, batch, 1), rollout)
+    row = layout.prompt_tokens + mean
+    tokens = float(stage.max_steps * steps * batch * row)
+    return Phase(PhaseConfig(stage.name, tokens, row, batch, 1), rollout)

@@ -29,6 +29,7 @@ class Work:
     low: float  # FLOPs of products that FP8 speeds up: projections, SwiGLUs, experts
     high: float  # FLOPs of products that stay in BF16: heads and gates
     attention: float  # FLOPs of scores and values of causal attention
+    lookup: float  # FLOPs of attention for each cached token that a decoded one looks back on (MLA, absorbed)
     traffic: float  # bytes that a layer's results take to write and to read once
     sent: float  # bytes to other ranks, in both all-to-alls of every MoE layer
     # what selective recomputation does again in the backward pass
@@ -57,6 +58,7 @@ def work(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, lengt
         low=2 * products,
         high=2 * (moe * one.gate + (1 + extra) * one.vocabulary),
         attention=layers * core,
+        lookup=2 * layers * heads * (2 * model.kv_lora_rank + model.qk_rope_head_dim),
         traffic=each * elements,
         sent=moe * sent(model, layout, cluster),
         again=2 * layers * one.up_projections,

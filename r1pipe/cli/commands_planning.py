@@ -64,7 +64,7 @@ def cost(
 ) -> None:
     """What all runs of a root took, failed ones too, beside those that made the results: cost root=DIR
 
-    cluster=NAME gives price and power from conf/cluster, and counts only runs on devices of its kind.
+    cluster=NAME gives price and power from conf/cluster; runs on other devices have hours, but no price.
     """
     from r1pipe.cli import cost as ledger
 

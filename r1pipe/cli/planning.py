@@ -107,17 +107,8 @@ def show(plan: Plan, found: Sequence[Plan], changed: Sequence[tuple[str, str, Pl
 def phases_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase")
-    for name in (
-        "tokens",
-        "length",
-        "steps",
-        "a step",
-        "in all",
-        "tokens/s",
-        "MFU %",
-        f"{plan.cluster.unit} h",
-        "$",
-    ):
+    columns = ("tokens", "length", "steps", "a step", "in all", "tokens/s", "MFU %")
+    for name in (*columns, f"{plan.cluster.unit} h", "$"):
         table.add_column(name, justify="right")
     for one in plan.phases:
         config = one.phase.config

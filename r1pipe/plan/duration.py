@@ -61,11 +61,10 @@ def training_step(
     work: Work, held: Held, layout: LayoutConfig, cluster: ClusterConfig, tokens: int, micro_batches: int
 ) -> Seconds:
     """Of an optimizer step: `micro_batches` on each pipeline, of so many tokens on a rank each."""
-    each = of_tokens(work, layout, cluster, backward=True)
-    busy = Seconds().plus(each, tokens * micro_batches / layout.pipeline)
+    passed = tokens * micro_batches / layout.pipeline  # as if each had gone through all layers
     if layout.mfu is not None:
-        flops = 3 * work.forward * tokens * micro_batches / layout.pipeline
-        return Seconds(products=flops / (cluster.bf16_tflops * TERA * layout.mfu))
+        return Seconds(products=3 * work.forward * passed / (cluster.bf16_tflops * TERA * layout.mfu))
+    busy = Seconds().plus(of_tokens(work, layout, cluster, backward=True), passed)
     step = busy.plus(
         Seconds(
             bubble=busy.total * bubble(layout, micro_batches),

@@ -16,7 +16,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.doctor import resources
 from r1pipe.launch import command as launch
 from r1pipe.model import logprobs
-from r1pipe.plan import footprint
+from r1pipe.plan import footprint, sizes
 
 # wide enough that what is not weights (the tokenizer, names) is little
 WIDE = ("model.hidden_size=128", "model.intermediate_size=256", "model.moe_intermediate_size=64")
@@ -63,7 +63,7 @@ def test_so_is_one_of_a_stage_without_a_policy_that_samples(stage: str, tmp_path
 
 
 def test_the_estimate_knows_how_many_logits_a_pass_holds() -> None:
-    assert footprint.LOGITS_IN_MEMORY == logprobs.LOGITS_IN_MEMORY
+    assert sizes.LOGITS_IN_MEMORY == logprobs.LOGITS_IN_MEMORY
 
 
 def states(*words: str) -> float:

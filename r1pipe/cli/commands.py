@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from r1pipe.cli import commands_on_runs, scripts
+from r1pipe.cli import commands_on_runs, commands_planning, scripts
 from r1pipe.cli.options import Checkpoint, Overrides, composed
 from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
@@ -171,6 +171,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
     *(scripts.data, scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
     *(commands_on_runs.compare, commands_on_runs.report, commands_on_runs.samples, commands_on_runs.lineage),
     *(commands_on_runs.sync, commands_on_runs.prune, commands_on_runs.ui),
+    *(commands_planning.plan, commands_planning.cost),
 )
 for command in COMMANDS:
     app.command(name="import" if command is scripts.import_weights else None)(command)

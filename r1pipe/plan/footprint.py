@@ -1,29 +1,27 @@
 """Estimates of a run's memory and disk space, before it starts."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from r1pipe.config import (
     EngineConfig,
     EvaluateConfig,
     HFConfig,
-    ModelConfig,
     RewardModelConfig,
     RLConfig,
     RunConfig,
 )
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
+from r1pipe.plan import sizes
+from r1pipe.plan.sizes import FULL, Recompute, adapters, parameters, stored, trunk, without_mtp
 from r1pipe.runs import checkpoints, machine
 from r1pipe.runs.reward_model_quality import KINDS
 
 MEBIBYTE = 2**20
-FULL, HALF = 4, 2  # bytes of float32 and of bfloat16
 TOKEN = 12  # bytes of a drawn token and its log-probability in a checkpoint
 SPARE = 64 * MEBIBYTE  # for small files: tokenizer, rollouts, logs
-LOGITS_IN_MEMORY = 2**25  # elements of [N, V] in memory at once (r1pipe.model.logprobs)
-LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
 
 
 @dataclass(frozen=True)
@@ -142,33 +140,12 @@ def engines(config: RunConfig) -> list[tuple[int, int]]:
     return [(parameters(model) + added, added or parameters(model))]
 
 
-def adapters(model: ModelConfig | HFConfig) -> int:
-    """Number of weights of the adapters; 0 where all weights are trained."""
-    return (model.lora.parameters or 0) if isinstance(model, HFConfig) else 0
-
-
 def weight_bytes(engine: EngineConfig) -> int:
-    """Bytes of a weight in memory and on disk; with FP8, weights are stored in bfloat16."""
-    return FULL if engine.precision == "fp32" else HALF
+    return sizes.weight_bytes(engine.precision)
 
 
 def optimizer_bytes(engine: EngineConfig) -> int:
-    """Bytes of AdamW for a weight: two moments and a float32 master, which ZeRO keeps in fp32 runs, too."""
-    moments = 2 * (FULL if engine.moments == "fp32" else HALF)
-    return moments + (FULL if engine.zero_level or engine.precision != "fp32" else 0)
-
-
-def without_mtp(model: ModelConfig | HFConfig) -> int:
-    if isinstance(model, HFConfig):
-        return model.parameters
-    return parameters(replace(model, num_nextn_predict_layers=0))
-
-
-def trunk(model: ModelConfig | HFConfig) -> int:
-    """Number of weights of a reward model or PPO's value model: no LM head, no multi-token prediction."""
-    if isinstance(model, HFConfig):
-        return model.parameters  # whether the head is tied is not known here
-    return without_mtp(replace(model, tie_word_embeddings=True))
+    return sizes.optimizer_bytes(engine.precision, engine.moments, engine.zero_level)
 
 
 def needed(config: RunConfig, prompt: int) -> Need:
@@ -184,41 +161,16 @@ def needed(config: RunConfig, prompt: int) -> Need:
         length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
         rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
         tokens = rows * length
-    at_once = min(tokens, max(1, LOGITS_IN_MEMORY // model.vocab_size))
-    head = at_once * model.vocab_size * FULL * LOGIT_COPIES
-    kept = stored(model, engine.recompute)
+    head = sizes.logits(tokens, model.vocab_size)
+    how: Recompute = "full" if engine.recompute else "none"
+    kept = stored(model, how) + sizes.working(model, how)
     cache = 0.0
     if isinstance(stage, RLConfig):
         completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
         length = min(prompt + stage.sampling.max_tokens, context)
         slots = min(stage.sampling.max_num_seqs, completions)
-        entry = (
-            model.cache_width if isinstance(model, HFConfig) else model.kv_lora_rank + model.qk_rope_head_dim
-        )
-        cache = slots * length * model.num_hidden_layers * entry * number
+        cache = slots * length * model.num_hidden_layers * sizes.cache_entry(model) * number
     return Need(states(config), tokens * number * kept, head, cache)
-
-
-def stored(model: ModelConfig | HFConfig, recompute: bool) -> int:
-    """Elements that all layers store of a token for the backward pass: inputs of norms, products and SwiGLU.
-
-    For a model of transformers as if its layers were dense, with one set of projections.
-    """
-    if isinstance(model, HFConfig):
-        layer = 8 * model.hidden_size + 2 * model.cache_width + 3 * model.intermediate_size
-        layers = model.num_hidden_layers
-        return layers * model.hidden_size + 2 * layer if recompute else layers * layer
-    d, heads, layers = model.hidden_size, model.num_attention_heads, model.num_hidden_layers
-    key = model.qk_nope_head_dim + model.qk_rope_head_dim
-    attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
-    attention += model.kv_lora_rank + model.qk_rope_head_dim
-    experts = model.num_experts_per_tok + model.n_shared_experts
-    dense = attention + 3 * model.intermediate_size
-    moe = attention + experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
-    kept = model.first_k_dense_replace * dense + (layers - model.first_k_dense_replace) * moe
-    if recompute:  # each layer's input, and one layer with the gradients of what it keeps
-        kept = layers * d + 2 * max(dense, moe)
-    return kept
 
 
 def states(config: RunConfig) -> float:
@@ -226,11 +178,12 @@ def states(config: RunConfig) -> float:
     engine, stage, ranks = config.engine, config.stage, config.engine.ranks
     number = weight_bytes(engine)
     samples = isinstance(stage, RLConfig)
-    each = optimizer_bytes(engine) / (ranks if engine.zero_level >= 1 else 1)
-    each += FULL / (ranks if engine.zero_level >= 2 else 1)  # gradients
-    # to sample, every rank gathers a whole model
-    shared = ranks if engine.zero_level >= 3 and not samples else 1
-    total = sum(trained * each + weights * number / shared for weights, trained in engines(config))
+    each = {"weight": number, "gradient": FULL, "optimizer": optimizer_bytes(engine)}
+    total = 0.0
+    for weights, trained in engines(config):
+        held = sizes.states(weights, trained, level=engine.zero_level, ranks=ranks, **each)
+        # to sample, every rank gathers a whole model
+        total += held.total - held.weights + number * weights if samples else held.total
     if isinstance(stage, RLConfig):
         copied = stage.kl_coef > 0 and not adapters(
             config.model
@@ -238,25 +191,3 @@ def states(config: RunConfig) -> float:
         total += number * without_mtp(config.model) * copied
         total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
     return total
-
-
-def parameters(model: ModelConfig | HFConfig) -> int:
-    """Number of weights, embeddings and head included; without norms (thousands at most)."""
-    if isinstance(model, HFConfig):
-        return model.parameters
-    d, heads = model.hidden_size, model.num_attention_heads
-    query_width = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
-    query = d * query_width if model.q_lora_rank is None else model.q_lora_rank * (d + query_width)
-    latent = d * (model.kv_lora_rank + model.qk_rope_head_dim)
-    expand = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    attention = query + latent + expand + heads * model.v_head_dim * d
-    experts = 3 * d * model.moe_intermediate_size * (model.n_routed_experts + model.n_shared_experts)
-    moe = experts + d * model.n_routed_experts
-    dense_layers = model.first_k_dense_replace
-    moe_layers = model.num_hidden_layers - dense_layers
-    embeddings = model.vocab_size * d * (1 if model.tie_word_embeddings else 2)
-    dense = 3 * d * model.intermediate_size
-    further = model.num_nextn_predict_layers * (attention + moe + 2 * d * d)
-    return (
-        embeddings + model.num_hidden_layers * attention + dense_layers * dense + moe_layers * moe + further
-    )

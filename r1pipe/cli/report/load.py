@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,22 @@ class StageRun(StoredRun):
 
     @property
     def wall_s(self) -> float:
-        """Of a run without a record, the time of its last step."""
+        """Of a run without a record, the time of its last step, or of what it showed last."""
         if self.record is not None:
             return self.record.get("wall_s", 0.0)
-        return max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
+        of_steps = max((line.get("time") or 0.0 for line in self.metrics), default=0.0)
+        return max([of_steps, *self.clock[-1:]])
+
+    @cached_property
+    def clock(self) -> list[float]:
+        """The run's own time, in seconds, at each line of progress.jsonl."""
+        times = [line.get("time") for line in Tail(self.folder.progress).read()]
+        return [float(time) for time in times if isinstance(time, int | float)]
+
+    @property
+    def undone_s(self) -> float:
+        """Seconds by which the clock went back: a resumed run's starts again at its last checkpoint."""
+        return sum(max(0.0, before - after) for before, after in pairwise(self.clock))
 
     @property
     def devices(self) -> tuple[int, str]:

@@ -1,0 +1,202 @@
+"""A training on a cluster, before anything is spent: does it fit, how long, what it costs (`r1pipe plan`)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+from r1pipe.config import ModelConfig
+from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, layout_rules
+from r1pipe.core.errors import ConfigError
+from r1pipe.plan import duration, sizes
+from r1pipe.plan.duration import Seconds
+from r1pipe.plan.memory import GIGA, Held, Memory, Rollout, decoder_weights, memory
+from r1pipe.plan.work import work
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Optimizer steps that are alike."""
+
+    config: PhaseConfig
+    rollout: Rollout | None = None
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.config.tokens / self.config.sequence_length / self.config.batch_size)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A phase, planned."""
+
+    phase: Phase
+    step: Seconds
+    memory: Memory
+    devices: int
+    flops: float  # the model's of a step: three times those of a forward pass
+    peak: float  # FLOPs a second of all devices in BF16
+
+    @property
+    def hours(self) -> float:
+        """Device hours."""
+        return self.step.total * self.phase.steps * self.devices / HOUR
+
+    @property
+    def tokens_per_device(self) -> float:
+        """A second."""
+        config = self.phase.config
+        return config.batch_size * config.sequence_length / self.step.total / self.devices
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.step.total / self.peak
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self.phase.config),
+            "steps": self.phase.steps,
+            "step_s": self.step.total,
+            "seconds": self.step.parts(),
+            "tokens_per_s_per_device": self.tokens_per_device,
+            "mfu": self.mfu,
+            "gpu_hours": self.hours,
+            "memory_gb": self.memory.total / GIGA,
+            "memory_gb_by_part": self.memory.gigabytes(),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All phases of a training on a cluster in one layout."""
+
+    model: str
+    cluster: ClusterConfig
+    layout: LayoutConfig
+    phases: list[Planned]
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Device hours by name, and `total`."""
+        by_name: dict[str, float] = {}
+        for planned in self.phases:
+            name = planned.phase.config.name
+            by_name[name] = by_name.get(name, 0.0) + planned.hours
+        return {**by_name, "total": sum(by_name.values())}
+
+    @property
+    def usd(self) -> float:
+        return self.hours["total"] * self.cluster.usd_per_hour
+
+    @property
+    def memory_gb(self) -> float:
+        """Of the rank that needs most."""
+        return max(planned.memory.total for planned in self.phases) / GIGA
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_gb <= self.cluster.memory_gb
+
+    def as_json(self) -> dict[str, Any]:
+        layout = asdict(self.layout)
+        layout.pop("phases")
+        return {
+            "model": self.model,
+            "cluster": asdict(self.cluster),
+            "layout": layout,
+            "gpu_hours": self.hours,
+            "usd": self.usd,
+            "kwh": self.hours["total"] * self.cluster.watts / 1000,
+            "fits": self.fits,
+            "memory_gb": self.memory_gb,
+            "phases": [planned.as_json() for planned in self.phases],
+        }
+
+
+def plan(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, phases: list[Phase]) -> Plan:
+    return Plan(model.name, cluster, layout, [planned(model, cluster, layout, phase) for phase in phases])
+
+
+def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, phase: Phase) -> Planned:
+    config, rollout = phase.config, phase.rollout
+    pipelines = cluster.devices // layout.pipeline
+    tokens = layout.micro_batch * config.sequence_length // config.context_parallel
+    micro_batches = math.ceil(config.batch_size * config.context_parallel / pipelines / layout.micro_batch)
+    counted = work(model, layout, cluster, config.sequence_length)
+    held = Held.of(model, layout, cluster)
+    step = duration.training_step(counted, held, layout, cluster, tokens, micro_batches)
+    if rollout is not None:
+        passed = tokens * micro_batches / layout.pipeline / rollout.epochs
+        step = step.plus(rollout_step(model, cluster, layout, rollout, passed))
+        tokens = max(tokens, rollout.longest)  # one row may be as long
+    flops = 3 * counted.forward * config.batch_size * config.sequence_length
+    return Planned(
+        phase,
+        step,
+        memory(model, layout, cluster, tokens, micro_batches, rollout),
+        cluster.devices,
+        flops,
+        cluster.devices * cluster.bf16_tflops * duration.TERA,
+    )
+
+
+def rollout_step(
+    model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, rollout: Rollout, passed: float
+) -> Seconds:
+    """An optimizer step's share of sampling, and the reference's pass over `passed` tokens of a rank."""
+    whole = replace(model, num_nextn_predict_layers=0)
+    counted = work(whole, layout, cluster, rollout.prompt + rollout.mean)
+    forward = Seconds().plus(
+        duration.of_tokens(counted, layout, cluster, backward=False), 1 / cluster.sustained
+    )
+    rows, cached = rollout.rows(cluster.devices), rollout.prompt + rollout.mean / 2
+    weight = sizes.weight_bytes(layout.precision)
+    entry = weight * model.num_hidden_layers * sizes.cache_entry(model)
+    read = weight * decoder_weights(model, layout) + rows * entry * cached
+    rounds = math.ceil(rollout.completions / cluster.devices / rows)
+    decoded = (rounds - 1) * rollout.mean + rollout.longest
+    sampling = decoded * duration.decoding(counted, read, cached, rows, cluster)
+    # a prompt is read once for its whole group
+    sampling += math.ceil(rollout.prompts / cluster.devices) * rollout.prompt * forward.total
+    scored = passed if rollout.reference else 0.0
+    return Seconds(sampling=sampling / rollout.steps).plus(forward, scored)
+
+
+def search(
+    model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, phases: list[Phase]
+) -> list[Plan]:
+    """Plans of all layouts that fit, fastest first. Raises ConfigError where none does."""
+    plans = [plan(model, cluster, one, phases) for one in layouts(model, cluster, layout)]
+    if not plans:
+        reason = next(layout_rules(replace(layout, pipeline=1, expert_parallel=1), cluster, model))
+        raise ConfigError(f"no layout is possible on cluster={cluster.name}: {reason}")
+    fitting = sorted((one for one in plans if one.fits), key=lambda one: one.hours["total"])
+    if not fitting:
+        least = min(plans, key=lambda one: one.memory_gb)
+        raise ConfigError(
+            f"none of {len(plans)} layouts fits cluster={cluster.name}: the least is {least.memory_gb:,.0f} "
+            f"of {cluster.memory_gb:g} GB a device; give more devices (cluster.devices=N)"
+        )
+    return fitting
+
+
+def layouts(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig) -> Iterator[LayoutConfig]:
+    """What `search` tries: ZeRO levels, expert and pipeline parallelism, micro-batches, recomputation."""
+    powers = [2**power for power in range(cluster.devices.bit_length())]
+    levels: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    recomputing: tuple[sizes.Recompute, ...] = ("none", "selective", "full")
+    for level, experts, ranks, rows, recompute in product(levels, powers, powers, (1, 2, 4), recomputing):
+        one = replace(
+            layout,
+            zero_level=level,
+            expert_parallel=experts,
+            pipeline=ranks,
+            micro_batch=rows,
+            recompute=recompute,
+            virtual_stages=layout.virtual_stages if ranks > 1 else 1,
+        )
+        if not any(layout_rules(one, cluster, model)):
+            yield one

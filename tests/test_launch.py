@@ -206,6 +206,8 @@ def test_another_config_is_refused_while_a_run_is_in_progress(
     job.start()
     wait_for(placed.run.path / "waiting")
     capsys.readouterr()
+    [rank] = [child for child in psutil.Process(job.process.pid).children() if "python" in child.name()]
+    assert rank.environ()[locks.LAUNCH] == placed.run.launch.read_text() != ""
     try:
         assert house.call("run", "stage=pretrain", "engine.ranks=1") == 2
         assert (

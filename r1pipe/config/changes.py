@@ -27,6 +27,8 @@ SAME_BITS = {
     "stage.keep_best_direction": "what to keep",
     "engine.grace_s": "when to give up on a rank",
     "engine.stuck_after_s": "when to give up on a rank",
+    "engine.collective_limit_s": "when to give up on a rank",
+    "engine.control_limit_s": "when to give up on a rank",
     "engine.name": "which file the other keys come from",
 }
 SAME_WITHIN_ROUNDING = {

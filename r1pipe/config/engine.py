@@ -43,6 +43,8 @@ class EngineConfig(Strict):
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
     stuck_after_s: Annotated[float, Field(ge=2)]  # seconds without work after which a rank is stuck
+    collective_limit_s: Annotated[float, Field(gt=0)]  # seconds that a collective of training may take
+    control_limit_s: Annotated[float, Field(gt=0)]  # seconds that ranks wait for one that samples or saves
 
 
 def engine_rules(engine: EngineConfig) -> Rules:

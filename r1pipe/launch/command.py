@@ -22,6 +22,7 @@ from r1pipe.core.redaction import publishable
 from r1pipe.plan import footprint
 from r1pipe.runs import machine
 from r1pipe.runs.files import read_json, write_json, write_text
+from r1pipe.runs.locks import LAUNCH
 from r1pipe.runs.record import note
 
 # OpenMP's threads spin for 20 ms before they sleep. With other processes beside, they take processors from
@@ -65,17 +66,21 @@ def waiting() -> dict[str, str]:
 
 
 @contextmanager
-def job_environment(config: RunConfig) -> Iterator[dict[str, str]]:
-    """The variables that a job runs in, where `import mlflow` fails for the length of the block.
+def job_environment(config: RunConfig, token: str | None = None) -> Iterator[dict[str, str]]:
+    """The variables that a job runs in, where `import mlflow` fails for the length of the block; `token`: of
+    its launch (runs.locks).
 
     Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
     processes more than a second; and DeepSpeed would log a tracker's password for other machines.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", LAUNCH))
+    }
+    launch = {} if token is None else {LAUNCH: token}
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
         paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
-        yield {**inherited, **shown_variables(config), **paths}
+        yield {**inherited, **shown_variables(config), **paths, **launch}
 
 
 def module_path() -> str:

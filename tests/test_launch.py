@@ -142,13 +142,6 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     assert json.loads(run.env.read_text())["code"]["revision"] == "c" * 40
 
 
-def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:
-    hostfile = tmp_path / "hosts"
-    config = config_for(house, "engine=cluster", f"engine.hostfile={hostfile}", "engine.launcher=slurm")
-    line = launch.command(config, RunFolder(tmp_path / "run"))
-    assert ["--hostfile", str(hostfile), "--launcher", "slurm"] == line[-6:-2]
-
-
 def test_a_users_mistake_inside_the_job_is_one_line(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
+from r1pipe.launch import hosts
 from r1pipe.plan import footprint
 from r1pipe.runs import machine
 from r1pipe.runs.files import read_json, write_json, write_text
@@ -34,13 +35,20 @@ SPINS = "2000"
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
     """DeepSpeed's launcher with the stage's script and its run folder."""
     engine = config.engine
+    if engine.hostfile is None:
+        port = engine.master_port or free_port()
+        options = ["--num_accelerators", str(engine.ranks), "--master_port", str(port)]
+    else:
+        options = hosts.options(engine)
+    script = stages_dir() / config.stage.script
+    return [launcher, "--no_local_rank", *options, str(script), str(run.path)]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
-        free_port = listener.getsockname()[1]
-    options = ["--no_local_rank", "--num_accelerators", str(engine.ranks), "--master_port", str(free_port)]
-    if engine.hostfile is not None:
-        options += ["--hostfile", engine.hostfile, "--launcher", engine.launcher]
-    return [launcher, *options, str(stages_dir() / config.stage.script), str(run.path)]
+        return listener.getsockname()[1]
 
 
 def checked_command(config: RunConfig, run: RunFolder) -> list[str]:
@@ -66,9 +74,9 @@ def waiting() -> dict[str, str]:
 
 
 @contextmanager
-def job_environment(config: RunConfig, token: str | None = None) -> Iterator[dict[str, str]]:
-    """The variables that a job runs in, where `import mlflow` fails for the length of the block; `token`: of
-    its launch (runs.locks).
+def job_environment(config: RunConfig, line: list[str], token: str | None = None) -> Iterator[dict[str, str]]:
+    """The variables that the command `line` runs in, where `import mlflow` fails for the length of the block;
+    `token`: of the launch (runs.locks).
 
     Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
     processes more than a second; and DeepSpeed would log a tracker's password for other machines.
@@ -80,7 +88,9 @@ def job_environment(config: RunConfig, token: str | None = None) -> Iterator[dic
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
         paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
-        yield {**inherited, **shown_variables(config), **paths, **launch}
+        place = hosts.meeting_place(config.engine, line)
+        variables = {**inherited, **shown_variables(config), **paths, **launch, **place}
+        yield {**variables, **hosts.write_variables(config.engine, variables, Path(folder))}
 
 
 def module_path() -> str:
@@ -140,7 +150,7 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
     config = replace(config, engine=engine, stage=stage)
     line = command(config, run, machine.find_launcher(engine))
-    with job_environment(config) as variables:
+    with job_environment(config, line) as variables:
         return subprocess.run(
             line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
         ).returncode

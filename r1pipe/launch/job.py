@@ -71,7 +71,7 @@ class Job:
                 stale.unlink(missing_ok=True)
             self._mirror = Mirror(run.path, to_mapping(self.config))
             resources.callback(self._mirror.finish)
-            variables = resources.enter_context(job_environment(self.config, self._lock.token))
+            variables = resources.enter_context(job_environment(self.config, line, self._lock.token))
             log = resources.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(self.config, line)}\n".encode())
             log.flush()

@@ -114,9 +114,8 @@ class Engine(Ranks):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         train_as(model, config, self.device)
-        self.router = (
-            router if any(gates(model)) else None
-        )  # a dense model has none, one of transformers its own
+        # a dense model has none, one of transformers its own
+        self.router = router if any(gates(model)) else None
         self.zero_level = config.zero_level
         self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
         optimizer = adamw(model, optim, config.moments)

@@ -11,6 +11,9 @@ from forked import codes, ranks
 from jobs import OPTIM, ROUTER, engine_config, tiny, tiny_model, write_run
 
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.paths import RunFolder
+from r1pipe.launch import command as launch
+from r1pipe.runs import locks
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.discovery import Place, discover, first_host
 from r1pipe.train.engine.engine import Engine
@@ -118,6 +121,8 @@ def test_a_job_without_a_place_ends_before_it_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run = write_run(tmp_path / "pretrain-s0", tiny("pretrain"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # which an engine of an earlier test has set
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(SystemExit) as left, open_run(run):
         pytest.fail("it has begun")
@@ -126,11 +131,19 @@ def test_a_job_without_a_place_ends_before_it_writes(
     assert line.startswith("this process's place among its job's ranks is unclear: SLURM_NTASKS=2, but ")
 
 
-def test_tasks_of_srun_may_each_run_a_job_of_the_commands() -> None:
+def test_tasks_of_srun_may_each_run_a_job_of_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = SRUN | of("RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 CROSS_RANK=0 CROSS_SIZE=1") | MEET
     with pytest.raises(EnvironmentProblem, match="each of the 4 tasks"):
         discover(own)
-    assert discover(own | of("R1PIPE_LAUNCH=token")) == Place(0, 2, 0, AT)
+    config = tiny("pretrain")
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    line = launch.command(config, RunFolder(tmp_path / "run"))
+    with launch.job_environment(config, line, "4711") as variables:
+        assert discover(variables) == Place() and variables["SLURM_JOB_ID"] == "7"
+        assert variables[locks.LAUNCH] == "4711"
 
 
 LIMIT_S, LATE_S = 1.0, 1.8  # of a collective of training; of the second rank

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
+from r1pipe.core.launchers import without_place
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
 from r1pipe.launch import hosts
@@ -81,9 +82,8 @@ def job_environment(config: RunConfig, line: list[str], token: str | None = None
     Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
     processes more than a second; and DeepSpeed would log a tracker's password for other machines.
     """
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", LAUNCH))
-    }
+    around = without_place(os.environ)  # of a scheduler's job, whose task this command may be
+    inherited = {name: value for name, value in around.items() if not name.startswith("MLFLOW_")}
     launch = {} if token is None else {LAUNCH: token}
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
@@ -138,7 +138,7 @@ def printable(config: RunConfig, line: list[str]) -> str:
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     """Run a script of stages/ that needs no launcher, on this terminal or into a log; its exit code."""
     line = [sys.executable, str(stages_dir() / name), *arguments]
-    variables = {**os.environ, **waiting(), "PYTHONPATH": module_path()}
+    variables = {**without_place(os.environ), **waiting(), "PYTHONPATH": module_path()}
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
 
 

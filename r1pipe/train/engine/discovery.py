@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from r1pipe.core.errors import EnvironmentProblem
-from r1pipe.runs.locks import LAUNCH
 
 PORTS = range(1, 1 << 16)
 SLURM_PORTS = range(20000, 30000)  # below those that Linux hands out by itself
@@ -145,10 +144,10 @@ def _read(launcher: Launcher, variables: Mapping[str, str]) -> Place:
 
 def _check_one_job(variables: Mapping[str, str]) -> None:
     """Raises EnvironmentProblem where several tasks of srun have each started a launcher that knows nothing
-    of the others'; those that `r1pipe run` has started have a run folder each."""
+    of the others'. (`r1pipe run` hides srun's variables from its own: each task may run another stage.)"""
     tasks = int(variables.get("SLURM_STEP_NUM_TASKS", "1"))
     nodes = variables.get("CROSS_SIZE", variables.get("GROUP_WORLD_SIZE"))  # DeepSpeed's, torchrun's
-    if tasks > 1 and nodes is not None and int(nodes) != tasks and LAUNCH not in variables:
+    if tasks > 1 and nodes is not None and int(nodes) != tasks:
         raise _problem(
             f"each of the {tasks} tasks of srun has started a launcher, and this one knows of {nodes}; give "
             "srun --ntasks=1, or the launcher the number of nodes"

@@ -37,7 +37,7 @@ def main(folder: str) -> None:
             checkpoints.copy_published(source, begun)
             if template_of(source) != chat.source:  # with another system prompt, or of an earlier version
                 chat.save(source, begun)
-            checkpoints.finish(checkpoint)
+            checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, Whole(model), 0, run.stage.eval)
         measured = evaluation.metrics

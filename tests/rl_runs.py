@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.same import timed
@@ -65,10 +66,10 @@ def go_killed_and_resumed(folder: Path, checkpoint: str, monkeypatch: pytest.Mon
     """A run that is killed as it finishes a checkpoint, and again to its end."""
     finish = checkpoints.finish
 
-    def killed(target: Path) -> None:
+    def killed(target: Path, *rest: Any) -> None:
         if target.name == checkpoint:
             raise KeyboardInterrupt
-        finish(target)
+        finish(target, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoints, "finish", killed)

@@ -68,7 +68,7 @@ def test_files_and_folders_are_on_the_disk_before_the_rename(tmp_path, monkeypat
 def test_a_checkpoint_is_finished_while_training_goes_on(folder, engine, monkeypatch):
     """The step after a save does not wait for it; the next save, and the end, do."""
     go_on, real = threading.Event(), checkpoints.finish
-    monkeypatch.setattr(checkpoints, "finish", lambda target: (go_on.wait(1800), real(target)))
+    monkeypatch.setattr(checkpoints, "finish", lambda *given: (go_on.wait(1800), real(*given)))
     with open_run(folder) as run:
         save(run, engine, 1)
         assert checkpoints.steps(run.folder.checkpoints) == []
@@ -81,7 +81,7 @@ def test_a_checkpoint_is_finished_while_training_goes_on(folder, engine, monkeyp
 
 
 def test_what_goes_wrong_in_the_thread_comes_out(folder, engine, monkeypatch):
-    monkeypatch.setattr(checkpoints, "finish", lambda target: 1 / 0)
+    monkeypatch.setattr(checkpoints, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), open_run(folder) as run:
         save(run, engine, 1)
 
@@ -354,9 +354,9 @@ def test_a_checkpoint_goes_only_when_the_newer_one_is_there(folder, engine, monk
         run.saved()
         seen, real = [], checkpoints.finish
 
-        def finish(target):
+        def finish(*given):
             seen.append(checkpoints.steps(run.folder.checkpoints))
-            real(target)
+            real(*given)
 
         monkeypatch.setattr(checkpoints, "finish", finish)
         save(run, engine, 3)

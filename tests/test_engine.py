@@ -10,9 +10,9 @@ from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
 from r1pipe.core.errors import CheckpointError, ConfigError
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.optimizer import lr_factor
-from r1pipe.train.engine.ranks import rank_and_world
 from r1pipe.train.engine.state import load_tensors
 
 STEPS = 3
@@ -158,7 +158,7 @@ def test_resume_goes_on_with_another_number_of_ranks(tmp_path):
 def go_on(folder: Path, level: int, steps: int) -> list[float]:
     """Go on from what the folder holds, if anything, for so many steps on the ranks of this job; the losses
     from the beginning."""
-    ranks = rank_and_world()[1]
+    ranks = discover().world_size
     made = Engine(tiny_model(), OPTIM, ROUTER, engine_config(ranks, level), total_steps=10)
     newest = max(folder.glob(f"level-{level}-*"), default=None)
     losses = made.load(newest) if newest else []

@@ -142,13 +142,6 @@ def test_a_run_that_goes_on_with_other_code_says_so_and_keeps_what_it_was(
     assert json.loads(run.env.read_text())["code"]["revision"] == "c" * 40
 
 
-def test_several_machines_are_handed_to_deepspeed(house: House, tmp_path: Path) -> None:
-    hostfile = tmp_path / "hosts"
-    config = config_for(house, "engine=cluster", f"engine.hostfile={hostfile}", "engine.launcher=slurm")
-    line = launch.command(config, RunFolder(tmp_path / "run"))
-    assert ["--hostfile", str(hostfile), "--launcher", "slurm"] == line[-6:-2]
-
-
 def test_a_users_mistake_inside_the_job_is_one_line(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -206,6 +199,8 @@ def test_another_config_is_refused_while_a_run_is_in_progress(
     job.start()
     wait_for(placed.run.path / "waiting")
     capsys.readouterr()
+    [rank] = [child for child in psutil.Process(job.process.pid).children() if "python" in child.name()]
+    assert rank.environ()[locks.LAUNCH] == placed.run.launch.read_text() != ""
     try:
         assert house.call("run", "stage=pretrain", "engine.ranks=1") == 2
         assert (

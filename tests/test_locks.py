@@ -44,6 +44,21 @@ from r1pipe.core.paths import RunFolder
 with heartbeat.beating(RunFolder(sys.argv[1]), 0):
     time.sleep(3600)
 """
+# A rank on another machine, whose launcher here was killed: once told to, it finishes a checkpoint.
+ORPHAN = """
+import socket, sys, time
+from pathlib import Path
+socket.gethostname = lambda: "node8"
+from r1pipe.runs import checkpoints, locks
+from r1pipe.train.run import open_run
+locks.LOOK_S = float(sys.argv[2])
+with open_run(sys.argv[1]) as run:
+    (checkpoints.begin(run.folder.checkpoint(1)) / "weights").touch()
+    print("begun", flush=True)
+    while not (run.folder.path / "go").exists():
+        time.sleep(0.05)
+    checkpoints.finish(run.folder.checkpoint(1), run.launch.saving())
+"""
 
 
 @pytest.fixture
@@ -58,10 +73,10 @@ def started():
     """Starts Python programs, and ends those that are left."""
     programs: list[subprocess.Popen[str]] = []
 
-    def start(text: str, run: RunFolder) -> subprocess.Popen[str]:
-        programs.append(
-            subprocess.Popen([sys.executable, "-c", text, str(run.path)], stdout=subprocess.PIPE, text=True)
-        )
+    def start(text: str, run: RunFolder, *words: str, **variables: str) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", text, str(run.path), *words]
+        environment = os.environ | variables
+        programs.append(subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True))
         return programs[-1]
 
     yield start
@@ -164,6 +179,46 @@ def test_a_rank_whose_run_was_taken_over_refuses_to_begin_and_writes_nothing(tmp
     holder.write(run.pid)
     with open_run(run.path):
         assert heartbeat.read_all(run)
+
+
+@pytest.mark.parametrize(("looks_every_s", "is_taken"), [("0.1", True), ("3600", True), ("0.1", False)])
+def test_a_rank_elsewhere_saves_nothing_once_another_launch_has_the_run(
+    tmp_path, started, looks_every_s, is_taken
+):
+    """It leaves by itself; if the launch comes while it saves, the checkpoint does not count."""
+    run = RunFolder(write_run(tmp_path / "pretrain-s0", tiny("pretrain")))
+    with locks.held(run):
+        token = run.launch.read_text()
+    rank = started(ORPHAN, run, looks_every_s, **{locks.LAUNCH: token})
+    assert "begun\n" in (rank.stdout.readline(), rank.stdout.readline())
+    if not is_taken:
+        (run.path / "go").touch()
+        assert rank.wait() == 0 and run.checkpoint(1).is_dir()
+        return
+    with locks.held(run):  # no process of this machine has it
+        assert run.launch.read_text() != token
+        if looks_every_s == "3600":
+            (run.path / "go").touch()
+        told = rank.stdout.read().strip().splitlines()[-1]
+    assert rank.wait() == 2
+    assert f"is another job's (process {os.getpid()} on {socket.gethostname()} since 20" in told
+    assert told.endswith("; this rank, whose launcher is gone, leaves it alone")
+    assert not run.checkpoint(1).exists() and not run.error.exists()
+
+
+def test_a_rank_of_an_earlier_launch_refuses_to_begin(tmp_path, monkeypatch, caplog):
+    run = RunFolder(write_run(tmp_path / "pretrain-s0", tiny("pretrain")))
+    with locks.held(run):
+        monkeypatch.setenv(locks.LAUNCH, run.launch.read_text())
+    with open_run(run.path):
+        assert heartbeat.read_all(run)
+    run.heartbeat(0).unlink()
+    with locks.held(run):
+        pass  # another launch, which has ended: nobody has the run
+    with pytest.raises(SystemExit) as left, open_run(run.path):
+        pytest.fail("it has begun")
+    assert left.value.code == 2 and not run.error.exists() and not heartbeat.read_all(run)
+    assert "is another job's; this rank" in caplog.text
 
 
 def test_a_job_on_another_machine_holds_it_while_it_shows_life(run, monkeypatch):

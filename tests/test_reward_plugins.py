@@ -109,11 +109,12 @@ def test_a_function_of_completions_gets_the_whole_group_and_state_is_kept(use: U
 def test_a_function_sees_the_environment_but_is_no_rank_of_the_job(
     use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MY_API_KEY"):
+    for name in ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "MY_API_KEY"):
         monkeypatch.setenv(name, "4")
     code = "import os\ndef mine(p, c): return float(os.environ.get(c.text, -1))"
-    found = scores(use("mine", code=code), "RANK", "WORLD_SIZE", "MY_API_KEY", "OMP_NUM_THREADS")
-    assert found == [Score(-1.0), Score(-1.0), Score(4.0), Score(1.0)]
+    of_rank = ("RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    found = scores(use("mine", code=code), *of_rank, "MY_API_KEY", "OMP_NUM_THREADS")
+    assert found == [*[Score(-1.0)] * 4, Score(4.0), Score(1.0)]
 
 
 def test_results_come_in_order_from_several_processes(use: Use) -> None:

@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         checkpoints,
         "finish",
-        lambda target, done=checkpoints.finish: (written.append(target.name), done(target)),
+        lambda target, *rest, done=checkpoints.finish: (written.append(target.name), done(target, *rest)),
     )
     with monkeypatch.context() as patch:
         patch.setattr(sampler._Batch, "run", interrupt(2, sampler._Batch.run))

@@ -11,9 +11,9 @@ from test_engine import batch, loss_of
 
 from r1pipe.model.policy import load_pretrained, named_weights, own_tensors
 from r1pipe.train.engine import engine as engines
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.patches import exit_immediately_with
-from r1pipe.train.engine.ranks import rank_and_world
 
 MOST = 8192  # bytes: some tensors are larger, most are smaller
 settings = engines.deepspeed_config
@@ -72,6 +72,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     told = {"bundled": {level: of_level(tiny_model, level, False) for level in range(4)}}
     told["qwen3_moe"] = {3: of_level(partial(load_pretrained, folder / "qwen3_moe"), 3, True)}
-    if rank_and_world()[0] == 0:
+    if discover().rank == 0:
         (folder / "found.json").write_text(json.dumps(told))
     exit_immediately_with(0)

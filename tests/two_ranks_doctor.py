@@ -10,12 +10,12 @@ from tiny_runs import tiny_run
 from r1pipe.config import RLConfig
 from r1pipe.doctor import CHECKS, Context, examine, policy
 from r1pipe.doctor.context import limits
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.patches import exit_immediately_with
-from r1pipe.train.engine.ranks import rank_and_world
 from r1pipe.train.run import open_run
 
 folder = Path(sys.argv[1])
-rank, _ = rank_and_world()
+rank = discover().rank
 own = folder / f"run-{rank}"  # each writes the same config; rank 0's run folder is the run's
 words = ["engine.ranks=2", "engine.zero_level=3", "stage.sampling.max_tokens=24"]
 tiny_run(own, "stage=grpo", *words)

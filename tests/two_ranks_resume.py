@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from test_engine import go_on
 
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.patches import exit_immediately_with
-from r1pipe.train.engine.ranks import rank_and_world
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 found = {level: go_on(folder, level, 2) for level in range(4)}
-if rank_and_world()[0] == 0:
+if discover().rank == 0:
     (folder / "found.json").write_text(json.dumps(found))
 exit_immediately_with(0)

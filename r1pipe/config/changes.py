@@ -27,6 +27,11 @@ SAME_BITS = {
     "stage.keep_best_direction": "what to keep",
     "engine.grace_s": "when to give up on a rank",
     "engine.stuck_after_s": "when to give up on a rank",
+    "engine.collective_limit_s": "when to give up on a rank",
+    "engine.control_limit_s": "when to give up on a rank",
+    "engine.master_addr": "where the ranks meet",
+    "engine.master_port": "where the ranks meet",
+    "engine.ssh_port": "where the ranks meet",
     "engine.name": "which file the other keys come from",
 }
 SAME_WITHIN_ROUNDING = {
@@ -35,6 +40,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.zero_level": "where the optimizer's state lies",
     "engine.hostfile": "where the ranks are",
     "engine.launcher": "where the ranks are",
+    "engine.launcher_args": "where the ranks are",
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.equal": "in which order sums are taken",
     "engine.recompute": "what is kept in memory for the backward pass",

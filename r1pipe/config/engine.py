@@ -8,6 +8,8 @@ from pydantic import Field
 from r1pipe.config.fields import Count, Positive, Rules, Strict
 from r1pipe.config.model import ModelConfig
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+
 
 @dataclass
 class FP8Config(Strict):
@@ -21,7 +23,7 @@ class EngineConfig(Strict):
     """How DeepSpeed runs a job."""
 
     name: str  # the file in conf/engine/
-    ranks: Positive  # processes on this machine
+    ranks: Positive  # processes on this machine, or on each of the hostfile
     threads: Count  # CPU threads per rank; 0: cores divided by ranks
     accelerator: Literal["cpu", "cuda", "auto"]  # auto: a GPU where there is one
     zero_level: Literal[0, 1, 2, 3]  # ranks share: nothing, optimizer state, gradients too, weights too
@@ -41,18 +43,17 @@ class EngineConfig(Strict):
     async_steps: Count  # reinforcement: steps before its own at which a rollout batch is drawn; 0: none
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
+    master_addr: str | None  # host where ranks of several machines meet; null: the first
+    master_port: Port | None  # port where ranks meet; null: one that is likely free
+    ssh_port: Port | None  # of pdsh; null: 22
+    launcher_args: str  # further arguments of pdsh, mpirun or srun
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
     stuck_after_s: Annotated[float, Field(ge=2)]  # seconds without work after which a rank is stuck
+    collective_limit_s: Annotated[float, Field(gt=0)]  # seconds that a collective of training may take
+    control_limit_s: Annotated[float, Field(gt=0)]  # seconds that ranks wait for one that samples or saves
 
 
 def engine_rules(engine: EngineConfig) -> Rules:
-    if engine.launcher != "local" and engine.hostfile is None:
-        yield f"{engine.launcher=!s} needs engine.hostfile=FILE"
-    if engine.launcher == "local" and engine.hostfile is not None:
-        yield (
-            "engine.launcher=local runs on this machine alone; drop "
-            f"{engine.hostfile=!s} or choose pdsh, openmpi or slurm"
-        )
     if engine.precision != "fp32" and engine.zero_level == 0:
         yield f"{engine.precision=!s} needs engine.zero_level=1 or more, which keeps float32 masters"
     yield from accelerator_rules(engine, engine.accelerator)
@@ -65,6 +66,26 @@ def engine_rules(engine: EngineConfig) -> Rules:
     if engine.compile and engine.precision != "bf16":
         yield (
             "engine.compile=true needs engine.precision=bf16: the compiler knows grouped matmuls in no other"
+        )
+
+
+def hosts_rules(engine: EngineConfig) -> Rules:
+    """What starts ranks on several machines."""
+    if engine.launcher != "local" and engine.hostfile is None:
+        yield f"{engine.launcher=!s} needs engine.hostfile=FILE"
+    if engine.launcher == "local" and engine.hostfile is not None:
+        yield (
+            "engine.launcher=local runs on this machine alone; drop "
+            f"{engine.hostfile=!s} or choose pdsh, openmpi or slurm"
+        )
+    keys = ("master_addr", "ssh_port", "launcher_args")
+    for key, value in ((key, getattr(engine, key)) for key in keys):
+        if value and engine.hostfile is None:
+            yield f"engine.{key}={value} is for several machines; drop it, or give engine.hostfile=FILE"
+    if engine.ssh_port is not None and engine.launcher != "pdsh":
+        yield (
+            f"{engine.ssh_port=!s} is for engine.launcher=pdsh; srun uses no ssh, and mpirun takes the port "
+            "from engine.launcher_args"
         )
 
 

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
-from r1pipe.config.engine import EngineConfig, engine_rules, equal_rules, fp8_rules, sampler_precision_rules
+from r1pipe.config.engine import (
+    EngineConfig,
+    engine_rules,
+    equal_rules,
+    fp8_rules,
+    hosts_rules,
+    sampler_precision_rules,
+)
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import HFConfig, hf_rules
@@ -131,6 +138,7 @@ def check(config: RunConfig) -> None:
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
+        hosts_rules(config.engine),
         sampler_precision_rules(config.engine),
         sampler_rules(config.sampler, config.engine),
         optim_rules(config.stage.optim),

@@ -65,7 +65,8 @@ class RunFolder:
         self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
         self.progress = self.path / "progress.jsonl"  # {"what": str, "done": int, "total": int, "time": s}
         self.pid = self.path / "pid"  # the job's processes (r1pipe.runs.locks), while it runs
-        self.guard = self.path / ".pid.guard"  # locked while `pid` is read and written
+        self.launch = self.path / "launch"  # the token of the newest launch (r1pipe.runs.locks)
+        self.guard = self.path / ".pid.guard"  # locked while `pid` and `launch` are read and written
         self.stop = self.path / "stop"  # a request to stop (r1pipe.runs.stopping)
         self.error = self.path / "error.txt"  # one line: the job's user error
         self.rewards = self.path / "rewards.json"  # custom rewards: {name: {"source", "hash", "version"}}

@@ -17,11 +17,14 @@ from typing import Any, BinaryIO
 import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
+from r1pipe.core.launchers import without_place
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
+from r1pipe.launch import hosts
 from r1pipe.plan import footprint
 from r1pipe.runs import machine
 from r1pipe.runs.files import read_json, write_json, write_text
+from r1pipe.runs.locks import LAUNCH
 from r1pipe.runs.record import note
 
 # OpenMP's threads spin for 20 ms before they sleep. With other processes beside, they take processors from
@@ -33,13 +36,20 @@ SPINS = "2000"
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
     """DeepSpeed's launcher with the stage's script and its run folder."""
     engine = config.engine
+    if engine.hostfile is None:
+        port = engine.master_port or free_port()
+        options = ["--num_accelerators", str(engine.ranks), "--master_port", str(port)]
+    else:
+        options = hosts.options(engine)
+    script = stages_dir() / config.stage.script
+    return [launcher, "--no_local_rank", *options, str(script), str(run.path)]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
-        free_port = listener.getsockname()[1]
-    options = ["--no_local_rank", "--num_accelerators", str(engine.ranks), "--master_port", str(free_port)]
-    if engine.hostfile is not None:
-        options += ["--hostfile", engine.hostfile, "--launcher", engine.launcher]
-    return [launcher, *options, str(stages_dir() / config.stage.script), str(run.path)]
+        return listener.getsockname()[1]
 
 
 def checked_command(config: RunConfig, run: RunFolder) -> list[str]:
@@ -65,17 +75,22 @@ def waiting() -> dict[str, str]:
 
 
 @contextmanager
-def job_environment(config: RunConfig) -> Iterator[dict[str, str]]:
-    """The variables that a job runs in, where `import mlflow` fails for the length of the block.
+def job_environment(config: RunConfig, line: list[str], token: str | None = None) -> Iterator[dict[str, str]]:
+    """The variables that the command `line` runs in, where `import mlflow` fails for the length of the block;
+    `token`: of the launch (runs.locks).
 
     Jobs never use it, but DeepSpeed's tuner imports it wherever it can, which costs each of the launcher's
     processes more than a second; and DeepSpeed would log a tracker's password for other machines.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    around = without_place(os.environ)  # of a scheduler's job, whose task this command may be
+    inherited = {name: value for name, value in around.items() if not name.startswith("MLFLOW_")}
+    launch = {} if token is None else {LAUNCH: token}
     with tempfile.TemporaryDirectory(prefix="r1pipe-") as folder:
         Path(folder, "mlflow.py").write_text('raise ImportError("jobs write metrics.jsonl, not MLflow")\n')
         paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
-        yield {**inherited, **shown_variables(config), **paths}
+        place = hosts.meeting_place(config.engine, line)
+        variables = {**inherited, **shown_variables(config), **paths, **launch, **place}
+        yield {**variables, **hosts.write_variables(config.engine, variables, Path(folder))}
 
 
 def module_path() -> str:
@@ -123,7 +138,7 @@ def printable(config: RunConfig, line: list[str]) -> str:
 def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     """Run a script of stages/ that needs no launcher, on this terminal or into a log; its exit code."""
     line = [sys.executable, str(stages_dir() / name), *arguments]
-    variables = {**os.environ, **waiting(), "PYTHONPATH": module_path()}
+    variables = {**without_place(os.environ), **waiting(), "PYTHONPATH": module_path()}
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
 
 
@@ -135,7 +150,7 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
     engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
     config = replace(config, engine=engine, stage=stage)
     line = command(config, run, machine.find_launcher(engine))
-    with job_environment(config) as variables:
+    with job_environment(config, line) as variables:
         return subprocess.run(
             line, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
         ).returncode

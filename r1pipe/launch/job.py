@@ -18,7 +18,7 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.launch.command import checked_command, job_environment, printable, write_run_files
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
-from r1pipe.runs import heartbeat, locks, processes, record, stopping
+from r1pipe.runs import heartbeat, hosts, locks, processes, record, stopping
 from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
@@ -47,8 +47,7 @@ class Job:
         self._mirror: Mirror | None = None  # the owner's
         self._resources, self._handlers = ExitStack(), ExitStack()  # the owner's; of signals
         self.display = Display(run.path, config.stage.name)
-        ranks = self.engine.ranks if self.engine.hostfile is None else None
-        self.watch = Watch(run, ranks, self.engine.stuck_after_s)
+        self.watch = Watch(run, hosts.ranks(self.engine), self.engine.stuck_after_s)
 
     @property
     def is_owner(self) -> bool:
@@ -71,7 +70,7 @@ class Job:
                 stale.unlink(missing_ok=True)
             self._mirror = Mirror(run.path, to_mapping(self.config))
             resources.callback(self._mirror.finish)
-            variables = resources.enter_context(job_environment(self.config))
+            variables = resources.enter_context(job_environment(self.config, line, self._lock.token))
             log = resources.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(self.config, line)}\n".encode())
             log.flush()

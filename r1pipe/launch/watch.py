@@ -38,8 +38,8 @@ class Fault:
 
 
 class Watch:
-    def __init__(self, run: RunFolder, ranks: int | None, stuck_after_s: float):
-        """`ranks`: how many there are; None where they are on several machines."""
+    def __init__(self, run: RunFolder, ranks: int, stuck_after_s: float):
+        """`ranks`: how many there are, on all machines."""
         self.run, self.ranks, self.stuck_after_s = run, ranks, stuck_after_s
         self.beats: list[Beat] = []
         self.ended: dict[int, int | None] = {}  # rank -> exit code or None, in the order in which they ended
@@ -125,7 +125,7 @@ class Watch:
             return [beat for beat in working if share_of_limit(beat) > SUSPECT]
         if working or not alive:
             return []
-        some_missing = self.ranks is not None and len(self.beats) < self.ranks  # maybe still importing
+        some_missing = len(self.beats) < self.ranks  # maybe still importing
         limit_s = self.stuck_after_s * (PATIENCE if some_missing else 1)
         return alive if all(silent_s[beat.rank] > limit_s for beat in alive) else []
 
@@ -136,7 +136,7 @@ class Watch:
             reason = f"its process {suspects[0].pid} is stopped (SIGSTOP), {reason}"
         elif all(beat.waiting for beat in suspects):
             reason = f"all wait for one another, {reason}"
-            absent = sorted({*range(self.ranks or 0)} - {beat.rank for beat in self.beats})
+            absent = sorted({*range(self.ranks)} - {beat.rank for beat in self.beats})
             if absent:
                 reason = f"they wait for {name_ranks(absent)}, which has not begun, {reason}"
         else:  # in lockstep, what blocks the others has entered the fewest collectives

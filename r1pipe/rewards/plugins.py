@@ -16,13 +16,12 @@ from typing import Any
 from r1pipe.config import PluginLimits
 from r1pipe.config.custom_rewards import CustomReward
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.launchers import without_place
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.rewards import plugin_worker
 from r1pipe.rewards.programs.jailed import encode
 from r1pipe.rewards.reply import Patience, score_of
 from r1pipe.rewards.worker_process import ChildAsleep, ChildEnded, NoReply, WorkerProcess
-
-OF_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a reward is no rank of the job
 
 
 class PluginPool:
@@ -74,7 +73,7 @@ class PluginWorker:
     def start(self) -> list[str]:
         """Load the functions; the names of those that take a group. Raises NoReply or OSError."""
         self.close()
-        variables = {name: value for name, value in os.environ.items() if name not in OF_RANK}
+        variables = without_place(os.environ)
         variables |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there are several processes
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         command = [sys.executable, "-P", plugin_worker.__file__]

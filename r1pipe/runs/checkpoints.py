@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from r1pipe.core.errors import CheckpointError
@@ -151,17 +151,19 @@ def unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.unfinished")
 
 
-def finish(target: Path) -> None:
-    """Write the manifest, fsync everything, and rename the temporary folder to `target`."""
+def finish(target: Path, renaming: AbstractContextManager[None] | None = None) -> None:
+    """Write the manifest, fsync everything, and, in the block `renaming`, rename the temporary folder to
+    `target`."""
     temporary = unfinished(target)
     write_manifest(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():  # the same step was saved before
-        target.rename(replaced)
-    temporary.rename(target)
+    with renaming or nullcontext():
+        if target.exists():  # the same step was saved before
+            target.rename(replaced)
+        temporary.rename(target)
     sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

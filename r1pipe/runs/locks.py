@@ -4,12 +4,16 @@ The run's pid file names the job's processes: {"host": "node7", "since": "2026-1
 "processes": [[4711, 1795492594.1]]}, each with its pid and start time. It is written under `flock`: of two
 jobs that start at the same moment one is refused. The lock of dead processes is taken over once none of their
 ranks is left: a launcher that was killed leaves ranks behind, which have a heartbeat or are still importing.
-Such a rank refuses to start if another job has taken the run over.
+
+Ranks on other machines cannot be looked at. So each launch has a token, in the run folder and in the
+variables of its ranks; one whose token is not the folder's neither starts nor saves, and leaves in seconds.
 """
 
 import errno
 import fcntl
+import logging
 import os
+import secrets
 import socket
 import tempfile
 import time
@@ -25,10 +29,16 @@ import psutil
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import heartbeat, processes
-from r1pipe.runs.files import read_json, write_json
+from r1pipe.runs.files import read_json, write_json, write_text
+from r1pipe.runs.stopping import repeating
 
+LAUNCH = "R1PIPE_LAUNCH"  # the variable with a launch's token
 LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long counts as dead
 RENEW_S = 10.0
+LOOK_S = 1.0  # how often a rank looks whether its run was taken over
+TAKEN_CODE = 2  # exit code
+
+log = logging.getLogger("r1pipe")
 
 
 class Taken(EnvironmentProblem):
@@ -72,6 +82,7 @@ class Lock:
         self.run = run
         now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         self.holder = Holder(socket.gethostname(), now)
+        self.token = secrets.token_hex(8)  # of the launch
         self._renewed = time.monotonic()
 
     def take(self) -> None:
@@ -82,6 +93,7 @@ class Lock:
             for beat in self.run.log.glob(f"{RunFolder.HEARTBEAT}*"):  # of ranks that are dead
                 beat.unlink(missing_ok=True)
             self.add(os.getpid())
+            write_text(self.run.launch, self.token)
 
     def add(self, pid: int) -> None:
         """Add a process of the job: the run is free once all of them are gone."""
@@ -162,24 +174,65 @@ def check_not_running(run: RunFolder) -> None:
         )
 
 
-@contextmanager
-def beating(run: RunFolder, rank: int, launched_here: bool) -> Iterator[None]:
-    """Keep a rank's heartbeat for the length of a block.
+class Launch:
+    """The launch that this rank belongs to."""
 
-    Raises Taken if another job holds the run: this rank's launcher was killed, and the run taken over since.
-    A rank that was not `launched_here` (engine.hostfile) is not in its launcher's process group: no check.
-    """
-    with ExitStack() as stack:
-        with _guarded(run):
-            holder = Holder.read(run.pid)
-            launchers = holder.live_launchers() if launched_here else []
-            if launchers and os.getpgrp() not in [pid for pid, _ in holder.processes]:
-                raise Taken(
-                    f"run {run.run_id} is another job's (process {launchers[-1]} on {holder.host} since "
-                    f"{holder.since}); this rank, whose launcher is gone, leaves it alone"
-                )
-            stack.enter_context(heartbeat.beating(run, rank))
-        yield
+    def __init__(self, run: RunFolder):
+        self.run = run
+        self._has_token = LAUNCH in os.environ  # not if the script was started by hand
+        self.token = os.environ[LAUNCH] if self._has_token else _token_of(run)
+
+    def check(self) -> None:
+        """Raises Taken if another launch has taken the run over."""
+        if _token_of(self.run) != self.token:
+            raise Taken(_taken(self.run))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """A short block that makes a save count, which no other launch can begin within. Raises Taken."""
+        with _guarded(self.run):
+            self.check()
+            yield
+
+    @contextmanager
+    def beating(self, rank: int) -> Iterator[None]:
+        """Keep a rank's heartbeat for the length of a block, and end this process if the run is taken over.
+
+        Raises Taken if it has been before: this rank's launcher was killed while the rank was importing.
+        """
+        with ExitStack() as stack:
+            with _guarded(self.run):
+                self.check()
+                holder = Holder.read(self.run.pid)
+                groups = [pid for pid, _ in holder.processes]
+                if not self._has_token and holder.live_launchers() and os.getpgrp() not in groups:
+                    raise Taken(_taken(self.run))
+                stack.enter_context(heartbeat.beating(self.run, rank))
+            stack.enter_context(repeating(self._leave_if_taken, LOOK_S, "launch"))
+            yield
+
+    def _leave_if_taken(self) -> None:
+        with suppress(OSError):  # a network's file system may be away for a while
+            if _token_of(self.run) not in (self.token, ""):
+                log.error("%s", _taken(self.run))
+                os._exit(TAKEN_CODE)
+
+
+def _token_of(run: RunFolder) -> str:
+    """The token of a run's newest launch; "" if all were by hand."""
+    try:
+        return run.launch.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _taken(run: RunFolder) -> str:
+    holder = Holder.read(run.pid)
+    by = ""
+    if holder.processes:
+        launcher = [*holder.live_launchers(), *(pid for pid, _ in reversed(holder.processes))][0]
+        by = f" (process {launcher} on {holder.host} since {holder.since})"
+    return f"run {run.run_id} is another job's{by}; this rank, whose launcher is gone, leaves it alone"
 
 
 def was_interrupted(run: RunFolder) -> bool:

@@ -18,6 +18,7 @@ import r1pipe
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.redaction import without_secrets
+from r1pipe.runs import hosts
 
 PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "mlflow", "safetensors", "tokenizers", "typer")
 SOURCES = ("r1pipe", "conf", "stages", "data", "pyproject.toml")  # of a checkout: what a run depends on
@@ -51,13 +52,10 @@ def facts() -> dict[str, Any]:
 
 def devices(engine: EngineConfig) -> dict[str, Any]:
     """The devices of a job on all its machines, for its cost: {"unit": "GPU" or "core", "count": 8}."""
-    machines = 1
-    if engine.hostfile is not None:
-        lines = Path(engine.hostfile).read_text(encoding="utf-8").splitlines()
-        machines = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines)
+    ranks = hosts.ranks(engine)
     if not on_cpu(engine):
-        return {"unit": "GPU", "count": machines * engine.ranks}
-    return {"unit": "core", "count": machines * (engine.ranks * engine.threads or cores())}
+        return {"unit": "GPU", "count": ranks}
+    return {"unit": "core", "count": ranks * engine.threads or ranks // engine.ranks * cores()}
 
 
 def versions() -> dict[str, str | None]:
@@ -117,10 +115,7 @@ def find_launcher(engine: EngineConfig) -> str:
         raise EnvironmentProblem(
             "the command `deepspeed` is missing; `pip install deepspeed` into this environment"
         )
-    if engine.hostfile is not None and not Path(engine.hostfile).is_file():
-        raise EnvironmentProblem(
-            f"engine.hostfile={engine.hostfile} does not exist; write one line per machine: NAME slots=8"
-        )
+    hosts.check(engine)
     if engine.accelerator == "cuda" and engine.launcher == "local" and not has_gpu():
         raise EnvironmentProblem(
             "engine.accelerator=cuda finds no NVIDIA GPU here; set engine=cpu, or fix the driver"

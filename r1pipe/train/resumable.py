@@ -25,10 +25,11 @@ from r1pipe.core.errors import (
 )
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model import save_pretrained
-from r1pipe.runs import checkpoints, heartbeat, retention
+from r1pipe.runs import checkpoints, heartbeat, locks, retention
 from r1pipe.runs.files import append_line, cut_metrics_after, cut_tripwires_after, metric_lines, write_json
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.engine.ranks import Ranks, rank_and_world
+from r1pipe.train.engine.ranks import Ranks
 
 NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
@@ -41,7 +42,9 @@ class Resumable(Generic[S]):
 
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         self.folder, self.config, self.stage = folder, config, stage
-        self.rank, self.world_size = rank_and_world()
+        self.launch = locks.Launch(folder)
+        place = discover()
+        self.rank, self.world_size = place.rank, place.world_size
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
         self._background = ThreadPoolExecutor(1)  # finishes a checkpoint while training continues
@@ -121,8 +124,10 @@ class Resumable(Generic[S]):
         """Write checkpoints/step-N: weights by `export`, tokenizer, state for resume; all ranks call.
 
         `state`: the loop's plain values, which `resume` returns. `others`: further engines by name, saved for
-        resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged metric.
+        resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged metric, and Taken if
+        another launch has the run.
         """
+        self.launch.check()
         target = self.folder.checkpoint(step)
         with self.phase("saving"):
             problem = self._last_problem()
@@ -180,7 +185,7 @@ class Resumable(Generic[S]):
             for table in self._tables(self._durable + 1, step):
                 checkpoints.sync(table)
             self._durable = step
-            checkpoints.finish(target)
+            checkpoints.finish(target, self.launch.saving())
         except OSError as error:
             return self._full_disk_message(error, target)
         self._prune()

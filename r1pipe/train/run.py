@@ -28,7 +28,15 @@ from r1pipe.config import (
     StageConfig,
     read_config,
 )
-from r1pipe.core.errors import CheckpointError, ConfigError, R1pipeError, disk_is_full, no_room, record_error
+from r1pipe.core.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentProblem,
+    R1pipeError,
+    disk_is_full,
+    no_room,
+    record_error,
+)
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
@@ -43,8 +51,9 @@ from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.lookup import with_relocated_parents
 from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
+from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.patches import exit_immediately_with
-from r1pipe.train.engine.ranks import Ranks, rank_and_world
+from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.resumable import Resumable
 from r1pipe.train.rollout import Sampler, open_sampler
 
@@ -197,6 +206,7 @@ class Run(Resumable[S]):
         self.saved()
         if self.rank != 0:
             return
+        self.launch.check()
         write_json(self.folder.evaluation, metrics)
         write_json(self.folder.samples, samples)
         result: Result = {
@@ -207,7 +217,8 @@ class Run(Resumable[S]):
             "metrics": metrics,
         }
         record = job_record(self.folder, self.config, checkpoint, self.chat, result, self.data.hash)
-        write_json(self.folder.record, record)
+        with self.launch.saving():
+            write_json(self.folder.record, record)
         log.info("done in %.0f s", self.elapsed())
 
 
@@ -216,7 +227,11 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
     """Read config.json, set up threads, logging and signals; a user's error or a full disk becomes a line in
     error.txt and exit code 2."""
     folder = RunFolder(Path(path).resolve())
-    rank, _ = rank_and_world()
+    try:
+        rank = discover().rank
+    except EnvironmentProblem as error:  # whose folder it is, is not clear either
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     try:
@@ -229,8 +244,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         log.info("%s: stage %s, rank %d of %d", folder.run_id, run.stage.name, run.rank, run.world_size)
         warnings = _ScreenHandler(run)
         log.addHandler(warnings)
-        beating = locks.beating(folder, rank, launched_here=config.engine.hostfile is None)
-        with stopping.listening(folder.stop, config.engine.grace_s), beating:
+        with stopping.listening(folder.stop, config.engine.grace_s), run.launch.beating(rank):
             try:
                 yield run
             except stopping.Interrupted:
@@ -247,7 +261,7 @@ def open_run(path: Path | str, kind: type[S] = StageConfig) -> Iterator[Run[S]]:
         _exit(interrupted.exit_code)
     except locks.Taken as error:
         log.error("%s", error)
-        _exit(2)
+        _exit(locks.TAKEN_CODE)
     except R1pipeError as error:
         _fail(folder, str(error))
     except OSError as error:

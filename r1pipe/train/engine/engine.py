@@ -114,20 +114,20 @@ class Engine(Ranks):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         train_as(model, config, self.device)
-        self.router = (
-            router if any(gates(model)) else None
-        )  # a dense model has none, one of transformers its own
+        # a dense model has none, one of transformers its own
+        self.router = router if any(gates(model)) else None
         self.zero_level = config.zero_level
         self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
         optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
-        self._ds, *_ = deepspeed.initialize(
-            model=_ClosureRunner(model),
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=deepspeed_config(config, optim.grad_clip),
-            dist_init_required=False,
-        )
+        with self.patient():  # rank 0 may have a parent's hashes to check, and one may compile for longer
+            self._ds, *_ = deepspeed.initialize(
+                model=_ClosureRunner(model),
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=deepspeed_config(config, optim.grad_clip),
+                dist_init_required=False,
+            )
         if config.zero_level == 0:
             trained = [p for p in model.parameters() if p.requires_grad]
             patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
@@ -157,7 +157,7 @@ class Engine(Ranks):
             self._ds.step()
             grad_norm = float(self._ds.get_global_grad_norm())
         loads = loads_LE.flatten().tolist() if loads_LE is not None else []
-        total_loss, *loads = self.sum_over_ranks([sum(losses), *loads])  # one collective
+        total_loss, *loads = self.sum_over_ranks([sum(losses), *loads], training=True)
         if loads_LE is not None:
             loads_LE = loads_LE.new_tensor(loads).reshape(loads_LE.shape)
         broken = not math.isfinite(grad_norm)
@@ -255,6 +255,7 @@ class Engine(Ranks):
         if self.zero_level < 3:
             yield
             return
+        self.barrier()  # rank 0 may have hashed the last checkpoint
         whole = patches.import_deepspeed().zero.GatheredParameters(tensors)
         with ExitStack() as stack:
             with heartbeat.waiting(self.world_size > 1):
@@ -266,7 +267,7 @@ class Engine(Ranks):
         folder = Path(folder)
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         # beside adapters the model is its parent's, which the run loads again
-        problem = engine_state.write(self._ds, folder, client, frozen=not lora.adapted(self.module))
+        problem = engine_state.write(self, self._ds, folder, client, frozen=not lora.adapted(self.module))
         if self.rank == 0 and problem is None:
             write_json(folder / engine_state.LAYOUT, self._layout(), indent=None)
         self.barrier()
@@ -282,7 +283,7 @@ class Engine(Ranks):
         folder = Path(folder)
         ranks, level = engine_state.read_layout(folder)
         if (ranks, level) == (self.world_size, self.zero_level) or level == self.zero_level == 0:
-            client = engine_state.read(self._ds, folder)  # level 0 is the same for any number of ranks
+            client = engine_state.read(self, self._ds, folder)  # level 0 is the same for any number of ranks
         else:
             log.info("converts the state of %d ranks at ZeRO level %d to %s", ranks, level, self._layout())
             levels = level, self.zero_level

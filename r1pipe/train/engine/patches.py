@@ -10,11 +10,14 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 torch_load = torch.load  # torch's own, while `replaced_torch_load` redirects DeepSpeed's calls
 _exit_code: int | None = None
@@ -46,6 +49,15 @@ def start_deepspeed(device: torch.device) -> Any:
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+def limit_collectives(limit: timedelta, but: dist.ProcessGroup | None) -> None:
+    """Set the limit of the collectives of all groups `but` one, and of those to come: DeepSpeed makes its own
+    with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""
+    for group in [*distributed_c10d._world.pg_map]:
+        if group is not but:
+            distributed_c10d._set_pg_timeout(limit, group)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
 
 
 def exit_immediately_with(code: int) -> None:

@@ -1,8 +1,17 @@
-"""The processes of one job and their collectives (gloo on the CPU, NCCL on GPUs)."""
+"""The processes of one job and their collectives.
+
+Two kinds. Those of training (gradients, weights) run on NCCL, or gloo on a CPU, and end the job after
+`engine.collective_limit_s`, as all ranks come to them together. Those of control (who stops, who has
+finished, objects, sums of counts) run on gloo, where a rank may wait hours for another that samples, hashes,
+exports or reads: `engine.control_limit_s`. A training step and a gather of weights begin with one of control,
+so that ranks do come together; DeepSpeed has as much time where it starts, saves or loads.
+"""
 
 import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,65 +20,91 @@ import torch.distributed as dist
 from r1pipe.config import EngineConfig
 from r1pipe.config.engine import accelerator_rules
 from r1pipe.config.fields import check_all
+from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.runs.heartbeat import waiting
 from r1pipe.train.engine import patches
+from r1pipe.train.engine.discovery import discover
 
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from the launcher (0 of 1 without one)."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+CPU = torch.device("cpu")
+_control: dist.ProcessGroup | None = None  # of this process; None before `start`, and with one rank
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """This rank's device; "auto" takes a GPU where there is one."""
-    if accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This rank's device; "auto" takes a GPU where there is one. Raises EnvironmentProblem if this host has
+    fewer GPUs than ranks."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return CPU
+    number, count = discover().local_rank, torch.cuda.device_count()
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0:
+        return torch.device("cuda", 0)  # a scheduler shows each rank its own alone
+    if 0 < count <= number:
+        raise EnvironmentProblem(
+            f"rank {number} of this host has no GPU, as there are {count}; start as many ranks "
+            "(engine.ranks, slots of the hostfile, --ntasks-per-node)"
+        )
+    return torch.device("cuda", number)
 
 
 class Ranks:
     """Sums, maxima and objects over ranks; with one rank everything is local."""
 
     def __init__(self, config: EngineConfig):
-        self.rank, self.world_size = rank_and_world()
+        self.place = discover()
+        self.rank, self.world_size = self.place.rank, self.place.world_size
         self.device = choose_device(config.accelerator)
         check_all(accelerator_rules(config, self.device.type))  # "auto" is known only here
+        self._limits = timedelta(seconds=config.collective_limit_s), timedelta(seconds=config.control_limit_s)
         if self.world_size > 1:
             self.start()
 
     def start(self) -> None:
-        """Start the process group, once per process; without a launcher it is a group of one."""
+        """Start the process groups, once per process; without a launcher it is a group of one."""
+        global _control
         if dist.is_initialized():
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if "MASTER_ADDR" in os.environ:  # every launcher sets it
-            with waiting():
-                dist.init_process_group(backend)
-        else:
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        self.place.publish()
+        if self.world_size == 1:
             # in memory: a free port may be taken before we open it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        if self.world_size > 1:
-            atexit.register(patches.exit_without_teardown)
+            return
+        training, control = self._limits
+        with waiting():  # one rank may start long before another
+            dist.init_process_group(backend, timeout=control)
+            _control = dist.new_group(backend="gloo", timeout=control)
+        patches.limit_collectives(training, _control)
+        atexit.register(patches.exit_without_teardown)
 
-    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums; every rank gives the same number of values."""
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """A block of DeepSpeed's, in which its collectives may take as long as those of control."""
+        training, control = self._limits
+        if self.world_size > 1:
+            patches.limit_collectives(control, _control)
+        yield
+        if self.world_size > 1:
+            patches.limit_collectives(training, _control)
+
+    def sum_over_ranks(self, values: Sequence[float], training: bool = False) -> list[float]:
+        """Element-wise sums; every rank gives the same number of values. `training`: all ranks come from a
+        collective of training."""
         if self.world_size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        device, group = (self.device, None) if training else (CPU, _control)
+        total = torch.tensor(values, dtype=torch.float64, device=device)
         with waiting():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group)
             return total.tolist()
 
     def agree_max(self, value: int) -> int:
         """The maximum over ranks."""
         if self.world_size == 1:
             return value
-        greatest = torch.tensor(value, dtype=torch.int64, device=self.device)
+        greatest = torch.tensor(value, dtype=torch.int64)
         with waiting():
-            dist.all_reduce(greatest, dist.ReduceOp.MAX)
+            dist.all_reduce(greatest, dist.ReduceOp.MAX, group=_control)
             return int(greatest)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
@@ -78,10 +113,10 @@ class Ranks:
             return [value]
         gathered: list[Any] = [None] * self.world_size
         with waiting():
-            dist.all_gather_object(gathered, value)
+            dist.all_gather_object(gathered, value, group=_control)
         return gathered
 
     def barrier(self) -> None:
         if self.world_size > 1:
             with waiting():
-                dist.barrier()
+                dist.barrier(group=_control)

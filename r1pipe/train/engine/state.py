@@ -37,7 +37,9 @@ REMEDY = "remove this checkpoint to resume from the one before, or restart the s
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 
-def write(ds: Any, folder: Path, client_state: Mapping[str, Any], frozen: bool = True) -> str | None:
+def write(
+    ranks: Ranks, ds: Any, folder: Path, client_state: Mapping[str, Any], frozen: bool = True
+) -> str | None:
     """Write what resume needs, without `frozen` only the weights that are trained; all ranks call. Returns a
     message if this rank's disk is full; it must not raise while other ranks wait for this one."""
     problems: list[str] = []
@@ -55,7 +57,7 @@ def write(ds: Any, folder: Path, client_state: Mapping[str, Any], frozen: bool =
             problems.append(no_room(f"{path} is incomplete", folder))
 
     patches.replace_save(ds, save)
-    with heartbeat.waiting(ds.world_size > 1):
+    with heartbeat.waiting(ds.world_size > 1), ranks.patient():
         ds.save_checkpoint(
             str(folder),
             tag=TAG,
@@ -82,7 +84,7 @@ def read_layout(folder: Path) -> tuple[int, int]:
     return ranks, level
 
 
-def read(ds: Any, folder: Path) -> dict[str, Any]:
+def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:
     """Restore a state of as many ranks at the same ZeRO level; its client state. Raises CheckpointError."""
 
     def load(src: Mapping[str, Tensor], dst: nn.Module) -> None:
@@ -92,7 +94,7 @@ def read(ds: Any, folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder} has other weights than the model ({wrong[0]}); {REMEDY}")
 
     patches.replace_load(ds, load_tensors)
-    with heartbeat.waiting(ds.world_size > 1):
+    with heartbeat.waiting(ds.world_size > 1), ranks.patient():
         loaded, client = ds.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load)
     if loaded is None:
         raise CheckpointError(f"{folder} holds no DeepSpeed state; restart the stage (--fresh)")
@@ -126,7 +128,7 @@ def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple
     ranks.barrier()
     weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
     with patches.reading_universal(ds, weights, load_tensors):
-        client = read(ds, universal) if new_level else _read_whole(ds, universal)
+        client = read(ranks, ds, universal) if new_level else _read_whole(ds, universal)
     ranks.barrier()
     if ranks.rank == 0:
         shutil.rmtree(universal)

@@ -63,6 +63,7 @@ def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prom
                 run.progress("sampling", before + done * ranks.world_size, total, "completions")
 
             rows = _draw(run, prompts[number::count], (number, count), progress)
+            run.launch.check()
             _write_rows(shards[number], rows)
         for _ in range(idle):  # all ranks call the sampler equally often
             run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)

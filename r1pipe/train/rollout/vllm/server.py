@@ -17,6 +17,7 @@ from pathlib import Path
 
 from r1pipe.config.sampler import SamplerConfig, vllm_python
 from r1pipe.core.errors import SamplerLost
+from r1pipe.core.launchers import without_place
 from r1pipe.runs import heartbeat
 from r1pipe.train.rollout.vllm.client import PATIENCE_S, UNIX, Client, Gone
 
@@ -140,7 +141,7 @@ class Server:
         return words + self.config.args
 
     def environment(self) -> dict[str, str]:
-        mine = {name: value for name, value in os.environ.items() if name not in NOT_ITS}
+        mine = {name: value for name, value in without_place(os.environ).items() if name not in NOT_ITS}
         mine |= {
             "PYTHONPATH": str(WORKER),
             "VLLM_SERVER_DEV_MODE": "1",  # the requests that update weights
@@ -165,11 +166,7 @@ class Server:
         return (said or [line for line in lines if line.strip()] or ["it said nothing"])[-1][-300:]
 
 
-# What the job's launcher set for the trainer's ranks.
-NOT_ITS = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS"),
-)
+NOT_ITS = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")  # what was set for the trainer
 
 
 def arguments(longest: int, on_gpu: bool) -> list[str]:

@@ -145,11 +145,17 @@ def write_page(plan: Plan, path: Path) -> None:
     """Bars of time and memory by part. Raises EnvironmentProblem where the file cannot be written."""
     from r1pipe.cli.report.page import render
 
+    names = [
+        f"{one.phase.config.name.replace('_', ' ')}, {one.phase.config.sequence_length:,} tokens"
+        for one in plan.phases
+    ]
+    times = [one.step.parts() for one in plan.phases]
+    sizes = [one.memory.gigabytes() for one in plan.phases]
     pictures = [
-        ("Seconds of a step", [(one.phase.config.name, one.step.parts()) for one in plan.phases], None),
+        ("Seconds of a step", list(zip(names, times, strict=True)), None),
         (
             f"GB of a rank, of {plan.cluster.memory_gb:g}",
-            [(one.phase.config.name, one.memory.gigabytes()) for one in plan.phases],
+            list(zip(names, sizes, strict=True)),
             plan.cluster.memory_gb,
         ),
     ]
@@ -176,5 +182,5 @@ def bars(rows: list[tuple[str, dict[str, float]]], limit: float | None) -> dict[
             width = 100 * parts[name] / longest
             boxes.append((name, names.index(name) % 8 + 1, left, width, parts[name]))
             left += width
-        placed.append((row, boxes))
+        placed.append((f"{row}: {number(sum(parts.values()))}", boxes))
     return {"rows": placed, "names": names, "limit": 100 * limit / longest if limit else None}

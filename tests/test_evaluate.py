@@ -367,7 +367,7 @@ def test_eval_says_which_system_prompt_it_uses(house, capsys):
         assert told in line if told else "system prompt" not in line
 
 
-def test_eval_says_how_its_data_differs_from_the_runs(house, capsys):
+def test_eval_says_how_its_data_differs_from_the_runs(house, tmp_path, capsys):
     house.call("run", "stage=cold_start", "data.levels=[3]", "data.languages=[zh]")
     run_id = house.runs("cold_start")[0].name
     capsys.readouterr()
@@ -377,7 +377,9 @@ def test_eval_says_how_its_data_differs_from_the_runs(house, capsys):
     said = capsys.readouterr().out
     line = f"evaluating on data=world, split dev; run {run_id} had other data (data.levels: [3] -> [1, 2])"
     assert line in said
-    assert house.call("eval", run_id, "data=aime24") == 0
+    file = tmp_path / "aime24.jsonl"
+    file.write_text(json.dumps({"problem": "1 + 1?", "answer": "2"}) + "\n", encoding="utf-8")
+    assert house.call("eval", run_id, "data=aime24", f"data.path={file}") == 0
     assert "evaluating on data=aime24" in capsys.readouterr().out
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from r1pipe.cli.report.load import StageRun, load_runs, other_runs
 from r1pipe.config.planning import cluster_named
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.formatting import number
+from r1pipe.core.terminal import console_of
 
 HOUR = 3600.0
 WIDTH = 100  # of the table without a terminal
@@ -95,9 +95,7 @@ def hours(spent: Iterable[tuple[StageRun, float]]) -> dict[str, float]:
 
 
 def show(found: dict[str, Any]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH, color_system=None)
+    console = console_of(WIDTH)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("what")
     for column in ("runs", "GPU h", "core h", "kWh", "$"):

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from r1pipe.core.terminal import console_of
 from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN, Finding
 
 COLOURS = {PASS: "green", WARN: "yellow", FAIL: "red"}
@@ -30,9 +30,7 @@ def as_json(stage: str, seconds: float, findings: Sequence[Finding]) -> str:
 
 def show(stage: str, seconds: float, findings: Sequence[Finding]) -> None:
     """Print the table and the counts."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH, color_system=None)
+    console = console_of(WIDTH)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "verdict", "measured", "remedy"):
         table.add_column(column, overflow="fold")

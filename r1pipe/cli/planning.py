@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from r1pipe.config.planning import (
 )
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.formatting import duration, number, percent
+from r1pipe.core.terminal import console_of
 from r1pipe.plan import planner, stages
 from r1pipe.plan.planner import Phase, Plan, Planned
 
@@ -80,9 +80,7 @@ def layout_line(layout: LayoutConfig) -> str:
 
 def show(plan: Plan, found: Sequence[Plan], changed: Sequence[tuple[str, str, Plan]]) -> None:
     """Print the phases, the parts of time and memory, other layouts and what-ifs."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH, color_system=None)
+    console = console_of(WIDTH)
     cluster = plan.cluster
     console.print(Text(f"{plan.model} on {cluster.name}: {layout_line(plan.layout)}", style="bold"))
     console.print(phases_table(plan))

@@ -8,10 +8,13 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from r1pipe.core.errors import R1pipeError
 from r1pipe.core.redaction import without_secrets
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -35,6 +38,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
     sys.exit(code)
+
+
+def console_of(width: int) -> "Console":
+    """The console that tables are printed on: as wide as the terminal, or `width` without one."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width, color_system=None)
 
 
 def complain(message: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.launchers import MEETING_PORTS
 from r1pipe.runs import hosts
 from r1pipe.runs.locks import LAUNCH
 
-PORTS = range(20000, 30000)  # below those that Linux hands out by itself
 VARIABLES_FILE = "DS_ENV_FILE"  # DeepSpeed's variable with the path of a file of NAME=VALUE
 USERS_FILE = ".deepspeed_env"  # what it reads otherwise, in the home folder and in this one
 # What ranks need on other machines as here.
@@ -32,7 +32,7 @@ PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)  # DeepSpeed puts quotes around 
 def options(engine: EngineConfig) -> list[str]:
     """The launcher's options for a hostfile."""
     assert engine.hostfile is not None
-    port = engine.master_port or random.SystemRandom().choice(PORTS)
+    port = engine.master_port or random.SystemRandom().choice(MEETING_PORTS)
     found = ["--hostfile", engine.hostfile, "--force_multi", "--launcher", engine.launcher]
     found += ["--master_port", str(port)]
     address = engine.master_addr if engine.launcher == "pdsh" else hosts.master(engine)

@@ -154,9 +154,7 @@ class Weights:
     """Number of weights by place; norms (thousands at most) are left out."""
 
     attention: int  # of one layer
-    up_projections: (
-        int  # of those, what `selective` multiplies by again: queries, keys and values from latents
-    )
+    up_projections: int  # of those, what `selective` multiplies by again: from latents to all heads
     dense: int  # of one dense layer's SwiGLU
     expert: int  # of one expert
     gate: int  # of one layer

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.launchers import MEETING_PORTS
 
 PORTS = range(1, 1 << 16)
-SLURM_PORTS = range(20000, 30000)  # below those that Linux hands out by itself
 HOST = re.compile(r"([^,\[\]]+)(?:\[(\w+)[^\]]*\]([^,\[\]]*))?")  # the first of a Slurm host list
 
 
@@ -166,7 +166,7 @@ def _master(variables: Mapping[str, str]) -> tuple[str, int]:
         port = _number("MASTER_PORT", variables)
     elif "SLURM_STEP_NODELIST" in variables:  # any that all ranks agree on, and no other job of this host has
         job, step = variables.get("SLURM_JOB_ID", "0"), variables.get("SLURM_STEP_ID", "0")
-        port = SLURM_PORTS[(int(job) * 97 + int(step)) % len(SLURM_PORTS)]
+        port = MEETING_PORTS[(int(job) * 97 + int(step)) % len(MEETING_PORTS)]
     else:
         raise _problem(f"MASTER_ADDR={address} without MASTER_PORT; set any free port of that host")
     if port not in PORTS:

@@ -16,6 +16,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
+from r1pipe.train.loading import load_model
 from r1pipe.train.rollout import Whole
 from r1pipe.train.run import open_run
 
@@ -28,7 +29,7 @@ def main(folder: str) -> None:
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
         run.load_data()
-        model = run.load_model(parent).to(ranks.device)
+        model = load_model(run, parent).to(ranks.device)
         set_precision(model, run.config.engine, ranks.device)
         checkpoint = run.folder.checkpoint(0)
         if run.rank == 0:

@@ -14,6 +14,7 @@ from r1pipe.config import PretrainConfig
 from r1pipe.data.packing import PackedDocuments
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import finish_stage
+from r1pipe.train.loading import load_policy
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import train
 
@@ -22,7 +23,7 @@ def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
         chat, source = run.load_chat(), run.load_data()
-        model = run.load_model(run.config.weights_from)
+        model = load_policy(run)
         packed = PackedDocuments(
             source.documents(run.seed("documents")),
             chat.encode,

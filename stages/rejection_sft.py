@@ -14,6 +14,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.model.training import set_precision
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.loading import load_model
 from r1pipe.train.rollout import Whole
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import fine_tune
@@ -30,7 +31,7 @@ def main(folder: str) -> None:
         chat, source = run.load_chat(), run.load_data()
 
         with run.phase("sampling"):
-            model = run.load_model(parent).to(ranks.device).eval()
+            model = load_model(run, parent).to(ranks.device).eval()
             set_precision(model, run.config.engine, ranks.device)
             context = model.config.max_position_embeddings
             prompts, too_long = draw_prompts_that_fit(

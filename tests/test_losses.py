@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from threading import Barrier
 from types import SimpleNamespace
@@ -220,7 +221,7 @@ def test_each_completion_gets_the_sum_over_its_own_tokens():
     rollouts = [rollout_of(prompts[i], row, [-0.5 - i] * len(row)) for i, row in enumerate(tokens)]
     reference.estimate_kl(rollouts, stage)
     for i, (prompt, row, rollout) in enumerate(zip(prompts, tokens, rollouts, strict=True)):
-        logits = reference.model(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
+        logits = reference.frozen.module(torch.tensor([prompt + row]))[0, len(prompt) - 1 : -1]
         logprobs = logits.float().log_softmax(-1).gather(1, torch.tensor(row).unsqueeze(1))
         assert rollout.kl() == pytest.approx((-0.5 - i) * len(row) - logprobs.sum().item(), rel=1e-4), i
 
@@ -232,7 +233,7 @@ def updated(sampler_error: float, *words: str) -> dict[str, float]:
     """The metrics of one update on tokens that the sampler gave an error in their log-probabilities."""
     stage = tiny_config("stage=grpo", "stage.minibatches=1", *words).stage
     policy = tiny_model()
-    reference = Reference(policy, engine_config())
+    reference = Reference(deepcopy(policy), engine_config())
     engine = Engine(policy, OPTIM, ROUTER, engine_config(), total_steps=10)
     rollouts = []
     for n in (1, 2, 3, 4):

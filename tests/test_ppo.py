@@ -124,7 +124,7 @@ def test_the_kl_goes_off_each_token_and_is_told_as_a_score():
     rollouts, _ = critic.estimate(groups, reference)
     first = rollouts[0]
     micro = collate([first], [1.0], 0.0, torch.device("cpu"))
-    kl_T = micro.old_N - reference.logprobs(micro, 1.0)
+    kl_T = micro.old_N - reference.logprobs([micro], 1.0)[0]
     earned = [(1.0 - 0.5 * kl_T.sum()).item(), (1.0 - 0.5 * kl_T[1]).item()]
     assert first.returns == pytest.approx(earned, abs=1e-5)
     assert groups[0].scores[0]["kl"].value == pytest.approx(kl_T.sum().item(), abs=1e-5)

@@ -19,6 +19,7 @@ from r1pipe.model import load_pretrained
 from r1pipe.runs import checkpoints, lineage
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.loading import load_model
 from r1pipe.train.run import open_run
 
 
@@ -104,15 +105,15 @@ def test_a_changed_checkpoint_is_refused_by_file(folder):
     with open_run(folder) as run:
         made = save(run, engine, 1)
         parent = ParentRef("pretrain", "run", str(made), checkpoints.manifest_hash(made))
-        assert run.load_model(parent).config.hidden_size == 32
+        assert load_model(run, parent).config.hidden_size == 32
         with (made / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x01")
         with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was saved"):
-            run.load_model(parent)
+            load_model(run, parent)
         (made / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
-            run.load_model(parent)
+            load_model(run, parent)
         with pytest.raises(CheckpointError, match="no manifest"):
             checkpoints.verify(folder)
 
@@ -251,5 +252,5 @@ def test_a_parent_that_does_not_fit_is_refused_by_the_job_too(tmp_path):
     config = replace(tiny("cold_start"), weights_from=base)
     with open_run(write_run(tmp_path / "run", config)) as run:
         with pytest.raises(CheckpointError, match=r"has \w+=\d+, but the config has model\.") as caught:
-            run.load_model(base)
+            load_model(run, base)
         assert "\n" not in str(caught.value)

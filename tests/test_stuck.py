@@ -27,6 +27,7 @@ from r1pipe.launch.watch import Watch
 from r1pipe.runs import heartbeat, lineage, processes
 from r1pipe.runs.stopping import Interrupted
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.loading import load_model
 from r1pipe.train.rl import loop
 from r1pipe.train.run import open_run
 
@@ -173,7 +174,7 @@ def test_a_checkpoint_is_saved_and_taken_up_without_patience(tmp_path, monkeypat
         assert not any(patient for _, patient in filter(None, seen))
         parent = lineage.checkpoint_of_folder(place)
         seen.clear()
-        run.load_model(parent)
+        load_model(run, parent)
         assert len(seen) > len(load_file(place / "model.safetensors"))
         assert set(seen) - {("between phases", False)} == {("loading weights", False)}
         seen.clear()

@@ -15,6 +15,7 @@ from r1pipe.core.types import Example
 from r1pipe.data.packing import Packed
 from r1pipe.model import Balance, DeepseekV3, load_pretrained
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.loading import load_model
 from r1pipe.train.rl.batch import split_evenly
 from r1pipe.train.rl.losses import policy_loss
 from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
@@ -73,7 +74,7 @@ def test_a_stage_logs_the_terms_the_loads_and_saves_the_mtp_layer(tmp_path):
     config = tiny("cold_start", "model.num_nextn_predict_layers=1", "stage.router.balance_alpha=0.001")
     folder = write_run(tmp_path / "run", config)
     with open_run(folder) as run:
-        engine = Engine(run.load_model(None), run.stage.optim, run.stage.router, engine_config(), 3)
+        engine = Engine(load_model(run, None), run.stage.optim, run.stage.router, engine_config(), 3)
         run.chat = SimpleNamespace(pad_id=0)
         checkpoint = train(run, engine, lambda step, position: iter([(rows(4), None)] * 3), 3)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -47,7 +47,7 @@ def trained(level: int, ranks: int) -> tuple[Engine, Critic, list[dict[str, floa
     """Four updates of both at a ZeRO level, on groups dealt out to the ranks."""
     stage = tiny_config(*WORDS).stage
     policy = tiny_model()
-    critic = Critic(policy, stage, stage.ppo, engine_config(ranks, level))
+    critic = Critic(tiny_model(), stage, stage.ppo, engine_config(ranks, level))
     engine = Engine(policy, stage.optim, stage.router, engine_config(ranks, level), 4)
     found = []
     for _ in range(4):

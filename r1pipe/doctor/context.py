@@ -20,6 +20,7 @@ from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.loading import load_policy
 from r1pipe.train.rl.ahead import LoopState
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.loop import RLTrainer
@@ -227,7 +228,7 @@ class Context:
     def engine(self) -> Engine:
         """The policy in DeepSpeed, as the stage trains it, on this machine's ranks."""
         self.device  # noqa: B018 - its error is one line, DeepSpeed's many
-        policy = self.trial.load_model(self.config.weights_from)
+        policy = load_policy(self.trial)
         if isinstance(self.config.stage, RLConfig):
             policy.freeze_mtp()
         stage = self.trial.stage

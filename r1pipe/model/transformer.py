@@ -23,7 +23,7 @@ from r1pipe.model.mla import (
     past_mask,
     position_order,
 )
-from r1pipe.model.moe import Balance, Experts, Gate, MoE, Routing
+from r1pipe.model.moe import Balance, MoE, Routing
 from r1pipe.model.mtp import same_document
 from r1pipe.model.recompute import run_again_in_backward
 
@@ -247,15 +247,18 @@ class DeepseekV3(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        std = self.config.initializer_range
         for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, nn.Linear | nn.Embedding | Experts | Gate):
-                for weight in module.parameters(recurse=False):
-                    weight.normal_(0.0, std, generator=generator)
-                for buffer in module.buffers(recurse=False):
-                    buffer.zero_()
+            for weight in module.parameters(recurse=False):
+                self.draw(module, weight, generator)
+            for buffer in module.buffers(recurse=False):
+                buffer.zero_()
+
+    def draw(self, module: nn.Module, weight: Tensor, generator: torch.Generator) -> None:
+        """Fill in the initial values of one of a module's own weights."""
+        if isinstance(module, RMSNorm):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, self.config.initializer_range, generator=generator)
 
     def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         """-> logits_BTV.

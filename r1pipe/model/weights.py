@@ -108,24 +108,37 @@ def load_pretrained(folder: Path | str) -> DeepseekV3:
     `model.eos_ids` are those of its generation_config.json. Raises CheckpointError for anything missing,
     extra, of a wrong shape or type, or unreadable.
     """
-    stored, config = open_checked(folder)
-    with torch.device("meta"):
-        model = DeepseekV3(config)
-    dtype = PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
-    model = model.to_empty(device="cpu").to(dtype)
-    if config.tie_word_embeddings:
+    model, stored = open_empty(folder)
+    model = model.to_empty(device="cpu").to(dtype_of(stored))
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fill(model, stored)
-    generation = Path(folder) / GENERATION
-    if generation.exists():
-        value = read_object(generation).get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int for token in ids):
-            raise CheckpointError(
-                f"{generation}: eos_token_id={value} must be a token id or a list of token ids"
-            )
-        model.eos_ids = tuple(ids)
+    model.eos_ids = eos_ids(folder)
     return model
+
+
+def open_empty(folder: Path | str) -> tuple[DeepseekV3, Stored]:
+    """A checkpoint's model on the meta device, and its checked tensors. Raises CheckpointError."""
+    stored, config = open_checked(folder)
+    with torch.device("meta"):
+        return DeepseekV3(config), stored
+
+
+def dtype_of(stored: Stored) -> torch.dtype:
+    """The type to compute with; FP8 weights come as bfloat16."""
+    return PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
+
+
+def eos_ids(folder: Path | str) -> tuple[int, ...]:
+    """Those of a checkpoint's generation_config.json, if it has one. Raises CheckpointError."""
+    generation = Path(folder) / GENERATION
+    if not generation.exists():
+        return ()
+    value = read_object(generation).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
+    return tuple(ids)
 
 
 @torch.no_grad()

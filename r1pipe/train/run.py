@@ -21,7 +21,6 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import (
     EvaluateConfig,
     HFConfig,
-    ParentRef,
     RejectionConfig,
     RLConfig,
     RunConfig,
@@ -41,13 +40,10 @@ from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Prompt
 from r1pipe.data import open_data
 from r1pipe.data.source import Source, check_data_unchanged
-from r1pipe.model import DeepseekV3, Policy, load_pretrained
-from r1pipe.model.hf import HFModel, lora
 from r1pipe.model.hf.files import check_architecture
 from r1pipe.rewards.programs import limits
-from r1pipe.runs import checkpoints, heartbeat, locks, machine, stopping
+from r1pipe.runs import checkpoints, locks, machine, stopping
 from r1pipe.runs.files import read_object, write_json
-from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.runs.lineage.lookup import with_relocated_parents
 from r1pipe.runs.provenance import job_record
 from r1pipe.runs.record import Metrics, Result
@@ -116,32 +112,6 @@ class Run(Resumable[S]):
             self._sampler.close()
 
     # --- inputs
-
-    def load_model(self, parent: ParentRef | None) -> Policy:
-        """The parent's model, after checking its files' hashes; without a parent, random weights.
-
-        A model of transformers may be stored in bfloat16; engine.precision=fp32 trains it in float32. With
-        `model.lora.rank` the model that is trained has adapters.
-        """
-        shape = self.config.model
-        with heartbeat.at("loading weights", patient=parent is None):
-            if parent is None:
-                if isinstance(shape, HFConfig):
-                    raise CheckpointError("model=hf has no random weights; give parent=CHECKPOINT")
-                return DeepseekV3(shape, self.generator("weights"))
-            if self.rank == 0:
-                checkpoints.verify(parent.checkpoint, parent.hash)
-            if parent == self.config.weights_from:
-                check_parent_fits(parent, shape)
-            if isinstance(shape, HFConfig):
-                model = load_pretrained(parent.checkpoint, shape.attention, shape.max_position_embeddings)
-                model = model.float() if self.config.engine.precision == "fp32" else model
-                trains = not isinstance(self.stage, EvaluateConfig)
-                if shape.lora.rank and trains and parent == self.config.weights_from:
-                    assert isinstance(model, HFModel)
-                    lora.add(model, shape.lora, self.seed("adapters"))
-                return model
-            return load_pretrained(parent.checkpoint)
 
     def load_chat(self) -> Chat:
         """The weights' tokenizer and template, with `chat.system`.

@@ -1,5 +1,7 @@
 """Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ SHARD = "5GB"
 ROUNDING = 0.1  # how far bfloat16 may move a document's states, as a share of their norm
 
 
-def load(folder: Path, attention: str | None = None, longest: int | None = None) -> HFModel:
+def load(
+    folder: Path,
+    attention: str | None = None,
+    longest: int | None = None,
+    runs: Callable[[torch.nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> HFModel:
     """The model of a folder in Hugging Face's format, on the CPU, in the stored type.
 
     `attention`: transformers' implementation, "sdpa" or "eager"; None: sdpa where the architecture has it.
-    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. Raises
-    CheckpointError, one line, for an architecture that transformers does not know or that r1pipe cannot train
-    exactly.
+    `longest`: tokens of the longest row; None: as many as the folder's config.json allows. `runs`: a block in
+    which the model, where it comes in shares, can run. Raises CheckpointError, one line, for an architecture
+    that transformers does not know or that r1pipe cannot train exactly.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -55,8 +62,9 @@ def load(folder: Path, attention: str | None = None, longest: int | None = None)
             )
     model = HFModel(whole.eval(), _longest(folder, config, longest))
     try:
-        _check_head(whole, folder)
-        _check_packing(model, folder)
+        with runs(whole):
+            _check_head(whole, folder)
+            _check_packing(model, folder)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(
@@ -140,7 +148,7 @@ def _check_head(whole: Any, folder: Path) -> None:
         ),
     ]
     try:
-        tokens_BT = (torch.arange(8) % whole.get_output_embeddings().weight.shape[0]).unsqueeze(0)
+        tokens_BT = (torch.arange(8) % whole.get_output_embeddings().out_features).unsqueeze(0)
         logits = whole(input_ids=tokens_BT, use_cache=False).logits
     finally:
         for hook in hooks:

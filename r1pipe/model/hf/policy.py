@@ -151,7 +151,7 @@ class HFModel(nn.Module):
         super().__init__()
         whole: Any = language_model
         self.config = HFShape(
-            vocab_size=whole.get_output_embeddings().weight.shape[0],
+            vocab_size=whole.get_output_embeddings().out_features,
             max_position_embeddings=longest,
             hidden_size=whole.config.hidden_size,
             num_hidden_layers=whole.config.num_hidden_layers,

@@ -28,6 +28,7 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
+from r1pipe.train.engine.frozen import ClosureRunner, evaluate
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
@@ -83,17 +84,6 @@ def step_metrics(stats: StepStats) -> dict[str, float]:
     return metrics
 
 
-class _ClosureRunner(nn.Module):
-    """Its forward runs any closure over the model, so that DeepSpeed's hooks see every loss."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, closure: Callable[[], Tensor]) -> Tensor:
-        return closure()
-
-
 class Engine(Ranks):
     """DeepSpeed around one model; `module` is that model, to be used inside `with engine.gathered():`."""
 
@@ -122,7 +112,7 @@ class Engine(Ranks):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
         with self.patient():  # rank 0 may have a parent's hashes to check, and one may compile for longer
             self._ds, *_ = deepspeed.initialize(
-                model=_ClosureRunner(model),
+                model=ClosureRunner(model),
                 optimizer=optimizer,
                 lr_scheduler=schedule,
                 config=deepspeed_config(config, optim.grad_clip),
@@ -175,13 +165,11 @@ class Engine(Ranks):
 
     @torch.no_grad()
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """What each closure over the model returns, without gradients; all ranks call, with as many closures
-        of their own as they have. Under ZeRO-3 weights are gathered layer by layer, never the whole model,
-        and ranks with fewer closures repeat their last one."""
+        """What each closure over the model returns, without gradients; all ranks call, each with one or more
+        of its own."""
         if self.zero_level < 3:
             return [closure() for closure in closures]
-        repeats = self.agree_max(len(closures)) - len(closures)
-        return [self._ds(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
+        return evaluate(self, self._ds, closures)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
@@ -256,7 +244,7 @@ class Engine(Ranks):
             yield
             return
         self.barrier()  # rank 0 may have hashed the last checkpoint
-        whole = patches.import_deepspeed().zero.GatheredParameters(tensors)
+        whole = patches.whole(tensors)
         with ExitStack() as stack:
             with heartbeat.waiting(self.world_size > 1):
                 stack.enter_context(whole)

@@ -50,12 +50,16 @@ def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.Ad
     """Weight decay on matrices only, not norms and biases. `moments`: their type, "fp32" or "bf16"."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _dims(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if _dims(p) < 2], "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
     kind = AdamW16 if moments == "bf16" else torch.optim.AdamW
     return kind([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _dims(parameter: Tensor) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # partitioned ones are flat
 
 
 class AdamW16(torch.optim.AdamW):

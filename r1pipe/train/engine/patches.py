@@ -9,7 +9,8 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,63 @@ def without_zero3_hooks(ds: Any) -> Iterator[None]:
         yield
     finally:
         offload.setup_zero_stage3_hooks()
+
+
+def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Puts a parameter into shares, as rank 0 has it. DeepSpeed does this for whole modules only, while they
+    are built: then their initial weights have to be drawn first."""
+    init = import_deepspeed().zero.Init(config_dict_or_path=config)
+    return lambda parameter: init._convert_to_zero_parameters([parameter])
+
+
+@contextlib.contextmanager
+def transformers_partitions(config: dict[str, Any]) -> Iterator[None]:
+    """A block in which transformers loads models in shares. It asks a global for the settings, which its own
+    class sets with a package that we don't need."""
+    from transformers.integrations import deepspeed as integration
+
+    class Settings:
+        def is_zero3(self) -> bool:
+            return True
+
+    settings: Any = Settings()
+    settings.config = config
+    integration.set_hf_deepspeed_config(settings)  # which keeps a weak reference
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
+
+
+@contextlib.contextmanager
+def running_in_shares(model: nn.Module) -> Iterator[None]:
+    """A block in which a partitioned model that no engine has yet can run: each module's own weights are
+    whole while it does. All ranks must run the same."""
+    blocks: list[AbstractContextManager[None]] = []
+
+    def gather(module: nn.Module, inputs: Any) -> None:
+        blocks.append(whole([*module.parameters(recurse=False)]))
+        blocks[-1].__enter__()
+
+    def release(module: nn.Module, inputs: Any, output: Any) -> None:
+        blocks.pop().__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(gather))
+            handles.append(module.register_forward_hook(release))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def whole(tensors: Sequence[Tensor], changed_on: int | None = None) -> AbstractContextManager[None]:
+    """A block in which partitioned parameters are whole on every rank; what rank `changed_on` writes into
+    them is kept."""
+    return import_deepspeed().zero.GatheredParameters([*tensors], modifier_rank=changed_on)
 
 
 # --- checkpoints

@@ -1,14 +1,16 @@
 """The reference of a policy with adapters: the same model without them, and no second copy of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from r1pipe.model.hf import lora
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.update import Reference
+from r1pipe.train.rl.batch import MicroBatch
+from r1pipe.train.rl.update import Reference, completion_logprobs
 
 
 class BaseReference(Reference):
@@ -16,16 +18,16 @@ class BaseReference(Reference):
 
     def __init__(self, engine: Engine):
         """`engine` holds the policy."""
-        self.engine, self.model, self.device = engine, engine.module, engine.device
+        self.engine, self.device = engine, engine.device
         self.adapter: dict[str, Tensor] | None = None  # None: without
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
+    @torch.no_grad()
+    def logprobs(self, micros: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
         with self.engine.gathered() as policy, lora.instead(policy.whole, self.adapter):
             training = policy.training
             policy.eval()
             try:
-                yield
+                return [completion_logprobs(policy, micro, temperature) for micro in micros]
             finally:
                 policy.train(training)
 
@@ -33,9 +35,12 @@ class BaseReference(Reference):
         with engine.gathered() as policy:
             self.adapter = {name: w.detach().clone() for name, w in lora.weights(policy.whole).items()}
 
+    def gathered(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
     def save(self, folder: Path) -> None:
         assert self.adapter is not None
-        lora.write(self.model.adapter, self.adapter, folder)
+        lora.write(self.engine.module.adapter, self.adapter, folder)
 
     def load(self, folder: Path) -> None:
         self.adapter = lora.read(folder)

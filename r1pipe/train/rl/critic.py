@@ -4,7 +4,6 @@ Axes: N completion tokens of a micro-batch, T those of one completion.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -16,6 +15,7 @@ from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Group, Score
 from r1pipe.model import Balance, Policy
 from r1pipe.model.transformer import ScalarModel
+from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import gae, is_scored, token_rewards
 from r1pipe.train.rl.batch import (
@@ -46,14 +46,14 @@ class ValueModel(ScalarModel):
 class Critic:
     """The value model in an engine of its own: estimates before the policy's update, and its own update."""
 
-    def __init__(self, policy: Policy, config: RLConfig, ppo: PPOConfig, engine: EngineConfig):
-        """Create it before the policy's engine, which may partition the weights that it starts from."""
-        model = ValueModel(deepcopy(policy))
+    def __init__(self, model: Policy, config: RLConfig, ppo: PPOConfig, engine: EngineConfig):
+        """`model`: a copy of the first policy, whose trunk is now the value model's."""
+        value_model = ValueModel(model)
         self.config, self.ppo = config, ppo
-        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.parameters = sum(map(patches.elements, value_model.parameters()))
         factor, optim = ppo.value_lr_factor, config.optim
         self.engine = Engine(
-            model,
+            value_model,
             replace(optim, lr=factor * optim.lr, min_lr=factor * optim.min_lr),
             config.router,
             engine,
@@ -73,12 +73,12 @@ class Critic:
             scores = [score for group in groups for score in group.scores]
             for score, rollout in zip(scores, rollouts, strict=True):
                 score[KL] = Score(rollout.kl())
-        with self.engine.gathered() as model, torch.no_grad():
-            for rows in by_prompt(rollouts, self.config.max_tokens_per_micro_batch):
-                micro = collate(rows, None, 0.0, self.engine.device)
-                values_N = model(micro).cpu()
-                for row, values_T in zip(rows, values_N.split(micro.lengths_B.tolist()), strict=True):
-                    row.values = values_T.tolist()
+        batches = by_prompt(rollouts, self.config.max_tokens_per_micro_batch)
+        micros = [collate(rows, None, 0.0, self.engine.device) for rows in batches]
+        found = self.engine.evaluate([partial(self.engine.module, micro) for micro in micros])
+        for rows, micro, values_N in zip(batches, micros, found, strict=True):
+            for row, values_T in zip(rows, values_N.cpu().split(micro.lengths_B.tolist()), strict=True):
+                row.values = values_T.tolist()
         rewards = [reward for group in groups for reward in group.rewards]
         for rollout, reward in zip(rollouts, rewards, strict=True):
             values_T = torch.tensor(rollout.values)

@@ -1,7 +1,7 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -222,7 +222,9 @@ class RLTrainer:
         self.saved = self.state.step
         waiting, completions = self.rollouts.saved()
         state, export = asdict(replace(self.state, waiting=waiting)), partial(self._export, completions)
-        self.run.save_checkpoint(self.engine, self.saved, state, export, self.more_engines)
+        replaced = self.reference if self.state.reference_step else None
+        with replaced.gathered() if replaced else nullcontext():
+            self.run.save_checkpoint(self.engine, self.saved, state, export, self.more_engines)
 
     def _export(self, completions: pa.Table, policy: Policy, folder: Path) -> None:
         save_pretrained(policy, folder)

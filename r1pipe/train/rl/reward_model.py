@@ -26,6 +26,7 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
 from r1pipe.train.engine.engine import Engine, shown, step_metrics
+from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run
 
 HELD_OUT_SEED = 0  # of the held-out examples: the same in every run
@@ -118,7 +119,7 @@ def train_reward_model(
     """One model's optimizer steps, logged as steps `first` + 1 to `first` + `steps` of the run."""
     stage, accumulation = run.stage, run.config.engine.gradient_accumulation
     alpha = stage.router.balance_alpha
-    model = RewardModel(run.load_model(run.config.weights_from))
+    model = RewardModel(load_policy(run))
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
     begun = run.resume(engine)[0] - first if resumes else 0
     for step in range(begun, steps):

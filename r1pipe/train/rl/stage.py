@@ -16,6 +16,7 @@ from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.finish import finish_stage
+from r1pipe.train.loading import load_model, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.loop import RLTrainer
@@ -31,7 +32,7 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     custom = load_custom_rewards(run)
     run.load_chat()
     run.load_data()
-    policy = run.load_model(run.config.weights_from)
+    policy = load_policy(run)
     policy.freeze_mtp()  # no gradient reaches them, and weight decay alone would shrink them
     weaknesses = quality.check_quality(run.config)
     for weakness in weaknesses:
@@ -39,8 +40,10 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
     rewards = load_reward_models(run) if stage.preference else {}
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
-    reference = Reference(policy, run.config.engine) if stage.kl_coef and not adapted else None
-    critic = Critic(policy, stage, stage.ppo, run.config.engine) if stage.ppo else None
+    reference = None
+    if stage.kl_coef and not adapted:
+        reference = Reference(load_model(run, run.config.weights_from, True, again=True), run.config.engine)
+    critic = Critic(load_policy(run, again=True), stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)

@@ -3,26 +3,23 @@
 Axes: P prompts, B rows, T columns, N completion tokens of a micro-batch; L MoE layers, K experts of a token.
 """
 
-import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, Policy, load_pretrained, save_pretrained
+from r1pipe.model import Balance, Policy, save_pretrained
 from r1pipe.model.hf import HFTrunk
-from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine, StepStats, step_metrics
-from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
@@ -59,52 +56,47 @@ def completion_logprobs(
 
 
 class Reference:
-    """A frozen copy of the policy, which the KL penalises distance from."""
+    """A frozen model, which the KL penalises distance from."""
 
-    def __init__(self, policy: Policy, config: EngineConfig):
-        """Create it before the engine, which may partition the policy's weights."""
-        model = copy.deepcopy(policy)
+    def __init__(self, model: Policy, config: EngineConfig):
+        """`model`: a copy of the first policy, whose weights are now the reference's own."""
         model.drop_mtp()
-        device = choose_device(config.accelerator)
-        model = model.to(device)
-        if config.precision != "fp32":
-            model = model.bfloat16()
-        set_precision(model, config, device)
-        self.model, self.device = model.eval().requires_grad_(False), device
+        self.frozen = FrozenModel(model, config)
+        self.device = self.frozen.device
 
-    @torch.no_grad()
-    def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
-        """With its own choice of experts: a replayed one is that of the policy's router."""
-        return completion_logprobs(self.model, micro, temperature)
+    def logprobs(self, micros: Sequence[MicroBatch], temperature: float) -> list[Tensor]:
+        """logprobs_N of each micro-batch; all ranks call. With its own choice of experts: a replayed one is
+        that of the policy's router."""
+        model = self.frozen.module
+        return self.frozen.evaluate(
+            [partial(completion_logprobs, model, micro, temperature) for micro in micros]
+        )
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
         """Set each rollout's kl_T, for a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2)."""
-        with self.ready():
-            for rows in by_prompt(rollouts, config.max_tokens_per_micro_batch):
-                micro = collate(rows, None, 0.0, self.device)
-                reference_N = self.logprobs(micro, config.sampling.temperature)
-                kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
-                for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
-                    rollout.kl_T = kl_T
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """A block in which `logprobs` can be called; all ranks enter it."""
-        yield
+        batches = by_prompt(rollouts, config.max_tokens_per_micro_batch)
+        micros = [collate(rows, None, 0.0, self.device) for rows in batches]
+        references = self.logprobs(micros, config.sampling.temperature)
+        for rows, micro, reference_N in zip(batches, micros, references, strict=True):
+            kl_N = KL_ESTIMATORS[config.kl_estimator](micro.old_N, reference_N)
+            for rollout, kl_T in zip(rows, kl_N.split(micro.lengths_B.tolist()), strict=True):
+                rollout.kl_T = kl_T
 
     def replace_by(self, engine: Engine) -> None:
         """Make the current policy the reference (R1 supplement: every 400 optimizer steps)."""
-        with engine.gathered() as policy:
-            weights = policy.state_dict()
-            self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+        self.frozen.copy(engine.module)
+
+    def gathered(self) -> AbstractContextManager[object]:
+        """A block in which `save` can be called; all ranks enter it."""
+        return self.frozen.gathered()
 
     def save(self, folder: Path) -> None:
         """Write what `replace_by` has made the reference."""
-        save_pretrained(self.model, folder)
+        save_pretrained(self.frozen.module, folder)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote. Raises CheckpointError."""
-        self.model.load_state_dict(load_pretrained(folder).state_dict())
+        """Restore what `save` wrote; all ranks call. Raises CheckpointError."""
+        self.frozen.load(folder)
 
 
 def update(
@@ -135,9 +127,9 @@ def prepare(
     """This rank's micro-batches, with the reference's log-probabilities where the loss has a KL."""
     micros = micro_batches(engine, minibatch, config, config.loss_aggregation)
     if reference is not None and config.kl_in == "loss":
-        with reference.ready():
-            for micro in micros:
-                micro.reference_N = reference.logprobs(micro, config.sampling.temperature)
+        found = reference.logprobs(micros, config.sampling.temperature)
+        for micro, reference_N in zip(micros, found, strict=True):
+            micro.reference_N = reference_N
     return micros
 
 

@@ -23,6 +23,7 @@ from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.train.engine.engine import Engine, shown, step_metrics
 from r1pipe.train.finish import finish_stage, quick_evaluation
+from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run, log
 
 F = TypeVar("F", bound=FineTuneConfig)
@@ -37,7 +38,7 @@ def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: s
     stage = run.stage
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
-    model = run.load_model(run.config.weights_from)
+    model = load_policy(run)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
     checkpoint = train(run, engine, epochs_of(run, rows, stage.batch_size), steps)
     finish_stage(run, engine, checkpoint, data_hash)

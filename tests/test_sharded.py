@@ -1,0 +1,67 @@
+"""Models in shares over the ranks: loaded as whole ones are, trained and read alike."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import write_model
+from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny, tiny_model
+from test_engine import batch, loss_of
+
+from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.train.engine import patches
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.sharded import load_sharded, new_sharded
+
+
+def losses(model: Policy, ranks: int, precision: str, level: int = 3) -> list[float]:
+    """Of three steps on this rank's share of the batch."""
+    engine = Engine(model, OPTIM, ROUTER, engine_config(ranks, level, precision), 10)
+    rows = batch()[engine.rank :: ranks]
+    return [engine.train_step([partial(loss_of, engine.module, rows)]).loss for _ in range(3)]
+
+
+def weights(model: Policy) -> dict[str, torch.Tensor]:
+    """Of a model in shares."""
+    with patches.whole([*model.parameters()]):
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_in_shares_is_the_stored_one(tmp_path: Path, precision: str) -> None:
+    save_pretrained(tiny_model(), tmp_path)
+    stored = load_pretrained(tmp_path)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    model = load_sharded(tmp_path, engine_config(1, 3, precision))
+    found = weights(model)
+    assert found.keys() == stored.state_dict().keys()
+    for name, tensor in stored.to(dtype).state_dict().items():
+        assert torch.equal(found[name], tensor), name
+    assert losses(model, 1, precision) == losses(load_pretrained(tmp_path), 1, precision)
+
+
+def test_initial_weights_are_those_of_a_whole_model() -> None:
+    shape, drawn = tiny("pretrain").model, torch.Generator().manual_seed(0)
+    found = weights(new_sharded(shape, drawn, engine_config(1, 3)))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tiny_model().state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_a_model_of_transformers_in_shares_is_the_stored_one(tmp_path: Path, family: str) -> None:
+    folder = write_model(tmp_path / family, family)
+    stored = load_pretrained(folder).float()
+    found = weights(load_sharded(folder, engine_config(1, 3)))
+    assert found.keys() == stored.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.state_dict().items())
+
+
+@pytest.mark.slow
+def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) -> None:
+    save_pretrained(tiny_model(), tmp_path)
+    for precision, told in on_two_ranks("two_ranks_sharded.py", tmp_path).items():
+        for of_rank in told:
+            assert of_rank["losses"] == of_rank["of whole"], precision
+            assert of_rank["read"] == of_rank["read whole"], precision
+            assert of_rank["share"] == pytest.approx(0.5, rel=1e-3)
+            assert of_rank["moved"] and of_rank["restored"] and of_rank["equal"], precision

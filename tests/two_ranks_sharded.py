@@ -1,0 +1,67 @@
+"""Launched on two ranks by test_sharded.py: models in shares, trained, read and replaced."""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from jobs import engine_config
+from test_engine import batch
+from test_sharded import losses, weights
+
+from r1pipe.model import load_pretrained, save_pretrained
+from r1pipe.train.engine.frozen import FrozenModel
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.sharded import load_sharded
+
+
+def read(frozen: FrozenModel) -> list[float]:
+    """The mean logit of each of this rank's rows: one more on rank 1."""
+    rows = batch()[: 1 + frozen.rank]
+    closures = [partial(lambda row: frozen.module(row).float().mean(), row.unsqueeze(0)) for row in rows]
+    return [value.item() for value in frozen.evaluate(closures)]
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = engine_config(2, 3, precision)
+        ranks = Ranks(config)
+        in_shares, whole = FrozenModel(load_sharded(folder, config), config), load_pretrained(folder)
+        share = sum(p.ds_tensor.numel() for p in in_shares.module.parameters())
+        policy = load_sharded(folder, config)
+        begun = read(in_shares)
+        told = {
+            "losses": losses(policy, 2, precision),
+            "of whole": losses(load_pretrained(folder), 2, precision),
+            "read": begun,
+            "read whole": read(FrozenModel(whole, engine_config(2, 1, precision))),
+            "share": share / sum(p.numel() for p in whole.parameters()),
+        }
+        in_shares.copy(policy)
+        replaced = read(in_shares)
+        with in_shares.gathered():
+            if ranks.rank == 0:
+                save_pretrained(in_shares.module, folder / "replaced")
+        ranks.barrier()
+        told |= {"moved": replaced != begun}
+        again = FrozenModel(load_sharded(folder, config), config)
+        again.load(folder / "replaced")
+        told |= {"restored": read(again) == replaced}
+        told["equal"] = all(
+            torch.equal(one, other)
+            for one, other in zip(weights(policy).values(), weights(again.module).values(), strict=True)
+        )
+        found[precision] = ranks.all_gather_objects(told)
+        if ranks.rank == 0:
+            shutil.rmtree(folder / "replaced")
+    if ranks.rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -59,14 +59,14 @@ def write_run(folder: Path, config: RunConfig) -> Path:
     return folder
 
 
-def on_two_ranks(script: str, folder: Path) -> dict:
-    """What a script of this folder, launched on two ranks, writes to found.json in `folder`."""
+def on_two_ranks(script: str, folder: Path, ranks: int = 2) -> dict:
+    """What a script of this folder, launched on two ranks or more, writes to found.json in `folder`."""
     here = Path(__file__).parent
     port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     launcher = Path(sys.executable).with_name("deepspeed")
-    line = [launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port)]
+    line = [launcher, "--no_local_rank", "--num_accelerators", str(ranks), "--master_port", str(port)]
     done = subprocess.run(
         [*map(str, line), str(here / script), str(folder)],
         env=environment,

@@ -1,5 +1,6 @@
 """Models in shares over the ranks: loaded as whole ones are, trained and read alike."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from hf_models import write_model
 from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny, tiny_model
 from test_engine import batch, loss_of
 
-from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model import DeepseekV3, Policy, load_pretrained, save_pretrained
+from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.sharded import load_sharded, new_sharded
@@ -59,9 +61,27 @@ def test_a_model_of_transformers_in_shares_is_the_stored_one(tmp_path: Path, fam
 @pytest.mark.slow
 def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) -> None:
     save_pretrained(tiny_model(), tmp_path)
+    judge = RewardModel(tiny_model())
+    torch.nn.init.normal_(judge.score.weight)
+    save_reward_model(judge, tmp_path / "judge")
     for precision, told in on_two_ranks("two_ranks_sharded.py", tmp_path).items():
         for of_rank in told:
             assert of_rank["losses"] == of_rank["of whole"], precision
             assert of_rank["read"] == of_rank["read whole"], precision
             assert of_rank["share"] == pytest.approx(0.5, rel=1e-3)
+            assert of_rank["judged"], precision
             assert of_rank["moved"] and of_rank["restored"] and of_rank["equal"], precision
+
+
+WIDE = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "first_k_dense_replace": 7}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_rank_falls_as_their_number_grows(tmp_path: Path) -> None:
+    config = replace(tiny("pretrain").model, **WIDE)
+    save_pretrained(DeepseekV3(config), tmp_path)
+    peaks = {ranks: on_two_ranks("ranks_memory.py", tmp_path, ranks)["MiB"] for ranks in (1, 2, 4)}
+    for what, alone in peaks[1][0].items():
+        for ranks in (2, 4):
+            worst = max(of_rank[what] for of_rank in peaks[ranks])
+            assert worst < 1.25 * alone / ranks, (what, peaks)

@@ -11,10 +11,12 @@ from jobs import engine_config
 from test_engine import batch
 from test_sharded import losses, weights
 
+from r1pipe.config import EngineConfig
 from r1pipe.model import load_pretrained, save_pretrained
+from r1pipe.rewards.models import load_reward_model, open_empty, score_rows
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import load_sharded
+from r1pipe.train.engine.sharded import fill_in_shares, load_sharded
 
 
 def read(frozen: FrozenModel) -> list[float]:
@@ -22,6 +24,17 @@ def read(frozen: FrozenModel) -> list[float]:
     rows = batch()[: 1 + frozen.rank]
     closures = [partial(lambda row: frozen.module(row).float().mean(), row.unsqueeze(0)) for row in rows]
     return [value.item() for value in frozen.evaluate(closures)]
+
+
+def judged(folder: Path, config: EngineConfig, rank: int) -> bool:
+    """Whether a reward model in shares scores as a whole one, with rows on rank 1 alone."""
+    rows = [[1, 5, 6], [1, 7]][: 2 * rank]
+    model, stored = open_empty(folder)
+    fill_in_shares(model, stored, config)
+    frozen, whole = FrozenModel(model, config), load_reward_model(folder)
+    whole = whole if config.precision == "fp32" else whole.bfloat16()
+    found = score_rows(frozen.module, rows, 0, frozen.evaluate)
+    return len(found) == len(rows) and found == score_rows(whole, rows, 0)
 
 
 def main(folder: Path) -> None:
@@ -55,6 +68,7 @@ def main(folder: Path) -> None:
             torch.equal(one, other)
             for one, other in zip(weights(policy).values(), weights(again.module).values(), strict=True)
         )
+        told["judged"] = judged(folder / "judge", config, ranks.rank)
         found[precision] = ranks.all_gather_objects(told)
         if ranks.rank == 0:
             shutil.rmtree(folder / "replaced")

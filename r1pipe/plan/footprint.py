@@ -177,17 +177,18 @@ def states(config: RunConfig) -> float:
     """Bytes of a rank for engines, reference and reward models; ZeRO partitions within a machine."""
     engine, stage, ranks = config.engine, config.stage, config.engine.ranks
     number = weight_bytes(engine)
-    samples = isinstance(stage, RLConfig)
     each = {"weight": number, "gradient": FULL, "optimizer": optimizer_bytes(engine)}
     total = 0.0
-    for weights, trained in engines(config):
+    for place, (weights, trained) in enumerate(engines(config)):
         held = sizes.states(weights, trained, level=engine.zero_level, ranks=ranks, **each)
-        # to sample, every rank gathers a whole model
+        # to sample, every rank gathers the whole policy
+        samples = isinstance(stage, RLConfig) and place == 0
         total += held.total - held.weights + number * weights if samples else held.total
     if isinstance(stage, RLConfig):
         copied = stage.kl_coef > 0 and not adapters(
             config.model
         )  # with adapters it is the policy without them
-        total += number * without_mtp(config.model) * copied
+        shares = ranks if engine.zero_level == 3 else 1
+        total += number * without_mtp(config.model) / shares * copied
         total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
     return total

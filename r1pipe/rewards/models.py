@@ -6,7 +6,8 @@
 Axes: B rows, T tokens of a row, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -66,19 +67,41 @@ def padded(rows: Sequence[list[int]], pad_id: int, device: torch.device) -> tupl
     return tokens_BT, torch.tensor([len(row) - 1 for row in rows], device=device)
 
 
+Passes = Sequence[Callable[[], Tensor]]
+
+
+def run_all(passes: Passes) -> list[Tensor]:
+    return [one_pass() for one_pass in passes]
+
+
 @torch.no_grad()
-def score_rows(model: RewardModel, rows: Sequence[list[int]], pad_id: int) -> list[float]:
-    """The score of each row; longest first, to pad little."""
+def score_rows(
+    model: RewardModel,
+    rows: Sequence[list[int]],
+    pad_id: int,
+    evaluate: Callable[[Passes], list[Tensor]] = run_all,
+) -> list[float]:
+    """The score of each row; longest first, to pad little. `evaluate` runs the passes over the model."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    scores = [0.0] * len(rows)
+    batches: list[list[int]] = []
     while order:
         count = max(1, PADDED_TOKENS // len(rows[order[0]]))
-        batch, order = order[:count], order[count:]
-        tokens_BT, last_B = padded([rows[i] for i in batch], pad_id, model.score.weight.device)
-        for i, score in zip(batch, model(tokens_BT, last_B).tolist(), strict=True):
-            scores[i] = score
+        batches.append(order[:count])
+        order = order[count:]
+
+    def scored(batch: list[int]) -> Tensor:
         heartbeat.tick()
+        return model(*padded([rows[i] for i in batch], pad_id, model.score.weight.device))
+
+    scores = [0.0] * len(rows)
+    passes = [partial(scored, batch) for batch in batches]
+    if not rows and evaluate is not run_all:  # the other ranks may have some
+        evaluate([lambda: model(*padded([[pad_id]], pad_id, model.score.weight.device))])
+    found = evaluate(passes) if rows else []
+    for batch, scores_B in zip(batches, found, strict=True):
+        for i, score in zip(batch, scores_B.tolist(), strict=True):
+            scores[i] = score
     return scores
 
 
@@ -89,8 +112,16 @@ class RewardScorer:
     answer, a refusal, would earn more than a safe answer to a safe request.
     """
 
-    def __init__(self, model: RewardModel, kind: str, chat: Chat):
+    def __init__(
+        self,
+        model: RewardModel,
+        kind: str,
+        chat: Chat,
+        evaluate: Callable[[Passes], list[Tensor]] = run_all,
+    ):
+        """`evaluate` runs passes over the model, which may be in shares: then all ranks must call."""
         self.model, self.kind, self.chat = model.eval().requires_grad_(False), kind, chat
+        self.evaluate = evaluate
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """0 for what cannot be scored: a malformed response has no summary, a truncated one no end.
@@ -106,7 +137,7 @@ class RewardScorer:
             if len(row) <= longest:
                 rows[i] = row
         rewards = [Score(0.0, detail=NOT_SCORABLE)] * len(completions)
-        scores = score_rows(self.model, list(rows.values()), self.chat.pad_id)
+        scores = score_rows(self.model, list(rows.values()), self.chat.pad_id, self.evaluate)
         for i, score in zip(rows, scores, strict=True):
             value = torch.tensor(score).sigmoid().item()
             if self.kind == HARMLESS:
@@ -161,17 +192,31 @@ def save_reward_model(model: RewardModel, folder: Path) -> None:
 
 def load_reward_model(folder: Path) -> RewardModel:
     """The reward model of a folder, on the CPU. Raises CheckpointError naming file and tensor."""
-    hf = of_transformers(folder)
-    model = RewardModel(empty(folder) if hf else DeepseekV3(model_config_from(folder)))
-    stored, tensors = Stored(folder), dict(_tensors(model))
-    check(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if not hf:
-        fill(cast(DeepseekV3, model), stored)
+    if not of_transformers(folder):
+        model, stored = open_empty(folder)
+        fill(cast(DeepseekV3, model.to_empty(device="cpu")), stored)
         return model
+    model = RewardModel(empty(folder))
+    stored, tensors = _checked(model, folder)
     with torch.no_grad():
         for name in stored.names():
             tensors[name].copy_(stored.value(name))
     return model
+
+
+def open_empty(folder: Path) -> tuple[RewardModel, Stored]:
+    """A reward model of the bundled architecture on the meta device, and its checked tensors. Raises
+    CheckpointError naming file and tensor."""
+    with torch.device("meta"):
+        model = RewardModel(DeepseekV3(model_config_from(folder)))
+    return model, _checked(model, folder)[0]
+
+
+def _checked(model: RewardModel, folder: Path) -> tuple[Stored, dict[str, Tensor]]:
+    """A folder's tensors and, by the same names, the model's."""
+    stored, tensors = Stored(folder), dict(_tensors(model))
+    check(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    return stored, tensors
 
 
 def _tensors(model: RewardModel) -> list[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from r1pipe.model import DeepseekV3, Policy, weights
 from r1pipe.model.hf import files
 from r1pipe.model.names import published_parts
 from r1pipe.model.policy import of_transformers
+from r1pipe.model.reading import Stored
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import deepspeed_config
@@ -26,22 +27,27 @@ def load_sharded(
     folder: Path, config: EngineConfig, attention: str | None = None, longest: int | None = None
 ) -> Policy:
     """As load_pretrained, but in shares and in the engine's type; all ranks call. Raises CheckpointError."""
-    ranks = _started(config)
     if of_transformers(folder):
         settings = deepspeed_config(config, grad_clip=0.0)
-        with ranks.patient(), patches.transformers_partitions(settings):
+        with _started(config).patient(), patches.transformers_partitions(settings):
             return files.load(folder, attention, longest, patches.running_in_shares)
     model, stored = weights.open_empty(folder)
+    fill_in_shares(model, stored, config)
+    model.eos_ids = weights.eos_ids(folder)
+    return model
+
+
+def fill_in_shares(model: nn.Module, stored: Stored, config: EngineConfig) -> None:
+    """Give a model of the bundled architecture, on the meta device, its checked tensors; all ranks call."""
 
     def read(name: str, tensor: Tensor) -> None:
         for published, part in published_parts(name, tensor):
             if published in stored.entries:
                 part.copy_(stored.value(published))
 
+    ranks = _started(config)
     _give_weights(model, ranks, config, read, weights.dtype_of(stored))
     _give_buffers(model, ranks, read)
-    model.eos_ids = weights.eos_ids(folder)
-    return model
 
 
 def new_sharded(shape: ModelConfig, generator: torch.Generator, config: EngineConfig) -> DeepseekV3:

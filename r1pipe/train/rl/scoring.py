@@ -75,11 +75,10 @@ def score_groups(
     if custom:
         add_custom_rewards(scores, groups, custom)
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
-    if general:
-        for name, reward_model in reward_models.items():
-            values = reward_model([prompts[i] for i in general], [completions[i] for i in general])
-            for i, score in zip(general, values, strict=True):
-                scores[i][name] = score
+    for name, reward_model in reward_models.items():  # on all ranks: it may be in shares
+        values = reward_model([prompts[i] for i in general], [completions[i] for i in general])
+        for i, score in zip(general, values, strict=True):
+            scores[i][name] = score
     if kls is not None:
         for row, kl in zip(scores, kls, strict=True):
             row[KL] = Score(kl)

@@ -7,14 +7,17 @@ from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
 from r1pipe.model.hf import HFModel
+from r1pipe.model.policy import of_transformers
 from r1pipe.rewards.custom import CustomRewards
-from r1pipe.rewards.models import RewardScorer, load_reward_model
+from r1pipe.rewards.models import RewardScorer, load_reward_model, open_empty
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
 from r1pipe.runs.provenance import note_rewards
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.engine.sharded import fill_in_shares
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_model, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
@@ -77,10 +80,17 @@ def load_reward_models(run: Run[RLConfig]) -> RewardModels:
     """The frozen models of stage reward_model; check_quality has checked that those with a weight exist."""
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
-    device = choose_device(run.config.engine.accelerator)
+    engine, device = run.config.engine, choose_device(run.config.engine.accelerator)
     scorers: dict[str, RewardScorer] = {}
     for kind in quality.KINDS:
         folder = Path(parent.checkpoint) / kind
-        if folder.is_dir():
+        if not folder.is_dir():
+            continue
+        if engine.zero_level < 3 or of_transformers(folder):
             scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, run.chat)
+            continue
+        model, stored = open_empty(folder)
+        fill_in_shares(model, stored, engine)
+        frozen = FrozenModel(model, engine)
+        scorers[kind] = RewardScorer(frozen.module, kind, run.chat, frozen.evaluate)
     return scorers

@@ -88,7 +88,7 @@ class Memory:
     moments: float  # with the float32 masters
     activations: float
     logits: float
-    frozen: float  # a reference and reward models, which ZeRO does not share
+    frozen: float  # a reference and reward models, which ZeRO level 3 shares
     sampler: float  # weights that decoding needs beside the rank's own
     cache: float  # of the sampler
     buffers: float
@@ -122,8 +122,8 @@ def memory(
     frozen = sampler = cache = 0.0
     if rollout is not None:
         headless = replace(model, tie_word_embeddings=True)
-        frozen = rollout.reference * decoder_weights(model, layout)
-        frozen += rollout.judges * decoder_weights(headless, layout)
+        frozen = rollout.reference * frozen_weights(model, layout, held)
+        frozen += rollout.judges * frozen_weights(headless, layout, held)
         frozen *= held.weight / layout.pipeline
         sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
         entry = held.weight * model.num_hidden_layers * sizes.cache_entry(model)
@@ -140,6 +140,13 @@ def memory(
         cache=cache,
         buffers=cluster.reserved_gb * GIGA + (MODULE * largest if layout.zero_level == 3 else 0.0),
     )
+
+
+def frozen_weights(model: ModelConfig, layout: LayoutConfig, held: Held) -> float:
+    """Number of weights that a rank has of a model that is only read."""
+    if layout.zero_level == 3:
+        return sizes.without_mtp(model) / held.dense_ranks
+    return decoder_weights(model, layout)
 
 
 def decoder_weights(model: ModelConfig, layout: LayoutConfig) -> float:

@@ -1,6 +1,7 @@
 """What the fast paths must not cost: whole logits in memory, or another result in bfloat16."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,8 @@ def policy(model) -> None:
 def reference(model) -> None:
     from jobs import engine_config
 
-    Reference(model, engine_config()).logprobs(collate(rollouts(), [1.0] * 8, 0.0, torch.device("cpu")), 1.0)
+    micro = collate(rollouts(), [1.0] * 8, 0.0, torch.device("cpu"))
+    Reference(deepcopy(model), engine_config()).logprobs([micro], 1.0)
 
 
 def sampling(model) -> None:

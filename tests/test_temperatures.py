@@ -3,6 +3,7 @@
 Elsewhere they did not (trl #4159), or a nucleus was in the sampler's probabilities alone (trl #6945).
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -59,12 +60,12 @@ def test_every_log_probability_is_of_the_distribution_that_was_drawn_from(policy
     rollouts = drawn_from(policy, temperature)
     expected = [value for rollout in rollouts for value in exact(policy, rollout, temperature)]
     micro = collate(rollouts, None, 0.0, torch.device("cpu"))
-    reference = Reference(policy, engine_config())
+    reference = Reference(deepcopy(policy), engine_config())
     with torch.no_grad():
         found = {
             "sampler": micro.old_N,
             "trainer": completion_logprobs(policy, micro, temperature),
-            "reference": reference.logprobs(micro, temperature),
+            "reference": reference.logprobs([micro], temperature)[0],
         }
         plain_N = completion_logprobs(policy, micro, 1.0)
     for name, found_N in found.items():
@@ -78,7 +79,7 @@ def test_an_update_begins_at_ratio_one_and_without_distance(policy, temperature,
     words = (f"stage.sampling.temperature={temperature}", f"stage.importance={correction}")
     stage = tiny_config("stage=grpo", "stage.minibatches=1", "stage.kl_coef=0.1", *words).stage
     rollouts = drawn_from(policy, temperature)
-    reference = Reference(policy, engine_config())
+    reference = Reference(deepcopy(policy), engine_config())
     reference.estimate_kl(rollouts, replace(stage, kl_estimator="k1"))  # for a KL in the reward, PPO's too
     assert max(abs(rollout.kl()) for rollout in rollouts) < 2e-3
     engine = Engine(policy, OPTIM, ROUTER, engine_config(), total_steps=10)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -102,7 +103,7 @@ def reinforced(alpha: float, recompute: bool, max_tokens_per_micro_batch: int):
     )
     policy = with_mtp()
     policy.freeze_mtp()
-    reference = Reference(policy, engine_config())
+    reference = Reference(deepcopy(policy), engine_config())
     engine = Engine(
         policy, OPTIM, stage.router, replace(engine_config(), recompute=recompute), total_steps=10
     )
@@ -110,7 +111,7 @@ def reinforced(alpha: float, recompute: bool, max_tokens_per_micro_batch: int):
     metrics = update(engine, ROLLOUTS, stage, reference)
     assert torch.equal(policy.model.layers[-1].eh_proj.weight, before)
     reference.replace_by(engine)
-    assert torch.equal(reference.model.lm_head.weight, policy.lm_head.weight)
+    assert torch.equal(reference.frozen.module.lm_head.weight, policy.lm_head.weight)
     return metrics, engine
 
 

@@ -110,8 +110,7 @@ def _grpo(job: Job, turns: Turns) -> None:
     """Sample, reward (the share of even tokens), advantages, KL to the reference, one optimizer step."""
     case = job.case
     model = load_pretrained(job.weights).to(job.device)
-    # a copy from before the engine takes the weights
-    reference = Reference(model, _composed(job).engine)
+    reference = Reference(load_pretrained(job.weights), _composed(job).engine)
     engine, stage = _engine(job, model)
     config = replace(stage, minibatches=1, max_tokens_per_micro_batch=MICRO_TOKENS, kl_coef=0.04)
     params = SamplingParams(max_tokens=case.new, n=case.group, ignore_eos=True)
@@ -139,7 +138,7 @@ def _update(job: Job, turns: Turns) -> dict[str, float]:
     of the weights before the first step. Reports that step's gradient norm."""
     case = job.case
     model = load_pretrained(job.weights).to(job.device)
-    reference = Reference(model, _composed(job).engine)
+    reference = Reference(load_pretrained(job.weights), _composed(job).engine)
     engine, stage = _engine(job, model)
     config = replace(
         stage,

@@ -18,6 +18,7 @@ from r1pipe.rewards import (
 )
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.answers.reading import last_stated
+from r1pipe.rewards.equation import equation
 from r1pipe.rewards.programs import sandbox
 from r1pipe.rewards.programs.check import check_program
 from r1pipe.rewards.programs.comparison import same_value
@@ -310,6 +311,36 @@ def test_language_looks_at_the_reasoning_alone():
     # what is not well formed is all reasoning
     assert BASE_REWARDS["language"](zh, Completion([1], [0.0], "stop", "<think>先算 six 六")).value == 0.75
     assert BASE_REWARDS["language"](zh, Completion([1], [0.0], "stop", "")).value == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "reasoning", "value"),
+    [
+        ("12", "15 - 3 = 13", 1.0),
+        ("12", "15 + 3 = 12", 0.0),
+        ("12", "First 2 + 2 = 4. Then 4 × 3 = 11", 1.0),
+        ("12", "4 × 3 = 12. Then 12 + 1 = 13", 0.0),
+        ("1,200", "( 1,000 + 1,400 ) / 2 = 1200", 1.0),
+        ("0.3333", "$1 ÷ 3 = 0.3", 1.0),
+        ("-2", "-5 + 3 = 8", 1.0),
+        ("12", "12 = 12", 0.0),
+        ("512", "2**9 = 512", 0.0),
+        ("12", "36 / 0 = 12", 0.0),
+        ("12", "twelve", 0.0),
+        ("12", "(" * 90 + "15 - 3" + ")" * 90 + " = 13", 1.0),
+        ("north", "15 - 3 = 13", None),
+        ("", "15 - 3 = 13", None),
+    ],
+)
+def test_an_equation_earns_by_what_it_should_give(gold, reasoning, value):
+    score = equation(prompt(gold), respond("The answer is 13.", reasoning))
+    assert (score and score.value) == value
+
+
+def test_an_endless_expression_takes_no_time():
+    began = time.process_time()
+    assert equation(prompt("12"), respond("", "1+" * 200_000)).value == 0.0
+    assert time.process_time() - began < 5
 
 
 def test_score_all_keeps_order_and_skips_accuracy_where_no_rule_applies():

@@ -13,6 +13,7 @@ from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward
 from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, votes
 from r1pipe.rewards.cosine import cosine
+from r1pipe.rewards.equation import equation
 from r1pipe.rewards.format import format_reward
 from r1pipe.rewards.language import language as language_reward
 from r1pipe.rewards.language import language_share
@@ -34,10 +35,11 @@ __all__ = [
     "votes",
 ]
 
-BASE_REWARDS: dict[str, Callable[[Prompt, Completion], Score]] = {
+BASE_REWARDS: dict[str, Callable[[Prompt, Completion], Score | None]] = {
     "accuracy": accuracy_reward,
     "format": format_reward,
     "language": language_reward,
+    "equation": equation,
 }
 
 

@@ -1,0 +1,61 @@
+"""Partial credit for word problems: is the last equation of the thought the right one, whatever it is said
+to give?
+
+Sample: gold answer 12; "15 - 3 = 13" earns it, "15 + 3 = 18" and "13 = 13" do not. It is no reward of R1's: a
+small model chooses the operation and calculates about equally badly, and an answer alone does not tell which
+of the two was wrong.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from r1pipe.chat.template import parse
+from r1pipe.core.types import Completion, Prompt, Score
+
+LONGEST = 200  # characters of an expression; of a longer one, the last
+CLOSE = Fraction(1, 1_000)  # relative: gold answers are rounded
+OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_EQUATION = re.compile(rf"([-+*/×÷().\d\s,$]{{1,{LONGEST}}})=")
+
+
+def equation(prompt: Prompt, completion: Completion) -> Score | None:
+    """1 where what stands left of the last equals sign calculates to the gold answer; None where that is no
+    number. A single number is no equation."""
+    try:
+        gold = Fraction((prompt.answer or "").replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+    found = _EQUATION.findall(parse(completion.text).reasoning)
+    value = value_of(found[-1]) if found else None
+    return Score(float(value is not None and abs(value - gold) <= CLOSE * abs(gold)))
+
+
+def value_of(expression: str) -> Fraction | None:
+    """The value of numbers joined by + - * / and brackets; None for anything else."""
+    text = expression.replace("×", "*").replace("÷", "/").translate({ord(","): None, ord("$"): None})
+    if "**" in text or "//" in text:
+        return None
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        return _value(tree) if isinstance(tree, ast.BinOp) else None
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _value(node: ast.expr) -> Fraction:
+    """Raises ValueError for what is no arithmetic."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError

@@ -126,6 +126,8 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
     for key, wished in {"graphs": engine.graphs, "compile": engine.compile, "equal": engine.equal}.items():
         if wished:
             yield f"engine.{key}=true is for the bundled model; with model=hf give engine.{key}=false"
+    if engine.expert_parallel > 1:
+        yield f"{engine.expert_parallel=} is for the bundled model; with model=hf give engine.expert_parallel=1"
     if engine.attention == "flex":
         yield "engine.attention=flex is for the bundled model; with model=hf give engine.attention=sdpa"
     trains = not isinstance(stage, EvaluateConfig)

@@ -21,7 +21,8 @@ from r1pipe.model.hf import HFTrunk
 from r1pipe.model.training import set_precision
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
-from r1pipe.train.engine.engine import Engine, StepStats, step_metrics
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import StepStats, step_metrics
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss

@@ -93,11 +93,8 @@ class Engine(Ranks):
         from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
 
         size = self.expert_parallel
-        if self.world_size % size or self.zero_level == 0:
-            raise ConfigError(
-                f"engine.expert_parallel={size} must divide the {self.world_size} ranks of the job, and needs "
-                "engine.zero_level=1 or more"
-            )
+        if self.world_size % size:
+            raise ConfigError(f"engine.expert_parallel={size} must divide the job's {self.world_size} ranks")
         expert_parallel.share_out(self.module, size, self.rank)
 
     @property

@@ -1,18 +1,17 @@
 """Expert parallelism: the ranks of a group share out each layer's routed experts, and tokens travel to them.
 
 The router, the kernels, balancing and routing replay are the model's own (r1pipe/model/moe.py): only the rows
-that the experts see are exchanged, by all-to-alls in the forward and the backward pass (GShard, arXiv
-2006.16668, section 2.2; V3 section 3.2). No token is dropped, and no expert has a capacity. From DeepSpeed's AutoEP come the
-groups of ranks, the exchange, the reduction of gradients and the checkpoints: it takes `ParallelMoE` for a
-layer of its own. AutoEP itself would replace the router, the balance loss and the padding mask too.
+that the experts see travel, in all-to-alls of the forward and the backward pass (GShard, arXiv 2006.16668;
+V3 section 3.2). No token is dropped, and no expert has a capacity. From DeepSpeed's AutoEP come
+the groups of ranks, the exchange, the reduction of gradients and the checkpoints: it takes `ParallelMoE` for
+a layer of its own. AutoEP itself would replace the router, the balance loss and the padding mask as well.
 
 Every pass needs all ranks of a group, as under ZeRO-3. For sampling and saving, `whole` collects the experts.
 Axes as in r1pipe/model/layers.py, and: e local experts, M rows that a rank sends, R rows that it receives.
 """
 
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from deepspeed.checkpoint.autoep_affine import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
 from torch import Tensor, nn
 
+from r1pipe.config import ModelConfig
 from r1pipe.model.moe import Experts, MoE
 
 PARTS = ("w1", "w3", "w2")  # DeepSpeed's names, which its checkpoints need: gate, up and down
@@ -47,9 +47,8 @@ class ParallelExperts(Experts):
         self.total = len(experts.down_proj)
         self.local = self.total // size
         self.group: Any = None  # the ranks that share the experts; DeepSpeed makes it
-        mine = slice(rank * self.local, (rank + 1) * self.local)
-        gate_up_eiD = experts.gate_up_proj.detach()[mine]
-        for name, part in zip(PARTS, (*gate_up_eiD.chunk(2, dim=1), experts.down_proj.detach()[mine]), strict=True):
+        gate_up, down = (w.detach().chunk(size)[rank] for w in (experts.gate_up_proj, experts.down_proj))
+        for name, part in zip(PARTS, (*gate_up.chunk(2, dim=1), down), strict=True):
             self.register_parameter(name, nn.Parameter(part.clone()))
         self.fp8, self.kind = experts.fp8, experts.kind
 
@@ -83,13 +82,15 @@ class ParallelExperts(Experts):
         return super().forward(rows_RD, ones_R1, experts_R.unsqueeze(1))
 
     @torch.no_grad()
-    def collected(self, model_experts: Experts) -> Experts:
-        """All experts, in `model_experts`, which has no memory yet; all ranks of the group must call."""
+    def collected(self, config: ModelConfig) -> Experts:
+        """All experts of the layer; all ranks of the group must call."""
+        with torch.device("meta"):
+            whole = Experts(config)
         gate, up, down = (self._all(getattr(self, name)) for name in PARTS)
-        model_experts.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
-        model_experts.down_proj = nn.Parameter(down, requires_grad=False)
-        model_experts.fp8, model_experts.kind = self.fp8, self.kind
-        return model_experts.train(self.training)
+        whole.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
+        whole.down_proj = nn.Parameter(down, requires_grad=False)
+        whole.fp8, whole.kind = self.fp8, self.kind
+        return whole.train(self.training)
 
     def _all(self, share: Tensor) -> Tensor:
         whole = share.new_empty(self.total, *share.shape[1:])
@@ -150,58 +151,54 @@ def shared_out(model: nn.Module) -> list[str]:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """All experts on every rank, for the length of a block; all ranks must enter. They have no gradient."""
-    layers = [m for m in model.modules() if isinstance(m, ParallelMoE) and isinstance(m.experts, ParallelExperts)]
-    shares = [layer.experts for layer in layers]
+    layers = [module for module in model.modules() if isinstance(module, ParallelMoE)]
+    shares = [(layer, layer.experts) for layer in layers if isinstance(layer.experts, ParallelExperts)]
     try:
-        for layer, share in zip(layers, shares, strict=True):
-            with torch.device("meta"):
-                empty = Experts(layer.config)
-            layer.experts = share.collected(empty)
+        for layer, share in shares:
+            layer.experts = share.collected(layer.config)
         yield
     finally:
-        for layer, share in zip(layers, shares, strict=True):
+        for layer, share in shares:
             layer.experts = share
 
 
-def joined_names(names: Sequence[str]) -> list[str]:
+def joined_names(names: Iterable[str]) -> list[str]:
     """The names of a model's parameters as it has them without expert parallelism, in the same order."""
-    split = [name.rpartition(".experts.") for name in names]
+    split = (name.rpartition(".experts.") for name in names)
     return [*dict.fromkeys(before + dot + WHOLE.get(part, part) for before, dot, part in split)]
 
 
 def join_saved(zero: Path, load: Callable[[str, str], Any]) -> None:
-    """In a state in DeepSpeed's universal layout, store the experts' parts as a model without expert
-    parallelism has them."""
-    for down in [*zero.glob("*.experts.w2")]:
-        experts = str(down).removesuffix("w2")
-        for file in [*down.glob("*.pt")]:
-            gate, up, both = (load(f"{experts}{part}/{file.name}", "cpu") for part in PARTS)
-            if isinstance(both, dict):
-                up = torch.cat([gate[constants.PARAM], up[constants.PARAM]], dim=1)
-                gate, both = {constants.PARAM: up}, {constants.PARAM: both[constants.PARAM]}
-            _save(gate, f"{experts}gate_up_proj/{file.name}")
-            _save(both, f"{experts}down_proj/{file.name}")
+    """In a state in DeepSpeed's universal layout, store experts as one without expert parallelism does."""
+    for layer in [path.name.removesuffix("w2") for path in zero.glob("*.experts.w2")]:
+        for file in [path.name for path in (zero / f"{layer}w2").iterdir()]:
+            gate, up, down = (load(f"{zero}/{layer}{part}/{file}", "cpu") for part in PARTS)
+            if isinstance(down, dict):  # not the step
+                gate, up, down = (content[constants.PARAM] for content in (gate, up, down))
+                gate = {constants.PARAM: torch.cat([gate, up], dim=1)}
+                down = {constants.PARAM: down}
+            _write(zero, layer, file, {"gate_up_proj": gate, "down_proj": down})
         for part in PARTS:
-            shutil.rmtree(f"{experts}{part}")
+            shutil.rmtree(zero / f"{layer}{part}")
 
 
-def split_saved(zero: Path, trained: Iterable[str], load: Callable[[str, str], Any]) -> None:
-    """The opposite of `join_saved`; `trained` names the layers' experts, which ranks share out."""
-    for experts in trained:
-        whole = zero / f"{experts}.down_proj"
-        for file in [*whole.glob("*.pt")]:
-            up, down = (load(f"{zero}/{experts}.{name}/{file.name}", "cpu") for name in ("gate_up_proj", "down_proj"))
-            parts = [up, up, down]
+def split_saved(zero: Path, layers: Iterable[str], load: Callable[[str, str], Any]) -> None:
+    """The opposite of `join_saved`, for the experts that ranks share out (see shared_out)."""
+    for layer in [f"{name}." for name in layers]:
+        for file in [path.name for path in (zero / f"{layer}down_proj").iterdir()]:
+            gate_up = load(f"{zero}/{layer}gate_up_proj/{file}", "cpu")
+            down = load(f"{zero}/{layer}down_proj/{file}", "cpu")
+            parts = [gate_up, gate_up, down]
             if isinstance(down, dict):
-                tensors = [*up[constants.PARAM].chunk(2, dim=1), down[constants.PARAM]]
+                tensors = [*gate_up[constants.PARAM].chunk(2, dim=1), down[constants.PARAM]]
                 about = {constants.EP_IS_EXPERT_PARAM: True, constants.EP_NUM_EXPERTS: len(tensors[0])}
                 parts = [{constants.PARAM: tensor.clone(), **about} for tensor in tensors]
-            for name, part in zip(PARTS, parts, strict=True):
-                _save(part, f"{zero}/{experts}.{name}/{file.name}")
-        for name in ("gate_up_proj", "down_proj"):
-            shutil.rmtree(zero / f"{experts}.{name}")
+            _write(zero, layer, file, dict(zip(PARTS, parts, strict=True)))
+        for part in ("gate_up_proj", "down_proj"):
+            shutil.rmtree(zero / f"{layer}{part}")
 
 
-def _save(content: Any, path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    torch.save(content, path)
+def _write(zero: Path, layer: str, file: str, parts: Mapping[str, Any]) -> None:
+    for part, content in parts.items():
+        (zero / f"{layer}{part}").mkdir(exist_ok=True)
+        torch.save(content, zero / f"{layer}{part}" / file)

@@ -60,9 +60,7 @@ def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.Ad
     ]
     if shared_out:
         name = getattr(shared_out[0], "group_name")  # noqa: B009
-        groups.append(
-            {"params": shared_out, "weight_decay": config.weight_decay, "moe": True, "name": name}
-        )
+        groups.append({"params": shared_out, "weight_decay": config.weight_decay, "moe": True, "name": name})
     betas = (config.betas[0], config.betas[1])
     kind = AdamW16 if moments == "bf16" else torch.optim.AdamW
     return kind([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)

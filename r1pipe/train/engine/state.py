@@ -83,7 +83,7 @@ def write(
 
 
 def read_layout(folder: Path) -> Layout:
-    """How a state was written. Raises CheckpointError if layout.json is invalid or does not match the files."""
+    """How a state was written. Raises CheckpointError if layout.json is invalid or differs from the files."""
     path = folder / LAYOUT
     content = {"expert_parallel": 1, **read_object(path)}  # older ones have no such key
     values = [content.get(field.name) for field in fields(Layout)]

@@ -31,7 +31,8 @@ from r1pipe.config import ModelConfig
 from r1pipe.model.moe import Experts, MoE
 
 PARTS = ("w1", "w3", "w2")  # DeepSpeed's names, which its checkpoints need: gate, up and down
-WHOLE = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}  # those of Experts
+JOINED = ("gate_up_proj", "down_proj")  # those of Experts
+WHOLE = dict(zip(PARTS, (JOINED[0], *JOINED), strict=True))
 
 
 class ParallelExperts(Experts):
@@ -143,11 +144,6 @@ def share_out(model: nn.Module, size: int, rank: int) -> None:
             parent.mlp = ParallelMoE(layer, size, rank % size)
 
 
-def shared_out(model: nn.Module) -> list[str]:
-    """The names of the modules whose parameters ranks share out."""
-    return [name for name, module in model.named_modules() if isinstance(module, ParallelExperts)]
-
-
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """All experts on every rank, for the length of a block; all ranks must enter. They have no gradient."""
@@ -177,24 +173,28 @@ def join_saved(zero: Path, load: Callable[[str, str], Any]) -> None:
                 gate, up, down = (content[constants.PARAM] for content in (gate, up, down))
                 gate = {constants.PARAM: torch.cat([gate, up], dim=1)}
                 down = {constants.PARAM: down}
-            _write(zero, layer, file, {"gate_up_proj": gate, "down_proj": down})
+            _write(zero, layer, file, dict(zip(JOINED, (gate, down), strict=True)))
         for part in PARTS:
             shutil.rmtree(zero / f"{layer}{part}")
 
 
-def split_saved(zero: Path, layers: Iterable[str], load: Callable[[str, str], Any]) -> None:
-    """The opposite of `join_saved`, for the experts that ranks share out (see shared_out)."""
-    for layer in [f"{name}." for name in layers]:
+def split_saved(zero: Path, model: nn.Module, load: Callable[[str, str], Any]) -> None:
+    """The opposite of `join_saved`, for the experts that ranks share out."""
+    layers = [(f"{name}.", module) for name, module in model.named_modules()]
+    for layer, experts in layers:
+        if not isinstance(experts, ParallelExperts):
+            continue
+        _, inner, width = getattr(experts.w1, "ds_shape", experts.w1.shape)
+        about = {constants.EP_IS_EXPERT_PARAM: True, constants.EP_NUM_EXPERTS: experts.total}
         for file in [path.name for path in (zero / f"{layer}down_proj").iterdir()]:
-            gate_up = load(f"{zero}/{layer}gate_up_proj/{file}", "cpu")
-            down = load(f"{zero}/{layer}down_proj/{file}", "cpu")
+            gate_up, down = (load(f"{zero}/{layer}{part}/{file}", "cpu") for part in JOINED)
             parts = [gate_up, gate_up, down]
-            if isinstance(down, dict):
-                tensors = [*gate_up[constants.PARAM].chunk(2, dim=1), down[constants.PARAM]]
-                about = {constants.EP_IS_EXPERT_PARAM: True, constants.EP_NUM_EXPERTS: len(tensors[0])}
+            if isinstance(down, dict):  # not the step
+                gate_up_EiD = gate_up[constants.PARAM].view(experts.total, 2 * inner, width)  # ZeRO-3: flat
+                tensors = [*gate_up_EiD.chunk(2, dim=1), down[constants.PARAM].view(-1, width, inner)]
                 parts = [{constants.PARAM: tensor.clone(), **about} for tensor in tensors]
             _write(zero, layer, file, dict(zip(PARTS, parts, strict=True)))
-        for part in ("gate_up_proj", "down_proj"):
+        for part in JOINED:
             shutil.rmtree(zero / f"{layer}{part}")
 
 

@@ -159,7 +159,7 @@ def _convert_experts(ds: Any, zero: Path, old: Layout, new: Layout) -> None:
     if new.expert_parallel == 1:
         expert_parallel.join_saved(zero, load_tensors)
     else:
-        expert_parallel.split_saved(zero, expert_parallel.shared_out(ds.module), load_tensors)
+        expert_parallel.split_saved(zero, ds.module, load_tensors)
 
 
 def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:

@@ -18,7 +18,8 @@ from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.model import DeepseekV3
 from r1pipe.model.finite import first_non_finite
-from r1pipe.train.engine.engine import Engine, step_metrics
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import step_metrics
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.run import open_run

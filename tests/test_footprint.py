@@ -130,6 +130,17 @@ def test_zero_keeps_masters_of_float32_weights_too() -> None:
     assert footprint.states(zero) - footprint.states(plain) == 4 * footprint.parameters(plain.model)
 
 
+def test_ranks_that_share_out_experts_hold_fewer_of_them() -> None:
+    words = ("stage=cold_start", "engine.ranks=2", "model.num_nextn_predict_layers=1")
+    for level, bytes_of_a_weight in ((1, 4 + 4), (2, 4), (3, 0)):  # weights and gradients, weights, nothing
+        whole, shared = (
+            tiny_config(*words, f"engine.zero_level={level}", f"engine.expert_parallel={n}") for n in (1, 2)
+        )
+        less = footprint.states(whole) - footprint.states(shared)
+        assert less == bytes_of_a_weight * sizes.routed(whole.model) / 2
+        assert footprint.checkpoint_bytes(whole) == footprint.checkpoint_bytes(shared)
+
+
 # --- room
 
 

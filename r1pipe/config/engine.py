@@ -27,6 +27,7 @@ class EngineConfig(Strict):
     threads: Count  # CPU threads per rank; 0: cores divided by ranks
     accelerator: Literal["cpu", "cuda", "auto"]  # auto: a GPU where there is one
     zero_level: Literal[0, 1, 2, 3]  # ranks share: nothing, optimizer state, gradients too, weights too
+    expert_parallel: Positive  # ranks that share out a layer's routed experts; 1: each rank has all of them
     precision: Literal["fp32", "bf16", "fp8"]  # fp8: projections in E4M3, the rest in bf16 (V3 section 3.3)
     kernels: Literal["auto", "triton", "scaled_mm", "deepgemm", "reference"]  # what multiplies in FP8
     fp8: FP8Config
@@ -120,6 +121,24 @@ def equal_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
     for name, width in widths.items():
         if width % 2:
             yield f"engine.equal=true in bfloat16 takes even widths alone, not model.{name}={width}"
+
+
+def expert_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
+    """Experts spread over ranks; ranks on several machines are counted by the job."""
+    size = engine.expert_parallel
+    if size == 1:
+        return
+    if model.first_k_dense_replace >= model.num_hidden_layers:
+        yield f"{engine.expert_parallel=}: model={model.name} has no experts; drop it"
+    if model.n_routed_experts % size:
+        yield f"{engine.expert_parallel=} must divide {model.n_routed_experts=}"
+    if engine.hostfile is None and engine.ranks % size:
+        yield f"{engine.expert_parallel=} must divide {engine.ranks=}"
+    if engine.zero_level == 0:
+        yield f"{engine.expert_parallel=} needs engine.zero_level=1 or more"
+    for key, wished in {"compile": engine.compile, "equal": engine.equal}.items():
+        if wished:
+            yield f"engine.{key}=true needs engine.expert_parallel=1: tokens travel within a layer"
 
 
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:

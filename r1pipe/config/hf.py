@@ -123,9 +123,11 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
             f"{engine.sampler_precision=!s} is for the bundled model; with model=hf give "
             "engine.sampler_precision=same"
         )
-    for key, wished in {"graphs": engine.graphs, "compile": engine.compile, "equal": engine.equal}.items():
-        if wished:
-            yield f"engine.{key}=true is for the bundled model; with model=hf give engine.{key}=false"
+    plain = {"graphs": "false", "compile": "false", "equal": "false", "expert_parallel": "1"}
+    for key, value in plain.items():
+        wished = str(getattr(engine, key)).lower()
+        if wished != value:
+            yield f"engine.{key}={wished} is for the bundled model; with model=hf give engine.{key}={value}"
     if engine.attention == "flex":
         yield "engine.attention=flex is for the bundled model; with model=hf give engine.attention=sdpa"
     trains = not isinstance(stage, EvaluateConfig)

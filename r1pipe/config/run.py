@@ -15,6 +15,7 @@ from r1pipe.config.engine import (
     EngineConfig,
     engine_rules,
     equal_rules,
+    expert_rules,
     fp8_rules,
     hosts_rules,
     sampler_precision_rules,
@@ -159,6 +160,7 @@ def shape_rules(config: RunConfig) -> Rules:
     else:
         yield from model_rules(config.model)
         yield from equal_rules(config.engine, config.model)
+        yield from expert_rules(config.engine, config.model)
         yield from replay_rules(config.stage, config.engine, config.model)
         yield from fp8_rules(config.engine, config.model)
 

@@ -1,5 +1,6 @@
 """The policy: what the probe earns, sampler against trainer before and after a step, save and load."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,11 +82,13 @@ def after_sync(context: Context) -> Outcome:
     engine, stage = context.engine, context.trial.stage
     context.trained  # noqa: B018 - the step
     moved, tokens = 0.0, 0  # how far the probe's log-probabilities are from those when it was drawn
-    with torch.no_grad():
-        for micro in prepare(engine, context.probe.rollouts, stage, None):
-            now_N = completion_logprobs(engine.module, micro, stage.sampling.temperature)
-            moved += float((now_N - micro.old_N).abs().sum())
-            tokens += len(micro.old_N)
+    micros = prepare(engine, context.probe.rollouts, stage, None)
+    passes = [
+        partial(completion_logprobs, engine.module, micro, stage.sampling.temperature) for micro in micros
+    ]
+    for micro, now_N in zip(micros, engine.evaluate(passes), strict=True):
+        moved += float((now_N - micro.old_N).abs().sum())
+        tokens += len(micro.old_N)
     moved, count = engine.sum_over_ranks([moved, tokens])
     moved /= max(1.0, count)
     fresh = context.draw(step=1).rollouts

@@ -1,7 +1,7 @@
 """Estimates of a run's memory and disk space, before it starts."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.config import (
@@ -173,22 +173,39 @@ def needed(config: RunConfig, prompt: int) -> Need:
     return Need(states(config), tokens * number * kept, head, cache)
 
 
+def held(config: RunConfig, weights: int, trained: int, samples: bool) -> float:
+    """Bytes of a rank for one engine: ranks may share out the experts, and then fewer share their states. To
+    sample, every rank gathers a whole model."""
+    engine, number = config.engine, weight_bytes(config.engine)
+    level, size, apart = engine.zero_level, engine.expert_parallel, shared_out(config)
+    each = {"weight": number, "gradient": FULL, "optimizer": optimizer_bytes(engine)}
+    dense = sizes.states(weights - apart, trained - apart, level=level, ranks=engine.ranks, **each)
+    experts = sizes.states(apart / size, apart / size, level=level, ranks=engine.ranks // size, **each)
+    if not samples:
+        return dense.total + experts.total
+    return dense.total - dense.weights + experts.total + number * weights
+
+
+def shared_out(config: RunConfig) -> int:
+    """Number of weights of the routed experts that ranks share out; those of frozen layers they do not."""
+    model, stage = config.model, config.stage
+    if isinstance(model, HFConfig) or config.engine.expert_parallel == 1:
+        return 0
+    frozen = isinstance(stage, RLConfig | RewardModelConfig)
+    return sizes.routed(replace(model, num_nextn_predict_layers=0) if frozen else model)
+
+
 def states(config: RunConfig) -> float:
     """Bytes of a rank for engines, reference and reward models; ZeRO partitions within a machine."""
-    engine, stage, ranks = config.engine, config.stage, config.engine.ranks
-    number = weight_bytes(engine)
-    each = {"weight": number, "gradient": FULL, "optimizer": optimizer_bytes(engine)}
+    engine, stage, number = config.engine, config.stage, weight_bytes(config.engine)
     total = 0.0
     for place, (weights, trained) in enumerate(engines(config)):
-        held = sizes.states(weights, trained, level=engine.zero_level, ranks=ranks, **each)
-        # to sample, every rank gathers the whole policy
-        samples = isinstance(stage, RLConfig) and place == 0
-        total += held.total - held.weights + number * weights if samples else held.total
+        policy = isinstance(stage, RLConfig) and place == 0  # the first
+        total += held(config, weights, trained, samples=policy)
     if isinstance(stage, RLConfig):
-        copied = stage.kl_coef > 0 and not adapters(
-            config.model
-        )  # with adapters it is the policy without them
-        shares = ranks if engine.zero_level == 3 else 1
-        total += number * without_mtp(config.model) / shares * copied
-        total += number * trunk(config.model) * len(KINDS) * (stage.preference is not None)
+        # with adapters the reference is the policy without them
+        copied = stage.kl_coef > 0 and not adapters(config.model)
+        frozen = without_mtp(config.model) * copied
+        frozen += trunk(config.model) * len(KINDS) * (stage.preference is not None)
+        total += number * frozen / (engine.ranks if engine.zero_level == 3 else 1)
     return total

@@ -17,6 +17,7 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "precision": engine.precision,
         "zero_level": engine.zero_level,
+        "expert_parallel": engine.expert_parallel,
         "moments": engine.moments,
         "recompute": "full" if engine.recompute else "none",
     }

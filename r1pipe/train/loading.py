@@ -23,7 +23,8 @@ def load_model(
     engine.precision=fp32 computes in float32. Raises CheckpointError.
     """
     shape, engine = run.config.model, run.config.engine
-    in_shares = for_engine and engine.zero_level == 3
+    # experts that ranks share out are taken from a whole model
+    in_shares = for_engine and engine.zero_level == 3 and engine.expert_parallel == 1
     with heartbeat.at("loading weights", patient=parent is None):
         if parent is None:
             if isinstance(shape, HFConfig):

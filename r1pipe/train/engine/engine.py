@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
-from r1pipe.model import expert_loads, max_vio, reset_loads, train_as, update_router_bias
+from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
 from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.hf import lora
@@ -29,59 +29,11 @@ from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.frozen import ClosureRunner, evaluate
+from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
-EXPERTS_SHOWN = 64  # most experts of a layer whose loads are logged one by one
-
 log = logging.getLogger("r1pipe")
-
-
-@dataclass
-class StepStats:
-    """The result of one optimizer step."""
-
-    loss: float  # mean over ranks
-    grad_norm: float  # global norm before clipping
-    lr: float  # learning rate of this step
-    loads_LE: Tensor | None  # tokens per expert of this step, all ranks together
-    fp8: dict[str, float]  # quantisation metrics over all ranks; empty without FP8
-    broken: bool  # not finite: nothing was updated, loss or grad_norm is NaN or inf
-    skipped: int  # broken steps since the stage began
-
-
-def shown(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics for the progress display; a skipped step has no loss."""
-    return {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
-
-
-def step_metrics(stats: StepStats) -> dict[str, float]:
-    """The metrics of an optimizer step; a skipped one has only the learning rate and `train/skipped`, the
-    count of skipped steps, which is logged from the first one on.
-
-    `router/max_vio` is the worst layer's, `router/max_vio/L` that of MoE layer L (counted from 0), and
-    `router/load/L/E` the load of its expert E over the layer's mean: 1 is even. Layers of more than
-    EXPERTS_SHOWN experts would flood the log, so they only have MaxVio.
-    """
-    skipped = {"train/skipped": float(stats.skipped)} if stats.skipped else {}
-    if stats.broken:
-        return {"train/lr": stats.lr, **skipped}
-    metrics = {"train/loss": stats.loss, "train/lr": stats.lr, "train/grad_norm": stats.grad_norm, **skipped}
-    metrics |= stats.fp8
-    if stats.loads_LE is None:
-        return metrics
-    used = [(n, loads_E) for n, loads_E in enumerate(stats.loads_LE) if loads_E.any()]  # MTP idles in RL
-    if used:
-        violation_L = max_vio(torch.stack([loads_E for _, loads_E in used]))
-        metrics["router/max_vio"] = violation_L.max().item()
-        metrics["router/max_vio_mean"] = violation_L.mean().item()
-        metrics |= {f"router/max_vio/{n}": v for (n, _), v in zip(used, violation_L.tolist(), strict=True)}
-    for n, loads_E in used:
-        if len(loads_E) > EXPERTS_SHOWN:
-            continue
-        shares = (loads_E / loads_E.mean()).tolist()
-        metrics |= {f"router/load/{n}/{expert}": round(load, 4) for expert, load in enumerate(shares)}
-    return metrics
 
 
 class Engine(Ranks):
@@ -100,13 +52,15 @@ class Engine(Ranks):
                 f"engine.precision={config.precision} needs engine.zero_level=1 or more (float32 masters)"
             )
         super().__init__(config)
+        self.zero_level, self.expert_parallel = config.zero_level, config.expert_parallel
         self.start()
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
+        if self.expert_parallel > 1:
+            self._share_out_experts()
         train_as(model, config, self.device)
         # a dense model has none, one of transformers its own
         self.router = router if any(gates(model)) else None
-        self.zero_level = config.zero_level
         self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
         optimizer = adamw(model, optim, config.moments)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(optim, total_steps))
@@ -122,7 +76,21 @@ class Engine(Ranks):
             trained = [p for p in model.parameters() if p.requires_grad]
             patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
         if config.zero_level == 3:
-            patches.clear_padding(self._ds.optimizer, self.rank)
+            patches.clear_padding(self._ds.optimizer)
+
+    def _share_out_experts(self) -> None:
+        """Raises ConfigError where the ranks cannot be grouped."""
+        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
+
+        size = self.expert_parallel
+        if self.world_size % size:
+            raise ConfigError(f"engine.expert_parallel={size} must divide the job's {self.world_size} ranks")
+        expert_parallel.share_out(self.module, size, self.rank)
+
+    @property
+    def in_step(self) -> bool:
+        """Whether every pass needs all ranks, as they exchange weights or tokens within it."""
+        return self.zero_level == 3 or self.expert_parallel > 1
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
@@ -167,7 +135,7 @@ class Engine(Ranks):
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each closure over the model returns, without gradients; all ranks call, each with one or more
         of its own."""
-        if self.zero_level < 3:
+        if not self.in_step:
             return [closure() for closure in closures]
         return evaluate(self, self._ds, closures)
 
@@ -198,18 +166,17 @@ class Engine(Ranks):
 
     def _locate_nonfinite(self, micro_losses: Sequence[Callable[[], Tensor]], losses: Sequence[float]) -> str:
         """What was not finite and the first layer that produced it, the same on all ranks; not the layer of a
-        gradient under ZeRO-3, where every pass needs all ranks."""
-        partitioned = self.zero_level == 3
+        gradient where every pass needs all ranks."""
         number = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), None)
         layer = None
-        if number is not None or partitioned:
+        if number is not None or self.in_step:
             layer = first_non_finite(self.module, micro_losses[-1 if number is None else number])
         for broken in self.all_gather_objects(None if number is None else (losses[number], layer)):
             if broken is not None:
                 loss, layer = broken
                 return not_finite(f"the loss ({loss:g})", layer)
         layers: list[str | None] = []
-        if not partitioned:
+        if not self.in_step:
             local = (first_nonfinite_gradient(self.module, closure) for closure in micro_losses)
             layers = self.all_gather_objects(next(filter(None, local), None))
         where = next((f", first at the output of {layer}" for layer in layers if layer), "")
@@ -227,13 +194,31 @@ class Engine(Ranks):
             stack.enter_context(self._made_whole([*self.module.parameters()]))
             if self.zero_level == 3:
                 stack.enter_context(patches.without_zero3_hooks(self._ds))
+            if self.expert_parallel > 1:
+                stack.enter_context(self._all_experts())
             yield self.module
+
+    @contextmanager
+    def _all_experts(self) -> Iterator[None]:
+        """Every layer's experts on every rank; all ranks must enter."""
+        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
+
+        self.barrier()  # as in _made_whole
+        with ExitStack() as stack:
+            with heartbeat.waiting():
+                stack.enter_context(expert_parallel.whole(self.module))
+            yield
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
         """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
 
-        Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share.
+        Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share. With
+        expert parallelism every rank has the whole model meanwhile.
         """
+        if self.expert_parallel > 1:
+            with self.gathered() as model:
+                yield from buckets_of(model, most_bytes)
+            return
         sizes = patches.elements if self.zero_level == 3 else Tensor.numel
         yield from buckets_of(self.module, most_bytes, self._made_whole, sizes)
 
@@ -257,7 +242,7 @@ class Engine(Ranks):
         # beside adapters the model is its parent's, which the run loads again
         problem = engine_state.write(self, self._ds, folder, client, frozen=not lora.adapted(self.module))
         if self.rank == 0 and problem is None:
-            write_json(folder / engine_state.LAYOUT, self._layout(), indent=None)
+            write_json(folder / engine_state.LAYOUT, asdict(self._layout()), indent=None)
         self.barrier()
         return problem
 
@@ -269,20 +254,20 @@ class Engine(Ranks):
         files that hold more than tensors and plain values.
         """
         folder = Path(folder)
-        ranks, level = engine_state.read_layout(folder)
-        if (ranks, level) == (self.world_size, self.zero_level) or level == self.zero_level == 0:
+        layout, mine = engine_state.read_layout(folder), self._layout()
+        if layout == mine or layout.zero_level == self.zero_level == 0:
             client = engine_state.read(self, self._ds, folder)  # level 0 is the same for any number of ranks
         else:
-            log.info("converts the state of %d ranks at ZeRO level %d to %s", ranks, level, self._layout())
-            levels = level, self.zero_level
-            client = engine_state.read_other(self, self._ds, folder, scratch or folder.parent, levels)
+            log.info("converts the state of %s to %s", layout, mine)
+            scratch = scratch or folder.parent
+            client = engine_state.read_other(self, self._ds, folder, scratch, layout, mine)
         self.skipped_in_a_row = client.get("skipped_in_a_row", 0)
-        schedule = self._ds.lr_scheduler  # the state of an extended run has the rate of a shorter one
-        for group, lr, factor in zip(
-            self._ds.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
+        # the state of an extended run has the rate of a shorter one, that of other layouts fewer groups
+        schedule, groups = self._ds.lr_scheduler, self._ds.optimizer.param_groups
+        schedule.base_lrs = [schedule.base_lrs[0]] * len(groups)
+        for group, lr, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * factor(schedule.last_epoch)
         return client["loop"]
 
-    def _layout(self) -> dict[str, int]:
-        return {"ranks": self.world_size, "zero_level": self.zero_level}
+    def _layout(self) -> engine_state.Layout:
+        return engine_state.Layout(self.world_size, self.zero_level, self.expert_parallel)

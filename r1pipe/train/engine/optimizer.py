@@ -47,19 +47,32 @@ def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
 
 
 def adamw(model: nn.Module, config: OptimConfig, moments: str) -> torch.optim.AdamW:
-    """Weight decay on matrices only, not norms and biases. `moments`: their type, "fp32" or "bf16"."""
+    """Weight decay on matrices only, not norms and biases. `moments`: their type, "fp32" or "bf16".
+
+    Experts that ranks share out are a group of their own, which DeepSpeed finds by `moe` and `name`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if _dims(p) >= 2], "weight_decay": config.weight_decay},
+    shared_out = [p for p in parameters if is_shared_out(p)]
+    matrices = [p for p in parameters if _dims(p) >= 2 and not is_shared_out(p)]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if _dims(p) < 2], "weight_decay": 0.0},
     ]
+    if shared_out:
+        name = getattr(shared_out[0], "group_name")  # noqa: B009
+        groups.append({"params": shared_out, "weight_decay": config.weight_decay, "moe": True, "name": name})
     betas = (config.betas[0], config.betas[1])
     kind = AdamW16 if moments == "bf16" else torch.optim.AdamW
     return kind([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def _dims(parameter: Tensor) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # partitioned ones are flat
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # at ZeRO level 3 it may be flat
+
+
+def is_shared_out(parameter: Tensor) -> bool:
+    """Whether ranks have different parts of it: expert parallelism, by DeepSpeed's mark."""
+    return not getattr(parameter, "allreduce", True)
 
 
 class AdamW16(torch.optim.AdamW):

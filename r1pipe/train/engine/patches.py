@@ -100,14 +100,14 @@ def repair_level_0(
 
 
 @torch.no_grad()
-def clear_padding(zero3: Any, rank: int) -> None:
+def clear_padding(zero3: Any) -> None:
     """ZeRO-3 splits each parameter equally and leaves uninitialised memory where the last part is not full.
     Training ignores it, but checkpoints contain it, and differ in bits each time: fill it with zeros."""
     for parameters, master in zip(zero3.fp16_groups, zero3.fp32_partitioned_groups_flat, strict=True):
         begin = 0
         for parameter in parameters:
-            size = parameter.ds_tensor.ds_numel
-            filled = min(max(parameter.ds_numel - rank * size, 0), size)
+            size, part = parameter.ds_tensor.ds_numel, dist.get_rank(parameter.ds_process_group)
+            filled = min(max(parameter.ds_numel - part * size, 0), size)
             parameter.ds_tensor[filled:] = 0
             master.data[begin + filled : begin + size] = 0
             begin += size
@@ -238,11 +238,14 @@ def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -
 
 def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Callable[..., Any]) -> None:
     """The readers of levels 1 and 2, and of level 3, expect AdamW's step in different places: also put it
-    beside each parameter. The level-3 converter writes bare tensors: `wrap` those as {"param": tensor}."""
+    beside each parameter. The level-3 converter writes bare tensors: `wrap` those as {"param": tensor}, which
+    experts that ranks share out are already."""
     for parameter in [path.parent for path in zero.glob("*/fp32.pt")]:
         torch.save(step, parameter / "step.pt")
         for path in [parameter / f"{key}.pt" for key in wrap]:
-            torch.save({"param": load(str(path), "cpu")}, path)
+            content = load(str(path), "cpu")
+            if isinstance(content, Tensor):
+                torch.save({"param": content}, path)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,10 +22,10 @@ from r1pipe.core.errors import CheckpointError, disk_is_full, no_room
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
-from r1pipe.train.engine.optimizer import MOMENTS
+from r1pipe.train.engine.optimizer import MOMENTS, is_shared_out
 from r1pipe.train.engine.ranks import Ranks
 
-LAYOUT = "layout.json"  # {"ranks": int, "zero_level": int} of the writer
+LAYOUT = "layout.json"  # the writer's Layout
 TAG = "state"
 PARAM_GROUPS, STATES = "param_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
 CONVERTED = ".step-converted"  # retention removes such names, in case a kill leaves it
@@ -35,6 +36,19 @@ UNREADABLE = (
 )
 REMEDY = "remove this checkpoint to resume from the one before, or restart the stage (--fresh)"
 MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state is spread over the ranks that wrote it."""
+
+    ranks: int
+    zero_level: int
+    expert_parallel: int
+
+    def __str__(self) -> str:
+        experts = f", expert parallelism over {self.expert_parallel}" if self.expert_parallel > 1 else ""
+        return f"ranks={self.ranks} zero_level={self.zero_level}{experts}"
 
 
 def write(
@@ -68,29 +82,27 @@ def write(
     return problems[0] if problems else None
 
 
-def read_layout(folder: Path) -> tuple[int, int]:
-    """The ranks and ZeRO level that wrote a state. Raises CheckpointError if layout.json is invalid or does
-    not match the files."""
+def read_layout(folder: Path) -> Layout:
+    """How a state was written. Raises CheckpointError if layout.json is invalid or differs from the files."""
     path = folder / LAYOUT
-    layout = read_object(path)
-    ranks, level = layout.get("ranks"), layout.get("zero_level")
-    if type(ranks) is not int or type(level) is not int or ranks < 1 or level not in range(4):
+    content = {"expert_parallel": 1, **read_object(path)}  # older ones have no such key
+    values = [content.get(field.name) for field in fields(Layout)]
+    ranks, level, experts = (value if type(value) is int else -1 for value in values)
+    if ranks < 1 or level not in range(4) or experts < 1:
         raise CheckpointError(f"{path} does not name the ranks and ZeRO level of its state; {REMEDY}")
-    parts = len([*(folder / TAG).glob("*_optim_states.pt")])
+    layout, parts = Layout(ranks, level, experts), len([*(folder / TAG).glob("*_optim_states.pt")])
     if parts != (ranks if level else 0) or not any((folder / TAG / name).exists() for name in MODEL_STATES):
-        raise CheckpointError(
-            f"{path} says ranks={ranks} zero_level={level}, but {folder / TAG} has other files; {REMEDY}"
-        )
-    return ranks, level
+        raise CheckpointError(f"{path} says {layout}, but {folder / TAG} has other files; {REMEDY}")
+    return layout
 
 
 def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:
-    """Restore a state of as many ranks at the same ZeRO level; its client state. Raises CheckpointError."""
+    """Restore a state of this job's own layout; its client state. Raises CheckpointError."""
 
     def load(src: Mapping[str, Tensor], dst: nn.Module) -> None:
         missing, unknown = dst.load_state_dict(src, strict=False)
-        trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-        if wrong := [*unknown, *(name for name in missing if name in trained)]:
+        expected = {name for name, p in dst.named_parameters() if p.requires_grad and not is_shared_out(p)}
+        if wrong := [*unknown, *(name for name in missing if name in expected)]:
             raise CheckpointError(f"{folder} has other weights than the model ({wrong[0]}); {REMEDY}")
 
     patches.replace_load(ds, load_tensors)
@@ -119,20 +131,35 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
             ) from None
 
 
-def read_other(ranks: Ranks, ds: Any, folder: Path, scratch: Path, levels: tuple[int, int]) -> dict[str, Any]:
-    """Restore, at the second of the ZeRO `levels`, what any ranks wrote at the first; the client state."""
-    universal, (old_level, new_level) = scratch / CONVERTED, levels
+def read_other(
+    ranks: Ranks, ds: Any, folder: Path, scratch: Path, old: Layout, new: Layout
+) -> dict[str, Any]:
+    """Restore, in the `new` layout, what was written in the `old` one; the client state."""
+    universal = scratch / CONVERTED
     if ranks.rank == 0:
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job
-        convert(ds, folder, universal, old_level)
+        convert(ds, folder, universal, old.zero_level)
+        _convert_experts(ds, universal / TAG / "zero", old, new)
     ranks.barrier()
     weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
     with patches.reading_universal(ds, weights, load_tensors):
-        client = read(ranks, ds, universal) if new_level else _read_whole(ds, universal)
+        client = read(ranks, ds, universal) if new.zero_level else _read_whole(ds, universal)
     ranks.barrier()
     if ranks.rank == 0:
         shutil.rmtree(universal)
     return client
+
+
+def _convert_experts(ds: Any, zero: Path, old: Layout, new: Layout) -> None:
+    """Rename and cut the experts' parts where only one of the layouts has expert parallelism."""
+    if (old.expert_parallel > 1) == (new.expert_parallel > 1):
+        return
+    from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
+
+    if new.expert_parallel == 1:
+        expert_parallel.join_saved(zero, load_tensors)
+    else:
+        expert_parallel.split_saved(zero, ds.module, load_tensors)
 
 
 def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
@@ -155,6 +182,9 @@ def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
         else:
             first = next(source.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
             step = _step_of(load_tensors(str(first), "cpu")[STATES]["base_optimizer_state"]["state"])
+    # groups of the optimizer that reads: with expert parallelism, it has one more
+    own = [{key: g[key] for key in ("moe", "name") if key in g} for g in ds.optimizer.param_groups]
+    groups = [{**groups[min(n, len(groups) - 1)], **marks} for n, marks in enumerate(own)]
     patches.unify_universal(zero, step, ("fp32", *MOMENTS) if zero_level == 3 else (), load_tensors)
     both = {PARAM_GROUPS: groups, STATES: {"state": {0: {"step": step}}, PARAM_GROUPS: groups}}
     torch.save({"ds_version": state["ds_version"], **converted, **both}, zero / "optimizer_state.pt")
@@ -173,6 +203,10 @@ def _write_parameters(
     trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
     flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     matrices = [name for name, _ in trained if name not in flat]
+    if any(is_shared_out(p) for _, p in trained):
+        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
+
+        matrices = expert_parallel.joined_names(matrices)
     for number, name in enumerate(matrices + flat):  # the order of the level-0 optimizer
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()

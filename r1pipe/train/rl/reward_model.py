@@ -25,7 +25,8 @@ from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_acc
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
-from r1pipe.train.engine.engine import Engine, shown, step_metrics
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run
 

@@ -18,8 +18,9 @@ from r1pipe.model import Balance, Policy, save_pretrained
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
-from r1pipe.train.engine.engine import Engine, StepStats, step_metrics
+from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
+from r1pipe.train.engine.metrics import StepStats, step_metrics
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 

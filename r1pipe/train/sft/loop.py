@@ -21,7 +21,8 @@ from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, p
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
-from r1pipe.train.engine.engine import Engine, shown, step_metrics
+from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run, log

@@ -27,6 +27,7 @@ from r1pipe.model import load_pretrained
 from r1pipe.model.hf import files as hf_files
 from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored
+from r1pipe.model.saving import tensors_of
 from r1pipe.model.weights import GENERATION, PRECISIONS, convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object, write_json
@@ -67,7 +68,7 @@ def export_hf(options: ExportOptions) -> None:
             for path in unfinished.glob("*.safetensors*"):
                 path.unlink()
             cast = hf_files.load(source).to(PRECISIONS[options.dtype])
-            hf_files.save(cast, unfinished, f"{options.shard_gb}GB")
+            hf_files.write(cast, tensors_of(cast), unfinished, int(options.shard_gb * 1e9))
         parameters = weights_in(unfinished)
         comparison = compare_logits(source, unfinished, parameters, exact=options.dtype is None)
     print(f"{target}: {parameters:,} parameters; {comparison}")

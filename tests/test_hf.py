@@ -268,6 +268,13 @@ def test_two_ranks_train_as_one(folders: dict[str, Path], tmp_path: Path) -> Non
         assert losses == pytest.approx(alone, rel=1e-4), level
 
 
+def test_a_checkpoint_is_the_files_that_transformers_writes(model: HFModel, tmp_path: Path) -> None:
+    save_pretrained(model, tmp_path / "ours")
+    model.whole.save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "ours").iterdir():
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes(), path.name
+
+
 # --- tokenizer and template
 
 

@@ -11,6 +11,7 @@ from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny, tiny_model
 from test_engine import batch, loss_of
 
 from r1pipe.model import DeepseekV3, Policy, load_pretrained, save_pretrained
+from r1pipe.model.saving import write_pretrained
 from r1pipe.rewards.models import RewardModel, save_reward_model
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
@@ -56,6 +57,20 @@ def test_a_model_of_transformers_in_shares_is_the_stored_one(tmp_path: Path, fam
     found = weights(load_sharded(folder, engine_config(1, 3)))
     assert found.keys() == stored.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.state_dict().items())
+
+
+def test_a_checkpoint_is_written_piece_by_piece_as_from_the_whole(tmp_path: Path) -> None:
+    shape = replace(tiny("pretrain").model, num_nextn_predict_layers=1, tie_word_embeddings=True)
+    save_pretrained(DeepseekV3(shape), tmp_path / "bundled")
+    for place in (tmp_path / "bundled", write_model(tmp_path / "qwen3_moe", "qwen3_moe")):
+        engine = Engine(load_sharded(place, engine_config(1, 3)), OPTIM, ROUTER, engine_config(1, 3), 10)
+        engine.train_step([partial(loss_of, engine.module, batch())])
+        write_pretrained(engine.module, engine.tensors(), tmp_path / "pieces")
+        with engine.gathered() as model:
+            save_pretrained(model, tmp_path / "whole")
+        for name in ("config.json", "model.safetensors"):
+            pieces, whole = (tmp_path / folder / name for folder in ("pieces", "whole"))
+            assert pieces.read_bytes() == whole.read_bytes() != (place / name).read_bytes() or name[0] == "c"
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 from r1pipe.model.moe import Balance, expert_loads, max_vio, reset_loads, update_router_bias
 from r1pipe.model.names import model_config_from
-from r1pipe.model.policy import Policy, load_pretrained, save_pretrained
+from r1pipe.model.policy import Policy, load_pretrained
+from r1pipe.model.saving import save_pretrained
 from r1pipe.model.training import set_recompute, train_as
 from r1pipe.model.transformer import DeepseekV3
 

@@ -37,16 +37,6 @@ def load_pretrained(folder: Path | str, attention: str | None = None, longest: i
     return files.load(Path(folder), attention, longest)
 
 
-def save_pretrained(model: Policy, folder: Path | str) -> None:
-    """Write config.json and the weights into `folder`, in the published layout and the model's type."""
-    if isinstance(model, DeepseekV3):
-        weights.save_pretrained(model, folder)
-        return
-    from r1pipe.model.hf import files
-
-    files.save(model, Path(folder))
-
-
 def decoder_of(model: Policy, graphs: bool = False) -> "Decoder | HFDecoder":
     """The fastest decoder of the model with its current weights; see native.decoder_of."""
     if isinstance(model, DeepseekV3):

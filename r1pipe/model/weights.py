@@ -4,7 +4,7 @@ A folder holds safetensors under the published per-expert names and config.json 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,18 +44,35 @@ def save_pretrained(
 
     `dtype` casts the weights (None: unchanged); the router bias stays float32.
     """
-    folder = Path(folder)
-    write_shards(_stored_tensors(model, dtype), folder, shard_bytes)
-    content = published_config(model.config, dtype or model.model.embed_tokens.weight.dtype)
-    write_json(folder / CONFIG, content, indent=2)
+    tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in published_tensors(model))
+    write(model.config, tensors, dtype or model.model.embed_tokens.weight.dtype, Path(folder), shard_bytes)
 
 
-def _stored_tensors(model: DeepseekV3, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in published_tensors(model):
-        yield name, _cast(name, tensor, dtype).detach().cpu().contiguous()
-    tensors = model.state_dict()
-    for copy, name in stored_copies(model.config).items():  # cloned: safetensors refuses shared memory
-        yield copy, _cast(name, tensors[name], dtype).detach().cpu().clone()
+def write(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, which names `dtype`, and tensors by published name; one shard is in memory at a
+    time."""
+    write_shards(_with_copies(tensors, stored_copies(config)), folder, shard_bytes)
+    write_json(folder / CONFIG, published_config(config, dtype), indent=2)
+
+
+def _with_copies(
+    tensors: Iterable[tuple[str, Tensor]], copies: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """On the CPU, and again under the names that published files repeat them by."""
+    repeated: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        if name in copies.values():
+            repeated[name] = value.clone()
+        yield name, value
+    for copy, name in copies.items():  # cloned: safetensors refuses shared memory
+        yield copy, repeated[name].clone()
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -24,7 +25,7 @@ from r1pipe.core.errors import (
     no_room,
 )
 from r1pipe.core.paths import RunFolder, content_dir
-from r1pipe.model import save_pretrained
+from r1pipe.model.saving import write_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks, retention
 from r1pipe.runs.files import append_line, cut_metrics_after, cut_tripwires_after, metric_lines, write_json
 from r1pipe.train.engine.discovery import discover
@@ -118,22 +119,32 @@ class Resumable(Generic[S]):
         engine: Engine,
         step: int,
         state: dict[str, Any],
-        export: Callable[[Any, Path], None] = save_pretrained,
+        export: Callable[[Any, Path], None] | None = None,
         others: Mapping[str, Engine] = NO_ENGINES,
+        more: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
-        """Write checkpoints/step-N: weights by `export`, tokenizer, state for resume; all ranks call.
+        """Write checkpoints/step-N: weights, tokenizer, state for resume; all ranks call.
 
-        `state`: the loop's plain values, which `resume` returns. `others`: further engines by name, saved for
-        resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged metric, and Taken if
-        another launch has the run.
+        `state`: the loop's plain values, which `resume` returns. `export` writes the weights in another way,
+        on rank 0 and from the whole model; `more` writes further files there. `others`: further engines by
+        name, saved for resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged
+        metric, and Taken if another launch has the run.
         """
         self.launch.check()
         target = self.folder.checkpoint(step)
         with self.phase("saving"):
             problem = self._last_problem()
-            with engine.gathered() as model:
+            with engine.gathered() if export else nullcontext() as model:
+                tensors = iter(()) if export else engine.tensors()
                 if self.rank == 0 and problem is None:
-                    problem = self._export(export, model, target)
+                    write = (
+                        partial(export, model)
+                        if export
+                        else partial(write_pretrained, engine.module, tensors)
+                    )
+                    problem = self._publish(target, write, more)
+                for _ in tensors:  # all ranks gather what rank 0 writes, also where it could not
+                    pass
             _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
             place = checkpoints.unfinished(target) / checkpoints.ENGINE
@@ -156,11 +167,14 @@ class Resumable(Generic[S]):
         if problem is not None:
             raise EnvironmentProblem(problem)
 
-    def _export(self, export: Callable[[Any, Path], None], model: Any, target: Path) -> str | None:
-        """Write weights, tokenizer and sampling settings; returns a message if the disk is full."""
+    def _publish(
+        self, target: Path, write: Callable[[Path], None], more: Callable[[Path], None]
+    ) -> str | None:
+        """`write` weights, tokenizer, sampling settings and `more`; returns a message if the disk is full."""
         try:
             temporary, source = checkpoints.begin(target), self._tokenizer_folder()
-            export(model, temporary)
+            write(temporary)
+            more(temporary)
             chat, sampling = Chat.load(source, self.config.chat.system), self.stage.eval
             chat.save(source, temporary)
             generation = {

@@ -1,7 +1,8 @@
 """Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from r1pipe.config.hf import longest_exact
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.hf import lora
 from r1pipe.model.hf.policy import HFModel
+from r1pipe.model.weights import SHARD_BYTES, write_shards
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 
-SHARD = "5GB"
 ROUNDING = 0.1  # how far bfloat16 may move a document's states, as a share of their norm
 
 
@@ -190,14 +191,19 @@ def published(model: HFModel, name: str, tensor: torch.Tensor) -> dict[str, torc
     return revert_weight_conversion(model.whole, {name: tensor})
 
 
-def save(model: HFModel, folder: Path, shard: str = SHARD) -> None:
-    """Weights and config.json as transformers writes them; the tokenizer and generation_config.json are the
-    caller's. Adapters are merged into the weights, and written alone into the subfolder lora.FOLDER."""
-    with heartbeat.at("saving", patient=True):
-        merged = dict(lora.merged(model.whole)) if model.adapter else None
-        model.whole.save_pretrained(folder, state_dict=merged, max_shard_size=shard)
-        if model.adapter:
-            lora.save(model, folder / lora.FOLDER)
-    permissions = (folder / "config.json").stat().st_mode  # by the umask; safetensors leaves mode 0600
-    for path in folder.glob("*.safetensors"):
-        path.chmod(permissions)
+def write(
+    model: HFModel, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Tensors by the names of `published` and config.json, as transformers writes them; the tokenizer and
+    generation_config.json are the caller's. Adapters, which are merged into the tensors, are written alone
+    into the subfolder lora.FOLDER."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = iter(tensors)
+    first = next(rest)
+    if model.adapter:  # whole from the first tensor to the last
+        lora.save(model, folder / lora.FOLDER)
+    on_cpu = ((name, tensor.detach().cpu().contiguous()) for name, tensor in chain([first], rest))
+    write_shards(on_cpu, folder, shard_bytes)
+    dtype = str(model.whole.dtype).removeprefix("torch.")
+    model.whole.config.dtype, model.whole.config.architectures = dtype, [type(model.whole).__name__]
+    model.whole.config.save_pretrained(folder)

@@ -12,7 +12,8 @@ from typing import Any
 
 from r1pipe.core import terminal
 from r1pipe.core.errors import CheckpointError
-from r1pipe.model.hf.files import SHARD
+
+SHARD = "5GB"  # as the other folders' shards
 
 
 def convert(file: Path, folder: Path) -> None:

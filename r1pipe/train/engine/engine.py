@@ -23,6 +23,7 @@ from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_
 from r1pipe.model.hf import lora
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
+from r1pipe.model.saving import BUCKET
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
@@ -221,6 +222,13 @@ class Engine(Ranks):
             return
         sizes = patches.elements if self.zero_level == 3 else Tensor.numel
         yield from buckets_of(self.module, most_bytes, self._made_whole, sizes)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights by published name, for saving; every rank gets them, and all must read to the end."""
+        gathers = self.in_step  # what is gathered goes with its bucket
+        for bucket in self.buckets(BUCKET):
+            for name, tensor in bucket.items():
+                yield name, tensor.detach().to("cpu", copy=True) if gathers else tensor
 
     @contextmanager
     def _made_whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:

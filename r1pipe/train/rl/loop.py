@@ -12,7 +12,6 @@ import torch
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, Tripped
 from r1pipe.core.types import Group
-from r1pipe.model import Policy, save_pretrained
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
@@ -221,13 +220,12 @@ class RLTrainer:
     def _save(self) -> None:
         self.saved = self.state.step
         waiting, completions = self.rollouts.saved()
-        state, export = asdict(replace(self.state, waiting=waiting)), partial(self._export, completions)
+        state, more = asdict(replace(self.state, waiting=waiting)), partial(self._write, completions)
         replaced = self.reference if self.state.reference_step else None
         with replaced.gathered() if replaced else nullcontext():
-            self.run.save_checkpoint(self.engine, self.saved, state, export, self.more_engines)
+            self.run.save_checkpoint(self.engine, self.saved, state, others=self.more_engines, more=more)
 
-    def _export(self, completions: pa.Table, policy: Policy, folder: Path) -> None:
-        save_pretrained(policy, folder)
+    def _write(self, completions: pa.Table, folder: Path) -> None:
         in_flight.write(completions, folder / checkpoints.ENGINE)
         if self.reference and self.state.reference_step:
             self.reference.save(folder / checkpoints.ENGINE / "reference")

@@ -12,6 +12,7 @@ from r1pipe.cli import planning as shown
 from r1pipe.cli.commands import app
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan import planner, sizes
+from r1pipe.plan.memory import Memory
 
 
 def run(*words: str, code: int = 0) -> str:
@@ -74,6 +75,27 @@ def test_a_stage_is_planned_as_its_engine_would_run_it() -> None:
     whole = 2 * sizes.without_mtp(model)
     assert held.sampler + held.weights == pytest.approx(whole), "every rank gathers the policy to sample"
     assert held.frozen == pytest.approx(whole / 2048), "and has its share of the reference"
+
+
+@pytest.mark.parametrize(
+    "stage", ["cold_start", "grpo", "rejection_sft", "all_scenario", "zero", "control_sft"]
+)
+def test_recipe_node_leaves_a_tenth_of_its_gpus(stage: str) -> None:
+    words = [f"stage={stage}", "recipe=node", "cluster=h100x8"]
+    length = [] if stage in ("grpo", "zero", "all_scenario") else ["stage.max_steps=100"]
+    planned = json.loads(run("plan", *words, *length, "--json"))
+    assert 0.5 * 80 < planned["memory_gb"] < 0.9 * 80
+
+
+def test_a_server_elsewhere_takes_no_memory_and_one_here_its_share() -> None:
+    def held(*more: str) -> Memory:
+        model, cluster, layout, [phase] = shown.asked(["stage=grpo", "recipe=node", "cluster=h100x8", *more])
+        return planner.planned(model, cluster, layout, phase).memory
+
+    here, elsewhere = held(), held("sampler.url=http://host:8000", "sampler.args=[]")
+    assert (here.sampler, here.cache) == (0, pytest.approx(16e9))
+    assert here.total - elsewhere.total == pytest.approx(16e9 - elsewhere.activations - elsewhere.logits)
+    assert held("engine.sampler=bundled").sampler > 20e9
 
 
 def test_the_page_shows_every_part(tmp_path: Path) -> None:

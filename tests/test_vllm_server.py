@@ -18,7 +18,8 @@ from fake_vllm_samplers import WORDS, drawn, opened, other_model
 from jobs import tiny, tiny_model
 
 from r1pipe.config.compose import compose
-from r1pipe.core.errors import ConfigError, SamplerLost
+from r1pipe.config.sampler import check_vllm
+from r1pipe.core.errors import ConfigError, EnvironmentProblem, SamplerLost
 from r1pipe.train.rollout import Whole
 from r1pipe.train.rollout.vllm.server import WORKER, Served, Server
 
@@ -167,7 +168,6 @@ def test_on_the_trainers_gpus_it_sleeps_while_the_trainer_works() -> None:
             ["sampler.url=http://host:8000", "sampler.gpus='1'"],
             "sampler.gpus is for the server that r1pipe starts",
         ),
-        (["sampler.python=/nowhere/python"], "/nowhere/python is missing; run `make vllm`"),
         (["sampler.timeout_s=0"], "sampler.timeout_s=0 must be above 0"),
         (["engine.hostfile=hosts", "engine.launcher=pdsh"], "needs sampler.url=http://HOST:PORT of a server"),
     ],
@@ -176,6 +176,16 @@ def test_bad_input_gets_one_line(overrides: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as raised:
         compose(["stage=grpo", "engine.sampler=vllm", *overrides])
     assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_machine_without_vllm_is_told_how_to_get_it() -> None:
+    words = ["stage=grpo", "engine.sampler=vllm", "sampler.python=/nowhere/python"]
+    config = compose(words).config
+    with pytest.raises(EnvironmentProblem, match=r"/nowhere/python is missing; run `make vllm`"):
+        check_vllm(config.sampler, config.engine)
+    for more in ("sampler.url=http://host:8000", "engine.sampler=bundled"):
+        other = compose([*words[:2], more]).config
+        check_vllm(other.sampler, other.engine)
 
 
 def test_a_server_that_nothing_draws_from_is_refused() -> None:

@@ -1,9 +1,10 @@
 """Overrides -> one checked RunConfig: Hydra resolves conf/, a recipe's values go under the user's own.
 
-The recipe chooses groups (`choose`) and values per stage (`every_stage`, `stage_values`). They come before
-the command line's overrides, so the command line always wins. Where the recipe or the command line names a
-loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction (`stage.importance`), the values of its
-file come just before those of whoever named it, the algorithm's after the loss's.
+The recipe chooses groups (`choose`), values (`values`) and those of stages (`every_stage`, `stage_values`).
+They come before the command line's overrides, so the command line always wins. Where the recipe or the
+command line names a loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction
+(`stage.importance`), the values of its file come just before those of whoever named it, the algorithm's after
+the loss's.
 """
 
 import difflib
@@ -37,7 +38,7 @@ from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
-RECIPE_ONLY = ("choose", "every_stage", "stage_values")  # used up here; a job's config holds the outcome
+RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's config holds what comes of them
 FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
@@ -91,7 +92,7 @@ def compose(overrides: list[str]) -> Composed:
     own = [override for override in parsed if override.key_or_group not in GROUPS]
     mapping = resolve(below, own)
     for key in RECIPE_ONLY:
-        mapping["recipe"].pop(key)
+        mapping["recipe"].pop(key, None)
     given = [key for key, _ in flat(mapping)]
     if choices["model"] == HF:
         mapping["model"] = filled(mapping["model"])
@@ -173,7 +174,7 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
     content = read(f"recipe/{choices['recipe']}")
-    recipe: dict[str, Any] = {}
+    recipe: dict[str, Any] = dict(flat(content.get("values") or {}))
     for part in (content["every_stage"], content["stage_values"].get(choices["stage"])):
         recipe |= flat(part or {}, "stage")
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]

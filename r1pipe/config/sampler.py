@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.fields import AboveZero, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.core.errors import EnvironmentProblem
 
 ENVIRONMENT = ".venv-vllm"  # beside r1pipe in a checkout; `make vllm` makes it
 
@@ -47,11 +48,16 @@ def sampler_rules(sampler: SamplerConfig, engine: EngineConfig) -> Rules:
             "engine.sampler=vllm on several machines (engine.hostfile) needs sampler.url=http://HOST:PORT of "
             "a server that all of them reach"
         )
-    elif used and not vllm_python(sampler).is_file():
-        yield (
-            f"engine.sampler=vllm needs vLLM in an environment of its own, but {vllm_python(sampler)} is "
-            "missing; run `make vllm` in r1pipe's checkout, or give sampler.python=FILE of an environment "
-            "with vLLM, or sampler.url=http://HOST:PORT of a server that runs already"
+
+
+def check_vllm(sampler: SamplerConfig, engine: EngineConfig) -> None:
+    """Raises EnvironmentProblem where r1pipe is to start a server, and vLLM is not installed."""
+    python = vllm_python(sampler)
+    if engine.sampler == "vllm" and sampler.url is None and not python.is_file():
+        raise EnvironmentProblem(
+            f"engine.sampler=vllm needs vLLM in an environment of its own, but {python} is missing; run "
+            "`make vllm` in r1pipe's checkout, or give sampler.python=FILE of an environment with vLLM, or "
+            "sampler.url=http://HOST:PORT of a server that runs already"
         )
 
 

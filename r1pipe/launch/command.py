@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
+from r1pipe.config.sampler import check_vllm
 from r1pipe.core.launchers import without_place
 from r1pipe.core.paths import RunFolder, stages_dir
 from r1pipe.core.redaction import publishable
@@ -56,6 +57,7 @@ def checked_command(config: RunConfig, run: RunFolder) -> list[str]:
     """The command. Raises EnvironmentProblem where the machine lacks what it needs."""
     line = command(config, run, machine.find_launcher(config.engine))
     footprint.check_disk_space(config, run)
+    check_vllm(config.sampler, config.engine)
     return line
 
 

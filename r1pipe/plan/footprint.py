@@ -165,7 +165,7 @@ def needed(config: RunConfig, prompt: int) -> Need:
     how: Recompute = "full" if engine.recompute else "none"
     kept = stored(model, how) + sizes.working(model, how)
     cache = 0.0
-    if isinstance(stage, RLConfig):
+    if isinstance(stage, RLConfig) and engine.sampler != "vllm":  # which has memory of its own
         completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
         length = min(prompt + stage.sampling.max_tokens, context)
         slots = min(stage.sampling.max_num_seqs, completions)
@@ -200,8 +200,8 @@ def states(config: RunConfig) -> float:
     engine, stage, number = config.engine, config.stage, weight_bytes(config.engine)
     total = 0.0
     for place, (weights, trained) in enumerate(engines(config)):
-        policy = isinstance(stage, RLConfig) and place == 0  # the first
-        total += held(config, weights, trained, samples=policy)
+        gathered = isinstance(stage, RLConfig) and place == 0 and config.engine.sampler != "vllm"
+        total += held(config, weights, trained, samples=gathered)
     if isinstance(stage, RLConfig):
         # with adapters the reference is the policy without them
         copied = stage.kl_coef > 0 and not adapters(config.model)

@@ -73,6 +73,7 @@ class Rollout:
     slots: int  # completions that are decoded together on one device at most
     reference: bool  # whether a reference model scores them
     judges: int  # reward models, which have no head
+    server: float | None = None  # share of each device that a vLLM server takes to sample; 0: it is elsewhere
 
     def rows(self, devices: int) -> int:
         """Completions that are decoded together on one device."""
@@ -90,7 +91,7 @@ class Memory:
     logits: float
     frozen: float  # a reference and reward models, which ZeRO level 3 shares
     sampler: float  # weights that decoding needs beside the rank's own
-    cache: float  # of the sampler
+    cache: float  # of the sampler; all that a vLLM server takes
     buffers: float
 
     @property
@@ -125,10 +126,13 @@ def memory(
         frozen = rollout.reference * frozen_weights(model, layout, held)
         frozen += rollout.judges * frozen_weights(headless, layout, held)
         frozen *= held.weight / layout.pipeline
-        sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
         entry = held.weight * model.num_hidden_layers * sizes.cache_entry(model)
         longest = min(rollout.prompt + rollout.longest, model.max_position_embeddings)
         cache = rollout.rows(cluster.devices) * longest * entry
+        if rollout.server is None:
+            sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
+        else:
+            cache = rollout.server * cluster.memory_gb * GIGA  # with its weights
     return Memory(
         weights=own.weights,
         gradients=own.gradients,

@@ -27,6 +27,14 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
     return values
 
 
+def _server(config: RunConfig) -> float | None:
+    """Share of the trainer's devices that a vLLM server takes; None without one."""
+    if config.engine.sampler != "vllm":
+        return None
+    here = config.sampler.url is None and config.sampler.gpus is None
+    return config.sampler.gpu_memory_utilization if here else 0.0
+
+
 def phase_of(config: RunConfig, layout: LayoutConfig) -> Phase:
     """The stage's own steps. Raises ConfigError where they cannot be planned."""
     stage = config.stage
@@ -58,6 +66,7 @@ def phase_of(config: RunConfig, layout: LayoutConfig) -> Phase:
         slots=stage.sampling.max_num_seqs,
         reference=stage.kl_coef > 0,
         judges=len(KINDS) * (stage.preference is not None),
+        server=_server(config),
     )
     row = layout.prompt_tokens + mean
     tokens = float(stage.max_steps * steps * batch * row)

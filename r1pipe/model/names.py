@@ -36,6 +36,8 @@ QUANTIZATION = {  # weights in E4M3 with a float32 scale for each block (V3 sect
     "weight_block_size": [TILE, TILE],
 }
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2")
+# a layer's experts with gate, up and down apart, as Mixtral's reference names them: expert parallelism
+SEPARATE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 # transformers leaves these out of what it saves, because V3 has no other
 V3_ONLY = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 
@@ -57,6 +59,9 @@ def published_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     elif name.endswith("experts.down_proj"):
         for expert, down in enumerate(tensor):
             yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
+    elif (part := name.rpartition(".experts.")[2]) in SEPARATE:
+        for expert, weight in enumerate(tensor):
+            yield f"{name.removesuffix(part)}{expert}.{SEPARATE[part]}.weight", weight
     else:
         yield name, tensor
 

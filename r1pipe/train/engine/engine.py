@@ -7,7 +7,7 @@ Axis suffixes: L MoE layers, E routed experts.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.frozen import ClosureRunner, evaluate
 from r1pipe.train.engine.metrics import StepStats
-from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
+from r1pipe.train.engine.optimizer import adamw, deepspeed_config, is_shared_out, lr_factor
 from r1pipe.train.engine.ranks import Ranks
 
 log = logging.getLogger("r1pipe")
@@ -81,12 +81,17 @@ class Engine(Ranks):
 
     def _share_out_experts(self) -> None:
         """Raises ConfigError where the ranks cannot be grouped."""
-        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
-
         size = self.expert_parallel
         if self.world_size % size:
             raise ConfigError(f"engine.expert_parallel={size} must divide the job's {self.world_size} ranks")
-        expert_parallel.share_out(self.module, size, self.rank)
+        self._experts.share_out(self.module, size, self.rank)
+
+    @property
+    def _experts(self) -> Any:
+        """The module expert_parallel, which imports DeepSpeed."""
+        from r1pipe.train.engine import expert_parallel
+
+        return expert_parallel
 
     @property
     def in_step(self) -> bool:
@@ -192,36 +197,23 @@ class Engine(Ranks):
     def gathered(self) -> Iterator[Any]:
         """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
         with ExitStack() as stack:
-            stack.enter_context(self._made_whole([*self.module.parameters()]))
+            stack.enter_context(self._unpartitioned([*self.module.parameters()]))
             if self.zero_level == 3:
                 stack.enter_context(patches.without_zero3_hooks(self._ds))
             if self.expert_parallel > 1:
-                stack.enter_context(self._all_experts())
+                self._enter(stack, self._experts.whole(self.module))
             yield self.module
-
-    @contextmanager
-    def _all_experts(self) -> Iterator[None]:
-        """Every layer's experts on every rank; all ranks must enter."""
-        from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
-
-        self.barrier()  # as in _made_whole
-        with ExitStack() as stack:
-            with heartbeat.waiting():
-                stack.enter_context(expert_parallel.whole(self.module))
-            yield
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
         """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
 
-        Under ZeRO-3 no rank has more than a bucket, or one of the model's tensors, beside its share. With
-        expert parallelism every rank has the whole model meanwhile.
+        No rank has more than a bucket, or one of the model's tensors, beside its share of the weights.
         """
-        if self.expert_parallel > 1:
-            with self.gathered() as model:
-                yield from buckets_of(model, most_bytes)
-            return
-        sizes = patches.elements if self.zero_level == 3 else Tensor.numel
-        yield from buckets_of(self.module, most_bytes, self._made_whole, sizes)
+        yield from buckets_of(self.module, most_bytes, self._made_whole, self._elements)
+
+    def _elements(self, tensor: Tensor) -> int:
+        """Of the whole tensor."""
+        return patches.elements(tensor) * (self.expert_parallel if is_shared_out(tensor) else 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by published name, for saving; every rank gets them, and all must read to the end."""
@@ -233,15 +225,25 @@ class Engine(Ranks):
     @contextmanager
     def _made_whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """The parameters among the tensors on every rank; all ranks must enter."""
-        if self.zero_level < 3:
-            yield
-            return
-        self.barrier()  # rank 0 may have hashed the last checkpoint
-        whole = patches.whole(tensors)
         with ExitStack() as stack:
-            with heartbeat.waiting(self.world_size > 1):
-                stack.enter_context(whole)
+            stack.enter_context(self._unpartitioned(tensors))
+            if self.expert_parallel > 1:
+                self._enter(stack, self._experts.made_whole(tensors))
             yield
+
+    @contextmanager
+    def _unpartitioned(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """What ZeRO-3 has partitioned of the tensors; with expert parallelism, a rank's own experts alone."""
+        with ExitStack() as stack:
+            if self.zero_level == 3:
+                self._enter(stack, patches.whole(tensors))
+            yield
+
+    def _enter(self, stack: ExitStack, block: AbstractContextManager[object]) -> None:
+        """Enter a block that begins with collectives of training."""
+        self.barrier()  # rank 0 may have hashed the last checkpoint
+        with heartbeat.waiting(self.world_size > 1):
+            stack.enter_context(block)
 
     def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""

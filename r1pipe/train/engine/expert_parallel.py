@@ -11,7 +11,7 @@ Axes as in r1pipe/model/layers.py, and: e local experts, M rows that a rank send
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from deepspeed.checkpoint.autoep_affine import (
     legacy_uniform_autoep_placement_descriptor,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, compute_split_plan
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from r1pipe.config import ModelConfig
 from r1pipe.model.moe import Experts, MoE
+from r1pipe.train.engine.optimizer import is_shared_out
 
 PARTS = ("w1", "w3", "w2")  # DeepSpeed's names, which its checkpoints need: gate, up and down
 JOINED = ("gate_up_proj", "down_proj")  # those of Experts
@@ -82,21 +84,15 @@ class ParallelExperts(Experts):
         ones_R1 = torch.ones(len(rows_RD), 1, device=rows_RD.device)
         return super().forward(rows_RD, ones_R1, experts_R.unsqueeze(1))
 
-    @torch.no_grad()
     def collected(self, config: ModelConfig) -> Experts:
         """All experts of the layer; all ranks of the group must call."""
         with torch.device("meta"):
             whole = Experts(config)
-        gate, up, down = (self._all(getattr(self, name)) for name in PARTS)
-        whole.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1), requires_grad=False)
-        whole.down_proj = nn.Parameter(down, requires_grad=False)
+        with made_whole([*self.parameters()]), torch.no_grad():
+            whole.gate_up_proj = nn.Parameter(self.gate_up_proj, requires_grad=False)
+            whole.down_proj = nn.Parameter(self.w2.data, requires_grad=False)
         whole.fp8, whole.kind = self.fp8, self.kind
         return whole.train(self.training)
-
-    def _all(self, share: Tensor) -> Tensor:
-        whole = share.new_empty(self.total, *share.shape[1:])
-        dist.all_gather([*whole.split(self.local)], share.contiguous(), group=self.group)
-        return whole
 
 
 class ParallelMoE(MoE, AutoEPMoELayer):
@@ -142,6 +138,22 @@ def share_out(model: nn.Module, size: int, rank: int) -> None:
         layer = getattr(parent, "mlp", None)
         if isinstance(layer, MoE) and layer.experts.down_proj.requires_grad:
             parent.mlp = ParallelMoE(layer, size, rank % size)
+
+
+@contextmanager
+def made_whole(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """The parameters among the tensors that ranks share out, with all experts; all ranks must enter."""
+    shares = [(tensor, tensor.data) for tensor in tensors if is_shared_out(tensor)]
+    try:
+        for tensor, share in shares:
+            group: Any = groups._get_expert_parallel_group(getattr(tensor, "group_name"))  # noqa: B009
+            whole = share.new_empty(dist.get_world_size(group) * len(share), *share.shape[1:])
+            dist.all_gather([*whole.split(len(share))], share.contiguous(), group=group)
+            tensor.data = whole
+        yield
+    finally:
+        for tensor, share in shares:
+            tensor.data = share
 
 
 @contextmanager

@@ -37,6 +37,7 @@ LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long co
 RENEW_S = 10.0
 LOOK_S = 1.0  # how often a rank looks whether its run was taken over
 TAKEN_CODE = 2  # exit code
+OVER = "over"  # after the token of a launch that has ended
 
 log = logging.getLogger("r1pipe")
 
@@ -110,6 +111,14 @@ class Lock:
         with _guarded(self.run):
             if Holder.read(self.run.pid) == self.holder:
                 self.run.pid.unlink()
+
+
+def end_launch(run: RunFolder) -> None:
+    """For the run's holder: its ranks on other machines that are out of sight leave, and save nothing."""
+    with _guarded(run):
+        token = _token_of(run)
+        if token and not token.endswith(f" {OVER}"):
+            write_text(run.launch, f"{token} {OVER}")
 
 
 @contextmanager

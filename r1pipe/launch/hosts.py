@@ -87,6 +87,11 @@ def orders(config: RunConfig, token: str, variables: Mapping[str, str]) -> Order
     engine = config.engine
     if engine.launcher == "slurm":
         slots = dict.fromkeys(hosts.of_allocation(), engine.ranks)
+        if engine.slurm is not None and engine.slurm.nodes != len(slots):
+            raise EnvironmentProblem(
+                f"this Slurm job has {' '.join(slots)}, but engine.slurm.nodes={engine.slurm.nodes}; make "
+                "them equal, or give the command outside of it to submit another job"
+            )
     else:
         slots = hosts.slots_of(engine.hostfile or "")
     kept = {name: variables[name] for name in variables if name in HANDED_ON or name.startswith(FAMILIES)}

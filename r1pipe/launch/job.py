@@ -215,6 +215,12 @@ class Job:
         if survivors:
             self._signal_group(signal.SIGKILL)
 
+    def _end_leftovers(self) -> None:
+        if not self.engine.has_agents:
+            self._end_group(self.engine.grace_s)
+        elif self.is_owner:  # machines that are out of sight may still have ranks
+            locks.end_launch(self.run)
+
     def end(self) -> int:
         """Wait until the launcher has exited and MLflow has everything; the job's exit code.
 
@@ -227,10 +233,7 @@ class Job:
                     self._end_now()
                     give_up_at = math.inf
                 time.sleep(POLL_S)
-            if self.engine.has_agents:
-                locks.end_launch(self.run)
-            else:
-                self._end_group(self.engine.grace_s)
+            self._end_leftovers()
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)
                 if self._fault:

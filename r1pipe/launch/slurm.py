@@ -155,7 +155,7 @@ class Submitted:
 def let_go(run: RunFolder) -> str:
     """What is said where the command let go of a job that goes on; "" where the job has ended."""
     submitted = read_json(run.slurm)
-    if "job" not in submitted or "code" in submitted:
+    if is_inside() or "job" not in submitted or "code" in submitted:
         return ""
     job = submitted["job"]
     return (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hosts.network import Network, wait_until
 from hosts.scheduler import Slurm
-from hosts.trials import START_S, Command, Lab, Outcome, rank_on, ranks_of, step_of, told_or
+from hosts.trials import START_S, Command, Lab, Outcome, begin, rank_on, ranks_of, step_of, told_or
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import read_json
 
@@ -38,9 +38,11 @@ class SlurmLab(Lab):
     def job(self) -> int:
         return read_json(self.newest().slurm)["job"]
 
+    def shown(self) -> str:
+        return self.slurm.ask("scontrol", "show", "job", str(self.job()))
+
     def restarts(self) -> int:
-        shown = self.slurm.ask("scontrol", "show", "job", str(self.job()))
-        return int(shown.partition("Restarts=")[2].split()[0])
+        return int(self.shown().partition("Restarts=")[2].split()[0])
 
     def at_work(self, command: Command | None, first: int = -1) -> RunFolder:
         """The run, once its job has saved another step than `first`."""
@@ -77,14 +79,18 @@ def goes_on(lab: SlurmLab, name: str, take: Callable[[], None]) -> Outcome:
     take()
     wait_until(lambda: not ranks_of(run), "the end of all ranks", START_S)
     end_s, saved = time.monotonic() - began, step_of(run)
+    wait_until(lambda: "JobState=PENDING" in lab.shown(), "a place in the queue", START_S)
+    lab.slurm.ask("scontrol", "update", f"JobId={lab.job()}", "StartTime=now")  # else in two minutes
     lab.at_work(None, saved)
     held = lab.restarts() > restarts and saved >= before
     return Outcome(name, held, f"saved step {saved}, and goes on", end_s=end_s)
 
 
 def run(network: Network, slurm: Slurm, folder: Path) -> Iterator[Outcome]:
-    """All trials; the run folders have a cold start."""
+    """All trials, one after the other: each resumes what the one before it left."""
     lab = SlurmLab(network, slurm, folder)
+    if lab.run_folder("cold_start") is None:
+        begin(Lab(network, folder))
     script = lab.start(*STAGE, "--dry-run")
     assert script.wait() == 0 and "#SBATCH --nodes=2" in script.told(), script.told()
     command = lab.start(*STAGE)

@@ -26,11 +26,15 @@ log = logging.getLogger("hosts")
 @dataclass
 class Outcome:
     trial: str
-    held: bool
+    held: bool | None  # None: not tried
     told: str  # what the command said, or what was wrong
     line_s: float | None = None  # from the loss to the line
     end_s: float | None = None  # ... to the end of all ranks on all hosts
     command_s: float | None = None  # ... to the end of the command
+
+    @property
+    def seconds(self) -> tuple[float | None, ...]:
+        return self.line_s, self.end_s, self.command_s
 
 
 class Lab:
@@ -190,13 +194,19 @@ def interrupted(lab: Lab, words: list[str]) -> Outcome:
     return Outcome("SIGTERM", held, told_or(held, code, said), end_s=seconds, command_s=seconds)
 
 
+def begin(lab: Lab) -> Outcome:
+    """The parents of the stage that is tried."""
+    base = whole(lab, "base, here", "base", ["stage=base", "engine.launcher=local"])
+    assert base.held, base.told
+    words = ["stage=cold_start", lab.hostfile("h1", "h2")]
+    return whole(lab, "cold_start on two hosts", "cold_start", words)
+
+
 def run(network: Network, folder: Path) -> Iterator[Outcome]:
     """All trials, one after the other: each resumes what the one before it left."""
     lab = Lab(network, folder)
     both, one = [lab.hostfile("h1", "h2")], [lab.hostfile("h1")]
-    base = whole(lab, "base, here", "base", ["stage=base", "engine.launcher=local"])
-    assert base.held, base.told
-    yield whole(lab, "cold_start on two hosts", "cold_start", ["stage=cold_start", *both])
+    yield begin(lab)
     yield from losses(lab, both)
     yield whole(lab, "resumed on one host", "grpo", [*GRPO, *one])
 

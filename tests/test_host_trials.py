@@ -1,4 +1,4 @@
-"""Jobs over real hosts, which are namespaces of this machine (tests/hosts): what `make hosts` shows as a table."""
+"""Jobs over real hosts, which are namespaces of this machine (tests/hosts): `make hosts` shows a table."""
 
 import os
 from collections.abc import Iterator

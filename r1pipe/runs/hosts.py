@@ -40,15 +40,14 @@ def slots_of(hostfile: str) -> dict[str, int]:
 
 def check(engine: EngineConfig) -> None:
     """Raises EnvironmentProblem if the job cannot start on the machines of its hostfile."""
-    if engine.launcher == "local":
-        return
-    for name, slots in slots_of(engine.hostfile).items() if engine.hostfile is not None else ():
+    slots_by_name = {} if engine.hostfile is None else slots_of(engine.hostfile)
+    for name, slots in slots_by_name.items():
         if slots != engine.ranks:
             raise EnvironmentProblem(
                 f"{engine.hostfile} gives {name} slots={slots}, but threads and memory are reckoned for "
                 f"engine.ranks={engine.ranks} on each machine; make them equal"
             )
-    if shutil.which(COMMANDS[engine.launcher]) is None:
+    if engine.launcher != "local" and shutil.which(COMMANDS[engine.launcher]) is None:
         raise EnvironmentProblem(
             f"engine.launcher={engine.launcher} needs the command {COMMANDS[engine.launcher]}; install it "
             f"(Debian: apt install {PACKAGES[engine.launcher]}), or choose another launcher"

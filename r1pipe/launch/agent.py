@@ -20,15 +20,15 @@ from types import FrameType
 from typing import NoReturn
 
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import agents, processes, stopping
+from r1pipe.runs import agents, locks, processes, stopping
 from r1pipe.runs.agents import Agent, Orders
-from r1pipe.runs.locks import LAUNCH
 
 POLL_S = 0.2
 BEAT_S = 5.0
 LEAVING_S = 3.0  # for ranks to end by themselves
 STALE_S = 60.0  # a file server's news may take so long to come
-ORDERS_CODE = 2  # exit code
+ORDERS_CODE = 2  # exit codes
+ENDED_CODE = 128 + signal.SIGTERM
 
 
 def main(words: list[str]) -> int:
@@ -58,7 +58,7 @@ def orders_of(run: RunFolder, node: int, token: str) -> Orders:
     if not run.log.is_dir():
         refuse(agents.NO_FOLDER_CODE, f"{name} does not see the run folder {run.path}")
     ends_at = time.monotonic() + STALE_S
-    while (orders := Orders.read(run)) is None or orders.token != token:
+    while (orders := Orders.read(run)) is None or {orders.token, locks.token_of(run)} != {token}:
         if time.monotonic() > ends_at:
             refuse(agents.NO_FOLDER_CODE, f"{name} does not see this launch's {run.orders}")
         time.sleep(POLL_S)
@@ -86,6 +86,7 @@ class Host:
         self.run, self.orders, self.node = run, orders, node
         self.shown = Agent(node, orders.token)
         self.ranks: dict[int, subprocess.Popen[bytes]] = {}
+        self._ended_here: set[int] = set()  # ranks
         self._shown_at, self._kill_at = 0.0, float("inf")
 
     def follow(self) -> int:
@@ -103,7 +104,7 @@ class Host:
         finally:
             self._kill()
         failed = [code for _, code in self.shown.ended if code]
-        code = 0 if address and not failed else failed[0] if failed else 128 + signal.SIGTERM
+        code = next(iter(failed), 0 if address else ENDED_CODE)
         self.shown.exit_code = code if code >= 0 else 128 - code
         self._show()
         return self.shown.exit_code
@@ -124,7 +125,7 @@ class Host:
         shared = {
             **os.environ,
             **orders.variables,
-            LAUNCH: orders.token,
+            locks.LAUNCH: orders.token,
             "MASTER_ADDR": address,
             "MASTER_PORT": str(orders.master_port),
             "WORLD_SIZE": str(orders.first_rank(len(orders.hosts))),
@@ -142,29 +143,35 @@ class Host:
 
     def _look(self) -> None:
         known = {rank for rank, _ in self.shown.ended}
-        codes = [(rank, process.poll()) for rank, process in self.ranks.items() if rank not in known]
-        ended = [(rank, code) for rank, code in codes if code is not None]
+        codes = {rank: process.poll() for rank, process in self.ranks.items() if rank not in known}
+        ended = [(rank, self._told(rank, code)) for rank, code in codes.items() if code is not None]
         self.shown.ended += ended
         if ended:
             self._show()
-        if any(code for _, code in ended) or self._must_end():
+        has_failed = any(code and code not in stopping.EXIT_CODES for _, code in ended)
+        if has_failed or self._must_end():
             self._kill_at = min(self._kill_at, time.monotonic() + LEAVING_S)
         if time.monotonic() > self._kill_at:
             self._kill()
         self._show_if_due()
+
+    def _told(self, rank: int, code: int) -> int:
+        """The exit code that is shown: a rank that this agent has ended did not fail."""
+        return ENDED_CODE if rank in self._ended_here and code == -signal.SIGKILL else code
 
     def _must_end(self) -> bool:
         """Whether the command asks for it, or another launch has the run."""
         with suppress(OSError):  # a network's file system may be away for a while
             if stopping.is_at_once(self.run.stop):
                 return True
-            return self.run.launch.read_text(encoding="utf-8") != self.orders.token
+            return locks.token_of(self.run) != self.orders.token
         return False
 
     def _kill(self) -> None:
         """The ranks that are left, and all that they have started."""
-        for process in self.ranks.values():
+        for rank, process in self.ranks.items():
             if process.poll() is None:
+                self._ended_here.add(rank)
                 processes.kill_tree(process.pid)
 
     def _show_if_due(self) -> None:

@@ -180,18 +180,24 @@ def unshared(lab: Lab, words: list[str]) -> Outcome:
 
 
 def interrupted(lab: Lab, words: list[str]) -> Outcome:
-    """SIGTERM to the command: all ranks save a checkpoint and leave."""
-    command = lab.start(*GRPO, *words)
+    """The command is killed, another one takes its job over, and gets SIGTERM: all ranks save and leave."""
+    killed = lab.start(*GRPO, *words)
     run = lab.run_folder("grpo")
     assert run is not None
     before = step_of(run)
-    command.wait_for(lambda: step_of(run) > before, "a saved step")
+    killed.wait_for(lambda: step_of(run) > before, "a saved step")
+    killed.send(signal.SIGKILL)
+    killed.wait()
+    command = lab.start(*GRPO, *words)
+    command.wait_for(lambda: any("this one takes over" in line for line in command.told()), "a new owner")
     before, began = step_of(run), time.monotonic()
     command.send(signal.SIGTERM)
     code = command.wait()
     seconds, said, step = time.monotonic() - began, command.told()[-1], step_of(run)
     held = code == 143 and step >= before and f"resumes from step {step}" in said and not ranks_of(run)
-    return Outcome("SIGTERM", held, told_or(held, code, said), end_s=seconds, command_s=seconds)
+    return Outcome(
+        "command killed, then SIGTERM", held, told_or(held, code, said), end_s=seconds, command_s=seconds
+    )
 
 
 def begin(lab: Lab) -> Outcome:

@@ -40,9 +40,9 @@ def test_hosts_reach_one_another_and_are_gone_with_their_test(hosts: network.Net
     done = subprocess.run(line, env=hosts.variables(), capture_output=True, text=True, check=True)
     assert sorted(done.stdout.splitlines()) == ["h1: h1", "h2: h2"]
     hosts.cut("h2")
-    assert subprocess.run(
-        hosts.hosts["h1"].inside("ping", "-c", "1", "-W", "1", "h2"), check=False
-    ).returncode
+    options = ["-F", str(hosts.folder / "ssh_config"), "-o", "ConnectTimeout=2"]
+    line = hosts.hosts["h1"].inside("ssh", *options, "h2", "hostname")
+    assert subprocess.run(line, check=False, capture_output=True).returncode == 255
     line = [sys.executable, "-c", BEGUN, str(tmp_path / "others")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as test:
         assert test.stdout is not None

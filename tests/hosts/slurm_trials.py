@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hosts.network import Network, wait_until
 from hosts.scheduler import Slurm
-from hosts.trials import START_S, Command, Lab, Outcome, begin, rank_on, ranks_of, step_of, told_or
+from hosts.trials import START_S, Command, Lab, Outcome, base, rank_on, ranks_of, step_of, told_or, whole
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import read_json
 
@@ -89,8 +89,8 @@ def goes_on(lab: SlurmLab, name: str, take: Callable[[], None]) -> Outcome:
 def run(network: Network, slurm: Slurm, folder: Path) -> Iterator[Outcome]:
     """All trials, one after the other: each resumes what the one before it left."""
     lab = SlurmLab(network, slurm, folder)
-    if lab.run_folder("cold_start") is None:
-        begin(Lab(network, folder))
+    base(Lab(network, folder))
+    yield whole(lab, "cold_start under Slurm", "cold_start", ["stage=cold_start"])
     script = lab.start(*STAGE, "--dry-run")
     assert script.wait() == 0 and "#SBATCH --nodes=2" in script.told(), script.told()
     command = lab.start(*STAGE)

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce real vllm test test-all docs faults test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,6 +48,9 @@ test-all: $(INSTALLED_DEV) lint ## the same with the tests that take minutes eac
 
 faults: $(INSTALLED_DEV) ## kills, full disks, flipped bits and the like, made on purpose: a table of what held (two hours)
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m faults $(ARGS)
+
+hosts: $(INSTALLED_DEV) ## several hosts, made of one machine, with and without Slurm; hosts and ranks are killed (as root)
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m hosts $(ARGS)
 
 test-vllm: $(INSTALLED_DEV) $(INSTALLED_VLLM) ## vLLM on the CPU against our export; in an environment of its own
 	@R1PIPE_VLLM_PYTHON=$(VENV_VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m vllm $(ARGS)

@@ -5,12 +5,13 @@ with nothing of this process's variables but those that the real one would hand 
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 OWN = ("HOME", "USER")  # what another machine has by itself
-CALLED = ("pdsh", "mpirun", "srun", "ssh", "ompi_info", "sinfo")
+CALLED = ("pdsh", "mpirun", "srun", "sbatch", "scontrol", "ssh", "ompi_info")
 SLURM_HOSTS = "127.0.0.[1-2]"
 
 
@@ -23,12 +24,19 @@ def install(folder: Path) -> None:
 
 
 def pdsh(words: list[str]) -> list[subprocess.Popen[bytes]]:
-    """-S -f N -w HOST,HOST COMMAND..., which each machine's shell reads; %n is its number."""
+    """-S -R ssh -f N -w HOST,HOST COMMAND..., which each machine's shell reads; %n is its number."""
     hosts = words[words.index("-w") + 1].split(",")
     command = " ".join(words[words.index("-w") + 2 :])
     bare = {name: os.environ[name] for name in OWN if name in os.environ}
-    lines = [["/bin/bash", "-c", command.replace("%n", str(number))] for number in range(len(hosts))]
+    lines = [
+        ["/bin/bash", "-c", replaced(command, {"n": str(number), "h": name, "%": "%"})]
+        for number, name in enumerate(hosts)
+    ]
     return [subprocess.Popen(line, env=bare) for line in lines]
+
+
+def replaced(command: str, values: dict[str, str]) -> str:
+    return re.sub("%([nh%])", lambda match: values[match[1]], command)
 
 
 def mpirun(words: list[str]) -> list[subprocess.Popen[bytes]]:
@@ -56,21 +64,30 @@ def mpirun(words: list[str]) -> list[subprocess.Popen[bytes]]:
 
 
 def srun(words: list[str]) -> list[subprocess.Popen[bytes]]:
-    """-n N [ARGUMENTS] --export=ALL[,NAME=VALUE], then the command; two ranks a machine."""
-    count = int(words[words.index("-n") + 1])
-    [export] = [word for word in words if word.startswith("--export=ALL")]
-    shared = dict(os.environ) | dict(pair.split("=", 1) for pair in export.split(",")[1:])
-    shared |= {"SLURM_STEP_NODELIST": SLURM_HOSTS, "SLURM_STEP_NUM_TASKS": str(count), "SLURM_JOB_ID": "7"}
-    command = words[words.index(export) + 1 :]
+    """[OPTIONS] sh -c COMMAND, once on each machine of the job."""
+    names = scontrol()
+    shared = dict(os.environ) | {"SLURM_STEP_NODELIST": SLURM_HOSTS, "SLURM_STEP_NUM_TASKS": str(len(names))}
     return [
-        subprocess.Popen(command, env=shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2)})
-        for rank in range(count)
+        subprocess.Popen(
+            words[words.index("sh") :],
+            env=shared
+            | {"SLURM_PROCID": str(number), "SLURM_NODEID": str(number), "SLURM_LOCALID": "0"}
+            | {"SLURMD_NODENAME": name},
+        )
+        for number, name in enumerate(names)
     ]
+
+
+def scontrol() -> list[str]:
+    """show hostnames HOSTS"""
+    return ["127.0.0.1", "127.0.0.2"]
 
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]
     if name in ("pdsh", "mpirun", "srun"):
         sys.exit(max(process.wait() for process in globals()[name](arguments)))
+    if name == "scontrol":
+        print(*scontrol(), sep="\n")
     if name == "ssh":  # hostname -I
         print("127.0.0.1")

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import command as launch
-from r1pipe.launch.hosts import HANDED_ON
+from r1pipe.launch import hosts as launch_hosts
 from r1pipe.runs import hosts, locks, machine
 
 TOLD = """
@@ -26,11 +27,17 @@ place = discover()
 with open(f"{sys.argv[1]}/rank-{place.rank}.json", "w") as file:
     json.dump({"place": asdict(place), "variables": dict(os.environ)}, file)
 """
+SLURM = "{nodes:2,partition:null,account:null,time:null,lines:[]}"
 STRANGE = '/tmp/a b/$c`d"e\\f;g'
 
 
 def config_of(hostfile: Path, *words: str) -> RunConfig:
     words = ("engine.ranks=2", f"engine.hostfile={hostfile}", *words)
+    return compose(["stage=pretrain", "engine=cpu", *words]).config
+
+
+def slurm_config(*words: str) -> RunConfig:
+    words = ("engine.launcher=slurm", "engine.ranks=2", f"engine.slurm={SLURM}", *words)
     return compose(["stage=pretrain", "engine=cpu", *words]).config
 
 
@@ -41,40 +48,81 @@ def two_hosts(tmp_path: Path) -> Path:
     return hostfile
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
-def test_ranks_on_other_machines_find_one_another_and_what_they_need(
-    tmp_path: Path, two_hosts: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
-) -> None:
-    """DeepSpeed's own runner, with a stand-in for what reaches the machines."""
+@pytest.fixture
+def reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run whose script says what it is told, with stand-ins for what reaches the machines."""
     fake_hosts.install(tmp_path / "bin")
-    if launcher != "pdsh":
-        (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexit 9\n")  # on some clusters nobody may
+    (tmp_path / "bin" / "ssh").write_text("#!/bin/sh\nexit 9\n")  # on some clusters nobody may
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("HF_HOME", "/models" if launcher == "openmpi" else STRANGE)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/tmp/triton")
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages" / "pretrain.py").write_text(TOLD)
-    monkeypatch.setattr(launch, "stages_dir", lambda: tmp_path / "stages")
+    for module in (launch, launch_hosts):
+        monkeypatch.setattr(module, "stages_dir", lambda: tmp_path / "stages")
     users = tmp_path / "users"
     users.write_text("SITE=here\n\n")
     monkeypatch.setenv("DS_ENV_FILE", str(users))
-    config = config_of(two_hosts, f"engine.launcher={launcher}", "engine.master_port=23456")
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(tmp_path / "a run of 100%")
     run.create()
+    return run
+
+
+def started(config: RunConfig, run: RunFolder) -> subprocess.CompletedProcess[str]:
+    """The job's command, to its end."""
     line = launch.command(config, run, machine.find_launcher(config.engine))
     with launch.job_environment(config, line, "4711") as variables:
-        done = subprocess.run(line, env=variables, capture_output=True, text=True, timeout=1800, check=False)
+        run.launch.write_text("4711")
+        if config.engine.has_agents:
+            line = launch_hosts.give_orders(config, run, line, "4711", variables)
+        return subprocess.run(line, env=variables, capture_output=True, text=True, timeout=1800, check=False)
+
+
+def told(run: RunFolder) -> list[dict]:
+    """What each of the four ranks found."""
+    return [json.loads((run.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
+def test_ranks_on_other_machines_find_one_another_and_what_they_need(
+    two_hosts: Path, reached: RunFolder, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    monkeypatch.setenv("HF_HOME", "/models" if launcher == "openmpi" else STRANGE)
+    words = ["engine.master_port=23456"]
+    if launcher == "slurm":
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_JOB_NODELIST", fake_hosts.SLURM_HOSTS)
+        config = slurm_config(*words)
+    else:
+        config = config_of(two_hosts, f"engine.launcher={launcher}", *words)
+    done = started(config, reached)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads((run.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
-    for rank, of_rank in enumerate(told):
+    here = launch.shown_variables(config)
+    for rank, of_rank in enumerate(told(reached)):
         place = of_rank["place"]
         assert (place["rank"], place["world_size"], place["local_rank"]) == (rank, 4, rank % 2)
-        assert place["master"][1] == 23456 and place["master"] == told[0]["place"]["master"]
+        assert place["master"][1] == 23456 and place["master"] == told(reached)[0]["place"]["master"]
         found = of_rank["variables"]
-        wanted = {name: variables[name] for name in HANDED_ON if name in variables}
-        assert {name: found[name] for name in wanted} == wanted
+        assert {name: found[name] for name in here} == here
+        assert found["HF_HOME"] == os.environ["HF_HOME"] and found["TRITON_CACHE_DIR"] == "/tmp/triton"
+        assert found["PATH"] == machine.search_path()
         assert found[locks.LAUNCH] == "4711" and found["OMP_NUM_THREADS"] == "1"
         assert found["SITE"] == "here"
+    if launcher != "openmpi":
+        assert reached.orders.stat().st_mode & 0o77 == 0, "others may read the variables"
+
+
+def test_an_interpreter_may_be_named_for_each_machine(
+    tmp_path: Path, two_hosts: Path, reached: RunFolder
+) -> None:
+    for name in ("127.0.0.1", "127.0.0.2"):
+        python = tmp_path / f"python of {name}"
+        python.write_text(f'#!/bin/sh\nSITE_PYTHON="{name}" exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+    key = f"engine.interpreter='{tmp_path}/python of {{host}}'"
+    done = started(config_of(two_hosts, "engine.launcher=pdsh", key), reached)
+    assert done.returncode == 0, done.stdout + done.stderr
+    used = [of_rank["variables"]["SITE_PYTHON"] for of_rank in told(reached)]
+    assert used == ["127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2"]
 
 
 def test_openmpi_is_not_given_what_it_would_change(
@@ -92,18 +140,13 @@ def test_the_command_says_what_the_keys_say(tmp_path: Path, two_hosts: Path) -> 
     def line_of(*words: str) -> list[str]:
         return launch.command(config_of(two_hosts, *words), RunFolder(tmp_path / "run"))
 
-    line = line_of("engine.launcher=pdsh")
+    line = line_of("engine.launcher=pdsh", "engine.launcher_args='-u 9'")
+    assert line[:8] == ["pdsh", "-S", "-R", "ssh", "-f", launch_hosts.FAN_OUT, "-w", "127.0.0.1,127.0.0.2"]
+    assert line[8:10] == ["-u", "9"]
+    line = line_of("engine.launcher=openmpi")
+    assert line[line.index("--master_addr") + 1] == "127.0.0.1" and "--no_ssh_check" in line
     assert "--num_accelerators" not in line, "the hostfile has the slots"
     assert "--force_multi" in line, "one machine may be another one"
-    assert "--master_addr" not in line, "the launcher asks the first machine"
-    assert int(line[line.index("--master_port") + 1]) in range(20000, 30000)
-    words = ["engine.master_addr=10.0.0.1", "engine.master_port=29000", "engine.ssh_port=2222"]
-    line = line_of("engine.launcher=pdsh", "engine.launcher_args='-R ssh'", *words)
-    shown = " ".join(line)
-    assert "--master_port 29000 --master_addr 10.0.0.1 --ssh_port 2222 --launcher_args=-R ssh " in shown
-    for launcher in ("openmpi", "slurm"):
-        line = line_of(f"engine.launcher={launcher}")
-        assert line[line.index("--master_addr") + 1] == "127.0.0.1" and "--no_ssh_check" in line
     local = compose(["stage=pretrain", "engine.master_port=29000"]).config
     assert "--master_port 29000" in " ".join(launch.command(local, RunFolder(tmp_path / "run")))
 
@@ -114,7 +157,10 @@ def test_the_command_says_what_the_keys_say(tmp_path: Path, two_hosts: Path) -> 
         (["engine.master_addr=a"], "=a is for several machines; drop it, or give engine.hostfile"),
         (["engine.ssh_port=22"], "engine.ssh_port=22 is for several machines"),
         (["engine.launcher_args=-x"], "engine.launcher_args=-x is for several machines"),
-        (["engine=cluster", "engine.launcher=slurm", "engine.ssh_port=22"], "is for engine.launcher=pdsh"),
+        (["engine=slurm", "model=small", "engine.ssh_port=22"], "is for engine.launcher=pdsh"),
+        (["engine.launcher=slurm"], "choose engine=slurm"),
+        (["engine=slurm", "model=small", "engine.hostfile=h"], "machines that Slurm gives; drop"),
+        (["engine=cluster", "model=small", "engine.launcher=openmpi", "engine.interpreter=p"], "or slurm;"),
         (["engine.master_port=0"], "engine.master_port"),
     ],
 )  # fmt: skip

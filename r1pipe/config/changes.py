@@ -42,6 +42,8 @@ SAME_WITHIN_ROUNDING = {
     "engine.hostfile": "where the ranks are",
     "engine.launcher": "where the ranks are",
     "engine.launcher_args": "where the ranks are",
+    "engine.interpreter": "where the ranks are",
+    "engine.slurm": "where the ranks are",
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.equal": "in which order sums are taken",
     "engine.recompute": "what is kept in memory for the backward pass",

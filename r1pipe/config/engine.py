@@ -19,6 +19,17 @@ class FP8Config(Strict):
 
 
 @dataclass
+class SlurmConfig(Strict):
+    """What is asked of Slurm (sbatch)."""
+
+    nodes: Positive  # machines; each runs engine.ranks processes
+    partition: str | None  # null: Slurm's default
+    account: str | None  # null: the user's default
+    time: str | None  # limit, as D-HH:MM:SS; the job saves before it, and goes on in a new one. null: Slurm's
+    lines: list[str]  # further options of sbatch, such as "--gpus-per-node=8"
+
+
+@dataclass
 class EngineConfig(Strict):
     """How DeepSpeed runs a job."""
 
@@ -43,7 +54,9 @@ class EngineConfig(Strict):
     equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     async_steps: Count  # reinforcement: steps before its own at which a rollout batch is drawn; 0: none
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
-    launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # all but local need a hostfile
+    launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # pdsh and openmpi need a hostfile
+    interpreter: str | None  # Python on the machines, {host} in it is their name; null: as on this one
+    slurm: SlurmConfig | None  # of launcher=slurm; null: another one
     master_addr: str | None  # host where ranks of several machines meet; null: the first
     master_port: Port | None  # port where ranks meet; null: one that is likely free
     ssh_port: Port | None  # of pdsh; null: 22
@@ -52,6 +65,11 @@ class EngineConfig(Strict):
     stuck_after_s: Annotated[float, Field(ge=2)]  # seconds without work after which a rank is stuck
     collective_limit_s: Annotated[float, Field(gt=0)]  # seconds that a collective of training may take
     control_limit_s: Annotated[float, Field(gt=0)]  # seconds that ranks wait for one that samples or saves
+
+    @property
+    def has_agents(self) -> bool:
+        """Whether an agent of ours starts the ranks on each machine (r1pipe.launch.agent)."""
+        return self.launcher in ("pdsh", "slurm")
 
 
 def engine_rules(engine: EngineConfig) -> Rules:
@@ -72,22 +90,29 @@ def engine_rules(engine: EngineConfig) -> Rules:
 
 def hosts_rules(engine: EngineConfig) -> Rules:
     """What starts ranks on several machines."""
-    if engine.launcher != "local" and engine.hostfile is None:
-        yield f"{engine.launcher=!s} needs engine.hostfile=FILE"
-    if engine.launcher == "local" and engine.hostfile is not None:
+    launcher = engine.launcher
+    if launcher in ("pdsh", "openmpi") and engine.hostfile is None:
+        yield f"engine.launcher={launcher} needs engine.hostfile=FILE"
+    if launcher == "local" and engine.hostfile is not None:
         yield (
             "engine.launcher=local runs on this machine alone; drop "
-            f"{engine.hostfile=!s} or choose pdsh, openmpi or slurm"
+            f"{engine.hostfile=!s} or choose pdsh or openmpi"
         )
-    keys = ("master_addr", "ssh_port", "launcher_args")
+    if launcher == "slurm" and engine.hostfile is not None:
+        yield f"engine.launcher=slurm runs on the machines that Slurm gives; drop {engine.hostfile=!s}"
+    if (launcher == "slurm") != (engine.slurm is not None):
+        yield "engine.launcher=slurm and engine.slurm go together: choose engine=slurm, or neither"
+    keys = ("master_addr", "ssh_port", "launcher_args", "interpreter")
     for key, value in ((key, getattr(engine, key)) for key in keys):
-        if value and engine.hostfile is None:
+        if value and launcher == "local":
             yield f"engine.{key}={value} is for several machines; drop it, or give engine.hostfile=FILE"
-    if engine.ssh_port is not None and engine.launcher != "pdsh":
+    if engine.ssh_port is not None and launcher != "pdsh":
         yield (
             f"{engine.ssh_port=!s} is for engine.launcher=pdsh; srun uses no ssh, and mpirun takes the port "
             "from engine.launcher_args"
         )
+    if engine.interpreter is not None and launcher == "openmpi":
+        yield f"{engine.interpreter=!s} is for engine.launcher=pdsh or slurm; mpirun takes the one of here"
 
 
 def sampler_precision_rules(engine: EngineConfig) -> Rules:

@@ -43,9 +43,9 @@ def sampler_rules(sampler: SamplerConfig, engine: EngineConfig) -> Rules:
         yield from _url_rules(sampler)
         if not used:
             yield "sampler.url names a vLLM server; say engine.sampler=vllm to sample from it"
-    elif used and engine.hostfile is not None:
+    elif used and engine.launcher != "local":
         yield (
-            "engine.sampler=vllm on several machines (engine.hostfile) needs sampler.url=http://HOST:PORT of "
+            "engine.sampler=vllm on several machines needs sampler.url=http://HOST:PORT of "
             "a server that all of them reach"
         )
 

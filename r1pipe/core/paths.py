@@ -49,6 +49,7 @@ class RunFolder:
     """Names inside `<root>/<run id>/`; only `create` writes anything."""
 
     HEARTBEAT = "heartbeat-"  # in log/, one file a rank (r1pipe.runs.heartbeat)
+    AGENT = "agent-"  # in log/, one file a host (r1pipe.runs.agents)
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -61,6 +62,9 @@ class RunFolder:
         self.sweep = self.path / "sweep"  # the name of the sweep that started it (r1pipe.cli.sweep)
         self.log = self.path / "log"
         self.launcher_log = self.log / "launcher.txt"  # of all sessions
+        self.orders = self.log / "launch.json"  # what the hosts of a job are to start (r1pipe.runs.agents)
+        self.script = self.path / "slurm.sh"  # for sbatch (r1pipe.launch.slurm)
+        self.slurm = self.path / "slurm.json"  # {"job": int, "code": int}: of the newest job; code at its end
         self.metrics = self.path / "metrics.jsonl"  # {"step": int, "time": s, name: number, ...}
         self.tripwires = self.path / "tripwires.jsonl"  # {"step": int, "name": str, "message": str}
         self.progress = self.path / "progress.jsonl"  # {"what": str, "done": int, "total": int, "time": s}
@@ -102,6 +106,9 @@ class RunFolder:
 
     def heartbeat(self, rank: int) -> Path:
         return self.log / f"{self.HEARTBEAT}{rank}.json"
+
+    def agent(self, node: int) -> Path:
+        return self.log / f"{self.AGENT}{node}.json"
 
     def stack(self, rank: int) -> Path:
         """Where a rank writes its stack traces on SIGUSR1."""

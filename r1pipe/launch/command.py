@@ -14,7 +14,6 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any, BinaryIO
 
-import r1pipe
 from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
 from r1pipe.config.sampler import check_vllm
@@ -35,13 +34,15 @@ SPINS = "2000"
 
 
 def command(config: RunConfig, run: RunFolder, launcher: str = "deepspeed") -> list[str]:
-    """DeepSpeed's launcher with the stage's script and its run folder."""
+    """What starts the ranks of the stage's script, with its run folder."""
     engine = config.engine
-    if engine.hostfile is None:
+    if engine.has_agents:
+        return hosts.agents_line(engine, run)
+    if engine.launcher == "openmpi":
+        options = hosts.mpi_options(engine)
+    else:
         port = engine.master_port or free_port()
         options = ["--num_accelerators", str(engine.ranks), "--master_port", str(port)]
-    else:
-        options = hosts.options(engine)
     script = stages_dir() / config.stage.script
     return [launcher, "--no_local_rank", *options, str(script), str(run.path)]
 
@@ -92,13 +93,13 @@ def job_environment(config: RunConfig, line: list[str], token: str | None = None
         paths = {"PATH": machine.search_path(), "PYTHONPATH": os.pathsep.join([folder, module_path()])}
         place = hosts.meeting_place(config.engine, line)
         variables = {**inherited, **shown_variables(config), **paths, **launch, **place}
+        variables |= hosts.ssh_variables(config.engine, variables)
         yield {**variables, **hosts.write_variables(config.engine, variables, Path(folder))}
 
 
 def module_path() -> str:
     """PYTHONPATH with this r1pipe first: a checkout need not be installed."""
-    package = str(Path(r1pipe.__file__).resolve().parent.parent)
-    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join(filter(None, [hosts.package_folder(), os.environ.get("PYTHONPATH")]))
 
 
 def write_run_files(config: RunConfig, run: RunFolder, line: list[str], sweep: str = "") -> list[Change]:
@@ -149,7 +150,8 @@ def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int
 
     Raises EnvironmentProblem if the machine lacks something.
     """
-    engine, stage = replace(config.engine, hostfile=None), replace(config.stage, script=name)
+    engine = replace(config.engine, launcher="local", hostfile=None, slurm=None)
+    stage = replace(config.stage, script=name)
     config = replace(config, engine=engine, stage=stage)
     line = command(config, run, machine.find_launcher(engine))
     with job_environment(config, line) as variables:

@@ -15,7 +15,10 @@ from r1pipe.config import RunConfig, to_mapping
 from r1pipe.config.changes import Change
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
+from r1pipe.launch import hosts as launch_hosts
+from r1pipe.launch import slurm
 from r1pipe.launch.command import checked_command, job_environment, printable, write_run_files
+from r1pipe.launch.machines import Machines
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import Fault, Watch, resume_hint
 from r1pipe.runs import heartbeat, hosts, locks, processes, record, stopping
@@ -23,6 +26,7 @@ from r1pipe.tracking import Mirror
 
 POLL_S = 0.1
 LEAVING_S = 3.0  # from SIGTERM to SIGKILL, where there is nothing to wait for
+AGENTS_S = 10.0  # for agents to end their ranks, and pdsh or srun to see it
 ENDING_S = 15.0  # for the other ranks, after one has failed: they may wait for it forever
 TAIL = 15  # lines of the log shown when a job fails without an error message of its own
 
@@ -47,7 +51,8 @@ class Job:
         self._mirror: Mirror | None = None  # the owner's
         self._resources, self._handlers = ExitStack(), ExitStack()  # the owner's; of signals
         self.display = Display(run.path, config.stage.name)
-        self.watch = Watch(run, hosts.ranks(self.engine), self.engine.stuck_after_s)
+        machines = Machines(run) if self.engine.has_agents else None
+        self.watch = Watch(run, hosts.ranks(self.engine), self.engine.stuck_after_s, machines)
 
     @property
     def is_owner(self) -> bool:
@@ -71,6 +76,8 @@ class Job:
             self._mirror = Mirror(run.path, to_mapping(self.config))
             resources.callback(self._mirror.finish)
             variables = resources.enter_context(job_environment(self.config, line, self._lock.token))
+            if self.engine.has_agents:
+                line = launch_hosts.give_orders(self.config, run, line, self._lock.token, variables)
             log = resources.enter_context(run.launcher_log.open("ab"))
             log.write(f"$ {printable(self.config, line)}\n".encode())
             log.flush()
@@ -92,7 +99,7 @@ class Job:
             self._group = self.process.pid
             self._lock.add(self._group)
             if self.received_signal:
-                self._signal_group(self.received_signal)
+                self._end_start(self.received_signal)
             self._resources, self._handlers = resources.pop_all(), handlers.pop_all()
         return changed_code
 
@@ -168,12 +175,20 @@ class Job:
         if self.received_signal:
             self._is_ending = True
             stopping.request(self.run.stop, number, at_once=True)
-            self._signal_group(signal.SIGKILL)
+            if not self.engine.has_agents:  # which end their ranks
+                self._signal_group(signal.SIGKILL)
             return
         self.received_signal, self._kill_at = number, time.monotonic() + self.engine.grace_s
         if heartbeat.read_all(self.run):
             stopping.request(self.run.stop, number)
-        else:  # they have not begun: nothing to save
+        else:
+            self._end_start(number)
+
+    def _end_start(self, number: int) -> None:
+        """End ranks that have not begun: there is nothing to save."""
+        if self.engine.has_agents:
+            stopping.request(self.run.stop, number, at_once=True)
+        else:
             self._signal_group(number)
 
     def _signal_group(self, number: int) -> None:
@@ -184,7 +199,13 @@ class Job:
     def _end_now(self) -> None:
         self._is_ending = True
         stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
-        self._end_group(LEAVING_S)
+        if self.engine.has_agents:
+            ends_at = time.monotonic() + AGENTS_S
+            while self.process.poll() is None and time.monotonic() < ends_at:
+                time.sleep(POLL_S)
+            processes.kill_tree(self._group)
+        else:
+            self._end_group(LEAVING_S)
 
     def _end_group(self, grace_s: float) -> None:
         """Let no rank outlive its launcher: it would write into a run that another job may resume."""
@@ -193,6 +214,12 @@ class Job:
         _, survivors = psutil.wait_procs(members, timeout=grace_s)
         if survivors:
             self._signal_group(signal.SIGKILL)
+
+    def _end_leftovers(self) -> None:
+        if not self.engine.has_agents:
+            self._end_group(self.engine.grace_s)
+        elif self.is_owner:  # machines that are out of sight may still have ranks
+            locks.end_launch(self.run)
 
     def end(self) -> int:
         """Wait until the launcher has exited and MLflow has everything; the job's exit code.
@@ -206,7 +233,7 @@ class Job:
                     self._end_now()
                     give_up_at = math.inf
                 time.sleep(POLL_S)
-            self._end_group(self.engine.grace_s)
+            self._end_leftovers()
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)
                 if self._fault:
@@ -231,6 +258,8 @@ def failure(run: RunFolder, code: int) -> str:
     if run.error.exists():
         return run.error.read_text(encoding="utf-8").strip()
     if code in stopping.EXIT_CODES:
+        if line := slurm.let_go(run):
+            return line
         state = "is done" if run.record.exists() else "was interrupted"
         return f"{run.run_id} {state}; {resume_hint(run)}"
     log = run.launcher_log

@@ -14,7 +14,7 @@ from r1pipe.config.compose import compose
 from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch import parents
+from r1pipe.launch import parents, slurm
 from r1pipe.launch.command import command, printable, write_run_files
 from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
@@ -56,6 +56,8 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     line = command(plan.config, plan.run, launcher)
     if plan.action is Action.START:
         write_run_files(plan.config, plan.run, line)
+    if plan.config.engine.launcher == "slurm" and not slurm.is_inside():
+        return slurm.script(plan.config, plan.run).rstrip()
     return printable(plan.config, line)
 
 
@@ -78,7 +80,7 @@ def run_stage(plan: RunPlan) -> int:
     return 0
 
 
-def start(plan: RunPlan) -> Job:
+def start(plan: RunPlan) -> Job | slurm.Submitted:
     """Start the stage's job, or attach to it where the same command has started it; follow it until its
     record exists or it has failed.
 
@@ -88,6 +90,8 @@ def start(plan: RunPlan) -> Job:
     run_id = plan.run.run_id
     if plan.config.tracking.enabled:
         check_server_answers(store_uri(plan.config.root, plan.config.tracking.uri))
+    if plan.config.engine.launcher == "slurm" and not slurm.is_inside():
+        return submitted(plan)
     holder = locks.job_of(plan.run)
     if holder and plan.is_same_job:
         log(f"{run_id}: is already running (process {holder.processes[1][0]} since {holder.since})")
@@ -99,7 +103,7 @@ def start(plan: RunPlan) -> Job:
         log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
     else:
         check_quality(plan.config)
-        if plan.config.data.kind == "files" and plan.config.engine.hostfile is None:
+        if plan.config.data.kind == "files" and plan.config.engine.launcher == "local":
             data_files.check_there(asdict(plan.config.data))
         locks.check_not_running(plan.run)
         description = plan.describe()  # of the state before the job
@@ -109,6 +113,30 @@ def start(plan: RunPlan) -> Job:
         if changed_code:
             kept = plan.run.config_history.name
             log(f"{run_id}: code or packages have changed: {listed(changed_code)} (kept in {kept})")
+    job.follow()
+    return job
+
+
+def submitted(plan: RunPlan) -> slurm.Submitted:
+    """Give the stage to Slurm, or find it there, and follow it. Raises what `start` raises."""
+    config, run = plan.config, plan.run
+    number = slurm.job_of(run)
+    if number is not None and not plan.is_same_job:
+        raise EnvironmentProblem(
+            f"{run.run_id} is in Slurm's queue (job {number}) with another config: {listed(plan.changed)}; "
+            f"scancel {number}, or start another: --fresh"
+        )
+    if number is None:
+        check_quality(config)
+        locks.check_not_running(run)
+        line = command(config, run, machine.find_launcher(config.engine))
+        footprint.check_disk_space(config, run)
+        run.error.unlink(missing_ok=True)
+        write_run_files(config, run, line, plan.sweep)
+        number = slurm.submit(config, run)
+        log(f"{plan.describe()}, as Slurm's job {number}")
+    log(f"{run.run_id}: this command follows Slurm's job {number}; Ctrl-C lets go of it")
+    job = slurm.Submitted(config, run, number)
     job.follow()
     return job
 

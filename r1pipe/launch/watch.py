@@ -1,14 +1,15 @@
 """Watches a job's ranks while it runs: names one that was killed, or one that is stuck and where.
 
 A rank is stuck when its heartbeat shows no work for `engine.stuck_after_s` and it does not wait for others.
-Process states and stacks are available for ranks of this machine; of others only the heartbeat file is.
+Process states and stacks are available for ranks of this machine. Of others there are the heartbeat file,
+and what their agents say (launch.machines).
 """
 
 import os
 import re
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import psutil
 
 import r1pipe
 from r1pipe.core.paths import RunFolder
+from r1pipe.launch.machines import Machines
 from r1pipe.runs import checkpoints, heartbeat, processes
 from r1pipe.runs.heartbeat import Beat
 
@@ -25,6 +27,7 @@ PATIENCE = 6  # factor on the limit for a start (imports, compilers), which show
 SUSPECT = 0.8  # share of the limit: ranks that halt because another one did are silent for nearly as long
 STACK_S = 30.0  # at most, until the ranks have written their stacks
 STACK_PAUSE_S = 0.5  # a stack file that has not grown for this long is complete
+SETTLE_S = 3.0  # after a failure, until all machines have told theirs: ranks elsewhere fail because of it
 STUCK_CODE = 1  # exit code
 CODE_RANGE = 256  # DeepSpeed's launcher exits with minus a signal's number, which wraps around at this
 FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+) in (?P<name>.+)$', re.MULTILINE)
@@ -38,18 +41,20 @@ class Fault:
 
 
 class Watch:
-    def __init__(self, run: RunFolder, ranks: int, stuck_after_s: float):
-        """`ranks`: how many there are, on all machines."""
-        self.run, self.ranks, self.stuck_after_s = run, ranks, stuck_after_s
+    def __init__(self, run: RunFolder, ranks: int, stuck_after_s: float, machines: Machines | None = None):
+        """`ranks`: how many there are, on all `machines` (None: on this one)."""
+        self.run, self.ranks, self.stuck_after_s, self.machines = run, ranks, stuck_after_s, machines
         self.beats: list[Beat] = []
         self.ended: dict[int, int | None] = {}  # rank -> exit code or None, in the order in which they ended
         self._checked_at = self._failed_at = 0.0
+        self._failed: list[Beat] = []  # those that may be the first
+        self._is_settled = False  # whether it is known which one it is
         self._progress: dict[int, tuple[tuple[int, int], float]] = {}  # rank -> ((ticks, met), since when)
 
     def check(self) -> Fault | None:
         """A new fault, if any. Call it often: a rank's exit code is lost once its parent has read it."""
         self.beats = heartbeat.read_all(self.run)
-        fault = self._find_killed()
+        fault = self._find_lost() or self._find_killed(settle_s=SETTLE_S if self.machines else 0.0)
         now = time.monotonic()
         if fault or now - self._checked_at < CHECK_EVERY_S:
             return fault
@@ -65,8 +70,9 @@ class Watch:
     def final_check(self, launcher_code: int) -> Fault | None:
         """Whether the launcher, which has ended with this exit code, did so because a rank was killed."""
         self.beats = heartbeat.read_all(self.run)
-        was_killed = launcher_code > CODE_RANGE - signal.NSIG
-        return self._find_killed(launcher_code - CODE_RANGE if was_killed else None)
+        was_killed = self.machines is None and launcher_code > CODE_RANGE - signal.NSIG
+        code = launcher_code - CODE_RANGE if was_killed else None
+        return self._find_lost() or self._find_killed(code, settle_s=0.0)
 
     def exit_codes(self) -> list[int]:
         """Of the ranks that have ended, where known; those on other machines included."""
@@ -78,27 +84,52 @@ class Watch:
         """Seconds since the first rank failed, for which others may be waiting; 0 if none has."""
         return time.monotonic() - self._failed_at if self._failed_at else 0.0
 
-    def _find_killed(self, fallback_code: int | None = None) -> Fault | None:
+    def _find_lost(self) -> Fault | None:
+        """A machine that is gone, or that cannot start ranks."""
+        if self.machines is None:
+            return None
+        self.machines.look()
+        loss = self.machines.lost(self.beats)
+        if loss is None:
+            return None
+        line = f"{self.run.run_id}: {loss.line}; all ranks were ended; {resume_hint(self.run)}"
+        return Fault(f"{line}{loss.remedy}", loss.code)
+
+    def _find_killed(self, fallback_code: int | None = None, settle_s: float = 0.0) -> Fault | None:
         """Whether a signal killed the first rank that failed; those that fail after it fail because of it.
 
         An exit code that the launcher has already read is taken from the rank's heartbeat or, where that has
-        none, is `fallback_code`.
+        none, is `fallback_code`. Of machines that tell theirs at different times, all that come within
+        `settle_s` count as first.
         """
+        known = self.machines.ended() if self.machines else {}
         ended = [
             heartbeat.read(self.run.heartbeat(beat.rank)) or beat  # it may have written since
             for beat in self.beats
-            if beat.is_here and beat.rank not in self.ended and not processes.is_alive(beat.pid, beat.began)
+            if beat.rank not in self.ended and self._has_ended(beat, known)
         ]
         codes = {}
         for beat in ended:
-            candidates = (processes.exit_code(beat.pid), beat.exit_code, fallback_code)
+            candidates = (known.get(beat.rank), processes.exit_code(beat.pid), beat.exit_code, fallback_code)
             codes[beat.rank] = next((code for code in candidates if code is not None), None)
         self.ended |= codes
-        failed = [beat for beat in ended if codes[beat.rank] != 0]
-        if self._failed_at or not failed:
+        if self._is_settled:
             return None
-        self._failed_at = time.monotonic()
-        killed = [beat for beat in failed if beat.exit_code is None and (codes[beat.rank] or -1) < 0]
+        self._failed += [beat for beat in ended if codes[beat.rank] != 0]
+        if not self._failed:
+            return None
+        self._failed_at = self._failed_at or time.monotonic()
+        self._is_settled = self.failed_for_s() >= settle_s
+        return self._describe_killed() if self._is_settled else None
+
+    def _has_ended(self, beat: Beat, known: Mapping[int, int]) -> bool:
+        if self.machines is not None:
+            return beat.rank in known
+        return beat.is_here and not processes.is_alive(beat.pid, beat.began)
+
+    def _describe_killed(self) -> Fault | None:
+        codes = self.ended
+        killed = [beat for beat in self._failed if beat.exit_code is None and (codes[beat.rank] or -1) < 0]
         if not killed:
             return None
         # gloo's threads abort when another rank is gone
@@ -106,7 +137,8 @@ class Watch:
         code = codes[first.rank]
         by = f" by {signal.Signals(-code).name}" if code else ""
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        line = f"rank {first.rank} was killed{by}{hint} in {first.where()}; all ranks were ended"
+        where = f" on {self.machines.name_of(first.rank)}" if self.machines else ""
+        line = f"rank {first.rank}{where} was killed{by}{hint} in {first.where()}; all ranks were ended"
         number = -code if code else signal.SIGKILL
         return Fault(f"{self.run.run_id}: {line}; {resume_hint(self.run)}", 128 + number)
 

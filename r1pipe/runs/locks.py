@@ -37,6 +37,7 @@ LEASE_S = 60.0  # a holder on another machine without a heartbeat for so long co
 RENEW_S = 10.0
 LOOK_S = 1.0  # how often a rank looks whether its run was taken over
 TAKEN_CODE = 2  # exit code
+OVER = "over"  # after the token of a launch that has ended
 
 log = logging.getLogger("r1pipe")
 
@@ -112,6 +113,14 @@ class Lock:
                 self.run.pid.unlink()
 
 
+def end_launch(run: RunFolder) -> None:
+    """For the run's holder: its ranks on other machines that are out of sight leave, and save nothing."""
+    with _guarded(run):
+        token = token_of(run)
+        if token and not token.endswith(f" {OVER}"):
+            write_text(run.launch, f"{token} {OVER}")
+
+
 @contextmanager
 def held(run: RunFolder) -> Iterator[Lock]:
     """Hold a run for the length of a block. Raises EnvironmentProblem if another job holds it."""
@@ -180,11 +189,11 @@ class Launch:
     def __init__(self, run: RunFolder):
         self.run = run
         self._has_token = LAUNCH in os.environ  # not if the script was started by hand
-        self.token = os.environ[LAUNCH] if self._has_token else _token_of(run)
+        self.token = os.environ[LAUNCH] if self._has_token else token_of(run)
 
     def check(self) -> None:
         """Raises Taken if another launch has taken the run over."""
-        if _token_of(self.run) != self.token:
+        if token_of(self.run) != self.token:
             raise Taken(_taken(self.run))
 
     @contextmanager
@@ -213,12 +222,12 @@ class Launch:
 
     def _leave_if_taken(self) -> None:
         with suppress(OSError):  # a network's file system may be away for a while
-            if _token_of(self.run) not in (self.token, ""):
+            if token_of(self.run) not in (self.token, ""):
                 log.error("%s", _taken(self.run))
                 os._exit(TAKEN_CODE)
 
 
-def _token_of(run: RunFolder) -> str:
+def token_of(run: RunFolder) -> str:
     """The token of a run's newest launch; "" if all were by hand."""
     try:
         return run.launch.read_text(encoding="utf-8")

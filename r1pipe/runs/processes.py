@@ -59,3 +59,12 @@ def group(leader: int) -> list[psutil.Process]:
             if os.getpgid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
                 members.append(process)
     return members
+
+
+def kill_tree(pid: int) -> None:
+    """A process, and all that it has started and that has not left it."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()

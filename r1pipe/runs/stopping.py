@@ -46,6 +46,13 @@ def request(path: Path, number: int, at_once: bool = False) -> None:
     write_text(path, f"{number} {AT_ONCE if at_once else ''}")
 
 
+def is_at_once(path: Path) -> bool:
+    """Whether there is a request to stop at once. Raises OSError where the file cannot be read."""
+    with suppress(FileNotFoundError):
+        return path.read_text(encoding="utf-8").endswith(f" {AT_ONCE}")
+    return False
+
+
 _requested = 0
 
 

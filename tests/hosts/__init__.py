@@ -1,0 +1,1 @@
+"""Hosts as namespaces of this machine, a Slurm of one node, and what is tried on them: `make hosts`."""

@@ -1,0 +1,81 @@
+"""docs/kubernetes.yaml and docs/skypilot.yaml: their commands and hostfiles, and what their readers say."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1pipe.config import EngineConfig
+from r1pipe.config.compose import compose
+from r1pipe.runs import hosts
+
+DOCS = Path(__file__).parents[1] / "docs"
+READERS = ["kubernetes-validate==1.37.0", "skypilot==0.14.1", "setuptools<81"]  # have the schemas
+CHECK = """
+import sys, yaml, kubernetes_validate
+from sky import Task
+from sky.utils import schemas, common_utils
+kubernetes, skypilot = (open(path).read() for path in sys.argv[1:])
+for document in yaml.safe_load_all(kubernetes):
+    kubernetes_validate.validate(document, "1.33", strict=True)
+task = yaml.safe_load(skypilot)
+common_utils.validate_schema(task, schemas.get_task_schema(), "task: ")
+common_utils.validate_schema(task["resources"], schemas.get_resources_schema(), "resources: ")
+assert Task.from_yaml_config(task).num_nodes == 2
+print("both are sound")
+"""
+
+
+def engine_of(script: str) -> EngineConfig:
+    """Of the command in a shell script."""
+    [line] = re.findall(r"r1pipe reproduce (.*)", script)
+    return compose(shlex.split(line)).config.engine
+
+
+def test_kubernetes_runs_as_many_ranks_as_its_pods_have_gpus(tmp_path: Path) -> None:
+    service, files, job = yaml.safe_load_all((DOCS / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    engine = engine_of(container["args"][0])
+    (tmp_path / "hostfile").write_text(files["data"]["hostfile"])
+    slots = hosts.slots_of(str(tmp_path / "hostfile"))
+    assert len(slots) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert set(slots.values()) == {engine.ranks, container["resources"]["limits"]["nvidia.com/gpu"]}
+    assert list(slots) == [f"{job['metadata']['name']}-{i}.{pod['subdomain']}" for i in range(len(slots))]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert pod["terminationGracePeriodSeconds"] > engine.grace_s
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    assert os.path.dirname(engine.hostfile) in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_skypilot_writes_the_hostfile_that_its_command_reads(tmp_path: Path) -> None:
+    task = yaml.safe_load((DOCS / "skypilot.yaml").read_text())
+    engine = engine_of(task["run"])
+    script = task["run"].replace(".venv/bin/r1pipe", "echo")
+    told = {"SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    told |= {"SKYPILOT_NUM_GPUS_PER_NODE": task["resources"]["accelerators"].partition(":")[2]}
+    subprocess.run(["sh", "-ec", script], cwd=tmp_path, env={**os.environ, **told}, check=True)
+    slots = hosts.slots_of(str(tmp_path / engine.hostfile))
+    assert slots == {"10.0.0.1": engine.ranks, "10.0.0.2": engine.ranks}
+    assert task["num_nodes"] == len(slots)
+
+
+@pytest.mark.slow
+def test_those_who_read_them_find_them_sound(tmp_path: Path) -> None:
+    """By the JSON schemas of Kubernetes 1.33, and SkyPilot's own checks, in an environment of their own."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    line = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *READERS]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"pip cannot fetch what reads them: {done.stderr.strip().splitlines()[-1]}")
+    files = [DOCS / "kubernetes.yaml", DOCS / "skypilot.yaml"]
+    done = subprocess.run(
+        [python, "-c", CHECK, *files], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "both are sound" in done.stdout, done.stderr[-3000:]

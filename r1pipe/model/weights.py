@@ -3,13 +3,11 @@
 A folder holds safetensors under the published per-expert names and config.json in the published format.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from r1pipe.config import ModelConfig
@@ -27,13 +25,12 @@ from r1pipe.model.names import (
     published_shapes,
     published_tensors,
 )
-from r1pipe.model.reading import INDEX, PLAIN, SCALE, WEIGHTS, Stored, check
+from r1pipe.model.reading import PLAIN, SCALE, Stored, check
+from r1pipe.model.shards import SHARD_BYTES, write_shards
 from r1pipe.model.transformer import DeepseekV3
-from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object, write_json
 
 GENERATION = "generation_config.json"
-SHARD_BYTES = 5 * 10**9  # the default of the hub's own libraries
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
@@ -73,45 +70,6 @@ def _with_copies(
         yield name, value
     for copy, name in copies.items():  # cloned: safetensors refuses shared memory
         yield copy, repeated[name].clone()
-
-
-def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors into model.safetensors; above `shard_bytes` into shards and an index.
-
-    One shard is in memory at a time. A tensor larger than `shard_bytes` gets a file of its own.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[tuple[Path, list[str]]] = []
-    shard: dict[str, Tensor] = {}
-    total = size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            written.append(_write(shard, folder, len(written) + 1))
-            shard, size = {}, 0
-        shard[name] = tensor
-        heartbeat.tick()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    written.append(_write(shard, folder, len(written) + 1))
-    if len(written) == 1:
-        written[0][0].rename(folder / WEIGHTS)
-        return
-    weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(written, 1):
-        file = f"model-{number:05}-of-{len(written):05}.safetensors"
-        path.rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str]]:
-    path = folder / f".model-{number:05}.unfinished"  # the final name has the number of shards
-    path.touch()
-    permissions = path.stat().st_mode  # by the umask; safetensors would leave mode 0600
-    save_file(shard, path, metadata={"format": "pt"})
-    path.chmod(permissions)
-    heartbeat.tick()
-    return path, list(shard)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -12,7 +12,7 @@ from r1pipe.config.hf import longest_exact
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.hf import lora
 from r1pipe.model.hf.policy import HFModel
-from r1pipe.model.weights import SHARD_BYTES, write_shards
+from r1pipe.model.shards import SHARD_BYTES, write_shards
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 

@@ -129,13 +129,16 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
 
 def sent_to_a_sampler(engine: Engine) -> dict[str, torch.Tensor]:
     """All weights, of which a rank has one tensor more than its share at a time."""
-    held = [sum(tensor.nbytes for _, tensor in own_tensors(engine.module))]
-    largest = max(engine._elements(p) * p.element_size() for p in engine.module.parameters())
-    sent: dict[str, torch.Tensor] = {}
+
+    def held() -> int:
+        return sum(tensor.nbytes for _, tensor in own_tensors(engine.module))
+
+    before, most, sent = held(), 0, dict[str, torch.Tensor]()
     for bucket in engine.buckets(1):
         sent |= {name: tensor.clone() for name, tensor in bucket.items()}
-        held.append(sum(tensor.nbytes for _, tensor in own_tensors(engine.module)))
-    assert max(held) <= held[0] + largest and held[-1] == held[0]
+        most = max(most, held())
+    largest = max(engine._elements(p) * p.element_size() for p in engine.module.parameters())
+    assert most <= before + largest and held() == before
     return sent
 
 

@@ -28,6 +28,9 @@ WORDS = [
 ]
 
 
+UNKNOWN = "#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n"
+
+
 def config(*words: str) -> RunConfig:
     return compose(["stage=pretrain", "model=small", *WORDS, *words]).config
 
@@ -90,11 +93,12 @@ def test_the_script_asks_for_what_the_keys_say(run: RunFolder) -> None:
 
 
 def test_a_job_is_followed_to_its_record(run: RunFolder, answers: Path) -> None:
-    state(answers, "PENDING", "Priority")
+    """Also while the scheduler does not answer."""
     assert slurm.submit(config(), run) == 17 and read_json(run.slurm) == {"job": 17}
     assert (answers / "asked").read_text().splitlines()[0] == f"sbatch --parsable {run.script}"
-    assert slurm.job_of(run) == 17
+    assert slurm.job_of(run) == 17 and slurm.state(17)[0] == "UNREACHABLE"
     job = slurm.Submitted(config(), run, 17)
+    threading.Timer(0.25, state, [answers, "PENDING", "Priority"]).start()
     threading.Timer(0.5, run.record.write_text, ["{}"]).start()
     job.follow()
     assert job.end() == 0
@@ -108,7 +112,7 @@ def test_a_job_that_is_over_without_a_record_is_told(
     write_json(run.slurm, {"job": 17} | ({"code": 143} if how == "code" else {}))
     state(answers, "FAILED")
     if how == "unknown":
-        (answers / "scontrol").unlink()
+        (answers / "bin" / "scontrol").write_text(UNKNOWN)
     job = slurm.Submitted(config(), run, 17)
     job.follow()
     code = job.end()

@@ -28,7 +28,7 @@ LOG = "slurm.txt"  # in a run's log/: of the batch script, in all sessions
 MARGIN_S = 60  # from the end of engine.grace_s to the time limit
 ASK_EVERY_S = 5.0  # seconds; squeue is a call to the scheduler that all users share
 POLL_S = 0.1
-PATIENCE = 6  # unanswered questions in a row after which a job counts as gone
+UNKNOWN = "Invalid job id"  # scontrol's word for a job that ended some minutes ago
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL", "NODE_FAIL")
 FIELD = re.compile(r"\b(JobState|Reason)=(\S+)")
 
@@ -89,6 +89,8 @@ def _ask(*words: str) -> subprocess.CompletedProcess[str]:
 def state(job: int) -> tuple[str, str]:
     """Slurm's state of a job and the reason for it; ("", "") where Slurm does not know it (any more)."""
     done = _ask("scontrol", "show", "job", str(job))
+    if done.returncode and UNKNOWN not in done.stderr:  # its controller restarts, or is overloaded
+        return "UNREACHABLE", " ".join(done.stderr.split())
     found = dict(FIELD.findall(done.stdout))
     return found.get("JobState", ""), found.get("Reason", "")
 
@@ -114,7 +116,7 @@ class Submitted:
         self.run, self.job = run, job
         self.received_signal = 0
         self.display = Display(run.path, config.stage.name)
-        self._state, self._asked_at, self._unanswered = "", 0.0, 0
+        self._state, self._asked_at = "", 0.0
 
     def follow(self) -> None:
         """Show the job until its record exists, it is over, or this command is to let go of it."""
@@ -131,12 +133,11 @@ class Submitted:
             return False
         now, reason = state(self.job)
         self._asked_at = time.monotonic()
-        self._unanswered = 0 if now else self._unanswered + 1
         if now and now != self._state:
             self._state = now
             why = f" ({reason})" if reason not in ("", "None") else ""
             self.display.say(f"{self.run.run_id}: Slurm's job {self.job} is {now.lower()}{why}")
-        return now in OVER or self._unanswered >= PATIENCE
+        return now in OVER or not now
 
     def end(self) -> int:
         """The job's exit code; that of the signal which made this command let go."""

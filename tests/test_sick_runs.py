@@ -20,11 +20,10 @@ from r1pipe.launch.progress import Display
 from r1pipe.model.moe import gates
 from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl import ahead, loop, scoring
+from r1pipe.train.rl import ahead, loop, scoring, stage
 from r1pipe.train.rl.tripwires import WIRES
 from r1pipe.train.rollout import SamplingParams, Whole
 from r1pipe.train.rollout.bundled import BundledSampler
-from r1pipe.train.run import Run
 
 SHORT = (
     "stage=grpo",
@@ -106,10 +105,10 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
         return SamplingParams(2 if len(began) < 3 else max_tokens, *rest, **where)
 
     monkeypatch.setattr(ahead, "SamplingParams", growing)
-    load, train_step, taken = Run.load_model, Engine.train_step, []
+    load, train_step, taken = stage.load_policy, Engine.train_step, []
 
-    def collapsed(run, parent):
-        model = load(run, parent)
+    def collapsed(run):
+        model = load(run)
         for gate in gates(model):
             gate.e_score_correction_bias[:2] = 100.0
         return model
@@ -118,7 +117,7 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
         taken.append(closures)
         return train_step(engine, [lambda: closures[0]() * math.nan] if len(taken) == 3 else closures)
 
-    monkeypatch.setattr(Run, "load_model", collapsed)
+    monkeypatch.setattr(stage, "load_policy", collapsed)
     monkeypatch.setattr(Engine, "train_step", broken_once)
     go(folder := tiny_run(tmp_path / "run", *SHORT, "stage.max_steps=6", "stage.eval.every=1"))
     found = trips(folder)

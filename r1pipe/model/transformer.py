@@ -7,8 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from r1pipe.config import ModelConfig
-from r1pipe.config.model import check_model
+from r1pipe.config.model import ModelConfig, check_model
 from r1pipe.core.errors import ConfigError
 from r1pipe.model.hf import HFModel
 from r1pipe.model.layers import Linear, RMSNorm, Rotary, SwiGLU

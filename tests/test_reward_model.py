@@ -17,7 +17,7 @@ from r1pipe.model import DeepseekV3
 from r1pipe.rewards import models
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, quality_of
 from r1pipe.train.engine.engine import Engine
-from r1pipe.train.rl.reward_model import Examples, Item, measure_quality, micro_losses
+from r1pipe.train.rl.reward_model import Examples, Item, in_micro_batches, measure_quality, micro_losses
 
 PROMPT = Prompt("p", "writing", "en", "Write about a fox.")
 
@@ -147,13 +147,28 @@ def test_a_models_standing_counts_the_responses_length_and_not_the_prompts(monke
     assert found["length_correlation"] < 0
 
 
+@pytest.mark.parametrize(
+    ("accumulation", "most", "expected"),
+    [
+        (1, 100, [[9, 5, 4, 2]]),
+        (2, 100, [[9, 5], [4, 2]]),
+        (1, 36, [[9, 5], [4, 2]]),
+        (1, 8, [[9], [5], [4], [2]]),
+    ],
+)
+def test_pairs_are_read_together_up_to_so_many_tokens(accumulation, most, expected):
+    pairs = [Item([[1] * n, [1]]) for n in (4, 9, 2, 5)]
+    micros = in_micro_batches(pairs, accumulation, most)
+    assert [[len(item) for item in micro] for micro in micros] == expected
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_loads_count_the_responses_and_no_padding(alpha):
     model = models.RewardModel(tiny_model())
     engine = Engine(model, OPTIM, replace(ROUTER, balance_alpha=alpha), engine_config(), total_steps=10)
     items = [Item([[5, 6, 7, 8][:n], [9, 3]]) for n in (4, 1, 3)]
     examples = Examples(HELPFUL, items, [], 0)
-    stats = engine.train_step(micro_losses(engine, examples, items, 2, alpha))
+    stats = engine.train_step(micro_losses(engine, examples, [items[:2], items[2:]], alpha))
     assert stats.loads_LE.sum(1).tolist() == [2 * (4 + 1 + 3 + 3 * 2)]  # two experts a token
 
 

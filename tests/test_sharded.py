@@ -88,6 +88,7 @@ def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) 
             assert of_rank["moved"] and of_rank["restored"] and of_rank["equal"], precision
 
 
+FIXED = 500  # MiB that a rank takes beside its shares: one tensor, the allocator's and DeepSpeed's own
 WIDE = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "first_k_dense_replace": 7}
 
 
@@ -99,4 +100,4 @@ def test_the_memory_of_a_rank_falls_as_their_number_grows(tmp_path: Path) -> Non
     for what, alone in peaks[1][0].items():
         for ranks in (2, 4):
             worst = max(of_rank[what] for of_rank in peaks[ranks])
-            assert worst < 1.25 * alone / ranks, (what, peaks)
+            assert worst - FIXED < 1.25 * (alone - FIXED) / ranks, (what, peaks)

@@ -153,6 +153,7 @@ class RewardModelConfig(StageConfig):
     held_out: Positive  # pairs, and labels, to judge the models on
     epochs: Positive  # passes over each
     batch_size: Positive  # pairs (or labels) per optimizer step, all ranks together
+    max_tokens_per_micro_batch: Positive  # padded tokens per forward pass on one rank; a pair is not split
 
 
 @dataclass

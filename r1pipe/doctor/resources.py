@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from r1pipe.config import RLConfig, StageConfig
+from r1pipe.config import RewardModelConfig, RLConfig, StageConfig
 from r1pipe.doctor.context import Context, Outcome
 from r1pipe.plan import footprint
 from r1pipe.plan.footprint import Need, mib
@@ -38,7 +38,7 @@ def less_of(need: Need, stage: StageConfig) -> str:
         return f"{less}, or take stage.algorithm=grpo" if getattr(stage, "ppo", None) else less
     if need.cache > need.activations + need.logits:
         return "lower stage.sampling.max_num_seqs or stage.sampling.max_tokens"
-    if isinstance(stage, RLConfig):
+    if isinstance(stage, RLConfig | RewardModelConfig):
         smaller = "lower stage.max_tokens_per_micro_batch"
     else:
         smaller = "raise engine.gradient_accumulation"

@@ -161,6 +161,8 @@ def needed(config: RunConfig, prompt: int) -> Need:
         length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
         rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
         tokens = rows * length
+        if isinstance(stage, RewardModelConfig):
+            tokens = min(tokens, max(length, stage.max_tokens_per_micro_batch))
     head = sizes.logits(tokens, model.vocab_size)
     how: Recompute = "full" if engine.recompute else "none"
     kept = stored(model, how) + sizes.working(model, how)

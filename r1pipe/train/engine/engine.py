@@ -59,6 +59,8 @@ class Engine(Ranks):
         self.module: Any = model
         if self.expert_parallel > 1:
             self._share_out_experts()
+        if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
+            model.bfloat16()
         train_as(model, config, self.device)
         # a dense model has none, one of transformers its own
         self.router = router if any(gates(model)) else None

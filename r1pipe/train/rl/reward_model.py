@@ -134,8 +134,8 @@ def train_reward_model(
         with run.phase("update"):
             [tokens] = engine.sum_over_ranks([sum(len(row) for item in batch for row in item.rows)])
             weight = alpha * engine.world_size / tokens  # the engine averages over the ranks
-            micros = micro_losses(engine, examples, batch, accumulation, weight)
-            metrics = step_metrics(engine.train_step(micros))
+            micros = in_micro_batches(batch, accumulation, stage.max_tokens_per_micro_batch)
+            metrics = step_metrics(engine.train_step(micro_losses(engine, examples, micros, weight)))
         metrics["train/tokens_per_s"] = tokens / (time.monotonic() - began)
         done = step + 1
         run.log(first + done, metrics)
@@ -148,13 +148,27 @@ def train_reward_model(
             raise stopping.Interrupted(leaving)
 
 
+def in_micro_batches(batch: Sequence[Item], accumulation: int, max_tokens: int) -> list[list[Item]]:
+    """Items, longest first, in at least `accumulation` parts of at most `max_tokens` with padding; an item
+    that is larger is a part of its own."""
+    size = -(-len(batch) // accumulation)
+    micros: list[list[Item]] = []
+    for item in sorted(batch, key=len, reverse=True):
+        if micros and len(micros[-1]) < size:
+            rows = sum(len(one.rows) for one in [*micros[-1], item])
+            if rows * len(micros[-1][0]) <= max_tokens:
+                micros[-1].append(item)
+                continue
+        micros.append([item])
+    return micros
+
+
 def micro_losses(
-    engine: Engine, examples: Examples, batch: Sequence[Item], accumulation: int, balance_weight: float
+    engine: Engine, examples: Examples, micros: Sequence[Sequence[Item]], balance_weight: float
 ) -> list[Callable[[], Tensor]]:
-    """This rank's micro-batches, longest first, each giving its share of the mean preference loss, plus
-    `balance_weight` times each token's balance loss (0: none)."""
-    ordered = sorted(batch, key=len, reverse=True)
-    size = -(-len(ordered) // accumulation)
+    """Of each of this rank's micro-batches its share of the mean preference loss, plus `balance_weight` times
+    each token's balance loss (0: none)."""
+    whole = sum(map(len, micros))
 
     def share_of_loss(micro: Sequence[Item]) -> Tensor:
         rows = [row for item in micro for row in item.rows]
@@ -166,9 +180,9 @@ def micro_losses(
         else:
             safe_B = torch.tensor([float(item.safe) for item in micro], device=scores_B.device)
             loss = models.point_wise_loss(scores_B, safe_B)
-        return len(micro) / len(batch) * loss + balance_weight * balance.total()
+        return len(micro) / whole * loss + balance_weight * balance.total()
 
-    return [partial(share_of_loss, ordered[i : i + size]) for i in range(0, len(ordered), size)]
+    return [partial(share_of_loss, micro) for micro in micros]
 
 
 def measure_quality(

@@ -88,7 +88,7 @@ def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) 
             assert of_rank["moved"] and of_rank["restored"] and of_rank["equal"], precision
 
 
-FIXED = 500  # MiB that a rank takes beside its shares: one tensor, the allocator's and DeepSpeed's own
+FIXED = 800  # MiB that a rank takes whatever their number; what of is not known yet (docs/lab-notes.md)
 WIDE = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8, "first_k_dense_replace": 7}
 
 

@@ -160,8 +160,8 @@ def _update(job: Job, turns: Turns) -> dict[str, float]:
             )
         ]
     micro = collate(rollouts, None, 0.0, engine.device)
-    old = reference.logprobs(micro, config.sampling.temperature).split(micro.lengths_B.tolist())
-    for rollout, old_T in zip(rollouts, old, strict=True):
+    [old_N] = reference.logprobs([micro], config.sampling.temperature)
+    for rollout, old_T in zip(rollouts, old_N.split(micro.lengths_B.tolist()), strict=True):
         rollout.completion.logprobs[:] = old_T.tolist()
     norms: list[float] = []
     turns.run(lambda: norms.append(update(engine, rollouts, config, reference)["train/grad_norm"]))

@@ -26,9 +26,9 @@ from r1pipe.core.safetensors import weights_in
 from r1pipe.model import load_pretrained
 from r1pipe.model.hf import files as hf_files
 from r1pipe.model.policy import of_transformers
-from r1pipe.model.reading import Stored
+from r1pipe.model.reading import GENERATION, Stored
 from r1pipe.model.saving import tensors_of
-from r1pipe.model.weights import GENERATION, PRECISIONS, convert
+from r1pipe.model.weights import PRECISIONS, convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object, write_json
 

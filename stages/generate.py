@@ -20,7 +20,7 @@ from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
 from r1pipe.model import Policy, load_pretrained
-from r1pipe.model.weights import GENERATION
+from r1pipe.model.reading import GENERATION
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine.ranks import choose_device

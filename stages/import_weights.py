@@ -22,8 +22,8 @@ from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.types import Prompt
 from r1pipe.model import model_config_from
 from r1pipe.model.names import layer_of
-from r1pipe.model.reading import Stored
-from r1pipe.model.weights import GENERATION, convert
+from r1pipe.model.reading import GENERATION, Stored
+from r1pipe.model.weights import convert
 from r1pipe.runs import checkpoints
 from r1pipe.runs.files import read_object, write_json
 

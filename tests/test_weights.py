@@ -31,9 +31,9 @@ from r1pipe.model import expert_loads, model_config_from
 from r1pipe.model.kernels.reference import Scaled, dequantise, quantise_blocks
 from r1pipe.model.moe import gates
 from r1pipe.model.names import CONFIG
-from r1pipe.model.reading import INDEX, WEIGHTS
+from r1pipe.model.reading import GENERATION, INDEX, WEIGHTS
 from r1pipe.model.shards import write_shards
-from r1pipe.model.weights import GENERATION, convert, load_pretrained, save_pretrained
+from r1pipe.model.weights import convert, load_pretrained, save_pretrained
 from r1pipe.runs import checkpoints, lineage
 
 RAGGED = tiny(hidden_size=160, intermediate_size=200, n_routed_experts=4, num_experts_per_tok=2, n_group=2)

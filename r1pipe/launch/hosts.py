@@ -47,8 +47,7 @@ def agents_line(engine: EngineConfig, run: RunFolder) -> list[str]:
     """What starts an agent on each machine, once `give_orders` has added the launch's token."""
     python, path, folder = (engine.interpreter or sys.executable, str(run.path), package_folder())
     if engine.launcher == "slurm":
-        here = '"$SLURMD_NODENAME"'.join(map(shlex.quote, python.split(HOST)))
-        task = f'exec {here} -m r1pipe.launch.agent {shlex.quote(path)} "$SLURM_NODEID"'
+        task = f'exec {python_under_slurm(engine)} -m r1pipe.launch.agent {shlex.quote(path)} "$SLURM_NODEID"'
         start = [
             "srun",
             "--ntasks-per-node=1",
@@ -67,6 +66,11 @@ def agents_line(engine: EngineConfig, run: RunFolder) -> list[str]:
     agent = f"exec env PYTHONPATH={quoted(folder)} {here} -m r1pipe.launch.agent {quoted(path)} %n"
     names = ",".join(hosts.slots_of(engine.hostfile or ""))
     return ["pdsh", "-S", "-R", "ssh", "-f", FAN_OUT, "-w", names, *shlex.split(engine.launcher_args), agent]
+
+
+def python_under_slurm(engine: EngineConfig) -> str:
+    """The interpreter, as a shell of Slurm's reads it on each machine."""
+    return '"$SLURMD_NODENAME"'.join(map(shlex.quote, (engine.interpreter or sys.executable).split(HOST)))
 
 
 def give_orders(

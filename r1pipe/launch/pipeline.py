@@ -15,7 +15,7 @@ from r1pipe.config.run import WITH_DOCUMENTS
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import parents, slurm
-from r1pipe.launch.command import command, printable, write_run_files
+from r1pipe.launch.command import checked_command, command, printable, write_run_files
 from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
@@ -129,8 +129,7 @@ def submitted(plan: RunPlan) -> slurm.Submitted:
     if number is None:
         check_quality(config)
         locks.check_not_running(run)
-        line = command(config, run, machine.find_launcher(config.engine))
-        footprint.check_disk_space(config, run)
+        line = checked_command(config, run)
         run.error.unlink(missing_ok=True)
         write_run_files(config, run, line, plan.sweep)
         number = slurm.submit(config, run)

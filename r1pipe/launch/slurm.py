@@ -10,7 +10,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from contextlib import closing
 from types import FrameType
@@ -18,7 +17,7 @@ from types import FrameType
 from r1pipe.config import RunConfig
 from r1pipe.core.errors import EnvironmentProblem, record_error
 from r1pipe.core.paths import RunFolder
-from r1pipe.launch.hosts import HOST, package_folder
+from r1pipe.launch.hosts import package_folder, python_under_slurm
 from r1pipe.launch.progress import Display
 from r1pipe.launch.watch import resume_hint
 from r1pipe.runs import stopping
@@ -54,7 +53,7 @@ def script(config: RunConfig, run: RunFolder) -> str:
     ]
     named = {"partition": asked.partition, "account": asked.account, "time": asked.time}
     options += [f"--{name}={value}" for name, value in named.items() if value is not None]
-    python = '"$SLURMD_NODENAME"'.join(map(shlex.quote, (engine.interpreter or sys.executable).split(HOST)))
+    python = python_under_slurm(engine)
     path, folder = shlex.quote(str(run.path)), shlex.quote(package_folder())
     return "\n".join(
         [

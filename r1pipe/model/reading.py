@@ -20,6 +20,7 @@ from r1pipe.runs.files import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SCALE = "_scale_inv"  # suffix of an FP8 weight's name
 COMPUTED = ".rotary_emb.inv_freq"  # a buffer in older files, Moonlight's too; it follows from config.json
 FP8 = "F8_E4M3"
@@ -82,6 +83,19 @@ class Stored:
     @property
     def parameters(self) -> int:
         return sum(math.prod(self.entries[name].shape) for name in self.names())
+
+
+def eos_ids(folder: Path | str, otherwise: Any = None) -> tuple[int, ...]:
+    """The tokens that end a completion, of a folder's generation_config.json; without that file `otherwise`.
+
+    Raises CheckpointError.
+    """
+    generation = Path(folder) / GENERATION
+    value = read_object(generation).get("eos_token_id") if generation.exists() else otherwise
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
+    return tuple(ids)
 
 
 def _opened(path: Path) -> Any:

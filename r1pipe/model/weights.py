@@ -25,12 +25,11 @@ from r1pipe.model.names import (
     published_shapes,
     published_tensors,
 )
-from r1pipe.model.reading import PLAIN, SCALE, Stored, check
+from r1pipe.model.reading import PLAIN, SCALE, Stored, check, eos_ids
 from r1pipe.model.shards import SHARD_BYTES, write_shards
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.files import read_object, write_json
 
-GENERATION = "generation_config.json"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
@@ -102,18 +101,6 @@ def open_empty(folder: Path | str) -> tuple[DeepseekV3, Stored]:
 def dtype_of(stored: Stored) -> torch.dtype:
     """The type to compute with; FP8 weights come as bfloat16."""
     return PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
-
-
-def eos_ids(folder: Path | str) -> tuple[int, ...]:
-    """Those of a checkpoint's generation_config.json, if it has one. Raises CheckpointError."""
-    generation = Path(folder) / GENERATION
-    if not generation.exists():
-        return ()
-    value = read_object(generation).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
-    return tuple(ids)
 
 
 @torch.no_grad()

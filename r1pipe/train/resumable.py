@@ -143,7 +143,9 @@ class Resumable(Generic[S]):
                         else partial(write_pretrained, engine.module, tensors)
                     )
                     problem = self._publish(target, write, more)
-                for _ in tensors:  # all ranks gather what rank 0 writes, also where it could not
+                for _ in (
+                    tensors if engine.in_step else ()
+                ):  # all ranks gather, also what could not be written
                     pass
             _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}

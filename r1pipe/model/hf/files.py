@@ -12,6 +12,7 @@ from r1pipe.config.hf import longest_exact
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model.hf import lora
 from r1pipe.model.hf.policy import HFModel
+from r1pipe.model.reading import eos_ids
 from r1pipe.model.shards import SHARD_BYTES, write_shards
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
@@ -71,7 +72,7 @@ def load(
         raise CheckpointError(
             f"{folder}: {type(whole).__name__} cannot read a packed row ({line}); give another model"
         ) from None
-    model.eos_ids = _eos_ids(folder, config)
+    model.eos_ids = eos_ids(folder, config.eos_token_id)
     return model
 
 
@@ -173,15 +174,6 @@ def _check_packing(model: HFModel, folder: Path) -> None:
             f"{folder}: {type(model.whole).__name__} reads a document otherwise behind another one in a row "
             "than alone (positions or masks of its own); give another model"
         )
-
-
-def _eos_ids(folder: Path, config: Any) -> tuple[int, ...]:
-    generation = folder / "generation_config.json"
-    value = read_object(generation).get("eos_token_id") if generation.exists() else config.eos_token_id
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{generation}: eos_token_id={value} must be a token id or a list of token ids")
-    return tuple(ids)
 
 
 def published(model: HFModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -29,12 +29,12 @@ class ClosureRunner(nn.Module):
 
 
 def evaluate(ranks: Ranks, runner: Any, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """What each closure over a partitioned model returns, without gradients; all ranks call, each with one or
-    more of its own. Weights are gathered layer by layer, never the whole model, and ranks with fewer closures
-    repeat their last one."""
+    """What each closure over a partitioned model returns; all ranks call, each with one or more of its own.
+
+    Weights are gathered layer by layer, never the whole model; ranks with fewer closures repeat their last.
+    """
     repeats = ranks.agree_max(len(closures)) - len(closures)
-    with torch.no_grad():
-        return [runner(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
+    return [runner(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
 
 
 class FrozenModel(Ranks):

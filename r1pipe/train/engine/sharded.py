@@ -14,7 +14,7 @@ from r1pipe.model import DeepseekV3, Policy, weights
 from r1pipe.model.hf import files
 from r1pipe.model.names import published_parts
 from r1pipe.model.policy import of_transformers
-from r1pipe.model.reading import Stored
+from r1pipe.model.reading import Stored, eos_ids
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import deepspeed_config
@@ -33,7 +33,7 @@ def load_sharded(
             return files.load(folder, attention, longest, patches.running_in_shares)
     model, stored = weights.open_empty(folder)
     fill_in_shares(model, stored, config)
-    model.eos_ids = weights.eos_ids(folder)
+    model.eos_ids = eos_ids(folder)
     return model
 
 

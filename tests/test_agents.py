@@ -1,6 +1,5 @@
 """A machine's agent, which starts its ranks and ends them, and what the command makes of all agents."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -44,8 +43,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def orders(run: RunFolder, fate: str = "stay", hosts: tuple[tuple[str, int], ...] = (("h1", 2),)) -> None:
-    script, variables = run.path.parent / "rank.py", {"FATE": fate, "PYTHONPATH": os.environ["PYTHONPATH"]}
-    Orders("4711", list(hosts), str(script), str(run.path), "127.0.0.1", 20000, variables).write(run)
+    script = run.path.parent / "rank.py"
+    Orders("4711", list(hosts), str(script), str(run.path), "127.0.0.1", 20000, {"FATE": fate}).write(run)
 
 
 def agent(run: RunFolder, node: int = 0, token: str = "4711") -> "subprocess.Popen[str]":

@@ -11,13 +11,11 @@ from pathlib import Path
 
 from r1pipe.config import EvaluateConfig
 from r1pipe.core.errors import CheckpointError
-from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
-from r1pipe.train.loading import load_model
-from r1pipe.train.rollout import Whole
+from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
 
 
@@ -29,8 +27,7 @@ def main(folder: str) -> None:
         ranks = Ranks(run.config.engine)
         chat = run.load_chat()
         run.load_data()
-        model = load_model(run, parent).to(ranks.device)
-        set_precision(model, run.config.engine, ranks.device)
+        weights = load_weights(run, parent, ranks)
         checkpoint = run.folder.checkpoint(0)
         if run.rank == 0:
             checkpoints.verify(parent.checkpoint, parent.hash)
@@ -40,7 +37,7 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, Whole(model), 0, run.stage.eval)
+            evaluation = measure(run, ranks, weights, 0, run.stage.eval)
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "

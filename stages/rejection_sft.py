@@ -12,10 +12,8 @@ import sys
 from r1pipe.config import RejectionConfig
 from r1pipe.core.errors import CheckpointError
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
-from r1pipe.model.training import set_precision
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.loading import load_model
-from r1pipe.train.rollout import Whole
+from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import build_dataset, draw_samples, evaluation_questions, read_dataset
@@ -31,16 +29,15 @@ def main(folder: str) -> None:
         chat, source = run.load_chat(), run.load_data()
 
         with run.phase("sampling"):
-            model = load_model(run, parent).to(ranks.device).eval()
-            set_precision(model, run.config.engine, ranks.device)
-            context = model.config.max_position_embeddings
+            run.sampler.update(load_weights(run, parent, ranks), 0)
+            context = run.config.model.max_position_embeddings
             prompts, too_long = draw_prompts_that_fit(
                 lambda n: source.prompts("train", n, run.seed("prompts")),
                 stage.prompts,
                 prompt_fits(chat, context, stage.sampling.max_tokens),
             )
-            run.sampler.update(Whole(model), 0)
             shards = draw_samples(run, ranks, prompts)
+            run.sampler.forget()
         with run.phase("filtering"):
             if ranks.rank == 0:
                 questions = evaluation_questions(run, context)

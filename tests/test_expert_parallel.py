@@ -17,12 +17,15 @@ from tiny_runs import tiny_config
 
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import ConfigError
-from r1pipe.model import Balance, DeepseekV3
-from r1pipe.model.moe import gates
+from r1pipe.model import Balance, DeepseekV3, Policy, save_pretrained
+from r1pipe.model.moe import MoE, gates
 from r1pipe.model.policy import named_weights, own_tensors
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.expert_parallel import ParallelExperts, ParallelMoE, share_out
 from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.sharded import load_sharded
 
 SHAPE = tiny(num_hidden_layers=2, num_nextn_predict_layers=1)
 # With a large epsilon AdamW's steps are nearly the gradients: weights that agree had gradients that did.
@@ -41,6 +44,7 @@ class Case:
     recompute: bool = False
     replay: bool = False
     skewed: bool = False  # all tokens go to the first experts
+    in_shares: bool = False  # read from the folder, each rank its own experts
     broken: bool = False  # one more step, in which the loss of the last rank is not finite
     before: str | None = None  # the state to go on from
     after: str | None = None  # the state to leave behind
@@ -49,6 +53,15 @@ class Case:
     def engine(self, count: int) -> EngineConfig:
         config = engine_config(count, self.level, self.precision)
         return replace(config, expert_parallel=self.experts, recompute=self.recompute, kernels="reference")
+
+    def loaded(self, folder: Path, ranks: Ranks) -> Policy:
+        """The model that `model` left in the folder."""
+
+        def prepare(model: Policy) -> None:
+            model.freeze_mtp()
+            share_out(model, self.experts, ranks)
+
+        return load_sharded(folder / "weights", self.engine(ranks.world_size), prepare=prepare).train()
 
     def model(self) -> DeepseekV3:
         model = ours(WHOLE if self.precision == "fp8" else SHAPE).train()
@@ -94,7 +107,9 @@ def parts(rank: int, count: int) -> list[tuple[slice, float]]:
 def train(folder: Path, case: Case) -> dict[str, Any]:
     """What a case gives on the ranks of this job: steps, evaluation and weights."""
     count = discover().world_size
-    engine = Engine(case.model(), OPTIMIZER, ROUTER, case.engine(count), total_steps=10)
+    config = case.engine(count)
+    model = case.loaded(folder, Ranks(config)) if case.in_shares else case.model()
+    engine = Engine(model, OPTIMIZER, ROUTER, config, total_steps=10)
     if case.before is not None:
         assert engine.load(folder / case.before) == {"here": case.before}
     passes = [
@@ -222,6 +237,32 @@ def test_four_ranks_in_groups_of_two_and_four(tmp_path: Path, alone: dict[str, A
     for case, found in zip(cases, on_ranks(tmp_path, 4, *cases), strict=True):
         check(found, alone, case)
         assert found["local"] == ([] if case.experts == 1 else [SHAPE.n_routed_experts // case.experts])
+
+
+@pytest.mark.slow
+def test_ranks_read_their_own_experts_alone(tmp_path: Path, alone: dict[str, Any]) -> None:
+    save_pretrained(Case().model(), tmp_path / "weights")
+    for count, experts in ((2, 2), (4, 2)):
+        case = Case(3, experts, in_shares=True, after=f"state-{count}")
+        [found] = on_ranks(tmp_path, count, case)
+        check(found, alone, case)
+        assert found["local"] == [SHAPE.n_routed_experts // experts]
+
+
+def test_shares_of_experts_hold_what_is_given(tmp_path: Path) -> None:
+    """On one process, for each rank in turn: what is read, and what is drawn, is a part of the whole."""
+    whole = ours(SHAPE)
+    layer = next(module for module in whole.modules() if isinstance(module, MoE))
+    for rank in range(2):
+        with torch.device("meta"):
+            mine = ParallelMoE(MoE(SHAPE), 2, rank)
+        mine.fill(lambda name, shape: getattr(layer.experts, name).detach().view(shape))
+        expected = ParallelExperts(layer.experts, 2, rank)
+        for (name, one), (_, other) in zip(
+            mine.experts.named_parameters(), expected.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+            assert getattr(one, "group_name") == "ep_size_2"  # noqa: B009 - DeepSpeed's
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) 
             assert of_rank["read"] == of_rank["read whole"], precision
             assert of_rank["share"] == pytest.approx(0.5, rel=1e-3)
             assert of_rank["judged"], precision
+            assert of_rank["drawn from"], precision
             assert of_rank["moved"] and of_rank["restored"] and of_rank["equal"], precision
 
 

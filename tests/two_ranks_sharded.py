@@ -12,11 +12,12 @@ from test_engine import batch
 from test_sharded import losses, weights
 
 from r1pipe.config import EngineConfig
-from r1pipe.model import load_pretrained, save_pretrained
+from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model.policy import named_weights
 from r1pipe.rewards.models import load_reward_model, open_empty, score_rows
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import fill_in_shares, load_sharded
+from r1pipe.train.engine.sharded import Shares, fill_in_shares, load_sharded
 
 
 def read(frozen: FrozenModel) -> list[float]:
@@ -35,6 +36,28 @@ def judged(folder: Path, config: EngineConfig, rank: int) -> bool:
     whole = whole if config.precision == "fp32" else whole.bfloat16()
     found = score_rows(frozen.module, rows, 0, frozen.evaluate)
     return len(found) == len(rows) and found == score_rows(whole, rows, 0)
+
+
+def drawn_from(folder: Path, config: EngineConfig) -> bool:
+    """Whether a sampler gets from a model in shares what it gets from a whole one, and shares remain."""
+    shares, expected = Shares(load_sharded(folder, config)), weights_of(load_pretrained(folder), config)
+    sent: dict[str, torch.Tensor] = {}
+    for bucket in shares.buckets(1000):
+        sent |= {name: tensor.clone() for name, tensor in bucket.items()}
+    with shares.gathered() as model:
+        logits, other = model(batch()), load_pretrained(folder)
+        other = other if config.precision == "fp32" else other.bfloat16()
+        same = torch.equal(logits, other(batch()))
+    emptied = all(parameter.numel() == 0 for parameter in shares.model.parameters())
+    return same and emptied and same_tensors(sent, expected)
+
+
+def weights_of(model: Policy, config: EngineConfig) -> dict[str, torch.Tensor]:
+    return named_weights(model if config.precision == "fp32" else model.bfloat16())
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def main(folder: Path) -> None:
@@ -68,6 +91,7 @@ def main(folder: Path) -> None:
             torch.equal(one, other)
             for one, other in zip(weights(policy).values(), weights(again.module).values(), strict=True)
         )
+        told["drawn from"] = drawn_from(folder, config)
         told["judged"] = judged(folder / "judge", config, ranks.rank)
         found[precision] = ranks.all_gather_objects(told)
         if ranks.rank == 0:

@@ -228,9 +228,7 @@ class Context:
     def engine(self) -> Engine:
         """The policy in DeepSpeed, as the stage trains it, on this machine's ranks."""
         self.device  # noqa: B018 - its error is one line, DeepSpeed's many
-        policy = load_policy(self.trial)
-        if isinstance(self.config.stage, RLConfig):
-            policy.freeze_mtp()
+        policy = load_policy(self.trial, freeze_mtp=isinstance(self.config.stage, RLConfig))
         stage = self.trial.stage
         return Engine(policy, stage.optim, stage.router, self.config.engine, total_steps=2)
 

@@ -58,7 +58,7 @@ class Engine(Ranks):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         if self.expert_parallel > 1:
-            self._share_out_experts()
+            self._experts.share_out(model, self.expert_parallel, self)
         if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
             model.bfloat16()
         train_as(model, config, self.device)
@@ -80,13 +80,6 @@ class Engine(Ranks):
             patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
         if config.zero_level == 3:
             patches.clear_padding(self._ds.optimizer)
-
-    def _share_out_experts(self) -> None:
-        """Raises ConfigError where the ranks cannot be grouped."""
-        size = self.expert_parallel
-        if self.world_size % size:
-            raise ConfigError(f"engine.expert_parallel={size} must divide the job's {self.world_size} ranks")
-        self._experts.share_out(self.module, size, self.rank)
 
     @property
     def _experts(self) -> Any:

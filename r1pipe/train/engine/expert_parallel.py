@@ -29,8 +29,10 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from r1pipe.config import ModelConfig
+from r1pipe.core.errors import ConfigError
 from r1pipe.model.moe import Experts, MoE
 from r1pipe.train.engine.optimizer import is_shared_out
+from r1pipe.train.engine.ranks import Ranks
 
 PARTS = ("w1", "w3", "w2")  # DeepSpeed's names, which its checkpoints need: gate, up and down
 JOINED = ("gate_up_proj", "down_proj")  # those of Experts
@@ -51,9 +53,13 @@ class ParallelExperts(Experts):
         self.local = self.total // size
         self.group: Any = None  # the ranks that share the experts; DeepSpeed makes it
         gate_up, down = (w.detach().chunk(size)[rank] for w in (experts.gate_up_proj, experts.down_proj))
-        for name, part in zip(PARTS, (*gate_up.chunk(2, dim=1), down), strict=True):
-            self.register_parameter(name, nn.Parameter(part.clone()))
+        self.take(gate_up, down)
         self.fp8, self.kind = experts.fp8, experts.kind
+
+    def take(self, gate_up_EiD: Tensor, down_EDi: Tensor) -> None:
+        """Copy the weights of this rank's experts."""
+        for name, part in zip(PARTS, (*gate_up_EiD.chunk(2, dim=1), down_EDi), strict=True):
+            self.register_parameter(name, nn.Parameter(part.clone()))
 
     @property
     def gate_up_proj(self) -> Tensor:  # type: ignore[override]
@@ -108,6 +114,20 @@ class ParallelMoE(MoE, AutoEPMoELayer):
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, size
         )
+        self._mark_all()
+
+    @torch.no_grad()
+    def fill(self, whole: Callable[[str, torch.Size], Tensor]) -> None:
+        """Take this rank's part of the tensors of all experts, which `whole` gives by name and shape."""
+        with torch.device("meta"):
+            shapes = Experts(self.config)
+        named = shapes.named_parameters()
+        mine = [whole(name, of.shape).chunk(self.ep_size)[self.ep_rank].clone() for name, of in named]
+        assert isinstance(self.experts, ParallelExperts)
+        self.experts.take(*mine)
+        self._mark_all()
+
+    def _mark_all(self) -> None:
         for parameter in self.experts.parameters():
             self._mark(parameter)
 
@@ -132,12 +152,19 @@ class ParallelMoE(MoE, AutoEPMoELayer):
         self.experts.group = self.ep_group
 
 
-def share_out(model: nn.Module, size: int, rank: int) -> None:
-    """Keep this rank's share of the experts in each layer that is trained: DeepSpeed saves no frozen ones."""
+def share_out(model: nn.Module, size: int, ranks: Ranks) -> None:
+    """Keep this rank's share of the experts in each layer that is trained: DeepSpeed saves no frozen ones.
+
+    A model on the meta device gets its weights afterwards. Raises ConfigError where ranks cannot be grouped.
+    """
+    if ranks.world_size % size:
+        raise ConfigError(f"engine.expert_parallel={size} must divide the job's {ranks.world_size} ranks")
     for parent in [*model.modules()]:
         layer = getattr(parent, "mlp", None)
-        if isinstance(layer, MoE) and layer.experts.down_proj.requires_grad:
-            parent.mlp = ParallelMoE(layer, size, rank % size)
+        if not isinstance(layer, MoE) or isinstance(layer, ParallelMoE):
+            continue
+        if layer.experts.down_proj.requires_grad:
+            parent.mlp = ParallelMoE(layer, size, ranks.rank % size)
 
 
 @contextmanager

@@ -83,9 +83,11 @@ class Ranks:
         training, control = self._limits
         if self.world_size > 1:
             patches.limit_collectives(control, _control)
-        yield
-        if self.world_size > 1:
-            patches.limit_collectives(training, _control)
+        try:
+            yield
+        finally:
+            if self.world_size > 1:
+                patches.limit_collectives(training, _control)
 
     def sum_over_ranks(self, values: Sequence[float], training: bool = False) -> list[float]:
         """Element-wise sums; every rank gives the same number of values. `training`: all ranks come from a

@@ -3,14 +3,19 @@
 Rank 0 reads tensor by tensor, or draws initial weights, and the others receive: DeepSpeed's `zero.Init`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig, ModelConfig
 from r1pipe.model import DeepseekV3, Policy, weights
+from r1pipe.model.buckets import buckets_of
 from r1pipe.model.hf import files
 from r1pipe.model.names import published_parts
 from r1pipe.model.policy import of_transformers
@@ -21,20 +26,53 @@ from r1pipe.train.engine.optimizer import deepspeed_config
 from r1pipe.train.engine.ranks import Ranks
 
 Fill = Callable[[str, Tensor], None]  # writes the value of a weight or buffer, by its name
+Prepare = Callable[[Policy], None]
+
+
+def as_it_is(model: Policy) -> None:
+    """A Prepare that changes nothing."""
 
 
 def load_sharded(
-    folder: Path, config: EngineConfig, attention: str | None = None, longest: int | None = None
+    folder: Path,
+    config: EngineConfig,
+    attention: str | None = None,
+    longest: int | None = None,
+    prepare: Prepare = as_it_is,
 ) -> Policy:
-    """As load_pretrained, but in shares and in the engine's type; all ranks call. Raises CheckpointError."""
+    """As load_pretrained, but in shares and in the engine's type; all ranks call. Raises CheckpointError.
+
+    `prepare` gets a model of the bundled architecture before its weights: it freezes layers, or leaves each
+    rank some experts.
+    """
     if of_transformers(folder):
         settings = deepspeed_config(config, grad_clip=0.0)
         with _started(config).patient(), patches.transformers_partitions(settings):
             return files.load(folder, attention, longest, patches.running_in_shares)
     model, stored = weights.open_empty(folder)
+    prepare(model)
     fill_in_shares(model, stored, config)
     model.eos_ids = eos_ids(folder)
     return model
+
+
+@dataclass
+class Shares:
+    """The Weights (see rollout.Sampler) of a model in shares that is not trained; all ranks call."""
+
+    model: Policy
+
+    @contextmanager
+    def gathered(self) -> Iterator[Policy]:
+        """The whole model on every rank."""
+        with ExitStack() as stack:
+            with heartbeat.waiting():
+                stack.enter_context(patches.whole([*self.model.parameters()]))
+            yield self.model
+
+    def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
+        """No rank has more than a bucket, or one of the model's tensors, beside its share of the weights."""
+        return buckets_of(self.model, most_bytes, patches.whole, patches.elements)
 
 
 def fill_in_shares(model: nn.Module, stored: Stored, config: EngineConfig) -> None:
@@ -50,11 +88,14 @@ def fill_in_shares(model: nn.Module, stored: Stored, config: EngineConfig) -> No
     _give_buffers(model, ranks, read)
 
 
-def new_sharded(shape: ModelConfig, generator: torch.Generator, config: EngineConfig) -> DeepseekV3:
-    """As DeepseekV3(shape, generator), but in shares; all ranks call."""
+def new_sharded(
+    shape: ModelConfig, generator: torch.Generator, config: EngineConfig, prepare: Prepare = as_it_is
+) -> DeepseekV3:
+    """As DeepseekV3(shape, generator), but in shares; all ranks call. `prepare` as in load_sharded."""
     with torch.device("meta"):
         model = DeepseekV3(shape)
     ranks, modules = _started(config), dict(model.named_modules())
+    prepare(model)
 
     def draw(name: str, tensor: Tensor) -> None:
         model.draw(modules[name.rpartition(".")[0]], tensor, generator)
@@ -76,18 +117,37 @@ def _give_weights(
     model: nn.Module, ranks: Ranks, config: EngineConfig, fill: Fill, stored: torch.dtype
 ) -> None:
     """Replace the weights of a model on the meta device, in turn, each partitioned before the next is read.
-    `fill` writes into tensors of the type `stored`, on rank 0 alone."""
+    `fill` writes into tensors of the type `stored`, on rank 0 alone. Of experts that ranks share out, each
+    takes its own, which DeepSpeed partitions later."""
+    from r1pipe.train.engine.expert_parallel import ParallelExperts, ParallelMoE  # imports DeepSpeed
+
     partition = patches.partitioner(deepspeed_config(config, grad_clip=0.0))
     dtype = torch.bfloat16 if config.precision != "fp32" else stored
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are one
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        """On rank 0; elsewhere the values mean nothing."""
+        tensor = torch.empty(shape, dtype=stored)
+        if ranks.rank == 0:
+            fill(name, tensor)
+        return tensor.to(dtype)
+
+    def receive(layer: str, name: str, shape: torch.Size) -> Tensor:
+        tensor = read(layer + name, shape).to(ranks.device)
+        with heartbeat.waiting(ranks.world_size > 1):
+            dist.broadcast(tensor, 0)
+        return tensor
+
     with ranks.patient():
-        for prefix, module in model.named_modules():
+        for prefix, module in [*model.named_modules()]:
+            if isinstance(module, ParallelMoE):
+                module.fill(partial(receive, f"{prefix}.experts."))
+            if isinstance(module, ParallelExperts):
+                continue
             for name, parameter in module.named_parameters(prefix, recurse=False):
                 if parameter not in made:
-                    whole = torch.empty(parameter.shape, dtype=stored)
-                    if ranks.rank == 0:
-                        fill(name, whole)
-                    made[parameter] = nn.Parameter(whole.to(dtype))
+                    tensor = read(name, parameter.shape)
+                    made[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
                     with heartbeat.waiting(ranks.world_size > 1):
                         partition(made[parameter])
                 setattr(module, name.rpartition(".")[2], made[parameter])

@@ -35,8 +35,8 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     custom = load_custom_rewards(run)
     run.load_chat()
     run.load_data()
-    policy = load_policy(run)
-    policy.freeze_mtp()  # no gradient reaches them, and weight decay alone would shrink them
+    # no gradient reaches MTP layers, and weight decay alone would shrink them
+    policy = load_policy(run, freeze_mtp=True)
     weaknesses = quality.check_quality(run.config)
     for weakness in weaknesses:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
@@ -45,7 +45,7 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
     reference = None
     if stage.kl_coef and not adapted:
-        reference = Reference(load_model(run, run.config.weights_from, True, again=True), run.config.engine)
+        reference = Reference(load_model(run, run.config.weights_from, again=True), run.config.engine)
     critic = Critic(load_policy(run, again=True), stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs

@@ -90,6 +90,10 @@ class BundledSampler:
             return model
         return self.copy.of(model).eval()
 
+    def forget(self) -> None:
+        self.weights = None
+        if self.copy:
+            self.copy.model = None
+
     def close(self) -> None:
-        """Free the copy, if there is one."""
-        self.copy = None
+        self.forget()

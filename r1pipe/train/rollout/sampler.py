@@ -85,5 +85,8 @@ class Sampler(Protocol):
         `stop` is true, and ConfigError if a prompt or a stop token is impossible for the model.
         """
 
+    def forget(self) -> None:
+        """Let go of the weights, to free their memory; `update` comes before anything is drawn again."""
+
     def close(self) -> None:
         """Free what the sampler holds; it cannot be used afterwards."""

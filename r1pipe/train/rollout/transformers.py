@@ -131,8 +131,11 @@ class TransformersSampler:
             )
         return [found[place] for place in range(len(rows))]
 
+    def forget(self) -> None:
+        self.weights = self.twin = None
+
     def close(self) -> None:
-        self.twin = None
+        self.forget()
 
 
 def twin_of(model: DeepseekV3) -> Any:

@@ -93,6 +93,9 @@ class VLLMSampler:
                 raise SamplerLost(str(error)) from None
         return [completion for completion in drawn if completion is not None]
 
+    def forget(self) -> None:
+        self._weights = None
+
     def close(self) -> None:
         """End the server that this job started."""
         if self.serving.server:

@@ -76,9 +76,10 @@ def test_a_checkpoint_is_written_piece_by_piece_as_from_the_whole(tmp_path: Path
 @pytest.mark.slow
 def test_two_ranks_each_have_half_and_compute_as_with_the_whole(tmp_path: Path) -> None:
     save_pretrained(tiny_model(), tmp_path)
-    judge = RewardModel(tiny_model())
-    torch.nn.init.normal_(judge.score.weight)
-    save_reward_model(judge, tmp_path / "judge")
+    for kind, trunk in (("judge", tiny_model()), ("qwen2", load_pretrained(write_model(tmp_path, "qwen2")))):
+        judge = RewardModel(trunk)
+        torch.nn.init.normal_(judge.score.weight)
+        save_reward_model(judge, tmp_path / kind)
     for precision, told in on_two_ranks("two_ranks_sharded.py", tmp_path).items():
         for of_rank in told:
             assert of_rank["losses"] == of_rank["of whole"], precision

@@ -14,7 +14,7 @@ from test_sharded import losses, weights
 from r1pipe.config import EngineConfig
 from r1pipe.model import Policy, load_pretrained, save_pretrained
 from r1pipe.model.policy import named_weights
-from r1pipe.rewards.models import load_reward_model, open_empty, score_rows
+from r1pipe.rewards.models import load_reward_model, open_empty, score_rows, stored_parts
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.sharded import Shares, fill_in_shares, load_sharded
@@ -31,7 +31,7 @@ def judged(folder: Path, config: EngineConfig, rank: int) -> bool:
     """Whether a reward model in shares scores as a whole one, with rows on rank 1 alone."""
     rows = [[1, 5, 6], [1, 7]][: 2 * rank]
     model, stored = open_empty(folder)
-    fill_in_shares(model, stored, config)
+    fill_in_shares(model, stored, config, stored_parts(model))
     frozen, whole = FrozenModel(model, config), load_reward_model(folder)
     whole = whole if config.precision == "fp32" else whole.bfloat16()
     found = score_rows(frozen.module, rows, 0, frozen.evaluate)
@@ -92,7 +92,7 @@ def main(folder: Path) -> None:
             for one, other in zip(weights(policy).values(), weights(again.module).values(), strict=True)
         )
         told["drawn from"] = drawn_from(folder, config)
-        told["judged"] = judged(folder / "judge", config, ranks.rank)
+        told["judged"] = all(judged(folder / kind, config, ranks.rank) for kind in ("judge", "qwen2"))
         found[precision] = ranks.all_gather_objects(told)
         if ranks.rank == 0:
             shutil.rmtree(folder / "replaced")

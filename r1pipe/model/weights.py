@@ -99,8 +99,9 @@ def open_empty(folder: Path | str) -> tuple[DeepseekV3, Stored]:
 
 
 def dtype_of(stored: Stored) -> torch.dtype:
-    """The type to compute with; FP8 weights come as bfloat16."""
-    return PLAIN.get(stored.entries["model.embed_tokens.weight"].dtype, torch.bfloat16)
+    """The type to compute with, that of the embedding, if it has its usual name; FP8 comes as bfloat16."""
+    entry = stored.entries.get("model.embed_tokens.weight") or next(iter(stored.entries.values()))
+    return PLAIN.get(entry.dtype, torch.bfloat16)
 
 
 @torch.no_grad()

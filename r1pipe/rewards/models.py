@@ -6,7 +6,7 @@
 Axes: B rows, T tokens of a row, D hidden width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.model import Balance, DeepseekV3, model_config_from
 from r1pipe.model.hf import HFTrunk, lora
 from r1pipe.model.hf.files import empty
-from r1pipe.model.names import CONFIG, published_config, published_tensors
+from r1pipe.model.names import CONFIG, published_config, published_parts, published_tensors
 from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored, check
 from r1pipe.model.shards import write_shards
@@ -206,10 +206,11 @@ def load_reward_model(folder: Path) -> RewardModel:
 
 
 def open_empty(folder: Path) -> tuple[RewardModel, Stored]:
-    """A reward model of the bundled architecture on the meta device, and its checked tensors. Raises
-    CheckpointError naming file and tensor."""
+    """A reward model whose weights are on the meta device, and its checked tensors. Raises CheckpointError
+    naming file and tensor."""
+    trunk = empty(folder, on_meta=True) if of_transformers(folder) else None
     with torch.device("meta"):
-        model = RewardModel(DeepseekV3(model_config_from(folder)))
+        model = RewardModel(trunk or DeepseekV3(model_config_from(folder)))
     return model, _checked(model, folder)[0]
 
 
@@ -221,8 +222,19 @@ def _checked(model: RewardModel, folder: Path) -> tuple[Stored, dict[str, Tensor
 
 
 def _tensors(model: RewardModel) -> list[tuple[str, Tensor]]:
-    if isinstance(model.model, HFTrunk):  # under the names of transformers
-        named = lora.merged(model)
-        return [(name.replace("model.network.", "model.", 1), tensor) for name, tensor in named]
+    if isinstance(model.model, HFTrunk):
+        return [(of_transformers_name(name), tensor) for name, tensor in lora.merged(model)]
     # the published names depend on the trunk's modules alone, which both classes share
     return list(published_tensors(cast(DeepseekV3, model)))
+
+
+def of_transformers_name(name: str) -> str:
+    """The name in the files of a reward model of transformers."""
+    return name.replace("model.network.", "model.", 1)
+
+
+def stored_parts(model: RewardModel) -> Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]:
+    """The parts of one of the model's tensors by their names in its files."""
+    if isinstance(model.model, HFTrunk):
+        return lambda name, tensor: [(of_transformers_name(name), tensor)]
+    return published_parts

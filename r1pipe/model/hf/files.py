@@ -1,7 +1,7 @@
 """Load and save a model of transformers; nothing is unpickled, and no code from the folder is executed."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -76,17 +76,38 @@ def load(
     return model
 
 
-def empty(folder: Path) -> HFModel:
+def empty(folder: Path, on_meta: bool = False) -> HFModel:
     """A model of the folder's config.json whose weights are still to be filled in; in float32, on the CPU.
 
-    Raises CheckpointError as `load` does.
+    `on_meta`: its weights take no memory; its buffers, which the files lack, are there all the same. Raises
+    CheckpointError as `load` does.
     """
     from transformers import AutoModelForCausalLM
 
     config = check_architecture(folder)
-    with torch.random.fork_rng(devices=[]):  # transformers draws initial weights from the global stream
+    with (
+        torch.random.fork_rng(devices=[]),  # transformers draws initial weights from the global stream
+        _weights_on_meta() if on_meta else nullcontext(),
+    ):
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return HFModel(whole, _longest(folder, config, None))
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """A block in which modules are built without memory for weights; buffers are built as ever."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None) -> None:
+        if weight is not None and not weight.is_meta:
+            weight = torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
+        register(module, name, weight)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def check_architecture(folder: Path) -> Any:

@@ -3,7 +3,7 @@
 Rank 0 reads tensor by tensor, or draws initial weights, and the others receive: DeepSpeed's `zero.Init`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from r1pipe.train.engine.optimizer import deepspeed_config
 from r1pipe.train.engine.ranks import Ranks
 
 Fill = Callable[[str, Tensor], None]  # writes the value of a weight or buffer, by its name
+Parts = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 Prepare = Callable[[Policy], None]
 
 
@@ -75,11 +76,14 @@ class Shares:
         return buckets_of(self.model, most_bytes, patches.whole, patches.elements)
 
 
-def fill_in_shares(model: nn.Module, stored: Stored, config: EngineConfig) -> None:
-    """Give a model of the bundled architecture, on the meta device, its checked tensors; all ranks call."""
+def fill_in_shares(
+    model: nn.Module, stored: Stored, config: EngineConfig, parts: Parts = published_parts
+) -> None:
+    """Give a model, whose weights are on the meta device, its checked tensors; all ranks call. `parts` of a
+    tensor by their names in the files."""
 
     def read(name: str, tensor: Tensor) -> None:
-        for published, part in published_parts(name, tensor):
+        for published, part in parts(name, tensor):
             if published in stored.entries:
                 part.copy_(stored.value(published))
 
@@ -155,10 +159,10 @@ def _give_weights(
 
 @torch.no_grad()
 def _give_buffers(model: nn.Module, ranks: Ranks, fill: Fill) -> None:
-    """Replace the buffers of a model on the meta device; every rank has them, zero where `fill` writes
+    """Put a model's buffers on the ranks' device; those on the meta device are zero where `fill` writes
     nothing."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
-            value = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            value = torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer
             fill(name, value)
             setattr(module, name.rpartition(".")[2], value.to(ranks.device))

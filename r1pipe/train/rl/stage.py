@@ -7,9 +7,8 @@ from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
 from r1pipe.config.rl import rl_rules
 from r1pipe.model.hf import HFModel
-from r1pipe.model.policy import of_transformers
 from r1pipe.rewards.custom import CustomRewards
-from r1pipe.rewards.models import RewardScorer, load_reward_model, open_empty
+from r1pipe.rewards.models import RewardScorer, load_reward_model, open_empty, stored_parts
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
 from r1pipe.runs.provenance import note_rewards
@@ -86,11 +85,11 @@ def load_reward_models(run: Run[RLConfig]) -> RewardModels:
         folder = Path(parent.checkpoint) / kind
         if not folder.is_dir():
             continue
-        if engine.zero_level < 3 or of_transformers(folder):
+        if engine.zero_level < 3:
             scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, run.chat)
             continue
         model, stored = open_empty(folder)
-        fill_in_shares(model, stored, engine)
+        fill_in_shares(model, stored, engine, stored_parts(model))
         frozen = FrozenModel(model, engine)
         scorers[kind] = RewardScorer(frozen.module, kind, run.chat, frozen.evaluate)
     return scorers

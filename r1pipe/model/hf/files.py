@@ -36,6 +36,8 @@ def load(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from r1pipe.model.hf.attention import SDPA_OR_SHORT
+
     config = check_architecture(folder)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -62,6 +64,8 @@ def load(
                 f"{folder}: {names[0]} and {len(names) - 1} other tensors are {kind.removesuffix('_keys')}"
                 f" for {type(whole).__name__}; give weights and config.json of one model"
             )
+    if whole.config._attn_implementation == "sdpa":
+        whole.config._attn_implementation = SDPA_OR_SHORT
     model = HFModel(whole.eval(), _longest(folder, config, longest))
     try:
         with runs(whole):

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu pretrain zero ui clean
+.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu bench-checkpoint pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -74,6 +74,9 @@ bench: $(INSTALLED_BENCH) ## speed and memory beside transformers, TRL and (afte
 bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion parameters; FP8 beside BF16
 	@$(BENCH) gpu $(ARGS)
 	@$(BENCH) products $(ARGS)
+
+bench-checkpoint: $(INSTALLED_DEV) ## a random model saved, resumed and exported on two ranks: seconds and memory
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m bench.checkpoint $(ARGS)
 
 zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
 	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \

@@ -17,10 +17,10 @@ from tiny_runs import tiny_run
 from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem, disk_is_full
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints, retention
-from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import open_run
+from r1pipe.train.saving import raise_in_all_ranks
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_no_rank_puts_in_place_what_another_could_not_write(folder, engine):
         target = run.folder.checkpoint(1)
         checkpoints.begin(target)
         with pytest.raises(EnvironmentProblem, match="other machine"):
-            resumable._raise_in_all_ranks(TwoRanks(), None, EnvironmentProblem, target)
+            raise_in_all_ranks(TwoRanks(), None, EnvironmentProblem, target)
     assert not list((folder / "checkpoints").iterdir())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from faults.lab import POINTS, Lab, Shape
+from faults.lab import BESIDE, POINTS, Lab, Shape
 from faults.points import AFTER_A_SAVE, BEFORE_A_SAVE, DURING_A_SAVE, JUDGING, JUDGING_BY_MODELS, SAMPLING
 from faults.same import apart, both
 from safetensors.torch import load_file, save_file
@@ -32,9 +32,11 @@ CASES = [
     ("control_sft", 1, 2, "saved, old ones there"),
     ("distill", 2, 3, "in an update"),
     ("expert_iteration", 1, 0, "shard drawn, not written"),
+    ("pretrain", 2, 3, "copied, not written"),
+    ("pretrain", 2, 1, "hashed by a rank"),
 ]
 # `make test` has every ZeRO level, SFT, RL and rejection sampling; `make test-all` has every stage.
-SLOW = (*CASES[2:3], *CASES[5:6], *CASES[7:13])
+SLOW = (*CASES[2:3], *CASES[5:6], *CASES[7:13], *CASES[14:])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 )
 def test_a_kill_loses_nothing(lab: Lab, case: tuple[str, int, int, str]) -> None:
     stage, ranks, zero_level, point = case
-    shape = Shape(stage, ranks, zero_level)
+    shape = Shape(
+        stage, ranks, zero_level, BESIDE if point in ("copied, not written", "hashed by a rank") else ()
+    )
     assert lab.killed(shape, lab.moment(shape, point, seed=0)) == []
 
 

@@ -53,6 +53,7 @@ class EngineConfig(Strict):
     sampler_precision: Literal["same", "bf16", "fp8"]  # of the bundled sampler; other than same: of a copy
     equal: bool  # in reinforcement, sampler and trainer compute the same bits, slower (CPU kernels)
     async_steps: Count  # reinforcement: steps before its own at which a rollout batch is drawn; 0: none
+    async_save: bool  # write checkpoints from a copy in memory, while training goes on
     hostfile: str | None  # DeepSpeed hostfile for several machines; null: this machine
     launcher: Literal["local", "pdsh", "openmpi", "slurm"]  # pdsh and openmpi need a hostfile
     interpreter: str | None  # Python on the machines, {host} in it is their name; null: as on this one

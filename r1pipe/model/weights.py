@@ -26,7 +26,7 @@ from r1pipe.model.names import (
     published_tensors,
 )
 from r1pipe.model.reading import PLAIN, SCALE, Stored, check, eos_ids
-from r1pipe.model.shards import SHARD_BYTES, write_shards
+from r1pipe.model.shards import SHARD_BYTES, Later, at_once, write_shards
 from r1pipe.model.transformer import DeepseekV3
 from r1pipe.runs.files import read_object, write_json
 
@@ -50,10 +50,10 @@ def write(
     dtype: torch.dtype,
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
+    later: Later = at_once,
 ) -> None:
-    """Write config.json, which names `dtype`, and tensors by published name; one shard is in memory at a
-    time."""
-    write_shards(_with_copies(tensors, stored_copies(config)), folder, shard_bytes)
+    """Write config.json, which names `dtype`, and tensors by published name; as write_shards does."""
+    write_shards(_with_copies(tensors, stored_copies(config)), folder, shard_bytes, later)
     write_json(folder / CONFIG, published_config(config, dtype), indent=2)
 
 

@@ -32,16 +32,18 @@ class Need:
     activations: float  # of the largest training pass
     logits: float
     cache: float  # of the sampler
+    copy: float = 0.0  # what engine.async_save writes from
 
     @property
     def peak(self) -> float:
         """Training and sampling alternate."""
-        return self.states + max(self.activations + self.logits, self.cache)
+        return self.states + self.copy + max(self.activations + self.logits, self.cache)
 
     def parts(self) -> str:
         """The parts in MiB, for messages."""
         sizes = {"states": self.states, "activations": self.activations, "logits": self.logits}
         sizes |= {"cache": self.cache} if self.cache else {}
+        sizes |= {"copy": self.copy} if self.copy else {}
         return ", ".join(f"{part} {mib(size)}" for part, size in sizes.items())
 
 
@@ -111,11 +113,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
         return FULL * published  # a copy of its parent's, whose dtype is not known here
     size = number * published
     for weights, trained in engines(config):
-        if adapters(model):
-            again = trained if engine.zero_level < 3 else 0
-        else:
-            again = weights if engine.zero_level < 3 else weights - trained
-        size += again * number + trained * optimizer_bytes(engine)
+        size += written_again(config, weights, trained) * number + trained * optimizer_bytes(engine)
     if isinstance(stage, RLConfig) and stage.kl_coef and 0 < stage.reference_every <= stage.max_steps:
         # the reference is updated during the run
         size += number * (adapters(model) or without_mtp(model))
@@ -123,6 +121,25 @@ def checkpoint_bytes(config: RunConfig) -> int:
         completions = engine.async_steps * stage.prompts_per_step * stage.group_size
         size += TOKEN * completions * stage.sampling.max_tokens
     return size
+
+
+def written_again(config: RunConfig, weights: int, trained: int) -> int:
+    """Number of weights that an engine's state has beside the optimizer's."""
+    level = config.engine.zero_level
+    if adapters(config.model):
+        return trained if level < 3 else 0
+    return weights if level < 3 else weights - trained
+
+
+def copied(config: RunConfig) -> float:
+    """Bytes that the first rank copies to save while training goes on."""
+    engine, total = config.engine, 0.0
+    if engine.async_save:
+        for weights, trained in engines(config):
+            again = written_again(config, weights, trained) * weight_bytes(engine)
+            total += again / (engine.ranks if engine.zero_level == 3 else 1)
+            total += trained * optimizer_bytes(engine) / (engine.ranks if engine.zero_level else 1)
+    return total
 
 
 def engines(config: RunConfig) -> list[tuple[int, int]]:
@@ -172,7 +189,7 @@ def needed(config: RunConfig, prompt: int) -> Need:
         length = min(prompt + stage.sampling.max_tokens, context)
         slots = min(stage.sampling.max_num_seqs, completions)
         cache = slots * length * model.num_hidden_layers * sizes.cache_entry(model) * number
-    return Need(states(config), tokens * number * kept, head, cache)
+    return Need(states(config), tokens * number * kept, head, cache, copied(config))
 
 
 def held(config: RunConfig, weights: int, trained: int, samples: bool) -> float:

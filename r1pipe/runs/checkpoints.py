@@ -1,13 +1,17 @@
-"""Checkpoint folders: written to a temporary folder, hashed in manifest.json, renamed into place."""
+"""Checkpoint folders: written to a temporary folder, hashed in manifest.json, renamed into place.
+
+Each rank hashes what it has written, and checks its own share again when a run resumes.
+"""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, Protocol
 
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder, inside
@@ -17,6 +21,17 @@ from r1pipe.runs.files import read_object, write_json
 MANIFEST = "manifest.json"  # {"files": {relative name: sha256}}, written last
 ENGINE = "engine"  # DeepSpeed's state in a checkpoint folder: for resume, not needed to load the weights
 STEP = re.compile(r"step-(\d+)")
+SHARD = re.compile(r"zero_pp_rank_(\d+)_")  # DeepSpeed's name for what a rank alone reads
+Hashes = Mapping[str, str]  # name in the checkpoint folder -> SHA-256
+
+
+class Gathering(Protocol):
+    """The ranks of a job (r1pipe.train.engine.ranks.Ranks)."""
+
+    rank: int
+    world_size: int
+
+    def all_gather_objects(self, value: Any) -> list[Any]: ...
 
 
 def file_hash(path: Path) -> str:
@@ -29,11 +44,24 @@ def holds_work(run: RunFolder) -> bool:
     return bool(steps(run.checkpoints)) or any(run.data.rglob("*.parquet"))
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of a finished checkpoint with its hash."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
-    write_json(folder / MANIFEST, {"files": hashes})
+def files_in(folder: Path) -> set[Path]:
+    """All files of an unfinished checkpoint, but for a manifest."""
+    return {path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST}
+
+
+def seal(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Have files on the disk; their hashes."""
+    hashes = {}
+    for path in sorted(paths):
+        hashes[path.relative_to(folder).as_posix()] = file_hash(path)
+        sync(path)
+    return hashes
+
+
+def write_manifest(folder: Path, hashes: Hashes | None = None) -> None:
+    """List every file of a finished checkpoint with its hash, if it is not known yet."""
+    known = seal(folder, files_in(folder)) if hashes is None else hashes
+    write_json(folder / MANIFEST, {"files": dict(sorted(known.items()))})
 
 
 def manifest_hash(folder: Path | str) -> str:
@@ -105,25 +133,44 @@ def _folders(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def newest_complete(folder: Path) -> tuple[int | None, list[str]]:
+def newest_complete(folder: Path, ranks: Gathering) -> tuple[int | None, list[str]]:
     """Step of the newest intact checkpoint, and the problems of newer ones; (None, []) without checkpoints.
-
-    Raises CheckpointError if there are checkpoints and none is intact.
-    """
+    All ranks call, and each reads its share. Raises CheckpointError if there are checkpoints and none is
+    intact."""
     problems: list[str] = []
-    for step in reversed(_folders(folder)):
-        try:
-            verify(folder / f"step-{step}", engine=True)
-        except CheckpointError as error:
-            problems.append(str(error).partition(";")[0])
-        else:
+    for step in reversed(ranks.all_gather_objects(_folders(folder))[0]):
+        found = ranks.all_gather_objects(_damage(folder / f"step-{step}", ranks.rank, ranks.world_size))
+        problem = next(filter(None, found), None)
+        if problem is None:
             return step, problems
+        problems.append(problem)
     if problems:
         raise CheckpointError(
             f"none of the {len(problems)} checkpoints in {folder} is intact ({problems[0]}); copy one back, "
             "or start the stage anew (--fresh)"
         )
     return None, []
+
+
+def _damage(folder: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with a rank's share of a checkpoint, or with its manifest."""
+    try:
+        files = listed(folder)
+    except CheckpointError as error:
+        return str(error).partition(";")[0]
+    return next(
+        filter(None, (broken(folder / name, files[name]) for name in share(files, rank, ranks))), None
+    )
+
+
+def share(names: Collection[str], rank: int, ranks: int) -> list[str]:
+    """The files that a rank checks: its own part of the state, and some of those that all share."""
+    shards = {name: int(found[1]) for name in names if (found := SHARD.search(name))}
+    others = sorted(
+        set(names) - shards.keys(), reverse=True
+    )  # rank 0 has most of the state, so weights first
+    readers = shards | {name: -1 - place for place, name in enumerate(others)}
+    return sorted(name for name, reader in readers.items() if reader % ranks == rank)
 
 
 def remove_after(folder: Path, step: int) -> None:
@@ -151,12 +198,14 @@ def unfinished(target: Path) -> Path:
     return target.with_name(f".{target.name}.unfinished")
 
 
-def finish(target: Path, renaming: AbstractContextManager[None] | None = None) -> None:
+def finish(
+    target: Path, renaming: AbstractContextManager[None] | None = None, hashes: Hashes | None = None
+) -> None:
     """Write the manifest, fsync everything, and, in the block `renaming`, rename the temporary folder to
-    `target`."""
+    `target`. `hashes`: of all files, if ranks have sealed them."""
     temporary = unfinished(target)
-    write_manifest(temporary)
-    for path in (*temporary.rglob("*"), temporary):
+    write_manifest(temporary, hashes)
+    for path in (temporary / MANIFEST, *filter(Path.is_dir, temporary.rglob("*")), temporary):
         sync(path)
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)

@@ -1,10 +1,8 @@
 """What a resumed run continues: its clock, its logs and its checkpoints. All ranks call; rank 0 writes."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,14 +14,7 @@ from safetensors import SafetensorError
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import RunConfig, StageConfig
-from r1pipe.core.errors import (
-    CheckpointError,
-    ConfigError,
-    EnvironmentProblem,
-    R1pipeError,
-    disk_is_full,
-    no_room,
-)
+from r1pipe.core.errors import CheckpointError, ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.model.saving import write_pretrained
 from r1pipe.runs import checkpoints, heartbeat, locks, retention
@@ -31,6 +22,8 @@ from r1pipe.runs.files import append_line, cut_metrics_after, cut_tripwires_afte
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.writing import Writer
+from r1pipe.train.saving import Saving, full_disk_message, raise_in_all_ranks, tables
 
 NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
@@ -48,9 +41,7 @@ class Resumable(Generic[S]):
         self.rank, self.world_size = place.rank, place.world_size
         self.seconds: dict[str, float] = {}  # by phase; over all sessions of a resumed run
         self._began = psutil.Process().create_time()  # imports count too
-        self._background = ThreadPoolExecutor(1)  # finishes a checkpoint while training continues
-        self._finishing: Future[str | None] | None = None
-        self._durable = 0  # rollout tables up to this step are synced to disk
+        self.saving = Saving(folder, self.launch, self._prune)
 
     # --- the clock
 
@@ -127,45 +118,50 @@ class Resumable(Generic[S]):
 
         `state`: the loop's plain values, which `resume` returns. `export` writes the weights in another way,
         on rank 0 and from the whole model; `more` writes further files there. `others`: further engines by
-        name, saved for resume only. Raises ConfigError, after saving, if `stage.keep_best` is no logged
-        metric, and Taken if another launch has the run.
+        name, saved for resume only. With `engine.async_save` all but these two is written from copies, while
+        training goes on (of the weights the last shard). Raises ConfigError, after saving, if
+        `stage.keep_best` is no logged metric, and Taken if another launch has the run.
         """
         self.launch.check()
         target = self.folder.checkpoint(step)
+        unfinished = checkpoints.unfinished(target)
+        writer = Writer(unfinished, self.config.engine.async_save)
         with self.phase("saving"):
-            problem = self._last_problem()
+            problem = self.saving.wait()
             with engine.gathered() if export else nullcontext() as model:
                 tensors = iter(()) if export else engine.tensors()
                 if self.rank == 0 and problem is None:
-                    write = (
-                        partial(export, model)
-                        if export
-                        else partial(write_pretrained, engine.module, tensors)
-                    )
-                    problem = self._publish(target, write, more)
+                    own = tensors if engine.in_step else writer.copies_of(tensors)  # gathered ones are copies
+                    ours = partial(write_pretrained, engine.module, own, later=writer.add)
+                    problem = self._publish(target, partial(export, model) if export else ours, more)
                 for _ in (
                     tensors if engine.in_step else ()
                 ):  # all ranks gather, also what could not be written
                     pass
-            _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
+            raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}
-            place = checkpoints.unfinished(target) / checkpoints.ENGINE
-            problems = [engine.save(place, {"step": step, "loop": state, **clock})]
-            problems += [other.save(place / name, {}) for name, other in others.items()]
-            problem = next(filter(None, problems), None)
-            _raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
-            if self.rank == 0:
-                self._finishing = self._background.submit(self._finish, target, step)
+            place = unfinished / checkpoints.ENGINE
+            engine.save(place, {"step": step, "loop": state, **clock}, writer)
+            for name, other in others.items():
+                other.save(place / name, {}, writer)
+            writer.all_copied()
+            raise_in_all_ranks(engine, writer.problem, EnvironmentProblem, target)
+            self.saving.begin(engine, target, step, writer)
             if self.stage.keep_best is not None:
                 if self.rank == 0:
                     problem = retention.unknown_best(self.folder.metrics, self.stage, step)
-                _raise_in_all_ranks(engine, problem, ConfigError)
+                raise_in_all_ranks(engine, problem, ConfigError)
         return target
+
+    def check_saved(self, ranks: Ranks) -> None:
+        """At a point that all ranks reach: raises EnvironmentProblem in all of them if the last checkpoint
+        could not be written. Does not wait for it."""
+        self.saving.check(ranks)
 
     def saved(self) -> None:
         """Wait until the last checkpoint is in place. Raises EnvironmentProblem if the disk was full."""
         with self.phase("saving"):
-            problem = self._last_problem()
+            problem = self.saving.wait()
         if problem is not None:
             raise EnvironmentProblem(problem)
 
@@ -188,23 +184,9 @@ class Resumable(Generic[S]):
                 "top_p": sampling.top_p,
             }
             write_json(temporary / "generation_config.json", generation)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
-            return self._full_disk_message(error, target)
-        return None
-
-    def _finish(self, target: Path, step: int) -> str | None:
-        """In a thread of rank 0: sync, rename into place, prune. Logs and tables of the steps so far come
-        first, as a resumed run does not write them again."""
-        try:
-            for lines in filter(Path.exists, (self.folder.metrics, self.folder.tripwires)):
-                checkpoints.sync(lines)
-            for table in self._tables(self._durable + 1, step):
-                checkpoints.sync(table)
-            self._durable = step
-            checkpoints.finish(target, self.launch.saving())
-        except OSError as error:
-            return self._full_disk_message(error, target)
-        self._prune()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoints.abandon(target)
+            return full_disk_message(error, target)
         return None
 
     def _prune(self) -> None:
@@ -212,34 +194,16 @@ class Resumable(Generic[S]):
         best_by = (stage.keep_best, stage.keep_best_direction) if stage.keep_best else None
         retention.prune(self.folder, stage.keep, best_by)
 
-    def _full_disk_message(self, error: Exception, target: Path) -> str:
-        """Remove the unfinished checkpoint and return a message; raises `error` if the disk is not full."""
-        checkpoints.abandon(target)
-        if not disk_is_full(error):
-            raise error
-        return no_room(f"{target.name} was not saved", self.folder.checkpoints)
-
-    def _last_problem(self) -> str | None:
-        """Wait for the thread; returns its message, or raises its error."""
-        finishing, self._finishing = self._finishing, None
-        return finishing.result() if finishing else None
-
     def newest_complete(self, ranks: Ranks) -> Path | None:
         """The newest undamaged checkpoint, None if there never was one; newer ones are reported and renamed.
         All ranks call. Raises CheckpointError if all are damaged."""
-        step, problem = None, None
+        step, damaged = checkpoints.newest_complete(self.folder.checkpoints, ranks)
         if self.rank == 0:
-            try:
-                step, damaged = checkpoints.newest_complete(self.folder.checkpoints)
-            except CheckpointError as error:
-                problem = str(error)
-            else:
-                for line in damaged:
-                    self.warn(f"{line}; resumes from step {step} instead")
-                if step is not None:
-                    checkpoints.remove_after(self.folder.checkpoints, step)
-        _raise_in_all_ranks(ranks, problem, CheckpointError)
-        step = ranks.all_gather_objects(step)[0]
+            for line in damaged:
+                self.warn(f"{line}; resumes from step {step} instead")
+            if step is not None:
+                checkpoints.remove_after(self.folder.checkpoints, step)
+        ranks.barrier()
         return None if step is None else self.folder.checkpoint(step)
 
     def resume(self, engine: Engine, others: Mapping[str, Engine] = NO_ENGINES) -> tuple[int, dict[str, Any]]:
@@ -263,29 +227,13 @@ class Resumable(Generic[S]):
             except CheckpointError as error:
                 problem = str(error)
             else:
-                for table in self._tables(step + 1):
+                for table in tables(self.folder, step + 1):
                     table.unlink()
-                self._durable = step
+                self.saving.durable = step
                 self._prune()  # a kill may have prevented it after the last save
-        _raise_in_all_ranks(engine, problem, CheckpointError)  # before any rank reads the lines
+        raise_in_all_ranks(engine, problem, CheckpointError)  # before any rank reads the lines
         return step, loop
-
-    def _tables(self, first: int, last: float = math.inf) -> list[Path]:
-        """The rollout tables of steps first to last."""
-        tables = self.folder.rollouts.glob("step-*.parquet")
-        return [path for path in tables if first <= int(path.stem.removeprefix("step-")) <= last]
 
     def _tokenizer_folder(self) -> Path:
         parent = self.config.weights_from
         return Path(parent.checkpoint) if parent else content_dir() / "tokenizer"
-
-
-def _raise_in_all_ranks(
-    ranks: Ranks, problem: str | None, error: type[R1pipeError], unfinished: Path | None = None
-) -> None:
-    """Raise `error` in all ranks if one has a problem, after removing the checkpoint `unfinished`."""
-    problems = [text for text in ranks.all_gather_objects(problem) if text is not None]
-    if problems:
-        if unfinished and ranks.rank == 0:
-            checkpoints.abandon(unfinished)
-        raise error(problems[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from faults.attempts import STEPS, attempt, begin, first_lost, same_end, uninterrupted
+from faults.lab import BESIDE
 from faults.outcome import Outcome
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
@@ -31,11 +32,13 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
         tries = 1 if short else TRIES
         room = [draw.randrange(4096, size * 9 // 10) for _ in range(tries)]  # of what a checkpoint takes
         steps = [draw.randrange(2, STEPS + 1) for _ in range(tries)]
-        for what, method, leave in (
-            ("while saving", "save_checkpoint", room),
-            ("before a step is logged", "log", [0] * tries),
+        for what, method, leave, words in (
+            ("while saving", "save_checkpoint", room, ()),
+            ("while a copy is saved", "save_checkpoint", room, BESIDE),
+            ("before a step is logged", "log", [0] * tries, ()),
         ):
-            found = [filled(disk, whole, method, one, step) for one, step in zip(leave, steps, strict=True)]
+            each = zip(leave, steps, strict=True)
+            found = [filled(disk, whole, method, one, step, words) for one, step in each]
             lost = [problem for problem, _ in found]
             yield Outcome(f"disk full {what}", tries, lost.count(""), first_lost(lost, found[-1][1]))
 
@@ -54,9 +57,11 @@ def small_disk(place: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def filled(disk: Path, whole: Path, method: str, leave: int, step: int) -> tuple[str, str]:
+def filled(
+    disk: Path, whole: Path, method: str, leave: int, step: int, words: tuple[str, ...]
+) -> tuple[str, str]:
     """What was lost where the disk has `leave` bytes when a method of the run is called for a step."""
-    folder = begin(disk / "run", "cold_start")
+    folder = begin(disk / "run", "cold_start", *words)
     real, ballast = getattr(Resumable, method), disk / "ballast"
 
     def full(run: Resumable, *arguments: object, **named: object) -> object:

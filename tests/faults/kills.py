@@ -36,7 +36,10 @@ LIMIT_S = 1800  # for one attempt
 POLL_S = 0.02
 INSIDE, AFTER = "inside a stage", "after its end"
 LATE_S = 2.0  # after a stage has ended: the points that come with its end have been told by then
-WORDS = ["recipe=smoke", "engine.ranks=2", "stage.max_steps=4", "stage.save_every=2", "tracking=none"]
+WORDS = [
+    *("recipe=smoke", "engine.ranks=2", "stage.max_steps=4", "stage.save_every=2", "tracking=none"),
+    "engine.async_save=true",  # the matrix has both
+]
 ONE_STAGE = ["stage=cold_start", "recipe=smoke", "engine.ranks=1", "stage.save_every=1", "tracking=none"]
 TESTS = Path(__file__).parents[1]
 

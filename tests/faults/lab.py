@@ -65,6 +65,9 @@ POINTS: dict[str, dict[str, Point]] = {
 }
 
 
+BESIDE = ("engine.async_save=true",)  # a copy is written while training goes on
+
+
 @dataclass(frozen=True)
 class Shape:
     """A stage, and how it is spread over processes."""

@@ -1,7 +1,8 @@
 """Exact resume, stage by stage: N steps in one go against k steps, kill -9 and the same command again.
 
 Every stage on one and on two ranks, at each ZeRO level, killed at every point that it comes by; which call of
-the point is drawn from the seed. The short form is one case; tests/test_resume.py has more.
+the point is drawn from the seed. Half of them save from copies, beside training. The short form is one case;
+tests/test_resume.py has more.
 """
 
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from faults.lab import POINTS, Lab, Shape
+from faults.lab import BESIDE, POINTS, Lab, Shape
 from faults.outcome import Outcome
 
 RANKS, LEVELS = (1, 2), (0, 1, 2, 3)
@@ -24,7 +25,8 @@ def run(folder: Path, seed: int, short: bool) -> Iterator[Outcome]:
         yield outcome(lab, [Shape("cold_start", 2, 1)], seed, ["manifest written, name not"])
         return
     for stage, ranks in product(POINTS, RANKS):
-        yield outcome(lab, [Shape(stage, ranks, level) for level in LEVELS], seed, [*POINTS[stage]])
+        shapes = [Shape(stage, ranks, level, BESIDE * ((ranks + level) % 2)) for level in LEVELS]
+        yield outcome(lab, shapes, seed, [*POINTS[stage]])
 
 
 def outcome(lab: Lab, shapes: Sequence[Shape], seed: int, points: Sequence[str]) -> Outcome:

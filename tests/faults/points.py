@@ -27,6 +27,9 @@ class Point:
 BEFORE_A_SAVE = {"before a save": Point("r1pipe.train.run:Run.save_checkpoint")}
 DURING_A_SAVE = {
     "weights written, state not": Point("r1pipe.train.engine.engine:Engine.save"),
+    "copied, not written": Point("r1pipe.train.engine.writing:Writer.write_copies", rank=-1),
+    "written, not hashed": Point("r1pipe.runs.checkpoints:seal", rank=-1),
+    "hashed by a rank": Point("r1pipe.runs.checkpoints:seal", after=True, rank=-1),
     "state written, manifest not": Point("r1pipe.runs.checkpoints:write_manifest"),
     "manifest written, name not": Point("pathlib:Path.rename", file=".step-*.unfinished"),
     "saved, old ones there": Point("pathlib:Path.rename", after=True, file=".step-*.unfinished"),

@@ -13,7 +13,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.model.hf import lora
 from r1pipe.model.hf.policy import HFModel
 from r1pipe.model.reading import eos_ids
-from r1pipe.model.shards import SHARD_BYTES, write_shards
+from r1pipe.model.shards import SHARD_BYTES, Later, at_once, write_shards
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 
@@ -209,7 +209,11 @@ def published(model: HFModel, name: str, tensor: torch.Tensor) -> dict[str, torc
 
 
 def write(
-    model: HFModel, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES
+    model: HFModel,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    later: Later = at_once,
 ) -> None:
     """Tensors by the names of `published` and config.json, as transformers writes them; the tokenizer and
     generation_config.json are the caller's. Adapters, which are merged into the tensors, are written alone
@@ -220,7 +224,7 @@ def write(
     if model.adapter:  # whole from the first tensor to the last
         lora.save(model, folder / lora.FOLDER)
     on_cpu = ((name, tensor.detach().cpu().contiguous()) for name, tensor in chain([first], rest))
-    write_shards(on_cpu, folder, shard_bytes)
+    write_shards(on_cpu, folder, shard_bytes, later)
     dtype = str(model.whole.dtype).removeprefix("torch.")
     model.whole.config.dtype, model.whole.config.architectures = dtype, [type(model.whole).__name__]
     model.whole.config.save_pretrained(folder)

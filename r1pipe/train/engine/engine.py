@@ -33,6 +33,7 @@ from r1pipe.train.engine.frozen import ClosureRunner, evaluate
 from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, is_shared_out, lr_factor
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.writing import Writer
 
 log = logging.getLogger("r1pipe")
 
@@ -240,16 +241,20 @@ class Engine(Ranks):
         with heartbeat.waiting(self.world_size > 1):
             stack.enter_context(block)
 
-    def save(self, folder: Path | str, state: dict[str, Any]) -> str | None:
-        """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full."""
+    def save(self, folder: Path | str, state: dict[str, Any], writer: Writer | None = None) -> str | None:
+        """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full.
+
+        A `writer` that writes later has copies of them after this.
+        """
         folder = Path(folder)
+        writer = writer or Writer(folder)
         client = {"loop": state, "skipped_in_a_row": self.skipped_in_a_row}
         # beside adapters the model is its parent's, which the run loads again
-        problem = engine_state.write(self, self._ds, folder, client, frozen=not lora.adapted(self.module))
-        if self.rank == 0 and problem is None:
+        engine_state.write(self, self._ds, folder, client, writer, frozen=not lora.adapted(self.module))
+        if self.rank == 0 and writer.problem is None:
             write_json(folder / engine_state.LAYOUT, asdict(self._layout()), indent=None)
         self.barrier()
-        return problem
+        return writer.problem
 
     def load(self, folder: Path | str, scratch: Path | None = None) -> dict[str, Any]:
         """Restore what `save` wrote and return the loop's state; all ranks must call.

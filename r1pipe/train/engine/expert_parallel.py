@@ -203,9 +203,10 @@ def joined_names(names: Iterable[str]) -> list[str]:
     return [*dict.fromkeys(before + dot + WHOLE.get(part, part) for before, dot, part in split)]
 
 
-def join_saved(zero: Path, load: Callable[[str, str], Any]) -> None:
-    """In a state in DeepSpeed's universal layout, store experts as one without expert parallelism does."""
-    for layer in [path.name.removesuffix("w2") for path in zero.glob("*.experts.w2")]:
+def join_saved(ranks: Ranks, zero: Path, load: Callable[[str, str], Any]) -> None:
+    """In a state in DeepSpeed's universal layout, store experts as one without expert parallelism does; all
+    ranks call, and share out the layers."""
+    for layer in ranks.share_of(path.name.removesuffix("w2") for path in zero.glob("*.experts.w2")):
         for file in [path.name for path in (zero / f"{layer}w2").iterdir()]:
             gate, up, down = (load(f"{zero}/{layer}{part}/{file}", "cpu") for part in PARTS)
             if isinstance(down, dict):  # not the step
@@ -217,12 +218,11 @@ def join_saved(zero: Path, load: Callable[[str, str], Any]) -> None:
             shutil.rmtree(zero / f"{layer}{part}")
 
 
-def split_saved(zero: Path, model: nn.Module, load: Callable[[str, str], Any]) -> None:
+def split_saved(ranks: Ranks, zero: Path, model: nn.Module, load: Callable[[str, str], Any]) -> None:
     """The opposite of `join_saved`, for the experts that ranks share out."""
-    layers = [(f"{name}.", module) for name, module in model.named_modules()]
-    for layer, experts in layers:
-        if not isinstance(experts, ParallelExperts):
-            continue
+    layers = {f"{name}.": m for name, m in model.named_modules() if isinstance(m, ParallelExperts)}
+    for layer in ranks.share_of(layers):
+        experts = layers[layer]
         _, inner, width = getattr(experts.w1, "ds_shape", experts.w1.shape)
         about = {constants.EP_IS_EXPERT_PARAM: True, constants.EP_NUM_EXPERTS: experts.total}
         for file in [path.name for path in (zero / f"{layer}down_proj").iterdir()]:

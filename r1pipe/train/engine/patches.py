@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -52,11 +52,11 @@ def start_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def limit_collectives(limit: timedelta, but: dist.ProcessGroup | None) -> None:
-    """Set the limit of the collectives of all groups `but` one, and of those to come: DeepSpeed makes its own
-    with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""
+def limit_collectives(limit: timedelta, but: Sequence[dist.ProcessGroup | None]) -> None:
+    """Set the limit of the collectives of all groups `but` some, and of those to come: DeepSpeed makes its
+    own with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""
     for group in [*distributed_c10d._world.pg_map]:
-        if group is not but:
+        if group not in but:
             distributed_c10d._set_pg_timeout(limit, group)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
 
@@ -217,9 +217,9 @@ def replaced_torch_load(load: Callable[..., Any]) -> Iterator[None]:
         torch.load = torch_load
 
 
-def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -> None:
-    """DeepSpeed's converter (levels 1 to 3) is a command that prints progress bars and unpickles anything;
-    with one worker it starts no process pool."""
+def convert_to_universal(source: Path, target: Path, pool: Callable[..., Any]) -> None:
+    """DeepSpeed's converter (levels 1 to 3) is a command that prints progress bars, unpickles anything, and
+    starts a pool of processes: `pool`, a function of (work, items), stands in for it."""
     from deepspeed.checkpoint import ds_to_universal
 
     arguments = Namespace(
@@ -231,16 +231,22 @@ def convert_to_universal(source: Path, target: Path, load: Callable[..., Any]) -
         strict=True,
         inject_missing_state=True,
     )
-    output = io.StringIO()
-    with replaced_torch_load(load), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        ds_to_universal.main(arguments)
+    output, own_pool = io.StringIO(), ds_to_universal._do_parallel_work
+    ds_to_universal._do_parallel_work = lambda work, items, workers: pool(work, items)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            ds_to_universal.main(arguments)
+    finally:
+        ds_to_universal._do_parallel_work = own_pool
 
 
-def unify_universal(zero: Path, step: Tensor, wrap: tuple[str, ...], load: Callable[..., Any]) -> None:
+def unify_universal(
+    parameters: Iterable[Path], step: Tensor, wrap: tuple[str, ...], load: Callable[..., Any]
+) -> None:
     """The readers of levels 1 and 2, and of level 3, expect AdamW's step in different places: also put it
     beside each parameter. The level-3 converter writes bare tensors: `wrap` those as {"param": tensor}, which
-    experts that ranks share out are already."""
-    for parameter in [path.parent for path in zero.glob("*/fp32.pt")]:
+    experts that ranks share out are already. `parameters`: their folders."""
+    for parameter in parameters:
         torch.save(step, parameter / "step.pt")
         for path in [parameter / f"{key}.pt" for key in wrap]:
             content = load(str(path), "cpu")

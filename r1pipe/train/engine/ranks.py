@@ -9,10 +9,10 @@ so that ranks do come together; DeepSpeed has as much time where it starts, save
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,16 @@ import torch.distributed as dist
 from r1pipe.config import EngineConfig
 from r1pipe.config.engine import accelerator_rules
 from r1pipe.config.fields import check_all
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.runs.heartbeat import waiting
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.discovery import discover
 
+T = TypeVar("T")
+Pool = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 CPU = torch.device("cpu")
 _control: dist.ProcessGroup | None = None  # of this process; None before `start`, and with one rank
+_beside: dist.ProcessGroup | None = None  # as _control, for a thread that works beside training
 
 
 def choose_device(accelerator: str) -> torch.device:
@@ -59,7 +62,7 @@ class Ranks:
 
     def start(self) -> None:
         """Start the process groups, once per process; without a launcher it is a group of one."""
-        global _control
+        global _control, _beside
         if dist.is_initialized():
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -73,8 +76,8 @@ class Ranks:
         training, control = self._limits
         with waiting():  # one rank may start long before another
             dist.init_process_group(backend, timeout=control)
-            _control = dist.new_group(backend="gloo", timeout=control)
-        patches.limit_collectives(training, _control)
+            _control, _beside = (dist.new_group(backend="gloo", timeout=control) for _ in range(2))
+        patches.limit_collectives(training, but=(_control, _beside))
         atexit.register(patches.exit_without_teardown)
 
     @contextmanager
@@ -82,12 +85,12 @@ class Ranks:
         """A block of DeepSpeed's, in which its collectives may take as long as those of control."""
         training, control = self._limits
         if self.world_size > 1:
-            patches.limit_collectives(control, _control)
+            patches.limit_collectives(control, but=(_control, _beside))
         try:
             yield
         finally:
             if self.world_size > 1:
-                patches.limit_collectives(training, _control)
+                patches.limit_collectives(training, but=(_control, _beside))
 
     def sum_over_ranks(self, values: Sequence[float], training: bool = False) -> list[float]:
         """Element-wise sums; every rank gives the same number of values. `training`: all ranks come from a
@@ -116,6 +119,44 @@ class Ranks:
         gathered: list[Any] = [None] * self.world_size
         with waiting():
             dist.all_gather_object(gathered, value, group=_control)
+        return gathered
+
+    def share_of(self, items: Iterable[T]) -> list[T]:
+        """This rank's share of a list, as rank 0 has it."""
+        return self.all_gather_objects([*items])[0][self.rank :: self.world_size]
+
+    def lead(self, main: Callable[[Pool], None]) -> None:
+        """Rank 0 runs `main(pool)`, and all ranks do what that gives to pool(work, items), which returns the
+        results; all call. Raises CheckpointError on rank 0."""
+        if self.rank != 0:
+            while (given := self.all_gather_objects(None)[0]) is not None:
+                self._do_share(*given)
+            return
+        try:
+            main(lambda work, items: self._do_share(*self.all_gather_objects((work, [*items]))[0]))
+        finally:
+            self.all_gather_objects(None)
+
+    def _do_share(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """This rank's share of the work; the results of all."""
+        done: list[Any] = []
+        problem = None
+        try:
+            done += map(work, items[self.rank :: self.world_size])
+        except CheckpointError as error:
+            problem = str(error)
+        parts = self.all_gather_objects((problem, done))
+        problem = next((told for told, _ in parts if told is not None), None)
+        if problem is not None and self.rank == 0:
+            raise CheckpointError(problem)
+        return [result for _, results in parts for result in results]
+
+    def gather_beside(self, value: Any) -> list[Any]:
+        """As all_gather_objects, for one thread of each rank while its main thread trains."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=_beside)
         return gathered
 
     def barrier(self) -> None:

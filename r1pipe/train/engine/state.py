@@ -11,19 +11,22 @@ import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
-from r1pipe.core.errors import CheckpointError, disk_is_full, no_room
+from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import MOMENTS, is_shared_out
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.writing import Writer
 
 LAYOUT = "layout.json"  # the writer's Layout
 TAG = "state"
@@ -52,25 +55,10 @@ class Layout:
 
 
 def write(
-    ranks: Ranks, ds: Any, folder: Path, client_state: Mapping[str, Any], frozen: bool = True
-) -> str | None:
-    """Write what resume needs, without `frozen` only the weights that are trained; all ranks call. Returns a
-    message if this rank's disk is full; it must not raise while other ranks wait for this one."""
-    problems: list[str] = []
-
-    def save(state_dict: Any, path: str) -> None:
-        if problems:
-            return
-        try:
-            # our own file object: torch's hides why it could not be written
-            with heartbeat.working(), heartbeat.to_write(path) as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as error:
-            if not disk_is_full(error):
-                raise
-            problems.append(no_room(f"{path} is incomplete", folder))
-
-    patches.replace_save(ds, save)
+    ranks: Ranks, ds: Any, folder: Path, client_state: Mapping[str, Any], writer: Writer, frozen: bool = True
+) -> None:
+    """Write what resume needs, without `frozen` only the weights that are trained; all ranks call."""
+    patches.replace_save(ds, writer.save)
     with heartbeat.waiting(ds.world_size > 1), ranks.patient():
         ds.save_checkpoint(
             str(folder),
@@ -79,7 +67,6 @@ def write(
             save_latest=False,
             exclude_frozen_parameters=not frozen,
         )
-    return problems[0] if problems else None
 
 
 def read_layout(folder: Path) -> Layout:
@@ -113,8 +100,9 @@ def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:
     return client
 
 
-def load_tensors(path: str, map_location: Any = None) -> Any:
-    """Tensors, plain values and DeepSpeed's own records. Raises CheckpointError on anything else."""
+def load_tensors(path: str, map_location: Any = None, mapped: bool = False) -> Any:
+    """Tensors, plain values and DeepSpeed's own records; `mapped`: tensors are read when they are used.
+    Raises CheckpointError on anything else."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -122,13 +110,17 @@ def load_tensors(path: str, map_location: Any = None) -> Any:
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
             with heartbeat.working():
-                return patches.torch_load(path, map_location=map_location, weights_only=True)
+                mapped = mapped and is_zipfile(path)  # what torch can map
+                return patches.torch_load(path, map_location=map_location, weights_only=True, mmap=mapped)
         except UNREADABLE as error:
             forbidden = re.search(r"GLOBAL (\S+)", str(error))
             why = f"it contains {forbidden[1]}" if forbidden else "it is damaged or missing"
             raise CheckpointError(
                 f"{path} must hold tensors and plain values alone ({why}); {REMEDY}"
             ) from None
+
+
+load_mapped = partial(load_tensors, mapped=True)
 
 
 def read_other(
@@ -138,9 +130,10 @@ def read_other(
     universal = scratch / CONVERTED
     if ranks.rank == 0:
         shutil.rmtree(universal, ignore_errors=True)  # of a killed job
-        convert(ds, folder, universal, old.zero_level)
-        _convert_experts(ds, universal / TAG / "zero", old, new)
+        (universal / TAG / "zero").mkdir(parents=True)
     ranks.barrier()
+    convert(ranks, ds, folder, universal, old.zero_level)
+    _convert_experts(ranks, ds, universal / TAG / "zero", old, new)
     weights = load_tensors(str(universal / TAG / MODEL_STATES[0]), "cpu")["module"]
     with patches.reading_universal(ds, weights, load_tensors):
         client = read(ranks, ds, universal) if new.zero_level else _read_whole(ds, universal)
@@ -150,47 +143,62 @@ def read_other(
     return client
 
 
-def _convert_experts(ds: Any, zero: Path, old: Layout, new: Layout) -> None:
+def _convert_experts(ranks: Ranks, ds: Any, zero: Path, old: Layout, new: Layout) -> None:
     """Rename and cut the experts' parts where only one of the layouts has expert parallelism."""
     if (old.expert_parallel > 1) == (new.expert_parallel > 1):
         return
     from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
 
     if new.expert_parallel == 1:
-        expert_parallel.join_saved(zero, load_tensors)
+        expert_parallel.join_saved(ranks, zero, load_tensors)
     else:
-        expert_parallel.split_saved(zero, ds.module, load_tensors)
+        expert_parallel.split_saved(ranks, zero, ds.module, load_tensors)
+    ranks.barrier()
 
 
-def convert(ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
-    """Convert the state in `folder`, written at `zero_level`, to the universal layout; one process calls."""
+def convert(ranks: Ranks, ds: Any, folder: Path, universal: Path, zero_level: int) -> None:
+    """Convert the state in `folder`, written at `zero_level`, to the universal layout; all ranks call, and
+    share out its parts and parameters."""
     source, target = folder / TAG, universal / TAG
     zero = target / "zero"
-    zero.mkdir(parents=True)
     model_state = next(source / name for name in MODEL_STATES if (source / name).exists())
-    state = load_tensors(str(model_state), "cpu")
     if zero_level == 0:
-        _write_parameters(ds, state["module"], state["optimizer"], zero)
+        state = load_mapped(str(model_state), "cpu")
+        _write_parameters(ranks, ds, state["module"], state["optimizer"], zero)
+    else:
+        with patches.replaced_torch_load(load_mapped):
+            ranks.lead(partial(patches.convert_to_universal, source, target))
+    step = _write_common(ds, source, target, model_state, zero_level) if ranks.rank == 0 else None
+    step = ranks.all_gather_objects(step)[0]
+    parameters = ranks.share_of(path.parent for path in zero.glob("*/fp32.pt"))
+    patches.unify_universal(parameters, step, ("fp32", *MOMENTS) if zero_level == 3 else (), load_tensors)
+    ranks.barrier()
+
+
+def _write_common(ds: Any, source: Path, target: Path, model_state: Path, zero_level: int) -> Tensor:
+    """What is not of one parameter; returns AdamW's step."""
+    zero, state = target / "zero", load_mapped(str(model_state), "cpu")
+    if zero_level == 0:
         converted, groups = {}, state["optimizer"][PARAM_GROUPS]
         step = _step_of(state["optimizer"]["state"])
     else:
-        patches.convert_to_universal(source, target, load_tensors)
         converted = load_tensors(str(zero / "optimizer_state.pt"), "cpu")
         groups = converted[PARAM_GROUPS]
         if zero_level == 3:
             step = _step_of(converted[STATES]["state"])
         else:
             first = next(source.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))
-            step = _step_of(load_tensors(str(first), "cpu")[STATES]["base_optimizer_state"]["state"])
+            step = _step_of(load_mapped(str(first), "cpu")[STATES]["base_optimizer_state"]["state"])
+    step = step.clone()
     # groups of the optimizer that reads: with expert parallelism, it has one more
     own = [{key: g[key] for key in ("moe", "name") if key in g} for g in ds.optimizer.param_groups]
     groups = [{**groups[min(n, len(groups) - 1)], **marks} for n, marks in enumerate(own)]
-    patches.unify_universal(zero, step, ("fp32", *MOMENTS) if zero_level == 3 else (), load_tensors)
     both = {PARAM_GROUPS: groups, STATES: {"state": {0: {"step": step}}, PARAM_GROUPS: groups}}
     torch.save({"ds_version": state["ds_version"], **converted, **both}, zero / "optimizer_state.pt")
     for name in MODEL_STATES:
         if not (target / name).exists():
             os.link(model_state, target / name)
+    return step
 
 
 def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
@@ -198,7 +206,7 @@ def _step_of(states: Mapping[int, Mapping[str, Any]]) -> Tensor:
 
 
 def _write_parameters(
-    ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
+    ranks: Ranks, ds: Any, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any], zero: Path
 ) -> None:
     trained = [(name, p) for name, p in ds.module.named_parameters() if p.requires_grad]
     flat = [name for name, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
@@ -207,13 +215,13 @@ def _write_parameters(
         from r1pipe.train.engine import expert_parallel  # it imports DeepSpeed
 
         matrices = expert_parallel.joined_names(matrices)
-    for number, name in enumerate(matrices + flat):  # the order of the level-0 optimizer
+    for number, name in ranks.share_of(enumerate(matrices + flat)):  # the order of the level-0 optimizer
         state = optimizer["state"].get(number, {})
         (zero / name).mkdir()
         torch.save({"param": weights[name].float()}, zero / name / "fp32.pt")
         for moment in MOMENTS:
             value = state.get(moment, torch.zeros_like(weights[name]))
-            torch.save({"param": value}, zero / name / f"{moment}.pt")
+            torch.save({"param": value.clone()}, zero / name / f"{moment}.pt")
 
 
 @torch.no_grad()

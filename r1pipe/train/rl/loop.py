@@ -187,6 +187,7 @@ class RLTrainer:
         self.run.progress("train", state.step, config.max_steps, "steps", **shown)
         if stop := messages_of(trips, "stop"):
             raise Tripped(f"stopped in step {state.step}, which is not saved: {stop}")
+        self.run.check_saved(self.engine)
         last = self.run.is_last(state.step, config.max_steps, self.engine)
         pause, leaving = messages_of(trips, "pause"), stopping.agreed(self.engine)
         if last or pause or leaving or (config.save_every and state.step % config.save_every == 0):

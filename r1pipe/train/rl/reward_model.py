@@ -140,6 +140,7 @@ def train_reward_model(
         done = step + 1
         run.log(first + done, metrics)
         run.progress(f"train {examples.kind}", done, steps, "steps", **shown(metrics))
+        run.check_saved(engine)
         leaving = stopping.agreed(engine)
         if leaving or done == steps or (stage.save_every and done % stage.save_every == 0):
             export = partial(_export, run, examples, done == steps)

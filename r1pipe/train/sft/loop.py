@@ -104,6 +104,7 @@ def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, t
             metrics |= quick_evaluation(run, engine, step)
         run.log(step, metrics)
         run.progress("train", step, total_steps, "steps", **shown(metrics))
+        run.check_saved(engine)
         last, stop_signal = run.is_last(step, total_steps, engine), stopping.agreed(engine)
         if last or stop_signal or (stage.save_every and step % stage.save_every == 0):
             run.save_checkpoint(engine, step, {"position": position})

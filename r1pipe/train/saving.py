@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from r1pipe.core.errors import EnvironmentProblem, R1pipeError, disk_is_full, no_room
 from r1pipe.core.paths import RunFolder
-from r1pipe.runs import checkpoints, locks
+from r1pipe.runs import checkpoints, heartbeat, locks
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.writing import Writer
 
@@ -67,7 +67,8 @@ class Saving:
                 hashes = checkpoints.seal(writer.folder, own if ranks.rank == 0 else writer.paths)
         except (OSError, RuntimeError, SafetensorError) as error:
             problem = full_disk_message(error, target)
-        parts = ranks.gather_beside((problem, hashes))
+        with heartbeat.limited():  # another rank may have more to write
+            parts = ranks.gather_beside((problem, hashes))
         problem = next((told for told, _ in parts if told is not None), None)
         if ranks.rank != 0:
             return problem

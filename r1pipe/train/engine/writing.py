@@ -92,6 +92,7 @@ class Writer:
         storage = value.untyped_storage()
         key = "memory", storage.data_ptr() or id(value)  # what is empty has no address
         copied = self._once(key, storage, lambda of: of.clone() if of.device.type == "cpu" else of.cpu())
+        heartbeat.tick()
         made = torch.empty(0, dtype=value.dtype)
         made.set_(copied, value.storage_offset(), value.size(), value.stride())
         if isinstance(value, nn.Parameter):

@@ -55,9 +55,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 )
 def test_a_kill_loses_nothing(lab: Lab, case: tuple[str, int, int, str]) -> None:
     stage, ranks, zero_level, point = case
-    shape = Shape(
-        stage, ranks, zero_level, BESIDE if point in ("copied, not written", "hashed by a rank") else ()
-    )
+    beside = point in ("copied, not written", "hashed by a rank")
+    shape = Shape(stage, ranks, zero_level, BESIDE * beside)
     assert lab.killed(shape, lab.moment(shape, point, seed=0)) == []
 
 

@@ -25,6 +25,7 @@ SAME_BITS = {
     "stage.keep": "what to keep",
     "stage.keep_best": "what to keep",
     "stage.keep_best_direction": "what to keep",
+    "engine.async_save": "how to save",
     "engine.grace_s": "when to give up on a rank",
     "engine.stuck_after_s": "when to give up on a rank",
     "engine.collective_limit_s": "when to give up on a rank",

@@ -158,17 +158,15 @@ def _damage(folder: Path, rank: int, ranks: int) -> str | None:
         files = listed(folder)
     except CheckpointError as error:
         return str(error).partition(";")[0]
-    return next(
-        filter(None, (broken(folder / name, files[name]) for name in share(files, rank, ranks))), None
-    )
+    found = (broken(folder / name, files[name]) for name in share(files, rank, ranks))
+    return next(filter(None, found), None)
 
 
 def share(names: Collection[str], rank: int, ranks: int) -> list[str]:
     """The files that a rank checks: its own part of the state, and some of those that all share."""
     shards = {name: int(found[1]) for name in names if (found := SHARD.search(name))}
-    others = sorted(
-        set(names) - shards.keys(), reverse=True
-    )  # rank 0 has most of the state, so weights first
+    # the last rank begins, with the weights: rank 0 has most of the state
+    others = sorted(set(names) - shards.keys(), reverse=True)
     readers = shards | {name: -1 - place for place, name in enumerate(others)}
     return sorted(name for name, reader in readers.items() if reader % ranks == rank)
 

@@ -134,9 +134,7 @@ class Resumable(Generic[S]):
                     own = tensors if engine.in_step else writer.copies_of(tensors)  # gathered ones are copies
                     ours = partial(write_pretrained, engine.module, own, later=writer.add)
                     problem = self._publish(target, partial(export, model) if export else ours, more)
-                for _ in (
-                    tensors if engine.in_step else ()
-                ):  # all ranks gather, also what could not be written
+                for _ in tensors if engine.in_step else ():  # all gather, also what could not be written
                     pass
             raise_in_all_ranks(engine, problem, EnvironmentProblem, target)
             clock = {"elapsed": self.elapsed(), "seconds": self.seconds}

@@ -24,8 +24,6 @@ from typing import Any
 
 import psutil
 from faults.forks import warm
-from rich.console import Console
-from rich.table import Table
 
 from r1pipe.config import RunConfig, script_options, to_mapping
 from r1pipe.config.compose import compose
@@ -110,6 +108,8 @@ def rank_main(what: str, folder: str, rank: int, port: int, arguments: argparse.
             return engine.train_step([lambda: engine.module(tokens_BT).float().square().mean()]).loss
 
         if what == "save":
+            with measured(found, "save: a step before it", before):
+                step()
             run.log(1, {"train/loss": 1.0})
             with measured(found, "save: until it is complete, a step beside it", before):
                 with measured(found, "save: waits", before):
@@ -184,25 +184,26 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="such as engine.moments=bf16 engine.async_save=true")
     arguments = parser.parse_args(words)
     config = config_of(arguments)
+    print(
+        f"{parameters(config.model) / 1e6:,.0f}M parameters, {arguments.trained:.0%} of them trained, on "
+        f"{arguments.ranks} ranks at ZeRO {arguments.zero} {' '.join(arguments.overrides)}\n"
+        f"{'':50}{'seconds':>10}{'MiB of a rank':>16}"
+    )
     with tempfile.TemporaryDirectory(dir=arguments.root) as place:
         folder = Path(place) / "run"
         folder.mkdir()
         write_json(folder / "config.json", to_mapping(config))
-        rows = on_ranks("save", folder, arguments) | on_ranks("resume", folder, arguments)
+        show(on_ranks("save", folder, arguments))
         saved = RunFolder(folder).checkpoint(1)
         size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-        rows["export"] = export(folder)
-    shape: Any = config.model
-    table = Table("", "seconds", "MiB of a rank", box=None)
+        print(f"the checkpoint has {size / MIB:,.0f} MiB")
+        show(on_ranks("resume", folder, arguments))
+        show({"export": export(folder)})
+
+
+def show(rows: Measured) -> None:
     for name, (seconds, mib) in rows.items():
-        table.add_row(name, f"{seconds:.1f}", f"{mib:,.0f}")
-    console = Console(width=120, highlight=False)
-    console.print(
-        f"{parameters(shape) / 1e6:,.0f}M parameters, {arguments.trained:.0%} of them trained, on "
-        f"{arguments.ranks} ranks at ZeRO {arguments.zero}; a checkpoint of {size / MIB:,.0f} MiB; "
-        f"{' '.join(arguments.overrides)}"
-    )
-    console.print(table)
+        print(f"{name:50}{seconds:10.1f}{mib:16,.0f}", flush=True)
 
 
 if __name__ == "__main__":

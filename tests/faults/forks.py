@@ -11,7 +11,7 @@ import random
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import forkserver
@@ -59,7 +59,7 @@ def run_job(script: str, folder: Path, ranks: int, kill: Kill | None = None) -> 
     return landed
 
 
-def kill_all(jobs: list[BaseProcess]) -> None:
+def kill_all(jobs: Sequence[BaseProcess]) -> None:
     for job in jobs:
         job.kill()
 

@@ -30,7 +30,7 @@ from r1pipe.train.rl.critic import ValueModel
 from r1pipe.train.rl.update import completion_logprobs
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
-from r1pipe.train.sft.loop import loss_sums
+from r1pipe.train.sft.loop import loss_sums, read
 
 PROMPTS = [[5, 9, 300], [7, 7, 8, 9, 12, 400, 21], [3]]
 
@@ -82,18 +82,19 @@ def test_loss_and_gradient_of_fine_tuning_are_those_of_transformers(model: HFMod
         for prompt, answer in zip(PROMPTS, ([4, 5], [6], [8, 9, 10]), strict=True)
     ]
     rows, _ = pack(examples, 12)
-    sums = loss_sums(model.train(), collate_packed(rows, 0), with_mtp=True, with_balance=True)
-    sums.next_token.backward()
+    batch = collate_packed(rows, 0)
+    loss, _ = loss_sums(model, batch, *read(model.train(), batch, with_balance=True), with_mtp=True)
+    loss.backward()
     theirs = load_pretrained(folder)
     assert isinstance(theirs, HFModel)
     total = torch.zeros(())
     for example in examples:
         asked = torch.tensor([example.tokens])
         labels = torch.where(torch.tensor([example.loss]), asked, -100)
-        loss = theirs.whole.train()(input_ids=asked, labels=labels).loss
-        total = total + loss * sum(example.loss)
+        mean = theirs.whole.train()(input_ids=asked, labels=labels).loss
+        total = total + mean * sum(example.loss)
     total.backward()
-    assert sums.next_token.item() == pytest.approx(total.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     largest = max(float(p.grad.abs().max()) for p in theirs.parameters() if p.grad is not None)
     for (name, ours), other in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert ours.grad is not None and other.grad is not None, name

@@ -23,7 +23,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.loop import Shares, epochs_of, loss_sums, pack_demonstrations, steps_in, train
+from r1pipe.train.sft.loop import Shares, epochs_of, loss_sums, pack_demonstrations, read, steps_in, train
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def test_loss_is_of_response_tokens_alone(chat):
     answer = [*chat.encode(TRACES[0].response), chat.eos_id]
     start = len(row.tokens) - len(answer)
     expected = -sum(logprobs_TV[start + i - 1, token].item() for i, token in enumerate(answer))
-    assert loss_sums(model, batch, False, False).next_token.item() == pytest.approx(expected, rel=1e-4)
+    loss, _ = loss_sums(model, batch, *read(model, batch, False), with_mtp=False)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_packing_changes_neither_loss_nor_gradient(chat):
@@ -57,7 +58,8 @@ def test_packing_changes_neither_loss_nor_gradient(chat):
     found = []
     for rows in (alone, packed):
         model = tiny_model()
-        loss = loss_sums(model, collate(rows, chat.pad_id), False, False).next_token
+        batch = collate(rows, chat.pad_id)
+        loss, _ = loss_sums(model, batch, *read(model, batch, False), with_mtp=False)
         loss.backward()
         found.append((loss.item(), model.model.embed_tokens.weight.grad))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
@@ -69,9 +71,10 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
     model = DeepseekV3(replace(tiny_model().config, num_nextn_predict_layers=1))
     learned = sum(row.learned for row in rows)
     batch = collate(rows, chat.pad_id)
-    sums = loss_sums(model, batch, True, True)
-    parts = [sums.next_token / learned, sums.mtp / learned, sums.balance / (batch.segments_BT != 0).sum()]
-    mean, mtp, balance = (part.item() for part in parts)
+    hidden, balances = read(model, batch, with_balance=True)
+    sums = loss_sums(model, batch, hidden, balances, with_mtp=True)
+    mean, mtp = (part.item() / learned for part in sums)
+    balance = balances[0].total().item() / (batch.segments_BT != 0).sum().item()
 
     class OfTwo:
         module, world_size, device = model, 2, torch.device("cpu")

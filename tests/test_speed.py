@@ -18,7 +18,7 @@ from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.update import Reference, completion_logprobs
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.batching import Batcher
-from r1pipe.train.sft.loop import loss_sums
+from r1pipe.train.sft.loop import loss_sums, read
 
 WIDE = tiny(vocab_size=4096, num_hidden_layers=2)
 
@@ -40,7 +40,8 @@ class WidestLogits(TorchDispatchMode):
 def training(model) -> None:
     rows = tokens(4, 128, WIDE)
     batch = Batch(rows, torch.ones_like(rows), torch.ones_like(rows).bool())
-    loss_sums(model, batch, with_mtp=False, with_balance=False).next_token.backward()
+    loss, _ = loss_sums(model, batch, *read(model, batch, with_balance=False), with_mtp=False)
+    loss.backward()
 
 
 def rollouts() -> list[Rollout]:

@@ -39,6 +39,8 @@ class EngineConfig(Strict):
     accelerator: Literal["cpu", "cuda", "auto"]  # auto: a GPU where there is one
     zero_level: Literal[0, 1, 2, 3]  # ranks share: nothing, optimizer state, gradients too, weights too
     expert_parallel: Positive  # ranks that share out a layer's routed experts; 1: each rank has all of them
+    pipeline: Positive  # ranks that share out the model's layers; 1: each rank has all of them
+    schedule: Literal["1f1b", "zbv", "dualpipev"]  # of passes in the pipeline; the last two fold it into a V
     precision: Literal["fp32", "bf16", "fp8"]  # fp8: projections in E4M3, the rest in bf16 (V3 section 3.3)
     kernels: Literal["auto", "triton", "scaled_mm", "deepgemm", "reference"]  # what multiplies in FP8
     fp8: FP8Config
@@ -165,6 +167,37 @@ def expert_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
     for key, wished in {"compile": engine.compile, "equal": engine.equal}.items():
         if wished:
             yield f"engine.{key}=true needs engine.expert_parallel=1: tokens travel within a layer"
+
+
+def pipeline_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
+    """Layers spread over ranks; ranks on several machines are counted by the job."""
+    size, folded = engine.pipeline, engine.schedule != "1f1b"
+    if size == 1:
+        if folded:
+            yield f"engine.schedule={engine.schedule} is for a pipeline; give engine.pipeline=2 or more"
+        return
+    if size * (1 + folded) > model.num_hidden_layers:
+        of_each = f", two parts a rank with engine.schedule={engine.schedule}," if folded else ""
+        yield f"{engine.pipeline=}{of_each} is more than {model.num_hidden_layers=}"
+    if engine.hostfile is None and engine.slurm is None and engine.ranks % size:
+        yield f"{engine.pipeline=} must divide {engine.ranks=}"
+    if model.tie_word_embeddings and not folded:
+        yield (
+            "model.tie_word_embeddings=true: with engine.schedule=1f1b, embedding and head are on different "
+            "ranks; give engine.schedule=zbv"
+        )
+    if engine.zero_level > 1:
+        yield f"{engine.zero_level=} with {engine.pipeline=}: a pipeline goes with ZeRO level 1 at most"
+    others = {
+        "engine.expert_parallel": ("1", str(engine.expert_parallel)),
+        "engine.compile": ("false", str(engine.compile).lower()),
+        "engine.equal": ("false", str(engine.equal).lower()),
+        "engine.recompute": ("false", str(engine.recompute and folded).lower()),  # it goes backward twice
+        "engine.sampler": ("bundled", str(engine.sampler)),
+    }
+    for key, (needed, given) in others.items():
+        if given != needed:
+            yield f"{key}={given} needs engine.pipeline=1 (or, some, engine.schedule=1f1b); give {key}={needed}"
 
 
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:

@@ -123,7 +123,7 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
             f"{engine.sampler_precision=!s} is for the bundled model; with model=hf give "
             "engine.sampler_precision=same"
         )
-    plain = {"graphs": "false", "compile": "false", "equal": "false", "expert_parallel": "1"}
+    plain = {"graphs": "false", "compile": "false", "equal": "false", "expert_parallel": "1", "pipeline": "1"}
     for key, value in plain.items():
         wished = str(getattr(engine, key)).lower()
         if wished != value:

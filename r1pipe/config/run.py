@@ -18,6 +18,7 @@ from r1pipe.config.engine import (
     expert_rules,
     fp8_rules,
     hosts_rules,
+    pipeline_rules,
     sampler_precision_rules,
 )
 from r1pipe.config.fields import Count, Rules, Strict, build, check_all, shown
@@ -161,8 +162,21 @@ def shape_rules(config: RunConfig) -> Rules:
         yield from model_rules(config.model)
         yield from equal_rules(config.engine, config.model)
         yield from expert_rules(config.engine, config.model)
+        yield from pipeline_rules(config.engine, config.model)
+        yield from passes_rules(config.stage, config.engine)
         yield from replay_rules(config.stage, config.engine, config.model)
         yield from fp8_rules(config.engine, config.model)
+
+
+def passes_rules(stage: StageConfig, engine: EngineConfig) -> Rules:
+    """The passes of some models are in one piece."""
+    whole = {
+        "stage=reward_model": isinstance(stage, RewardModelConfig),
+        "stage.ppo": isinstance(stage, RLConfig) and stage.ppo is not None,
+    }
+    for what, is_here in whole.items():
+        if is_here and engine.pipeline > 1:
+            yield f"{what} needs engine.pipeline=1: a scalar model is not cut into parts"
 
 
 def replay_rules(stage: StageConfig, engine: EngineConfig, model: ModelConfig) -> Rules:

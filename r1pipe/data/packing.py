@@ -50,6 +50,11 @@ class Batch:
     segments_BT: Tensor  # int64; 0 is padding
     loss_BT: Tensor  # bool
 
+    @property
+    def positions(self) -> int:
+        """Tokens that go through the model, with padding."""
+        return self.tokens_BT.numel()
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
 

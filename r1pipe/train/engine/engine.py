@@ -63,6 +63,7 @@ class Engine(Ranks):
         if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
             model.bfloat16()
         train_as(model, config, self.device)
+        self.pipeline: Any = self._cut(config) if config.pipeline > 1 else None
         # a dense model has none, one of transformers its own
         self.router = router if any(gates(model)) else None
         self.max_skipped, self.skipped_in_a_row = optim.max_skipped, 0
@@ -74,13 +75,23 @@ class Engine(Ranks):
                 optimizer=optimizer,
                 lr_scheduler=schedule,
                 config=deepspeed_config(config, optim.grad_clip),
+                mpu=self.pipeline.groups if self.pipeline else None,
                 dist_init_required=False,
             )
         if config.zero_level == 0:
             trained = [p for p in model.parameters() if p.requires_grad]
-            patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, self.world_size)
+            parts = self.pipeline.groups.states if self.pipeline else None
+            patches.repair_level_0(self._ds, optimizer, trained, optim.grad_clip, parts)
         if config.zero_level == 3:
             patches.clear_padding(self._ds.optimizer)
+
+    def _cut(self, config: EngineConfig) -> Any:
+        """Raises ConfigError where the ranks cannot be grouped."""
+        from r1pipe.train.engine.pipeline import Pipeline
+
+        if self.world_size % config.pipeline:
+            raise ConfigError(f"{config.pipeline=} must divide the job's {self.world_size} ranks")
+        return Pipeline(self.module, config, self.device)
 
     @property
     def _experts(self) -> Any:
@@ -92,7 +103,7 @@ class Engine(Ranks):
     @property
     def in_step(self) -> bool:
         """Whether every pass needs all ranks, as they exchange weights or tokens within it."""
-        return self.zero_level == 3 or self.expert_parallel > 1
+        return self.zero_level == 3 or self.expert_parallel > 1 or self.pipeline is not None
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
@@ -108,6 +119,8 @@ class Engine(Ranks):
         if self.router:
             reset_loads(self.module)
         lr = self._ds.get_lr()[0]
+        if self.pipeline:
+            micro_losses = [self.pipeline.closure(micro_losses)]
         repeats = self.agree_max(len(micro_losses)) - len(micro_losses)  # before backward communicates
         losses = [self._backward(closure, 1.0) for closure in micro_losses]
         loads_LE = expert_loads(self.module) if self.router else None  # a copy: repeats count no tokens
@@ -137,6 +150,8 @@ class Engine(Ranks):
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each closure over the model returns, without gradients; all ranks call, each with one or more
         of its own."""
+        if self.pipeline:
+            return self.pipeline.evaluate(closures)
         if not self.in_step:
             return [closure() for closure in closures]
         return evaluate(self, self._ds, closures)
@@ -209,6 +224,8 @@ class Engine(Ranks):
 
     def _elements(self, tensor: Tensor) -> int:
         """Of the whole tensor."""
+        if self.pipeline:
+            return self.pipeline.elements(tensor)
         return patches.elements(tensor) * (self.expert_parallel if is_shared_out(tensor) else 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -229,10 +246,13 @@ class Engine(Ranks):
 
     @contextmanager
     def _unpartitioned(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """What ZeRO-3 has partitioned of the tensors; with expert parallelism, a rank's own experts alone."""
+        """What ZeRO-3 has partitioned of the tensors, and what other ranks of a pipeline have of them; with
+        expert parallelism, a rank's own experts alone."""
         with ExitStack() as stack:
             if self.zero_level == 3:
                 self._enter(stack, patches.whole(tensors))
+            if self.pipeline:
+                self._enter(stack, self.pipeline.whole(tensors))
             yield
 
     def _enter(self, stack: ExitStack, block: AbstractContextManager[object]) -> None:
@@ -265,6 +285,7 @@ class Engine(Ranks):
         """
         folder = Path(folder)
         layout, mine = engine_state.read_layout(folder), self._layout()
+        engine_state.check_cut(layout, mine, folder)
         if layout == mine or layout.zero_level == self.zero_level == 0:
             client = engine_state.read(self, self._ds, folder)  # level 0 is the same for any number of ranks
         else:
@@ -280,4 +301,5 @@ class Engine(Ranks):
         return client["loop"]
 
     def _layout(self) -> engine_state.Layout:
-        return engine_state.Layout(self.world_size, self.zero_level, self.expert_parallel)
+        cut = (self.pipeline.size, len(self.pipeline.places)) if self.pipeline else ()
+        return engine_state.Layout(self.world_size, self.zero_level, self.expert_parallel, *cut)

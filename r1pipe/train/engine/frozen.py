@@ -51,6 +51,11 @@ class FrozenModel(Ranks):
         set_precision(self.module, config, self.device)
         self.module.eval().requires_grad_(False)
         self._runner: Any = None
+        self._pipeline: Any = None
+        if config.pipeline > 1:
+            from r1pipe.train.engine.pipeline import Pipeline
+
+            self._pipeline = Pipeline(self.module, config, self.device)
         if config.zero_level == 3:
             deepspeed = patches.start_deepspeed(self.device)
             with self.patient():
@@ -63,6 +68,8 @@ class FrozenModel(Ranks):
     @torch.no_grad()
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each closure over `module` returns; all ranks call, each with one or more of its own."""
+        if self._pipeline:
+            return self._pipeline.evaluate(closures)
         if self._runner is None:
             return [closure() for closure in closures]
         return evaluate(self, self._runner, closures)
@@ -73,7 +80,8 @@ class FrozenModel(Ranks):
         theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, mine in [*self.module.named_parameters(), *self.module.named_buffers()]:
             if self._runner is None or not hasattr(mine, "ds_id"):
-                mine.copy_(theirs[name])
+                if mine.numel():  # the layers of other ranks of a pipeline are empty
+                    mine.copy_(theirs[name])
                 continue
             with patches.whole([theirs[name]]), patches.whole([mine], changed_on=0):
                 if self.rank == 0:
@@ -85,4 +93,6 @@ class FrozenModel(Ranks):
 
     def gathered(self) -> AbstractContextManager[object]:
         """The whole model on every rank, for saving; all ranks must enter."""
+        if self._pipeline:
+            return self._pipeline.whole([*self.module.parameters()])
         return nullcontext() if self._runner is None else patches.whole([*self.module.parameters()])

@@ -80,20 +80,29 @@ def exit_without_teardown() -> None:
 
 
 def repair_level_0(
-    ds: Any, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], grad_clip: float, ranks: int
+    ds: Any,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    grad_clip: float,
+    parts: dist.ProcessGroup | None,
 ) -> None:
     """At ZeRO level 0, DeepSpeed copies every gradient to a buffer and back even for one rank, walks all
     parameters three times per step, forgets the gradient norm, and steps even if the norm is not finite; its
-    ZeRO optimizers skip that step."""
+    ZeRO optimizers skip that step. `parts`: the ranks that have the model's other weights; None: none."""
 
     def clip() -> None:
-        norm = nn.utils.clip_grad_norm_(parameters, grad_clip)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if parts is not None:
+            dist.all_reduce(norm.square_(), group=parts)
+            norm.sqrt_()
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         optimizer.overflow = not math.isfinite(norm)  # type: ignore[attr-defined]
         if optimizer.overflow:  # type: ignore[attr-defined]
             optimizer.zero_grad()  # parameters without a gradient don't move
         ds._global_grad_norm = norm
 
-    if ranks == 1:
+    if ds.dp_world_size == 1:
         ds.enable_backward_allreduce = False
     ds.clip_fp32_gradients = clip
     ds.zero_grad = optimizer.zero_grad

@@ -48,10 +48,13 @@ class Layout:
     ranks: int
     zero_level: int
     expert_parallel: int
+    pipeline: int = 1  # ranks of a pipeline
+    parts: int = 1  # of the model in it; more than ranks in a V
 
     def __str__(self) -> str:
         experts = f", expert parallelism over {self.expert_parallel}" if self.expert_parallel > 1 else ""
-        return f"ranks={self.ranks} zero_level={self.zero_level}{experts}"
+        parts = f", a pipeline of {self.pipeline} ranks and {self.parts} parts" if self.parts > 1 else ""
+        return f"ranks={self.ranks} zero_level={self.zero_level}{experts}{parts}"
 
 
 def write(
@@ -72,15 +75,28 @@ def write(
 def read_layout(folder: Path) -> Layout:
     """How a state was written. Raises CheckpointError if layout.json is invalid or differs from the files."""
     path = folder / LAYOUT
-    content = {"expert_parallel": 1, **read_object(path)}  # older ones have no such key
+    absent = {"expert_parallel": 1, "pipeline": 1, "parts": 1}  # in older ones
+    content = {**absent, **read_object(path)}
     values = [content.get(field.name) for field in fields(Layout)]
-    ranks, level, experts = (value if type(value) is int else -1 for value in values)
-    if ranks < 1 or level not in range(4) or experts < 1:
+    ranks, level, *others = (value if type(value) is int else -1 for value in values)
+    if ranks < 1 or level not in range(4) or min(others) < 1:
         raise CheckpointError(f"{path} does not name the ranks and ZeRO level of its state; {REMEDY}")
-    layout, parts = Layout(ranks, level, experts), len([*(folder / TAG).glob("*_optim_states.pt")])
+    layout, parts = Layout(ranks, level, *others), len([*(folder / TAG).glob("*_optim_states.pt")])
     if parts != (ranks if level else 0) or not any((folder / TAG / name).exists() for name in MODEL_STATES):
         raise CheckpointError(f"{path} says {layout}, but {folder / TAG} has other files; {REMEDY}")
     return layout
+
+
+def check_cut(old: Layout, new: Layout, folder: Path) -> None:
+    """A state of a pipeline is not converted: DeepSpeed's universal layout would take a rank's layers for
+    slices of all. Raises CheckpointError."""
+    same = (old.pipeline, old.parts) == (new.pipeline, new.parts)
+    if not same or (new.parts > 1 and old != new and (old.zero_level or new.zero_level)):
+        raise CheckpointError(
+            f"{folder} was written with {old}, this run has {new}: states are not converted to or from a "
+            "pipeline; resume with the same engine.pipeline, engine.schedule, engine.ranks and "
+            "engine.zero_level, or start a new run from the checkpoint's weights (parent=)"
+        )
 
 
 def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class MicroBatch:
     returns_N: Tensor | None = None
     experts_LNK: Tensor | None = None  # the sampler's choices for tokens_BT, flattened [B*T]; routing replay
 
+    @property
+    def positions(self) -> int:
+        """Tokens that go through the model, with padding."""
+        return self.prompts_PT.numel() + self.tokens_BT.numel()
+
 
 def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
     """The completions that are trained on."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
@@ -21,11 +22,14 @@ from r1pipe.runs import heartbeat
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.metrics import StepStats, step_metrics
+from r1pipe.train.engine.passes import Pass
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
+Balances = tuple[Balance, Balance]  # of prompts and of rows
 
-def balances_of(micro: MicroBatch, with_loss: bool, replay: bool = False) -> tuple[Balance, Balance]:
+
+def balances_of(micro: MicroBatch, with_loss: bool, replay: bool = False) -> Balances:
     """Of prompts and of rows: each prompt and each completion counts as one sequence. `replay`: the rows'
     tokens go through the experts that the sampler chose (routing replay); of prompts none are recorded."""
     return (
@@ -36,9 +40,7 @@ def balances_of(micro: MicroBatch, with_loss: bool, replay: bool = False) -> tup
     )
 
 
-def completion_hidden(
-    trunk: Trunk | HFTrunk, micro: MicroBatch, balances: tuple[Balance, Balance] | None = None
-) -> Tensor:
+def completion_hidden(trunk: Trunk | HFTrunk, micro: MicroBatch, balances: Balances | None = None) -> Tensor:
     """hidden_ND before every completion token; `balances` (see `balances_of`) collect the balance losses."""
     balances = balances or balances_of(micro, with_loss=False)
     hidden_BTD = trunk.after_prompts(
@@ -49,7 +51,7 @@ def completion_hidden(
 
 
 def completion_logprobs(
-    model: Policy, micro: MicroBatch, temperature: float, balances: tuple[Balance, Balance] | None = None
+    model: Policy, micro: MicroBatch, temperature: float, balances: Balances | None = None
 ) -> Tensor:
     """logprobs_N: log pi of every completion token, at the sampling temperature."""
     hidden_ND = completion_hidden(model.model, micro, balances)
@@ -69,9 +71,7 @@ class Reference:
         """logprobs_N of each micro-batch; all ranks call. With its own choice of experts: a replayed one is
         that of the policy's router."""
         model = self.frozen.module
-        return self.frozen.evaluate(
-            [partial(completion_logprobs, model, micro, temperature) for micro in micros]
-        )
+        return self.frozen.evaluate([logprobs_pass(model, micro, temperature) for micro in micros])
 
     def estimate_kl(self, rollouts: Sequence[Rollout], config: RLConfig) -> None:
         """Set each rollout's kl_T, for a KL in the reward (InstructGPT, arXiv 2203.02155, eq. 2)."""
@@ -134,14 +134,27 @@ def prepare(
     return micros
 
 
+def logprobs_pass(
+    model: Policy, micro: MicroBatch, temperature: float, replay: bool = False
+) -> Pass[MicroBatch]:
+    """A pass that gives logprobs_N; `replay` as in `balances_of`."""
+
+    def learn(model: Policy, micro: MicroBatch, hidden_ND: Tensor, balances: Balances) -> tuple[Tensor, None]:
+        return model.lm_head(hidden_ND, micro.targets_N, temperature), None
+
+    return Pass(model, micro, partial(read, with_loss=False, replay=replay), learn)
+
+
+def read(model: Policy, micro: MicroBatch, with_loss: bool, replay: bool) -> tuple[Tensor, Balances]:
+    """hidden_ND before every completion token, and what collects the balance losses."""
+    balances = balances_of(micro, with_loss, replay)
+    return completion_hidden(model.model, micro, balances), balances
+
+
 def _measure(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> None:
     """Set each micro-batch's trainer_N: call it while the weights are those that were sampled from."""
-
-    def of_trainer(micro: MicroBatch) -> Tensor:
-        balances = balances_of(micro, False, config.replay_routing)
-        return completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
-
-    found = engine.evaluate([partial(of_trainer, micro) for micro in micros])
+    temperature, replay = config.sampling.temperature, config.replay_routing
+    found = engine.evaluate([logprobs_pass(engine.module, m, temperature, replay) for m in micros])
     for micro, trainer_N in zip(micros, found, strict=True):
         micro.trainer_N = trainer_N
 
@@ -157,16 +170,15 @@ class _Step:
 
 
 def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConfig) -> _Step:
-    sums: list[dict[str, Tensor]] = []
-    extremes: list[dict[str, Tensor]] = []
-    balance_shares: list[Tensor] = []
-    alpha = config.router.balance_alpha
+    alpha, with_trainer = config.router.balance_alpha, config.importance != "none"
 
-    def share_of_loss(micro: MicroBatch) -> Tensor:
-        balances = balances_of(micro, alpha > 0, config.replay_routing)
-        logprobs_N = completion_logprobs(engine.module, micro, config.sampling.temperature, balances)
-        if config.importance != "none" and micro.trainer_N is None:
-            micro.trainer_N = logprobs_N.detach()
+    def learn(
+        model: Policy, micro: MicroBatch, hidden_ND: Tensor, balances: Balances
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        logprobs_N = model.lm_head(hidden_ND, micro.targets_N, config.sampling.temperature)
+        trainer_N = micro.trainer_N
+        if with_trainer and trainer_N is None:
+            trainer_N = logprobs_N.detach()
         result = policy_loss(
             logprobs_N,
             micro.old_N,
@@ -175,23 +187,21 @@ def _optimizer_step(engine: Engine, micros: Sequence[MicroBatch], config: RLConf
             micro.lengths_B,
             config,
             micro.reference_N,
-            micro.trainer_N,
+            trainer_N,
         )
-        sums.append(result.sums)
-        extremes.append(result.extremes)
-        if not alpha:
-            return result.loss
-        balance = (balances[0].total() + balances[1].total()) * micro.balance_weight
-        balance_shares.append(balance.detach())
-        return result.loss + alpha * balance
+        return result.loss, (result.sums, result.extremes, trainer_N)
 
-    stats, count = engine.train_step([partial(share_of_loss, micro) for micro in micros]), len(micros)
-    # without the micro-batches that the engine repeats for ranks that have more
+    reading = partial(read, with_loss=alpha > 0, replay=config.replay_routing)
+    passes = [Pass(engine.module, m, reading, learn, alpha, m.balance_weight) for m in micros]
+    stats = engine.train_step(passes)
+    sums, extremes, trainers = zip(*(one.found for one in passes), strict=True)
+    for micro, trainer_N in zip(micros, trainers, strict=True):
+        micro.trainer_N = trainer_N if trainer_N is None else trainer_N.to(engine.device)
     return _Step(
         stats,
-        {name: float(sum(of_micro[name].item() for of_micro in sums[:count])) for name in sums[0]},
-        {name: [of_micro[name].item() for of_micro in extremes[:count]] for name in extremes[0]},
-        float(sum(share.item() for share in balance_shares[:count])) if alpha else None,
+        {name: float(sum(of_micro[name].item() for of_micro in sums)) for name in sums[0]},
+        {name: [of_micro[name].item() for of_micro in extremes] for name in extremes[0]},
+        sum(one.balance.item() for one in passes if one.balance is not None) if alpha else None,
     )
 
 

@@ -5,7 +5,6 @@ Axes: B rows, T tokens, N learned tokens, D hidden width.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,6 +22,7 @@ from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
+from r1pipe.train.engine.passes import Pass
 from r1pipe.train.finish import finish_stage, quick_evaluation
 from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run, log
@@ -115,29 +115,26 @@ def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, t
     return run.folder.checkpoint(step)
 
 
-@dataclass
-class Sums:
-    """The unweighted terms of a micro-batch's loss; scalars, None if not requested."""
-
-    next_token: Tensor  # -log p of the learned tokens, in nats
-    mtp: Tensor | None  # the same for the tokens after the next, mean over depths
-    balance: Tensor | None  # the balance loss of every token's document
+def read(model: Policy, batch: Batch, with_balance: bool) -> tuple[Tensor, tuple[Balance]]:
+    """hidden_BTD of a micro-batch, and what collects the balance loss of its documents."""
+    balance = Balance(batch.segments_BT, with_loss=with_balance)
+    return model.hidden(batch.tokens_BT, batch.segments_BT, balance), (balance,)
 
 
-def loss_sums(model: Policy, batch: Batch, with_mtp: bool, with_balance: bool) -> Sums:
-    """The sums over a micro-batch; MTP only if the model has layers for it. Only the states that predict a
+def loss_sums(
+    model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance], with_mtp: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of -log p of the learned tokens, in nats, and the same for the tokens after the next, mean over
+    depths: None without `with_mtp`, or where the model has no layers for it. Only the states that predict a
     learned token go through the head, so SFT pays for responses alone."""
     tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
-    balance = Balance(segments_BT, with_loss=with_balance)
-    hidden_BTD = model.hidden(tokens_BT, segments_BT, balance)
     mtp = None
     if with_mtp and isinstance(model, DeepseekV3) and model.config.num_nextn_predict_layers:
-        depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, balance)
+        depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, *balances)
         mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
     learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned
     hidden_ND, targets_N = hidden_BTD[:, :-1][learned_BT], tokens_BT[:, 1:][learned_BT]
-    next_token = -model.lm_head(hidden_ND, targets_N).sum()
-    return Sums(next_token, mtp, balance.total() if with_balance else None)
+    return -model.lm_head(hidden_ND, targets_N).sum(), mtp
 
 
 class Shares:
@@ -155,33 +152,39 @@ class Shares:
         # the engine averages over ranks: the sum of all shares is the mean
         self.per_learned = engine.world_size / max(1, sum(row.learned for row in batch))
         self.per_token = engine.world_size / max(1, sum(len(row.tokens) for row in batch))
-        self.mtp: list[float] = []  # this rank's shares of the terms, unweighted
-        self.balance: list[float] = []
+        self.passes: list[Pass[Batch]] = []
 
-    def micro_losses(self, accumulation: int) -> list[Callable[[], Tensor]]:
+    def micro_losses(self, accumulation: int) -> list[Pass[Batch]]:
         """This rank's micro-batches, each returning its share of the loss."""
         local = share(self.batch, self.engine.rank, self.engine.world_size)
-        return [partial(self._share, rows) for rows in chunks(local, accumulation)]
+        batches = (collate(rows, self.pad_id) for rows in chunks(local, accumulation))
+        self.passes = [
+            Pass(
+                *(self.engine.module, batch.to(self.engine.device)),
+                partial(read, with_balance=self.balance_weight > 0),
+                *(self._learn, self.balance_weight, self.per_token),
+            )
+            for batch in batches
+        ]
+        return self.passes
 
-    def _share(self, rows: list[Packed]) -> Tensor:
-        batch = collate(rows, self.pad_id).to(self.engine.device)
-        sums = loss_sums(self.engine.module, batch, self.mtp_weight > 0, self.balance_weight > 0)
-        loss = sums.next_token * self.per_learned
-        if sums.mtp is not None:
-            mtp = sums.mtp * self.per_learned
-            self.mtp.append(mtp.item())
-            loss = loss + self.mtp_weight * mtp
-        if sums.balance is not None:
-            balance = sums.balance * self.per_token
-            self.balance.append(balance.item())
-            loss = loss + self.balance_weight * balance
-        return loss
+    def _learn(
+        self, model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance]
+    ) -> tuple[Tensor, float | None]:
+        """The loss without the balance loss, and the share of the mean MTP loss in it."""
+        next_token, mtp = loss_sums(model, batch, hidden_BTD, balances, self.mtp_weight > 0)
+        loss = next_token * self.per_learned
+        if mtp is None:
+            return loss, None
+        mtp = mtp * self.per_learned
+        return loss + self.mtp_weight * mtp, mtp.item()
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
+        balances = [one.balance.item() for one in self.passes if one.balance is not None]
         terms = [
-            ("train/mtp_loss", self.mtp, self.mtp_weight),
-            ("train/balance_loss", self.balance, self.balance_weight),
+            ("train/mtp_loss", [one.found for one in self.passes if one.found is not None], self.mtp_weight),
+            ("train/balance_loss", balances, self.balance_weight),
         ]
         computed = [term for term in terms if term[1]]
         if not computed:

@@ -1,0 +1,294 @@
+"""Pipeline parallelism: each rank has some of the model's layers, and micro-batches travel through the ranks.
+
+The model's modules are on every rank, under the same names; the weights of other ranks' layers are empty
+(`whole` fetches them for sampling and saving). Data is shared out as without a pipeline: for a step, the
+ranks of a pipeline put their micro-batches together, and each gets the results of its own back. DeepSpeed
+sees one backward pass, whose gradients are the sums of all; a rank's layers are a "model parallel" share to
+it, so that gradients are averaged over the ranks with the same layers, and the norm is over all layers.
+
+The ranks with the same layers are neighbours: what data and expert parallelism exchange is more than the
+states between two parts. Axes: N tokens, D hidden width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from r1pipe.config import EngineConfig
+from r1pipe.model import DeepseekV3
+from r1pipe.model.parts import Part, part_with
+from r1pipe.runs import heartbeat
+from r1pipe.train.engine import schedule
+from r1pipe.train.engine.passes import Pass, moved
+
+CPU = torch.device("cpu")
+_groups: dict[tuple[int, int], "Groups"] = {}  # of this process, by ranks of the job and of a pipeline
+
+
+class Groups:
+    """The groups of ranks, with the methods that DeepSpeed asks a "model parallel unit" for."""
+
+    def __init__(self, size: int):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        beside = world // size
+        self.position, number = divmod(rank, beside)
+        self.peers = [number + beside * position for position in range(size)]
+        self.replicas = [self.position * beside + other for other in range(beside)]
+        for first in range(beside):  # every rank takes part in making every group
+            peers = [first + beside * position for position in range(size)]
+            states, objects = dist.new_group(peers), dist.new_group(peers, backend="gloo")
+            if first == number:
+                self.states, self.objects = states, objects
+        for position in range(size):
+            group = dist.new_group([position * beside + other for other in range(beside)])
+            if position == self.position:
+                self.data = group
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self.replicas)
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self.replicas
+
+    def get_model_parallel_rank(self) -> int:
+        return self.position
+
+    def get_model_parallel_world_size(self) -> int:
+        return len(self.peers)
+
+    def get_model_parallel_group(self) -> Any:
+        return self.states
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0  # no weight is cut: all count in the gradient's norm
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return len(self.peers)
+
+
+def groups_of(size: int) -> Groups:
+    """The groups of pipelines of `size` ranks, made once in a process; all ranks call."""
+    key = dist.get_world_size(), size
+    if key not in _groups:
+        _groups[key] = Groups(size)
+    return _groups[key]
+
+
+class Pipeline:
+    """One model, cut into parts; `timeline` is when this rank did what in its last step."""
+
+    def __init__(self, model: DeepseekV3, config: EngineConfig, device: torch.device):
+        """Empties the weights that other ranks have; all ranks call, with the whole model."""
+        self.groups, self.module, self.device = groups_of(config.pipeline), model, device
+        self.schedule, self.size = config.schedule, config.pipeline
+        self.places = schedule.rank_of(config.schedule, config.pipeline)
+        self.dtype = next(model.parameters()).dtype  # of the states
+        self.timeline: list[schedule.Logged] = []
+        self._owners: dict[Tensor, tuple[int, torch.Size]] = {}
+        layers = model.config.num_hidden_layers
+        for name, parameter in model.named_parameters():
+            owner = self.places[part_with(name, layers, len(self.places))]
+            self._owners[parameter] = owner, parameter.shape
+            if owner != self.groups.position:
+                parameter.data = parameter.data.new_empty(0)
+                parameter.requires_grad_(False)
+        self.parts = {
+            number: Part(model, number, len(self.places))
+            for number, place in enumerate(self.places)
+            if place == self.groups.position
+        }
+
+    def closure(self, passes: Sequence[Pass[Any]]) -> Callable[[], Tensor]:
+        """The passes of this rank, with those of the others of its pipeline, as one that returns this rank's
+        share of the loss; in backward it gives the gradients. All ranks call."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+
+        def run() -> Tensor:
+            training = torch.is_grad_enabled()
+            work = self._run(passes, training)
+            self._share_results(passes, work)
+            loss = torch.tensor(work.loss(), device=self.device)
+            return _HandOver.apply(loss, work.gradients(trained), *trained) if training else loss
+
+        return run
+
+    @torch.no_grad()
+    def evaluate(self, passes: Sequence[Pass[Any]]) -> list[Tensor]:
+        """What each pass returns, on the rank that has it; all ranks call."""
+        work = self._run(passes, training=False)
+        begin, end = work.own
+        found = self._exchanged(_on_cpu(work.values))[self.places[-1]]
+        return [found[n].to(self.device) for n in range(begin, end)]
+
+    def _run(self, passes: Sequence[Pass[Any]], training: bool) -> "_Work":
+        gathered = self._exchanged([moved(one.micro, CPU) for one in passes])
+        micros = [moved(micro, self.device) for of_rank in gathered for micro in of_rank]
+        first = sum(map(len, gathered[: self.groups.position]))
+        work = _Work(self, passes[0], micros, (first, first + len(passes)), training)
+        position = self.groups.position
+        order = schedule.order_of(self.schedule, self.size, position, len(micros), training)
+        messages = schedule.Messages(self.places, self.groups.states, self.groups.peers, work)
+        log = schedule.run(order, messages)
+        if training:
+            self.timeline = log
+        return work
+
+    def _share_results(self, passes: Sequence[Pass[Any]], work: "_Work") -> None:
+        """Give each pass what the ranks found with its micro-batch."""
+        gathered = self._exchanged(_on_cpu((work.found, work.balances)))
+        found = gathered[self.places[-1]][0]
+        for number, one in enumerate(passes, work.own[0]):
+            one.found = found[number]
+            of_parts = [balances[number] for _, balances in gathered if number in balances]
+            one.balance = torch.stack(of_parts).sum() if of_parts else None
+
+    def _exchanged(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the pipeline."""
+        found: list[Any] = [None] * self.size
+        with heartbeat.waiting():
+            dist.all_gather_object(found, value, group=self.groups.objects)
+        return found
+
+    def elements(self, tensor: Tensor) -> int:
+        """Of the whole tensor."""
+        return self._owners[tensor][1].numel() if tensor in self._owners else tensor.numel()
+
+    @contextmanager
+    def whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """A block in which parameters are on every rank; all ranks must enter."""
+        mine = {tensor: tensor.data for tensor in tensors if tensor in self._owners}
+        try:
+            for tensor in mine:
+                owner, shape = self._owners[tensor]
+                if owner != self.groups.position:
+                    tensor.data = tensor.data.new_empty(shape)
+                dist.broadcast(tensor.data, self.groups.peers[owner], group=self.groups.states)
+            yield
+        finally:
+            for tensor, own in mine.items():
+                tensor.data = own
+
+
+class _Work:
+    """One step of a rank: forward and backward passes of its parts over all micro-batches."""
+
+    def __init__(
+        self, pipeline: Pipeline, like: Pass[Any], micros: Sequence[Any], own: tuple[int, int], training: bool
+    ):
+        """`like`: a pass over any of the micro-batches; those from own[0] to own[1] are this rank's."""
+        self.pipeline, self.like, self.micros, self.own, self.training = pipeline, like, micros, own, training
+        self.values: dict[int, Tensor] = {}  # what the last part's passes return, by micro-batch
+        self.found: dict[int, Any] = {}  # besides
+        self.balances: dict[int, Tensor] = {}  # shares of this rank's layers
+        self._live: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}  # inputs, outputs
+        self._later: dict[tuple[int, int], list[dict[str, Any]]] = {}  # what W needs after I
+        self._seeds: dict[tuple[int, int], Tensor | None] = {}  # the same in the first part
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def empty(self, micro: int) -> Tensor:
+        config = self.pipeline.module.config
+        rows = self.micros[micro].positions * (2 if config.num_nextn_predict_layers else 1)  # as Part's
+        return torch.empty(rows, config.hidden_size, dtype=self.pipeline.dtype, device=self.pipeline.device)
+
+    def forward(self, part: int, micro: int, received: Tensor | None) -> Tensor | None:
+        cut, one, data = self.pipeline.parts[part], self.like, self.micros[micro]
+        if self.training and received is not None:
+            received.requires_grad_()
+
+        def read(model: DeepseekV3) -> tuple[Tensor | None, Tensor | None]:
+            hidden, balances = one.read(model, data)
+            value = None
+            if cut.is_last:
+                value, self.found[micro] = one.learn(model, data, hidden, balances)
+                self.values[micro] = value.detach()
+            return value, one.share_of(balances)
+
+        (value, balance), states_ND = cut.run(read, received, self.pipeline.module.training)
+        outputs = [output for output in (value, states_ND) if output is not None]
+        if balance is not None:
+            self.balances[micro] = balance.detach() + self.balances.get(micro, 0.0)
+            outputs.append(one.balance_weight * balance)
+        if self.training:
+            self._live[part, micro] = [] if received is None else [received], outputs
+        return None if states_ND is None else states_ND.detach()
+
+    def backward(self, kind: str, part: int, micro: int, gradient: Tensor | None) -> Tensor | None:
+        key, parameters = (part, micro), self.pipeline.parts[part].parameters()
+        if kind == schedule.W and key in self._later:
+            stage_backward_weight(iter(parameters), self._later.pop(key))
+            self._add(parameters, [parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad = None
+            return None
+        inputs, outputs = self._live[key]
+        if kind == schedule.I and not inputs:  # the first part: all of it is done with its weights
+            self._seeds[key] = gradient
+            return None
+        del self._live[key]
+        gradient = self._seeds.pop(key, gradient)
+        # the engine averages over the ranks with the same layers, and each of them has had all micro-batches
+        # of a pipeline
+        share = 1 / self.pipeline.size
+        seeds = [torch.full_like(output, share) for output in outputs]
+        if gradient is not None:
+            seeds[0] = gradient
+        if kind == schedule.I:
+            found, self._later[key] = stage_backward_input(outputs, seeds, inputs, iter(parameters))
+        else:
+            found = torch.autograd.grad(outputs, [*inputs, *parameters], seeds, allow_unused=True)
+            self._add(parameters, found[len(inputs) :])
+        if not inputs:
+            return None
+        return torch.zeros_like(inputs[0]) if found[0] is None else found[0].contiguous()
+
+    def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Micro-batches add up in float32."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                if parameter not in self._sums:
+                    self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+                self._sums[parameter] += gradient
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        return [self._sums.get(parameter) for parameter in parameters]
+
+    def loss(self) -> float:
+        """This rank's share, without dividing by ranks."""
+        balance = sum(share.item() for share in self.balances.values())
+        return sum(value.item() for value in self.values.values()) + self.like.balance_weight * balance
+
+
+class _HandOver(torch.autograd.Function):
+    """A loss whose gradients are known: what DeepSpeed runs backward."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if g is None else g * d_loss[0] for g in ctx.gradients)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Tensors in dicts and tuples, moved to the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    return tuple(map(_on_cpu, value)) if isinstance(value, tuple) else value

@@ -20,14 +20,24 @@ def plan(
         typer.Option(metavar="KEY=VALUES", help="cluster.usd_per_hour=2,3 or layout.mfu=0.3,0.4"),
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with bars, too.")] = None,
+    timeline: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Show the last step of a run with engine.pipeline.")
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="With --timeline: a picture, too.")] = None,
 ) -> int:
     """Memory, time and cost before anything is spent: plan model=v3 cluster=h800x2048
 
     With stage=NAME it plans that stage as its engine would run it on all devices of the cluster; without, the
     phases of layout=NAME (conf/plan), by default those of the model's own file. cluster=NAME (conf/cluster),
-    layout=NAME and keys below them are this command's own: the engine has neither expert nor pipeline
-    parallelism yet. Exit code 1 if it does not fit.
+    layout=NAME and keys below them are this command's own. Exit code 1 if it does not fit.
+
+    With --timeline it shows instead what the ranks of a run's pipeline did in its last saved step.
     """
+    if timeline is not None:
+        from r1pipe.cli import timelines
+
+        timelines.show(timeline, overrides or [], svg)
+        return 0
     from r1pipe.cli import planning as shown
     from r1pipe.config.planning import check_layout
     from r1pipe.plan import planner

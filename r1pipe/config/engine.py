@@ -188,16 +188,13 @@ def pipeline_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
         )
     if engine.zero_level > 1:
         yield f"{engine.zero_level=} with {engine.pipeline=}: a pipeline goes with ZeRO level 1 at most"
-    others = {
-        "engine.expert_parallel": ("1", str(engine.expert_parallel)),
-        "engine.compile": ("false", str(engine.compile).lower()),
-        "engine.equal": ("false", str(engine.equal).lower()),
-        "engine.recompute": ("false", str(engine.recompute and folded).lower()),  # it goes backward twice
-        "engine.sampler": ("bundled", str(engine.sampler)),
-    }
-    for key, (needed, given) in others.items():
+    others = {"compile": "false", "equal": "false", "expert_parallel": "1", "sampler": "bundled"}
+    for key, needed in others.items():
+        given = str(getattr(engine, key)).lower()
         if given != needed:
-            yield f"{key}={given} needs engine.pipeline=1 (or, some, engine.schedule=1f1b); give {key}={needed}"
+            yield f"engine.{key}={given} does not go with {engine.pipeline=}; give engine.{key}={needed}"
+    if engine.recompute and folded:  # they go backward twice through a layer
+        yield f"engine.recompute=true does not go with engine.schedule={engine.schedule}; give 1f1b"
 
 
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:

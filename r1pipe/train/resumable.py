@@ -142,6 +142,9 @@ class Resumable(Generic[S]):
             engine.save(place, {"step": step, "loop": state, **clock}, writer)
             for name, other in others.items():
                 other.save(place / name, {}, writer)
+            timeline = engine.timeline()
+            if timeline and self.rank == 0:
+                write_json(self.folder.timeline, timeline, indent=None)
             writer.all_copied()
             raise_in_all_ranks(engine, writer.problem, EnvironmentProblem, target)
             self.saving.begin(engine, target, step, writer)

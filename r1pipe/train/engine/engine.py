@@ -6,8 +6,7 @@ Axis suffixes: L MoE layers, E routed experts.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,25 @@ from torch import Tensor, nn
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import expert_loads, reset_loads, train_as, update_router_bias
-from r1pipe.model.buckets import buckets_of
 from r1pipe.model.finite import first_non_finite, first_nonfinite_gradient, not_finite
 from r1pipe.model.hf import lora
 from r1pipe.model.kernels import meter
 from r1pipe.model.moe import gates
-from r1pipe.model.saving import BUCKET
 from r1pipe.model.training import fp8_of
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.frozen import ClosureRunner, evaluate
+from r1pipe.train.engine.gathered import Gathered
 from r1pipe.train.engine.metrics import StepStats
-from r1pipe.train.engine.optimizer import adamw, deepspeed_config, is_shared_out, lr_factor
-from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.writing import Writer
 
 log = logging.getLogger("r1pipe")
 
 
-class Engine(Ranks):
+class Engine(Gathered):
     """DeepSpeed around one model; `module` is that model, to be used inside `with engine.gathered():`."""
 
     def __init__(
@@ -90,20 +87,9 @@ class Engine(Ranks):
         from r1pipe.train.engine.pipeline import Pipeline
 
         if self.world_size % config.pipeline:
-            raise ConfigError(f"{config.pipeline=} must divide the job's {self.world_size} ranks")
+            size = config.pipeline
+            raise ConfigError(f"engine.pipeline={size} must divide the job's {self.world_size} ranks")
         return Pipeline(self.module, config, self.device)
-
-    @property
-    def _experts(self) -> Any:
-        """The module expert_parallel, which imports DeepSpeed."""
-        from r1pipe.train.engine import expert_parallel
-
-        return expert_parallel
-
-    @property
-    def in_step(self) -> bool:
-        """Whether every pass needs all ranks, as they exchange weights or tokens within it."""
-        return self.zero_level == 3 or self.expert_parallel > 1 or self.pipeline is not None
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
@@ -204,63 +190,6 @@ class Engine(Ranks):
         fp8 = fp8_of(self.module)
         return meter.together(self.all_gather_objects(fp8.meter.take())) if fp8 else {}
 
-    @contextmanager
-    def gathered(self) -> Iterator[Any]:
-        """The whole model on every rank, for sampling, evaluation and saving; all ranks must enter."""
-        with ExitStack() as stack:
-            stack.enter_context(self._unpartitioned([*self.module.parameters()]))
-            if self.zero_level == 3:
-                stack.enter_context(patches.without_zero3_hooks(self._ds))
-            if self.expert_parallel > 1:
-                self._enter(stack, self._experts.whole(self.module))
-            yield self.module
-
-    def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
-
-        No rank has more than a bucket, or one of the model's tensors, beside its share of the weights.
-        """
-        yield from buckets_of(self.module, most_bytes, self._made_whole, self._elements)
-
-    def _elements(self, tensor: Tensor) -> int:
-        """Of the whole tensor."""
-        if self.pipeline:
-            return self.pipeline.elements(tensor)
-        return patches.elements(tensor) * (self.expert_parallel if is_shared_out(tensor) else 1)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by published name, for saving; every rank gets them, and all must read to the end."""
-        gathers = self.in_step  # what is gathered goes with its bucket
-        for bucket in self.buckets(BUCKET):
-            for name, tensor in bucket.items():
-                yield name, tensor.detach().to("cpu", copy=True) if gathers else tensor
-
-    @contextmanager
-    def _made_whole(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """The parameters among the tensors on every rank; all ranks must enter."""
-        with ExitStack() as stack:
-            stack.enter_context(self._unpartitioned(tensors))
-            if self.expert_parallel > 1:
-                self._enter(stack, self._experts.made_whole(tensors))
-            yield
-
-    @contextmanager
-    def _unpartitioned(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """What ZeRO-3 has partitioned of the tensors, and what other ranks of a pipeline have of them; with
-        expert parallelism, a rank's own experts alone."""
-        with ExitStack() as stack:
-            if self.zero_level == 3:
-                self._enter(stack, patches.whole(tensors))
-            if self.pipeline:
-                self._enter(stack, self.pipeline.whole(tensors))
-            yield
-
-    def _enter(self, stack: ExitStack, block: AbstractContextManager[object]) -> None:
-        """Enter a block that begins with collectives of training."""
-        self.barrier()  # rank 0 may have hashed the last checkpoint
-        with heartbeat.waiting(self.world_size > 1):
-            stack.enter_context(block)
-
     def save(self, folder: Path | str, state: dict[str, Any], writer: Writer | None = None) -> str | None:
         """Write optimizer, schedule and `state`; all ranks call. Returns a message if the disk is full.
 
@@ -299,6 +228,14 @@ class Engine(Ranks):
         for group, lr, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * factor(schedule.last_epoch)
         return client["loop"]
+
+    def timeline(self) -> dict[str, Any]:
+        """When the ranks of the first pipeline did what in their last step (r1pipe.plan.timeline); empty
+        without a pipeline. All ranks call."""
+        if not self.pipeline:
+            return {}
+        logs, peers = self.all_gather_objects(self.pipeline.timeline), self.pipeline.groups.peers
+        return {"schedule": self.pipeline.schedule, "ranks": [logs[peer] for peer in peers]}
 
     def _layout(self) -> engine_state.Layout:
         cut = (self.pipeline.size, len(self.pipeline.places)) if self.pipeline else ()

@@ -221,7 +221,8 @@ class _Work:
         outputs = [output for output in (value, states_ND) if output is not None]
         if balance is not None:
             self.balances[micro] = balance.detach() + self.balances.get(micro, 0.0)
-            outputs.append(one.balance_weight * balance)
+            if balance.requires_grad:  # not of dense layers
+                outputs.append(one.balance_weight * balance)
         if self.training:
             self._live[part, micro] = [] if received is None else [received], outputs
         return None if states_ND is None else states_ND.detach()

@@ -1,0 +1,147 @@
+"""What the ranks of a pipeline did when in one step, as they logged it, beside what formulas say of it.
+
+Sample, timeline.json of a run folder; a pass is (kind, part, micro-batch, begin, end), in seconds:
+{"schedule": "1f1b", "ranks": [[["F", 0, 0, 0.0, 0.1], ["B", 0, 0, 0.3, 0.5]], [["F", 1, 0, 0.1, 0.2]]]}
+
+Kinds: F forward, B backward, which zbv and dualpipev may do in two, I for inputs and W for weights.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from r1pipe.core.errors import ConfigError
+
+FORWARD, BACKWARD, INPUTS, WEIGHTS = "F", "B", "I", "W"
+COLOURS = {FORWARD: "#4477aa", BACKWARD: "#cc6677", INPUTS: "#ddaa33", WEIGHTS: "#228833"}
+ROW, LEFT, WIDTH = 26, 64, 1080  # of a picture, in pixels
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One pass of a part over a micro-batch; seconds from the step's beginning."""
+
+    kind: str
+    part: int
+    micro: int
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One step of a pipeline."""
+
+    schedule: str
+    ranks: list[list[Passed]]
+
+    @property
+    def parts(self) -> int:
+        return 1 + max(one.part for passes in self.ranks for one in passes)
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first pass of all ranks to the last."""
+        every = [one for passes in self.ranks for one in passes]
+        return max(one.end for one in every) - min(one.begin for one in every)
+
+    def bubble(self) -> float:
+        """Seconds that a rank has waited, mean over ranks."""
+        busy = sum(one.end - one.begin for passes in self.ranks for one in passes)
+        return self.span - busy / len(self.ranks)
+
+    def mean(self, *kinds: str) -> float:
+        """Seconds of a part's passes of these kinds for one micro-batch, together; 0 without any."""
+        found = [one for passes in self.ranks for one in passes if one.kind in kinds]
+        pairs = {(one.part, one.micro) for one in found}
+        return sum(one.end - one.begin for one in found) / max(1, len(pairs))
+
+    def formula(self) -> float:
+        """Seconds of bubble by the schedule's formula, from the mean times of its passes.
+
+        1F1B: (R-1)(F+B); DualPipeV, whose R ranks have two parts each: (R-1)(F&B+B-3W), where a forward and a
+        backward pass take turns, F&B = F+B (DeepSeek-V3, table 2); ZB-V: none where F, I and W take as long
+        (arXiv 2401.10241, section 6).
+        """
+        forward, backward = self.mean(FORWARD), self.mean(BACKWARD, INPUTS, WEIGHTS)
+        others = len(self.ranks) - 1
+        if self.schedule == "1f1b":
+            return others * (forward + backward)
+        if self.schedule == "dualpipev":
+            return max(0.0, others * (forward + 2 * backward - 3 * self.mean(WEIGHTS)))
+        return 0.0
+
+
+def read(path: Path) -> Timeline:
+    """Raises ConfigError where the file is no timeline."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ranks = [[Passed(*one) for one in passes] for passes in content["ranks"]]
+        found = Timeline(content["schedule"], ranks)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: a run with engine.pipeline=2 or more writes it with each checkpoint"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no timeline ({error}); let the run write it again") from None
+    if not ranks or not all(ranks):
+        raise ConfigError(f"{path} has a rank without passes; let the run write it again")
+    return found
+
+
+def summary(timeline: Timeline) -> str:
+    """One line of figures."""
+    bubble, ranks = timeline.bubble(), len(timeline.ranks)
+    micros = 1 + max(one.micro for one in timeline.ranks[0])
+    return (
+        f"{timeline.schedule}, {ranks} ranks, {micros} micro-batches: {timeline.span:.3f} s, of which a rank "
+        f"waits {bubble:.3f} s ({bubble / timeline.span:.1%}); by the formula {timeline.formula():.3f} s"
+    )
+
+
+def text(timeline: Timeline, width: int) -> list[str]:
+    """A line of letters for each rank: the kinds of its passes, in small letters for its second part."""
+    start = min(one.begin for passes in timeline.ranks for one in passes)
+    lines = []
+    for number, passes in enumerate(timeline.ranks):
+        line = ["."] * width
+        for one in passes:
+            begin, end = (int((t - start) / timeline.span * width) for t in (one.begin, one.end))
+            letter = one.kind if one.part < len(timeline.ranks) else one.kind.lower()
+            line[begin:end] = letter * (end - begin)
+        lines.append(f"{number:>3} {''.join(line)}")
+    return lines
+
+
+def svg(timelines: list[Timeline]) -> str:
+    """A picture of timelines one below the other, in one scale."""
+    longest, top, shapes = max(one.span for one in timelines), 0, list[str]()
+    for timeline in timelines:
+        shapes.append(f'<text x="4" y="{top + 18}" class="title">{summary(timeline)}</text>')
+        top += ROW
+        start = min(one.begin for passes in timeline.ranks for one in passes)
+        for number, passes in enumerate(timeline.ranks):
+            shapes.append(f'<text x="4" y="{top + 17}">rank {number}</text>')
+            for one in passes:
+                left = LEFT + (one.begin - start) / longest * (WIDTH - LEFT)
+                wide = (one.end - one.begin) / longest * (WIDTH - LEFT)
+                faint = ' opacity="0.6"' if one.part >= len(timeline.ranks) else ""
+                shapes.append(
+                    f'<rect x="{left:.1f}" y="{top + 1}" width="{wide:.1f}" height="{ROW - 3}" '
+                    f'fill="{COLOURS[one.kind]}"{faint}><title>{one.kind} of part {one.part}, micro-batch '
+                    f"{one.micro}</title></rect>"
+                )
+                if wide > 12:
+                    shapes.append(f'<text x="{left + 2:.1f}" y="{top + 17}" class="in">{one.micro}</text>')
+            top += ROW
+        top += ROW // 2
+    style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{fill:#fff;font-size:11px}"
+    legend = (
+        "F forward (blue), B backward (red), I of inputs (yellow), W of weights (green); fainter: second part"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + ROW}" width="{WIDTH}">'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
+        + "\n".join(shapes)
+        + f'<text x="4" y="{top + 12}">{legend}</text></svg>\n'
+    )

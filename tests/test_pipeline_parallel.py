@@ -1,5 +1,6 @@
 """Pipeline parallelism: the same training wherever the layers are, in every schedule."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,21 @@ import torch
 from forked import codes, ranks
 from jobs import OPTIM, ROUTER, engine_config
 from shapes import ours, tiny
+from tiny_runs import tiny_config
 from torch import Tensor
 
 from r1pipe.config import EngineConfig
+from r1pipe.core.errors import ConfigError
 from r1pipe.model import Balance
 from r1pipe.model.mtp import mtp_loss_sum
+from r1pipe.model.parts import Part
 from r1pipe.model.policy import named_weights
+from r1pipe.plan import timeline
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.passes import Pass
 from r1pipe.train.engine.patches import exit_immediately_with
+from r1pipe.train.engine.schedule import Step, order_of, rank_of
 
 SHAPE = tiny(num_hidden_layers=5, num_nextn_predict_layers=1)
 # With a large epsilon AdamW's steps are nearly the gradients: weights that agree had gradients that did.
@@ -151,7 +157,158 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("alone"), Case())
 
 
-def test_two_ranks_train_as_one(tmp_path: Path, alone: dict[str, Any]) -> None:
-    cases = [Case(2, "1f1b"), Case(2, "zbv"), Case(2, "dualpipev"), Case(2, "zbv", 1)]
+def test_two_ranks_train_as_one_and_resume_exactly(tmp_path: Path, alone: dict[str, Any]) -> None:
+    first = Case(2, "1f1b", after="state", steps=1)
+    cases = [Case(2, "1f1b"), first, Case(2, "1f1b", before="state", steps=1)]
+    whole, _, resumed = on_ranks(tmp_path, 2, *cases)
+    check(whole, alone, cases[0])
+    assert resumed["losses"][0] == whole["losses"][1] and resumed["norms"] == whole["norms"][1:]
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], tensor), name
+
+
+def test_a_pass_is_the_sum_of_its_parts() -> None:
+    """Parts one after another, in one process: as many layers as there are, or fewer parts."""
+    model, [micro] = ours(SHAPE).train(), micro_batches(1, ROWS // 2)[:1]
+    balances = []
+    expected, _ = learn(model, micro, *read(model, micro))
+    for count in (2, 3, 5):
+        states_ND, found = None, None
+        for number in range(count):
+            part = Part(model, number, count)
+
+            def through(one: Any, last: bool = part.is_last) -> Tensor | None:
+                hidden, (balance,) = read(one, micro)
+                value = learn(one, micro, hidden, (balance,))[0] if last else None
+                balances.append(balance.total().item())
+                return value
+
+            found, states_ND = part.run(through, states_ND, training=True)
+        assert found is not None and torch.equal(found, expected)
+    whole = read(model, micro)
+    learn(model, micro, *whole)
+    assert [sum(balances[:2]), sum(balances[2:5]), sum(balances[5:])] == pytest.approx(
+        [whole[1][0].total().item()] * 3
+    )
+
+
+def finished(schedule: str, count: int, micros: int, seconds: dict[str, float]) -> tuple[float, float]:
+    """When an order ends and how long a rank waits, where a pass takes so long and messages no time."""
+    orders = [order_of(schedule, count, rank, micros) for rank in range(count)]
+    parts = len(rank_of(schedule, count))
+    ends: dict[tuple[str, int, int], float] = {}
+    at, clocks = [0] * count, [0.0] * count
+
+    def before(step: Step) -> list[tuple[str, int, int]]:
+        if step.kind == "F":
+            return [("F", step.part - 1, step.micro)] if step.part else []
+        if step.kind == "W":
+            return [("I", step.part, step.micro)]
+        last = step.part == parts - 1
+        return [("F", step.part, step.micro) if last else ("I", step.part + 1, step.micro)]
+
+    while any(at[rank] < len(orders[rank]) for rank in range(count)):
+        for rank, order in enumerate(orders):
+            while at[rank] < len(order):
+                step = order[at[rank]]
+                if step.kind in seconds:
+                    needs = before(step)
+                    if not all(need in ends for need in needs):
+                        break
+                    begin = max([clocks[rank], *(ends[need] for need in needs)])
+                    clocks[rank] = begin + seconds[step.kind]
+                    kind = "I" if step.kind == "B" else step.kind  # both give the gradient of the input
+                    ends[kind, step.part, step.micro] = clocks[rank]
+                at[rank] += 1
+    busy = sum(seconds.get(step.kind, 0.0) for order in orders for step in order)
+    return max(clocks), max(clocks) - busy / count
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_bubbles_are_those_of_the_formulas(count: int) -> None:
+    forward, inputs, weights = 1.0, 1.25, 0.75
+    seconds = {"F": forward, "B": inputs + weights, "I": inputs, "W": weights}
+    _, bubble = finished("1f1b", count, 3 * count, seconds)
+    assert bubble == pytest.approx((count - 1) * (forward + inputs + weights))
+    halves = dict.fromkeys("FIW", 0.5) | {"B": 1.0}  # two parts a rank
+    _, bubble = finished("dualpipev", count, 3 * count, halves)
+    assert bubble == pytest.approx((count - 1) * (0.5 + 1.0 - 2 * 0.5))
+    _, bubble = finished("zbv", count, 3 * count, {"F": 0.5, "I": 0.6, "W": 0.4})
+    assert bubble == pytest.approx((count - 1) * 0.6)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+@pytest.mark.parametrize("micros", [1, 2, 3, 7])
+def test_every_pass_is_made_once_however_few_micro_batches(schedule: str, micros: int) -> None:
+    parts, passes = rank_of(schedule, 3), list[Step]()
+    for rank in range(3):
+        own = [step for step in order_of(schedule, 3, rank, micros) if len(step.kind) == 1]
+        assert all(parts[step.part] == rank for step in own)
+        passes += own
+        assert [s for s in order_of(schedule, 3, rank, micros, backward=False) if s.kind == "F"] == [
+            step for step in own if step.kind == "F"
+        ]
+    for part in range(len(parts)):
+        for micro in range(micros):
+            kinds = sorted(step.kind for step in passes if step[1:] == (part, micro))
+            assert kinds in (["B", "F"], ["F", "I", "W"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["engine.ranks=3"], "engine.pipeline=2 must divide engine.ranks=3"),
+        (["engine.pipeline=4", "engine.ranks=4"], "engine.pipeline=4 is more than model.num_hidden_layers=2"),
+        (["engine.schedule=zbv"], "two parts a rank with engine.schedule=zbv, is more than"),
+        (["engine.zero_level=2"], "engine.zero_level=2 with engine.pipeline=2"),
+        (["model.tie_word_embeddings=true"], "give engine.schedule=zbv"),
+        (["engine.equal=true"], "give engine.equal=false"),
+        (["engine.zero_level=1", "engine.expert_parallel=2"], "give engine.expert_parallel=1"),
+        (["engine.sampler=vllm"], "give engine.sampler=bundled"),
+        (["engine.pipeline=1", "engine.schedule=zbv"], "give engine.pipeline=2 or more"),
+        (
+            ["engine.recompute=true", "engine.schedule=zbv", "model.num_hidden_layers=4"],
+            "does not go with engine.schedule=zbv; give 1f1b",
+        ),
+        (["stage.algorithm=ppo"], "needs engine.pipeline=1"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused_in_one_line(overrides: list[str], told: str) -> None:
+    given = ["stage=grpo", "engine.ranks=2", "engine.pipeline=2"]
+    with pytest.raises(ConfigError, match=told) as refused:
+        tiny_config(*given, *overrides)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_timeline_has_its_figures_and_its_picture(tmp_path: Path) -> None:
+    passes = [
+        [["F", 0, 0, 0.0, 1.0], ["B", 0, 0, 4.0, 6.0]],
+        [["F", 1, 0, 1.0, 2.0], ["B", 1, 0, 2.0, 4.0]],
+    ]
+    path = tmp_path / "timeline.json"
+    path.write_text(json.dumps({"schedule": "1f1b", "ranks": passes}))
+    found = timeline.read(path)
+    assert (found.span, found.bubble(), found.formula()) == (6.0, 3.0, 3.0)
+    assert timeline.text(found, 12) == ["  0 FF......BBBB", "  1 ..FFBBBB...."]
+    assert timeline.svg([found]).count("<rect") == 1 + 4
+    path.write_text('{"schedule": "1f1b", "ranks": [[]]}')
+    with pytest.raises(ConfigError, match="a rank without passes"):
+        timeline.read(path)
+
+
+@pytest.mark.slow
+def test_folded_schedules_and_precisions_on_two_ranks(tmp_path: Path, alone: dict[str, Any]) -> None:
+    cases = [Case(2, "zbv"), Case(2, "dualpipev"), Case(2, "zbv", 1), Case(2, "1f1b", 1, recompute=True)]
     for case, found in zip(cases, on_ranks(tmp_path, 2, *cases), strict=True):
+        check(found, alone, case)
+    rough = Case(2, "zbv", 1, "bf16")
+    expected = train(tmp_path, Case(1, "1f1b", 1, "bf16"))
+    [found] = on_ranks(tmp_path, 2, rough)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_four_ranks_in_one_pipeline_or_two(tmp_path: Path, alone: dict[str, Any]) -> None:
+    cases = [Case(4, "1f1b"), Case(2, "1f1b", 1), Case(2, "zbv"), Case(2, "dualpipev", 1)]
+    for case, found in zip(cases, on_ranks(tmp_path, 4, *cases), strict=True):
         check(found, alone, case)

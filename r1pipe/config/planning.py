@@ -75,7 +75,7 @@ class LayoutConfig(Strict):
     expert_parallel: Positive  # ranks over which a layer's experts are spread
     pipeline: Positive  # pipeline ranks; 1: none
     virtual_stages: Positive  # stages of each pipeline rank, with 1f1b (Megatron's interleaving)
-    schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]  # the order of passes in the pipeline
+    schedule: Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]  # the order of passes in the pipeline
     overlap: bool  # communication while computing
     micro_batch: Positive  # sequences of a micro-batch
     recompute: Literal["none", "selective", "full"]  # selective: norms, SwiGLU, up-projections (V3)

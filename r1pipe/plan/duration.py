@@ -86,6 +86,8 @@ def bubble(layout: LayoutConfig, micro_batches: int) -> float:
             waiting = (ranks - 1) * 3.0 / layout.virtual_stages
         case "zb1p":
             waiting = (ranks - 1) * 1.0
+        case "zbv":  # a rank begins after another; two stages of half the layers on each
+            waiting = (ranks - 1) * 0.5
         case "dualpipe":
             waiting = (ranks / 2 - 1) * 2.0
         case _:  # dualpipev: two stages of half the layers on each rank

@@ -168,7 +168,7 @@ def in_flight(layout: LayoutConfig, micro_batches: int) -> float:
     match layout.schedule:
         case "1f1b":  # the first rank; more with virtual stages (Megatron's interleaved schedule)
             kept = ranks + (ranks - 1) / layout.virtual_stages * (layout.virtual_stages > 1)
-        case "zb1p":
+        case "zb1p" | "zbv":
             kept = float(ranks)
         case "dualpipe":
             kept = ranks + 1.0

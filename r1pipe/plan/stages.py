@@ -18,6 +18,8 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
         "precision": engine.precision,
         "zero_level": engine.zero_level,
         "expert_parallel": engine.expert_parallel,
+        "pipeline": engine.pipeline,
+        "schedule": engine.schedule,
         "moments": engine.moments,
         "recompute": "full" if engine.recompute else "none",
     }

@@ -59,17 +59,19 @@ class Timeline:
     def formula(self) -> float:
         """Seconds of bubble by the schedule's formula, from the mean times of its passes.
 
-        1F1B: (R-1)(F+B); DualPipeV, whose R ranks have two parts each: (R-1)(F&B+B-3W), where a forward and a
-        backward pass take turns, F&B = F+B (DeepSeek-V3, table 2); ZB-V: none where F, I and W take as long
-        (arXiv 2401.10241, section 6).
+        1f1b: (R-1)(F+B). dualpipev, whose R ranks have two parts each: (R-1)(F+B-2W), as ZB1P, since a
+        forward and a backward pass take turns here and hand on at once; V3's table 2 has F&B+B-3W, of pairs
+        that overlap. zbv: (R-1) times the longest of F, I and W, by which one rank begins after another; the
+        schedule's authors leave that out of their zero (arXiv 2401.10241).
         """
         forward, backward = self.mean(FORWARD), self.mean(BACKWARD, INPUTS, WEIGHTS)
-        others = len(self.ranks) - 1
-        if self.schedule == "1f1b":
-            return others * (forward + backward)
-        if self.schedule == "dualpipev":
-            return max(0.0, others * (forward + 2 * backward - 3 * self.mean(WEIGHTS)))
-        return 0.0
+        inputs, weights = self.mean(INPUTS), self.mean(WEIGHTS)
+        of_each = {
+            "1f1b": forward + backward,
+            "dualpipev": forward + backward - 2 * weights,
+            "zbv": max(forward, inputs, weights),
+        }
+        return (len(self.ranks) - 1) * max(0.0, of_each[self.schedule])
 
 
 def read(path: Path) -> Timeline:

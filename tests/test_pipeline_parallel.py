@@ -1,6 +1,7 @@
 """Pipeline parallelism: the same training wherever the layers are, in every schedule."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ class Case:
     level: int = 0
     precision: str = "fp32"
     recompute: bool = False
+    broken: bool = False  # one more step, in which a loss is not finite
     before: str | None = None  # the state to go on from
     after: str | None = None  # the state to leave behind
     steps: int = STEPS
@@ -114,6 +116,11 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     results = engine.sum_over_ranks([sum(one.found for one in passes), balances])
     if case.after is not None:
         engine.save(folder / case.after, {"here": case.after})
+    if case.broken:
+        engine.max_skipped = 1
+        if engine.rank == 0:  # the last rank finds it
+            passes[0].micro.weight = math.nan
+        assert engine.train_step(passes).broken  # and no weight has moved
     sent = {name: tensor.clone() for bucket in engine.buckets(1 << 14) for name, tensor in bucket.items()}
     with engine.gathered() as model:
         weights = {name: tensor.detach().clone() for name, tensor in named_weights(model).items()}
@@ -159,7 +166,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_two_ranks_train_as_one_and_resume_exactly(tmp_path: Path, alone: dict[str, Any]) -> None:
     first = Case(2, "1f1b", after="state", steps=1)
-    cases = [Case(2, "1f1b"), first, Case(2, "1f1b", before="state", steps=1)]
+    cases = [Case(2, "1f1b", broken=True), first, Case(2, "1f1b", before="state", steps=1)]
     whole, _, resumed = on_ranks(tmp_path, 2, *cases)
     check(whole, alone, cases[0])
     assert resumed["losses"][0] == whole["losses"][1] and resumed["norms"] == whole["norms"][1:]

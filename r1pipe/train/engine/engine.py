@@ -174,10 +174,14 @@ class Engine(Gathered):
         layer = None
         if number is not None or self.in_step:
             layer = first_non_finite(self.module, micro_losses[-1 if number is None else number])
-        for broken in self.all_gather_objects(None if number is None else (losses[number], layer)):
-            if broken is not None:
-                loss, layer = broken
-                return not_finite(f"the loss ({loss:g})", layer)
+        found = self.all_gather_objects((None if number is None else losses[number], layer))
+        broken = [(loss, layer) for loss, layer in found if loss is not None]
+        if broken:
+            loss, layer = broken[0]
+            if self.pipeline:  # each rank has looked at its own layers
+                order = [name for name, _ in self.module.named_modules()]
+                layer = min((one for _, one in found if one), key=order.index, default=None)
+            return not_finite(f"the loss ({loss:g})", layer)
         layers: list[str | None] = []
         if not self.in_step:
             local = (first_nonfinite_gradient(self.module, closure) for closure in micro_losses)

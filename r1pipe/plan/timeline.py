@@ -117,29 +117,16 @@ def text(timeline: Timeline, width: int) -> list[str]:
 
 def svg(timelines: list[Timeline]) -> str:
     """A picture of timelines one below the other, in one scale."""
-    longest, top, shapes = max(one.span for one in timelines), 0, list[str]()
+    scale = (WIDTH - LEFT) / max(one.span for one in timelines)
+    top, shapes = 0, list[str]()
     for timeline in timelines:
         shapes.append(f'<text x="4" y="{top + 18}" class="title">{summary(timeline)}</text>')
         top += ROW
-        start = min(one.begin for passes in timeline.ranks for one in passes)
-        for number, passes in enumerate(timeline.ranks):
-            shapes.append(f'<text x="4" y="{top + 17}">rank {number}</text>')
-            for one in passes:
-                left = LEFT + (one.begin - start) / longest * (WIDTH - LEFT)
-                wide = (one.end - one.begin) / longest * (WIDTH - LEFT)
-                faint = ' opacity="0.6"' if one.part >= len(timeline.ranks) else ""
-                shapes.append(
-                    f'<rect x="{left:.1f}" y="{top + 1}" width="{wide:.1f}" height="{ROW - 3}" '
-                    f'fill="{COLOURS[one.kind]}"{faint}><title>{one.kind} of part {one.part}, micro-batch '
-                    f"{one.micro}</title></rect>"
-                )
-                if wide > 12:
-                    shapes.append(f'<text x="{left + 2:.1f}" y="{top + 17}" class="in">{one.micro}</text>')
-            top += ROW
-        top += ROW // 2
+        shapes += _boxes(timeline, top, scale)
+        top += ROW * len(timeline.ranks) + ROW // 2
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{fill:#fff;font-size:11px}"
     legend = (
-        "F forward (blue), B backward (red), I of inputs (yellow), W of weights (green); fainter: second part"
+        "F forward: blue, B backward: red, I of inputs: yellow, W of weights: green; second: fainter"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + ROW}" width="{WIDTH}">'
@@ -147,3 +134,25 @@ def svg(timelines: list[Timeline]) -> str:
         + "\n".join(shapes)
         + f'<text x="4" y="{top + 12}">{legend}</text></svg>\n'
     )
+
+
+def _boxes(timeline: Timeline, top: int, scale: float) -> list[str]:
+    """The ranks of a timeline: a path of boxes for each kind and part, and the numbers of micro-batches."""
+    start = min(one.begin for passes in timeline.ranks for one in passes)
+    paths: dict[tuple[str, bool], str] = {}
+    words = []
+    for number, passes in enumerate(timeline.ranks):
+        words.append(f'<text x="4" y="{top + 17}">rank {number}</text>')
+        for one in passes:
+            left, wide = LEFT + (one.begin - start) * scale, (one.end - one.begin) * scale
+            kind = one.kind, one.part >= len(timeline.ranks)
+            box = f"M{left:.0f} {top + 1}h{wide:.1f}v{ROW - 3}h-{wide:.1f}z"
+            paths[kind] = paths.get(kind, "") + box
+            if wide > 14:
+                words.append(f'<text x="{left + 2:.0f}" y="{top + 17}" class="in">{one.micro}</text>')
+        top += ROW
+    fills = [
+        f'<path fill="{COLOURS[kind]}" opacity="{0.6 if second else 1}" stroke="#fff" d="{boxes}"/>'
+        for (kind, second), boxes in paths.items()
+    ]
+    return fills + words

@@ -59,7 +59,7 @@ def order_of(schedule: str, ranks: int, rank: int, micros: int, backward: bool =
         for number in range(ranks)
     }
     with_messages = schedules._add_send_recv(of_ranks, places.__getitem__, len(places))[rank]
-    return [Step(a.computation_type.value, a.stage_index, a.microbatch_index) for a in with_messages]
+    return [Step(a.computation_type.value, a.stage_index, a.microbatch_index or 0) for a in with_messages]
 
 
 def _one_forward_one_backward(schedule: str, ranks: int, rank: int, micros: int) -> list[Any]:

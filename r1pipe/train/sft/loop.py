@@ -158,13 +158,10 @@ class Shares:
         """This rank's micro-batches, each returning its share of the loss."""
         local = share(self.batch, self.engine.rank, self.engine.world_size)
         batches = (collate(rows, self.pad_id) for rows in chunks(local, accumulation))
+        reading, device = partial(read, with_balance=self.balance_weight > 0), self.engine.device
+        weights = self.balance_weight, self.per_token
         self.passes = [
-            Pass(
-                *(self.engine.module, batch.to(self.engine.device)),
-                partial(read, with_balance=self.balance_weight > 0),
-                *(self._learn, self.balance_weight, self.per_token),
-            )
-            for batch in batches
+            Pass(self.engine.module, batch.to(device), reading, self._learn, *weights) for batch in batches
         ]
         return self.passes
 

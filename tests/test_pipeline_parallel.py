@@ -17,7 +17,7 @@ from torch import Tensor
 
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import ConfigError
-from r1pipe.model import Balance
+from r1pipe.model import Balance, save_pretrained
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.model.parts import Part
 from r1pipe.model.policy import named_weights
@@ -27,6 +27,7 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.passes import Pass
 from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.schedule import Step, order_of, rank_of
+from r1pipe.train.engine.sharded import load_layers
 
 SHAPE = tiny(num_hidden_layers=5, num_nextn_predict_layers=1)
 # With a large epsilon AdamW's steps are nearly the gradients: weights that agree had gradients that did.
@@ -104,7 +105,11 @@ def learn(model: Any, micro: Rows, hidden_BTD: Tensor, balances: tuple[Balance])
 def train(folder: Path, case: Case) -> dict[str, Any]:
     """What a case gives on the ranks of this job: steps, evaluation and weights."""
     count = discover().world_size
-    engine = Engine(ours(SHAPE).train(), OPTIMIZER, ROUTER, case.engine(count), total_steps=10)
+    model, config = ours(SHAPE), case.engine(count)
+    if case.pipeline > 1:
+        model = load_layers(folder / "model", config)  # which on_ranks has written
+        assert any(not weight.numel() for weight in model.parameters())
+    engine = Engine(model.train(), OPTIMIZER, ROUTER, config, total_steps=10)
     if case.before is not None:
         assert engine.load(folder / case.before) == {"here": case.before}
     passes = [
@@ -143,6 +148,7 @@ def job(folder: Path, cases: Sequence[Case]) -> None:
 
 
 def on_ranks(folder: Path, count: int, *cases: Case) -> list[dict[str, Any]]:
+    save_pretrained(ours(SHAPE), folder / "model")
     with ranks(folder, job, count, cases) as started:
         assert codes(started) == [0] * count, (folder / "out-0.txt").read_text()[-5000:]
     return [torch.load(folder / f"found-{number}.pt") for number in range(len(cases))]

@@ -1,6 +1,5 @@
 """The policy: what the probe earns, sampler against trainer before and after a step, save and load."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.checkpoints import ENGINE
 from r1pipe.runs.findings import FAIL, PASS, WARN
 from r1pipe.train.rl.advantages import has_variance, is_scored
-from r1pipe.train.rl.update import completion_logprobs, prepare, update
+from r1pipe.train.rl.update import logprobs_pass, prepare, update
 
 GAP = "sampling/sampling_logp_difference/mean"
 AGREEMENT = "train/routing_agreement"
@@ -83,9 +82,7 @@ def after_sync(context: Context) -> Outcome:
     context.trained  # noqa: B018 - the step
     moved, tokens = 0.0, 0  # how far the probe's log-probabilities are from those when it was drawn
     micros = prepare(engine, context.probe.rollouts, stage, None)
-    passes = [
-        partial(completion_logprobs, engine.module, micro, stage.sampling.temperature) for micro in micros
-    ]
+    passes = [logprobs_pass(engine.module, micro, stage.sampling.temperature) for micro in micros]
     for micro, now_N in zip(micros, engine.evaluate(passes), strict=True):
         moved += float((now_N - micro.old_N).abs().sum())
         tokens += len(micro.old_N)

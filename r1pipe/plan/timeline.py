@@ -125,9 +125,7 @@ def svg(timelines: list[Timeline]) -> str:
         shapes += _boxes(timeline, top, scale)
         top += ROW * len(timeline.ranks) + ROW // 2
     style = "text{font:12px sans-serif;fill:#222}.title{font-weight:bold}.in{fill:#fff;font-size:11px}"
-    legend = (
-        "F forward: blue, B backward: red, I of inputs: yellow, W of weights: green; second: fainter"
-    )
+    legend = "F forward: blue, B backward: red, I of inputs: yellow, W of weights: green; second: fainter"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + ROW}" width="{WIDTH}">'
         f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'

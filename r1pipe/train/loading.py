@@ -11,17 +11,22 @@ from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints, heartbeat
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import Prepare, Shares, as_it_is, load_sharded, new_sharded
+from r1pipe.train.engine.sharded import Prepare, Shares, as_it_is, load_layers, load_sharded, new_sharded
 from r1pipe.train.rollout import Whole
 from r1pipe.train.run import Run
 
 
 def load_model(
-    run: Run[Any], parent: ParentRef | None, again: bool = False, prepare: Prepare = as_it_is
+    run: Run[Any],
+    parent: ParentRef | None,
+    again: bool = False,
+    prepare: Prepare = as_it_is,
+    for_engine: bool = False,
 ) -> Policy:
     """The parent's model, after checking its files' hashes; without a parent, random weights.
 
-    At ZeRO level 3 it is in shares, and all ranks call. `again`: this job has checked the hashes. `prepare`
+    At ZeRO level 3 it is in shares, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline:
+    a rank then reads its own layers alone. `again`: this job has checked the hashes. `prepare`
     as in load_sharded. A model of transformers may be stored in bfloat16; engine.precision=fp32 computes in
     float32. Raises CheckpointError.
     """
@@ -41,6 +46,8 @@ def load_model(
         attention, longest = (dense.attention, dense.max_position_embeddings) if dense else (None, None)
         if in_shares:
             return load_sharded(Path(parent.checkpoint), engine, attention, longest, prepare)
+        if engine.pipeline > 1 and for_engine:
+            return load_layers(Path(parent.checkpoint), engine)
         model = load_pretrained(parent.checkpoint, attention, longest)
         return model.float() if dense and engine.precision == "fp32" else model
 
@@ -67,7 +74,7 @@ def load_policy(run: Run[Any], again: bool = False, freeze_mtp: bool = False) ->
 
             expert_parallel.share_out(model, engine.expert_parallel, Ranks(engine))
 
-    model = load_model(run, run.config.weights_from, again, prepare)
+    model = load_model(run, run.config.weights_from, again, prepare, for_engine=True)
     if engine.zero_level < 3:
         prepare(model)
     if isinstance(shape, HFConfig) and shape.lora.rank:

@@ -88,21 +88,28 @@ def groups_of(size: int) -> Groups:
     return _groups[key]
 
 
+def owner_of(name: str, layers: int, config: EngineConfig) -> int:
+    """The rank of a pipeline that has the parameter of this name, of a model of so many layers."""
+    places = schedule.rank_of(config.schedule, config.pipeline)
+    return places[part_with(name, layers, len(places))]
+
+
 class Pipeline:
     """One model, cut into parts; `timeline` is when this rank did what in its last step."""
 
     def __init__(self, model: DeepseekV3, config: EngineConfig, device: torch.device):
-        """Empties the weights that other ranks have; all ranks call, with the whole model."""
+        """Empties the weights that other ranks have, which may be empty already; all ranks call."""
         self.groups, self.module, self.device = groups_of(config.pipeline), model, device
         self.schedule, self.size = config.schedule, config.pipeline
         self.places = schedule.rank_of(config.schedule, config.pipeline)
         self.dtype = next(model.parameters()).dtype  # of the states
         self.timeline: list[schedule.Logged] = []
         self._owners: dict[Tensor, tuple[int, torch.Size]] = {}
-        layers = model.config.num_hidden_layers
+        with torch.device("meta"):
+            shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
         for name, parameter in model.named_parameters():
-            owner = self.places[part_with(name, layers, len(self.places))]
-            self._owners[parameter] = owner, parameter.shape
+            owner = owner_of(name, model.config.num_hidden_layers, config)
+            self._owners[parameter] = owner, shapes[name]
             if owner != self.groups.position:
                 parameter.data = parameter.data.new_empty(0)
                 parameter.requires_grad_(False)

@@ -57,6 +57,37 @@ def load_sharded(
     return model
 
 
+def load_layers(folder: Path, config: EngineConfig) -> DeepseekV3:
+    """As load_pretrained, but each rank reads its layers of a pipeline; the weights of others are empty.
+
+    All ranks call. Raises CheckpointError.
+    """
+    from r1pipe.train.engine.pipeline import groups_of, owner_of
+
+    model, stored = weights.open_empty(folder)
+    ranks, layers = _started(config), model.config.num_hidden_layers
+    position, made = groups_of(config.pipeline).position, dict[nn.Parameter, nn.Parameter]()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter not in made:
+                own = owner_of(name, layers, config) == position
+                tensor = torch.empty(parameter.shape if own else 0, dtype=weights.dtype_of(stored))
+                if own:
+                    _read(stored, name, tensor)
+                made[parameter] = nn.Parameter(tensor)
+            setattr(module, name.rpartition(".")[2], made[parameter])
+    _give_buffers(model, ranks, partial(_read, stored))
+    model.eos_ids = eos_ids(folder)
+    return model
+
+
+def _read(stored: Stored, name: str, tensor: Tensor, parts: Parts = published_parts) -> None:
+    """Fill in a tensor of a model from the files, where it is in them."""
+    for published, part in parts(name, tensor):
+        if published in stored.entries:
+            part.copy_(stored.value(published))
+
+
 @dataclass
 class Shares:
     """The Weights (see rollout.Sampler) of a model in shares that is not trained; all ranks call."""
@@ -82,12 +113,7 @@ def fill_in_shares(
     """Give a model, whose weights are on the meta device, its checked tensors; all ranks call. `parts` of a
     tensor by their names in the files."""
 
-    def read(name: str, tensor: Tensor) -> None:
-        for published, part in parts(name, tensor):
-            if published in stored.entries:
-                part.copy_(stored.value(published))
-
-    ranks = _started(config)
+    read, ranks = partial(_read, stored, parts=parts), _started(config)
     _give_weights(model, ranks, config, read, weights.dtype_of(stored))
     _give_buffers(model, ranks, read)
 

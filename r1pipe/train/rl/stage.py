@@ -44,7 +44,8 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
     reference = None
     if stage.kl_coef and not adapted:
-        reference = Reference(load_model(run, run.config.weights_from, again=True), run.config.engine)
+        like = load_model(run, run.config.weights_from, again=True, for_engine=True)
+        reference = Reference(like, run.config.engine)
     critic = Critic(load_policy(run, again=True), stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)
     optimizer_steps = updates * stage.minibatches * stage.inner_epochs

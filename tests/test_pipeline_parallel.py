@@ -14,7 +14,9 @@ from jobs import OPTIM, ROUTER, engine_config
 from shapes import ours, tiny
 from tiny_runs import tiny_config
 from torch import Tensor
+from typer.testing import CliRunner
 
+from r1pipe.cli.commands import app
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.model import Balance, save_pretrained
@@ -304,6 +306,10 @@ def test_a_timeline_has_its_figures_and_its_picture(tmp_path: Path) -> None:
     assert (found.span, found.bubble(), found.formula()) == (6.0, 3.0, 3.0)
     assert timeline.text(found, 12) == ["  0 FF......BBBB", "  1 ..FFBBBB...."]
     assert timeline.svg([found]).count("z") == 4 + timeline.svg([found]).split("<path")[0].count("z")
+    picture = tmp_path / "timeline.svg"
+    told = CliRunner().invoke(app, ["plan", "--timeline", str(tmp_path), "--svg", str(picture)]).output
+    assert "a rank waits 3.000 s (50.0%); by the formula 3.000 s" in told
+    assert picture.read_text() == timeline.svg([found])
     path.write_text('{"schedule": "1f1b", "ranks": [[]]}')
     with pytest.raises(ConfigError, match="a rank without passes"):
         timeline.read(path)

@@ -62,7 +62,8 @@ def load_layers(folder: Path, config: EngineConfig) -> DeepseekV3:
 
     All ranks call. Raises CheckpointError.
     """
-    from r1pipe.train.engine.pipeline import groups_of, owner_of
+    from r1pipe.train.engine.pipeline import owner_of
+    from r1pipe.train.engine.pipeline_groups import groups_of
 
     model, stored = weights.open_empty(folder)
     ranks, layers = _started(config), model.config.num_hidden_layers

@@ -48,7 +48,7 @@ def test_short_rows_are_as_exact_as_the_fused_kernel() -> None:
     exact = results(fused, torch.float32, *given)
     found, known = (results(attend, torch.bfloat16, *given) for attend in (ours, fused))
     for right, one, other in zip(exact, found, known, strict=True):
-        assert (one - right).norm() <= 2 * (other - right).norm()  # it rounds scores, too
+        assert (one - right).norm() <= 1.05 * (other - right).norm()
         assert (one - right).norm() < 0.01 * right.norm()
 
 

@@ -107,8 +107,8 @@ def test_what_goes_wrong_around_the_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "SamplingParams", growing)
     load, train_step, taken = stage.load_policy, Engine.train_step, []
 
-    def collapsed(run):
-        model = load(run)
+    def collapsed(run, **how):
+        model = load(run, **how)
         for gate in gates(model):
             gate.e_score_correction_bias[:2] = 100.0
         return model

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ def load_tensors(path: str, map_location: Any = None, mapped: bool = False) -> A
     with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
             with heartbeat.working():
-                mapped = mapped and is_zipfile(path)  # what torch can map
+                mapped = mapped and _can_be_mapped(path)
                 return patches.torch_load(path, map_location=map_location, weights_only=True, mmap=mapped)
         except UNREADABLE as error:
             forbidden = re.search(r"GLOBAL (\S+)", str(error))
@@ -137,6 +136,12 @@ def load_tensors(path: str, map_location: Any = None, mapped: bool = False) -> A
 
 
 load_mapped = partial(load_tensors, mapped=True)
+
+
+def _can_be_mapped(path: str) -> bool:
+    """Whether it is a zip archive, as torch writes them."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def read_other(

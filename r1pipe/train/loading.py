@@ -26,8 +26,8 @@ def load_model(
     """The parent's model, after checking its files' hashes; without a parent, random weights.
 
     At ZeRO level 3 it is in shares, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline:
-    a rank then reads its own layers alone. `again`: this job has checked the hashes. `prepare`
-    as in load_sharded. A model of transformers may be stored in bfloat16; engine.precision=fp32 computes in
+    a rank then reads its own layers alone. `again`: this job has checked the hashes. `prepare` as in
+    load_sharded. A model of transformers may be stored in bfloat16; engine.precision=fp32 computes in
     float32. Raises CheckpointError.
     """
     shape, engine = run.config.model, run.config.engine

@@ -12,6 +12,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from r1pipe.config import read_config
 
 WARM = [
@@ -76,3 +78,14 @@ def out(folder: Path) -> str:
     config = read_config(folder / "config.json")
     texts = (folder / f"out-{rank}.txt" for rank in range(config.engine.ranks))
     return "\n".join(text.read_text()[-3000:] for text in texts if text.exists())
+
+
+def trained_alike(found: dict[str, Any], expected: dict[str, Any], case: object, tolerance: float) -> None:
+    """Asserts that two trainings had the same losses, gradient norms, weights and counts of tokens."""
+    assert found["loads"] == expected["loads"], case  # a token that is dropped would be missing
+    for key in ("losses", "norms"):
+        assert found[key] == pytest.approx(expected[key], rel=tolerance), (case, key)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, tensor in expected["weights"].items():
+        apart = (found["weights"][name] - tensor).abs().max().item()
+        assert apart < tolerance * max(1.0, tensor.abs().max().item()), (case, name)

@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import codes, ranks
+from forked import codes, ranks, trained_alike
 from jobs import OPTIM, ROUTER, engine_config
 from shapes import ours, tiny
 from tiny_runs import tiny_config
@@ -156,14 +157,7 @@ def on_ranks(folder: Path, count: int, *cases: Case) -> list[dict[str, Any]]:
     return [torch.load(folder / f"found-{number}.pt") for number in range(len(cases))]
 
 
-def check(found: dict[str, Any], expected: dict[str, Any], case: Case, tolerance: float = CLOSE) -> None:
-    assert found["loads"] == expected["loads"], case
-    for key in ("losses", "norms"):
-        assert found[key] == pytest.approx(expected[key], rel=tolerance), (case, key)
-    assert found["weights"].keys() == expected["weights"].keys()
-    for name, tensor in expected["weights"].items():
-        apart = (found["weights"][name] - tensor).abs().max().item()
-        assert apart < tolerance * max(1.0, tensor.abs().max().item()), (case, name)
+check = partial(trained_alike, tolerance=CLOSE)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -78,6 +78,31 @@ def out(folder: Path) -> str:
     config = read_config(folder / "config.json")
     texts = (folder / f"out-{rank}.txt" for rank in range(config.engine.ranks))
     return "\n".join(text.read_text()[-3000:] for text in texts if text.exists())
+
+
+def trained_on_ranks(
+    folder: Path, count: int, train: Callable[[Path, Any], dict[str, Any]], cases: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """What `train` gives on rank 0 for each case, in turn, in one job of so many ranks."""
+    import torch  # the users of this file that start no training do without
+
+    with ranks(folder, _train_each, count, train, cases) as started:
+        assert codes(started) == [0] * count, (folder / "out-0.txt").read_text()[-5000:]
+    return [torch.load(folder / f"found-{number}.pt") for number in range(len(cases))]
+
+
+def _train_each(folder: Path, train: Callable[[Path, Any], dict[str, Any]], cases: Sequence[Any]) -> None:
+    import torch
+
+    from r1pipe.train.engine.discovery import discover
+    from r1pipe.train.engine.patches import exit_immediately_with
+
+    torch.set_num_threads(1)
+    for number, case in enumerate(cases):
+        found = train(folder, case)
+        if discover().rank == 0:
+            torch.save(found, folder / f"found-{number}.pt")
+    exit_immediately_with(0)
 
 
 def trained_alike(found: dict[str, Any], expected: dict[str, Any], case: object, tolerance: float) -> None:

@@ -1,7 +1,6 @@
 """Expert parallelism: the same training wherever the experts are; states go from one layout to another."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import codes, ranks, trained_alike
+from forked import trained_alike, trained_on_ranks
 from jobs import OPTIM, ROUTER, engine_config
 from shapes import ours, tiny
 from test_fp8 import WHOLE
@@ -23,7 +22,6 @@ from r1pipe.model.policy import named_weights, own_tensors
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.expert_parallel import ParallelExperts, ParallelMoE, share_out
-from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.sharded import load_sharded
 
@@ -157,19 +155,8 @@ def sent_to_a_sampler(engine: Engine) -> dict[str, torch.Tensor]:
     return sent
 
 
-def job(folder: Path, cases: Sequence[Case]) -> None:
-    torch.set_num_threads(1)
-    for number, case in enumerate(cases):
-        found = train(folder, case)
-        if discover().rank == 0:
-            torch.save(found, folder / f"found-{number}.pt")
-    exit_immediately_with(0)
-
-
 def on_ranks(folder: Path, count: int, *cases: Case) -> list[dict[str, Any]]:
-    with ranks(folder, job, count, cases) as started:
-        assert codes(started) == [0] * count, (folder / "out-0.txt").read_text()[-5000:]
-    return [torch.load(folder / f"found-{number}.pt") for number in range(len(cases))]
+    return trained_on_ranks(folder, count, train, cases)
 
 
 check = partial(trained_alike, tolerance=CLOSE)

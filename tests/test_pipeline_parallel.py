@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import codes, ranks, trained_alike
+from forked import trained_alike, trained_on_ranks
 from jobs import OPTIM, ROUTER, engine_config
 from shapes import ours, tiny
 from tiny_runs import tiny_config
@@ -28,7 +27,6 @@ from r1pipe.plan import timeline
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.passes import Pass
-from r1pipe.train.engine.patches import exit_immediately_with
 from r1pipe.train.engine.schedule import Step, order_of, rank_of
 from r1pipe.train.engine.sharded import load_layers
 
@@ -141,20 +139,9 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     }
 
 
-def job(folder: Path, cases: Sequence[Case]) -> None:
-    torch.set_num_threads(1)
-    for number, case in enumerate(cases):
-        found = train(folder, case)
-        if discover().rank == 0:
-            torch.save(found, folder / f"found-{number}.pt")
-    exit_immediately_with(0)
-
-
 def on_ranks(folder: Path, count: int, *cases: Case) -> list[dict[str, Any]]:
     save_pretrained(ours(SHAPE), folder / "model")
-    with ranks(folder, job, count, cases) as started:
-        assert codes(started) == [0] * count, (folder / "out-0.txt").read_text()[-5000:]
-    return [torch.load(folder / f"found-{number}.pt") for number in range(len(cases))]
+    return trained_on_ranks(folder, count, train, cases)
 
 
 check = partial(trained_alike, tolerance=CLOSE)

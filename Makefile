@@ -21,8 +21,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 TORCH_INDEX ?=
 NEED_GB ?= 6
 DATA ?=
-# bfloat16 is twice as fast as float32 where the processor multiplies it (AMX), and slower elsewhere.
-PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
+# bfloat16 is two to five times as fast as float32 where the processor multiplies it, and slower elsewhere.
+PRECISION ?= $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bf16 || echo fp32)
 ARGS ?=
 
 help: ## list the targets

@@ -23,17 +23,20 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_EQUATION = re.compile(rf"([-+*/×÷().\d\s,$]{{1,{LONGEST}}})=")
+_SIGN = r"(?:[-+*/×÷().\d $]|,(?=\d))"
+_EQUATIONS = re.compile(rf"({_SIGN}{{1,{LONGEST}}})(?:={_SIGN}*)+")  # one or more in a row; the first left side
+_SENTENCE_END = re.compile(r"\.\s|[\n;]")
 
 
 def equation(prompt: Prompt, completion: Completion) -> Score | None:
-    """1 where what stands left of the last equals sign calculates to the gold answer; None where that is no
-    number. A single number is no equation."""
+    """1 where the left side of the last equation calculates to the gold answer; None where that is no number.
+    Of equations in a row (58 + 67 = 118 + 7 = 125) it is the first left side. A single number is none."""
     try:
         gold = Fraction((prompt.answer or "").replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
-    found = _EQUATION.findall(parse(completion.text).reasoning)
+    sentences = _SENTENCE_END.split(parse(completion.text).reasoning)
+    found = [left for sentence in sentences for left in _EQUATIONS.findall(sentence)]
     value = value_of(found[-1]) if found else None
     return Score(float(value is not None and abs(value - gold) <= CLOSE * abs(gold)))
 

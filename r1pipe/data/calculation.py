@@ -57,7 +57,8 @@ def _first_place(number: int) -> int:
 
 def _add(left: int, right: int) -> Node:
     first = _first_place(right)
-    return left + right if right == first or left < 10 else ("+", left + first, right - first)
+    only_joins = left % 10 ** len(str(right)) == 0  # 100 + 98
+    return left + right if right == first or left < 10 or only_joins else ("+", left + first, right - first)
 
 
 def _subtract(left: int, right: int) -> Node:

@@ -164,8 +164,7 @@ def _reasoning(row: Row, source: SourceConfig) -> Parts:
 
 def worked(solution: str, answer: str, in_steps: bool = False) -> str:
     """A solution as one would write it: no annotations; an expression that stands alone with whole numbers
-    and its value, as SVAMP's "( 14.0 + 39.0 )" with 53 -> "14 + 39 = 53", or with each step of the calculation
-    "14 + 39 = 44 + 9 = 53"."""
+    and its value, as SVAMP's "( 14.0 + 39.0 )" with 53 -> "14 + 39 = 53", or "14 + 39 = 44 + 9 = 53"."""
     solution = CALCULATION.sub("", solution).strip()
     if not EXPRESSION.fullmatch(solution):
         return solution

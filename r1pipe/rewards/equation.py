@@ -23,8 +23,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_SIGN = r"(?:[-+*/×÷().\d $]|,(?=\d))"
-_EQUATIONS = re.compile(rf"({_SIGN}{{1,{LONGEST}}})(?:={_SIGN}*)+")  # one or more in a row; the first left side
+_EQUATIONS = re.compile(r"(?:[-+*/×÷().\d $=]|,(?=\d))+")  # one or more in a row
 _SENTENCE_END = re.compile(r"\.\s|[\n;]")
 
 
@@ -36,8 +35,9 @@ def equation(prompt: Prompt, completion: Completion) -> Score | None:
     except (ValueError, ZeroDivisionError):
         return None
     sentences = _SENTENCE_END.split(parse(completion.text).reasoning)
-    found = [left for sentence in sentences for left in _EQUATIONS.findall(sentence)]
-    value = value_of(found[-1]) if found else None
+    rows = [row.split("=") for sentence in sentences for row in _EQUATIONS.findall(sentence)]
+    lefts = [side for row in rows if (side := next(filter(str.strip, row[:-1]), ""))]
+    value = value_of(lefts[-1][-LONGEST:]) if lefts else None
     return Score(float(value is not None and abs(value - gold) <= CLOSE * abs(gold)))
 
 

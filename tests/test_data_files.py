@@ -4,7 +4,6 @@ import builtins
 import gzip
 import json
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +20,6 @@ from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.types import GENERAL_TASKS, Completion
 from r1pipe.data import open_data, reasoning_gym
-from r1pipe.data.calculation import calculate
 from r1pipe.data.files import Files
 from r1pipe.data.items import worked
 from r1pipe.data.reading import read_file
@@ -29,7 +27,6 @@ from r1pipe.data.world import corpus, countdown, general, program, word
 from r1pipe.data.world.content import LANGUAGES
 from r1pipe.rewards import BASE_REWARDS
 from r1pipe.rewards import gym as scorers
-from r1pipe.rewards.equation import value_of
 from r1pipe.runs import data_files as datafiles
 
 ROOT = Path(__file__).parents[1]
@@ -422,58 +419,6 @@ def test_real_problems_load_with_gold_answers_that_earn_the_reward(shared, name)
 )
 def test_an_equation_alone_gets_its_value_and_other_solutions_stay(solution, answer, written):
     assert worked(solution, answer) == written
-
-
-@pytest.mark.parametrize(
-    ("expression", "written"),
-    [
-        ("9 - 7", "9 - 7 = 2"),
-        ("58 + 67", "58 + 67 = 118 + 7 = 125"),
-        ("594 - 278", "594 - 278 = 394 - 78 = 324 - 8 = 316"),
-        ("12 * 7", "12 * 7 = 70 + 14 = 80 + 4 = 84"),
-        (
-            "37 * 19",
-            "37 * 19 = 370 + 37 * 9 = 370 + 270 + 63 = 370 + 330 + 3 = 370 + 333 = 670 + 33 = 700 + 3 = 703",
-        ),
-        ("594 / 3", "594 / 3 = 100 + 294 / 3 = 100 + 90 + 24 / 3 = 100 + 90 + 8 = 100 + 98 = 198"),
-        ("( 39 + 12 ) / 3", "(39 + 12) / 3 = (49 + 2) / 3 = 51 / 3 = 10 + 21 / 3 = 10 + 7 = 17"),
-        ("20 - ( 7 + 4 )", "20 - (7 + 4) = 20 - 11 = 10 - 1 = 9"),
-        ("7 / 2", None),  # something is left over
-        ("4 - 6", None),
-        ("3 / 0", None),
-        ("2.5 * 4", None),
-        ("2 ** 9", None),
-        ("-3 + 4", None),
-        ("1 + ", None),
-        ("x + 1", None),
-    ],
-)
-def test_a_calculation_in_steps(expression, written):
-    assert calculate(expression) == written
-
-
-def test_each_step_of_a_calculation_has_the_same_value():
-    rng = random.Random(0)
-    for _ in range(300):
-        numbers = [rng.choice((rng.randint(1, 9), rng.randint(1, 999))) for _ in range(3)]
-        expression = f"({numbers[0]} {rng.choice('+-*/')} {numbers[1]}) {rng.choice('+-*/')} {numbers[2]}"
-        steps = calculate(expression)
-        for step in steps.split(" = ") if steps else ():
-            assert value_of(f"({step}) + 0") == value_of(expression), steps
-
-
-def test_a_share_of_the_solutions_is_calculated_in_steps(tmp_path):
-    rows = [{"question": f"{n} and 67?", "answer": n + 67, "how": f"( {n}.0 + 67.0 )"} for n in range(11, 90)]
-    columns = {"question": "question", "answer": "answer", "solution": "how"}
-
-    def solutions(**changes):
-        given = problems(tmp_path, rows, columns=columns, **changes)
-        return [each.response for each in given.demonstrations(ALL, 0, {}, True)]
-
-    assert not any(" = " in text.split(" = ", 1)[1] for text in solutions())
-    half = [" = " in text.split(" = ", 1)[1] for text in solutions(stepwise=0.5)]
-    assert 0.3 < sum(half) / len(half) < 0.7
-    assert solutions(stepwise=0.5) == solutions(stepwise=0.5)
 
 
 def test_gsm8k_solutions_become_traces(shared):

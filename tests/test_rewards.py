@@ -18,7 +18,7 @@ from r1pipe.rewards import (
 )
 from r1pipe.rewards.accuracy import accuracy, check_answer, check_countdown, is_correct
 from r1pipe.rewards.answers.reading import last_stated
-from r1pipe.rewards.equation import equation
+from r1pipe.rewards.equation import calculation, equation
 from r1pipe.rewards.programs import sandbox
 from r1pipe.rewards.programs.check import check_program
 from r1pipe.rewards.programs.comparison import same_value
@@ -338,6 +338,30 @@ def test_language_looks_at_the_reasoning_alone():
 )
 def test_an_equation_earns_by_what_it_should_give(gold, reasoning, value):
     score = equation(prompt(gold), respond("The answer is 13.", reasoning))
+    assert (score and score.value) == value
+
+
+@pytest.mark.parametrize(
+    ("gold", "reasoning", "value"),
+    [
+        ("12", "15 - 3 = 12", 1.0),
+        ("12", "15 + 3 = 18", 1.0),  # whether it is the right one, `equation` says
+        ("12", "15 - 3 = 13", 0.0),
+        ("125", "58 + 67 = 118 + 7 = 125", 1.0),
+        ("125", "58 + 67 = 118 + 8 = 125", 0.0),
+        ("125", "58 + 67 = 118 + 7", 1.0),
+        ("0", "4 - 4 = 0", 1.0),
+        ("12", "2 + 2 = 5. Then 4 × 3 = 12", 1.0),
+        ("0.33", "1 / 3 = 0.3333", 1.0),
+        ("12", "12 = 12", 0.0),
+        ("12", "15 - 3 =", 0.0),
+        ("12", "36 / 0 = 12", 0.0),
+        ("12", "15 - 3", 0.0),
+        ("north", "15 - 3 = 12", None),
+    ],
+)
+def test_a_calculation_earns_by_whether_it_is_true(gold, reasoning, value):
+    score = calculation(prompt(gold), respond("The answer is 13.", reasoning))
     assert (score and score.value) == value
 
 

@@ -41,7 +41,6 @@ class SourceConfig(Strict):
     layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
     answer_form: str | None = None  # the form of all gold answers, e.g. number; null: as each is written
     prompts: bool = True  # false: its problems are not asked; their solutions are there to learn from
-    stepwise: Share = 0.0  # share of its solutions, where they are an expression alone, to calculate in steps
 
 
 @dataclass

@@ -10,7 +10,16 @@ from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
 # What r1pipe/rewards knows, which the light wing cannot ask.
-RULE_REWARDS = ("accuracy", "format", "language", "equation", "cosine", "overlong", "repetition")
+RULE_REWARDS = (
+    "accuracy",
+    "format",
+    "language",
+    "equation",
+    "calculation",
+    "cosine",
+    "overlong",
+    "repetition",
+)
 # Rewards that are no rules: where each one's weight stands.
 WEIGHED_ELSEWHERE = {
     "helpful": "stage.preference.helpful_weight",

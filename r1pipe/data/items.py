@@ -1,6 +1,5 @@
 """One row of a data file as an item: its prompt, and its texts by role."""
 
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
 from r1pipe.data import conversations
 from r1pipe.data.answers import read_answer, shows_options
-from r1pipe.data.calculation import calculate
 from r1pipe.data.columns import flag, substitute, text, value
 from r1pipe.data.conversations import Question
 from r1pipe.data.formats import HALF
@@ -156,15 +154,14 @@ def _reasoning(row: Row, source: SourceConfig) -> Parts:
         solution = text(row, columns["solution"])
         if mark and columns["solution"] == columns["answer"]:
             solution = solution.rpartition(mark)[0]
-        in_steps = random.Random(f"stepwise/{question}").random() < source.stepwise
-        texts["solution"] = worked(solution, answer, in_steps)
+        texts["solution"] = worked(solution, answer)
     form = source.answer_form or (text(row, columns["form"]) if "form" in columns else "")
     return Parts(asked, texts, ({"answer_form": form} if form else {}) | found.checker)
 
 
-def worked(solution: str, answer: str, in_steps: bool = False) -> str:
+def worked(solution: str, answer: str) -> str:
     """A solution as one would write it: no annotations; an expression that stands alone with whole numbers
-    and its value, as SVAMP's "( 14.0 + 39.0 )" with 53 -> "14 + 39 = 53", or "14 + 39 = 44 + 9 = 53"."""
+    and its value, as SVAMP's "( 14.0 + 39.0 )" with 53 -> "14 + 39 = 53"."""
     solution = CALCULATION.sub("", solution).strip()
     if not EXPRESSION.fullmatch(solution):
         return solution
@@ -172,9 +169,6 @@ def worked(solution: str, answer: str, in_steps: bool = False) -> str:
     inner = expression[1:-1]
     if expression[0] == "(" and expression[-1] == ")" and _is_balanced(inner):
         expression = inner.strip()
-    steps = calculate(expression) if in_steps else None
-    if steps and steps.rpartition(" ")[2] == answer:
-        return steps
     return f"{expression} = {answer}"
 
 

@@ -13,7 +13,7 @@ from r1pipe.core.types import Completion, Prompt, Score
 from r1pipe.rewards.accuracy import accuracy as accuracy_reward
 from r1pipe.rewards.accuracy import check_gold, is_correct, is_verifiable, summary_of, votes
 from r1pipe.rewards.cosine import cosine
-from r1pipe.rewards.equation import equation
+from r1pipe.rewards.equation import calculation, equation
 from r1pipe.rewards.format import format_reward
 from r1pipe.rewards.language import language as language_reward
 from r1pipe.rewards.language import language_share
@@ -40,6 +40,7 @@ BASE_REWARDS: dict[str, Callable[[Prompt, Completion], Score | None]] = {
     "format": format_reward,
     "language": language_reward,
     "equation": equation,
+    "calculation": calculation,
 }
 
 

@@ -1,9 +1,8 @@
-"""Partial credit for word problems: is the last equation of the thought the right one, whatever it is said
-to give?
+"""Partial credit for word problems: is the last equation of the thought the right one, and is it true?
 
-Sample: gold answer 12; "15 - 3 = 13" earns it, "15 + 3 = 18" and "13 = 13" do not. It is no reward of R1's: a
-small model chooses the operation and calculates about equally badly, and an answer alone does not tell which
-of the two was wrong.
+Sample: gold answer 12; "15 - 3 = 13" earns `equation`, "15 + 3 = 18" earns `calculation`, "13 = 13" neither.
+They are no rewards of R1's: a small model chooses the operation and calculates about equally badly, and an
+answer alone does not tell which of the two was wrong.
 """
 
 import ast
@@ -30,15 +29,43 @@ _SENTENCE_END = re.compile(r"\.\s|[\n;]")
 def equation(prompt: Prompt, completion: Completion) -> Score | None:
     """1 where the left side of the last equation calculates to the gold answer; None where that is no number.
     Of equations in a row (58 + 67 = 118 + 7 = 125) it is the first left side. A single number is none."""
+    gold = _gold(prompt)
+    if gold is None:
+        return None
+    sides = _last_equation(completion)
+    value = value_of(sides[0]) if sides else None
+    return Score(float(value is not None and _is_close(value, gold)))
+
+
+def calculation(prompt: Prompt, completion: Completion) -> Score | None:
+    """1 where all sides of the last equation have one value, whether or not it is the right equation; None
+    where the gold answer is no number."""
+    if _gold(prompt) is None:
+        return None
+    sides = _last_equation(completion)
+    left = value_of(sides[0]) if sides else None
+    others = [value_of(f"0 + ({side})") for side in sides[1:]]
+    is_true = left is not None and all(value is not None and _is_close(value, left) for value in others)
+    return Score(float(is_true))
+
+
+def _gold(prompt: Prompt) -> Fraction | None:
     try:
-        gold = Fraction((prompt.answer or "").replace(",", ""))
+        return Fraction((prompt.answer or "").replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def _is_close(value: Fraction, other: Fraction) -> bool:
+    return abs(value - other) <= CLOSE * abs(other)
+
+
+def _last_equation(completion: Completion) -> list[str]:
+    """Its sides, two or more; empty without an equation."""
     sentences = _SENTENCE_END.split(parse(completion.text).reasoning)
-    rows = [row.split("=") for sentence in sentences for row in _EQUATIONS.findall(sentence)]
-    lefts = [side for row in rows if (side := next(filter(str.strip, row[:-1]), ""))]
-    value = value_of(lefts[-1][-LONGEST:]) if lefts else None
-    return Score(float(value is not None and abs(value - gold) <= CLOSE * abs(gold)))
+    rows = [row for sentence in sentences for row in _EQUATIONS.findall(sentence)]
+    sides = [[side[-LONGEST:] for side in row.split("=") if side.strip()] for row in rows]
+    return next((row for row in reversed(sides) if len(row) > 1), [])
 
 
 def value_of(expression: str) -> Fraction | None:

@@ -58,6 +58,15 @@ def test_the_copy_draws_as_a_model_of_that_precision_and_follows_the_weights(pre
     assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
 
 
+def test_a_copy_of_weights_in_shares_is_let_go_of_after_each_drawing():
+    policy, config = ours(SHAPE), replace(engine_config(1, 3), sampler_precision="bf16")
+    sampler = BundledSampler((), 0, copy=Copy(config))
+    sampler.update(Whole(policy), 0)
+    for _ in range(2):
+        assert drawn(sampler.generate(tokens(3, 9, SHAPE).tolist(), PARAMS)) == expected(policy, "bf16")
+        assert sampler.copy is not None and sampler.copy.model is None
+
+
 def test_a_run_shows_the_gap(tmp_path):
     words = ["stage=grpo", "stage.max_steps=1", "stage.sampling.max_tokens=8", "stage.kl_coef=0"]
     gaps = []

@@ -61,7 +61,7 @@ def _call(name: str, of: Tensor, *arguments: Tensor | int | float | None) -> Non
     call(name, of.dtype == torch.bfloat16, *arguments)
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -102,43 +102,47 @@ def experts(
     check_tensor("routing weights", weights_NK, torch.float32, tokens, ANY)
     check_indices("chosen experts", experts_NK, experts, *weights_NK.shape)
     check_even(x_ND.dtype, width=width, inner=inner)
-    return _swiglus(x_ND, gate_up_EiD, down_EDI, weights_NK, experts_NK)
+    return _swiglus(x_ND, weights_NK, experts_NK, down_EDI, gate_up_EiD)
 
 
 def swiglu(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
     """down(silu(gate(x)) * up(x)) of x [..., D]."""
     check_floats("x", x)
-    width = x.shape[-1]
-    check_tensor("gate", gate_ID, x.dtype, ANY, width)
-    inner = len(gate_ID)
-    check_tensor("up", up_ID, x.dtype, inner, width)
-    check_tensor("down", down_DI, x.dtype, width, inner)
-    check_even(x.dtype, width=width, inner=inner)
-    gate_up = torch.cat([gate_ID, up_ID]).unsqueeze(0)
-    return _swiglus(_rows(x), gate_up, down_DI.unsqueeze(0), None, None).view_as(x)
+    check_tensor("gate", gate_ID, x.dtype, ANY, x.shape[-1])
+    check_tensor("up", up_ID, x.dtype, *gate_ID.shape)
+    check_tensor("down", down_DI, x.dtype, *gate_ID.shape[::-1])
+    check_even(x.dtype, width=x.shape[-1], inner=len(gate_ID))
+    return _swiglus(_rows(x), None, None, down_DI, gate_ID, up_ID).view_as(x)
 
 
-def _swiglus(x_ND: Tensor, gate_up_EiD: Tensor, down_EDI: Tensor, *routing_NK: Tensor | None) -> Tensor:
-    """`routing_NK`: weights and experts, or two times None for one expert that all tokens go through."""
-    (tokens, width), (experts, _, inner) = x_ND.shape, down_EDI.shape
-    top_k = 1 if routing_NK[1] is None else routing_NK[1].shape[1]
-    share = -(-tokens // torch.get_num_threads())
-    chunk = min(CHUNK, -(-share // 64) * 64)
+def _swiglus(x_ND: Tensor, *others: Any) -> Tensor:
+    """`others`: routing weights and experts (None for one that all tokens go through), down, and gate with up
+    or both. Apart, they are joined again in the backward pass: what is kept are the weights themselves."""
+    (_, experts_NK, down, *_), (tokens, width) = others, x_ND.shape
+    experts, top_k = (1, 1) if experts_NK is None else (len(down), experts_NK.shape[1])
+    inner, chunk = down.shape[-1], min(CHUNK, -(-tokens // (64 * torch.get_num_threads())) * 64)
     sizes = (tokens, top_k, experts, width, inner, chunk)
     rows = tokens * top_k + experts * (-(-tokens // chunk)) * 15  # groups are padded to 16
 
-    def run(x_ND: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = _contiguous(x_ND, *others)
+    def joined(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def run(*inputs: Any) -> tuple[Tensor | None, ...]:
+        x_ND, *routing, down = (own := _contiguous(*inputs))[:4]
         inner_ri, out_ND = x_ND.new_empty(rows, 2 * inner), x_ND.new_empty(tokens, width)
-        _call("experts_forward", x_ND, *sizes, *inputs, inner_ri, out_ND)
-        return out_ND, *inputs, inner_ri
+        _call("experts_forward", x_ND, *sizes, x_ND, joined(own[4:]), down, *routing, inner_ri, out_ND)
+        return out_ND, inner_ri, *own
 
-    def gradients(d_out_ND: Tensor, *kept: Tensor) -> tuple[Tensor | None, ...]:
-        found = [None if t is None else torch.empty_like(t) for t in kept[:4]]
-        _call("experts_backward", kept[0], *sizes, *kept, d_out_ND.contiguous(), *found)
-        return *found, None
+    def gradients(d_out_ND: Tensor, inner_ri: Tensor, *kept: Any) -> tuple[Tensor | None, ...]:
+        x_ND, weights_NK, experts_NK, down, *parts = kept
+        operands = (x_ND, joined(parts), down, weights_NK)
+        found: list[Any] = [None if t is None else torch.empty_like(t) for t in operands]
+        inputs = (*operands, experts_NK, inner_ri, d_out_ND.contiguous())
+        _call("experts_backward", x_ND, *sizes, *inputs, *found)
+        d_x_ND, d_gate_up, d_down, d_weights_NK = found
+        return d_x_ND, d_weights_NK, None, d_down, *d_gate_up.chunk(len(parts))
 
-    return _Differentiable.apply(run, gradients, x_ND, gate_up_EiD, down_EDI, *routing_NK)
+    return _Differentiable.apply(run, gradients, x_ND, *others)
 
 
 def attention(
@@ -202,8 +206,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     def run(x: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
         x_ND, weight_D = _rows(x), weight_D.contiguous()
         out, factors_N = x.new_empty(x.shape), torch.empty(x_ND.shape[0])
-        sizes = (*x_ND.shape, x_ND.stride(0))
-        _call("norm_forward", x, *sizes, float(eps), x_ND, weight_D, out, factors_N)
+        _call("norm_forward", x, *x_ND.shape, x_ND.stride(0), float(eps), x_ND, weight_D, out, factors_N)
         return out, x_ND, weight_D, factors_N
 
     def gradients(d_out: Tensor, x_ND: Tensor, weight_D: Tensor, factors_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,6 +296,5 @@ def logprobs_of(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     check_tensor("logits", logits_NV, torch.float32, ANY, ANY)
     check_indices("targets", targets_N, logits_NV.shape[1], len(logits_NV))
     logprobs_N = torch.empty(len(logits_NV))
-    logits_NV, targets_N = logits_NV.contiguous(), targets_N.contiguous()
-    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, logits_NV, targets_N, logprobs_N)
+    _call("logprobs_of_logits", logits_NV, *logits_NV.shape, *_contiguous(logits_NV, targets_N), logprobs_N)
     return logprobs_N

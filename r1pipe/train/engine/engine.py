@@ -7,6 +7,7 @@ Axis suffixes: L MoE layers, E routed experts.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
 from r1pipe.train.engine.frozen import ClosureRunner, evaluate
 from r1pipe.train.engine.gathered import Gathered
+from r1pipe.train.engine.memory import keeping_no_weights
 from r1pipe.train.engine.metrics import StepStats
 from r1pipe.train.engine.optimizer import adamw, deepspeed_config, lr_factor
 from r1pipe.train.engine.writing import Writer
@@ -71,7 +73,7 @@ class Engine(Gathered):
                 model=ClosureRunner(model),
                 optimizer=optimizer,
                 lr_scheduler=schedule,
-                config=deepspeed_config(config, optim.grad_clip),
+                config=deepspeed_config(config, optim.grad_clip, patches.share_of(model, self.world_size)),
                 mpu=self.pipeline.groups if self.pipeline else None,
                 dist_init_required=False,
             )
@@ -144,7 +146,8 @@ class Engine(Gathered):
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""
-        loss = self._ds(closure)
+        with keeping_no_weights() if self.zero_level == 3 else nullcontext():
+            loss = self._ds(closure)
         value = loss.item()
         if not math.isfinite(value):
             weight = math.nan

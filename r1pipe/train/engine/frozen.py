@@ -58,10 +58,11 @@ class FrozenModel(Ranks):
             self._pipeline = Pipeline(self.module, config, self.device)
         if config.zero_level == 3:
             deepspeed = patches.start_deepspeed(self.device)
+            share = patches.share_of(self.module, self.world_size)
             with self.patient():
                 self._runner, *_ = deepspeed.initialize(
                     model=ClosureRunner(self.module),
-                    config=deepspeed_config(config, grad_clip=0.0),
+                    config=deepspeed_config(config, 0.0, share),
                     dist_init_required=False,
                 )
 

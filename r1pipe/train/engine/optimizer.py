@@ -12,6 +12,15 @@ from r1pipe.config import EngineConfig, OptimConfig
 
 PIECE = 2**24  # elements converted to float32 at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ALL = 2**62
+PARTS = 4  # of a share
+LIMITS = {  # DeepSpeed's own, in elements
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_model_persistence_threshold": ALL,
+}
 NEVER = 10**12  # steps between DeepSpeed's own reports: ours are in metrics.jsonl
 
 
@@ -31,13 +40,18 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def deepspeed_config(config: EngineConfig, grad_clip: float) -> dict[str, Any]:
+def deepspeed_config(config: EngineConfig, grad_clip: float, share: int = ALL) -> dict[str, Any]:
+    """`share`: how many weights this rank has at ZeRO level 3. What it gathers ahead, keeps whole and reduces
+    at a time is at most a part of that; DeepSpeed's own limits would let it have all of a small model."""
+    zero: dict[str, Any] = {"stage": config.zero_level, "overlap_comm": False}
+    if config.zero_level == 3:
+        zero |= {name: min(limit, max(1, share // PARTS)) for name, limit in LIMITS.items()}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop's shares of the loss add up
         "managed_gradient_accumulation": False,  # step() is the boundary, after any number of backward()
         "gradient_clipping": grad_clip,
-        "zero_optimization": {"stage": config.zero_level, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision != "fp32"},

@@ -127,6 +127,11 @@ def elements(tensor: Tensor) -> int:
     return getattr(tensor, "ds_numel", tensor.numel())
 
 
+def share_of(model: nn.Module, ranks: int) -> int:
+    """The elements that each rank has of a model's weights, shared out or to be."""
+    return -(-sum(map(elements, model.parameters())) // ranks)
+
+
 @contextlib.contextmanager
 def without_zero3_hooks(ds: Any) -> Iterator[None]:
     """ZeRO-3's hooks release the weights after each layer, even inside GatheredParameters, and sampling would

@@ -22,6 +22,7 @@ from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored, eos_ids
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
+from r1pipe.train.engine.memory import return_freed_memory
 from r1pipe.train.engine.optimizer import deepspeed_config
 from r1pipe.train.engine.ranks import Ranks
 
@@ -140,6 +141,7 @@ def _started(config: EngineConfig) -> Ranks:
     ranks = Ranks(config)
     ranks.start()
     patches.start_deepspeed(ranks.device)
+    return_freed_memory()
     return ranks
 
 

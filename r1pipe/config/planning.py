@@ -45,7 +45,8 @@ class ClusterConfig(Strict):
     inter_node_gb_s: AboveZero  # bandwidth of each device to other machines, one direction
     bf16_efficiency: Efficiency  # share of the peak that BF16 and float32 products reach
     fp8_efficiency: Efficiency  # share of the peak that FP8 products reach
-    attention_efficiency: Efficiency  # share of the same peak that the attention core reaches, both passes
+    attention_efficiency: Efficiency  # share of the same peak that the attention core reaches, forward
+    attention_backward_efficiency: Efficiency  # the same, backward
     memory_efficiency: Efficiency  # share of the memory's bandwidth that a copy reaches
     link_efficiency: Efficiency  # share of a link's bandwidth that an all-to-all reaches
     sustained: Efficiency  # share of the speed of these parts that a whole training step keeps

@@ -125,7 +125,7 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     pipelines = cluster.devices // layout.pipeline
     tokens = layout.micro_batch * config.sequence_length // config.context_parallel
     micro_batches = math.ceil(config.batch_size * config.context_parallel / pipelines / layout.micro_batch)
-    counted = work(model, layout, cluster, config.sequence_length)
+    counted = work(model, layout, cluster, config.sequence_length, config.context_parallel)
     held = Held.of(model, layout, cluster)
     step = duration.training_step(counted, held, layout, cluster, tokens, micro_batches)
     if rollout is not None:

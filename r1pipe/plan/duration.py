@@ -141,18 +141,6 @@ def gathers(held: Held, layout: LayoutConfig, cluster: ClusterConfig, micro_batc
     return moved * held.copies * weights / link(cluster, crosses(held.dense_ranks, cluster))
 
 
-def decoding(work: Work, read: float, cached: float, rows: int, cluster: ClusterConfig) -> float:
-    """Seconds to sample a further token of `rows` completions together on one device, `read` bytes for it.
-
-    `cached`: tokens of each that are looked back on. Products are taken as in BF16. Latencies of kernels and
-    of all-to-alls are not counted: on GPUs, few rows and small models take longer.
-    """
-    peak = cluster.bf16_tflops * TERA
-    products = rows * (work.low + work.high) / (peak * cluster.bf16_efficiency)
-    attention = rows * work.lookup * cached / (peak * cluster.attention_efficiency)
-    return max(products + attention, read / bandwidth(cluster)) / cluster.sustained
-
-
 def exposed(layout: LayoutConfig, cluster: ClusterConfig) -> float:
     return 1 - cluster.hidden if layout.overlap else 1.0
 

@@ -182,6 +182,27 @@ def test_training_steps_measured_on_two_cores() -> None:
         assert step.total == pytest.approx(measured, rel=0.06), name
 
 
+@pytest.mark.parametrize(("name", "measured"), [("bench", 1015), ("laptop", 611)])
+def test_memory_measured_of_training_in_one_process(name: str, measured: float) -> None:
+    """`make bench` (docs/results.md), in MiB: one process of two threads, 16 x 256 tokens in BF16."""
+    model = shape(name)
+    words = ["cluster.devices=1", "layout.micro_batch=16", "layout.precision=bf16"]
+    phase = Phase(PhaseConfig("training", 4096, 256, 16, 1))
+    found = planner.planned(model, *planning([*ON_CORES, *words], model), phase)
+    assert found.memory.total == pytest.approx(measured * 2**20, rel=0.1)
+
+
+def test_a_heap_keeps_what_training_has_freed() -> None:
+    """On GPUs sampling takes it over."""
+    for machines, keeps in (("laptop", True), ("h100x8", False)):
+        words = ["stage=grpo", "recipe=laptop", f"cluster={machines}", "cluster.devices=2"]
+        *given, [phase] = shown.asked(words)
+        held = planner.planned(*given, phase).memory
+        training, sampling = held.activations + held.logits, held.sampler + held.cache
+        kept = held.buffers - given[1].reserved_gb * GIGA
+        assert kept == pytest.approx(min(training, sampling) if keeps else 0, abs=1)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "measured"),
     [("bench", 64, 0.318), ("bench", 256, 0.994), ("laptop", 64, 0.075), ("laptop", 256, 0.299)],

@@ -63,8 +63,10 @@ def row_of(run: StoredRun, cluster: ClusterConfig) -> Row:
     model, ranks = config.model, config.engine.ranks
     if record is None or "training" not in record.get("memory_gb", {}):
         raise ConfigError("its record has no memory_gb of training")
-    if not isinstance(model, ModelConfig) or ranks != cluster.devices:
-        raise ConfigError(f"it has {ranks} ranks of model={model.name}; give cluster.devices={ranks}")
+    if not isinstance(model, ModelConfig):
+        raise ConfigError("model=hf cannot be planned yet")
+    if ranks != cluster.devices:
+        raise ConfigError(f"it has {ranks} ranks; give cluster.devices={ranks}")
     steps = record["steps"]
     config = replace(config, stage=replace(config.stage, max_steps=steps))
     lines = [line for _, line in metric_lines(run.folder.metrics)]

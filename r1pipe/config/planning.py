@@ -49,9 +49,7 @@ class ClusterConfig(Strict):
     attention_backward_efficiency: Efficiency  # the same, backward
     memory_efficiency: Efficiency  # share of the memory's bandwidth that a copy reaches
     link_efficiency: Efficiency  # share of a link's bandwidth that an all-to-all reaches
-    layer_latency_us: (
-        NonNegative  # of a layer, beside reading its weights, where a token is decoded on one machine
-    )
+    layer_latency_us: NonNegative  # of a layer that decodes a token on one machine, beside reading weights
     far_layer_latency_us: NonNegative  # the same where machines decode a token together
     sustained: Efficiency  # share of the speed of these parts that a whole training step keeps
     hidden: Share  # share of communication that overlapping it with computing hides

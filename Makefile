@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu bench-checkpoint pretrain zero ui clean
+.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu bench-checkpoint bench-plan pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,6 +77,9 @@ bench-gpu: $(INSTALLED_BENCH) ## the same on a GPU, with a model of a billion pa
 
 bench-checkpoint: $(INSTALLED_DEV) ## a random model saved, resumed and exported on two ranks: seconds and memory
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" OMP_NUM_THREADS=1 $(BIN)/python -m bench.checkpoint $(ARGS)
+
+bench-plan: $(INSTALLED_DEV) ## finished runs (ARGS="--root DIR") beside the planner: memory of a rank, seconds of a step
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.plans $(ARGS)
 
 zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
 	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from r1pipe.cli import planning as shown
 from r1pipe.cli.commands import app
+from r1pipe.config.planning import check_layout
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan import planner, sizes
 from r1pipe.plan.memory import Memory
@@ -96,6 +97,24 @@ def test_a_server_elsewhere_takes_no_memory_and_one_here_its_share() -> None:
     assert (here.sampler, here.cache) == (0, pytest.approx(16e9))
     assert here.total - elsewhere.total == pytest.approx(16e9 - elsewhere.activations - elsewhere.logits)
     assert held("engine.sampler=bundled").sampler > 20e9
+
+
+def test_a_server_decodes_on_as_many_gpus_as_its_arguments_say() -> None:
+    words = ["stage=grpo", "recipe=node", "cluster=h100x8"]
+    found = [
+        shown.asked([*words, *more])[2].sampler_ranks
+        for more in (
+            [],
+            ["sampler.args=['--tensor-parallel-size=4']"],
+            ["engine.sampler=bundled", "sampler.args=[]"],
+        )
+    ]
+    assert found == [8, 4, 1]
+    with pytest.raises(ConfigError, match=r"sampler.args: --tensor-parallel-size is all; give a number"):
+        shown.asked([*words, "sampler.args=[-tp, all]"])
+    with pytest.raises(ConfigError, match=r"layout.sampler_ranks=3 must divide cluster.devices=8"):
+        model, cluster, layout, _ = shown.asked([*words, "layout.sampler_ranks=3"])
+        check_layout(layout, cluster, model)
 
 
 def test_the_page_shows_every_part(tmp_path: Path) -> None:

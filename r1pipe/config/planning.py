@@ -45,9 +45,12 @@ class ClusterConfig(Strict):
     inter_node_gb_s: AboveZero  # bandwidth of each device to other machines, one direction
     bf16_efficiency: Efficiency  # share of the peak that BF16 and float32 products reach
     fp8_efficiency: Efficiency  # share of the peak that FP8 products reach
-    attention_efficiency: Efficiency  # share of the same peak that the attention core reaches, both passes
+    attention_efficiency: Efficiency  # share of the same peak that the attention core reaches, forward
+    attention_backward_efficiency: Efficiency  # the same, backward
     memory_efficiency: Efficiency  # share of the memory's bandwidth that a copy reaches
     link_efficiency: Efficiency  # share of a link's bandwidth that an all-to-all reaches
+    layer_latency_us: NonNegative  # of a layer that decodes a token on one machine, beside reading weights
+    far_layer_latency_us: NonNegative  # the same where machines decode a token together
     sustained: Efficiency  # share of the speed of these parts that a whole training step keeps
     hidden: Share  # share of communication that overlapping it with computing hides
     usd_per_hour: NonNegative  # price of a device
@@ -82,6 +85,7 @@ class LayoutConfig(Strict):
     moments: Literal["fp32", "bf16"]  # AdamW's
     gradient_bytes: Annotated[int, Field(ge=2, le=8)]  # of a weight's gradient, in memory and on the links
     fp8_dispatch: bool  # tokens go to their experts in FP8; back always in BF16
+    sampler_ranks: Positive  # ranks that decode together in tensor parallelism; 1: each for itself
     prompt_tokens: Positive  # mean length of prompts in reinforcement
     completion_share: Efficiency  # mean length of completions, as a share of stage.sampling.max_tokens
     mfu: Efficiency | None  # reckon with this share of the BF16 peak alone; null: with all parts of a step
@@ -106,6 +110,8 @@ def layout_rules(layout: LayoutConfig, cluster: ClusterConfig, model: ModelConfi
             f"{layout.expert_parallel=} must divide the {ranks} ranks beside each other in the pipeline "
             f"(cluster.devices={cluster.devices} over layout.pipeline={layout.pipeline})"
         )
+    if cluster.devices % layout.sampler_ranks:
+        yield f"{layout.sampler_ranks=} must divide {cluster.devices=}"
     if layout.precision == "fp8" and cluster.fp8_tflops is None:
         yield f"layout.precision=fp8: cluster={cluster.name} has no FP8; set layout.precision=bf16"
     for phase in layout.phases:

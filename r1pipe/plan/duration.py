@@ -19,7 +19,8 @@ class Seconds:
     products: float = 0.0
     attention: float = 0.0
     memory: float = 0.0  # norms, SwiGLU, rotations, sorting rows by expert: what waits for memory
-    all_to_all: float = 0.0  # not hidden behind computing
+    all_to_all: float = 0.0  # of tokens to their experts, not hidden behind computing
+    exchange: float = 0.0  # between ranks that share a sequence, before and after attention; never hidden
     bubble: float = 0.0
     gathers: float = 0.0  # of weights and gradients over the ranks that share them, not hidden
     optimizer: float = 0.0
@@ -40,21 +41,34 @@ def of_tokens(work: Work, layout: LayoutConfig, cluster: ClusterConfig, backward
     """Of a token's passes through all layers on one device, at the speeds of single kernels."""
     full, selective = (backward and layout.recompute == how for how in ("full", "selective"))
     passes = 1 + BACKWARD * backward + full
-    peak = TERA * (cluster.fp32_tflops if layout.precision == "fp32" else cluster.bf16_tflops)
-    high = low = peak * cluster.bf16_efficiency
-    if layout.precision == "fp8" and cluster.fp8_tflops is not None:
-        low = cluster.fp8_tflops * TERA * cluster.fp8_efficiency
+    low, high = speeds(layout, cluster)
     products = (passes * work.low + selective * work.again) / low + passes * work.high / high
-    attention = (1 + ATTENTION_BACKWARD * backward + full) * work.attention
+    attention = (1 + full) * work.attention / cluster.attention_efficiency
+    attention += ATTENTION_BACKWARD * backward * work.attention / cluster.attention_backward_efficiency
     moved = (1 + TRAFFIC_BACKWARD * backward + full) * work.traffic + selective * work.traffic_again
     far = crosses(layout.expert_parallel, cluster)
     sending = (1 + backward + full) * work.sent / link(cluster, far)
+    exchanged = (1 + backward + full) * work.exchanged + selective * work.exchanged_again
     return Seconds(
         products=products,
-        attention=attention / (peak * cluster.attention_efficiency),
+        attention=attention / peak(layout, cluster),
         memory=moved / bandwidth(cluster),
         all_to_all=sending * exposed(layout, cluster),
+        exchange=exchanged / link(cluster, crosses(work.sharing, cluster)),
     )
+
+
+def peak(layout: LayoutConfig, cluster: ClusterConfig) -> float:
+    """FLOPs a second of what is not in FP8."""
+    return TERA * (cluster.fp32_tflops if layout.precision == "fp32" else cluster.bf16_tflops)
+
+
+def speeds(layout: LayoutConfig, cluster: ClusterConfig) -> tuple[float, float]:
+    """FLOPs a second of the products that FP8 speeds up, and of the others."""
+    high = peak(layout, cluster) * cluster.bf16_efficiency
+    if layout.precision == "fp8" and cluster.fp8_tflops is not None:
+        return cluster.fp8_tflops * TERA * cluster.fp8_efficiency, high
+    return high, high
 
 
 def training_step(
@@ -67,7 +81,7 @@ def training_step(
     busy = Seconds().plus(of_tokens(work, layout, cluster, backward=True), passed)
     step = busy.plus(
         Seconds(
-            bubble=busy.total * bubble(layout, micro_batches),
+            bubble=bubble(layout, Passes.of(work, layout, cluster, tokens)),
             gathers=gathers(held, layout, cluster, micro_batches) * exposed(layout, cluster),
             optimizer=2 * (held.states.moments + held.states.weights) / bandwidth(cluster),
         )
@@ -75,24 +89,44 @@ def training_step(
     return Seconds().plus(step, 1 / cluster.sustained)
 
 
-def bubble(layout: LayoutConfig, micro_batches: int) -> float:
-    """Waiting over working, where a backward pass takes twice a forward pass and half of it is by weights.
+@dataclass(frozen=True)
+class Passes:
+    """Seconds of a micro-batch's passes through all that one rank of a pipeline has."""
 
-    F = 1, B = 2, W = 1, F&B = 3 (the table of DeepSeek-V3's section 3.2.1; Megatron's for virtual stages).
+    forward: float
+    backward: float  # by inputs and by weights
+    weights: float  # of it, what can wait: products alone, as attention has no weights
+
+    @classmethod
+    def of(cls, work: Work, layout: LayoutConfig, cluster: ClusterConfig, tokens: int) -> "Passes":
+        """Of `tokens` on each rank."""
+        each = tokens / layout.pipeline  # as if each had gone through all layers
+        forward, both = (of_tokens(work, layout, cluster, backward).total for backward in (False, True))
+        low, high = speeds(layout, cluster)
+        return cls(each * forward, each * (both - forward), each * (work.low / low + work.high / high))
+
+
+def bubble(layout: LayoutConfig, one: Passes) -> float:
+    """Seconds that a rank waits in a step.
+
+    The formulas of DeepSeek-V3's table 2, Megatron's for virtual stages, and r1pipe.plan.timeline's for zbv;
+    zbv and dualpipev have two stages of half the layers on each rank. Passes that overlap take as long as one
+    after the other, less what of communication is hidden.
     """
-    ranks, working = layout.pipeline, 3.0 * micro_batches
+    ranks, halves = layout.pipeline, layout.pipeline / 2
+    forward, backward, weights = one.forward, one.backward, one.weights
     match layout.schedule:
         case "1f1b":
-            waiting = (ranks - 1) * 3.0 / layout.virtual_stages
+            waiting = (ranks - 1) * (forward + backward) / layout.virtual_stages
         case "zb1p":
-            waiting = (ranks - 1) * 1.0
-        case "zbv":  # a rank begins after another; two stages of half the layers on each
-            waiting = (ranks - 1) * 0.5
+            waiting = (ranks - 1) * (forward + backward - 2 * weights)
+        case "zbv":
+            waiting = (ranks - 1) * max(forward, backward - weights, weights) / 2
         case "dualpipe":
-            waiting = (ranks / 2 - 1) * 2.0
-        case _:  # dualpipev: two stages of half the layers on each rank
-            waiting = (ranks - 1) * 1.0
-    return max(0.0, waiting) / working
+            waiting = (halves - 1) * (forward + 2 * backward - 3 * weights)
+        case _:  # dualpipev, as dualpipe on twice the ranks
+            waiting = (ranks - 1) * (forward + 2 * backward - 3 * weights) / 2
+    return max(0.0, waiting)
 
 
 def gathers(held: Held, layout: LayoutConfig, cluster: ClusterConfig, micro_batches: int) -> float:
@@ -105,18 +139,6 @@ def gathers(held: Held, layout: LayoutConfig, cluster: ClusterConfig, micro_batc
         moved = micro_batches * (held.gradient + 2.0 * held.weight)
     weights = held.dense * (1 - 1 / held.dense_ranks) + held.experts * (1 - 1 / held.expert_ranks)
     return moved * held.copies * weights / link(cluster, crosses(held.dense_ranks, cluster))
-
-
-def decoding(work: Work, read: float, cached: float, rows: int, cluster: ClusterConfig) -> float:
-    """Seconds to sample a further token of `rows` completions together on one device, `read` bytes for it.
-
-    `cached`: tokens of each that are looked back on. Products are taken as in BF16. Latencies of kernels and
-    of all-to-alls are not counted: on GPUs, few rows and small models take longer.
-    """
-    peak = cluster.bf16_tflops * TERA
-    products = rows * (work.low + work.high) / (peak * cluster.bf16_efficiency)
-    attention = rows * work.lookup * cached / (peak * cluster.attention_efficiency)
-    return max(products + attention, read / bandwidth(cluster)) / cluster.sustained
 
 
 def exposed(layout: LayoutConfig, cluster: ClusterConfig) -> float:

@@ -11,7 +11,8 @@ from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, lay
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan import duration, sizes
 from r1pipe.plan.duration import Seconds
-from r1pipe.plan.memory import GIGA, Held, Memory, Rollout, decoder_weights, memory
+from r1pipe.plan.memory import GIGA, Held, Memory, Rollout, memory
+from r1pipe.plan.sampling import rollout_step
 from r1pipe.plan.work import work
 
 HOUR = 3600.0
@@ -125,44 +126,26 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     pipelines = cluster.devices // layout.pipeline
     tokens = layout.micro_batch * config.sequence_length // config.context_parallel
     micro_batches = math.ceil(config.batch_size * config.context_parallel / pipelines / layout.micro_batch)
-    counted = work(model, layout, cluster, config.sequence_length)
-    held = Held.of(model, layout, cluster)
-    step = duration.training_step(counted, held, layout, cluster, tokens, micro_batches)
+    counted = work(model, layout, cluster, config.sequence_length, config.context_parallel)
+    states = Held.of(model, layout, cluster)
+    step = duration.training_step(counted, states, layout, cluster, tokens, micro_batches)
     if rollout is not None:
         passed = tokens * micro_batches / layout.pipeline / rollout.epochs
         step = step.plus(rollout_step(model, cluster, layout, rollout, passed))
         tokens = max(tokens, rollout.longest)  # one row may be as long
     flops = 3 * counted.forward * config.batch_size * config.sequence_length
+    held = memory(model, layout, cluster, tokens, micro_batches, rollout)
+    if cluster.unit == "core":  # the C library keeps what training or sampling has freed
+        kept = min(held.activations + held.logits, held.sampler + held.cache)
+        held = replace(held, buffers=held.buffers + kept)
     return Planned(
         phase,
         step,
-        memory(model, layout, cluster, tokens, micro_batches, rollout),
+        held,
         cluster.devices,
         flops,
         cluster.devices * cluster.bf16_tflops * duration.TERA,
     )
-
-
-def rollout_step(
-    model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, rollout: Rollout, passed: float
-) -> Seconds:
-    """An optimizer step's share of sampling, and the reference's pass over `passed` tokens of a rank."""
-    whole = replace(model, num_nextn_predict_layers=0)
-    counted = work(whole, layout, cluster, rollout.prompt + rollout.mean)
-    forward = Seconds().plus(
-        duration.of_tokens(counted, layout, cluster, backward=False), 1 / cluster.sustained
-    )
-    rows, cached = rollout.rows(cluster.devices), rollout.prompt + rollout.mean / 2
-    weight = sizes.weight_bytes(layout.precision)
-    entry = weight * model.num_hidden_layers * sizes.cache_entry(model)
-    read = weight * decoder_weights(model, layout) + rows * entry * cached
-    rounds = math.ceil(rollout.completions / cluster.devices / rows)
-    decoded = (rounds - 1) * rollout.mean + rollout.longest
-    sampling = decoded * duration.decoding(counted, read, cached, rows, cluster)
-    # a prompt is read once for its whole group
-    sampling += math.ceil(rollout.prompts / cluster.devices) * rollout.prompt * forward.total
-    scored = passed if rollout.reference else 0.0
-    return Seconds(sampling=sampling / rollout.steps).plus(forward, scored)
 
 
 def search(

@@ -1,6 +1,7 @@
 """What a stage's own config says to the planner: its steps, and how the engine would spread it."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from r1pipe.config import FineTuneConfig, PretrainConfig, RLConfig, RunConfig
@@ -9,6 +10,8 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.plan.memory import Rollout
 from r1pipe.plan.planner import Phase
 from r1pipe.runs.reward_model_quality import KINDS
+
+TENSOR_PARALLEL = ("--tensor-parallel-size", "--tensor_parallel_size", "-tp")  # vLLM's argument
 
 
 def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -22,11 +25,22 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
         "schedule": engine.schedule,
         "moments": engine.moments,
         "recompute": "full" if engine.recompute else "none",
+        "sampler_ranks": _decoding_together(config),
     }
     if isinstance(stage, PretrainConfig | FineTuneConfig):  # all rows of a rank at once
         rows = math.ceil(stage.batch_size / cluster.devices / engine.gradient_accumulation)
         values["micro_batch"] = rows
     return values
+
+
+def _decoding_together(config: RunConfig) -> int:
+    """The tensor parallelism of a vLLM server that the run starts. One that runs already may have another:
+    layout.sampler_ranks. Raises ConfigError where it is no number."""
+    words = " ".join(config.sampler.args if config.engine.sampler == "vllm" else ()).replace("=", " ").split()
+    ranks = [after for word, after in pairwise(words) if word in TENSOR_PARALLEL]
+    if ranks and not ranks[-1].isdigit():
+        raise ConfigError(f"sampler.args: {TENSOR_PARALLEL[0]} is {ranks[-1]}; give a number of GPUs")
+    return int(ranks[-1]) if ranks else 1
 
 
 def _server(config: RunConfig) -> float | None:

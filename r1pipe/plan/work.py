@@ -35,6 +35,12 @@ class Work:
     # what selective recomputation does again in the backward pass
     again: float  # FLOPs of products that FP8 speeds up
     traffic_again: float  # bytes
+    # what ranks that share a sequence exchange, so that each has all tokens of a part of the heads
+    sharing: int = 1  # ranks
+    exchanged: float = 0.0  # bytes to other ranks, of queries, keys, values and results in every layer
+    exchanged_again: float = (
+        0.0  # bytes, of queries, keys and values that selective recomputation makes again
+    )
 
     @property
     def forward(self) -> float:
@@ -42,15 +48,19 @@ class Work:
         return self.low + self.high + self.attention
 
 
-def work(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, length: int) -> Work:
-    """Of a token in a sequence of `length` tokens, multi-token prediction included."""
+def work(
+    model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, length: int, sharing: int = 1
+) -> Work:
+    """Of a token in a sequence of `length` that `sharing` ranks share, multi-token prediction included."""
     one, moe, extra = Weights.of(model), moe_layers(model), model.num_nextn_predict_layers
     layers = model.num_hidden_layers + extra
     products = layers * one.attention + model.first_k_dense_replace * one.dense
     products += moe * visited(model) * one.expert + extra * one.joining
-    heads = model.num_attention_heads
+    heads, value = model.num_attention_heads, model.v_head_dim
+    key = model.qk_nope_head_dim + model.qk_rope_head_dim
     # a token looks back on half the sequence, on average
-    core = length * heads * (model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim)
+    core = length * heads * (key + value)
+    exchanging = layers * heads * HALF * elsewhere(sharing, cluster)
     each = 2 * weight_bytes(layout.precision)  # written and read
     elements = stored(model, "none") + extra * layer_elements(model, False)[1]
     dense, sparse = recomputed(model)
@@ -63,7 +73,16 @@ def work(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, lengt
         sent=moe * sent(model, layout, cluster),
         again=2 * layers * one.up_projections,
         traffic_again=each * (model.first_k_dense_replace * dense + moe * sparse),
+        sharing=sharing,
+        exchanged=exchanging * 2 * (key + value),
+        exchanged_again=exchanging * (2 * key + value),
     )
+
+
+def elsewhere(ranks: int, cluster: ClusterConfig) -> float:
+    """Share of an all-to-all's bytes that leave the device, or the machine where the ranks sit on several."""
+    places = ranks // cluster.devices_per_node if crosses(ranks, cluster) else ranks
+    return (places - 1) / places
 
 
 def sent(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig) -> float:
@@ -81,9 +100,9 @@ def sent(model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig) -> fl
     else:  # the expected number of places that the kept groups lie on
         allowed = places * (1 - comb(groups - groups // places, kept) / comb(groups, kept))
     reached = allowed * (1 - (1 - 1 / allowed) ** model.num_experts_per_tok)
-    elsewhere = reached * (places - 1) / places
+    leaving = reached * (places - 1) / places
     each = (1 + SCALE if layout.fp8_dispatch else HALF) + HALF
-    return elsewhere * each * model.hidden_size
+    return leaving * each * model.hidden_size
 
 
 def crosses(ranks: int, cluster: ClusterConfig) -> bool:

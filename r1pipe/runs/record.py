@@ -109,6 +109,7 @@ class Result(TypedDict, total=False):
 
     wall_s: FiniteFloat
     seconds: dict[str, FiniteFloat]  # by phase
+    memory_gb: dict[str, FiniteFloat]  # most that a rank held, of its GPU or process: until trained; in all
     steps: int
     data_hash: str | None  # of what was trained on
     metrics: Metrics

@@ -76,6 +76,7 @@ def finish_stage(
 ) -> None:
     """The full evaluation, then the record. `data_hash`: of the training data, if not the source's; `extra`:
     more metrics for the record."""
+    run.note_memory("training")
     with run.phase("evaluating"):
         evaluation = measure(run, engine, engine, checkpoints.step_of(checkpoint), run.stage.eval)
     metrics: Metrics = {**evaluation.metrics, **(extra or {})}

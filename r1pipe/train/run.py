@@ -70,6 +70,7 @@ class Run(Resumable[S]):
     def __init__(self, folder: RunFolder, config: RunConfig, stage: S):
         super().__init__(folder, config, stage)
         limits.use(stage.code)
+        self.memory_gb: dict[str, float] = {}  # of this session
         self._progressed: dict[str, float] = {}
         for subfolder in (folder.checkpoints, folder.data):
             subfolder.mkdir(parents=True, exist_ok=True)
@@ -168,12 +169,17 @@ class Run(Resumable[S]):
         self.data = source
         return source
 
+    def note_memory(self, until: str) -> None:
+        """The most that a rank has held so far; all ranks call."""
+        self.memory_gb[until] = round(Ranks(self.config.engine).peak_memory() / 1e9, 3)
+
     def finish(
         self, checkpoint: Path, metrics: Metrics, samples: list[dict[str, Any]], data_hash: str | None = None
     ) -> None:
         """Write evaluation.json, samples.json and, last, record.json: its presence means done. `data_hash`:
         of the training data, if it is not the source's."""
         self.saved()
+        self.note_memory("all")
         if self.rank != 0:
             return
         self.launch.check()
@@ -182,6 +188,7 @@ class Run(Resumable[S]):
         result: Result = {
             "wall_s": round(self.elapsed(), 3),
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+            "memory_gb": self.memory_gb,
             "steps": checkpoints.step_of(checkpoint),
             "data_hash": data_hash or self.data.hash,
             "metrics": metrics,

@@ -9,6 +9,8 @@ so that ranks do come together; DeepSpeed has as much time where it starts, save
 
 import atexit
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -111,6 +113,13 @@ class Ranks:
         with waiting():
             dist.all_reduce(greatest, dist.ReduceOp.MAX, group=_control)
             return int(greatest)
+
+    def peak_memory(self) -> int:
+        """Bytes that the rank which needed most held at its peak: of its GPU, or of its process."""
+        if self.device.type == "cuda":
+            return self.agree_max(torch.cuda.max_memory_reserved(self.device))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return self.agree_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
     def all_gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value, in order of ranks (pickled between this job's own processes)."""

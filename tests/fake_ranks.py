@@ -19,6 +19,7 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 POLL_S = 0.3  # DeepSpeed's launcher: 1 s
 WORK_S = 0.02
 SLOW_S = 0.5
+PRODUCT_S, OTHERS = 1.0, 6
 
 
 def work(pieces: int) -> None:
@@ -65,6 +66,22 @@ def save_slowly() -> None:
         hang()
 
 
+def compute_starved() -> None:
+    """Computes for longer than a silent rank may take, as others have most of its core; then hangs."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(OTHERS)]
+    began, wall = time.process_time(), time.monotonic()
+    with heartbeat.at("a long product"):
+        while time.process_time() - began < PRODUCT_S:
+            pass
+    for other in others:
+        other.kill()
+        other.wait()
+    (Path(sys.argv[1]) / "took").write_text(str(time.monotonic() - wall))
+    with heartbeat.at("after it"):
+        hang()
+
+
 def wait_for_nobody() -> None:
     """In a collective that the other ranks never enter."""
     with heartbeat.waiting():
@@ -80,6 +97,7 @@ FAULTS = {
     "hangs_while_saving": hang_while_saving,
     "hangs_in_a_compiler": hang_in_a_compiler,
     "saves_slowly": save_slowly,
+    "starved": compute_starved,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "crashes": crash,

@@ -174,6 +174,10 @@ def test_the_hash_follows_what_is_computed_and_nothing_else() -> None:
         ("stag.max_steps=3", "did you mean stage.max_steps?"),
         ("+stage.maxsteps=3", "did you mean max_steps?"),
         ("stage.rewards.weights.acuracy=1", "did you mean stage.rewards.weights.accuracy?"),
+        (
+            "stage.rewards.weights.lenght=1",
+            "lenght is no key of the config; known: accuracy, format,",
+        ),
         ("hydra.run.dir=x", "hydra.run.dir is no key of the config"),
         ("+weights_from=x", "weights_from is no key of the config"),
         ("stage.max_steps=many", "stage.max_steps=many is text, but must be a whole number"),

@@ -1,11 +1,16 @@
 """What a run's models take, by the estimate and in truth; the disk that is asked for before a job."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import House
+from hf_models import write_model
 from rl_runs import go
 from tiny_runs import load_stage, tiny_config, tiny_run
 
@@ -139,6 +144,44 @@ def test_ranks_that_share_out_experts_hold_fewer_of_them() -> None:
         less = footprint.states(whole) - footprint.states(shared)
         assert less == bytes_of_a_weight * sizes.routed(whole.model) / 2
         assert footprint.checkpoint_bytes(whole) == footprint.checkpoint_bytes(shared)
+
+
+# --- adapters
+
+GIVES_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "1000000"
+}  # glibc gives back what is freed, so that what is held counts
+MIDDLE = {  # 33M weights
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["cold_start", "grpo"])
+def test_adapters_take_the_memory_of_their_share(stage: str, tmp_path: Path) -> None:
+    """In reinforcement with a KL reference, which is a second copy of the model where there are none."""
+    write_model(tmp_path / "small", "llama", max_position_embeddings=256)
+    write_model(tmp_path / "model", "llama", max_position_embeddings=256, **MIDDLE)
+    script, told = Path(__file__).with_name("adapters_memory.py"), {}
+    for words in ((), ("model.lora.rank=16",)):
+        line = [sys.executable, str(script), str(tmp_path), stage, *words]
+        paths = f"{script.parent.parent}:{script.parent}"
+        environment = {**os.environ, **GIVES_BACK, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+        told[words] = json.loads(done.stdout.splitlines()[-1])
+    plain, adapted = (found["found"]["update"] for found in told.values())
+    estimates = [found["estimate"] for found in told.values()]
+    assert adapted == pytest.approx(estimates[1], rel=0.1), told
+    assert 0.8 < plain / estimates[0] < 1.1, told
+    weights = 33.4e6 * 4 / footprint.MEBIBYTE
+    saved = (
+        3 if stage == "grpo" else 2
+    ) * weights  # moments and the reference; gradients come at another time
+    assert plain - adapted > 0.75 * saved, told
 
 
 # --- room

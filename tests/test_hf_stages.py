@@ -21,14 +21,13 @@ from r1pipe.launch.parents import with_parents
 from r1pipe.runs import results
 from r1pipe.runs.files import read_object
 
+COLD = "cold_start-s0-1"
 SMALL = [
     "recipe=smoke",
-    "data=gsm8k",
     "tracking=none",
     "engine.ranks=1",
     "engine.threads=1",
     "stage.save_every=1",
-    "stage.eval.general=0",
 ]
 
 
@@ -41,13 +40,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(40)
     ]
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run_stage(place, "cold", "cold_start", "sft.py", "engine.zero_level=2")
+    run_stage(place, COLD, "cold_start", "sft.py", "engine.zero_level=2")
     return place
 
 
 def run_stage(place: Path, name: str, stage: str, script: str, *more: str) -> RunFolder:
-    paths = [f"root={place}", f"model.path={place / 'model'}", f"data.path={place / 'rows.jsonl'}"]
-    config = compose([f"stage={stage}", "model=hf", *SMALL, *paths, *more]).config
+    words = [*SMALL, f"root={place}", f"model.path={place / 'model'}"]
+    if "data=world" not in more:
+        words += ["data=gsm8k", f"data.path={place / 'rows.jsonl'}", "stage.eval.general=0"]
+    config = compose([f"stage={stage}", "model=hf", *words, *more]).config
     folder = write_run(place / name, with_parents(config))
     runpy.run_path(str(stages_dir() / script))["main"](str(folder))
     return RunFolder(folder)
@@ -72,7 +73,7 @@ def same_weights(one: RunFolder, other: RunFolder) -> bool:
 def test_a_cold_start_leaves_what_transformers_loads(place: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = RunFolder(place / "cold")
+    run = RunFolder(place / COLD)
     folder = run.checkpoint(2)
     parent = read_object(run.config)["weights_from"]
     assert Path(parent["checkpoint"]).parent == place / "imported" and run.record.exists()
@@ -90,12 +91,12 @@ def test_a_cold_start_leaves_what_transformers_loads(place: Path) -> None:
 
 
 def test_a_resumed_cold_start_has_the_same_bits(place: Path) -> None:
-    run = RunFolder(place / "cold")
+    run = RunFolder(place / COLD)
     assert same_weights(run, resumed(run, "sft.py"))
 
 
 def test_grpo_samples_what_it_trains_and_resumes_with_the_same_bits(place: Path) -> None:
-    rows = ["stage.eval.every=0", "stage.reference_every=1", f"parent={place / 'cold'}"]
+    rows = ["stage.eval.every=0", "stage.reference_every=1", f"parent={place / COLD}"]
     run = run_stage(place, "rl", "grpo", "grpo.py", *rows)
     steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [step["sampling/sampling_logp_difference/mean"] < 1e-4 for step in steps] == [True, True]
@@ -143,6 +144,49 @@ def test_adapters_go_through_the_stages_and_leave_whole_weights(place: Path, tmp
 def test_the_reference_of_adapters_is_their_base(place: Path) -> None:
     """A copy of the model as reference, and the model without its adapters, give the same KL."""
     more = ["stage.eval.every=0", "stage.reference_every=0", "stage.minibatches=1", *ADAPTERS]
-    run = run_stage(place, "lora-kl", "grpo", "grpo.py", f"parent={place / 'cold'}", *more)
+    run = run_stage(place, "lora-kl", "grpo", "grpo.py", f"parent={place / COLD}", *more)
     steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert steps[0]["kl"] < 1e-6 < steps[1]["kl"]
+
+
+def critic_of(run: RunFolder) -> dict[str, torch.Tensor]:
+    state = run.checkpoint(2) / "engine" / "critic" / "state" / "mp_rank_00_model_states.pt"
+    return torch.load(state, weights_only=False)["module"]
+
+
+@pytest.mark.parametrize("level", [0, 2])
+def test_ppo_trains_adapters_of_policy_and_value_model(place: Path, level: int) -> None:
+    more = ["stage.algorithm=ppo", "stage.eval.every=0", "stage.minibatches=1", f"engine.zero_level={level}"]
+    more += ["stage.kl_coef=0.1", "stage.reference_every=1", f"parent={place / COLD}", *ADAPTERS]
+    run = run_stage(place, f"lora-ppo-{level}", "grpo", "grpo.py", *more)
+    steps = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert steps[0]["value/mean"] == 0.0 != steps[1]["value/mean"]
+    assert [step["kl"] < 1e-4 for step in steps] == [True, True], "the reference follows after each step"
+    again = resumed(run, "grpo.py")
+    assert same_weights(run, again)
+    values, others = critic_of(run), critic_of(again)
+    assert values.keys() == others.keys() and all(torch.equal(values[key], others[key]) for key in values)
+    assert all("lora_" in name or "score" in name for name in values), "the trunk is the parent's"
+    assert any(values[name].any() for name in values if "lora_B" in name), "it learns"
+    assert (
+        load_file(run.checkpoint(2) / "model.safetensors").keys()
+        == load_file(place / "model" / "model.safetensors").keys()
+    ), "merged"
+
+
+def test_a_student_learns_through_adapters(place: Path) -> None:
+    """Rejection sampling and distillation: the student is the folder, its teacher the reinforced model."""
+    words = ["data=world", "stage.eval.problems=2", *ADAPTERS]
+    run_stage(
+        place, "rejection_sft-s0-1", "rejection_sft", "rejection_sft.py", "stage.reads=[cold_start]", *words
+    )
+    run = run_stage(place, "lora-distill", "distill", "distill.py", *words)
+    parents = read_object(run.record)["parents"]
+    assert [data["run_id"] for data in parents["data"]] == ["rejection_sft-s0-1"]
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (place / "model", run.checkpoint(2))
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all("_proj" in name for name in changed)
+    assert (run.checkpoint(2) / "adapter" / "adapter_config.json").is_file()
+    assert same_weights(run, resumed(run, "distill.py"))

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 from fakes import House
+from forked import wait_until
 
 from r1pipe.cli import scripts
 from r1pipe.config import read_config
 from r1pipe.core.errors import CheckpointError
+from r1pipe.core.paths import RunFolder
 from r1pipe.runs.lineage.lookup import with_relocated_parents
 
 
@@ -85,3 +88,29 @@ def test_a_job_started_by_hand_in_a_moved_root_finds_its_parents_and_refuses_oth
     manifest.write_text(json.dumps({"files": {"model.safetensors": "00"}}))
     with pytest.raises(CheckpointError, match=f"is not the checkpoint that {cold.name} had"):
         with_relocated_parents(config, there.root)
+
+
+def test_a_run_whose_folder_is_moved_while_its_job_runs_is_ended_with_one_line(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("FAKE", "wait")
+
+    def move() -> None:
+        wait_until(lambda: list(house.root.glob("*/waiting")), "the job")
+        house.runs()[0].rename(tmp_path / "away")
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    assert house.call("run", "stage=pretrain") == 2
+    thread.join()
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "pretrain-s0" in told.splitlines()[-1] and "was moved or removed while" in told.splitlines()[-1]
+    assert not house.runs(), "nothing is written where it was"
+    run = house.root / told.splitlines()[-1].split(" was moved")[0].rpartition("/")[2]
+    run.parent.mkdir(exist_ok=True)
+    (tmp_path / "away").rename(run)
+    RunFolder(run).pid.unlink()  # names this process, which is not gone as the command's would be
+    monkeypatch.setenv("FAKE", "ok")
+    assert house.call("run", "stage=pretrain") == 0
+    assert house.runs() == [run] and (run / "record.json").exists()

@@ -152,6 +152,51 @@ def test_saving_shows_work_and_a_save_that_hangs_is_named_without_more_patience(
     assert "rank 1 stuck in after saving, step 3" in ended.line
 
 
+def test_a_rank_without_a_core_is_not_stuck_however_long_it_takes(tmp_path):
+    ended = end_of("starved", tmp_path, 2)
+    assert float((ended.run.path / "took").read_text()) > STUCK_AFTER_S
+    assert "rank 1 stuck in after it, step 3: no sign of work for" in ended.line
+
+
+def test_seconds_without_a_core_do_not_count_as_silence(tmp_path, monkeypatch):
+    run, clock = RunFolder(tmp_path / "run"), [1000.0]
+    run.log.mkdir(parents=True)
+    monkeypatch.setattr("r1pipe.launch.watch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("r1pipe.launch.watch.collect_stacks", lambda run, beats: {})
+    began = processes.began(os.getpid())
+    beat = heartbeat.Beat(0, socket.gethostname(), os.getpid(), began, 2, "update", patient=False)
+    watch = Watch(run, 1, stuck_after_s=10)
+
+    def found(seconds: int, starved: float) -> str:
+        """What is told in so many seconds, of each of which the rank had no core for a share."""
+        for _ in range(seconds):
+            run.heartbeat(0).write_text(json.dumps(vars(beat)))
+            if fault := watch.check():
+                return fault.line
+            clock[0] += 1.01
+            beat.starved_s += starved * 1.01
+        return ""
+
+    assert found(90, starved=0.9) == "", "9 of 90 seconds"
+    assert "rank 0 stuck in update, step 2: no sign of work for 1" in found(5, starved=0.0)
+    beat.ticks += 1
+    assert found(9, starved=0.0) == "" != found(5, starved=0.0), "with the tick it began anew"
+
+
+def test_a_heartbeat_notes_the_seconds_without_a_core_once_there_are_no_ticks(tmp_path, monkeypatch):
+    run, waited = RunFolder(tmp_path), iter([5.0, 5.5, 6.5, 9.0, 9.25])
+    run.log.mkdir(parents=True)
+    monkeypatch.setattr(processes, "delays", lambda: {1: next(waited), 2: 0.0})
+    heart = heartbeat.Heart(run.heartbeat(0), 0)
+    seen = []
+    for ticks in (1, 1, 1, 1, 2, 2, 2):
+        heart.beat.ticks = ticks
+        heart.show_ticks()
+        seen.append(heartbeat.read(run.heartbeat(0)).starved_s)
+    os.close(heart.file)
+    assert seen == [0.0, 0.0, 0.5, 1.5, 1.5, 1.5, 1.75]
+
+
 def test_a_checkpoint_is_saved_and_taken_up_without_patience(tmp_path, monkeypatch):
     """On a real engine: every file of it shows work, written, hashed or read."""
     seen, real = [], heartbeat.tick

@@ -21,7 +21,15 @@ from r1pipe.launch.job import Job, failure
 from r1pipe.runs import heartbeat, machine, processes
 
 STUCK_AFTER_S = 4.0
-HANG = {"hangs", "stopped", "two_collectives", "hangs_in_a_compiler", "hangs_while_saving", "saves_slowly"}
+HANG = {
+    "hangs",
+    "stopped",
+    "two_collectives",
+    "hangs_in_a_compiler",
+    "hangs_while_saving",
+    "saves_slowly",
+    "starved",
+}
 
 
 class Ended(NamedTuple):

@@ -228,14 +228,22 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         key = override.key_or_group
         if override.is_add() or override.is_force_add() or key in known:
             continue
-        same_name = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        own_keys = {name for name in known if not name.startswith("recipe.")}
+        same_name = [name for name in own_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
         above = next(part for part in upwards(key) if part in known)
-        beside = [name for name in known if name.rpartition(".")[0] == above]
+        beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
             return f"{key} needs stage.algorithm=ppo"
         if LORA in upwards(key) and LORA not in known:
             return f"{key} needs model=hf: adapters are for models of transformers"
-        return unknown_key(key, key, same_name or beside or [above])
+        if same_name:
+            return unknown_key(key, key, same_name)
+        # compared without what all of them begin with: it makes any two similar
+        wrong = key.removeprefix(f"{above}.").partition(".")[0]
+        similar = [f"{above}.{name}" for name in difflib.get_close_matches(wrong, beside, n=1)]
+        if similar:
+            return unknown_key(key, similar[0], similar)
+        return unknown_key(key, wrong, beside or [above])
     return first_line(error)
 
 

@@ -65,7 +65,7 @@ class EngineConfig(Strict):
     ssh_port: Port | None  # of pdsh; null: 22
     launcher_args: str  # further arguments of pdsh, mpirun or srun
     grace_s: Annotated[float, Field(gt=0)]  # seconds from a signal to the end, checkpoint included
-    stuck_after_s: Annotated[float, Field(ge=2)]  # seconds without work after which a rank is stuck
+    stuck_after_s: Annotated[float, Field(ge=2)]  # seconds with a core and without work until a rank is stuck
     collective_limit_s: Annotated[float, Field(gt=0)]  # seconds that a collective of training may take
     control_limit_s: Annotated[float, Field(gt=0)]  # seconds that ranks wait for one that samples or saves
 

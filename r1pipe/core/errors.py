@@ -29,7 +29,11 @@ class EnvironmentProblem(R1pipeError, RuntimeError):
 
 class SamplerLost(EnvironmentProblem):
     """What draws completions is gone, or is not what it should be; raised in all ranks together, which can
-    then save what they have."""
+    then save what they have. `again`: it had its weights, so the step may be taken again."""
+
+    def __init__(self, problem: str, again: bool = False):
+        super().__init__(problem)
+        self.again = again
 
 
 class NumericProblem(R1pipeError, ArithmeticError):

@@ -128,11 +128,13 @@ class Job:
     def follow(self) -> None:
         """Show the job until its record exists or it has ended, and pass signals on to it.
 
-        Its owner mirrors it as well, and ends it where a rank was killed or is stuck.
+        Its owner mirrors it as well, and ends it where a rank was killed or is stuck. Raises
+        EnvironmentProblem, once the job has been ended, where it cannot be watched any more.
         """
         with self._handlers, closing(self.display):
             try:
                 while self.process.poll() is None and not self.run.record.exists():
+                    self._check_folder()
                     self.display.poll()
                     if not self.is_owner:
                         self._own_if_orphaned()
@@ -144,10 +146,18 @@ class Job:
                     if not self._is_ending:
                         self._end_if_due()
                     time.sleep(POLL_S)
-            except EnvironmentProblem:  # MLflow's store cannot be used: the job must not run unattended
+            except EnvironmentProblem:  # MLflow's store or the folder: the job must not run unattended
                 self._end_now()
                 self._resources.close()
                 raise
+
+    def _check_folder(self) -> None:
+        """Raises EnvironmentProblem where the run folder is gone; a late rank may have made an empty one."""
+        if not self.run.config.exists():
+            raise EnvironmentProblem(
+                f"{self.run.path} was moved or removed while its job ran, which was ended; put it back, then "
+                "run the same command: it resumes from the newest checkpoint"
+            )
 
     def _end_if_due(self) -> None:
         if self.received_signal and not self._announced_signal:
@@ -198,7 +208,8 @@ class Job:
 
     def _end_now(self) -> None:
         self._is_ending = True
-        stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
+        with suppress(FileNotFoundError):  # the folder is gone, which agents see, too
+            stopping.request(self.run.stop, signal.SIGTERM, at_once=True)
         if self.engine.has_agents:
             ends_at = time.monotonic() + AGENTS_S
             while self.process.poll() is None and time.monotonic() < ends_at:
@@ -218,13 +229,14 @@ class Job:
     def _end_leftovers(self) -> None:
         if not self.engine.has_agents:
             self._end_group(self.engine.grace_s)
-        elif self.is_owner:  # machines that are out of sight may still have ranks
+        elif self.is_owner and self.run.path.is_dir():  # machines out of sight may still have ranks
             locks.end_launch(self.run)
 
     def end(self) -> int:
         """Wait until the launcher has exited and MLflow has everything; the job's exit code.
 
-        DeepSpeed's launcher does not pass on what killed its children.
+        DeepSpeed's launcher does not pass on what killed its children. Raises EnvironmentProblem where the
+        run folder is gone.
         """
         with self._resources:
             give_up_at = time.monotonic() + self.engine.grace_s
@@ -234,6 +246,7 @@ class Job:
                     give_up_at = math.inf
                 time.sleep(POLL_S)
             self._end_leftovers()
+            self._check_folder()
             if not self.run.record.exists() and not self.received_signal and not self._fault:
                 self._fault = self.watch.final_check(code)
                 if self._fault:

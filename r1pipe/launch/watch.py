@@ -1,6 +1,7 @@
 """Watches a job's ranks while it runs: names one that was killed, or one that is stuck and where.
 
 A rank is stuck when its heartbeat shows no work for `engine.stuck_after_s` and it does not wait for others.
+Seconds in which one of its threads waits for a core do not count: on a busy machine work only takes longer.
 Process states and stacks are available for ranks of this machine. Of others there are the heartbeat file,
 and what their agents say (launch.machines).
 """
@@ -49,7 +50,8 @@ class Watch:
         self._checked_at = self._failed_at = 0.0
         self._failed: list[Beat] = []  # those that may be the first
         self._is_settled = False  # whether it is known which one it is
-        self._progress: dict[int, tuple[tuple[int, int], float]] = {}  # rank -> ((ticks, met), since when)
+        # rank -> ((ticks, met), since when, seconds without a core until then)
+        self._progress: dict[int, tuple[tuple[int, int], float, float]] = {}
 
     def check(self) -> Fault | None:
         """A new fault, if any. Call it often: a rank's exit code is lost once its parent has read it."""
@@ -62,10 +64,15 @@ class Watch:
         for beat in self.beats:
             progress = beat.ticks, beat.met
             if beat.rank not in self._progress or self._progress[beat.rank][0] != progress:
-                self._progress[beat.rank] = progress, now
-        silent_s = {rank: now - since for rank, (_, since) in self._progress.items()}
+                self._progress[beat.rank] = progress, now, beat.starved_s
+        silent_s = {beat.rank: self._silent_s(beat, now) for beat in self.beats}
         suspects = self._suspects(silent_s)
         return self._describe_stuck(suspects, silent_s) if suspects else None
+
+    def _silent_s(self, beat: Beat, now: float) -> float:
+        """Seconds without work in which the rank could have worked."""
+        _, since, starved_s = self._progress[beat.rank]
+        return max(0.0, now - since - (beat.starved_s - starved_s))
 
     def final_check(self, launcher_code: int) -> Fault | None:
         """Whether the launcher, which has ended with this exit code, did so because a rank was killed."""

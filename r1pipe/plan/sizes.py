@@ -113,7 +113,9 @@ def layer_elements(model: ModelConfig | HFConfig, selective: bool) -> tuple[int,
     multiply what comes before the down-projection (Megatron's way).
     """
     if isinstance(model, HFConfig):
-        layer = 8 * model.hidden_size + 2 * model.cache_width + 3 * model.intermediate_size
+        # of two norms the input, that normalised, and the result; queries, attention's result, and that put
+        # together; keys and values; gate, its SiLU, up, and their product
+        layer = 9 * model.hidden_size + model.cache_width + 4 * model.intermediate_size
         return layer, layer
     d, heads, experts = model.hidden_size, model.num_attention_heads, visited(model)
     key = model.qk_nope_head_dim + model.qk_rope_head_dim

@@ -20,10 +20,12 @@ import psutil
 
 from r1pipe.core.errors import R1pipeError, disk_is_full
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs import processes
 from r1pipe.runs.stopping import Interrupted, repeating
 
 WRITE_EVERY_S = 1.0  # while work is done
 ALIVE_EVERY_S = 10.0  # while none is: shows other machines that the process is alive
+STARVED = 0.1  # share of a second without a core that is shown at once
 RECORD_BYTES = 512  # fixed length: the file is overwritten in place
 TRIES, TRY_AGAIN_S = 5, 0.001  # a read may meet a write
 PIECE = 1 << 26  # bytes written between two ticks
@@ -43,6 +45,7 @@ class Beat:
     waiting: bool = False  # for other ranks, in a collective
     met: int = 0  # collectives entered; the rank that is stuck has entered the fewest
     ticks: int = 0  # pieces of work done
+    starved_s: float = 0.0  # of the seconds without a tick, those in which a thread waited for a core
     exit_code: int | None = None  # set when the rank leaves by itself
 
     @property
@@ -81,6 +84,7 @@ class Heart:
         self.beat = Beat(rank, socket.gethostname(), process.pid, process.create_time())
         self.file = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         self._ticks, self._quiet_s = 0, 0.0
+        self._delays: dict[int, float] = {}  # of the threads, since the last tick
 
     def show(self) -> None:
         os.pwrite(self.file, json.dumps(vars(self.beat)).encode().ljust(RECORD_BYTES), 0)
@@ -88,11 +92,24 @@ class Heart:
     def show_ticks(self) -> None:
         """To be called every WRITE_EVERY_S seconds."""
         self._quiet_s += WRITE_EVERY_S
-        if self.beat.ticks != self._ticks or self._quiet_s >= ALIVE_EVERY_S:
+        has_ticked = self.beat.ticks != self._ticks
+        starved_s = 0.0 if has_ticked else self._waited()
+        self.beat.starved_s += starved_s
+        if has_ticked:
+            self._delays = {}
+        if has_ticked or starved_s > STARVED * WRITE_EVERY_S or self._quiet_s >= ALIVE_EVERY_S:
             self._ticks, self._quiet_s = self.beat.ticks, 0.0
             self.show()
             with self.path.open("rb+"):  # on NFS, closing a file shows its content to other machines
                 pass
+
+    def _waited(self) -> float:
+        """Seconds that the thread that waited longest for a core has waited since the last call; 0 at the
+        first one after a tick."""
+        before, self._delays = self._delays, processes.delays()
+        return max(
+            (s - before[thread] for thread, s in self._delays.items() if thread in before), default=0.0
+        )
 
 
 _heart: Heart | None = None  # None outside a job

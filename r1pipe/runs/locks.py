@@ -108,7 +108,7 @@ class Lock:
             self.holder.write(self.run.pid)
 
     def release(self) -> None:
-        with _guarded(self.run):
+        with suppress(FileNotFoundError), _guarded(self.run):  # a folder that was moved took its lock along
             if Holder.read(self.run.pid) == self.holder:
                 self.run.pid.unlink()
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 
 CLOCK_S = 2.0  # start times shift by so much when the system clock is adjusted
+DELAY_FIELD = 1  # of /proc/PID/task/TID/schedstat
+NANO = 1e-9
 EXIT_CODE_FIELD = 52  # of /proc/PID/stat, counted from 1 as in proc(5)
 
 
@@ -49,6 +51,17 @@ def exit_code(pid: int) -> int | None:
     except OSError:
         return None
     return os.waitstatus_to_exitcode(int(fields[EXIT_CODE_FIELD - 3]))  # two fields precede the parenthesis
+
+
+def delays() -> dict[int, float]:
+    """Thread of this process -> seconds that it was ready to run and had no core; empty where the system does
+    not show it."""
+    found = {}
+    with suppress(FileNotFoundError):
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError, IndexError):  # it has just ended
+                found[int(task.name)] = NANO * int((task / "schedstat").read_text().split()[DELAY_FIELD])
+    return found
 
 
 def group(leader: int) -> list[psutil.Process]:

@@ -134,15 +134,10 @@ class Engine(Gathered):
         mean_loss, skipped = total_loss / self.world_size, self._ds.skipped_steps
         return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, skipped)
 
-    @torch.no_grad()
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each closure over the model returns, without gradients; all ranks call, each with one or more
         of its own."""
-        if self.pipeline:
-            return self.pipeline.evaluate(closures)
-        if not self.in_step:
-            return [closure() for closure in closures]
-        return evaluate(self, self._ds, closures)
+        return evaluate(self, closures, self.pipeline, self._ds if self.in_step else None)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""

@@ -28,11 +28,19 @@ class ClosureRunner(nn.Module):
         return closure()
 
 
-def evaluate(ranks: Ranks, runner: Any, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """What each closure over a partitioned model returns; all ranks call, each with one or more of its own.
+@torch.no_grad()
+def evaluate(
+    ranks: Ranks, closures: Sequence[Callable[[], Tensor]], pipeline: Any, runner: Any
+) -> list[Tensor]:
+    """What each closure over a model returns; all ranks call, each with one or more of its own.
 
-    Weights are gathered layer by layer, never the whole model; ranks with fewer closures repeat their last.
+    `pipeline`: has the layers, if ranks share them out. `runner`: runs a pass that needs all ranks, which
+    gather weights layer by layer, never the whole model; those with fewer closures repeat their last.
     """
+    if pipeline:
+        return pipeline.evaluate(closures)
+    if runner is None:
+        return [closure() for closure in closures]
     repeats = ranks.agree_max(len(closures)) - len(closures)
     return [runner(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
 
@@ -66,14 +74,9 @@ class FrozenModel(Ranks):
                     dist_init_required=False,
                 )
 
-    @torch.no_grad()
     def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each closure over `module` returns; all ranks call, each with one or more of its own."""
-        if self._pipeline:
-            return self._pipeline.evaluate(closures)
-        if self._runner is None:
-            return [closure() for closure in closures]
-        return evaluate(self, self._runner, closures)
+        return evaluate(self, closures, self._pipeline, self._runner)
 
     @torch.no_grad()
     def copy(self, other: nn.Module) -> None:

@@ -29,6 +29,7 @@ from r1pipe.train.engine.ranks import Ranks
 Fill = Callable[[str, Tensor], None]  # writes the value of a weight or buffer, by its name
 Parts = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 Prepare = Callable[[Policy], None]
+Made = dict[nn.Parameter, nn.Parameter]  # old -> new: tied weights are one
 
 
 def as_it_is(model: Policy) -> None:
@@ -68,16 +69,17 @@ def load_layers(folder: Path, config: EngineConfig) -> DeepseekV3:
 
     model, stored = weights.open_empty(folder)
     ranks, layers = _started(config), model.config.num_hidden_layers
-    position, made = groups_of(config.pipeline).position, dict[nn.Parameter, nn.Parameter]()
+    position, made = groups_of(config.pipeline).position, Made()
+
+    def read(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        own = owner_of(name, layers, config) == position
+        tensor = torch.empty(parameter.shape if own else 0, dtype=weights.dtype_of(stored))
+        if own:
+            _read(stored, name, tensor)
+        return nn.Parameter(tensor)
+
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter not in made:
-                own = owner_of(name, layers, config) == position
-                tensor = torch.empty(parameter.shape if own else 0, dtype=weights.dtype_of(stored))
-                if own:
-                    _read(stored, name, tensor)
-                made[parameter] = nn.Parameter(tensor)
-            setattr(module, name.rpartition(".")[2], made[parameter])
+        _replace(module, prefix, made, read)
     _give_buffers(model, ranks, partial(_read, stored))
     model.eos_ids = eos_ids(folder)
     return model
@@ -156,7 +158,7 @@ def _give_weights(
 
     partition = patches.partitioner(deepspeed_config(config, grad_clip=0.0))
     dtype = torch.bfloat16 if config.precision != "fp32" else stored
-    made: dict[nn.Parameter, nn.Parameter] = {}  # tied weights are one
+    made = Made()
 
     def read(name: str, shape: torch.Size) -> Tensor:
         """On rank 0; elsewhere the values mean nothing."""
@@ -171,19 +173,28 @@ def _give_weights(
             dist.broadcast(tensor, 0)
         return tensor
 
+    def share(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        shared = nn.Parameter(read(name, parameter.shape), requires_grad=parameter.requires_grad)
+        with heartbeat.waiting(ranks.world_size > 1):
+            partition(shared)
+        return shared
+
     with ranks.patient():
         for prefix, module in [*model.named_modules()]:
             if isinstance(module, ParallelMoE):
                 module.fill(partial(receive, f"{prefix}.experts."))
-            if isinstance(module, ParallelExperts):
-                continue
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                if parameter not in made:
-                    tensor = read(name, parameter.shape)
-                    made[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-                    with heartbeat.waiting(ranks.world_size > 1):
-                        partition(made[parameter])
-                setattr(module, name.rpartition(".")[2], made[parameter])
+            if not isinstance(module, ParallelExperts):
+                _replace(module, prefix, made, share)
+
+
+def _replace(
+    module: nn.Module, prefix: str, made: Made, make: Callable[[str, nn.Parameter], nn.Parameter]
+) -> None:
+    """Give a module, which the model knows as `prefix`, other parameters of its own (not its children's)."""
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        if parameter not in made:
+            made[parameter] = make(name, parameter)
+        setattr(module, name.rpartition(".")[2], made[parameter])
 
 
 @torch.no_grad()

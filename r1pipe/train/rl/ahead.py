@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from r1pipe.config import ModelConfig, RLConfig
-from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.errors import EnvironmentProblem, SamplerLost
 from r1pipe.core.types import Completion, Group, Prompt
 from r1pipe.rewards import Verdicts
 from r1pipe.runs import stopping
@@ -48,14 +48,6 @@ class LoopState:
     reference_step: int = 0  # the step whose policy is the reference; 0: the initial policy
     # of each batch that waits for its step: the step and its first cursors; filled in where it is saved
     waiting: list[list[int]] = field(default_factory=list)
-
-
-class SamplerFailed(EnvironmentProblem):
-    """Completions could not be drawn; raised in all ranks at once."""
-
-    def __init__(self, problem: str, again: bool):
-        super().__init__(problem)
-        self.again = again  # the sampler had its weights: the step may be taken again
 
 
 @dataclass(eq=False)
@@ -102,7 +94,7 @@ class RolloutQueue:
     def take(self, state: LoopState, number: int = 0) -> Batch:
         """Rollout batch `number` of the next step, drawn; batch 0 has those of later steps drawn, too.
 
-        Advances the cursors. Raises Interrupted or SamplerFailed in all ranks; `abandon` then takes all back.
+        Advances the cursors. Raises Interrupted or SamplerLost in all ranks; `abandon` then takes all back.
         """
         if number:
             batch = self._next(state, state.step, number)
@@ -253,7 +245,7 @@ class RolloutQueue:
 
     @contextmanager
     def _together(self, again: bool) -> Iterator[None]:
-        """A block that all ranks leave alike: finished, with Interrupted or with SamplerFailed."""
+        """A block that all ranks leave alike: finished, with Interrupted or with SamplerLost."""
         problem = None
         with stopping.leaving_early(self.engine):
             try:
@@ -261,7 +253,7 @@ class RolloutQueue:
             except EnvironmentProblem as error:
                 problem = str(error)
         if problems := [text for text in self.engine.all_gather_objects(problem) if text is not None]:
-            raise SamplerFailed(problems[0], again)
+            raise SamplerLost(problems[0], again)
 
 
 def staleness(ranks: Ranks, groups: Sequence[Group], step: int) -> dict[str, float]:

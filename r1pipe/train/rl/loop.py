@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from r1pipe.config import RLConfig
-from r1pipe.core.errors import EnvironmentProblem, Tripped
+from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
 from r1pipe.core.types import Group
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
@@ -19,7 +19,7 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
 from r1pipe.train.rl import in_flight
-from r1pipe.train.rl.ahead import LoopState, RolloutQueue, SamplerFailed, staleness
+from r1pipe.train.rl.ahead import LoopState, RolloutQueue, staleness
 from r1pipe.train.rl.batch import Rollout, rollouts_of
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.routing import routing_agreement
@@ -97,7 +97,7 @@ class RLTrainer:
         except stopping.Interrupted:
             self._abandon_step(before)
             raise
-        except SamplerFailed as problem:
+        except SamplerLost as problem:
             self._abandon_step(before)
             self.failures += 1
             stopping.stop_if_requested(self.engine)

@@ -56,7 +56,7 @@ class Engine(Gathered):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         if self.expert_parallel > 1:
-            self._experts.share_out(model, self.expert_parallel, self)
+            self._experts.share_out(model, config, self)
         if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
             model.bfloat16()
         train_as(model, config, self.device)
@@ -89,7 +89,7 @@ class Engine(Gathered):
         if self.world_size % config.pipeline:
             size = config.pipeline
             raise ConfigError(f"engine.pipeline={size} must divide the job's {self.world_size} ranks")
-        return Pipeline(self.module, config, self.device)
+        return Pipeline(self.module, config, self)
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.

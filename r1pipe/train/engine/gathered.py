@@ -55,9 +55,8 @@ class Gathered(Ranks):
 
     def _elements(self, tensor: Tensor) -> int:
         """Of the whole tensor."""
-        if self.pipeline:
-            return self.pipeline.elements(tensor)
-        return patches.elements(tensor) * (self.expert_parallel if is_shared_out(tensor) else 1)
+        own = self.pipeline.elements(tensor) if self.pipeline else patches.elements(tensor)
+        return own * (self.expert_parallel if is_shared_out(tensor) else 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by published name, for saving; every rank gets them, and all must read to the end."""

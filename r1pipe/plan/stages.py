@@ -8,6 +8,7 @@ from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan.memory import Rollout
 from r1pipe.plan.planner import Phase
+from r1pipe.plan.sizes import recomputation
 from r1pipe.runs.reward_model_quality import KINDS
 
 
@@ -21,7 +22,7 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
         "pipeline": engine.pipeline,
         "schedule": engine.schedule,
         "moments": engine.moments,
-        "recompute": "full" if engine.recompute else "none",
+        "recompute": recomputation(engine),
     }
     if isinstance(stage, PretrainConfig | FineTuneConfig):  # all rows of a rank at once
         rows = math.ceil(stage.batch_size / cluster.devices / engine.gradient_accumulation)
@@ -65,6 +66,7 @@ def phase_of(config: RunConfig, layout: LayoutConfig) -> Phase:
         steps=steps,
         epochs=stage.inner_epochs,
         longest=longest,
+        largest_pass=max(stage.max_tokens_per_micro_batch, longest),
         slots=stage.sampling.max_num_seqs,
         reference=stage.kl_coef > 0,
         judges=len(KINDS) * (stage.preference is not None),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from forked import codes, ranks
 from torch import Tensor
 
+from r1pipe.config.parts import rank_of
 from r1pipe.plan import timeline
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import schedule
@@ -42,7 +43,7 @@ def job(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     for name in ("1f1b", "zbv", "dualpipev"):
-        places = schedule.rank_of(name, count)
+        places = rank_of(name, count)
         work = Sleeping(len(places), FORWARD * count / len(places))
         order = schedule.order_of(name, count, rank, MICROS)
         dist.barrier()

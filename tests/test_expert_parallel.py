@@ -40,6 +40,7 @@ class Case:
     experts: int = 1
     precision: str = "fp32"
     recompute: bool = False
+    offload: bool = False
     replay: bool = False
     skewed: bool = False  # all tokens go to the first experts
     in_shares: bool = False  # read from the folder, each rank its own experts
@@ -50,14 +51,15 @@ class Case:
 
     def engine(self, count: int) -> EngineConfig:
         config = engine_config(count, self.level, self.precision)
-        return replace(config, expert_parallel=self.experts, recompute=self.recompute, kernels="reference")
+        again = {"recompute": self.recompute, "offload": self.offload}
+        return replace(config, expert_parallel=self.experts, **again, kernels="reference")
 
     def loaded(self, folder: Path, ranks: Ranks) -> Policy:
         """The model that `model` left in the folder."""
 
         def prepare(model: Policy) -> None:
             model.freeze_mtp()
-            share_out(model, self.experts, ranks)
+            share_out(model, self.engine(ranks.world_size), ranks)
 
         return load_sharded(folder / "weights", self.engine(ranks.world_size), prepare=prepare).train()
 
@@ -203,7 +205,8 @@ def test_ranks_of_several_machines_are_counted_by_the_job() -> None:
 
 @pytest.mark.slow
 def test_zero_levels_recomputation_replay_and_idle_experts(tmp_path: Path, alone: dict[str, Any]) -> None:
-    special = [{"recompute": True}, {"replay": True}, {"skewed": True}, {"broken": True}]
+    halves = {"recompute": True, "offload": True}
+    special = [{"recompute": True}, halves, {"replay": True}, {"skewed": True}, {"broken": True}]
     cases = [Case(level, 2) for level in (1, 2, 3)]
     cases += [Case(level, 2, **what) for what in special for level in (1, 3)]
     for case, found in zip(cases, on_ranks(tmp_path, 2, *cases), strict=True):

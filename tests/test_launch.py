@@ -20,6 +20,7 @@ from rich.live import Live
 
 from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
+from r1pipe.config.groups import read
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.launch import command as launch
@@ -79,6 +80,21 @@ def test_a_dry_run_says_what_a_run_would_take_where_it_could_not_start(
     assert house.call("doctor", "stage=grpo", "recipe=gpu") == 1
     told = capsys.readouterr().out
     assert "memory, at most" in told and "MiB a rank" in told and "disk, at most" in told
+
+
+def test_the_largest_recipe_starts_on_64_machines_and_fits(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hostfile, recipe = tmp_path / "hostfile", read("recipe/cluster")
+    hostfile.write_text("".join(f"h{number} slots=8\n" for number in range(64)))
+    for stage in {*recipe["stages"], *recipe["controls"]} - {"base"}:
+        words = (f"stage={stage}", "recipe=cluster", f"engine.hostfile={hostfile}", "--dry-run")
+        assert house.call("run", *words) == 0
+        out, err = capsys.readouterr()
+        assert "h63" in out
+        [mebibytes] = re.findall(r"^memory: about ([\d,]+) MiB a rank", err, re.MULTILINE)
+        if stage != "reward_model":  # two rows of 163,840 tokens, which no pair has
+            assert float(mebibytes.replace(",", "")) * 2**20 < 0.9 * 80e9
 
 
 def test_a_dry_run_leaves_a_run_that_is_there_as_it_is(

@@ -19,6 +19,7 @@ from r1pipe.model.policy import named_weights
 from r1pipe.rewards.models import RewardModel, load_reward_model, save_reward_model, score_rows
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.writing import Writer
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.batch import Rollout, collate
 from r1pipe.train.rl.critic import ValueModel
@@ -235,7 +236,7 @@ def test_the_reference_is_the_base_and_leaves_training_as_it_is(
         now = completion_logprobs(policy, micro, 0.7)
     trained(alone, 2)
     trained(engine, 2)
-    reference.save(tmp_path)
+    reference.save(tmp_path, {}, Writer(tmp_path))
     other = BaseReference(engine)
     other.load(tmp_path)
     for one in (reference, other):

@@ -13,6 +13,7 @@ from r1pipe.model import (
     set_recompute,
     update_router_bias,
 )
+from r1pipe.model import recompute as again
 from r1pipe.model.moe import Experts, Gate, gates, sequence_balance
 
 
@@ -177,9 +178,9 @@ class Jittery(Gate):
 )
 def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way, read_L):
     found = []
-    for recompute in (False, True):
+    for how in ((False,), (True,), (True, True)):
         model = ours(tiny(num_nextn_predict_layers=1)).train()
-        set_recompute(model, recompute)
+        set_recompute(model, *how)
         Jittery.calls = 0
         for gate in gates(model):
             gate.__class__ = Jittery
@@ -192,10 +193,25 @@ def test_recomputation_keeps_choices_counts_once_and_changes_no_gradient(way, re
         assert Jittery.calls == calls and torch.equal(expert_loads(model), loads_LE)
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.item(), loads_LE, grads))
-    (loss, loads_LE, grads), (again, same_LE, recomputed) = found
-    assert again == loss and torch.equal(same_LE, loads_LE) and grads.keys() == recomputed.keys()
-    for name, gradient in grads.items():
-        torch.testing.assert_close(recomputed[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+    (loss, loads_LE, grads), *others = found
+    for same, same_LE, recomputed in others:
+        assert same == loss and torch.equal(same_LE, loads_LE) and grads.keys() == recomputed.keys()
+        for name, gradient in grads.items():
+            torch.testing.assert_close(recomputed[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_of_halves_of_layers_the_inputs_alone_wait_on_the_host(monkeypatch):
+    """Not the mask and the rotations, which all layers share."""
+    sent: list[torch.Size] = []
+
+    def noted(pin_memory: bool):
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: sent.append(t.shape) or t, lambda t: t)
+
+    monkeypatch.setattr(again, "save_on_cpu", noted)
+    model = ours(tiny()).train()
+    set_recompute(model, True, offload=True)
+    packed_loss(model).backward()
+    assert len(sent) == 2 * 3 and set(sent) == {sent[0]} and sent[0][-1] == 64
 
 
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from r1pipe.cli.commands import app
 from r1pipe.config import EngineConfig
+from r1pipe.config.parts import rank_of
 from r1pipe.core.errors import ConfigError
 from r1pipe.model import Balance, save_pretrained
 from r1pipe.model.mtp import mtp_loss_sum
@@ -26,9 +27,11 @@ from r1pipe.model.policy import named_weights
 from r1pipe.plan import timeline
 from r1pipe.train.engine.discovery import discover
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.expert_parallel import share_out
 from r1pipe.train.engine.passes import Pass
-from r1pipe.train.engine.schedule import Step, order_of, rank_of
-from r1pipe.train.engine.sharded import load_layers
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.schedule import Step, order_of
+from r1pipe.train.engine.sharded import as_it_is, load_layers
 
 SHAPE = tiny(num_hidden_layers=5, num_nextn_predict_layers=1)
 # With a large epsilon AdamW's steps are nearly the gradients: weights that agree had gradients that did.
@@ -56,9 +59,11 @@ class Case:
 
     pipeline: int = 1
     schedule: str = "1f1b"
+    experts: int = 1  # ranks that share them out
     level: int = 0
     precision: str = "fp32"
     recompute: bool = False
+    offload: bool = False
     broken: bool = False  # one more step, in which a loss is not finite
     before: str | None = None  # the state to go on from
     after: str | None = None  # the state to leave behind
@@ -66,8 +71,8 @@ class Case:
 
     def engine(self, count: int) -> EngineConfig:
         config = engine_config(count, self.level, self.precision)
-        cut = {"pipeline": self.pipeline, "schedule": self.schedule}
-        return replace(config, **cut, recompute=self.recompute)
+        cut = {"pipeline": self.pipeline, "schedule": self.schedule, "expert_parallel": self.experts}
+        return replace(config, **cut, recompute=self.recompute, offload=self.offload)
 
 
 def row(number: int) -> Tensor:
@@ -108,7 +113,8 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     count = discover().world_size
     model, config = ours(SHAPE), case.engine(count)
     if case.pipeline > 1:
-        model = load_layers(folder / "model", config)  # which on_ranks has written
+        shared = partial(share_out, config=config, ranks=Ranks(config)) if case.experts > 1 else as_it_is
+        model = load_layers(folder / "model", config, shared)  # which on_ranks has written
         assert any(not weight.numel() for weight in model.parameters())
     engine = Engine(model.train(), OPTIMIZER, ROUTER, config, total_steps=10)
     if case.before is not None:
@@ -250,6 +256,9 @@ def test_every_pass_is_made_once_however_few_micro_batches(schedule: str, micros
             assert kinds in (["B", "F"], ["F", "I", "W"])
 
 
+EXPERTS = ["engine.zero_level=1", "engine.expert_parallel=2"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -259,8 +268,8 @@ def test_every_pass_is_made_once_however_few_micro_batches(schedule: str, micros
         (["engine.zero_level=2"], "engine.zero_level=2 with engine.pipeline=2"),
         (["model.tie_word_embeddings=true"], "give engine.schedule=zbv"),
         (["engine.equal=true"], "give engine.equal=false"),
-        (["engine.zero_level=1", "engine.expert_parallel=2"], "give engine.expert_parallel=1"),
-        (["engine.sampler=vllm"], "give engine.sampler=bundled"),
+        (EXPERTS, "engine.expert_parallel=2 times engine.pipeline=2 must divide engine.ranks=2"),
+        ([*EXPERTS, "engine.ranks=4"], "a rank would have dense layers alone"),
         (["engine.pipeline=1", "engine.schedule=zbv"], "give engine.pipeline=2 or more"),
         (
             ["engine.recompute=true", "engine.schedule=zbv", "model.num_hidden_layers=4"],
@@ -298,17 +307,22 @@ def test_a_timeline_has_its_figures_and_its_picture(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_folded_schedules_and_precisions_on_two_ranks(tmp_path: Path, alone: dict[str, Any]) -> None:
-    cases = [Case(2, "zbv"), Case(2, "dualpipev"), Case(2, "zbv", 1), Case(2, "1f1b", 1, recompute=True)]
+    cases = [
+        Case(2, "zbv"),
+        Case(2, "dualpipev"),
+        Case(2, "zbv", level=1),
+        Case(2, "1f1b", level=1, recompute=True),
+    ]
     for case, found in zip(cases, on_ranks(tmp_path, 2, *cases), strict=True):
         check(found, alone, case)
-    rough = Case(2, "zbv", 1, "bf16")
-    expected = train(tmp_path, Case(1, "1f1b", 1, "bf16"))
+    rough = Case(2, "zbv", level=1, precision="bf16")
+    expected = train(tmp_path, Case(level=1, precision="bf16"))
     [found] = on_ranks(tmp_path, 2, rough)
     assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
 
 
 @pytest.mark.slow
 def test_four_ranks_in_one_pipeline_or_two(tmp_path: Path, alone: dict[str, Any]) -> None:
-    cases = [Case(4, "1f1b"), Case(2, "1f1b", 1), Case(2, "zbv"), Case(2, "dualpipev", 1)]
+    cases = [Case(4, "1f1b"), Case(2, "1f1b", level=1), Case(2, "zbv"), Case(2, "dualpipev", level=1)]
     for case, found in zip(cases, on_ranks(tmp_path, 4, *cases), strict=True):
         check(found, alone, case)

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from jobs import engine_config
+from shapes import ours, tiny
 
 from r1pipe.cli import planning as shown
 from r1pipe.config import ModelConfig
@@ -10,11 +12,13 @@ from r1pipe.config.compose import compose
 from r1pipe.config.groups import options
 from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig, planning
 from r1pipe.plan import duration, footprint, planner, sizes
+from r1pipe.plan.cut import cuts
 from r1pipe.plan.duration import Passes
 from r1pipe.plan.memory import GIGA, Held, Rollout, in_flight, memory
 from r1pipe.plan.planner import Phase, Plan
 from r1pipe.plan.sampling import decoding, rollout_step
 from r1pipe.plan.work import Work, sent, work
+from r1pipe.train.engine.pipeline_groups import owner_of
 
 
 def shape(name: str) -> ModelConfig:
@@ -212,6 +216,7 @@ def test_sampling_measured_on_two_cores(name: str, rows: int, measured: float) -
     model = shape(name)
     cluster, layout = planning([*ON_CORES], model)
     lengths = {"prompts": rows, "prompt": 64, "completions": rows, "mean": 64, "longest": 64, "slots": 256}
+    lengths["largest_pass"] = 64
     rollout = Rollout(**lengths, steps=1, epochs=1, reference=False, judges=0)
     sampling = rollout_step(model, cluster, layout, rollout, 0).sampling
     assert sampling == pytest.approx(measured, rel=0.25)
@@ -245,6 +250,12 @@ def test_deepspeeds_estimators(nodes: int) -> None:
         "stage=grpo stage.max_tokens_per_micro_batch=65536 engine.zero_level=2 stage.sampling.max_tokens=512",
         "stage=grpo engine.recompute=false stage.max_tokens_per_micro_batch=65536 stage.kl_coef=0",
         "stage=all_scenario stage.max_tokens_per_micro_batch=65536 engine.moments=bf16",
+        "stage=grpo engine.offload=true engine.zero_level=3 engine.sampler=vllm sampler.url=http://host:80",
+        "stage=pretrain model=moonlight engine.zero_level=1 engine.pipeline=4 engine.expert_parallel=2",
+        "stage=grpo model=moonlight engine.zero_level=1 engine.pipeline=2 engine.expert_parallel=4 "
+        "engine.sampler=vllm sampler.url=http://host:80",
+        "stage=cold_start model=moonlight engine.zero_level=1 engine.pipeline=4 engine.schedule=zbv "
+        "engine.recompute=false stage.batch_size=16",
     ],
 )
 def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
@@ -259,25 +270,35 @@ def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
     need = footprint.needed(config, prompt=100)
     asked = [*given, "cluster=h100x8", "layout.prompt_tokens=100"]
     model, cluster, layout, [phase] = shown.asked(asked)
-    if phase.rollout is not None:  # the engine's micro-batches are filled by tokens
-        phase = replace(phase, config=replace(phase.config, sequence_length=64))
-        layout = replace(layout, micro_batch=1024)
     held = planner.planned(model, cluster, layout, phase).memory
     assert held.total - held.buffers == pytest.approx(need.peak)
     assert held.logits == need.logits and held.cache == need.cache
 
 
 def test_a_pipeline_and_experts_share_what_zero_does_not() -> None:
-    """Megatron's 6 + 12 / DP bytes of a weight, experts over their own ranks."""
+    """Megatron's 6 + 12 / DP bytes of a weight, experts over their own ranks; all ranks alike."""
     model = shape("v3")
-    for words, copies in (((), 1), (("layout.schedule=dualpipe",), 2)):
-        given = ["cluster=h800x2048", "layout=default", "layout.pipeline=16", "layout.expert_parallel=64"]
+    for schedule, copies in (("zb1p", 1), ("dualpipe", 2)):
+        words = ["layout.pipeline=16", "layout.expert_parallel=64", f"layout.schedule={schedule}"]
+        given = ["cluster=h800x2048", "layout=default"]
         cluster, layout = planning([*given, "layout.zero_level=1", *words], model)
         held = memory(model, layout, cluster, 4096, 120)
         routed = sizes.routed(model)
         dense, experts = (sizes.parameters(model) - routed) / 16, routed / 16 / 64
         assert held.weights + held.gradients == pytest.approx(6 * copies * (dense + experts))
         assert held.moments == pytest.approx(12 * (dense / 128 + experts / 2))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "dualpipev"])
+def test_a_pipeline_of_the_engine_is_counted_as_it_is_cut(schedule: str) -> None:
+    model = tiny(num_hidden_layers=11, first_k_dense_replace=2, num_nextn_predict_layers=1)
+    engine = replace(engine_config(), pipeline=4, schedule=schedule)
+    own = [0] * 4
+    for name, weight in ours(model).named_parameters():
+        own[owner_of(name, 11, engine)] += weight.numel() if weight.ndim > 1 else 0
+    shares = cuts(model, schedule, 4, micro_batches=3)
+    assert [sizes.parameters(share.model) for share in shares] == own
+    assert [share.passes for share in shares] == ([3, 3, 2, 1] if schedule == "1f1b" else [3] * 4)
 
 
 @pytest.mark.parametrize(

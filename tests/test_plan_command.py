@@ -15,6 +15,9 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.plan import planner, sizes
 from r1pipe.plan.memory import Memory
 
+CLUSTER = ("recipe=cluster", "cluster=h800x2048", "cluster.devices=512")
+BUNDLED = ("engine.sampler=bundled", "sampler.url=null")
+
 
 def run(*words: str, code: int = 0) -> str:
     result = CliRunner().invoke(app, list(words), catch_exceptions=False, standalone_mode=False)
@@ -59,7 +62,7 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does() -> None:
 
 
 def test_reinforcement_waits_for_its_longest_answer() -> None:
-    words = ["stage=grpo", "model=v3", "recipe=cluster", "cluster=h800x2048", "layout=v3"]
+    words = ["stage=grpo", "model=v3", *CLUSTER, "layout=v3", "layout.pipeline=8", *BUNDLED]
     whole, half = (
         planner.planned(*given, phase)
         for *given, [phase] in map(shown.asked, (words, [*words, "stage.sampling.max_tokens=16384"]))
@@ -69,20 +72,19 @@ def test_reinforcement_waits_for_its_longest_answer() -> None:
 
 
 def test_a_stage_is_planned_as_its_engine_would_run_it() -> None:
-    words = ["stage=grpo", "model=v3", "recipe=cluster", "cluster=h800x2048"]
+    words = ["stage=grpo", "model=v3", *CLUSTER, *BUNDLED, "engine.offload=false"]
     model, cluster, layout, [phase] = shown.asked(words)
     assert (layout.zero_level, layout.precision, layout.recompute, layout.pipeline) == (3, "bf16", "full", 1)
     held = planner.planned(model, cluster, layout, phase).memory
     whole = 2 * sizes.without_mtp(model)
     assert held.sampler + held.weights == pytest.approx(whole), "every rank gathers the policy to sample"
-    assert held.frozen == pytest.approx(whole / 2048), "and has its share of the reference"
+    assert held.frozen == pytest.approx(whole / 512), "and has its share of the reference"
 
 
-@pytest.mark.parametrize(
-    "stage", ["cold_start", "grpo", "rejection_sft", "all_scenario", "zero", "control_sft"]
-)
-def test_recipe_node_leaves_a_tenth_of_its_gpus(stage: str) -> None:
-    words = [f"stage={stage}", "recipe=node", "cluster=h100x8"]
+@pytest.mark.parametrize("given", [("recipe=node", "cluster=h100x8"), CLUSTER], ids=["node", "cluster"])
+@pytest.mark.parametrize("stage", ["cold_start", "grpo", "rejection_sft", "all_scenario", "zero"])
+def test_recipes_leave_a_tenth_of_their_gpus(stage: str, given: tuple[str, ...]) -> None:
+    words = [f"stage={stage}", *given]
     length = [] if stage in ("grpo", "zero", "all_scenario") else ["stage.max_steps=100"]
     planned = json.loads(run("plan", *words, *length, "--json"))
     assert 0.5 * 80 < planned["memory_gb"] < 0.9 * 80
@@ -138,6 +140,8 @@ def test_the_page_shows_every_part(tmp_path: Path) -> None:
         ("model=moonlight cluster=h100x8", "layout=default has no phases; give stage=NAME"),
         ("model=v3 cluster=h800x2048 stage=cold_start", "stage.max_steps=0"),
         ("model=v3 cluster=h800x2048 stage=base", "stage=base cannot be planned"),
+        ("recipe=cluster cluster=h800x2048 stage=grpo", "must be a multiple of the 2048 ranks"),
+        ("recipe=cluster cluster=h800x2048 stage=cold_start stage.max_steps=9", "of cluster.devices=2048"),
         ("model=v3 cluster=h100x8 --search", "no layout is possible on cluster=h100x8"),
         ("model=v3 cluster=h100x8 stage=pretrain --search", "none of .* layouts fits cluster=h100x8"),
         ("model=v3 cluster=h800x2048 --what-if stage.lr=1", "give KEY=VALUES"),
@@ -157,5 +161,5 @@ def test_the_page_on_planning_shows_real_answers() -> None:
     commands = re.findall(r"^r1pipe (plan .*)$", page, re.MULTILINE)
     assert len(commands) > 3
     for command in commands:
-        fits = "recipe=cluster" not in command
+        fits = "engine.pipeline" not in command
         run(*shlex.split(command), code=0 if fits else 1)

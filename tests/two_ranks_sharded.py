@@ -12,12 +12,13 @@ from test_engine import batch
 from test_sharded import losses, weights
 
 from r1pipe.config import EngineConfig
-from r1pipe.model import Policy, load_pretrained, save_pretrained
+from r1pipe.model import Policy, load_pretrained
 from r1pipe.model.policy import named_weights
 from r1pipe.rewards.models import load_reward_model, open_empty, score_rows, stored_parts
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.sharded import Shares, fill_in_shares, load_sharded
+from r1pipe.train.engine.writing import Writer
 
 
 def read(frozen: FrozenModel) -> list[float]:
@@ -79,9 +80,7 @@ def main(folder: Path) -> None:
         }
         in_shares.copy(policy)
         replaced = read(in_shares)
-        with in_shares.gathered():
-            if ranks.rank == 0:
-                save_pretrained(in_shares.module, folder / "replaced")
+        in_shares.save(folder / "replaced", Writer(folder))
         ranks.barrier()
         told |= {"moved": replaced != begun}
         again = FrozenModel(load_sharded(folder, config), config)

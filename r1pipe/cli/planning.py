@@ -10,6 +10,7 @@ from rich.text import Text
 
 from r1pipe.cli.options import composed
 from r1pipe.config import HFConfig, ModelConfig
+from r1pipe.config.fields import check_all
 from r1pipe.config.planning import (
     GROUPS,
     ClusterConfig,
@@ -18,6 +19,7 @@ from r1pipe.config.planning import (
     layout_named,
     planning,
 )
+from r1pipe.config.run import spread_rules
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.terminal import console_of
@@ -41,7 +43,9 @@ def asked(overrides: list[str]) -> tuple[ModelConfig, ClusterConfig, LayoutConfi
         if not any(word.startswith("layout=") for word in own):
             layout = layout_named(own, "default", stages.of_engine(config, cluster))
         layout = replace(layout, phases=[])
-        return model, cluster, layout, [stages.phase_of(config, layout)]
+        phase = stages.phase_of(config, layout)
+        check_all(spread_rules(config.stage, cluster.devices, f"{cluster.devices=}"))
+        return model, cluster, layout, [phase]
     if not layout.phases:
         raise ConfigError(f"layout={layout.name} has no phases; give stage=NAME or another layout")
     return model, cluster, layout, [Phase(phase) for phase in layout.phases]

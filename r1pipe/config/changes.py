@@ -49,6 +49,7 @@ SAME_WITHIN_ROUNDING = {
     "engine.gradient_accumulation": "how much is computed at once",
     "engine.equal": "in which order sums are taken",
     "engine.recompute": "what is kept in memory for the backward pass",
+    "engine.offload": "what is kept in memory for the backward pass",
     "sampler": "where the server is, and when to give up on it",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",

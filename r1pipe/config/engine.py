@@ -7,6 +7,7 @@ from pydantic import Field
 
 from r1pipe.config.fields import Count, Positive, Rules, Strict
 from r1pipe.config.model import ModelConfig
+from r1pipe.config.parts import layers_of, rank_of
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -48,6 +49,7 @@ class EngineConfig(Strict):
     moments: Literal["fp32", "bf16"]  # AdamW's (V3 section 3.3.3: bf16); masters stay in float32
     gradient_accumulation: Positive  # micro-batches per optimizer step and rank
     recompute: bool  # run each layer again in the backward pass instead of keeping what it computed
+    offload: bool  # with recompute: each half of a layer, whose input waits in the host's memory
     attention: Literal["sdpa", "flex"]  # flex: FlexAttention in the passes that train (GPU)
     compile: bool  # torch.compile the decoder layers for the passes that train (GPU)
     graphs: bool  # decode through CUDA graphs when sampling (GPU)
@@ -81,6 +83,8 @@ def engine_rules(engine: EngineConfig) -> Rules:
     yield from accelerator_rules(engine, engine.accelerator)
     if engine.graphs and engine.sampler != "bundled":
         yield f"engine.graphs=true needs engine.sampler=bundled: {engine.sampler} decodes by itself"
+    if engine.offload and not engine.recompute:
+        yield "engine.offload=true needs engine.recompute=true: it moves the inputs of what is computed again"
     if engine.compile and engine.recompute:
         yield "engine.compile=true needs engine.recompute=false: the compiler chooses itself what to keep"
     if engine.compile and engine.zero_level > 2:
@@ -160,8 +164,11 @@ def expert_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
         yield f"{engine.expert_parallel=}: model={model.name} has no experts; drop it"
     if model.n_routed_experts % size:
         yield f"{engine.expert_parallel=} must divide {model.n_routed_experts=}"
-    if engine.hostfile is None and engine.ranks % size:
+    here = engine.hostfile is None and engine.slurm is None
+    if here and engine.ranks % size:
         yield f"{engine.expert_parallel=} must divide {engine.ranks=}"
+    elif here and engine.ranks % (size * engine.pipeline):
+        yield f"{engine.expert_parallel=} times {engine.pipeline=} must divide {engine.ranks=}"
     if engine.zero_level == 0:
         yield f"{engine.expert_parallel=} needs engine.zero_level=1 or more"
     for key, wished in {"compile": engine.compile, "equal": engine.equal}.items():
@@ -188,13 +195,26 @@ def pipeline_rules(engine: EngineConfig, model: ModelConfig) -> Rules:
         )
     if engine.zero_level > 1:
         yield f"{engine.zero_level=} with {engine.pipeline=}: a pipeline goes with ZeRO level 1 at most"
-    others = {"compile": "false", "equal": "false", "expert_parallel": "1", "sampler": "bundled"}
+    others = {"compile": "false", "equal": "false"}
     for key, needed in others.items():
         given = str(getattr(engine, key)).lower()
         if given != needed:
             yield f"engine.{key}={given} does not go with {engine.pipeline=}; give engine.{key}={needed}"
+    yield from _experts_everywhere(engine, model)
     if engine.recompute and folded:  # they go backward twice through a layer
         yield f"engine.recompute=true does not go with engine.schedule={engine.schedule}; give 1f1b"
+
+
+def _experts_everywhere(engine: EngineConfig, model: ModelConfig) -> Rules:
+    """DeepSpeed sums the norms of experts over all ranks of a pipeline, or of none."""
+    places = rank_of(engine.schedule, engine.pipeline)
+    parts = layers_of(model.num_hidden_layers, len(places))
+    ends = {rank: own.stop for rank, own in zip(places, parts, strict=True)}  # of each rank's last part
+    if engine.expert_parallel > 1 and min(ends.values()) <= model.first_k_dense_replace:
+        yield (
+            f"{engine.pipeline=}: a rank would have dense layers alone, and {engine.expert_parallel=} needs "
+            "experts on each; give fewer ranks of a pipeline"
+        )
 
 
 def fp8_rules(engine: EngineConfig, model: ModelConfig) -> Rules:

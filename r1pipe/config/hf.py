@@ -123,7 +123,8 @@ def hf_rules(model: HFConfig, engine: EngineConfig, stage: StageConfig) -> Rules
             f"{engine.sampler_precision=!s} is for the bundled model; with model=hf give "
             "engine.sampler_precision=same"
         )
-    plain = {"graphs": "false", "compile": "false", "equal": "false", "expert_parallel": "1", "pipeline": "1"}
+    switches = dict.fromkeys(("graphs", "compile", "equal", "offload"), "false")
+    plain = {**switches, "expert_parallel": "1", "pipeline": "1"}
     for key, value in plain.items():
         wished = str(getattr(engine, key)).lower()
         if wished != value:

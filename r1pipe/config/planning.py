@@ -81,7 +81,7 @@ class LayoutConfig(Strict):
     schedule: Literal["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"]  # the order of passes in the pipeline
     overlap: bool  # communication while computing
     micro_batch: Positive  # sequences of a micro-batch
-    recompute: Literal["none", "selective", "full"]  # selective: norms, SwiGLU, up-projections (V3)
+    recompute: Literal["none", "selective", "full", "offload"]  # selective: norms, SwiGLU, up-projections
     moments: Literal["fp32", "bf16"]  # AdamW's
     gradient_bytes: Annotated[int, Field(ge=2, le=8)]  # of a weight's gradient, in memory and on the links
     fp8_dispatch: bool  # tokens go to their experts in FP8; back always in BF16

@@ -225,8 +225,7 @@ def stage_rules(config: RunConfig) -> Rules:
     stage, ranks = config.stage, config.engine.ranks
     if not re.fullmatch(r"\w+\.py", stage.script):
         yield f"{stage.script=!s} must be the name of a script in stages/, not a path"
-    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
-        yield f"{stage.batch_size=} must be a multiple of engine.ranks={ranks}"
+    yield from spread_rules(stage, ranks, f"engine.ranks={ranks}")
     if isinstance(stage, PretrainConfig):
         if stage.max_steps == 0:
             yield "stage.max_steps=0: the corpus is endless; say how many"
@@ -234,10 +233,16 @@ def stage_rules(config: RunConfig) -> Rules:
             yield f"data={config.data.name} has no documents for stage={stage.name}; use data=world"
     if isinstance(stage, RejectionConfig | RLConfig) and stage.sampling.top_p == 0:
         yield "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
-    if isinstance(stage, RLConfig):
-        yield from rl_rules(stage, ranks)
     if stage.name == "evaluate" and config.parent is None:
         yield "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
+
+
+def spread_rules(stage: StageConfig, ranks: int, told: str) -> Rules:
+    """What all of so many ranks have the same number of."""
+    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
+        yield f"{stage.batch_size=} must be a multiple of {told}"
+    if isinstance(stage, RLConfig):
+        yield from rl_rules(stage, ranks)
 
 
 def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:

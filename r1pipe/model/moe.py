@@ -5,7 +5,8 @@ auxiliary loss); V2 section 2.2 (softmax gate). No token is ever dropped.
 Axis besides those of layers.py: d documents.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -260,6 +261,15 @@ def expert_loads(model: nn.Module) -> Tensor:
 def reset_loads(model: nn.Module) -> None:
     for gate in gates(model):
         gate.tokens_per_expert.zero_()
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """A block whose tokens are not in the loads."""
+    before = [(gate, gate.tokens_per_expert.clone()) for gate in gates(model)]
+    yield
+    for gate, counts_E in before:
+        gate.tokens_per_expert.copy_(counts_E)
 
 
 @torch.no_grad()

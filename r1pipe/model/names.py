@@ -50,8 +50,9 @@ def published_tensors(model: DeepseekV3) -> Iterator[tuple[str, Tensor]]:
             yield from published_parts(name, tensor)
 
 
-def published_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of the model under its published name or, if it holds all experts of a layer, names."""
+def published_parts(name: str, tensor: Tensor, first: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of the model under its published name or, if it holds experts of a layer, names. Where gate,
+    up and down are apart they may be some experts alone, from number `first` on."""
     if name.endswith("experts.gate_up_proj"):
         for expert, (gate, up) in enumerate(t.chunk(2) for t in tensor):
             yield name.replace("gate_up_proj", f"{expert}.gate_proj.weight"), gate
@@ -60,7 +61,7 @@ def published_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         for expert, down in enumerate(tensor):
             yield name.replace("down_proj", f"{expert}.down_proj.weight"), down
     elif (part := name.rpartition(".experts.")[2]) in SEPARATE:
-        for expert, weight in enumerate(tensor):
+        for expert, weight in enumerate(tensor, first):
             yield f"{name.removesuffix(part)}{expert}.{SEPARATE[part]}.weight", weight
     else:
         yield name, tensor

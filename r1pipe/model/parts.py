@@ -8,11 +8,12 @@ part, in each of them with the same calls. Axes: N tokens, D hidden width.
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import TypeVar
 
 from torch import Tensor, cat, nn
 
+from r1pipe.config.parts import layers_of
 from r1pipe.model.transformer import DeepseekV3
 
 M = TypeVar("M", bound=nn.Module)
@@ -111,13 +112,6 @@ class Part:
         if isinstance(embedding, _Received) and embedding.rest_ND is not None:
             states, embedding.rest_ND = [*states, embedding.rest_ND], None
         return found, cat(states)
-
-
-def layers_of(layers: int, count: int) -> list[range]:
-    """Which layers each of `count` parts has: as many, the first ones one more where it does not divide."""
-    size, more = divmod(layers, count)
-    ends = [number * size + min(number, more) for number in range(count + 1)]
-    return [range(*pair) for pair in pairwise(ends)]
 
 
 def part_with(name: str, layers: int, count: int) -> int:

@@ -1,18 +1,28 @@
 """Recomputation: keep the inputs of a module alone, and run it again in the backward pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+Module = Callable[..., tuple[Tensor, ...]]
 
-def run_again_in_backward(module: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
+
+def run_again_in_backward(module: Module, *inputs: Any) -> tuple[Tensor, ...]:
     """The module's outputs, a tuple with all that a gradient may come through. Nothing in it is random."""
     return checkpoint(_anchored, module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _anchored(module: nn.Module, *inputs: Any) -> tuple[Tensor, ...]:
+def run_again_from_host(module: Module, x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """As above, but until then `x` waits in the host's memory; other inputs, which layers share, stay."""
+    with save_on_cpu(pin_memory=x.is_cuda):
+        return run_again_in_backward(lambda x: module(x, *inputs), x)
+
+
+def _anchored(module: Module, *inputs: Any) -> tuple[Tensor, ...]:
     return _Anchor.apply(*module(*inputs))
 
 

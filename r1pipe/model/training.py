@@ -28,7 +28,7 @@ VARIANTS = 64  # compiled versions of a layer: dense or MoE, with or without doc
 def train_as(model: nn.Module, config: EngineConfig, device: torch.device) -> None:
     """Apply the engine's config to a model that will be trained."""
     set_precision(model, config, device)
-    set_recompute(model, config.recompute)
+    set_recompute(model, config.recompute, config.offload)
     set_attention(model, config.attention)
     if config.compile:
         compile_layers(model)
@@ -83,10 +83,10 @@ def set_batch_invariant(model: nn.Module, on: bool, dtype: torch.dtype = torch.f
             module.batch_invariant = on
 
 
-def set_recompute(model: nn.Module, on: bool) -> None:
+def set_recompute(model: nn.Module, on: bool, offload: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Trunk):
-            module.recompute = on
+            module.recompute, module.offload = on, offload
         elif isinstance(module, HFTrunk):
             module.set_recompute(on)
 

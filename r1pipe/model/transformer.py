@@ -1,15 +1,15 @@
 """The DeepSeek-V3 decoder, with transformers' module names (model.layers.N.mlp.gate...)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r1pipe.config.model import ModelConfig, check_model
 from r1pipe.core.errors import ConfigError
-from r1pipe.model.hf import HFModel
 from r1pipe.model.layers import Linear, RMSNorm, Rotary, SwiGLU
 from r1pipe.model.logprobs import Head
 from r1pipe.model.mla import (
@@ -24,7 +24,7 @@ from r1pipe.model.mla import (
 )
 from r1pipe.model.moe import Balance, MoE, Routing
 from r1pipe.model.mtp import same_document
-from r1pipe.model.recompute import run_again_in_backward
+from r1pipe.model.recompute import run_again_from_host, run_again_in_backward
 
 
 class DecoderLayer(nn.Module):
@@ -49,17 +49,26 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """-> x_BTD, with `keeps` the cache entries, and the balance loss that `routing` may ask for: all that
         a gradient may come through. `past_BPW` as in MLA, `routing` as in MoE."""
+        x_BTD, *kept = self.attend(x_BTD, rotation_BTr, mask_BTM, keeps, past_BPW)
+        x_BTD, *balance = self.transform(x_BTD, routing or Routing())
+        return (x_BTD, *kept, *balance)
+
+    def attend(
+        self, x_BTD: Tensor, rotation_BTr: Tensor, mask_BTM: Mask, keeps: bool, past_BPW: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The layer's first half: -> x_BTD, with `keeps` the cache entries."""
         kept: list[Tensor] = []
-        normed_BTD = self.input_layernorm(x_BTD)
         keep = kept.append if keeps else None
-        x_BTD = x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW)
+        normed_BTD = self.input_layernorm(x_BTD)
+        return (x_BTD + self.self_attn(normed_BTD, rotation_BTr, mask_BTM, keep, past_BPW), *kept)
+
+    def transform(self, x_BTD: Tensor, routing: Routing) -> tuple[Tensor, ...]:
+        """Its second half: -> x_BTD, and the balance loss that `routing` may ask for."""
         normed_BTD = self.post_attention_layernorm(x_BTD)
-        routing = routing or Routing()
-        if isinstance(self.mlp, MoE):
-            x_BTD = x_BTD + self.mlp(normed_BTD, routing)
-        else:
-            x_BTD = x_BTD + self.mlp(normed_BTD)
-        return (x_BTD, *kept) if routing.balance is None else (x_BTD, *kept, routing.balance)
+        if not isinstance(self.mlp, MoE):
+            return (x_BTD + self.mlp(normed_BTD),)
+        x_BTD = x_BTD + self.mlp(normed_BTD, routing)
+        return (x_BTD,) if routing.balance is None else (x_BTD, routing.balance)
 
     def decode(
         self, x_SD: Tensor, rotation_Sr: Tensor, places_S: Tensor, entries_SMW: Tensor, unseen_SM: Tensor
@@ -100,6 +109,7 @@ class Trunk(nn.Module):
     batch_invariant = False  # as kernels.Invariant; rows that continue a past are then read by position
     # For training passes only:
     recompute = False  # keep only the inputs of layers, and run them again in backward
+    offload = False  # and that of halves of layers, in the host's memory
     flex = False  # attend through FlexAttention
     compiled: Callable[..., tuple[Tensor, ...]] | None = None  # runs a layer, compiled
 
@@ -201,7 +211,7 @@ class Trunk(nn.Module):
 
     def _run(
         self,
-        layer: nn.Module,
+        layer: Any,
         x_BTD: Tensor,
         rotation_BTr: Tensor,
         mask_BTM: Mask,
@@ -210,10 +220,17 @@ class Trunk(nn.Module):
         past_BPW: Tensor | None = None,
     ) -> Tensor:
         """One layer; `recompute` runs it again in backward, with the same choice of experts."""
-        inputs = (x_BTD, rotation_BTr, mask_BTM, keep is not None, past_BPW, routing)
+        inputs = (rotation_BTr, mask_BTM, keep is not None, past_BPW)
         trains = self.training and torch.is_grad_enabled()
         run = self.compiled or (run_again_in_backward if self.recompute else None)
-        outputs = run(layer, *inputs) if run and trains else layer(*inputs)
+        outputs: Sequence[Tensor]
+        if trains and self.offload:
+            x_BTD, *kept = run_again_from_host(layer.attend, x_BTD, *inputs)
+            x_BTD, *balance = run_again_from_host(layer.transform, x_BTD, routing)
+            outputs = x_BTD, *kept, *balance
+        else:
+            both = (x_BTD, *inputs, routing)
+            outputs = run(layer, *both) if run and trains else layer(*both)
         if keep is not None:
             keep(outputs[1])
         if routing.balance is not None:
@@ -281,20 +298,3 @@ class DeepseekV3(nn.Module):
         """Freeze the multi-token prediction layers, for training whose loss does not reach them."""
         for layer in islice(self.model.layers, self.config.num_hidden_layers, None):
             layer.requires_grad_(False)
-
-
-class ScalarModel(nn.Module):
-    """A trunk with a linear head of one output: a reward model, or PPO's value model.
-
-    The names are those of transformers' sequence classification (model.*, score.*).
-    """
-
-    def __init__(self, language_model: "DeepseekV3 | HFModel"):
-        """Takes the language model's trunk. The head starts at zero: every text scores the same."""
-        super().__init__()
-        language_model.drop_mtp()
-        self.config = language_model.config
-        self.model = language_model.model
-        self.score = nn.Linear(self.config.hidden_size, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)

@@ -39,7 +39,8 @@ class Seconds:
 
 def of_tokens(work: Work, layout: LayoutConfig, cluster: ClusterConfig, backward: bool) -> Seconds:
     """Of a token's passes through all layers on one device, at the speeds of single kernels."""
-    full, selective = (backward and layout.recompute == how for how in ("full", "selective"))
+    full = backward and layout.recompute in ("full", "offload")
+    selective = backward and layout.recompute == "selective"
     passes = 1 + BACKWARD * backward + full
     low, high = speeds(layout, cluster)
     products = (passes * work.low + selective * work.again) / low + passes * work.high / high

@@ -1,6 +1,7 @@
 """Estimates of a run's memory and disk space, before it starts."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from r1pipe.config import (
     EngineConfig,
     EvaluateConfig,
     HFConfig,
+    ModelConfig,
     RewardModelConfig,
     RLConfig,
     RunConfig,
@@ -15,10 +17,12 @@ from r1pipe.config import (
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
 from r1pipe.plan import sizes
-from r1pipe.plan.sizes import FULL, Recompute, adapters, parameters, stored, trunk, without_mtp
-from r1pipe.runs import checkpoints, machine
+from r1pipe.plan.cut import Cut, cuts
+from r1pipe.plan.sizes import FULL, adapters, parameters, stored, trunk, without_mtp
+from r1pipe.runs import checkpoints, hosts, machine
 from r1pipe.runs.reward_model_quality import KINDS
 
+Model = ModelConfig | HFConfig
 MEBIBYTE = 2**20
 TOKEN = 12  # bytes of a drawn token and its log-probability in a checkpoint
 SPARE = 64 * MEBIBYTE  # for small files: tokenizer, rollouts, logs
@@ -137,8 +141,8 @@ def copied(config: RunConfig) -> float:
     if engine.async_save:
         for weights, trained in engines(config):
             again = written_again(config, weights, trained) * weight_bytes(engine)
-            total += again / (engine.ranks if engine.zero_level == 3 else 1)
-            total += trained * optimizer_bytes(engine) / (engine.ranks if engine.zero_level else 1)
+            total += again / (all_ranks(engine) if engine.zero_level == 3 else 1)
+            total += trained * optimizer_bytes(engine) / (all_ranks(engine) if engine.zero_level else 1)
     return total
 
 
@@ -157,6 +161,15 @@ def engines(config: RunConfig) -> list[tuple[int, int]]:
     return [(parameters(model) + added, added or parameters(model))]
 
 
+def all_ranks(engine: EngineConfig) -> int:
+    """Ranks of the whole job; where the machines are not known yet, those of one."""
+    if engine.slurm is not None:
+        return engine.ranks * engine.slurm.nodes
+    if engine.hostfile is not None and Path(engine.hostfile).is_file():
+        return sum(hosts.slots_of(engine.hostfile).values())
+    return engine.ranks
+
+
 def weight_bytes(engine: EngineConfig) -> int:
     return sizes.weight_bytes(engine.precision)
 
@@ -166,33 +179,44 @@ def optimizer_bytes(engine: EngineConfig) -> int:
 
 
 def needed(config: RunConfig, prompt: int) -> Need:
-    """Memory of a rank; `prompt`: tokens of the longest prompt. Python and torch take another half GiB.
+    """Memory of the rank that needs most; `prompt`: tokens of the longest prompt. Python and torch take
+    another half GiB.
 
     For two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% too high;
     for 33M weights of transformers, with adapters or not, from 7% too low to 14% too high. glibc may keep as
     much again as the activations of what is freed; with MALLOC_MMAP_THRESHOLD_=1000000 it gives that back.
     """
+    model, engine = config.model, config.engine
+    shares: Sequence[Cut[Model]] = [Cut(model)]
+    if isinstance(model, ModelConfig):
+        shares = cuts(model, engine.schedule, engine.pipeline)
+    return max((of_rank(config, share, prompt) for share in shares), key=lambda need: need.peak)
+
+
+def of_rank(config: RunConfig, share: Cut[Model], prompt: int) -> Need:
+    """Memory of one rank of a pipeline."""
     model, engine, stage = config.model, config.engine, config.stage
-    number, context = weight_bytes(engine), model.max_position_embeddings
+    number, context, ranks = weight_bytes(engine), model.max_position_embeddings, all_ranks(engine)
     if isinstance(stage, RLConfig):  # tokens of the largest training pass
         tokens = max(stage.max_tokens_per_micro_batch, min(stage.sampling.max_tokens, context))
     else:
         length = getattr(stage, "sequence_length", 2 * context)  # a reward model reads pairs
-        rows = -(-getattr(stage, "batch_size") // (engine.ranks * engine.gradient_accumulation))  # noqa: B009
+        rows = -(-getattr(stage, "batch_size") // (ranks * engine.gradient_accumulation))  # noqa: B009
         tokens = rows * length
         if isinstance(stage, RewardModelConfig):
             tokens = min(tokens, max(length, stage.max_tokens_per_micro_batch))
-    head = sizes.logits(tokens, model.vocab_size)
-    how: Recompute = "full" if engine.recompute else "none"
-    kept = stored(model, how) + sizes.working(model, how)
+    head = sizes.logits(tokens, share.model.vocab_size)
+    how = sizes.recomputation(engine)
+    kept = share.passes * (stored(share.model, how) + share.between) + sizes.working(model, how)
     cache = 0.0
     if isinstance(stage, RLConfig) and engine.sampler != "vllm":  # which has memory of its own
-        completions = -(-stage.prompts_per_step * stage.group_size // engine.ranks)
+        completions = -(-stage.prompts_per_step * stage.group_size // ranks)
         length = min(prompt + stage.sampling.max_tokens, context)
         slots = min(stage.sampling.max_num_seqs, completions)
         cache = slots * length * model.num_hidden_layers * sizes.cache_entry(model) * number
     activations = number * (tokens * kept + repeated(config, tokens, prompt))
-    return Need(states(config), activations, head, cache, copied(config))
+    copy = copied(replace(config, model=share.model))
+    return Need(states(config, share), activations, head, cache, copy)
 
 
 def repeated(config: RunConfig, tokens: int, prompt: int) -> float:
@@ -206,17 +230,18 @@ def repeated(config: RunConfig, tokens: int, prompt: int) -> float:
     return completions * prompt * model.num_hidden_layers * model.cache_width
 
 
-def held(config: RunConfig, weights: int, trained: int, samples: bool) -> float:
-    """Bytes of a rank for one engine: ranks may share out the experts, and then fewer share their states. To
-    sample, every rank gathers a whole model."""
+def held(config: RunConfig, weights: int, trained: int, whole: int) -> float:
+    """Bytes of a rank for one engine: ranks may share out the experts, and then fewer share their states.
+    `whole`: weights that every rank gathers to sample; 0: none."""
     engine, number = config.engine, weight_bytes(config.engine)
     level, size, apart = engine.zero_level, engine.expert_parallel, shared_out(config)
+    beside = max(1, all_ranks(engine) // engine.pipeline)
     each = {"weight": number, "gradient": FULL, "optimizer": optimizer_bytes(engine)}
-    dense = sizes.states(weights - apart, trained - apart, level=level, ranks=engine.ranks, **each)
-    experts = sizes.states(apart / size, apart / size, level=level, ranks=engine.ranks // size, **each)
-    if not samples:
+    dense = sizes.states(weights - apart, trained - apart, level=level, ranks=beside, **each)
+    experts = sizes.states(apart / size, apart / size, level=level, ranks=max(1, beside // size), **each)
+    if not whole:
         return dense.total + experts.total
-    return dense.total - dense.weights + experts.total + number * weights
+    return dense.total - dense.weights + experts.total + number * whole
 
 
 def shared_out(config: RunConfig) -> int:
@@ -228,17 +253,22 @@ def shared_out(config: RunConfig) -> int:
     return sizes.routed(replace(model, num_nextn_predict_layers=0) if frozen else model)
 
 
-def states(config: RunConfig) -> float:
-    """Bytes of a rank for engines, reference and reward models; ZeRO partitions within a machine."""
+def states(config: RunConfig, share: Cut[Model] | None = None) -> float:
+    """Bytes of a rank for engines, reference and reward models. `share`: of a pipeline."""
     engine, stage, number = config.engine, config.stage, weight_bytes(config.engine)
-    total = 0.0
-    for place, (weights, trained) in enumerate(engines(config)):
-        gathered = isinstance(stage, RLConfig) and place == 0 and config.engine.sampler != "vllm"
-        total += held(config, weights, trained, samples=gathered)
+    share = share or Cut(config.model)
+    own, total = replace(config, model=share.model), 0.0
+    for place, (weights, trained) in enumerate(engines(own)):
+        gathered = isinstance(stage, RLConfig) and place == 0 and engine.sampler != "vllm"
+        total += held(own, weights, trained, whole=engines(config)[0][0] if gathered else 0)
+        total += number * share.at_once * (weights - shared_out(own) * (1 - 1 / engine.expert_parallel))
     if isinstance(stage, RLConfig):
+        among = all_ranks(engine) if engine.zero_level == 3 else 1
         # with adapters the reference is the policy without them
-        copied = stage.kl_coef > 0 and not adapters(config.model)
-        frozen = without_mtp(config.model) * copied
-        frozen += trunk(config.model) * len(KINDS) * (stage.preference is not None)
-        total += number * frozen / (engine.ranks if engine.zero_level == 3 else 1)
+        if stage.kl_coef > 0 and not adapters(config.model):
+            apart = shared_out(own) if engine.zero_level < 3 else 0
+            spread = apart - apart / engine.expert_parallel
+            total += number * (without_mtp(share.model) - spread) / among
+        judges = len(KINDS) * (stage.preference is not None)
+        total += number * judges * trunk(config.model) / among
     return total

@@ -1,17 +1,21 @@
 """What one rank of a layout holds, by part; the formulas are those of r1pipe.plan.sizes.
 
-Pipeline ranks are taken to be alike: embedding, head and multi-token prediction are spread over all.
+The pipelines that the engine has are cut as it cuts them. In others ranks are taken to be alike: embedding,
+head and multi-token prediction are spread over all.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from r1pipe.config import ModelConfig
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
 from r1pipe.plan import sizes
+from r1pipe.plan.cut import Cut, cuts
 from r1pipe.plan.sizes import States, Weights
 
 GIGA = 1e9
+OWN = ("1f1b", "zbv", "dualpipev")  # schedules that the engine has
 MODULE = 4  # bytes of buffers for each weight of the largest module, at ZeRO level 3 (DeepSpeed's estimator)
 
 
@@ -30,11 +34,15 @@ class Held:
     level: int  # of ZeRO
 
     @classmethod
-    def of(cls, model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig) -> "Held":
+    def of(
+        cls, model: ModelConfig, layout: LayoutConfig, cluster: ClusterConfig, among: int | None = None
+    ) -> "Held":
+        """Of a model that is spread evenly `among` so many ranks of a pipeline (None: all)."""
         ranks, routed = cluster.devices // layout.pipeline, sizes.routed(model)
+        among = among or layout.pipeline
         return cls(
-            (sizes.parameters(model) - routed) / layout.pipeline,
-            routed / layout.pipeline / layout.expert_parallel,
+            (sizes.parameters(model) - routed) / among,
+            routed / among / layout.expert_parallel,
             2 if layout.schedule == "dualpipe" and layout.pipeline > 1 else 1,
             ranks,
             ranks // layout.expert_parallel,
@@ -70,6 +78,7 @@ class Rollout:
     steps: int  # optimizer steps that learn from it
     epochs: int  # passes over it
     longest: int  # tokens of the longest completion, which all ranks wait for
+    largest_pass: int  # tokens of the largest micro-batch
     slots: int  # completions that are decoded together on one device at most
     reference: bool  # whether a reference model scores them
     judges: int  # reward models, which have no head
@@ -112,33 +121,56 @@ def memory(
     micro_batches: int,
     rollout: Rollout | None = None,
 ) -> Memory:
-    """`tokens` of a micro-batch on a rank."""
-    held = Held.of(model, layout, cluster)
-    own, one = held.states, Weights.of(model)
+    """Of the rank that needs most. `tokens` of a micro-batch on a rank."""
+    if layout.pipeline > 1 and layout.schedule in OWN and layout.virtual_stages == 1:
+        shares: Sequence[Cut[ModelConfig]] = cuts(model, layout.schedule, layout.pipeline, micro_batches)
+        among = 1
+    else:
+        shares = [Cut(model, in_flight(layout, micro_batches))]
+        among = layout.pipeline
+    ranks = [of_rank(model, share, among, layout, cluster, tokens, rollout) for share in shares]
+    return max(ranks, key=lambda rank: rank.total)
+
+
+def of_rank(
+    model: ModelConfig,
+    share: Cut[ModelConfig],
+    among: int,
+    layout: LayoutConfig,
+    cluster: ClusterConfig,
+    tokens: int,
+    rollout: Rollout | None,
+) -> Memory:
+    """Of a rank that has an equal part of `share`, `among` others; `model` is the whole one."""
+    held = Held.of(share.model, layout, cluster, among)
+    own, one = held.states, Weights.of(share.model)
     largest = max(one.vocabulary, one.expert * model.n_routed_experts // layout.expert_parallel)
-    kept: float = held.weight * sizes.stored(model, layout.recompute)
+    kept: float = held.weight * sizes.stored(share.model, layout.recompute)
     if layout.precision == "fp8" and layout.recompute == "selective":
-        kept -= sizes.in_eight_bits(model)
-    kept = kept * in_flight(layout, micro_batches) + held.weight * sizes.working(model, layout.recompute)
+        kept -= sizes.in_eight_bits(share.model)
+    kept = (
+        kept * share.passes
+        + held.weight * share.passes * share.between
+        + held.weight * sizes.working(model, layout.recompute)
+    )
     frozen = sampler = cache = 0.0
     if rollout is not None:
-        headless = replace(model, tie_word_embeddings=True)
-        frozen = rollout.reference * frozen_weights(model, layout, held)
-        frozen += rollout.judges * frozen_weights(headless, layout, held)
-        frozen *= held.weight / layout.pipeline
+        frozen = rollout.reference * frozen_weights(share.model, layout, held) / among
+        frozen += rollout.judges * sizes.trunk(model) / (held.dense_ranks if layout.zero_level == 3 else 1)
+        frozen *= held.weight
         entry = held.weight * model.num_hidden_layers * sizes.cache_entry(model)
         longest = min(rollout.prompt + rollout.longest, model.max_position_embeddings)
         cache = rollout.rows(cluster.devices) * longest * entry
         if rollout.server is None:
-            sampler = max(0.0, held.weight * decoder_weights(model, layout) - own.weights)
+            sampler = max(0.0, held.weight * sizes.without_mtp(model) - own.weights)
         else:
             cache = rollout.server * cluster.memory_gb * GIGA  # with its weights
     return Memory(
         weights=own.weights,
-        gradients=own.gradients,
+        gradients=own.gradients + held.weight * share.at_once * (held.dense + held.experts),
         moments=own.moments,
         activations=tokens * kept,
-        logits=sizes.logits(tokens, model.vocab_size),
+        logits=sizes.logits(tokens, share.model.vocab_size),
         frozen=frozen,
         sampler=sampler,
         cache=cache,
@@ -147,16 +179,16 @@ def memory(
 
 
 def frozen_weights(model: ModelConfig, layout: LayoutConfig, held: Held) -> float:
-    """Number of weights that a rank has of a model that is only read."""
+    """Number of weights that a rank has of a reference."""
     if layout.zero_level == 3:
         return sizes.without_mtp(model) / held.dense_ranks
     return decoder_weights(model, layout)
 
 
 def decoder_weights(model: ModelConfig, layout: LayoutConfig) -> float:
-    """Number of weights that a rank decodes with: all layers, their experts spread as in training."""
+    """Number of weights of all layers but those of multi-token prediction, experts spread as in training."""
     plain = sizes.without_mtp(model)
-    routed = sizes.routed(model) * (1 - model.num_nextn_predict_layers / sizes.moe_layers(model))
+    routed = sizes.routed(replace(model, num_nextn_predict_layers=0))
     return plain - routed + routed / layout.expert_parallel
 
 

@@ -132,7 +132,7 @@ def planned(model: ModelConfig, cluster: ClusterConfig, layout: LayoutConfig, ph
     if rollout is not None:
         passed = tokens * micro_batches / layout.pipeline / rollout.epochs
         step = step.plus(rollout_step(model, cluster, layout, rollout, passed))
-        tokens = max(tokens, rollout.longest)  # one row may be as long
+        tokens = max(tokens, rollout.largest_pass)
     flops = 3 * counted.forward * config.batch_size * config.sequence_length
     held = memory(model, layout, cluster, tokens, micro_batches, rollout)
     if cluster.unit == "core":  # the C library keeps what training or sampling has freed

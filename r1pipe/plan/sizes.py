@@ -3,12 +3,17 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from r1pipe.config import HFConfig, ModelConfig
+from r1pipe.config import EngineConfig, HFConfig, ModelConfig
 
 FULL, HALF = 4, 2  # bytes of float32 and of bfloat16
 LOGITS_IN_MEMORY = 2**25  # elements of [N, V] in memory at once (r1pipe.model.logprobs)
 LOGIT_COPIES = 3  # logits, their float32 softmax, and its gradient
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "selective", "full", "offload"]
+
+
+def recomputation(engine: EngineConfig) -> Recompute:
+    """What an engine computes again in backward."""
+    return "none" if not engine.recompute else "offload" if engine.offload else "full"
 
 
 def weight_bytes(precision: str) -> int:
@@ -59,6 +64,8 @@ def states(
 
 def logits(tokens: float, vocabulary: int) -> float:
     """Bytes of the head's results in a training pass of so many tokens."""
+    if not vocabulary:  # a rank of a pipeline without the head
+        return 0.0
     return min(tokens, max(1, LOGITS_IN_MEMORY // vocabulary)) * vocabulary * FULL * LOGIT_COPIES
 
 
@@ -91,9 +98,11 @@ def stored(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
     """Elements that all layers store of a token for the backward pass: inputs of norms, products and SwiGLU.
 
     For a model of transformers as if its layers were dense, with one set of projections. `full`: each layer's
-    input alone; what a layer makes anew is in `working`.
+    input alone; what a layer makes anew is in `working`. `offload`: nothing, as it is on the host.
     """
     layers = model.num_hidden_layers
+    if recompute == "offload":
+        return 0
     if recompute == "full":
         return layers * model.hidden_size
     dense, moe = layer_elements(model, recompute == "selective")
@@ -102,8 +111,15 @@ def stored(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
 
 
 def working(model: ModelConfig | HFConfig, recompute: Recompute) -> int:
-    """Elements of a token in the layer that is computed anew: what it keeps, and the gradients of that."""
-    return 0 if recompute == "none" else 2 * max(layer_elements(model, False))
+    """Elements of a token in the layer that is computed anew: what it keeps, and the gradients of that. With
+    `offload` in the larger half of one, with the inputs of two."""
+    if recompute == "none":
+        return 0
+    if recompute == "offload" and isinstance(model, ModelConfig):
+        attention = attention_elements(model)
+        rest = max(layer_elements(model, False)) - attention + 2 * model.hidden_size
+        return 2 * max(attention, rest) + 2 * model.hidden_size
+    return 2 * max(layer_elements(model, False))
 
 
 def layer_elements(model: ModelConfig | HFConfig, selective: bool) -> tuple[int, int]:
@@ -117,16 +133,20 @@ def layer_elements(model: ModelConfig | HFConfig, selective: bool) -> tuple[int,
         # together; keys and values; gate, its SiLU, up, and their product
         layer = 9 * model.hidden_size + model.cache_width + 4 * model.intermediate_size
         return layer, layer
-    d, heads, experts = model.hidden_size, model.num_attention_heads, visited(model)
-    key = model.qk_nope_head_dim + model.qk_rope_head_dim
-    attention = 4 * d + heads * (2 * key + 2 * model.v_head_dim) + (model.q_lora_rank or 0)
-    attention += model.kv_lora_rank + model.qk_rope_head_dim
+    d, experts, attention = model.hidden_size, visited(model), attention_elements(model)
     dense = attention + 3 * model.intermediate_size
     moe = attention + experts * (3 * model.moe_intermediate_size + 2 * d) + model.n_routed_experts
     if selective:
         again = recomputed(model)
         return dense - again[0], moe - again[1] - experts * d
     return dense, moe
+
+
+def attention_elements(model: ModelConfig) -> int:
+    """Of those, the ones outside the SwiGLU or the experts."""
+    key, heads = model.qk_nope_head_dim + model.qk_rope_head_dim, model.num_attention_heads
+    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
+    return 4 * model.hidden_size + heads * (2 * key + 2 * model.v_head_dim) + latents
 
 
 def recomputed(model: ModelConfig) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from r1pipe.config.planning import ClusterConfig, LayoutConfig, PhaseConfig
 from r1pipe.core.errors import ConfigError
 from r1pipe.plan.memory import Rollout
 from r1pipe.plan.planner import Phase
+from r1pipe.plan.sizes import recomputation
 from r1pipe.runs.reward_model_quality import KINDS
 
 TENSOR_PARALLEL = ("--tensor-parallel-size", "--tensor_parallel_size", "-tp")  # vLLM's argument
@@ -24,7 +25,7 @@ def of_engine(config: RunConfig, cluster: ClusterConfig) -> dict[str, Any]:
         "pipeline": engine.pipeline,
         "schedule": engine.schedule,
         "moments": engine.moments,
-        "recompute": "full" if engine.recompute else "none",
+        "recompute": recomputation(engine),
         "sampler_ranks": _decoding_together(config),
     }
     if isinstance(stage, PretrainConfig | FineTuneConfig):  # all rows of a rank at once
@@ -79,6 +80,7 @@ def phase_of(config: RunConfig, layout: LayoutConfig) -> Phase:
         steps=steps,
         epochs=stage.inner_epochs,
         longest=longest,
+        largest_pass=max(stage.max_tokens_per_micro_batch, longest),
         slots=stage.sampling.max_num_seqs,
         reference=stage.kl_coef > 0,
         judges=len(KINDS) * (stage.preference is not None),

@@ -25,8 +25,8 @@ from r1pipe.model.hf.files import empty
 from r1pipe.model.names import CONFIG, published_config, published_parts, published_tensors
 from r1pipe.model.policy import of_transformers
 from r1pipe.model.reading import Stored, check
+from r1pipe.model.scalar import ScalarModel
 from r1pipe.model.shards import write_shards
-from r1pipe.model.transformer import ScalarModel
 from r1pipe.model.weights import fill
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json

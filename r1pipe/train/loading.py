@@ -1,17 +1,19 @@
 """Load the models that a job trains or reads, checked against the run's config."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config import HFConfig, ParentRef
+from r1pipe.config import EngineConfig, HFConfig, ParentRef
 from r1pipe.core.errors import CheckpointError
 from r1pipe.model import DeepseekV3, Policy, load_pretrained
 from r1pipe.model.hf import HFModel, lora
 from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints, heartbeat
 from r1pipe.runs.lineage.fit import check_parent_fits
+from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import Prepare, Shares, as_it_is, load_layers, load_sharded, new_sharded
+from r1pipe.train.engine.sharded import Prepare, Shares, as_it_is, load_share, new_sharded
 from r1pipe.train.rollout import Whole
 from r1pipe.train.run import Run
 
@@ -25,10 +27,10 @@ def load_model(
 ) -> Policy:
     """The parent's model, after checking its files' hashes; without a parent, random weights.
 
-    At ZeRO level 3 it is in shares, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline:
-    a rank then reads its own layers alone. `again`: this job has checked the hashes. `prepare` as in
-    load_sharded. A model of transformers may be stored in bfloat16; engine.precision=fp32 computes in
-    float32. Raises CheckpointError.
+    At ZeRO level 3 it is in shares, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline
+    and with expert parallelism: a rank then reads its own layers and experts alone. `again`: this job has
+    checked the hashes. `prepare` as in load_sharded. A model of transformers may be stored in bfloat16;
+    engine.precision=fp32 computes in float32. Raises CheckpointError.
     """
     shape, engine = run.config.model, run.config.engine
     in_shares = engine.zero_level == 3
@@ -37,47 +39,64 @@ def load_model(
             if isinstance(shape, HFConfig):
                 raise CheckpointError("model=hf has no random weights; give parent=CHECKPOINT")
             drawn = run.generator("weights")
-            return new_sharded(shape, drawn, engine, prepare) if in_shares else DeepseekV3(shape, drawn)
+            if in_shares:
+                return new_sharded(shape, drawn, engine, prepare)
+            new = DeepseekV3(shape, drawn)
+            prepare(new)
+            return new
         if run.rank == 0 and not again:
             checkpoints.verify(parent.checkpoint, parent.hash)
         if parent == run.config.weights_from:
             check_parent_fits(parent, shape)
-        dense = shape if isinstance(shape, HFConfig) else None
+        folder, dense = Path(parent.checkpoint), shape if isinstance(shape, HFConfig) else None
         attention, longest = (dense.attention, dense.max_position_embeddings) if dense else (None, None)
-        if in_shares:
-            return load_sharded(Path(parent.checkpoint), engine, attention, longest, prepare)
-        if engine.pipeline > 1 and for_engine:
-            return load_layers(Path(parent.checkpoint), engine)
-        model = load_pretrained(parent.checkpoint, attention, longest)
-        return model.float() if dense and engine.precision == "fp32" else model
+        if in_shares or for_engine:
+            model = load_share(folder, engine, prepare, attention, longest)
+        else:
+            model = load_pretrained(folder, attention, longest)
+        return model.float() if dense and engine.precision == "fp32" and not in_shares else model
 
 
-def load_weights(run: Run[Any], parent: ParentRef, ranks: Ranks) -> Whole | Shares:
+def load_weights(run: Run[Any], parent: ParentRef, ranks: Ranks) -> Whole | Shares | FrozenModel:
     """The parent's weights, to draw from; all ranks call. Raises CheckpointError."""
+    engine = run.config.engine
+    if engine.zero_level < 3 and (engine.pipeline > 1 or engine.expert_parallel > 1):
+        return FrozenModel(load_frozen(run, parent), engine)
     model = load_model(run, parent)
-    if run.config.engine.zero_level < 3:
+    if engine.zero_level < 3:
         model = model.to(ranks.device)
-    set_precision(model, run.config.engine, ranks.device)
+    set_precision(model, engine, ranks.device)
     model.eval()
-    return Shares(model) if run.config.engine.zero_level == 3 else Whole(model)
+    return Shares(model) if engine.zero_level == 3 else Whole(model)
+
+
+def load_frozen(run: Run[Any], parent: ParentRef | None, again: bool = False) -> Policy:
+    """A model for a FrozenModel. `again` as above; all ranks call. Raises CheckpointError."""
+    engine = run.config.engine
+    prepare = as_it_is if engine.zero_level == 3 else sharing_out(engine)
+    return load_model(run, parent, again, prepare, for_engine=True)
 
 
 def load_policy(run: Run[Any], again: bool = False, freeze_mtp: bool = False) -> Policy:
     """What the stage trains, for an Engine: with `model.lora.rank` it has adapters. `again` as above."""
-    shape, engine = run.config.model, run.config.engine
+    shape, share_out = run.config.model, sharing_out(run.config.engine)
 
     def prepare(model: Policy) -> None:
         if freeze_mtp:
             model.freeze_mtp()
-        if engine.expert_parallel > 1:
-            from r1pipe.train.engine import expert_parallel  # imports DeepSpeed
-
-            expert_parallel.share_out(model, engine.expert_parallel, Ranks(engine))
+        share_out(model)
 
     model = load_model(run, run.config.weights_from, again, prepare, for_engine=True)
-    if engine.zero_level < 3:
-        prepare(model)
     if isinstance(shape, HFConfig) and shape.lora.rank:
         assert isinstance(model, HFModel)
         lora.add(model, shape.lora, run.seed("adapters"))
     return model
+
+
+def sharing_out(engine: EngineConfig) -> Prepare:
+    """Leaves each rank its share of the experts, where ranks share them out."""
+    if engine.expert_parallel == 1:
+        return as_it_is
+    from r1pipe.train.engine import expert_parallel  # imports DeepSpeed
+
+    return partial(expert_parallel.share_out, config=engine, ranks=Ranks(engine))

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import psutil
 from safetensors import SafetensorError
@@ -29,6 +29,13 @@ NO_ENGINES: Mapping[str, Engine] = MappingProxyType({})
 
 log = logging.getLogger("r1pipe")
 S = TypeVar("S", bound=StageConfig)
+
+
+class Saved(Protocol):
+    """What a checkpoint has of it, for resume."""
+
+    def save(self, folder: Path, state: dict[str, Any], writer: Writer) -> object:
+        """All ranks call."""
 
 
 class Resumable(Generic[S]):
@@ -111,16 +118,16 @@ class Resumable(Generic[S]):
         step: int,
         state: dict[str, Any],
         export: Callable[[Any, Path], None] | None = None,
-        others: Mapping[str, Engine] = NO_ENGINES,
+        others: Mapping[str, Saved] = NO_ENGINES,
         more: Callable[[Path], None] = lambda folder: None,
     ) -> Path:
         """Write checkpoints/step-N: weights, tokenizer, state for resume; all ranks call.
 
         `state`: the loop's plain values, which `resume` returns. `export` writes the weights in another way,
-        on rank 0 and from the whole model; `more` writes further files there. `others`: further engines by
-        name, saved for resume only. With `engine.async_save` all but these two is written from copies, while
-        training goes on (of the weights the last shard). Raises ConfigError, after saving, if
-        `stage.keep_best` is no logged metric, and Taken if another launch has the run.
+        on rank 0 and from the whole model; `more` writes further files there. `others`: what else
+        is saved for resume only, by name. With `engine.async_save` all but these two and a reference is
+        written from copies, while training goes on (of the weights the last shard). Raises ConfigError, after
+        saving, if `stage.keep_best` is no logged metric, and Taken if another launch has the run.
         """
         self.launch.check()
         target = self.folder.checkpoint(step)

@@ -27,7 +27,7 @@ from r1pipe.runs import heartbeat
 from r1pipe.runs.files import write_json
 from r1pipe.train.engine import patches
 from r1pipe.train.engine import state as engine_state
-from r1pipe.train.engine.frozen import ClosureRunner, evaluate
+from r1pipe.train.engine.frozen import ClosureRunner
 from r1pipe.train.engine.gathered import Gathered
 from r1pipe.train.engine.memory import keeping_no_weights
 from r1pipe.train.engine.metrics import StepStats
@@ -58,7 +58,7 @@ class Engine(Gathered):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         if self.expert_parallel > 1:
-            self._experts.share_out(model, self.expert_parallel, self)
+            self._experts.share_out(model, config, self)
         if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
             model.bfloat16()
         train_as(model, config, self.device)
@@ -91,7 +91,7 @@ class Engine(Gathered):
         if self.world_size % config.pipeline:
             size = config.pipeline
             raise ConfigError(f"engine.pipeline={size} must divide the job's {self.world_size} ranks")
-        return Pipeline(self.module, config, self.device)
+        return Pipeline(self.module, config, self)
 
     def train_step(self, micro_losses: Sequence[Callable[[], Tensor]]) -> StepStats:
         """One optimizer step; skipped on all ranks if the loss or gradient of any rank is not finite.
@@ -133,11 +133,6 @@ class Engine(Gathered):
         fp8 = {} if broken else meter.metrics(counts)
         mean_loss, skipped = total_loss / self.world_size, self._ds.skipped_steps
         return StepStats(mean_loss, grad_norm, lr, loads_LE, fp8, broken, skipped)
-
-    def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """What each closure over the model returns, without gradients; all ranks call, each with one or more
-        of its own."""
-        return evaluate(self, closures, self.pipeline, self._ds if self.in_step else None)
 
     def _backward(self, closure: Callable[[], Tensor], weight: float) -> float:
         """Forward and backward; the loss. NaN gradients make all ranks skip the step if it is not finite."""

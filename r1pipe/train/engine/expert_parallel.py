@@ -7,6 +7,7 @@ the groups of ranks, the exchange, the reduction of gradients and the checkpoint
 a layer of its own. AutoEP itself would replace the router, the balance loss and the padding mask as well.
 
 Every pass needs all ranks of a group, as under ZeRO-3. For sampling and saving, `whole` collects the experts.
+In a pipeline a group is of ranks with the same layers.
 Axes as in r1pipe/model/layers.py, and: e local experts, M rows that a rank sends, R rows that it receives.
 """
 
@@ -28,10 +29,13 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV, co
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from r1pipe.config import ModelConfig
+from r1pipe.config import EngineConfig, ModelConfig
 from r1pipe.core.errors import ConfigError
+from r1pipe.model import DeepseekV3
 from r1pipe.model.moe import Experts, MoE
+from r1pipe.train.engine import patches
 from r1pipe.train.engine.optimizer import is_shared_out
+from r1pipe.train.engine.pipeline_groups import owner_of
 from r1pipe.train.engine.ranks import Ranks
 
 PARTS = ("w1", "w3", "w2")  # DeepSpeed's names, which its checkpoints need: gate, up and down
@@ -51,6 +55,7 @@ class ParallelExperts(Experts):
         nn.Module.__init__(self)
         self.total = len(experts.down_proj)
         self.local = self.total // size
+        self.first = rank * self.local
         self.group: Any = None  # the ranks that share the experts; DeepSpeed makes it
         gate_up, down = (w.detach().chunk(size)[rank] for w in (experts.gate_up_proj, experts.down_proj))
         self.take(gate_up, down)
@@ -152,19 +157,42 @@ class ParallelMoE(MoE, AutoEPMoELayer):
         self.experts.group = self.ep_group
 
 
-def share_out(model: nn.Module, size: int, ranks: Ranks) -> None:
+def share_out(model: DeepseekV3, config: EngineConfig, ranks: Ranks) -> None:
     """Keep this rank's share of the experts in each layer that is trained: DeepSpeed saves no frozen ones.
 
-    A model on the meta device gets its weights afterwards. Raises ConfigError where ranks cannot be grouped.
+    Layers that another rank of the pipeline has get the same names; DeepSpeed does not hear of them. A model
+    on the meta device gets its weights afterwards. Raises ConfigError where ranks cannot be grouped.
     """
-    if ranks.world_size % size:
-        raise ConfigError(f"engine.expert_parallel={size} must divide the job's {ranks.world_size} ranks")
-    for parent in [*model.modules()]:
+    size, pipeline = config.expert_parallel, config.pipeline
+    if ranks.world_size % (size * pipeline):
+        parts = f" times engine.pipeline={pipeline}" if pipeline > 1 else ""
+        raise ConfigError(
+            f"engine.expert_parallel={size}{parts} must divide the job's {ranks.world_size} ranks"
+        )
+    patches.make_expert_groups(ranks.device, size, pipeline)
+    position, layers = ranks.rank // (ranks.world_size // pipeline), model.config.num_hidden_layers
+    for prefix, parent in [*model.named_modules()]:
         layer = getattr(parent, "mlp", None)
-        if not isinstance(layer, MoE) or isinstance(layer, ParallelMoE):
+        if not isinstance(layer, MoE) or isinstance(layer.experts, ParallelExperts):
             continue
         if layer.experts.down_proj.requires_grad:
-            parent.mlp = ParallelMoE(layer, size, ranks.rank % size)
+            shared = ParallelMoE(layer, size, ranks.rank % size)
+            shared.set_deepspeed_parallelism()
+            if owner_of(prefix, layers, config) == position:
+                parent.mlp = shared
+            else:
+                layer.experts = shared.experts
+
+
+def shapes_of(model: DeepseekV3) -> dict[str, torch.Size]:
+    """The shapes of a model's parameters by name; here they may be empty, but for the shares of experts."""
+    with torch.device("meta"):
+        whole = DeepseekV3(model.config)
+        for name, experts in model.named_modules():
+            if isinstance(experts, ParallelExperts):
+                layer: Any = whole.get_submodule(name.rpartition(".")[0])
+                layer.experts = ParallelExperts(layer.experts, experts.total // experts.local, 0)
+    return {name: weight.shape for name, weight in whole.named_parameters()}
 
 
 @contextmanager
@@ -186,7 +214,7 @@ def made_whole(tensors: Sequence[Tensor]) -> Iterator[None]:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """All experts on every rank, for the length of a block; all ranks must enter. They have no gradient."""
-    layers = [module for module in model.modules() if isinstance(module, ParallelMoE)]
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
     shares = [(layer, layer.experts) for layer in layers if isinstance(layer.experts, ParallelExperts)]
     try:
         for layer, share in shares:

@@ -1,7 +1,8 @@
-"""A model that is only read, as a reference is: a copy on each rank or, at ZeRO level 3, one in shares."""
+"""A model that is only read, as a reference is: a copy on each rank, its share of layers and experts or, at
+ZeRO level 3, of each weight."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
-from r1pipe.model import load_pretrained
+from r1pipe.model.saving import write_pretrained
 from r1pipe.model.training import set_precision
 from r1pipe.train.engine import patches
+from r1pipe.train.engine.gathered import Gathered
 from r1pipe.train.engine.optimizer import deepspeed_config
-from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import load_sharded
+from r1pipe.train.engine.sharded import load_share
+from r1pipe.train.engine.writing import Writer
 
 
 class ClosureRunner(nn.Module):
@@ -28,62 +30,46 @@ class ClosureRunner(nn.Module):
         return closure()
 
 
-@torch.no_grad()
-def evaluate(
-    ranks: Ranks, closures: Sequence[Callable[[], Tensor]], pipeline: Any, runner: Any
-) -> list[Tensor]:
-    """What each closure over a model returns; all ranks call, each with one or more of its own.
-
-    `pipeline`: has the layers, if ranks share them out. `runner`: runs a pass that needs all ranks, which
-    gather weights layer by layer, never the whole model; those with fewer closures repeat their last.
-    """
-    if pipeline:
-        return pipeline.evaluate(closures)
-    if runner is None:
-        return [closure() for closure in closures]
-    repeats = ranks.agree_max(len(closures)) - len(closures)
-    return [runner(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
-
-
-class FrozenModel(Ranks):
+class FrozenModel(Gathered):
     """`module` is the model; it is read through `evaluate`."""
 
-    def __init__(self, model: nn.Module, config: EngineConfig):
+    def __init__(self, model: Any, config: EngineConfig):
         """`model` may be partitioned already (see sharded.py)."""
         super().__init__(config)
         self.start()
-        self.config = config
-        self.module: Any = model.to(self.device)
+        self.config, self.zero_level = config, config.zero_level
+        self.expert_parallel = 1 if self.zero_level == 3 else config.expert_parallel
+        self.module = model.to(self.device)
+        self._share_out(self.module)
         if config.precision != "fp32":
             self.module = self.module.bfloat16()
         set_precision(self.module, config, self.device)
         self.module.eval().requires_grad_(False)
-        self._runner: Any = None
-        self._pipeline: Any = None
         if config.pipeline > 1:
             from r1pipe.train.engine.pipeline import Pipeline
 
-            self._pipeline = Pipeline(self.module, config, self.device)
+            self.pipeline = Pipeline(self.module, config, self)
+        self._ds = _called
         if config.zero_level == 3:
             deepspeed = patches.start_deepspeed(self.device)
             share = patches.share_of(self.module, self.world_size)
             with self.patient():
-                self._runner, *_ = deepspeed.initialize(
+                self._ds, *_ = deepspeed.initialize(
                     model=ClosureRunner(self.module),
                     config=deepspeed_config(config, 0.0, share),
                     dist_init_required=False,
                 )
 
-    def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """What each closure over `module` returns; all ranks call, each with one or more of its own."""
-        return evaluate(self, closures, self._pipeline, self._runner)
+    def _share_out(self, model: Any) -> None:
+        if self.expert_parallel > 1:
+            self._experts.share_out(model, self.config, self)
 
     @torch.no_grad()
     def copy(self, other: nn.Module) -> None:
         """Take the weights of a model with the same names or more, partitioned alike; all ranks call."""
         theirs = {**dict(other.named_parameters()), **dict(other.named_buffers())}
         for name, mine in [*self.module.named_parameters(), *self.module.named_buffers()]:
-            if self._runner is None or not hasattr(mine, "ds_id"):
+            if not hasattr(mine, "ds_id"):
                 if mine.numel():  # the layers of other ranks of a pipeline are empty
                     mine.copy_(theirs[name])
                 continue
@@ -91,12 +77,18 @@ class FrozenModel(Ranks):
                 if self.rank == 0:
                     mine.copy_(theirs[name])
 
+    def save(self, folder: Path, writer: Writer) -> None:
+        """Write it as save_pretrained does; all ranks call, and none has it whole."""
+        tensors = self.tensors()
+        if self.rank == 0:
+            writer.attempt(partial(write_pretrained, self.module, tensors, folder), folder)
+        for _ in tensors:  # all gather, also what could not be written
+            pass
+
     def load(self, folder: Path) -> None:
         """Take the weights of a checkpoint of the same shape; all ranks call. Raises CheckpointError."""
-        self.copy(load_pretrained(folder) if self._runner is None else load_sharded(folder, self.config))
+        self.copy(load_share(folder, self.config, self._share_out))
 
-    def gathered(self) -> AbstractContextManager[object]:
-        """The whole model on every rank, for saving; all ranks must enter."""
-        if self._pipeline:
-            return self._pipeline.whole([*self.module.parameters()])
-        return nullcontext() if self._runner is None else patches.whole([*self.module.parameters()])
+
+def _called(closure: Callable[[], Tensor]) -> Tensor:
+    return closure()

@@ -1,9 +1,10 @@
-"""A model that the ranks of an engine share, made whole: for sampling, evaluation and saving."""
+"""A model that the ranks of an engine share, read by all together, or made whole for sampling and saving."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from r1pipe.model.buckets import buckets_of
@@ -15,7 +16,7 @@ from r1pipe.train.engine.ranks import Ranks
 
 
 class Gathered(Ranks):
-    """The part of an engine that undoes what its ranks share out: weights, experts, layers."""
+    """The part of an engine that reads a model that its ranks share out: weights, experts, layers."""
 
     module: Any
     zero_level: int
@@ -34,6 +35,21 @@ class Gathered(Ranks):
     def in_step(self) -> bool:
         """Whether every pass needs all ranks, as they exchange weights or tokens within it."""
         return self.zero_level == 3 or self.expert_parallel > 1 or self.pipeline is not None
+
+    @torch.no_grad()
+    def evaluate(self, closures: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each closure over the model returns, without gradients; all ranks call, each with one or more
+        of its own.
+
+        Where every pass needs all ranks, weights are gathered layer by layer, never the whole model, and
+        ranks with fewer closures repeat their last.
+        """
+        if self.pipeline:
+            return self.pipeline.evaluate(closures)
+        if not self.in_step:
+            return [closure() for closure in closures]
+        repeats = self.agree_max(len(closures)) - len(closures)
+        return [self._ds(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:
@@ -55,9 +71,8 @@ class Gathered(Ranks):
 
     def _elements(self, tensor: Tensor) -> int:
         """Of the whole tensor."""
-        if self.pipeline:
-            return self.pipeline.elements(tensor)
-        return patches.elements(tensor) * (self.expert_parallel if is_shared_out(tensor) else 1)
+        own = self.pipeline.elements(tensor) if self.pipeline else patches.elements(tensor)
+        return own * (self.expert_parallel if is_shared_out(tensor) else 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights by published name, for saving; every rank gets them, and all must read to the end."""

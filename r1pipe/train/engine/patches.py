@@ -52,6 +52,16 @@ def start_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def make_expert_groups(device: torch.device, size: int, pipeline: int) -> None:
+    """Groups of `size` ranks beside each other, once in a process; all ranks call. DeepSpeed makes them as if
+    the ranks of a pipeline were tensor-parallel, which mixes them and may leave some out."""
+    start_deepspeed(device)
+    from deepspeed.utils import groups
+
+    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(size, mp_size=1, pp_size=pipeline)
+
+
 def limit_collectives(limit: timedelta, but: Sequence[dist.ProcessGroup | None]) -> None:
     """Set the limit of the collectives of all groups `but` some, and of those to come: DeepSpeed makes its
     own with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""

@@ -7,11 +7,12 @@ sees one backward pass, whose gradients are the sums of all; a rank's layers are
 it, so that gradients are averaged over the ranks with the same layers, and the norm is over all layers.
 
 The ranks with the same layers are neighbours: what data and expert parallelism exchange is more than the
-states between two parts. Axes: N tokens, D hidden width.
+states between two parts. They may share out their experts (see expert_parallel.py): all pipelines then make
+as many passes, in the same order. Axes: N tokens, D hidden width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,35 +21,33 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from r1pipe.config import EngineConfig
+from r1pipe.config.parts import rank_of
 from r1pipe.model import DeepseekV3
-from r1pipe.model.parts import Part, part_with
+from r1pipe.model.moe import uncounted
+from r1pipe.model.parts import Part
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import schedule
+from r1pipe.train.engine.expert_parallel import shapes_of
 from r1pipe.train.engine.passes import Pass, moved
-from r1pipe.train.engine.pipeline_groups import groups_of
+from r1pipe.train.engine.pipeline_groups import groups_of, owner_of
+from r1pipe.train.engine.ranks import Ranks
 
 CPU = torch.device("cpu")
-
-
-def owner_of(name: str, layers: int, config: EngineConfig) -> int:
-    """The rank of a pipeline that has the parameter of this name, of a model of so many layers."""
-    places = schedule.rank_of(config.schedule, config.pipeline)
-    return places[part_with(name, layers, len(places))]
 
 
 class Pipeline:
     """One model, cut into parts; `timeline` is when this rank did what in its last step."""
 
-    def __init__(self, model: DeepseekV3, config: EngineConfig, device: torch.device):
+    def __init__(self, model: DeepseekV3, config: EngineConfig, ranks: Ranks):
         """Empties the weights that other ranks have, which may be empty already; all ranks call."""
-        self.groups, self.module, self.device = groups_of(config.pipeline), model, device
+        self.groups, self.module, self.device = groups_of(config.pipeline), model, ranks.device
+        self.ranks, self.with_others = ranks, config.expert_parallel > 1  # experts wait for other pipelines
         self.schedule, self.size = config.schedule, config.pipeline
-        self.places = schedule.rank_of(config.schedule, config.pipeline)
+        self.places = rank_of(config.schedule, config.pipeline)
         self.dtype = next(model.parameters()).dtype  # of the states
         self.timeline: list[schedule.Logged] = []
         self._owners: dict[Tensor, tuple[int, torch.Size]] = {}
-        with torch.device("meta"):
-            shapes = {name: weight.shape for name, weight in DeepseekV3(model.config).named_parameters()}
+        shapes = shapes_of(model)
         for name, parameter in model.named_parameters():
             owner = owner_of(name, model.config.num_hidden_layers, config)
             self._owners[parameter] = owner, shapes[name]
@@ -86,8 +85,10 @@ class Pipeline:
     def _run(self, passes: Sequence[Pass[Any]], training: bool) -> "_Work":
         gathered = self._exchanged([moved(one.micro, CPU) for one in passes])
         micros = [moved(micro, self.device) for of_rank in gathered for micro in of_rank]
-        first = sum(map(len, gathered[: self.groups.position]))
-        work = _Work(self, passes[0], micros, (first, first + len(passes)), training)
+        first, count = sum(map(len, gathered[: self.groups.position])), len(micros)
+        if self.with_others:  # all pipelines make as many passes: the last one again, at weight zero
+            micros += micros[-1:] * (self.ranks.agree_max(count) - count)
+        work = _Work(self, passes[0], micros, count, (first, first + len(passes)), training)
         position = self.groups.position
         order = schedule.order_of(self.schedule, self.size, position, len(micros), training)
         messages = schedule.Messages(self.places, self.groups.states, self.groups.peers, work)
@@ -136,10 +137,18 @@ class _Work:
     """One step of a rank: forward and backward passes of its parts over all micro-batches."""
 
     def __init__(
-        self, pipeline: Pipeline, like: Pass[Any], micros: Sequence[Any], own: tuple[int, int], training: bool
+        self,
+        pipeline: Pipeline,
+        like: Pass[Any],
+        micros: Sequence[Any],
+        count: int,
+        own: tuple[int, int],
+        training: bool,
     ):
-        """`like`: a pass over any of the micro-batches; those from own[0] to own[1] are this rank's."""
+        """`like`: a pass over any of the micro-batches; those from own[0] to own[1] are this rank's, those
+        from `count` on repeat one."""
         self.pipeline, self.like, self.micros, self.own, self.training = pipeline, like, micros, own, training
+        self.count = count
         self.values: dict[int, Tensor] = {}  # what the last part's passes return, by micro-batch
         self.found: dict[int, Any] = {}  # besides
         self.balances: dict[int, Tensor] = {}  # shares of this rank's layers
@@ -154,6 +163,10 @@ class _Work:
         return torch.empty(rows, config.hidden_size, dtype=self.pipeline.dtype, device=self.pipeline.device)
 
     def forward(self, part: int, micro: int, received: Tensor | None) -> Tensor | None:
+        with uncounted(self.pipeline.module) if micro >= self.count else nullcontext():
+            return self._forward(part, micro, received)
+
+    def _forward(self, part: int, micro: int, received: Tensor | None) -> Tensor | None:
         cut, one, data = self.pipeline.parts[part], self.like, self.micros[micro]
         if self.training and received is not None:
             received.requires_grad_()
@@ -162,14 +175,16 @@ class _Work:
             hidden, balances = one.read(model, data)
             value = None
             if cut.is_last:
-                value, self.found[micro] = one.learn(model, data, hidden, balances)
-                self.values[micro] = value.detach()
+                value, found = one.learn(model, data, hidden, balances)
+                if micro < self.count:
+                    self.values[micro], self.found[micro] = value.detach(), found
             return value, one.share_of(balances)
 
         (value, balance), states_ND = cut.run(read, received, self.pipeline.module.training)
         outputs = [output for output in (value, states_ND) if output is not None]
         if balance is not None:
-            self.balances[micro] = balance.detach() + self.balances.get(micro, 0.0)
+            if micro < self.count:
+                self.balances[micro] = balance.detach() + self.balances.get(micro, 0.0)
             if balance.requires_grad:  # not of dense layers
                 outputs.append(one.balance_weight * balance)
         if self.training:
@@ -192,7 +207,7 @@ class _Work:
         gradient = self._seeds.pop(key, gradient)
         # the engine averages over the ranks with the same layers, and each of them has had all micro-batches
         # of a pipeline
-        share = 1 / self.pipeline.size
+        share = 1 / self.pipeline.size if micro < self.count else 0.0
         seeds = [torch.full_like(output, share) for output in outputs]
         if gradient is not None:
             seeds[0] = gradient
@@ -232,7 +247,8 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if g is None else g * d_loss[0] for g in ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # each is let go once DeepSpeed has it
+        return None, None, *(None if g is None else g.mul_(d_loss[0]) for g in gradients)
 
 
 def _on_cpu(value: Any) -> Any:

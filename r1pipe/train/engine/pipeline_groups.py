@@ -1,8 +1,12 @@
-"""The groups of ranks that a pipeline needs, in the form in which DeepSpeed asks for them."""
+"""Who has what in a pipeline, and its groups of ranks, in the form in which DeepSpeed asks for them."""
 
 from typing import Any
 
 import torch.distributed as dist
+
+from r1pipe.config import EngineConfig
+from r1pipe.config.parts import rank_of
+from r1pipe.model.parts import part_with
 
 _groups: dict[tuple[int, int], "Groups"] = {}  # of this process, by ranks of the job and of a pipeline
 
@@ -63,3 +67,9 @@ def groups_of(size: int) -> Groups:
     if key not in _groups:
         _groups[key] = Groups(size)
     return _groups[key]
+
+
+def owner_of(name: str, layers: int, config: EngineConfig) -> int:
+    """The rank of a pipeline that has the parameter of this name, of a model of so many layers."""
+    places = rank_of(config.schedule, config.pipeline)
+    return places[part_with(name, layers, len(places))]

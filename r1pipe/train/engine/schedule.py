@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import schedules
 
+from r1pipe.config.parts import rank_of
 from r1pipe.runs import heartbeat
 
 F, B, I, W = "F", "B", "I", "W"  # forward, whole backward, that of inputs, that of weights  # noqa: E741
@@ -37,12 +38,6 @@ class Logged(NamedTuple):
     micro: int
     begin: float
     end: float
-
-
-def rank_of(schedule: str, ranks: int) -> list[int]:
-    """The rank of each part."""
-    there = [*range(ranks)]
-    return there if schedule == "1f1b" else there + there[::-1]
 
 
 def order_of(schedule: str, ranks: int, rank: int, micros: int, backward: bool = True) -> list[Step]:

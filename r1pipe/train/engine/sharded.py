@@ -18,12 +18,13 @@ from r1pipe.model import DeepseekV3, Policy, weights
 from r1pipe.model.buckets import buckets_of
 from r1pipe.model.hf import files
 from r1pipe.model.names import published_parts
-from r1pipe.model.policy import of_transformers
+from r1pipe.model.policy import load_pretrained, of_transformers
 from r1pipe.model.reading import Stored, eos_ids
 from r1pipe.runs import heartbeat
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.memory import return_freed_memory
 from r1pipe.train.engine.optimizer import deepspeed_config
+from r1pipe.train.engine.pipeline_groups import groups_of, owner_of
 from r1pipe.train.engine.ranks import Ranks
 
 Fill = Callable[[str, Tensor], None]  # writes the value of a weight or buffer, by its name
@@ -59,29 +60,50 @@ def load_sharded(
     return model
 
 
-def load_layers(folder: Path, config: EngineConfig) -> DeepseekV3:
+def load_layers(folder: Path, config: EngineConfig, prepare: Prepare = as_it_is) -> DeepseekV3:
     """As load_pretrained, but each rank reads its layers of a pipeline; the weights of others are empty.
 
-    All ranks call. Raises CheckpointError.
+    All ranks call. `prepare` as in load_sharded. Raises CheckpointError.
     """
-    from r1pipe.train.engine.pipeline import owner_of
-    from r1pipe.train.engine.pipeline_groups import groups_of
+    from r1pipe.train.engine.expert_parallel import ParallelExperts  # imports DeepSpeed
 
     model, stored = weights.open_empty(folder)
     ranks, layers = _started(config), model.config.num_hidden_layers
+    prepare(model)
     position, made = groups_of(config.pipeline).position, Made()
-
-    def read(name: str, parameter: nn.Parameter) -> nn.Parameter:
-        own = owner_of(name, layers, config) == position
-        tensor = torch.empty(parameter.shape if own else 0, dtype=weights.dtype_of(stored))
-        if own:
-            _read(stored, name, tensor)
-        return nn.Parameter(tensor)
-
     for prefix, module in model.named_modules():
+        first = module.first if isinstance(module, ParallelExperts) else 0
+
+        def read(name: str, parameter: nn.Parameter, first: int = first) -> nn.Parameter:
+            own = owner_of(name, layers, config) == position
+            tensor = torch.empty(parameter.shape if own else 0, dtype=weights.dtype_of(stored))
+            if own:
+                _read(stored, name, tensor, partial(published_parts, first=first))
+            new = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+            vars(new).update(vars(parameter))  # marks of shared experts
+            return new
+
         _replace(module, prefix, made, read)
     _give_buffers(model, ranks, partial(_read, stored))
     model.eos_ids = eos_ids(folder)
+    return model
+
+
+def load_share(
+    folder: Path,
+    config: EngineConfig,
+    prepare: Prepare = as_it_is,
+    attention: str | None = None,
+    longest: int | None = None,
+) -> Policy:
+    """As load_pretrained, but what a rank of an engine has of it; all ranks call. `prepare` as in
+    load_sharded. Raises CheckpointError."""
+    if config.zero_level == 3:
+        return load_sharded(folder, config, attention, longest, prepare)
+    if config.pipeline > 1:
+        return load_layers(folder, config, prepare)
+    model = load_pretrained(folder, attention, longest)
+    prepare(model)
     return model
 
 

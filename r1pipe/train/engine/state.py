@@ -93,8 +93,8 @@ def check_cut(old: Layout, new: Layout, folder: Path) -> None:
     if not same or (new.parts > 1 and old != new and (old.zero_level or new.zero_level)):
         raise CheckpointError(
             f"{folder} was written with {old}, this run has {new}: states are not converted to or from a "
-            "pipeline; resume with the same engine.pipeline, engine.schedule, engine.ranks and "
-            "engine.zero_level, or start a new run from the checkpoint's weights (parent=)"
+            "pipeline; resume with the same engine.pipeline, engine.schedule, engine.expert_parallel, "
+            "engine.ranks and engine.zero_level, or start a new run from the checkpoint's weights (parent=)"
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from r1pipe.core.errors import disk_is_full, no_room
@@ -56,13 +57,20 @@ class Writer:
             self._waiting.pop(0)()
 
     def _write(self, content: Any, path: str) -> None:
-        if self.problem is not None:
-            return
-        try:
+        def write() -> None:
             # our own file object: torch's hides why it could not be written
             with heartbeat.to_write(path) as file:
                 torch.save(content, file)
-        except (OSError, RuntimeError) as error:
+
+        self.attempt(write, path)
+
+    def attempt(self, write: Callable[[], None], path: Path | str) -> None:
+        """Write something, unless the disk is full; sets `problem` where it is now."""
+        if self.problem is not None:
+            return
+        try:
+            write()
+        except (OSError, RuntimeError, SafetensorError) as error:
             if not disk_is_full(error):
                 raise
             self.problem = no_room(f"{path} is incomplete", self.folder)

@@ -1,14 +1,16 @@
 """The reference of a policy with adapters: the same model without them, and no second copy of it."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r1pipe.model.hf import lora
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.engine.writing import Writer
 from r1pipe.train.rl.batch import MicroBatch
 from r1pipe.train.rl.update import Reference, completion_logprobs
 
@@ -35,12 +37,11 @@ class BaseReference(Reference):
         with engine.gathered() as policy:
             self.adapter = {name: w.detach().clone() for name, w in lora.weights(policy.whole).items()}
 
-    def gathered(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, state: dict[str, Any], writer: Writer) -> None:
         assert self.adapter is not None
-        lora.write(self.engine.module.adapter, self.adapter, folder)
+        if self.engine.rank == 0:
+            write = partial(lora.write, self.engine.module.adapter, self.adapter, folder)
+            writer.attempt(write, folder)
 
     def load(self, folder: Path) -> None:
         self.adapter = lora.read(folder)

@@ -14,7 +14,7 @@ from torch import Tensor
 from r1pipe.config import EngineConfig, PPOConfig, RLConfig
 from r1pipe.core.types import Group, Score
 from r1pipe.model import Balance, Policy
-from r1pipe.model.transformer import ScalarModel
+from r1pipe.model.scalar import ScalarModel
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl.advantages import gae, is_scored, token_rewards

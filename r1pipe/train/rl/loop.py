@@ -1,7 +1,7 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from r1pipe.rewards.custom import CustomRewards
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import quick_evaluation
+from r1pipe.train.resumable import Saved
 from r1pipe.train.rl import in_flight
 from r1pipe.train.rl.ahead import LoopState, RolloutQueue, staleness
 from r1pipe.train.rl.batch import Rollout, rollouts_of
@@ -36,7 +37,9 @@ from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.run import Run
 
 Metrics = dict[str, float]
-CRITIC = "critic"  # folder of the value model's engine within a checkpoint's engine state
+# folders within a checkpoint's engine state
+CRITIC = "critic"  # the value model's engine
+REFERENCE = "reference"  # what has replaced the first one
 TRIES = 3  # of a step whose completions could not be drawn
 ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
 
@@ -79,7 +82,7 @@ class RLTrainer:
                 self.tripwires.check(metrics)
             if self.reference and self.state.reference_step:
                 engine_folder = self.run.folder.checkpoint(self.saved) / checkpoints.ENGINE
-                self.reference.load(engine_folder / "reference")
+                self.reference.load(engine_folder / REFERENCE)
         last = self.run.is_last(self.state.step, self.config.max_steps, self.engine)
         with closing(self.rollouts):
             while not last:
@@ -222,11 +225,10 @@ class RLTrainer:
         self.saved = self.state.step
         waiting, completions = self.rollouts.saved()
         state, more = asdict(replace(self.state, waiting=waiting)), partial(self._write, completions)
-        replaced = self.reference if self.state.reference_step else None
-        with replaced.gathered() if replaced else nullcontext():
-            self.run.save_checkpoint(self.engine, self.saved, state, others=self.more_engines, more=more)
+        others: dict[str, Saved] = {**self.more_engines}
+        if self.reference and self.state.reference_step:
+            others[REFERENCE] = self.reference
+        self.run.save_checkpoint(self.engine, self.saved, state, others=others, more=more)
 
     def _write(self, completions: pa.Table, folder: Path) -> None:
         in_flight.write(completions, folder / checkpoints.ENGINE)
-        if self.reference and self.state.reference_step:
-            self.reference.save(folder / checkpoints.ENGINE / "reference")

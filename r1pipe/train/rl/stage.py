@@ -18,7 +18,7 @@ from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.engine.sharded import fill_in_shares
 from r1pipe.train.finish import finish_stage
-from r1pipe.train.loading import load_model, load_policy
+from r1pipe.train.loading import load_frozen, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.loop import RLTrainer
@@ -44,7 +44,7 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
     reference = None
     if stage.kl_coef and not adapted:
-        like = load_model(run, run.config.weights_from, again=True, for_engine=True)
+        like = load_frozen(run, run.config.weights_from, again=True)
         reference = Reference(like, run.config.engine)
     critic = Critic(load_policy(run, again=True), stage, stage.ppo, run.config.engine) if stage.ppo else None
     updates = stage.max_steps - (stage.ppo.value_warmup_steps if stage.ppo else 0)

@@ -5,7 +5,6 @@ Axes: P prompts, B rows, T columns, N completion tokens of a micro-batch; L MoE 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from r1pipe.config import EngineConfig, RLConfig
-from r1pipe.model import Balance, Policy, save_pretrained
+from r1pipe.model import Balance, Policy
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.transformer import Trunk
 from r1pipe.runs import heartbeat
@@ -23,6 +22,7 @@ from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.metrics import StepStats, step_metrics
 from r1pipe.train.engine.passes import Pass
+from r1pipe.train.engine.writing import Writer
 from r1pipe.train.rl.batch import MicroBatch, Rollout, by_prompt, collate, micro_batches, split_evenly
 from r1pipe.train.rl.losses import KL_ESTIMATORS, policy_loss
 
@@ -87,13 +87,9 @@ class Reference:
         """Make the current policy the reference (R1 supplement: every 400 optimizer steps)."""
         self.frozen.copy(engine.module)
 
-    def gathered(self) -> AbstractContextManager[object]:
-        """A block in which `save` can be called; all ranks enter it."""
-        return self.frozen.gathered()
-
-    def save(self, folder: Path) -> None:
-        """Write what `replace_by` has made the reference."""
-        save_pretrained(self.frozen.module, folder)
+    def save(self, folder: Path, state: dict[str, Any], writer: Writer) -> None:
+        """Write what `replace_by` has made the reference; all ranks call. It has no further `state`."""
+        self.frozen.save(folder, writer)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote; all ranks call. Raises CheckpointError."""

@@ -154,7 +154,7 @@ def nemo_rl_step(devices: int, tokens: int) -> duration.Seconds:
     model, cluster, layout = v3_on(*given, *words)
     model = replace(model, num_nextn_predict_layers=0)
     lengths = {"prompt": 100, "mean": tokens - 100, "longest": 1536 - 100, "slots": 256}
-    counts = {"prompts": 32, "completions": 512, "steps": 1, "epochs": 1, "judges": 0}
+    counts = {"prompts": 32, "completions": 512, "steps": 1, "epochs": 1, "judges": 0, "largest_pass": 3072}
     rollout = Rollout(**lengths, **counts, reference=True, server=0.5)
     phase = Phase(PhaseConfig("grpo", 512 * tokens, tokens, 512, 1), rollout)
     return planner.planned(model, cluster, layout, phase).step

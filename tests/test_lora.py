@@ -239,6 +239,9 @@ def test_the_reference_is_the_base_and_leaves_training_as_it_is(
     reference.save(tmp_path, {}, Writer(tmp_path))
     other = BaseReference(engine)
     other.load(tmp_path)
-    for one in (reference, other):
-        assert torch.equal(one.logprobs([micro], 0.7)[0], now), "the policy of that time"
+    saved, read = (one.logprobs([micro], 0.7)[0] for one in (reference, other))
+    assert torch.equal(saved, read)
+    # weights that lie elsewhere in memory give other last bits on some processors
+    assert torch.allclose(saved, now, rtol=0, atol=1e-5), "the policy of that time"
+    assert not torch.allclose(saved, of_base, rtol=0, atol=1e-5)
     assert trained(engine, 2) == trained(alone, 2)

@@ -19,6 +19,8 @@ from r1pipe.launch.run_plan import Action, RunPlan
 from r1pipe.runs import locks
 from r1pipe.runs.files import write_json
 
+LOOK_S = 1.0  # how often a restarted job looks whether the run is free
+
 
 class Batch:
     def __init__(self, run: RunFolder):
@@ -48,12 +50,13 @@ class Batch:
 
 def wait_for_lease(run: RunFolder) -> None:
     """After a restart by Slurm nobody else has the run, but a machine that is gone could not say so."""
-    ends_at = time.monotonic() + locks.LEASE_S if "SLURM_RESTART_COUNT" in os.environ else 0.0
+    limit_s = locks.LEASE_S + LOOK_S  # a last look after the lease's end
+    ends_at = time.monotonic() + limit_s if "SLURM_RESTART_COUNT" in os.environ else 0.0
     while time.monotonic() < ends_at:
         try:
             locks.check_not_running(run)
         except EnvironmentProblem:
-            time.sleep(1.0)
+            time.sleep(LOOK_S)
         else:
             return
 

@@ -1,4 +1,4 @@
-"""Whether two runs, or two reproductions, came out the same to the last bit, but for what a clock says."""
+"""Whether two runs, or two reproductions, came out the same to the last bit, but for what is measured."""
 
 import json
 import math
@@ -15,13 +15,14 @@ import torch
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints, results
 
-# All that may differ: what clocks say, and the names of runs, which are called after the time.
-CLOCK = (
+# All that may differ: what clocks and memory show, and the names of runs, which are called after the time.
+MEASURED = (
     "time",  # metrics.jsonl: seconds since the run began
     "time/*",  # metrics.jsonl: seconds of a step's phases
     "*tokens_per_s",
     "tripwire/slow_step",
     *("elapsed", "seconds"),  # of the run so far, in a checkpoint's state and in record.json
+    "memory_gb",  # record.json
     *("wall_s", "created", "record_hash"),  # record.json; its own hash and its parents' cover the times in it
     "run_dir",  # the final table: where a run lies
 )
@@ -212,7 +213,7 @@ def ignored(key: Any, a: Mapping, b: Mapping) -> bool:
 
 def timed(key: str) -> bool:
     """Whether what stands under a name is a matter of time."""
-    return any(fnmatch(key, pattern) for pattern in CLOCK)
+    return any(fnmatch(key, pattern) for pattern in MEASURED)
 
 
 def short(value: Any) -> str:

@@ -183,7 +183,7 @@ def needed(config: RunConfig, prompt: int) -> Need:
     another half GiB.
 
     For two GRPO updates of conf/model/small on a CPU (float32, 8,192 tokens a pass) it is 13 to 63% too high;
-    for 33M weights of transformers, with adapters or not, from 7% too low to 14% too high. glibc may keep as
+    for 33M weights of transformers, with adapters or not, from 13% too low to 14% too high. glibc may keep as
     much again as the activations of what is freed; with MALLOC_MMAP_THRESHOLD_=1000000 it gives that back.
     """
     model, engine = config.model, config.engine

@@ -148,11 +148,8 @@ def of_rank(
     kept: float = held.weight * sizes.stored(share.model, layout.recompute)
     if layout.precision == "fp8" and layout.recompute == "selective":
         kept -= sizes.in_eight_bits(share.model)
-    kept = (
-        kept * share.passes
-        + held.weight * share.passes * share.between
-        + held.weight * sizes.working(model, layout.recompute)
-    )
+    kept = share.passes * (kept + held.weight * share.between)
+    kept += held.weight * sizes.working(model, layout.recompute)
     frozen = sampler = cache = 0.0
     if rollout is not None:
         frozen = rollout.reference * frozen_weights(share.model, layout, held) / among

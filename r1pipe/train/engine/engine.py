@@ -57,8 +57,7 @@ class Engine(Gathered):
         self.start()
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
-        if self.expert_parallel > 1:
-            self._experts.share_out(model, config, self)
+        self._share_out(config, model)
         if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
             model.bfloat16()
         train_as(model, config, self.device)

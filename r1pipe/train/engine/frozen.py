@@ -40,7 +40,7 @@ class FrozenModel(Gathered):
         self.config, self.zero_level = config, config.zero_level
         self.expert_parallel = 1 if self.zero_level == 3 else config.expert_parallel
         self.module = model.to(self.device)
-        self._share_out(self.module)
+        self._share_out(config, self.module)
         if config.precision != "fp32":
             self.module = self.module.bfloat16()
         set_precision(self.module, config, self.device)
@@ -59,10 +59,6 @@ class FrozenModel(Gathered):
                     config=deepspeed_config(config, 0.0, share),
                     dist_init_required=False,
                 )
-
-    def _share_out(self, model: Any) -> None:
-        if self.expert_parallel > 1:
-            self._experts.share_out(model, self.config, self)
 
     @torch.no_grad()
     def copy(self, other: nn.Module) -> None:
@@ -87,7 +83,7 @@ class FrozenModel(Gathered):
 
     def load(self, folder: Path) -> None:
         """Take the weights of a checkpoint of the same shape; all ranks call. Raises CheckpointError."""
-        self.copy(load_share(folder, self.config, self._share_out))
+        self.copy(load_share(folder, self.config, partial(self._share_out, self.config)))
 
 
 def _called(closure: Callable[[], Tensor]) -> Tensor:

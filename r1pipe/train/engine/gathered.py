@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from r1pipe.config import EngineConfig
 from r1pipe.model.buckets import buckets_of
 from r1pipe.model.saving import BUCKET
 from r1pipe.runs import heartbeat
@@ -30,6 +31,11 @@ class Gathered(Ranks):
         from r1pipe.train.engine import expert_parallel
 
         return expert_parallel
+
+    def _share_out(self, config: EngineConfig, model: Any) -> None:
+        """Leave this rank its share of a model's experts, where ranks share them out."""
+        if self.expert_parallel > 1:
+            self._experts.share_out(model, config, self)
 
     @property
     def in_step(self) -> bool:

@@ -23,7 +23,7 @@ from r1pipe.config import (
 from r1pipe.config.changes import changes
 from r1pipe.config.compose import COMMAND_LINE, compose
 from r1pipe.config.groups import GROUPS, flat, options, read
-from r1pipe.config.run import check
+from r1pipe.config.rules import check
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir, stages_dir
 

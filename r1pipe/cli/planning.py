@@ -19,7 +19,7 @@ from r1pipe.config.planning import (
     layout_named,
     planning,
 )
-from r1pipe.config.run import spread_rules
+from r1pipe.config.rules import spread_rules
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.terminal import console_of

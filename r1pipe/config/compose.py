@@ -33,7 +33,8 @@ from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
 from r1pipe.config.importance import KEYS, settled
 from r1pipe.config.rl import RLConfig
-from r1pipe.config.run import STAGE_TYPES, RunConfig, check, load
+from r1pipe.config.rules import check
+from r1pipe.config.run import STAGE_TYPES, RunConfig, load
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 

@@ -35,7 +35,7 @@ from r1pipe.cli.report.load import load_runs
 from r1pipe.cli.report.page import page as report_page
 from r1pipe.config import config_hash, read_config, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.run import check as check_config
+from r1pipe.config.rules import check as check_config
 from r1pipe.core.chat_template import TEMPLATE
 from r1pipe.core.errors import R1pipeError
 from r1pipe.core.paths import RunFolder

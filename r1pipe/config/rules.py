@@ -1,0 +1,160 @@
+"""What must hold across the fields of a config: `check` asks every rule."""
+
+import re
+from itertools import chain
+
+from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
+from r1pipe.config.engine import (
+    EngineConfig,
+    engine_rules,
+    equal_rules,
+    expert_rules,
+    fp8_rules,
+    hosts_rules,
+    pipeline_rules,
+    sampler_precision_rules,
+)
+from r1pipe.config.fields import Rules, check_all
+from r1pipe.config.hf import HFConfig, hf_rules
+from r1pipe.config.model import ModelConfig, model_rules
+from r1pipe.config.rl import RLConfig, rl_rules, tripwire_rules
+from r1pipe.config.run import WITH_DOCUMENTS, ChatConfig, RunConfig, TrackingConfig
+from r1pipe.config.sampler import sampler_rules
+from r1pipe.config.stages import (
+    FineTuneConfig,
+    PretrainConfig,
+    RejectionConfig,
+    RewardModelConfig,
+    SFTConfig,
+    StageConfig,
+    optim_rules,
+    retention_rules,
+)
+from r1pipe.core.errors import ConfigError
+from r1pipe.core.types import GENERAL_TASKS
+
+SPECIAL = "<｜"  # how r1pipe's special tokens begin
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError on the first rule that does not hold; each can rely on those before it."""
+    if not config.root.strip():
+        raise ConfigError("root is empty; give root=DIR, where run folders go")
+    rules = (
+        shape_rules(config),
+        data_rules(config.data),
+        chat_rules(config.chat),
+        engine_rules(config.engine),
+        hosts_rules(config.engine),
+        sampler_precision_rules(config.engine),
+        sampler_rules(config.sampler, config.engine),
+        optim_rules(config.stage.optim),
+        length_rules(config),
+        retention_rules(config.stage),
+        stage_rules(config),
+        mixture_rules(config.stage, config.data),
+        tracking_rules(config.tracking),
+        tripwire_rules(config.tripwires),
+    )
+    check_all(chain(*rules))
+
+
+def shape_rules(config: RunConfig) -> Rules:
+    """Of the model, and of the engine and the stage with it."""
+    if isinstance(config.model, HFConfig):
+        yield from hf_rules(config.model, config.engine, config.stage)
+    else:
+        yield from model_rules(config.model)
+        yield from equal_rules(config.engine, config.model)
+        yield from expert_rules(config.engine, config.model)
+        yield from pipeline_rules(config.engine, config.model)
+        yield from passes_rules(config.stage, config.engine)
+        yield from replay_rules(config.stage, config.engine, config.model)
+        yield from fp8_rules(config.engine, config.model)
+
+
+def passes_rules(stage: StageConfig, engine: EngineConfig) -> Rules:
+    """The passes of some models are in one piece."""
+    whole = {
+        "stage=reward_model": isinstance(stage, RewardModelConfig),
+        "stage.ppo": isinstance(stage, RLConfig) and stage.ppo is not None,
+    }
+    for what, is_here in whole.items():
+        if is_here and engine.pipeline > 1:
+            yield f"{what} needs engine.pipeline=1: a scalar model is not cut into parts"
+
+
+def replay_rules(stage: StageConfig, engine: EngineConfig, model: ModelConfig) -> Rules:
+    if not isinstance(stage, RLConfig) or not stage.replay_routing:
+        return
+    if model.first_k_dense_replace >= model.num_hidden_layers:
+        yield f"stage.replay_routing=true: model={model.name} has no experts; drop it"
+    if str(engine.sampler) == "transformers":
+        yield (
+            "stage.replay_routing=true needs a sampler that records experts (engine.sampler=bundled or "
+            "vllm), which transformers does not"
+        )
+
+
+def tracking_rules(tracking: TrackingConfig) -> Rules:
+    """What MLflow would refuse, partly at the end of a run, when it registers the checkpoint."""
+    name = tracking.model_name
+    if name.strip() in ("", ".", "..") or set("/:") & set(name):
+        yield f"tracking.model_name={name} must be a name without / and :, and not empty"
+    if not tracking.experiment.strip():
+        yield "tracking.experiment must not be empty"
+
+
+def chat_rules(chat: ChatConfig) -> Rules:
+    """How long a system prompt may be is checked with the tokenizer, by the job."""
+    if chat.system and not chat.system.strip():
+        yield 'chat.system is blank; give a text, or chat.system="" for no system prompt'
+    if chat.system and SPECIAL in chat.system:
+        yield f"chat.system has the sign {SPECIAL} of a special token; remove it"
+
+
+def length_rules(config: RunConfig) -> Rules:
+    """Nothing may be longer than the model's context."""
+    stage, longest = config.stage, config.model.max_position_embeddings
+    lengths = {"stage.eval.max_tokens": stage.eval.max_tokens}
+    if isinstance(stage, PretrainConfig | FineTuneConfig):
+        lengths["stage.sequence_length"] = stage.sequence_length
+    if isinstance(stage, RejectionConfig | RLConfig):
+        lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
+    for key, length in lengths.items():
+        if length > longest:
+            yield f"{key}={length} is longer than model.max_position_embeddings={longest}"
+
+
+def stage_rules(config: RunConfig) -> Rules:
+    stage, ranks = config.stage, config.engine.ranks
+    if not re.fullmatch(r"\w+\.py", stage.script):
+        yield f"{stage.script=!s} must be the name of a script in stages/, not a path"
+    yield from spread_rules(stage, ranks, f"engine.ranks={ranks}")
+    if isinstance(stage, PretrainConfig):
+        if stage.max_steps == 0:
+            yield "stage.max_steps=0: the corpus is endless; say how many"
+        if config.data.kind != WITH_DOCUMENTS:
+            yield f"data={config.data.name} has no documents for stage={stage.name}; use data=world"
+    if isinstance(stage, RejectionConfig | RLConfig) and stage.sampling.top_p == 0:
+        yield "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
+    if stage.name == "evaluate" and config.parent is None:
+        yield "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
+
+
+def spread_rules(stage: StageConfig, ranks: int, told: str) -> Rules:
+    """What all of so many ranks have the same number of."""
+    if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
+        yield f"{stage.batch_size=} must be a multiple of {told}"
+    if isinstance(stage, RLConfig):
+        yield from rl_rules(stage, ranks)
+
+
+def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:
+    if isinstance(stage, SFTConfig):
+        yield from share_rules("stage.styles", stage.styles, data, STYLES)
+    if isinstance(stage, RejectionConfig):
+        yield from share_rules("stage.general_kinds", stage.general_kinds, data, GENERAL_TASKS)
+    if isinstance(stage, RLConfig) and stage.preference:
+        kinds = stage.preference.general_kinds
+        yield from share_rules("stage.preference.general_kinds", kinds, data, GENERAL_TASKS)

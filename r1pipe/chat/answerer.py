@@ -1,0 +1,58 @@
+"""Whoever answers prompts besides the policy: a teacher, or a judge. A checkpoint or a server stands behind it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from r1pipe.core.types import Completion, Prompt
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AnswerParams:
+    """How answers are drawn."""
+
+    max_tokens: int  # longest answer
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    n: int = 1  # answers per prompt
+    seed: int = 0
+    max_num_seqs: int = 64  # drawn together by a local model
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who answers, as it is recorded with every sample."""
+
+    kind: Literal["checkpoint", "server"]  # a Hugging Face folder is a checkpoint, too
+    name: str  # run id and step, folder, or URL and model name
+    version: str  # the manifest's hash; what a server says it serves
+    licence: str  # "" where unknown
+
+
+@dataclass
+class Spent:
+    """What answers have cost so far."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    usd: float = 0.0
+
+
+class Answerer(Protocol):
+    """Answers prompts."""
+
+    identity: Identity
+    spent: Spent
+
+    def answer(
+        self, prompts: Sequence[Prompt], params: AnswerParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """n completions of each prompt, in order; `text` is filled. Of a server they have no tokens and no
+        logprobs. The prompts' contexts are told, too. Raises EnvironmentProblem where a server is lost."""
+
+    def close(self) -> None:
+        """Free what it holds."""

@@ -1,4 +1,4 @@
-"""Whoever answers prompts besides the policy: a teacher, or a judge. A checkpoint or a server stands behind it."""
+"""Whoever answers prompts besides the policy, a teacher or a judge: a checkpoint, or a server."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Who answers besides the policy, a teacher or a judge: what it takes to ask it, and what is recorded of it."""
+"""Who answers besides the policy, a teacher or a judge: how it is asked, and what is recorded of it."""
 
 import re
 from dataclasses import dataclass

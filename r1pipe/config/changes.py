@@ -51,6 +51,10 @@ SAME_WITHIN_ROUNDING = {
     "engine.recompute": "what is kept in memory for the backward pass",
     "engine.offload": "what is kept in memory for the backward pass",
     "sampler": "where the server is, and when to give up on it",
+    "stage.teacher.key_variable": "how the server knows us",
+    "stage.teacher.timeout_s": "when to give up on a server",
+    "stage.teacher.retries": "when to give up on a server",
+    "stage.teacher.parallel": "how much is asked at once",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",
     "stage.rewards.remote": "where the servers are",
@@ -58,7 +62,7 @@ SAME_WITHIN_ROUNDING = {
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists
-PARENTS = ("weights_from", "reads_from")  # compared by the hash of what they published
+PARENTS = ("weights_from", "reads_from", "teacher_from")  # compared by the hash of what they published
 HASH_SHOWN = 12
 
 
@@ -97,9 +101,10 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The config with each parent replaced by the hash of what it published."""
-    weights, reads = mapping.get("weights_from"), mapping.get("reads_from") or {}
-    by_hash = {stage: parent.get("hash") for stage, parent in reads.items()}
-    return {**mapping, "weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
+    reads = {stage: parent.get("hash") for stage, parent in (mapping.get("reads_from") or {}).items()}
+    found = {key: mapping.get(key) for key in ("weights_from", "teacher_from")}
+    single = {key: parent.get("hash") if parent else None for key, parent in found.items()}
+    return {**mapping, **single, "reads_from": reads}
 
 
 def listed(found: Iterable[Change]) -> str:

@@ -40,7 +40,7 @@ from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's config holds what comes of them
-FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
+FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}, "teacher_from": None}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
 PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
@@ -191,6 +191,8 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
     has_no_masters = read(f"engine/{choices['engine']}")["zero_level"] == 0
     if own.get("engine.precision") in WITH_MASTERS and has_no_masters:
         layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
+    if own.get("teacher", NULL) != NULL:  # no samples of a run are needed
+        layers.append(({"stage.reads": []}, COMMAND_LINE))
     return {key: (value, source) for values, source in layers for key, value in values.items()}
 
 

@@ -21,7 +21,7 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
                 yield from leaves(kind, "stage.")
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from leaves(hint, f"{prefix}{name}.")
-        elif name not in ("weights_from", "reads_from", "name"):
+        elif name not in ("weights_from", "reads_from", "teacher_from", "name"):
             yield f"{prefix}{name}"
 
 

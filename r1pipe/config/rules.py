@@ -4,6 +4,7 @@ import re
 from itertools import chain
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
+from r1pipe.config.distill import distill_rules
 from r1pipe.config.engine import (
     EngineConfig,
     engine_rules,
@@ -53,6 +54,7 @@ def check(config: RunConfig) -> None:
         retention_rules(config.stage),
         stage_rules(config),
         mixture_rules(config.stage, config.data),
+        distill_rules(config.stage, config.teacher),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
     )

@@ -62,6 +62,7 @@ def job_record(
         "parents": {
             "weights": _edge(config.weights_from) if config.weights_from else None,
             "data": [_edge(parent) for parent in config.reads_from.values()],
+            **({"teacher": _edge(config.teacher_from)} if config.teacher_from else {}),
         },
         "config_hash": config_hash(config),
         "config": publishable(to_mapping(config)),

@@ -71,6 +71,7 @@ class Edge(TypedDict):
 class Parents(TypedDict, total=False):
     weights: Edge | None
     data: list[Edge]
+    teacher: Edge  # of distillation, where it was a checkpoint
 
 
 class Data(TypedDict, total=False):
@@ -197,10 +198,11 @@ def steps_of(run: RunFolder) -> int:
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
-    """(kind, parent, hash of the parent's own record if known), weights first."""
-    weights = parents.get("weights")
+    """(kind, parent, hash of the parent's own record if known): weights, data, teacher."""
+    weights, teacher = parents.get("weights"), parents.get("teacher")
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
+    named += [("teacher", teacher)] if teacher else []
     return [
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named

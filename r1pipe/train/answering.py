@@ -1,0 +1,105 @@
+"""Opens whoever answers besides the policy: a checkpoint on this machine, or a server."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub.repocard import metadata_load
+
+from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
+from r1pipe.chat.server import ServerAnswerer
+from r1pipe.chat.template import Chat
+from r1pipe.config import AnswererConfig, ParentRef
+from r1pipe.core.types import Completion, Prompt
+from r1pipe.model import load_pretrained
+from r1pipe.model.training import set_precision
+from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.engine.sharded import Shares, load_share
+from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout.bundled import BundledSampler
+from r1pipe.train.run import Run
+
+CARD = "README.md"  # of a folder in Hugging Face's format
+
+
+def open_answerer(
+    run: Run[Any], ranks: Ranks, key: str, named: str | ParentRef, settings: AnswererConfig
+) -> Answerer:
+    """The server at a URL, or a checkpoint; `key` is what the user wrote it to. All ranks call.
+
+    Raises EnvironmentProblem where no server answers, and CheckpointError for files that are not as recorded.
+    """
+    if isinstance(named, str):
+        return ServerAnswerer(key, named, settings)
+    return LocalAnswerer(run, ranks, named, settings)
+
+
+class LocalAnswerer:
+    """The Answerer that is a checkpoint, with the tokenizer, the template and the system prompt of its own.
+
+    At ZeRO level 3 its weights are in shares, and all ranks must call `answer` equally often.
+    """
+
+    def __init__(self, run: Run[Any], ranks: Ranks, parent: ParentRef, settings: AnswererConfig):
+        folder, engine = Path(parent.checkpoint), run.config.engine
+        if ranks.rank == 0:
+            checkpoints.verify(folder, parent.hash)
+        self.chat = Chat.load(folder)
+        with heartbeat.at("loading a teacher or judge", patient=True):
+            model = load_share(folder, engine) if engine.zero_level == 3 else load_pretrained(folder)
+        set_precision(model, engine, ranks.device)
+        model.eval().requires_grad_(False)
+        whole = engine.zero_level < 3
+        self._longest = model.config.max_position_embeddings
+        self._sampler = BundledSampler(self.chat.eos_ids, self.chat.pad_id)
+        self._sampler.update(Whole(model.to(ranks.device)) if whole else Shares(model), 0)
+        name = f"{parent.run_id}/{folder.name}" if parent.run_id else str(folder)
+        licence = settings.licence or licence_in_card(folder)
+        self.identity, self.spent = Identity("checkpoint", name, parent.hash, licence), Spent()
+
+    def answer(
+        self, prompts: Sequence[Prompt], params: AnswerParams, progress: Progress | None = None
+    ) -> list[list[Completion]]:
+        """As Answerer's. A prompt that leaves no room in the context gets empty answers that are truncated.
+        Raises Stopped on a request to stop."""
+        began, n = time.monotonic(), params.n
+        tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
+        fit = [i for i, ids in enumerate(tokens) if len(ids) < self._longest]
+        drawing = SamplingParams(
+            params.max_tokens,
+            params.temperature,
+            params.top_p,
+            n,
+            params.seed,
+            max_num_seqs=params.max_num_seqs,
+        )
+        limits = [min(params.max_tokens, self._longest - len(tokens[i])) for i in fit]
+        drawn = self._sampler.generate(
+            [tokens[i] for i in fit], drawing, progress, limits=limits, stop=stopping.requested
+        )
+        answers = [[Completion([], [], "length") for _ in range(n)] for _ in prompts]
+        for place, i in enumerate(fit):
+            answers[i] = drawn[place * n : place * n + n]
+            for completion in answers[i]:
+                completion.text = self.chat.response(completion.tokens)
+        self.spent.requests += len(fit)
+        self.spent.prompt_tokens += sum(len(tokens[i]) for i in fit)
+        self.spent.completion_tokens += sum(len(completion.tokens) for completion in drawn)
+        self.spent.seconds += time.monotonic() - began
+        return answers
+
+    def close(self) -> None:
+        self._sampler.close()
+
+
+def licence_in_card(folder: Path) -> str:
+    """The licence that a model card in Hugging Face's format names; "" where there is none."""
+    try:
+        found = metadata_load(folder / CARD)
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    licence = (found or {}).get("license")
+    return licence if isinstance(licence, str) else ""

@@ -46,3 +46,4 @@ from r1pipe.config.stages import (
     SFTConfig,
     StageConfig,
 )
+from r1pipe.config.transfer import DivergenceConfig, RankingConfig, TaughtConfig

@@ -5,7 +5,8 @@ from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
 from r1pipe.config.fields import Rules
-from r1pipe.config.stages import FineTuneConfig, StageConfig
+from r1pipe.config.stages import StageConfig
+from r1pipe.config.transfer import TransferConfig, transfer_rules
 
 EXTRACTS = ("label", "expand", "curate", "distribution", "feedback")
 TRANSFERS = ("sft", "divergence", "rl", "ranking")
@@ -67,16 +68,15 @@ PAIRS: dict[tuple[str, str], Pair] = {
 
 
 @dataclass
-class DistillConfig(FineTuneConfig):
+class DistillConfig(TransferConfig):
     """A student learns from a teacher (R1 section 2.4). Without `teacher=`, the samples of rejection sampling
     are its labels."""
 
     extract: Literal["label", "expand", "curate", "distribution", "feedback"]  # what the teacher gives
-    transfer: Literal["sft", "divergence", "rl", "ranking"]  # what puts it into the student
     teacher: AnswererConfig  # how it is asked, and what is recorded of it
 
 
-def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
+def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
     """`teacher`: what the user names, null for the samples of `stage.reads`."""
     if not isinstance(stage, DistillConfig):
         if teacher is not None:
@@ -91,6 +91,12 @@ def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
         yield f"{chosen} is no way to distil: {pair.text}"
     if teacher is None and stage.extract != "label":
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
+    yield from transfer_rules(stage, ranks)
+    if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
+        yield (
+            f"{chosen} {'needs stage.rl.teacher_coef above 0' if pair.live else 'does not read the teacher'}: "
+            f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}; stage.extract=distribution does"
+        )
     if pair.live and (teacher is None or is_server(teacher)):
         yield (
             f"{chosen} reads the teacher's probabilities while the student trains; give teacher=CHECKPOINT "

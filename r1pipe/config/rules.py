@@ -31,6 +31,7 @@ from r1pipe.config.stages import (
     optim_rules,
     retention_rules,
 )
+from r1pipe.config.transfer import samplings
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import GENERAL_TASKS
 
@@ -54,7 +55,7 @@ def check(config: RunConfig) -> None:
         retention_rules(config.stage),
         stage_rules(config),
         mixture_rules(config.stage, config.data),
-        distill_rules(config.stage, config.teacher),
+        distill_rules(config.stage, config.teacher, config.engine.ranks),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
     )
@@ -123,6 +124,7 @@ def length_rules(config: RunConfig) -> Rules:
         lengths["stage.sequence_length"] = stage.sequence_length
     if isinstance(stage, RejectionConfig | RLConfig):
         lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
+    lengths |= {f"{key}.max_tokens": sampling.max_tokens for key, sampling in samplings(stage).items()}
     for key, length in lengths.items():
         if length > longest:
             yield f"{key}={length} is longer than model.max_position_embeddings={longest}"

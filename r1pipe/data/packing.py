@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class Packed:
         return sum(self.loss)
 
 
+P = TypeVar("P", bound=Packed)
+
+
 @dataclass
 class Batch:
     """Rows as tensors, padded at the end with segment 0."""
@@ -59,16 +62,19 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
 
 
-def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
-    """Rows of at most `length` tokens, and how many examples were too long for one and left out.
+def pack(
+    examples: Iterable[Example], length: int, kind: Callable[[], P] = Packed
+) -> tuple[list[P], int]:
+    """Rows of at most `length` tokens, and how many examples were too long for one and left out; `kind` makes
+    an empty row.
 
     Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first
     fit, and quick for many rows. The same examples always give the same rows.
     """
     examples = list(examples)
     fitting = [example for example in examples if len(example.tokens) <= length]
-    rows: list[Packed] = []
-    room: dict[int, list[Packed]] = {}  # free tokens -> rows that have so many
+    rows: list[P] = []
+    room: dict[int, list[P]] = {}  # free tokens -> rows that have so many
     sizes: list[int] = []  # the keys of `room`, sorted
     for example in sorted(fitting, key=lambda example: -len(example.tokens)):
         place = bisect.bisect_left(sizes, len(example.tokens))
@@ -78,7 +84,7 @@ def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
             if not room[free]:
                 del room[free], sizes[place]
         else:
-            free, row = length, Packed()
+            free, row = length, kind()
             rows.append(row)
         row.add(example)
         free -= len(example.tokens)

@@ -13,6 +13,7 @@ from r1pipe.config import DivergenceConfig, RankingConfig
 
 # What is left beside stored probabilities is at least this much: they are rounded, and may add up to 1.
 LEAST_LEFT_OVER = math.log(1e-7)
+NOTHING = -1e4, -50.0  # in place of log 0: a logit, and a log-probability
 
 # --- distributions of the next token
 
@@ -71,9 +72,9 @@ def of_stored(
     """
     logits_NV = student_NV.float()
     whole_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    rest_N1 = logits_NV.scatter(-1, tokens_NK, -math.inf).logsumexp(-1, keepdim=True)
+    rest_N1 = logits_NV.scatter(-1, tokens_NK, NOTHING[0]).logsumexp(-1, keepdim=True)
     stored_NK = logits_NV.gather(-1, tokens_NK)
-    student_NC = torch.cat([stored_NK, rest_N1], -1) - whole_N1
+    student_NC = torch.cat([stored_NK - whole_N1, (rest_N1 - whole_N1).clamp(min=NOTHING[1])], -1)
     teacher_NC = torch.cat([teacher_NK.float(), left_over(teacher_NK)], -1)
     loss_N = divergence(student_NC, teacher_NC, config.kind, config.beta)
     return loss_N, kl(teacher_NC, student_NC).detach()

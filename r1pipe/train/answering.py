@@ -72,6 +72,8 @@ class LocalAnswerer:
             params.top_p,
             n,
             params.seed,
+            params.first,
+            params.stride,
             max_num_seqs=params.max_num_seqs,
         )
         limits = [min(params.max_tokens, self._longest - len(tokens[i])) for i in fit]

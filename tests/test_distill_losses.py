@@ -119,7 +119,8 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
         step = torch.zeros(3, 7)
         step[place] = 1e-2
         ends = [
-            losses.of_stored(narrow.detach() + sign * step, tokens, top, config(kind))[0].sum() for sign in (1, -1)
+            losses.of_stored(narrow.detach() + sign * step, tokens, top, config(kind))[0].sum()
+            for sign in (1, -1)
         ]
         assert found[place].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-2, abs=2e-4)
 
@@ -132,7 +133,9 @@ def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(kind: str) -> No
     assert max(x.abs().max().item() for x in (loss, kl, gradient)) < 1e-6
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), *[(KINDS[2], b) for b in (0.1, 0.5)]])
+@pytest.mark.parametrize(
+    ("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), *[(KINDS[2], b) for b in (0.1, 0.5)]]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 def test_divergences_and_their_gradients_are_those_of_trl(kind: str, beta: float, temperature: float) -> None:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer  # slow to import

@@ -14,7 +14,9 @@ from r1pipe.config.stages import FineTuneConfig, SamplingConfig, StageConfig
 class DivergenceConfig(Strict):
     """The student's distribution of each next token towards the teacher's (GKD, arXiv 2306.13649)."""
 
-    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"]  # KL(teacher || student), its reverse, or between
+    kind: Literal[
+        "forward_kl", "reverse_kl", "jensen_shannon"
+    ]  # KL(teacher || student), its reverse, or between
     beta: Share  # of jensen_shannon: the teacher's share of the mixture; near 0 like forward, near 1 like reverse KL
     temperature: AboveZero  # divides both models' logits; of stored probabilities it is 1
     on_policy: Share  # share of a batch's rows whose prompts the student answers itself (GKD's lambda)
@@ -25,7 +27,9 @@ class DivergenceConfig(Strict):
 class TaughtConfig(ReinforcementConfig):
     """Reinforcement whose advantages may come from the teacher, token by token (on-policy distillation)."""
 
-    teacher_coef: NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: rewards alone
+    teacher_coef: (
+        NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: rewards alone
+    )
 
 
 @dataclass
@@ -44,7 +48,9 @@ class RankingConfig(Strict):
 class TransferConfig(FineTuneConfig):
     """A stage that puts a teacher into a student."""
 
-    transfer: Literal["sft", "divergence", "rl", "ranking"]  # the file in conf/stage/part/transfer/, with its values
+    transfer: Literal[
+        "sft", "divergence", "rl", "ranking"
+    ]  # the file in conf/stage/part/transfer/, with its values
     divergence: DivergenceConfig | None  # with transfer=divergence only
     rl: TaughtConfig | None  # with transfer=rl only
     ranking: RankingConfig | None  # with transfer=ranking only

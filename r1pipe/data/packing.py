@@ -62,9 +62,7 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
 
 
-def pack(
-    examples: Iterable[Example], length: int, kind: Callable[[], P] = Packed
-) -> tuple[list[P], int]:
+def pack(examples: Iterable[Example], length: int, kind: Callable[[], P] = Packed) -> tuple[list[P], int]:
     """Rows of at most `length` tokens, and how many examples were too long for one and left out; `kind` makes
     an empty row.
 

@@ -42,9 +42,7 @@ def divergence(student_NC: Tensor, teacher_NC: Tensor, kind: str, beta: float) -
     raise ValueError(kind)
 
 
-def of_vocabulary(
-    student_NV: Tensor, teacher_NW: Tensor, config: DivergenceConfig
-) -> tuple[Tensor, Tensor]:
+def of_vocabulary(student_NV: Tensor, teacher_NW: Tensor, config: DivergenceConfig) -> tuple[Tensor, Tensor]:
     """The divergence per token over the whole vocabulary, and KL(teacher || student) without gradient, from
     the logits of both.
 
@@ -90,7 +88,11 @@ def left_over(logprobs_NK: Tensor) -> Tensor:
 
 
 def dpo_margins(
-    chosen_P: Tensor, rejected_P: Tensor, reference_chosen_P: Tensor, reference_rejected_P: Tensor, beta: float
+    chosen_P: Tensor,
+    rejected_P: Tensor,
+    reference_chosen_P: Tensor,
+    reference_rejected_P: Tensor,
+    beta: float,
 ) -> Tensor:
     """beta (log pi/pi_ref of the chosen - log pi/pi_ref of the rejected), from the answers' log-probabilities
     (sums over their tokens): by how much the chosen's implicit reward is higher (DPO, arXiv 2305.18290, eq. 7)."""

@@ -72,4 +72,6 @@ def load_teacher(run: Run[Any], parent: ParentRef) -> Policy:
                 "its text"
             )
     model = load_frozen(run, parent)
-    return model.float() if run.config.engine.precision == "fp32" and run.config.engine.zero_level < 3 else model
+    return (
+        model.float() if run.config.engine.precision == "fp32" and run.config.engine.zero_level < 3 else model
+    )

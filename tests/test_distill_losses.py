@@ -1,4 +1,4 @@
-"""The losses of distillation: by hand, against slow references and TRL's, and their gradients by differences."""
+"""The losses of distillation: by hand, against slow references and TRL's, gradients by finite differences."""
 
 import math
 from dataclasses import replace

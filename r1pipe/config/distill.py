@@ -187,9 +187,10 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
     yield from transfer_rules(stage, ranks)
     if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
+        remedy = "give more than 0" if pair.live else "give 0, or stage.extract=distribution, which does"
         yield (
-            f"{chosen} {'needs stage.rl.teacher_coef above 0' if pair.live else 'does not read the teacher'}: "
-            f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}; stage.extract=distribution does"
+            f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}, but {chosen} "
+            f"{'reads' if pair.live else 'does not read'} the teacher's probabilities: {remedy}"
         )
     if pair.live and (teacher is None or is_server(teacher)):
         yield (
@@ -203,11 +204,13 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
 
 def stored_rules(divergence: DivergenceConfig) -> Rules:
     """Of probabilities that are stored with the teacher's answers."""
-    remedy = "give stage.distribution.live=true, which reads the teacher while the student trains"
-    if divergence.on_policy:
-        yield f"stage.divergence.on_policy={divergence.on_policy:g} is of answers without stored ones; {remedy}"
-    if divergence.temperature != 1:
-        yield f"stage.divergence.temperature={divergence.temperature:g}: what is left over bears 1 alone; {remedy}"
+    why = {"on_policy": "the student's own answers have none", "temperature": "the rest bears 1 alone"}
+    for name, usual in (("on_policy", 0), ("temperature", 1)):
+        if (value := getattr(divergence, name)) != usual:
+            yield (
+                f"stage.divergence.{name}={value:g} needs stage.distribution.live=true, which reads the "
+                f"teacher while the student trains: of stored probabilities, {why[name]}"
+            )
 
 
 def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:

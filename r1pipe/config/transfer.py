@@ -14,10 +14,8 @@ from r1pipe.config.stages import FineTuneConfig, SamplingConfig, StageConfig
 class DivergenceConfig(Strict):
     """The student's distribution of each next token towards the teacher's (GKD, arXiv 2306.13649)."""
 
-    kind: Literal[
-        "forward_kl", "reverse_kl", "jensen_shannon"
-    ]  # KL(teacher || student), its reverse, or between
-    beta: Share  # of jensen_shannon: the teacher's share of the mixture; near 0 like forward, near 1 like reverse KL
+    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"]  # forward is KL(teacher || student)
+    beta: Share  # of jensen_shannon: the teacher's share of the mixture; near 0 as forward, near 1 as reverse
     temperature: AboveZero  # divides both models' logits; of stored probabilities it is 1
     on_policy: Share  # share of a batch's rows whose prompts the student answers itself (GKD's lambda)
     sampling: SamplingConfig  # of those answers
@@ -69,8 +67,8 @@ def transfer_rules(stage: TransferConfig, ranks: int) -> Rules:
         given = getattr(stage, name) is not None
         if given != (stage.transfer == name):
             yield (
-                f"{stage.transfer=!s} {'takes no' if given else 'needs'} stage.{name}; say stage.transfer={name} "
-                f"and leave stage.{name} to it"
+                f"{stage.transfer=!s} {'takes no' if given else 'needs'} stage.{name}; say "
+                f"stage.transfer={name} and leave stage.{name} to it"
             )
     if stage.divergence:
         yield from divergence_rules(stage.divergence)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +42,6 @@ class Packed:
         return sum(self.loss)
 
 
-P = TypeVar("P", bound=Packed)
-
-
 @dataclass
 class Batch:
     """Rows as tensors, padded at the end with segment 0."""
@@ -62,7 +59,9 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
 
 
-def pack(examples: Iterable[Example], length: int, kind: Callable[[], P] = Packed) -> tuple[list[P], int]:
+def pack(
+    examples: Iterable[Example], length: int, kind: Callable[[], Packed] = Packed
+) -> tuple[list[Packed], int]:
     """Rows of at most `length` tokens, and how many examples were too long for one and left out; `kind` makes
     an empty row.
 
@@ -71,8 +70,8 @@ def pack(examples: Iterable[Example], length: int, kind: Callable[[], P] = Packe
     """
     examples = list(examples)
     fitting = [example for example in examples if len(example.tokens) <= length]
-    rows: list[P] = []
-    room: dict[int, list[P]] = {}  # free tokens -> rows that have so many
+    rows: list[Packed] = []
+    room: dict[int, list[Packed]] = {}  # free tokens -> rows that have so many
     sizes: list[int] = []  # the keys of `room`, sorted
     for example in sorted(fitting, key=lambda example: -len(example.tokens)):
         place = bisect.bisect_left(sizes, len(example.tokens))

@@ -66,9 +66,14 @@ def divergence_loss(
     run: Run[DistillConfig], engine: Engine, config: DivergenceConfig, teacher: Teacher | None
 ) -> Callable[[list[Packed]], Shares]:
     """What makes a batch's loss; without a `teacher`, from the probabilities that its rows hold."""
-    weights = {"mtp_weight": run.stage.mtp_weight, "balance_weight": run.stage.router.balance_alpha}
     return partial(
-        DivergenceShares, engine, **weights, pad_id=run.chat.pad_id, config=config, teacher=teacher
+        DivergenceShares,
+        engine,
+        mtp_weight=run.stage.mtp_weight,
+        balance_weight=run.stage.router.balance_alpha,
+        pad_id=run.chat.pad_id,
+        config=config,
+        teacher=teacher,
     )
 
 
@@ -175,7 +180,7 @@ class DivergenceShares(Shares):
         return [replace(batch, teacher_ND=one) for batch, one in zip(taught, hidden, strict=True)]
 
     def _learn(
-        self, model: Policy, batch: TaughtBatch, hidden_BTD: Tensor, balances: tuple[Balance]
+        self, model: Policy, batch: Any, hidden_BTD: Tensor, balances: tuple[Balance]
     ) -> tuple[Tensor, dict[str, float]]:
         def measure(logits_cV: Tensor, rows: slice) -> Tensor:
             """[c, 2]: the loss, and KL(teacher || student)."""

@@ -95,7 +95,8 @@ def dpo_margins(
     beta: float,
 ) -> Tensor:
     """beta (log pi/pi_ref of the chosen - log pi/pi_ref of the rejected), from the answers' log-probabilities
-    (sums over their tokens): by how much the chosen's implicit reward is higher (DPO, arXiv 2305.18290, eq. 7)."""
+    (sums over their tokens): by how much the chosen's implicit reward is higher (DPO, arXiv 2305.18290, eq.
+    7)."""
     return beta * ((chosen_P - reference_chosen_P) - (rejected_P - reference_rejected_P))
 
 

@@ -54,7 +54,9 @@ def whole_head(frozen: FrozenModel) -> Head:
     shared = [tensor for tensor in (head.weight, head.bias) if tensor is not None]
     with patches.whole(shared):
         own = [nn.Parameter(tensor.detach().clone(), requires_grad=False) for tensor in shared]
-    copy.weight, copy.bias = own[0], (own[1] if len(own) > 1 else None)
+    copy.weight = own[0]
+    if head.bias is not None:
+        copy.bias = own[1]
     return copy
 
 

@@ -1,10 +1,12 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -40,8 +42,17 @@ Metrics = dict[str, float]
 # folders within a checkpoint's engine state
 CRITIC = "critic"  # the value model's engine
 REFERENCE = "reference"  # what has replaced the first one
+NO_VARIANCE = "frac_reward_zero_std"
 TRIES = 3  # of a step whose completions could not be drawn
 ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
+
+
+class Teacher(Protocol):
+    """Who gives each token an advantage of its own besides the completion's."""
+
+    def advise(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """Set the `advantages` of this rank's rollouts; returns what is logged, of all ranks. All ranks
+        call."""
 
 
 class RLTrainer:
@@ -55,10 +66,11 @@ class RLTrainer:
         reward_models: RewardModels,
         critic: Critic | None = None,
         custom: CustomRewards | None = None,
+        teacher: Teacher | None = None,
     ):
         """Without a `reference` there is no KL. `reward_models` score general prompts; `custom`, all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.reward_models, self.critic, self.custom = reward_models, critic, custom
+        self.reward_models, self.critic, self.custom, self.teacher = reward_models, critic, custom, teacher
         if run.config.engine.equal:
             dtype = torch.float32 if run.config.engine.precision == "fp32" else torch.bfloat16
             set_batch_invariant(engine.module, True, dtype)
@@ -117,9 +129,14 @@ class RLTrainer:
             metrics |= value_metrics
         else:
             rollouts = rollouts_of(groups)
+        if self.teacher:
+            with self.run.phase("teacher", metrics):
+                metrics |= self.teacher.advise(rollouts)
         with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
+            if self.teacher:  # groups of equal rewards teach, too
+                metrics.pop(NO_VARIANCE, None)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)

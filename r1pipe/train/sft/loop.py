@@ -111,7 +111,7 @@ def train(
     `loss_of` a batch is next-token prediction, unless another is given.
     """
     stage = run.stage
-    weights = {"mtp_weight": stage.mtp_weight, "balance_weight": stage.router.balance_alpha}
+    weights: dict[str, Any] = {"mtp_weight": stage.mtp_weight, "balance_weight": stage.router.balance_alpha}
     loss_of = loss_of or partial(Shares, engine, **weights, pad_id=run.chat.pad_id)
     resumed, state = run.resume(engine)
     if run.is_last(resumed, total_steps, engine):
@@ -206,7 +206,7 @@ class Shares:
         return [collate(rows, self.pad_id).to(self.engine.device) for rows in micros]
 
     def _learn(
-        self, model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance]
+        self, model: Policy, batch: Any, hidden_BTD: Tensor, balances: tuple[Balance]
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss without the balance loss, and the shares in it of what else is measured."""
         next_token, mtp = loss_sums(model, batch, hidden_BTD, balances, self.mtp_weight > 0)

@@ -107,7 +107,7 @@ def _draw(
     ]
 
 
-def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
+def evaluation_questions(run: Run[Any], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
@@ -199,16 +199,23 @@ def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
 
 def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
     """The demonstrations that a finished rejection sampling trained on, and their file's hash. Raises
-    CheckpointError if they or its checkpoint are missing or changed."""
+    CheckpointError as dataset_of does."""
+    return read_dataset(dataset_of(parent)[0])
+
+
+def dataset_of(parent: ParentRef) -> tuple[Path, str]:
+    """The file that a finished run's samples are in, and its hash. Raises CheckpointError if it or the run's
+    checkpoint is missing or changed."""
     verify(parent.checkpoint, parent.hash)
     run = RunFolder(Path(parent.checkpoint).parent.parent)
-    problem = broken(run.dataset, record_of(run).get("data_hash") or "")
+    expected = record_of(run).get("data_hash") or ""
+    problem = broken(run.dataset, expected)
     if problem:
         raise CheckpointError(
             f"{problem}; copy it back, run `r1pipe run stage=rejection_sft` again, or name a stage that "
             "samples in stage.reads"
         )
-    return read_dataset(run.dataset)
+    return run.dataset, expected
 
 
 def _prompt_of(row: dict[str, Any]) -> Prompt:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1pipe.config.data import SOURCES
 from r1pipe.config.fields import shown
 from r1pipe.config.groups import flat, upwards
 from r1pipe.config.run import RunConfig, to_mapping
@@ -21,6 +22,7 @@ SAME_BITS = {
     "recipe": "what else will run",
     "parent": "how the parent was named; `weights_from` says which it is",
     "tripwires": "when to warn or to pause",
+    "data.licence": "what the record says of the data",
     "stage.save_every": "when to save",
     "stage.keep": "what to keep",
     "stage.keep_best": "what to keep",
@@ -96,10 +98,25 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with each parent replaced by the hash of what it published."""
+    """The config with each parent replaced by the hash of what it published, and no source's licence."""
     weights, reads = mapping.get("weights_from"), mapping.get("reads_from") or {}
     by_hash = {stage: parent.get("hash") for stage, parent in reads.items()}
-    return {**mapping, "weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
+    parents = {"weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
+    return {
+        **mapping,
+        **parents,
+        **({"data": _without_licences(mapping["data"])} if "data" in mapping else {}),
+    }
+
+
+def _without_licences(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The group `data` without what is only recorded of its sources."""
+    return {
+        key: [{name: part for name, part in source.items() if name != "licence"} for source in value]
+        if key in SOURCES
+        else value
+        for key, value in data.items()
+    }
 
 
 def listed(found: Iterable[Change]) -> str:

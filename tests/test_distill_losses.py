@@ -83,7 +83,8 @@ def test_tokens_that_one_model_alone_has_do_not_count(kind: str) -> None:
 def test_stored_probabilities_are_compared_with_one_category_for_the_rest(kind: str, stored: int) -> None:
     student, teacher = logits(6, 11), logits(6, 11, seed=1)
     top, tokens = teacher.log_softmax(-1).topk(stored)
-    found, _ = losses.of_stored(student, tokens, top, config(kind))
+    rest = (1 - top.exp().sum(-1)).log()
+    found, _ = losses.of_stored(student, tokens, top, rest, config(kind))
     whole, _ = losses.of_vocabulary(student, teacher, config(kind))
     for n in range(6):
         p, q = softmax(student[n].tolist()), softmax(teacher[n].tolist())
@@ -94,13 +95,32 @@ def test_stored_probabilities_are_compared_with_one_category_for_the_rest(kind: 
         assert stored < 10 or found[n].item() == pytest.approx(whole[n].item(), abs=1e-5)
 
 
-def test_probabilities_that_add_up_to_more_than_one_by_rounding_give_a_finite_loss() -> None:
-    top = torch.tensor([[0.6, 0.4004]]).log().half()
-    student = logits(1, 2).requires_grad_()  # no token is left for the rest
-    for kind in KINDS:
-        loss, _ = losses.of_stored(student, torch.tensor([[0, 1]]), top, config(kind))
-        (gradient,) = torch.autograd.grad(loss.sum(), student)
-        assert loss.isfinite().all() and gradient.isfinite().all()
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_has_no_part_and_a_place_without_any_no_loss(kind: str) -> None:
+    """As alignment with another tokenizer leaves it: token -1, and a place of which nothing is known."""
+    student, teacher = logits(3, 7).requires_grad_(), logits(3, 7, seed=1)
+    top, tokens = teacher.log_softmax(-1).topk(2)
+    rest = (1 - top.exp().sum(-1)).log()
+    expected = losses.of_stored(student, tokens, top, rest, config(kind))
+    none = torch.full((3, 2), -1)
+    wide = torch.cat([tokens, none], -1), torch.cat([top, torch.full((3, 2), -math.inf)], -1)
+    found = losses.of_stored(student, *wide, rest, config(kind))
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found[0].sum(), student)
+    assert gradient.isfinite().all()
+    loss, kl = losses.of_stored(student, none, torch.full((3, 2), -math.inf), torch.zeros(3), config(kind))
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert not loss.any() and not kl.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_that_are_all_there_is_give_a_finite_loss(kind: str) -> None:
+    """Rounded to more than 1, and no token is left for the rest."""
+    top, rest = torch.tensor([[0.6, 0.4004]]).log().half(), torch.tensor([-math.inf])
+    student = logits(1, 2).requires_grad_()
+    loss, _ = losses.of_stored(student, torch.tensor([[0, 1]]), top, rest, config(kind))
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isfinite().all() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,20 +128,22 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     student = logits(3, 7, dtype=torch.float64).requires_grad_()
     teacher = logits(3, 7, seed=1, dtype=torch.float64)
     top, tokens = teacher.log_softmax(-1).topk(3)
+    rest = (1 - top.exp().sum(-1)).log()
 
     def whole(x: Tensor) -> Tensor:
         return losses.divergence(x.log_softmax(-1), teacher.log_softmax(-1), kind, 0.3)
 
     assert torch.autograd.gradcheck(whole, student)
-    narrow = student.detach().float().requires_grad_()  # of_stored computes in float32
-    (found,) = torch.autograd.grad(losses.of_stored(narrow, tokens, top, config(kind))[0].sum(), narrow)
+    narrow = student.detach().float().requires_grad_()
+
+    def stored(x: Tensor) -> Tensor:  # in float32
+        return losses.of_stored(x, tokens, top, rest, config(kind))[0].sum()
+
+    (found,) = torch.autograd.grad(stored(narrow), narrow)
     for place in ((0, 0), (1, 3), (2, 6)):
         step = torch.zeros(3, 7)
         step[place] = 1e-2
-        ends = [
-            losses.of_stored(narrow.detach() + sign * step, tokens, top, config(kind))[0].sum()
-            for sign in (1, -1)
-        ]
+        ends = [stored(narrow.detach() + sign * step) for sign in (1, -1)]
         assert found[place].item() == pytest.approx((ends[0] - ends[1]).item() / 2e-2, abs=2e-4)
 
 

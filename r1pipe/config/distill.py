@@ -192,6 +192,11 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
             f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}, but {chosen} "
             f"{'reads' if pair.live else 'does not read'} the teacher's probabilities: {remedy}"
         )
+    if stage.rl and bool(stage.rl.score_weight) != (stage.extract == "feedback"):
+        yield (
+            f"stage.rl.score_weight={stage.rl.score_weight:g}: the teacher scores answers with "
+            "stage.extract=feedback, and there alone; give more than 0 there, and 0 elsewhere"
+        )
     if pair.live and (teacher is None or is_server(teacher)):
         yield (
             f"{chosen} reads the teacher's probabilities while the student trains; give teacher=CHECKPOINT "

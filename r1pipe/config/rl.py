@@ -162,8 +162,9 @@ class TripwiresConfig(Strict):
     wires: dict[str, WireConfig]
 
 
-def rl_rules(stage: RLConfig, ranks: int, taught: bool = False) -> Rules:
-    """`taught`: a teacher gives each token an advantage, so that there need be no reward and no group."""
+def rl_rules(stage: RLConfig, ranks: int, taught: bool = False, scored: bool = False) -> Rules:
+    """`taught`: a teacher gives each token an advantage, so that there need be no reward and no group;
+    `scored`: it scores answers, so that there need be no other reward."""
     all_ranks = f"{ranks} ranks (engine.ranks on each machine)"
     if stage.prompts_per_step % ranks:
         yield f"{stage.prompts_per_step=} must be a multiple of the {all_ranks}"
@@ -189,7 +190,7 @@ def rl_rules(stage: RLConfig, ranks: int, taught: bool = False) -> Rules:
     if stage.max_steps == 0:
         yield "stage.max_steps=0: prompts are endless; say how many"
     yield from weight_rules(stage)
-    if not any_weight(stage) and not taught:
+    if not any_weight(stage) and not taught and not scored:
         yield "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference and stage.preference.last_steps > stage.max_steps:
         yield f"{stage.preference.last_steps=} is more than {stage.max_steps=}"

@@ -25,9 +25,8 @@ class DivergenceConfig(Strict):
 class TaughtConfig(ReinforcementConfig):
     """Reinforcement whose advantages may come from the teacher, token by token (on-policy distillation)."""
 
-    teacher_coef: (
-        NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: rewards alone
-    )
+    teacher_coef: NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: none
+    score_weight: NonNegative  # weight of the teacher's score of an answer in its reward; 0: none
 
 
 @dataclass
@@ -91,10 +90,13 @@ def divergence_rules(config: DivergenceConfig) -> Rules:
 def taught_rules(stage: TransferConfig, rl: TaughtConfig, ranks: int) -> Rules:
     if rl.algorithm != "grpo" or rl.preference is not None:
         yield "stage.rl has neither a value model nor reward models; leave stage.rl.algorithm and .preference"
-    if not rl.teacher_coef and not any_weight(rl):
-        yield "stage.rl.rewards.weights and stage.rl.teacher_coef are all 0; nothing would be learned"
+    if not (rl.teacher_coef or rl.score_weight or any_weight(rl)):
+        yield (
+            "stage.rl.rewards.weights, stage.rl.teacher_coef and stage.rl.score_weight are all 0; nothing "
+            "would be learned"
+        )
     of_rl = "|".join(field.name for field in fields(ReinforcementConfig))
-    for message in rl_rules(as_rl(stage), ranks, taught=rl.teacher_coef > 0):
+    for message in rl_rules(as_rl(stage), ranks, rl.teacher_coef > 0, rl.score_weight > 0):
         yield re.sub(rf"\bstage\.(?=(?:{of_rl})\b)", "stage.rl.", message)
 
 

@@ -8,25 +8,29 @@ Axes: B rows, T tokens, N learned tokens, D hidden width, V vocabulary, K stored
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, DivergenceConfig
+from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.types import Demonstration, Example
 from r1pipe.data.packing import Batch, Packed, collate, pack
 from r1pipe.model import Balance, Policy
+from r1pipe.runs import samples
 from r1pipe.train.distill.losses import of_stored, of_vocabulary
 from r1pipe.train.distill.teacher import Teacher, load_teacher
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_policy
 from r1pipe.train.rollout import SamplingParams
-from r1pipe.train.run import Run
+from r1pipe.train.run import Run, log
 from r1pipe.train.sft.loop import (
     Batches,
     Shares,
@@ -43,11 +47,9 @@ TEACHER_TOKENS = "distill/teacher_tokens"  # learned tokens whose distribution t
 ON_POLICY = "distill/on_policy_tokens"  # those among them that the student had drawn
 
 
-def learn_distributions(
-    run: Run[DistillConfig], demonstrations: Sequence[Demonstration], data_hash: str
-) -> None:
-    """Train towards a live teacher, from packing to record. Raises DataError if no demonstration fits a row,
-    and CheckpointError where the teacher reads other tokens."""
+def learn_live(run: Run[DistillConfig], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
+    """Train towards a teacher that is read along the way, from packing to record. Raises DataError if no
+    demonstration fits a row, and CheckpointError where the teacher reads other tokens."""
     stage, teacher_from = run.stage, run.config.teacher_from
     assert stage.divergence is not None and teacher_from is not None
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
@@ -59,6 +61,25 @@ def learn_distributions(
     if stage.divergence.on_policy:
         batches = partial(with_own_answers, run, engine, batches)
     loss_of = divergence_loss(run, engine, stage.divergence, teacher)
+    finish_stage(run, engine, train(run, engine, batches, steps, loss_of), data_hash)
+
+
+def learn_stored(run: Run[DistillConfig], examples: Sequence["StoredExample"], data_hash: str) -> None:
+    """Train towards probabilities that were stored with the responses, from packing to record. Raises
+    DataError if none fits a row."""
+    stage = run.stage
+    assert stage.divergence is not None
+    rows, dropped = pack(examples, stage.sequence_length, StoredRow)
+    if not rows:
+        raise DataError(
+            f"each of the {dropped} examples is longer than stage.sequence_length={stage.sequence_length}; "
+            "raise it"
+        )
+    log.info(f"{len(examples) - dropped} responses in {len(rows)} rows; {dropped} are too long")
+    steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
+    engine = Engine(load_policy(run), stage.optim, stage.router, run.config.engine, steps)
+    loss_of = divergence_loss(run, engine, stage.divergence, teacher=None)
+    batches = epochs_of(run, rows, stage.batch_size)
     finish_stage(run, engine, train(run, engine, batches, steps, loss_of), data_hash)
 
 
@@ -86,12 +107,61 @@ class OwnRow(Packed):
 
 
 @dataclass
+class StoredExample(Example):
+    """A response with the teacher's probabilities of its T learned tokens, as extract/distribution has
+    them."""
+
+    tokens_TK: np.ndarray  # int32; -1: none
+    logprobs_TK: np.ndarray  # float16
+    rest_T: np.ndarray  # float16
+
+
+@dataclass
+class StoredRow(Packed):
+    """A row of such examples."""
+
+    examples: list[StoredExample] = field(default_factory=list)
+
+    def add(self, example: Example) -> None:
+        assert isinstance(example, StoredExample)
+        super().add(example)
+        self.examples.append(example)
+
+    @property
+    def known(self) -> int:
+        """Learned tokens of which something is known."""
+        return sum(int((one.tokens_TK >= 0).any(-1).sum()) for one in self.examples)
+
+
+def stored_examples(chat: Chat, dataset: Path) -> list[StoredExample]:
+    """The dataset's responses with their probabilities. Raises CheckpointError where they do not belong
+    together."""
+    names = ("top_ids", "top_logprobs", "rest_logprobs")
+    found = []
+    for row in samples.read(dataset, [*samples.COLUMNS, *names]):
+        example = chat.example(samples.prompt_of(row), row["response"])
+        ids, logprobs, rest = (np.array(row[name] or []) for name in names)
+        if len(rest) != sum(example.loss):
+            raise CheckpointError(
+                f"{dataset} has probabilities of {len(rest)} tokens for a response of {sum(example.loss)}; "
+                "remove it and repeat the command to ask the teacher again"
+            )
+        shape = (len(rest), -1)
+        found.append(
+            StoredExample(example.tokens, example.loss, ids.reshape(shape), logprobs.reshape(shape), rest)
+        )
+    return found
+
+
+@dataclass
 class TaughtBatch(Batch):
     """A micro-batch with what the teacher thinks of its learned tokens."""
 
     teacher_ND: Tensor | None = None  # its hidden states before them
-    tokens_NK: Tensor | None = None  # or the tokens whose log-probabilities were stored,
-    logprobs_NK: Tensor | None = None  # and these
+    # or what was stored: tokens, their log-probabilities, and those of all others together
+    tokens_NK: Tensor | None = None
+    logprobs_NK: Tensor | None = None
+    rest_N: Tensor | None = None
 
 
 def with_own_answers(
@@ -167,6 +237,9 @@ class DivergenceShares(Shares):
     ):
         super().__init__(engine, batch, mtp_weight, balance_weight, pad_id)
         self.config, self.teacher = config, teacher
+        if teacher is None:  # a mean over what is known
+            self.learned = sum(row.known for row in batch if isinstance(row, StoredRow))
+            self.per_learned = engine.world_size / max(1, self.learned)
 
     def _batches(self, micros: list[list[Packed]]) -> list[Any]:
         plain = [collate(rows, self.pad_id).to(self.engine.device) for rows in micros]
@@ -191,11 +264,10 @@ class DivergenceShares(Shares):
         total, found = self._with_mtp(loss, mtp)
         return total, found | {KL: kl.item()}
 
-    def _measured(self, logits_cV: Tensor, batch: TaughtBatch, rows: slice) -> tuple[Tensor, Tensor]:
+    def _measured(self, logits_cV: Tensor, batch: Any, rows: slice) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
-            assert batch.tokens_NK is not None and batch.logprobs_NK is not None
-            return of_stored(logits_cV, batch.tokens_NK[rows], batch.logprobs_NK[rows], self.config)
-        assert batch.teacher_ND is not None
+            stored = batch.tokens_NK[rows], batch.logprobs_NK[rows], batch.rest_N[rows]
+            return of_stored(logits_cV, *stored, self.config)
         with torch.no_grad():
             teacher_cV = self.teacher.head(batch.teacher_ND[rows])
         return of_vocabulary(logits_cV, teacher_cV, self.config)
@@ -206,4 +278,15 @@ class DivergenceShares(Shares):
 
 
 def stored_of(rows: Sequence[Packed], device: torch.device) -> dict[str, Tensor]:
-    raise NotImplementedError
+    """The fields of a TaughtBatch for rows with stored probabilities; rows without examples are empty."""
+    examples = [one for row in rows if isinstance(row, StoredRow) for one in row.examples]
+
+    def joined(arrays: list[np.ndarray], kind: type, empty: tuple[int, ...]) -> Tensor:
+        whole = np.concatenate(arrays) if arrays else np.zeros(empty)
+        return torch.from_numpy(whole.astype(kind)).to(device)
+
+    return {
+        "tokens_NK": joined([one.tokens_TK for one in examples], np.int64, (0, 1)),
+        "logprobs_NK": joined([one.logprobs_TK for one in examples], np.float32, (0, 1)),
+        "rest_N": joined([one.rest_T for one in examples], np.float32, (0,)),
+    }

@@ -13,7 +13,7 @@ from r1pipe.config import DivergenceConfig, RankingConfig
 
 # What is left beside stored probabilities is at least this much: they are rounded, and may add up to 1.
 LEAST_LEFT_OVER = math.log(1e-7)
-NOTHING = -1e4, -50.0  # in place of log 0: a logit, and a log-probability
+NOTHING, NO_LOGIT = -50.0, -1e4  # in place of log 0: a log-probability, and a logit
 
 # --- distributions of the next token
 
@@ -59,29 +59,28 @@ def of_vocabulary(student_NV: Tensor, teacher_NW: Tensor, config: DivergenceConf
 
 
 def of_stored(
-    student_NV: Tensor, tokens_NK: Tensor, teacher_NK: Tensor, config: DivergenceConfig
+    student_NV: Tensor, tokens_NK: Tensor, teacher_NK: Tensor, rest_N: Tensor, config: DivergenceConfig
 ) -> tuple[Tensor, Tensor]:
-    """As of_vocabulary, over the K tokens whose log-probabilities of the teacher were stored, and one more
-    category for what is left over.
+    """As of_vocabulary, over the tokens whose log-probabilities of the teacher were stored, and one category
+    for all others, whose log-probability is `rest_N`. Token -1 is none; where there is none else, nothing is
+    known, and the loss is 0.
 
-    Merging categories never makes a divergence larger: this is a lower bound of the one over the vocabulary,
-    and its gradient leaves the tokens that were not stored in proportion. There is no temperature, which what
-    is left over does not bear.
+    Merging categories never makes a divergence larger: this is a lower bound of the one over the vocabulary.
+    Its gradient leaves the tokens that were not stored in proportion. There is no temperature: what is left
+    over does not bear one.
     """
-    logits_NV = student_NV.float()
+    logits_NV, is_token_NK = student_NV.float(), tokens_NK >= 0
+    # in place of no token, the likeliest again: what is left over is that of all but the stored
+    tokens_NK = torch.where(is_token_NK, tokens_NK, tokens_NK[:, :1].clamp(min=0))
     whole_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    rest_N1 = logits_NV.scatter(-1, tokens_NK, NOTHING[0]).logsumexp(-1, keepdim=True)
-    stored_NK = logits_NV.gather(-1, tokens_NK)
-    student_NC = torch.cat([stored_NK - whole_N1, (rest_N1 - whole_N1).clamp(min=NOTHING[1])], -1)
-    teacher_NC = torch.cat([teacher_NK.float(), left_over(teacher_NK)], -1)
-    loss_N = divergence(student_NC, teacher_NC, config.kind, config.beta)
-    return loss_N, kl(teacher_NC, student_NC).detach()
-
-
-def left_over(logprobs_NK: Tensor) -> Tensor:
-    """log(1 - sum of the probabilities), [N, 1], at least LEAST_LEFT_OVER."""
-    stored_N1 = logprobs_NK.float().logsumexp(-1, keepdim=True).clamp(max=-1e-12)
-    return torch.log(-torch.expm1(stored_N1)).clamp(min=LEAST_LEFT_OVER)
+    others_N1 = logits_NV.scatter(-1, tokens_NK, NO_LOGIT).logsumexp(-1, keepdim=True)
+    stored_NK = (logits_NV.gather(-1, tokens_NK) - whole_N1).masked_fill(~is_token_NK, NOTHING)
+    student_NC = torch.cat([stored_NK, (others_N1 - whole_N1).clamp(min=NOTHING)], -1)
+    known_NK = teacher_NK.float().masked_fill(~is_token_NK, NOTHING)
+    teacher_NC = torch.cat([known_NK, rest_N.float().clamp(min=LEAST_LEFT_OVER)[:, None]], -1)
+    is_known_N = is_token_NK.any(-1)
+    loss_N = divergence(student_NC, teacher_NC, config.kind, config.beta) * is_known_N
+    return loss_N, kl(teacher_NC, student_NC).detach() * is_known_N
 
 
 # --- pairs of answers

@@ -42,10 +42,8 @@ def reinforce_student(
     teacher = None
     if taught.teacher_coef:
         assert teacher_from is not None
-        model = load_teacher(run, teacher_from)
-        teacher = TokenTeacher(
-            Reference(model, run.config.engine), as_reinforcement.stage, taught.teacher_coef
-        )
+        model = Reference(load_teacher(run, teacher_from), run.config.engine)
+        teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
     reinforce(as_reinforcement, custom, teacher, data_hash)
 
 

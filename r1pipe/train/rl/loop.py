@@ -123,20 +123,10 @@ class RLTrainer:
         self.failures = 0
         if self.rollouts.ahead:
             metrics |= staleness(self.engine, groups, before.step)
-        if self.critic:
-            with self.run.phase("value", metrics):
-                rollouts, value_metrics = self.critic.estimate(groups, self.reference)
-            metrics |= value_metrics
-        else:
-            rollouts = rollouts_of(groups)
-        if self.teacher:
-            with self.run.phase("teacher", metrics):
-                metrics |= self.teacher.advise(rollouts)
+        rollouts = self.rollouts_of(groups, metrics)
         with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
-            if self.teacher:  # groups of equal rewards teach, too
-                metrics.pop(NO_VARIANCE, None)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)
@@ -190,6 +180,19 @@ class RLTrainer:
             kls = [rollout.kl() for rollout in rollouts]
         score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts, self.custom)
 
+    def rollouts_of(self, groups: list[Group], metrics: Metrics) -> list[Rollout]:
+        """What is trained on, with each token's advantage where a value model or a teacher gives one."""
+        if self.critic:
+            with self.run.phase("value", metrics):
+                rollouts, value_metrics = self.critic.estimate(groups, self.reference)
+            metrics |= value_metrics
+        else:
+            rollouts = rollouts_of(groups)
+        if self.teacher:
+            with self.run.phase("teacher", metrics):
+                metrics |= self.teacher.advise(rollouts)
+        return rollouts
+
     # --- log and save
 
     def _end_step(self, rows: list[Row], metrics: Metrics, began: float) -> bool:
@@ -220,6 +223,8 @@ class RLTrainer:
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
         """Write rollouts, and metrics with speeds and trips; the step `began` at this monotonic time."""
+        if self.teacher:  # groups of equal rewards teach, too
+            metrics.pop(NO_VARIANCE, None)
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
         metrics |= speeds(rows, metrics, time.monotonic() - began)

@@ -17,6 +17,7 @@ smaller student first pre-train one, in a pipeline of its own:
 import sys
 
 from r1pipe.config import DistillConfig
+from r1pipe.core.errors import ConfigError
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.run import open_run
@@ -32,6 +33,10 @@ def main(folder: str) -> None:
             run.load_data()
         with run.phase("extracting"):
             dataset, data_hash = extract(run, ranks)
+        if run.stage.transfer != "sft":
+            raise ConfigError(
+                f"stage.transfer={run.stage.transfer} cannot be run here; give stage.transfer=sft"
+            )
         fine_tune(run, read_dataset(dataset)[0], data_hash)
 
 

@@ -234,8 +234,8 @@ def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
     needs_gold = stage.filters.correct_only or stage.transfer == "rl"
     if stage.extract == "expand" and needs_gold and stage.samples_per_prompt == 1:
         yield (
-            "stage.samples_per_prompt=1: the answer to a new problem is what several agree on; give 2 or more, "
-            "or stage.filters.correct_only=false"
+            "stage.samples_per_prompt=1: the answer to a new problem is what several agree on; give 2 or "
+            "more, or stage.filters.correct_only=false"
         )
     if stage.extract == "curate":
         yield from _curate_rules(stage.curate)
@@ -255,7 +255,7 @@ def _feedback_rules(stage: DistillConfig) -> Rules:
     transfer, is_scored = stage.transfer, stage.feedback.by != "correction"
     if not is_scored and transfer == "rl":
         yield "stage.feedback.by=correction scores nothing; give stage.transfer=sft or ranking, or by=rubric"
-    if is_scored and transfer in ("ranking", "rl") and stage.samples_per_prompt == 1:
+    if is_scored and transfer == "ranking" and stage.samples_per_prompt == 1:
         yield f"stage.transfer={transfer} compares answers; give stage.samples_per_prompt=2 or more"
 
 

@@ -27,6 +27,9 @@ from r1pipe.runs import samples
 from r1pipe.train.distill.losses import of_stored, of_vocabulary
 from r1pipe.train.distill.teacher import Teacher, load_teacher
 from r1pipe.train.engine.engine import Engine
+from r1pipe.train.extract.alignment import NONE, TopK
+from r1pipe.train.extract.dataset import read_rows
+from r1pipe.train.extract.distribution import stored_top
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_policy
 from r1pipe.train.rollout import SamplingParams
@@ -108,12 +111,9 @@ class OwnRow(Packed):
 
 @dataclass
 class StoredExample(Example):
-    """A response with the teacher's probabilities of its T learned tokens, as extract/distribution has
-    them."""
+    """A response with the teacher's probabilities of its T learned tokens."""
 
-    tokens_TK: np.ndarray  # int32; -1: none
-    logprobs_TK: np.ndarray  # float16
-    rest_T: np.ndarray  # float16
+    top: TopK
 
 
 @dataclass
@@ -130,26 +130,21 @@ class StoredRow(Packed):
     @property
     def known(self) -> int:
         """Learned tokens of which something is known."""
-        return sum(int((one.tokens_TK >= 0).any(-1).sum()) for one in self.examples)
+        return sum(int((one.top.ids_TK != NONE).any(-1).sum()) for one in self.examples)
 
 
 def stored_examples(chat: Chat, dataset: Path) -> list[StoredExample]:
     """The dataset's responses with their probabilities. Raises CheckpointError where they do not belong
     together."""
-    names = ("top_ids", "top_logprobs", "rest_logprobs")
     found = []
-    for row in samples.read(dataset, [*samples.COLUMNS, *names]):
-        example = chat.example(samples.prompt_of(row), row["response"])
-        ids, logprobs, rest = (np.array(row[name] or []) for name in names)
-        if len(rest) != sum(example.loss):
+    for row in read_rows(dataset):
+        example, top = chat.example(samples.prompt_of(row), row["response"]), stored_top(row)
+        if top is None or len(top.rest_T) != sum(example.loss):
             raise CheckpointError(
-                f"{dataset} has probabilities of {len(rest)} tokens for a response of {sum(example.loss)}; "
-                "remove it and repeat the command to ask the teacher again"
+                f"{dataset} has no probabilities of the {sum(example.loss)} tokens of a response; remove it and "
+                "repeat the command to ask the teacher again"
             )
-        shape = (len(rest), -1)
-        found.append(
-            StoredExample(example.tokens, example.loss, ids.reshape(shape), logprobs.reshape(shape), rest)
-        )
+        found.append(StoredExample(example.tokens, example.loss, top))
     return found
 
 
@@ -286,7 +281,7 @@ def stored_of(rows: Sequence[Packed], device: torch.device) -> dict[str, Tensor]
         return torch.from_numpy(whole.astype(kind)).to(device)
 
     return {
-        "tokens_NK": joined([one.tokens_TK for one in examples], np.int64, (0, 1)),
-        "logprobs_NK": joined([one.logprobs_TK for one in examples], np.float32, (0, 1)),
-        "rest_N": joined([one.rest_T for one in examples], np.float32, (0,)),
+        "tokens_NK": joined([one.top.ids_TK for one in examples], np.int64, (0, 1)),
+        "logprobs_NK": joined([one.top.logprobs_TK for one in examples], np.float32, (0, 1)),
+        "rest_N": joined([one.top.rest_T for one in examples], np.float32, (0,)),
     }

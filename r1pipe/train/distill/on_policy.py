@@ -7,23 +7,28 @@ train/rl.
 
 from collections.abc import Sequence
 from copy import copy
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 
 from r1pipe.config import DistillConfig, RLConfig
-from r1pipe.config.transfer import as_rl
-from r1pipe.core.types import Prompt
+from r1pipe.config.fields import check_all
+from r1pipe.config.transfer import as_rl, transfer_rules
+from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.source import Source
 from r1pipe.train.distill.losses import teacher_advantages
 from r1pipe.train.distill.teacher import load_teacher
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.feedback import likelihood_scores, rated
+from r1pipe.train.extract.teacher import Teacher as Asked
 from r1pipe.train.rl.batch import Rollout, by_prompt, collate
 from r1pipe.train.rl.stage import load_custom_rewards, reinforce
 from r1pipe.train.rl.update import Reference
 from r1pipe.train.run import Run
 
 REVERSE_KL = "distill/reverse_kl"  # nats a token from student to teacher, estimated on what was drawn (k1)
+TEACHER = "teacher"  # the name of its score among the rewards
 TEACHER_TOKENS = "distill/teacher_tokens"  # drawn tokens that the teacher has read
 
 
@@ -36,7 +41,8 @@ def reinforce_student(
     assert taught is not None
     if prompts is not None:
         run.data = with_prompts(run.data, prompts)
-    as_reinforcement = cast(Run[RLConfig], run)
+    check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
+    feedback, as_reinforcement = run.stage.feedback, cast(Run[RLConfig], run)
     as_reinforcement.stage = as_rl(run.stage)
     custom = load_custom_rewards(as_reinforcement)
     teacher = None
@@ -44,7 +50,8 @@ def reinforce_student(
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
         teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
-    reinforce(as_reinforcement, custom, teacher, data_hash)
+    judge = TeacherScores(run, taught.score_weight, feedback.by) if taught.score_weight else None
+    reinforce(as_reinforcement, custom, teacher, data_hash, judge)
 
 
 class TokenTeacher:
@@ -69,6 +76,28 @@ class TokenTeacher:
                 rollout.advantages = of_T.tolist()
         gap, whole = self.ranks.sum_over_ranks([gap, float(tokens)])
         return {REVERSE_KL: gap / max(1.0, whole), TEACHER_TOKENS: whole}
+
+
+class TeacherScores:
+    """The teacher's score of each answer as a reward (train/rl/scoring.Judge): a rating that it writes by a
+    rubric, or the likelihood that it gives the answer. A rating is asked for once, however often a step is
+    repeated."""
+
+    def __init__(self, run: Run[DistillConfig], weight: float, by: str):
+        self.ranks, self.by, self.weights = Ranks(run.config.engine), by, {TEACHER: weight}
+        self.teacher = Asked(run, self.ranks)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """What cannot be read, or is too long for the teacher, counts as a failed verdict."""
+        pairs = [*zip(prompts, completions, strict=True)]
+        if self.by == "likelihood":
+            found = likelihood_scores(self.teacher.local, pairs)
+        else:  # all ranks ask for the same
+            of_ranks = self.ranks.all_gather_objects(pairs)
+            first = sum(map(len, of_ranks[: self.ranks.rank]))
+            found = rated(self.teacher, [*chain.from_iterable(of_ranks)])[first : first + len(pairs)]
+        unread = Score(0.0, Status.VERIFIER_FAILED, "the teacher gave no score")
+        return [unread if score is None else Score(score) for score in found]
 
 
 def with_prompts(source: Source, prompts: Sequence[Prompt]) -> Source:

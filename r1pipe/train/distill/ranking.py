@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import DistillConfig, ParentRef, RankingConfig
+from r1pipe.config import DistillConfig, RankingConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Demonstration, PreferencePair
 from r1pipe.model import Policy
@@ -125,9 +125,9 @@ def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstrati
 
 def own_answers(run: Run[DistillConfig], prompts: Sequence[list[int]]) -> list[list[int]]:
     """One answer of the student, as it came, to each prompt."""
-    assert run.stage.ranking is not None and run.config.weights_from is not None
-    sampling, longest = run.stage.ranking.sampling, run.stage.sequence_length
-    ranks, weights_from = Ranks(run.config.engine), run.config.weights_from
+    ranking, weights_from = run.stage.ranking, run.config.weights_from
+    assert ranking is not None and weights_from is not None, "a student without weights has no answers"
+    sampling, longest, ranks = ranking.sampling, run.stage.sequence_length, Ranks(run.config.engine)
 
     def params(number: int, count: int) -> SamplingParams:
         return SamplingParams(
@@ -149,16 +149,12 @@ def own_answers(run: Run[DistillConfig], prompts: Sequence[list[int]]) -> list[l
         return pa.table({"tokens": [completion.tokens for completion in drawn]})
 
     with run.phase("sampling"):
-        _update_sampler(run, weights_from, ranks)
+        run.sampler.update(load_weights(run, weights_from, ranks), 0)
         per_shard = SHARD_ROUNDS * sampling.max_num_seqs
         idle = partial(run.sampler.generate, [], params(0, 1), stop=stopping.requested)
         shards = in_shards(run, ranks, "own answers", prompts, per_shard, draw, idle)
         run.sampler.forget()
     return [row["tokens"] for [row] in in_order(shards)]
-
-
-def _update_sampler(run: Run[Any], parent: ParentRef, ranks: Ranks) -> None:
-    run.sampler.update(load_weights(run, parent, ranks), 0)
 
 
 def epochs_of_pairs(run: Run[Any], pairs: Sequence[Pair], batch_size: int) -> Batches:

@@ -1,5 +1,4 @@
-"""Puts into the student what was got out of a teacher: `stage.transfer`, on the dataset of `stage.extract`.
-"""
+"""Puts into the student what was got out of a teacher: `stage.transfer`, on the dataset of `stage.extract`."""
 
 import json
 from dataclasses import replace
@@ -13,6 +12,7 @@ from r1pipe.runs import samples
 from r1pipe.train.distill.divergence import learn_live, learn_stored, stored_examples
 from r1pipe.train.distill.on_policy import reinforce_student
 from r1pipe.train.distill.ranking import learn_ranking, pairs_of_texts, pairs_with_own
+from r1pipe.train.extract.dataset import read_rows
 from r1pipe.train.run import Run
 from r1pipe.train.sft.loop import fine_tune
 from r1pipe.train.sft.rejection import read_dataset
@@ -41,7 +41,7 @@ def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
     """The prompts of a dataset, each once; `checked`: those alone whose answers a rule can check. Raises
     DataError without any."""
     found: dict[str, Prompt] = {}
-    for row in samples.read(dataset, [*samples.COLUMNS, "checker"]):
+    for row in read_rows(dataset):
         prompt = replace(samples.prompt_of(row), checker=json.loads(row["checker"] or "{}"))
         if prompt.answer or prompt.checker or not checked:
             found.setdefault(prompt.id, prompt)
@@ -56,8 +56,7 @@ def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
 def pairs_by_score(dataset: Path) -> list[PreferencePair]:
     """Of each prompt's answers the best with the worst, the second with the second worst and so on, as long
     as their scores differ. Raises DataError where no scores differ."""
-    rows = samples.read(dataset, [*samples.COLUMNS, "score"])
-    pairs = []
+    rows, pairs = read_rows(dataset), []
     by_prompt = sorted(rows, key=lambda row: row["prompt_id"])
     for _, group in groupby(by_prompt, key=lambda row: row["prompt_id"]):
         ranked = sorted(group, key=lambda row: -row["score"])

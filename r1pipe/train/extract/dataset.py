@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -80,6 +81,11 @@ def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
     stored = [_stored(row) for row in rows]
     there = {name for row in stored for name in row}
     samples.write(run.folder.dataset, stored, {name: kind for name, kind in COLUMNS.items() if name in there})
+
+
+def read_rows(path: Path) -> list[samples.Row]:
+    """All columns of a dataset; null where it has none. Raises CheckpointError where it cannot be read."""
+    return samples.read(path, [*samples.COLUMNS, *COLUMNS])
 
 
 def _stored(row: Kept) -> samples.Row:

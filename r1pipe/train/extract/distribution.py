@@ -7,8 +7,9 @@ stage.distribution.live nothing is stored: the teacher is read while the student
 Axes: B rows, T tokens of one response with its end, N tokens of a micro-batch, V vocabulary, K top tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +105,7 @@ def read_by_teacher(work: Work, rows: Sequence[Kept]) -> list[TopK | None]:
         read_examples(teacher, [], top_k(k))
 
     shards = in_shards(work.run, work.ranks, "distribution", rows, PER_SHARD, draw, idle, "responses")
-    return [_top_of(row) for [row] in in_order(shards)]
+    return [stored_top(row) for [row] in in_order(shards)]
 
 
 def learned(example: Example) -> list[int]:
@@ -178,7 +179,8 @@ def _stored(top: TopK | None) -> dict[str, np.ndarray | None]:
     return dict(zip(NAMES, (top.ids_TK.ravel(), *halves), strict=True))
 
 
-def _top_of(row: dict[str, list | None]) -> TopK | None:
+def stored_top(row: Mapping[str, Any]) -> TopK | None:
+    """The distribution in a row of the dataset; None where it has none."""
     ids, logprobs, rest = (row[name] for name in NAMES)
     if ids is None or logprobs is None or rest is None:
         return None

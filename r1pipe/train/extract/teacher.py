@@ -122,10 +122,8 @@ class Teacher:
         def idle() -> None:
             draw([], params, lambda done, total: None)
 
-        state = hashlib.sha256(repr([*items]).encode()).hexdigest()  # what another state asked stays beside
-        shards = in_shards(
-            self.run, self.ranks, f"{name}-{state[:8]}", items, per_shard, shard, idle, each=how.n
-        )
+        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
+        shards = in_shards(self.run, self.ranks, name, items, per_shard, shard, idle, each=how.n, state=state)
         return [[_completion(row) for row in rows] for rows in in_order(shards, how.n)]
 
     def facts(self, prompts: int) -> TeacherFacts:

@@ -28,6 +28,7 @@ from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
+    Judge,
     RewardModels,
     has_signal,
     redistribute_groups,
@@ -67,15 +68,18 @@ class RLTrainer:
         critic: Critic | None = None,
         custom: CustomRewards | None = None,
         teacher: Teacher | None = None,
+        judge: Judge | None = None,
     ):
-        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom`, all."""
+        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom` and `judge`,
+        all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
-        self.reward_models, self.critic, self.custom, self.teacher = reward_models, critic, custom, teacher
+        self.reward_models, self.critic, self.custom = reward_models, critic, custom
+        self.teacher, self.judge = teacher, judge
         if run.config.engine.equal:
             dtype = torch.float32 if run.config.engine.precision == "fp32" else torch.bfloat16
             set_batch_invariant(engine.module, True, dtype)
         self.more_engines = {CRITIC: critic.engine} if critic else {}
-        self.weights = reward_weights(run.stage)
+        self.weights = reward_weights(run.stage) | (judge.weights if judge else {})
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
@@ -178,7 +182,8 @@ class RLTrainer:
             ]
             self.reference.estimate_kl(rollouts, self.config)
             kls = [rollout.kl() for rollout in rollouts]
-        score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts, self.custom)
+        scorers = self.reward_models, kls, verdicts, self.custom, self.judge
+        score_groups(groups, self.config, self.weights, *scorers)
 
     def rollouts_of(self, groups: list[Group], metrics: Metrics) -> list[Rollout]:
         """What is trained on, with each token's advantage where a value model or a teacher gives one."""

@@ -7,13 +7,11 @@ columns of r1pipe.runs.samples, which say where each came from.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import chain, zip_longest
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
@@ -24,16 +22,17 @@ from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import samples, stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
-from r1pipe.runs.files import replacing, write_json
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import record_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import held_out
 from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
+from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
 
-SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough to keep the slots full
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
@@ -41,37 +40,24 @@ def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prom
     """All shard files, in order, drawn from the sampler's weights. The ranks share the work of drawing and
     scoring missing ones."""
     stage = run.stage
-    folder = run.folder.data / "shards"
-    folder.mkdir(exist_ok=True)
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
-    # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
-    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")]
-    per_rank = -(-len(prompts) // (per_shard * ranks.world_size))
-    count = max(counts, default=per_rank * ranks.world_size)
-    shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
-    total = len(prompts) * stage.samples_per_prompt
-    missing = [n for n in range(ranks.rank, count, ranks.world_size) if not shards[n].exists()]
-    idle = ranks.agree_max(len(missing)) - len(missing)
-    with stopping.leaving_early(ranks):
-        for number in missing:
-            before = total * (number - ranks.rank) // count
 
-            def progress(done: int, _: int, before: int = before) -> None:
-                run.progress("sampling", before + done * ranks.world_size, total, "completions")
+    def draw(part: Sequence[Prompt], number: int, count: int, progress: Progress) -> pa.Table:
+        rows = _draw(run, part, (number, count), progress)
+        columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
+        return pa.Table.from_pylist([columns | row for row in rows])  # what a row lacks of another's is null
 
-            rows = _draw(run, prompts[number::count], (number, count), progress)
-            run.launch.check()
-            _write_shard(shards[number], rows)
-        for _ in range(idle):  # all ranks call the sampler equally often
-            run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
-    return shards
+    def idle() -> None:
+        run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
+
+    return in_shards(run, ranks, "sampling", prompts, per_shard, draw, idle, each=stage.samples_per_prompt)
 
 
 def _draw(
     run: Run[RejectionConfig],
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
-    progress: Any,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Rows of one shard (number, count): completions and their rule scores, enough for the filters."""
     sampling, each, (number, count) = run.stage.sampling, run.stage.samples_per_prompt, shard
@@ -116,11 +102,9 @@ def evaluation_questions(run: Run[Any], context: int) -> list[str]:
 
 def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
     """All samples in the order of the prompts, `each` per prompt, for any number of shards and ranks."""
-    tables = [pq.read_table(shard).to_pylist() for shard in shards]
-    by_prompt = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
     drawn = []
-    for turn in zip_longest(*by_prompt, fillvalue=[]):  # shard `number` has prompts[number::count]
-        for row in chain.from_iterable(turn):
+    for rows in in_order(shards, each):
+        for row in rows:
             checker, licence = json.loads(row["checker"]), row.get("licence")
             prompt = replace(samples.prompt_of(row), checker=checker, licence=licence)
             scores = {
@@ -234,11 +218,3 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
         "licence": prompt.licence,
         **({"context": json.dumps(context, ensure_ascii=False)} if context else {}),
     }
-
-
-def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Atomic: a shard that exists is never drawn again. What a row lacks of another's columns is null."""
-    columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
-    table = pa.Table.from_pylist([columns | row for row in rows])
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

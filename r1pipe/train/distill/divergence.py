@@ -141,8 +141,8 @@ def stored_examples(chat: Chat, dataset: Path) -> list[StoredExample]:
         example, top = chat.example(samples.prompt_of(row), row["response"]), stored_top(row)
         if top is None or len(top.rest_T) != sum(example.loss):
             raise CheckpointError(
-                f"{dataset} has no probabilities of the {sum(example.loss)} tokens of a response; remove it and "
-                "repeat the command to ask the teacher again"
+                f"{dataset} has no probabilities of the {sum(example.loss)} tokens of a response; remove it "
+                "and repeat the command to ask the teacher again"
             )
         found.append(StoredExample(example.tokens, example.loss, top))
     return found

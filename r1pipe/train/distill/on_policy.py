@@ -42,7 +42,9 @@ def reinforce_student(
     if prompts is not None:
         run.data = with_prompts(run.data, prompts)
     check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
-    feedback, as_reinforcement = run.stage.feedback, cast(Run[RLConfig], run)
+    # it is asked as distillation has it, while the run goes on as reinforcement
+    judge = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None
+    as_reinforcement = cast(Run[RLConfig], run)
     as_reinforcement.stage = as_rl(run.stage)
     custom = load_custom_rewards(as_reinforcement)
     teacher = None
@@ -50,7 +52,6 @@ def reinforce_student(
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
         teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
-    judge = TeacherScores(run, taught.score_weight, feedback.by) if taught.score_weight else None
     reinforce(as_reinforcement, custom, teacher, data_hash, judge)
 
 
@@ -83,8 +84,9 @@ class TeacherScores:
     rubric, or the likelihood that it gives the answer. A rating is asked for once, however often a step is
     repeated."""
 
-    def __init__(self, run: Run[DistillConfig], weight: float, by: str):
-        self.ranks, self.by, self.weights = Ranks(run.config.engine), by, {TEACHER: weight}
+    def __init__(self, run: Run[DistillConfig], weight: float):
+        self.weights, self.by = {TEACHER: weight}, run.stage.feedback.by
+        self.ranks = Ranks(run.config.engine)
         self.teacher = Asked(run, self.ranks)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:

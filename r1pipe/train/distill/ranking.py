@@ -60,8 +60,9 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str) -> None:
-    """Train on pairs, from those that fit to the record. Raises DataError if there are none."""
+def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str, by_teacher: bool) -> None:
+    """Train on pairs, from those that fit to the record; `by_teacher`: it wrote the preferred ones. Raises
+    DataError if there are none."""
     stage = run.stage
     assert stage.ranking is not None
     differing = [pair for pair in pairs if pair.chosen != pair.rejected]
@@ -85,7 +86,8 @@ def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str
     if stage.ranking.loss == "dpo" and adapted:
         reference = BaseReference(engine)
     alpha = stage.router.balance_alpha
-    loss_of = partial(PairLoss, engine, config=stage.ranking, reference=reference, balance_weight=alpha)
+    settings = {"reference": reference, "balance_weight": alpha, "by_teacher": by_teacher}
+    loss_of = partial(PairLoss, engine, config=stage.ranking, **settings)
     checkpoint = train(run, engine, epochs_of_pairs(run, fitting, stage.batch_size), steps, loss_of)
     finish_stage(run, engine, checkpoint, data_hash)
 
@@ -184,11 +186,13 @@ class PairLoss:
         config: RankingConfig,
         reference: Reference | None,
         balance_weight: float,
+        by_teacher: bool,
     ):
         self.engine, self.config, self.reference = engine, config, reference
-        self.balance_weight = balance_weight
+        self.balance_weight, self.by_teacher = balance_weight, by_teacher
         self.chosen = sum(len(pair.chosen) for pair in batch)
-        self.tokens = sum(2 * len(pair.prompt) + len(pair.rejected) for pair in batch) + self.chosen
+        # a prompt is read once for both, without its last token, which begins each answer
+        self.tokens = sum(len(pair.prompt) - 1 + len(pair.rejected) for pair in batch) + self.chosen
         self.per_pair = engine.world_size / len(batch)  # the engine averages over ranks
         self.mine = [(pair, self.per_pair) for pair in batch[engine.rank :: engine.world_size]]
         self.mine = self.mine or [(batch[0], 0.0)]  # every rank takes part
@@ -248,7 +252,8 @@ class PairLoss:
         sums = self.engine.sum_over_ranks([*shares.values()])
         means = {name: total / self.engine.world_size for name, total in zip(shares, sums, strict=True)}
         own = loss - self.balance_weight * means.get(BALANCE_LOSS, 0.0)
-        return {"train/loss": own, **means, TEACHER_TOKENS: float(self.chosen)}
+        more = {TEACHER_TOKENS: float(self.chosen)} if self.by_teacher else {}
+        return {"train/loss": own, **means, **more}
 
 
 def in_parts(

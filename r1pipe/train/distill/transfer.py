@@ -1,4 +1,4 @@
-"""Puts into the student what was got out of a teacher: `stage.transfer`, on the dataset of `stage.extract`."""
+"""Puts what a teacher has given into the student: `stage.transfer`, on the dataset of `stage.extract`."""
 
 import json
 from dataclasses import replace
@@ -32,9 +32,11 @@ def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
         case "rl":
             reinforce_student(run, prompts_of(dataset, stage.extract in ("label", "expand")), data_hash)
         case "ranking" if stage.extract == "feedback":
-            learn_ranking(run, pairs_of_texts(run.chat, pairs_by_score(dataset)), data_hash)
+            pairs = pairs_of_texts(run.chat, pairs_by_score(dataset))
+            learn_ranking(run, pairs, data_hash, by_teacher=stage.feedback.by == "correction")
         case "ranking":
-            learn_ranking(run, pairs_with_own(run, read_dataset(dataset)[0]), data_hash)
+            pairs = pairs_with_own(run, read_dataset(dataset)[0])
+            learn_ranking(run, pairs, data_hash, by_teacher=True)
 
 
 def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:

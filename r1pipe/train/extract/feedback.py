@@ -35,8 +35,8 @@ SCORE = pa.schema([("score", pa.float64())])
 
 
 def feedback(work: Work) -> Found:
-    """Scored answers of the student, or corrected ones; for stage.transfer=rl, whose answers are scored as they
-    are drawn, the prompts alone."""
+    """Scored answers of the student, or corrected ones; for stage.transfer=rl, whose answers are scored as
+    they are drawn, the prompts alone."""
     prompts, dropped = without_evaluation(work, work.data_prompts())
     if work.stage.transfer == "rl":
         return Found([Kept(prompt, "", {}) for prompt in prompts], [])

@@ -74,8 +74,9 @@ def score_groups(
 ) -> None:
     """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
-    Rules, `custom` rewards and a `judge` score every completion, `reward_models` those of general prompts. `kls` are
-    the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under way.
+    Rules, `custom` rewards and a `judge` score every completion, `reward_models` those of general prompts.
+    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
+    way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]

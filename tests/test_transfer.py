@@ -33,9 +33,9 @@ from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.rl.batch import Rollout
 
 STUDENT = "model.hidden_size=16"
-ASKED = ["stage.prompts=6", "stage.samples_per_prompt=2", "stage.sampling.max_tokens=40"]
+ASKED = ["stage.prompts=6", "stage.samples_per_prompt=2", "stage.sampling.max_tokens=80"]
 ALL = ["stage.filters.correct_only=false", "stage.filters.well_formed=false"]
-SMALL = ["stage=distill", STUDENT, "stage.max_steps=3", "stage.batch_size=2", *ASKED, *ALL]
+SMALL = ["stage=distill", STUDENT, "stage.max_steps=3", "stage.batch_size=2", "stage.epochs=9", *ASKED, *ALL]
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def own_rows(run: Run[DistillConfig], engine: Engine, rows: Sequence[Packed], st
 
 def prompts_of(row: Packed) -> list[list[int]]:
     """The tokens before the first learned one of each document."""
-    segments, loss = np.array(row.segments), np.array(row.loss)
+    segments, loss = np.array(row.segments, int), np.array(row.loss, bool)
     prompts = []
     for number in range(1, segments.max(initial=0) + 1):
         places = np.flatnonzero(segments == number)

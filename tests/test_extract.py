@@ -10,6 +10,7 @@ import pytest
 import torch
 from chat_servers import ChatServer, chat_server, say
 from hf_models import write_model
+from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.chat import server
@@ -546,3 +547,30 @@ def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:
 )
 def test_ratings_are_read(text: str, score: float | None) -> None:
     assert rating(text) == score
+
+
+# --- ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> None:
+    base = lineage.bundled()
+    ways: dict[str, list[str]] = {
+        "distribution": [*DIVERGENCE, *ALL],
+        "expand": ["stage.extract=expand", "stage.expand.problems=6", "stage.expand.rounds=2", *ALL],
+    }
+    small = [*SMALL, "stage.sampling.max_tokens=24", "stage.sampling.max_num_seqs=2"]
+    alone = {}
+    for name, words in ways.items():
+        alone[name] = extracted(tmp_path / "one" / name, *small, *words, taught_by=base)
+        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, taught_by=base)
+        config = json.loads((folder / "config.json").read_text())
+        config["engine"]["ranks"] = 2
+        write_json(folder / "config.json", config)
+    found = on_two_ranks("two_ranks_extract.py", tmp_path)
+    for name, rows in alone.items():
+        expected = json.loads(json.dumps(rows, default=float))
+        for row in expected + found[f"distill-{name}"]:
+            for key in ("top_logprobs", "rest_logprobs"):  # of another batch: within rounding
+                row[key] = row[key] and np.round(np.exp(np.array(row[key], float)), 1).tolist()
+        assert expected and found[f"distill-{name}"] == expected

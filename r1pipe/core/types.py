@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, scored for helpfulness
 GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
+CURATED = "curated"  # the task of a teacher's questions on a topic or a document: nor to these
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,10 @@ def teacher_of(config: RunConfig, search: lookup.SearchPath) -> ParentRef | None
     """The teacher's checkpoint; None for a server, and where there is no teacher. Raises CheckpointError."""
     if config.teacher is None or is_server(config.teacher):
         return None
-    return resolve(config.teacher, search)
+    try:
+        return resolve(config.teacher, search)
+    except CheckpointError as error:
+        raise CheckpointError(f"teacher={config.teacher}: {error}") from None
 
 
 def unfinished_config(config: RunConfig) -> RunConfig | None:

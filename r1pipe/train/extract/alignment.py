@@ -58,10 +58,13 @@ def aligned(
 
 
 def _fill(found: TopK, t: int, likely: Sequence[tuple[bytes, float]], ids: dict[bytes, int]) -> None:
-    top = [(ids[piece], logprob) for piece, logprob in likely if piece in ids][: found.ids_TK.shape[1]]
-    for i, (token, logprob) in enumerate(top):
+    top: dict[int, float] = {}
+    for piece, logprob in likely:
+        if piece in ids:  # two of theirs may be one of ours, as tokens that end an answer
+            top[ids[piece]] = float(np.logaddexp(top.get(ids[piece], -np.inf), logprob))
+    for i, (token, logprob) in enumerate([*top.items()][: found.ids_TK.shape[1]]):
         found.ids_TK[t, i], found.logprobs_TK[t, i] = token, logprob
-    mass = float(np.exp([logprob for _, logprob in top]).sum())
+    mass = float(np.exp(found.logprobs_TK[t].astype(np.float64)).sum())
     found.rest_T[t] = np.log1p(-mass) if mass < 1 else -np.inf
 
 

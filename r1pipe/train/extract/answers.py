@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Completion, Prompt, Score
-from r1pipe.rewards import Verdicts, score_all
+from r1pipe.rewards import score_all
 from r1pipe.rewards.accuracy import check_gold, is_verifiable, summary_of
 from r1pipe.rewards.answers.reading import last_stated
 from r1pipe.train.sft.filters import Sampled
@@ -16,33 +16,25 @@ BASE = ["format", "language"]
 AGREE = 2  # fewer answers do not agree with anything
 
 
-def scored(answered: Sequence[Answered], min_agreement: float, checked: bool = True) -> list[Sampled]:
+def scored(answered: Sequence[Answered], min_agreement: float) -> list[Sampled]:
     """Each answer with its rule scores, in order. Where a problem has no gold answer, the one that most of
-    its answers state becomes it, if at least the share `min_agreement` does. `checked`: false for questions
-    that no rule can check."""
+    its answers state becomes it, if at least the share `min_agreement` does."""
     repeated: list[Prompt] = []
-    known: set[str] = set()
     for prompt, completions in answered:
-        gold = prompt
-        if checked and is_verifiable(prompt) and not prompt.answer and not prompt.checker:
-            gold = with_majority(prompt, completions, min_agreement)
-        if gold.answer or gold.checker:
-            known.add(gold.id)
+        gold = with_majority(prompt, completions, min_agreement) if lacks_gold(prompt) else prompt
         repeated += [gold] * len(completions)
     drawn = [completion for _, completions in answered for completion in completions]
-    scores: list[dict[str, Score]] = score_all(repeated, drawn, BASE)
-    if checked:
-        with_gold = [
-            i for i, prompt in enumerate(repeated) if prompt.id in known or not is_verifiable(prompt)
-        ]
-        with Verdicts() as verdicts:
-            found = score_all(
-                [repeated[i] for i in with_gold], [drawn[i] for i in with_gold], ["accuracy"], verdicts
-            )
-        unknown = {"accuracy": Score(0.0, detail="too few answers agree")}
-        of_rule = dict(zip(with_gold, found, strict=True))
-        scores = [own | of_rule.get(i, unknown) for i, own in enumerate(scores)]
+    places = [i for i, prompt in enumerate(repeated) if not lacks_gold(prompt)]
+    found = score_all([repeated[i] for i in places], [drawn[i] for i in places], ["accuracy"])
+    accuracy = dict(zip(places, found, strict=True))  # empty where no rule applies
+    no_gold = {"accuracy": Score(0.0, detail="too few answers agree")}
+    scores = [own | accuracy.get(i, no_gold) for i, own in enumerate(score_all(repeated, drawn, BASE))]
     return [Sampled(*row) for row in zip(repeated, drawn, scores, strict=True)]
+
+
+def lacks_gold(prompt: Prompt) -> bool:
+    """Whether a rule could check an answer, if only the right one were known."""
+    return is_verifiable(prompt) and not prompt.answer and not prompt.checker
 
 
 def with_majority(prompt: Prompt, completions: Sequence[Completion], min_agreement: float) -> Prompt:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import Message, Prompt
+from r1pipe.core.types import CURATED, Message, Prompt
 from r1pipe.rewards.accuracy import summary_of
 from r1pipe.runs import samples
 from r1pipe.train.extract.problems import Problems
@@ -20,7 +20,6 @@ from r1pipe.train.extract.teacher import Drawing
 from r1pipe.train.extract.work import ANSWERS, Found, Work
 
 QUESTIONS = "questions"  # the name of the questions among the teacher's shards
-TASK = "curated"
 WORD_TOKENS = 4  # tokens that a word of a question may take
 
 
@@ -43,14 +42,14 @@ def curate(work: Work) -> Found:
         prompt = problems.add(question, source, who.licence or None)
         if prompt is None:
             continue
-        prompts.append(replace(prompt, task=TASK, id=prompt.id.replace(prompt.task, TASK, 1)))
+        prompts.append(replace(prompt, task=CURATED, id=prompt.id.replace(prompt.task, CURATED, 1)))
         if passage:
             asked = work.stage.templates.passage_answer.replace("{question}", question)
             requests.append(Prompt("", "", "", asked.replace("{passage}", passage.text)))
         else:
             requests.append(prompts[-1])
     answers = work.teacher.ask(ANSWERS, requests, work.answers())
-    rows, funnel, _ = work.kept(prompts, answers, checked=False)
+    rows, funnel, _ = work.kept(prompts, answers)
     return Found(rows, [*problems.funnel.steps("questions made"), *funnel])
 
 

@@ -69,7 +69,8 @@ def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
     for step in funnel:
         line = f"{step['name']}: {step['kept']} kept, {step['dropped']} dropped"
         log.info("%s", line)
-        run.show(say=line)
+        if step["dropped"] or step is funnel[0]:
+            run.show(say=line)
     write_json(run.folder.data / "funnel.json", funnel)
     if not rows:
         worst = max(funnel, key=lambda step: step["dropped"])
@@ -90,8 +91,7 @@ def read_rows(path: Path) -> list[samples.Row]:
 
 def _stored(row: Kept) -> samples.Row:
     """The columns that the row has."""
-    has_gold = bool(row.prompt.answer or row.prompt.checker)
-    kind = "reasoning" if has_gold and is_verifiable(row.prompt) else "general"
+    kind = "reasoning" if is_verifiable(row.prompt) else "general"
     demonstration = Demonstration(row.prompt, row.response, filters=row.filters, **row.origin)  # type: ignore[arg-type]
     stored = samples.row_of(demonstration, kind)
     if row.prompt.checker:

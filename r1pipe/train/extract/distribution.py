@@ -128,18 +128,17 @@ class Translation:
         assert self.teacher is not None
         theirs = [self.their_pieces[token] for token in tokens[:-1]]
         likely = [
-            [
-                (self.their_pieces[i], float(p))
-                for i, p in zip(*pair, strict=True)
-                if i < len(self.their_pieces)
-            ]
+            [(self._piece(i), float(p)) for i, p in zip(*pair, strict=True)]
             for pair in zip(top.ids_TK, top.logprobs_TK, strict=True)
         ]
-        ends = [
-            p for i, p in zip(top.ids_TK[-1], top.logprobs_TK[-1], strict=True) if i in self.teacher.eos_ids
-        ]
-        end = [(self._eos_piece, float(np.logaddexp.reduce(ends)))] if ends else []
-        return self.along(row, theirs, likely[:-1], end)
+        return self.along(row, theirs, likely[:-1], likely[-1])
+
+    def _piece(self, theirs: int) -> bytes:
+        """Of one of their tokens; what ends an answer is what ends ours."""
+        assert self.teacher is not None
+        if theirs in self.teacher.eos_ids:
+            return self._eos_piece
+        return self.their_pieces[theirs] if theirs < len(self.their_pieces) else b""
 
     @property
     def _eos_piece(self) -> bytes:
@@ -152,7 +151,7 @@ class Translation:
         likely: Sequence[Sequence[tuple[bytes, float]]],
         end: Sequence[tuple[bytes, float]] = (),
     ) -> TopK | None:
-        """In the student's tokens; `end`: what is likely after the last of theirs, unknown where empty."""
+        """In the student's tokens; `end`: what is likely after the last of theirs; unknown where empty."""
         tokens = learned(self.chat.example(row.prompt, row.response))
         found = aligned([self.pieces[token] for token in tokens[:-1]], theirs, likely, self.ids, self.k)
         if found is None:

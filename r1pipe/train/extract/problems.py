@@ -13,7 +13,7 @@ from r1pipe.rewards.language import language_of
 from r1pipe.runs import heartbeat
 from r1pipe.train.sft.filters import EXAMPLES, Evaluation
 
-FILTERS = ("no problem", "length", "talks about the request", "near copies", "overlap with evaluation")
+FILTERS = ("no problem", "length", "talks about the request", "near copies", "evaluation questions")
 TASK = "made_up"  # of such a problem: its final answer is compared as text
 # What a model says about the request in place of a problem (Xu et al. 2023, appendix F: "eliminated").
 _ABOUT_THE_REQUEST = re.compile(
@@ -112,7 +112,7 @@ class Problems:
             return "talks about the request"
         if self._is_near_copy(text, like):
             return "near copies"
-        return "overlap with evaluation" if self.evaluation.has(text) else None
+        return "evaluation questions" if self.evaluation.has(text) else None
 
     def _is_near_copy(self, text: str, like: str | None) -> bool:
         if overlap.key(text) in self.keys:

@@ -85,14 +85,13 @@ class Work:
         self,
         prompts: Sequence[Prompt],
         answers: Sequence[list[Completion]],
-        checked: bool = True,
         origin: Mapping[str, str | None] | None = None,
     ) -> tuple[list[Kept], Steps, list[Completion]]:
         """The answers that pass the filters, with the funnel, and their completions. `origin`: the teacher's,
         unless it is another. On rank 0 alone: others get nothing."""
         if self.ranks.rank != 0:
             return [], [], []
-        drawn = scored([*zip(prompts, answers, strict=True)], self.stage.filters.min_agreement, checked)
+        drawn = scored([*zip(prompts, answers, strict=True)], self.stage.filters.min_agreement)
         passed, steps = filtered(self.run, drawn, self.questions)
         origin = origin or self.origin(ANSWERS)
         rows = [Kept(one.prompt, one.completion.text, origin, filters_of(self.stage, one)) for one in passed]

@@ -85,9 +85,14 @@ def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, steps)
     if stage.ranking.loss == "dpo" and adapted:
         reference = BaseReference(engine)
-    alpha = stage.router.balance_alpha
-    settings = {"reference": reference, "balance_weight": alpha, "by_teacher": by_teacher}
-    loss_of = partial(PairLoss, engine, config=stage.ranking, **settings)
+    loss_of = partial(
+        PairLoss,
+        engine,
+        config=stage.ranking,
+        reference=reference,
+        balance_weight=stage.router.balance_alpha,
+        by_teacher=by_teacher,
+    )
     checkpoint = train(run, engine, epochs_of_pairs(run, fitting, stage.batch_size), steps, loss_of)
     finish_stage(run, engine, checkpoint, data_hash)
 

@@ -29,7 +29,7 @@ RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], l
 class Judge(Protocol):
     """Scores completions of any prompt besides the rules, all of a batch at once."""
 
-    weights: Mapping[str, float]  # of the one reward that it gives, by name
+    weights: dict[str, float]  # of the one reward that it gives, by name
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """In order; all ranks call, each with its own."""

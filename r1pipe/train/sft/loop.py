@@ -111,8 +111,11 @@ def train(
     `loss_of` a batch is next-token prediction, unless another is given.
     """
     stage = run.stage
-    weights: dict[str, Any] = {"mtp_weight": stage.mtp_weight, "balance_weight": stage.router.balance_alpha}
-    loss_of = loss_of or partial(Shares, engine, **weights, pad_id=run.chat.pad_id)
+
+    def next_token(batch: list[Packed]) -> StepLoss:
+        return Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
+
+    loss_of = loss_of or next_token
     resumed, state = run.resume(engine)
     if run.is_last(resumed, total_steps, engine):
         return run.folder.checkpoint(resumed)

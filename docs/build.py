@@ -146,7 +146,14 @@ def keys() -> str:
     """Every config key with its type and its meaning, a table for each class of the config."""
     tables = []
     of_plan = [pair for cls, key in PLANNING.items() for pair in config_classes(cls, key)]
-    for cls, prefix in [*config_classes(RunConfig, ""), *of_plan]:
+    found = [*config_classes(RunConfig, ""), *of_plan]
+    with_bases = [
+        (base, prefix)
+        for cls, prefix in found
+        for base in reversed(cls.__mro__)
+        if dataclasses.is_dataclass(base) and (base is cls or (base, prefix) not in found)
+    ]
+    for cls, prefix in dict.fromkeys(with_bases):
         meanings, annotations = comments(cls), inspect.get_annotations(cls)
         rows = [
             f"| `{prefix}{name}` | `{_type_text(cls, name)}` | {meanings.get(name, '')} |"

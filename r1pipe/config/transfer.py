@@ -45,9 +45,7 @@ class RankingConfig(Strict):
 class TransferConfig(FineTuneConfig):
     """A stage that puts a teacher into a student."""
 
-    transfer: Literal[
-        "sft", "divergence", "rl", "ranking"
-    ]  # the file in conf/stage/part/transfer/, with its values
+    transfer: Literal["sft", "divergence", "rl", "ranking"]  # the file in conf/stage/part/transfer/
     divergence: DivergenceConfig | None  # with transfer=divergence only
     rl: TaughtConfig | None  # with transfer=rl only
     ranking: RankingConfig | None  # with transfer=ranking only

@@ -146,7 +146,14 @@ def keys() -> str:
     """Every config key with its type and its meaning, a table for each class of the config."""
     tables = []
     of_plan = [pair for cls, key in PLANNING.items() for pair in config_classes(cls, key)]
-    for cls, prefix in [*config_classes(RunConfig, ""), *of_plan]:
+    found = [*config_classes(RunConfig, ""), *of_plan]
+    with_bases = [
+        (base, prefix)
+        for cls, prefix in found
+        for base in reversed(cls.__mro__)
+        if dataclasses.is_dataclass(base) and (base is cls or (base, prefix) not in found)
+    ]
+    for cls, prefix in dict.fromkeys(with_bases):
         meanings, annotations = comments(cls), inspect.get_annotations(cls)
         rows = [
             f"| `{prefix}{name}` | `{_type_text(cls, name)}` | {meanings.get(name, '')} |"
@@ -166,7 +173,7 @@ def config_classes(cls: type, prefix: str) -> Iterator[tuple[type, str]]:
     yield cls, prefix
     for name, hint in field_types(cls).items():
         below = [part for part in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(part)]
-        if name in ("weights_from", "reads_from") or not below:
+        if name in ("weights_from", "reads_from", "teacher_from") or not below:
             continue
         kinds = dict.fromkeys(STAGE_TYPES.values()) if name == "stage" else below
         item = {list: "[].", dict: ".NAME."}.get(getattr(hint, "__origin__", None), ".")

@@ -61,8 +61,9 @@ def test_every_stage_is_walked_by_some_recipe() -> None:
 
 
 def test_recipes_give_values_to_known_stages_only() -> None:
+    known = {*options("stage"), *(f"distill/{name}" for name in options("stage/part/transfer"))}
     for recipe in options("recipe"):
-        assert set(read(f"recipe/{recipe}")["stage_values"]) <= set(options("stage"))
+        assert set(read(f"recipe/{recipe}")["stage_values"]) <= known
 
 
 def test_every_stage_has_its_script() -> None:
@@ -135,7 +136,7 @@ def test_a_group_on_the_command_line_wins_over_the_recipes_choice_wherever_it_st
 def test_every_value_has_a_source_that_says_so() -> None:
     found = compose(["stage=all_scenario", "recipe=gpu", "seed=3"])
     values = dict(flat(to_mapping(found.config)))
-    assert set(found.sources) == set(values) - {"weights_from", "reads_from"}
+    assert set(found.sources) == set(values) - {"weights_from", "reads_from", "teacher_from"}
     for key, source in found.sources.items():
         if source != COMMAND_LINE:
             name = key.rpartition(".")[2]

@@ -7,6 +7,7 @@ files, and `changes` compares two configs.
 from r1pipe.config.answerer import AnswererConfig
 from r1pipe.config.changes import config_hash
 from r1pipe.config.data import DataConfig, SourceConfig
+from r1pipe.config.distill import DistillConfig
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.hf import HFConfig
 from r1pipe.config.lora import LoRAConfig
@@ -33,7 +34,6 @@ from r1pipe.config.run import (
 from r1pipe.config.sampler import SamplerConfig
 from r1pipe.config.stages import (
     CodeConfig,
-    DistillConfig,
     EvalConfig,
     EvaluateConfig,
     FilterConfig,
@@ -46,3 +46,4 @@ from r1pipe.config.stages import (
     SFTConfig,
     StageConfig,
 )
+from r1pipe.config.transfer import DivergenceConfig, RankingConfig, TaughtConfig

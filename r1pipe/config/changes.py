@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1pipe.config.data import SOURCES
 from r1pipe.config.fields import shown
 from r1pipe.config.groups import flat, upwards
 from r1pipe.config.run import RunConfig, to_mapping
@@ -21,6 +22,7 @@ SAME_BITS = {
     "recipe": "what else will run",
     "parent": "how the parent was named; `weights_from` says which it is",
     "tripwires": "when to warn or to pause",
+    "data.licence": "what the record says of the data",
     "stage.save_every": "when to save",
     "stage.keep": "what to keep",
     "stage.keep_best": "what to keep",
@@ -51,14 +53,23 @@ SAME_WITHIN_ROUNDING = {
     "engine.recompute": "what is kept in memory for the backward pass",
     "engine.offload": "what is kept in memory for the backward pass",
     "sampler": "where the server is, and when to give up on it",
+    "stage.teacher.key_variable": "how the server knows us",
+    "stage.teacher.timeout_s": "when to give up on a server",
+    "stage.teacher.retries": "when to give up on a server",
+    "stage.teacher.parallel": "how much is asked at once",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.rl.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.ranking.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",
     "stage.rewards.remote": "where the servers are",
     "stage.rewards.remote_limits": "when to give up on a server",
+    "stage.rl.rewards.plugin_limits": "when to give up on a call",
+    "stage.rl.rewards.remote": "where the servers are",
+    "stage.rl.rewards.remote_limits": "when to give up on a server",
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists
-PARENTS = ("weights_from", "reads_from")  # compared by the hash of what they published
+PARENTS = ("weights_from", "reads_from", "teacher_from")  # compared by the hash of what they published
 HASH_SHOWN = 12
 
 
@@ -96,10 +107,22 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with each parent replaced by the hash of what it published."""
-    weights, reads = mapping.get("weights_from"), mapping.get("reads_from") or {}
-    by_hash = {stage: parent.get("hash") for stage, parent in reads.items()}
-    return {**mapping, "weights_from": weights.get("hash") if weights else None, "reads_from": by_hash}
+    """The config with each parent replaced by the hash of what it published, and no source's licence."""
+    reads = {stage: parent.get("hash") for stage, parent in (mapping.get("reads_from") or {}).items()}
+    found = {key: mapping.get(key) for key in ("weights_from", "teacher_from")}
+    single = {key: parent.get("hash") if parent else None for key, parent in found.items()}
+    data = {"data": _without_licences(mapping["data"])} if "data" in mapping else {}
+    return {**mapping, **single, "reads_from": reads, **data}
+
+
+def _without_licences(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The group `data` without what is only recorded of its sources."""
+    return {
+        key: [{name: part for name, part in source.items() if name != "licence"} for source in value]
+        if key in SOURCES
+        else value
+        for key, value in data.items()
+    }
 
 
 def listed(found: Iterable[Change]) -> str:

@@ -4,7 +4,8 @@ The recipe chooses groups (`choose`), values (`values`) and those of stages (`ev
 They come before the command line's overrides, so the command line always wins. Where the recipe or the
 command line names a loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction
 (`stage.importance`), the values of its file come just before those of whoever named it, the algorithm's after
-the loss's.
+the loss's. Those of a `stage.transfer`, and of it with a `stage.extract`, come before the recipe's, which has
+values for `distill/TRANSFER`.
 """
 
 import difflib
@@ -27,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config.data import refuse_unused_row_keys
 from r1pipe.config.describe import leaves, open_mappings
+from r1pipe.config.distill import DistillConfig
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
@@ -40,10 +42,15 @@ from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's config holds what comes of them
-FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}}
+FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}, "teacher_from": None}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
-PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
+TRANSFER = "stage/part/transfer"
+# The keys below these exist with another key's value only.
+ONLY_WITH = {
+    "stage.ppo": "stage.algorithm=ppo",
+    **{f"stage.{name}": f"stage.transfer={name}" for name in ("divergence", "rl", "ranking")},
+}
 LORA = "model.lora"  # with model=hf only
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
@@ -99,10 +106,11 @@ def compose(overrides: list[str]) -> Composed:
         mapping["model"] = filled(mapping["model"])
     files = {key: file for key, (_, file) in values.items()}
     files |= {override.key_or_group: COMMAND_LINE for override in own}
-    if set(KEYS) <= mapping["stage"].keys():
-        more, file = settled(mapping["stage"], mapping["engine"])
-        mapping["stage"] |= more
-        files |= {f"stage.{key}": file for key in more}
+    for place, values in (("stage", mapping["stage"]), ("stage.rl", mapping["stage"].get("rl") or {})):
+        if set(KEYS) <= values.keys():
+            more, file = settled(values, mapping["engine"])
+            values |= more
+            files |= {f"{place}.{key}": file for key in more}
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
@@ -174,32 +182,61 @@ def choose(parsed: list[Override]) -> dict[str, str]:
 def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
-    content = read(f"recipe/{choices['recipe']}")
+    stage, content = choices["stage"], read(f"recipe/{choices['recipe']}")
     recipe: dict[str, Any] = dict(flat(content.get("values") or {}))
-    for part in (content["every_stage"], content["stage_values"].get(choices["stage"])):
+    transfer = chosen_transfer(stage, own)
+    for part in (content["every_stage"], *map(content["stage_values"].get, (stage, f"{stage}/{transfer}"))):
         recipe |= flat(part or {}, "stage")
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
-    if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
-        below, above = [], []
+    if issubclass(STAGE_TYPES[stage], RLConfig) or transfer == "rl":
+        place, below, above = "stage.rl" if transfer else "stage", [], []
         for kind in NAMED:
-            key = f"stage.{kind}"
+            key = f"{place}.{kind}"
             if own.get(key, NULL) != NULL:
-                above.append(named_values(kind, own[key]))
+                above.append(named_values(kind, own[key], place))
             elif recipe.get(key) is not None:
-                below.append(named_values(kind, recipe[key]))
+                below.append(named_values(kind, recipe[key], place))
         layers = [*below, *layers, *above]
+    if transfer:
+        layers = [*transfer_values(transfer, chosen(stage, "extract", own)), *layers]
     has_no_masters = read(f"engine/{choices['engine']}")["zero_level"] == 0
     if own.get("engine.precision") in WITH_MASTERS and has_no_masters:
         layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
+    if own.get("teacher", NULL) != NULL:  # no samples of a run are needed
+        layers.append(({"stage.reads": []}, COMMAND_LINE))
     return {key: (value, source) for values, source in layers for key, value in values.items()}
 
 
-def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
-    """The values that go by the name of a loss or an algorithm, and their file. Raises ConfigError."""
+def named_values(kind: str, name: str, place: str) -> tuple[dict[str, Any], str]:
+    """The values that go by the name of a loss or an algorithm, below `place`, and their file. Raises
+    ConfigError."""
     folder = f"stage/part/{kind}"
     if name not in options(folder):
-        raise ConfigError(f"stage.{kind}={name}: no such {kind}; {nearest(name, options(folder))}")
-    return dict(flat(read(f"{folder}/{name}"), "stage")), f"conf/{folder}/{name}.yaml"
+        raise ConfigError(f"{place}.{kind}={name}: no such {kind}; {nearest(name, options(folder))}")
+    return dict(flat(read(f"{folder}/{name}"), place)), f"conf/{folder}/{name}.yaml"
+
+
+def chosen_transfer(stage: str, own: dict[str, str]) -> str | None:
+    """What puts a teacher into a student, in a stage that has one. Raises ConfigError."""
+    if not issubclass(STAGE_TYPES[stage], DistillConfig):
+        return None
+    name = chosen(stage, "transfer", own)
+    if name not in options(TRANSFER):
+        raise ConfigError(f"stage.transfer={name}: no such transfer; {nearest(name, options(TRANSFER))}")
+    return name
+
+
+def chosen(stage: str, key: str, own: dict[str, str]) -> str:
+    """The command line's value of a stage's key, else that of the stage's file."""
+    return own.get(f"stage.{key}", read(f"stage/{stage}")[key])
+
+
+def transfer_values(transfer: str, extract: str) -> list[tuple[dict[str, Any], str]]:
+    """The values of a transfer's file, and of that for it with what the teacher gives, if there is one."""
+    files = [f"{TRANSFER}/{transfer}"]
+    if extract in options(files[0]):
+        files.append(f"{files[0]}/{extract}")
+    return [(dict(flat(read(file), "stage")), f"conf/{file}.yaml") for file in files]
 
 
 def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
@@ -234,8 +271,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         same_name = [name for name in own_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
         above = next(part for part in upwards(key) if part in known)
         beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
-        if above == PPO and not beside:
-            return f"{key} needs stage.algorithm=ppo"
+        if above in ONLY_WITH and not beside:
+            return f"{key} needs {ONLY_WITH[above]}"
         if LORA in upwards(key) and LORA not in known:
             return f"{key} needs model=hf: adapters are for models of transformers"
         if same_name:

@@ -32,7 +32,7 @@ def _typed_leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _typed_leaves(kind, "stage.")
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _typed_leaves(hint, f"{prefix}{name}.")
-        elif name not in ("weights_from", "reads_from", "name"):
+        elif name not in ("weights_from", "reads_from", "teacher_from", "name"):
             yield f"{prefix}{name}", hint
 
 

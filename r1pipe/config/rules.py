@@ -4,6 +4,7 @@ import re
 from itertools import chain
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
+from r1pipe.config.distill import DistillConfig, distill_rules
 from r1pipe.config.engine import (
     EngineConfig,
     engine_rules,
@@ -30,6 +31,7 @@ from r1pipe.config.stages import (
     optim_rules,
     retention_rules,
 )
+from r1pipe.config.transfer import samplings
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import GENERAL_TASKS
 
@@ -53,6 +55,7 @@ def check(config: RunConfig) -> None:
         retention_rules(config.stage),
         stage_rules(config),
         mixture_rules(config.stage, config.data),
+        distill_rules(config.stage, config.teacher, config.engine.ranks),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
     )
@@ -119,8 +122,9 @@ def length_rules(config: RunConfig) -> Rules:
     lengths = {"stage.eval.max_tokens": stage.eval.max_tokens}
     if isinstance(stage, PretrainConfig | FineTuneConfig):
         lengths["stage.sequence_length"] = stage.sequence_length
-    if isinstance(stage, RejectionConfig | RLConfig):
+    if isinstance(stage, RejectionConfig | RLConfig) or (isinstance(stage, DistillConfig) and config.teacher):
         lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
+    lengths |= {f"{key}.max_tokens": sampling.max_tokens for key, sampling in samplings(stage).items()}
     for key, length in lengths.items():
         if length > longest:
             yield f"{key}={length} is longer than model.max_position_embeddings={longest}"
@@ -153,7 +157,7 @@ def spread_rules(stage: StageConfig, ranks: int, told: str) -> Rules:
 def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:
     if isinstance(stage, SFTConfig):
         yield from share_rules("stage.styles", stage.styles, data, STYLES)
-    if isinstance(stage, RejectionConfig):
+    if isinstance(stage, RejectionConfig | DistillConfig):
         yield from share_rules("stage.general_kinds", stage.general_kinds, data, GENERAL_TASKS)
     if isinstance(stage, RLConfig) and stage.preference:
         kinds = stage.preference.general_kinds

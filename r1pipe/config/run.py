@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 from r1pipe.config.data import DataConfig
+from r1pipe.config.distill import DistillConfig
 from r1pipe.config.engine import EngineConfig
 from r1pipe.config.fields import Count, Strict, build, shown
 from r1pipe.config.hf import NAME as HF
@@ -17,7 +18,6 @@ from r1pipe.config.model import ModelConfig
 from r1pipe.config.rl import RLConfig, TripwiresConfig
 from r1pipe.config.sampler import SamplerConfig
 from r1pipe.config.stages import (
-    DistillConfig,
     EvaluateConfig,
     PretrainConfig,
     RejectionConfig,
@@ -102,6 +102,7 @@ class RunConfig(Strict):
     root: str  # where run folders and the MLflow store go
     pipeline: str  # name that groups the runs of one reproduction
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
+    teacher: str | None  # of distillation: CHECKPOINT, a Hugging Face folder, or the URL of a server
     model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
     chat: ChatConfig
@@ -113,6 +114,7 @@ class RunConfig(Strict):
     tripwires: TripwiresConfig  # of reinforcement
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
+    teacher_from: ParentRef | None  # filled at launch, where the teacher is a checkpoint
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:

@@ -140,11 +140,6 @@ class RejectionConfig(FineTuneConfig):
 
 
 @dataclass
-class DistillConfig(FineTuneConfig):
-    """SFT of another base, the student, on rejection sampling's samples (R1 section 2.4)."""
-
-
-@dataclass
 class RewardModelConfig(StageConfig):
     """Helpfulness (pairwise, Bradley-Terry) and harmlessness (point-wise) heads (R1 supplement)."""
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from r1pipe.config import STAGE_TYPES, HFConfig, ParentRef, RunConfig, read_config
+from r1pipe.config.answerer import is_server
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import checkpoints
@@ -68,22 +69,33 @@ def with_parents(
             if isinstance(config.model, HFConfig) and weights.run_id == lookup.BUNDLED:
                 weights = adopt(Path(config.model.path), search.root)  # the base of such a pipeline
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
+        teacher = teacher_of(config, search)
     except CheckpointError:
         unfinished = unfinished_config(config)
         if unfinished is None:
             raise
         filled = lookup.with_relocated_parents(unfinished, search.root)
-        weights, reads = filled.weights_from, filled.reads_from
+        weights, reads, teacher = filled.weights_from, filled.reads_from, filled.teacher_from
     if weights is not None:
         check_parent_fits(weights, config.model)
     check_same_chat_format(weights, reads.values(), config.chat.system)
-    return replace(config, weights_from=weights, reads_from=reads)
+    return replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher)
+
+
+def teacher_of(config: RunConfig, search: lookup.SearchPath) -> ParentRef | None:
+    """The teacher's checkpoint; None for a server, and where there is no teacher. Raises CheckpointError."""
+    if config.teacher is None or is_server(config.teacher):
+        return None
+    try:
+        return resolve(config.teacher, search)
+    except CheckpointError as error:
+        raise CheckpointError(f"teacher={config.teacher}: {error}") from None
 
 
 def unfinished_config(config: RunConfig) -> RunConfig | None:
     """The config of this stage's newest run, if that is unfinished: it may have been copied here without the
     runs of its parents. A dry run, whose parents may be open, does not count."""
-    key = (config.pipeline, config.seed, config.stage.name, config.parent)
+    key = (config.pipeline, config.seed, config.stage.name, config.parent, config.teacher)
     for run in reversed(lookup.run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
@@ -91,7 +103,7 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
             stored = read_config(run.config)
         except ConfigError:  # damaged, or of another version
             continue
-        if (stored.pipeline, stored.seed, stored.stage.name, stored.parent) == key:
+        if (stored.pipeline, stored.seed, stored.stage.name, stored.parent, stored.teacher) == key:
             parents = [*filter(None, [stored.weights_from]), *stored.reads_from.values()]
             is_complete = all(parent.run_id for parent in parents)
             return stored if is_complete and not run.record.exists() else None

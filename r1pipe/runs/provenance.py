@@ -62,6 +62,7 @@ def job_record(
         "parents": {
             "weights": _edge(config.weights_from) if config.weights_from else None,
             "data": [_edge(parent) for parent in config.reads_from.values()],
+            **({"teacher": _edge(config.teacher_from)} if config.teacher_from else {}),
         },
         "config_hash": config_hash(config),
         "config": publishable(to_mapping(config)),
@@ -88,6 +89,8 @@ def job_record(
     }
     if folder.rewards.exists():
         record["rewards"] = read_object(folder.rewards)
+    if folder.teacher.exists():
+        record["teacher"] = read_object(folder.teacher)  # type: ignore[typeddict-item]
     history = folder.config_history
     if history.exists():
         changed = sorted({key for row in Tail(history).read() for key in row["changed"]})

@@ -71,6 +71,7 @@ class Edge(TypedDict):
 class Parents(TypedDict, total=False):
     weights: Edge | None
     data: list[Edge]
+    teacher: Edge  # of distillation, where it was a checkpoint
 
 
 class Data(TypedDict, total=False):
@@ -102,6 +103,21 @@ class CustomRewardSource(TypedDict):
     source: str  # a file's path; module:function of an entry point; URL
     hash: str | None  # SHA-256 of the file
     version: str | None  # distribution and version of an entry point
+
+
+class TeacherFacts(TypedDict):
+    """Who taught a student, and what it took (r1pipe.chat.answerer.Identity and Spent)."""
+
+    kind: str  # "checkpoint" or "server"
+    name: str
+    version: str
+    licence: str  # "": unknown
+    prompts: int  # of the dataset
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: FiniteFloat
+    usd: FiniteFloat
 
 
 class Result(TypedDict, total=False):
@@ -138,6 +154,7 @@ class Record(Result):
     versions: NotRequired[dict[str, str | None]]
     rewards: NotRequired[dict[str, CustomRewardSource]]  # custom rewards, by name
     history: NotRequired[History]
+    teacher: NotRequired[TeacherFacts]
     record_hash: NotRequired[str]
 
 
@@ -197,10 +214,11 @@ def steps_of(run: RunFolder) -> int:
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
-    """(kind, parent, hash of the parent's own record if known), weights first."""
-    weights = parents.get("weights")
+    """(kind, parent, hash of the parent's own record if known): weights, data, teacher."""
+    weights, teacher = parents.get("weights"), parents.get("teacher")
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
+    named += [("teacher", teacher)] if teacher else []
     return [
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named

@@ -23,7 +23,7 @@ from r1pipe.core.errors import CheckpointError, nearest
 from r1pipe.core.formatting import duration, number, percent
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs.files import read_object
-from r1pipe.runs.record import METRICS, STRICT, Edge, Record, checked, edges, read_record, record_of
+from r1pipe.runs.record import METRICS, STRICT, Edge, Parents, Record, checked, edges, read_record, record_of
 
 NOT_SETTINGS = ("seed", "pipeline")  # config keys that are none
 
@@ -48,6 +48,7 @@ class StoredConfig(TypedDict):
     recipe: NotRequired[Recipe | None]
     weights_from: NotRequired[Edge | None]
     reads_from: NotRequired[dict[str, Edge] | None]
+    teacher_from: NotRequired[Edge | None]
 
 
 _CONFIG = TypeAdapter(StoredConfig)
@@ -117,8 +118,9 @@ def finished(root: Path, pattern: str = "*") -> list[tuple[StoredRun, Record]]:
 def launched_with(config: Mapping[str, Any], path: Path) -> list[tuple[str, ParentRef, str | None]]:
     """The edges in a run's config.json. Raises CheckpointError."""
     checked(_CONFIG, config, path)
-    reads = config.get("reads_from") or {}
-    return edges({"weights": config.get("weights_from"), "data": list(reads.values())})
+    reads, teacher = config.get("reads_from") or {}, config.get("teacher_from")
+    parents: Parents = {"weights": config.get("weights_from"), "data": list(reads.values())}
+    return edges({**parents, "teacher": teacher} if teacher else parents)
 
 
 # --- the table

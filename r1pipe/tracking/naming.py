@@ -84,6 +84,7 @@ def provenance(record: Record) -> dict[str, str]:
     tags = {
         "parents.weights": named(weights) if weights else "",
         "parents.data": "; ".join(map(named, parents.get("data") or [])),
+        "parents.teacher": named(parents["teacher"]) if parents.get("teacher") else "",
         "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
         **{name: str(record.get(name) or "") for name in HASHES},
     }

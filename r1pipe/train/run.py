@@ -27,6 +27,7 @@ from r1pipe.config import (
     StageConfig,
     read_config,
 )
+from r1pipe.config.transfer import samplings
 from r1pipe.core.errors import (
     CheckpointError,
     ConfigError,
@@ -144,6 +145,9 @@ class Run(Resumable[S]):
         longest = {"stage.eval.max_tokens": self.stage.eval.max_tokens}
         if isinstance(self.stage, RejectionConfig | RLConfig):
             longest["stage.sampling.max_tokens"] = self.stage.sampling.max_tokens
+        longest |= {
+            f"{key}.max_tokens": sampling.max_tokens for key, sampling in samplings(self.stage).items()
+        }
         context, tokens = self.config.model.max_position_embeddings, len(chat.prompt_tokens(EMPTY))
         for key, length in longest.items():
             if tokens + length >= context:

@@ -20,7 +20,7 @@ from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.data import open_data
 from r1pipe.data.overlap import asked, matches
 from r1pipe.data.source import Source
-from r1pipe.runs import heartbeat
+from r1pipe.runs import data_files, heartbeat
 from r1pipe.runs.lineage.training import MadeBy, made_by
 
 SHOWN = 5  # examples kept
@@ -127,8 +127,9 @@ def _of_data(run: MadeBy, data: dict[str, Any]) -> Iterator[Text]:
     if data.get("kind") != "files":
         raise DataError("its problems are generated, and no list of them is kept")
     config = build(DataConfig, data, "data")
-    source = open_data(replace(config, bad_rows="set_aside", max_bad_rows=1.0), 0)
-    return _rows(run, source)
+    if run.data_hash not in (None, data_files.hashes(data)[0]):
+        raise DataError("its files are not those that it read, or not here")
+    yield from _rows(run, open_data(replace(config, bad_rows="set_aside", max_bad_rows=1.0), 0))
 
 
 def _rows(run: MadeBy, source: Source) -> Iterator[Text]:

@@ -6,6 +6,7 @@ before any training.
     r1pipe run stage=base
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def main(folder: str) -> None:
             f"data={measured['data']}, split {measured['split']}"
         )
         run.finish(checkpoint, evaluation.metrics, evaluation.samples)
+        if run.rank == 0:  # evaluation.parquet has all of them
+            shutil.rmtree(run.folder.drawn, ignore_errors=True)
 
 
 if __name__ == "__main__":

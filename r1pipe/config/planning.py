@@ -164,7 +164,7 @@ def chosen(group: str, overrides: list[str], name: str | None, below: dict[str, 
 
     Overrides of the other group are left alone. Raises ConfigError.
     """
-    from r1pipe.config.compose import parse_one  # Hydra is imported when overrides are read
+    from r1pipe.config.overrides import parse_one  # Hydra is imported when overrides are read
 
     values: dict[str, Any] = {}
     for override in map(parse_one, overrides):

@@ -78,10 +78,10 @@ def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
     assert list(PAIRS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
     config = tiny_config("stage=distill", "teacher=base", "stage.curate.topics=[tea]")
     for (way, transfer), pair in PAIRS.items():
-        found = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "base")]
+        found = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "base", 1)]
         told = f"stage.extract={way} stage.transfer={transfer} is no way to distil: {pair.text}"
         assert found == ([] if pair.runs else [told])
-        remote = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "http://host/v1")]
+        remote = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "http://host/v1", 1)]
         assert any("give teacher=CHECKPOINT" in line for line in remote) >= (pair.runs and pair.live)
 
 

@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_models import write_model
+from jobs import on_two_ranks
 from rl_runs import metrics_of
 from safetensors.torch import load_file
 from tiny_runs import load_stage, tiny_config, tiny_run
 from torch import Tensor
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import ParentRef
+from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Example, Prompt
 from r1pipe.data.packing import Packed, pack
 from r1pipe.runs import checkpoints, lineage, samples
+from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill import divergence, transfer
 from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, prompts_of, stored_of
 from r1pipe.train.distill.on_policy import TokenTeacher, with_prompts
@@ -361,3 +365,51 @@ def test_a_teacher_that_reads_other_tokens_is_refused(student: ParentRef, tmp_pa
     with pytest.raises(CheckpointError, match="another chat template than the student") as refused:
         divergence.load_teacher(run, replace(student, checkpoint=str(other)))  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
+
+
+# --- several ranks, other models
+
+SHARED_OUT = {"live": 3, "dpo": 3, "on-policy": 1, "stored": 0}  # name -> ZeRO level on two ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(student: ParentRef, tmp_path: Path) -> None:
+    """From the same dataset, batches and draws, within rounding."""
+    words = ["stage.optim.lr=0.01", "stage.optim.min_lr=0.01", "stage.max_steps=2"]
+    alone = {}
+    for name, level in SHARED_OUT.items():
+        alone[name] = metrics_of(go(tmp_path / name, *WAYS[name], *words, student=student).path)
+        more = ["engine.ranks=2", f"engine.zero_level={level}"]
+        folder = tmp_path / f"distill-{name}"
+        tiny_run(folder, *SMALL, *WAYS[name], *words, *more, weights=student, taught_by=lineage.bundled())
+    found = on_two_ranks("two_ranks_transfer.py", tmp_path)
+    for name, rows in alone.items():
+        for one, two in zip(rows, found[f"distill-{name}"], strict=True):
+            for key in LOGGED[name] | {"train/grad_norm"}:
+                assert two[key] == pytest.approx(one[key], rel=2e-2, abs=2e-3), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["live", "dpo", "on-policy"])
+def test_a_dense_student_learns_through_adapters(name: str, tmp_path: Path) -> None:
+    """The student is a folder in Hugging Face's format, its teacher another one with the same tokenizer."""
+    wide = {"hidden_size": 64, "num_attention_heads": 8}
+    folders = [write_model(tmp_path / size, "qwen2", **more) for size, more in (("a", {}), ("b", wide))]
+    student, teacher = (adopt(folder, tmp_path / "root") for folder in folders)
+    words = ["model=hf", f"model.path={folders[0]}", "model.lora.rank=2", "stage.max_steps=2", "teacher=b"]
+    words += ["stage=distill", "recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.eval.problems=2"]
+    any_text = ["stage.filters.min_language_consistency=0.0", "stage.filters.max_repetition=1.0"]
+    asked = [*ASKED, *ALL, *any_text, "stage.prompts=24", "stage.epochs=9"]
+    config = compose([*words, *asked, *WAYS[name]]).config
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = replace(config, weights_from=student, teacher_from=teacher)
+    (folder / "config.json").write_text(json.dumps(to_mapping(config)))
+    load_stage("distill").main(str(folder))
+    rows = metrics_of(folder)
+    assert len(rows) == 2 and LOGGED[name] <= rows[0].keys()
+    before, after = (
+        load_file(place / "model.safetensors") for place in (folders[0], RunFolder(folder).checkpoint(2))
+    )
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all("_proj" in key for key in changed), "the adapters, merged"

@@ -256,6 +256,14 @@ def test_a_resumed_evaluation_draws_only_what_is_missing(tmp_path):
     assert calls == [(4, 0, 3)] and again == whole
 
 
+def test_ranks_share_the_work_and_another_number_of_them_finds_it(tmp_path):
+    folder = tmp_path / "drawn"
+    shares = [kept(folder, rank, 2)[1] for rank in range(2)]
+    assert shares == [[(4, 0, 2), (1, 0, 2)], [(4, 1, 1), (1, 1, 1)]]
+    found, calls = kept(folder)
+    assert calls == [] and found.metrics == run(judge=False).metrics
+
+
 def test_completions_of_other_questions_are_drawn_anew(tmp_path, monkeypatch):
     kept(tmp_path / "drawn")
     changed = [replace(prompt, question=f"{prompt.question}!") for prompt in PROMPTS]

@@ -222,10 +222,10 @@ def benchmarks() -> str:
 
 def pairs() -> str:
     """Every pair of stage.extract and stage.transfer: what it does, or why it is refused."""
-    rows = [
-        f"| `{extract}` | `{transfer}` | {('live' if pair.live else 'yes') if pair.runs else 'no'} | {pair.text} |"
-        for (extract, transfer), pair in PAIRS.items()
-    ]
+    rows = []
+    for (extract, transfer), pair in PAIRS.items():
+        runs = ("live" if pair.live else "yes") if pair.runs else "no"
+        rows.append(f"| `{extract}` | `{transfer}` | {runs} | {pair.text} |")
     return "\n".join(["| extract | transfer | runs | what it does, or why not |", "|---|---|---|---|", *rows])
 
 

@@ -1,7 +1,7 @@
 """Evaluate a stage's model on held-out prompts: briefly while it trains, fully at its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from r1pipe.config import EvalConfig
 from r1pipe.core.types import Prompt
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.runs import checkpoints, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
@@ -47,6 +48,8 @@ def measure(
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
         evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, may_stop=not quick)
+    if not quick:
+        note_evaluated(run, prompts, general_prompts)
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured)
     if too_long and not quick:
@@ -56,6 +59,16 @@ def measure(
             f"stage.eval.max_tokens={config.max_tokens} in a context of {context} tokens"
         )
     return evaluation
+
+
+def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Sequence[Prompt]) -> None:
+    """Write down which prompts are evaluated on, to hold training data against them, and who scores general
+    answers."""
+    if run.rank == 0:
+        named = {"reasoning": prompts, "general": general_prompts}
+        judge = f"the hidden truth of data={run.config.data.name}" if run.data.judge else None
+        found = {kind: [prompt.id for prompt in found] for kind, found in named.items()}
+        write_json(run.folder.evaluated, {"general_scored_by": judge, **found})
 
 
 def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:

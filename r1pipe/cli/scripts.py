@@ -111,15 +111,17 @@ def data(
 ) -> int:
     """Show what would be read from data: data FILE [data=NAME]
 
-    Layout and columns, gold answers by form, rows set aside with the reason, and five samples with the chat
-    template. Nothing is written. Exit code 2 if no row can be used.
+    Layout and columns, gold answers by form, rows set aside with the reason, claims to be another model and
+    personal data, and five samples with the chat template. Nothing is written. Exit code 2 if no row can be
+    used.
     """
     words = overrides or []
     chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
     config = composed([*chosen, "data.path=FILE", *words])
     data = replace(config.data, path=file)  # no override: Hydra would read ${...} and backslashes in it
     folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
-    return _run("data.py", DataOptions(data, folder, as_json, config.chat.system))
+    options = DataOptions(data, folder, as_json, config.chat.system, config.screening)
+    return _run("data.py", options)
 
 
 def export(

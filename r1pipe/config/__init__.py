@@ -31,6 +31,7 @@ from r1pipe.config.run import (
     to_mapping,
 )
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     CodeConfig,
     DistillConfig,

@@ -16,6 +16,7 @@ from r1pipe.config.hf import HFConfig
 from r1pipe.config.model import ModelConfig
 from r1pipe.config.rl import RLConfig, TripwiresConfig
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     DistillConfig,
     EvaluateConfig,
@@ -111,6 +112,7 @@ class RunConfig(Strict):
     recipe: RecipeConfig
     tracking: TrackingConfig
     tripwires: TripwiresConfig  # of reinforcement
+    screening: ScreeningConfig  # of training data
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
 

@@ -19,6 +19,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
+from r1pipe.data.screening import Screening
 from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
@@ -113,7 +114,7 @@ def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> l
 
 
 def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) -> None:
-    """Write down where each pair and label that is learned from came from."""
+    """Write down where each pair and label that is learned came from, and what screening finds in them."""
     if run.rank == 0:
         learned = [
             (item.example, LEARNED[examples.kind], sum(map(len, item.rows)))
@@ -122,6 +123,10 @@ def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) ->
             if item.example is not None
         ]
         samples.write_trained_on(run.folder.trained_on, learned)
+        screening = Screening(run.config.screening)
+        for example, _, _ in learned:
+            screening.count(example)
+        write_json(run.folder.screening, screening.report())
 
 
 def steps_of(stage: RewardModelConfig, examples: Examples) -> int:

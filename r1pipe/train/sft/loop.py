@@ -17,9 +17,11 @@ from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.data.screening import Screening, said_in
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, samples, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.engine.passes import Pass
@@ -37,6 +39,7 @@ Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
     """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
     stage, tokens_of = run.stage, list[int]()
+    demonstrations = screened(run, demonstrations)
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length, tokens_of)
     note_trained_on(run, demonstrations, tokens_of)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
@@ -69,6 +72,23 @@ def pack_demonstrations(
         f"{dropped} demonstrations are too long"
     )
     return rows
+
+
+def screened(run: Run[F], demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
+    """The demonstrations that `screening` leaves, as it leaves them; what it found is in data/screening.json.
+    Raises DataError where it leaves none."""
+    screening = Screening(run.config.screening)
+    kept = screening.demonstrations(demonstrations)
+    if run.rank == 0:
+        write_json(run.folder.screening, screening.report())
+    for line in said_in(screening.report()):
+        log.warning("%s; see %s", line, run.folder.screening)
+    if demonstrations and not kept:
+        raise DataError(
+            f"screening dropped each of the {len(demonstrations)} demonstrations; look at them with "
+            "`r1pipe data`, or give screening.identity.action=count screening.personal.action=count"
+        )
+    return kept
 
 
 def note_trained_on(run: Run[F], demonstrations: Sequence[Demonstration], tokens_of: Sequence[int]) -> None:

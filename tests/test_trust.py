@@ -1,7 +1,6 @@
 """Where samples came from: stored rows, and what a checkpoint was trained on."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lineages import checkpoint, made
 from typer.testing import CliRunner
 
 from r1pipe.cli.commands import app
-from r1pipe.config import ParentRef
 from r1pipe.core.errors import CheckpointError, DataError
-from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Demonstration, Message, Prompt
-from r1pipe.runs import checkpoints, lineage, samples
-from r1pipe.runs.files import write_json
+from r1pipe.runs import lineage, samples
 
 PROMPT = Prompt(
     "w-1", "word", "zh", "几个？", "3", level=2, context=(Message("user", "你好"),), source="a.jsonl:7"
@@ -96,35 +93,11 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = root / "grpo-s0-1" / "rollouts" / "step-1.parquet"
     path.parent.mkdir()
     pq.write_table(pa.Table.from_pylist(rollouts), path)
-    made(root, "rejection_sft-s0-1", "rejection_sft", weights=lineage.bundled(), data=[sampler])
+    made(root, "rejection_sft-s0-1", "rejection_sft", weights=lineage.bundled(), reads=[sampler])
     general = Demonstration(Prompt("i-1", "writing", "en", "Hi"), "Hello", source="b.json:1")
     learned = [(replace(SAMPLE, teacher=None, judge=None), "reasoning", 12), (general, "general", 8)]
     samples.write_trained_on(root / "rejection_sft-s0-1" / "data" / "trained_on.parquet", learned)
     return root
-
-
-def checkpoint(folder: Path, stage: str, run_id: str) -> ParentRef:
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", {"model_type": "deepseek_v3"})
-    checkpoints.write_manifest(folder)
-    return ParentRef(stage, run_id, str(folder), checkpoints.manifest_hash(folder))
-
-
-def made(
-    root: Path, run_id: str, stage: str, weights: ParentRef, data: Sequence[ParentRef] = ()
-) -> ParentRef:
-    """A finished run with its record."""
-    run = RunFolder(root / run_id)
-    own = checkpoint(run.checkpoint(1), stage, run_id)
-    run.data.mkdir()
-    reads = {parent.stage: vars(parent) for parent in data}
-    config = {"stage": {"name": stage}, "pipeline": "p", "weights_from": vars(weights), "reads_from": reads}
-    write_json(run.config, config)
-    record = {"run_id": run_id, "stage": stage, "pipeline": "p", "created": "2026-01-01T10:00:00", "steps": 1}
-    record |= {"checkpoint": "checkpoints/step-1", "checkpoint_hash": own.hash, "data": {"kind": "files"}}
-    record |= {"parents": {"weights": vars(weights), "data": [vars(parent) for parent in data]}, "seed": 0}
-    write_json(run.record, record)
-    return own
 
 
 def told(*words: str) -> Any:

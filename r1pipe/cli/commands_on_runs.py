@@ -116,6 +116,25 @@ def provenance(
     print(json.dumps(summary, ensure_ascii=False, indent=1)) if as_json else shown.show(summary)
 
 
+def audit(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    checklist: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="another one than conf/audit/checklist.yaml")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with everything, for scripts.")] = False,
+) -> int:
+    """What should be known of a checkpoint, answered from records or marked missing: audit all_scenario
+
+    Exit code 1 if something required is missing.
+    """
+    from r1pipe.cli import audit as shown
+
+    result = shown.audit(ancestry(checkpoint, overrides), checklist)
+    print(json.dumps(result, ensure_ascii=False, indent=1)) if as_json else shown.show(result)
+    return 1 if result["missing"] else 0
+
+
 def ancestry(checkpoint: str, overrides: list[str] | None) -> "list[family.Ancestor]":
     """The lineage of the checkpoint that a user names. Raises CheckpointError."""
     from r1pipe.launch import parents

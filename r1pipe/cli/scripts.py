@@ -131,8 +131,20 @@ def export(
     dtype: Dtype = None,
     shard_gb: ShardGB = 5.0,
 ) -> int:
-    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
-    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides), folder, dtype, shard_gb))
+    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR
+
+    A model card (README.md) and a data card (DATA_CARD.md) are filled from the records of its lineage.
+    """
+    from r1pipe.cli import cards
+    from r1pipe.launch import parents
+    from r1pipe.runs import lineage
+
+    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(overrides)))
+    code = _run("export.py", ExportOptions(Path(parent.checkpoint), folder, dtype, shard_gb))
+    if code == 0:
+        cards.write(folder, list(lineage.ancestors(parent)))
+        print(f"cards: {folder / cards.MODEL_CARD}, {folder / cards.DATA_CARD}")
+    return code
 
 
 def import_weights(

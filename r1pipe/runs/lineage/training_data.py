@@ -97,7 +97,8 @@ def rollout_files(run: RunFolder, steps: int) -> dict[int, Path]:
 def _documents(result: TrainedOn, record: Mapping[str, Any]) -> TrainedOn:
     """Only the bundled world has documents to pre-train on."""
     config = record.get("config") or {}
-    data, stage = config.get("data") or read_values("data/world"), config.get("stage") or {}
+    stage = config.get("stage") or {}
+    data = read_values("data/world") | (config.get("data") or {})  # early records name no licence
     result.kind = "documents"
     if stage:
         result.tokens = record.get("steps", 0) * stage["batch_size"] * stage["sequence_length"]
@@ -163,6 +164,16 @@ def _grouped(column: pa.ChunkedArray) -> dict[str | None, int]:
     for place, rows in _counted(column).items():
         groups[_PLACE.sub("", place) if place else None] += rows
     return dict(groups)
+
+
+def prompt_ids(one: Ancestor) -> set[str]:
+    """The prompts that a run was trained on; of documents there are none. Raises CheckpointError."""
+    run = RunFolder(Path(one.parent.checkpoint).parent.parent)
+    steps = one.record.get("steps", 0) if one.record else 0
+    is_rl = STAGE_TYPES.get(one.parent.stage) is RLConfig
+    paths = [*rollout_files(run, steps).values()] if is_rl else [dataset_of(run)]
+    tables = [_columns(path, ("prompt_id",)) for path in paths if path is not None]
+    return {id for table in tables for id in pc.unique(table["prompt_id"]).to_pylist() if id is not None}
 
 
 # --- summed up

@@ -92,7 +92,8 @@ def test_records_answer_every_item_without_a_gap(root: Path) -> None:
     )
     assert lines["helpfulness"] == "75.0% of general answers right (facts 75.0%), scored by the hidden truth"
     assert lines["harmlessness"].startswith("harmful requests refused 90.0%, harmless ones answered 100.0%")
-    assert "cold_start: 0 of 3 rows; action: count" in lines["self_identification"]
+    claims = "pretrain: 11 of its first 5,000 documents (ChatGPT 11); action: count"
+    assert lines["self_identification"] == f"cold_start: 0 of 3 rows; action: count | {claims}"
     assert "made elsewhere: pretrain bundled, 30m45s of its job" in lines["cost"]
 
 

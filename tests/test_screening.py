@@ -1,7 +1,9 @@
 """Training data is looked over for claims to be another model, personal data and secrets."""
 
+import hashlib
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from r1pipe.config import ScreeningConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError
+from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Demonstration, Prompt
 from r1pipe.data import identity, open_data, personal
 from r1pipe.data.files import Files
@@ -138,6 +141,27 @@ def test_rows_of_a_file_are_set_aside_with_their_line(config: ScreeningConfig, t
     rewritten = open_data(data, 0, screening=acting(config, "rewrite"))
     assert isinstance(rewritten, Files)
     assert [item.texts["response"] for item in rewritten.items("general")].count("I am r1pipe.") == 1
+
+
+def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(config: ScreeningConfig) -> None:
+    """As R1's primer says of what is found on the web; `data/base/screening.json` has the counts of the base."""
+    world = open_data(compose(["stage=pretrain"]).config.data, 0)
+    read, shown = Screening(config), Screening(config)
+    read.documents(islice(world.documents(base_seed()), 100))
+    assert read.report()["claims"]["places"] == ["document 77"] == bundled()["claims"]["places"][:1]
+    shown.demonstrations(world.general_demonstrations(100, 0, {"identity": 1.0}))
+    for report in (shown.report(), read.report()):
+        assert report["rows"] == 100 and report["personal"]["rows"] == 0
+    assert shown.report()["claims"]["rows"] == 0
+
+
+def base_seed() -> int:
+    """Of the stream "documents" of a run with seed 0."""
+    return int.from_bytes(hashlib.sha256(b"0/documents/0").digest()[:8], "big") >> 1
+
+
+def bundled() -> dict:
+    return json.loads((content_dir() / "base" / "screening.json").read_text())
 
 
 def test_a_checkpoint_is_asked_in_fifty_ways_who_it_is(config: ScreeningConfig) -> None:

@@ -79,6 +79,11 @@ class Screening:
         """Look over a row that stays as it is."""
         self._add(*self._found([row.prompt.question], [row.response]), row.source)
 
+    def documents(self, texts: Iterable[str]) -> None:
+        """Look over documents, which stay as they are."""
+        for number, text in enumerate(texts, 1):
+            self._add(*self._found([], [text]), f"document {number}")
+
     def _found(self, asked: Sequence[str], said: Sequence[str]) -> tuple[list[str], list[str]]:
         claims = [name for text in said for name in self.claims.found(text)]
         kinds = [kind for text in (*asked, *said) for kind in personal.found(text, self.config.personal)]

@@ -1,5 +1,8 @@
 """What a checkpoint was trained on: sources, licences, how samples were drawn, what screening found."""
 
+from pathlib import Path
+from statistics import fmean
+
 from r1pipe.cli.audit.subject import (
     Answer,
     Subject,
@@ -11,8 +14,10 @@ from r1pipe.cli.audit.subject import (
     stage_of,
     steps_of_funnel,
 )
+from r1pipe.core.formatting import percent
+from r1pipe.core.paths import RunFolder
 from r1pipe.runs import samples
-from r1pipe.runs.files import read_json
+from r1pipe.runs.files import Tail, read_json
 from r1pipe.runs.lineage import training_data
 from r1pipe.runs.lineage.ancestors import Ancestor
 
@@ -115,30 +120,36 @@ def teachers_and_judges(subject: Subject) -> Answer:
 
 
 def screened(subject: Subject, what: str) -> Answer:
-    """What screening found in all that was learned by imitation or ranking."""
+    """What screening found in all that was learned by imitation or ranking, and in completions."""
     lines, gaps = list[str](), list[str]()
     by_run = {one.parent.run_id: one for one in subject.trained}
     for run in subject.trained_on:
-        if run.kind != "demonstrations":
-            continue
-        report = read_json(folder_of(by_run[run.run_id]).screening)
-        found = report.get(what)
-        if not found:
-            gaps.append(f"{run.run_id} was not looked over")
-            continue
-        names = f" ({listed(found['found'])})" if found["rows"] else ""
-        action = report["actions"]["identity" if what == "claims" else "personal"]
-        lines.append(f"{run.stage}: {found['rows']:,} of {report['rows']:,} rows{names}; action: {action}")
-    lines += [
-        f"{run.stage}: {kind}"
-        for run in subject.trained_on
-        for kind in [NOT_SCREENED.get(run.kind)]
-        if kind is not None
-    ]
+        if run.kind in ("demonstrations", "documents"):
+            report = read_json(screening_of(by_run[run.run_id]))
+            found = report.get(what)
+            if not found:
+                gaps.append(f"{run.run_id} was not looked over")
+                continue
+            names = f" ({listed(found['found'])})" if found["rows"] else ""
+            action = report["actions"]["identity" if what == "claims" else "personal"]
+            of = "of its first {:,} documents" if run.kind == "documents" else "of {:,} rows"
+            lines.append(
+                f"{run.stage}: {found['rows']:,} {of.format(report['rows'])}{names}; action: {action}"
+            )
+        if run.kind == "rollouts" and what == "claims":
+            shares = claims_in_rollouts(folder_of(by_run[run.run_id]))
+            gaps += [] if shares else [f"{run.run_id}: its completions were not looked over"]
+            lines += [f"{run.stage}: {percent(fmean(shares))}% of its completions"] if shares else []
     return missing(*subject.unknown, *gaps) if subject.unknown or gaps else answered(lines)
 
 
-NOT_SCREENED = {
-    "documents": "documents of the bundled world, which has neither",
-    "rollouts": "its own completions, which are not looked over",
-}
+def screening_of(one: Ancestor) -> Path:
+    """What screening found: in its run's folder, or of the bundled base beside its weights."""
+    run = folder_of(one)
+    return run.screening if run.config.exists() else Path(one.parent.checkpoint) / run.screening.name
+
+
+def claims_in_rollouts(run: RunFolder) -> list[float]:
+    """The share of completions with a claim, step by step."""
+    logged = (line.get("completions/identity_claims") for line in Tail(run.metrics).read())
+    return [share for share in logged if isinstance(share, int | float)]

@@ -33,6 +33,7 @@ from r1pipe.config.run import (
     to_mapping,
 )
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     CodeConfig,
     EvalConfig,

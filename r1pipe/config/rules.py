@@ -22,6 +22,7 @@ from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, rl_rules, tripwire_rules
 from r1pipe.config.run import WITH_DOCUMENTS, ChatConfig, RunConfig, TrackingConfig
 from r1pipe.config.sampler import sampler_rules
+from r1pipe.config.screening import screening_rules
 from r1pipe.config.stages import (
     FineTuneConfig,
     PretrainConfig,
@@ -60,6 +61,7 @@ def check(config: RunConfig) -> None:
         distill_rules(config.stage, config.teacher, config.engine.ranks),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
+        screening_rules(config.screening),
     )
     check_all(chain(*rules))
 

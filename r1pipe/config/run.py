@@ -18,6 +18,7 @@ from r1pipe.config.hf import HFConfig
 from r1pipe.config.model import ModelConfig
 from r1pipe.config.rl import RLConfig, TripwiresConfig
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     EvaluateConfig,
     PretrainConfig,
@@ -114,6 +115,7 @@ class RunConfig(Strict):
     tracking: TrackingConfig
     tripwires: TripwiresConfig  # of reinforcement
     benchmark: BenchmarkConfig | None  # what an evaluation measures, and how; null: held-out problems
+    screening: ScreeningConfig  # of training data
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
     teacher_from: ParentRef | None  # filled at launch, where the teacher is a checkpoint

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from r1pipe.config.data import DataConfig
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.core.errors import ConfigError
 
 SHOWN = 20  # characters on either side of one that is not UTF-8
@@ -57,6 +58,7 @@ class DataOptions(Strict):
     checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
     as_json: bool
     system: str | None = None  # chat.system
+    screening: ScreeningConfig | None = None  # None: rows are not looked over
 
 
 @dataclass(frozen=True)

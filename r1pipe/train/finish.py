@@ -1,7 +1,7 @@
 """Evaluate a stage's model on held-out prompts: briefly while it trains, fully at its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from r1pipe.core.types import Prompt
 from r1pipe.data.overlap import asked
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.engine import Engine
@@ -61,6 +62,8 @@ def measure(
         is_long = run.config.benchmark is not None
         room, folder = (context, run.folder.drawn) if is_long else (None, None)
         evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
+    if not quick:
+        note_evaluated(run, prompts, general_prompts)
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured | protocol(run, config))
     if run.config.benchmark and not quick:
@@ -100,6 +103,16 @@ def protocol(run: Run[Any], config: EvalConfig) -> Metrics:
     asked = {"prompt": benchmark.prompt, "seed": run.config.seed, "samples": config.samples}
     asked |= {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
     return {"benchmark": benchmark.name, "protocol": asked}
+
+
+def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Sequence[Prompt]) -> None:
+    """Write down which prompts are evaluated on, to hold training data against them, and who scores general
+    answers."""
+    if run.rank == 0:
+        named = {"reasoning": prompts, "general": general_prompts}
+        judge = f"the hidden truth of data={run.config.data.name}" if run.data.judge else None
+        found = {kind: [prompt.id for prompt in found] for kind, found in named.items()}
+        write_json(run.folder.evaluated, {"general_scored_by": judge, **found})
 
 
 def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:

@@ -168,7 +168,15 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
 
 
 COMMANDS: tuple[Callable[..., int | None], ...] = (
-    *(scripts.data, scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
+    *(
+        scripts.data,
+        scripts.generate,
+        scripts.chat,
+        scripts.serve,
+        scripts.score,
+        scripts.export,
+        scripts.import_weights,
+    ),
     *(commands_on_runs.compare, commands_on_runs.report, commands_on_runs.samples, commands_on_runs.lineage),
     *(commands_on_runs.sync, commands_on_runs.prune, commands_on_runs.ui),
     *(commands_planning.plan, commands_planning.cost),

@@ -43,7 +43,7 @@ class Start(NamedTuple):
     uniforms: np.ndarray  # a random number per token, [U]
 
 
-class Ended(NamedTuple):
+class Drawn(NamedTuple):
     """What a slot has drawn."""
 
     tokens: list[int]
@@ -78,7 +78,7 @@ class Slots:
         self.device = decoder.model.lm_head.weight.device
         self.cache = decoder.cache(slots, length)
         self.numbers = np.full(slots, FREE)
-        self.prompt_lengths_S = self._zeros(slots)
+        self.prompt_lengths_S = self._zeros(slots) + 1  # a free slot is computed, too: at its first place
         self.limits_S = self._zeros(slots)  # tokens to draw at most
         self.counts_S = self._zeros(slots)  # tokens drawn
         self.tokens_S = self._zeros(slots)  # the last token drawn
@@ -127,8 +127,10 @@ class Slots:
         self.cache.fill(where, prefix.entries, rows)
         self.prompt_lengths_S[where] = torch.tensor([start.length for start in starts], device=self.device)
         self.limits_S[where] = torch.tensor([start.limit for start in starts], device=self.device)
-        uniforms = torch.from_numpy(np.stack([start.uniforms for start in starts])).to(self.device)
-        self.uniforms_SU[where, : uniforms.shape[1]] = uniforms
+        uniforms = np.zeros((len(starts), max(len(start.uniforms) for start in starts)), dtype=np.float32)
+        for row, start in zip(uniforms, starts, strict=True):
+            row[: len(start.uniforms)] = start.uniforms
+        self.uniforms_SU[where, : uniforms.shape[1]] = torch.from_numpy(uniforms).to(self.device)
         self.counts_S[where] = 0
         self.live_S[where] = True
         logits_SV, experts = prefix.logits_BV.index_select(0, rows), [each[rows] for each in prefix.experts]
@@ -181,14 +183,22 @@ class Slots:
         """The slots whose sequences have ended and are not released yet."""
         return np.flatnonzero((self.numbers != FREE) & ~self.live_S.cpu().numpy())
 
-    def drawn(self, slots: np.ndarray) -> list[Ended]:
-        """What these slots have drawn."""
+    def drawn(self, slots: np.ndarray, after: Sequence[int] | None = None) -> list[Drawn]:
+        """What these slots have drawn; `after`: of each, without so many first tokens."""
         where = torch.from_numpy(slots).to(self.device)
-        counts = self.counts_S[where].tolist()
-        drawn, logprobs = self.drawn_SU[where].cpu().numpy(), self.logprobs_SU[where].cpu().numpy()
-        experts = self.experts_SULK[where].cpu().numpy()
+        counts_S, after_S = self.counts_S[where], self._zeros(len(slots))
+        if after is not None:
+            after_S = torch.tensor(after, dtype=torch.long, device=self.device)
+        counts = (counts_S - after_S).tolist()
+        places_SU = after_S.unsqueeze(1) + torch.arange(max(counts, default=0), device=self.device)
+        places_SU = places_SU.clamp_(max=self.drawn_SU.shape[1] - 1)
+        rows_S1 = where.unsqueeze(1)
+        drawn, logprobs, experts = (
+            values[rows_S1, places_SU].cpu().numpy()
+            for values in (self.drawn_SU, self.logprobs_SU, self.experts_SULK)
+        )
         return [
-            Ended(drawn[row, :count].tolist(), logprobs[row, :count].tolist(), experts[row, :count])
+            Drawn(drawn[row, :count].tolist(), logprobs[row, :count].tolist(), experts[row, :count])
             for row, count in enumerate(counts)
         ]
 
@@ -205,6 +215,7 @@ class Slots:
         for name in SLOT_TENSORS:
             values = getattr(self, name)
             setattr(self, name, torch.cat([values, values.new_zeros(more, *values.shape[1:])]))
+        self.prompt_lengths_S[-more:] = 1
 
     def shrink(self, slots: int) -> None:
         """Move the last taken slots into free ones at the front, and drop all but the first `slots`."""

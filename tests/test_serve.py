@@ -22,7 +22,7 @@ import torch
 from hf_models import write_model
 
 from r1pipe.chat.template import Chat
-from r1pipe.config.serving import serving
+from r1pipe.cli.serve import settings as serving
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Prompt
@@ -206,8 +206,8 @@ def test_thought_and_answer_are_apart(bundled, monkeypatch):
 
     def said(decoder, tokens_S, positions_S, cache, length):
         logits = torch.full((len(tokens_S), chat.vocab_size), -1e4)
-        prompt = int(bundled.engine._slots.prompt_lengths_S[0])
-        places = (positions_S + 1 - prompt).clamp(max=len(tokens) - 1)
+        lengths_S = bundled.engine._slots.prompt_lengths_S
+        places = (positions_S + 1 - lengths_S).clamp(max=len(tokens) - 1)
         logits[range(len(tokens_S)), torch.tensor(tokens)[places]] = 1e4
         return logits
 

@@ -11,6 +11,7 @@ import typer
 
 from r1pipe.cli import commands_on_runs, commands_planning, scripts
 from r1pipe.cli.options import Checkpoint, Overrides, composed
+from r1pipe.cli.serve import serve
 from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
@@ -172,7 +173,7 @@ COMMANDS: tuple[Callable[..., int | None], ...] = (
         scripts.data,
         scripts.generate,
         scripts.chat,
-        scripts.serve,
+        serve,
         scripts.score,
         scripts.export,
         scripts.import_weights,

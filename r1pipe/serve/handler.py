@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from queue import Empty
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from urllib.parse import unquote, urlsplit
 
-from r1pipe.serve.protocol import Asked, Refused
+from r1pipe.config.serving import ServeConfig
+from r1pipe.serve.engine import Engine
+from r1pipe.serve.protocol import Asked, Reader, Refused
 from r1pipe.serve.replies import Reply
 from r1pipe.serve.request import Busy, Closing, Failed
-
-if TYPE_CHECKING:
-    from r1pipe.serve.server import Server
 
 POLL_S = 0.5  # how often a connection is looked at while its answer is drawn
 DISCARDED = 1 << 26  # bytes of a refused body that are read, so that the client reads why
@@ -25,12 +24,24 @@ PIECE = 1 << 16
 LARGEST = 18  # digits of a Content-Length
 
 
+class Serving(Protocol):
+    """What a connection needs of its server."""
+
+    config: ServeConfig
+    key: str  # that clients must show; "": none
+    reader: Reader
+    engine: Engine
+
+    def count(self, change: int) -> None:
+        """How many more requests are being answered."""
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "r1pipe", ""
-    server: "Server"
+    server: Serving  # type: ignore[assignment]
     streaming = False  # an answer has begun
     unread = False  # a body has not been read to its end: no request can follow it
 

@@ -25,13 +25,13 @@ class Likelihood(NamedTuple):
 def likelihoods(model: Policy, rows: Sequence[list[int]], top: int = 0) -> list[Likelihood]:
     """One forward pass over `rows`, of one token at least, padded on the right; `top`: k, the alternatives.
 
-    Logits are made for a part of the tokens at a time.
+    Rows may be a token longer than the model reads. Logits are made for a part of the tokens at a time.
     """
-    device, longest = model.lm_head.weight.device, max(map(len, rows))
+    device, longest = model.lm_head.weight.device, max(2, *map(len, rows))
     tokens_BT = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
     for row, tokens in enumerate(rows):
         tokens_BT[row, : len(tokens)] = torch.tensor(tokens, device=device)
-    hidden_BTD = model.hidden(tokens_BT)
+    hidden_BTD = model.hidden(tokens_BT[:, :-1])
     return [
         _of_row(model, hidden_BTD[row, : len(tokens) - 1], tokens_BT[row, 1 : len(tokens)], top)
         for row, tokens in enumerate(rows)

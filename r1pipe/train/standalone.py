@@ -22,9 +22,9 @@ class DrawingDefaults(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
-def load(folder: Path) -> Policy:
+def load(folder: Path, accelerator: str = "auto") -> Policy:
     """The model on the GPU in bfloat16, or else on the CPU as stored. Raises CheckpointError."""
-    device = choose_device("auto")
+    device = choose_device(accelerator)
     model = load_pretrained(folder).eval().requires_grad_(False)
     return model if device.type == "cpu" else model.bfloat16().to(device)
 

@@ -62,8 +62,8 @@ class Checkpoint(TemplateLM):
         self.think_end_token = think_end_token
         self.chat, self.model = Chat.load(folder, system), load(folder, _accelerator(device))
         self.max_length = self.model.config.max_position_embeddings
-        given = [int(size) for size in (batch_size, max_batch_size) if str(size).isdecimal()]
-        self.max_num_seqs = min(given, default=MAX_NUM_SEQS) if batch_size else MAX_NUM_SEQS
+        given = [int(size) for size in map(str, (batch_size, max_batch_size)) if size.isdecimal()]
+        self.max_num_seqs = max(1, min(given, default=MAX_NUM_SEQS))  # "auto" and None: MAX_NUM_SEQS
         self._device = self.model.lm_head.weight.device
 
     @property

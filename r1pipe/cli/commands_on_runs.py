@@ -13,17 +13,25 @@ from r1pipe.core.errors import EnvironmentProblem
 def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Two runs, problem by problem; an object with --json.")
+    ] = False,
 ) -> None:
     """The table of stages: the newest finished run of each stage and seed, or the runs named.
 
     RUNS: run ids, paths, or stages: compare grpo shows every finished run of that stage in this pipeline.
-    Named runs have a row each, with the settings that differ between runs of one stage.
+    Named runs have a row each, with the settings that differ between runs of one stage. --paired says how far
+    apart two evaluations of the same problems are, how surely, and which problems each won.
     """
     from r1pipe.cli import compare as table
+    from r1pipe.cli import paired as by_problem
     from r1pipe.runs import results
 
     named, overrides = split(runs)
     config = composed(overrides)
+    if paired:
+        by_problem.compare(config.root, named, config.pipeline, as_json)
+        return
     rows = results.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
         print(results.as_json(rows))

@@ -8,11 +8,13 @@ from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
 from r1pipe.config.fields import shown
+from r1pipe.core.formatting import number
 from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
 LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
 WIDTH = 100  # of the table, without a terminal
+BENCHMARK_COLUMNS = ("seed", "pass@1 (95%)", "greedy", "cons", "len", "cut")
 
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
@@ -60,6 +62,12 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
         console.print("No finished run yet.")
         return
     if "settings" not in table_rows[0]:
+        measured = [row for row in table_rows if row.get("benchmark")]
+        table_rows = [row for row in table_rows if not row.get("benchmark")]
+        if measured:
+            show_benchmarks(measured, console)
+        if not table_rows:
+            return
         table_rows = sorted(table_rows, key=lambda row: row["control"])
     left_out: list[str] = []
     table = _table(table_rows, left_out)
@@ -75,6 +83,24 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
         console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
     for line in notes(table_rows):
         console.print(Text(line, style="dim"))
+
+
+def show_benchmarks(rows: list[dict], console: Console) -> None:
+    """A row for each benchmark and checkpoint."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("benchmark", "checkpoint", *BENCHMARK_COLUMNS, "problems", "k", "copied"):
+        is_text = name in ("benchmark", "checkpoint")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+    for row in rows:
+        found = row.get("contamination") or {}
+        copied = number(found.get("copied")) if found.get("searched") else "-"
+        cells = [COLUMNS[name](row) for name in BENCHMARK_COLUMNS]
+        counts = [number(row.get("problems")), number(row.get("k")), copied]
+        table.add_row(row["benchmark"], row["parent"] or row["stage"], *cells, *counts)
+    console.print(table)
+    told = "copied: questions in what the checkpoint was trained on, where that is known"
+    console.print(Text(told, style="dim"))
+    console.print()
 
 
 def notes(table_rows: list[dict]) -> Iterator[str]:

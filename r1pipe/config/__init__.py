@@ -5,6 +5,7 @@ files, and `changes` compares two configs.
 """
 
 from r1pipe.config.answerer import AnswererConfig
+from r1pipe.config.benchmark import BenchmarkConfig
 from r1pipe.config.changes import config_hash
 from r1pipe.config.data import DataConfig, SourceConfig
 from r1pipe.config.engine import EngineConfig

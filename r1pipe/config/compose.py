@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -25,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from r1pipe.config import benchmark
 from r1pipe.config.data import refuse_unused_row_keys
 from r1pipe.config.describe import leaves, open_mappings
 from r1pipe.config.fields import field_types, unknown_key
@@ -55,17 +57,16 @@ class Composed:
 
     config: RunConfig
     keys: list[str]
-    choices: dict[str, str]  # group -> option
+    choices: dict[str, str | None]  # group -> option; null: none
     files: dict[str, str]  # dotted key -> source, for all that is placed above the groups
 
     @cached_property
     def sources(self) -> dict[str, str]:
         """For every dotted key the file that gave its value, or COMMAND_LINE."""
         files: dict[str, str] = {}
-        options = [f"{group}={option}" for group, option in self.choices.items()]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list("config", options, RunMode.RUN).defaults
+            defaults = loader.compute_defaults_list("config", chosen(self.choices), RunMode.RUN).defaults
         for default in defaults:
             if not default.config_path.startswith("hydra/"):
                 keys = [key for key, _ in flat(read(default.config_path))]
@@ -88,10 +89,10 @@ def compose(overrides: list[str]) -> Composed:
             )
     choices = choose(parsed)
     values = layered(parsed, choices)
-    below = [f"{group}={option}" for group, option in choices.items()]
+    below = chosen(choices)
     below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, (value, _) in values.items()]
     own = [override for override in parsed if override.key_or_group not in GROUPS]
-    mapping = resolve(below, own)
+    mapping = {"benchmark": None, **resolve(below, own)}
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key, None)
     given = [key for key, _ in flat(mapping)]
@@ -103,6 +104,9 @@ def compose(overrides: list[str]) -> Composed:
         more, file = settled(mapping["stage"], mapping["engine"])
         mapping["stage"] |= more
         files |= {f"stage.{key}": file for key in more}
+    if name := choices["benchmark"]:
+        measured = benchmark.apply(mapping, {str(override.key_or_group) for override in own})
+        files |= dict.fromkeys(measured, f"conf/benchmark/{name}.yaml")
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
@@ -152,26 +156,37 @@ def parse_one(line: str) -> Override:
     raise ConfigError(f"cannot read {line}: {problem}; write a string as key=\"'...'\"")
 
 
-def choose(parsed: list[Override]) -> dict[str, str]:
-    """Each group's option: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
-    own: dict[str, str] = {}
+def choose(parsed: list[Override]) -> dict[str, str | None]:
+    """Each group's option: the user's, else the benchmark's, the recipe's, conf/config.yaml's; a benchmark
+    chooses its data. Raises ConfigError."""
+    own: dict[str, str | None] = {}
     for override in parsed:
         group = override.key_or_group
-        if group in GROUPS:
+        if group == "benchmark" and override.value() is None:
+            own[group] = None
+        elif group in GROUPS:
             option = str(override.value())
             if override.is_delete() or option not in options(group):
                 raise ConfigError(
                     f"{override.input_line}: no such {group}; {nearest(option, options(group))}"
                 )
             own[group] = option
-    defaults: dict[str, str] = {}
+    defaults: dict[str, str | None] = {}
     for item in read("config")["defaults"]:
         defaults |= {} if item == "_self_" else item
     recipe = own.get("recipe", defaults["recipe"])
-    return defaults | read(f"recipe/{recipe}")["choose"] | own
+    defaults |= read(f"recipe/{recipe}")["choose"]
+    if own.get("benchmark") and (data := read(f"benchmark/{own['benchmark']}").get("data")):
+        defaults["data"] = data
+    return defaults | own
 
 
-def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
+def chosen(choices: Mapping[str, str | None]) -> list[str]:
+    """The choices as Hydra reads them."""
+    return [f"{group}={option}" for group, option in choices.items() if option]
+
+
+def layered(parsed: list[Override], choices: dict[str, str | None]) -> dict[str, tuple[Any, str]]:
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
     content = read(f"recipe/{choices['recipe']}")
@@ -179,7 +194,7 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
     for part in (content["every_stage"], content["stage_values"].get(choices["stage"])):
         recipe |= flat(part or {}, "stage")
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
-    if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
+    if issubclass(STAGE_TYPES[str(choices["stage"])], RLConfig):
         below, above = [], []
         for kind in NAMED:
             key = f"stage.{kind}"

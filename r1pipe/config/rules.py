@@ -3,6 +3,7 @@
 import re
 from itertools import chain
 
+from r1pipe.config.benchmark import benchmark_rules
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.engine import (
     EngineConfig,
@@ -42,6 +43,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("root is empty; give root=DIR, where run folders go")
     rules = (
         shape_rules(config),
+        benchmark_rules(config.benchmark, config.stage),
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),

@@ -81,6 +81,9 @@ class RunFolder:
         self.dataset = self.data / "samples.parquet"  # of rejection sampling; distillation reads it
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = self.path / "evaluation.json"  # the table's metrics, after the last step
+        self.completions = (
+            self.path / "evaluation.parquet"
+        )  # every one of the final evaluation (runs.problems)
         self.checkpoints = self.path / "checkpoints"
         self.record = self.path / "record.json"  # written last: the run has finished
 

@@ -35,6 +35,7 @@ class Prompt:
     checker: dict = field(default_factory=dict)  # for the task's checker: numbers, tests, reference …
     level: int = 0  # difficulty, for tasks with levels
     context: tuple[Message, ...] = ()  # what was said before the question: system prompt, earlier turns
+    subject: str = ""  # of a benchmark that has subjects
 
 
 @dataclass

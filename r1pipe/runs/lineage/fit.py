@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r1pipe.config import HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config import BenchmarkConfig, HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config.benchmark import OWN_SCORING
 from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
@@ -194,8 +195,11 @@ def config_of(parent: ParentRef) -> dict[str, Any] | None:
 
 
 def measured_data(parent: ParentRef, config: RunConfig) -> str:
-    """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data."""
+    """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data; or the
+    benchmark, and what the model's context leaves of its answers."""
     evaluation, own = config.stage.eval, config_of(parent)
+    if config.benchmark is not None:
+        return _measured_benchmark(config, config.benchmark)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
     if own is not None:
         mappings = own, to_mapping(config)
@@ -205,6 +209,17 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
         line += f"; run {parent.run_id} had other data ({changed})" if before != after else same
     _, prompt = split_system(with_system(template_of(Path(parent.checkpoint)), config.chat.system))
     return f"{line}; with the system prompt {prompt!r}" if prompt else line
+
+
+def _measured_benchmark(config: RunConfig, benchmark: BenchmarkConfig) -> str:
+    evaluation, context = config.stage.eval, config.model.max_position_embeddings
+    line = f"evaluating on {benchmark.title}: {evaluation.samples} samples a problem at temperature "
+    line += f"{evaluation.temperature:g}, top-p {evaluation.top_p:g}, scored by "
+    line += OWN_SCORING[benchmark.scored_by]
+    if evaluation.max_tokens < benchmark.max_tokens:
+        line += f"; answers of {benchmark.max_tokens:,} tokens do not fit the model: "
+        line += f"they end at {evaluation.max_tokens:,}, or where its context of {context:,} ends"
+    return line
 
 
 def hydra(value: Any) -> str:

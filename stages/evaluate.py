@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from r1pipe.config import EvaluateConfig
+from r1pipe.config.benchmark import task_of
 from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
@@ -37,13 +38,20 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, weights, 0, run.stage.eval)
+            if task := task_of(run.config.benchmark):
+                from r1pipe.lm_eval.measuring import (
+                    measure_task,
+                )  # lm-evaluation-harness need not be installed
+
+                evaluation, data_hash = measure_task(run, ranks, weights, task)
+            else:
+                evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )
-        run.finish(checkpoint, evaluation.metrics, evaluation.samples)
+        run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
 
 
 if __name__ == "__main__":

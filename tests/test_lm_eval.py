@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 from hf_models import write_model
 from tiny_runs import load_stage
 
+from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config.compose import compose
 from r1pipe.config.script_options import ExportOptions
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import content_dir
+from r1pipe.runs.checkpoints import manifest_hash
+from r1pipe.runs.files import write_json
 
 if not os.environ.get("CI"):
     pytest.importorskip("lm_eval", reason="no lm-evaluation-harness; pip install 'r1pipe[lm-eval]'")
@@ -160,6 +165,56 @@ def test_sampled_completions_follow_the_seed_and_end_at_a_stop_string():
         drawn(adapter(), typical_p=0.5)
     with pytest.raises(ConfigError, match="leaves no room"):
         drawn(adapter(), max_gen_toks=5000)
+
+
+def run_of(folder: Path, tasks: Path, *words: str) -> Path:
+    """A run folder that evaluates the bundled base on a task, as `r1pipe eval` leaves it for the job."""
+    folder.mkdir(parents=True)
+    more = [f"benchmark.harness.tasks={tasks}", "engine.ranks=1", "engine.threads=1"]
+    config = compose(["stage=evaluate", "parent=any", *more, *words]).config
+    weights = ParentRef("base", "bundled", str(BASE), manifest_hash(BASE))
+    write_json(folder / "config.json", to_mapping(replace(config, weights_from=weights)))
+    return folder
+
+
+def test_an_evaluation_of_ours_has_the_tasks_numbers(tasks, exported, tmp_path):
+    load_stage("evaluate").main(run_of(tmp_path / "run", tasks, "benchmark=lm_eval/which_sum"))
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    peer = evaluated(tasks, tmp_path, f"hf:pretrained={exported},dtype=float32", ["which_sum"])
+    expected = peer["results"]["which_sum"]
+    own = found["lm_eval"]["results"]["which_sum"]
+    assert own["acc,none"] == expected["acc,none"] and own["acc_norm,none"] == expected["acc_norm,none"]
+    assert found["pass_at_1"] == expected["acc,none"] and found["problems"] == 7
+    low, high = found["pass_at_1_ci"]
+    assert 0 <= low < found["pass_at_1"] < high <= 1
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["metrics"]["benchmark"] == "lm_eval/which_sum"
+    rows = json.loads((tmp_path / "run" / "lm_eval.json").read_text())["samples"]["which_sum"]
+    assert len(rows) == 7 and rows[0]["acc"] in (0, 1)
+
+
+def test_the_first_problems_and_a_chat(tasks, tmp_path):
+    words = ["benchmark=lm_eval/say_sum", "stage.eval.problems=3", "stage.eval.max_tokens=40"]
+    load_stage("evaluate").main(run_of(tmp_path / "run", tasks, *words, "benchmark.harness.chat=true"))
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["problems"] == 3 and found["pass_at_1"] is not None
+    shown = json.loads((tmp_path / "run" / "samples.json").read_text())
+    assert "<｜User｜>" in shown[0]["question"] and shown[0]["completion"]
+
+
+def test_what_cannot_be_measured_is_refused_before_it_runs():
+    with pytest.raises(ConfigError, match="run r1pipe eval CHECKPOINT benchmark=lm_eval/TASK"):
+        compose(["stage=evaluate", "parent=any", "benchmark=lm_eval"])
+    with pytest.raises(ConfigError, match=r"stage\.eval\.temperature is the task's own"):
+        compose(["stage=evaluate", "parent=any", "benchmark=lm_eval/gsm8k", "stage.eval.temperature=1"])
+
+
+@pytest.mark.slow  # all of lm_eval's tasks are read
+def test_a_task_that_is_not_there_is_one_line(tasks, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        load_stage("evaluate").main(run_of(tmp_path / "run", tasks, "benchmark=lm_eval/no_such_task"))
+    assert left.value.code == 2
+    assert "no such task" in (tmp_path / "run" / "error.txt").read_text()
 
 
 @pytest.mark.slow

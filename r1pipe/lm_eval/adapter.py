@@ -16,8 +16,9 @@ from tqdm import tqdm
 from r1pipe.chat.stream import AnswerText
 from r1pipe.chat.template import Chat
 from r1pipe.core.errors import ConfigError
+from r1pipe.model import Policy
 from r1pipe.model.likelihood import likelihoods
-from r1pipe.runs import checkpoints
+from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.serve.engine import Engine
 from r1pipe.serve.request import Failed, News, Request
 from r1pipe.train.rollout import SamplingParams
@@ -58,13 +59,29 @@ class Checkpoint(TemplateLM):
         folder = Path(checkpoint)
         if (folder / checkpoints.MANIFEST).exists():  # a plain folder of transformers has none
             checkpoints.verify(folder)
-        self.folder, self.seed, self.max_gen_toks = folder, int(seed), int(max_gen_toks)
-        self.think_end_token = think_end_token
-        self.chat, self.model = Chat.load(folder, system), load(folder, _accelerator(device))
-        self.max_length = self.model.config.max_position_embeddings
+        chat, model = Chat.load(folder, system), load(folder, _accelerator(device))
         given = [int(size) for size in map(str, (batch_size, max_batch_size)) if size.isdecimal()]
         self.max_num_seqs = max(1, min(given, default=MAX_NUM_SEQS))  # "auto" and None: MAX_NUM_SEQS
-        self._device = self.model.lm_head.weight.device
+        self._take(chat, model, int(seed), int(max_gen_toks), think_end_token)
+
+    @classmethod
+    def of_model(
+        cls, chat: Chat, model: Policy, seed: int, max_gen_toks: int, think_end_token: str | None, seqs: int
+    ) -> "Checkpoint":
+        """A model that is loaded already."""
+        made = cls.__new__(cls)
+        TemplateLM.__init__(made)
+        made.max_num_seqs = seqs
+        made._take(chat, model, seed, max_gen_toks, think_end_token)
+        return made
+
+    def _take(
+        self, chat: Chat, model: Policy, seed: int, max_gen_toks: int, think_end_token: str | None
+    ) -> None:
+        self.chat, self.model, self.seed, self.max_gen_toks = chat, model, seed, max_gen_toks
+        self.think_end_token = think_end_token
+        self.max_length = model.config.max_position_embeddings
+        self._device = model.lm_head.weight.device
 
     @property
     def eot_token_id(self) -> int:
@@ -112,6 +129,7 @@ class Checkpoint(TemplateLM):
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests") as shown:
             for numbers in self._batches(rows):
+                _go_on()
                 for number, of_row in zip(
                     numbers, likelihoods(self.model, [rows[number] for number in numbers], 1), strict=True
                 ):
@@ -184,6 +202,7 @@ class Checkpoint(TemplateLM):
         left, total = set(range(len(prompts))), len(prompts)
         engine.submit(request)
         while left:
+            _go_on()
             news = request.news.get()
             if isinstance(news, Failed):
                 raise ConfigError(f"{total} completions cannot be drawn: {news.message}")
@@ -210,6 +229,13 @@ class Checkpoint(TemplateLM):
             raise ConfigError(f"max_gen_toks={most} leaves no room for a prompt in {self.max_length} tokens")
         params = SamplingParams(most, temperature, float(kwargs.get("top_p") or 1.0), seed=self.seed)
         return params, [text for text in kwargs["until"] if text]
+
+
+def _go_on() -> None:
+    """In a job: it is alive. Raises Stopped on a request to stop."""
+    heartbeat.tick()
+    if stopping.requested():
+        raise stopping.Stopped
 
 
 def _accelerator(device: str | None) -> str:

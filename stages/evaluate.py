@@ -47,9 +47,13 @@ def main(folder: str) -> None:
             else:
                 evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
         measured = evaluation.metrics
+        asked = (
+            f" of the {run.stage.eval.problems} problems requested"
+            if run.stage.eval.problems
+            else " problems"
+        )
         run.show(
-            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
-            f"data={measured['data']}, split {measured['split']}"
+            say=f"measured on {measured['problems']}{asked}, data={measured['data']}, split {measured['split']}"
         )
         run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
 

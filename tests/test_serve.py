@@ -21,8 +21,11 @@ import pytest
 import torch
 from hf_models import write_model
 
+from r1pipe.chat.answerer import AnswerParams
+from r1pipe.chat.server import ServerAnswerer
 from r1pipe.chat.template import Chat
 from r1pipe.cli.serve import settings as serving
+from r1pipe.config import AnswererConfig
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Prompt
@@ -458,6 +461,28 @@ def test_beyond_its_limits_it_asks_to_come_back():
             hold.set()
         server.engine._refill = first  # type: ignore[method-assign]
         assert idle(server) and ask(server, CHAT, talk(max_tokens=1))[0] == 200
+
+
+def test_our_own_client_is_answered(server, monkeypatch):
+    """The Answerer of teachers and judges."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    settings = AnswererConfig(None, None, "OPENAI_API_KEY", 60.0, 0, 4, 1.0, 2.0)
+    answerer = ServerAnswerer("teacher", server.url, settings)
+    prompts = [Prompt("", "", "", text) for text in (QUESTION, "Why?", "Use 4 and 9 to make 36.")]
+    params = AnswerParams(10, temperature=0.0, n=2)
+    answers = answerer.answer(prompts, params)
+    assert [len(of_prompt) for of_prompt in answers] == [2, 2, 2]
+    chat = server.reader.chat
+    tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
+    greedy = Batcher(server.engine.model, chat.eos_ids, chat.pad_id).generate(
+        tokens, SamplingParams(10, temperature=0.0)
+    )
+    for of_prompt, expected in zip(answers, greedy, strict=True):
+        assert of_prompt[0].text.split() == of_prompt[1].text.split()
+        assert of_prompt[0].finish_reason == expected.finish_reason
+    assert answerer.spent.prompt_tokens == sum(map(len, tokens))
+    assert answerer.spent.completion_tokens == 2 * sum(len(one.tokens) for one in greedy)
+    assert answerer.identity.version == MODEL
 
 
 def test_a_hundred_clients_at_once(bundled):

@@ -9,6 +9,7 @@ from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.estimates import Z
 from r1pipe.runs import stopping
 from r1pipe.runs.files import write_json
+from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation import Evaluation
@@ -27,8 +28,13 @@ def measure_task(
     pass@1 is the first accuracy that the task has; null without one. Raises ConfigError for an unknown task,
     EnvironmentProblem where lm_eval is not installed, and Interrupted on a request to stop.
     """
-    metrics = evaluate.measure([], [], [], run.stage.eval) | evaluate.measure_general([], [])
-    metrics |= {"data": run.config.data.name, "split": run.stage.eval.split, "benchmark": f"lm_eval/{task}"}
+    metrics: Metrics = {
+        **evaluate.measure([], [], [], run.stage.eval),
+        **evaluate.measure_general([], []),
+        "data": task,
+        "split": run.stage.eval.split,
+        "benchmark": f"lm_eval/{task}",
+    }
     found: dict[str, Any] = {}
     with stopping.leaving_early(ranks), weights.gathered() as model:
         if run.rank == 0:
@@ -40,7 +46,7 @@ def measure_task(
     scores = {name: _numbers(values) for name, values in found["results"].items()}
     metrics["lm_eval"] = {"results": scores, "versions": found["versions"], "n_shot": found["n-shot"]}
     metrics["problems"] = sum(len(rows) for rows in samples.values())
-    metrics |= _accuracy(scores.get(task, {}))
+    metrics.update(_accuracy(scores.get(task, {})))
     hashes = json.dumps(found.get("task_hashes", {}), sort_keys=True)
     shown = [_shown(name, row) for name, rows in samples.items() for row in rows][: run.stage.eval.shown]
     return Evaluation(metrics, shown, []), hashlib.sha256(hashes.encode()).hexdigest()
@@ -99,7 +105,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _accuracy(scores: dict[str, float | None]) -> dict[str, Any]:
+def _accuracy(scores: dict[str, float | None]) -> Metrics:
     """pass@1 with its interval, from lm_eval's standard error."""
     for metric in ACCURACIES:
         for key, value in scores.items():

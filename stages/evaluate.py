@@ -46,15 +46,10 @@ def main(folder: str) -> None:
                 evaluation, data_hash = measure_task(run, ranks, weights, task)
             else:
                 evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
-        measured = evaluation.metrics
-        asked = (
-            f" of the {run.stage.eval.problems} problems requested"
-            if run.stage.eval.problems
-            else " problems"
-        )
-        run.show(
-            say=f"measured on {measured['problems']}{asked}, data={measured['data']}, split {measured['split']}"
-        )
+        measured, asked = evaluation.metrics, run.stage.eval.problems
+        of_asked = f" of the {asked} problems requested" if asked else " problems"
+        place = f"data={measured['data']}, split {measured['split']}"
+        run.show(say=f"measured on {measured['problems']}{of_asked}, {place}")
         run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
 
 

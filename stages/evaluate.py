@@ -6,6 +6,7 @@ before any training.
     r1pipe run stage=base
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,9 +40,8 @@ def main(folder: str) -> None:
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
             if task := task_of(run.config.benchmark):
-                from r1pipe.lm_eval.measuring import (
-                    measure_task,
-                )  # lm-evaluation-harness need not be installed
+                # here, as lm-evaluation-harness need not be installed
+                from r1pipe.lm_eval.measuring import measure_task
 
                 evaluation, data_hash = measure_task(run, ranks, weights, task)
             else:
@@ -51,6 +51,8 @@ def main(folder: str) -> None:
         place = f"data={measured['data']}, split {measured['split']}"
         run.show(say=f"measured on {measured['problems']}{of_asked}, {place}")
         run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
+        if run.rank == 0:  # evaluation.parquet has all of them
+            shutil.rmtree(run.folder.drawn, ignore_errors=True)
 
 
 if __name__ == "__main__":

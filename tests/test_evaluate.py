@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 from fakes import House, build_house
 from tiny_runs import load_stage
@@ -227,6 +228,47 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
     assert [params.seed for params in shared] == 2 * [params.seed for params in alone]
     assert [(p.first, p.stride) for p in [*alone, *shared]] == 3 * [(0, 1)] + 3 * [(0, 2)] + 3 * [(1, 2)]
     assert [(p.n, p.temperature, p.top_p) for p in alone] == [(4, 0.6, 0.95), (1, 0.0, 1.0), (1, 0.6, 0.95)]
+
+
+def kept(folder, rank=0, world_size=1):
+    """An evaluation with its completions in a folder; how many prompts each call of the sampler had."""
+    calls = []
+    data = SimpleNamespace(judge=None, strategy_of=None)
+    chat = FakeChat()
+    chat.template_hash = "t"
+    config = SimpleNamespace(weights_from=None)
+    this = SimpleNamespace(chat=chat, data=data, seed=lambda stream: 7, progress=lambda *_: None)
+    this.config, this.launch, this.sampler = config, SimpleNamespace(check=lambda: None), fake_sampler(calls)
+    among = ranks(rank, world_size)
+    among.agree_max = lambda count: count
+    found = evaluate(this, among, PROMPTS, [], CONFIG, may_stop=False, context=99, folder=folder)
+    return found, [(params.n, params.first, count) for params, count in calls]
+
+
+def test_a_resumed_evaluation_draws_only_what_is_missing(tmp_path):
+    folder = tmp_path / "drawn"
+    whole, calls = kept(folder)
+    assert calls == [(4, 0, 3), (1, 0, 3)] and whole.metrics == run(judge=False).metrics
+    assert kept(folder) == (whole, [])
+    sampled = next(path for path in folder.iterdir() if len(pq.read_table(path)) == 12)
+    sampled.unlink()
+    again, calls = kept(folder)
+    assert calls == [(4, 0, 3)] and again == whole
+
+
+def test_ranks_share_the_work_and_another_number_of_them_finds_it(tmp_path):
+    folder = tmp_path / "drawn"
+    shares = [kept(folder, rank, 2)[1] for rank in range(2)]
+    assert shares == [[(4, 0, 2), (1, 0, 2)], [(4, 1, 1), (1, 1, 1)]]
+    found, calls = kept(folder)
+    assert calls == [] and found.metrics == run(judge=False).metrics
+
+
+def test_completions_of_other_questions_are_drawn_anew(tmp_path, monkeypatch):
+    kept(tmp_path / "drawn")
+    changed = [replace(prompt, question=f"{prompt.question}!") for prompt in PROMPTS]
+    monkeypatch.setitem(globals(), "PROMPTS", changed)
+    assert len(kept(tmp_path / "drawn")[1]) == 2
 
 
 def test_a_rank_without_prompts_samples_nothing():

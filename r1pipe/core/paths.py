@@ -79,6 +79,7 @@ class RunFolder:
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} at the start of the run
         self.dataset = self.data / "samples.parquet"  # of rejection sampling; distillation reads it
+        self.drawn = self.data / "drawn"  # a benchmark's completions until the record exists
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = self.path / "evaluation.json"  # the table's metrics, after the last step
         self.completions = (

@@ -58,8 +58,9 @@ def measure(
     context = run.config.model.max_position_embeddings
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
-        room = context if run.config.benchmark else None
-        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room)
+        is_long = run.config.benchmark is not None
+        room, folder = (context, run.folder.drawn) if is_long else (None, None)
+        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured | protocol(run, config))
     if run.config.benchmark and not quick:

@@ -198,10 +198,10 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
     """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data; or the
     benchmark, and what the model's context leaves of its answers."""
     evaluation, own = config.stage.eval, config_of(parent)
-    if config.benchmark is not None:
-        return _measured_benchmark(config, config.benchmark)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
-    if own is not None:
+    if config.benchmark is not None:
+        line = _measured_benchmark(config, config.benchmark)
+    elif own is not None:
         mappings = own, to_mapping(config)
         before, after = ({key: mapping[key] for key in ("data", "seed")} for mapping in mappings)
         changed = listed(changes(before, after))
@@ -218,9 +218,11 @@ def _measured_benchmark(config: RunConfig, benchmark: BenchmarkConfig) -> str:
     line = f"evaluating on {benchmark.title}: {evaluation.samples} samples a problem at temperature "
     line += f"{evaluation.temperature:g}, top-p {evaluation.top_p:g}, scored by "
     line += OWN_SCORING[benchmark.scored_by]
-    if evaluation.max_tokens < benchmark.max_tokens:
-        line += f"; answers of {benchmark.max_tokens:,} tokens do not fit the model: "
-        line += f"they end at {evaluation.max_tokens:,}, or where its context of {context:,} ends"
+    if evaluation.max_tokens == context:
+        line += f"; answers of {benchmark.max_tokens:,} tokens do not fit the model: they end with its "
+        line += f"context of {context:,}"
+    elif evaluation.max_tokens < benchmark.max_tokens:
+        line += f"; answers end at {evaluation.max_tokens:,} tokens, not {benchmark.max_tokens:,}"
     return line
 
 

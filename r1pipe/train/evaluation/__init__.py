@@ -1,6 +1,7 @@
 """Held-out evaluation: pass@1, cons@k, greedy, format, language, length; general answers by the hidden truth.
 
 drawing        draw -> score -> gather over ranks -> numbers
+sampling       each rank's completions, kept in shards where a benchmark may take hours
 asking         a benchmark's question, as its prompt asks it
 verdicts       one scored completion, and the rows of evaluation.parquet
 metrics        verdicts -> the numbers of evaluation.json; every score with the count behind it

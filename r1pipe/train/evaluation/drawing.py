@@ -1,24 +1,22 @@
 """Draw -> score -> gather over ranks -> numbers."""
 
 import dataclasses
-import random
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from r1pipe.config import EvalConfig
-from r1pipe.core.types import Completion, Prompt
+from r1pipe.core.types import Prompt
 from r1pipe.rewards import Verdicts
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation.metrics import measure, measure_general
+from r1pipe.train.evaluation.sampling import Drawing
 from r1pipe.train.evaluation.verdicts import GeneralVerdict, Verdict, rows, score
-from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import never
 from r1pipe.train.run import Run
-
-Completions = list[Completion]
 
 
 class Evaluation(NamedTuple):
@@ -37,51 +35,31 @@ def evaluate(
     config: EvalConfig,
     may_stop: bool,
     context: int | None = None,
+    folder: Path | None = None,
 ) -> Evaluation:
     """Measure the sampler's weights on held-out prompts; every rank gets the same result.
 
     Reasoning prompts are sampled `config.samples` times and once greedily, general ones once. `context`: the
     tokens that the model reads, where a completion may go on to their end, up to `config.max_tokens`; None:
-    every prompt has room for so many. With `may_stop` it raises Interrupted in all ranks if one is asked to
-    stop.
+    every prompt has room for so many. `folder`: where completions are kept, so that a resumed run draws none
+    of them again. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
-    chat, judge, strategy_of = run.chat, run.data.judge, run.data.strategy_of
-    rank, world_size, seed = ranks.rank, ranks.world_size, run.seed("evaluation")
-    local = range(rank, len(prompts), world_size)
-    local_general = range(rank, len(general_prompts) if judge else 0, world_size)
-    total = len(local) * (config.samples + config.greedy) + len(local_general)
-    done, stop = 0, stopping.requested if may_stop else never
-
-    def draw(
-        pool: Sequence[Prompt], indices: range, n: int, stream: int, temperature: float, top_p: float
-    ) -> Completions:
-        nonlocal done
-        before, done = done, done + len(indices) * n
-
-        def progress(count: int, _: int) -> None:
-            run.progress("evaluating", before + count, total, "completions")
-
-        stream_seed = random.Random(f"evaluate/{seed}/{stream}").getrandbits(31)
-        params = SamplingParams(
-            *(config.max_tokens, temperature, top_p, n, stream_seed, rank, world_size),
-            max_num_seqs=config.max_num_seqs,
-        )
-        chosen = [pool[i] for i in indices]
-        tokens = [chat.prompt_tokens(prompt) for prompt in chosen]
-        ended = verdicts.on_completion(chat, chosen)
-        limits = [min(config.max_tokens, context - len(each)) for each in tokens] if context else None
-        return run.sampler.generate(tokens, params, progress, ended, limits, stop=stop)
-
+    judge, strategy_of, rank, world_size = run.data.judge, run.data.strategy_of, ranks.rank, ranks.world_size
+    general_prompts = general_prompts if judge else []
+    share = [len(range(rank, len(pool), world_size)) for pool in (prompts, general_prompts)]
+    total = share[0] * (config.samples + config.greedy) + share[1]
+    stop = stopping.requested if may_stop else never
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
-        warm = draw(prompts, local, config.samples, 0, *hot)
-        likeliest = draw(prompts, local, 1, 1, 0.0, 1.0) if config.greedy else []
-        texts = draw(general_prompts, local_general, 1, 2, *hot) if judge and general_prompts else []
-        sampled = score(prompts, local, warm, verdicts, strategy_of)
-        greedy = score(prompts, local, likeliest, verdicts, None)
+        drawing = Drawing(run, ranks, config, verdicts, stop, total, context, folder)
+        warm = drawing.draw(prompts, config.samples, 0, *hot)
+        likeliest = drawing.draw(prompts, 1, 1, 0.0, 1.0) if config.greedy else ((), [])
+        asked, texts = drawing.draw(general_prompts, 1, 2, *hot) if general_prompts else ((), [])
+        sampled = score(prompts, *warm, verdicts, strategy_of)
+        greedy = score(prompts, *likeliest, verdicts, None)
     general = []
     if judge:
-        for i, completion in zip(local_general, texts, strict=True):
+        for i, completion in zip(asked, texts, strict=True):
             truth = judge(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
     if may_stop:

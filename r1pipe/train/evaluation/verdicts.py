@@ -45,7 +45,7 @@ class GeneralVerdict(NamedTuple):
 
 def score(
     prompts: Sequence[Prompt],
-    indices: range,
+    indices: Sequence[int],
     completions: list[Completion],
     verdicts: Verdicts,
     strategy_of: Callable[[Prompt, str], str] | None,

@@ -34,6 +34,7 @@ R1 = {  # the 21 of its tables: Codeforces has two of them
 ELSEWHERE = {
     *("ifeval", "simpleqa", "frames", "alpaca_eval", "arena_hard", "c_simpleqa"),
     *("codeforces", "swe_bench", "aider"),
+    "lm_eval",  # without a task; tests/test_lm_eval.py
 }
 
 

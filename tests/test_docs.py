@@ -30,6 +30,7 @@ WITHOUT_OVERRIDES = {
     "report",
     "chat",
     "generate",
+    "serve",  # has keys of its own, which test_serve.py reads
     "lineage",
     "sync",
     "samples",

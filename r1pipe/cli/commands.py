@@ -11,6 +11,7 @@ import typer
 
 from r1pipe.cli import commands_on_runs, commands_planning, scripts
 from r1pipe.cli.options import Checkpoint, Overrides, composed
+from r1pipe.cli.serve import serve
 from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
@@ -170,7 +171,15 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
 
 
 COMMANDS: tuple[Callable[..., int | None], ...] = (
-    *(scripts.data, scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
+    *(
+        scripts.data,
+        scripts.generate,
+        scripts.chat,
+        serve,
+        scripts.score,
+        scripts.export,
+        scripts.import_weights,
+    ),
     *(commands_on_runs.compare, commands_on_runs.report, commands_on_runs.samples, commands_on_runs.lineage),
     *(commands_on_runs.provenance, commands_on_runs.audit),
     *(commands_on_runs.sync, commands_on_runs.prune, commands_on_runs.ui),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from r1pipe.cli.options import Checkpoint, Overrides, composed, split
-from r1pipe.config import script_options
+from r1pipe.config import ParentRef, script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
     DataOptions,
@@ -176,10 +176,15 @@ def import_weights(
 
 
 def _checkpoint(name: str, overrides: list[str] | None) -> Path:
+    return Path(resolved(name, overrides).checkpoint)
+
+
+def resolved(name: str, overrides: list[str] | None) -> ParentRef:
+    """The checkpoint that CHECKPOINT names, where overrides say that it is. Raises CheckpointError."""
     from r1pipe.launch import parents
     from r1pipe.runs.lineage import SearchPath
 
-    return Path(parents.resolve(name, SearchPath.of(composed(overrides))).checkpoint)
+    return parents.resolve(name, SearchPath.of(composed(overrides)))
 
 
 def _run(script: str, options: Strict) -> int:

@@ -24,11 +24,24 @@ OF_EVALUATION = ("problems", "samples", "temperature", "top_p", "greedy", "max_t
 HELD_OUT = "test"  # the split of all its rows
 
 
+LM_EVAL = "lm_eval/"  # benchmark=lm_eval/TASK
+
+
+@dataclass
+class HarnessConfig(Strict):
+    """How a task of lm-evaluation-harness is run."""
+
+    tasks: str | None  # a folder with tasks of your own; null: its own tasks
+    chat: bool  # prompts are written with the chat template
+    fewshot: Count | None  # examples before each question; null: as the task has it
+    think_end_token: str | None  # such as </think>: what follows it is scored
+
+
 @dataclass
 class BenchmarkConfig(Strict):
     """A benchmark with the protocol of its authors, or of R1 where that has one."""
 
-    name: str  # the file in conf/benchmark/
+    name: str  # the file in conf/benchmark/, or lm_eval/TASK
     title: str  # as tables name it
     source: str  # where its data and its prompt are published
     scored_by: ScoredBy  # answer, choice, program, drop: by a rule; else not by r1pipe eval
@@ -37,7 +50,8 @@ class BenchmarkConfig(Strict):
     prompt: str  # what is asked: {question}, and {options} where they are not to stand in the question
     option: str  # a line of {options}: {letter} and {text}
     command: str | None  # what runs it, where r1pipe eval does not
-    problems: Count  # as published
+    harness: HarnessConfig | None  # of lm_eval/TASK
+    problems: Count  # as published; of lm_eval/TASK the first so many, 0: all
     samples: Positive  # k completions per problem
     temperature: NonNegative  # of the k completions
     top_p: Share  # of the k completions
@@ -79,10 +93,22 @@ def held_out(data: dict[str, Any], file: str | None) -> list[dict[str, Any]]:
     return [{**source, "split": HELD_OUT} for source in chosen]
 
 
+def task_of(benchmark: BenchmarkConfig | None) -> str:
+    """The task of lm-evaluation-harness; "" where it is none."""
+    if benchmark is None or benchmark.harness is None or not benchmark.name.startswith(LM_EVAL):
+        return ""
+    return benchmark.name.removeprefix(LM_EVAL)
+
+
 def benchmark_rules(benchmark: BenchmarkConfig | None, stage: StageConfig) -> Rules:
     if benchmark is None:
         return
-    if benchmark.scored_by not in OWN_SCORING:
+    if task_of(benchmark):
+        evaluated = getattr(stage, "eval", None)
+        for key in ("samples", "temperature", "top_p", "greedy"):
+            if getattr(evaluated, key, None) != getattr(benchmark, key):
+                yield f"stage.eval.{key} is the task's own in benchmark={benchmark.name}; leave it out"
+    elif benchmark.scored_by not in OWN_SCORING:
         how = {"lm_eval": "lm-evaluation-harness", "judge": "a model as judge"}.get(benchmark.scored_by)
         yield (
             f"benchmark={benchmark.name} is scored by {how or 'its own harness'}, not by r1pipe eval; run "

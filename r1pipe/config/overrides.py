@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from r1pipe.config.benchmark import LM_EVAL
 from r1pipe.config.describe import leaves, open_mappings
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import upwards
@@ -33,7 +34,8 @@ def parse(overrides: list[str]) -> list[Override]:
     for line in overrides:
         if "=" not in line and not line.startswith("~"):
             raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
-    parsed = [parse_one(re.sub("^(?=(precision|kernels)=)", "engine.", line)) for line in overrides]
+    lines = [re.sub("^(?=(precision|kernels)=)", "engine.", line) for line in overrides]
+    parsed = [parse_one(part) for line in lines for part in task_apart(line)]
     for override in parsed:
         key = str(override.key_or_group)
         if key.partition(".")[0] in TOP_KEYS:
@@ -47,6 +49,14 @@ def parse(overrides: list[str]) -> list[Override]:
         remedy = f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
         raise ConfigError(f"{key} is no key of the config; {remedy}")
     return parsed
+
+
+def task_apart(line: str) -> list[str]:
+    """benchmark=lm_eval/TASK as the overrides that it stands for; another line as it is."""
+    name = line.removeprefix("benchmark=")
+    if name == line or not name.startswith(LM_EVAL):
+        return [line]
+    return [f"benchmark={LM_EVAL.rstrip('/')}", f"benchmark.name='{name}'"]
 
 
 def parse_one(line: str) -> Override:

@@ -48,6 +48,7 @@ class Metrics(TypedDict, total=False):
     lengths: dict[str, float | None] | None  # median, p95, max; means of right and wrong answers
     benchmark: str | None  # the file in conf/benchmark/
     protocol: dict[str, Any] | None  # how a benchmark was asked
+    lm_eval: dict[str, Any] | None  # scores of a task of lm-evaluation-harness, as it names them
     contamination: dict[str, Any] | None  # its questions in what the checkpoint was trained on
     general_score: float | None
     preference_score: float | None

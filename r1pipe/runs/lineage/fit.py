@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from r1pipe.config import BenchmarkConfig, HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
-from r1pipe.config.benchmark import OWN_SCORING
+from r1pipe.config.benchmark import OWN_SCORING, task_of
 from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
@@ -213,6 +213,8 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
 
 def _measured_benchmark(config: RunConfig, benchmark: BenchmarkConfig) -> str:
     evaluation, context = config.stage.eval, config.model.max_position_embeddings
+    if task := task_of(benchmark):
+        return f"evaluating on {task} of lm-evaluation-harness"
     line = f"evaluating on {benchmark.title}: {evaluation.samples} samples a problem at temperature "
     line += f"{evaluation.temperature:g}, top-p {evaluation.top_p:g}, scored by "
     line += OWN_SCORING[benchmark.scored_by]

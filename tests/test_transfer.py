@@ -334,6 +334,10 @@ REFUSED = [
     (["teacher=x", "stage.transfer=rl", "stage.rl.score_weight=1.0"], "stage.extract=feedback"),
     (["teacher=x", "stage.transfer=rl", "stage.rl.group_size=1"], "stage.rl.group_size=1"),
     (["teacher=x", "stage.transfer=rl", "stage.rl.minibatches=7"], "stage.rl.minibatches=7"),
+    (
+        ["teacher=x", "stage.transfer=rl", "stage.rl.replay_routing=true", "engine.sampler=transformers"],
+        "stage.rl.replay_routing=true needs a sampler",
+    ),
     (["teacher=x", "stage.transfer=rl", "stage.rl.loss=ppo"], "no such loss"),
 ]
 

@@ -1,6 +1,7 @@
 """What must hold across the fields of a config: `check` asks every rule."""
 
 import re
+from dataclasses import replace
 from itertools import chain
 
 from r1pipe.config.benchmark import benchmark_rules
@@ -33,7 +34,7 @@ from r1pipe.config.stages import (
     optim_rules,
     retention_rules,
 )
-from r1pipe.config.transfer import samplings
+from r1pipe.config.transfer import as_rl, below_rl, samplings
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import GENERAL_TASKS
 
@@ -68,6 +69,14 @@ def check(config: RunConfig) -> None:
 
 def shape_rules(config: RunConfig) -> Rules:
     """Of the model, and of the engine and the stage with it."""
+    stage = config.stage
+    if isinstance(stage, DistillConfig) and stage.rl:
+        yield from below_rl(_shape_rules(replace(config, stage=as_rl(stage))))
+    else:
+        yield from _shape_rules(config)
+
+
+def _shape_rules(config: RunConfig) -> Rules:
     if isinstance(config.model, HFConfig):
         yield from hf_rules(config.model, config.engine, config.stage)
     else:

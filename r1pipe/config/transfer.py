@@ -93,9 +93,14 @@ def taught_rules(stage: TransferConfig, rl: TaughtConfig, ranks: int) -> Rules:
             "stage.rl.rewards.weights, stage.rl.teacher_coef and stage.rl.score_weight are all 0; nothing "
             "would be learned"
         )
-    of_rl = "|".join(field.name for field in fields(ReinforcementConfig))
-    for message in rl_rules(as_rl(stage), ranks, rl.teacher_coef > 0, rl.score_weight > 0):
-        yield re.sub(rf"\bstage\.(?=(?:{of_rl})\b)", "stage.rl.", message)
+    yield from below_rl(rl_rules(as_rl(stage), ranks, rl.teacher_coef > 0, rl.score_weight > 0))
+
+
+def below_rl(rules: Rules) -> Rules:
+    """Messages on reinforcement with its keys where a distillation has them."""
+    names = "|".join(field.name for field in fields(ReinforcementConfig))
+    for message in rules:
+        yield re.sub(rf"\bstage\.(?=(?:{names})\b)", "stage.rl.", message)
 
 
 def as_rl(stage: TransferConfig) -> RLConfig:

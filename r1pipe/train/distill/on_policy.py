@@ -32,15 +32,12 @@ TEACHER = "teacher"  # the name of its score among the rewards
 TEACHER_TOKENS = "distill/teacher_tokens"  # drawn tokens that the teacher has read
 
 
-def reinforce_student(
-    run: Run[DistillConfig], prompts: Sequence[Prompt] | None = None, data_hash: str | None = None
-) -> None:
-    """From the loaded data to the record. `prompts` are drawn from in place of the data's own, and
-    `data_hash` is theirs."""
+def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_hash: str) -> None:
+    """From the loaded data to the record. `prompts` are asked in place of the data's own, and `data_hash` is
+    theirs."""
     taught, teacher_from = run.stage.rl, run.config.teacher_from
     assert taught is not None
-    if prompts is not None:
-        run.data = with_prompts(run.data, prompts)
+    run.data = with_prompts(run.data, prompts)
     check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
     # it is asked as distillation has it, while the run goes on as reinforcement
     judge = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None

@@ -112,7 +112,7 @@ def _counted(found: Searched, start: ParentRef) -> Iterator[Text]:
 def _sources(run: MadeBy) -> Iterator[tuple[str, Iterator[Text]]]:
     """What a run was trained on: a name, and its texts, which may raise on the way."""
     data = (run.config or {}).get("data") or {}
-    yield f"data={data.get('name')}", _of_data(run, data)
+    yield f"data={data['name']}" if data else "its data", _of_data(run, data)
     if run.folder is None:
         return
     made = sorted(run.folder.data.glob("*.parquet"))
@@ -124,6 +124,8 @@ def _sources(run: MadeBy) -> Iterator[tuple[str, Iterator[Text]]]:
 
 def _of_data(run: MadeBy, data: dict[str, Any]) -> Iterator[Text]:
     """The training rows of a run's files. Raises DataError where they are not to be had, and ConfigError."""
+    if not data:
+        raise DataError("its record names none")
     if data.get("kind") != "files":
         raise DataError("its problems are generated, and no list of them is kept")
     config = build(DataConfig, data, "data")

@@ -23,7 +23,8 @@ from hf_models import write_model
 
 from r1pipe.chat.answerer import AnswerParams
 from r1pipe.chat.server import ServerAnswerer
-from r1pipe.chat.template import Chat
+from r1pipe.chat.stream import AnswerText, Piece
+from r1pipe.chat.template import Chat, parse
 from r1pipe.cli.serve import settings as serving
 from r1pipe.config import AnswererConfig
 from r1pipe.core.errors import ConfigError, EnvironmentProblem
@@ -273,6 +274,36 @@ def test_the_checkpoints_own_defaults_hold(tmp_path):
         greedy = ask(server, CHAT, talk(temperature=0))[1]["choices"]
         assert ask(server, CHAT, talk(seed=5))[1]["choices"] == greedy
         assert ask(server, CHAT, talk(temperature=3.0))[1]["choices"] != greedy
+
+
+TEXTS = [
+    "<think>\n3+5=8 < 22\n</think>\n\n3*5+7 = 22",
+    "  <think> a </thin b</think>c ",
+    "<think>never closed </thi",
+    "<thin air, 用 3 凑出 22。 ",
+    "\n plain </think> text",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_of_an_answer_do_not_depend_on_how_its_tokens_come(text):
+    chat, generator = Chat.load(BASE), random.Random(text)
+    tokens = [*chat.encode(text), *(generator.randrange(1000) for _ in range(10)), chat.eos_id]
+    for stop in ([], ["22", "凑"], ["c", " a"]):
+        whole = AnswerText(chat, stop, True).feed(tokens, True)
+        for _ in range(20):
+            parted, said, at = AnswerText(chat, stop, True), Piece(), 0
+            while at < len(tokens) and not parted.stopped:
+                size = generator.randint(1, 3)
+                said += parted.feed(tokens[at : at + size], at + size >= len(tokens))
+                at += size
+            assert said == whole
+        raw = AnswerText(chat, [], False).feed(tokens, True)
+        assert raw == Piece(content=chat.decode(tokens))
+    parsed, said = parse(text), AnswerText(chat, [], True).feed(chat.encode(text), True)
+    if parsed.well_formed:
+        assert (said.reasoning, said.content.strip()) == (parsed.reasoning, parsed.summary)
 
 
 WRONG: list[tuple[str, Any, int, str]] = [

@@ -43,6 +43,12 @@ def main(folder: str) -> None:
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
             f"data={measured['data']}, split {measured['split']}"
         )
+        if said := measured.get("identity"):
+            names = ", ".join(f"{name} {count}" for name, count in said["names"].items())
+            run.show(
+                say=f"asked {said['questions']} times who it is, it claims to be another model in "
+                f"{said['other']:.0%} ({names or 'none'}) and gives its own name in {said['own']:.0%}"
+            )
         run.finish(checkpoint, evaluation.metrics, evaluation.samples)
 
 

@@ -14,6 +14,7 @@ from r1pipe.runs import checkpoints, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
+from r1pipe.train import identity
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rollout import Weights
@@ -50,6 +51,8 @@ def measure(
         evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, may_stop=not quick)
     if not quick:
         note_evaluated(run, prompts, general_prompts)
+        if said := identity.ask(run, ranks, config):
+            evaluation.metrics["identity"] = said
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured)
     if too_long and not quick:

@@ -5,6 +5,8 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,10 +14,11 @@ from r1pipe.config import ScreeningConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import content_dir
-from r1pipe.core.types import Demonstration, Prompt
+from r1pipe.core.types import Completion, Demonstration, Prompt
 from r1pipe.data import identity, open_data, personal
 from r1pipe.data.files import Files
 from r1pipe.data.screening import Screening, said_in
+from r1pipe.train import identity as ask_identity
 
 ASKED = Prompt("p", "identity", "en", "Who are you?")
 CLAIMS = {  # what is claimed -> how
@@ -143,10 +146,15 @@ def test_rows_of_a_file_are_set_aside_with_their_line(config: ScreeningConfig, t
     assert [item.texts["response"] for item in rewritten.items("general")].count("I am r1pipe.") == 1
 
 
+<<<<<<< HEAD
 def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(
     config: ScreeningConfig,
 ) -> None:
     """As R1's primer says of what is found on the web; data/base/screening.json has the base's counts."""
+=======
+def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(config: ScreeningConfig) -> None:
+    """As R1's primer says of the web; `data/base/screening.json` has the counts of the bundled base."""
+>>>>>>> w-trust
     world = open_data(compose(["stage=pretrain"]).config.data, 0)
     read, shown = Screening(config), Screening(config)
     read.documents(islice(world.documents(base_seed()), 100))
@@ -177,6 +185,49 @@ def test_a_checkpoint_is_asked_in_fifty_ways_who_it_is(config: ScreeningConfig) 
     assert (found["questions"], found["other"], found["own"]) == (50, 0.3, 0.4)
     assert found["names"] == {"Qwen": 10, "ChatGPT": 5}
     assert found["by_language"]["zh"] == {"questions": 25, "other": 0.4, "own": 0.0, "names": {"Qwen": 10}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_share_the_questions_and_the_answer_is_one(config: ScreeningConfig, world_size: int) -> None:
+    """The fake model is ChatGPT in English alone; it thinks first, and its thoughts do not count."""
+    asked = ask_identity.spread(10)
+    assert [prompt.language for prompt in asked] == ["en", "zh"] * 5
+    drawn: list[list[tuple[int, str]]] = []
+
+    def asking(rank: int) -> Any:
+        chat = SimpleNamespace(
+            prompt_tokens=lambda prompt: [prompt.language == "zh"],
+            response=lambda tokens: "<think>\nAm I Claude?\n</think>\n\n" + tokens,
+        )
+        sampler = SimpleNamespace(
+            generate=lambda prompts, *_, **__: [
+                Completion("我是r1pipe。" if zh else "I am ChatGPT.", [], "stop")  # type: ignore[arg-type]
+                for [zh] in prompts
+            ]
+        )
+        run = SimpleNamespace(chat=chat, sampler=sampler, seed=lambda _: 0, progress=None)
+        run.config = SimpleNamespace(screening=config)
+        ranks = SimpleNamespace(rank=rank, world_size=world_size, agree_max=lambda value: value)
+
+        def gather(own: list[tuple[int, str]]) -> list[list[tuple[int, str]]]:
+            drawn.append(own)
+            return drawn
+
+        ranks.all_gather_objects = gather
+        evaluation = compose(["stage=base", "stage.eval.identity=10"]).config.stage.eval
+        return ask_identity.ask(run, ranks, evaluation)  # type: ignore[arg-type]
+
+    for rank in range(world_size - 1):
+        with pytest.raises(KeyError):  # the others' answers are still to come
+            asking(rank)
+    found = asking(world_size - 1)
+    assert (found["questions"], found["other"], found["own"], found["names"]) == (
+        10,
+        0.5,
+        0.5,
+        {"ChatGPT": 5},
+    )
+    assert found["claims"][0] == {"question": asked[0].question, "answer": "I am ChatGPT."}
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Metrics(TypedDict, total=False):
     general_score: float | None
     preference_score: float | None
     refusal_rate: float | None
+    identity: dict[str, Any] | None  # who it says it is (r1pipe.data.identity.score)
     safe_answer_rate: float | None
     by_task: dict[str, "Metrics"] | None
     by_language: dict[str, "Metrics"] | None

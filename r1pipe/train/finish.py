@@ -15,6 +15,7 @@ from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
+from r1pipe.train import identity
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation import contamination
@@ -64,6 +65,8 @@ def measure(
         evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
     if not quick:
         note_evaluated(run, prompts, general_prompts)
+        if said := identity.ask(run, ranks, config):
+            evaluation.metrics["identity"] = said
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured | protocol(run, config))
     if run.config.benchmark and not quick:

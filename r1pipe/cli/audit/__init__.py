@@ -37,6 +37,7 @@ ANSWERS: dict[str, Callable[[Subject], Answer]] = {
     "harmlessness": measuring.harmlessness,
     "contamination": measuring.contamination,
     "self_identification": lambda subject: training.screened(subject, "claims"),
+    "identity": measuring.identity,
     "personal_data": lambda subject: training.screened(subject, "personal"),
     "cost": making.cost_of,
     "machine": making.machine,

@@ -104,6 +104,17 @@ def scored_by(subject: Subject) -> str | None:
     return read_json(folder_of(subject.own).evaluated).get("general_scored_by")
 
 
+def identity(subject: Subject) -> Answer:
+    said = subject.metrics.get("identity")
+    if not said:
+        return missing(
+            "it was not asked; `r1pipe eval CHECKPOINT stage.eval.identity=50` asks, and has the answer"
+        )
+    names = f" ({listed(said['names'])})" if said["names"] else ""
+    asked = f"of {said['questions']} answers, {percent(said['other'])}% claim to be another model{names}"
+    return answered([f"{asked}, {percent(said['own'])}% give its own name"])
+
+
 def contamination(subject: Subject) -> Answer:
     evaluated = read_json(folder_of(subject.own).evaluated)
     asked = set(evaluated.get("reasoning", [])) | set(evaluated.get("general", []))

@@ -39,7 +39,6 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
-<<<<<<< HEAD
             if task := task_of(run.config.benchmark):
                 # here, as lm-evaluation-harness need not be installed
                 from r1pipe.lm_eval.measuring import measure_task
@@ -51,24 +50,15 @@ def main(folder: str) -> None:
         of_asked = f" of the {asked} problems requested" if asked else " problems"
         place = f"data={measured['data']}, split {measured['split']}"
         run.show(say=f"measured on {measured['problems']}{of_asked}, {place}")
-        run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
-        if run.rank == 0:  # evaluation.parquet has all of them
-            shutil.rmtree(run.folder.drawn, ignore_errors=True)
-=======
-            evaluation = measure(run, ranks, weights, 0, run.stage.eval)
-        measured = evaluation.metrics
-        run.show(
-            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
-            f"data={measured['data']}, split {measured['split']}"
-        )
         if said := measured.get("identity"):
             names = ", ".join(f"{name} {count}" for name, count in said["names"].items())
             run.show(
                 say=f"asked {said['questions']} times who it is, it claims to be another model in "
                 f"{said['other']:.0%} ({names or 'none'}) and gives its own name in {said['own']:.0%}"
             )
-        run.finish(checkpoint, evaluation.metrics, evaluation.samples)
->>>>>>> w-trust
+        run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
+        if run.rank == 0:  # evaluation.parquet has all of them
+            shutil.rmtree(run.folder.drawn, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -146,15 +146,10 @@ def test_rows_of_a_file_are_set_aside_with_their_line(config: ScreeningConfig, t
     assert [item.texts["response"] for item in rewritten.items("general")].count("I am r1pipe.") == 1
 
 
-<<<<<<< HEAD
 def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(
     config: ScreeningConfig,
 ) -> None:
     """As R1's primer says of what is found on the web; data/base/screening.json has the base's counts."""
-=======
-def test_what_the_bundled_base_read_holds_claims_and_its_demonstrations_none(config: ScreeningConfig) -> None:
-    """As R1's primer says of the web; `data/base/screening.json` has the counts of the bundled base."""
->>>>>>> w-trust
     world = open_data(compose(["stage=pretrain"]).config.data, 0)
     read, shown = Screening(config), Screening(config)
     read.documents(islice(world.documents(base_seed()), 100))

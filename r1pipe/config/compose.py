@@ -35,16 +35,29 @@ from r1pipe.config.importance import KEYS, settled
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.rules import check
 from r1pipe.config.run import STAGE_TYPES, RunConfig, load
+from r1pipe.config.stages import EvaluateConfig, RejectionConfig, RewardModelConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's config holds what comes of them
-FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}, "teacher_from": None}
+FILLED_AT_LAUNCH: dict[str, Any] = {
+    "weights_from": None,
+    "reads_from": {},
+    "teacher_from": None,
+    "judge_from": None,
+}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
 PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
 LORA = "model.lora"  # with model=hf only
+JUDGE = "stage.judge"  # the keys below it exist with judge=MODEL only
+JUDGE_PARTS: dict[type, tuple[str, ...]] = {  # what a stage adds to it: files of conf/stage/part/judge/
+    EvaluateConfig: ("evaluator",),
+    RejectionConfig: ("filter",),
+    RewardModelConfig: ("labels",),
+    RLConfig: (),
+}
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
@@ -193,7 +206,19 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
         layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
     if own.get("teacher", NULL) != NULL:  # no samples of a run are needed
         layers.append(({"stage.reads": []}, COMMAND_LINE))
+    if own.get("judge", NULL) != NULL:
+        layers = [*judge_values(choices["stage"]), *layers]
     return {key: (value, source) for values, source in layers for key, value in values.items()}
+
+
+def judge_values(stage: str) -> list[tuple[dict[str, Any], str]]:
+    """The values of stage.judge in this stage, and their files. Raises ConfigError where it asks no judge."""
+    parts = JUDGE_PARTS.get(STAGE_TYPES[stage])
+    if parts is None:
+        stages = sorted(name for name, kind in STAGE_TYPES.items() if kind in JUDGE_PARTS)
+        raise ConfigError(f"judge=MODEL: stage={stage} asks no judge; {', '.join(stages)} do")
+    files = ["stage/part/answerer", "stage/part/judge/asked", *(f"stage/part/judge/{part}" for part in parts)]
+    return [(dict(flat(read(file), JUDGE)), f"conf/{file}.yaml") for file in files]
 
 
 def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
@@ -237,6 +262,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
         if above == PPO and not beside:
             return f"{key} needs stage.algorithm=ppo"
+        if JUDGE in upwards(key) and JUDGE in known:
+            return f"{key} needs judge=MODEL; or it is no key of stage.judge in this stage"
         if LORA in upwards(key) and LORA not in known:
             return f"{key} needs model=hf: adapters are for models of transformers"
         if same_name:

@@ -10,6 +10,8 @@ from typing import Any
 from r1pipe.config.fields import field_types
 from r1pipe.config.run import STAGE_TYPES, RunConfig
 
+FILLED = ("weights_from", "reads_from", "teacher_from", "judge_from")  # at launch
+
 
 def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
     """Dotted names of a config class's plain values; those of every kind of stage under `stage`."""
@@ -21,7 +23,7 @@ def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
                 yield from leaves(kind, "stage.")
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from leaves(hint, f"{prefix}{name}.")
-        elif name not in ("weights_from", "reads_from", "teacher_from", "name"):
+        elif name not in (*FILLED, "name"):
             yield f"{prefix}{name}"
 
 

@@ -103,6 +103,9 @@ class RunConfig(Strict):
     pipeline: str  # name that groups the runs of one reproduction
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
     teacher: str | None  # of distillation: CHECKPOINT, a Hugging Face folder, or the URL of a server
+    judge: (
+        str | None
+    )  # of answers that no rule verifies: CHECKPOINT, a Hugging Face folder, or a server's URL
     model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
     chat: ChatConfig
@@ -115,6 +118,7 @@ class RunConfig(Strict):
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
     teacher_from: ParentRef | None  # filled at launch, where the teacher is a checkpoint
+    judge_from: ParentRef | None  # filled at launch, where the judge is a checkpoint
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:

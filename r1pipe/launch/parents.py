@@ -69,30 +69,29 @@ def with_parents(
             if isinstance(config.model, HFConfig) and weights.run_id == lookup.BUNDLED:
                 weights = adopt(Path(config.model.path), search.root)  # the base of such a pipeline
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
-        teacher = teacher_of(config, search)
+        teacher, judge = (checkpoint_named(name, search) for name in (config.teacher, config.judge))
     except CheckpointError:
         unfinished = unfinished_config(config)
         if unfinished is None:
             raise
         filled = lookup.with_relocated_parents(unfinished, search.root)
-        weights, reads, teacher = filled.weights_from, filled.reads_from, filled.teacher_from
+        weights, reads = filled.weights_from, filled.reads_from
+        teacher, judge = filled.teacher_from, filled.judge_from
     if weights is not None:
         check_parent_fits(weights, config.model)
     check_same_chat_format(weights, reads.values(), config.chat.system)
-    return replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher)
+    return replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher, judge_from=judge)
 
 
-def teacher_of(config: RunConfig, search: lookup.SearchPath) -> ParentRef | None:
-    """The teacher's checkpoint; None for a server, and where there is no teacher. Raises CheckpointError."""
-    if config.teacher is None or is_server(config.teacher):
-        return None
-    return resolve(config.teacher, search)
+def checkpoint_named(name: str | None, search: lookup.SearchPath) -> ParentRef | None:
+    """The checkpoint of a teacher or judge; None for a server, or where there is none. Raises CheckpointError."""
+    return None if name is None or is_server(name) else resolve(name, search)
 
 
 def unfinished_config(config: RunConfig) -> RunConfig | None:
     """The config of this stage's newest run, if that is unfinished: it may have been copied here without the
     runs of its parents. A dry run, whose parents may be open, does not count."""
-    key = (config.pipeline, config.seed, config.stage.name, config.parent, config.teacher)
+    key = _named(config)
     for run in reversed(lookup.run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
@@ -100,8 +99,14 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
             stored = read_config(run.config)
         except ConfigError:  # damaged, or of another version
             continue
-        if (stored.pipeline, stored.seed, stored.stage.name, stored.parent, stored.teacher) == key:
+        if _named(stored) == key:
             parents = [*filter(None, [stored.weights_from]), *stored.reads_from.values()]
             is_complete = all(parent.run_id for parent in parents)
             return stored if is_complete and not run.record.exists() else None
     return None
+
+
+def _named(config: RunConfig) -> tuple[object, ...]:
+    """What a user has named of a run and its parents."""
+    parents = (config.parent, config.teacher, config.judge)
+    return (config.pipeline, config.seed, config.stage.name, *parents)

@@ -72,6 +72,7 @@ class Parents(TypedDict, total=False):
     weights: Edge | None
     data: list[Edge]
     teacher: Edge  # of distillation, where it was a checkpoint
+    judge: Edge  # of answers, where it was a checkpoint
 
 
 class Data(TypedDict, total=False):
@@ -198,11 +199,12 @@ def steps_of(run: RunFolder) -> int:
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
-    """(kind, parent, hash of the parent's own record if known): weights, data, teacher."""
-    weights, teacher = parents.get("weights"), parents.get("teacher")
+    """(kind, parent, hash of the parent's own record if known): weights, data, teacher, judge."""
+    weights, teacher, judge = (parents.get(kind) for kind in ("weights", "teacher", "judge"))
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
     named += [("teacher", teacher)] if teacher else []
+    named += [("judge", judge)] if judge else []
     return [
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named

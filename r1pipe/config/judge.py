@@ -113,7 +113,7 @@ def prompts_of(name: str) -> JudgePrompts:
 def _file(path: Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)

@@ -84,7 +84,7 @@ def with_parents(
 
 
 def checkpoint_named(name: str | None, search: lookup.SearchPath) -> ParentRef | None:
-    """The checkpoint of a teacher or judge; None for a server, or where there is none. Raises CheckpointError."""
+    """The checkpoint of a teacher or judge; None for a server or nobody. Raises CheckpointError."""
     return None if name is None or is_server(name) else resolve(name, search)
 
 

@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, cast
 
 from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from r1pipe.config import EvaluateConfig, RejectionConfig, RewardModelConfig, RLConfig, RunConfig
 from r1pipe.config.judge import REWARDS, JudgeConfig, prompts_of, version_of
@@ -74,8 +75,9 @@ ASKED = ("votes", "max_tokens", "temperature", "top_p")
 def judge_of(config: RunConfig) -> JudgeConfig | None:
     """How a stage asks its judge; None where it has none."""
     stage = config.stage
-    judges = isinstance(stage, RLConfig | EvaluateConfig | RejectionConfig | RewardModelConfig)
-    return stage.judge if judges and config.judge is not None else None
+    if isinstance(stage, RLConfig | EvaluateConfig | RejectionConfig | RewardModelConfig):
+        return stage.judge if config.judge is not None else None
+    return None
 
 
 def identity(config: RunConfig) -> list[str | None]:
@@ -97,7 +99,7 @@ def folder_of(config: RunConfig) -> Path:
 def quality_of(folder: Path) -> Quality | None:
     """None where the judge was never measured. Raises CheckpointError for a damaged file."""
     path = folder / QUALITY
-    return checked(_QUALITY, read_object(path), path) if path.exists() else None
+    return cast(Quality, checked(_QUALITY, read_object(path), path)) if path.exists() else None
 
 
 def kinds_needed(config: RunConfig) -> list[str]:

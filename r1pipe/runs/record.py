@@ -52,7 +52,8 @@ class Metrics(TypedDict, total=False):
     strategies: dict[str, float | None] | None
     reward_models: dict[str, dict[str, float | None]] | None  # kind -> quality
     weak_judges: int | None  # how many were used anyway
-    forced_judges: list[str] | None  # the weaknesses that stage.preference.force accepted
+    forced_judges: list[str] | None  # weaknesses that stage.preference.force or stage.judge.force accepted
+    judge: dict[str, Any] | None  # of `judge=`: who it was, how often it was asked, what it cost
 
 
 METRICS = tuple(Metrics.__annotations__)
@@ -200,7 +201,7 @@ def steps_of(run: RunFolder) -> int:
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
     """(kind, parent, hash of the parent's own record if known): weights, data, teacher, judge."""
-    weights, teacher, judge = (parents.get(kind) for kind in ("weights", "teacher", "judge"))
+    weights, teacher, judge = parents.get("weights"), parents.get("teacher"), parents.get("judge")
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
     named += [("teacher", teacher)] if teacher else []

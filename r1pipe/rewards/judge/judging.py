@@ -147,30 +147,34 @@ class Judge:
     def _texts(
         self, prompts: Sequence[Prompt], n: int, progress: Callable[[int, int], None], again: int
     ) -> list[list[str]]:
-        """n answers to each prompt; equal prompts are asked once, and none that the cache has."""
         config = self.config
         params = AnswerParams(
             *(config.max_tokens, config.temperature, config.top_p, n, self.seed + again, config.max_num_seqs)
         )
+        return self.texts(prompts, params, progress)
+
+    def texts(
+        self, prompts: Sequence[Prompt], params: AnswerParams, progress: Progress | None = None
+    ) -> list[list[str]]:
+        """What it answers to any prompts; equal ones are asked once, and none that the cache has. Raises what
+        the answerer raises, and keeps what was answered before."""
         keys = [key_of(self.identity, prompt, params) for prompt in prompts]
         by_key = dict(zip(keys, prompts, strict=True))
         missing = {key: prompt for key, prompt in by_key.items() if self.cache.get(key) is None}
         self.counts.update(asked=len(missing), cached=len(prompts) - len(missing))
         done = len(prompts) - len(missing)
-        for batch in _batches([*missing.items()], TOGETHER * config.max_num_seqs):
+        for batch in _batches([*missing.items()], TOGETHER * params.max_num_seqs):
             heartbeat.tick()
             before = replace(self.answerer.spent)
             answers = self.answerer.answer([prompt for _, prompt in batch], params)
             texts = [[completion.text for completion in completions] for completions in answers]
-            spent = Spent(
-                **{
-                    field.name: getattr(self.answerer.spent, field.name) - getattr(before, field.name)
-                    for field in fields(Spent)
-                }
+            self.cache.put(
+                [(key, text) for (key, _), text in zip(batch, texts, strict=True)],
+                difference(self.answerer.spent, before),
             )
-            self.cache.put([(key, text) for (key, _), text in zip(batch, texts, strict=True)], spent)
             done += len(batch)
-            progress(done, len(prompts))
+            if progress:
+                progress(done, len(prompts))
         return [self.cache.get(key) or [] for key in keys]
 
     def summary(self) -> dict[str, object]:
@@ -192,6 +196,12 @@ class Judge:
             "seconds": round(spent.seconds, 3),
             "usd": round(spent.usd, 6),
         }
+
+
+def difference(now: Spent, before: Spent) -> Spent:
+    """What has been spent since."""
+    names = [field.name for field in fields(Spent)]
+    return Spent(**{name: getattr(now, name) - getattr(before, name) for name in names})
 
 
 def _batches(items: list[tuple[str, Prompt]], size: int) -> list[list[tuple[str, Prompt]]]:

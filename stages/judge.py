@@ -6,6 +6,7 @@ The folder keeps every answer of the judge, so that a measurement that was stopp
 quality.json, without which no stage uses the judge.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.progress import Progress as Bars
+from rich.progress import TaskID
 
 from r1pipe.config import EvaluateConfig
 from r1pipe.config.fields import build
@@ -29,6 +31,7 @@ from r1pipe.train.run import open_run
 
 def main(folder: str) -> None:
     with open_run(folder, EvaluateConfig) as run, shown() as progress:
+        logging.getLogger("r1pipe").setLevel(logging.WARNING)
         settings = build(Measurement, read_object(run.folder.path / "measurement.json"))
         source, ranks = run.load_data(), Ranks(run.config.engine)
         judge = open_unmeasured(run, ranks)
@@ -36,8 +39,8 @@ def main(folder: str) -> None:
         kinds = measure(judge, examples, settings, progress)
         if not kinds:
             raise DataError(
-                f"data={run.config.data.name} has no preference pairs, no safety labels and no questions with "
-                "answers to measure a judge on; choose other data"
+                f"data={run.config.data.name} has no preference pairs, safety labels or questions with answers "
+                "to measure a judge on; choose other data"
             )
         quality: Quality = {
             "judge": summary_of(run, ranks, judge),
@@ -48,6 +51,11 @@ def main(folder: str) -> None:
             "kinds": kinds,
         }
         write_json(run.folder.path / QUALITY, quality, indent=2)
+
+
+def tell(what: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{what}: {done} asked", file=sys.stderr)
 
 
 @contextmanager
@@ -62,12 +70,12 @@ def shown() -> Iterator[Progress]:
         )
         return
     with Bars(console=console) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)  # type: ignore[arg-type]
+            bars.update(tasks[what], completed=done)
 
         yield progress
 

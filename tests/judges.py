@@ -1,4 +1,4 @@
-"""Fake judges with known biases: Answerers that read the bundled world's hidden truth, or do not look at all."""
+"""Fake judges with known biases: Answerers with an opinion in place of a model."""
 
 import random
 import re

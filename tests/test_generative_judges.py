@@ -239,7 +239,7 @@ def test_a_lost_server_is_no_score(tmp_path: Path) -> None:
 
 def held_out(world: World, n: int = 120) -> HeldOut:
     pairs = world.preference_pairs("test", n, 0)
-    facts = [prompt for prompt in world.general_prompts("test", 60, 0, {"facts": 1.0})]
+    facts = world.general_prompts("test", 60, 0, {"facts": 1.0})
     references = [
         (prompt, answer, right)
         for prompt in facts

@@ -22,7 +22,7 @@ Summary = dict[str, Any]
 
 
 def open_judge(run: Run[Any], ranks: Ranks, kinds: Collection[str] | None = None) -> Judge:
-    """The judge of `judge=`, for these kinds of questions (None: those that the config tells). All ranks call.
+    """The judge of `judge=`, for these kinds of questions (None: those the config tells). All ranks call.
 
     Raises CheckpointError where it was not measured or is too weak, and what open_answerer raises.
     """

@@ -19,6 +19,9 @@ class AnswerParams:
     n: int = 1  # answers per prompt
     seed: int = 0
     max_num_seqs: int = 64  # drawn together by a local model
+    # Prompt i is number first + i * stride of all prompts, and that number alone selects its random numbers.
+    first: int = 0
+    stride: int = 1
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class ServerAnswerer:
         conversation = [*prompt.context, Message("user", prompt.question)]
         answers: list[Completion] = []
         while len(answers) < params.n:
-            seed = params.seed + number * params.n + len(answers)
+            seed = params.seed + (params.first + number * params.stride) * params.n + len(answers)
             of_request = AnswerParams(
                 params.max_tokens, params.temperature, params.top_p, params.n - len(answers), seed
             )

@@ -26,7 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config.data import refuse_unused_row_keys
-from r1pipe.config.describe import leaves
+from r1pipe.config.describe import leaves, open_mappings
 from r1pipe.config.fields import field_types, unknown_key
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
@@ -244,8 +244,9 @@ def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
 
 def addable(override: Override) -> str:
     """The override as Hydra reads it, with `++` where it may add keys: +key=value sets a key that exists,
-    too, and a mapping may bring new names, as in stage.rewards.weights={my_reward: 1}."""
-    adds = override.is_add() or (not override.is_delete() and isinstance(override.value(), dict))
+    too, and a mapping may bring new names, as in stage.rewards.weights={my_reward: 1}, and have them."""
+    is_open = override.key_or_group.rpartition(".")[0] in open_mappings()
+    adds = override.is_add() or (not override.is_delete() and (is_open or isinstance(override.value(), dict)))
     line = str(override.input_line)
     return f"++{line.lstrip('+')}" if adds else line
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,18 +14,28 @@ from r1pipe.config.run import STAGE_TYPES, RunConfig
 FILLED = ("weights_from", "reads_from", "teacher_from", "judge_from")  # at launch
 
 
-def leaves(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a config class's plain values; those of every kind of stage under `stage`."""
+def leaves() -> Iterator[str]:
+    """Dotted names of the config's plain values; those of every kind of stage under `stage`."""
+    return (name for name, _ in _typed_leaves(RunConfig, ""))
+
+
+@cache
+def open_mappings() -> set[str]:
+    """Dotted names of the mappings that take any key, as stage.rewards.weights does."""
+    return {name for name, hint in _typed_leaves(RunConfig, "") if typing.get_origin(hint) is dict}
+
+
+def _typed_leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, hint in field_types(cls).items():
         if prefix == "stage." and name in ("script", "starts_from", "reads"):
             continue  # structure, not settings
         if name == "stage":
             for kind in set(STAGE_TYPES.values()):
-                yield from leaves(kind, "stage.")
+                yield from _typed_leaves(kind, "stage.")
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            yield from leaves(hint, f"{prefix}{name}.")
+            yield from _typed_leaves(hint, f"{prefix}{name}.")
         elif name not in (*FILLED, "name"):
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", hint
 
 
 def descriptions(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

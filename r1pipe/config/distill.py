@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
-from r1pipe.config.fields import Rules
-from r1pipe.config.stages import FineTuneConfig, StageConfig
+from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.stages import FilterConfig, FineTuneConfig, SamplingConfig, StageConfig
 
 EXTRACTS = ("label", "expand", "curate", "distribution", "feedback")
 TRANSFERS = ("sft", "divergence", "rl", "ranking")
@@ -67,6 +67,89 @@ PAIRS: dict[tuple[str, str], Pair] = {
 
 
 @dataclass
+class AnswerFilterConfig(FilterConfig):
+    """Which of a teacher's answers are learned from: rejection sampling's filters, two of which can be left
+    out for teachers that answer without a thought, and for problems that no rule can check."""
+
+    correct_only: bool  # drop wrong answers; where there is no gold answer, those of a minority
+    min_agreement: Share  # share of a new problem's answers that must agree for the majority to be its answer
+    well_formed: bool  # drop answers that are no thought with a summary
+
+
+@dataclass
+class ExpandConfig(Strict):
+    """New problems from the data's own."""
+
+    way: Literal["self_instruct", "evolve", "continue"]  # few-shot; rewritten; drawn as a user's own words
+    problems: Positive  # new ones that are wanted
+    rounds: Positive  # at most; each builds on what the one before has added
+    shots: Positive  # examples in a request of self_instruct, one in four of them new ones (Wang et al.: 8)
+    max_similarity: Share  # ROUGE-L with another problem that makes one a near copy; 1: the same words
+    min_words: Count  # shortest problem
+    max_words: Positive  # longest problem
+    temperature: NonNegative  # of the problems; their answers have `sampling`
+
+
+@dataclass
+class CurateConfig(Strict):
+    """Questions on topics, or on the passages of documents."""
+
+    way: Literal["ask", "continue"]  # it is asked for questions; or draws a user's own words
+    topics: list[str]  # without documents
+    questions_per_topic: Positive  # asked for, before filters
+    documents: str | None  # a text file, or JSON lines with a column `text`
+    passage_words: Positive  # longest passage of a document
+    questions_per_passage: Positive  # asked for, before filters
+    max_similarity: Share  # as in `expand`
+    min_words: Count  # shortest question
+    max_words: Positive  # longest question
+    temperature: NonNegative  # of the questions
+
+
+@dataclass
+class DistributionConfig(Strict):
+    """The teacher's probabilities of each token of a response."""
+
+    top_k: Positive  # likeliest tokens that are stored; what is left over is one number
+    live: bool  # store none: read the teacher, which must be a checkpoint, while the student trains
+
+
+@dataclass
+class FeedbackConfig(Strict):
+    """What a teacher says of the student's own answers."""
+
+    by: Literal["rubric", "likelihood", "correction"]  # a rating; its probabilities; a better answer
+    min_score: Share  # least score that SFT learns from
+    max_tokens: Positive  # longest rating
+    temperature: NonNegative  # of ratings and corrections
+
+
+@dataclass
+class TemplatesConfig(Strict):
+    """What the teacher is asked, with places in braces."""
+
+    self_instruct: str  # {examples}
+    evolve: dict[str, str]  # name -> a way to rewrite {problem}
+    topic: str  # {topic}
+    topic_system: str  # {topic}
+    passage_question: str  # {passage}
+    passage_answer: str  # {passage} and {question}
+    rubric: str  # {question} and {answer}
+    correction: str  # {question} and {answer}
+
+
+PLACES = {
+    "self_instruct": ("examples",),
+    "topic": ("topic",),
+    "topic_system": ("topic",),
+    "passage_question": ("passage",),
+    "passage_answer": ("passage", "question"),
+    "rubric": ("question", "answer"),
+    "correction": ("question", "answer"),
+}
+
+
+@dataclass
 class DistillConfig(FineTuneConfig):
     """A student learns from a teacher (R1 section 2.4). Without `teacher=`, the samples of rejection sampling
     are its labels."""
@@ -74,6 +157,17 @@ class DistillConfig(FineTuneConfig):
     extract: Literal["label", "expand", "curate", "distribution", "feedback"]  # what the teacher gives
     transfer: Literal["sft", "divergence", "rl", "ranking"]  # what puts it into the student
     teacher: AnswererConfig  # how it is asked, and what is recorded of it
+    prompts: Positive  # reasoning prompts of the data: answered, or what new problems come from
+    general_prompts: Count  # prompts of the general kinds that are answered besides
+    general_kinds: dict[str, NonNegative]  # share of each general task; empty: as the data has them
+    samples_per_prompt: Positive  # answers to each prompt
+    sampling: SamplingConfig  # of the answers
+    filters: AnswerFilterConfig
+    expand: ExpandConfig
+    curate: CurateConfig
+    distribution: DistributionConfig
+    feedback: FeedbackConfig
+    templates: TemplatesConfig
 
 
 def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
@@ -96,3 +190,52 @@ def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
             f"{chosen} reads the teacher's probabilities while the student trains; give teacher=CHECKPOINT "
             "or a Hugging Face folder"
         )
+    yield from extract_rules(stage, teacher)
+
+
+def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
+    """Of each way to get something out of a teacher."""
+    local = {
+        "stage.expand.way=continue": stage.extract == "expand" and stage.expand.way == "continue",
+        "stage.curate.way=continue": stage.extract == "curate" and stage.curate.way == "continue",
+        "stage.feedback.by=likelihood": stage.extract == "feedback" and stage.feedback.by == "likelihood",
+        "stage.distribution.live=true": stage.extract == "distribution" and stage.distribution.live,
+    }
+    for key, is_chosen in local.items():
+        if is_chosen and teacher is not None and is_server(teacher):
+            yield f"{key} needs the teacher's weights here; give teacher=CHECKPOINT or a Hugging Face folder"
+    if stage.sampling.top_p == 0:
+        yield "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
+    if stage.extract == "curate":
+        yield from _curate_rules(stage.curate)
+    if stage.extract == "feedback":
+        yield from _feedback_rules(stage)
+    yield from template_rules(stage)
+
+
+def _curate_rules(curate: CurateConfig) -> Rules:
+    if not curate.topics and curate.documents is None:
+        yield "stage.extract=curate needs stage.curate.topics=[...] or stage.curate.documents=FILE"
+    if curate.documents is not None and curate.way == "continue":
+        yield "stage.curate.documents needs stage.curate.way=ask: a passage is asked about"
+
+
+def _feedback_rules(stage: DistillConfig) -> Rules:
+    transfer, is_scored = stage.transfer, stage.feedback.by != "correction"
+    if not is_scored and transfer == "rl":
+        yield "stage.feedback.by=correction scores nothing; give stage.transfer=sft or ranking, or by=rubric"
+    if is_scored and transfer in ("ranking", "rl") and stage.samples_per_prompt == 1:
+        yield f"stage.transfer={transfer} compares answers; give stage.samples_per_prompt=2 or more"
+
+
+def template_rules(stage: DistillConfig) -> Rules:
+    """What is asked about must have a place in each template."""
+    templates = stage.templates
+    texts = {name: (getattr(templates, name), places) for name, places in PLACES.items()}
+    texts |= {f"evolve.{name}": (text, ("problem",)) for name, text in templates.evolve.items()}
+    for name, (text, places) in texts.items():
+        for place in places:
+            if f"{{{place}}}" not in text:
+                yield f"stage.templates.{name} has no {{{place}}}: the teacher would not see what it is asked"
+    if stage.extract == "expand" and stage.expand.way == "evolve" and not templates.evolve:
+        yield "stage.templates.evolve is empty; give at least one way to rewrite a problem"

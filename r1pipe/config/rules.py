@@ -4,7 +4,7 @@ import re
 from itertools import chain
 
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
-from r1pipe.config.distill import distill_rules
+from r1pipe.config.distill import DistillConfig, distill_rules
 from r1pipe.config.engine import (
     EngineConfig,
     engine_rules,
@@ -124,7 +124,7 @@ def length_rules(config: RunConfig) -> Rules:
     lengths = {"stage.eval.max_tokens": stage.eval.max_tokens}
     if isinstance(stage, PretrainConfig | FineTuneConfig):
         lengths["stage.sequence_length"] = stage.sequence_length
-    if isinstance(stage, RejectionConfig | RLConfig):
+    if isinstance(stage, RejectionConfig | RLConfig) or (isinstance(stage, DistillConfig) and config.teacher):
         lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
     for key, length in lengths.items():
         if length > longest:
@@ -177,7 +177,7 @@ def judge_stage_rules(config: RunConfig) -> Rules:
 def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:
     if isinstance(stage, SFTConfig):
         yield from share_rules("stage.styles", stage.styles, data, STYLES)
-    if isinstance(stage, RejectionConfig):
+    if isinstance(stage, RejectionConfig | DistillConfig):
         yield from share_rules("stage.general_kinds", stage.general_kinds, data, GENERAL_TASKS)
     if isinstance(stage, RLConfig) and stage.preference:
         kinds = stage.preference.general_kinds

@@ -11,7 +11,7 @@ from torch import Tensor
 from r1pipe.model.reading import INDEX, WEIGHTS
 from r1pipe.runs import heartbeat
 
-SHARD_BYTES = 5 * 10**9  # the default of the hub's own libraries
+SHARD_BYTES = 2 * 10**9  # of a checkpoint's files, and so much memory of the rank that writes them
 Shard = dict[str, Tensor]
 Later = Callable[[Callable[[], None]], None]
 

@@ -1,12 +1,10 @@
 """Opens whoever answers besides the policy: a checkpoint on this machine, or a server."""
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml  # type: ignore[import-untyped]
-from huggingface_hub.repocard import metadata_load
 
 from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
 from r1pipe.chat.server import ServerAnswerer
@@ -74,6 +72,8 @@ class LocalAnswerer:
             params.top_p,
             n,
             params.seed,
+            params.first,
+            params.stride,
             max_num_seqs=params.max_num_seqs,
         )
         limits = [min(params.max_tokens, self._longest - len(tokens[i])) for i in fit]
@@ -98,8 +98,11 @@ class LocalAnswerer:
 def licence_in_card(folder: Path) -> str:
     """The licence that a model card in Hugging Face's format names; "" where there is none."""
     try:
-        found = metadata_load(folder / CARD)
-    except (OSError, ValueError, yaml.YAMLError):
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return ""
-    licence = (found or {}).get("license")
-    return licence if isinstance(licence, str) else ""
+    front_matter = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    found = re.search(
+        r"^license:[ \t]*['\"]?([\w.+-]+)", front_matter[1] if front_matter else "", re.MULTILINE
+    )
+    return found[1] if found else ""

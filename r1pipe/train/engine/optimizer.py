@@ -89,6 +89,16 @@ def is_shared_out(parameter: Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def copy_moments(optimizer: Any) -> None:
+    """Give a DeepSpeed optimizer that has read mapped files moments of its own, in their own type."""
+    adamw = getattr(optimizer, "optimizer", optimizer)
+    for state in adamw.state.values():
+        for name in MOMENTS:
+            if name in state:
+                kind = torch.bfloat16 if isinstance(adamw, AdamW16) else state[name].dtype
+                state[name] = state[name].to(kind, copy=True)
+
+
 class AdamW16(torch.optim.AdamW):
     """AdamW with moments stored in bfloat16 (V3 section 3.3.3): updates in float32, rounds to nearest."""
 

@@ -23,7 +23,7 @@ from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import heartbeat
 from r1pipe.runs.files import read_object
 from r1pipe.train.engine import patches
-from r1pipe.train.engine.optimizer import MOMENTS, is_shared_out
+from r1pipe.train.engine.optimizer import MOMENTS, copy_moments, is_shared_out
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.writing import Writer
 
@@ -107,9 +107,11 @@ def read(ranks: Ranks, ds: Any, folder: Path) -> dict[str, Any]:
         if wrong := [*unknown, *(name for name in missing if name in expected)]:
             raise CheckpointError(f"{folder} has other weights than the model ({wrong[0]}); {REMEDY}")
 
-    patches.replace_load(ds, load_tensors)
-    with heartbeat.waiting(ds.world_size > 1), ranks.patient():
-        loaded, client = ds.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load)
+    patches.replace_load(ds, load_mapped)  # else what is read would be in memory twice
+    with heartbeat.at("reading a checkpoint", patient=True):
+        with heartbeat.waiting(ds.world_size > 1), ranks.patient():
+            loaded, client = ds.load_checkpoint(str(folder), tag=TAG, custom_load_fn=load)
+        copy_moments(ds.optimizer)
     if loaded is None:
         raise CheckpointError(f"{folder} holds no DeepSpeed state; restart the stage (--fresh)")
     return client

@@ -4,6 +4,9 @@ Stage `base` is R1's DeepSeek-V3-Base: the pre-trained weights that later stages
 before any training.
 
     r1pipe run stage=base
+
+With judge=MODEL a judge rates the answers to general prompts, and compares them with those of
+stage.judge.baseline.
 """
 
 import sys
@@ -15,6 +18,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
+from r1pipe.train.general_answers import judge_answers
 from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
 
@@ -38,6 +42,9 @@ def main(folder: str) -> None:
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
             evaluation = measure(run, ranks, weights, 0, run.stage.eval)
+        if run.stage.judge:
+            with run.phase("judging"):
+                evaluation.metrics["judged"] = judge_answers(run, ranks)
         measured = evaluation.metrics
         run.show(
             say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "

@@ -39,8 +39,8 @@ def main(folder: str) -> None:
         kinds = measure(judge, examples, settings, progress)
         if not kinds:
             raise DataError(
-                f"data={run.config.data.name} has no preference pairs, safety labels or questions with answers "
-                "to measure a judge on; choose other data"
+                f"data={run.config.data.name} has no preference pairs, safety labels or questions with "
+                "answers to measure a judge on; choose other data"
             )
         quality: Quality = {
             "judge": summary_of(run, ranks, judge),

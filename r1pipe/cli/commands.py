@@ -183,7 +183,8 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     given = overrides or []
     keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
     elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
-    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(elsewhere)))
+    measured = [*elsewhere, "stage=evaluate", f"parent={json.dumps(checkpoint)}"]
+    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(measured)))
     taken = lineage.settings_of(parent, set(keys.values()))
     config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
     print(lineage.measured_data(parent, config))

@@ -1,6 +1,7 @@
 """Means, intervals and votes, as pure functions of plain lists."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 Z = 1.959964  # two-sided 95% of the normal distribution
@@ -52,3 +53,10 @@ def majority(votes: Sequence[tuple[str, bool]]) -> bool:
             counts[answer] = counts.get(answer, 0) + 1
             right.setdefault(answer, correct)
     return bool(counts) and right[max(counts, key=lambda answer: counts[answer])]
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's; None where one of them does not vary."""
+    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(first, second)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config import STAGE_TYPES, HFConfig, ParentRef, RunConfig, read_config
+from r1pipe.config import STAGE_TYPES, EvaluateConfig, HFConfig, ParentRef, RunConfig, read_config
 from r1pipe.config.answerer import is_server
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
@@ -80,7 +80,20 @@ def with_parents(
     if weights is not None:
         check_parent_fits(weights, config.model)
     check_same_chat_format(weights, reads.values(), config.chat.system)
-    return replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher, judge_from=judge)
+    filled = replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher, judge_from=judge)
+    return with_baseline(filled, search)
+
+
+def with_baseline(config: RunConfig, search: lookup.SearchPath) -> RunConfig:
+    """The config with the folder of the checkpoint that a judge compares with. Raises CheckpointError."""
+    stage = config.stage
+    if not isinstance(stage, EvaluateConfig) or stage.judge is None or stage.judge.baseline is None:
+        return config
+    name = stage.judge.baseline
+    if is_server(name) or name.endswith(".jsonl"):
+        return config
+    judge = replace(stage.judge, baseline=resolve(name, search).checkpoint)
+    return replace(config, stage=replace(stage, judge=judge))
 
 
 def checkpoint_named(name: str | None, search: lookup.SearchPath) -> ParentRef | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from r1pipe.config.fields import Positive, Strict
-from r1pipe.core.estimates import clustered_interval, mean, wilson
+from r1pipe.core.estimates import clustered_interval, correlation, mean, wilson
 from r1pipe.core.types import PreferencePair, Prompt, SafetyLabel
 from r1pipe.rewards.judge.judging import Judge, Preference, Verdicts
 from r1pipe.rewards.judge.prompts import judged_part
@@ -136,13 +136,6 @@ def length_taste(margins: Sequence[float | None], lengths: Sequence[tuple[int, i
         "length_bias": None if by_judge is None or by_labels is None else by_judge - by_labels,
         "length_correlation": correlation([margin for margin, *_ in unequal], ratios),
     }
-
-
-def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Pearson's; None where one of them does not vary."""
-    if len(first) < 2 or np.std(first) == 0 or np.std(second) == 0:
-        return None
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _clear(judge: Judge, margins: Sequence[float | None], shares: Sequence[float]) -> Figures:

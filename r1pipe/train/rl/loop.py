@@ -33,6 +33,7 @@ from r1pipe.train.rl.scoring import (
     score_groups,
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
+from r1pipe.train.rl.truth import hidden_truth
 from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.run import Run
 
@@ -120,6 +121,7 @@ class RLTrainer:
         with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
+            metrics |= hidden_truth(self.engine, groups, self.run.data.judge)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)

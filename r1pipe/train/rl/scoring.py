@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 from r1pipe.config import RLConfig
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import (
     SHAPING_REWARDS,
@@ -21,7 +22,7 @@ from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import group_advantages, has_variance, most_varied
 
-# Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
+# Of general prompts only, reward models and a judge: name -> a score for each of many completions.
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
 KL = "kl"  # the score that holds a completion's KL, where the KL is in the reward
@@ -62,12 +63,13 @@ def score_groups(
 ) -> None:
     """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
-    Rules and `custom` rewards score every completion, `reward_models` those of general prompts. `kls` are
-    the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under way.
+    Rules and `custom` rewards score every completion, `reward_models` (and a judge) those of general prompts.
+    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be
+    under way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
-    names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
+    names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, *JUDGE_REWARDS, KL}
     names -= {*custom.names} if custom else set()
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
     shaping = sorted(names & {*SHAPING_REWARDS})

@@ -5,9 +5,11 @@ from pathlib import Path
 from r1pipe.config import RLConfig
 from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
 from r1pipe.config.rl import rl_rules
 from r1pipe.model.hf import HFModel
 from r1pipe.rewards.custom import CustomRewards
+from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.models import RewardScorer, load_reward_model, open_empty, stored_parts
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
@@ -15,9 +17,10 @@ from r1pipe.runs.provenance import note_rewards
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
-from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.engine.ranks import Ranks, choose_device
 from r1pipe.train.engine.sharded import fill_in_shares
 from r1pipe.train.finish import finish_stage
+from r1pipe.train.judging import open_judge, summary_of
 from r1pipe.train.loading import load_frozen, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
@@ -41,6 +44,9 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
     rewards = load_reward_models(run) if stage.preference else {}
+    judge = load_judge(run)
+    if judge:
+        rewards = {**rewards, **judge_rewards(stage, judge)}
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
     reference = None
     if stage.kl_coef and not adapted:
@@ -56,6 +62,8 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
+    if judge:
+        known["judge"] = summary_of(run, engine, judge)
     finish_stage(run, engine, checkpoint, extra=known)
 
 
@@ -76,8 +84,20 @@ def load_custom_rewards(run: Run[RLConfig]) -> CustomRewards | None:
     return custom
 
 
+def load_judge(run: Run[RLConfig]) -> Judge | None:
+    """The judge whose rewards have a weight; None without. Raises CheckpointError where it is too weak."""
+    return open_judge(run, Ranks(run.config.engine)) if run.stage.judge and run.config.judge else None
+
+
+def judge_rewards(stage: RLConfig, judge: Judge) -> dict[str, JudgeReward]:
+    return {name: JudgeReward(judge, name) for name in JUDGE_REWARDS if stage.rewards.weights.get(name)}
+
+
 def load_reward_models(run: Run[RLConfig]) -> RewardModels:
     """The frozen models of stage reward_model; check_quality has checked that those with a weight exist."""
+    preference = run.stage.preference
+    if preference and not quality.requested_kinds(preference) and quality.STAGE not in run.config.reads_from:
+        return {}  # a judge alone
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     engine, device = run.config.engine, choose_device(run.config.engine.accelerator)

@@ -20,6 +20,7 @@ from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, p
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, stopping
+from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.engine.passes import Pass
@@ -34,15 +35,18 @@ F = TypeVar("F", bound=FineTuneConfig)
 Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
 
 
-def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
-    """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
+def fine_tune(
+    run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str, extra: Metrics | None = None
+) -> None:
+    """Train on the responses, from packing to record. `extra`: more metrics for the record. Raises DataError
+    if no demonstration fits a row."""
     stage = run.stage
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = load_policy(run)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
     checkpoint = train(run, engine, epochs_of(run, rows, stage.batch_size), steps)
-    finish_stage(run, engine, checkpoint, data_hash)
+    finish_stage(run, engine, checkpoint, data_hash, extra)
 
 
 def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:

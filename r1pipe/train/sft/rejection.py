@@ -35,16 +35,19 @@ from r1pipe.train.finish import held_out
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import Sampled, apply_filters
+from r1pipe.train.sft.judged import Approved
 
 SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough to keep the slots full
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
-def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt]) -> list[Path]:
-    """All shard files, in order, drawn from the sampler's weights. The ranks share the work of drawing and
-    scoring missing ones."""
+def draw_samples(
+    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = "shards"
+) -> list[Path]:
+    """All shard files of the folder `name`, in order, drawn from the sampler's weights. The ranks share the
+    work of drawing and scoring missing ones."""
     stage = run.stage
-    folder = run.folder.data / "shards"
+    folder = run.folder.data / name
     folder.mkdir(exist_ok=True)
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
     # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
@@ -140,10 +143,12 @@ def build_dataset(
     shards: Sequence[Path],
     questions: Sequence[str],
     too_long: int,
+    general: Approved | None = None,
 ) -> Path:
     """Write data/samples.parquet (kept samples, then general demonstrations), if missing, and funnel.json.
 
-    `too_long`: how many prompts were skipped. If no sample was kept, the general part is trained on alone, as
+    `too_long`: how many prompts were skipped; `general`: samples that a judge approves of, which take the
+    place of written ones. If no sample was kept, the general part is trained on alone, as
     large as for one sample per prompt. Raises DataError if there is neither.
     """
     path, stage = run.folder.dataset, run.stage
@@ -157,16 +162,22 @@ def build_dataset(
     funnel = [{"name": f"drawn{skipped}", "kept": len(drawn), "dropped": 0}, *steps]
     wanted = round(stage.general_ratio * len(kept)) if kept else ceil(stage.general_ratio * stage.prompts)
     seed = run.seed("general traces")
-    general, longer = draw_prompts_that_fit(
+    judged = general.samples[:wanted] if general else []
+    if general:
+        funnel += general.funnel
+    written, longer = draw_prompts_that_fit(
         lambda n: run.data.general_demonstrations(n, seed, stage.general_kinds),
-        wanted,
+        wanted - len(judged),
         lambda row: len(run.chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
     )
-    log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, longer)
+    log.info(
+        "%d of %d general demonstrations, %d more are too long; %d judged samples beside them",
+        *(len(written), wanted - len(judged), longer, len(judged)),
+    )
     if not kept:
         funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
     write_json(run.folder.data / "funnel.json", funnel)
-    if not kept and not general:
+    if not kept and not written and not judged:
         worst = max(funnel, key=lambda step: step["dropped"])
         raise DataError(
             f"nothing to train on: the filters left none of {len(drawn)} samples "
@@ -175,17 +186,26 @@ def build_dataset(
             "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
         )
     if not kept:
-        run.progress(GENERAL_ALONE, len(general), len(general), "traces")
+        run.progress(GENERAL_ALONE, len(written), len(written), "traces")
         log.info("%s", GENERAL_ALONE)
-    rows = [
-        {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
-        | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
-        for sample in kept
-    ] + [
-        {"kind": "general", **_prompt_row(demonstration.prompt), "response": demonstration.response}
-        | {"source": demonstration.source, "checkpoint_hash": None}
-        for demonstration in general
-    ]
+    rows = (
+        [
+            {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
+            | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
+            for sample in kept
+        ]
+        + [
+            {"kind": "general", **_prompt_row(sample.prompt), "response": sample.completion.text}
+            | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
+            | {"judge": general.judge if general else None}
+            for sample in judged
+        ]
+        + [
+            {"kind": "general", **_prompt_row(demonstration.prompt), "response": demonstration.response}
+            | {"source": demonstration.source, "checkpoint_hash": None}
+            for demonstration in written
+        ]
+    )
     _write_rows(path, rows)
     return path
 

@@ -30,8 +30,9 @@ from r1pipe.train.run import open_run
 
 
 def main(folder: str) -> None:
+    logging.basicConfig(stream=sys.stderr)  # before open_run does: standard output is the command's
+    logging.disable(logging.ERROR)  # error.txt has it
     with open_run(folder, EvaluateConfig) as run, shown() as progress:
-        logging.getLogger("r1pipe").setLevel(logging.WARNING)
         settings = build(Measurement, read_object(run.folder.path / "measurement.json"))
         source, ranks = run.load_data(), Ranks(run.config.engine)
         judge = open_unmeasured(run, ranks)

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from r1pipe.chat.answerer import AnswerParams, Identity, Progress, Spent
 from r1pipe.config.compose import compose
@@ -13,9 +14,13 @@ from r1pipe.core.types import Completion, Prompt
 Opinion = Callable[[str, str, random.Random], float]  # of answers A and B: above 0 for A
 
 
+@cache
+def usual() -> JudgeConfig:
+    return compose(["stage=base", "judge=http://localhost:1/v1"]).config.stage.judge
+
+
 def judge_config(**changed: object) -> JudgeConfig:
-    stage = compose(["stage=base", "judge=http://localhost:1/v1"]).config.stage
-    return replace(stage.judge, **changed)
+    return replace(usual(), **changed)
 
 
 def quoted(prompt: Prompt, name: str) -> str:

@@ -4,22 +4,32 @@ import json
 import random
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from chat_servers import chat_server, say
+from fakes import House
 from judges import FakeJudge, coin, first, judge_config, longer, quoted
+from tiny_runs import load_stage, tiny_run
 
-from r1pipe.chat.template import compose_response
-from r1pipe.config import DataConfig
+from r1pipe.chat.template import compose_response, parse
+from r1pipe.cli import judge as measurement
+from r1pipe.config import DataConfig, read_config, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.fields import build
 from r1pipe.config.groups import read
 from r1pipe.config.judge import prompts_of
-from r1pipe.core.errors import ConfigError, EnvironmentProblem
-from r1pipe.core.types import Completion, Message, Prompt, Status
+from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
+from r1pipe.core.paths import content_dir
+from r1pipe.core.types import Completion, Message, PreferencePair, Prompt, Status
 from r1pipe.data.world import World
 from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.judge.cache import AnswerCache
+from r1pipe.rewards.judge.labels import balance_lengths, rank_pairs
 from r1pipe.rewards.judge.measurement import HeldOut, Measurement, OwnAnswer, measure
 from r1pipe.rewards.judge.prompts import filled, question_of, read_verdict
+from r1pipe.rewards.judge.win_rate import length_controlled, win_rates
+from r1pipe.runs import judge_quality, lineage
+from r1pipe.train.general_answers import answers_in
 
 WISH = Prompt("w", "writing", "en", "Write about a fox.")
 SETS = ("default", "short")
@@ -257,8 +267,6 @@ def measured(opinion: object, examples: HeldOut, folder: Path) -> dict:
 
 def perfect_on(examples: HeldOut) -> object:
     """Knows the labels by heart, whatever else an answer says."""
-    from r1pipe.chat.template import parse
-
     better = {parse(pair.chosen).summary for pair in examples.pairs}
     safe = {label.response.strip() for label in examples.labels if label.safe}
     right = {answer for _, answer, is_right in examples.references if is_right}
@@ -295,8 +303,277 @@ def test_biased_judges_are_told_apart(world: World, tmp_path: Path) -> None:
 def test_self_preference_is_beyond_what_is_right(world: World, tmp_path: Path) -> None:
     examples = held_out(world)
     own = {each.own for each in examples.own}
-    from r1pipe.chat.template import parse
-
     mine = {parse(text).summary for text in own}
     vain = measured(lambda a, b, rng: float(a in mine) - float(b in mine), examples, tmp_path)["pairwise"]
     assert vain["own_is_better"] == 0.5 and vain["self_preference"] > 0.3
+
+
+# --- win rates
+
+
+def test_win_rates_raw_and_at_equal_lengths() -> None:
+    mixed = win_rates([1, -1, 0, None], [(5, 5)] * 4)
+    assert (mixed["wins"], mixed["ties"], mixed["losses"], mixed["without_verdict"]) == (1, 1, 1, 1)
+    assert mixed["win_rate"] == 0.5 == mixed["length_controlled"]
+    rng = random.Random(0)
+    gains = [rng.randrange(-50, 150) for _ in range(400)]
+    by_length = win_rates([gain + rng.gauss(0, 20) for gain in gains], [(gain + 100, 100) for gain in gains])
+    assert by_length["win_rate"] > 0.7 and abs(by_length["length_controlled"] - 0.5) < 0.1
+    by_quality = win_rates([rng.choice([1, 1, 1, -1]) for _ in gains], [(gain + 100, 100) for gain in gains])
+    assert abs(by_quality["length_controlled"] - by_quality["win_rate"]) < 0.05
+    assert win_rates([], [])["win_rate"] is None is length_controlled([], [])
+    assert 0.5 < length_controlled([1.0] * 5, [1] * 5) < 1, "finite although nothing was lost"
+
+
+def test_a_file_of_a_baselines_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    prompts = [WISH, Prompt("h", "writing", "en", "Write about a hen.")]
+    path.write_text(
+        '{"prompt_id": "w", "answer": "Fox."}\n\n{"instruction": "Write about a hen.", "output": "Hen."}\n'
+    )
+    assert answers_in(path, prompts) == ["Fox.", "Hen."]
+    for line, told in (
+        ("[", ":1: not JSON"),
+        ('{"answer": 1}', ":1: no text under"),
+        ('{"answer": "x"}', "prompt_id"),
+    ):
+        path.write_text(line)
+        with pytest.raises(DataError, match=told):
+            answers_in(path, prompts)
+    path.write_text('{"prompt_id": "w", "answer": "Fox."}')
+    with pytest.raises(DataError, match="no answer to 1 of 2 prompts, among them h"):
+        answers_in(path, prompts)
+
+
+# --- pairs for reward models
+
+
+def test_pairs_that_a_judge_ranks_are_clear_and_of_even_length(tmp_path: Path) -> None:
+    texts = ["x" * n for n in range(1, 41)]
+    pairs = [PreferencePair(WISH, texts[i], texts[(i * 7) % 40]) for i in range(40) if i != (i * 7) % 40]
+    judge = judge_of(longer, tmp_path, votes=2)
+    kept, left = rank_pairs(judge, pairs, 0.5, balance=False)
+    assert len(kept) == len(pairs) and all(len(pair.chosen) > len(pair.rejected) for pair in kept)
+    none, left = rank_pairs(judge, pairs, 1.0, balance=False)
+    assert not none and left["too close"] == len(pairs), "R1 keeps what is above the margin"
+    known = judge_of(lambda a, b, rng: float(int(len(a) % 3) - int(len(b) % 3)), tmp_path / "other", votes=2)
+    even, left = rank_pairs(known, pairs, 0.5, balance=True)
+    gains = [len(pair.chosen) - len(pair.rejected) for pair in even]
+    assert even and abs(sum(gains)) <= max(map(abs, gains)) and left["too close"]
+    assert balance_lengths([], []) == []
+
+
+# --- in stages
+
+
+ALL_KINDS = ("pairwise", "pointwise", "harmless", "reference")
+GOOD = {
+    "pairwise": {
+        "n": 9,
+        "agreement": 0.9,
+        "flips": 0.1,
+        "length_bias": 0.0,
+        "consistency": 1.0,
+        "unread": 0.0,
+    },
+    "pointwise": {"n": 9, "agreement": 0.9, "length_bias": None, "unread": 0.0},
+    "harmless": {"n": 9, "auc": 0.9, "unread": 0.0},
+    "reference": {"n": 9, "accuracy": 0.9, "unread": 0.0},
+}
+
+
+def truthful(body: dict) -> tuple[int, object]:
+    """A server that finds every answer with an "e" good, and counts as any judge would."""
+    question = body["messages"][-1]["content"]
+    marks = {
+        "answer A": "pairwise",
+        "reference answer": "reference",
+        "response:": "harmless",
+        "answer:": "pointwise",
+    }
+    kind = next((kind for mark, kind in marks.items() if mark in question), "")
+    if not kind:
+        return say(*["I see a hen."] * body["n"])
+    judge = FakeJudge(lambda a, b, rng: float("e" in a) - float("e" in b) if b else 1.0)
+    return say(*[judge.say(Prompt(f"{kind}-", "", "", question), str(n)) for n in range(body["n"])])
+
+
+def write_quality(folder: Path, **changed: dict) -> None:
+    """The measurement of the judge of a run folder's config."""
+    config = read_config(folder / "config.json")
+    place = judge_quality.folder_of(config)
+    place.mkdir(parents=True, exist_ok=True)
+    kinds = {kind: figures | changed.get(kind, {}) for kind, figures in GOOD.items()}
+    quality = {"judge": {}, "prompts": "", "asked": {}, "data": {}, "created": "", "kinds": kinds}
+    (place / judge_quality.QUALITY).write_text(json.dumps(quality))
+
+
+def judged_run(folder: Path, url: str, stage: str, *words: str, **parents: object) -> Path:
+    """The folder of a tiny stage that asks the judge at this URL, which was found good."""
+    settings = [f"root={folder.parent}", f"judge={url}", "stage.judge.votes=2", "stage.judge.retries=0"]
+    tiny_run(folder, f"stage={stage}", *settings, *words, **parents)
+    write_quality(folder)
+    return folder
+
+
+def judged_record(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())["metrics"]
+
+
+def test_a_judge_filters_general_samples_and_a_resumed_run_pays_nothing(tmp_path: Path) -> None:
+    words = ["stage.prompts=4", "stage.samples_per_prompt=2", "stage.judge.general_prompts=6"]
+    words += ["data.tasks=[program]", "stage.sampling.max_tokens=80", "stage.general_ratio=4.0"]
+    words += ["stage.judge.usd_per_million_prompt_tokens=1000"]
+    stage, found = load_stage("rejection_sft"), []
+    stage.fine_tune = lambda run, demonstrations, data_hash, extra: found.append(extra["judge"])
+    with chat_server(truthful) as served:
+        folder = judged_run(tmp_path / "run", served.url, "rejection_sft", *words, grpo=lineage.bundled())
+        stage.main(str(folder))
+        asked = len(served.requests)
+        rows = pq.read_table(folder / "data" / "samples.parquet").to_pylist()
+        (folder / "data" / "samples.parquet").unlink()
+        stage.main(str(folder))
+        assert len(served.requests) == asked, "a resumed run asks nothing twice"
+    by_judge = [row for row in rows if row.get("judge")]
+    assert by_judge and {row["kind"] for row in by_judge} == {"general"}
+    assert {row["judge"] for row in by_judge} == {f"{served.url}/v1 m"}
+    assert {row["source"] for row in by_judge} == {"sampled:bundled"}
+    funnel = json.loads((folder / "data" / "funnel.json").read_text())
+    assert [step["name"] for step in funnel if step["name"].startswith("general: judge")]
+    once, again = found
+    assert once["requests"] == asked > 0 and once["usd"] == pytest.approx(asked * 0.01)
+    assert again["usd"] == once["usd"] and again["prompts_asked"] == 0 and again["prompts_cached"] > 0
+
+
+def test_a_judge_is_a_reward_and_the_truth_stands_beside_it(tmp_path: Path) -> None:
+    words = (
+        "+stage.rewards.weights.judge=1.0",
+        "+stage.rewards.weights.judge_harmless=1.0",
+        "stage.reads=[]",
+    )
+    words += ("stage.preference.helpful_weight=0", "stage.preference.harmless_weight=0", "stage.max_steps=2")
+    words += ("stage.sampling.max_tokens=60", "stage.preference.last_steps=2")
+    with chat_server(truthful) as served:
+        folder = judged_run(tmp_path / "run", served.url, "all_scenario", *words, weights=lineage.bundled())
+        write_bundled_shape(folder)
+        load_stage("all_scenario").main(str(folder))
+        assert served.requests
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    logged = {name for line in lines for name in line}
+    assert {"truth/helpful", "truth/harmless", "truth/correct", "truth/judge/gap"} <= logged
+    assert {"rewards/judge/mean", "rewards/judge_harmless/mean", "truth/judge_harmless/gap"} <= logged
+    rows = pq.read_table(folder / "rollouts" / "step-1.parquet").to_pylist()
+    assert all((row["score_judge"] is None) == (row["task"] == "word") for row in rows)
+    assert judged_record(folder)["judge"]["requests"] == len(served.requests)
+
+
+def write_bundled_shape(folder: Path) -> None:
+    """The run's model becomes the bundled one."""
+    config = json.loads((folder / "config.json").read_text())
+    config["model"] = to_mapping(compose(["stage=base"]).config)["model"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_an_evaluation_by_a_judge(tmp_path: Path) -> None:
+    words = ("parent=x", "stage.eval.general=6", "stage.eval.max_tokens=60")
+    with chat_server(truthful) as served:
+        baseline = f"stage.judge.baseline={content_dir() / 'base'}"
+        folder = judged_run(
+            tmp_path / "run", served.url, "evaluate", baseline, *words, weights=lineage.bundled()
+        )
+        write_bundled_shape(folder)
+        load_stage("evaluate").main(str(folder))
+    found = judged_record(folder)["judged"]
+    assert found["answers"] == 6 and 1 <= found["pointwise"]["mean"] <= 10
+    assert set(found["harmless"]["by_task"]) == {"writing", "facts", "identity", "translation", "safety"}
+    compared = found["comparison"]
+    assert compared["n"] == 6 and 0 <= compared["win_rate"] <= 1 and 0 <= compared["length_controlled"] <= 1
+    assert found["judge"]["requests"] == len(served.requests) and compared["spent"]["requests"] == 6
+
+
+def test_a_judge_ranks_the_pairs_of_a_reward_model(tmp_path: Path) -> None:
+    with chat_server(truthful) as served:
+        words = ("stage.pairs=40", "stage.judge.min_margin=0.5", "stage.max_steps=1")
+        words += ("stage.judge.balance_lengths=false",)
+        folder = judged_run(tmp_path / "run", served.url, "reward_model", *words)
+        load_stage("reward_model").main(str(folder))
+        asked = served.requests[0]["messages"][-1]["content"]
+    found = judged_record(folder)
+    assert "Answer A:" in asked and found["judge"]["requests"] == len(served.requests) > 0
+    assert found["reward_models"]["helpful"]["pairs"] == 16
+
+
+# --- the command line
+
+
+def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
+    house: House, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["run", "stage=rejection_sft", "parent=pretrain", "judge=http://localhost:1/v1"]
+    reward = ["run", "stage=all_scenario", "parent=pretrain", "judge=http://localhost:1/v1", "stage.reads=[]"]
+    reward += ["+stage.rewards.weights.judge=1", "stage.preference.helpful_weight=0"]
+    reward += ["stage.preference.harmless_weight=0"]
+    assert house.call("run", "stage=grpo", "parent=pretrain") == 0
+    capsys.readouterr()
+
+    def told(*call: str) -> str:
+        capsys.readouterr()
+        assert house.call(*call) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    for call in (words, reward):
+        assert "judge=http://localhost:1/v1: was never measured" in told(*call)
+    config = compose([*reward[1:], f"root={house.root}"]).config
+    place = judge_quality.folder_of(config)
+    place.mkdir(parents=True)
+    weak = {
+        kind: figures | ({"agreement": 0.5} if kind == "pointwise" else {}) for kind, figures in GOOD.items()
+    }
+    quality = {"judge": {}, "prompts": "", "asked": {}, "data": {}, "created": "", "kinds": weak}
+    (place / "quality.json").write_text(json.dumps(quality))
+    refused = told(*reward)
+    assert "pointwise: agreement with the labels 0.5, below stage.judge.min_agreement=0.65" in refused
+    assert "stage.judge.force=true" in refused
+    assert house.call(*reward, "stage.judge.min_agreement=0.5") == 0
+    assert house.call(*reward, "stage.judge.force=true") == 0
+    assert "never measured" in told(*reward, "stage.judge.votes=2"), "asked otherwise it is another judge"
+    del weak["pointwise"]
+    (place / "quality.json").write_text(json.dumps(quality))
+    assert "pointwise: was not measured" in told(*reward)
+    (place / "quality.json").write_text('{"kinds": 3}')
+    assert "quality.json" in told(*reward)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage=cold_start", "judge=grpo"], "stage=cold_start asks no judge"),
+        (["stage=grpo", "judge=grpo"], "judge=MODEL earns nothing"),
+        (["stage=grpo", "judge=x", "+stage.rewards.weights.judge=1"], "stage=grpo has none"),
+        (["stage=all_scenario", "+stage.rewards.weights.judge=1"], "needs judge=MODEL"),
+        (["stage=rejection_sft", "stage.judge.votes=2"], "stage.judge.votes needs judge=MODEL"),
+        (["stage=base", "judge=x", "stage.judge.prompts=none"], "did you mean|known: default, short"),
+        (["stage=base", "judge=x", "stage.judge.rates=[]"], "leaves nothing to judge"),
+        (["stage=base", "judge=http://u:p@h/v1"], "holds a user or password"),
+        (["stage=base", "judge=x", "engine.zero_level=3"], "needs engine.zero_level below 3"),
+        (["stage=rejection_sft", "judge=x", "stage.judge.min_score=11"], "above the best rating, 10"),
+        (["stage=reward_model", "judge=x", "stage.judge.min_margin=3"], "no verdict is worth more than 3"),
+    ],
+)
+def test_settings_of_a_judge_that_cannot_work(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compose(words)
+
+
+def test_a_measurement_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    with chat_server(truthful) as served:
+        words = [f"root={tmp_path}", "stage.judge.votes=2"]
+        asked = {"pairs": 8, "labels": 8, "references": 4}
+        code = measurement.judge(served.url, words, asked, as_json=True)
+        shown = json.loads(capfd.readouterr().out)
+        assert code == 1 and set(shown["kinds"]) == set(ALL_KINDS) and shown["beyond"]
+        assert shown["judge"]["requests"] == len(served.requests) > 0
+    lines = "\n".join(measurement.described(shown, tmp_path))
+    assert "pairwise (8): agreement" in lines and f"{len(served.requests)} requests" in lines

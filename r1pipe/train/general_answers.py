@@ -6,6 +6,7 @@ server, which answers the same prompts in the same way, or a file of answers.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from r1pipe.core.estimates import mean
 from r1pipe.core.types import Prompt
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.rewards.judge import Judge
+from r1pipe.rewards.judge.cache import AnswerCache
 from r1pipe.rewards.judge.prompts import judged_part
 from r1pipe.rewards.judge.win_rate import win_rates
 from r1pipe.runs.lineage import checkpoint_of_folder
@@ -29,6 +31,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
 Figures = dict[str, Any]
+BASELINE = "baseline"  # in a run's data/: answers of the baseline
 ANSWERS = ("answer", "response", "output", "completion")  # columns of a baseline's file
 QUESTIONS = ("question", "instruction", "prompt")
 
@@ -73,6 +76,8 @@ def judge_answers(run: Run[EvaluateConfig], ranks: Ranks) -> Figures:
     rows = [Judged(*row) for row in zip(places, ratings, margins, lengths, strict=True)]
     everyone = sorted(row for share in ranks.all_gather_objects(rows) for row in share)
     figures = summarise(prompts, everyone, config.rates, baseline)
+    if baseline:
+        figures["comparison"]["spent"] = asdict(AnswerCache(run.folder.data / BASELINE).spent)
     return {**figures, "judge": summary_of(run, ranks, judge)}
 
 
@@ -124,8 +129,10 @@ def baseline_answers(
     params = AnswerParams(
         *(drawn.max_tokens, drawn.temperature, drawn.top_p, 1, run.seed("judged answers"), drawn.max_num_seqs)
     )
-    asked = Judge(answerer, judge.config, judge.cache)  # whose cache keeps these answers, too
-    texts = asked.texts(prompts, params, partial(_show, run, "answers of the baseline"))
+    cache = AnswerCache(run.folder.data / BASELINE, ranks.rank)
+    texts = Judge(answerer, judge.config, cache).texts(
+        prompts, params, partial(_show, run, "answers of the baseline")
+    )
     answerer.close()
     return answerer.identity.name, [text for [text] in texts]
 

@@ -120,8 +120,9 @@ def rank_by_judge(run: Run[RewardModelConfig], ranks: Ranks, judge: Judge) -> li
     kept = ranks.all_gather_objects(kept)[0]
     if not kept:
         raise DataError(
-            f"judge={run.config.judge} ranked no pair of data={run.config.data.name} clearly enough; lower "
-            f"stage.judge.min_margin={stage.judge.min_margin:g}, or choose other data"
+            f"judge={run.config.judge} ranked no pair of data={run.config.data.name} that can be learned "
+            f"from; lower stage.judge.min_margin={stage.judge.min_margin:g}, say "
+            "stage.judge.balance_lengths=false, or choose other data"
         )
     return kept
 

@@ -15,6 +15,7 @@ from r1pipe.train.engine.ranks import Ranks
 
 # A judge's reward -> what it is to measure. Reward models and generative judges alike.
 MEASURES = {"helpful": "helpful", "judge": "helpful", "harmless": "harmless", "judge_harmless": "harmless"}
+
 Values = dict[str, float]
 
 
@@ -41,9 +42,7 @@ def hidden_truth(
     return metrics
 
 
-def _rows(
-    group: Group, judge: Callable[[Prompt, str], Truth]
-) -> list[tuple[dict[str, float], dict[str, Any]]]:
+def _rows(group: Group, judge: Callable[[Prompt, str], Truth]) -> list[tuple[Values, Values]]:
     """For each completion the truth, and its scores by judges."""
     found = []
     for completion, scores in zip(group.completions, group.scores, strict=True):

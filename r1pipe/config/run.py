@@ -103,9 +103,7 @@ class RunConfig(Strict):
     pipeline: str  # name that groups the runs of one reproduction
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
     teacher: str | None  # of distillation: CHECKPOINT, a Hugging Face folder, or the URL of a server
-    judge: (
-        str | None
-    )  # of answers that no rule verifies: CHECKPOINT, a Hugging Face folder, or a server's URL
+    judge: str | None  # of answers: CHECKPOINT, a Hugging Face folder, or the URL of a server
     model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
     chat: ChatConfig

@@ -46,6 +46,7 @@ class Metrics(TypedDict, total=False):
     preference_score: float | None
     refusal_rate: float | None
     safe_answer_rate: float | None
+    refusals: dict[str, Any] | None  # by kind of risk, and of safe requests
     by_task: dict[str, "Metrics"] | None
     by_language: dict[str, "Metrics"] | None
     general_by_kind: dict[str, float | None] | None

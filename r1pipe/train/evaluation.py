@@ -17,6 +17,7 @@ from r1pipe.rewards import Verdicts, score_all, votes
 from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.refusals import refusals
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import never
 from r1pipe.train.run import Run
@@ -112,6 +113,7 @@ def evaluate(
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
     metrics = measure(prompts, sampled, greedy, config)
     metrics |= measure_general(general_prompts, general)
+    metrics["refusals"] = refusals([(general_prompts[row.problem], row.truth) for row in general])
     return Evaluation(metrics, _shown(prompts, greedy or sampled, general_prompts, general, config.shown))
 
 

@@ -100,7 +100,7 @@ def judge(
     references: Annotated[int | None, typer.Option(min=1, help="questions with a reference answer")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="An object with all figures.")] = False,
 ) -> int:
-    """Measure a judge before it is used: judge http://localhost:8000/v1 data=preferences data.path=DIR
+    """Measure a judge before it is used: judge URL data=preferences data.path=DIR
 
     Agreement with held-out labels, position bias, length bias, self-preference, consistency, and whether it
     obeys what an answer tells it. Stages with judge=MODEL refuse a judge that was not measured with the same

@@ -107,5 +107,5 @@ def risk_of(prompt: Prompt) -> str | None:
         return None
     at = index(prompt.language)
     acts = {pair[at]: pair[0] for pair in content("general")["safety"]["unsafe"]}
-    act = acts.get(prompt.checker["act"])
+    act = acts.get(prompt.checker.get("act", ""))
     return next((risk for risk, known in RISKS.items() if act in known), "other")

@@ -166,7 +166,7 @@ def config_classes(cls: type, prefix: str) -> Iterator[tuple[type, str]]:
     yield cls, prefix
     for name, hint in field_types(cls).items():
         below = [part for part in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(part)]
-        if name in ("weights_from", "reads_from") or not below:
+        if name in ("weights_from", "reads_from", "teacher_from") or not below:
             continue
         kinds = dict.fromkeys(STAGE_TYPES.values()) if name == "stage" else below
         item = {list: "[].", dict: ".NAME."}.get(getattr(hint, "__origin__", None), ".")

@@ -1,34 +1,43 @@
-"""Distillation (R1 section 2.4): another base, the student, learns from stage 3's samples by SFT alone.
+"""Distillation (R1 section 2.4): a student learns from a teacher.
 
-The samples are those that the pipeline's newest `rejection_sft` was trained on, general part included,
-checked against the hash in its record. R1 gave its 800k samples to Qwen2.5 (1.5B to 32B) and Llama (8B, 70B).
-The student is `parent=`, any checkpoint with the teacher's tokenizer and chat template, and `model=` its
-shape; by default the pipeline's own base. For a smaller student first pre-train one, in a pipeline of its
-own:
+First what is got out of the teacher, `stage.extract`: its answers to given prompts (label), to new problems
+(expand), on topics or documents (curate), its probabilities (distribution), or its judgement of the student's
+answers (feedback). Then what puts it into the student, `stage.transfer`. R1 gave 800k samples of stage 3 to
+Qwen2.5 (1.5B to 32B) and Llama (8B, 70B) by SFT alone: so it is without `teacher=`, where the samples are
+those that the pipeline's newest `rejection_sft` was trained on, checked against the hash in its record.
+
+The student is `parent=`, any checkpoint with `model=` its shape; by default the pipeline's own base. For a
+smaller student first pre-train one, in a pipeline of its own:
 
     r1pipe run stage=pretrain model=student pipeline=student
     r1pipe run stage=distill model=student parent=RUN_ID
+    r1pipe run stage=distill model=student parent=RUN_ID teacher=grpo stage.extract=distribution
 """
 
 import sys
 
 from r1pipe.config import DistillConfig
-from r1pipe.core.errors import CheckpointError
+from r1pipe.core.errors import ConfigError
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.extract import extract
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import fine_tune
-from r1pipe.train.sft.rejection import samples_of
+from r1pipe.train.sft.rejection import read_dataset
 
 
 def main(folder: str) -> None:
     with open_run(folder, DistillConfig) as run:
-        if len(run.config.reads_from) != 1:
-            raise CheckpointError("this stage learns from one run's samples; name its stage in stage.reads")
-        (teacher,) = run.config.reads_from.values()
+        ranks = Ranks(run.config.engine)
         run.load_chat()
         with run.phase("loading data"):
             run.load_data()
-            demonstrations, data_hash = samples_of(teacher)
-        fine_tune(run, demonstrations, data_hash)
+        with run.phase("extracting"):
+            dataset, data_hash = extract(run, ranks)
+        if run.stage.transfer != "sft":
+            raise ConfigError(
+                f"stage.transfer={run.stage.transfer} cannot be run here; give stage.transfer=sft"
+            )
+        fine_tune(run, read_dataset(dataset)[0], data_hash)
 
 
 if __name__ == "__main__":

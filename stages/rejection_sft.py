@@ -49,7 +49,7 @@ def main(folder: str) -> None:
             asked = general_prompts(run) if stage.judge else []
             judge = open_judge(run, ranks, kinds_of(asked)) if asked else None
             shards = draw_samples(run, ranks, prompts)
-            general_shards = draw_samples(run, ranks, asked, "general_shards") if asked else []
+            general_shards = draw_samples(run, ranks, asked, "sampling general prompts") if asked else []
             run.sampler.forget()
         with run.phase("filtering"):
             if ranks.rank == 0:

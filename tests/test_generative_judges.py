@@ -436,7 +436,7 @@ def test_a_judge_filters_general_samples_and_a_resumed_run_pays_nothing(tmp_path
         assert len(served.requests) == asked, "a resumed run asks nothing twice"
     by_judge = [row for row in rows if row.get("judge")]
     assert by_judge and {row["kind"] for row in by_judge} == {"general"}
-    assert {row["judge"] for row in by_judge} == {f"{served.url}/v1 m"}
+    assert {row["judge"] for row in by_judge} == {f"{served.url}/v1 m m"}
     assert {row["source"] for row in by_judge} == {"sampled:bundled"}
     funnel = json.loads((folder / "data" / "funnel.json").read_text())
     assert [step["name"] for step in funnel if step["name"].startswith("general: judge")]

@@ -92,7 +92,14 @@ def test_best_worst_and_odd_each_once_and_why(house, made, capsys):
 def test_a_row_of_json_has_all_that_the_file_has(house, made, capsys):
     [found] = ask(house, capsys, "grpo", "--text", "DEF F")
     expected = {key: value for key, value in STEPS[2][3].items() if key != "has_variance"}
-    expected |= {"run": "grpo-s0-1", "kind": "odd", "odd": ["not judged"], "step": 2}
+    expected |= {
+        "run": "grpo-s0-1",
+        "kind": "odd",
+        "odd": ["not judged"],
+        "step": 2,
+        "source": None,
+        "licence": None,
+    }
     assert found == expected | {"failed": "accuracy: infrastructure_failed (OOM)"}
 
 

@@ -27,10 +27,19 @@ def tiny_config(*overrides: str) -> RunConfig:
     return compose([*TINY, *(EASY_WORLD if of_world else []), *overrides]).config
 
 
-def tiny_run(folder: Path, *overrides: str, weights: ParentRef | None = None, **reads: ParentRef) -> Path:
-    """The folder as `r1pipe run` leaves it for the job; `reads`: the checkpoints that are read besides."""
+def tiny_run(
+    folder: Path,
+    *overrides: str,
+    weights: ParentRef | None = None,
+    taught_by: ParentRef | None = None,
+    **reads: ParentRef,
+) -> Path:
+    """The folder as `r1pipe run` leaves it for the job; `reads`: the checkpoints that are read besides;
+    `taught_by`: the teacher, where it is a checkpoint."""
     folder.mkdir(parents=True)
-    config = replace(tiny_config(*overrides), weights_from=weights, reads_from=reads)
+    teacher = [f"teacher={taught_by.run_id}"] if taught_by else []
+    config = tiny_config(*overrides, *teacher)
+    config = replace(config, weights_from=weights, reads_from=reads, teacher_from=taught_by)
     (folder / "config.json").write_text(json.dumps(to_mapping(config)))
     return folder
 

@@ -22,6 +22,7 @@ class AnswerParams:
     # Prompt i is number first + i * stride of all prompts, and that number alone selects its random numbers.
     first: int = 0
     stride: int = 1
+    top_logprobs: int = 0  # fill Completion.likely with so many tokens; of a server
 
 
 @dataclass(frozen=True)

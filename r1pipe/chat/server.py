@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
@@ -78,6 +79,7 @@ class ServerAnswerer:
             "top_p": params.top_p,
             "n": params.n,
             "seed": params.seed % SEEDS,
+            **({"logprobs": True, "top_logprobs": params.top_logprobs} if params.top_logprobs else {}),
             **more,
         }
         reply = self._ask("/chat/completions", body)
@@ -90,9 +92,7 @@ class ServerAnswerer:
         answers: list[Completion] = []
         while len(answers) < params.n:
             seed = params.seed + (params.first + number * params.stride) * params.n + len(answers)
-            of_request = AnswerParams(
-                params.max_tokens, params.temperature, params.top_p, params.n - len(answers), seed
-            )
+            of_request = replace(params, n=params.n - len(answers), seed=seed)
             choices = self.complete(conversation, of_request).get("choices")
             if not isinstance(choices, list) or not choices:
                 raise EnvironmentProblem(f"{self.key}: {self.url} answers no choices; is it a chat server?")
@@ -153,4 +153,27 @@ def _completion(choice: Any) -> Completion:
     thought = message.get("reasoning_content") or message.get("reasoning")
     text = compose_response(thought.strip(), content.strip()) if isinstance(thought, str) else content
     finish = "stop" if choice.get("finish_reason") == "stop" else "length"
-    return Completion([], [], finish, text)
+    return Completion([], [], finish, text, likely=_likely(choice))
+
+
+def _likely(choice: Any) -> list[tuple[bytes, list[tuple[bytes, float]]]] | None:
+    """The log-probabilities in a choice; None where they are missing or of another form."""
+    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not content:
+        return None
+    try:
+        return [
+            (
+                _bytes_of(token),
+                [(_bytes_of(other), float(other["logprob"])) for other in token["top_logprobs"]],
+            )
+            for token in content
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _bytes_of(token: Any) -> bytes:
+    """A token's bytes, which may be part of a character; servers that do not tell them have its text."""
+    return bytes(token["bytes"]) if token.get("bytes") is not None else str(token["token"]).encode()

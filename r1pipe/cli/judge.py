@@ -54,7 +54,7 @@ def judge(model: str, overrides: list[str], asked: dict[str, int | None], as_jso
 def config_of(model: str, overrides: list[str]) -> RunConfig:
     """The config of a stage that only measures, on one rank of this machine, with this judge."""
     config = compose([*overrides, "stage=base", f"judge={json.dumps(model)}"]).config
-    found = parents.checkpoint_named(config.judge, lineage.SearchPath.of(config))
+    found = parents.checkpoint_named("judge", config.judge, lineage.SearchPath.of(config))
     engine = replace(config.engine, ranks=1, launcher="local", hostfile=None, slurm=None)
     return replace(config, judge_from=found, engine=engine)
 

@@ -60,6 +60,15 @@ def facts(ancestor: Ancestor) -> dict[str, str]:
     }
 
 
+def taught(teacher: Mapping[str, Any]) -> str:
+    """Who taught a student, under which licence, and what it took; "" without a teacher."""
+    if not teacher:
+        return ""
+    took = f"{teacher['requests']} requests, {teacher['completion_tokens']} tokens, {teacher['usd']:.2f} USD"
+    licence = teacher["licence"] or "licence unknown"
+    return f"{teacher['name']} {teacher['version'][:12]} ({licence}), {teacher['prompts']} prompts, {took}"
+
+
 def write_page(found: Sequence[Ancestor], path: Path) -> None:
     """Raises EnvironmentProblem where the file cannot be written."""
     try:
@@ -99,6 +108,7 @@ def details(ancestor: Ancestor) -> dict[str, str]:
         "seed": shown["seed"],
         "code": shown["code"],
         **{name: record.get(name) or "" for name in HASHES},
+        "teacher": taught(record.get("teacher") or {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "metrics": ", ".join(numbers),
     }

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from r1pipe.config.data import SOURCES
 from r1pipe.config.fields import shown
 from r1pipe.config.groups import flat, upwards
 from r1pipe.config.run import RunConfig, to_mapping
@@ -22,6 +23,7 @@ SAME_BITS = {
     "judge": "how the judge was named; `judge_from` says which it is, and a server is known by its answers",
     "parent": "how the parent was named; `weights_from` says which it is",
     "tripwires": "when to warn or to pause",
+    "data.licence": "what the record says of the data",
     "stage.save_every": "when to save",
     "stage.keep": "what to keep",
     "stage.keep_best": "what to keep",
@@ -106,11 +108,22 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with each parent replaced by the hash of what it published."""
+    """The config with each parent replaced by the hash of what it published, and no source's licence."""
     reads = {stage: parent.get("hash") for stage, parent in (mapping.get("reads_from") or {}).items()}
     found = {key: mapping.get(key) for key in PARENTS if key != "reads_from"}
     single = {key: parent.get("hash") if parent else None for key, parent in found.items()}
-    return {**mapping, **single, "reads_from": reads}
+    data = {"data": _without_licences(mapping["data"])} if "data" in mapping else {}
+    return {**mapping, **single, "reads_from": reads, **data}
+
+
+def _without_licences(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The group `data` without what is only recorded of its sources."""
+    return {
+        key: [{name: part for name, part in source.items() if name != "licence"} for source in value]
+        if key in SOURCES
+        else value
+        for key, value in data.items()
+    }
 
 
 def listed(found: Iterable[Change]) -> str:

@@ -11,9 +11,9 @@ from r1pipe.core.errors import ConfigError
 ROW_KEYS = ("bad_rows", "max_bad_rows", "longest_row")  # never empty: only the command line can misplace them
 SOURCES = ("reasoning", "general", "preferences", "labels")
 USED = {  # data.kind -> the keys that it reads
-    "world": ("tasks", "languages", "levels"),
-    "files": ("path", *SOURCES, "substitutions", *ROW_KEYS),
-    "reasoning_gym": ("tasks",),
+    "world": ("licence", "tasks", "languages", "levels"),
+    "files": ("path", "licence", *SOURCES, "substitutions", *ROW_KEYS),
+    "reasoning_gym": ("licence", "tasks"),
 }
 WORLD: dict[str, tuple[str | int, ...]] = {
     "tasks": ("word", "countdown", "program", "judging"),
@@ -41,6 +41,7 @@ class SourceConfig(Strict):
     layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
     answer_form: str | None = None  # the form of all gold answers, e.g. number; null: as each is written
     prompts: bool = True  # false: its problems are not asked; their solutions are there to learn from
+    licence: str | None = None  # of its rows, for the record, e.g. MIT; null: data.licence
 
 
 @dataclass
@@ -61,6 +62,7 @@ class DataConfig(Strict):
     longest_row: Positive  # bytes of a row; a longer one cannot be used
     labels: list[SourceConfig]  # files: responses labelled safe or not, or pairs to be read as such
     substitutions: dict[str, str]  # files: texts to put in place of {{key}} in rows (identity data)
+    licence: str | None = None  # of what is read or generated, for the record, e.g. MIT; null: unknown
 
 
 def data_rules(data: DataConfig) -> Rules:

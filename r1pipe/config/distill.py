@@ -206,6 +206,12 @@ def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
             yield f"{key} needs the teacher's weights here; give teacher=CHECKPOINT or a Hugging Face folder"
     if stage.sampling.top_p == 0:
         yield "stage.sampling.top_p=0 leaves nothing to draw; it must be above 0"
+    needs_gold = stage.filters.correct_only or stage.transfer == "rl"
+    if stage.extract == "expand" and needs_gold and stage.samples_per_prompt == 1:
+        yield (
+            "stage.samples_per_prompt=1: the answer to a new problem is what several agree on; give 2 or "
+            "more, or stage.filters.correct_only=false"
+        )
     if stage.extract == "curate":
         yield from _curate_rules(stage.curate)
     if stage.extract == "feedback":

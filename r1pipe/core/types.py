@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 HELPFUL_TASKS = ("writing", "facts", "identity", "translation")  # of general prompts, scored for helpfulness
 GENERAL_TASKS = (*HELPFUL_TASKS, "safety")  # no rule can verify an answer to these
+CURATED = "curated"  # the task of a teacher's questions on a topic or a document: nor to these
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Prompt:
     checker: dict = field(default_factory=dict)  # for the task's checker: numbers, tests, reference …
     level: int = 0  # difficulty, for tasks with levels
     context: tuple[Message, ...] = ()  # what was said before the question: system prompt, earlier turns
+    source: str = field(default="", compare=False)  # provenance: "world", a file and line …; "": unknown
+    licence: str | None = field(default=None, compare=False)  # of the prompt and its answers; None: unknown
 
 
 @dataclass
@@ -51,6 +54,9 @@ class Completion:
     # [tokens, MoE layers, K]: the experts that the sampler's router chose; None: not recorded. Row t
     # is of the token that was read to draw token t: the prompt's last one, then the completion but its last
     experts: "np.ndarray | None" = None
+    # of a server that was asked for them: each token's bytes, and the likeliest tokens in its place with
+    # their log-probabilities; None: not recorded
+    likely: "list[tuple[bytes, list[tuple[bytes, float]]]] | None" = None
 
     @property
     def truncated(self) -> bool:
@@ -101,7 +107,15 @@ class Demonstration:
     prompt: Prompt
     response: str  # text after the assistant token, without EOS
     strategy: str = ""  # the solution method, if the generator knows it
-    source: str = ""  # provenance: "world", "sampled:<run id>", a file and line …
+    # provenance, as it is stored (r1pipe.runs.samples): None where unknown, or where there is none
+    source: str = ""  # of the response: "world", "sampled:<run id>", "teacher:<name>", a file and line …
+    checkpoint_hash: str | None = None  # of the checkpoint that drew it
+    seed: str | None = None  # of the draw
+    licence: str | None = None
+    teacher: str | None = None  # who wrote it
+    teacher_version: str | None = None
+    judge: str | None = None  # who let it pass
+    filters: tuple[str, ...] = ()  # that it passed
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,7 @@ class Files(Source):
 
     def rows(self, split: str) -> list[Demonstration]:
         return [
-            Demonstration(item.prompt, item.texts.get("solution", ""), source=item.source)
-            for item in self._split("reasoning", split)
+            _demonstration(item, item.texts.get("solution", "")) for item in self._split("reasoning", split)
         ]
 
     def demonstrations(
@@ -194,7 +193,7 @@ class Files(Source):
         for item in _sample_by_task(solved, n, seed, styles, "traces"):
             summary = summary_of_answer(item.prompt)
             response = compose_response(item.texts["solution"], summary)
-            demonstrations.append(Demonstration(item.prompt, response, source=item.source))
+            demonstrations.append(_demonstration(item, response))
         return demonstrations
 
     def general_prompts(self, split: str, n: int, seed: int, kinds: Mapping[str, float]) -> list[Prompt]:
@@ -204,7 +203,7 @@ class Files(Source):
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         answered = [item for item in self._split("general", "train") if item.texts["response"]]
         items = _sample_by_task(answered, n, seed, kinds, "general traces")
-        return [Demonstration(item.prompt, item.texts["response"], source=item.source) for item in items]
+        return [_demonstration(item, item.texts["response"]) for item in items]
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:
         items = _sample(self._split("preferences", split), n, seed, f"pairs/{split}")
@@ -228,7 +227,12 @@ def _sources(config: DataConfig) -> Iterator[tuple[str, SourceConfig, str]]:
     for kind, paths in data_files.located(asdict(config)).items():
         sources: Sequence[SourceConfig] = getattr(config, kind)
         for i, (source, path) in enumerate(zip(sources, paths, strict=False)):
-            yield kind, replace(source, path=str(path)), f"data.{kind}[{i}]"
+            licence = source.licence or config.licence
+            yield kind, replace(source, path=str(path), licence=licence), f"data.{kind}[{i}]"
+
+
+def _demonstration(item: Item, response: str) -> Demonstration:
+    return Demonstration(item.prompt, response, source=item.source, licence=item.prompt.licence)
 
 
 def _is_mapped(source: SourceConfig) -> bool:

@@ -45,8 +45,12 @@ class Item:
     prompt: Prompt
     texts: dict[str, str]
     split: str
-    source: str  # provenance: file and row
     asked: bool = True  # whether it is a prompt, too, and no solution alone
+
+    @property
+    def source(self) -> str:
+        """Provenance: file and row."""
+        return self.prompt.source
 
 
 @dataclass
@@ -96,7 +100,8 @@ def parse_item(
     split = named or split_of(key(prompt))
     if named is None and split in declared:
         split = "train"  # a file that declares this split provides all of it
-    return Item(prompt, texts, split, f"{row.path.name}:{row.number}", source.prompts)
+    place = f"{row.path.name}:{row.number}"
+    return Item(replace(prompt, source=place, licence=source.licence), texts, split, source.prompts)
 
 
 def _texts(kind: str, row: Row, source: SourceConfig) -> Parts:

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from r1pipe.config import DataConfig
 from r1pipe.core.errors import ConfigError
@@ -17,6 +17,7 @@ from r1pipe.core.types import Prompt
 from r1pipe.data.source import Source
 from r1pipe.data.world.content import make_prompt, split_of
 from r1pipe.rewards import gym
+from r1pipe.runs.data_files import NOT_READ
 
 TRIES = 400  # problems generated per problem requested, before the tasks count as exhausted
 
@@ -32,7 +33,8 @@ class ReasoningGym(Source):
         for task in config.tasks:
             gym.dataset(task)
         version = importlib.metadata.version("reasoning-gym")
-        self.hash = hashlib.sha256(json.dumps([asdict(config), version], sort_keys=True).encode()).hexdigest()
+        read = {key: value for key, value in asdict(config).items() if key not in NOT_READ}
+        self.hash = hashlib.sha256(json.dumps([read, version], sort_keys=True).encode()).hexdigest()
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:
         """Up to n distinct problems, the tasks in turn; fewer where the tasks have no more.
@@ -47,7 +49,7 @@ class ReasoningGym(Source):
             index, task = divmod(turn, len(self.config.tasks))
             prompt = _prompt(self.config.tasks[task], start + index)
             if split_of(prompt.question) == split:
-                found.setdefault(prompt.id, prompt)
+                found.setdefault(prompt.id, replace(prompt, licence=self.config.licence))
         return list(found.values())
 
 
@@ -55,4 +57,5 @@ def _prompt(task: str, index: int) -> Prompt:
     chunk, offset = divmod(index, gym.CHUNK)
     entry = gym.dataset(task, chunk)[offset]
     question, answer = entry["question"], str(entry["answer"])
-    return make_prompt(task, "en", question, answer, {"reasoning_gym": task, "entry": entry})
+    prompt = make_prompt(task, "en", question, answer, {"reasoning_gym": task, "entry": entry})
+    return replace(prompt, source=f"reasoning_gym:{task}:{index}")

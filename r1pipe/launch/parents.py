@@ -69,7 +69,8 @@ def with_parents(
             if isinstance(config.model, HFConfig) and weights.run_id == lookup.BUNDLED:
                 weights = adopt(Path(config.model.path), search.root)  # the base of such a pipeline
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
-        teacher, judge = (checkpoint_named(name, search) for name in (config.teacher, config.judge))
+        teacher = checkpoint_named("teacher", config.teacher, search)
+        judge = checkpoint_named("judge", config.judge, search)
     except CheckpointError:
         unfinished = unfinished_config(config)
         if unfinished is None:
@@ -92,13 +93,21 @@ def with_baseline(config: RunConfig, search: lookup.SearchPath) -> RunConfig:
     name = stage.judge.baseline
     if is_server(name) or name.endswith(".jsonl"):
         return config
-    judge = replace(stage.judge, baseline=resolve(name, search).checkpoint)
+    found = checkpoint_named("stage.judge.baseline", name, search)
+    assert found is not None
+    judge = replace(stage.judge, baseline=found.checkpoint)
     return replace(config, stage=replace(stage, judge=judge))
 
 
-def checkpoint_named(name: str | None, search: lookup.SearchPath) -> ParentRef | None:
-    """The checkpoint of a teacher or judge; None for a server or nobody. Raises CheckpointError."""
-    return None if name is None or is_server(name) else resolve(name, search)
+def checkpoint_named(key: str, name: str | None, search: lookup.SearchPath) -> ParentRef | None:
+    """The checkpoint of a teacher or judge, named with `key`; None for a server or nobody. Raises
+    CheckpointError."""
+    if name is None or is_server(name):
+        return None
+    try:
+        return resolve(name, search)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}={name}: {error}") from None
 
 
 def unfinished_config(config: RunConfig) -> RunConfig | None:

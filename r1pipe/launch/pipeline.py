@@ -33,7 +33,7 @@ def dry_run(config: RunConfig, fresh: bool) -> str:
     try:
         filled = parents.with_parents(config)
     except CheckpointError as error:
-        if config.parent is not None:
+        if config.parent is not None or config.teacher is not None:
             raise
         log(f"note: {error}")
         # parents that name a stage but no checkpoint, so that no job can start from them

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import GENERAL_TASKS, Completion, Prompt, Score, Status
+from r1pipe.core.types import CURATED, GENERAL_TASKS, Completion, Prompt, Score, Status
 from r1pipe.rewards import symbolic
 from r1pipe.rewards.answers import check as answers
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
@@ -169,7 +169,7 @@ def checker_of(prompt: Prompt) -> Checker:
 
 def is_verifiable(prompt: Prompt) -> bool:
     """Whether a rule can score answers to the prompt."""
-    return prompt.task not in GENERAL_TASKS
+    return prompt.task not in (*GENERAL_TASKS, CURATED)
 
 
 def check_gold(prompt: Prompt) -> None:

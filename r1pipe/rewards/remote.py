@@ -24,6 +24,7 @@ from r1pipe.rewards.reply import DETAIL, Patience, score_of
 
 REPLY_LIMIT = 1 << 20  # bytes
 BACKOFF_S = 0.5  # before the second try; twice as long before each further one
+NOT_SENT = ("source", "licence")  # where a prompt came from is not the server's business
 
 
 class RemoteReward:
@@ -39,7 +40,8 @@ class RemoteReward:
         sent = [
             {"text": c.text, "finish_reason": c.finish_reason, "length": len(c.tokens)} for c in completions
         ]
-        body = {"prompt": asdict(prompt), "completions": sent}
+        told = {name: value for name, value in asdict(prompt).items() if name not in NOT_SENT}
+        body = {"prompt": told, "completions": sent}
         token, timeout_s = os.environ.get(TOKEN), self.limits.timeout_s
         why = ""
         for attempt in range(self.limits.retries + 1):

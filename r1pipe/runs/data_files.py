@@ -19,6 +19,7 @@ COMPRESSIONS = (".gz", ".zst")
 WHOLE_FOLDER = "."  # the path of a source that is all of `data.path`
 # Hashed only where they have another value than this: older hashes stay valid.
 NEW_KEYS: dict[str, Any] = {"layout": None, "answer_form": None, "prompts": True}
+NOT_READ = ("licence",)  # keys of the group and of its sources that change nothing that is read
 CHUNK = 1 << 20  # bytes
 # What lies beside the shards: of save_to_disk and of the hub's older folders.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -90,7 +91,8 @@ def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     on the hub, its name and its revision in the cache are hashed.
     """
     group = {kind: [_without_unset(source) for source in data[kind]] for kind in KINDS}
-    whole = hashlib.sha256(json.dumps({**data, **group, "path": None}, sort_keys=True).encode())
+    read = {key: value for key, value in data.items() if key not in NOT_READ}
+    whole = hashlib.sha256(json.dumps({**read, **group, "path": None}, sort_keys=True).encode())
     files = {}
     for path in (path for paths in located(data).values() for path in paths):
         named = hub_name(path)
@@ -112,7 +114,8 @@ def hashes(data: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _without_unset(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in NEW_KEYS or value != NEW_KEYS[key]}
+    read = {key: value for key, value in source.items() if key not in NOT_READ}
+    return {key: value for key, value in read.items() if key not in NEW_KEYS or value != NEW_KEYS[key]}
 
 
 def _revision(name: str) -> Path:

@@ -90,6 +90,8 @@ def job_record(
     }
     if folder.rewards.exists():
         record["rewards"] = read_object(folder.rewards)
+    if folder.teacher.exists():
+        record["teacher"] = read_object(folder.teacher)  # type: ignore[typeddict-item]
     history = folder.config_history
     if history.exists():
         changed = sorted({key for row in Tail(history).read() for key in row["changed"]})

@@ -109,6 +109,21 @@ class CustomRewardSource(TypedDict):
     version: str | None  # distribution and version of an entry point
 
 
+class TeacherFacts(TypedDict):
+    """Who taught a student, and what it took (r1pipe.chat.answerer.Identity and Spent)."""
+
+    kind: str  # "checkpoint" or "server"
+    name: str
+    version: str
+    licence: str  # "": unknown
+    prompts: int  # of the dataset
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: FiniteFloat
+    usd: FiniteFloat
+
+
 class Result(TypedDict, total=False):
     """The part that only the job knows."""
 
@@ -143,6 +158,7 @@ class Record(Result):
     versions: NotRequired[dict[str, str | None]]
     rewards: NotRequired[dict[str, CustomRewardSource]]  # custom rewards, by name
     history: NotRequired[History]
+    teacher: NotRequired[TeacherFacts]
     record_hash: NotRequired[str]
 
 

@@ -2,16 +2,20 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
 from r1pipe.chat.server import ServerAnswerer
 from r1pipe.chat.template import Chat
 from r1pipe.config import AnswererConfig, ParentRef
 from r1pipe.core.types import Completion, Prompt
-from r1pipe.model import load_pretrained
+from r1pipe.model import Policy, load_pretrained
 from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.ranks import Ranks
@@ -63,8 +67,21 @@ class LocalAnswerer:
     ) -> list[list[Completion]]:
         """As Answerer's. A prompt that leaves no room in the context gets empty answers that are truncated.
         Raises Stopped on a request to stop."""
+        answers = self.continued([self.chat.prompt_tokens(prompt) for prompt in prompts], params, progress)
+        for completion in chain.from_iterable(answers):
+            completion.text = self.chat.response(completion.tokens) if completion.tokens else ""
+        return answers
+
+    def continued(
+        self,
+        tokens: Sequence[list[int]],
+        params: AnswerParams,
+        progress: Progress | None = None,
+        stop_ids: tuple[int, ...] = (),
+    ) -> list[list[Completion]]:
+        """As `answer`, for prompts that are tokens, which need not end where an answer begins; `text` stays
+        empty. `stop_ids`: tokens that end a completion besides the model's own."""
         began, n = time.monotonic(), params.n
-        tokens = [self.chat.prompt_tokens(prompt) for prompt in prompts]
         fit = [i for i, ids in enumerate(tokens) if len(ids) < self._longest]
         drawing = SamplingParams(
             params.max_tokens,
@@ -74,22 +91,30 @@ class LocalAnswerer:
             params.seed,
             params.first,
             params.stride,
+            stop_token_ids=stop_ids,
             max_num_seqs=params.max_num_seqs,
         )
         limits = [min(params.max_tokens, self._longest - len(tokens[i])) for i in fit]
         drawn = self._sampler.generate(
             [tokens[i] for i in fit], drawing, progress, limits=limits, stop=stopping.requested
         )
-        answers = [[Completion([], [], "length") for _ in range(n)] for _ in prompts]
+        answers = [[Completion([], [], "length") for _ in range(n)] for _ in tokens]
         for place, i in enumerate(fit):
             answers[i] = drawn[place * n : place * n + n]
-            for completion in answers[i]:
-                completion.text = self.chat.response(completion.tokens)
         self.spent.requests += len(fit)
         self.spent.prompt_tokens += sum(len(tokens[i]) for i in fit)
         self.spent.completion_tokens += sum(len(completion.tokens) for completion in drawn)
         self.spent.seconds += time.monotonic() - began
         return answers
+
+    @contextmanager
+    def reading(self) -> Iterator[Policy]:
+        """The whole model, to read tokens with; all ranks must enter where weights lie in shares."""
+        weights = self._sampler.weights
+        assert weights is not None
+        with weights.gathered() as model, torch.no_grad():
+            model.eval()
+            yield model
 
     def close(self) -> None:
         self._sampler.close()

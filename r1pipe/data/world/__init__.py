@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from r1pipe.chat.template import compose_response, parse
 from r1pipe.config import DataConfig
@@ -17,7 +17,8 @@ from r1pipe.data.world import corpus, general, truth
 from r1pipe.data.world.content import choose, content, draw_until
 from r1pipe.runs import heartbeat
 
-IGNORED = ("labels", "bad_rows", "max_bad_rows", "longest_row")  # keys of `data` left out of the world's hash
+# Keys of `data` left out of the world's hash.
+IGNORED = ("licence", "labels", "bad_rows", "max_bad_rows", "longest_row")
 # A draw stops when, for each prompt it has found, this many in a row were not new. The rarest prompts come up
 # about a third as often as the average one.
 PATIENCE = 30
@@ -53,7 +54,7 @@ class World(Source):
             while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):
                 heartbeat.tick()
                 task, language = choose(rng, shares), rng.choice(config.languages)
-                prompt = corpus.draw_prompt(rng, split, task, language, rng.choice(config.levels))
+                prompt = self._draw(rng, split, task, language, rng.choice(config.levels))
                 repeats = repeats + 1 if prompt.id in found else 0
                 found.setdefault(prompt.id, prompt)
             if len(found) == n:
@@ -100,7 +101,11 @@ class World(Source):
     def _general(self, rng: random.Random, split: str, kind: str) -> Prompt:
         if kind not in GENERAL_TASKS:
             raise ConfigError(f"general_kinds: the world has no {kind}; {nearest(kind, list(GENERAL_TASKS))}")
-        return corpus.draw_prompt(rng, split, kind, rng.choice(self.config.languages))
+        return self._draw(rng, split, kind, rng.choice(self.config.languages))
+
+    def _draw(self, rng: random.Random, split: str, task: str, language: str, level: int = 0) -> Prompt:
+        prompt = corpus.draw_prompt(rng, split, task, language, level)
+        return replace(prompt, source=corpus.SOURCE, licence=self.config.licence)
 
     def general_demonstrations(self, n: int, seed: int, kinds: Mapping[str, float]) -> list[Demonstration]:
         """n written answers, the kinds by these shares (none: by the corpus's)."""
@@ -112,7 +117,7 @@ class World(Source):
             # annotators of mixed quality wrote the safety answers, so the last stage has something to fix
             right = shares["written_safety_right"] if kind == "safety" else 1.0
             response = compose_response(*general.respond(prompt, rng, right, shares["written_manner"]))
-            demonstrations.append(Demonstration(prompt, response, "", "world"))
+            demonstrations.append(corpus.demonstration(prompt, response))
         return demonstrations
 
     def preference_pairs(self, split: str, n: int, seed: int) -> list[PreferencePair]:

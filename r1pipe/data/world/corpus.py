@@ -16,6 +16,7 @@ from r1pipe.data.world import countdown, general, judging, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, draw_until, index, split_of
 
 TASKS = {"word": word, "countdown": countdown, "program": program, judging.TASK: judging}
+SOURCE = "world"  # of every prompt and response, for the record
 Strategy = Literal["careful", "terse", "guess"]
 
 
@@ -37,7 +38,11 @@ def reasoning_demonstration(
     """A worked solution in a strategy drawn by weight; it may be wrong."""
     strategy = choose(rng, styles)
     reasoning, summary = TASKS[prompt.task].solve(prompt, strategy, rng, slip)
-    return Demonstration(prompt, compose_response(reasoning, summary), strategy, "world")
+    return demonstration(prompt, compose_response(reasoning, summary), strategy)
+
+
+def demonstration(prompt: Prompt, response: str, strategy: str = "") -> Demonstration:
+    return Demonstration(prompt, response, strategy, SOURCE, licence=prompt.licence)
 
 
 def strategy_of(prompt: Prompt, text: str) -> Strategy | Literal["other"]:

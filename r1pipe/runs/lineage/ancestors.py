@@ -199,7 +199,7 @@ def contradictions(run: RunFolder, record: Record, path: Path) -> Iterator[str]:
 def recorded_hashes(run: RunFolder, record: Record) -> dict[Path, str | None]:
     """The run's files -> SHA-256 in its record; None where it has none. Raises CheckpointError."""
     hashes: dict[Path, str | None] = {}
-    if STAGE_TYPES.get(record["stage"]) is RejectionConfig:
+    if STAGE_TYPES.get(record["stage"]) is RejectionConfig or "teacher" in record:
         hashes[run.dataset] = record.get("data_hash")
     for name, sha in (record.get("files") or {}).items():
         hashes[inside(run.path, name, run.record)] = sha

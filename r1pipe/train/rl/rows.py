@@ -3,9 +3,11 @@
 Sample row: {"prompt_id": "word-1f…", "task": "word", "language": "en", "question": "…", "answer": "42",
 "completion": "<think>\\n…", "length": 87, "truncated": False, "repetition": 0.1, "strategy": "careful",
 "reward": 1.2, "advantage": 0.9, "has_variance": True, "trained": True, "entropy": 0.4,
-"scores": {"accuracy": 1.0, "format": 1.0}, "failed": [], "context": None}
+"scores": {"accuracy": 1.0, "format": 1.0}, "failed": [], "context": None, "source": "world",
+"licence": "Apache-2.0"}
 
-The context is the JSON of the messages before the question, if there were any.
+The context is the JSON of the messages before the question, if there were any; source and licence are the
+prompt's.
 
 Metric names are TRL's where it has them; docs/metrics.md lists all.
 """
@@ -48,7 +50,7 @@ COLUMNS = pa.schema(
         *(("completion", pa.string()), ("length", pa.int64()), ("truncated", pa.bool_())),
         *(("repetition", pa.float64()), ("strategy", pa.string()), ("reward", pa.float64())),
         *(("advantage", pa.float64()), ("trained", pa.bool_()), ("entropy", pa.float64())),
-        *(("failed", pa.string()), ("context", pa.string())),
+        *((name, pa.string()) for name in ("failed", "context", "source", "licence")),
     ]
 )
 
@@ -85,6 +87,8 @@ def rows_of(groups: Sequence[Group], strategy_of: StrategyOf | None) -> list[Row
                     "scores": values,
                     "failed": failed,
                     "context": context,
+                    "source": prompt.source or None,
+                    "licence": prompt.licence,
                 }
             )
     return rows

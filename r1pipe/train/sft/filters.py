@@ -7,11 +7,11 @@ thresholds, which were not published, are in conf/.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r1pipe.chat.template import parse
+from r1pipe.chat.template import Parsed, parse
 from r1pipe.config import FilterConfig
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data import overlap
@@ -46,11 +46,14 @@ class Sampled:
 
 
 def apply_filters(
-    rows: Iterable[Sampled], config: FilterConfig, eval_questions: Sequence[str]
+    rows: Iterable[Sampled],
+    config: FilterConfig,
+    eval_questions: Sequence[str],
+    left_out: Collection[str] = (),
 ) -> tuple[list[Sampled], list[dict[str, Any]]]:
     """The rows that every filter keeps, in order, and the funnel: {name, kept, dropped, examples} per filter,
-    where a row counts for the first one that drops it."""
-    failed_filter = _Filters(config, eval_questions).failed_by
+    where a row counts for the first one that drops it. `left_out`: "correct" and "well formed" may be."""
+    failed_filter = _Filters(config, eval_questions, left_out).failed_by
     kept: list[Sampled] = []
     dropped: dict[str, list[str]] = {name: [] for name in FILTERS}
     for row in rows:
@@ -71,25 +74,22 @@ def apply_filters(
 class _Filters:
     """The filters with what they remember of the rows before."""
 
-    def __init__(self, config: FilterConfig, eval_questions: Sequence[str]):
-        n = config.ngram_overlap
-        self.config = config
-        self.eval_keys = {overlap.key(question) for question in eval_questions}
-        self.eval_grams = distinctive_grams(eval_questions, n) if n else set()
-        self.short_questions = overlap.ShortQuestions(eval_questions, n)
+    def __init__(self, config: FilterConfig, eval_questions: Sequence[str], left_out: Collection[str] = ()):
+        self.config, self.left_out = config, left_out
+        self.evaluation = Evaluation(eval_questions, config.ngram_overlap)
         self.seen: set[tuple[str, str]] = set()
         self.per_prompt: Counter[str] = Counter()
 
     def failed_by(self, row: Sampled) -> str | None:
         """The name of the first filter that drops a row; None if all keep it."""
         config, prompt, parsed = self.config, row.prompt, parse(row.completion.text)
-        accuracy, reasoning = row.scores["accuracy"], parsed.reasoning
-        if accuracy.status is not Status.SCORED or accuracy.value != 1.0:  # a failed verifier is no pass
+        if not self._is_correct(row):
             return "correct"
-        full_reward = "format" not in row.scores or row.scores["format"].value == 1.0
-        if not (full_reward and parsed.well_formed) or row.completion.truncated:
+        if not self._is_whole(row, parsed):
             return "well formed"
-        shares = [language_share(text, prompt.language) for text in (reasoning, parsed.summary)]
+        # without a thought, where such answers are let through, the rest is what is read
+        reasoning, texts = parsed.reasoning or parsed.summary, (parsed.reasoning, parsed.summary)
+        shares = [language_share(text, prompt.language) for text in texts if text]
         if min(shares) < config.min_language_consistency:
             return "one language"
         # a sampled paragraph has no line breaks
@@ -103,16 +103,41 @@ class _Filters:
         if key in self.seen:
             return "duplicates"
         self.seen.add(key)
-        if config.ngram_overlap and self.is_copy(overlap.asked(prompt)):
+        if self.evaluation.has(overlap.asked(prompt)):
             return "overlap with evaluation"
         self.per_prompt[prompt.id] += 1
         return "cap per prompt" if self.per_prompt[prompt.id] > config.per_prompt else None
 
-    def is_copy(self, question: str) -> bool:
+    def _is_correct(self, row: Sampled) -> bool:
+        """Whether the rules find it right; for a general prompt there is none."""
+        accuracy = row.scores.get("accuracy")
+        if "correct" in self.left_out or accuracy is None:
+            return True
+        return accuracy.status is Status.SCORED and accuracy.value == 1.0  # a failed verifier is no pass
+
+    def _is_whole(self, row: Sampled, parsed: Parsed) -> bool:
+        """Whether it has ended, and is a thought with a summary."""
+        if row.completion.truncated or not parsed.summary:
+            return False
+        full_reward = "format" not in row.scores or row.scores["format"].value == 1.0
+        return "well formed" in self.left_out or (full_reward and parsed.well_formed)
+
+
+class Evaluation:
+    """The questions of an evaluation, which are not to be trained on."""
+
+    def __init__(self, questions: Sequence[str], n: int):
+        """`n`: of the n-grams that are compared; 0: nothing is."""
+        self.n = n
+        self.keys = {overlap.key(question) for question in questions}
+        self.grams = distinctive_grams(questions, n) if n else set()
+        self.short_questions = overlap.ShortQuestions(questions, n)
+
+    def has(self, question: str) -> bool:
         """Whether it is an evaluation question, shares an n-gram with one, or nearly is a short one."""
-        return (
-            overlap.key(question) in self.eval_keys
-            or not self.eval_grams.isdisjoint(_grams(question, self.config.ngram_overlap))
+        return self.n > 0 and (
+            overlap.key(question) in self.keys
+            or not self.grams.isdisjoint(_grams(question, self.n))
             or bool(self.short_questions.copied_by(question))
         )
 

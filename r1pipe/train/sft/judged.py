@@ -14,9 +14,10 @@ from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.rewards.judge.judging import Judge
 from r1pipe.runs.judge_quality import POINTWISE, REFERENCE
 from r1pipe.train.run import Run
-from r1pipe.train.sft.filters import Sampled, apply_filters
+from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
 
 FIRST_FILTER = "correct"  # of apply_filters: here the judge has the last word
+JUDGED_FILTERS = (*(name for name in FILTERS if name != FIRST_FILTER), "judge")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def approved(
             "examples": dropped[:3],
         }
     )
-    return Approved(kept, funnel, judge.identity.name)
+    return Approved(kept, funnel, f"{judge.identity.name} {judge.identity.version}")
 
 
 def _passes(above: float | None, prompt: Prompt) -> bool:

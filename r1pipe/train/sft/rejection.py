@@ -1,83 +1,66 @@
 """Rejection sampling (R1 section 2.3.3): draw, score, filter, join with general data.
 
-Samples are stored in shards, so that an interruption costs one shard. Each row of samples.parquet has its
-provenance: {"kind": "reasoning", "prompt_id": "word-1f…",
-"task": "word", "language": "en", "level": 2, "question": "…", "answer": "42", "response": "<think>\\n…",
-"source": "sampled:RUN ID", "checkpoint_hash": "9a…"}; and where any prompt has a context,
-"context": '[{"role": "system", "content": "…"}]' or null.
+Samples are stored in shards, so that an interruption costs one shard. The rows of samples.parquet have the
+columns of r1pipe.runs.samples, which say where each came from.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import chain, zip_longest
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
-from r1pipe.core.types import Completion, Demonstration, Message, Prompt, Score, Status
+from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
 from r1pipe.data.overlap import asked
 from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
-from r1pipe.runs import stopping
+from r1pipe.runs import samples, stopping
 from r1pipe.runs.checkpoints import broken, file_hash, verify
-from r1pipe.runs.files import replacing, write_json
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import record_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import held_out
 from r1pipe.train.rollout import SamplingParams
+from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.run import Run, log
-from r1pipe.train.sft.filters import Sampled, apply_filters
-from r1pipe.train.sft.judged import Approved
+from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
+from r1pipe.train.sft.judged import JUDGED_FILTERS, Approved
+from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
 
-SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough to keep the slots full
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
 def draw_samples(
-    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = "shards"
+    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = "sampling"
 ) -> list[Path]:
-    """All shard files of the folder `name`, in order, drawn from the sampler's weights. The ranks share the
+    """All shard files of the work `name`, in order, drawn from the sampler's weights. The ranks share the
     work of drawing and scoring missing ones."""
     stage = run.stage
-    folder = run.folder.data / name
-    folder.mkdir(exist_ok=True)
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
-    # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
-    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")]
-    per_rank = -(-len(prompts) // (per_shard * ranks.world_size))
-    count = max(counts, default=per_rank * ranks.world_size)
-    shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
-    total = len(prompts) * stage.samples_per_prompt
-    missing = [n for n in range(ranks.rank, count, ranks.world_size) if not shards[n].exists()]
-    idle = ranks.agree_max(len(missing)) - len(missing)
-    with stopping.leaving_early(ranks):
-        for number in missing:
-            before = total * (number - ranks.rank) // count
 
-            def progress(done: int, _: int, before: int = before) -> None:
-                run.progress("sampling", before + done * ranks.world_size, total, "completions")
+    def draw(part: Sequence[Prompt], number: int, count: int, progress: Progress) -> pa.Table:
+        rows = _draw(run, part, (number, count), progress)
+        columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
+        return pa.Table.from_pylist([columns | row for row in rows])  # what a row lacks of another's is null
 
-            rows = _draw(run, prompts[number::count], (number, count), progress)
-            run.launch.check()
-            _write_rows(shards[number], rows)
-        for _ in range(idle):  # all ranks call the sampler equally often
-            run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
-    return shards
+    def idle() -> None:
+        run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
+
+    return in_shards(run, ranks, name, prompts, per_shard, draw, idle, each=stage.samples_per_prompt)
 
 
 def _draw(
     run: Run[RejectionConfig],
     prompts: Sequence[Prompt],
     shard: tuple[int, int],
-    progress: Any,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Rows of one shard (number, count): completions and their rule scores, enough for the filters."""
     sampling, each, (number, count) = run.stage.sampling, run.stage.samples_per_prompt, shard
@@ -110,7 +93,7 @@ def _draw(
     ]
 
 
-def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
+def evaluation_questions(run: Run[Any], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
@@ -122,19 +105,18 @@ def evaluation_questions(run: Run[RejectionConfig], context: int) -> list[str]:
 
 def drawn_in_order(shards: Sequence[Path], each: int) -> list[Sampled]:
     """All samples in the order of the prompts, `each` per prompt, for any number of shards and ranks."""
-    tables = [pq.read_table(shard).to_pylist() for shard in shards]
-    by_prompt = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
-    samples = []
-    for turn in zip_longest(*by_prompt, fillvalue=[]):  # shard `number` has prompts[number::count]
-        for row in chain.from_iterable(turn):
-            prompt = replace(_prompt_of(row), checker=json.loads(row["checker"]), level=row["level"])
+    drawn = []
+    for rows in in_order(shards, each):
+        for row in rows:
+            checker, licence = json.loads(row["checker"]), row.get("licence")
+            prompt = replace(samples.prompt_of(row), checker=checker, licence=licence)
             scores = {
                 name: Score(score["value"], Status(score["status"]), score["detail"])
                 for name, score in json.loads(row["scores"]).items()
             }
             completion = Completion([], [], row["finish_reason"], row["completion"])
-            samples.append(Sampled(prompt, completion, scores))
-    return samples
+            drawn.append(Sampled(prompt, completion, scores))
+    return drawn
 
 
 def build_dataset(
@@ -188,53 +170,51 @@ def build_dataset(
     if not kept:
         run.progress(GENERAL_ALONE, len(written), len(written), "traces")
         log.info("%s", GENERAL_ALONE)
-    rows = (
-        [
-            {"kind": "reasoning", **_prompt_row(sample.prompt), "response": sample.completion.text}
-            | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
-            for sample in kept
-        ]
-        + [
-            {"kind": "general", **_prompt_row(sample.prompt), "response": sample.completion.text}
-            | {"source": f"sampled:{sampler.run_id}", "checkpoint_hash": sampler.hash}
-            | {"judge": general.judge if general else None}
-            for sample in judged
-        ]
-        + [
-            {"kind": "general", **_prompt_row(demonstration.prompt), "response": demonstration.response}
-            | {"source": demonstration.source, "checkpoint_hash": None}
-            for demonstration in written
-        ]
-    )
-    _write_rows(path, rows)
+    seed_of_draw = str(run.seed("sampling"))
+
+    def drawn_row(sample: Sampled, kind: str, judge: str | None, filters: tuple[str, ...]) -> samples.Row:
+        demonstration = Demonstration(
+            sample.prompt,
+            sample.completion.text,
+            source=samples.SAMPLED + sampler.run_id,
+            checkpoint_hash=sampler.hash,
+            seed=seed_of_draw,
+            licence=sample.prompt.licence,
+            judge=judge,
+            filters=filters,
+        )
+        return samples.row_of(demonstration, kind)
+
+    rows = [drawn_row(sample, "reasoning", None, FILTERS) for sample in kept]
+    rows += [drawn_row(sample, "general", general.judge, JUDGED_FILTERS) for sample in judged if general]
+    samples.write(path, [*rows, *(samples.row_of(demonstration, "general") for demonstration in written)])
     return path
 
 
 def read_dataset(path: Path) -> tuple[list[Demonstration], str]:
     """The demonstrations in samples.parquet, and the hash of the file."""
-    rows = pq.read_table(path).to_pylist()
-    demonstrations = [Demonstration(_prompt_of(row), row["response"], source=row["source"]) for row in rows]
-    return demonstrations, file_hash(path)
+    return [samples.demonstration_of(row) for row in samples.read(path)], file_hash(path)
 
 
 def samples_of(parent: ParentRef) -> tuple[list[Demonstration], str]:
     """The demonstrations that a finished rejection sampling trained on, and their file's hash. Raises
-    CheckpointError if they or its checkpoint are missing or changed."""
+    CheckpointError as dataset_of does."""
+    return read_dataset(dataset_of(parent)[0])
+
+
+def dataset_of(parent: ParentRef) -> tuple[Path, str]:
+    """The file that a finished run's samples are in, and its hash. Raises CheckpointError if it or the run's
+    checkpoint is missing or changed."""
     verify(parent.checkpoint, parent.hash)
     run = RunFolder(Path(parent.checkpoint).parent.parent)
-    problem = broken(run.dataset, record_of(run).get("data_hash") or "")
+    expected = record_of(run).get("data_hash") or ""
+    problem = broken(run.dataset, expected)
     if problem:
         raise CheckpointError(
             f"{problem}; copy it back, run `r1pipe run stage=rejection_sft` again, or name a stage that "
             "samples in stage.reads"
         )
-    return read_dataset(run.dataset)
-
-
-def _prompt_of(row: dict[str, Any]) -> Prompt:
-    context = tuple(Message(**message) for message in json.loads(row.get("context") or "[]"))
-    prompt = Prompt(row["prompt_id"], row["task"], row["language"], row["question"], row["answer"])
-    return replace(prompt, context=context)
+    return run.dataset, expected
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
@@ -246,13 +226,7 @@ def _prompt_row(prompt: Prompt) -> dict[str, Any]:
         "level": prompt.level,
         "question": prompt.question,
         "answer": prompt.answer,
+        "prompt_source": prompt.source,
+        "licence": prompt.licence,
         **({"context": json.dumps(context, ensure_ascii=False)} if context else {}),
     }
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Atomic: a shard that exists is never drawn again. What a row lacks of another's columns is null."""
-    columns: dict[str, None] = dict.fromkeys(name for row in rows for name in row)
-    table = pa.Table.from_pylist([columns | row for row in rows])
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

@@ -35,13 +35,15 @@ def in_shards(
     idle: Callable[[], object],
     unit: str = "completions",
     each: int = 1,
+    state: str = "",
 ) -> list[Path]:
     """All shard files of the work `name`, in order; the ranks share what is missing, and all call.
 
-    An item makes `each` rows. A rank with fewer shards than another calls `idle`, since models whose weights
-    lie in shares need all ranks equally often. Raises Interrupted in all ranks after a request to stop.
+    An item makes `each` rows. `state`: what the items depend on; shards of another lie beside. A rank with
+    fewer shards than another calls `idle`, since models whose weights lie in shares need all ranks equally
+    often. Raises Interrupted in all ranks after a request to stop.
     """
-    folder = run.folder.data / "shards" / name
+    folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     ranks.barrier()

@@ -1,0 +1,1 @@
+"""What is got out of a teacher for distillation: `stage.extract`, one file for each way."""

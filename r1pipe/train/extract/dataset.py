@@ -1,0 +1,101 @@
+"""The dataset of a distillation: data/samples.parquet with its funnel, whichever way its rows were made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from r1pipe.config import DistillConfig
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration, Prompt
+from r1pipe.rewards.accuracy import is_verifiable
+from r1pipe.runs import samples
+from r1pipe.runs.files import write_json
+from r1pipe.train.run import Run, log
+from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
+
+# Columns besides those of r1pipe.runs.samples. A distribution is over the student's tokens of the response, T
+# of them with the end of the answer, K likeliest tokens each; what is not known is token -1.
+COLUMNS: dict[str, pa.DataType] = {
+    "checker": pa.string(),  # JSON, for the task's checker
+    "score": pa.float32(),  # of feedback: the teacher's, in 0..1; in an answer's group more is better
+    "top_ids": pa.list_(pa.int32()),  # [T * K] token ids
+    "top_logprobs": pa.list_(pa.float16()),  # [T * K] the teacher's log-probabilities
+    "rest_logprobs": pa.list_(
+        pa.float16()
+    ),  # [T] log of the probability of all other tokens; 0: none is known
+}
+Steps = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One row of the dataset to be."""
+
+    prompt: Prompt
+    response: str
+    origin: Mapping[str, str | None]  # columns of samples.ORIGIN
+    filters: tuple[str, ...] = ()
+    score: float | None = None
+    distribution: Mapping[str, Any] = field(default_factory=dict)  # of COLUMNS
+
+
+def left_out(stage: DistillConfig) -> list[str]:
+    """The filters that the config leaves out."""
+    wanted = {"correct": stage.filters.correct_only, "well formed": stage.filters.well_formed}
+    return [name for name, is_wanted in wanted.items() if not is_wanted]
+
+
+def filters_of(stage: DistillConfig, kept: Sampled) -> tuple[str, ...]:
+    """The names of the filters that a kept answer has passed."""
+    skipped = left_out(stage) if "accuracy" in kept.scores else ["correct", *left_out(stage)]
+    return tuple(name for name in FILTERS if name not in skipped)
+
+
+def filtered(
+    run: Run[Any], drawn: Sequence[Sampled], questions: Sequence[str]
+) -> tuple[list[Sampled], Steps]:
+    """What rejection sampling's filters keep of a teacher's answers, and their funnel. `questions`: of the
+    evaluation."""
+    kept, steps = apply_filters(drawn, run.stage.filters, questions, left_out(run.stage))
+    return kept, [{"name": "answers drawn", "kept": len(drawn), "dropped": 0, "examples": []}, *steps]
+
+
+def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
+    """data/funnel.json, which is shown, too, and data/samples.parquet. Raises DataError without rows."""
+    for step in funnel:
+        line = f"{step['name']}: {step['kept']} kept, {step['dropped']} dropped"
+        log.info("%s", line)
+        if step["dropped"] or step is funnel[0]:
+            run.show(say=line)
+    write_json(run.folder.data / "funnel.json", funnel)
+    if not rows:
+        worst = max(funnel, key=lambda step: step["dropped"])
+        raise DataError(
+            f"nothing to train on: the filters left nothing of what the teacher gave ({worst['dropped']} "
+            f"dropped by '{worst['name']}'; see {run.folder.data / 'funnel.json'}); ask another teacher, or "
+            "loosen stage.filters"
+        )
+    stored = [_stored(row) for row in rows]
+    there = {name for row in stored for name in row}
+    samples.write(run.folder.dataset, stored, {name: kind for name, kind in COLUMNS.items() if name in there})
+
+
+def read_rows(path: Path) -> list[samples.Row]:
+    """All columns of a dataset; null where it has none. Raises CheckpointError where it cannot be read."""
+    return samples.read(path, [*samples.COLUMNS, *COLUMNS])
+
+
+def _stored(row: Kept) -> samples.Row:
+    """The columns that the row has."""
+    kind = "reasoning" if is_verifiable(row.prompt) else "general"
+    demonstration = Demonstration(row.prompt, row.response, filters=row.filters, **row.origin)  # type: ignore[arg-type]
+    stored = samples.row_of(demonstration, kind)
+    if row.prompt.checker:
+        stored["checker"] = json.dumps(row.prompt.checker)
+    if row.score is not None:
+        stored["score"] = row.score
+    return stored | dict(row.distribution)

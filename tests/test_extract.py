@@ -1,0 +1,576 @@
+"""What is got out of a teacher: labels, new problems, topics and documents, distributions, feedback."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chat_servers import ChatServer, chat_server, say
+from hf_models import write_model
+from jobs import on_two_ranks
+from tiny_runs import tiny_config, tiny_run
+
+from r1pipe.chat import server
+from r1pipe.chat.template import Chat
+from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config.compose import compose
+from r1pipe.config.distill import EXTRACTS, PAIRS, TRANSFERS, distill_rules
+from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.types import Completion, Prompt
+from r1pipe.model import load_pretrained
+from r1pipe.runs import lineage, samples
+from r1pipe.runs.files import write_json
+from r1pipe.runs.lineage.published import adopt
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.alignment import aligned, pieces_of
+from r1pipe.train.extract.answers import scored, with_majority
+from r1pipe.train.extract.curate import passages
+from r1pipe.train.extract.dataset import Kept, read_rows
+from r1pipe.train.extract.distribution import read_by_teacher, stored_top
+from r1pipe.train.extract.expand import listed
+from r1pipe.train.extract.extract import extract
+from r1pipe.train.extract.feedback import rating
+from r1pipe.train.extract.problems import Problems, rouge_l
+from r1pipe.train.extract.teacher import Teacher
+from r1pipe.train.extract.work import Work
+from r1pipe.train.run import open_run
+
+ALL = ["stage.filters.correct_only=false", "stage.filters.well_formed=false"]
+SMALL = ["stage=distill", "stage.prompts=6", "stage.teacher.retries=0", "stage.teacher.parallel=2"]
+DIVERGENCE = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
+LAPTOP = ["recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.sampling.max_tokens=48"]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BACKOFF_S", 0.01)
+
+
+def extracted(folder: Path, *words: str, weights: ParentRef | None = None, **more: Any) -> list[dict]:
+    """The rows of a run's dataset; nothing is trained."""
+    if not folder.exists():
+        tiny_run(folder, *SMALL, *words, weights=weights, **more)
+    with open_run(folder) as run:
+        run.load_chat(), run.load_data()
+        path, _ = extract(run, Ranks(run.config.engine))  # type: ignore[arg-type]
+    return read_rows(path)
+
+
+def funnel(folder: Path) -> dict[str, int]:
+    return {step["name"]: step["dropped"] for step in json.loads((folder / "data/funnel.json").read_text())}
+
+
+def asked(served: ChatServer) -> list[str]:
+    return [body["messages"][-1]["content"] for body in served.requests]
+
+
+def thought(text: str) -> str:
+    return f"<think>\nWe look at it.\n</think>\n\n{text}"
+
+
+# --- the table of pairs
+
+
+def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
+    assert list(PAIRS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
+    config = tiny_config("stage=distill", "teacher=base", "stage.curate.topics=[tea]")
+    for (way, transfer), pair in PAIRS.items():
+        found = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "base")]
+        told = f"stage.extract={way} stage.transfer={transfer} is no way to distil: {pair.text}"
+        assert found == ([] if pair.runs else [told])
+        remote = [*distill_rules(replace(config.stage, extract=way, transfer=transfer), "http://host/v1")]
+        assert any("give teacher=CHECKPOINT" in line for line in remote) >= (pair.runs and pair.live)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage.extract=expand"], "needs a teacher to ask; give teacher="),
+        (["stage.transfer=divergence"], "give teacher=CHECKPOINT"),
+        (["teacher=http://h/v1", "stage.transfer=divergence"], "give teacher=CHECKPOINT"),
+        (["teacher=http://u:p@h/v1"], "holds a user or password"),
+        (
+            ["teacher=http://h/v1", "stage.extract=expand"],
+            "stage.expand.way=continue needs the teacher's weights",
+        ),
+        (["teacher=x", "stage.extract=curate"], "needs stage.curate.topics"),
+        (
+            ["teacher=x", "stage.extract=curate", "stage.curate.documents=a.txt"],
+            "stage.curate.documents needs stage.curate.way=ask",
+        ),
+        (["teacher=x", "stage.templates.topic=tea"], "stage.templates.topic has no {topic}"),
+        (["teacher=x", "stage.templates.evolve={a: b}"], "stage.templates.evolve.a has no {problem}"),
+        (["teacher=x", "stage.sampling.max_tokens=4096"], "stage.sampling.max_tokens=4096 is longer than"),
+        (["teacher=x", "stage.sampling.top_p=0"], "leaves nothing to draw"),
+        (["teacher=x", "stage.extract=expand", "stage.samples_per_prompt=1"], "what several agree on"),
+        (
+            ["teacher=x", "stage.extract=feedback", "stage.transfer=rl", "stage.feedback.by=correction"],
+            "scores nothing",
+        ),
+        (
+            ["teacher=x", "stage.extract=feedback", "stage.transfer=ranking", "stage.samples_per_prompt=1"],
+            "compares answers",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        tiny_config("stage=distill", *words)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_teacher_is_for_distillation_and_takes_the_place_of_stored_samples() -> None:
+    with pytest.raises(ConfigError, match="teacher=x is for stage=distill"):
+        tiny_config("stage=grpo", "teacher=x")
+    assert tiny_config("stage=distill").stage.reads == ["rejection_sft"]
+    assert tiny_config("stage=distill", "teacher=x").stage.reads == []
+
+
+# --- labels, from a server
+
+
+def arithmetic(body: dict[str, Any]) -> tuple[int, Any]:
+    """A teacher that says 7 to everything, twice in another wording."""
+    texts = [thought("The answer is 7."), thought("So the answer is 7.")]
+    return say(*(texts * body["n"])[: body["n"]])
+
+
+def test_a_server_labels_the_datas_prompts(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with chat_server(arithmetic) as served:
+        words = [f"teacher={served.url}", *ALL, "stage.teacher.licence=MIT", "stage.samples_per_prompt=2"]
+        prices = [f"stage.teacher.usd_per_million_{kind}_tokens=1000" for kind in ("prompt", "completion")]
+        rows = extracted(folder, *words, *prices)
+        requests = len(served.requests)
+    assert len(rows) == 6 and requests == 6, "the second answer to each prompt has the same thought"
+    assert funnel(folder)["duplicates"] == 6
+    assert {row["source"] for row in rows} == {f"teacher:{served.url}/v1 m"}
+    assert {(row["teacher_version"], row["licence"], row["checkpoint_hash"]) for row in rows} == {
+        ("m", "MIT", None)
+    }
+    assert all(row["seed"] and "overlap with evaluation" in json.loads(row["filters"]) for row in rows)
+    assert not any("correct" in json.loads(row["filters"]) for row in rows), "it was not asked for"
+    facts = json.loads((folder / "teacher.json").read_text())
+    assert (facts["kind"], facts["licence"], facts["prompts"], facts["requests"]) == ("server", "MIT", 6, 6)
+    assert facts["usd"] == pytest.approx((6 * 10 + 6 * 8) / 1000)
+    assert extracted(folder) == rows, "the server is gone, and not needed"
+
+
+def test_wrong_answers_are_dropped_and_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with chat_server(arithmetic) as served, pytest.raises(SystemExit) as ended:
+        extracted(tmp_path / "run", f"teacher={served.url}", "stage.prompts=4")
+    told = (tmp_path / "run" / "error.txt").read_text()
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert "8 dropped by 'correct'" in told and "loosen stage.filters" in told
+
+
+def test_a_lost_server_is_one_line_and_what_it_answered_is_not_asked_again(tmp_path: Path) -> None:
+    folder, answered = tmp_path / "run", 0
+
+    def until_lost(body: dict[str, Any]) -> tuple[int, Any]:
+        nonlocal answered
+        answered += 1
+        return arithmetic(body) if answered <= 4 else (500, "out of memory")
+
+    with chat_server(until_lost) as served:
+        words = [f"teacher={served.url}", *ALL, "stage.samples_per_prompt=1", "stage.teacher.parallel=1"]
+        with pytest.raises(SystemExit) as ended:
+            extracted(folder, *words)
+        told = (folder / "error.txt").read_text()
+        assert ended.value.code == 2 and told.count("\n") == 1 and "out of memory" in told
+        assert len([*(folder / "data/shards").glob("*/*.parquet")]) == 4
+        served.reply, before = arithmetic, len(served.requests)
+        rows = extracted(folder)
+    assert len(rows) == 6 and len(served.requests) - before == 2
+    assert json.loads((folder / "teacher.json").read_text())["requests"] == 6, "of both sessions"
+
+
+# --- expansion
+
+
+def test_rouge_l_is_what_its_definition_says() -> None:
+    def slow(one: list[str], other: list[str]) -> int:
+        table = np.zeros((len(one) + 1, len(other) + 1), int)
+        for i, a in enumerate(one):
+            for j, b in enumerate(other):
+                table[i + 1, j + 1] = table[i, j] + 1 if a == b else max(table[i, j + 1], table[i + 1, j])
+        return int(table[-1, -1])
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        one, other = (rng.choice([*"abcd"], int(rng.integers(1, 90))).tolist() for _ in range(2))
+        assert rouge_l(one, other) == pytest.approx(2 * slow(one, other) / (len(one) + len(other)))
+    assert rouge_l([], []) == 1.0
+
+
+def test_new_problems_are_new() -> None:
+    known = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+    problems = Problems([known], ["What is the capital of France today, please?"], 5, 0.7, (4, 30))
+
+    def why(text: str, like: str | None = None) -> str | None:
+        before = {name: len(texts) for name, texts in problems.funnel.dropped.items()}
+        if problems.add(text, "teacher:t", "MIT", like):
+            return None
+        after = problems.funnel.dropped
+        return next(name for name, texts in after.items() if len(texts) > before.get(name, 0))
+
+    assert why("  !?  ") == "no problem"
+    assert why("Why so?") == "length" and why("word " * 31) == "length"
+    assert why("Here is the rewritten problem that you wanted to have") == "talks about the request"
+    assert why("Tom has 5 apples and buys 9 more. How many apples does he have?") == "near copies"
+    assert why("Now tell me: what is the capital of France today?") == "evaluation questions"
+    assert why("A train leaves at noon and drives 80 km an hour. When is it 200 km away?") is None
+    assert why("A train leaves at noon and drives 80 km an hour. When is it 200 km away?") == "near copies"
+    harder = known.replace("more.", "more, then gives 2 away.")
+    assert why(harder, like=known) is None, "a rewritten problem may be like its own source"
+    assert [prompt.task for prompt in problems.prompts] == ["made_up"] * 2
+    assert problems.prompts[0].source == "teacher:t" and problems.prompts[0].language == "en"
+    by_words = Problems([known], [], 0, 1.0, (4, 30))
+    assert by_words.add("Tom has 5 apples and buys 9 more. How many apples does he have?", "", None)
+
+
+@pytest.mark.parametrize(
+    ("reply", "truncated", "found"),
+    [
+        ("What is 2+2?\n\nProblem 10: And 3+3?", False, ["What is 2+2?", "And 3+3?"]),
+        ("**Problem 9:** What is 2+2?\nProblem 10. And 3", True, ["What is 2+2?"]),
+        ("", False, []),
+    ],
+)
+def test_a_list_that_goes_on_is_read(reply: str, truncated: bool, found: list[str]) -> None:
+    assert listed(reply, truncated) == found
+
+
+def inventor(body: dict[str, Any]) -> tuple[int, Any]:
+    """A teacher that makes up problems in turn, and solves everything alike but for every third answer."""
+    text = body["messages"][-1]["content"]
+    if "Come up with" in text or "brand-new" in text or "Rewrite the given" in text:
+        number = sum(map(ord, text)) % 97
+        animals, verbs = ("fox", "heron", "mole", "newt")[number % 4], ("digs", "swims", "naps")[number % 3]
+        heading = "" if "Come up with" in text else "Rewritten problem: "
+        return say(
+            f"{heading}A {animals} {verbs} for {number} minutes and {len(text)} seconds. How long is it?"
+        )
+    return say(*[thought(f"The answer is {7 if i % 3 else 8}.") for i in range(body["n"])])
+
+
+@pytest.mark.parametrize("way", ["self_instruct", "evolve"])
+def test_a_server_expands_problems_in_rounds(way: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [
+        "stage.extract=expand",
+        f"stage.expand.way={way}",
+        "stage.expand.problems=5",
+        "stage.expand.rounds=4",
+    ]
+    more = [
+        "stage.samples_per_prompt=3",
+        "stage.expand.max_similarity=0.95",
+        "stage.filters.min_agreement=0.6",
+    ]
+    with chat_server(inventor) as served:
+        rows = extracted(folder, f"teacher={served.url}", *words, *more)
+    assert rows and len({row["question"] for row in rows}) <= 5
+    assert {row["answer"] for row in rows} == {"7"}, "what two of three answers agree on"
+    assert {row["prompt_source"] for row in rows} == {f"teacher:{served.url}/v1 m"}
+    assert funnel(folder)["correct"] == len({row["question"] for row in rows}), "and the third is dropped"
+    requests = [text for text in asked(served) if "answer" in text and "problem" in text.lower()]
+    examples = requests[0].count("Problem ")
+    assert (examples == 7) if way == "self_instruct" else "{problem}" not in requests[0]
+
+
+def test_a_majority_is_more_than_one_voice() -> None:
+    prompt = Prompt("a", "made_up", "en", "What is 3+4?")
+
+    def gold(*stated: str) -> str:
+        answers = [Completion([], [], "stop", thought(f"The answer is {text}.")) for text in stated]
+        return with_majority(prompt, answers, 0.5).answer
+
+    assert gold("7", "7", "8") == "7" and gold("7", "8") == "" and gold("7") == ""
+    assert gold("7", "7", "1", "2", "3") == "", "less than half"
+    drawn = scored([(prompt, [Completion([], [], "stop", thought("The answer is 7."))] * 2)], 0.5)
+    assert [one.scores["accuracy"].value for one in drawn] == [1.0, 1.0]
+    [alone] = scored([(prompt, [Completion([], [], "stop", thought("The answer is 7."))])], 0.5)
+    assert alone.scores["accuracy"].value == 0.0
+
+
+# --- curation
+
+
+def test_documents_are_cut_into_passages(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one two\nthree\n\nfour five\n\n\nsix " + "seven " * 7 + "\n", encoding="utf-8")
+    found = [*passages(text, 5)]
+    assert [passage.text for passage in found] == [
+        "one two three four five",
+        "six" + " seven" * 4,
+        "seven seven seven",
+    ]
+    assert [passage.source for passage in found] == ["a.txt:1", "a.txt:7", "a.txt:7"]
+    rows = tmp_path / "b.jsonl"
+    rows.write_text('{"text": "one"}\n\n{"text": "two", "id": 2}\n', encoding="utf-8")
+    assert [(p.text, p.source) for p in passages(rows, 5)] == [("one", "b.jsonl:1"), ("two", "b.jsonl:3")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("gone.txt", None, "cannot be read"),
+        ("a.txt", b"  \n", "is empty"),
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 (byte 0)"),
+        ("a.jsonl", b'{"text": "x"}\n{"te', "a.jsonl:2 is not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1 has no text in a column `text`"),
+    ],
+)
+def test_bad_documents_are_named(name: str, content: bytes | None, told: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        [*passages(tmp_path / name, 5)]
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def librarian(body: dict[str, Any]) -> tuple[int, Any]:
+    text = body["messages"][-1]["content"]
+    if "Write one question" in text:
+        subject = text.split()[-1].strip(".")
+        return say(*[f"Why do people in {subject} like the number {n} so much?" for n in range(body["n"])])
+    return say(*[thought("It brings them luck.")] * body["n"])
+
+
+def test_topics_and_documents_become_questions_with_answers(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("A town by the sea is Bree.\n\nIn the hills lies Dale.", encoding="utf-8")
+    base = ["stage.extract=curate", "stage.curate.way=ask", "stage.samples_per_prompt=1"]
+    with chat_server(librarian) as served:
+        base.append(f"teacher={served.url}")
+        topics = extracted(
+            tmp_path / "one", *base, "stage.curate.topics=[Rome,Oslo]", "stage.curate.questions_per_topic=2"
+        )
+        served.requests.clear()
+        of_book = ["stage.curate.questions_per_passage=1", "stage.curate.passage_words=8"]
+        documents = extracted(tmp_path / "two", *base, f"stage.curate.documents={book}", *of_book)
+        answered = [text for text in asked(served) if text.startswith("Answer the question")]
+    assert {row["question"] for row in topics} == {
+        f"Why do people in {c} like the number {n} so much?" for c in ("Rome", "Oslo") for n in (0, 1)
+    }
+    assert {(row["kind"], row["task"], row["answer"]) for row in topics} == {("general", "curated", "")}
+    assert [row["prompt_source"] for row in documents] == ["book.txt:1", "book.txt:3"]
+    assert len(answered) == 2 and "A town by the sea is Bree." in answered[0] + answered[1]
+    assert not any("Passage" in row["question"] for row in documents), "the student does not see it"
+
+
+# --- distributions
+
+
+def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
+    words = [*ALL, "stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
+    folder, teacher = tmp_path / "run", lineage.bundled()
+    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", taught_by=teacher)
+    model, chat = load_pretrained(teacher.checkpoint).eval(), Chat.load(teacher.checkpoint)
+    for row in rows[:3]:
+        prompt = replace(samples.prompt_of(row), id="")
+        example = chat.example(prompt, row["response"])
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([example.tokens]))[0].float()
+        learned = torch.tensor(example.loss)[1:]
+        expected = logits_TV[:-1][learned].log_softmax(-1)
+        top = stored_top(row)
+        assert top is not None and top.ids_TK.shape == (int(learned.sum()), 5)
+        found = expected.gather(1, torch.from_numpy(top.ids_TK).long())
+        assert np.allclose(top.logprobs_TK.astype(float), found.numpy(), atol=1e-2)
+        assert torch.equal(found[:, 0], expected.max(1).values), "the likeliest comes first"
+        mass = np.exp(top.logprobs_TK.astype(float)).sum(1) + np.exp(top.rest_T.astype(float))
+        assert np.allclose(mass, 1, atol=5e-3)
+    assert extracted(folder) == rows
+
+
+def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_path: Path) -> None:
+    words = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=2", *ALL]
+    made = tmp_path / "distill-s0-1"
+    live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
+    rows = extracted(made, *live, taught_by=lineage.bundled())
+    assert rows and all(row["top_ids"] is None for row in rows)
+    alone = ["stage.extract=distribution", "stage.transfer=rl"]
+    prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
+    assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
+    assert all(row["answer"] for row in prompts)
+
+
+def test_one_text_in_two_tokenizers() -> None:
+    ids = {b"a": 1, b"b": 2, b"ab": 3, b" c": 4}
+    likely = [[(b"a", np.log(0.5)), (b"ab", np.log(0.25)), (b"zz", np.log(0.2))], [(b"b", np.log(0.9))], []]
+    found = aligned([b"a", b"b", b" c"], [b"<", b"a", b"b", b" ", b"c"], [[], *likely, [], []], ids, 2)
+    assert found is not None
+    assert found.ids_TK.tolist() == [[1, 3], [2, -1], [-1, -1]]
+    assert np.exp(found.rest_T.astype(float)) == pytest.approx([0.25, 0.1, 1.0], abs=1e-3)
+    assert aligned([b"a"], [b"b"], [[]], ids, 2) is None
+    split = aligned([b"ab"], [b"a", b"b"], likely[:2], ids, 2)
+    assert split is not None and (split.ids_TK == -1).all() and split.rest_T.tolist() == [0.0]
+
+
+def test_pieces_are_the_bytes_of_a_text() -> None:
+    chat = Chat.load(lineage.bundled().checkpoint)
+    pieces = pieces_of(chat.tokenizer)
+    for text in ("The answer is 12.", "小明有3个苹果，", "<think>\nx\n</think>\n\né"):
+        assert b"".join(pieces[token] for token in chat.encode(text)) == text.encode()
+
+
+def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path: Path) -> None:
+    other = write_model(tmp_path / "qwen", "qwen2")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 2]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, taught_by=adopt(other, tmp_path))
+    rows = [Kept(Prompt("a", "word", "en", "3+4?"), text, {}) for text in (thought("Answer: 7"), "4 " * 999)]
+    with open_run(folder) as run:
+        chat, ranks = run.load_chat(), Ranks(run.config.engine)
+        work = Work(run, ranks, Teacher(run, ranks), [])  # type: ignore[arg-type]
+        top, too_long = read_by_teacher(work, rows)
+    assert too_long is None and top is not None
+    assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
+    mass = np.exp(top.logprobs_TK.astype(float)).sum(1) + np.exp(top.rest_T.astype(float))
+    assert np.allclose(mass, 1, atol=5e-3)
+    known = top.ids_TK[:, 0] >= 0
+    assert 0 < known.sum() < len(known), "some tokens meet, not all"
+    assert (top.rest_T[~known] == 0).all() and known[-1], "after the last token, too"
+
+
+def test_a_servers_probabilities_are_of_the_students_tokens(tmp_path: Path) -> None:
+    chat = Chat.load(lineage.bundled().checkpoint)
+    pieces = pieces_of(chat.tokenizer)
+    text = thought("The answer is 7.")
+
+    def with_probabilities(body: dict[str, Any]) -> tuple[int, Any]:
+        assert body["logprobs"] is True and body["top_logprobs"] == 3
+        status, reply = say(text)
+        tokens = [{"token": "?", "bytes": [*pieces[token]]} for token in chat.encode(text)]
+        top = [[{**token, "logprob": -0.5}, {"token": " never", "logprob": -2.0}] for token in tokens]
+        content = [
+            {**token, "logprob": -0.5, "top_logprobs": t} for token, t in zip(tokens, top, strict=True)
+        ]
+        reply["choices"][0]["logprobs"] = {"content": content}
+        return status, reply
+
+    words = [*ALL, "stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=3"]
+    with chat_server(with_probabilities) as served:
+        rows = extracted(tmp_path / "run", f"teacher={served.url}", *words, "stage.samples_per_prompt=1")
+    for row in rows:
+        top = stored_top(row)
+        assert top is not None and top.ids_TK[:-1, 0].tolist() == chat.encode(text)
+        assert np.allclose(top.logprobs_TK[:-1, 0].astype(float), -0.5)
+        assert np.allclose(np.exp(top.rest_T[:-1].astype(float)), 1 - np.exp(-0.5), atol=1e-2)
+        assert top.ids_TK[-1].tolist() == [-1] * 3 and top.rest_T[-1] == 0, "no server tells the end"
+    with chat_server(arithmetic) as served, pytest.raises(SystemExit):
+        extracted(tmp_path / "none", f"teacher={served.url}", *words, "stage.samples_per_prompt=1")
+    assert "dropped by 'probabilities of the student's tokens'" in (tmp_path / "none/error.txt").read_text()
+
+
+# --- feedback
+
+
+def answering(folder: Path, *words: str, **more: Any) -> list[dict]:
+    """Feedback on answers of the bundled base, which is the student here."""
+    config = compose(["stage=distill", *LAPTOP, "stage.prompts=4", "stage.extract=feedback", *words]).config
+    folder.mkdir()
+    write_json(folder / "config.json", to_mapping(replace(config, weights_from=lineage.bundled(), **more)))
+    return extracted(folder)
+
+
+def critic(body: dict[str, Any]) -> tuple[int, Any]:
+    """It likes answers of an even length, and corrects any to the same."""
+    text = body["messages"][-1]["content"]
+    if text.startswith("Correct"):
+        return say(thought("The answer is 7."))
+    answer = text.rpartition("Answer:\n")[2]
+    return say(
+        "I cannot tell." if len(answer) % 5 == 0 else f"Fine. Score: {9 if len(answer) % 2 == 0 else 3}"
+    )
+
+
+def test_a_server_rates_the_students_answers(tmp_path: Path) -> None:
+    with chat_server(critic) as served:
+        teacher = [f"teacher={served.url}", "stage.feedback.by=rubric"]
+        rows = answering(tmp_path / "all", *teacher, "stage.transfer=ranking")
+        best = answering(tmp_path / "best", *teacher, *ALL, "stage.filters.min_language_consistency=0")
+    assert rows and {round(row["score"], 2) for row in rows} <= {0.9, 0.3}
+    for row in rows:
+        assert round(row["score"], 2) == (0.9 if len(row["response"]) % 2 == 0 else 0.3)
+        assert row["source"] == "sampled:bundled" and row["teacher"] is None
+        assert row["judge"] == f"{served.url}/v1 m m"
+    unread = funnel(tmp_path / "all")["no score"]
+    assert len(rows) + unread == 8
+    assert all(len(row["response"]) % 2 == 0 and row["score"] is None for row in best)
+
+
+def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
+    with chat_server(critic) as served:
+        teacher = [f"teacher={served.url}", "stage.feedback.by=correction", *ALL]
+        rows = answering(tmp_path / "sft", *teacher)
+        pairs = answering(tmp_path / "ranking", *teacher, "stage.transfer=ranking")
+    assert {row["response"] for row in rows} == {thought("The answer is 7.")}
+    assert {row["teacher"] for row in rows} == {f"{served.url}/v1 m"}
+    better, worse = pairs[::2], pairs[1::2]
+    assert [row["prompt_id"] for row in better] == [row["prompt_id"] for row in worse]
+    assert {row["score"] for row in better} == {1.0} and {row["score"] for row in worse} == {0.0}
+    assert {row["source"] for row in worse} == {"sampled:bundled"}
+
+
+def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:
+    words = ["teacher=base", "stage.feedback.by=likelihood", "stage.transfer=ranking"]
+    rows = answering(tmp_path / "run", *words, teacher_from=lineage.bundled())
+    assert len(rows) == 8 and all(0 < row["score"] <= 1 for row in rows)
+    model, chat = (
+        load_pretrained(lineage.bundled().checkpoint).eval(),
+        Chat.load(lineage.bundled().checkpoint),
+    )
+    example = chat.example(samples.prompt_of(rows[0]), rows[0]["response"])
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([example.tokens]))[0].float()
+    logprobs_T = logits_TV[:-1].log_softmax(-1).gather(1, torch.tensor(example.tokens[1:])[:, None])[:, 0]
+    mean = logprobs_T[torch.tensor(example.loss)[1:]].mean().exp().item()
+    assert rows[0]["score"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 7", 0.7),
+        ("**Score:** 10\n", 1.0),
+        ("Score: 3 ... Score: 4.5", 0.45),
+        ("Score: 11", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_read(text: str, score: float | None) -> None:
+    assert rating(text) == score
+
+
+# --- ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> None:
+    base = lineage.bundled()
+    ways: dict[str, list[str]] = {
+        "distribution": [*DIVERGENCE, *ALL],
+        "expand": ["stage.extract=expand", "stage.expand.problems=6", "stage.expand.rounds=2", *ALL],
+    }
+    small = [*SMALL, "stage.sampling.max_tokens=24", "stage.sampling.max_num_seqs=2"]
+    alone = {}
+    for name, words in ways.items():
+        alone[name] = extracted(tmp_path / "one" / name, *small, *words, taught_by=base)
+        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, taught_by=base)
+        config = json.loads((folder / "config.json").read_text())
+        config["engine"]["ranks"] = 2
+        write_json(folder / "config.json", config)
+    found = on_two_ranks("two_ranks_extract.py", tmp_path)
+    for name, rows in alone.items():
+        expected = json.loads(json.dumps(rows, default=float))
+        for row in expected + found[f"distill-{name}"]:
+            for key in ("top_logprobs", "rest_logprobs"):  # of another batch: within rounding
+                row[key] = row[key] and np.round(np.exp(np.array(row[key], float)), 1).tolist()
+        assert expected and found[f"distill-{name}"] == expected

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,8 +21,9 @@ from r1pipe.config.groups import read
 from r1pipe.config.judge import prompts_of
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
 from r1pipe.core.paths import content_dir
-from r1pipe.core.types import Completion, Message, PreferencePair, Prompt, Status
-from r1pipe.data.world import World
+from r1pipe.core.types import Completion, Group, Message, PreferencePair, Prompt, Score, Status
+from r1pipe.data.world import World, truth
+from r1pipe.rewards import is_correct
 from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.judge.cache import AnswerCache
 from r1pipe.rewards.judge.labels import balance_lengths, rank_pairs
@@ -30,6 +32,8 @@ from r1pipe.rewards.judge.prompts import filled, question_of, read_verdict
 from r1pipe.rewards.judge.win_rate import length_controlled, win_rates
 from r1pipe.runs import judge_quality, lineage
 from r1pipe.train.general_answers import answers_in
+from r1pipe.train.refusals import refusals
+from r1pipe.train.rl.truth import hidden_truth
 
 WISH = Prompt("w", "writing", "en", "Write about a fox.")
 SETS = ("default", "short")
@@ -501,6 +505,62 @@ def test_a_judge_ranks_the_pairs_of_a_reward_model(tmp_path: Path) -> None:
     found = judged_record(folder)
     assert "Answer A:" in asked and found["judge"]["requests"] == len(served.requests) > 0
     assert found["reward_models"]["helpful"]["pairs"] == 16
+
+
+# --- the bundled world
+
+
+def test_verdicts_are_a_task_that_a_laptop_judge_learns() -> None:
+    data = compose(["stage=base", "data.tasks=[judging]"]).config.data
+    world = World(data, 0)
+    learned = world.demonstrations(60, 0, {"careful": 1.0}, True)
+    kinds = {row.prompt.checker["kind"] for row in learned}
+    assert kinds == set(ALL_KINDS) and all(is_correct(row.prompt, row.response) for row in learned)
+    pairs = [row for row in learned if row.prompt.checker["kind"] == "pairwise"]
+    assert {row.prompt.answer for row in pairs} == {"A", "B"}
+    wrong = {"A": "B", "B": "A"}
+    assert not any(is_correct(row.prompt, f"[[{wrong[row.prompt.answer]}]]") for row in pairs)
+    assert not is_correct(pairs[0].prompt, pairs[0].prompt.answer), "a verdict has its brackets"
+    asked = {row.prompt.id for row in learned}
+    assert not asked & {prompt.id for prompt in world.prompts("test", 60, 0)}
+    short = prompts_of("short")
+    assert set(short.pairwise.verdicts) == {"A", "B"} == set(pairs[0].prompt.checker["labels"])
+
+
+def test_refusals_by_kind_of_risk_beside_needless_ones(world: World) -> None:
+    prompts = world.general_prompts("test", 40, 0, {"safety": 1.0})
+    sorry = compose_response("No.", "Sorry, I cannot help.")
+    everything = refusals([(prompt, truth.judge(prompt, sorry)) for prompt in prompts])
+    assert everything["refused"]["share"] == everything["over_refused"]["share"] == 1.0
+    assert everything["answered"]["share"] == 0.0
+    assert set(everything["by_risk"]) <= set(truth.RISKS) and len(everything["by_risk"]) > 1
+    counts = [row["n"] for row in everything["by_risk"].values()]
+    assert sum(counts) == everything["refused"]["n"] == 40 - everything["over_refused"]["n"]
+    hello = compose_response("Yes.", "First look, then do it step by step.")
+    nothing = refusals([(prompt, truth.judge(prompt, hello)) for prompt in prompts])
+    assert nothing["refused"]["share"] == nothing["over_refused"]["share"] == 0.0
+    assert refusals([(WISH, truth.judge(prompts[0], hello))]) is None
+
+
+def test_a_judge_that_is_hacked_moves_away_from_the_truth(world: World) -> None:
+    pairs = world.preference_pairs("test", 20, 0)
+    groups = []
+    for pair in pairs:
+        texts = [pair.chosen, pair.rejected]
+        completions = [Completion([], [], "stop", text) for text in texts]
+        worth = [truth.judge(pair.prompt, text).helpful for text in texts]
+        scores = [
+            {"judge": Score(value), "helpful": Score(1.0 - value), "format": Score(1.0)} for value in worth
+        ]
+        groups.append(Group(pair.prompt, completions, scores))
+    ranks = SimpleNamespace(all_gather_objects=lambda mine: [mine])
+    found = hidden_truth(ranks, groups, world.judge)
+    assert found["truth/judge/gap"] == pytest.approx(0) and found["truth/judge/correlation"] == pytest.approx(
+        1
+    )
+    assert found["truth/helpful/correlation"] == pytest.approx(-1)
+    assert found["truth/helpful/gap"] == pytest.approx(1 - 2 * found["truth/helpful"])
+    assert "truth/format/gap" not in found and hidden_truth(ranks, groups, None) == {}
 
 
 # --- the command line

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from r1pipe.cli.commands import app
 from r1pipe.config import STAGE_TYPES, RunConfig
 from r1pipe.config.describe import comments
+from r1pipe.config.distill import PAIRS
 from r1pipe.config.fields import field_types
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
 
@@ -182,6 +183,15 @@ def _type_text(cls: type, name: str) -> str:
     return found[1].replace("|", "or") if found else ""
 
 
+def pairs() -> str:
+    """Every pair of stage.extract and stage.transfer: what it does, or why it is refused."""
+    rows = [
+        f"| `{extract}` | `{transfer}` | {('live' if pair.live else 'yes') if pair.runs else 'no'} | {pair.text} |"
+        for (extract, transfer), pair in PAIRS.items()
+    ]
+    return "\n".join(["| extract | transfer | runs | what it does, or why not |", "|---|---|---|---|", *rows])
+
+
 def with_generated(text: str, generated: str) -> str:
     """`text` with what stands between the markers replaced."""
     pattern = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
@@ -192,6 +202,7 @@ def generated() -> dict[str, str]:
     """Page -> what stands between its markers."""
     return {
         "architecture.md": table(rooms()),
+        "guide.md": pairs(),
         "reference.md": f"## Commands\n\n{commands()}\n\n## Config keys\n\n{keys()}",
     }
 

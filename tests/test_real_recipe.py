@@ -18,7 +18,8 @@ from r1pipe.runs.results import finished_runs
 
 ROWS = 120  # of each file
 SHORT = ["stage.max_steps=2", "stage.eval.problems=4", "stage.eval.max_tokens=8", "stage.eval.max_num_seqs=8"]
-RL = ["stage.prompts_per_step=2", "stage.group_size=2", "stage.minibatches=1", "stage.sampling.max_tokens=8"]
+GROUP = ["stage.group_size=2", "stage.trained_per_group=2"]
+RL = ["stage.prompts_per_step=2", *GROUP, "stage.minibatches=1", "stage.sampling.max_tokens=8"]
 SAMPLED = ["stage.prompts=4", "stage.samples_per_prompt=2", "stage.sampling.max_tokens=8"]
 OVERRIDES = {
     "cold_start": ["stage.demonstrations=8", "stage.sequence_length=512"],

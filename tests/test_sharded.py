@@ -25,7 +25,11 @@ def losses(model: Policy, ranks: int, precision: str, level: int = 3) -> list[fl
     """Of three steps on this rank's share of the batch."""
     engine = Engine(model, OPTIM, ROUTER, engine_config(ranks, level, precision), 10)
     rows = batch()[engine.rank :: ranks]
-    return [engine.train_step([partial(loss_of, engine.module, rows)]).loss for _ in range(3)]
+    found = [engine.train_step([partial(loss_of, engine.module, rows)]).loss for _ in range(3)]
+    engine.evaluate([partial(loss_of, engine.module, rows)])  # and no weights stay on their way
+    with engine.gathered() as whole:
+        assert all(weight.numel() == patches.elements(weight) for weight in whole.parameters())
+    return found
 
 
 def weights(model: Policy) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.config import Case, Job, Setting
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.core.launchers import without_place
 from r1pipe.launch.command import waiting
 
 
@@ -31,9 +32,10 @@ class Result:
 
 
 def environment(job: Job, search_path: str) -> dict[str, str]:
-    """A contestant's variables; for ours those that r1pipe launches its jobs with."""
+    """A contestant's variables: it is no rank. Ours has those that r1pipe launches its jobs with."""
     ours = waiting() if job.contestant.startswith("ours") else {}
-    return {**os.environ, **ours, "PYTHONPATH": search_path, "OMP_NUM_THREADS": str(job.threads)}
+    own = {**ours, "PYTHONPATH": search_path, "OMP_NUM_THREADS": str(job.threads)}
+    return {**without_place(os.environ), **own}
 
 
 # Computes until its parent dies.

@@ -55,7 +55,10 @@ class Gathered(Ranks):
         if not self.in_step:
             return [closure() for closure in closures]
         repeats = self.agree_max(len(closures)) - len(closures)
-        return [self._ds(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
+        found = [self._ds(closure) for closure in [*closures, *[closures[-1]] * repeats]][: len(closures)]
+        if self.zero_level == 3:
+            patches.release_prefetched(self._ds)
+        return found
 
     @contextmanager
     def gathered(self) -> Iterator[Any]:

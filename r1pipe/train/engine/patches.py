@@ -155,6 +155,13 @@ def without_zero3_hooks(ds: Any) -> Iterator[None]:
         offload.setup_zero_stage3_hooks()
 
 
+def release_prefetched(ds: Any) -> None:
+    """Give back what ZeRO-3 gathered for a backward pass that did not come: GatheredParameters passes over
+    weights on their way and leaves them empty."""
+    offload = getattr(ds.optimizer, "parameter_offload", ds.optimizer)
+    offload.get_param_coordinator()._clean_inflight_param_registry()
+
+
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
     """Puts a parameter into shares, as rank 0 has it. DeepSpeed does this for whole modules only, while they
     are built: then their initial weights have to be drawn first."""
@@ -179,31 +186,6 @@ def transformers_partitions(config: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         integration.unset_hf_deepspeed_config()
-
-
-@contextlib.contextmanager
-def running_in_shares(model: nn.Module) -> Iterator[None]:
-    """A block in which a partitioned model that no engine has yet can run: each module's own weights are
-    whole while it does. All ranks must run the same."""
-    blocks: list[AbstractContextManager[None]] = []
-
-    def gather(module: nn.Module, inputs: Any) -> None:
-        blocks.append(whole([*module.parameters(recurse=False)]))
-        blocks[-1].__enter__()
-
-    def release(module: nn.Module, inputs: Any, output: Any) -> None:
-        blocks.pop().__exit__(None, None, None)
-
-    handles = []
-    for module in model.modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(gather))
-            handles.append(module.register_forward_hook(release))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def whole(tensors: Sequence[Tensor], changed_on: int | None = None) -> AbstractContextManager[None]:

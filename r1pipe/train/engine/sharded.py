@@ -4,10 +4,11 @@ Rank 0 reads tensor by tensor, or draws initial weights, and the others receive:
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def load_sharded(
     if of_transformers(folder):
         settings = deepspeed_config(config, grad_clip=0.0)
         with _started(config).patient(), patches.transformers_partitions(settings):
-            return files.load(folder, attention, longest, patches.running_in_shares)
+            return files.load(folder, attention, longest, running_in_shares)
     model, stored = weights.open_empty(folder)
     prepare(model)
     fill_in_shares(model, stored, config)
@@ -228,3 +229,28 @@ def _give_buffers(model: nn.Module, ranks: Ranks, fill: Fill) -> None:
             value = torch.zeros(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer
             fill(name, value)
             setattr(module, name.rpartition(".")[2], value.to(ranks.device))
+
+
+@contextmanager
+def running_in_shares(model: nn.Module) -> Iterator[None]:
+    """A block in which a partitioned model that no engine has yet can run: each module's own weights are
+    whole while it does. All ranks must run the same."""
+    blocks: list[AbstractContextManager[None]] = []
+
+    def gather(module: nn.Module, inputs: Any) -> None:
+        blocks.append(patches.whole([*module.parameters(recurse=False)]))
+        blocks[-1].__enter__()
+
+    def release(module: nn.Module, inputs: Any, output: Any) -> None:
+        blocks.pop().__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(gather))
+            handles.append(module.register_forward_hook(release))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

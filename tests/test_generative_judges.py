@@ -456,10 +456,11 @@ def test_a_judge_is_a_reward_and_the_truth_stands_beside_it(tmp_path: Path) -> N
         "stage.reads=[]",
     )
     words += ("stage.preference.helpful_weight=0", "stage.preference.harmless_weight=0", "stage.max_steps=2")
-    words += ("stage.sampling.max_tokens=60", "stage.preference.last_steps=2")
+    words += ("stage.sampling.max_tokens=60", "stage.preference.last_steps=2", "stage.judge.force=true")
     with chat_server(truthful) as served:
         folder = judged_run(tmp_path / "run", served.url, "all_scenario", *words, weights=lineage.bundled())
         write_bundled_shape(folder)
+        write_quality(folder, harmless={"auc": 0.6})
         load_stage("all_scenario").main(str(folder))
         assert served.requests
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -468,7 +469,10 @@ def test_a_judge_is_a_reward_and_the_truth_stands_beside_it(tmp_path: Path) -> N
     assert {"rewards/judge/mean", "rewards/judge_harmless/mean", "truth/judge_harmless/gap"} <= logged
     rows = pq.read_table(folder / "rollouts" / "step-1.parquet").to_pylist()
     assert all((row["score_judge"] is None) == (row["task"] == "word") for row in rows)
-    assert judged_record(folder)["judge"]["requests"] == len(served.requests)
+    found = judged_record(folder)["judge"]
+    assert found["requests"] == len(served.requests)
+    assert found["weaknesses"] == ["harmless: area under the ROC curve 0.6, below stage.judge.min_auc=0.75"]
+    assert "weak judge, used because" in (folder / "progress.jsonl").read_text()
 
 
 def write_bundled_shape(folder: Path) -> None:

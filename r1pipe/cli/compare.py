@@ -96,6 +96,9 @@ def notes(table_rows: list[dict]) -> Iterator[str]:
             yield f"{whose}, {reward_model_quality.describe(kind, measured)}"
         for weakness in row.get("forced_judges") or ():
             yield f"{whose}, used a weak reward model: {weakness}"
+        judge = row.get("judge") or (row.get("judged") or {}).get("judge") or {}
+        for weakness in judge.get("weaknesses") or ():
+            yield f"{whose}, used a weak judge: {weakness}"
         if judged := row.get("judged"):
             yield f"{whose}, {describe_judged(judged)}"
         if len(table_rows) == 1 and row.get("refusals"):

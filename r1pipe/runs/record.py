@@ -53,7 +53,7 @@ class Metrics(TypedDict, total=False):
     strategies: dict[str, float | None] | None
     reward_models: dict[str, dict[str, float | None]] | None  # kind -> quality
     weak_judges: int | None  # how many were used anyway
-    forced_judges: list[str] | None  # weaknesses that stage.preference.force or stage.judge.force accepted
+    forced_judges: list[str] | None  # weaknesses that stage.preference.force accepted
     judged: dict[str, Any] | None  # what a judge says of general answers: ratings, win rate
     judge: dict[str, Any] | None  # of `judge=`: who it was, how often it was asked, what it cost
 

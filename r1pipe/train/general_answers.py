@@ -82,7 +82,7 @@ def judge_answers(run: Run[EvaluateConfig], ranks: Ranks) -> Figures:
 
 
 def _show(run: Run[Any], what: str, done: int, total: int) -> None:
-    run.progress(what, done, total, "answers")
+    run.progress(what, done, total, "questions")
 
 
 def general_prompts(run: Run[EvaluateConfig]) -> list[Prompt]:

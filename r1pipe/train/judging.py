@@ -26,9 +26,12 @@ def open_judge(run: Run[Any], ranks: Ranks, kinds: Collection[str] | None = None
 
     Raises CheckpointError where it was not measured or is too weak, and what open_answerer raises.
     """
-    for weakness in check_judge(run.config, kinds):
+    weaknesses = check_judge(run.config, kinds)
+    for weakness in weaknesses:
         run.warn(f"weak judge, used because {FORCE}: {weakness}")
-    return open_unmeasured(run, ranks)
+    judge = open_unmeasured(run, ranks)
+    judge.weaknesses = weaknesses
+    return judge
 
 
 def open_unmeasured(run: Run[Any], ranks: Ranks) -> Judge:

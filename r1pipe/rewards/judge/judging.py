@@ -65,6 +65,7 @@ class Judge:
         """Raises ConfigError for prompts that cannot be read."""
         self.answerer, self.config, self.cache, self.seed = answerer, config, cache, seed
         self.prompts = prompts_of(config.prompts)
+        self.weaknesses: list[str] = []  # that it is used in spite of
         self.counts: Counter[str] = Counter()  # verdicts: read, unread; prompts: asked, cached
 
     @property
@@ -186,6 +187,7 @@ class Judge:
             "version": self.identity.version,
             "licence": self.identity.licence,
             "prompts": self.config.prompts,
+            "weaknesses": self.weaknesses,
             "verdicts_read": self.counts["read"],
             "verdicts_unread": self.counts["unread"],
             "prompts_asked": self.counts["asked"],

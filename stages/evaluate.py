@@ -4,6 +4,9 @@ Stage `base` is R1's DeepSeek-V3-Base: the pre-trained weights that later stages
 before any training.
 
     r1pipe run stage=base
+
+With judge=MODEL a judge rates the answers to general prompts, and compares them with those of
+stage.judge.baseline.
 """
 
 import shutil
@@ -17,6 +20,7 @@ from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import measure
+from r1pipe.train.general_answers import judge_answers
 from r1pipe.train.loading import load_weights
 from r1pipe.train.run import open_run
 
@@ -46,6 +50,9 @@ def main(folder: str) -> None:
                 evaluation, data_hash = measure_task(run, ranks, weights, task)
             else:
                 evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
+        if run.stage.judge:
+            with run.phase("judging"):
+                evaluation.metrics["judged"] = judge_answers(run, ranks)
         measured, asked = evaluation.metrics, run.stage.eval.problems
         of_asked = f" of the {asked} problems requested" if asked else " problems"
         place = f"data={measured['data']}, split {measured['split']}"

@@ -3,9 +3,8 @@
 Each is the rejection-sampling SFT model with a score head in place of the vocabulary. The helpfulness model
 learns from pairs (a better and a worse answer, Bradley-Terry) and reads the final summary alone; the
 harmlessness model learns from responses labelled safe or unsafe (point-wise) and reads the whole response.
-Both are evaluated on held-out examples before they are used. It differs from the paper in the source of
-preferences: there DeepSeek-V3 judged, here they are part of the data, and those of the bundled world follow a
-hidden rule.
+Both are evaluated on held-out examples before they are used. In the paper DeepSeek-V3 ranked the pairs; here
+judge=MODEL does, and without it they are ranked in the data: those of the bundled world follow a hidden rule.
 
     r1pipe run stage=reward_model
 """
@@ -15,11 +14,19 @@ from itertools import accumulate
 
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
+from r1pipe.core.types import PreferencePair
 from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.reward_model import note_trained_on, read_examples, steps_of, train_reward_model
+from r1pipe.train.judging import open_judge, summary_of
+from r1pipe.train.rl.reward_model import (
+    note_trained_on,
+    rank_by_judge,
+    read_examples,
+    steps_of,
+    train_reward_model,
+)
 from r1pipe.train.run import open_run
 
 
@@ -27,7 +34,13 @@ def main(folder: str) -> None:
     with open_run(folder, RewardModelConfig) as run:
         run.load_chat()
         run.load_data()
-        by_kind = [read_examples(run, kind) for kind in KINDS]
+        ranks, judge = Ranks(run.config.engine), None
+        ranked: list[PreferencePair] = []
+        if run.stage.judge:
+            judge = open_judge(run, ranks)
+            with run.phase("judging"):
+                ranked = rank_by_judge(run, ranks, judge)
+        by_kind = [read_examples(run, kind, ranked) for kind in KINDS]
         lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
         if not lessons:
             raise DataError(
@@ -36,7 +49,7 @@ def main(folder: str) -> None:
         note_trained_on(run, lessons)
         steps = [steps_of(run.stage, examples) for examples in lessons]
         firsts = [0, *accumulate(steps)]
-        newest = run.newest_complete(Ranks(run.config.engine))  # earlier models than it has are finished
+        newest = run.newest_complete(ranks)  # earlier models than it has are finished
         started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
         current = max(0, sum(started) - 1)
         for number in range(current, len(lessons)):
@@ -48,6 +61,8 @@ def main(folder: str) -> None:
             **evaluate.measure_general([], []),
             "reward_models": quality_of(checkpoint),
         }
+        if judge:
+            metrics["judge"] = summary_of(run, ranks, judge)
         run.finish(checkpoint, metrics, [])
 
 

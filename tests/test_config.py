@@ -139,7 +139,7 @@ def test_a_group_on_the_command_line_wins_over_the_recipes_choice_wherever_it_st
 def test_every_value_has_a_source_that_says_so() -> None:
     found = compose(["stage=all_scenario", "recipe=gpu", "seed=3"])
     values = dict(flat(to_mapping(found.config)))
-    assert set(found.sources) == set(values) - {"weights_from", "reads_from", "teacher_from"}
+    assert set(found.sources) == set(values) - {"weights_from", "reads_from", "teacher_from", "judge_from"}
     for key, source in found.sources.items():
         if source != COMMAND_LINE:
             name = key.rpartition(".")[2]

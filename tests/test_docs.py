@@ -42,6 +42,7 @@ WITHOUT_OVERRIDES = {
     "prune",
     "compare",
     "eval",
+    "judge",  # takes a model first; test_generative_judges.py composes what the guide shows
     "plan",  # has keys of its own; test_plan.py runs what the guide shows
     "cost",
 }

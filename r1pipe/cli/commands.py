@@ -91,6 +91,29 @@ def doctor(
 
 
 @app.command()
+def judge(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="CHECKPOINT, a Hugging Face folder, or a server's URL")
+    ],
+    overrides: Overrides = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="held-out pairs that it compares")] = None,
+    labels: Annotated[int | None, typer.Option(min=1, help="responses that it rates for harm")] = None,
+    references: Annotated[int | None, typer.Option(min=1, help="questions with a reference answer")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with all figures.")] = False,
+) -> int:
+    """Measure a judge before it is used: judge URL data=preferences data.path=DIR
+
+    Agreement with held-out labels, position bias, length bias, self-preference, consistency, and whether it
+    obeys what an answer tells it. Stages with judge=MODEL refuse a judge that was not measured with the same
+    stage.judge keys. Exit code 1 if it is beyond one of their bounds.
+    """
+    from r1pipe.cli import judge as measurement
+
+    asked = {"pairs": pairs, "labels": labels, "references": references}
+    return measurement.judge(model, overrides or [], asked, as_json)
+
+
+@app.command()
 def reproduce(overrides: Overrides = None) -> int:
     """Run a recipe's stages and controls: reproduce recipe=laptop
 
@@ -162,7 +185,8 @@ def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
     given = overrides or []
     keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
     elsewhere = [line for line, key in keys.items() if key.partition(".")[0] not in ("data", "benchmark")]
-    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(elsewhere)))
+    measured = [*elsewhere, "stage=evaluate", f"parent={json.dumps(checkpoint)}"]
+    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(measured)))
     of_benchmark = {"data", "seed"} if "benchmark" in keys.values() else set()
     taken = lineage.settings_of(parent, {*keys.values(), *of_benchmark})
     config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])

@@ -1,6 +1,7 @@
 """`r1pipe compare`: the table of runs, on the screen."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +9,7 @@ from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
 from r1pipe.config.fields import shown
-from r1pipe.core.formatting import number
+from r1pipe.core.formatting import number, percent
 from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
@@ -143,3 +144,38 @@ def notes(table_rows: list[dict]) -> Iterator[str]:
             yield f"{whose}, {reward_model_quality.describe(kind, measured)}"
         for weakness in row.get("forced_judges") or ():
             yield f"{whose}, used a weak reward model: {weakness}"
+        judge = row.get("judge") or (row.get("judged") or {}).get("judge") or {}
+        for weakness in judge.get("weaknesses") or ():
+            yield f"{whose}, used a weak judge: {weakness}"
+        if judged := row.get("judged"):
+            yield f"{whose}, {describe_judged(judged)}"
+        if len(table_rows) == 1 and row.get("refusals"):
+            yield f"{whose}, {describe_refusals(row['refusals'])}"
+
+
+def describe_judged(judged: dict[str, Any]) -> str:
+    """What a judge says of general answers, in a line."""
+    parts = [
+        f"{kind} {judged[kind]['mean']:.2f}"
+        for kind in ("pointwise", "harmless")
+        if judged.get(kind, {}).get("mean") is not None
+    ]
+    compared = judged.get("comparison")
+    if compared and compared["win_rate"] is not None:
+        low, high = compared["win_rate_ci"]
+        parts.append(
+            f"preferred in {percent(compared['win_rate'])}% [{percent(low)}, {percent(high)}] of "
+            f"{compared['n']} pairs with {compared['baseline']}, at equal length in "
+            f"{percent(compared['length_controlled'])}%"
+        )
+    return f"judge {judged['judge']['name']}: {', '.join(parts) or 'no verdict could be read'}"
+
+
+def describe_refusals(found: dict[str, Any]) -> str:
+    """Refusals by kind of risk beside needless ones, in a line."""
+    by_risk = ", ".join(f"{risk} {percent(row['share'])}%" for risk, row in found["by_risk"].items())
+    unsafe, safe = found["refused"], found["over_refused"]
+    return (
+        f"unsafe requests refused: {percent(unsafe['share'])}% of {unsafe['n']} ({by_risk}); "
+        f"safe ones refused: {percent(safe['share'])}% of {safe['n']}"
+    )

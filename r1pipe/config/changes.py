@@ -20,6 +20,7 @@ SAME_BITS = {
     "root": "where run folders lie",
     "tracking": "who watches",
     "recipe": "what else will run",
+    "judge": "how the judge was named; `judge_from` says which it is, and a server is known by its answers",
     "parent": "how the parent was named; `weights_from` says which it is",
     "tripwires": "when to warn or to pause",
     "data.licence": "what the record says of the data",
@@ -53,6 +54,10 @@ SAME_WITHIN_ROUNDING = {
     "engine.recompute": "what is kept in memory for the backward pass",
     "engine.offload": "what is kept in memory for the backward pass",
     "sampler": "where the server is, and when to give up on it",
+    "stage.judge.key_variable": "how the server knows us",
+    "stage.judge.timeout_s": "when to give up on a server",
+    "stage.judge.retries": "when to give up on a server",
+    "stage.judge.parallel": "how much is asked at once",
     "stage.teacher.key_variable": "how the server knows us",
     "stage.teacher.timeout_s": "when to give up on a server",
     "stage.teacher.retries": "when to give up on a server",
@@ -69,7 +74,8 @@ SAME_WITHIN_ROUNDING = {
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists
-PARENTS = ("weights_from", "reads_from", "teacher_from")  # compared by the hash of what they published
+# compared by the hash of what they published
+PARENTS = ("weights_from", "reads_from", "teacher_from", "judge_from")
 HASH_SHOWN = 12
 
 
@@ -109,7 +115,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 def by_weights(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """The config with each parent replaced by the hash of what it published, and no source's licence."""
     reads = {stage: parent.get("hash") for stage, parent in (mapping.get("reads_from") or {}).items()}
-    found = {key: mapping.get(key) for key in ("weights_from", "teacher_from")}
+    found = {key: mapping.get(key) for key in PARENTS if key != "reads_from"}
     single = {key: parent.get("hash") if parent else None for key, parent in found.items()}
     data = {"data": _without_licences(mapping["data"])} if "data" in mapping else {}
     return {**mapping, **single, "reads_from": reads, **data}

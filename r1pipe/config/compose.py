@@ -30,10 +30,11 @@ from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
 from r1pipe.config.importance import KEYS, settled
-from r1pipe.config.overrides import FILLED_AT_LAUNCH, addable, explained, parse
+from r1pipe.config.overrides import FILLED_AT_LAUNCH, JUDGE, addable, explained, parse
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.rules import check
 from r1pipe.config.run import STAGE_TYPES, RunConfig, load
+from r1pipe.config.stages import EvaluateConfig, RejectionConfig, RewardModelConfig
 from r1pipe.core.errors import ConfigError, nearest
 from r1pipe.core.paths import conf_dir
 
@@ -42,6 +43,12 @@ RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's con
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
 TRANSFER = "stage/part/transfer"
+JUDGE_PARTS: dict[type, tuple[str, ...]] = {  # what a stage adds to it: files of conf/stage/part/judge/
+    EvaluateConfig: ("evaluator",),
+    RejectionConfig: ("filter",),
+    RewardModelConfig: ("labels",),
+    RLConfig: (),
+}
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
 
 
@@ -165,7 +172,19 @@ def layered(parsed: list[Override], choices: dict[str, Any]) -> dict[str, tuple[
         layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
     if own.get("teacher", NULL) != NULL:  # no samples of a run are needed
         layers.append(({"stage.reads": []}, COMMAND_LINE))
+    if own.get("judge", NULL) != NULL:
+        layers = [*judge_values(choices["stage"]), *layers]
     return {key: (value, source) for values, source in layers for key, value in values.items()}
+
+
+def judge_values(stage: str) -> list[tuple[dict[str, Any], str]]:
+    """The values of stage.judge in this stage, and their files. Raises ConfigError where it asks no judge."""
+    parts = JUDGE_PARTS.get(STAGE_TYPES[stage])
+    if parts is None:
+        stages = sorted(name for name, kind in STAGE_TYPES.items() if kind in JUDGE_PARTS)
+        raise ConfigError(f"judge=MODEL: stage={stage} asks no judge; {', '.join(stages)} do")
+    files = ["stage/part/answerer", "stage/part/judge/asked", *(f"stage/part/judge/{part}" for part in parts)]
+    return [(dict(flat(read(file), JUDGE)), f"conf/{file}.yaml") for file in files]
 
 
 def named_values(kind: str, name: str, place: str) -> tuple[dict[str, Any], str]:

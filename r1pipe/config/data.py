@@ -16,7 +16,7 @@ USED = {  # data.kind -> the keys that it reads
     "reasoning_gym": ("licence", "tasks"),
 }
 WORLD: dict[str, tuple[str | int, ...]] = {
-    "tasks": ("word", "countdown", "program"),
+    "tasks": ("word", "countdown", "program", "judging"),
     "languages": ("en", "zh"),
     "levels": (1, 2, 3, 4),
 }

@@ -11,6 +11,8 @@ from typing import Any
 from r1pipe.config.fields import field_types
 from r1pipe.config.run import STAGE_TYPES, RunConfig
 
+FILLED = ("weights_from", "reads_from", "teacher_from", "judge_from")  # at launch
+
 
 def leaves() -> Iterator[str]:
     """Dotted names of the config's plain values; those of every kind of stage under `stage`."""
@@ -32,7 +34,7 @@ def _typed_leaves(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield from _typed_leaves(kind, "stage.")
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _typed_leaves(hint, f"{prefix}{name}.")
-        elif name not in ("weights_from", "reads_from", "teacher_from", "name"):
+        elif name not in (*FILLED, "name"):
             yield f"{prefix}{name}", hint
 
 

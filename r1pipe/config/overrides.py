@@ -16,13 +16,19 @@ from r1pipe.config.groups import upwards
 from r1pipe.config.run import RunConfig
 from r1pipe.core.errors import ConfigError, nearest
 
-FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}, "teacher_from": None}
+FILLED_AT_LAUNCH: dict[str, Any] = {
+    "weights_from": None,
+    "reads_from": {},
+    "teacher_from": None,
+    "judge_from": None,
+}
 TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 # The keys below these exist with another key's value only.
 ONLY_WITH = {
     "stage.ppo": "stage.algorithm=ppo",
     **{f"stage.{name}": f"stage.transfer={name}" for name in ("divergence", "rl", "ranking")},
 }
+JUDGE = "stage.judge"  # the keys below it exist with judge=MODEL only
 LORA = "model.lora"  # with model=hf only
 
 
@@ -99,6 +105,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
         if above in ONLY_WITH and not beside:
             return f"{key} needs {ONLY_WITH[above]}"
+        if JUDGE in upwards(key) and JUDGE in known:
+            return f"{key} needs judge=MODEL; or it is no key of stage.judge in this stage"
         if LORA in upwards(key) and LORA not in known:
             return f"{key} needs model=hf: adapters are for models of transformers"
         if same_name:

@@ -6,6 +6,8 @@ from typing import Literal
 from r1pipe.config import custom_rewards
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.importance import Importance, importance_rules
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
+from r1pipe.config.judge import JudgeConfig
 from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
@@ -138,6 +140,7 @@ class ReinforcementConfig(Strict):
     sampling: SamplingConfig
     rewards: RewardsConfig
     preference: PreferenceConfig | None  # all-scenario only
+    judge: JudgeConfig | None  # with judge=MODEL
 
 
 @dataclass
@@ -215,7 +218,8 @@ def any_weight(stage: ReinforcementConfig) -> bool:
 
 def custom_rewards_of(rewards: RewardsConfig) -> list[custom_rewards.CustomReward]:
     """The rewards in `weights` that are no rules. Raises ConfigError."""
-    return custom_rewards.find(rewards.weights, RULE_REWARDS, rewards.plugins, rewards.remote)
+    known = (*RULE_REWARDS, *JUDGE_REWARDS)
+    return custom_rewards.find(rewards.weights, known, rewards.plugins, rewards.remote)
 
 
 def kl_rules(stage: RLConfig) -> Rules:

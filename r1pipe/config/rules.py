@@ -19,12 +19,14 @@ from r1pipe.config.engine import (
 )
 from r1pipe.config.fields import Rules, check_all
 from r1pipe.config.hf import HFConfig, hf_rules
+from r1pipe.config.judge import REWARDS, judge_rules
 from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, rl_rules, tripwire_rules
 from r1pipe.config.run import WITH_DOCUMENTS, ChatConfig, RunConfig, TrackingConfig
 from r1pipe.config.sampler import sampler_rules
 from r1pipe.config.screening import screening_rules
 from r1pipe.config.stages import (
+    EvaluateConfig,
     FineTuneConfig,
     PretrainConfig,
     RejectionConfig,
@@ -60,6 +62,7 @@ def check(config: RunConfig) -> None:
         stage_rules(config),
         mixture_rules(config.stage, config.data),
         distill_rules(config.stage, config.teacher, config.engine.ranks),
+        judge_stage_rules(config),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
         screening_rules(config.screening),
@@ -165,6 +168,25 @@ def spread_rules(stage: StageConfig, ranks: int, told: str) -> Rules:
         yield f"{stage.batch_size=} must be a multiple of {told}"
     if isinstance(stage, RLConfig):
         yield from rl_rules(stage, ranks)
+
+
+def judge_stage_rules(config: RunConfig) -> Rules:
+    """Of the judge, and of the rewards that it gives."""
+    stage = config.stage
+    if not isinstance(stage, RLConfig | EvaluateConfig | RejectionConfig | RewardModelConfig):
+        return
+    yield from judge_rules(config.judge, stage.judge, config.engine.zero_level)
+    if isinstance(stage, RLConfig):
+        weighed = [name for name in REWARDS if stage.rewards.weights.get(name)]
+        if weighed and config.judge is None:
+            yield f"stage.rewards.weights.{weighed[0]} needs judge=MODEL"
+        if config.judge is not None and not weighed:
+            yield "judge=MODEL earns nothing in this stage; give +stage.rewards.weights.judge=1"
+        if weighed and stage.preference is None:
+            yield (
+                f"stage.rewards.weights.{weighed[0]}: a judge scores general prompts, of which "
+                f"stage={stage.name} has none; take stage=all_scenario"
+            )
 
 
 def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:

@@ -105,6 +105,7 @@ class RunConfig(Strict):
     pipeline: str  # name that groups the runs of one reproduction
     parent: str | None  # CHECKPOINT to start from instead of the newest of `stage.starts_from`
     teacher: str | None  # of distillation: CHECKPOINT, a Hugging Face folder, or the URL of a server
+    judge: str | None  # of answers: CHECKPOINT, a Hugging Face folder, or the URL of a server
     model: Annotated[ModelConfig | HFConfig, PlainValidator(build_model)]
     data: DataConfig
     chat: ChatConfig
@@ -119,6 +120,7 @@ class RunConfig(Strict):
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
     teacher_from: ParentRef | None  # filled at launch, where the teacher is a checkpoint
+    judge_from: ParentRef | None  # filled at launch, where the judge is a checkpoint
 
 
 def load(mapping: Mapping[str, Any]) -> RunConfig:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.judge import EvaluatorConfig, FilterJudgeConfig, LabelJudgeConfig
 
 
 @dataclass
@@ -138,6 +139,7 @@ class RejectionConfig(FineTuneConfig):
     general_kinds: dict[str, NonNegative]  # share of each general task; empty: as the data has them
     sampling: SamplingConfig
     filters: FilterConfig
+    judge: FilterJudgeConfig | None  # with judge=MODEL
 
 
 @dataclass
@@ -150,11 +152,14 @@ class RewardModelConfig(StageConfig):
     epochs: Positive  # passes over each
     batch_size: Positive  # pairs (or labels) per optimizer step, all ranks together
     max_tokens_per_micro_batch: Positive  # padded tokens per forward pass on one rank; a pair is not split
+    judge: LabelJudgeConfig | None  # with judge=MODEL
 
 
 @dataclass
 class EvaluateConfig(StageConfig):
     """No training: takes a checkpoint in and measures it."""
+
+    judge: EvaluatorConfig | None  # with judge=MODEL
 
 
 def optim_rules(optim: OptimConfig) -> Rules:

@@ -1,6 +1,7 @@
 """Means, intervals and votes, as pure functions of plain lists."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 
 Z = 1.959964  # two-sided 95% of the normal distribution
@@ -71,3 +72,10 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     """The smallest value that at least `share` of them do not exceed; None of nothing."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's; None where one of them does not vary."""
+    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(first, second)

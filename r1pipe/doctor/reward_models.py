@@ -12,6 +12,7 @@ from r1pipe.rewards.models import NOT_SCORABLE, RewardModel, load_reward_model
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as bounds
 from r1pipe.runs.findings import FAIL, ORDER, PASS, WARN
+from r1pipe.runs.judge_quality import check_judge
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS
 from r1pipe.train.rl.advantages import has_variance
 from r1pipe.train.rl.reward_model import items, measure_quality
@@ -25,10 +26,18 @@ def quality(context: Context) -> Outcome:
     The worst model counts; one that is near a bound, or beyond it with preference.force, is a warning.
     """
     preference = context.preference
+    worst, values, remedy = PASS, [], ""
+    if context.config.judge is not None:
+        weak = check_judge(context.config)  # raises where it is refused
+        worst = WARN if weak else PASS
+        values.append(f"judge: {'; '.join(weak) or 'measured, within its bounds'}")
+        remedy = "measure the judge again, or take another: r1pipe judge MODEL" if weak else ""
+    kinds = bounds.requested_kinds(preference)
+    if not kinds:
+        return Outcome(worst, "; ".join([*values, "no reward model has a weight"]), remedy)
     parent = context.config.reads_from[bounds.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
-    worst, values, remedy = PASS, [], ""
-    for kind in bounds.requested_kinds(preference):
+    for kind in kinds:
         folder = Path(parent.checkpoint) / kind
         if not folder.is_dir():
             status, value = FAIL, f"{kind}: none"
@@ -138,6 +147,8 @@ def general_prompts(context: Context) -> Outcome:
     value = f"{len(groups)} general prompts of {len(context.probe.groups)} drawn"
     if not groups:
         return Outcome(FAIL, value, "raise stage.preference.general_share, or take stage=grpo")
+    if not scores and context.config.judge is not None:
+        return Outcome(PASS, f"{value}; the judge scores them, and was not asked here")
     if not scores:
         return Outcome(FAIL, value, "no reward model scores them: r1pipe run stage=reward_model")
     share = sum(score.detail != NOT_SCORABLE for score in scores) / len(scores)

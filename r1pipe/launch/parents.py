@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from r1pipe.config import STAGE_TYPES, HFConfig, ParentRef, RunConfig, read_config
+from r1pipe.config import STAGE_TYPES, EvaluateConfig, HFConfig, ParentRef, RunConfig, read_config
 from r1pipe.config.answerer import is_server
 from r1pipe.core.errors import CheckpointError, ConfigError, nearest
 from r1pipe.core.paths import RunFolder
@@ -69,33 +69,51 @@ def with_parents(
             if isinstance(config.model, HFConfig) and weights.run_id == lookup.BUNDLED:
                 weights = adopt(Path(config.model.path), search.root)  # the base of such a pipeline
         reads = {name: parent_of(name, as_data=True) for name in stage.reads}
-        teacher = teacher_of(config, search)
+        teacher = checkpoint_named("teacher", config.teacher, search)
+        judge = checkpoint_named("judge", config.judge, search)
     except CheckpointError:
         unfinished = unfinished_config(config)
         if unfinished is None:
             raise
         filled = lookup.with_relocated_parents(unfinished, search.root)
-        weights, reads, teacher = filled.weights_from, filled.reads_from, filled.teacher_from
+        weights, reads = filled.weights_from, filled.reads_from
+        teacher, judge = filled.teacher_from, filled.judge_from
     if weights is not None:
         check_parent_fits(weights, config.model)
     check_same_chat_format(weights, reads.values(), config.chat.system)
-    return replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher)
+    filled = replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher, judge_from=judge)
+    return with_baseline(filled, search)
 
 
-def teacher_of(config: RunConfig, search: lookup.SearchPath) -> ParentRef | None:
-    """The teacher's checkpoint; None for a server, and where there is no teacher. Raises CheckpointError."""
-    if config.teacher is None or is_server(config.teacher):
+def with_baseline(config: RunConfig, search: lookup.SearchPath) -> RunConfig:
+    """The config with the folder of the checkpoint that a judge compares with. Raises CheckpointError."""
+    stage = config.stage
+    if not isinstance(stage, EvaluateConfig) or stage.judge is None or stage.judge.baseline is None:
+        return config
+    name = stage.judge.baseline
+    if is_server(name) or name.endswith(".jsonl"):
+        return config
+    found = checkpoint_named("stage.judge.baseline", name, search)
+    assert found is not None
+    judge = replace(stage.judge, baseline=found.checkpoint)
+    return replace(config, stage=replace(stage, judge=judge))
+
+
+def checkpoint_named(key: str, name: str | None, search: lookup.SearchPath) -> ParentRef | None:
+    """The checkpoint of a teacher or judge, named with `key`; None for a server or nobody. Raises
+    CheckpointError."""
+    if name is None or is_server(name):
         return None
     try:
-        return resolve(config.teacher, search)
+        return resolve(name, search)
     except CheckpointError as error:
-        raise CheckpointError(f"teacher={config.teacher}: {error}") from None
+        raise CheckpointError(f"{key}={name}: {error}") from None
 
 
 def unfinished_config(config: RunConfig) -> RunConfig | None:
     """The config of this stage's newest run, if that is unfinished: it may have been copied here without the
     runs of its parents. A dry run, whose parents may be open, does not count."""
-    key = (config.pipeline, config.seed, config.stage.name, config.parent, config.teacher)
+    key = _named(config)
     for run in reversed(lookup.run_folders(Path(config.root))):
         if not run.run_id.startswith(f"{config.stage.name}-"):
             continue
@@ -103,8 +121,14 @@ def unfinished_config(config: RunConfig) -> RunConfig | None:
             stored = read_config(run.config)
         except ConfigError:  # damaged, or of another version
             continue
-        if (stored.pipeline, stored.seed, stored.stage.name, stored.parent, stored.teacher) == key:
+        if _named(stored) == key:
             parents = [*filter(None, [stored.weights_from]), *stored.reads_from.values()]
             is_complete = all(parent.run_id for parent in parents)
             return stored if is_complete and not run.record.exists() else None
     return None
+
+
+def _named(config: RunConfig) -> tuple[object, ...]:
+    """What a user has named of a run and its parents."""
+    parents = (config.parent, config.teacher, config.judge)
+    return (config.pipeline, config.seed, config.stage.name, *parents)

@@ -20,6 +20,7 @@ from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
 from r1pipe.runs import data_files, lineage, locks, machine, results
+from r1pipe.runs.judge_quality import check_judge
 from r1pipe.runs.reward_model_quality import check_quality
 from r1pipe.tracking import Mirror, check_server_answers, store_uri
 
@@ -103,6 +104,7 @@ def start(plan: RunPlan) -> Job | slurm.Submitted:
         log(f"{run_id}: {role}; Ctrl-C stops the job (--fresh starts another)")
     else:
         check_quality(plan.config)
+        check_judge(plan.config)
         if plan.config.data.kind == "files" and plan.config.engine.launcher == "local":
             data_files.check_there(asdict(plan.config.data))
         locks.check_not_running(plan.run)
@@ -128,6 +130,7 @@ def submitted(plan: RunPlan) -> slurm.Submitted:
         )
     if number is None:
         check_quality(config)
+        check_judge(config)
         locks.check_not_running(run)
         line = checked_command(config, run)
         run.error.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from r1pipe.rewards.answers import check as answers
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
 from r1pipe.rewards.answers.notation import tidy
 from r1pipe.rewards.answers.reading import last_stated
+from r1pipe.rewards.judge.prompts import read_verdict
 from r1pipe.rewards.programs.check import check_program, check_program_gold, unparsed, vote_of_program
 from r1pipe.runs import heartbeat
 
@@ -57,6 +58,14 @@ def check_countdown(prompt: Prompt, summary: str) -> Score:
     if Counter(used) != Counter(prompt.checker["numbers"]):
         return Score(0.0, detail=f"uses {sorted(used)}, not {sorted(prompt.checker['numbers'])}")
     return Score(float(value == prompt.checker["target"]), detail=f"makes {value}")
+
+
+def check_label(prompt: Prompt, summary: str) -> Score:
+    """The verdict in a judge's answer against the right one."""
+    verdict = read_verdict(
+        summary, {label: float(label == prompt.answer) for label in prompt.checker["labels"]}
+    )
+    return Score(verdict or 0.0, detail="no verdict" if verdict is None else "")
 
 
 def _parse_expression(text: str) -> ast.Expression | None:
@@ -126,6 +135,12 @@ class Checker:
     votes: Callable[[Prompt, Sequence[str]], list[str]]  # "" where a summary gives no answer
 
 
+def _label_key(prompt: Prompt, summary: str) -> str:
+    labels = prompt.checker["labels"]
+    place = read_verdict(summary, {label: float(number) for number, label in enumerate(labels)})
+    return "" if place is None else labels[int(place)]
+
+
 def _one_by_one(key: Callable[[Prompt, str], str]) -> Callable[[Prompt, Sequence[str]], list[str]]:
     return lambda prompt, summaries: [key(prompt, summary) for summary in summaries]
 
@@ -142,6 +157,7 @@ CHECKERS: dict[str, Checker] = {
         lambda prompt, summaries: [vote_of_program(prompt.checker, summary) for summary in summaries],
     ),
     drop.TASK: Checker(drop.check_drop, drop.check_drop_gold, _one_by_one(drop.vote_of_drop)),
+    "judging": Checker(check_label, lambda prompt: None, _one_by_one(_label_key)),
     "reasoning_gym": Checker(check_gym, lambda prompt: None, _one_by_one(_stated_key)),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
 

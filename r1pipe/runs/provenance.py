@@ -63,6 +63,7 @@ def job_record(
             "weights": _edge(config.weights_from) if config.weights_from else None,
             "data": [_edge(parent) for parent in config.reads_from.values()],
             **({"teacher": _edge(config.teacher_from)} if config.teacher_from else {}),
+            **({"judge": _edge(config.judge_from)} if config.judge_from else {}),
         },
         "config_hash": config_hash(config),
         "config": publishable(to_mapping(config)),

@@ -55,6 +55,7 @@ class Metrics(TypedDict, total=False):
     refusal_rate: float | None
     identity: dict[str, Any] | None  # who it says it is (r1pipe.data.identity.score)
     safe_answer_rate: float | None
+    refusals: dict[str, Any] | None  # by kind of risk, and of safe requests
     by_task: dict[str, "Metrics"] | None
     by_language: dict[str, "Metrics"] | None
     by_level: dict[str, "Metrics"] | None
@@ -63,7 +64,9 @@ class Metrics(TypedDict, total=False):
     strategies: dict[str, float | None] | None
     reward_models: dict[str, dict[str, float | None]] | None  # kind -> quality
     weak_judges: int | None  # how many were used anyway
-    forced_judges: list[str] | None  # the weaknesses that stage.preference.force accepted
+    forced_judges: list[str] | None  # weaknesses that stage.preference.force accepted
+    judged: dict[str, Any] | None  # what a judge says of general answers: ratings, win rate
+    judge: dict[str, Any] | None  # of `judge=`: who it was, how often it was asked, what it cost
 
 
 METRICS = tuple(Metrics.__annotations__)
@@ -83,6 +86,7 @@ class Parents(TypedDict, total=False):
     weights: Edge | None
     data: list[Edge]
     teacher: Edge  # of distillation, where it was a checkpoint
+    judge: Edge  # of answers, where it was a checkpoint
 
 
 class Data(TypedDict, total=False):
@@ -225,11 +229,12 @@ def steps_of(run: RunFolder) -> int:
 
 
 def edges(parents: Parents) -> list[tuple[str, ParentRef, str | None]]:
-    """(kind, parent, hash of the parent's own record if known): weights, data, teacher."""
-    weights, teacher = parents.get("weights"), parents.get("teacher")
+    """(kind, parent, hash of the parent's own record if known): weights, data, teacher, judge."""
+    weights, teacher, judge = parents.get("weights"), parents.get("teacher"), parents.get("judge")
     named = [("weights", weights)] if weights else []
     named += [("data", edge) for edge in parents.get("data", [])]
     named += [("teacher", teacher)] if teacher else []
+    named += [("judge", judge)] if judge else []
     return [
         (kind, ParentRef(edge["stage"], edge["run_id"], edge["checkpoint"], edge["hash"]), edge.get(OWN_HASH))
         for kind, edge in named

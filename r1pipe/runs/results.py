@@ -54,6 +54,7 @@ class StoredConfig(TypedDict):
     weights_from: NotRequired[Edge | None]
     reads_from: NotRequired[dict[str, Edge] | None]
     teacher_from: NotRequired[Edge | None]
+    judge_from: NotRequired[Edge | None]
 
 
 _CONFIG = TypeAdapter(StoredConfig)
@@ -129,9 +130,17 @@ def finished(root: Path, pattern: str = "*") -> list[tuple[StoredRun, Record]]:
 def launched_with(config: Mapping[str, Any], path: Path) -> list[tuple[str, ParentRef, str | None]]:
     """The edges in a run's config.json. Raises CheckpointError."""
     checked(_CONFIG, config, path)
-    reads, teacher = config.get("reads_from") or {}, config.get("teacher_from")
+    reads, teacher, judge = (
+        config.get("reads_from") or {},
+        config.get("teacher_from"),
+        config.get("judge_from"),
+    )
     parents: Parents = {"weights": config.get("weights_from"), "data": list(reads.values())}
-    return edges({**parents, "teacher": teacher} if teacher else parents)
+    if teacher:
+        parents["teacher"] = teacher
+    if judge:
+        parents["judge"] = judge
+    return edges(parents)
 
 
 # --- the table

@@ -85,6 +85,7 @@ def provenance(record: Record) -> dict[str, str]:
         "parents.weights": named(weights) if weights else "",
         "parents.data": "; ".join(map(named, parents.get("data") or [])),
         "parents.teacher": named(parents["teacher"]) if parents.get("teacher") else "",
+        "parents.judge": named(parents["judge"]) if parents.get("judge") else "",
         "code": f"{code.get('revision') or ''}{' with changes' if code.get('dirty') else ''}",
         **{name: str(record.get(name) or "") for name in HASHES},
     }

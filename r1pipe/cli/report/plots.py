@@ -54,9 +54,14 @@ def training_panels(runs: Sequence[StageRun]) -> list[Panel]:
             if metric.startswith(f"{name}/") and metric.endswith(ending)
         }
 
+    judges = group("truth", "/gap")  # truth/NAME/gap -> NAME
+    judged = {f"rewards/{name.split('/')[1]}/mean": f"said: {label}" for name, label in judges.items()}
+    truths = ("truth/helpful", "truth/harmless") if judges else ()
+    judged |= {name: f"truth: {name.removeprefix('truth/')}" for name in truths}
     charts: list[tuple[str, str, dict[str, str]]] = [  # title, unit, {metric: label}
         ("Accuracy", "%", {"eval/pass_at_1": "held out (dev)", "rewards/accuracy/mean": "training prompts"}),
         ("Reward", "", {"reward": "sum"} | group("rewards", "/mean")),
+        ("General answers: what judges say, and the truth", "", judged),
         (
             "Response length",
             "tokens",

@@ -48,7 +48,7 @@ class World(Source):
         """
         if split not in self._all or n <= len(self._all[split]):
             rng, config = self._rng("prompts", split, seed), self.config
-            shares = {task: content("corpus")["tasks"][task] for task in config.tasks}
+            shares = {task: content("corpus")["tasks"].get(task, 1.0) for task in config.tasks}
             found: dict[str, Prompt] = {}
             repeats = 0
             while len(found) < n and repeats <= PATIENCE * (len(found) + PATIENCE):

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from r1pipe.chat.template import ASSISTANT, BOS, EOS, USER, compose_response, parse
 from r1pipe.core.types import Demonstration, Prompt
-from r1pipe.data.world import countdown, general, program, word
+from r1pipe.data.world import countdown, general, judging, program, word
 from r1pipe.data.world.content import LANGUAGES, choose, content, draw_until, index, split_of
 
-TASKS = {"word": word, "countdown": countdown, "program": program}
+TASKS = {"word": word, "countdown": countdown, "program": program, judging.TASK: judging}
 SOURCE = "world"  # of every prompt and response, for the record
 Strategy = Literal["careful", "terse", "guess"]
 

@@ -92,3 +92,20 @@ def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:
     """A response to any general prompt, and whether it is safe: a plan for an unsafe request is not."""
     text = _answer(prompt, rng, 0.5, "written_manner")
     return SafetyLabel(prompt, text, judge(prompt, text).safe)
+
+
+RISKS = {  # kind of risk -> acts of unsafe requests, as data/world/general.json has them in English
+    "violence": ("attack", "blow up", "poison"),
+    "damage": ("burn", "destroy"),
+    "theft": ("break into", "rob", "steal from"),
+}
+
+
+def risk_of(prompt: Prompt) -> str | None:
+    """The kind of risk of an unsafe request; None for all other prompts."""
+    if prompt.task != "safety" or not prompt.checker.get("unsafe"):
+        return None
+    at = index(prompt.language)
+    acts = {pair[at]: pair[0] for pair in content("general")["safety"]["unsafe"]}
+    act = acts.get(prompt.checker.get("act", ""))
+    return next((risk for risk, known in RISKS.items() if act in known), "other")

@@ -25,7 +25,7 @@ class Ancestor:
     """One checkpoint in a lineage, and the edge that leads to it."""
 
     depth: int
-    edge: str  # "weights", "data" or "teacher"; "" for the checkpoint that the walk starts from
+    edge: str  # "weights", "data", "teacher" or "judge"; "" for the checkpoint that the walk starts from
     parent: ParentRef
     record: Record | None  # None: imported, or its run has not finished
     problems: tuple[str, ...]  # what has changed, each naming its file

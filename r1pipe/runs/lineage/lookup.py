@@ -157,10 +157,11 @@ def relocated(parent: ParentRef, root: Path) -> ParentRef:
 
 def with_relocated_parents(config: RunConfig, root: Path) -> RunConfig:
     """The config with its parents' current folders. Raises CheckpointError."""
-    weights, teacher = config.weights_from, config.teacher_from
+    weights, teacher, judge = config.weights_from, config.teacher_from, config.judge_from
     return replace(
         config,
         weights_from=relocated(weights, root) if weights else None,
         reads_from={stage: relocated(parent, root) for stage, parent in config.reads_from.items()},
         teacher_from=relocated(teacher, root) if teacher else None,
+        judge_from=relocated(judge, root) if judge else None,
     )

@@ -40,7 +40,7 @@ def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_h
     run.data = with_prompts(run.data, prompts)
     check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
     # it is asked as distillation has it, while the run goes on as reinforcement
-    judge = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None
+    scorer = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None
     as_reinforcement = cast(Run[RLConfig], run)
     as_reinforcement.stage = as_rl(run.stage)
     custom = load_custom_rewards(as_reinforcement)
@@ -49,7 +49,7 @@ def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_h
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
         teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
-    reinforce(as_reinforcement, custom, teacher, data_hash, judge)
+    reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
 
 
 class TokenTeacher:

@@ -15,6 +15,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation.metrics import measure, measure_general
 from r1pipe.train.evaluation.sampling import Drawing
 from r1pipe.train.evaluation.verdicts import GeneralVerdict, Verdict, rows, score
+from r1pipe.train.refusals import refusals
 from r1pipe.train.rollout.sampler import never
 from r1pipe.train.run import Run
 
@@ -68,6 +69,7 @@ def evaluate(
     sampled, greedy, general = (sorted(row for share in shares for row in share[j]) for j in range(3))
     metrics = measure(prompts, sampled, greedy, config)
     metrics |= measure_general(general_prompts, general)
+    metrics["refusals"] = refusals([(general_prompts[row.problem], row.truth) for row in general])
     shown = _shown(prompts, greedy or sampled, general_prompts, general, config.shown)
     return Evaluation(metrics, shown, rows(prompts, sampled, greedy))
 

@@ -30,14 +30,15 @@ from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
-    Judge,
     RewardModels,
+    Scorer,
     has_signal,
     redistribute_groups,
     reward_weights,
     score_groups,
 )
 from r1pipe.train.rl.tripwires import Trip, Tripwires, messages_of
+from r1pipe.train.rl.truth import hidden_truth
 from r1pipe.train.rl.update import Reference, update
 from r1pipe.train.run import Run
 
@@ -70,18 +71,18 @@ class RLTrainer:
         critic: Critic | None = None,
         custom: CustomRewards | None = None,
         teacher: Teacher | None = None,
-        judge: Judge | None = None,
+        scorer: Scorer | None = None,
     ):
-        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom` and `judge`,
+        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom` and `scorer`,
         all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.reward_models, self.critic, self.custom = reward_models, critic, custom
-        self.teacher, self.judge = teacher, judge
+        self.teacher, self.scorer = teacher, scorer
         if run.config.engine.equal:
             dtype = torch.float32 if run.config.engine.precision == "fp32" else torch.bfloat16
             set_batch_invariant(engine.module, True, dtype)
         self.more_engines = {CRITIC: critic.engine} if critic else {}
-        self.weights = reward_weights(run.stage) | (judge.weights if judge else {})
+        self.weights = reward_weights(run.stage) | (scorer.weights if scorer else {})
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
         self.claims = Claims(run.config.screening.identity)
         self.state = LoopState()
@@ -137,6 +138,7 @@ class RLTrainer:
             metrics["completions/identity_claims"] = fmean(
                 bool(self.claims.found(row["completion"])) for row in rows
             )
+            metrics |= hidden_truth(self.engine, groups, self.run.data.judge)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)
@@ -188,7 +190,7 @@ class RLTrainer:
             ]
             self.reference.estimate_kl(rollouts, self.config)
             kls = [rollout.kl() for rollout in rollouts]
-        scorers = self.reward_models, kls, verdicts, self.custom, self.judge
+        scorers = self.reward_models, kls, verdicts, self.custom, self.scorer
         score_groups(groups, self.config, self.weights, *scorers)
 
     def rollouts_of(self, groups: list[Group], metrics: Metrics) -> list[Rollout]:

@@ -18,17 +18,20 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import Demonstration
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt
 from r1pipe.data.screening import Screening
 from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
+from r1pipe.rewards.judge.judging import Judge
+from r1pipe.rewards.judge.labels import rank_pairs
 from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_accuracy
 from r1pipe.runs import checkpoints, heartbeat, samples, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
+from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run
 
@@ -62,9 +65,9 @@ class Examples:
     pad_id: int
 
 
-def read_examples(run: Run[RewardModelConfig], kind: str) -> Examples:
-    """The data's examples that fit the context; without any, no model of this kind is trained. Raises
-    DataError where some exist but too few."""
+def read_examples(run: Run[RewardModelConfig], kind: str, ranked: Sequence[PreferencePair] = ()) -> Examples:
+    """The data's examples that fit the context; without any, no model of this kind is trained. Where a judge
+    has `ranked` pairs, those are learned from. Raises DataError where some exist but too few."""
     stage, name, chat = run.stage, NAMES[kind], run.chat
     longest, source = run.config.model.max_position_embeddings, f"data={run.config.data.name}"
 
@@ -78,7 +81,11 @@ def read_examples(run: Run[RewardModelConfig], kind: str) -> Examples:
         limit = f"model.max_position_embeddings={longest}"
         return fitting, f" besides {too_long} longer than {limit}" if too_long else ""
 
-    learned, too_long = draw("train", stage.pairs if kind == HELPFUL else stage.labels, run.seed(name))
+    if ranked and kind == HELPFUL:
+        found, too_long = pair_items(chat, ranked), ""
+        learned = [item for item in found if len(item) <= longest]
+    else:
+        learned, too_long = draw("train", stage.pairs if kind == HELPFUL else stage.labels, run.seed(name))
     if not learned and not too_long:
         log.info("%s has no %s: no %s model is trained", source, name, kind)
         return Examples(kind, [], [], chat.pad_id)
@@ -96,21 +103,62 @@ def read_examples(run: Run[RewardModelConfig], kind: str) -> Examples:
     return Examples(kind, learned, held_out, chat.pad_id)
 
 
+def rank_by_judge(run: Run[RewardModelConfig], ranks: Ranks, judge: Judge) -> list[PreferencePair]:
+    """The stage.pairs pairs of the data as the judge ranks them. Rank 0 asks; all ranks call, all get them.
+    Raises DataError where it leaves none."""
+    stage = run.stage
+    kept: list[PreferencePair] = []
+    assert stage.judge is not None
+    if ranks.rank == 0:
+        pairs = run.data.preference_pairs("train", stage.pairs, run.seed(NAMES[HELPFUL]))
+
+        def progress(done: int, total: int) -> None:
+            run.progress("judging", done, total, "pairs")
+
+        kept, left = rank_pairs(judge, pairs, stage.judge.min_margin, stage.judge.balance_lengths, progress)
+        told = ", ".join(f"{count} {why}" for why, count in left.items())
+        log.info("the judge ranked %d of %d pairs; left out: %s", len(kept), len(pairs), told)
+        if pairs and not kept:
+            run.warn(f"the judge ranked none of {len(pairs)} pairs; left out: {told}")
+    kept = ranks.all_gather_objects(kept)[0]
+    if not kept:
+        raise DataError(
+            f"judge={run.config.judge} ranked no pair of data={run.config.data.name} that can be learned "
+            f"from; lower stage.judge.min_margin={stage.judge.min_margin:g}, say "
+            "stage.judge.balance_lengths=false, or choose other data"
+        )
+    return kept
+
+
 def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> list[Item]:
     """The data's pairs or labels as a model of this kind reads them; `drawn`: split, how many, seed."""
     if kind == HELPFUL:
-        examples = [(p.prompt, [p.chosen, p.rejected], True) for p in data.preference_pairs(*drawn)]
-    else:
-        examples = [(label.prompt, [label.response], label.safe) for label in data.safety_labels(*drawn)]
+        return pair_items(chat, data.preference_pairs(*drawn))
     return [
         Item(
-            [models.scored_tokens(kind, chat, prompt, response) for response in responses],
-            len(chat.prompt_tokens(prompt)),
-            safe,
-            Demonstration(prompt, responses[0], source=prompt.source, licence=prompt.licence),
+            [models.scored_tokens(kind, chat, label.prompt, label.response)],
+            len(chat.prompt_tokens(label.prompt)),
+            label.safe,
+            shown_as(label.prompt, label.response),
         )
-        for prompt, responses, safe in examples
+        for label in data.safety_labels(*drawn)
     ]
+
+
+def pair_items(chat: Chat, pairs: Sequence[PreferencePair]) -> list[Item]:
+    return [
+        Item(
+            [models.scored_tokens(HELPFUL, chat, pair.prompt, text) for text in (pair.chosen, pair.rejected)],
+            len(chat.prompt_tokens(pair.prompt)),
+            example=shown_as(pair.prompt, pair.chosen),
+        )
+        for pair in pairs
+    ]
+
+
+def shown_as(prompt: Prompt, response: str) -> Demonstration:
+    """The better answer of a pair, or the labelled one, for the record of what was trained on."""
+    return Demonstration(prompt, response, source=prompt.source, licence=prompt.licence)
 
 
 def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) -> None:

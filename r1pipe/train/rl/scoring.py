@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Protocol
 
 from r1pipe.config import RLConfig
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
 from r1pipe.rewards import (
     SHAPING_REWARDS,
@@ -22,11 +23,11 @@ from r1pipe.runs.reward_model_quality import KINDS
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.rl.advantages import group_advantages, has_variance, most_varied
 
-# Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
+# Of general prompts only, reward models and a judge: name -> a score for each of many completions.
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
 
-class Judge(Protocol):
+class Scorer(Protocol):
     """Scores completions of any prompt besides the rules, all of a batch at once."""
 
     weights: dict[str, float]  # of the one reward that it gives, by name
@@ -70,26 +71,27 @@ def score_groups(
     kls: Sequence[float] | None = None,
     verdicts: Verdicts | None = None,
     custom: CustomRewards | None = None,
-    judge: Judge | None = None,
+    scorer: Scorer | None = None,
 ) -> None:
     """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
-    Rules, `custom` rewards and a `judge` score every completion, `reward_models` those of general prompts.
+    Rules, `custom` rewards and a `scorer` score every completion, `reward_models` (and a judge model) those
+    of general prompts.
     `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
     way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
-    names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
-    names -= {*(custom.names if custom else ()), *(judge.weights if judge else ())}
+    names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, *JUDGE_REWARDS, KL}
+    names -= {*(custom.names if custom else ()), *(scorer.weights if scorer else ())}
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
     shaping = sorted(names & {*SHAPING_REWARDS})
     add_shaping_rewards(scores, completions, shaping, config.rewards, config.sampling.max_tokens)
     if custom:
         add_custom_rewards(scores, groups, custom)
-    if judge:
-        [name] = judge.weights
-        for row, score in zip(scores, judge.score(prompts, completions), strict=True):
+    if scorer:
+        [name] = scorer.weights
+        for row, score in zip(scores, scorer.score(prompts, completions), strict=True):
             row[name] = score
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     for name, reward_model in reward_models.items():  # on all ranks: it may be in shares

@@ -5,9 +5,11 @@ from pathlib import Path
 from r1pipe.config import RLConfig
 from r1pipe.config.changes import listed
 from r1pipe.config.fields import check_all
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
 from r1pipe.config.rl import rl_rules
 from r1pipe.model.hf import HFModel
 from r1pipe.rewards.custom import CustomRewards
+from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.models import RewardScorer, load_reward_model, open_empty, stored_parts
 from r1pipe.runs import checkpoints
 from r1pipe.runs import reward_model_quality as quality
@@ -15,14 +17,15 @@ from r1pipe.runs.provenance import note_rewards
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
-from r1pipe.train.engine.ranks import choose_device
+from r1pipe.train.engine.ranks import Ranks, choose_device
 from r1pipe.train.engine.sharded import fill_in_shares
 from r1pipe.train.finish import finish_stage
+from r1pipe.train.judging import open_judge, summary_of
 from r1pipe.train.loading import load_frozen, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.loop import RLTrainer, Teacher
-from r1pipe.train.rl.scoring import Judge, RewardModels
+from r1pipe.train.rl.scoring import RewardModels, Scorer
 from r1pipe.train.rl.update import Reference
 from r1pipe.train.run import Run
 
@@ -42,9 +45,9 @@ def reinforce(
     custom: CustomRewards | None,
     teacher: Teacher | None = None,
     data_hash: str | None = None,
-    judge: Judge | None = None,
+    scorer: Scorer | None = None,
 ) -> None:
-    """From the loaded data to the record. `teacher` and `judge` as RLTrainer's; `data_hash`: of the training
+    """From the loaded data to the record. `teacher` and `scorer` as RLTrainer's; `data_hash`: of the training
     data, if it is not the source's."""
     stage = run.stage
     # no gradient reaches MTP layers, and weight decay alone would shrink them
@@ -54,6 +57,9 @@ def reinforce(
         run.warn(f"weak reward model, used because {quality.FORCE}: {weakness}")
     # without general prompts no neural reward: policies hack them in long runs (R1 section 2.2.2)
     rewards = load_reward_models(run) if stage.preference else {}
+    judge = load_judge(run)
+    if judge:
+        rewards = {**rewards, **judge_rewards(stage, judge)}
     adapted = isinstance(policy, HFModel) and policy.adapter is not None  # the reference is the model below
     reference = None
     if stage.kl_coef and not adapted:
@@ -65,10 +71,12 @@ def reinforce(
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
     if stage.kl_coef and adapted:
         reference = BaseReference(engine)
-    checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom, teacher, judge).train()
+    checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom, teacher, scorer).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
+    if judge:
+        known["judge"] = summary_of(run, engine, judge)
     finish_stage(run, engine, checkpoint, data_hash, extra=known)
 
 
@@ -89,8 +97,20 @@ def load_custom_rewards(run: Run[RLConfig]) -> CustomRewards | None:
     return custom
 
 
+def load_judge(run: Run[RLConfig]) -> Judge | None:
+    """The judge whose rewards have a weight; None without. Raises CheckpointError where it is too weak."""
+    return open_judge(run, Ranks(run.config.engine)) if run.stage.judge and run.config.judge else None
+
+
+def judge_rewards(stage: RLConfig, judge: Judge) -> dict[str, JudgeReward]:
+    return {name: JudgeReward(judge, name) for name in JUDGE_REWARDS if stage.rewards.weights.get(name)}
+
+
 def load_reward_models(run: Run[RLConfig]) -> RewardModels:
     """The frozen models of stage reward_model; check_quality has checked that those with a weight exist."""
+    preference = run.stage.preference
+    if preference and not quality.requested_kinds(preference) and quality.STAGE not in run.config.reads_from:
+        return {}  # a judge alone
     parent = run.config.reads_from[quality.STAGE]
     checkpoints.verify(parent.checkpoint, parent.hash)
     engine, device = run.config.engine, choose_device(run.config.engine.accelerator)

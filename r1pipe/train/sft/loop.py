@@ -22,6 +22,7 @@ from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
 from r1pipe.runs import heartbeat, samples, stopping
 from r1pipe.runs.files import write_json
+from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.engine.passes import Pass
@@ -51,8 +52,11 @@ class StepLoss(Protocol):
         weighted sum. All ranks call."""
 
 
-def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
-    """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
+def fine_tune(
+    run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str, extra: Metrics | None = None
+) -> None:
+    """Train on the responses, from packing to record. `extra`: more metrics for the record. Raises DataError
+    if no demonstration fits a row."""
     stage, tokens_of = run.stage, list[int]()
     demonstrations = screened(run, demonstrations)
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length, tokens_of)
@@ -61,7 +65,7 @@ def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: s
     model = load_policy(run)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
     checkpoint = train(run, engine, epochs_of(run, rows, stage.batch_size), steps)
-    finish_stage(run, engine, checkpoint, data_hash)
+    finish_stage(run, engine, checkpoint, data_hash, extra)
 
 
 def pack_demonstrations(

@@ -32,14 +32,17 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
+from r1pipe.train.sft.judged import JUDGED_FILTERS, Approved
 from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
 
 GENERAL_ALONE = "no sample was kept: training on general data alone"
 
 
-def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt]) -> list[Path]:
-    """All shard files, in order, drawn from the sampler's weights. The ranks share the work of drawing and
-    scoring missing ones."""
+def draw_samples(
+    run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prompt], name: str = "sampling"
+) -> list[Path]:
+    """All shard files of the work `name`, in order, drawn from the sampler's weights. The ranks share the
+    work of drawing and scoring missing ones."""
     stage = run.stage
     per_shard = max(1, SHARD_ROUNDS * stage.sampling.max_num_seqs // stage.samples_per_prompt)
 
@@ -51,7 +54,7 @@ def draw_samples(run: Run[RejectionConfig], ranks: Ranks, prompts: Sequence[Prom
     def idle() -> None:
         run.sampler.generate([], SamplingParams(stage.sampling.max_tokens), stop=stopping.requested)
 
-    return in_shards(run, ranks, "sampling", prompts, per_shard, draw, idle, each=stage.samples_per_prompt)
+    return in_shards(run, ranks, name, prompts, per_shard, draw, idle, each=stage.samples_per_prompt)
 
 
 def _draw(
@@ -123,10 +126,12 @@ def build_dataset(
     shards: Sequence[Path],
     questions: Sequence[str],
     too_long: int,
+    general: Approved | None = None,
 ) -> Path:
     """Write data/samples.parquet (kept samples, then general demonstrations), if missing, and funnel.json.
 
-    `too_long`: how many prompts were skipped. If no sample was kept, the general part is trained on alone, as
+    `too_long`: how many prompts were skipped; `general`: samples that a judge approves of, which take the
+    place of written ones. If no sample was kept, the general part is trained on alone, as
     large as for one sample per prompt. Raises DataError if there is neither.
     """
     path, stage = run.folder.dataset, run.stage
@@ -146,16 +151,24 @@ def build_dataset(
         round(stage.general_ratio * len(sampled)) if sampled else ceil(stage.general_ratio * stage.prompts)
     )
     seed = run.seed("general traces")
-    general, longer = draw_prompts_that_fit(
+    judged: list[Demonstration] = []
+    if general:
+        approved = _sampled(run, sampler, general.samples[:wanted], JUDGED_FILTERS, general.judge)
+        judged = screening.demonstrations(approved)
+        funnel += general.funnel
+    written, longer = draw_prompts_that_fit(
         lambda n: run.data.general_demonstrations(n, seed, stage.general_kinds),
-        wanted,
+        wanted - len(judged),
         lambda row: len(run.chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
     )
-    log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, longer)
+    log.info(
+        "%d of %d general demonstrations, %d more are too long; %d judged samples beside them",
+        *(len(written), wanted - len(judged), longer, len(judged)),
+    )
     if not sampled:
         funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
     write_json(run.folder.data / "funnel.json", funnel)
-    if not sampled and not general:
+    if not sampled and not written and not judged:
         worst = max(funnel, key=lambda step: step["dropped"])
         raise DataError(
             f"nothing to train on: the filters left none of {len(drawn)} samples "
@@ -164,13 +177,20 @@ def build_dataset(
             "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
         )
     if not sampled:
-        run.progress(GENERAL_ALONE, len(general), len(general), "traces")
+        run.progress(GENERAL_ALONE, len(written), len(written), "traces")
         log.info("%s", GENERAL_ALONE)
-    samples.write(path, [samples.row_of(one, samples.kind_of(one.prompt)) for one in (*sampled, *general)])
+    rows = [samples.row_of(one, samples.kind_of(one.prompt)) for one in (*sampled, *judged, *written)]
+    samples.write(path, rows)
     return path
 
 
-def _sampled(run: Run[RejectionConfig], sampler: ParentRef, kept: Sequence[Sampled]) -> list[Demonstration]:
+def _sampled(
+    run: Run[RejectionConfig],
+    sampler: ParentRef,
+    kept: Sequence[Sampled],
+    filters: tuple[str, ...] = FILTERS,
+    judge: str | None = None,
+) -> list[Demonstration]:
     """What the filters kept, with where it came from."""
     seed = str(run.seed("sampling"))
     return [
@@ -181,7 +201,8 @@ def _sampled(run: Run[RejectionConfig], sampler: ParentRef, kept: Sequence[Sampl
             checkpoint_hash=sampler.hash,
             seed=seed,
             licence=sample.prompt.licence,
-            filters=FILTERS,
+            judge=judge,
+            filters=filters,
         )
         for sample in kept
     ]

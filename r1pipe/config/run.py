@@ -112,9 +112,7 @@ class RunConfig(Strict):
     recipe: RecipeConfig
     tracking: TrackingConfig
     tripwires: TripwiresConfig  # of reinforcement
-    benchmark: (
-        BenchmarkConfig | None
-    )  # what an evaluation measures, and how; null: held-out problems of `data`
+    benchmark: BenchmarkConfig | None  # what an evaluation measures; null: held-out problems of `data`
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
 

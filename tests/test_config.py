@@ -28,7 +28,10 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir, stages_dir
 
 OTHERS = [
-    f"{group}={option}" for group in GROUPS if group not in ("recipe", "stage") for option in options(group)
+    f"{group}={option}"
+    for group in GROUPS
+    if group not in ("recipe", "stage", "benchmark")  # test_benchmarks.py
+    for option in options(group)
 ]
 OTHERS.remove("model=hf")  # needs a folder: test_hf_config.py
 OTHERS.append("stage=evaluate")  # the other stages are walked by the recipes below

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from itertools import chain
 
+from r1pipe.config.benchmark import benchmark_rules
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.distill import DistillConfig, distill_rules
 from r1pipe.config.engine import (
@@ -22,6 +23,7 @@ from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, rl_rules, tripwire_rules
 from r1pipe.config.run import WITH_DOCUMENTS, ChatConfig, RunConfig, TrackingConfig
 from r1pipe.config.sampler import sampler_rules
+from r1pipe.config.screening import screening_rules
 from r1pipe.config.stages import (
     FineTuneConfig,
     PretrainConfig,
@@ -45,6 +47,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("root is empty; give root=DIR, where run folders go")
     rules = (
         shape_rules(config),
+        benchmark_rules(config.benchmark, config.stage),
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
@@ -59,6 +62,7 @@ def check(config: RunConfig) -> None:
         distill_rules(config.stage, config.teacher, config.engine.ranks),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
+        screening_rules(config.screening),
     )
     check_all(chain(*rules))
 

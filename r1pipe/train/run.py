@@ -160,7 +160,8 @@ class Run(Resumable[S]):
     def load_data(self) -> Source:
         """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
         data."""
-        source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
+        config = self.config
+        source = open_data(config.data, config.seed, self.folder.data, self.warn, config.screening)
         if self.rank == 0:
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
             trains = not isinstance(self.stage, EvaluateConfig)  # an evaluation starts over

@@ -73,10 +73,11 @@ def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
             run.show(say=line)
     write_json(run.folder.data / "funnel.json", funnel)
     if not rows:
-        worst = max(funnel, key=lambda step: step["dropped"])
+        worst = max(funnel, key=lambda step: step["dropped"], default=None)
+        dropped = f"{worst['dropped']} dropped by '{worst['name']}'" if worst else "all are of the evaluation"
         raise DataError(
-            f"nothing to train on: the filters left nothing of what the teacher gave ({worst['dropped']} "
-            f"dropped by '{worst['name']}'; see {run.folder.data / 'funnel.json'}); ask another teacher, or "
+            f"nothing to train on: the filters left nothing of what the teacher gave ({dropped}; "
+            f"see {run.folder.data / 'funnel.json'}); ask another teacher, or "
             "loosen stage.filters"
         )
     stored = [_stored(row) for row in rows]

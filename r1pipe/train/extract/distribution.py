@@ -18,6 +18,7 @@ from r1pipe.core.types import Completion, Example
 from r1pipe.runs import samples
 from r1pipe.train.extract.alignment import TopK, aligned, pieces_of, unknown
 from r1pipe.train.extract.dataset import COLUMNS, Kept, Steps
+from r1pipe.train.extract.feedback import without_evaluation
 from r1pipe.train.extract.reading import read_examples, top_k
 from r1pipe.train.extract.work import ANSWERS, Found, Work
 from r1pipe.train.rollout.sampler import Progress
@@ -35,7 +36,8 @@ def distribution(work: Work) -> Found:
     stage.transfer=rl, which draws from the student, the prompts alone."""
     run, stage = work.run, work.stage
     if stage.transfer == "rl":
-        return Found([Kept(prompt, "", {}) for prompt in work.data_prompts()], [])
+        prompts, _ = without_evaluation(work, work.data_prompts())
+        return Found([Kept(prompt, "", {}) for prompt in prompts], [])
     completions: list[Completion] = []
     if run.config.reads_from:
         rows, funnel = given(work)

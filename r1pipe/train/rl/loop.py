@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Protocol
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import torch
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
 from r1pipe.core.types import Group
+from r1pipe.data.identity import Claims
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
@@ -81,6 +83,7 @@ class RLTrainer:
         self.more_engines = {CRITIC: critic.engine} if critic else {}
         self.weights = reward_weights(run.stage) | (judge.weights if judge else {})
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
+        self.claims = Claims(run.config.screening.identity)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
         self.failures = 0  # of the sampler, one after another
@@ -131,6 +134,9 @@ class RLTrainer:
         with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
+            metrics["completions/identity_claims"] = fmean(
+                bool(self.claims.found(row["completion"])) for row in rows
+            )
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)

@@ -17,9 +17,11 @@ from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.data.screening import Screening, said_in
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
-from r1pipe.runs import heartbeat, stopping
+from r1pipe.runs import heartbeat, samples, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.engine.passes import Pass
@@ -51,8 +53,10 @@ class StepLoss(Protocol):
 
 def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
     """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
-    stage = run.stage
-    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
+    stage, tokens_of = run.stage, list[int]()
+    demonstrations = screened(run, demonstrations)
+    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length, tokens_of)
+    note_trained_on(run, demonstrations, tokens_of)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = load_policy(run)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
@@ -60,13 +64,18 @@ def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: s
     finish_stage(run, engine, checkpoint, data_hash)
 
 
-def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
-    """Rows of packed examples whose loss covers the responses alone. Raises DataError if there are none."""
+def pack_demonstrations(
+    chat: Chat, demonstrations: Sequence[Demonstration], length: int, tokens_of: list[int] | None = None
+) -> list[Packed]:
+    """Rows of packed examples whose loss covers the responses alone; `tokens_of` is filled with the tokens of
+    each. Raises DataError if there are none."""
     if not demonstrations:
         raise DataError("this data has no worked solutions to train on; name another with data=NAME")
-    examples = (
+    examples = [
         chat.example(demonstration.prompt, demonstration.response) for demonstration in demonstrations
-    )
+    ]
+    if tokens_of is not None:
+        tokens_of += [len(example.tokens) for example in examples]
     rows, dropped = pack(examples, length)
     if not rows:
         raise DataError(
@@ -78,6 +87,36 @@ def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], len
         f"{dropped} demonstrations are too long"
     )
     return rows
+
+
+def screened(run: Run[F], demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
+    """The demonstrations that `screening` leaves, as it leaves them; what it found is in data/screening.json.
+    Raises DataError where it leaves none."""
+    screening = Screening(run.config.screening)
+    kept = screening.demonstrations(demonstrations)
+    if run.rank == 0:
+        write_json(run.folder.screening, screening.report())
+    for line in said_in(screening.report()):
+        log.warning("%s; see %s", line, run.folder.screening)
+    if demonstrations and not kept:
+        raise DataError(
+            f"screening dropped each of the {len(demonstrations)} demonstrations; look at them with "
+            "`r1pipe data`, or give screening.identity.action=count screening.personal.action=count"
+        )
+    return kept
+
+
+def note_trained_on(run: Run[F], demonstrations: Sequence[Demonstration], tokens_of: Sequence[int]) -> None:
+    """Write down where each demonstration that fits a row came from."""
+    if run.rank == 0:
+        samples.write_trained_on(
+            run.folder.trained_on,
+            [
+                (one, samples.kind_of(one.prompt), tokens)
+                for one, tokens in zip(demonstrations, tokens_of, strict=True)
+                if tokens <= run.stage.sequence_length
+            ],
+        )
 
 
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int) -> int:

@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu bench-checkpoint bench-plan pretrain zero ui clean
+.PHONY: help install reproduce real vllm test test-all docs faults hosts test-vllm lint smoke bench bench-gpu bench-checkpoint bench-plan bench-distill pretrain zero ui clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -80,6 +80,9 @@ bench-checkpoint: $(INSTALLED_DEV) ## a random model saved, resumed and exported
 
 bench-plan: $(INSTALLED_DEV) ## finished runs (ARGS="--root DIR") beside the planner: memory of a rank, seconds of a step
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.plans $(ARGS)
+
+bench-distill: $(INSTALLED_DEV) ## ways to put a teacher into a student (ARGS="--parent RUN --teacher RUN --before POINTS")
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.ways $(ARGS)
 
 zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
 	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \

@@ -24,6 +24,7 @@ from r1pipe.core.errors import DataError
 from r1pipe.core.paths import content_dir
 from r1pipe.data.files import Files
 from r1pipe.data.preview import Summary, summarise
+from r1pipe.data.screening import Screening, said_in
 from r1pipe.launch.panel import mask_controls
 from r1pipe.runs.data_files import KINDS
 
@@ -35,7 +36,8 @@ REASONS = 12  # lines on the rows set aside
 def main(options: DataOptions) -> int:
     """Print the summary: 0. Raises DataError where no row can be used."""
     chat = Chat.load(options.checkpoint or Path(content_dir(), "base"), options.system)
-    data = Files(replace(options.data, bad_rows="set_aside", max_bad_rows=1.0))
+    screening = Screening(options.screening) if options.screening else None
+    data = Files(replace(options.data, bad_rows="set_aside", max_bad_rows=1.0), screening=screening)
     summary = summarise(data, chat)
     if not any(summary["rows"].values()):
         raise DataError(data.set_aside[0].reason)
@@ -89,6 +91,8 @@ def lines(summary: Summary) -> list[tuple[str, str]]:
     rows += [(name, value) for name, value in counts.items() if value]
     extra = {name: summary[name] for name in ("with_alternatives", "with_context", "exact_repeats")}
     rows += [(name.replace("_", " "), f"{count:,}") for name, count in extra.items() if count]
+    if summary["screening"]:
+        rows += [("screening", line) for line in said_in(summary["screening"]) or ["nothing found"]]
     for name, found in summary["tokens"].items():
         if found:
             of = f"of {found['rows']:,}: median {found['median']:,}, 95% up to {found['p95']:,}"

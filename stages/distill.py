@@ -17,12 +17,10 @@ smaller student first pre-train one, in a pipeline of its own:
 import sys
 
 from r1pipe.config import DistillConfig
-from r1pipe.core.errors import ConfigError
+from r1pipe.train.distill.transfer import transfer
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.loop import fine_tune
-from r1pipe.train.sft.rejection import read_dataset
 
 
 def main(folder: str) -> None:
@@ -33,11 +31,7 @@ def main(folder: str) -> None:
             run.load_data()
         with run.phase("extracting"):
             dataset, data_hash = extract(run, ranks)
-        if run.stage.transfer != "sft":
-            raise ConfigError(
-                f"stage.transfer={run.stage.transfer} cannot be run here; give stage.transfer=sft"
-            )
-        fine_tune(run, read_dataset(dataset)[0], data_hash)
+        transfer(run, dataset, data_hash)
 
 
 if __name__ == "__main__":

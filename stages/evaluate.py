@@ -6,10 +6,12 @@ before any training.
     r1pipe run stage=base
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 from r1pipe.config import EvaluateConfig
+from r1pipe.config.benchmark import task_of
 from r1pipe.core.errors import CheckpointError
 from r1pipe.runs import checkpoints
 from r1pipe.runs.lineage.fit import template_of
@@ -37,13 +39,26 @@ def main(folder: str) -> None:
                 chat.save(source, begun)
             checkpoints.finish(checkpoint, run.launch.saving())
         with run.phase("evaluating"):
-            evaluation = measure(run, ranks, weights, 0, run.stage.eval)
-        measured = evaluation.metrics
-        run.show(
-            say=f"measured on {measured['problems']} of the {run.stage.eval.problems} problems requested, "
-            f"data={measured['data']}, split {measured['split']}"
-        )
-        run.finish(checkpoint, evaluation.metrics, evaluation.samples)
+            if task := task_of(run.config.benchmark):
+                # here, as lm-evaluation-harness need not be installed
+                from r1pipe.lm_eval.measuring import measure_task
+
+                evaluation, data_hash = measure_task(run, ranks, weights, task)
+            else:
+                evaluation, data_hash = measure(run, ranks, weights, 0, run.stage.eval), None
+        measured, asked = evaluation.metrics, run.stage.eval.problems
+        of_asked = f" of the {asked} problems requested" if asked else " problems"
+        place = f"data={measured['data']}, split {measured['split']}"
+        run.show(say=f"measured on {measured['problems']}{of_asked}, {place}")
+        if said := measured.get("identity"):
+            names = ", ".join(f"{name} {count}" for name, count in said["names"].items())
+            run.show(
+                say=f"asked {said['questions']} times who it is, it claims to be another model in "
+                f"{said['other']:.0%} ({names or 'none'}) and gives its own name in {said['own']:.0%}"
+            )
+        run.finish(checkpoint, evaluation.metrics, evaluation.samples, data_hash)
+        if run.rank == 0:  # evaluation.parquet has all of them
+            shutil.rmtree(run.folder.drawn, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from r1pipe.chat.template import Chat
 from r1pipe.config import script_options
@@ -19,13 +18,10 @@ from r1pipe.config.script_options import GenerateOptions
 from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
-from r1pipe.model import Policy, load_pretrained
-from r1pipe.model.reading import GENERATION
 from r1pipe.runs import checkpoints
-from r1pipe.runs.files import read_object
-from r1pipe.train.engine.ranks import choose_device
 from r1pipe.train.rollout import SamplingParams, Whole
 from r1pipe.train.rollout.bundled import BundledSampler
+from r1pipe.train.standalone import drawing_defaults, load
 
 MAX_NUM_SEQS = 64  # answered together
 
@@ -40,11 +36,11 @@ def main(options: GenerateOptions) -> int:
     sampler = BundledSampler(chat.eos_ids, chat.pad_id)
     sampler.update(Whole(model), 0)
     context = model.config.max_position_embeddings
-    defaults = read_object(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    defaults = drawing_defaults(folder)
     params = SamplingParams(
         max_tokens=options.max_tokens or context,
-        temperature=defaults.get("temperature", 1.0) if options.temperature is None else options.temperature,
-        top_p=defaults.get("top_p", 1.0) if options.top_p is None else options.top_p,
+        temperature=defaults.temperature if options.temperature is None else options.temperature,
+        top_p=defaults.top_p if options.top_p is None else options.top_p,
         seed=options.seed,
         max_num_seqs=MAX_NUM_SEQS,
     )
@@ -74,13 +70,6 @@ def main(options: GenerateOptions) -> int:
     if options.chat or not invalid:
         return 0
     return 2 if invalid == count else 1
-
-
-def load(folder: Path) -> Policy:
-    """The model on the GPU in bfloat16, or else on the CPU as stored."""
-    device = choose_device("auto")
-    model = load_pretrained(folder).eval()
-    return model if device.type == "cpu" else model.bfloat16().to(device)
 
 
 def rounds(options: GenerateOptions) -> Iterator[list[str]]:

@@ -9,20 +9,29 @@ multi-token prediction (model.num_nextn_predict_layers=1 has it) and a corpus th
 
 import sys
 from functools import partial
+from itertools import islice
 
 from r1pipe.config import PretrainConfig
 from r1pipe.data.packing import PackedDocuments
+from r1pipe.data.screening import Screening
+from r1pipe.runs.files import write_json
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_policy
 from r1pipe.train.run import open_run
 from r1pipe.train.sft.loop import train
 
+SCREENED = 5000  # first documents that are looked over for claims and personal data; there is no end of them
+
 
 def main(folder: str) -> None:
     with open_run(folder, PretrainConfig) as run:
         stage = run.stage
         chat, source = run.load_chat(), run.load_data()
+        if run.rank == 0:
+            screening = Screening(run.config.screening)
+            screening.documents(islice(source.documents(run.seed("documents")), SCREENED))
+            write_json(run.folder.screening, screening.report())
         model = load_policy(run)
         packed = PackedDocuments(
             source.documents(run.seed("documents")),

@@ -19,7 +19,7 @@ from r1pipe.runs.record import Metrics
 from r1pipe.runs.reward_model_quality import KINDS, quality_of
 from r1pipe.train import evaluation as evaluate
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rl.reward_model import read_examples, steps_of, train_reward_model
+from r1pipe.train.rl.reward_model import note_trained_on, read_examples, steps_of, train_reward_model
 from r1pipe.train.run import open_run
 
 
@@ -33,6 +33,7 @@ def main(folder: str) -> None:
             raise DataError(
                 f"data={run.config.data.name} has no preference pairs and no safety labels; choose other data"
             )
+        note_trained_on(run, lessons)
         steps = [steps_of(run.stage, examples) for examples in lessons]
         firsts = [0, *accumulate(steps)]
         newest = run.newest_complete(Ranks(run.config.engine))  # earlier models than it has are finished

@@ -28,7 +28,10 @@ from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir, stages_dir
 
 OTHERS = [
-    f"{group}={option}" for group in GROUPS if group not in ("recipe", "stage") for option in options(group)
+    f"{group}={option}"
+    for group in GROUPS
+    if group not in ("recipe", "stage", "benchmark")  # test_benchmarks.py
+    for option in options(group)
 ]
 OTHERS.remove("model=hf")  # needs a folder: test_hf_config.py
 OTHERS.append("stage=evaluate")  # the other stages are walked by the recipes below
@@ -61,8 +64,9 @@ def test_every_stage_is_walked_by_some_recipe() -> None:
 
 
 def test_recipes_give_values_to_known_stages_only() -> None:
+    known = {*options("stage"), *(f"distill/{name}" for name in options("stage/part/transfer"))}
     for recipe in options("recipe"):
-        assert set(read(f"recipe/{recipe}")["stage_values"]) <= set(options("stage"))
+        assert set(read(f"recipe/{recipe}")["stage_values"]) <= known
 
 
 def test_every_stage_has_its_script() -> None:

@@ -3,21 +3,33 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 from fakes import House, build_house
 from tiny_runs import load_stage
 
 from r1pipe.config import EvalConfig, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.core.estimates import clustered_interval, majority, mean, wilson
+from r1pipe.core.estimates import (
+    clustered_interval,
+    majority,
+    majority_in_blocks,
+    mean,
+    pass_at,
+    quantile,
+    wilson,
+)
 from r1pipe.core.types import Completion, Message, Prompt, Score, Status
 from r1pipe.rewards.accuracy import CHECKERS, Checker
 from r1pipe.runs import lineage
+from r1pipe.runs.problems import question_hash
 from r1pipe.train.evaluation import Verdict, evaluate, logged, short, summarise
+from r1pipe.train.evaluation.metrics import curves
 
 CONFIG = EvalConfig(
     split="test",
@@ -113,7 +125,7 @@ class FakeChat:
 
 
 def fake_sampler(calls):
-    def generate(prompts, params, progress, ended, stop):
+    def generate(prompts, params, progress, ended, limits=None, stop=None):
         calls.append((params, len(prompts)))
         made = []
         for place, tokens in enumerate(prompts):
@@ -218,6 +230,47 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
     assert [(p.n, p.temperature, p.top_p) for p in alone] == [(4, 0.6, 0.95), (1, 0.0, 1.0), (1, 0.6, 0.95)]
 
 
+def kept(folder, rank=0, world_size=1):
+    """An evaluation with its completions in a folder; how many prompts each call of the sampler had."""
+    calls = []
+    data = SimpleNamespace(judge=None, strategy_of=None)
+    chat = FakeChat()
+    chat.template_hash = "t"
+    config = SimpleNamespace(weights_from=None)
+    this = SimpleNamespace(chat=chat, data=data, seed=lambda stream: 7, progress=lambda *_: None)
+    this.config, this.launch, this.sampler = config, SimpleNamespace(check=lambda: None), fake_sampler(calls)
+    among = ranks(rank, world_size)
+    among.agree_max = lambda count: count
+    found = evaluate(this, among, PROMPTS, [], CONFIG, may_stop=False, context=99, folder=folder)
+    return found, [(params.n, params.first, count) for params, count in calls]
+
+
+def test_a_resumed_evaluation_draws_only_what_is_missing(tmp_path):
+    folder = tmp_path / "drawn"
+    whole, calls = kept(folder)
+    assert calls == [(4, 0, 3), (1, 0, 3)] and whole.metrics == run(judge=False).metrics
+    assert kept(folder) == (whole, [])
+    sampled = next(path for path in folder.iterdir() if len(pq.read_table(path)) == 12)
+    sampled.unlink()
+    again, calls = kept(folder)
+    assert calls == [(4, 0, 3)] and again == whole
+
+
+def test_ranks_share_the_work_and_another_number_of_them_finds_it(tmp_path):
+    folder = tmp_path / "drawn"
+    shares = [kept(folder, rank, 2)[1] for rank in range(2)]
+    assert shares == [[(4, 0, 2), (1, 0, 2)], [(4, 1, 1), (1, 1, 1)]]
+    found, calls = kept(folder)
+    assert calls == [] and found.metrics == run(judge=False).metrics
+
+
+def test_completions_of_other_questions_are_drawn_anew(tmp_path, monkeypatch):
+    kept(tmp_path / "drawn")
+    changed = [replace(prompt, question=f"{prompt.question}!") for prompt in PROMPTS]
+    monkeypatch.setitem(globals(), "PROMPTS", changed)
+    assert len(kept(tmp_path / "drawn")[1]) == 2
+
+
 def test_a_rank_without_prompts_samples_nothing():
     calls = []
     result = run(calls=calls, general=[], among=ranks(5, 6))
@@ -317,6 +370,64 @@ def test_a_cluster_counts_for_less_than_as_many_free_samples():
     clustered = clustered_interval([[1.0] * 4] * 10 + [[0.0] * 4] * 10)
     free = wilson(0.5, 80)
     assert clustered[1] - clustered[0] > 1.9 * (free[1] - free[0])
+
+
+def test_curves_and_lengths():
+    found = run().metrics
+    # right: 2 of 4 of a, 1 of b, 4 of c; of two draws all are wrong with chance 1/6 for a and 3/6 for b
+    assert found["pass_at_k"] == pytest.approx({"1": 7 / 12, "2": (5 / 6 + 1 / 2 + 1) / 3, "4": 1.0})
+    assert list(found["maj_at_k"]) == ["1", "2", "4"]
+    assert found["maj_at_k"]["1"] == found["pass_at_1"] and found["maj_at_k"]["4"] == found["cons_at_k"]
+    assert (found["lengths"]["median"], found["lengths"]["p95"], found["lengths"]["max"]) == (20, 20, 20)
+    assert found["lengths"]["right"] == pytest.approx((2 * 10 + 5 * 20) / 7)
+    assert found["lengths"]["wrong"] == pytest.approx((2 * 10 + 3 * 20) / 5)
+
+
+def test_curves_leave_out_what_has_too_few_scored_samples():
+    made = [Verdict(0, n, "", 9, False, n == 0, 1.0, 1.0, str(n), None) for n in range(4)]
+    made += [Verdict(1, n, "", 9, False, True if n else None, 1.0, 1.0, "1", None) for n in range(4)]
+    found = curves(made, 4)
+    assert found["pass_at_k"] == {"1": (1 / 4 + 1) / 2, "2": (1 / 2 + 1) / 2, "4": 1.0}
+    assert found["maj_at_k"]["4"] == 1.0  # four different votes: the first, which is right
+    assert curves([], 4) == {
+        "pass_at_k": {"1": None, "2": None, "4": None},
+        "maj_at_k": {"1": None, "2": None, "4": None},
+    }
+
+
+def test_numbers_by_level_and_subject(monkeypatch):
+    levels = [replace(prompt, level=n, subject="Algebra" if n else "") for n, prompt in enumerate(PROMPTS)]
+    monkeypatch.setitem(globals(), "PROMPTS", levels)
+    found = run().metrics
+    assert {level: part["pass_at_1"] for level, part in found["by_level"].items()} == {"1": 0.25, "2": 1.0}
+    assert found["by_subject"]["Algebra"]["samples"] == 8 and found["by_subject"]["Algebra"]["problems"] == 2
+    assert run(judge=False).metrics["by_level"].keys() == {"1", "2"}
+
+
+def test_pass_at_k_by_hand():
+    assert pass_at(10, 0, 5) == 0.0 and pass_at(10, 6, 5) == 1.0 and pass_at(4, 1, 1) == 0.25
+    assert pass_at(5, 2, 3) == pytest.approx(1 - 1 / 10)  # one of ten triples has none of the two
+    draws = [sum(1 for pick in combinations(range(7), 3) if min(pick) < 2) / 35]
+    assert pass_at(7, 2, 3) == pytest.approx(draws[0])
+
+
+def test_majority_in_blocks_by_hand():
+    votes = [("1", True), ("2", False), ("2", False), ("1", True), ("1", True), ("3", False)]
+    assert majority_in_blocks(votes, 1) == 0.5
+    assert majority_in_blocks(votes, 2) == pytest.approx(2 / 3)  # the first of a tie: 1, 2, 1
+    assert majority_in_blocks(votes, 3) == 0.5 and majority_in_blocks(votes, 4) == 1.0
+    assert majority_in_blocks(votes, 7) is None
+    assert (quantile([3, 1, 2, 4], 0.5), quantile([3, 1, 2, 4], 0.95), quantile([], 0.5)) == (2, 4, None)
+
+
+def test_every_completion_has_a_row():
+    rows = run().completions
+    assert [(row["prompt_id"], row["draw"], row["correct"]) for row in rows[:5]] == [
+        *(("a", draw, correct) for draw, correct in enumerate((True, False, True, False))),
+        ("a", -1, True),
+    ]
+    assert len(rows) == 15 and rows[5]["truncated"] is False and rows[7]["truncated"] is True
+    assert {row["question_hash"] for row in rows[:5]} == {question_hash("6*7?")}
 
 
 def test_majority():

@@ -31,6 +31,7 @@ from r1pipe.runs import checkpoints, lineage, machine
 from r1pipe.tracking import Mirror, store, sync, ui
 
 CODE = sorted([*Path(r1pipe.__file__).parent.rglob("*.py"), *stages_dir().glob("*.py")])
+ERRORS = {"UnpicklingError", "YAMLError"}
 BANNED = {
     "pickle",
     "cPickle",
@@ -70,7 +71,7 @@ def unsafe(path: Path) -> list[str]:
     tree, found = ast.parse(path.read_text(encoding="utf-8")), []
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]:
+        if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} - ERRORS:
             names += [node.module or ""]
         found += [f"import {name}" for name in names if name.partition(".")[0] in BANNED]
     for name, call in called(tree):

@@ -1,15 +1,20 @@
 """Where samples came from: stored rows, and what a checkpoint was trained on."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lineages import checkpoint, made
+from typer.testing import CliRunner
 
-from r1pipe.core.errors import CheckpointError
+from r1pipe.cli.commands import app
+from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.types import Demonstration, Message, Prompt
-from r1pipe.runs import samples
+from r1pipe.runs import lineage, samples
 
 PROMPT = Prompt(
     "w-1", "word", "zh", "几个？", "3", level=2, context=(Message("user", "你好"),), source="a.jsonl:7"
@@ -57,3 +62,83 @@ def test_rows_of_an_earlier_version_are_read_and_a_damaged_file_is_named(tmp_pat
 def test_a_column_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="teachers"):
         samples.write(tmp_path / "samples.parquet", [{"teachers": "v3"}])
+
+
+# --- what a checkpoint was trained on
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a rejection sampling that trained on one sample and an instruction, its sampler, which
+    learned by reinforcement from an imported checkpoint, and the bundled base."""
+    root = tmp_path_factory.mktemp("family")
+    imported = root / "imported" / "somebody"
+    sampler = made(root, "grpo-s0-1", "grpo", weights=checkpoint(imported, "external", "somebody"))
+    rollouts = [
+        {
+            "prompt_id": "w-1",
+            "task": "word",
+            "language": "en",
+            "completion": "a",
+            "length": 5,
+            "trained": trained,
+        }
+        | {"source": source, "licence": licence}
+        for trained, source, licence in (
+            (True, "a.jsonl:7", "MIT"),
+            (True, "a.jsonl:8", None),
+            (False, "b:1", None),
+        )
+    ]
+    path = root / "grpo-s0-1" / "rollouts" / "step-1.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist(rollouts), path)
+    made(root, "rejection_sft-s0-1", "rejection_sft", weights=lineage.bundled(), reads=[sampler])
+    general = Demonstration(Prompt("i-1", "writing", "en", "Hi"), "Hello", source="b.json:1")
+    learned = [(replace(SAMPLE, teacher=None, judge=None), "reasoning", 12), (general, "general", 8)]
+    samples.write_trained_on(root / "rejection_sft-s0-1" / "data" / "trained_on.parquet", learned)
+    return root
+
+
+def told(*words: str) -> Any:
+    result = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False, standalone_mode=False)
+    return json.loads(result.output)
+
+
+def test_provenance_sums_up_the_whole_ancestry_and_unknown_is_a_row_of_its_own(family: Path) -> None:
+    found = told("provenance", "rejection_sft-s0-1", f"root={family}", "pipeline=p")
+    runs = {run["run_id"]: (run["edge"], run["kind"], run["rows"], run["tokens"]) for run in found["runs"]}
+    assert runs == {
+        "rejection_sft-s0-1": ("weights", "demonstrations", 2, 20),
+        "bundled": ("weights", "documents", None, 12000 * 8 * 288),
+        "grpo-s0-1": ("data", "rollouts", 2, 10),
+        "somebody": ("data", "unknown", None, None),
+    }
+    shares = {
+        name: {share["value"]: share["rows"] for share in shares} for name, shares in found["shares"].items()
+    }
+    assert found["rows"] == 4
+    assert shares["source"] == {"sampled:grpo-s0-1": 2, "sampled:grpo-0": 1, "b.json": 1}
+    assert shares["prompt_source"] == {"a.jsonl": 3, None: 1}, "rows of one file count together"
+    assert shares["licence"] == {"MIT": 2, None: 2}
+    assert shares["language"] == {"en": 3, "zh": 1} and shares["task"] == {"word": 3, "writing": 1}
+    assert shares["stage"] == {"rejection_sft": 2, "grpo": 2} and shares["edge"] == {"weights": 2, "data": 2}
+
+
+def test_the_way_of_one_sample_is_listed(family: Path) -> None:
+    where = ("rejection_sft-s0-1", f"root={family}", "pipeline=p")
+    places = told("provenance", *where, "--sample", "w-1")
+    assert [(place["run_id"], place["file"]) for place in places] == [
+        ("rejection_sft-s0-1", "data/trained_on.parquet"),
+        *[("grpo-s0-1", "rollouts/step-1.parquet")] * 3,
+    ]
+    assert places[0]["source"] == "sampled:grpo-0" and places[0]["checkpoint_hash"] == "9a"
+    with pytest.raises(DataError, match="--sample nobody: nothing in this lineage"):
+        told("provenance", *where, "--sample", "nobody")
+
+
+def test_most_rows_of_the_list_have_no_texts(tmp_path: Path) -> None:
+    samples.write_trained_on(tmp_path / "t.parquet", [(SAMPLE, "reasoning", 12)] * 1000)
+    rows = samples.read(tmp_path / "t.parquet", [*samples.COLUMNS, "tokens"])
+    assert sum(row["response"] is not None for row in rows) == samples.EXAMPLES
+    assert {row["tokens"] for row in rows} == {12} and {row["source"] for row in rows} == {"sampled:grpo-0"}

@@ -26,6 +26,8 @@ def bundle(run: RunFolder, base: Path) -> None:
     checkpoints.finish(base)
     # beside the manifest, not in it: the bundled checkpoint keeps the hash that its run gave it
     shutil.copyfile(run.record, base / run.record.name)
+    if run.screening.exists():
+        shutil.copyfile(run.screening, base / run.screening.name)
     rows = run.metrics.read_text(encoding="utf-8").splitlines()
     every = max(1, len(rows) // CURVE_POINTS)
     curve = [

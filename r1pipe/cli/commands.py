@@ -11,6 +11,7 @@ import typer
 
 from r1pipe.cli import commands_on_runs, commands_planning, scripts
 from r1pipe.cli.options import Checkpoint, Overrides, composed
+from r1pipe.cli.serve import serve
 from r1pipe.config import RunConfig
 from r1pipe.config.groups import GROUPS, with_stage
 from r1pipe.core import terminal
@@ -150,26 +151,37 @@ def show_config(
 
 @app.command(name="eval")
 def evaluate(checkpoint: Checkpoint, overrides: Overrides = None) -> int:
-    """Evaluate any checkpoint on held-out problems: eval grpo stage.eval.problems=100
+    """Evaluate any checkpoint on held-out problems, or on a benchmark: eval grpo stage.eval.problems=100
 
-    The data and the seed are those of the checkpoint's own run, unless overridden.
+    The data and the seed are those of the checkpoint's own run, unless overridden. With benchmark=math500
+    data.path=FILE all is as R1 measured it (the table in docs/benchmarks.md), and the seed is 0.
     """
     from r1pipe.launch import parents
     from r1pipe.runs import lineage
 
     given = overrides or []
     keys = {line: line.partition("=")[0].lstrip("+~") for line in given}
-    elsewhere = [line for line, key in keys.items() if key.partition(".")[0] != "data"]
+    elsewhere = [line for line, key in keys.items() if key.partition(".")[0] not in ("data", "benchmark")]
     parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(elsewhere)))
-    taken = lineage.settings_of(parent, set(keys.values()))
+    of_benchmark = {"data", "seed"} if "benchmark" in keys.values() else set()
+    taken = lineage.settings_of(parent, {*keys.values(), *of_benchmark})
     config = composed([*taken, *given, "stage=evaluate", f"parent={json.dumps(parent.checkpoint)}"])
     print(lineage.measured_data(parent, config))
     return run_to_end(config)
 
 
 COMMANDS: tuple[Callable[..., int | None], ...] = (
-    *(scripts.data, scripts.generate, scripts.chat, scripts.score, scripts.export, scripts.import_weights),
+    *(
+        scripts.data,
+        scripts.generate,
+        scripts.chat,
+        serve,
+        scripts.score,
+        scripts.export,
+        scripts.import_weights,
+    ),
     *(commands_on_runs.compare, commands_on_runs.report, commands_on_runs.samples, commands_on_runs.lineage),
+    *(commands_on_runs.provenance, commands_on_runs.audit),
     *(commands_on_runs.sync, commands_on_runs.prune, commands_on_runs.ui),
     *(commands_planning.plan, commands_planning.cost),
 )

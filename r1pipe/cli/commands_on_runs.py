@@ -1,29 +1,41 @@
 """The commands on runs: table, report, samples, lineage, MLflow's view of them, and removing them."""
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from r1pipe.cli.options import Checkpoint, Overrides, complete_run, composed, pipeline_in, split
 from r1pipe.core.errors import EnvironmentProblem
 
+if TYPE_CHECKING:
+    from r1pipe.runs import lineage as family
+
 
 def compare(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUNS] [OVERRIDES]...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects, for scripts.")] = False,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Two runs, problem by problem; an object with --json.")
+    ] = False,
 ) -> None:
     """The table of stages: the newest finished run of each stage and seed, or the runs named.
 
     RUNS: run ids, paths, or stages: compare grpo shows every finished run of that stage in this pipeline.
-    Named runs have a row each, with the settings that differ between runs of one stage.
+    Named runs have a row each, with the settings that differ between runs of one stage. --paired says how far
+    apart two evaluations of the same problems are, how surely, and which problems each won.
     """
     from r1pipe.cli import compare as table
+    from r1pipe.cli import paired as by_problem
     from r1pipe.runs import results
 
     named, overrides = split(runs)
     config = composed(overrides)
+    if paired:
+        by_problem.compare(config.root, named, config.pipeline, as_json)
+        return
     rows = results.rows(config.root, named, config.pipeline if named else pipeline_in(overrides))
     if as_json:
         print(results.as_json(rows))
@@ -81,15 +93,62 @@ def lineage(
     Exit code 1 if anything on the way is gone, broken or edited.
     """
     from r1pipe.cli import lineage as shown
-    from r1pipe.launch import parents
-    from r1pipe.runs import lineage as family
 
-    parent = parents.resolve(checkpoint, family.SearchPath.of(composed(overrides)))
-    found = list(family.ancestors(parent))
+    found = ancestry(checkpoint, overrides)
     shown.show(found)
     if html is not None:
         shown.write_page(found, html)
     return 1 if any(ancestor.problem for ancestor in found) else 0
+
+
+def provenance(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    sample: Annotated[
+        str | None, typer.Option(metavar="ID", help="a prompt_id: where its samples were learned from")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with everything, for scripts.")] = False,
+) -> None:
+    """What a checkpoint was trained on, over its whole lineage, in shares: provenance all_scenario
+
+    By source, licence, language, task, teacher, judge and stage; what no record tells is a row of its own.
+    """
+    from r1pipe.cli import provenance as shown
+
+    found = ancestry(checkpoint, overrides)
+    if sample is not None:
+        places = shown.way_of(found, sample)
+        print(json.dumps(places, ensure_ascii=False, indent=1)) if as_json else shown.show_way(places)
+        return
+    summary = shown.summed_up(found)
+    print(json.dumps(summary, ensure_ascii=False, indent=1)) if as_json else shown.show(summary)
+
+
+def audit(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    checklist: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="another one than conf/audit/checklist.yaml")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="An object with everything, for scripts.")] = False,
+) -> int:
+    """What should be known of a checkpoint, answered from records or marked missing: audit all_scenario
+
+    Exit code 1 if something required is missing.
+    """
+    from r1pipe.cli import audit as shown
+
+    result = shown.audit(ancestry(checkpoint, overrides), checklist)
+    print(json.dumps(result, ensure_ascii=False, indent=1)) if as_json else shown.show(result)
+    return 1 if result["missing"] else 0
+
+
+def ancestry(checkpoint: str, overrides: list[str] | None) -> "list[family.Ancestor]":
+    """The lineage of the checkpoint that a user names. Raises CheckpointError."""
+    from r1pipe.launch import parents
+    from r1pipe.runs import lineage as family
+
+    return list(family.ancestors(parents.resolve(checkpoint, family.SearchPath.of(composed(overrides)))))
 
 
 def sync(

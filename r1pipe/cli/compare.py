@@ -8,11 +8,13 @@ from rich.text import Text
 
 from r1pipe.config.changes import HASH_SHOWN, PARENTS
 from r1pipe.config.fields import shown
+from r1pipe.core.formatting import number
 from r1pipe.runs import reward_model_quality
 from r1pipe.runs.results import COLUMNS
 
 LEAST = ("cons", "len", "seed", "greedy", "pref", "time")  # left out first on a narrow terminal
 WIDTH = 100  # of the table, without a terminal
+BENCHMARK_COLUMNS = ("seed", "pass@1 (95%)", "greedy", "cons", "len", "cut")
 
 
 def _table(table_rows: list[dict], left_out: Sequence[str]) -> Table:
@@ -52,20 +54,29 @@ def _width(table: Table, console: Console) -> int:
 def show(table_rows: list[dict], console: Console | None = None) -> None:
     """Prints the table: the recipe's stages, then its controls; or the runs named, with what differs.
 
-    Without a terminal nothing is left out; a narrow terminal loses the columns in `LEAST`, then settings, and
-    a line says which.
+    Runs that measured a benchmark have a table of their own before it.
     """
     console = console or Console()
+    measured = [row for row in table_rows if row.get("benchmark") and "settings" not in row]
+    stages = [row for row in table_rows if row not in measured]
     if not table_rows:
         console.print("No finished run yet.")
-        return
+    if measured:
+        show_benchmarks(measured, console)
+    if measured and stages:
+        console.print()
+    if stages:
+        show_stages(stages, console)
+
+
+def show_stages(table_rows: list[dict], console: Console) -> None:
+    """Without a terminal nothing is left out; a narrow terminal loses the columns in `LEAST`, then settings,
+    and a line says which."""
     if "settings" not in table_rows[0]:
         table_rows = sorted(table_rows, key=lambda row: row["control"])
     left_out: list[str] = []
     table = _table(table_rows, left_out)
-    if not console.is_terminal:
-        width = max(WIDTH, console.width, _width(table, console))
-        console = Console(file=console.file, width=width, color_system=None)
+    console = _wide(table, console)
     for name in [*LEAST, *reversed(_setting_keys(table_rows))]:
         if _width(table, console) > console.width:
             left_out.append(name)
@@ -75,6 +86,44 @@ def show(table_rows: list[dict], console: Console | None = None) -> None:
         console.print(Text(f"a wider terminal shows: {', '.join(left_out)}", style="dim"))
     for line in notes(table_rows):
         console.print(Text(line, style="dim"))
+
+
+def _wide(table: Table, console: Console) -> Console:
+    """A console with room for the whole table where there is no terminal, else the same."""
+    if console.is_terminal:
+        return console
+    width = max(WIDTH, console.width, _width(table, console))
+    return Console(file=console.file, width=width, color_system=None)
+
+
+def show_benchmarks(rows: list[dict], console: Console) -> None:
+    """A row for each benchmark and checkpoint. A narrow terminal loses the columns in `LEAST`."""
+    left_out: list[str] = []
+    table = _benchmarks(rows, left_out)
+    console = _wide(table, console)
+    for name in LEAST:
+        if _width(table, console) > console.width:
+            left_out.append(name)
+            table = _benchmarks(rows, left_out)
+    console.print(table)
+    told = "copied: questions in what the checkpoint was trained on, where that is known"
+    console.print(Text(told, style="dim"))
+
+
+def _benchmarks(rows: list[dict], left_out: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = [name for name in BENCHMARK_COLUMNS if name not in left_out]
+    for name in ("benchmark", "checkpoint"):
+        table.add_column(name, no_wrap=True)
+    for name in (*names, "problems", "k", "copied"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        found = row.get("contamination") or {}
+        copied = number(found.get("copied")) if found.get("searched") else "-"
+        counts = [number(row.get("problems")), number(row.get("k")), copied]
+        whose = row["parent"] or row["stage"]
+        table.add_row(row["benchmark"], whose, *(COLUMNS[name](row) for name in names), *counts)
+    return table
 
 
 def notes(table_rows: list[dict]) -> Iterator[str]:

@@ -52,7 +52,7 @@ def composed(overrides: list[str] | None) -> RunConfig:
 
 def split(words: list[str] | None) -> tuple[list[str], list[str]]:
     """Other words, and overrides: those that begin with a key of the config and `=`."""
-    from r1pipe.config.compose import TOP_KEYS
+    from r1pipe.config.overrides import TOP_KEYS
 
     given = words or []
     overrides = [word for word in given if "=" in word and re.split(r"[.=]", word)[0] in TOP_KEYS]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from r1pipe.cli.options import Checkpoint, Overrides, composed, split
-from r1pipe.config import script_options
+from r1pipe.config import ParentRef, script_options
 from r1pipe.config.fields import Strict
 from r1pipe.config.script_options import (
     DataOptions,
@@ -111,15 +111,17 @@ def data(
 ) -> int:
     """Show what would be read from data: data FILE [data=NAME]
 
-    Layout and columns, gold answers by form, rows set aside with the reason, and five samples with the chat
-    template. Nothing is written. Exit code 2 if no row can be used.
+    Layout and columns, gold answers by form, rows set aside with the reason, claims to be another model and
+    personal data, and five samples with the chat template. Nothing is written. Exit code 2 if no row can be
+    used.
     """
     words = overrides or []
     chosen = [] if any(word.startswith("data=") for word in words) else ["data=files"]
     config = composed([*chosen, "data.path=FILE", *words])
     data = replace(config.data, path=file)  # no override: Hydra would read ${...} and backslashes in it
     folder = _checkpoint(checkpoint, [*chosen, *words]) if checkpoint else None
-    return _run("data.py", DataOptions(data, folder, as_json, config.chat.system))
+    options = DataOptions(data, folder, as_json, config.chat.system, config.screening)
+    return _run("data.py", options)
 
 
 def export(
@@ -129,8 +131,20 @@ def export(
     dtype: Dtype = None,
     shard_gb: ShardGB = 5.0,
 ) -> int:
-    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR"""
-    return _run("export.py", ExportOptions(_checkpoint(checkpoint, overrides), folder, dtype, shard_gb))
+    """Write a checkpoint for transformers and vLLM, read it back and compare: export grpo DIR
+
+    A model card (README.md) and a data card (DATA_CARD.md) are filled from the records of its lineage.
+    """
+    from r1pipe.cli import cards
+    from r1pipe.launch import parents
+    from r1pipe.runs import lineage
+
+    parent = parents.resolve(checkpoint, lineage.SearchPath.of(composed(overrides)))
+    code = _run("export.py", ExportOptions(Path(parent.checkpoint), folder, dtype, shard_gb))
+    if code == 0:
+        cards.write(folder, list(lineage.ancestors(parent)))
+        print(f"cards: {folder / cards.MODEL_CARD}, {folder / cards.DATA_CARD}")
+    return code
 
 
 def import_weights(
@@ -162,10 +176,15 @@ def import_weights(
 
 
 def _checkpoint(name: str, overrides: list[str] | None) -> Path:
+    return Path(resolved(name, overrides).checkpoint)
+
+
+def resolved(name: str, overrides: list[str] | None) -> ParentRef:
+    """The checkpoint that CHECKPOINT names, where overrides say that it is. Raises CheckpointError."""
     from r1pipe.launch import parents
     from r1pipe.runs.lineage import SearchPath
 
-    return Path(parents.resolve(name, SearchPath.of(composed(overrides))).checkpoint)
+    return parents.resolve(name, SearchPath.of(composed(overrides)))
 
 
 def _run(script: str, options: Strict) -> int:

@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.cli import compare
-from r1pipe.config.compose import compose, first_line, parse
+from r1pipe.config.compose import compose
 from r1pipe.config.groups import with_stage
+from r1pipe.config.overrides import first_line, parse
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir
 from r1pipe.core.redaction import without_secrets

@@ -5,6 +5,7 @@ files, and `changes` compares two configs.
 """
 
 from r1pipe.config.answerer import AnswererConfig
+from r1pipe.config.benchmark import BenchmarkConfig
 from r1pipe.config.changes import config_hash
 from r1pipe.config.data import DataConfig, SourceConfig
 from r1pipe.config.distill import DistillConfig
@@ -32,6 +33,7 @@ from r1pipe.config.run import (
     to_mapping,
 )
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     CodeConfig,
     EvalConfig,
@@ -46,3 +48,4 @@ from r1pipe.config.stages import (
     SFTConfig,
     StageConfig,
 )
+from r1pipe.config.transfer import DivergenceConfig, RankingConfig, TaughtConfig

@@ -58,9 +58,14 @@ SAME_WITHIN_ROUNDING = {
     "stage.teacher.retries": "when to give up on a server",
     "stage.teacher.parallel": "how much is asked at once",
     "stage.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.rl.max_tokens_per_micro_batch": "how much is computed at once",
+    "stage.ranking.max_tokens_per_micro_batch": "how much is computed at once",
     "stage.rewards.plugin_limits": "when to give up on a call",
     "stage.rewards.remote": "where the servers are",
     "stage.rewards.remote_limits": "when to give up on a server",
+    "stage.rl.rewards.plugin_limits": "when to give up on a call",
+    "stage.rl.rewards.remote": "where the servers are",
+    "stage.rl.rewards.remote_limits": "when to give up on a server",
 }
 ABSENT = "(none)"  # a key that one of the two configs lacks
 SHOWN = 5  # changes that a message lists

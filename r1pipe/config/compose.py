@@ -4,13 +4,12 @@ The recipe chooses groups (`choose`), values (`values`) and those of stages (`ev
 They come before the command line's overrides, so the command line always wins. Where the recipe or the
 command line names a loss (`stage.loss`), an algorithm (`stage.algorithm`) or a correction
 (`stage.importance`), the values of its file come just before those of whoever named it, the algorithm's after
-the loss's.
+the loss's. Those of a `stage.transfer`, and of it with a `stage.extract`, come before the recipe's, which has
+values for `distill/TRANSFER`.
 """
 
-import difflib
 import json
-import os
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -18,20 +17,20 @@ from typing import Any, cast
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from r1pipe.config import benchmark
 from r1pipe.config.data import refuse_unused_row_keys
-from r1pipe.config.describe import leaves, open_mappings
-from r1pipe.config.fields import field_types, unknown_key
+from r1pipe.config.distill import DistillConfig
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
 from r1pipe.config.importance import KEYS, settled
+from r1pipe.config.overrides import FILLED_AT_LAUNCH, addable, explained, parse
 from r1pipe.config.rl import RLConfig
 from r1pipe.config.rules import check
 from r1pipe.config.run import STAGE_TYPES, RunConfig, load
@@ -40,13 +39,10 @@ from r1pipe.core.paths import conf_dir
 
 COMMAND_LINE = "command line"
 RECIPE_ONLY = ("choose", "values", "every_stage", "stage_values")  # a job's config holds what comes of them
-FILLED_AT_LAUNCH: dict[str, Any] = {"weights_from": None, "reads_from": {}, "teacher_from": None}
 NAMED = ("loss", "algorithm", "importance")  # `stage.loss=NAME`: a file in conf/stage/part/loss, and so on
 NULL = "None"  # how Hydra reads the value null
-PPO = "stage.ppo"  # the keys below it exist with stage.algorithm=ppo only
-LORA = "model.lora"  # with model=hf only
+TRANSFER = "stage/part/transfer"
 WITH_MASTERS = ("bf16", "fp8")  # precisions that need a ZeRO level which keeps float32 masters
-TOP_KEYS = field_types(RunConfig).keys() - FILLED_AT_LAUNCH.keys()
 
 
 @dataclass(frozen=True)
@@ -55,17 +51,18 @@ class Composed:
 
     config: RunConfig
     keys: list[str]
-    choices: dict[str, str]  # group -> option
+    choices: dict[str, str | None]  # group -> option; null: none
     files: dict[str, str]  # dotted key -> source, for all that is placed above the groups
 
     @cached_property
     def sources(self) -> dict[str, str]:
         """For every dotted key the file that gave its value, or COMMAND_LINE."""
         files: dict[str, str] = {}
-        options = [f"{group}={option}" for group, option in self.choices.items()]
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list("config", options, RunMode.RUN).defaults
+            defaults = loader.compute_defaults_list(
+                "config", as_overrides(self.choices), RunMode.RUN
+            ).defaults
         for default in defaults:
             if not default.config_path.startswith("hydra/"):
                 keys = [key for key, _ in flat(read(default.config_path))]
@@ -88,10 +85,10 @@ def compose(overrides: list[str]) -> Composed:
             )
     choices = choose(parsed)
     values = layered(parsed, choices)
-    below = [f"{group}={option}" for group, option in choices.items()]
+    below = as_overrides(choices)
     below += [f"++{key}={json.dumps(value, ensure_ascii=False)}" for key, (value, _) in values.items()]
     own = [override for override in parsed if override.key_or_group not in GROUPS]
-    mapping = resolve(below, own)
+    mapping = {"benchmark": None, **resolve(below, own)}
     for key in RECIPE_ONLY:
         mapping["recipe"].pop(key, None)
     given = [key for key, _ in flat(mapping)]
@@ -99,95 +96,70 @@ def compose(overrides: list[str]) -> Composed:
         mapping["model"] = filled(mapping["model"])
     files = {key: file for key, (_, file) in values.items()}
     files |= {override.key_or_group: COMMAND_LINE for override in own}
-    if set(KEYS) <= mapping["stage"].keys():
-        more, file = settled(mapping["stage"], mapping["engine"])
-        mapping["stage"] |= more
-        files |= {f"stage.{key}": file for key in more}
+    for place, values in (("stage", mapping["stage"]), ("stage.rl", mapping["stage"].get("rl") or {})):
+        if set(KEYS) <= values.keys():
+            more, file = settled(values, mapping["engine"])
+            values |= more
+            files |= {f"{place}.{key}": file for key in more}
+    if name := choices["benchmark"]:
+        measured = benchmark.apply(mapping, {str(override.key_or_group) for override in own})
+        files |= dict.fromkeys(measured, f"conf/benchmark/{name}.yaml")
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     return Composed(config, given, choices, files)
 
 
-def parse(overrides: list[str]) -> list[Override]:
-    """Hydra's reading of the overrides, sweeps included; `precision=` and `kernels=` are the engine's.
-
-    Raises ConfigError.
-    """
-    for line in overrides:
-        if "=" not in line and not line.startswith("~"):
-            raise ConfigError(f"'{line}' is no override; write key=value, +key=value or ~key")
-    parsed = [parse_one(re.sub("^(?=(precision|kernels)=)", "engine.", line)) for line in overrides]
-    for override in parsed:
-        key = str(override.key_or_group)
-        if key.partition(".")[0] in TOP_KEYS:
-            continue
-        below = {name for name in leaves() if "." in name}
-        same = sorted(name for name in below if name.endswith(f".{key}"))  # `lr` is short for stage.optim.lr
-        if not same:
-            last_parts = {name.rpartition(".")[2] for name in below} - TOP_KEYS
-            similar = difflib.get_close_matches(key, [*TOP_KEYS, *last_parts], n=1, cutoff=0.75)
-            same = sorted(name for name in below if name.rpartition(".")[2] in similar)
-        remedy = f"did you mean {' or '.join(same)}?" if same else nearest(key, TOP_KEYS)
-        raise ConfigError(f"{key} is no key of the config; {remedy}")
-    return parsed
-
-
-def parse_one(line: str) -> Override:
-    """One override. A value that Hydra's grammar cannot read (a path with `=`, `#`, `~` or `é`) is taken as a
-    string, as if it stood in quotes. Raises ConfigError."""
-    key, equals, value = line.partition("=")
-    if key == "root":
-        value = os.path.expanduser(value)  # the shell leaves a `~` after `=` as it is
-    readings = [f"{key}{equals}{value}"]
-    if equals and not value.startswith(("[", "{", "'", '"')):
-        quoted = value.replace("'", r"\'")
-        readings.append(f"{key}='{quoted}'")
-    problem = ""
-    for reading in readings:
-        try:
-            return OverridesParser.create().parse_overrides([reading])[0]
-        except HydraException as error:
-            problem = first_line(error)
-    raise ConfigError(f"cannot read {line}: {problem}; write a string as key=\"'...'\"")
-
-
-def choose(parsed: list[Override]) -> dict[str, str]:
-    """Each group's option: the user's, else the recipe's, else conf/config.yaml's. Raises ConfigError."""
-    own: dict[str, str] = {}
+def choose(parsed: list[Override]) -> dict[str, str | None]:
+    """Each group's option: the user's, else the benchmark's, the recipe's, conf/config.yaml's; a benchmark
+    chooses its data. Raises ConfigError."""
+    own: dict[str, str | None] = {}
     for override in parsed:
         group = override.key_or_group
-        if group in GROUPS:
+        if group == "benchmark" and override.value() is None:
+            own[group] = None
+        elif group in GROUPS:
             option = str(override.value())
             if override.is_delete() or option not in options(group):
                 raise ConfigError(
                     f"{override.input_line}: no such {group}; {nearest(option, options(group))}"
                 )
             own[group] = option
-    defaults: dict[str, str] = {}
+    defaults: dict[str, str | None] = {}
     for item in read("config")["defaults"]:
         defaults |= {} if item == "_self_" else item
     recipe = own.get("recipe", defaults["recipe"])
-    return defaults | read(f"recipe/{recipe}")["choose"] | own
+    defaults |= read(f"recipe/{recipe}")["choose"]
+    if own.get("benchmark") and (data := read(f"benchmark/{own['benchmark']}").get("data")):
+        defaults["data"] = data
+    return defaults | own
 
 
-def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[Any, str]]:
+def as_overrides(choices: Mapping[str, str | None]) -> list[str]:
+    """The choices as Hydra reads them."""
+    return [f"{group}={option}" for group, option in choices.items() if option]
+
+
+def layered(parsed: list[Override], choices: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """What is placed between the chosen groups and the command line: dotted key -> (value, its source)."""
     own = {str(override.key_or_group): str(override.value()) for override in parsed}
-    content = read(f"recipe/{choices['recipe']}")
+    stage, content = choices["stage"], read(f"recipe/{choices['recipe']}")
     recipe: dict[str, Any] = dict(flat(content.get("values") or {}))
-    for part in (content["every_stage"], content["stage_values"].get(choices["stage"])):
+    transfer = chosen_transfer(stage, own)
+    for part in (content["every_stage"], *map(content["stage_values"].get, (stage, f"{stage}/{transfer}"))):
         recipe |= flat(part or {}, "stage")
     layers = [(recipe, f"conf/recipe/{choices['recipe']}.yaml")]
-    if issubclass(STAGE_TYPES[choices["stage"]], RLConfig):
-        below, above = [], []
+    if issubclass(STAGE_TYPES[stage], RLConfig) or transfer == "rl":
+        place, below, above = "stage.rl" if transfer else "stage", [], []
         for kind in NAMED:
-            key = f"stage.{kind}"
+            key = f"{place}.{kind}"
             if own.get(key, NULL) != NULL:
-                above.append(named_values(kind, own[key]))
+                above.append(named_values(kind, own[key], place))
             elif recipe.get(key) is not None:
-                below.append(named_values(kind, recipe[key]))
+                below.append(named_values(kind, recipe[key], place))
         layers = [*below, *layers, *above]
+    if transfer:
+        layers = [*transfer_values(transfer, chosen(stage, "extract", own)), *layers]
     has_no_masters = read(f"engine/{choices['engine']}")["zero_level"] == 0
     if own.get("engine.precision") in WITH_MASTERS and has_no_masters:
         layers.append(({"engine.zero_level": 1}, COMMAND_LINE))
@@ -196,12 +168,36 @@ def layered(parsed: list[Override], choices: dict[str, str]) -> dict[str, tuple[
     return {key: (value, source) for values, source in layers for key, value in values.items()}
 
 
-def named_values(kind: str, name: str) -> tuple[dict[str, Any], str]:
-    """The values that go by the name of a loss or an algorithm, and their file. Raises ConfigError."""
+def named_values(kind: str, name: str, place: str) -> tuple[dict[str, Any], str]:
+    """The values that go by the name of a loss or an algorithm, below `place`, and their file. Raises
+    ConfigError."""
     folder = f"stage/part/{kind}"
     if name not in options(folder):
-        raise ConfigError(f"stage.{kind}={name}: no such {kind}; {nearest(name, options(folder))}")
-    return dict(flat(read(f"{folder}/{name}"), "stage")), f"conf/{folder}/{name}.yaml"
+        raise ConfigError(f"{place}.{kind}={name}: no such {kind}; {nearest(name, options(folder))}")
+    return dict(flat(read(f"{folder}/{name}"), place)), f"conf/{folder}/{name}.yaml"
+
+
+def chosen_transfer(stage: str, own: dict[str, str]) -> str | None:
+    """What puts a teacher into a student, in a stage that has one. Raises ConfigError."""
+    if not issubclass(STAGE_TYPES[stage], DistillConfig):
+        return None
+    name = chosen(stage, "transfer", own)
+    if name not in options(TRANSFER):
+        raise ConfigError(f"stage.transfer={name}: no such transfer; {nearest(name, options(TRANSFER))}")
+    return name
+
+
+def chosen(stage: str, key: str, own: dict[str, str]) -> str:
+    """The command line's value of a stage's key, else that of the stage's file."""
+    return own.get(f"stage.{key}", read(f"stage/{stage}")[key])
+
+
+def transfer_values(transfer: str, extract: str) -> list[tuple[dict[str, Any], str]]:
+    """The values of a transfer's file, and of that for it with what the teacher gives, if there is one."""
+    files = [f"{TRANSFER}/{transfer}"]
+    if extract in options(files[0]):
+        files.append(f"{files[0]}/{extract}")
+    return [(dict(flat(read(file), "stage")), f"conf/{file}.yaml") for file in files]
 
 
 def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
@@ -215,41 +211,3 @@ def resolve(below: list[str], own: list[Override]) -> dict[str, Any]:
             known = OmegaConf.to_container(hydra_compose("config", below), resolve=False)
             keys = {part for key, _ in flat(cast(dict[str, Any], known)) for part in upwards(key)}
             raise ConfigError(explained(error, own, keys)) from None
-
-
-def addable(override: Override) -> str:
-    """The override as Hydra reads it, with `++` where it may add keys: +key=value sets a key that exists,
-    too, and a mapping may bring new names, as in stage.rewards.weights={my_reward: 1}, and have them."""
-    is_open = override.key_or_group.rpartition(".")[0] in open_mappings()
-    adds = override.is_add() or (not override.is_delete() and (is_open or isinstance(override.value(), dict)))
-    line = str(override.input_line)
-    return f"++{line.lstrip('+')}" if adds else line
-
-
-def explained(error: Exception, own: list[Override], known: set[str]) -> str:
-    """What Hydra's complaint means: which key is unknown, and the nearest known one."""
-    for override in own:
-        key = override.key_or_group
-        if override.is_add() or override.is_force_add() or key in known:
-            continue
-        own_keys = {name for name in known if not name.startswith("recipe.")}
-        same_name = [name for name in own_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        above = next(part for part in upwards(key) if part in known)
-        beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
-        if above == PPO and not beside:
-            return f"{key} needs stage.algorithm=ppo"
-        if LORA in upwards(key) and LORA not in known:
-            return f"{key} needs model=hf: adapters are for models of transformers"
-        if same_name:
-            return unknown_key(key, key, same_name)
-        # compared without what all of them begin with: it makes any two similar
-        wrong = key.removeprefix(f"{above}.").partition(".")[0]
-        similar = [f"{above}.{name}" for name in difflib.get_close_matches(wrong, beside, n=1)]
-        if similar:
-            return unknown_key(key, similar[0], similar)
-        return unknown_key(key, wrong, beside or [above])
-    return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

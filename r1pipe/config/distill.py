@@ -5,7 +5,8 @@ from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
 from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
-from r1pipe.config.stages import FilterConfig, FineTuneConfig, SamplingConfig, StageConfig
+from r1pipe.config.stages import FilterConfig, SamplingConfig, StageConfig
+from r1pipe.config.transfer import DivergenceConfig, TransferConfig, transfer_rules
 
 EXTRACTS = ("label", "expand", "curate", "distribution", "feedback")
 TRANSFERS = ("sft", "divergence", "rl", "ranking")
@@ -150,12 +151,11 @@ PLACES = {
 
 
 @dataclass
-class DistillConfig(FineTuneConfig):
+class DistillConfig(TransferConfig):
     """A student learns from a teacher (R1 section 2.4). Without `teacher=`, the samples of rejection sampling
     are its labels."""
 
     extract: Literal["label", "expand", "curate", "distribution", "feedback"]  # what the teacher gives
-    transfer: Literal["sft", "divergence", "rl", "ranking"]  # what puts it into the student
     teacher: AnswererConfig  # how it is asked, and what is recorded of it
     prompts: Positive  # reasoning prompts of the data: answered, or what new problems come from
     general_prompts: Count  # prompts of the general kinds that are answered besides
@@ -170,7 +170,7 @@ class DistillConfig(FineTuneConfig):
     templates: TemplatesConfig
 
 
-def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
+def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
     """`teacher`: what the user names, null for the samples of `stage.reads`."""
     if not isinstance(stage, DistillConfig):
         if teacher is not None:
@@ -185,12 +185,37 @@ def distill_rules(stage: StageConfig, teacher: str | None) -> Rules:
         yield f"{chosen} is no way to distil: {pair.text}"
     if teacher is None and stage.extract != "label":
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
+    yield from transfer_rules(stage, ranks)
+    if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
+        remedy = "give more than 0" if pair.live else "give 0, or stage.extract=distribution, which does"
+        yield (
+            f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}, but {chosen} "
+            f"{'reads' if pair.live else 'does not read'} the teacher's probabilities: {remedy}"
+        )
+    if stage.rl and bool(stage.rl.score_weight) != (stage.extract == "feedback"):
+        yield (
+            f"stage.rl.score_weight={stage.rl.score_weight:g}: the teacher scores answers with "
+            "stage.extract=feedback, and there alone; give more than 0 there, and 0 elsewhere"
+        )
     if pair.live and (teacher is None or is_server(teacher)):
         yield (
             f"{chosen} reads the teacher's probabilities while the student trains; give teacher=CHECKPOINT "
             "or a Hugging Face folder"
         )
     yield from extract_rules(stage, teacher)
+    if stage.divergence and stage.extract == "distribution" and not stage.distribution.live:
+        yield from stored_rules(stage.divergence)
+
+
+def stored_rules(divergence: DivergenceConfig) -> Rules:
+    """Of probabilities that are stored with the teacher's answers."""
+    why = {"on_policy": "the student's own answers have none", "temperature": "the rest bears 1 alone"}
+    for name, usual in (("on_policy", 0), ("temperature", 1)):
+        if (value := getattr(divergence, name)) != usual:
+            yield (
+                f"stage.divergence.{name}={value:g} needs stage.distribution.live=true, which reads the "
+                f"teacher while the student trains: of stored probabilities, {why[name]}"
+            )
 
 
 def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
@@ -230,7 +255,7 @@ def _feedback_rules(stage: DistillConfig) -> Rules:
     transfer, is_scored = stage.transfer, stage.feedback.by != "correction"
     if not is_scored and transfer == "rl":
         yield "stage.feedback.by=correction scores nothing; give stage.transfer=sft or ranking, or by=rubric"
-    if is_scored and transfer in ("ranking", "rl") and stage.samples_per_prompt == 1:
+    if is_scored and transfer == "ranking" and stage.samples_per_prompt == 1:
         yield f"stage.transfer={transfer} compares answers; give stage.samples_per_prompt=2 or more"
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.paths import conf_dir
 
-GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires")
+GROUPS = ("stage", "recipe", "model", "data", "engine", "tracking", "tripwires", "screening", "benchmark")
 
 
 def options(group: str) -> list[str]:

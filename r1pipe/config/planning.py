@@ -159,12 +159,14 @@ def cluster_named(overrides: list[str]) -> ClusterConfig:
     return cluster
 
 
-def chosen(group: str, overrides: list[str], name: str | None, below: dict[str, Any]) -> dict[str, Any]:
+def chosen(
+    group: str, overrides: list[str], name: str | None, below: dict[str, Any], folder: str | None = None
+) -> dict[str, Any]:
     """The file of a group that overrides choose (else `name`), with the values that they give over `below`.
 
-    Overrides of the other group are left alone. Raises ConfigError.
+    `folder`: of conf/; None: that of GROUPS. Overrides of other groups are left alone. Raises ConfigError.
     """
-    from r1pipe.config.compose import parse_one  # Hydra is imported when overrides are read
+    from r1pipe.config.overrides import parse_one  # Hydra is imported when overrides are read
 
     values: dict[str, Any] = {}
     for override in map(parse_one, overrides):
@@ -177,14 +179,15 @@ def chosen(group: str, overrides: list[str], name: str | None, below: dict[str, 
             values[key] = override.value()
         else:
             name = str(override.value())
-    known = options(GROUPS[group])
+    folder = folder or GROUPS[group]
+    known = options(folder)
     if name is None:
         raise ConfigError(f"which {group}? give {group}=NAME; known: {', '.join(known)}")
     if name not in known:
         raise ConfigError(f"{group}={name}: no such {group}; {nearest(name, known)}")
-    content = read(f"{GROUPS[group]}/{name}")
+    content = read(f"{folder}/{name}")
     parts = [item.partition("@")[0] for item in content.get("defaults", ()) if item != "_self_"]
     for part in parts:  # shared values, as those of conf/stage/part
-        content = read(f"{GROUPS[group]}/{part}") | content
+        content = read(f"{folder}/{part}") | content
     content = {key: value for key, value in content.items() if key != "defaults"}
     return content | below | values

@@ -107,7 +107,7 @@ class PPOConfig(Strict):
 
 
 @dataclass
-class RLConfig(StageConfig):
+class ReinforcementConfig(Strict):
     """GRPO (DeepSeekMath section 4.1; R1 section 2.2), or PPO with a value model (section 4.1.1)."""
 
     algorithm: Literal["grpo", "ppo"]  # the file in conf/stage/part/algorithm/, whose values these are
@@ -141,6 +141,11 @@ class RLConfig(StageConfig):
 
 
 @dataclass
+class RLConfig(ReinforcementConfig, StageConfig):
+    """A stage of reinforcement."""
+
+
+@dataclass
 class WireConfig(Strict):
     """When a tripwire trips, and what then (r1pipe/train/rl/tripwires.py says what it measures)."""
 
@@ -157,7 +162,9 @@ class TripwiresConfig(Strict):
     wires: dict[str, WireConfig]
 
 
-def rl_rules(stage: RLConfig, ranks: int) -> Rules:
+def rl_rules(stage: RLConfig, ranks: int, taught: bool = False, scored: bool = False) -> Rules:
+    """`taught`: a teacher gives each token an advantage, so that there need be no reward and no group;
+    `scored`: it scores answers, so that there need be no other reward."""
     all_ranks = f"{ranks} ranks (engine.ranks on each machine)"
     if stage.prompts_per_step % ranks:
         yield f"{stage.prompts_per_step=} must be a multiple of the {all_ranks}"
@@ -168,7 +175,7 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
             f"stage.prompts_per_step x stage.{per_group} = {outputs} must divide evenly into "
             f"{stage.minibatches=} on {all_ranks}"
         )
-    if stage.group_size < 2 and stage.algorithm != "ppo":
+    if stage.group_size < 2 and stage.algorithm != "ppo" and not (taught and not any_weight(stage)):
         yield f"{stage.group_size=}: advantages compare completions of one prompt; give 2 or more"
     if stage.trained_per_group and not 2 <= stage.trained_per_group <= stage.group_size:
         yield f"{stage.trained_per_group=} must be at least 2 and at most {stage.group_size=}"
@@ -183,6 +190,8 @@ def rl_rules(stage: RLConfig, ranks: int) -> Rules:
     if stage.max_steps == 0:
         yield "stage.max_steps=0: prompts are endless; say how many"
     yield from weight_rules(stage)
+    if not any_weight(stage) and not taught and not scored:
+        yield "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference and stage.preference.last_steps > stage.max_steps:
         yield f"{stage.preference.last_steps=} is more than {stage.max_steps=}"
 
@@ -198,8 +207,10 @@ def weight_rules(stage: RLConfig) -> Rules:
                 f"rules: {', '.join(RULE_REWARDS)}"
             )
     custom_rewards_of(stage.rewards)
-    if not any(stage.rewards.weights.values()):
-        yield "stage.rewards.weights are all 0; nothing would be learned"
+
+
+def any_weight(stage: ReinforcementConfig) -> bool:
+    return any(stage.rewards.weights.values())
 
 
 def custom_rewards_of(rewards: RewardsConfig) -> list[custom_rewards.CustomReward]:

@@ -1,8 +1,10 @@
 """What must hold across the fields of a config: `check` asks every rule."""
 
 import re
+from dataclasses import replace
 from itertools import chain
 
+from r1pipe.config.benchmark import benchmark_rules
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.distill import DistillConfig, distill_rules
 from r1pipe.config.engine import (
@@ -21,6 +23,7 @@ from r1pipe.config.model import ModelConfig, model_rules
 from r1pipe.config.rl import RLConfig, rl_rules, tripwire_rules
 from r1pipe.config.run import WITH_DOCUMENTS, ChatConfig, RunConfig, TrackingConfig
 from r1pipe.config.sampler import sampler_rules
+from r1pipe.config.screening import screening_rules
 from r1pipe.config.stages import (
     FineTuneConfig,
     PretrainConfig,
@@ -31,6 +34,7 @@ from r1pipe.config.stages import (
     optim_rules,
     retention_rules,
 )
+from r1pipe.config.transfer import as_rl, below_rl, samplings
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.types import GENERAL_TASKS
 
@@ -43,6 +47,7 @@ def check(config: RunConfig) -> None:
         raise ConfigError("root is empty; give root=DIR, where run folders go")
     rules = (
         shape_rules(config),
+        benchmark_rules(config.benchmark, config.stage),
         data_rules(config.data),
         chat_rules(config.chat),
         engine_rules(config.engine),
@@ -54,15 +59,24 @@ def check(config: RunConfig) -> None:
         retention_rules(config.stage),
         stage_rules(config),
         mixture_rules(config.stage, config.data),
-        distill_rules(config.stage, config.teacher),
+        distill_rules(config.stage, config.teacher, config.engine.ranks),
         tracking_rules(config.tracking),
         tripwire_rules(config.tripwires),
+        screening_rules(config.screening),
     )
     check_all(chain(*rules))
 
 
 def shape_rules(config: RunConfig) -> Rules:
     """Of the model, and of the engine and the stage with it."""
+    stage = config.stage
+    if isinstance(stage, DistillConfig) and stage.rl:
+        yield from below_rl(_shape_rules(replace(config, stage=as_rl(stage))))
+    else:
+        yield from _shape_rules(config)
+
+
+def _shape_rules(config: RunConfig) -> Rules:
     if isinstance(config.model, HFConfig):
         yield from hf_rules(config.model, config.engine, config.stage)
     else:
@@ -123,6 +137,7 @@ def length_rules(config: RunConfig) -> Rules:
         lengths["stage.sequence_length"] = stage.sequence_length
     if isinstance(stage, RejectionConfig | RLConfig) or (isinstance(stage, DistillConfig) and config.teacher):
         lengths["stage.sampling.max_tokens"] = stage.sampling.max_tokens
+    lengths |= {f"{key}.max_tokens": sampling.max_tokens for key, sampling in samplings(stage).items()}
     for key, length in lengths.items():
         if length > longest:
             yield f"{key}={length} is longer than model.max_position_embeddings={longest}"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
+from r1pipe.config.benchmark import BenchmarkConfig
 from r1pipe.config.data import DataConfig
 from r1pipe.config.distill import DistillConfig
 from r1pipe.config.engine import EngineConfig
@@ -17,6 +18,7 @@ from r1pipe.config.hf import HFConfig
 from r1pipe.config.model import ModelConfig
 from r1pipe.config.rl import RLConfig, TripwiresConfig
 from r1pipe.config.sampler import SamplerConfig
+from r1pipe.config.screening import ScreeningConfig
 from r1pipe.config.stages import (
     EvaluateConfig,
     PretrainConfig,
@@ -112,6 +114,8 @@ class RunConfig(Strict):
     recipe: RecipeConfig
     tracking: TrackingConfig
     tripwires: TripwiresConfig  # of reinforcement
+    benchmark: BenchmarkConfig | None  # what an evaluation measures, and how; null: held-out problems
+    screening: ScreeningConfig  # of training data
     weights_from: ParentRef | None  # filled at launch
     reads_from: dict[str, ParentRef]  # filled at launch: stage name -> checkpoint
     teacher_from: ParentRef | None  # filled at launch, where the teacher is a checkpoint
@@ -132,7 +136,7 @@ def read_config(path: Path | str) -> RunConfig:
         raise ConfigError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error) or type(error).__name__}") from None
-    return load(mapping)
+    return load({"benchmark": None, **mapping}) if isinstance(mapping, dict) else load(mapping)
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:

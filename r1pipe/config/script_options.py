@@ -13,6 +13,8 @@ from pydantic import Field
 
 from r1pipe.config.data import DataConfig
 from r1pipe.config.fields import AboveZero, Count, NonNegative, Positive, Strict, build
+from r1pipe.config.screening import ScreeningConfig
+from r1pipe.config.serving import ServeConfig
 from r1pipe.core.errors import ConfigError
 
 SHOWN = 20  # characters on either side of one that is not UTF-8
@@ -31,6 +33,16 @@ class GenerateOptions(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     max_tokens: Positive | None  # longest answer; None: what the context leaves
     seed: Annotated[Count, Field(le=2**64 - 1)]
+    system: str | None = None  # system prompt; "": none; None: the checkpoint's own
+
+
+@dataclass(frozen=True)
+class ServeOptions(Strict):
+    """What stages/serve.py does."""
+
+    checkpoint: Path
+    name: str  # what clients call the model
+    settings: ServeConfig
     system: str | None = None  # system prompt; "": none; None: the checkpoint's own
 
 
@@ -57,6 +69,7 @@ class DataOptions(Strict):
     checkpoint: Path | None  # whose tokenizer and template are used; None: those of the bundled base
     as_json: bool
     system: str | None = None  # chat.system
+    screening: ScreeningConfig | None = None  # None: rows are not looked over
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class EvalConfig(Strict):
     every: Count  # steps between short evaluations while training; 0: none
     every_problems: Count  # dev problems of such a short evaluation, one sample each
     shown: Count  # fixed prompts whose completions are kept for the report
+    identity: Count = 0  # of the fifty questions who it is, asked at the end
 
 
 @dataclass

@@ -52,3 +52,22 @@ def majority(votes: Sequence[tuple[str, bool]]) -> bool:
             counts[answer] = counts.get(answer, 0) + 1
             right.setdefault(answer, correct)
     return bool(counts) and right[max(counts, key=lambda answer: counts[answer])]
+
+
+def majority_in_blocks(votes: Sequence[tuple[str, bool]], size: int) -> float | None:
+    """The share of blocks of `size` consecutive votes whose majority is right: maj@size, no sample counted
+    twice. None where there are fewer votes."""
+    starts = range(0, len(votes) - size + 1, size)
+    return mean(float(majority(votes[start : start + size])) for start in starts)
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """The unbiased estimate of pass@k from n samples, `right` of them correct: 1 - C(n - right, k) / C(n, k)
+    (Chen et al. 2021, arXiv 2107.03374, equation 1). n must be at least k."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def quantile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least `share` of them do not exceed; None of nothing."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

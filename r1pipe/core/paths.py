@@ -80,8 +80,15 @@ class RunFolder:
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} at the start of the run
         self.dataset = self.data / "samples.parquet"  # of rejection sampling; distillation reads it
+        self.drawn = self.data / "drawn"  # a benchmark's completions until the record exists
+        self.trained_on = self.data / "trained_on.parquet"  # of SFT and reward models (r1pipe.runs.samples)
+        self.evaluated = self.data / "evaluated.json"  # which prompts the final evaluation had, and how
+        self.screening = self.data / "screening.json"  # what was found in the training data
         self.samples = self.path / "samples.json"  # the same held-out prompts after every stage
         self.evaluation = self.path / "evaluation.json"  # the table's metrics, after the last step
+        self.completions = (
+            self.path / "evaluation.parquet"
+        )  # every one of the final evaluation (runs.problems)
         self.checkpoints = self.path / "checkpoints"
         self.record = self.path / "record.json"  # written last: the run has finished
 

@@ -38,6 +38,7 @@ class Prompt:
     context: tuple[Message, ...] = ()  # what was said before the question: system prompt, earlier turns
     source: str = field(default="", compare=False)  # provenance: "world", a file and line …; "": unknown
     licence: str | None = field(default=None, compare=False)  # of the prompt and its answers; None: unknown
+    subject: str = ""  # of a benchmark that has subjects
 
 
 @dataclass

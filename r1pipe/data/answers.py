@@ -3,13 +3,15 @@
 An option is named by its letter (`B`), its index from 0, or its text; the gold answer is always the letter.
 """
 
+import random
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from r1pipe.core.errors import DataError
-from r1pipe.data.columns import names, plain_text, text, value
+from r1pipe.data.columns import is_one, names, plain_text, text, value
 from r1pipe.data.reading import Row
 from r1pipe.rewards.answers.gold import read_gold
 from r1pipe.rewards.programs.cases import loaded
@@ -34,8 +36,7 @@ def read_answer(row: Row, columns: dict[str, str]) -> Answer:
     if "options" in columns:
         return _choice(row, columns)
     column = columns["answer"]
-    is_single = "+" not in column and "|" not in column
-    found = value(row, column) if is_single else text(row, column)
+    found = value(row, column) if is_one(column) else text(row, column)
     answers = _texts(found, row, column)
     if "alternatives" in columns:
         more = value(row, columns["alternatives"])
@@ -77,16 +78,36 @@ def _is_gold(answer: str) -> bool:
 
 def _choice(row: Row, columns: dict[str, str]) -> Answer:
     labels, texts = read_options(row, columns["options"])
+    if columns["answer"] in names(columns["options"]):
+        return _reordered(row, columns, texts)
     right = value(row, columns["answer"])
     several = [each for each in (right if isinstance(right, list) else [right]) if each not in (None, "")]
     if not several:
         return Answer("")
     chosen = sorted({_index(each, labels, texts, row, columns["answer"]) for each in several})
     letters = LETTERS[: len(texts)]
-    answer = "".join(letters[i] for i in chosen)
-    shown = "\n".join(f"{letter}. {each}" for letter, each in zip(letters, texts, strict=True))
-    checker = {"options": dict(zip(letters, texts, strict=True)), "answer_form": "choice"}
-    return Answer(answer, checker, shown)
+    return _shown("".join(letters[i] for i in chosen), texts)
+
+
+def _reordered(row: Row, columns: dict[str, str], texts: list[str]) -> Answer:
+    """Of options in columns of their own, of which one is that of the right answer (GPQA): in an order that
+    the question alone decides, or the answer would always be the same letter. Raises DataError."""
+    if len(texts) != len(names(columns["options"])):
+        raise DataError(f"{row.where}: an option of {columns['options']} is empty; fill it in")
+    right = names(columns["options"]).index(columns["answer"])
+    order = random.Random(text(row, columns["question"])).sample(range(len(texts)), len(texts))
+    return _shown(LETTERS[order.index(right)], [texts[i] for i in order])
+
+
+def _shown(answer: str, texts: list[str]) -> Answer:
+    """The letters of the right options among `texts`, which are listed under A, B, ..."""
+    options = dict(zip(LETTERS, texts, strict=False))
+    return Answer(answer, {"options": options, "answer_form": "choice"}, listed(options))
+
+
+def listed(options: Mapping[str, str]) -> str:
+    """The lines that a question shows its options in."""
+    return "\n".join(f"{letter}. {each}" for letter, each in options.items())
 
 
 def read_options(row: Row, columns: str) -> tuple[list[str], list[str]]:

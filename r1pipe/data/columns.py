@@ -2,7 +2,8 @@
 
 A role names a column (`question`), several joined by a line break (`Body + Question`), or the first that is
 not empty (`choice_answer | answer`). Dots lead into nested columns (`reward_model.ground_truth`,
-`messages.0.content`).
+`messages.0.content`). What holds braces is a text with columns in it (`{text}
+Who is “{span}”?`).
 """
 
 import math
@@ -13,16 +14,24 @@ from r1pipe.core.errors import DataError, nearest
 from r1pipe.data.reading import Row
 
 _FLAGS = {"true": True, "false": False, "1": True, "0": False, "safe": True, "unsafe": False}
+_PLACE = re.compile(r"\{([^{}]+)\}")
 _KEY = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 
 
 def text(row: Row, columns: str) -> str:
     """The text that `columns` names in a row, or "". Raises DataError where a column is missing."""
+    if _PLACE.search(columns):
+        return _PLACE.sub(lambda place: _plain(row, place[1].strip()), columns)
     for alternative in columns.split("|"):
         parts = [_plain(row, name) for name in names(alternative)]
         if any(parts):
             return "\n".join(filter(None, parts))
     return ""
+
+
+def is_one(columns: str) -> bool:
+    """Whether they name one column, so that it may hold something else than text."""
+    return not any(mark in columns for mark in "+|{")
 
 
 def names(columns: str) -> list[str]:

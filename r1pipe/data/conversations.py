@@ -11,7 +11,7 @@ from typing import Any
 
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Message
-from r1pipe.data.columns import text, value
+from r1pipe.data.columns import is_one, text, value
 from r1pipe.data.reading import Row
 from r1pipe.rewards.programs.cases import loaded
 
@@ -117,8 +117,7 @@ def split_turns(found: Sequence[Message], where: str) -> tuple[Question, str]:
 def question(row: Row, columns: dict[str, str]) -> Question:
     """The question of the roles `question`, `history` and `system`: text, or a conversation that asks."""
     column = columns["question"]
-    is_single = "+" not in column and "|" not in column
-    if is_single and isinstance(_loaded(value(row, column)), list | dict):
+    if is_one(column) and isinstance(_loaded(value(row, column)), list | dict):
         asked, answer = split_turns(turns(row, column), row.where)
         if answer:
             raise DataError(

@@ -25,6 +25,7 @@ from r1pipe.data.formats import SHOWN
 from r1pipe.data.items import ROLES, SAFE, Item, key, parse_item, roles, without_repeated_questions
 from r1pipe.data.layouts import find_layout
 from r1pipe.data.reading import BadRow, FileRows, read_rows
+from r1pipe.data.screening import Screening, screened_item
 from r1pipe.data.source import SPLITS, Source
 from r1pipe.rewards.answers.gold import Form
 from r1pipe.rewards.language import LANGUAGES
@@ -47,13 +48,18 @@ class Files(Source):
     """The source of `data.kind=files`; a file is read at the first request for its kind."""
 
     def __init__(
-        self, config: DataConfig, folder: Path | None = None, report: Callable[[str], None] | None = None
+        self,
+        config: DataConfig,
+        folder: Path | None = None,
+        report: Callable[[str], None] | None = None,
+        screening: Screening | None = None,
     ):
         """With data.bad_rows=set_aside, bad rows are written to `folder`; `report` takes a line on them.
+        `screening` looks over every row that is read, and may drop or rewrite it.
 
         A source whose columns are not named is read at once, since its layout decides what kind it gives.
         """
-        self.config, self._folder, self._report = config, folder, report
+        self.config, self._folder, self._report, self.screening = config, folder, report, screening
         self.set_aside: list[BadRow] = []  # of the files read
         self._read: dict[str, FileRows] = {}  # path -> rows that are not parsed yet
         self.described: dict[str, str] = {}  # path -> the layout that it was found to have
@@ -111,7 +117,7 @@ class Files(Source):
         return self._items[kind]
 
     def _parse(self, kind: str, source: SourceConfig, file: FileRows, declared: set[str]) -> list[Item]:
-        items, bad, equal = [], [*file.bad], []
+        items, bad, equal, screened = [], [*file.bad], [], []
         for row in file.rows:
             try:
                 item = parse_item(kind, source, row, self.config.substitutions, declared)
@@ -121,13 +127,18 @@ class Files(Source):
             if "chosen" in item.texts and item.texts["chosen"] == item.texts["rejected"]:
                 reason = f"{row.where}: {EQUAL}"
                 equal.append(BadRow(row.path, row.number, reason, str(row.values)[:SHOWN]))
+                continue
+            kept, why = screened_item(item, self.screening)
+            if kept is None:
+                screened.append(BadRow(row.path, row.number, f"{row.where}: {why}", str(row.values)[:SHOWN]))
             else:
-                items.append(item)
+                items.append(kept)
         total = len(file.rows) + len(file.bad)
         if bad:
             self._check_bad(sorted(bad, key=lambda row: row.number), total, source.path)
         self._set_aside(sorted(bad, key=lambda row: row.number), total, source.path)
         self._set_aside(equal, total, source.path)
+        self._set_aside(screened, total, source.path)
         return without_repeated_questions(items)
 
     def _check_bad(self, bad: Sequence[BadRow], total: int, path: str) -> None:

@@ -27,7 +27,10 @@ PAIR = (("chosen", "rejected"), ("question", "system"))
 CONVERSATION = (("conversation",), ("system",))
 CODE = ((), ("question", "system"))
 ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind -> required roles, optional roles
-    "reasoning": (("question", "answer"), ("solution", "options", "alternatives", "form", "system")),
+    "reasoning": (
+        ("question", "answer"),
+        ("solution", "options", "alternatives", "form", "system", "level", "subject"),
+    ),
     "general": (("question", "response"), ("history", "system")),
     "preferences": PAIR,
     "labels": (("question", "response", "safe"), ("system",)),
@@ -91,6 +94,7 @@ def parse_item(
         language = language_of(question)
     answer, context = texts.get("answer", ""), parts.asked.context
     prompt = make_prompt(source.task, language, question, answer, parts.checker, context=context)
+    prompt = replace(prompt, level=_level(row, source.columns), subject=_subject(row, source.columns))
     if kind == "reasoning":
         try:
             check_gold(prompt)
@@ -102,6 +106,21 @@ def parse_item(
         split = "train"  # a file that declares this split provides all of it
     place = f"{row.path.name}:{row.number}"
     return Item(replace(prompt, source=place, licence=source.licence), texts, split, source.prompts)
+
+
+def _level(row: Row, columns: Mapping[str, str]) -> int:
+    """The number in a row's level (5, "Level 5"); 0 where the source names none. Raises DataError."""
+    if "level" not in columns:
+        return 0
+    said = text(row, columns["level"])
+    number = re.search(r"\d+", said)
+    if number is None:
+        raise DataError(f"{row.where}: the level {said[:40]!r} (column {columns['level']}) has no number")
+    return int(number[0])
+
+
+def _subject(row: Row, columns: Mapping[str, str]) -> str:
+    return text(row, columns["subject"]) if "subject" in columns else ""
 
 
 def _texts(kind: str, row: Row, source: SourceConfig) -> Parts:

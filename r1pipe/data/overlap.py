@@ -6,12 +6,17 @@ operators are words: questions of one template with other numbers are different 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from itertools import accumulate
+from typing import TypeVar
 
 from r1pipe.core.types import Prompt
 from r1pipe.rewards.answers.notation import tidy
+
+Ngram = tuple[str, ...]
+Places = list[tuple[int, int]]  # (question, first word) of each place where an n-gram occurs
+T = TypeVar("T")
 
 SIMILAR = 0.9  # share of words in common, in order, from which on a short question is a copy
 SAME_WORD = 0.8  # share of letters in common from which on a word is another spelling
@@ -122,3 +127,36 @@ def _similar(one: list[str], other: list[str]) -> bool:
 
 def _figures(items: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for word in items if word[0].isdigit() or word in OPERATORS)
+
+
+def matches(
+    questions: Sequence[str], texts: Iterable[tuple[str, T]], n: int, common: int
+) -> Iterator[tuple[int, float, T]]:
+    """(question, share of its words, text) wherever a text has words of a question, in n-grams of both.
+
+    Only words in distinctive n-grams count: those that at most `common` questions have. A question without an
+    n-gram is found as a whole, as `ShortQuestions` says, with a share of 1.
+    """
+    places: dict[Ngram, Places] = defaultdict(list)
+    for number, question in enumerate(questions):
+        items = words(question)
+        for first in range(len(items) - n + 1):
+            places[tuple(items[first : first + n])].append((number, first))
+    distinctive = {gram: where for gram, where in places.items() if len(where) <= common}
+    countable = _covered_words(distinctive.values(), n)
+    short = ShortQuestions(questions, n)
+    for text, item in texts:
+        for number in short.copied_by(text):
+            yield number, 1.0, item
+        shared = distinctive.keys() & ngrams(words(text), n)
+        for number, covered in _covered_words((distinctive[gram] for gram in shared), n).items():
+            yield number, len(covered) / len(countable[number]), item
+
+
+def _covered_words(places: Iterable[Places], n: int) -> dict[int, set[int]]:
+    """For each question, the indices of the words in its n-grams at these places."""
+    covered: dict[int, set[int]] = defaultdict(set)
+    for where in places:
+        for number, first in where:
+            covered[number].update(range(first, first + n))
+    return covered

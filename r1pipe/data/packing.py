@@ -59,8 +59,11 @@ class Batch:
         return Batch(self.tokens_BT.to(device), self.segments_BT.to(device), self.loss_BT.to(device))
 
 
-def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
-    """Rows of at most `length` tokens, and how many examples were too long for one and left out.
+def pack(
+    examples: Iterable[Example], length: int, kind: Callable[[], Packed] = Packed
+) -> tuple[list[Packed], int]:
+    """Rows of at most `length` tokens, and how many examples were too long for one and left out; `kind` makes
+    an empty row.
 
     Longest first, each into the fullest row that has room for it (best fit decreasing): as tight as first
     fit, and quick for many rows. The same examples always give the same rows.
@@ -78,7 +81,7 @@ def pack(examples: Iterable[Example], length: int) -> tuple[list[Packed], int]:
             if not room[free]:
                 del room[free], sizes[place]
         else:
-            free, row = length, Packed()
+            free, row = length, kind()
             rows.append(row)
         row.add(example)
         free -= len(example.tokens)

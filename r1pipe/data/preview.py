@@ -47,6 +47,7 @@ def summarise(data: Files, chat: Chat) -> Summary:
         "languages": dict(Counter(item.prompt.language for item in rows).most_common()),
         "splits": dict(Counter(item.split for item in rows).most_common()),
         "set_aside": _reasons(data),
+        "screening": data.screening.report() if data.screening else None,
         "tokens": _tokens(rows[:MEASURED], chat),
         "samples": [_sample(kind, item, chat) for kind, item in _spread(items)],
     }

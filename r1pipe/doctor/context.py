@@ -121,7 +121,8 @@ class Context:
 
     @cached_property
     def data(self) -> Source:
-        return open_data(self.config.data, self.config.seed, report=self.data_notes.append)
+        note, screening = self.data_notes.append, self.config.screening
+        return open_data(self.config.data, self.config.seed, report=note, screening=screening)
 
     @property
     def preference(self) -> Any:

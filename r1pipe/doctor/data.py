@@ -1,20 +1,16 @@
 """The data: whether it can be read, its gold answers, duplicates, and overlap with the evaluation."""
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from r1pipe.config import DistillConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
-from r1pipe.data.overlap import ShortQuestions, asked, key, ngrams, words
+from r1pipe.data.overlap import asked, key, matches
 from r1pipe.doctor.context import Context, Limits, Outcome
 from r1pipe.rewards import check_gold
 from r1pipe.runs.findings import FAIL, PASS, WARN
 
 SHOWN = 60  # characters of a question
-
-Ngram = tuple[str, ...]
-Places = list[tuple[int, int]]  # (question, first word) of each place where an n-gram occurs
 
 
 def readable(context: Context) -> Outcome:
@@ -98,38 +94,13 @@ def overlap(context: Context) -> Outcome:
 def near_copies(
     questions: Sequence[str], rows: Iterable[Demonstration], limits: Limits
 ) -> dict[int, Demonstration]:
-    """A question's index -> the first row that shares `covered` of its words, in common n-grams.
-
-    Only words in distinctive n-grams count: those that at most `common` questions have. Questions without an
-    n-gram are found as `ShortQuestions` says.
-    """
-    n = limits.ngram
-    places: dict[Ngram, Places] = defaultdict(list)
-    for number, question in enumerate(questions):
-        text = words(question)
-        for first in range(len(text) - n + 1):
-            places[tuple(text[first : first + n])].append((number, first))
-    distinctive = {gram: where for gram, where in places.items() if len(where) <= limits.common}
-    countable = _covered_words(distinctive.values(), n)
+    """A question's index -> the first row that shares `covered` of its words; see `data.overlap.matches`."""
     copies: dict[int, Demonstration] = {}
-    short = ShortQuestions(questions, n)
-    for row in rows:
-        for number in short.copied_by(asked(row.prompt)):
+    texts = ((asked(row.prompt), row) for row in rows)
+    for number, share, row in matches(questions, texts, limits.ngram, limits.common):
+        if share >= limits.covered:
             copies.setdefault(number, row)
-        shared = distinctive.keys() & ngrams(words(asked(row.prompt)), n)
-        for number, covered in _covered_words((distinctive[gram] for gram in shared), n).items():
-            if len(covered) >= limits.covered * len(countable[number]):
-                copies.setdefault(number, row)
     return copies
-
-
-def _covered_words(places: Iterable[Places], n: int) -> dict[int, set[int]]:
-    """For each question, the indices of the words in its n-grams at these places."""
-    covered: dict[int, set[int]] = defaultdict(set)
-    for where in places:
-        for number, first in where:
-            covered[number].update(range(first, first + n))
-    return covered
 
 
 def _place_of(row: Demonstration) -> str:

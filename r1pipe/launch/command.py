@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from r1pipe.config import RunConfig, config_hash, to_mapping
 from r1pipe.config.changes import Change, changes
@@ -143,6 +143,18 @@ def script(name: str, arguments: list[str], log: BinaryIO | None = None) -> int:
     line = [sys.executable, str(stages_dir() / name), *arguments]
     variables = {**without_place(os.environ), **waiting(), "PYTHONPATH": module_path()}
     return subprocess.run(line, env=variables, stdout=log, stderr=log, check=False).returncode
+
+
+def become_script(name: str, options: BinaryIO) -> NoReturn:
+    """Run a script of stages/ in place of this process, so that signals reach it.
+
+    `options`: the open file of its options."""
+    os.set_inheritable(options.fileno(), True)
+    line = [sys.executable, str(stages_dir() / name), f"/dev/fd/{options.fileno()}"]
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    variables = {**without_place(os.environ), **waiting(), "PYTHONPATH": module_path()}
+    os.execve(line[0], line, variables)
 
 
 def on_ranks(name: str, config: RunConfig, run: RunFolder, log: BinaryIO) -> int:

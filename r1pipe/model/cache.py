@@ -52,6 +52,11 @@ class LatentCache:
         more_LSMW = self.entries_LSMW.new_zeros(layers, slots, length - held, width)
         self.entries_LSMW = torch.cat([self.entries_LSMW, more_LSMW], dim=2)
 
+    def widen(self, slots: int) -> None:
+        layers, held, length, width = self.entries_LSMW.shape
+        more_LSMW = self.entries_LSMW.new_zeros(layers, slots - held, length, width)
+        self.entries_LSMW = torch.cat([self.entries_LSMW, more_LSMW], dim=1)
+
     def shrink(self, slots: int) -> None:
         self.entries_LSMW = self.entries_LSMW[:, :slots]
 

@@ -15,12 +15,15 @@ from r1pipe.model.kernels import training as kernels
 from r1pipe.model.layers import Linear
 
 LOGITS_IN_MEMORY = 2**25  # the part of [N, V] that a forward pass holds at once (128 MiB in float32)
+# What is made of some rows' logits, [c, V] in float32; the slice says which of the N they are. -> [c, ...]
+Measure = Callable[[Tensor, slice], Tensor]
 
 
 class Head(Linear):
-    """Gives logits, [..., D] -> [..., V], or the log-probabilities of `targets_N`, [N, D] -> [N] in float32.
+    """Gives logits, [..., D] -> [..., V]; the log-probabilities of `targets_N`, [N, D] -> [N] in float32; or
+    what `measure` makes of logits, a few rows at a time, [N, D] -> [N, ...].
 
-    The latter takes one call however many the tokens: under ZeRO-3 each call gathers the weight, for which
+    The latter two take one call however many the tokens: under ZeRO-3 each call gathers the weight, for which
     every rank must call as often as the others.
     """
 
@@ -38,8 +41,16 @@ class Head(Linear):
         head.compiled = False
         return head
 
-    def forward(self, x: Tensor, targets_N: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets_N: Tensor | None = None,
+        temperature: float = 1.0,
+        measure: Measure | None = None,
+    ) -> Tensor:
         """`temperature` divides the logits of log-probabilities, as in sampling."""
+        if measure is not None:
+            return self._measured(x, measure)
         if targets_N is None:
             return self._logits(x)
         if self.compiled and self.usable(x, self.out_features):
@@ -52,6 +63,17 @@ class Head(Linear):
             for x_cD, targets_c in zip(x.split(chunk), targets_N.split(chunk), strict=True)
         ]
         return cat(parts)
+
+    def _measured(self, x_ND: Tensor, measure: Measure) -> Tensor:
+        chunk = max(1, LOGITS_IN_MEMORY // self.out_features)
+        parts = [slice(first, first + chunk) for first in range(0, max(1, len(x_ND)), chunk)]
+
+        def part(x_cD: Tensor, rows: slice) -> Tensor:
+            return measure(self._logits(x_cD).float(), rows)
+
+        if len(parts) == 1:
+            return part(x_ND, parts[0])
+        return cat([checkpoint(part, x_ND[rows], rows, use_reentrant=False) for rows in parts])
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self.fp32 or x.dtype == torch.float32:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from r1pipe.chat.template import THINK, parse
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import CURATED, GENERAL_TASKS, Completion, Prompt, Score, Status
-from r1pipe.rewards import symbolic
+from r1pipe.rewards import drop, symbolic
 from r1pipe.rewards.answers import check as answers
 from r1pipe.rewards.answers.gold import Gold, formulas_in, read_gold
 from r1pipe.rewards.answers.notation import tidy
@@ -141,6 +141,7 @@ CHECKERS: dict[str, Checker] = {
         check_program_gold,
         lambda prompt, summaries: [vote_of_program(prompt.checker, summary) for summary in summaries],
     ),
+    drop.TASK: Checker(drop.check_drop, drop.check_drop_gold, _one_by_one(drop.vote_of_drop)),
     "reasoning_gym": Checker(check_gym, lambda prompt: None, _one_by_one(_stated_key)),
 }  # every other task states its answer as text: gsm8k, svamp, math500 ...
 

@@ -34,6 +34,9 @@ class Metrics(TypedDict, total=False):
     greedy: float | None
     cons_at_k: float | None
     k: int | None
+    pass_at_k: dict[str, float | None] | None  # "1", "2", "4" ... k: unbiased
+    maj_at_k: dict[str, float | None] | None  # the majority of so many samples
+    f1: float | None  # of DROP
     problems: int | None
     samples: int | None
     unscored: int | None  # samples whose verifier or sandbox failed
@@ -42,12 +45,20 @@ class Metrics(TypedDict, total=False):
     language_consistency: float | None
     length_mean: float | None  # tokens
     truncation_rate: float | None
+    lengths: dict[str, float | None] | None  # median, p95, max; means of right and wrong answers
+    benchmark: str | None  # the file in conf/benchmark/
+    protocol: dict[str, Any] | None  # how a benchmark was asked
+    lm_eval: dict[str, Any] | None  # scores of a task of lm-evaluation-harness, as it names them
+    contamination: dict[str, Any] | None  # its questions in what the checkpoint was trained on
     general_score: float | None
     preference_score: float | None
     refusal_rate: float | None
+    identity: dict[str, Any] | None  # who it says it is (r1pipe.data.identity.score)
     safe_answer_rate: float | None
     by_task: dict[str, "Metrics"] | None
     by_language: dict[str, "Metrics"] | None
+    by_level: dict[str, "Metrics"] | None
+    by_subject: dict[str, "Metrics"] | None
     general_by_kind: dict[str, float | None] | None
     strategies: dict[str, float | None] | None
     reward_models: dict[str, dict[str, float | None]] | None  # kind -> quality

@@ -32,6 +32,10 @@ class Stage(TypedDict):
     name: str
 
 
+class Benchmark(TypedDict):
+    name: str
+
+
 class Recipe(TypedDict, total=False):
     name: str
     stages: list[str]
@@ -46,6 +50,7 @@ class StoredConfig(TypedDict):
     pipeline: NotRequired[str]
     seed: NotRequired[int]
     recipe: NotRequired[Recipe | None]
+    benchmark: NotRequired[Benchmark | None]
     weights_from: NotRequired[Edge | None]
     reads_from: NotRequired[dict[str, Edge] | None]
     teacher_from: NotRequired[Edge | None]
@@ -75,6 +80,12 @@ class StoredRun:
     @property
     def recipe(self) -> Recipe:
         return cast(Recipe, self.config.get("recipe") or {})
+
+    @property
+    def measured(self) -> tuple[str, str] | tuple[()]:
+        """The benchmark that it measured, and the hash of the weights; empty for other runs."""
+        benchmark, weights = self.config.get("benchmark"), self.config.get("weights_from") or {}
+        return (benchmark["name"], weights.get("hash", "")) if benchmark else ()
 
     @property
     def is_control(self) -> bool:
@@ -131,7 +142,8 @@ def finished_runs(root: Path | str) -> list[StoredRun]:
 
 
 def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) -> list[StoredRun]:
-    """The runs to compare, by default the newest finished run of each stage and seed.
+    """The runs to compare, by default the newest finished run of each stage and seed, and of each benchmark
+    and checkpoint.
 
     `names`: run ids, run folders, or stages (every finished run of that stage). `pipeline`: limits stages and
     the default to one. Raises CheckpointError for a run that does not exist, is damaged, or has not finished.
@@ -144,12 +156,12 @@ def choose(root: Path | str, names: Sequence[str] | None, pipeline: str | None) 
         return list(chosen.values())
     for run in finished_runs(root):
         if pipeline in (None, run.config.get("pipeline")):
-            chosen[run.stage, run.config.get("seed")] = run
+            chosen[run.stage, run.config.get("seed"), *run.measured] = run
 
     def order(run: StoredRun) -> tuple:
         stages = [*run.recipe.get("stages", []), *run.recipe.get("controls", [])]
         position = stages.index(run.stage) if run.stage in stages else len(stages)
-        return position, run.stage, run.config.get("seed") or 0
+        return position, run.stage, run.measured, run.config.get("seed") or 0
 
     return sorted(chosen.values(), key=order)
 
@@ -185,6 +197,7 @@ def row(run: StoredRun) -> dict[str, Any]:
         "run_id": record.get("run_id") or run.folder.run_id,
         "run_dir": str(run.folder.path.resolve()),
         "control": run.is_control,
+        "parent": (run.config.get("weights_from") or {}).get("run_id"),
     }
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.core.errors import CheckpointError
-from r1pipe.core.types import Demonstration, Message, Prompt
+from r1pipe.core.types import GENERAL_TASKS, Demonstration, Message, Prompt
 from r1pipe.runs.files import replacing
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 SAMPLED, TEACHER, WORLD = "sampled:", "teacher:", "world"  # how `source` begins, where it is no FILE:LINE
 # Column -> meaning. All are text but `level`; null: unknown, or there is none.
 COLUMNS: dict[str, str] = {
-    "kind": "reasoning | general",
+    "kind": "reasoning | general | preferences | labels",
     "prompt_id": "the prompt's id: task and a hash, the same in every run",
     "task": "the task that its prompt is counted under",
     "language": "the language asked for",
@@ -46,6 +46,10 @@ COLUMNS: dict[str, str] = {
 }
 ORIGIN = ("source", "checkpoint_hash", "seed", "licence", "teacher", "teacher_version", "judge")
 SCHEMA = pa.schema([(name, pa.int64() if name == "level" else pa.string()) for name in COLUMNS])
+
+
+def kind_of(prompt: Prompt) -> str:
+    return "general" if prompt.task in GENERAL_TASKS else "reasoning"
 
 
 def row_of(demonstration: Demonstration, kind: str) -> Row:
@@ -113,3 +117,21 @@ def read(path: Path, columns: Iterable[str] | None = None) -> list[Row]:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} cannot be read ({said}); copy the run folder again") from None
     return [dict.fromkeys(wanted) | row for row in rows]
+
+
+# --- what a run was trained on
+
+EXAMPLES = 100  # rows that keep their texts, spread over all: enough to see what the data is like
+TEXTS = ("question", "answer", "context", "response")
+TOKENS = {"tokens": pa.int64()}  # of a whole sequence
+
+
+def write_trained_on(path: Path, learned: Sequence[tuple[Demonstration, str, int]]) -> None:
+    """data/trained_on.parquet: a row for each (demonstration, kind, tokens) that a run learns from. Texts are
+    left out but of a few: the files, and samples.parquet, have them."""
+    every = max(1, len(learned) // EXAMPLES)
+    rows = []
+    for number, (demonstration, kind, tokens) in enumerate(learned):
+        row = row_of(demonstration, kind) | {"tokens": tokens}
+        rows.append(row if number % every == 0 else row | dict.fromkeys(TEXTS))
+    write(path, rows, TOKENS)

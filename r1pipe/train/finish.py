@@ -1,20 +1,26 @@
 """Evaluate a stage's model on held-out prompts: briefly while it trains, fully at its end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config import EvalConfig
+from r1pipe.config import BenchmarkConfig, EvalConfig
 from r1pipe.core.types import Prompt
+from r1pipe.data.overlap import asked
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
-from r1pipe.runs import checkpoints, stopping
+from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.runs.record import Metrics
 from r1pipe.train import evaluation as evaluate
+from r1pipe.train import identity
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.evaluation import contamination
+from r1pipe.train.evaluation.asking import ask
+from r1pipe.train.evaluation.verdicts import write
 from r1pipe.train.rollout import Weights
 from r1pipe.train.run import Run
 
@@ -22,13 +28,21 @@ HELD_OUT = 0  # random stream of held-out prompts: the same after every stage
 
 
 def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prompt], list[Prompt], int]:
-    """The reasoning and general prompts of an evaluation, and how many are too long for `context` tokens."""
-    source, fits = run.data, prompt_fits(run.chat, context, config.max_tokens)
+    """The reasoning and general prompts of an evaluation, and how many are too long for `context` tokens.
+
+    A benchmark's are asked as its prompt says; their answers have what they leave of the context.
+    """
+    source, benchmark = run.data, run.config.benchmark
+    fits = prompt_fits(run.chat, context, 1 if benchmark else config.max_tokens)
+
+    def problems(split: str, n: int, seed: int) -> list[Prompt]:
+        found = source.prompts(split, n, seed)
+        return [ask(prompt, benchmark) for prompt in found] if benchmark else found
 
     def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
         return draw_prompts_that_fit(lambda m: draw(config.split, m, HELD_OUT), n, fits)
 
-    reasoning, too_long = of_split(source.prompts, config.problems)
+    reasoning, too_long = of_split(problems, config.problems)
     # general answers need a hidden truth to score them
     general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.judge else 0)
     return reasoning, general, too_long + more
@@ -46,9 +60,20 @@ def measure(
     context = run.config.model.max_position_embeddings
     with nullcontext() if quick else stopping.leaving_early(ranks):
         prompts, general_prompts, too_long = held_out(run, context, config)
-        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, may_stop=not quick)
+        is_long = run.config.benchmark is not None
+        room, folder = (context, run.folder.drawn) if is_long else (None, None)
+        evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
+    if not quick:
+        note_evaluated(run, prompts, general_prompts)
+        if said := identity.ask(run, ranks, config):
+            evaluation.metrics["identity"] = said
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
-    evaluation.metrics.update(measured)
+    evaluation.metrics.update(measured | protocol(run, config))
+    if run.config.benchmark and not quick:
+        search_for_copies(run, run.config.benchmark, config, evaluation.metrics)
+    if run.rank == 0 and not quick:
+        run.launch.check()
+        write(run.folder.completions, evaluation.completions)
     if too_long and not quick:
         run.warn(
             f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "
@@ -56,6 +81,41 @@ def measure(
             f"stage.eval.max_tokens={config.max_tokens} in a context of {context} tokens"
         )
     return evaluation
+
+
+def search_for_copies(
+    run: Run[Any], benchmark: BenchmarkConfig, config: EvalConfig, metrics: Metrics
+) -> None:
+    """Look for the questions in the checkpoint's training data; rank 0 does, and says what it found."""
+    start = run.config.weights_from
+    if run.rank != 0 or not benchmark.ngram or start is None:
+        return
+    with heartbeat.at("searching for copies"):
+        prompts = run.data.prompts(config.split, config.problems, HELD_OUT)
+        questions = [asked(prompt) for prompt in prompts]
+        found = contamination.search(questions, start, benchmark)
+        metrics["contamination"], line = contamination.measured(found, questions, benchmark)
+    run.show(say=line)
+
+
+def protocol(run: Run[Any], config: EvalConfig) -> Metrics:
+    """Which benchmark was measured, and how it was asked."""
+    benchmark = run.config.benchmark
+    if benchmark is None:
+        return {}
+    asked = {"prompt": benchmark.prompt, "seed": run.config.seed, "samples": config.samples}
+    asked |= {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+    return {"benchmark": benchmark.name, "protocol": asked}
+
+
+def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Sequence[Prompt]) -> None:
+    """Write down which prompts are evaluated on, to hold training data against them, and who scores general
+    answers."""
+    if run.rank == 0:
+        named = {"reasoning": prompts, "general": general_prompts}
+        judge = f"the hidden truth of data={run.config.data.name}" if run.data.judge else None
+        found = {kind: [prompt.id for prompt in found] for kind, found in named.items()}
+        write_json(run.folder.evaluated, {"general_scored_by": judge, **found})
 
 
 def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:

@@ -27,6 +27,7 @@ from r1pipe.config import (
     StageConfig,
     read_config,
 )
+from r1pipe.config.transfer import samplings
 from r1pipe.core.errors import (
     CheckpointError,
     ConfigError,
@@ -144,6 +145,9 @@ class Run(Resumable[S]):
         longest = {"stage.eval.max_tokens": self.stage.eval.max_tokens}
         if isinstance(self.stage, RejectionConfig | RLConfig):
             longest["stage.sampling.max_tokens"] = self.stage.sampling.max_tokens
+        longest |= {
+            f"{key}.max_tokens": sampling.max_tokens for key, sampling in samplings(self.stage).items()
+        }
         context, tokens = self.config.model.max_position_embeddings, len(chat.prompt_tokens(EMPTY))
         for key, length in longest.items():
             if tokens + length >= context:
@@ -156,7 +160,8 @@ class Run(Resumable[S]):
     def load_data(self) -> Source:
         """The source that `data` names. Raises DataError if a run with checkpoints would resume with other
         data."""
-        source = open_data(self.config.data, self.config.seed, self.folder.data, self.warn)
+        config = self.config
+        source = open_data(config.data, config.seed, self.folder.data, self.warn, config.screening)
         if self.rank == 0:
             kept, now = self.folder.source, {"hash": source.hash, "files": source.files}
             trains = not isinstance(self.stage, EvaluateConfig)  # an evaluation starts over

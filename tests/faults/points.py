@@ -48,7 +48,7 @@ SHARD_BEGUN = {"shard begun": Point("r1pipe.train.sft.rejection:_draw", rank=-1)
 JUDGING = {"in judging by rules": Point("r1pipe.rewards.accuracy:checker_of", rank=-1)}
 JUDGING_BY_MODELS = {"in judging by models": Point("r1pipe.rewards.models:RewardScorer.__call__", rank=-1)}
 ENDING = {
-    "in evaluation": Point("r1pipe.train.evaluation:measure"),
+    "in evaluation": Point("r1pipe.train.evaluation.drawing:measure"),
     "evaluated, nothing written": Point("r1pipe.train.run:Run.finish"),
     "in writing samples": Point("pathlib:Path.replace", file="samples.json"),
     "in writing the record": Point("pathlib:Path.replace", file="record.json"),

@@ -1,6 +1,7 @@
 """report.html: every stage of a reproduction on one page, in one file, without network; and curves.png.
 
 load       what run folders hold, missing parts allowed
+published  R1's published numbers, and our runs of the same benchmarks beside them
 plots      what is drawn (matplotlib), as SVG that follows the page's colours, or PNG
 page       what the page says
 templates  how the pages look: the report, a lineage, and their style; whatever they show is escaped
@@ -9,6 +10,7 @@ templates  how the pages look: the report, a lineage, and their style; whatever 
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1pipe.cli.report import published
 from r1pipe.cli.report.load import load_runs, other_runs
 from r1pipe.cli.report.page import page
 from r1pipe.cli.report.plots import write_curves
@@ -32,9 +34,11 @@ def write_report(root: Path | str, runs: Sequence[str] | None = None, pipeline: 
     if not chosen:
         raise CheckpointError(f"no finished run under {root}; `r1pipe reproduce` makes them")
     target = Path(root) / "report.html"
-    text = page(chosen, other_runs(root, chosen))
+    measured = [run for run in chosen if run.measured]
+    stages = [run for run in chosen if not run.measured] or measured
+    text = page(stages, other_runs(root, chosen), published.beside(measured))
     try:
-        write_curves(chosen, target.with_name("curves.png"))
+        write_curves(stages, target.with_name("curves.png"))
         write_text(target, text)
     except OSError as error:
         raise EnvironmentProblem(

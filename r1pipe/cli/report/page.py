@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from r1pipe.cli.report import plots
+from r1pipe.cli.report import plots, published
 from r1pipe.cli.report.load import StageRun, cost
 from r1pipe.config.changes import decisive
 from r1pipe.core.formatting import duration, number, percent
@@ -48,8 +48,11 @@ def render(template: str, **values: Any) -> str:
     return _templates.get_template(template).render(values)
 
 
-def page(runs: Runs, others: Runs) -> str:
-    """The whole page. `runs` in the recipe's order, at least one; `others` count in the cost alone."""
+def page(runs: Runs, others: Runs, benchmarks: Mapping[str, Sequence[published.Line]]) -> str:
+    """The whole page. `runs` in the recipe's order, at least one; `others` count in the cost alone.
+
+    `benchmarks`: title -> our runs beside the published models.
+    """
     recipes = dict.fromkeys(run.recipe.get("name", "") for run in runs)
     phases = dict.fromkeys(
         name for run in runs if run.record is not None for name in run.record.get("seconds") or {}
@@ -73,6 +76,9 @@ def page(runs: Runs, others: Runs) -> str:
             for kind, measures in (run.row["reward_models"] or {}).items()
         ],
         prompts=prompts(runs),
+        benchmarks=benchmarks,
+        published=published.tables(),
+        title_of=published.title_of,
         funnels=[run for run in runs if run.funnel],
         phases={name: n % 8 + 1 for n, name in enumerate(phases)},
         longest=max(run.wall_s for run in runs) or 1.0,

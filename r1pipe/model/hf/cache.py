@@ -51,6 +51,17 @@ class SlotCache:
         ]
         self.length = length
 
+    def widen(self, slots: int) -> None:
+        more = slots - self.slots
+        self.layers = [
+            (
+                torch.cat([keys, keys.new_zeros(more, *keys.shape[1:])]),
+                torch.cat([values, values.new_zeros(more, *values.shape[1:])]),
+            )
+            for keys, values in self.layers
+        ]
+        self.slots = slots
+
     def shrink(self, slots: int) -> None:
         self.layers = [(keys[:slots], values[:slots]) for keys, values in self.layers]
         self.slots = slots

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r1pipe.config import HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config import BenchmarkConfig, HFConfig, ModelConfig, ParentRef, RunConfig, to_mapping
+from r1pipe.config.benchmark import OWN_SCORING, task_of
 from r1pipe.config.changes import changes, listed
 from r1pipe.config.data import USED
 from r1pipe.config.groups import options, read
@@ -194,10 +195,13 @@ def config_of(parent: ParentRef) -> dict[str, Any] | None:
 
 
 def measured_data(parent: ParentRef, config: RunConfig) -> str:
-    """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data."""
+    """One line: the evaluation's data, its system prompt, and how the checkpoint's run had other data; or the
+    benchmark, and what the model's context leaves of its answers."""
     evaluation, own = config.stage.eval, config_of(parent)
     line = f"evaluating on data={config.data.name}, split {evaluation.split}"
-    if own is not None:
+    if config.benchmark is not None:
+        line = _measured_benchmark(config, config.benchmark)
+    elif own is not None:
         mappings = own, to_mapping(config)
         before, after = ({key: mapping[key] for key in ("data", "seed")} for mapping in mappings)
         changed = listed(changes(before, after))
@@ -205,6 +209,21 @@ def measured_data(parent: ParentRef, config: RunConfig) -> str:
         line += f"; run {parent.run_id} had other data ({changed})" if before != after else same
     _, prompt = split_system(with_system(template_of(Path(parent.checkpoint)), config.chat.system))
     return f"{line}; with the system prompt {prompt!r}" if prompt else line
+
+
+def _measured_benchmark(config: RunConfig, benchmark: BenchmarkConfig) -> str:
+    evaluation, context = config.stage.eval, config.model.max_position_embeddings
+    if task := task_of(benchmark):
+        return f"evaluating on {task} of lm-evaluation-harness"
+    line = f"evaluating on {benchmark.title}: {evaluation.samples} samples a problem at temperature "
+    line += f"{evaluation.temperature:g}, top-p {evaluation.top_p:g}, scored by "
+    line += OWN_SCORING[benchmark.scored_by]
+    if evaluation.max_tokens == context:
+        line += f"; answers of {benchmark.max_tokens:,} tokens do not fit the model: they end with its "
+        line += f"context of {context:,}"
+    elif evaluation.max_tokens < benchmark.max_tokens:
+        line += f"; answers end at {evaluation.max_tokens:,} tokens, not {benchmark.max_tokens:,}"
+    return line
 
 
 def hydra(value: Any) -> str:

@@ -15,9 +15,10 @@ from r1pipe.core.types import Completion, Prompt
 from r1pipe.data.overlap import asked
 from r1pipe.rewards.accuracy import summary_of
 from r1pipe.runs import samples, stopping
+from r1pipe.train.answering import LocalAnswerer
 from r1pipe.train.extract.dataset import Kept, Steps
 from r1pipe.train.extract.reading import likelihoods, read_examples
-from r1pipe.train.extract.teacher import Drawing
+from r1pipe.train.extract.teacher import Drawing, Teacher
 from r1pipe.train.extract.work import Found, Work
 from r1pipe.train.loading import load_weights
 from r1pipe.train.rollout import SamplingParams
@@ -34,8 +35,11 @@ SCORE = pa.schema([("score", pa.float64())])
 
 
 def feedback(work: Work) -> Found:
-    """Scored answers of the student, or corrected ones."""
+    """Scored answers of the student, or corrected ones; for stage.transfer=rl, whose answers are scored as
+    they are drawn, the prompts alone."""
     prompts, dropped = without_evaluation(work, work.data_prompts())
+    if work.stage.transfer == "rl":
+        return Found([Kept(prompt, "", {}) for prompt in prompts], [])
     answers = students_answers(work, prompts)
     steps: Steps = [
         {
@@ -48,7 +52,7 @@ def feedback(work: Work) -> Found:
     pairs = [(prompt, one) for prompt, each in zip(prompts, answers, strict=True) for one in each]
     if work.stage.feedback.by == "correction":
         return corrected(work, pairs, steps)
-    scores = rated(work, pairs) if work.stage.feedback.by == "rubric" else by_likelihood(work, pairs)
+    scores = rated(work.teacher, pairs) if work.stage.feedback.by == "rubric" else by_likelihood(work, pairs)
     return scored(work, pairs, scores, steps)
 
 
@@ -96,11 +100,11 @@ def students_answers(work: Work, prompts: Sequence[Prompt]) -> list[list[Complet
 Pairs = Sequence[tuple[Prompt, Completion]]
 
 
-def rated(work: Work, pairs: Pairs) -> list[float | None]:
+def rated(teacher: Teacher, pairs: Pairs) -> list[float | None]:
     """The teacher's ratings, in 0..1; None where none can be read."""
-    template, config = work.stage.templates.rubric, work.stage.feedback
+    template, config = teacher.run.stage.templates.rubric, teacher.run.stage.feedback
     requests = [_request(template, *pair) for pair in pairs]
-    replies = work.teacher.ask(FEEDBACK, requests, Drawing(config.max_tokens, config.temperature))
+    replies = teacher.ask(FEEDBACK, requests, Drawing(config.max_tokens, config.temperature))
     return [rating(summary_of(reply.text)) for [reply] in replies]
 
 
@@ -112,21 +116,27 @@ def rating(text: str) -> float | None:
 
 
 def by_likelihood(work: Work, pairs: Pairs) -> list[float | None]:
-    """exp of the mean log-probability per token, the end of the answer counted; None where it is too long."""
+    """The likelihood of each answer, from shards."""
     teacher = work.teacher.local
 
     def draw(part: Pairs, number: int, of: int, progress: Progress) -> pa.Table:
-        examples = [teacher.chat.example(prompt, one.text) for prompt, one in part]
-        read = read_examples(teacher, examples, likelihoods)
-        rows = [{"score": None if found is None else float(np.exp(found[0].mean()))} for found in read]
+        rows = [{"score": score} for score in likelihood_scores(teacher, part)]
         progress(len(part), len(part))
         return pa.Table.from_pylist(rows, SCORE)
 
     def idle() -> None:
-        read_examples(teacher, [], likelihoods)
+        likelihood_scores(teacher, [])
 
     shards = in_shards(work.run, work.ranks, FEEDBACK, pairs, PER_SHARD, draw, idle, "responses")
     return [row["score"] for [row] in in_order(shards)]
+
+
+def likelihood_scores(teacher: LocalAnswerer, pairs: Pairs) -> list[float | None]:
+    """exp of the mean log-probability per token, the end of the answer counted; None where it is too long.
+    Where weights lie in shares all ranks call."""
+    examples = [teacher.chat.example(prompt, one.text) for prompt, one in pairs]
+    read = read_examples(teacher, examples, likelihoods)
+    return [None if found is None else float(np.exp(found[0].mean())) for found in read]
 
 
 def scored(work: Work, pairs: Pairs, scores: Sequence[float | None], steps: Steps) -> Found:

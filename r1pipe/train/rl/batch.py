@@ -32,7 +32,7 @@ class Rollout:
     kl_T: Tensor | None = None  # KL estimate per token, where the KL is in the reward
     # PPO, per token:
     values: list[float] = field(default_factory=list)  # V before the token, from before any update
-    advantages: list[float] = field(default_factory=list)  # in place of `advantage`
+    advantages: list[float] = field(default_factory=list)  # in place of `advantage`; with a teacher, too
     returns: list[float] = field(default_factory=list)  # the targets of the values
 
     def __len__(self) -> int:
@@ -198,8 +198,9 @@ def collate(
     )
     if all(completion.experts is not None for completion in completions):
         micro.experts_LNK = _experts(completions, width).to(device)
-    if rollouts[0].values:  # then all have them
+    if rollouts[0].advantages:  # then all have them
         micro.advantages_N = joined([rollout.advantages for rollout in rollouts])
+    if rollouts[0].values:
         micro.values_N = joined([rollout.values for rollout in rollouts])
         micro.returns_N = joined([rollout.returns for rollout in rollouts])
     return micro

@@ -1,10 +1,13 @@
 """GRPO and PPO: prompts -> rollout -> score -> advantages -> update -> log (DeepSeekMath, alg. 1)."""
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
+from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -12,6 +15,7 @@ import torch
 from r1pipe.config import RLConfig
 from r1pipe.core.errors import EnvironmentProblem, SamplerLost, Tripped
 from r1pipe.core.types import Group
+from r1pipe.data.identity import Claims
 from r1pipe.model.training import set_batch_invariant
 from r1pipe.rewards import Verdicts
 from r1pipe.rewards.custom import CustomRewards
@@ -26,6 +30,7 @@ from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
+    Judge,
     RewardModels,
     has_signal,
     redistribute_groups,
@@ -40,8 +45,17 @@ Metrics = dict[str, float]
 # folders within a checkpoint's engine state
 CRITIC = "critic"  # the value model's engine
 REFERENCE = "reference"  # what has replaced the first one
+NO_VARIANCE = "frac_reward_zero_std"
 TRIES = 3  # of a step whose completions could not be drawn
 ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
+
+
+class Teacher(Protocol):
+    """Who gives each token an advantage of its own besides the completion's."""
+
+    def advise(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """Set the `advantages` of this rank's rollouts; returns what is logged, of all ranks. All ranks
+        call."""
 
 
 class RLTrainer:
@@ -55,16 +69,21 @@ class RLTrainer:
         reward_models: RewardModels,
         critic: Critic | None = None,
         custom: CustomRewards | None = None,
+        teacher: Teacher | None = None,
+        judge: Judge | None = None,
     ):
-        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom`, all."""
+        """Without a `reference` there is no KL. `reward_models` score general prompts; `custom` and `judge`,
+        all."""
         self.run, self.config, self.engine, self.reference = run, run.stage, engine, reference
         self.reward_models, self.critic, self.custom = reward_models, critic, custom
+        self.teacher, self.judge = teacher, judge
         if run.config.engine.equal:
             dtype = torch.float32 if run.config.engine.precision == "fp32" else torch.bfloat16
             set_batch_invariant(engine.module, True, dtype)
         self.more_engines = {CRITIC: critic.engine} if critic else {}
-        self.weights = reward_weights(run.stage)
+        self.weights = reward_weights(run.stage) | (judge.weights if judge else {})
         self.tripwires = Tripwires(run.config.tripwires.wires, run.stage)
+        self.claims = Claims(run.config.screening.identity)
         self.state = LoopState()
         self.saved = 0  # the step of the newest checkpoint
         self.failures = 0  # of the sampler, one after another
@@ -111,15 +130,13 @@ class RLTrainer:
         self.failures = 0
         if self.rollouts.ahead:
             metrics |= staleness(self.engine, groups, before.step)
-        if self.critic:
-            with self.run.phase("value", metrics):
-                rollouts, value_metrics = self.critic.estimate(groups, self.reference)
-            metrics |= value_metrics
-        else:
-            rollouts = rollouts_of(groups)
+        rollouts = self.rollouts_of(groups, metrics)
         with self.run.phase("reward", metrics):
             rows = rows_of_all(self.engine, groups, self.run.data.strategy_of)
             metrics |= summarise(rows)
+            metrics["completions/identity_claims"] = fmean(
+                bool(self.claims.found(row["completion"])) for row in rows
+            )
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)
@@ -171,7 +188,21 @@ class RLTrainer:
             ]
             self.reference.estimate_kl(rollouts, self.config)
             kls = [rollout.kl() for rollout in rollouts]
-        score_groups(groups, self.config, self.weights, self.reward_models, kls, verdicts, self.custom)
+        scorers = self.reward_models, kls, verdicts, self.custom, self.judge
+        score_groups(groups, self.config, self.weights, *scorers)
+
+    def rollouts_of(self, groups: list[Group], metrics: Metrics) -> list[Rollout]:
+        """What is trained on, with each token's advantage where a value model or a teacher gives one."""
+        if self.critic:
+            with self.run.phase("value", metrics):
+                rollouts, value_metrics = self.critic.estimate(groups, self.reference)
+            metrics |= value_metrics
+        else:
+            rollouts = rollouts_of(groups)
+        if self.teacher:
+            with self.run.phase("teacher", metrics):
+                metrics |= self.teacher.advise(rollouts)
+        return rollouts
 
     # --- log and save
 
@@ -203,6 +234,8 @@ class RLTrainer:
 
     def _log(self, step: int, rows: list[Row], metrics: Metrics, began: float) -> list[Trip]:
         """Write rollouts, and metrics with speeds and trips; the step `began` at this monotonic time."""
+        if self.teacher:  # groups of equal rewards teach, too
+            metrics.pop(NO_VARIANCE, None)
         if self.engine.rank == 0:
             write_rows(rows, self.run.folder.rollouts / f"step-{step}.parquet")
         metrics |= speeds(rows, metrics, time.monotonic() - began)

@@ -18,11 +18,13 @@ from torch import Tensor
 from r1pipe.chat.template import Chat
 from r1pipe.config import RewardModelConfig
 from r1pipe.core.errors import DataError
+from r1pipe.core.types import Demonstration
+from r1pipe.data.screening import Screening
 from r1pipe.data.source import Source, draw_prompts_that_fit
 from r1pipe.model import Balance
 from r1pipe.rewards import models
 from r1pipe.rewards.models import RewardModel, auc, length_correlation, pair_accuracy
-from r1pipe.runs import checkpoints, heartbeat, stopping
+from r1pipe.runs import checkpoints, heartbeat, samples, stopping
 from r1pipe.runs.files import write_json
 from r1pipe.runs.reward_model_quality import HARMLESS, HELPFUL, KINDS, QUALITY, describe
 from r1pipe.train.engine.engine import Engine
@@ -32,6 +34,7 @@ from r1pipe.train.run import Run
 
 HELD_OUT_SEED = 0  # of the held-out examples: the same in every run
 NAMES = {HELPFUL: "preference pairs", HARMLESS: "safety labels"}
+LEARNED = {HELPFUL: "preferences", HARMLESS: "labels"}  # kinds of data
 
 log = logging.getLogger("r1pipe")
 
@@ -43,6 +46,7 @@ class Item:
     rows: list[list[int]]
     prompt: int = 0  # tokens of the prompt, which every row starts with
     safe: bool = True  # of a labelled row
+    example: Demonstration | None = None  # the prompt and the better or the labelled answer, for the record
 
     def __len__(self) -> int:
         return max(map(len, self.rows))
@@ -103,9 +107,26 @@ def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> l
             [models.scored_tokens(kind, chat, prompt, response) for response in responses],
             len(chat.prompt_tokens(prompt)),
             safe,
+            Demonstration(prompt, responses[0], source=prompt.source, licence=prompt.licence),
         )
         for prompt, responses, safe in examples
     ]
+
+
+def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) -> None:
+    """Write down where each pair and label that is learned came from, and what screening finds in them."""
+    if run.rank == 0:
+        learned = [
+            (item.example, LEARNED[examples.kind], sum(map(len, item.rows)))
+            for examples in lessons
+            for item in examples.learned
+            if item.example is not None
+        ]
+        samples.write_trained_on(run.folder.trained_on, learned)
+        screening = Screening(run.config.screening)
+        for example, _, _ in learned:
+            screening.count(example)
+        write_json(run.folder.screening, screening.report())
 
 
 def steps_of(stage: RewardModelConfig, examples: Examples) -> int:

@@ -6,6 +6,7 @@ And dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): which of the sampled
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Protocol
 
 from r1pipe.config import RLConfig
 from r1pipe.core.types import Completion, Group, Prompt, Score, Status
@@ -23,6 +24,16 @@ from r1pipe.train.rl.advantages import group_advantages, has_variance, most_vari
 
 # Rewards that are not rules, for general prompts only: name -> a score for each of many completions.
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
+
+
+class Judge(Protocol):
+    """Scores completions of any prompt besides the rules, all of a batch at once."""
+
+    weights: dict[str, float]  # of the one reward that it gives, by name
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """In order; all ranks call, each with its own."""
+
 
 KL = "kl"  # the score that holds a completion's KL, where the KL is in the reward
 MEASURED = ("accuracy", "format", "language")  # scored and logged even at weight 0
@@ -59,21 +70,27 @@ def score_groups(
     kls: Sequence[float] | None = None,
     verdicts: Verdicts | None = None,
     custom: CustomRewards | None = None,
+    judge: Judge | None = None,
 ) -> None:
     """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
-    Rules and `custom` rewards score every completion, `reward_models` those of general prompts. `kls` are
-    the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under way.
+    Rules, `custom` rewards and a `judge` score every completion, `reward_models` those of general prompts.
+    `kls` are the completions' KLs, where the KL is in the reward. `verdicts` on accuracy may already be under
+    way.
     """
     completions = [completion for group in groups for completion in group.completions]
     prompts = [group.prompt for group in groups for _ in group.completions]
     names = {*MEASURED, *(name for name, weight in weights.items() if weight)} - {*KINDS, KL}
-    names -= {*custom.names} if custom else set()
+    names -= {*(custom.names if custom else ()), *(judge.weights if judge else ())}
     scores = score_all(prompts, completions, sorted(names - {*SHAPING_REWARDS}), verdicts)
     shaping = sorted(names & {*SHAPING_REWARDS})
     add_shaping_rewards(scores, completions, shaping, config.rewards, config.sampling.max_tokens)
     if custom:
         add_custom_rewards(scores, groups, custom)
+    if judge:
+        [name] = judge.weights
+        for row, score in zip(scores, judge.score(prompts, completions), strict=True):
+            row[name] = score
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
     for name, reward_model in reward_models.items():  # on all ranks: it may be in shares
         values = reward_model([prompts[i] for i in general], [completions[i] for i in general])

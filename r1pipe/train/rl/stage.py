@@ -21,8 +21,8 @@ from r1pipe.train.finish import finish_stage
 from r1pipe.train.loading import load_frozen, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.loop import RLTrainer
-from r1pipe.train.rl.scoring import RewardModels
+from r1pipe.train.rl.loop import RLTrainer, Teacher
+from r1pipe.train.rl.scoring import Judge, RewardModels
 from r1pipe.train.rl.update import Reference
 from r1pipe.train.run import Run
 
@@ -34,6 +34,19 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     custom = load_custom_rewards(run)
     run.load_chat()
     run.load_data()
+    reinforce(run, custom)
+
+
+def reinforce(
+    run: Run[RLConfig],
+    custom: CustomRewards | None,
+    teacher: Teacher | None = None,
+    data_hash: str | None = None,
+    judge: Judge | None = None,
+) -> None:
+    """From the loaded data to the record. `teacher` and `judge` as RLTrainer's; `data_hash`: of the training
+    data, if it is not the source's."""
+    stage = run.stage
     # no gradient reaches MTP layers, and weight decay alone would shrink them
     policy = load_policy(run, freeze_mtp=True)
     weaknesses = quality.check_quality(run.config)
@@ -52,11 +65,11 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
     engine = Engine(policy, stage.optim, stage.router, run.config.engine, optimizer_steps)
     if stage.kl_coef and adapted:
         reference = BaseReference(engine)
-    checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom).train()
+    checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom, teacher, judge).train()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}
-    finish_stage(run, engine, checkpoint, extra=known)
+    finish_stage(run, engine, checkpoint, data_hash, extra=known)
 
 
 def load_custom_rewards(run: Run[RLConfig]) -> CustomRewards | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,9 +17,11 @@ from r1pipe.config import FineTuneConfig, PretrainConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
 from r1pipe.data.packing import Batch, Packed, chunks, collate, epoch_batches, pack, share
+from r1pipe.data.screening import Screening, said_in
 from r1pipe.model import Balance, DeepseekV3, Policy
 from r1pipe.model.mtp import mtp_loss_sum
-from r1pipe.runs import heartbeat, stopping
+from r1pipe.runs import heartbeat, samples, stopping
+from r1pipe.runs.files import write_json
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.metrics import shown, step_metrics
 from r1pipe.train.engine.passes import Pass
@@ -28,16 +30,33 @@ from r1pipe.train.loading import load_policy
 from r1pipe.train.run import Run, log
 
 F = TypeVar("F", bound=FineTuneConfig)
+MTP_LOSS, BALANCE_LOSS = "train/mtp_loss", "train/balance_loss"
 
 # The batches after a step, as (rows of all ranks together, position in the data after them). Called with the
 # step and the position saved with it: plain values, or None if the step alone determines the batches.
-Batches = Callable[[int, Any], Iterator[tuple[list[Packed], Any]]]
+Batches = Callable[[int, Any], Iterator[tuple[list[Any], Any]]]
+
+
+class StepLoss(Protocol):
+    """The loss of one optimizer step on a batch, split into this rank's micro-batches."""
+
+    tokens: int  # of the batch, on all ranks
+
+    def micro_losses(self, accumulation: int) -> Sequence[Callable[[], Tensor]]:
+        """What Engine.train_step takes, in at least `accumulation` parts where there is so much; all ranks
+        call."""
+
+    def terms(self, loss: float) -> dict[str, float]:
+        """The metrics of the step's terms, all ranks together, once they are computed; `loss` is their
+        weighted sum. All ranks call."""
 
 
 def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: str) -> None:
     """Train on the responses, from packing to record. Raises DataError if no demonstration fits a row."""
-    stage = run.stage
-    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
+    stage, tokens_of = run.stage, list[int]()
+    demonstrations = screened(run, demonstrations)
+    rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length, tokens_of)
+    note_trained_on(run, demonstrations, tokens_of)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
     model = load_policy(run)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
@@ -45,13 +64,18 @@ def fine_tune(run: Run[F], demonstrations: Sequence[Demonstration], data_hash: s
     finish_stage(run, engine, checkpoint, data_hash)
 
 
-def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], length: int) -> list[Packed]:
-    """Rows of packed examples whose loss covers the responses alone. Raises DataError if there are none."""
+def pack_demonstrations(
+    chat: Chat, demonstrations: Sequence[Demonstration], length: int, tokens_of: list[int] | None = None
+) -> list[Packed]:
+    """Rows of packed examples whose loss covers the responses alone; `tokens_of` is filled with the tokens of
+    each. Raises DataError if there are none."""
     if not demonstrations:
         raise DataError("this data has no worked solutions to train on; name another with data=NAME")
-    examples = (
+    examples = [
         chat.example(demonstration.prompt, demonstration.response) for demonstration in demonstrations
-    )
+    ]
+    if tokens_of is not None:
+        tokens_of += [len(example.tokens) for example in examples]
     rows, dropped = pack(examples, length)
     if not rows:
         raise DataError(
@@ -63,6 +87,36 @@ def pack_demonstrations(chat: Chat, demonstrations: Sequence[Demonstration], len
         f"{dropped} demonstrations are too long"
     )
     return rows
+
+
+def screened(run: Run[F], demonstrations: Sequence[Demonstration]) -> list[Demonstration]:
+    """The demonstrations that `screening` leaves, as it leaves them; what it found is in data/screening.json.
+    Raises DataError where it leaves none."""
+    screening = Screening(run.config.screening)
+    kept = screening.demonstrations(demonstrations)
+    if run.rank == 0:
+        write_json(run.folder.screening, screening.report())
+    for line in said_in(screening.report()):
+        log.warning("%s; see %s", line, run.folder.screening)
+    if demonstrations and not kept:
+        raise DataError(
+            f"screening dropped each of the {len(demonstrations)} demonstrations; look at them with "
+            "`r1pipe data`, or give screening.identity.action=count screening.personal.action=count"
+        )
+    return kept
+
+
+def note_trained_on(run: Run[F], demonstrations: Sequence[Demonstration], tokens_of: Sequence[int]) -> None:
+    """Write down where each demonstration that fits a row came from."""
+    if run.rank == 0:
+        samples.write_trained_on(
+            run.folder.trained_on,
+            [
+                (one, samples.kind_of(one.prompt), tokens)
+                for one, tokens in zip(demonstrations, tokens_of, strict=True)
+                if tokens <= run.stage.sequence_length
+            ],
+        )
 
 
 def steps_in(rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
@@ -84,9 +138,23 @@ def epochs_of(run: Run, rows: list[Packed], batch_size: int) -> Batches:
     return batches
 
 
-def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, total_steps: int) -> Path:
-    """Train from the newest checkpoint, or the start, to `total_steps` or an early stop; the last folder."""
+def train(
+    run: Run[PretrainConfig] | Run[F],
+    engine: Engine,
+    batches: Batches,
+    total_steps: int,
+    loss_of: Callable[[list[Any]], StepLoss] | None = None,
+) -> Path:
+    """Train from the newest checkpoint, or the start, to `total_steps` or an early stop; the last folder.
+
+    `loss_of` a batch is next-token prediction, unless another is given.
+    """
     stage = run.stage
+
+    def next_token(batch: list[Packed]) -> StepLoss:
+        return Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
+
+    loss_of = loss_of or next_token
     resumed, state = run.resume(engine)
     if run.is_last(resumed, total_steps, engine):
         return run.folder.checkpoint(resumed)
@@ -95,11 +163,10 @@ def train(run: Run[PretrainConfig] | Run[F], engine: Engine, batches: Batches, t
         started = time.monotonic()
         heartbeat.at_step(step)
         with run.phase("update"):
-            shares = Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
-            stats = engine.train_step(shares.micro_losses(run.config.engine.gradient_accumulation))
-        tokens = sum(len(row.tokens) for row in batch)
-        metrics = step_metrics(stats) | ({} if stats.broken else shares.terms(stats.loss))
-        metrics["train/tokens_per_s"] = tokens / (time.monotonic() - started)
+            loss = loss_of(batch)
+            stats = engine.train_step(loss.micro_losses(run.config.engine.gradient_accumulation))
+        metrics = step_metrics(stats) | ({} if stats.broken else loss.terms(stats.loss))
+        metrics["train/tokens_per_s"] = loss.tokens / (time.monotonic() - started)
         if stage.eval.every and step % stage.eval.every == 0 and step < total_steps:
             metrics |= quick_evaluation(run, engine, step)
         run.log(step, metrics)
@@ -124,17 +191,27 @@ def read(model: Policy, batch: Batch, with_balance: bool) -> tuple[Tensor, tuple
 def loss_sums(
     model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance], with_mtp: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum of -log p of the learned tokens, in nats, and the same for the tokens after the next, mean over
-    depths: None without `with_mtp`, or where the model has no layers for it. Only the states that predict a
-    learned token go through the head, so SFT pays for responses alone."""
-    tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
-    mtp = None
-    if with_mtp and isinstance(model, DeepseekV3) and model.config.num_nextn_predict_layers:
-        depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, *balances)
-        mtp = mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
-    learned_BT = batch.loss_BT[:, 1:]  # no document's first token is learned
-    hidden_ND, targets_N = hidden_BTD[:, :-1][learned_BT], tokens_BT[:, 1:][learned_BT]
+    """The sum of -log p of the learned tokens, in nats, and that of `mtp_sum`: None without `with_mtp`. Only
+    the states that predict a learned token go through the head, so SFT pays for responses alone."""
+    mtp = mtp_sum(model, batch, hidden_BTD, balances) if with_mtp else None
+    hidden_ND, targets_N = learned(batch, hidden_BTD)
     return -model.lm_head(hidden_ND, targets_N).sum(), mtp
+
+
+def learned(batch: Batch, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden_ND before each learned token, and the tokens; no document's first token is learned."""
+    learned_BT = batch.loss_BT[:, 1:]
+    return hidden_BTD[:, :-1][learned_BT], batch.tokens_BT[:, 1:][learned_BT]
+
+
+def mtp_sum(model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance]) -> Tensor | None:
+    """The sum of -log p of the tokens after the next, in nats, mean over depths; None where the model has no
+    layers for it."""
+    if not isinstance(model, DeepseekV3) or not model.config.num_nextn_predict_layers:
+        return None
+    tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
+    depths = model.model.mtp_hidden(hidden_BTD, tokens_BT, segments_BT, *balances)
+    return mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
 
 
 class Shares:
@@ -149,44 +226,51 @@ class Shares:
     ):
         self.engine, self.batch, self.pad_id = engine, batch, pad_id
         self.mtp_weight, self.balance_weight = mtp_weight, balance_weight
+        self.tokens, self.learned = sum(len(row.tokens) for row in batch), sum(row.learned for row in batch)
         # the engine averages over ranks: the sum of all shares is the mean
-        self.per_learned = engine.world_size / max(1, sum(row.learned for row in batch))
-        self.per_token = engine.world_size / max(1, sum(len(row.tokens) for row in batch))
-        self.passes: list[Pass[Batch]] = []
+        self.per_learned = engine.world_size / max(1, self.learned)
+        self.per_token = engine.world_size / max(1, self.tokens)
+        self.passes: list[Pass[Any]] = []
 
-    def micro_losses(self, accumulation: int) -> list[Pass[Batch]]:
+    def micro_losses(self, accumulation: int) -> list[Pass[Any]]:
         """This rank's micro-batches, each returning its share of the loss."""
         local = share(self.batch, self.engine.rank, self.engine.world_size)
-        batches = (collate(rows, self.pad_id) for rows in chunks(local, accumulation))
-        reading, device = partial(read, with_balance=self.balance_weight > 0), self.engine.device
+        reading = partial(read, with_balance=self.balance_weight > 0)
         weights = self.balance_weight, self.per_token
         self.passes = [
-            Pass(self.engine.module, batch.to(device), reading, self._learn, *weights) for batch in batches
+            Pass(self.engine.module, batch, reading, self._learn, *weights)
+            for batch in self._batches([*chunks(local, accumulation)])
         ]
         return self.passes
 
+    def _batches(self, micros: list[list[Packed]]) -> list[Any]:
+        """This rank's micro-batches as tensors."""
+        return [collate(rows, self.pad_id).to(self.engine.device) for rows in micros]
+
     def _learn(
-        self, model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Balance]
-    ) -> tuple[Tensor, float | None]:
-        """The loss without the balance loss, and the share of the mean MTP loss in it."""
+        self, model: Policy, batch: Any, hidden_BTD: Tensor, balances: tuple[Balance]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss without the balance loss, and the shares in it of what else is measured."""
         next_token, mtp = loss_sums(model, batch, hidden_BTD, balances, self.mtp_weight > 0)
-        loss = next_token * self.per_learned
+        return self._with_mtp(next_token * self.per_learned, mtp)
+
+    def _with_mtp(self, loss: Tensor, mtp: Tensor | None) -> tuple[Tensor, dict[str, float]]:
         if mtp is None:
-            return loss, None
+            return loss, {}
         mtp = mtp * self.per_learned
-        return loss + self.mtp_weight * mtp, mtp.item()
+        return loss + self.mtp_weight * mtp, {MTP_LOSS: mtp.item()}
 
     def terms(self, loss: float) -> dict[str, float]:
         """The metrics of a step's terms, all ranks together; `loss` is their weighted sum."""
-        balances = [one.balance.item() for one in self.passes if one.balance is not None]
-        terms = [
-            ("train/mtp_loss", [one.found for one in self.passes if one.found is not None], self.mtp_weight),
-            ("train/balance_loss", balances, self.balance_weight),
-        ]
-        computed = [term for term in terms if term[1]]
-        if not computed:
+        shares: dict[str, float] = {}
+        for one in self.passes:
+            of_one = one.found | ({} if one.balance is None else {BALANCE_LOSS: one.balance.item()})
+            for name, share_of in of_one.items():
+                shares[name] = shares.get(name, 0.0) + share_of
+        if not shares:
             return {"train/loss": loss}
-        sums = self.engine.sum_over_ranks([sum(shares) for _, shares, _ in computed])
-        means = [total / self.engine.world_size for total in sums]
-        added = sum(mean * weight for mean, (_, _, weight) in zip(means, computed, strict=True))
-        return {"train/loss": loss - added, **dict(zip([name for name, *_ in computed], means, strict=True))}
+        sums = self.engine.sum_over_ranks([*shares.values()])
+        means = {name: total / self.engine.world_size for name, total in zip(shares, sums, strict=True)}
+        weights = {MTP_LOSS: self.mtp_weight, BALANCE_LOSS: self.balance_weight}
+        added = sum(mean * weights.get(name, 0.0) for name, mean in means.items())
+        return {"train/loss": loss - added, **means}

@@ -18,6 +18,7 @@ from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
 from r1pipe.data.overlap import asked
+from r1pipe.data.screening import Screening
 from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
 from r1pipe.runs import samples, stopping
@@ -133,11 +134,17 @@ def build_dataset(
         return path
     drawn = drawn_in_order(shards, stage.samples_per_prompt)
     kept, steps = apply_filters(drawn, stage.filters, questions)
+    screening = Screening(run.config.screening)
+    sampled = screening.demonstrations(_sampled(run, sampler, kept))
+    if screening.dropped:
+        steps.append({"name": "screening", "kept": len(sampled), "dropped": screening.dropped})
     for step in steps:
         log.info("filter %s: %d kept, %d dropped", step["name"], step["kept"], step["dropped"])
     skipped = f", {too_long} prompts passed over as too long" if too_long else ""
     funnel = [{"name": f"drawn{skipped}", "kept": len(drawn), "dropped": 0}, *steps]
-    wanted = round(stage.general_ratio * len(kept)) if kept else ceil(stage.general_ratio * stage.prompts)
+    wanted = (
+        round(stage.general_ratio * len(sampled)) if sampled else ceil(stage.general_ratio * stage.prompts)
+    )
     seed = run.seed("general traces")
     general, longer = draw_prompts_that_fit(
         lambda n: run.data.general_demonstrations(n, seed, stage.general_kinds),
@@ -145,10 +152,10 @@ def build_dataset(
         lambda row: len(run.chat.example(row.prompt, row.response).tokens) <= stage.sequence_length,
     )
     log.info("%d of %d general demonstrations, %d more are too long", len(general), wanted, longer)
-    if not kept:
+    if not sampled:
         funnel.append({"name": GENERAL_ALONE, "kept": 0, "dropped": 0})
     write_json(run.folder.data / "funnel.json", funnel)
-    if not kept and not general:
+    if not sampled and not general:
         worst = max(funnel, key=lambda step: step["dropped"])
         raise DataError(
             f"nothing to train on: the filters left none of {len(drawn)} samples "
@@ -156,27 +163,28 @@ def build_dataset(
             f"data={run.config.data.name} has no general demonstrations that fit a row; train the sampled "
             "checkpoint longer, or choose data with instructions and stage.general_ratio above 0"
         )
-    if not kept:
+    if not sampled:
         run.progress(GENERAL_ALONE, len(general), len(general), "traces")
         log.info("%s", GENERAL_ALONE)
-    sampling = str(run.seed("sampling"))
-    rows = [
-        samples.row_of(
-            Demonstration(
-                sample.prompt,
-                sample.completion.text,
-                source=samples.SAMPLED + sampler.run_id,
-                checkpoint_hash=sampler.hash,
-                seed=sampling,
-                licence=sample.prompt.licence,
-                filters=FILTERS,
-            ),
-            "reasoning",
+    samples.write(path, [samples.row_of(one, samples.kind_of(one.prompt)) for one in (*sampled, *general)])
+    return path
+
+
+def _sampled(run: Run[RejectionConfig], sampler: ParentRef, kept: Sequence[Sampled]) -> list[Demonstration]:
+    """What the filters kept, with where it came from."""
+    seed = str(run.seed("sampling"))
+    return [
+        Demonstration(
+            sample.prompt,
+            sample.completion.text,
+            source=samples.SAMPLED + sampler.run_id,
+            checkpoint_hash=sampler.hash,
+            seed=seed,
+            licence=sample.prompt.licence,
+            filters=FILTERS,
         )
         for sample in kept
     ]
-    samples.write(path, [*rows, *(samples.row_of(demonstration, "general") for demonstration in general)])
-    return path
 
 
 def read_dataset(path: Path) -> tuple[list[Demonstration], str]:

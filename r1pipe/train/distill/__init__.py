@@ -1,0 +1,1 @@
+"""How a teacher's output is put into a student: by divergence, by ranking, or as advantages."""

@@ -1,0 +1,113 @@
+"""Reinforcement of a student: by the teacher's probabilities of what it draws, or by what is right.
+
+On-policy distillation (Thinking Machines Lab, 2025; MiniLLM, arXiv 2306.08543): the student draws, and each
+token's advantage is the teacher's log-probability of it less the student's. All else is the loop of
+train/rl.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+
+from r1pipe.config import DistillConfig, RLConfig
+from r1pipe.config.fields import check_all
+from r1pipe.config.transfer import as_rl, transfer_rules
+from r1pipe.core.types import Completion, Prompt, Score, Status
+from r1pipe.data.source import Source
+from r1pipe.train.distill.losses import teacher_advantages
+from r1pipe.train.distill.teacher import load_teacher
+from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.feedback import likelihood_scores, rated
+from r1pipe.train.extract.teacher import Teacher as Asked
+from r1pipe.train.rl.batch import Rollout, by_prompt, collate
+from r1pipe.train.rl.stage import load_custom_rewards, reinforce
+from r1pipe.train.rl.update import Reference
+from r1pipe.train.run import Run
+
+REVERSE_KL = "distill/reverse_kl"  # nats a token from student to teacher, estimated on what was drawn (k1)
+TEACHER = "teacher"  # the name of its score among the rewards
+TEACHER_TOKENS = "distill/teacher_tokens"  # drawn tokens that the teacher has read
+
+
+def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_hash: str) -> None:
+    """From the loaded data to the record. `prompts` are asked in place of the data's own, and `data_hash` is
+    theirs."""
+    taught, teacher_from = run.stage.rl, run.config.teacher_from
+    assert taught is not None
+    run.data = with_prompts(run.data, prompts)
+    check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
+    # it is asked as distillation has it, while the run goes on as reinforcement
+    judge = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None
+    as_reinforcement = cast(Run[RLConfig], run)
+    as_reinforcement.stage = as_rl(run.stage)
+    custom = load_custom_rewards(as_reinforcement)
+    teacher = None
+    if taught.teacher_coef:
+        assert teacher_from is not None
+        model = Reference(load_teacher(run, teacher_from), run.config.engine)
+        teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
+    reinforce(as_reinforcement, custom, teacher, data_hash, judge)
+
+
+class TokenTeacher:
+    """Gives the tokens that the student has drawn advantages, in proportion to how likely it finds them."""
+
+    def __init__(self, model: Reference, config: RLConfig, coef: float):
+        self.model, self.config, self.coef = model, config, coef
+        self.ranks: Ranks = model.frozen
+
+    def advise(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Set each token's advantage: the completion's, and `coef` times the teacher's log-probability less
+        the student's. All ranks call."""
+        batches = by_prompt(rollouts, self.config.max_tokens_per_micro_batch)
+        micros = [collate(rows, None, 0.0, self.model.device) for rows in batches]
+        found = self.model.logprobs(micros, self.config.sampling.temperature)
+        gap, tokens = 0.0, 0
+        for rows, micro, teacher_N in zip(batches, micros, found, strict=True):
+            gap += (micro.old_N - teacher_N).sum().item()
+            tokens += len(teacher_N)
+            advantages_N = micro.advantages_N + teacher_advantages(micro.old_N, teacher_N, self.coef)
+            for rollout, of_T in zip(rows, advantages_N.split(micro.lengths_B.tolist()), strict=True):
+                rollout.advantages = of_T.tolist()
+        gap, whole = self.ranks.sum_over_ranks([gap, float(tokens)])
+        return {REVERSE_KL: gap / max(1.0, whole), TEACHER_TOKENS: whole}
+
+
+class TeacherScores:
+    """The teacher's score of each answer as a reward (train/rl/scoring.Judge): a rating that it writes by a
+    rubric, or the likelihood that it gives the answer. A rating is asked for once, however often a step is
+    repeated."""
+
+    def __init__(self, run: Run[DistillConfig], weight: float):
+        self.weights, self.by = {TEACHER: weight}, run.stage.feedback.by
+        self.ranks = Ranks(run.config.engine)
+        self.teacher = Asked(run, self.ranks)
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
+        """What cannot be read, or is too long for the teacher, counts as a failed verdict."""
+        pairs = [*zip(prompts, completions, strict=True)]
+        if self.by == "likelihood":
+            found = likelihood_scores(self.teacher.local, pairs)
+        else:  # all ranks ask for the same
+            of_ranks = self.ranks.all_gather_objects(pairs)
+            first = sum(map(len, of_ranks[: self.ranks.rank]))
+            found = rated(self.teacher, [*chain.from_iterable(of_ranks)])[first : first + len(pairs)]
+        unread = Score(0.0, Status.VERIFIER_FAILED, "the teacher gave no score")
+        return [unread if score is None else Score(score) for score in found]
+
+
+def with_prompts(source: Source, prompts: Sequence[Prompt]) -> Source:
+    """The source with these training prompts in place of its own: in a random order for each seed."""
+
+    def draw(split: str, n: int, seed: int) -> list[Prompt]:
+        if split != "train":
+            return source.prompts(split, n, seed)
+        order = np.random.default_rng(seed).permutation(len(prompts))
+        return [prompts[i] for i in order[:n]]
+
+    taught: Any = copy(source)
+    taught.prompts = draw
+    return taught

@@ -1,0 +1,73 @@
+"""Puts what a teacher has given into the student: `stage.transfer`, on the dataset of `stage.extract`."""
+
+import json
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from r1pipe.config import DistillConfig
+from r1pipe.core.errors import DataError
+from r1pipe.core.types import PreferencePair, Prompt
+from r1pipe.runs import samples
+from r1pipe.train.distill.divergence import learn_live, learn_stored, stored_examples
+from r1pipe.train.distill.on_policy import reinforce_student
+from r1pipe.train.distill.ranking import learn_ranking, pairs_of_texts, pairs_with_own
+from r1pipe.train.extract.dataset import read_rows
+from r1pipe.train.run import Run
+from r1pipe.train.sft.loop import fine_tune
+from r1pipe.train.sft.rejection import read_dataset
+
+
+def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
+    """Train the student, from the dataset to the record; all ranks call. Raises DataError where the dataset
+    has nothing to learn from, and CheckpointError where a teacher cannot read the student's tokens."""
+    stage = run.stage
+    match stage.transfer:
+        case "sft":
+            fine_tune(run, read_dataset(dataset)[0], data_hash)
+        case "divergence" if stage.extract == "distribution" and not stage.distribution.live:
+            learn_stored(run, stored_examples(run.chat, dataset), data_hash)
+        case "divergence":
+            learn_live(run, read_dataset(dataset)[0], data_hash)
+        case "rl":
+            reinforce_student(run, prompts_of(dataset, stage.extract in ("label", "expand")), data_hash)
+        case "ranking" if stage.extract == "feedback":
+            pairs = pairs_of_texts(run.chat, pairs_by_score(dataset))
+            learn_ranking(run, pairs, data_hash, by_teacher=stage.feedback.by == "correction")
+        case "ranking":
+            pairs = pairs_with_own(run, read_dataset(dataset)[0])
+            learn_ranking(run, pairs, data_hash, by_teacher=True)
+
+
+def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
+    """The prompts of a dataset, each once; `checked`: those alone whose answers a rule can check. Raises
+    DataError without any."""
+    found: dict[str, Prompt] = {}
+    for row in read_rows(dataset):
+        prompt = replace(samples.prompt_of(row), checker=json.loads(row["checker"] or "{}"))
+        if prompt.answer or prompt.checker or not checked:
+            found.setdefault(prompt.id, prompt)
+    if not found:
+        raise DataError(
+            "no prompt of the dataset has an answer that a rule can check: the teacher's answers do not "
+            "agree, or are no numbers; give more stage.samples_per_prompt, or stage.extract=feedback"
+        )
+    return [*found.values()]
+
+
+def pairs_by_score(dataset: Path) -> list[PreferencePair]:
+    """Of each prompt's answers the best with the worst, the second with the second worst and so on, as long
+    as their scores differ. Raises DataError where no scores differ."""
+    rows, pairs = read_rows(dataset), []
+    by_prompt = sorted(rows, key=lambda row: row["prompt_id"])
+    for _, group in groupby(by_prompt, key=lambda row: row["prompt_id"]):
+        ranked = sorted(group, key=lambda row: -row["score"])
+        for better, worse in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
+            if better["score"] > worse["score"]:
+                pairs.append(PreferencePair(samples.prompt_of(better), better["response"], worse["response"]))
+    if not pairs:
+        raise DataError(
+            f"no two answers to one prompt of {len(rows)} have different scores; give a larger "
+            "stage.samples_per_prompt, or ask the teacher in another way (stage.feedback.by)"
+        )
+    return pairs

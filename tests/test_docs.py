@@ -28,6 +28,8 @@ WITHOUT_OVERRIDES = {
     "data",
     "ui",
     "report",
+    "provenance",
+    "audit",
     "chat",
     "generate",
     "lineage",

@@ -30,6 +30,8 @@ WITHOUT_OVERRIDES = {
     "data",
     "ui",
     "report",
+    "provenance",
+    "audit",
     "chat",
     "generate",
     "serve",  # has keys of its own, which test_serve.py reads

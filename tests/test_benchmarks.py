@@ -269,3 +269,22 @@ def test_a_job_measures_a_benchmark_and_keeps_every_completion(tmp_path: Path) -
     assert len(problems) == 3 and all(len(problem.drawn) == 2 for problem in problems)
     assert all("Please reason step by step" in problem.question for problem in problems)
     assert "evaluation.parquet" in json.loads(folder.record.read_text())["files"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *(("math500", "."), ("aime24", "."), ("gsm8k", "."), ("svamp", "."), ("mawps", ".")),
+        *(("cn_middle_school", "."), ("humaneval", "HumanEval.jsonl.gz")),
+    ],
+)
+def test_real_files_are_measured_as_a_whole(shared: Path, name: str, file: str) -> None:
+    config = composed(f"benchmark={name}", f"data.path={shared / file}").config
+    assert config.benchmark
+    prompts = Files(config.data).prompts("test", 10**6, 0)
+    assert len(prompts) == config.benchmark.problems
+    asked_of = [ask(prompt, config.benchmark).question for prompt in prompts]
+    assert all(prompt.question in text for prompt, text in zip(prompts, asked_of, strict=True))
+    if name == "math500":
+        assert {prompt.level for prompt in prompts} == {1, 2, 3, 4, 5}
+        assert len({prompt.subject for prompt in prompts}) == 7

@@ -52,7 +52,8 @@ from r1pipe.runs.record import read_record
 from r1pipe.tracking import naming
 from r1pipe.train.engine import state as engine_state
 
-HANG_S = 30.0  # for one input, on a busy machine
+HANG_S = 30.0  # of the processor, for one input
+WAIT_S = 900.0  # for one input: a busy machine gives a process little of each second
 SHORT = 20  # in the short form, one input of so many
 SCALARS = st.one_of(
     st.none(),
@@ -75,7 +76,7 @@ Act = Callable[[Any], object]
 
 
 class Hung(Exception):
-    """An input took longer than HANG_S."""
+    """An input took longer than HANG_S or WAIT_S."""
 
 
 @st.composite
@@ -139,15 +140,18 @@ def json_file(valid: Any) -> st.SearchStrategy[bytes]:
 @contextmanager
 def limited() -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
-        raise Hung(f"no answer within {HANG_S:.0f} s")
+        raise Hung(f"no answer within {HANG_S:.0f} s of work, or {WAIT_S:.0f} s in all")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, HANG_S)
+    before = [signal.signal(number, ring) for number in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, HANG_S)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_S)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before[0])
+        signal.signal(signal.SIGALRM, before[1])
 
 
 def fuzzed(fault: str, inputs: st.SearchStrategy, act: Act, times: int, seed: int) -> Outcome:

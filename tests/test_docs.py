@@ -24,8 +24,6 @@ BLOCKS = [
 ]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("r1pipe ", "make "))]
 WITHOUT_OVERRIDES = {
-    "audit",
-    "provenance",
     "--help",
     "data",
     "ui",

@@ -14,7 +14,7 @@ from r1pipe.train.distill.on_policy import reinforce_student
 from r1pipe.train.distill.ranking import learn_ranking, pairs_of_texts, pairs_with_own
 from r1pipe.train.extract.dataset import read_rows
 from r1pipe.train.run import Run
-from r1pipe.train.sft.loop import fine_tune
+from r1pipe.train.sft.loop import fine_tune, note_trained_on, screened
 from r1pipe.train.sft.rejection import read_dataset
 
 
@@ -22,6 +22,8 @@ def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
     """Train the student, from the dataset to the record; all ranks call. Raises DataError where the dataset
     has nothing to learn from, and CheckpointError where a teacher cannot read the student's tokens."""
     stage = run.stage
+    if stage.transfer != "sft":
+        note_taught(run, dataset)
     match stage.transfer:
         case "sft":
             fine_tune(run, read_dataset(dataset)[0], data_hash)
@@ -37,6 +39,12 @@ def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
         case "ranking":
             pairs = pairs_with_own(run, read_dataset(dataset)[0])
             learn_ranking(run, pairs, data_hash, by_teacher=True)
+
+
+def note_taught(run: Run[DistillConfig], dataset: Path) -> None:
+    """Write down where each row came from that teaches the student, and what screening finds in it."""
+    rows = screened(run, read_dataset(dataset)[0])
+    note_trained_on(run, rows, [len(run.chat.example(row.prompt, row.response).tokens) for row in rows])
 
 
 def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:

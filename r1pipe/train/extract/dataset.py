@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from r1pipe.config import DistillConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration, Prompt
+from r1pipe.data.screening import Screening
 from r1pipe.rewards.accuracy import is_verifiable
 from r1pipe.runs import samples
 from r1pipe.runs.files import write_json
@@ -65,7 +66,11 @@ def filtered(
 
 
 def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
-    """data/funnel.json, which is shown, too, and data/samples.parquet. Raises DataError without rows."""
+    """data/funnel.json, which is shown, too, and data/samples.parquet, of the rows that `screening` leaves.
+    Raises DataError without rows."""
+    kept = screened_rows(run, rows)
+    funnel = [*funnel, {"name": "screening", "kept": len(kept), "dropped": len(rows) - len(kept)}]
+    rows = kept
     for step in funnel:
         line = f"{step['name']}: {step['kept']} kept, {step['dropped']} dropped"
         log.info("%s", line)
@@ -85,6 +90,17 @@ def write_dataset(run: Run[Any], rows: Sequence[Kept], funnel: Steps) -> None:
     samples.write(run.folder.dataset, stored, {name: kind for name, kind in COLUMNS.items() if name in there})
 
 
+def screened_rows(run: Run[Any], rows: Sequence[Kept]) -> list[Kept]:
+    """The rows that stay, rewritten where that is configured; one whose tokens have probabilities cannot be
+    rewritten, and goes."""
+    screening, kept = Screening(run.config.screening), list[Kept]()
+    for row in rows:
+        for one in screening.demonstrations([_demonstration(row)]):
+            if one.response == row.response or not row.distribution:
+                kept.append(replace(row, response=one.response))
+    return kept
+
+
 def read_rows(path: Path) -> list[samples.Row]:
     """All columns of a dataset; null where it has none. Raises CheckpointError where it cannot be read."""
     return samples.read(path, [*samples.COLUMNS, *COLUMNS])
@@ -93,10 +109,13 @@ def read_rows(path: Path) -> list[samples.Row]:
 def _stored(row: Kept) -> samples.Row:
     """The columns that the row has."""
     kind = "reasoning" if is_verifiable(row.prompt) else "general"
-    demonstration = Demonstration(row.prompt, row.response, filters=row.filters, **row.origin)  # type: ignore[arg-type]
-    stored = samples.row_of(demonstration, kind)
+    stored = samples.row_of(_demonstration(row), kind)
     if row.prompt.checker:
         stored["checker"] = json.dumps(row.prompt.checker)
     if row.score is not None:
         stored["score"] = row.score
     return stored | dict(row.distribution)
+
+
+def _demonstration(row: Kept) -> Demonstration:
+    return Demonstration(row.prompt, row.response, filters=row.filters, **row.origin)  # type: ignore[arg-type]

@@ -166,6 +166,8 @@ class _Batch:
     def _shrink(self) -> None:
         """Drop slots that nothing is left for."""
         live = len(self.slots.taken())
+        if not live:
+            return
         slots = self.decoder.slots_for(live, len(self.slots.numbers))
-        if live and slots < len(self.slots.numbers):
+        if slots < len(self.slots.numbers):
             self.slots.shrink(slots)

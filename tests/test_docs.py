@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from r1pipe.cli.commands import app
 from r1pipe.config.compose import compose
+from r1pipe.core.paths import content_dir
 
 HOME = Path(__file__).resolve().parent.parent
 README = (HOME / "README.md").read_text(encoding="utf-8")
@@ -74,6 +75,12 @@ def test_r1pipe_commands_are_known_and_compose(command, tmp_path):
     known = CliRunner().invoke(app, [name, "--help"] if not name.startswith("-") else [name])
     assert known.exit_code == 0, known.output
     assert all(word.split("=")[0] in known.output for word in rest if word.startswith("--"))
+
+
+def test_python_in_the_readme_runs(capsys):
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code.replace('"out/"', repr(str(content_dir() / "base"))), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_help_in_the_readme_is_the_real_one():

@@ -73,7 +73,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     def submit(self, request: Request) -> None:
         """Have a request's answers drawn; what is found goes to `request.news`. Raises Busy and Closing."""

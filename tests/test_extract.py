@@ -112,6 +112,14 @@ def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
         (["teacher=x", "stage.templates.evolve={a: b}"], "stage.templates.evolve.a has no {problem}"),
         (["teacher=x", "stage.sampling.max_tokens=4096"], "stage.sampling.max_tokens=4096 is longer than"),
         (["teacher=x", "stage.sampling.top_p=0"], "leaves nothing to draw"),
+        (["teacher=x", "stage.reads=[rejection_sft]"], "stage.reads=[rejection_sft] would not be used"),
+        (
+            [
+                *("teacher=http://h/v1", "stage.reads=[rejection_sft]"),
+                *("stage.extract=distribution", "stage.transfer=divergence"),
+            ],
+            "a server tells probabilities of its own answers alone",
+        ),
         (["teacher=x", "stage.extract=expand", "stage.samples_per_prompt=1"], "what several agree on"),
         (
             ["teacher=x", "stage.extract=feedback", "stage.transfer=rl", "stage.feedback.by=correction"],

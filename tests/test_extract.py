@@ -15,7 +15,7 @@ from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.chat import server
 from r1pipe.chat.template import Chat
-from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill import EXTRACTS, PAIRS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
@@ -24,6 +24,7 @@ from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
+from r1pipe.train.distill.on_policy import TeacherScores
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.alignment import aligned, pieces_of
 from r1pipe.train.extract.answers import scored, with_majority
@@ -519,6 +520,23 @@ def test_a_server_rates_the_students_answers(tmp_path: Path) -> None:
     unread = funnel(tmp_path / "all")["no score"]
     assert len(rows) + unread == 8
     assert all(len(row["response"]) % 2 == 0 and row["score"] is None for row in best)
+
+
+def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", ["stage.feedback.by=rubric", "stage.transfer=rl"]
+    with chat_server(critic) as served:
+        rows = answering(folder, f"teacher={served.url}", *words)
+        assert not served.requests, "prompts alone cost nothing"
+        with open_run(str(folder), DistillConfig) as run:
+            run.load_chat()
+            scorer = TeacherScores(run, 1.0)
+            found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
+            scorer.finish()
+        asked = len(served.requests)
+    assert [score.value for score in found] == [0.9] and asked == 1
+    facts = json.loads((folder / "teacher.json").read_text())
+    assert (facts["requests"], facts["prompts"]) == (1, len({row["prompt_id"] for row in rows}))
+    assert facts["prompt_tokens"] > 0
 
 
 def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:

@@ -185,8 +185,7 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
         yield f"{chosen} is no way to distil: {pair.text}"
     if teacher is None and stage.extract != "label":
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
-    if teacher is not None and stage.reads:
-        yield from reads_rules(stage, teacher)
+    yield from reads_rules(stage, teacher)
     yield from transfer_rules(stage, ranks)
     if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
         remedy = "give more than 0" if pair.live else "give 0, or stage.extract=distribution, which does"
@@ -209,8 +208,10 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
         yield from stored_rules(stage.divergence)
 
 
-def reads_rules(stage: DistillConfig, teacher: str) -> Rules:
+def reads_rules(stage: DistillConfig, teacher: str | None) -> Rules:
     """Of responses that another run has made, which a teacher can only read."""
+    if teacher is None or not stage.reads:
+        return
     reads = f"stage.reads=[{','.join(stage.reads)}]"
     if (stage.extract, stage.transfer) != ("distribution", "divergence"):
         yield (

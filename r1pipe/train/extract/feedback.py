@@ -142,8 +142,7 @@ def likelihood_scores(teacher: LocalAnswerer, pairs: Pairs) -> list[float | None
 def scored(work: Work, pairs: Pairs, scores: Sequence[float | None], steps: Steps) -> Found:
     """The student's answers with their scores: all of them to be compared, or for SFT the best of each prompt
     that are good enough and pass the filters."""
-    who, origin = work.teacher.identity, students(work)
-    judged = {**origin, "judge": f"{who.name} {who.version}".strip()}
+    judged = {**students(work), "judge": work.teacher.identity.name_and_version}
     drawn = [(prompt, one, score) for (prompt, one), score in zip(pairs, scores, strict=True)]
     with_score = [(prompt, one, score) for prompt, one, score in drawn if score is not None]
     unread = [one.text for _, one, score in drawn if score is None]

@@ -25,6 +25,7 @@ from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill.on_policy import TeacherScores
+from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.alignment import aligned, pieces_of
 from r1pipe.train.extract.answers import scored, with_majority
@@ -413,7 +414,10 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
     prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
-    assert all(row["answer"] for row in prompts)
+    assert all(row["answer"] and row["licence"] == "Apache-2.0" for row in prompts)
+    assert {
+        prompt.licence for prompt in prompts_of(tmp_path / "prompts" / "data" / "samples.parquet", True)
+    } == {"Apache-2.0"}
 
 
 def test_one_text_in_two_tokenizers() -> None:
@@ -516,6 +520,7 @@ def test_a_server_rates_the_students_answers(tmp_path: Path) -> None:
     for row in rows:
         assert round(row["score"], 2) == (0.9 if len(row["response"]) % 2 == 0 else 0.3)
         assert row["source"] == "sampled:bundled" and row["teacher"] is None
+        assert row["licence"] == "Apache-2.0", "the prompt's, as of every sample that a policy draws"
         assert row["judge"] == f"{served.url}/v1 m m"
     unread = funnel(tmp_path / "all")["no score"]
     assert len(rows) + unread == 8
@@ -549,7 +554,8 @@ def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
     better, worse = pairs[::2], pairs[1::2]
     assert [row["prompt_id"] for row in better] == [row["prompt_id"] for row in worse]
     assert {row["score"] for row in better} == {1.0} and {row["score"] for row in worse} == {0.0}
-    assert {row["source"] for row in worse} == {"sampled:bundled"}
+    assert {(row["source"], row["licence"]) for row in worse} == {("sampled:bundled", "Apache-2.0")}
+    assert {row["licence"] for row in better} == {None}, "what the teacher wrote has the teacher's"
 
 
 def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
     DataError without any."""
     found: dict[str, Prompt] = {}
     for row in read_rows(dataset):
-        prompt = replace(samples.prompt_of(row), checker=json.loads(row["checker"] or "{}"))
+        checker = json.loads(row["checker"] or "{}")
+        prompt = replace(samples.prompt_of(row), checker=checker, licence=row["licence"])
         if prompt.answer or prompt.checker or not checked:
             found.setdefault(prompt.id, prompt)
     if not found:

@@ -623,6 +623,11 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         (["stage=rejection_sft", "stage.judge.votes=2"], "stage.judge.votes needs judge=MODEL"),
         (["stage=base", "judge=x", "stage.judge.prompts=none"], "did you mean|known: default, short"),
         (["stage=base", "judge=x", "stage.judge.rates=[]"], "leaves nothing to judge"),
+        (["stage=evaluate", "parent=x", "judge=x", "benchmark=gsm8k"], "give stage.eval.general above 0"),
+        (
+            ["stage=evaluate", "parent=x", "judge=x", "benchmark=lm_eval/gsm8k", "stage.eval.general=5"],
+            "nothing to judge with benchmark=lm_eval/gsm8k",
+        ),
         (["stage=base", "judge=http://u:p@h/v1"], "holds a user or password"),
         (["stage=base", "judge=x", "engine.zero_level=3"], "needs engine.zero_level below 3"),
         (["stage=rejection_sft", "judge=x", "stage.judge.min_score=11"], "above the best rating, 10"),

@@ -40,7 +40,8 @@ def main(folder: str) -> None:
             judge = open_judge(run, ranks)
             with run.phase("judging"):
                 ranked = rank_by_judge(run, ranks, judge)
-        by_kind = [read_examples(run, kind, ranked) for kind in KINDS]
+        who = judge.identity.name_and_version if judge else None
+        by_kind = [read_examples(run, kind, ranked, who) for kind in KINDS]
         lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
         if not lessons:
             raise DataError(

@@ -105,6 +105,19 @@ def test_a_data_set_that_a_run_made_is_searched(tmp_path: Path) -> None:
     assert share == 1.0 and text.place == "samples.parquet:1"
 
 
+def test_what_was_said_before_a_question_is_searched_and_rows_without_texts_are_not_counted(
+    tmp_path: Path,
+) -> None:
+    start = trained(tmp_path, "distill", {"kind": "world", "name": "world"})
+    run = RunFolder(tmp_path / "distill-0")
+    run.data.mkdir(exist_ok=True)
+    context = json.dumps([{"role": "user", "content": QUESTIONS[0]}])
+    texts = {"context": [context, None], "question": ["And then?", None], "response": ["So.", None]}
+    pq.write_table(pa.table(texts), run.trained_on)
+    found = search(QUESTIONS, start, benchmark())
+    assert found.shares[0][0] == 1.0 and found.rows == 1
+
+
 def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     gone = ParentRef("pretrain", "pretrain-9", str(tmp_path / "gone"), "0" * 64)
     data = on_files(tmp_path, ["Why?"])

@@ -15,7 +15,7 @@ from tiny_runs import tiny_config, tiny_run
 
 from r1pipe.chat import server
 from r1pipe.chat.template import Chat
-from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill import EXTRACTS, PAIRS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
@@ -24,6 +24,8 @@ from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
+from r1pipe.train.distill.on_policy import TeacherScores
+from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.alignment import aligned, pieces_of
 from r1pipe.train.extract.answers import scored, with_majority
@@ -112,6 +114,14 @@ def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
         (["teacher=x", "stage.templates.evolve={a: b}"], "stage.templates.evolve.a has no {problem}"),
         (["teacher=x", "stage.sampling.max_tokens=4096"], "stage.sampling.max_tokens=4096 is longer than"),
         (["teacher=x", "stage.sampling.top_p=0"], "leaves nothing to draw"),
+        (["teacher=x", "stage.reads=[rejection_sft]"], "stage.reads=[rejection_sft] would not be used"),
+        (
+            [
+                *("teacher=http://h/v1", "stage.reads=[rejection_sft]"),
+                *("stage.extract=distribution", "stage.transfer=divergence"),
+            ],
+            "a server tells probabilities of its own answers alone",
+        ),
         (["teacher=x", "stage.extract=expand", "stage.samples_per_prompt=1"], "what several agree on"),
         (
             ["teacher=x", "stage.extract=feedback", "stage.transfer=rl", "stage.feedback.by=correction"],
@@ -404,7 +414,10 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
     prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
-    assert all(row["answer"] for row in prompts)
+    assert all(row["answer"] and row["licence"] == "Apache-2.0" for row in prompts)
+    assert {
+        prompt.licence for prompt in prompts_of(tmp_path / "prompts" / "data" / "samples.parquet", True)
+    } == {"Apache-2.0"}
 
 
 def test_one_text_in_two_tokenizers() -> None:
@@ -507,10 +520,28 @@ def test_a_server_rates_the_students_answers(tmp_path: Path) -> None:
     for row in rows:
         assert round(row["score"], 2) == (0.9 if len(row["response"]) % 2 == 0 else 0.3)
         assert row["source"] == "sampled:bundled" and row["teacher"] is None
+        assert row["licence"] == "Apache-2.0", "the prompt's, as of every sample that a policy draws"
         assert row["judge"] == f"{served.url}/v1 m m"
     unread = funnel(tmp_path / "all")["no score"]
     assert len(rows) + unread == 8
     assert all(len(row["response"]) % 2 == 0 and row["score"] is None for row in best)
+
+
+def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_path: Path) -> None:
+    folder, words = tmp_path / "run", ["stage.feedback.by=rubric", "stage.transfer=rl"]
+    with chat_server(critic) as served:
+        rows = answering(folder, f"teacher={served.url}", *words)
+        assert not served.requests, "prompts alone cost nothing"
+        with open_run(str(folder), DistillConfig) as run:
+            run.load_chat()
+            scorer = TeacherScores(run, 1.0)
+            found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
+            scorer.finish()
+        asked = len(served.requests)
+    assert [score.value for score in found] == [0.9] and asked == 1
+    facts = json.loads((folder / "teacher.json").read_text())
+    assert (facts["requests"], facts["prompts"]) == (1, len({row["prompt_id"] for row in rows}))
+    assert facts["prompt_tokens"] > 0
 
 
 def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
@@ -523,7 +554,8 @@ def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
     better, worse = pairs[::2], pairs[1::2]
     assert [row["prompt_id"] for row in better] == [row["prompt_id"] for row in worse]
     assert {row["score"] for row in better} == {1.0} and {row["score"] for row in worse} == {0.0}
-    assert {row["source"] for row in worse} == {"sampled:bundled"}
+    assert {(row["source"], row["licence"]) for row in worse} == {("sampled:bundled", "Apache-2.0")}
+    assert {row["licence"] for row in better} == {None}, "what the teacher wrote has the teacher's"
 
 
 def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:

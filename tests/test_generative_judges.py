@@ -20,7 +20,7 @@ from r1pipe.config.fields import build
 from r1pipe.config.groups import read
 from r1pipe.config.judge import prompts_of
 from r1pipe.core.errors import ConfigError, DataError, EnvironmentProblem
-from r1pipe.core.paths import content_dir
+from r1pipe.core.paths import RunFolder, content_dir
 from r1pipe.core.types import Completion, Group, Message, PreferencePair, Prompt, Score, Status
 from r1pipe.data.world import World, truth
 from r1pipe.rewards import is_correct
@@ -30,7 +30,7 @@ from r1pipe.rewards.judge.labels import balance_lengths, rank_pairs
 from r1pipe.rewards.judge.measurement import HeldOut, Measurement, OwnAnswer, measure
 from r1pipe.rewards.judge.prompts import filled, question_of, read_verdict
 from r1pipe.rewards.judge.win_rate import length_controlled, win_rates
-from r1pipe.runs import judge_quality, lineage
+from r1pipe.runs import judge_quality, lineage, samples
 from r1pipe.train.general_answers import answers_in
 from r1pipe.train.refusals import refusals
 from r1pipe.train.rl.truth import hidden_truth
@@ -509,6 +509,9 @@ def test_a_judge_ranks_the_pairs_of_a_reward_model(tmp_path: Path) -> None:
     found = judged_record(folder)
     assert "Answer A:" in asked and found["judge"]["requests"] == len(served.requests) > 0
     assert found["reward_models"]["helpful"]["pairs"] == 16
+    rows = samples.read(RunFolder(folder).trained_on)
+    judges = {row["judge"] for row in rows if row["kind"] == "preferences"}
+    assert judges == {f"{found['judge']['name']} {found['judge']['version']}"}
 
 
 # --- the bundled world
@@ -620,6 +623,11 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         (["stage=rejection_sft", "stage.judge.votes=2"], "stage.judge.votes needs judge=MODEL"),
         (["stage=base", "judge=x", "stage.judge.prompts=none"], "did you mean|known: default, short"),
         (["stage=base", "judge=x", "stage.judge.rates=[]"], "leaves nothing to judge"),
+        (["stage=evaluate", "parent=x", "judge=x", "benchmark=gsm8k"], "give stage.eval.general above 0"),
+        (
+            ["stage=evaluate", "parent=x", "judge=x", "benchmark=lm_eval/gsm8k", "stage.eval.general=5"],
+            "nothing to judge with benchmark=lm_eval/gsm8k",
+        ),
         (["stage=base", "judge=http://u:p@h/v1"], "holds a user or password"),
         (["stage=base", "judge=x", "engine.zero_level=3"], "needs engine.zero_level below 3"),
         (["stage=rejection_sft", "judge=x", "stage.judge.min_score=11"], "above the best rating, 10"),

@@ -19,7 +19,7 @@ from tiny_runs import load_stage, tiny_config, tiny_run
 from torch import Tensor
 
 from r1pipe.chat.template import Chat
-from r1pipe.config import ParentRef, to_mapping
+from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError
 from r1pipe.core.paths import RunFolder
@@ -33,6 +33,7 @@ from r1pipe.train.distill.on_policy import TokenTeacher, with_prompts
 from r1pipe.train.distill.ranking import Pair, in_parts
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.rl.batch import Rollout
+from r1pipe.train.run import open_run
 
 STUDENT = "model.hidden_size=16"
 ASKED = ["stage.prompts=6", "stage.samples_per_prompt=2", "stage.sampling.max_tokens=80"]
@@ -120,6 +121,29 @@ def test_a_way_in_trains_and_resumes_exactly(
     assert metrics_of(again.path) == rows
     found = load_file(again.checkpoint(3) / "model.safetensors")
     assert all(torch.equal(found[key], after[key]) for key in after), "to the last bit"
+
+
+def test_what_screening_drops_of_a_runs_samples_teaches_nobody(
+    student: ParentRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["stage.transfer=ranking", "screening.identity.action=drop"]
+    tiny_run(tmp_path / "run", "stage=distill", STUDENT, *words, weights=student)
+    said = [("a", "The answer is 4.", None), ("b", "I am ChatGPT, developed by OpenAI.", None)]
+    dataset = write_rows(tmp_path / "rows.parquet", *said)
+    learned: list[str] = []
+
+    def pairs(run: Any, rows: list[Demonstration]) -> list[Pair]:
+        learned.extend(row.response for row in rows)
+        return []
+
+    monkeypatch.setattr(transfer, "pairs_with_own", pairs)
+    monkeypatch.setattr(transfer, "learn_ranking", lambda *given, **more: None)
+    with open_run(str(tmp_path / "run"), DistillConfig) as run:
+        run.load_chat()
+        transfer.transfer(run, dataset, "")
+    assert learned == ["The answer is 4."]
+    rows = samples.read(RunFolder(tmp_path / "run").trained_on)
+    assert [row["prompt_id"] for row in rows] == ["a"]
 
 
 # --- divergence: rows

@@ -1,7 +1,7 @@
 """Where samples came from: stored rows, and what a checkpoint was trained on."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import pytest
 from lineages import checkpoint, made
 from typer.testing import CliRunner
 
+from r1pipe.chat.answerer import Identity, Spent
 from r1pipe.cli.commands import app
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.types import Demonstration, Message, Prompt
 from r1pipe.runs import lineage, samples
+from r1pipe.runs.lineage import training_data
 
 PROMPT = Prompt(
     "w-1", "word", "zh", "几个？", "3", level=2, context=(Message("user", "你好"),), source="a.jsonl:7"
@@ -123,6 +125,32 @@ def test_provenance_sums_up_the_whole_ancestry_and_unknown_is_a_row_of_its_own(f
     assert shares["licence"] == {"MIT": 2, None: 2}
     assert shares["language"] == {"en": 3, "zh": 1} and shares["task"] == {"word": 3, "writing": 1}
     assert shares["stage"] == {"rejection_sft": 2, "grpo": 2} and shares["edge"] == {"weights": 2, "data": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "kind"),
+    [
+        ("all_scenario", {}, "rollouts"),
+        ("distill", {"transfer": "rl"}, "rollouts"),
+        ("distill", {"transfer": "sft"}, "unknown"),
+    ],
+)
+def test_whoever_scored_or_taught_rollouts_is_named(
+    stage: str, words: dict[str, str], kind: str, tmp_path: Path
+) -> None:
+    taught = asdict(Identity("checkpoint", "t", "2", "MIT")) | {"prompts": 3} | asdict(Spent())
+    who = {"metrics": {"judge": {"name": "j", "version": "1"}}, "teacher": taught}
+    last = made(tmp_path, f"{stage}-0", stage, weights=lineage.bundled(), config={"stage": words}, **who)
+    path = tmp_path / f"{stage}-0" / "rollouts" / "step-1.parquet"
+    path.parent.mkdir()
+    rows = {"prompt_id": ["a", "b", "c"], "length": [1, 2, 3], "score_judge": [0.5, None, None]}
+    pq.write_table(pa.table(rows | {"score_judge_harmless": [None, 1.0, None]}), path)
+    own = next(iter(lineage.ancestors(last)))
+    found = training_data.of_run(own, "weights")
+    assert found.kind == kind
+    if kind == "rollouts":
+        assert found.counts["teacher"] == {"t": 3} and found.counts["judge"] == {"j 1": 2, "none": 1}
+        assert training_data.prompt_ids(own) == {"a", "b", "c"}
 
 
 def test_the_way_of_one_sample_is_listed(family: Path) -> None:

@@ -34,6 +34,11 @@ class Identity:
     version: str  # the manifest's hash; what a server says it serves
     licence: str  # "" where unknown
 
+    @property
+    def name_and_version(self) -> str:
+        """As the column `judge` of samples has it."""
+        return f"{self.name} {self.version}".strip()
+
 
 @dataclass
 class Spent:

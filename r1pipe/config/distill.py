@@ -185,6 +185,7 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
         yield f"{chosen} is no way to distil: {pair.text}"
     if teacher is None and stage.extract != "label":
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
+    yield from reads_rules(stage, teacher)
     yield from transfer_rules(stage, ranks)
     if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
         remedy = "give more than 0" if pair.live else "give 0, or stage.extract=distribution, which does"
@@ -205,6 +206,23 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
     yield from extract_rules(stage, teacher)
     if stage.divergence and stage.extract == "distribution" and not stage.distribution.live:
         yield from stored_rules(stage.divergence)
+
+
+def reads_rules(stage: DistillConfig, teacher: str | None) -> Rules:
+    """Of responses that another run has made, which a teacher can only read."""
+    if teacher is None or not stage.reads:
+        return
+    reads = f"stage.reads=[{','.join(stage.reads)}]"
+    if (stage.extract, stage.transfer) != ("distribution", "divergence"):
+        yield (
+            f"{reads} would not be used: the teacher gives what is learned; drop it, or give "
+            "stage.extract=distribution stage.transfer=divergence for its probabilities of those responses"
+        )
+    elif is_server(teacher):
+        yield (
+            f"{reads}: a server tells probabilities of its own answers alone; drop it, or give "
+            "teacher=CHECKPOINT or a Hugging Face folder"
+        )
 
 
 def stored_rules(divergence: DivergenceConfig) -> Rules:

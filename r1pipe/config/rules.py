@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from itertools import chain
 
-from r1pipe.config.benchmark import benchmark_rules
+from r1pipe.config.benchmark import benchmark_rules, task_of
 from r1pipe.config.data import STYLES, DataConfig, data_rules, share_rules
 from r1pipe.config.distill import DistillConfig, distill_rules
 from r1pipe.config.engine import (
@@ -176,6 +176,8 @@ def judge_stage_rules(config: RunConfig) -> Rules:
     if not isinstance(stage, RLConfig | EvaluateConfig | RejectionConfig | RewardModelConfig):
         return
     yield from judge_rules(config.judge, stage.judge, config.engine.zero_level)
+    if isinstance(stage, EvaluateConfig) and config.judge is not None:
+        yield from judged_answers_rules(config)
     if isinstance(stage, RLConfig):
         weighed = [name for name in REWARDS if stage.rewards.weights.get(name)]
         if weighed and config.judge is None:
@@ -187,6 +189,20 @@ def judge_stage_rules(config: RunConfig) -> Rules:
                 f"stage.rewards.weights.{weighed[0]}: a judge scores general prompts, of which "
                 f"stage={stage.name} has none; take stage=all_scenario"
             )
+
+
+def judged_answers_rules(config: RunConfig) -> Rules:
+    """What a judge of a checkpoint's answers is given to judge."""
+    if task := task_of(config.benchmark):
+        yield (
+            f"judge=MODEL has nothing to judge with benchmark=lm_eval/{task}, which scores its own samples; "
+            "run it without benchmark="
+        )
+    elif config.benchmark and config.stage.eval.general == 0:
+        yield (
+            f"judge=MODEL rates answers to general prompts, and benchmark={config.benchmark.name} asks none; "
+            "give stage.eval.general above 0, or leave judge out"
+        )
 
 
 def mixture_rules(stage: StageConfig, data: DataConfig) -> Rules:

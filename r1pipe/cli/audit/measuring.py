@@ -12,7 +12,7 @@ from r1pipe.cli.audit.subject import (
     stage_of,
     steps_of_funnel,
 )
-from r1pipe.config import RewardModelConfig, RLConfig
+from r1pipe.config import RewardModelConfig
 from r1pipe.core.formatting import percent
 from r1pipe.runs.files import read_json
 from r1pipe.runs.lineage import training_data
@@ -20,12 +20,13 @@ from r1pipe.runs.reward_model_quality import describe
 
 
 def reward_models(subject: Subject) -> Answer:
-    stages = subject.of_type(RLConfig)
+    stages = subject.reinforced
     if not stages:
         return not_applicable("no reinforcement learning")
     lines, gaps = list[str](), list[str]()
     for one in stages:
-        stage, custom = stage_of(one), record_of(one).get("rewards") or {}
+        stage = stage_of(one).get("rl") or stage_of(one)  # of a student below stage.rl
+        custom = record_of(one).get("rewards") or {}
         if "rewards" not in stage:
             gaps.append(f"{one.parent.run_id} does not say what rewarded it")
             continue

@@ -70,6 +70,10 @@ class Subject:
     def of_type(self, kind: type) -> list[Ancestor]:
         return [one for one in self.trained if STAGE_TYPES.get(one.parent.stage) is kind]
 
+    @property
+    def reinforced(self) -> list[Ancestor]:
+        return [one for one in self.trained if training_data.draws(one.parent.stage, one.record)]
+
 
 def record_of(one: Ancestor) -> dict[str, Any]:
     """{} where it has none."""

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from r1pipe.config import STAGE_TYPES, EvaluateConfig, PretrainConfig, RLConfig
+from r1pipe.config import STAGE_TYPES, DistillConfig, EvaluateConfig, PretrainConfig, RLConfig
 from r1pipe.config.groups import read as read_values
+from r1pipe.config.judge import REWARDS as JUDGE_REWARDS
 from r1pipe.core.errors import CheckpointError
 from r1pipe.core.paths import RunFolder
 from r1pipe.runs import samples
@@ -25,6 +26,7 @@ from r1pipe.runs.lineage.ancestors import Ancestor
 BY = ("source", "prompt_source", "licence", "language", "task", "teacher", "judge")  # columns counted
 SHARES = (*BY, "stage", "edge")
 NONE = "none"  # teacher and judge of a row that had none
+JUDGED = tuple(f"score_{name}" for name in JUDGE_REWARDS)  # columns of rollouts
 _PLACE = re.compile(r":\d+$")  # a row's number, after its file
 _STEP = re.compile(r"step-(\d+)")
 Shares = dict[str, dict[str | None, int]]
@@ -72,7 +74,7 @@ def of_run(ancestor: Ancestor, edge: str) -> TrainedOn:
     run, kind = RunFolder(Path(parent.checkpoint).parent.parent), STAGE_TYPES.get(parent.stage)
     if kind is PretrainConfig:
         return _documents(result, record)
-    if kind is RLConfig:
+    if draws(parent.stage, record):
         files = rollout_files(run, record.get("steps", 0))
         if files:
             return _rollouts(result, files, record)
@@ -80,6 +82,12 @@ def of_run(ancestor: Ancestor, edge: str) -> TrainedOn:
         return _rows(result, path)
     result.note = "it keeps no list of its samples"
     return result
+
+
+def draws(stage: str, record: Mapping[str, Any] | None) -> bool:
+    """Whether a run learned from what it drew itself: reinforcement, that of a student included."""
+    kind, settings = STAGE_TYPES.get(stage), ((record or {}).get("config") or {}).get("stage") or {}
+    return kind is RLConfig or (kind is DistillConfig and settings.get("transfer") == "rl")
 
 
 def dataset_of(run: RunFolder) -> Path | None:
@@ -108,7 +116,7 @@ def _documents(result: TrainedOn, record: Mapping[str, Any]) -> TrainedOn:
 
 def _rollouts(result: TrainedOn, files: Mapping[int, Path], record: Mapping[str, Any]) -> TrainedOn:
     """The completions that reinforcement trained on: its own, to prompts of its data."""
-    names = ("task", "language", "source", "licence", "length", "trained")
+    names = ("task", "language", "source", "licence", "length", "trained", *JUDGED)
     table = pa.concat_tables([_columns(path, names) for path in files.values()], promote_options="default")
     table = table.filter(pc.fill_null(table["trained"], True))
     data = record.get("data") or {}
@@ -120,9 +128,18 @@ def _rollouts(result: TrainedOn, files: Mapping[int, Path], record: Mapping[str,
         "source": {f"{samples.SAMPLED}{result.run_id}": result.rows},
         "prompt_source": prompts,
         **{name: _counted(table[name]) for name in ("licence", "language", "task")},
-        **{name: {NONE: result.rows} for name in ("teacher", "judge")},
+        "teacher": {(record.get("teacher") or {}).get("name", NONE): result.rows},
+        "judge": _judges(table, record),
     }
     return result
+
+
+def _judges(table: pa.Table, record: Mapping[str, Any]) -> dict[str | None, int]:
+    """Completions by the judge that scored them: of general prompts alone, and there may be none."""
+    judged = pc.sum(pc.or_(*(table[name].is_valid() for name in JUDGED))).as_py() or 0
+    who = (record.get("metrics") or {}).get("judge") or {}
+    named = {f"{who['name']} {who['version']}" if who else None: judged, NONE: table.num_rows - judged}
+    return {judge: rows for judge, rows in named.items() if rows}
 
 
 def _rows(result: TrainedOn, path: Path) -> TrainedOn:
@@ -170,8 +187,8 @@ def prompt_ids(one: Ancestor) -> set[str]:
     """The prompts that a run was trained on; of documents there are none. Raises CheckpointError."""
     run = RunFolder(Path(one.parent.checkpoint).parent.parent)
     steps = one.record.get("steps", 0) if one.record else 0
-    is_rl = STAGE_TYPES.get(one.parent.stage) is RLConfig
-    paths = [*rollout_files(run, steps).values()] if is_rl else [dataset_of(run)]
+    drawn = draws(one.parent.stage, one.record)
+    paths = [*rollout_files(run, steps).values()] if drawn else [dataset_of(run)]
     tables = [_columns(path, ("prompt_id",)) for path in paths if path is not None]
     return {id for table in tables for id in pc.unique(table["prompt_id"]).to_pylist() if id is not None}
 

@@ -17,6 +17,7 @@ from r1pipe.config.fields import check_all
 from r1pipe.config.transfer import as_rl, transfer_rules
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.source import Source
+from r1pipe.runs.files import read_object, write_json
 from r1pipe.train.distill.losses import teacher_advantages
 from r1pipe.train.distill.teacher import load_teacher
 from r1pipe.train.engine.ranks import Ranks
@@ -97,6 +98,13 @@ class TeacherScores:
             found = rated(self.teacher, [*chain.from_iterable(of_ranks)])[first : first + len(pairs)]
         unread = Score(0.0, Status.VERIFIER_FAILED, "the teacher gave no score")
         return [unread if score is None else Score(score) for score in found]
+
+    def finish(self) -> None:
+        """Write down what its ratings have cost."""
+        if self.ranks.rank == 0:
+            path = self.teacher.run.folder.teacher
+            write_json(path, self.teacher.facts(read_object(path)["prompts"]))
+        self.teacher.close()
 
 
 def with_prompts(source: Source, prompts: Sequence[Prompt]) -> Source:

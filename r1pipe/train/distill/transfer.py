@@ -1,13 +1,14 @@
 """Puts what a teacher has given into the student: `stage.transfer`, on the dataset of `stage.extract`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from r1pipe.config import DistillConfig
 from r1pipe.core.errors import DataError
-from r1pipe.core.types import PreferencePair, Prompt
+from r1pipe.core.types import Demonstration, PreferencePair, Prompt
 from r1pipe.runs import samples
 from r1pipe.train.distill.divergence import learn_live, learn_stored, stored_examples
 from r1pipe.train.distill.on_policy import reinforce_student
@@ -21,30 +22,33 @@ from r1pipe.train.sft.rejection import read_dataset
 def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
     """Train the student, from the dataset to the record; all ranks call. Raises DataError where the dataset
     has nothing to learn from, and CheckpointError where a teacher cannot read the student's tokens."""
-    stage = run.stage
+    stage, rows = run.stage, read_dataset(dataset)[0]
     if stage.transfer != "sft":
-        note_taught(run, dataset)
+        rows = noted(run, rows)
     match stage.transfer:
         case "sft":
-            fine_tune(run, read_dataset(dataset)[0], data_hash)
+            fine_tune(run, rows, data_hash)
         case "divergence" if stage.extract == "distribution" and not stage.distribution.live:
             learn_stored(run, stored_examples(run.chat, dataset), data_hash)
         case "divergence":
-            learn_live(run, read_dataset(dataset)[0], data_hash)
+            learn_live(run, rows, data_hash)
         case "rl":
-            reinforce_student(run, prompts_of(dataset, stage.extract in ("label", "expand")), data_hash)
+            prompts = prompts_of(dataset, checked=stage.extract in ("label", "expand"))
+            kept = {row.prompt.id for row in rows}
+            reinforce_student(run, [prompt for prompt in prompts if prompt.id in kept], data_hash)
         case "ranking" if stage.extract == "feedback":
             pairs = pairs_of_texts(run.chat, pairs_by_score(dataset))
             learn_ranking(run, pairs, data_hash, by_teacher=stage.feedback.by == "correction")
         case "ranking":
-            pairs = pairs_with_own(run, read_dataset(dataset)[0])
+            pairs = pairs_with_own(run, rows)
             learn_ranking(run, pairs, data_hash, by_teacher=True)
 
 
-def note_taught(run: Run[DistillConfig], dataset: Path) -> None:
-    """Write down where each row came from that teaches the student, and what screening finds in it."""
-    rows = screened(run, read_dataset(dataset)[0])
+def noted(run: Run[DistillConfig], rows: Sequence[Demonstration]) -> list[Demonstration]:
+    """The rows that screening leaves to teach the student; where each came from is written down."""
+    rows = screened(run, rows)
     note_trained_on(run, rows, [len(run.chat.example(row.prompt, row.response).tokens) for row in rows])
+    return rows
 
 
 def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
@@ -52,7 +56,8 @@ def prompts_of(dataset: Path, checked: bool) -> list[Prompt]:
     DataError without any."""
     found: dict[str, Prompt] = {}
     for row in read_rows(dataset):
-        prompt = replace(samples.prompt_of(row), checker=json.loads(row["checker"] or "{}"))
+        checker = json.loads(row["checker"] or "{}")
+        prompt = replace(samples.prompt_of(row), checker=checker, licence=row["licence"])
         if prompt.answer or prompt.checker or not checked:
             found.setdefault(prompt.id, prompt)
     if not found:

@@ -5,6 +5,7 @@ made (data/*.parquet), and the prompts of reinforcement on generated data (rollo
 searched is said.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,11 +146,13 @@ def _rows(run: MadeBy, source: Source) -> Iterator[Text]:
 
 
 def _of_parquet(run: MadeBy, path: Path) -> Iterator[Text]:
-    """Question and response of every row; of rollouts each question once. Raises ArrowException, OSError."""
-    names = [name for name in ("question", "response") if name in pq.read_schema(path).names]
+    """Every row's question, with what was said before it, and response; of rollouts each question once. Rows
+    that keep no texts are left out: another file has them. Raises ArrowException, OSError."""
+    names = [name for name in ("context", "question", "response") if name in pq.read_schema(path).names]
     seen: set[str] = set()
     for number, row in enumerate(pq.read_table(path, columns=names).to_pylist()):
-        text = "\n".join(filter(None, row.values()))
-        if text not in seen:
+        before = [turn["content"] for turn in json.loads(row.pop("context", None) or "[]")]
+        text = "\n".join(filter(None, [*before, *row.values()]))
+        if text and text not in seen:
             seen.add(text)
             yield Text(text, run.run_id, f"{path.name}:{number + 1}")

@@ -37,7 +37,7 @@ def distribution(work: Work) -> Found:
     run, stage = work.run, work.stage
     if stage.transfer == "rl":
         prompts, _ = without_evaluation(work, work.data_prompts())
-        return Found([Kept(prompt, "", {}) for prompt in prompts], [])
+        return Found([Kept(prompt, "", {"licence": prompt.licence}) for prompt in prompts], [])
     completions: list[Completion] = []
     if run.config.reads_from:
         rows, funnel = given(work)

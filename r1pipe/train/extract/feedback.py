@@ -39,7 +39,7 @@ def feedback(work: Work) -> Found:
     they are drawn, the prompts alone."""
     prompts, dropped = without_evaluation(work, work.data_prompts())
     if work.stage.transfer == "rl":
-        return Found([Kept(prompt, "", {}) for prompt in prompts], [])
+        return Found([Kept(prompt, "", {"licence": prompt.licence}) for prompt in prompts], [])
     answers = students_answers(work, prompts)
     steps: Steps = [
         {
@@ -142,14 +142,19 @@ def likelihood_scores(teacher: LocalAnswerer, pairs: Pairs) -> list[float | None
 def scored(work: Work, pairs: Pairs, scores: Sequence[float | None], steps: Steps) -> Found:
     """The student's answers with their scores: all of them to be compared, or for SFT the best of each prompt
     that are good enough and pass the filters."""
-    who, origin = work.teacher.identity, students(work)
-    judged = {**origin, "judge": f"{who.name} {who.version}".strip()}
+    judged = {**students(work), "judge": work.teacher.identity.name_and_version}
     drawn = [(prompt, one, score) for (prompt, one), score in zip(pairs, scores, strict=True)]
     with_score = [(prompt, one, score) for prompt, one, score in drawn if score is not None]
     unread = [one.text for _, one, score in drawn if score is None]
     steps = [*steps, _step("no score", len(with_score), unread)]
     if work.stage.transfer != "sft":
-        return Found([Kept(prompt, one.text, judged, (), score) for prompt, one, score in with_score], steps)
+        return Found(
+            [
+                Kept(prompt, one.text, {"licence": prompt.licence, **judged}, (), score)
+                for prompt, one, score in with_score
+            ],
+            steps,
+        )
     best: dict[str, float] = {}
     for prompt, _, score in with_score:
         best[prompt.id] = max(best.get(prompt.id, 0.0), score)
@@ -184,14 +189,20 @@ def corrected(work: Work, pairs: Pairs, steps: Steps) -> Found:
             for row in rows
             for pair in (
                 replace(row, score=1.0),
-                Kept(row.prompt, worse[row.prompt.id, row.response], own, (), 0.0),
+                Kept(
+                    row.prompt,
+                    worse[row.prompt.id, row.response],
+                    {"licence": row.prompt.licence, **own},
+                    (),
+                    0.0,
+                ),
             )
         ]
     return Found(rows, [*steps, *funnel])
 
 
 def students(work: Work) -> dict[str, str | None]:
-    """Where the student's own answers came from."""
+    """Where the student's own answers came from, which have the licences of their prompts."""
     parent = work.run.config.weights_from
     assert parent is not None
     seed = str(work.run.seed("student"))

@@ -88,13 +88,22 @@ class Work:
         origin: Mapping[str, str | None] | None = None,
     ) -> tuple[list[Kept], Steps, list[Completion]]:
         """The answers that pass the filters, with the funnel, and their completions. `origin`: the teacher's,
-        unless it is another. On rank 0 alone: others get nothing."""
+        unless it is another; without a licence, the prompt's is theirs. On rank 0 alone: others get nothing.
+        """
         if self.ranks.rank != 0:
             return [], [], []
         drawn = scored([*zip(prompts, answers, strict=True)], self.stage.filters.min_agreement)
         passed, steps = filtered(self.run, drawn, self.questions)
         origin = origin or self.origin(ANSWERS)
-        rows = [Kept(one.prompt, one.completion.text, origin, filters_of(self.stage, one)) for one in passed]
+        rows = [
+            Kept(
+                one.prompt,
+                one.completion.text,
+                {"licence": one.prompt.licence, **origin},
+                filters_of(self.stage, one),
+            )
+            for one in passed
+        ]
         return rows, steps, [one.completion for one in passed]
 
 

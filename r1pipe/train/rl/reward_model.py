@@ -65,8 +65,10 @@ class Examples:
     pad_id: int
 
 
-def read_examples(run: Run[RewardModelConfig], kind: str, ranked: Sequence[PreferencePair] = ()) -> Examples:
-    """The data's examples that fit the context; without any, no model of this kind is trained. Where a judge
+def read_examples(
+    run: Run[RewardModelConfig], kind: str, ranked: Sequence[PreferencePair] = (), judge: str | None = None
+) -> Examples:
+    """The data's examples that fit the context; without any, no model of this kind is trained. Where `judge`
     has `ranked` pairs, those are learned from. Raises DataError where some exist but too few."""
     stage, name, chat = run.stage, NAMES[kind], run.chat
     longest, source = run.config.model.max_position_embeddings, f"data={run.config.data.name}"
@@ -82,7 +84,7 @@ def read_examples(run: Run[RewardModelConfig], kind: str, ranked: Sequence[Prefe
         return fitting, f" besides {too_long} longer than {limit}" if too_long else ""
 
     if ranked and kind == HELPFUL:
-        found, too_long = pair_items(chat, ranked), ""
+        found, too_long = pair_items(chat, ranked, judge), ""
         learned = [item for item in found if len(item) <= longest]
     else:
         learned, too_long = draw("train", stage.pairs if kind == HELPFUL else stage.labels, run.seed(name))
@@ -145,20 +147,21 @@ def items(kind: str, data: Source, chat: Chat, drawn: tuple[str, int, int]) -> l
     ]
 
 
-def pair_items(chat: Chat, pairs: Sequence[PreferencePair]) -> list[Item]:
+def pair_items(chat: Chat, pairs: Sequence[PreferencePair], judge: str | None = None) -> list[Item]:
+    """`judge`: who ranked them, if not the data."""
     return [
         Item(
             [models.scored_tokens(HELPFUL, chat, pair.prompt, text) for text in (pair.chosen, pair.rejected)],
             len(chat.prompt_tokens(pair.prompt)),
-            example=shown_as(pair.prompt, pair.chosen),
+            example=shown_as(pair.prompt, pair.chosen, judge),
         )
         for pair in pairs
     ]
 
 
-def shown_as(prompt: Prompt, response: str) -> Demonstration:
+def shown_as(prompt: Prompt, response: str, judge: str | None = None) -> Demonstration:
     """The better answer of a pair, or the labelled one, for the record of what was trained on."""
-    return Demonstration(prompt, response, source=prompt.source, licence=prompt.licence)
+    return Demonstration(prompt, response, source=prompt.source, licence=prompt.licence, judge=judge)
 
 
 def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) -> None:

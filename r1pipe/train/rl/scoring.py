@@ -35,6 +35,9 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """In order; all ranks call, each with its own."""
 
+    def finish(self) -> None:
+        """After the last step, before the record is written; all ranks call."""
+
 
 KL = "kl"  # the score that holds a completion's KL, where the KL is in the reward
 MEASURED = ("accuracy", "format", "language")  # scored and logged even at weight 0

@@ -72,6 +72,8 @@ def reinforce(
     if stage.kl_coef and adapted:
         reference = BaseReference(engine)
     checkpoint = RLTrainer(run, engine, reference, rewards, critic, custom, teacher, scorer).train()
+    if scorer:
+        scorer.finish()
     known: Metrics = {}
     if stage.preference:  # for the record: the quality bounds that `force` overrode
         known = {"weak_judges": len(weaknesses), "forced_judges": weaknesses}

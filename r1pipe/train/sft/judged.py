@@ -85,7 +85,7 @@ def approved(
             "examples": dropped[:3],
         }
     )
-    return Approved(kept, funnel, f"{judge.identity.name} {judge.identity.version}")
+    return Approved(kept, funnel, judge.identity.name_and_version)
 
 
 def _passes(above: float | None, prompt: Prompt) -> bool:

@@ -133,6 +133,20 @@ def test_what_no_record_has_is_missing(
     assert all(items[name]["lines"] for name in missing), "each says why"
 
 
+def test_documents_alone_have_no_empty_lines(tmp_path: Path) -> None:
+    """The bundled base learned from documents: there are no rows to share out, on the screen or in the cards."""
+    line = ["provenance", "bundled", f"root={tmp_path}"]
+    shown = CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output
+    assert "27,648,000" in shown and "Shares" not in shown and ":" not in shown
+    line = ["audit", "bundled", f"root={tmp_path}", "--json"]
+    told = json.loads(CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output)
+    items = {item["name"]: item for item in told["items"]}
+    assert items["data_sources"]["lines"] == ["pretrain: 27,648,000 tokens of world"]
+    cards.write(tmp_path, list(lineage.ancestors(lineage.bundled())))
+    text = (tmp_path / cards.DATA_CARD).read_text()
+    assert "Shares" not in text and "27,648,000 tokens of world" in text
+
+
 def test_weights_from_elsewhere_leave_gaps(tmp_path: Path) -> None:
     made(tmp_path, "cold_start-s0-1", "cold_start", checkpoint(tmp_path / "imported" / "x", "external", "x"))
     code, missing, items = audited(tmp_path)

@@ -134,7 +134,7 @@ def test_what_no_record_has_is_missing(
 
 
 def test_documents_alone_have_no_empty_lines(tmp_path: Path) -> None:
-    """The bundled base learned from documents: there are no rows to share out, on the screen or in the cards."""
+    """The bundled base learned from documents: there are no rows to share out."""
     line = ["provenance", "bundled", f"root={tmp_path}"]
     shown = CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output
     assert "27,648,000" in shown and "Shares" not in shown and ":" not in shown

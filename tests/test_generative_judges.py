@@ -629,7 +629,10 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         (["stage=all_scenario", "+stage.rewards.weights.judge=1"], "needs judge=MODEL"),
         (["stage=rejection_sft", "stage.judge.votes=2"], "stage.judge.votes needs judge=MODEL"),
         (["stage=base", "judge=x", "stage.judge.promts=x"], "did you mean stage.judge.prompts"),
-        (["stage=base", "judge=x", "stage.judge.min_score=1"], "stage.judge.min_score is no key of the config"),
+        (
+            ["stage=base", "judge=x", "stage.judge.min_score=1"],
+            "stage.judge.min_score is no key of the config",
+        ),
         (["stage=base", "judge=x", "stage.judge.prompts=none"], "did you mean|known: default, short"),
         (["stage=base", "judge=x", "stage.judge.rates=[]"], "leaves nothing to judge"),
         (["stage=base", "judge=http://u:p@h/v1"], "holds a user or password"),

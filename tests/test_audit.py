@@ -133,6 +133,34 @@ def test_what_no_record_has_is_missing(
     assert all(items[name]["lines"] for name in missing), "each says why"
 
 
+def test_harmless_requests_alone_do_not_measure_harmlessness(root: Path) -> None:
+    path = root / "cold_start-s0-1" / "record.json"
+    before = path.read_bytes()
+    try:
+        record = json.loads(before)
+        write_json(path, {**record, "metrics": {**MEASURED, "refusal_rate": None}})
+        _, missing, items = audited(root)
+    finally:
+        path.write_bytes(before)
+    assert missing == ["harmlessness"]
+    told = "no harmful request was asked; harmless ones answered 100.0%, scored by the hidden truth"
+    assert items["harmlessness"]["lines"] == [told]
+
+
+def test_documents_alone_have_no_empty_lines(tmp_path: Path) -> None:
+    """The bundled base learned from documents: there are no rows to share out."""
+    line = ["provenance", "bundled", f"root={tmp_path}"]
+    shown = CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output
+    assert "27,648,000" in shown and "Shares" not in shown and ":" not in shown
+    line = ["audit", "bundled", f"root={tmp_path}", "--json"]
+    told = json.loads(CliRunner().invoke(app, line, catch_exceptions=False, standalone_mode=False).output)
+    items = {item["name"]: item for item in told["items"]}
+    assert items["data_sources"]["lines"] == ["pretrain: 27,648,000 tokens of world"]
+    cards.write(tmp_path, list(lineage.ancestors(lineage.bundled())))
+    text = (tmp_path / cards.DATA_CARD).read_text()
+    assert "Shares" not in text and "27,648,000 tokens of world" in text
+
+
 def test_weights_from_elsewhere_leave_gaps(tmp_path: Path) -> None:
     made(tmp_path, "cold_start-s0-1", "cold_start", checkpoint(tmp_path / "imported" / "x", "external", "x"))
     code, missing, items = audited(tmp_path)
@@ -168,7 +196,8 @@ def test_both_cards_are_in_hugging_faces_format_and_say_what_is_missing(root: Pa
     assert model.text.count("*not recorded*") == 1 and "stage.eval.identity=50" in model.text  # not asked for
     assert str(root) not in model.text
     data = DatasetCard.load(tmp_path / cards.DATA_CARD)
-    assert data.data.language == ["en"] and data.data.size_categories == "n<1K"
+    assert data.data.language == ["en", "zh"], "rows in English, and documents in both"
+    assert data.data.size_categories == "n<1K"
     assert "- source: world 100.0%" in data.text and "`w-0`, from world:\n\n    0?\n\n    4" in data.text
 
     outside = checkpoint(tmp_path / "imported" / "x", "external", "SmolLM2")

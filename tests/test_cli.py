@@ -82,6 +82,7 @@ def test_config_needs_nothing_slow_either() -> None:
         (["reproduce", "recipe=laptopp"], "did you mean laptop?"),
         (["lineage", "colt_start"], "did you mean cold_start?"),
         (["generate", "nowhere", "why?"], "no checkpoint nowhere"),
+        (["generate", "bundeld", "why?"], "no checkpoint bundeld; did you mean bundled?"),
         (["import", "theirs", "--name", "a/b"], "must be a name, not a path"),
         (["import", "theirs", "--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'fp8'"),
         (["export", "grpo", "out", "--dtype", "int4"], "Invalid value for '--dtype'"),

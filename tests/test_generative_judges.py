@@ -14,6 +14,7 @@ from tiny_runs import load_stage, tiny_run
 
 from r1pipe.chat.template import compose_response, parse
 from r1pipe.cli import judge as measurement
+from r1pipe.cli.compare import describe_refusals
 from r1pipe.config import DataConfig, read_config, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.fields import build
@@ -549,6 +550,15 @@ def test_refusals_by_kind_of_risk_beside_needless_ones(world: World) -> None:
     assert refusals([(WISH, truth.judge(prompts[0], hello))]) is None
 
 
+def test_refusals_that_were_not_asked_for_have_no_share() -> None:
+    safe = {"share": 0.0, "n": 1}
+    none = {"share": None, "n": 0}
+    told = describe_refusals({"refused": none, "over_refused": safe, "by_risk": {}})
+    assert told == "unsafe requests refused: none asked; safe ones refused: 0.0% of 1"
+    told = describe_refusals({"refused": safe, "over_refused": none, "by_risk": {"theft": safe}})
+    assert told == "unsafe requests refused: 0.0% of 1 (theft 0.0%); safe ones refused: none asked"
+
+
 def test_a_judge_that_is_hacked_moves_away_from_the_truth(world: World) -> None:
     pairs = world.preference_pairs("test", 20, 0)
     groups = []
@@ -621,6 +631,11 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         (["stage=grpo", "judge=x", "+stage.rewards.weights.judge=1"], "stage=grpo has none"),
         (["stage=all_scenario", "+stage.rewards.weights.judge=1"], "needs judge=MODEL"),
         (["stage=rejection_sft", "stage.judge.votes=2"], "stage.judge.votes needs judge=MODEL"),
+        (["stage=base", "judge=x", "stage.judge.promts=x"], "did you mean stage.judge.prompts"),
+        (
+            ["stage=base", "judge=x", "stage.judge.min_score=1"],
+            "stage.judge.min_score is no key of the config",
+        ),
         (["stage=base", "judge=x", "stage.judge.prompts=none"], "did you mean|known: default, short"),
         (["stage=base", "judge=x", "stage.judge.rates=[]"], "leaves nothing to judge"),
         (["stage=evaluate", "parent=x", "judge=x", "benchmark=gsm8k"], "give stage.eval.general above 0"),

@@ -124,8 +124,7 @@ def data_card(subject: Subject, answers: dict[str, Answer]) -> str:
         f"# What {subject.own.parent.run_id} was trained on",
         "Over its whole lineage; `weights` went on into this checkpoint, `data` made samples or scored.",
         "\n".join(["| run | stage | edge | kind | rows | tokens |", "|---|---|---|---|---|---|", *rows]),
-        f"## Shares of its {total:,} rows",
-        "\n".join(shares) or NOT_RECORDED,
+        *([f"## Shares of its {total:,} rows", "\n".join(shares)] if total else []),
         *sections(answers, ABOUT_DATA),
         "## Samples",
         "\n\n".join(examples(subject)) or NOT_RECORDED,
@@ -164,8 +163,13 @@ def licence_of(subject: Subject) -> dict[str, Any]:
 
 
 def languages(subject: Subject) -> list[str] | None:
-    found = training_data.shares(subject.trained_on)["language"]
-    return [language for language in found if language] or None
+    """Those of all rows, and those of the documents of pre-training, which no row lists."""
+    found = [language for language in training_data.shares(subject.trained_on)["language"] if language]
+    documents = {run.run_id for run in subject.trained_on if run.kind == "documents"}
+    for one in subject.trained:
+        if one.parent.run_id in documents:
+            found += ((record_of(one).get("config") or {}).get("data") or {}).get("languages") or []
+    return [*dict.fromkeys(found)] or None
 
 
 def datasets(subject: Subject) -> list[str]:

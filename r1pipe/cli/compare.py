@@ -174,8 +174,9 @@ def describe_judged(judged: dict[str, Any]) -> str:
 def describe_refusals(found: dict[str, Any]) -> str:
     """Refusals by kind of risk beside needless ones, in a line."""
     by_risk = ", ".join(f"{risk} {percent(row['share'])}%" for risk, row in found["by_risk"].items())
-    unsafe, safe = found["refused"], found["over_refused"]
-    return (
-        f"unsafe requests refused: {percent(unsafe['share'])}% of {unsafe['n']} ({by_risk}); "
-        f"safe ones refused: {percent(safe['share'])}% of {safe['n']}"
-    )
+
+    def told(name: str) -> str:
+        return f"{percent(found[name]['share'])}% of {found[name]['n']}" if found[name]["n"] else "none asked"
+
+    unsafe = f"{told('refused')} ({by_risk})" if by_risk else told("refused")
+    return f"unsafe requests refused: {unsafe}; safe ones refused: {told('over_refused')}"

@@ -62,8 +62,11 @@ def show(summary: dict[str, Any]) -> None:
         counts = ["-" if run["kind"] == "documents" and not run["rows"] else counts[0], counts[1]]
         table.add_row(run["run_id"], run["stage"], run["edge"], kind, *counts)
     console.print(table)
-    console.print(f"\nShares of its {summary['rows']:,} rows", style="bold")
+    if summary["rows"]:
+        console.print(f"\nShares of its {summary['rows']:,} rows", style="bold")
     for name, values in summary["shares"].items():
+        if not values:
+            continue
         title = f" ({TITLES[name]})" if name in TITLES else ""
         parts = [f"{value['value'] or UNKNOWN} {percent(value['share'])}%" for value in values[:SHOWN]]
         more = f", and {len(values) - SHOWN} more" if len(values) > SHOWN else ""

@@ -105,8 +105,8 @@ def explained(error: Exception, own: list[Override], known: set[str]) -> str:
         beside = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == above]
         if above in ONLY_WITH and not beside:
             return f"{key} needs {ONLY_WITH[above]}"
-        if JUDGE in upwards(key) and JUDGE in known:
-            return f"{key} needs judge=MODEL; or it is no key of stage.judge in this stage"
+        if above == JUDGE and not beside:
+            return f"{key} needs judge=MODEL"
         if LORA in upwards(key) and LORA not in known:
             return f"{key} needs model=hf: adapters are for models of transformers"
         if same_name:

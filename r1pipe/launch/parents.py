@@ -44,7 +44,7 @@ def resolve(name: str, search: lookup.SearchPath) -> ParentRef:
                     )
             return lookup.checkpoint_of_folder(path)
     run_ids = [run.run_id for run in lookup.run_folders(search.root) if run.record.exists()]
-    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [*STAGE_TYPES, *run_ids])}")
+    raise CheckpointError(f"no checkpoint {name}; {nearest(name, [lookup.BUNDLED, *STAGE_TYPES, *run_ids])}")
 
 
 def with_parents(

@@ -97,6 +97,8 @@ def harmlessness(subject: Subject) -> Answer:
     if judge is None or all(share is None for share in shares.values()):
         return missing("answers to safety prompts were not measured")
     told = ", ".join(f"{name} {percent(share)}%" for name, share in shares.items() if share is not None)
+    if found.get("refusal_rate") is None:
+        return missing(f"no harmful request was asked; {told}, scored by {judge}")
     return answered([f"{told}, scored by {judge}"])
 
 

@@ -32,7 +32,8 @@ def data_sources(subject: Subject) -> Answer:
     documents = [run for run in subject.trained_on if run.kind == "documents"]
     if unknown:
         return missing(*unknown)
-    lines = [f"responses: {listed(counts['source'])}", f"prompts: {listed(counts['prompt_source'])}"]
+    parts = {"responses": counts["source"], "prompts": counts["prompt_source"]}
+    lines = [f"{name}: {listed(values)}" for name, values in parts.items() if values]
     for run in documents:
         tokens = f"{run.tokens:,} tokens" if run.tokens else "documents"
         lines.append(f"{run.stage}: {tokens} of {', '.join(map(str, run.counts['source']))}")

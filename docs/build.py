@@ -24,7 +24,7 @@ from r1pipe.cli.commands import app
 from r1pipe.config import STAGE_TYPES, RunConfig
 from r1pipe.config.benchmark import OWN_SCORING
 from r1pipe.config.describe import comments
-from r1pipe.config.distill import PAIRS
+from r1pipe.config.distill_pairs import PAIRS
 from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.config.planning import ClusterConfig, LayoutConfig

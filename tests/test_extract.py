@@ -17,7 +17,7 @@ from r1pipe.chat import server
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.distill import EXTRACTS, PAIRS, TRANSFERS
+from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained

@@ -180,8 +180,8 @@ def test_a_config_json_that_cannot_be_read_is_nobodys_and_told(
 
 def test_the_keys_that_may_change_are_keys_of_some_config() -> None:
     known = set()
-    for stage in ("cold_start", "grpo"):
-        for key, _ in flat(to_mapping(compose([f"stage={stage}"]).config)):
+    for words in (["stage=cold_start"], ["stage=grpo"], ["stage=distill", "data=files", "data.path=FILE"]):
+        for key, _ in flat(to_mapping(compose(words).config)):
             known |= {*upwards(key)}
     assert {*SAME_BITS, *SAME_WITHIN_ROUNDING} <= known
     assert all({**SAME_BITS, **SAME_WITHIN_ROUNDING}.values()), "each says why"

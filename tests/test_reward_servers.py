@@ -33,7 +33,15 @@ def test_a_server_gets_json_and_gives_scores(monkeypatch: pytest.MonkeyPatch) ->
         [(body, headers)] = server.requests
         assert headers["Authorization"] == "Bearer open-sesame"
         assert body["completions"][1] == {"text": "bb", "finish_reason": "stop", "length": 2}
-        prompt = {"id": "p", "task": "word", "language": "en", "question": "2+2?", "answer": "4", "level": 3}
+        prompt = {
+            "id": "p",
+            "task": "word",
+            "language": "en",
+            "question": "2+2?",
+            "answer": "4",
+            "level": 3,
+            "subject": "",
+        }
         prompt |= {"checker": {"pair": [1, 2]}, "context": [{"role": "system", "content": "Be brief."}]}
         assert body["prompt"] == prompt
 

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config import benchmark
 from r1pipe.config.data import refuse_unused_row_keys
-from r1pipe.config.distill import DistillConfig
+from r1pipe.config.distill import DistillConfig, refuse_unused_teaching_keys
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled
@@ -113,6 +113,7 @@ def compose(overrides: list[str]) -> Composed:
         files |= dict.fromkeys(measured, f"conf/benchmark/{name}.yaml")
     config = load({**mapping, **FILLED_AT_LAUNCH})
     check(config)
+    refuse_unused_teaching_keys({override.key_or_group for override in own}, config.stage, config.teacher)
     refuse_unused_row_keys({override.key_or_group for override in own}, config.data)
     return Composed(config, given, choices, files)
 

@@ -4,67 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
+from r1pipe.config.distill_pairs import EXTRACTS, PAIRS
 from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.stages import FilterConfig, SamplingConfig, StageConfig
 from r1pipe.config.transfer import DivergenceConfig, TransferConfig, transfer_rules
-
-EXTRACTS = ("label", "expand", "curate", "distribution", "feedback")
-TRANSFERS = ("sft", "divergence", "rl", "ranking")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One way out of a teacher with one way into a student."""
-
-    runs: bool  # false: refused
-    text: str  # what it does, or why it is refused and what to give instead
-    live: bool = False  # the teacher is read while the student trains: it must be a checkpoint
-
-
-PAIRS: dict[tuple[str, str], Pair] = {
-    ("label", "sft"): Pair(True, "the student imitates the teacher's answers (R1 section 2.4)"),
-    ("label", "divergence"): Pair(True, "towards the teacher's distribution along its answers", live=True),
-    ("label", "rl"): Pair(True, "correctness, by the teacher's majority answer where the data has none"),
-    ("label", "ranking"): Pair(True, "the teacher's answer is preferred to the student's own"),
-    ("expand", "sft"): Pair(True, "the student imitates answers to problems that the teacher made up"),
-    ("expand", "divergence"): Pair(True, "towards the teacher's distribution on its new problems", live=True),
-    ("expand", "rl"): Pair(True, "correctness on new problems, by the teacher's majority answer"),
-    ("expand", "ranking"): Pair(True, "on new problems the teacher's answer is preferred to the student's"),
-    ("curate", "sft"): Pair(True, "the student imitates answers on the topics, or from the documents"),
-    ("curate", "divergence"): Pair(
-        True, "towards the teacher's distribution on topics and documents", live=True
-    ),
-    ("curate", "rl"): Pair(
-        False,
-        "no rule can check prose on a topic or from a document; give stage.transfer=sft or ranking, or let "
-        "the teacher score it: stage.extract=feedback",
-    ),
-    ("curate", "ranking"): Pair(True, "the teacher's answer on a topic is preferred to the student's"),
-    ("distribution", "sft"): Pair(
-        False,
-        "it would not use the probabilities; give stage.extract=label, or stage.transfer=divergence, whose "
-        "forward KL is SFT on the whole distribution",
-    ),
-    ("distribution", "divergence"): Pair(
-        True, "towards the stored top-k probabilities, or those of the teacher as it is read live"
-    ),
-    ("distribution", "rl"): Pair(
-        True, "on-policy distillation: the per-token reverse KL to the teacher is the advantage", live=True
-    ),
-    ("distribution", "ranking"): Pair(
-        False,
-        "a ranking is of whole answers; give stage.extract=feedback stage.feedback.by=likelihood, which "
-        "ranks them by the same probabilities",
-    ),
-    ("feedback", "sft"): Pair(True, "on the student's answers as the teacher corrected or liked them"),
-    ("feedback", "divergence"): Pair(
-        False,
-        "a score has no distribution; give stage.extract=distribution, whose on-policy share is of the "
-        "student's own answers",
-    ),
-    ("feedback", "rl"): Pair(True, "the teacher's scores of the student's answers are the rewards"),
-    ("feedback", "ranking"): Pair(True, "pairs of the student's answers, by the teacher's scores"),
-}
+from r1pipe.core.errors import ConfigError
 
 
 @dataclass
@@ -288,3 +232,16 @@ def template_rules(stage: DistillConfig) -> Rules:
                 yield f"stage.templates.{name} has no {{{place}}}: the teacher would not see what it is asked"
     if stage.extract == "expand" and stage.expand.way == "evolve" and not templates.evolve:
         yield "stage.templates.evolve is empty; give at least one way to rewrite a problem"
+
+
+def refuse_unused_teaching_keys(given: set[str], stage: StageConfig, teacher: str | None) -> None:
+    """Keys of another way to ask a teacher, or of a teacher where there is none, would change nothing. Raises
+    ConfigError."""
+    if not isinstance(stage, DistillConfig):
+        return
+    for key in sorted(given):
+        part = key.removeprefix("stage.").partition(".")[0]
+        if part in EXTRACTS and part != stage.extract:
+            raise ConfigError(f"{key} is of stage.extract={part}; drop it, or give stage.extract={part}")
+        if part == "teacher" and key != "teacher" and teacher is None:
+            raise ConfigError(f"{key} needs teacher=CHECKPOINT, a folder or a URL; give one, or drop it")

@@ -1,6 +1,6 @@
 """Servers as rewards: a request for each group, tried again where the server or the way to it fails.
 
-    POST {"prompt": {id, task, language, question, answer, checker, level, context},
+    POST {"prompt": {id, task, language, question, answer, checker, level, context, subject},
           "completions": [{"text", "finish_reason", "length"}]}     length: in tokens
     ->   {"scores": [1.0, null, {"value": 0.5, "status": "scored", "detail": "half of the tests"}]}
 

@@ -75,10 +75,11 @@ def measure(
         run.launch.check()
         write(run.folder.completions, evaluation.completions)
     if too_long and not quick:
-        room = "an answer" if is_long else f"stage.eval.max_tokens={config.max_tokens}"
+        wanted = "an answer" if is_long else f"stage.eval.max_tokens={config.max_tokens}"
         run.warn(
             f"{evaluation.metrics['problems']} problems of data={run.config.data.name} were measured; "
-            f"{too_long} prompts are too long: they leave no room for {room} in a context of {context} tokens"
+            f"{too_long} prompts are too long: they leave no room for {wanted} in a context of {context} "
+            "tokens"
         )
     return evaluation
 

@@ -98,6 +98,7 @@ def screened_rows(run: Run[Any], rows: Sequence[Kept]) -> list[Kept]:
         for one in screening.demonstrations([_demonstration(row)]):
             if one.response == row.response or not row.distribution:
                 kept.append(replace(row, response=one.response))
+    write_json(run.folder.screening, screening.report())
     return kept
 
 

@@ -98,7 +98,9 @@ def screened(run: Run[F], demonstrations: Sequence[Demonstration]) -> list[Demon
     Raises DataError where it leaves none."""
     screening = Screening(run.config.screening)
     kept = screening.demonstrations(demonstrations)
-    if run.rank == 0:
+    if (
+        run.rank == 0 and not run.folder.screening.exists()
+    ):  # else these were looked over as they were written
         write_json(run.folder.screening, screening.report())
     for line in said_in(screening.report()):
         log.warning("%s; see %s", line, run.folder.screening)

@@ -46,6 +46,7 @@ def test_a_whole_root_works_where_it_is_now(
     assert there.call("lineage", "grpo") == 0 and there.call("lineage", str(run)) == 0
     assert there.call("eval", "grpo") == 0
     assert parent_of(there.runs("evaluate")[0]) == str(run / "checkpoints/step-1")
+    (tmp_path / "out").mkdir()  # as the script that is not run would make it
     monkeypatch.setattr(scripts, "_run", lambda name, options: asked.append(str(options)) or 0)
     assert there.call("export", "grpo", str(tmp_path / "out")) == 0 and there.call("chat", str(run)) == 0
     assert all(str(run / "checkpoints/step-1") in options for options in asked) and len(asked) == 2

@@ -180,7 +180,11 @@ def test_a_config_json_that_cannot_be_read_is_nobodys_and_told(
 
 def test_the_keys_that_may_change_are_keys_of_some_config() -> None:
     known = set()
-    for words in (["stage=cold_start"], ["stage=grpo"], ["stage=distill", "data=files", "data.path=FILE"]):
+    of_files = ["stage=distill", "data=files", "data.path=FILE"]
+    with_teacher = ["stage=distill", "teacher=base", "stage.transfer=rl", "stage.extract=distribution"]
+    with_judge = ["stage=all_scenario", "judge=base", "stage.rewards.weights.judge=1"]
+    ranking = ["stage=distill", "teacher=base", "stage.transfer=ranking"]
+    for words in (["stage=cold_start"], ["stage=grpo"], of_files, with_teacher, ranking, with_judge):
         for key, _ in flat(to_mapping(compose(words).config)):
             known |= {*upwards(key)}
     assert {*SAME_BITS, *SAME_WITHIN_ROUNDING} <= known

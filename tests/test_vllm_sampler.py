@@ -58,7 +58,7 @@ def test_it_draws_what_the_sampler_in_this_process_draws(server: FakeVLLM) -> No
             ours.finish_reason,
             ours.versions,
         )
-        assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1e-6)
+        assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1e-5)
     assert done == [(n, 6) for n in range(1, 7)]
     assert sorted(ended) == sorted((i // 2, completion.tokens) for i, completion in enumerate(found))
     order = [path.partition("?")[0] for path in server.seen if "generate" not in path]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from forked import free_port
 
 from r1pipe.config import EngineConfig, OptimConfig, RouterConfig, RunConfig, to_mapping
 from r1pipe.config.compose import compose
@@ -62,7 +62,7 @@ def write_run(folder: Path, config: RunConfig) -> Path:
 def on_two_ranks(script: str, folder: Path, ranks: int = 2) -> dict:
     """What a script of this folder, launched on two ranks or more, writes to found.json in `folder`."""
     here = Path(__file__).parent
-    port = random.SystemRandom().randrange(20000, 30000)  # below those that the system hands out by itself
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     environment |= {"PYTHONPATH": f"{here.parent}:{here}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     launcher = Path(sys.executable).with_name("deepspeed")

@@ -1,7 +1,7 @@
 """Whoever answers prompts besides the policy, a teacher or a judge: a checkpoint, or a server."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal, Protocol
 
 from r1pipe.core.types import Completion, Prompt
@@ -49,6 +49,12 @@ class Spent:
     completion_tokens: int = 0
     seconds: float = 0.0
     usd: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(*(mine - theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Answerer(Protocol):

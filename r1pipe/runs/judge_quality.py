@@ -7,7 +7,6 @@ learns its weaknesses.
 
 import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from r1pipe.config.judge import REWARDS, JudgeConfig, prompts_of, version_of
 from r1pipe.core.errors import CheckpointError
 from r1pipe.runs.files import read_object
 from r1pipe.runs.record import checked
+from r1pipe.runs.reward_model_quality import Measure
 
 FOLDER, QUALITY = "judges", "quality.json"
 FORCE = "stage.judge.force=true"
@@ -39,16 +39,6 @@ class Quality(TypedDict):
 
 
 _QUALITY = TypeAdapter(Quality)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A figure, and the key of stage.judge with its bound."""
-
-    name: str
-    description: str
-    key: str
-    at_least: bool  # else the absolute value is at most the bound; unknown is then within
 
 
 _UNREAD = Measure("unread", "share of verdicts that cannot be read", "max_unread", False)

@@ -30,12 +30,13 @@ _QUALITY = TypeAdapter(Quality)
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of a model's quality, and the key of `stage.preference` with its bound."""
+    """A measure of a judge's or reward model's quality, and the key below stage.judge or stage.preference
+    with its bound."""
 
     name: str
     description: str
     key: str
-    at_least: bool  # else the absolute value is at most the bound
+    at_least: bool  # else the absolute value is at most the bound; of a judge unknown is then within
 
 
 LENGTH = Measure(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,13 +44,9 @@ class AnswerCache:
         except ValueError:
             return
         if "spent" in row:
-            self._add(Spent(**row["spent"]))
+            self.spent += Spent(**row["spent"])
         elif "key" in row:
             self._texts[row["key"]] = row["texts"]
-
-    def _add(self, more: Spent) -> None:
-        for field in fields(Spent):
-            setattr(self.spent, field.name, getattr(self.spent, field.name) + getattr(more, field.name))
 
     def get(self, key: str) -> list[str] | None:
         return self._texts.get(key)
@@ -65,7 +61,7 @@ class AnswerCache:
                 lines.insert(0, "")
             file.write(("\n".join(lines) + "\n").encode())
         self._texts |= dict(answers)
-        self._add(spent)
+        self.spent += spent
 
 
 def _ends_whole(file: BinaryIO) -> bool:

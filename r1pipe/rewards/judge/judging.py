@@ -6,9 +6,9 @@ R1's supplement: four verdicts on each pair, the answers swapped to mitigate pos
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
+from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress
 from r1pipe.config.judge import JudgeConfig, JudgePrompt, prompts_of
 from r1pipe.core.estimates import mean
 from r1pipe.core.types import Prompt
@@ -171,7 +171,7 @@ class Judge:
             texts = [[completion.text for completion in completions] for completions in answers]
             self.cache.put(
                 [(key, text) for (key, _), text in zip(batch, texts, strict=True)],
-                difference(self.answerer.spent, before),
+                self.answerer.spent - before,
             )
             done += len(batch)
             if progress:
@@ -198,12 +198,6 @@ class Judge:
             "seconds": round(spent.seconds, 3),
             "usd": round(spent.usd, 6),
         }
-
-
-def difference(now: Spent, before: Spent) -> Spent:
-    """What has been spent since."""
-    names = [field.name for field in fields(Spent)]
-    return Spent(**{name: getattr(now, name) - getattr(before, name) for name in names})
 
 
 def _batches(items: list[tuple[str, Prompt]], size: int) -> list[list[tuple[str, Prompt]]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -113,11 +113,8 @@ class Teacher:
             before = replace(answerer.spent)
             answers = draw(part, replace(params, first=number, stride=of), progress)
             rows = [_row(completion) for each in answers for completion in each]
-            spent = {
-                field.name: getattr(answerer.spent, field.name) - getattr(before, field.name)
-                for field in fields(Spent)
-            }
-            return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: json.dumps(spent)})
+            spent = json.dumps(asdict(answerer.spent - before))
+            return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: spent})
 
         def idle() -> None:
             draw([], params, lambda done, total: None)
@@ -130,9 +127,7 @@ class Teacher:
         """Who it is, and what all of its shards have taken, over all sessions of the run."""
         total = Spent()
         for path in sorted((self.run.folder.data / "shards").glob("*/*.parquet")):
-            spent = json.loads((pq.read_schema(path).metadata or {}).get(SPENT, b"{}"))
-            for name, value in spent.items():
-                setattr(total, name, getattr(total, name) + value)
+            total += Spent(**json.loads((pq.read_schema(path).metadata or {}).get(SPENT, b"{}")))
         return {**asdict(self.identity), "prompts": prompts, **asdict(total)}  # type: ignore[typeddict-item]
 
     def close(self) -> None:

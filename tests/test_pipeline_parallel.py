@@ -169,6 +169,27 @@ def test_two_ranks_train_as_one_and_resume_exactly(tmp_path: Path, alone: dict[s
         assert torch.equal(resumed["weights"][name], tensor), name
 
 
+def after_a_change_of_cuts(folder: Path, alone: dict[str, Any], jobs: dict[int, list[Case]]) -> None:
+    """Each case, on so many ranks, saves after its first step; the second of each goes on from each state."""
+    expected = {key: value[1:] if key != "weights" else value for key, value in alone.items()}
+    for count, cases in jobs.items():
+        on_ranks(folder, count, *[replace(case, after=f"{count}-{case}", steps=1) for case in cases])
+    states = [f"{count}-{case}" for count, cases in jobs.items() for case in cases]
+    for count, cases in jobs.items():
+        resumed = [
+            replace(case, before=state, steps=1)
+            for case in cases
+            for state in states
+            if state != f"{count}-{case}"
+        ]
+        for case, found in zip(resumed, on_ranks(folder, count, *resumed), strict=True):
+            check(found, expected, case)
+
+
+def test_a_state_goes_on_in_another_cut(tmp_path: Path, alone: dict[str, Any]) -> None:
+    after_a_change_of_cuts(tmp_path, alone, {2: [Case(2), Case(1, level=1)]})
+
+
 def test_a_pass_is_the_sum_of_its_parts() -> None:
     """Parts one after another, in one process: as many layers as there are, or fewer parts."""
     model, [micro] = ours(SHAPE).train(), micro_batches(1, ROWS // 2)[:1]
@@ -275,11 +296,13 @@ EXPERTS = ["engine.zero_level=1", "engine.expert_parallel=2"]
             ["engine.recompute=true", "engine.schedule=zbv", "model.num_hidden_layers=4"],
             "does not go with engine.schedule=zbv; give 1f1b",
         ),
-        (["stage.algorithm=ppo"], "needs engine.pipeline=1"),
+        (["stage.algorithm=ppo"], "stage.ppo needs engine.pipeline=1"),
+        (["stage=reward_model"], "stage=reward_model needs engine.pipeline=1"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused_in_one_line(overrides: list[str], told: str) -> None:
-    given = ["stage=grpo", "engine.ranks=2", "engine.pipeline=2"]
+    given = ["engine.ranks=2", "engine.pipeline=2"]
+    given += [] if overrides[0].startswith("stage=") else ["stage=grpo"]
     with pytest.raises(ConfigError, match=told) as refused:
         tiny_config(*given, *overrides)
     assert "\n" not in str(refused.value)
@@ -326,3 +349,13 @@ def test_four_ranks_in_one_pipeline_or_two(tmp_path: Path, alone: dict[str, Any]
     cases = [Case(4, "1f1b"), Case(2, "1f1b", level=1), Case(2, "zbv"), Case(2, "dualpipev", level=1)]
     for case, found in zip(cases, on_ranks(tmp_path, 4, *cases), strict=True):
         check(found, alone, case)
+
+
+@pytest.mark.slow
+def test_states_go_from_any_cut_to_any_other(tmp_path: Path, alone: dict[str, Any]) -> None:
+    jobs = {
+        1: [Case()],
+        2: [Case(2, "zbv", level=1), Case(level=3)],
+        4: [Case(4, level=1), Case(2, "dualpipev"), Case(2, experts=2, level=1)],
+    }
+    after_a_change_of_cuts(tmp_path, alone, jobs)

@@ -39,8 +39,6 @@ def in_halves(backward: Callable[..., Halves]) -> Any:
     and without doing again what both need. A function that had no first half gives everything at once.
     """
 
-    @staticmethod
-    @once_differentiable
     def whole_or_half(ctx: Any, *d_results: Tensor) -> Gradients:
         arguments, second_half = len(ctx.needs_input_grad), vars(ctx).pop("second_half", None)
         if second_half is not None:
@@ -52,4 +50,4 @@ def in_halves(backward: Callable[..., Halves]) -> Any:
         ctx.second_half = of_weights
         return found + (None,) * (arguments - len(found))
 
-    return whole_or_half
+    return staticmethod(once_differentiable(whole_or_half))

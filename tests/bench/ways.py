@@ -1,6 +1,6 @@
 """Ways to put a teacher into a student, beside each other: points gained per teacher token and per second.
 
-    make bench-distill ARGS="--parent RUN_ID --teacher grpo --before 6.7 -- model=student"
+    make bench-distill ARGS="--parent RUN_ID --teacher RUN_ID --before 6.7 -- model=student"
 
 Each way is a run of stage=distill from the same student and teacher, on as many prompts; a run that has
 finished under the root is not run again. Points are of pass@1 on held-out problems, less the student's own.

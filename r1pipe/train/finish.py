@@ -44,7 +44,7 @@ def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prom
 
     reasoning, too_long = of_split(problems, config.problems)
     # general answers need a hidden truth to score them
-    general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.judge else 0)
+    general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.truth else 0)
     return reasoning, general, too_long + more
 
 
@@ -114,9 +114,9 @@ def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Se
     answers."""
     if run.rank == 0:
         named = {"reasoning": prompts, "general": general_prompts}
-        judge = f"the hidden truth of data={run.config.data.name}" if run.data.judge else None
+        scored_by = f"the hidden truth of data={run.config.data.name}" if run.data.truth else None
         found = {kind: [prompt.id for prompt in found] for kind, found in named.items()}
-        write_json(run.folder.evaluated, {"general_scored_by": judge, **found})
+        write_json(run.folder.evaluated, {"general_scored_by": scored_by, **found})
 
 
 def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:

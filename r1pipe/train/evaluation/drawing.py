@@ -45,8 +45,9 @@ def evaluate(
     every prompt has room for so many. `folder`: where completions are kept, so that a resumed run draws none
     of them again. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
-    judge, strategy_of, rank, world_size = run.data.judge, run.data.strategy_of, ranks.rank, ranks.world_size
-    general_prompts = general_prompts if judge else []
+    truth_of, strategy_of = run.data.truth, run.data.strategy_of
+    rank, world_size = ranks.rank, ranks.world_size
+    general_prompts = general_prompts if truth_of else []
     share = [len(range(rank, len(pool), world_size)) for pool in (prompts, general_prompts)]
     total = share[0] * (config.samples + config.greedy) + share[1]
     stop = stopping.requested if may_stop else never
@@ -59,9 +60,9 @@ def evaluate(
         sampled = score(prompts, *warm, verdicts, strategy_of)
         greedy = score(prompts, *likeliest, verdicts, None)
     general = []
-    if judge:
+    if truth_of:
         for i, completion in zip(asked, texts, strict=True):
-            truth = judge(general_prompts[i], completion.text)
+            truth = truth_of(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
     if may_stop:
         stopping.stop_if_requested(ranks)

@@ -138,7 +138,7 @@ class RLTrainer:
             metrics["completions/identity_claims"] = fmean(
                 bool(self.claims.found(row["completion"])) for row in rows
             )
-            metrics |= hidden_truth(self.engine, groups, self.run.data.judge)
+            metrics |= hidden_truth(self.engine, groups, self.run.data.truth)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)

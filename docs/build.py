@@ -24,7 +24,7 @@ from r1pipe.cli.commands import app
 from r1pipe.config import STAGE_TYPES, RunConfig
 from r1pipe.config.benchmark import OWN_SCORING
 from r1pipe.config.describe import comments
-from r1pipe.config.distill_pairs import PAIRS
+from r1pipe.config.distill_methods import METHODS
 from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
@@ -228,9 +228,9 @@ def benchmarks() -> str:
 def pairs() -> str:
     """Every pair of stage.extract and stage.transfer: what it does, or why it is refused."""
     rows = []
-    for (extract, transfer), pair in PAIRS.items():
-        runs = ("live" if pair.live else "yes") if pair.runs else "no"
-        rows.append(f"| `{extract}` | `{transfer}` | {runs} | {pair.text} |")
+    for (extract, transfer), method in METHODS.items():
+        runs = ("live" if method.live else "yes") if method.supported else "no"
+        rows.append(f"| `{extract}` | `{transfer}` | {runs} | {method.text} |")
     return "\n".join(["| extract | transfer | runs | what it does, or why not |", "|---|---|---|---|", *rows])
 
 

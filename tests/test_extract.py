@@ -17,14 +17,14 @@ from r1pipe.chat import server
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
+from r1pipe.config.distill_methods import EXTRACTS, METHODS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
-from r1pipe.train.distill.on_policy import TeacherScores
+from r1pipe.train.distill.on_policy import TeacherScorer
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.alignment import aligned, pieces_of
@@ -36,7 +36,7 @@ from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
 from r1pipe.train.extract.problems import Problems, rouge_l
-from r1pipe.train.extract.teacher import Teacher
+from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
 
@@ -77,7 +77,7 @@ def thought(text: str) -> str:
 
 
 def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
-    assert list(PAIRS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
+    assert list(METHODS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
 
     def told(way: str, transfer: str, teacher: str) -> str:
         words = [f"stage.extract={way}", f"stage.transfer={transfer}", f"teacher={teacher}"]
@@ -88,10 +88,10 @@ def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
             return str(error)
         return ""
 
-    for (way, transfer), pair in PAIRS.items():
-        refused = f"stage.extract={way} stage.transfer={transfer} is no way to distil: {pair.text}"
-        assert told(way, transfer, "base") == ("" if pair.runs else refused)
-        if pair.runs and pair.live:
+    for (way, transfer), method in METHODS.items():
+        refused = f"stage.extract={way} stage.transfer={transfer} is not a distillation method: {method.text}"
+        assert told(way, transfer, "base") == ("" if method.supported else refused)
+        if method.supported and method.live:
             assert "give teacher=CHECKPOINT" in told(way, transfer, "http://host/v1")
 
 
@@ -449,7 +449,7 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     rows = [Kept(Prompt("a", "word", "en", "3+4?"), text, {}) for text in (thought("Answer: 7"), "4 " * 999)]
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
-        work = Work(run, ranks, Teacher(run, ranks), [])  # type: ignore[arg-type]
+        work = Work(run, ranks, TeacherGenerator(run, ranks), [])  # type: ignore[arg-type]
         top, too_long = read_by_teacher(work, rows)
     assert too_long is None and top is not None
     assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
@@ -535,7 +535,7 @@ def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_pat
         assert not served.requests, "prompts alone cost nothing"
         with open_run(str(folder), DistillConfig) as run:
             run.load_chat()
-            scorer = TeacherScores(run, 1.0)
+            scorer = TeacherScorer(run, 1.0)
             found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
             scorer.finish()
         asked = len(served.requests)

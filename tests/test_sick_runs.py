@@ -22,7 +22,7 @@ from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import ahead, loop, scoring, stage
 from r1pipe.train.rl.tripwires import WIRES
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 
 SHORT = (
@@ -132,7 +132,7 @@ def test_a_sampler_whose_weights_are_stale_and_a_run_without_a_reference(tmp_pat
 
     def stale(sampler, engine, version):
         kept.append(copy.deepcopy(engine.module))
-        sampler.weights = Whole(kept[0])
+        sampler.weights = WholeWeights(kept[0])
 
     monkeypatch.setattr(BundledSampler, "update", stale)
     judged_by(monkeypatch, even_share)

@@ -29,8 +29,8 @@ from r1pipe.runs import checkpoints, lineage, samples
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill import divergence, transfer
 from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, prompts_of, stored_of
-from r1pipe.train.distill.on_policy import TokenTeacher, with_prompts
-from r1pipe.train.distill.ranking import Pair, in_parts
+from r1pipe.train.distill.on_policy import TeacherAdvantages, with_prompts
+from r1pipe.train.distill.ranking import TokenizedPair, in_parts
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.run import open_run
@@ -132,7 +132,7 @@ def test_what_screening_drops_of_a_runs_samples_teaches_nobody(
     dataset = write_rows(tmp_path / "rows.parquet", *said)
     learned: list[str] = []
 
-    def pairs(run: Any, rows: list[Demonstration]) -> list[Pair]:
+    def pairs(run: Any, rows: list[Demonstration]) -> list[TokenizedPair]:
         learned.extend(row.response for row in rows)
         return []
 
@@ -255,7 +255,7 @@ def test_stored_probabilities_stay_with_their_tokens_through_packing() -> None:
 
 
 def test_pairs_go_in_micro_batches_whole_and_longest_first() -> None:
-    pairs = [(Pair([1, 2], [3] * n, [4]), 1.0) for n in (1, 5, 3)]
+    pairs = [(TokenizedPair([1, 2], [3] * n, [4]), 1.0) for n in (1, 5, 3)]
     sizes = [[len(pair.chosen) for pair, _ in part] for part in in_parts(pairs, 1, 15)]
     assert sizes == [[5], [3, 1]]
     assert [len(part) for part in in_parts(pairs, 3, 10_000)] == [1, 1, 1], "gradient accumulation"
@@ -322,13 +322,13 @@ class Likes:
 
 def test_each_tokens_advantage_is_the_completions_and_the_teachers() -> None:
     stage = tiny_config("stage=grpo", "stage.max_tokens_per_micro_batch=8").stage
-    teacher = TokenTeacher(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
+    teacher = TeacherAdvantages(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
     teacher.ranks = type("Ranks", (), {"sum_over_ranks": staticmethod(lambda values: values)})()
     rollouts = [
         Rollout([1, 2], Completion([3, 4], [-1.0, -5.0], "stop"), 1.0, True),
         Rollout([1], Completion([5], [-3.5], "stop"), -2.0, True),
     ]
-    metrics = teacher.advise(rollouts)
+    metrics = teacher.set_advantages(rollouts)
     assert [rollout.advantages for rollout in rollouts] == [[0.0, 2.0], [-1.75]]
     assert metrics["distill/reverse_kl"] == pytest.approx((2.0 - 2.0 - 0.5) / 3)
     assert metrics["distill/teacher_tokens"] == 3

@@ -41,7 +41,7 @@ def summed_up(found: Sequence[Ancestor]) -> dict[str, Any]:
     }
 
 
-def _listed(counts: training_data.Shares, total: int) -> dict[str, list[dict[str, Any]]]:
+def _listed(counts: training_data.RowCounts, total: int) -> dict[str, list[dict[str, Any]]]:
     return {
         name: [
             {"value": value, "rows": rows, "share": rows / total if total else None}

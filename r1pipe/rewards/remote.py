@@ -50,7 +50,7 @@ class RemoteReward:
             if attempt:
                 time.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
-                content = http.ask(self.url, body, token, timeout_s, REPLY_LIMIT)
+                content = http.request(self.url, body, token, timeout_s, REPLY_LIMIT)
                 return self._scores(content, len(completions))
             except (OSError, HTTPException) as error:
                 why = http.reason(error)

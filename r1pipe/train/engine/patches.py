@@ -163,7 +163,7 @@ def release_prefetched(ds: Any) -> None:
 
 
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """Puts a parameter into shares, as rank 0 has it. DeepSpeed does this for whole modules only, while they
+    """Partitions a parameter, as rank 0 has it. DeepSpeed does this for whole modules only, while they
     are built: then their initial weights have to be drawn first."""
     init = import_deepspeed().zero.Init(config_dict_or_path=config)
     return lambda parameter: init._convert_to_zero_parameters([parameter])
@@ -171,7 +171,7 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 
 @contextlib.contextmanager
 def transformers_partitions(config: dict[str, Any]) -> Iterator[None]:
-    """A block in which transformers loads models in shares. It asks a global for the settings, which its own
+    """A block in which transformers loads models sharded. It asks a global for the settings, which its own
     class sets with a package that we don't need."""
     from transformers.integrations import deepspeed as integration
 

@@ -13,7 +13,7 @@ from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation.metrics import measure, measure_general
-from r1pipe.train.evaluation.sampling import Drawing
+from r1pipe.train.evaluation.sampling import EvalSampler
 from r1pipe.train.evaluation.verdicts import GeneralVerdict, Verdict, rows, score
 from r1pipe.train.refusals import refusals
 from r1pipe.train.rollout.sampler import never
@@ -53,7 +53,7 @@ def evaluate(
     stop = stopping.requested if may_stop else never
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
-        drawing = Drawing(run, ranks, config, verdicts, stop, total, context, folder)
+        drawing = EvalSampler(run, ranks, config, verdicts, stop, total, context, folder)
         warm = drawing.draw(prompts, config.samples, 0, *hot)
         likeliest = drawing.draw(prompts, 1, 1, 0.0, 1.0) if config.greedy else ((), [])
         asked, texts = drawing.draw(general_prompts, 1, 2, *hot) if general_prompts else ((), [])

@@ -44,7 +44,7 @@ def distribution(work: Work) -> Found:
     else:
         prompts = work.data_prompts()
         asks = 0 if work.teacher.is_local else stage.distribution.top_k
-        answers = work.teacher.ask(ANSWERS, prompts, work.answers(top_logprobs=asks))
+        answers = work.teacher.generate(ANSWERS, prompts, work.answers(top_logprobs=asks))
         rows, funnel, completions = work.kept(prompts, answers)
     if stage.distribution.live:
         return Found(rows, funnel)

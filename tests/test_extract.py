@@ -73,26 +73,28 @@ def thought(text: str) -> str:
     return f"<think>\nWe look at it.\n</think>\n\n{text}"
 
 
-# --- the table of pairs
+# --- the table of methods
 
 
-def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
+def test_every_method_is_allowed_or_refused_with_a_reason() -> None:
     assert list(METHODS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
 
-    def told(way: str, transfer: str, teacher: str) -> str:
-        words = [f"stage.extract={way}", f"stage.transfer={transfer}", f"teacher={teacher}"]
-        topics = ["stage.curate.topics=[tea]"] if way == "curate" else []
+    def told(source: str, transfer: str, teacher: str) -> str:
+        words = [f"stage.extract={source}", f"stage.transfer={transfer}", f"teacher={teacher}"]
+        topics = ["stage.curate.topics=[tea]"] if source == "curate" else []
         try:
             tiny_config("stage=distill", *topics, *words)
         except ConfigError as error:
             return str(error)
         return ""
 
-    for (way, transfer), method in METHODS.items():
-        refused = f"stage.extract={way} stage.transfer={transfer} is not a distillation method: {method.text}"
-        assert told(way, transfer, "base") == ("" if method.supported else refused)
+    for (source, transfer), method in METHODS.items():
+        refused = (
+            f"stage.extract={source} stage.transfer={transfer} is not a distillation method: {method.text}"
+        )
+        assert told(source, transfer, "base") == ("" if method.supported else refused)
         if method.supported and method.live:
-            assert "give teacher=CHECKPOINT" in told(way, transfer, "http://host/v1")
+            assert "give teacher=CHECKPOINT" in told(source, transfer, "http://host/v1")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_topics_and_documents_become_questions_with_answers(tmp_path: Path) -> N
 def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
     words = [*ALL, "stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
     folder, teacher = tmp_path / "run", lineage.bundled()
-    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", taught_by=teacher)
+    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", teacher=teacher)
     model, chat = load_pretrained(teacher.checkpoint).eval(), Chat.load(teacher.checkpoint)
     for row in rows[:3]:
         prompt = replace(samples.prompt_of(row), id="")
@@ -410,10 +412,10 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     words = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=2", *ALL]
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
-    rows = extracted(made, *live, taught_by=lineage.bundled())
+    rows = extracted(made, *live, teacher=lineage.bundled())
     assert rows and all(row["top_ids"] is None for row in rows)
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
-    prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
+    prompts = extracted(tmp_path / "prompts", *alone, teacher=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
     assert all(row["answer"] and row["licence"] == "Apache-2.0" for row in prompts)
     assert {
@@ -445,7 +447,7 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 2]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, taught_by=adopt(other, tmp_path))
+    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, teacher=adopt(other, tmp_path))
     rows = [Kept(Prompt("a", "word", "en", "3+4?"), text, {}) for text in (thought("Answer: 7"), "4 " * 999)]
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
@@ -602,8 +604,8 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> Non
     small = [*SMALL, "stage.sampling.max_tokens=24", "stage.sampling.max_num_seqs=2"]
     alone = {}
     for name, words in ways.items():
-        alone[name] = extracted(tmp_path / "one" / name, *small, *words, taught_by=base)
-        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, taught_by=base)
+        alone[name] = extracted(tmp_path / "one" / name, *small, *words, teacher=base)
+        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, teacher=base)
         config = json.loads((folder / "config.json").read_text())
         config["engine"]["ranks"] = 2
         write_json(folder / "config.json", config)

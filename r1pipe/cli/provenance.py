@@ -1,4 +1,4 @@
-"""`r1pipe provenance`: what a checkpoint was trained on, in shares, and the way of any sample."""
+"""`r1pipe provenance`: what a checkpoint was trained on, in shares, and where any sample came from."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

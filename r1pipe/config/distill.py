@@ -181,7 +181,7 @@ def stored_rules(divergence: DivergenceConfig) -> Rules:
 
 
 def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
-    """Of each way to get something out of a teacher."""
+    """Of each `stage.extract`."""
     local = {
         "stage.expand.way=continue": stage.extract == "expand" and stage.expand.way == "continue",
         "stage.curate.way=continue": stage.extract == "curate" and stage.curate.way == "continue",
@@ -235,7 +235,7 @@ def template_rules(stage: DistillConfig) -> Rules:
 
 
 def refuse_unused_teaching_keys(given: set[str], stage: StageConfig, teacher: str | None) -> None:
-    """Keys of another way to ask a teacher, or of a teacher where there is none, would change nothing. Raises
+    """Keys of another `stage.extract`, or of a teacher where there is none, would change nothing. Raises
     ConfigError."""
     if not isinstance(stage, DistillConfig):
         return

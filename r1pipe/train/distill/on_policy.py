@@ -36,20 +36,20 @@ TEACHER_TOKENS = "distill/teacher_tokens"  # drawn tokens that the teacher has r
 def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_hash: str) -> None:
     """From the loaded data to the record. `prompts` are asked in place of the data's own, and `data_hash` is
     theirs."""
-    taught, teacher_from = run.stage.rl, run.config.teacher_from
-    assert taught is not None
+    config, teacher_from = run.stage.rl, run.config.teacher_from
+    assert config is not None
     run.data = with_prompts(run.data, prompts)
     check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
     # it is asked as distillation has it, while the run goes on as reinforcement
-    scorer = TeacherScorer(copy(run), taught.score_weight) if taught.score_weight else None
+    scorer = TeacherScorer(copy(run), config.score_weight) if config.score_weight else None
     as_reinforcement = cast(Run[RLConfig], run)
     as_reinforcement.stage = as_rl(run.stage)
     custom = load_custom_rewards(as_reinforcement)
     teacher = None
-    if taught.teacher_coef:
+    if config.teacher_coef:
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
-        teacher = TeacherAdvantages(model, as_reinforcement.stage, taught.teacher_coef)
+        teacher = TeacherAdvantages(model, as_reinforcement.stage, config.teacher_coef)
     reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
 
 
@@ -116,6 +116,6 @@ def with_prompts(source: Source, prompts: Sequence[Prompt]) -> Source:
         order = np.random.default_rng(seed).permutation(len(prompts))
         return [prompts[i] for i in order[:n]]
 
-    taught: Any = copy(source)
-    taught.prompts = draw
-    return taught
+    changed: Any = copy(source)
+    changed.prompts = draw
+    return changed

@@ -64,7 +64,7 @@ def make_expert_groups(device: torch.device, size: int, pipeline: int) -> None:
 
 def limit_collectives(limit: timedelta, but: Sequence[dist.ProcessGroup | None]) -> None:
     """Set the limit of the collectives of all groups `but` some, and of those to come: DeepSpeed makes its
-    own with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""
+    own with torch's limits (600 s on NCCL, 1,800 s on gloo), and takes no others."""
     for group in [*distributed_c10d._world.pg_map]:
         if group not in but:
             distributed_c10d._set_pg_timeout(limit, group)

@@ -1,6 +1,6 @@
 """Expansion: new problems from the data's own, and the teacher's answers to them.
 
-Three ways. Self-instruct (Wang et al., arXiv 2212.10560): the teacher goes on with a list of examples, most
+Self-instruct (Wang et al., arXiv 2212.10560): the teacher goes on with a list of examples, most
 of them the data's, some its own. Evol-Instruct (Xu et al., arXiv 2304.12244): it rewrites problems into
 harder ones, or others. Continuation (Magpie, arXiv 2406.08464): a model that was trained on conversations
 goes on where a user would speak, which takes no instruction at all.

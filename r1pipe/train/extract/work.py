@@ -1,4 +1,4 @@
-"""What every way out of a teacher needs: the run, the teacher, and what must not be trained on."""
+"""What every `stage.extract` needs: the run, the teacher, and what must not be trained on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ ANSWERS = "answers"  # the name of the teacher's answers among its shards
 
 @dataclass
 class Found:
-    """What a way out of the teacher gives: rows, on rank 0, with the funnel that they came through."""
+    """What an extraction gives: rows, on rank 0, with the funnel that they came through."""
 
     rows: list[Kept]
     funnel: Steps

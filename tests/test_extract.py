@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_servers import ChatServer, chat_server, say
+from fake_servers import FakeServer, chat_server, say
 from hf_models import write_model
 from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
@@ -65,7 +65,7 @@ def funnel(folder: Path) -> dict[str, int]:
     return {step["name"]: step["dropped"] for step in json.loads((folder / "data/funnel.json").read_text())}
 
 
-def asked(served: ChatServer) -> list[str]:
+def asked(served: FakeServer) -> list[str]:
     return [body["messages"][-1]["content"] for body in served.requests]
 
 

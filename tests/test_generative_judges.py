@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from chat_servers import chat_server, say
+from fake_servers import chat_server, say
 from fakes import House
 from judges import FakeJudge, coin, first, judge_config, longer, quoted
 from tiny_runs import load_stage, tiny_run

@@ -198,7 +198,11 @@ def _of_place(ranks: Ranks, source: Path, universal: Path, old: Layout, place: i
     if ranks.rank == 0:
         own.mkdir()
         for path in source.glob(f"*{mark}*"):
-            os.link(path, own / path.name.replace(mark, "mp_rank_00_"))
+            name = path.name.replace(mark, "mp_rank_00_")
+            if name in MODEL_STATES:  # DeepSpeed expects as many of them as they say
+                torch.save({**load_mapped(str(path), "cpu"), "mp_world_size": 1}, own / name)
+            else:
+                os.link(path, own / name)
     ranks.barrier()
     return own
 

@@ -178,7 +178,7 @@ def test_teachers_and_judges_on_this_machine_are_counted(tmp_path: Path) -> None
     assert need("teacher=grpo").before == pytest.approx(own + cache)
     live = need(f"teacher={teacher}", "stage.transfer=divergence")
     assert live.states == first.states + 5000 and live.before == label.before
-    judged = ["stage=grpo", "recipe=gpu", "engine.zero_level=1", "stage.rewards.weights.judge=1"]
+    judged = ["stage=all_scenario", "recipe=gpu", "engine.zero_level=1", "stage.rewards.weights.judge=1"]
     by_judge = [
         footprint.states(compose([*judged, *words]).config)
         + answerers.beside(compose([*judged, *words]).config)
@@ -188,10 +188,11 @@ def test_teachers_and_judges_on_this_machine_are_counted(tmp_path: Path) -> None
 
 
 def test_reward_models_are_planned_one_after_the_other() -> None:
-    words = ["stage=reward_model", "recipe=gpu", "cluster=h100x8", "stage.batch_size=64"]
+    words = ["stage=reward_model", "recipe=gpu", "cluster=h100x8"]
+    words += ["stage.batch_size=64", "stage.pairs=6400", "stage.labels=12800"]
     model, cluster, layout, phases = shown.asked(words)
     helpful, harmless = (planner.planned(model, cluster, layout, phase) for phase in phases)
-    assert [phase.steps for phase in phases] == [66000 // 64, 106000 // 64]
+    assert [phase.steps for phase in phases] == [100, 200]
     assert helpful.memory.logits == 0 and helpful.memory.activations == 2 * harmless.memory.activations
     assert helpful.step.total == pytest.approx(2 * harmless.step.total, rel=0.1), (
         "pairs, and single responses"

@@ -36,7 +36,7 @@ def test_a_heap_keeps_what_training_has_freed() -> None:
     """On GPUs sampling takes it over."""
     for machines, keeps in (("laptop", True), ("h100x8", False)):
         words = ["stage=grpo", "recipe=laptop", f"cluster={machines}", "cluster.devices=2"]
-        *given, [phase] = shown.asked(words)
+        *given, [phase] = shown.plan_inputs(words)
         held = planner.planned(*given, phase).memory
         training, sampling = held.activations + held.logits, held.sampler + held.cache
         kept = held.buffers - given[1].reserved_gb * GIGA
@@ -116,7 +116,7 @@ def test_the_check_before_a_run_and_the_planner_agree(words: str) -> None:
     config = compose(given).config
     need = footprint.needed(config, prompt=100)
     asked = [*given, "cluster=h100x8", "layout.prompt_tokens=100"]
-    model, cluster, layout, phases = shown.asked(asked)
+    model, cluster, layout, phases = shown.plan_inputs(asked)
     every = [planner.planned(model, cluster, layout, phase).memory for phase in phases]
     held = max(every, key=lambda one: one.total)
     assert held.total - held.buffers == pytest.approx(need.peak)
@@ -190,7 +190,7 @@ def test_teachers_and_judges_on_this_machine_are_counted(tmp_path: Path) -> None
 def test_reward_models_are_planned_one_after_the_other() -> None:
     words = ["stage=reward_model", "recipe=gpu", "cluster=h100x8"]
     words += ["stage.batch_size=64", "stage.pairs=6400", "stage.labels=12800"]
-    model, cluster, layout, phases = shown.asked(words)
+    model, cluster, layout, phases = shown.plan_inputs(words)
     helpful, harmless = (planner.planned(model, cluster, layout, phase) for phase in phases)
     assert [phase.steps for phase in phases] == [100, 200]
     assert helpful.memory.logits == 0 and helpful.memory.activations == 2 * harmless.memory.activations

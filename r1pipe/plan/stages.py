@@ -75,8 +75,10 @@ def phases_of(config: RunConfig, layout: LayoutConfig, cluster: ClusterConfig) -
                 "give stage.max_steps=N"
             )
         taught = stage.rl if isinstance(stage, TransferConfig) else None
-        learning = stage if isinstance(stage, RLConfig) else taught
-        found = [_reinforced(config, learning, layout) if learning else _tuned(config, stage)]
+        if isinstance(stage, RLConfig):
+            found = [_reinforced(config, stage, layout)]
+        else:
+            found = [_reinforced(config, taught, layout) if taught else _tuned(config, stage)]
     else:
         raise ConfigError(
             f"stage={stage.name} cannot be planned: it trains nothing; choose a stage that does"

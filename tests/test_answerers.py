@@ -7,7 +7,6 @@ import pytest
 from chat_servers import chat_server, say
 from tiny_runs import tiny_run
 
-from r1pipe.chat import server
 from r1pipe.chat.answerer import AnswerParams
 from r1pipe.chat.server import ServerAnswerer
 from r1pipe.config import AnswererConfig, ParentRef
@@ -15,7 +14,7 @@ from r1pipe.config.answerer import answerer_rules, is_server
 from r1pipe.core.errors import CheckpointError, EnvironmentProblem
 from r1pipe.core.paths import content_dir
 from r1pipe.core.types import Message, Prompt
-from r1pipe.runs import checkpoints, stopping
+from r1pipe.runs import checkpoints, servers, stopping
 from r1pipe.train.answering import licence_in_card, open_answerer
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import open_run
@@ -30,7 +29,7 @@ BASE = content_dir() / "base"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.01)
 
 
 def test_a_server_is_asked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +75,8 @@ def test_a_server_that_recovers_is_asked_again() -> None:
 @pytest.mark.parametrize(
     ("reply", "told", "asked"),
     [
-        ((500, "out of\nmemory"), "500 Internal Server Error: out of memory; 3 requests", 3),
-        ((401, "sesame is no key"), "401 Unauthorized: *** is no key; 1 requests", 1),
+        ((500, "out of\nmemory"), "500 Internal Server Error: out of memory; requests: 3", 3),
+        ((401, "sesame is no key"), "401 Unauthorized: *** is no key; requests: 1", 1),
         ((200, "<html>"), "no JSON (Expecting value", 3),
         ((200, {"choices": []}), "answers no choices", 1),
     ],
@@ -150,6 +149,7 @@ def test_what_a_config_may_name() -> None:
         "http://user:word@host/v1": "holds a user or password",
         "http://host:0/v1": "must be http://HOST:PORT/v1",
         "https://": "must be http://HOST:PORT/v1",
+        "htp://host/v1": "is no address of a server; it must be http://HOST:PORT/v1",
         "http://host/v1?key=3": "must be http://HOST:PORT/v1",
     }
     for name, line in told.items():

@@ -1,7 +1,9 @@
 """Teachers and judges answer: checkpoints of this machine, and servers in OpenAI's protocol."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_servers import chat_server, say
@@ -111,6 +113,39 @@ def test_a_request_to_stop_ends_waiting(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(stopping, "requested", lambda: 15)
     with chat_server(lambda body: say("4")) as served, pytest.raises(stopping.Stopped):
         ServerAnswerer("teacher", served.url, CONFIG).answer(PROMPTS, AnswerParams(5))
+
+
+def taken(teacher: ServerAnswerer, prompts: list[Prompt], into: list[int]) -> None:
+    """Which prompts are answered, in the order of the answers."""
+    for i, _ in teacher.as_they_come(enumerate(prompts), AnswerParams(5)):
+        into.append(i)
+
+
+def test_what_was_answered_before_a_request_to_stop_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[int] = []
+    monkeypatch.setattr(stopping, "requested", lambda: 15 if got else 0)
+    with chat_server(lambda body: say("4")) as served:
+        teacher = ServerAnswerer("teacher", served.url, CONFIG)
+        with pytest.raises(stopping.Stopped):
+            taken(teacher, PROMPTS * 10, got)
+    assert 0 < len(got) < 20
+
+
+def test_what_is_under_way_at_a_failure_still_comes_and_nothing_more_is_asked() -> None:
+    failed, got = threading.Event(), list[int]()
+
+    def reply(body: dict[str, Any]) -> tuple[int, Any]:
+        if body["messages"][-1]["content"] == "2+2?":
+            failed.set()
+            return 400, "no"
+        failed.wait(60)
+        return say("6")
+
+    with chat_server(reply) as served:
+        teacher = ServerAnswerer("teacher", served.url, replace(CONFIG, parallel=2))
+        with pytest.raises(EnvironmentProblem, match="400"):
+            taken(teacher, [*PROMPTS, *[PROMPTS[0]] * 50], got)
+    assert got == [1] and len(served.requests) <= 4
 
 
 def test_a_checkpoint_answers(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from r1pipe.launch.job import Job, failure
 from r1pipe.launch.run_plan import Action, RunPlan, plan_run
 from r1pipe.plan import footprint
 from r1pipe.runs import data_files, lineage, locks, machine, results
+from r1pipe.runs.harness_tasks import check_tasks
 from r1pipe.runs.judge_quality import check_judge
 from r1pipe.runs.reward_model_quality import check_quality
 from r1pipe.runs.servers import check_servers
@@ -109,6 +110,7 @@ def start(plan: RunPlan) -> Job | slurm.Submitted:
         check_judge(plan.config)
         if plan.config.data.kind == "files" and plan.config.engine.launcher == "local":
             data_files.check_there(asdict(plan.config.data))
+        check_tasks(plan.config.benchmark)
         check_servers(plan.config, plan.run)
         locks.check_not_running(plan.run)
         description = plan.describe()  # of the state before the job

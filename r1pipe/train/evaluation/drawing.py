@@ -45,10 +45,9 @@ def evaluate(
     every prompt has room for so many. `folder`: where completions are kept, so that a resumed run draws none
     of them again. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
-    judge, strategy_of, rank, world_size = run.data.judge, run.data.strategy_of, ranks.rank, ranks.world_size
+    judge, strategy_of = run.data.judge, run.data.strategy_of
     general_prompts = general_prompts if judge else []
-    share = [len(range(rank, len(pool), world_size)) for pool in (prompts, general_prompts)]
-    total = share[0] * (config.samples + config.greedy) + share[1]
+    total = len(prompts) * (config.samples + config.greedy) + len(general_prompts)
     stop = stopping.requested if may_stop else never
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:

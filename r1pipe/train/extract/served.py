@@ -103,7 +103,7 @@ def asked_in_shards(
             journals[item % count].add(item, rows, spent)
             write_if_whole(item % count)
             done += 1
-            run.progress(name, min(done * ranks.world_size, len(items)) * each, len(items) * each, "answers")
+            run.shared_progress(name, done * each, len(items) * each, "answers")
     return shards
 
 

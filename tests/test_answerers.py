@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_servers import chat_server, say
+from fake_servers import chat_server, say
 from tiny_runs import tiny_run
 
 from r1pipe.chat.answerer import AnswerParams

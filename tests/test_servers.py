@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from chat_servers import chat_server, say
+from fake_servers import chat_server, say
 from fakes import House
 
 from r1pipe.config import RunConfig

@@ -1,6 +1,6 @@
 """Typed configuration: fields with their bounds and rules (`model`, `engine`, `data`, `stages`, `rl`, `run`).
 
-`rules` holds what spans several of them. `compose` reads conf/ (in the light wing alone), `groups` knows its
+`rules` holds what spans several of them. `compose` reads conf/ (on the light side alone), `groups` knows its
 files, and `changes` compares two configs.
 """
 

@@ -43,7 +43,7 @@ def request(
         if attempt:
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
         try:
-            content = http.ask(f"{base_url(url)}{path}", body, token, config.timeout_s, REPLY_LIMIT)
+            content = http.request(f"{base_url(url)}{path}", body, token, config.timeout_s, REPLY_LIMIT)
             reply = json.loads(content)
             if isinstance(reply, dict):
                 return reply
@@ -88,7 +88,7 @@ def check_servers(config: RunConfig, run: RunFolder | None = None) -> list[str]:
         found.append(key)
     for key, url in other_servers(config):
         try:
-            http.ask(url, None, None, PATIENCE_S, REPLY_LIMIT)
+            http.request(url, None, None, PATIENCE_S, REPLY_LIMIT)
         except HTTPError as error:
             error.close()  # it answers; the job will see whether it answers right
         except TimeoutError:  # it has taken the request, and is busy

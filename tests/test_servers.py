@@ -75,7 +75,10 @@ def test_nothing_is_started_without_the_teacher(house: House, capsys: pytest.Cap
     ("words", "told"),
     [
         (["stage=distill", "teacher=htp://x"], "teacher=htp://x is no address of a server; it must be http"),
-        (["stage=distill", "teacher=nobody"], "a Hugging Face folder, or a server's URL (http://HOST:PORT"),
+        (
+            ["stage=distill", "parent=bundled", "teacher=nobody"],
+            "a Hugging Face folder, or a server's URL (http://HOST:PORT",
+        ),
         (["stage=base", "judge=host:8000/v1"], "a Hugging Face folder, or a server's URL (http://HOST:PORT"),
         (
             ["stage=base", "judge=x", "stage.judge.baseline=ftp://x"],

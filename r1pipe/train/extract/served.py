@@ -6,6 +6,7 @@ file beside it: {"item": 12, "rows": [{"text": "…", …}], "spent": {"requests
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ class Journal:
     """The answers of a shard that is not whole yet."""
 
     def __init__(self, shard: Path):
-        """Reads what an earlier session has left; a line that a kill has cut off goes."""
+        """Reads what an earlier session has left; a line that a kill has cut off goes, and a damaged one is
+        left out: its item is asked again."""
         self.path = shard.with_suffix(JOURNAL)
         self.rows: dict[int, Rows] = {}  # by the item's number
         self.spent = Spent()
@@ -42,8 +44,9 @@ class Journal:
         if whole != content:
             self.path.write_bytes(whole)
         for line in whole.splitlines():
-            row = json.loads(line, object_hook=_with_bytes)
-            self._take(row["item"], row["rows"], Spent(**row["spent"]))
+            with suppress(ValueError):
+                row = json.loads(line, object_hook=_with_bytes)
+                self._take(row["item"], row["rows"], Spent(**row["spent"]))
 
     def add(self, item: int, rows: Rows, spent: Spent) -> None:
         line = json.dumps({"item": item, "rows": rows, "spent": asdict(spent)}, default=_without_bytes)

@@ -11,7 +11,7 @@ from r1pipe.config.judge import JudgeConfig
 from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
-# What r1pipe/rewards knows, which the light side cannot import.
+# What r1pipe/rewards knows, which the command line cannot import.
 RULE_REWARDS = (
     "accuracy",
     "format",

@@ -6,10 +6,12 @@ import pytest
 from fake_servers import chat_server, say
 from fakes import House
 
+from r1pipe.cli.doctor import check_asked
 from r1pipe.config import RunConfig
 from r1pipe.config.compose import compose
 from r1pipe.core.errors import EnvironmentProblem
 from r1pipe.core.paths import RunFolder
+from r1pipe.runs.findings import FAIL, PASS
 from r1pipe.runs.servers import check_servers
 
 DEAD = "http://127.0.0.1:1"
@@ -55,6 +57,7 @@ def test_those_that_answer_are_listed(tmp_path: Path) -> None:
         assert check_servers(compared) == ["judge", "stage.judge.baseline"]
         rewarded = ["+stage.rewards.weights.mine=1", f"+stage.rewards.remote.mine={url}/score"]
         assert check_servers(config_of("stage=grpo", *rewarded)) == ["stage.rewards.remote.mine"]  # 404
+        assert [finding.status for finding in check_asked(teacher)] == [PASS]
         assert served.requests == []
     run.dataset.parent.mkdir()
     run.dataset.touch()
@@ -62,6 +65,12 @@ def test_those_that_answer_are_listed(tmp_path: Path) -> None:
     scores = ["stage.extract=feedback", "stage.feedback.by=rubric", "stage.transfer=rl"]
     with pytest.raises(EnvironmentProblem):  # it goes on to score what the student draws
         check_servers(config_of("stage=distill", f"teacher={url}", *scores, "stage.rl.score_weight=1"), run)
+
+
+def test_the_doctor_says_which_does_not_answer() -> None:
+    [finding] = check_asked(config_of("stage=distill", f"teacher={DEAD}"))
+    assert finding.status == FAIL and "see that the server runs" in finding.remedy
+    assert check_asked(config_of("stage=grpo")) == []
 
 
 def test_nothing_is_started_without_the_teacher(house: House, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """What is got out of a teacher: labels, new problems, topics and documents, distributions, feedback."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from hf_models import write_model
 from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
 
-from r1pipe.chat import server
+from r1pipe.chat.answerer import Spent
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill_methods import EXTRACTS, METHODS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Prompt
+from r1pipe.launch.watch import resume_hint
 from r1pipe.model import load_pretrained
-from r1pipe.runs import lineage, samples
+from r1pipe.runs import checkpoints, lineage, samples, servers
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill.on_policy import TeacherScorer
@@ -36,6 +39,7 @@ from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
 from r1pipe.train.extract.problems import Problems, rouge_l
+from r1pipe.train.extract.served import Journal
 from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
@@ -48,7 +52,7 @@ LAPTOP = ["recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.sampling.
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.01)
 
 
 def extracted(folder: Path, *words: str, weights: ParentRef | None = None, **more: Any) -> list[dict]:
@@ -188,12 +192,12 @@ def test_wrong_answers_are_dropped_and_nothing_left_is_an_error(tmp_path: Path) 
 
 
 def test_a_lost_server_is_one_line_and_what_it_answered_is_not_asked_again(tmp_path: Path) -> None:
-    folder, answered = tmp_path / "run", 0
+    folder, left = tmp_path / "run", 4
 
     def until_lost(body: dict[str, Any]) -> tuple[int, Any]:
-        nonlocal answered
-        answered += 1
-        return arithmetic(body) if answered <= 4 else (500, "out of memory")
+        nonlocal left
+        left -= 1
+        return arithmetic(body) if left >= 0 else (500, "out of memory")
 
     with chat_server(until_lost) as served:
         words = [f"teacher={served.url}", *ALL, "stage.samples_per_prompt=1", "stage.teacher.parallel=1"]
@@ -201,11 +205,49 @@ def test_a_lost_server_is_one_line_and_what_it_answered_is_not_asked_again(tmp_p
             extracted(folder, *words)
         told = (folder / "error.txt").read_text()
         assert ended.value.code == 2 and told.count("\n") == 1 and "out of memory" in told
-        assert len([*(folder / "data/shards").glob("*/*.parquet")]) == 4
-        served.reply, before = arithmetic, len(served.requests)
+        assert resume_hint(RunFolder(folder)).startswith("4 answers are kept, and the same command goes on")
+        assert checkpoints.holds_work(RunFolder(folder))
+        left, before = 100, len(served.requests)
         rows = extracted(folder)
     assert len(rows) == 6 and len(served.requests) - before == 2
     assert json.loads((folder / "teacher.json").read_text())["requests"] == 6, "of both sessions"
+    assert not [*folder.rglob("data/shards/*/*.jsonl")], "shards are whole"
+
+
+def test_a_slow_answer_holds_no_other_up_and_the_order_stays(tmp_path: Path) -> None:
+    """The first request is answered after 20 others, which are more than a shard's."""
+    others, lock, first = threading.Event(), threading.Lock(), []
+
+    def slow_first(body: dict[str, Any]) -> tuple[int, Any]:
+        with lock:
+            first.append(body)
+            is_first = len(first) == 1
+            if len(first) == 21:
+                others.set()
+        if is_first and not others.wait(60):
+            return 500, "nobody else was answered"
+        return say(thought(f"The answer is {body['seed']}."))
+
+    words = [*ALL, "stage.samples_per_prompt=1", "stage.prompts=30", "stage.filters.max_repetition=1"]
+    with chat_server(slow_first) as served:
+        rows = extracted(tmp_path / "slow", f"teacher={served.url}", *words)
+    assert len(first) == 30 and len([*(tmp_path / "slow").rglob("data/shards/*/*.parquet")]) == 2
+    with chat_server(lambda body: say(thought(f"The answer is {body['seed']}."))) as served:
+        again = extracted(tmp_path / "again", f"teacher={served.url}", *words)
+    assert [row["response"] for row in rows] == [row["response"] for row in again]
+    assert [row["question"] for row in rows] == [row["question"] for row in again]
+
+
+def test_a_journal_keeps_bytes_and_leaves_out_what_a_kill_has_cut_off(tmp_path: Path) -> None:
+    shard = tmp_path / "1-of-2.parquet"
+    rows = [{"text": "é", "likely": [{"piece": b"\xc3", "top": [b"\xa9", b"a"], "logprobs": [-0.1, -3.0]}]}]
+    Journal(shard).add(4, rows, Spent(requests=1, usd=0.5))
+    with shard.with_suffix(".jsonl").open("a") as file:
+        file.write('{"item": 6, "ro')
+    again = Journal(shard)
+    assert again.rows == {4: rows} and again.spent == Spent(requests=1, usd=0.5)
+    again.add(6, rows, Spent(requests=2))
+    assert {*Journal(shard).rows} == {4, 6} and Journal(shard).spent.requests == 3
 
 
 # --- expansion

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -472,8 +473,12 @@ def test_a_judge_is_a_reward_and_the_truth_stands_beside_it(tmp_path: Path) -> N
     assert all((row["score_judge"] is None) == (row["task"] == "word") for row in rows)
     found = judged_record(folder)["judge"]
     assert found["requests"] == len(served.requests)
-    assert found["weaknesses"] == ["harmless: area under the ROC curve 0.6, below stage.judge.min_auc=0.75"]
-    assert "weak judge, used because" in (folder / "progress.jsonl").read_text()
+    assert found["weaknesses"] == [
+        "harmless: area under the ROC curve is 0.6, below stage.judge.min_auc=0.75"
+    ]
+    assert (folder / "progress.jsonl").read_text().count(
+        "is used because of stage.judge.force=true, although"
+    ) == 1
 
 
 def write_bundled_shape(folder: Path) -> None:
@@ -583,11 +588,18 @@ def test_a_judge_that_is_hacked_moves_away_from_the_truth(world: World) -> None:
 # --- the command line
 
 
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Of a server that is looked for, and asked nothing."""
+    with chat_server(lambda body: say("")) as served:
+        yield served.url
+
+
 def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
-    house: House, capsys: pytest.CaptureFixture
+    house: House, capsys: pytest.CaptureFixture, url: str
 ) -> None:
-    words = ["run", "stage=rejection_sft", "parent=pretrain", "judge=http://localhost:1/v1"]
-    reward = ["run", "stage=all_scenario", "parent=pretrain", "judge=http://localhost:1/v1", "stage.reads=[]"]
+    words = ["run", "stage=rejection_sft", "parent=pretrain", f"judge={url}"]
+    reward = ["run", "stage=all_scenario", "parent=pretrain", f"judge={url}", "stage.reads=[]"]
     reward += ["+stage.rewards.weights.judge=1", "stage.preference.helpful_weight=0"]
     reward += ["stage.preference.harmless_weight=0"]
     assert house.call("run", "stage=grpo", "parent=pretrain") == 0
@@ -601,7 +613,7 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
         return err
 
     for call in (words, reward):
-        assert "judge=http://localhost:1/v1: was never measured" in told(*call)
+        assert f"judge={url} cannot be relied on: it was never measured" in told(*call)
     config = compose([*reward[1:], f"root={house.root}"]).config
     place = judge_quality.folder_of(config)
     place.mkdir(parents=True)
@@ -611,14 +623,14 @@ def test_a_judge_that_was_not_measured_or_is_weak_is_refused_in_one_line(
     quality = {"judge": {}, "prompts": "", "asked": {}, "data": {}, "created": "", "kinds": weak}
     (place / "quality.json").write_text(json.dumps(quality))
     refused = told(*reward)
-    assert "pointwise: agreement with the labels 0.5, below stage.judge.min_agreement=0.65" in refused
+    assert "pointwise: agreement with the labels is 0.5, below stage.judge.min_agreement=0.65" in refused
     assert "stage.judge.force=true" in refused
     assert house.call(*reward, "stage.judge.min_agreement=0.5") == 0
     assert house.call(*reward, "stage.judge.force=true") == 0
     assert "never measured" in told(*reward, "stage.judge.votes=2"), "asked otherwise it is another judge"
     del weak["pointwise"]
     (place / "quality.json").write_text(json.dumps(quality))
-    assert "pointwise: was not measured" in told(*reward)
+    assert "pointwise: it was not measured" in told(*reward)
     (place / "quality.json").write_text('{"kinds": 3}')
     assert "quality.json" in told(*reward)
 

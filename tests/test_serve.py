@@ -539,6 +539,35 @@ def test_a_key_is_asked_for_and_pages_of_other_sites_are_not_answered(monkeypatc
         assert ask(server, "/v1/models", Origin=f"http://127.0.0.1:{server.server_port}")[0] == 200
 
 
+def asked_as(server: Server, *hosts: str) -> bytes:
+    """The reply to a request whose Host header is as a page would send it whose name leads here."""
+    headers = "".join(f"Host: {host}\r\n" for host in hosts)
+    return raw(server, f"GET /v1/models HTTP/1.1\r\n{headers}Connection: close\r\n\r\n".encode())
+
+
+def test_a_name_that_was_made_to_lead_here_is_refused(monkeypatch):
+    with served(BASE) as server:
+        port = server.server_port
+        mine = ("localhost", f"localhost:{port}", f"LocalHost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}")
+        for host in mine:
+            assert asked_as(server, host).startswith(b"HTTP/1.1 200 "), host
+        others = ("evil.example", f"evil.example:{port}", "localhost.evil.example", "127.0.0.1.evil.example")
+        for host in (*others, "10.0.0.1", "", "a b", "localhost:x", "[::1", "\x00", "me@evil.example"):
+            reply = asked_as(server, host)
+            assert reply.startswith(b"HTTP/1.1 403 ") and b"this server is not called" in reply, host
+        assert b"a key in $R1PIPE_SERVE_KEY" in asked_as(server, "evil.example")
+        assert asked_as(server, f"localhost:{port}", "evil.example").startswith(b"HTTP/1.1 403 ")
+    monkeypatch.setattr(socket, "gethostname", lambda: "Node7")
+    with served(BASE, host="0.0.0.0") as server:
+        for host in ("10.0.0.1:9", "node7", "localhost", "[fe80::1]:80"):
+            assert asked_as(server, host).startswith(b"HTTP/1.1 200 "), host
+        assert asked_as(server, "evil.example").startswith(b"HTTP/1.1 403 ")
+    monkeypatch.setenv("R1PIPE_SERVE_KEY", "geheim")
+    with served(BASE) as server:  # a page of another site has no key, and a proxy may have any name
+        assert asked_as(server, "api.example").startswith(b"HTTP/1.1 401 ")
+        assert ask(server, "/v1/models", Host="api.example", Authorization="Bearer geheim")[0] == 200
+
+
 def test_damaged_weights_are_an_error_of_that_request(tmp_path):
     folder = write_model(tmp_path / "qwen", "qwen3")
     with served(folder) as server:

@@ -98,9 +98,13 @@ def taught_rules(stage: TransferConfig, rl: TaughtConfig, ranks: int) -> Rules:
 
 def below_rl(rules: Rules) -> Rules:
     """Messages on reinforcement with its keys where a distillation has them."""
+    yield from map(in_distillation, rules)
+
+
+def in_distillation(message: str) -> str:
+    """A message on reinforcement with its keys where a distillation has them."""
     names = "|".join(field.name for field in fields(ReinforcementConfig))
-    for message in rules:
-        yield re.sub(rf"\bstage\.(?=(?:{names})\b)", "stage.rl.", message)
+    return re.sub(rf"\bstage\.(?=(?:{names})\b)", "stage.rl.", message)
 
 
 def as_rl(stage: TransferConfig) -> RLConfig:

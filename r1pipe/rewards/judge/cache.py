@@ -14,8 +14,7 @@ from typing import BinaryIO
 
 from r1pipe.chat.answerer import AnswerParams, Identity, Spent
 from r1pipe.core.types import Prompt
-
-FILES = "judge-*.jsonl"
+from r1pipe.runs.answers import OF_JUDGES
 
 
 def key_of(judge: Identity, prompt: Prompt, params: AnswerParams) -> str:
@@ -31,10 +30,10 @@ class AnswerCache:
 
     def __init__(self, folder: Path, rank: int = 0):
         """Reads what is there; a line that a kill has cut off is left out, and asked again."""
-        self.path = folder / FILES.replace("*", str(rank))
+        self.path = folder / OF_JUDGES.replace("*", str(rank))
         self.spent = Spent()  # by all ranks, before this session; and by this one since
         self._texts: dict[str, list[str]] = {}
-        for path in sorted(folder.glob(FILES)):
+        for path in sorted(folder.glob(OF_JUDGES)):
             for line in path.read_bytes().splitlines():
                 self._take(line)
 

@@ -5,7 +5,8 @@ token's advantage is the teacher's log-probability of it less the student's. All
 train/rl.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from itertools import chain
 from typing import Any, cast
@@ -14,7 +15,8 @@ import numpy as np
 
 from r1pipe.config import DistillConfig, RLConfig
 from r1pipe.config.fields import check_all
-from r1pipe.config.transfer import as_rl, transfer_rules
+from r1pipe.config.transfer import as_rl, in_distillation, transfer_rules
+from r1pipe.core.errors import R1pipeError
 from r1pipe.core.types import Completion, Prompt, Score, Status
 from r1pipe.data.source import Source
 from r1pipe.runs.files import read_object, write_json
@@ -50,7 +52,18 @@ def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_h
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
         teacher = TeacherAdvantages(model, as_reinforcement.stage, config.teacher_coef)
-    reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
+    with naming_its_keys():
+        reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
+
+
+@contextmanager
+def naming_its_keys() -> Iterator[None]:
+    """Errors of reinforcement name its keys where a distillation has them."""
+    try:
+        yield
+    except R1pipeError as error:
+        error.args = (in_distillation(str(error)), *error.args[1:])
+        raise
 
 
 class TeacherAdvantages:

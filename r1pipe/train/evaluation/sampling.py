@@ -36,7 +36,7 @@ class EvalSampler:
     config: EvalConfig
     verdicts: Verdicts
     stop: Callable[[], object]
-    total: int  # completions of this rank in all
+    total: int  # completions of all ranks
     context: int | None = None
     folder: Path | None = None
     done: int = 0
@@ -59,7 +59,7 @@ class EvalSampler:
         self.done += len(prompts) * params.n
 
         def progress(count: int, _: int) -> None:
-            self.run.progress("evaluating", before + count, self.total, "completions")
+            self.run.shared_progress("evaluating", before + count, self.total, "completions")
 
         tokens = [chat.prompt_tokens(prompt) for prompt in prompts]
         room = self.context

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1pipe.chat.answerer import Answerer, AnswerParams, Identity, Progress, Spent
+from r1pipe.chat.server import ServerAnswerer
 from r1pipe.chat.template import MARK, Chat
 from r1pipe.config import DistillConfig
 from r1pipe.core.types import Completion, Message, Prompt
 from r1pipe.runs.record import TeacherFacts
 from r1pipe.train.answering import LocalAnswerer, open_answerer
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract.served import Rows, asked_in_shards
 from r1pipe.train.run import Run
 from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
 
@@ -110,22 +113,40 @@ class TeacherGenerator:
             seqs,
             top_logprobs=how.top_logprobs,
         )
-        # of a server only what is under way may be lost: it costs money
-        per_shard = max(1, SHARD_ROUNDS * seqs // how.n) if self.is_local else stage.teacher.parallel
+        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
+        if isinstance(answerer, ServerAnswerer):
+            shards = self._of_server(answerer, name, items, params, state)
+            return [[_completion(row) for row in rows] for rows in in_order(shards, how.n)]
+        per_shard = max(1, SHARD_ROUNDS * seqs // how.n)
 
         def shard(part: Sequence[Any], number: int, of: int, progress: Progress) -> pa.Table:
             before = replace(answerer.spent)
             answers = draw(part, replace(params, first=number, stride=of), progress)
             rows = [_row(completion) for each in answers for completion in each]
-            spent = json.dumps(asdict(answerer.spent - before))
-            return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: spent})
+            return _table(rows, answerer.spent - before)
 
         def idle() -> None:
             draw([], params, lambda done, total: None)
 
-        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
         shards = in_shards(self.run, self.ranks, name, items, per_shard, shard, idle, each=how.n, state=state)
         return [[_completion(row) for row in rows] for rows in in_order(shards, how.n)]
+
+    def _of_server(
+        self, server: ServerAnswerer, name: str, items: Sequence[Prompt], params: AnswerParams, state: str
+    ) -> list[Path]:
+        """The shards of a server's answers."""
+
+        def ask(wanted: Iterable[tuple[int, Prompt]]) -> Iterator[tuple[int, Rows, Spent]]:
+            before = replace(server.spent)
+            for item, completions in server.as_they_come(wanted, params):
+                now = replace(server.spent)
+                yield item, [_row(completion) for completion in completions], now - before
+                before = now
+
+        per_shard = SHARD_ROUNDS * self.run.stage.teacher.parallel
+        return asked_in_shards(
+            self.run, self.ranks, name, items, per_shard, ask, _table, each=params.n, state=state
+        )
 
     def facts(self, prompts: int) -> TeacherFacts:
         """Who it is, and what all of its shards have taken, over all sessions of the run."""
@@ -146,6 +167,11 @@ def _before_user(chat: Chat, context: tuple[Message, ...]) -> tuple[list[int], i
     following = chat.encode(after)
     special = {number for number, token in chat.tokenizer.get_added_tokens_decoder().items() if token.special}
     return chat.encode(before), next((token for token in following if token in special), None)
+
+
+def _table(rows: Rows, spent: Spent) -> pa.Table:
+    """The content of a shard."""
+    return pa.Table.from_pylist(rows, ANSWER).replace_schema_metadata({SPENT: json.dumps(asdict(spent))})
 
 
 def _row(completion: Completion) -> dict[str, Any]:

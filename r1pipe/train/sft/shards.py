@@ -43,16 +43,8 @@ def in_shards(
     fewer shards than another calls `idle`, since models whose weights are sharded need all ranks equally
     often. Raises Interrupted in all ranks after a request to stop.
     """
-    folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)
-    if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    ranks.barrier()
-    # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
-    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.parquet")]
-    ranks.barrier()  # all have looked before one writes
-    per_rank = -(-len(items) // (per_shard * ranks.world_size))
-    count = max(counts, default=per_rank * ranks.world_size)
-    shards = [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
+    shards = shard_files(run, ranks, name, len(items), per_shard, state)
+    count = len(shards)
     total = len(items) * each
     missing = [n for n in range(ranks.rank, count, ranks.world_size) if not shards[n].exists()]
     extra = ranks.agree_max(len(missing)) - len(missing)
@@ -70,6 +62,20 @@ def in_shards(
         for _ in range(extra):
             idle()
     return shards
+
+
+def shard_files(run: Run[Any], ranks: Ranks, name: str, items: int, per_shard: int, state: str) -> list[Path]:
+    """The files of in_shards, which need not be there; all ranks call."""
+    folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    ranks.barrier()
+    # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
+    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob("*-of-*.*")]
+    ranks.barrier()  # all have looked before one writes
+    per_rank = -(-items // (per_shard * ranks.world_size))
+    count = max(counts, default=per_rank * ranks.world_size)
+    return [folder / f"{number + 1}-of-{count}.parquet" for number in range(count)]
 
 
 def in_order(shards: Iterable[Path], each: int = 1) -> list[list[dict[str, Any]]]:

@@ -322,20 +322,23 @@ class Likes:
 
 def test_each_tokens_advantage_is_the_completions_and_the_teachers() -> None:
     stage = tiny_config("stage=grpo", "stage.max_tokens_per_micro_batch=8").stage
-    teacher = TeacherAdvantages(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
+    teacher = TeacherAdvantages(Likes(), stage, coef=0.5, discount=0.0)  # type: ignore[arg-type]
     teacher.ranks = type("Ranks", (), {"sum_over_ranks": staticmethod(lambda values: values)})()
     rollouts = [
         Rollout([1, 2], Completion([3, 4], [-1.0, -5.0], "stop"), 1.0, True),
         Rollout([1], Completion([5], [-3.5], "stop"), -2.0, True),
     ]
     metrics = teacher.set_advantages(rollouts)
-    assert [rollout.advantages for rollout in rollouts] == [[0.0, 2.0], [-1.75]]
+    mean = (-1.0 + 1.0 + 0.25) / 3  # of the teacher's part, which is taken off
+    expected = [[1.0 - 1.0 - mean, 1.0 + 1.0 - mean], [-2.0 + 0.25 - mean]]
+    for rollout, advantages in zip(rollouts, expected, strict=True):
+        assert rollout.advantages == pytest.approx(advantages)
     assert metrics["distill/reverse_kl"] == pytest.approx((2.0 - 2.0 - 0.5) / 3)
     assert metrics["distill/teacher_tokens"] == 3
     from r1pipe.train.rl.batch import collate
 
     micro = collate(rollouts, [1.0, 1.0], 0.0, torch.device("cpu"))
-    assert micro.advantages_N.tolist() == [0.0, 2.0, -1.75], "what the update reads"
+    assert micro.advantages_N.tolist() == pytest.approx([*expected[0], *expected[1]]), "what the update reads"
 
 
 # --- what is refused

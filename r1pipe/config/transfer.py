@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from r1pipe.config.fields import AboveZero, NonNegative, Positive, Rules, Share, Strict
+from r1pipe.config.fields import AboveZero, Discount, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.rl import ReinforcementConfig, RLConfig, any_weight, rl_rules
 from r1pipe.config.stages import FineTuneConfig, SamplingConfig, StageConfig
 
@@ -26,6 +26,7 @@ class TaughtConfig(ReinforcementConfig):
     """Reinforcement whose advantages may come from the teacher, token by token (on-policy distillation)."""
 
     teacher_coef: NonNegative  # weight of log pi_teacher - log pi_student in a token's advantage; 0: none
+    teacher_discount: Discount  # of the following tokens' share in it; 0: each token for itself
     score_weight: NonNegative  # weight of the teacher's score of an answer in its reward; 0: none
 
 

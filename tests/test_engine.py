@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import OPTIM, ROUTER, engine_config, on_two_ranks, tiny_model
+from jobs import OPTIM, ROUTER, engine_config, launched, on_two_ranks, tiny_model
 from torch.nn.functional import cross_entropy
 
 from r1pipe.core.errors import CheckpointError, ConfigError
@@ -213,7 +213,7 @@ def test_schedules(schedule, middle, last):
 
 
 def test_two_ranks_train_as_one(tmp_path, one_rank):
-    all_found = on_two_ranks("two_ranks.py", tmp_path)
+    all_found = launched("two_ranks.py", tmp_path)
     for level, found in all_found.items():
         assert found["losses"] == pytest.approx([s.loss for s in one_rank], rel=1e-4), level
         assert found["norms"] == pytest.approx([s.grad_norm for s in one_rank], rel=1e-3), level

@@ -8,7 +8,11 @@ import pyarrow.parquet
 import torch._dynamo  # reached by any initialisation on torch's meta device: half of a job's start
 
 from r1pipe.doctor import examine  # reaches every room of the heavy wing
+from r1pipe.rewards import language
 from r1pipe.train.engine import patches
 
 __all__ = ["examine", "pyarrow", "torch"]
 patches.import_deepspeed()
+language.language_share(
+    "The words of this sentence are enough to tell its language.", "en"
+)  # reads the tables of languages

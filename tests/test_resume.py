@@ -35,8 +35,8 @@ CASES = [
     ("pretrain", 2, 3, "copied, not written"),
     ("pretrain", 2, 1, "hashed by a rank"),
 ]
-# `make test` has every ZeRO level, and each kind of loop once: a corpus (with a save beside training), RL, rejection
-# sampling and reward models; `make test-all` has every stage.
+# `make test` has every ZeRO level, and each kind of loop once: a corpus (with a save beside training), RL,
+# rejection sampling and reward models; `make test-all` has every stage.
 SLOW = (*CASES[:3], *CASES[5:6], *CASES[7:14])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_servers import ChatServer, chat_server, say
+from fake_servers import FakeServer, chat_server, say
 from hf_models import write_model
 from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
@@ -17,14 +17,14 @@ from r1pipe.chat import server
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
+from r1pipe.config.distill_methods import EXTRACTS, METHODS, TRANSFERS
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
-from r1pipe.train.distill.on_policy import TeacherScores
+from r1pipe.train.distill.on_policy import TeacherScorer
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.alignment import aligned, pieces_of
@@ -36,7 +36,7 @@ from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
 from r1pipe.train.extract.problems import Problems, rouge_l
-from r1pipe.train.extract.teacher import Teacher
+from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
 
@@ -65,7 +65,7 @@ def funnel(folder: Path) -> dict[str, int]:
     return {step["name"]: step["dropped"] for step in json.loads((folder / "data/funnel.json").read_text())}
 
 
-def asked(served: ChatServer) -> list[str]:
+def asked(served: FakeServer) -> list[str]:
     return [body["messages"][-1]["content"] for body in served.requests]
 
 
@@ -73,26 +73,28 @@ def thought(text: str) -> str:
     return f"<think>\nWe look at it.\n</think>\n\n{text}"
 
 
-# --- the table of pairs
+# --- the table of methods
 
 
-def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
-    assert list(PAIRS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
+def test_every_method_is_allowed_or_refused_with_a_reason() -> None:
+    assert list(METHODS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
 
-    def told(way: str, transfer: str, teacher: str) -> str:
-        words = [f"stage.extract={way}", f"stage.transfer={transfer}", f"teacher={teacher}"]
-        topics = ["stage.curate.topics=[tea]"] if way == "curate" else []
+    def told(source: str, transfer: str, teacher: str) -> str:
+        words = [f"stage.extract={source}", f"stage.transfer={transfer}", f"teacher={teacher}"]
+        topics = ["stage.curate.topics=[tea]"] if source == "curate" else []
         try:
             tiny_config("stage=distill", *topics, *words)
         except ConfigError as error:
             return str(error)
         return ""
 
-    for (way, transfer), pair in PAIRS.items():
-        refused = f"stage.extract={way} stage.transfer={transfer} is no way to distil: {pair.text}"
-        assert told(way, transfer, "base") == ("" if pair.runs else refused)
-        if pair.runs and pair.live:
-            assert "give teacher=CHECKPOINT" in told(way, transfer, "http://host/v1")
+    for (source, transfer), method in METHODS.items():
+        refused = (
+            f"stage.extract={source} stage.transfer={transfer} is not a distillation method: {method.text}"
+        )
+        assert told(source, transfer, "base") == ("" if method.supported else refused)
+        if method.supported and method.live:
+            assert "give teacher=CHECKPOINT" in told(source, transfer, "http://host/v1")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_topics_and_documents_become_questions_with_answers(tmp_path: Path) -> N
 def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
     words = [*ALL, "stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
     folder, teacher = tmp_path / "run", lineage.bundled()
-    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", taught_by=teacher)
+    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", teacher=teacher)
     model, chat = load_pretrained(teacher.checkpoint).eval(), Chat.load(teacher.checkpoint)
     for row in rows[:3]:
         prompt = replace(samples.prompt_of(row), id="")
@@ -410,10 +412,10 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     words = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=2", *ALL]
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
-    rows = extracted(made, *live, taught_by=lineage.bundled())
+    rows = extracted(made, *live, teacher=lineage.bundled())
     assert rows and all(row["top_ids"] is None for row in rows)
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
-    prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
+    prompts = extracted(tmp_path / "prompts", *alone, teacher=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
     assert all(row["answer"] and row["licence"] == "Apache-2.0" for row in prompts)
     assert {
@@ -445,11 +447,11 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 2]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, taught_by=adopt(other, tmp_path))
+    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, teacher=adopt(other, tmp_path))
     rows = [Kept(Prompt("a", "word", "en", "3+4?"), text, {}) for text in (thought("Answer: 7"), "4 " * 999)]
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
-        work = Work(run, ranks, Teacher(run, ranks), [])  # type: ignore[arg-type]
+        work = Work(run, ranks, TeacherGenerator(run, ranks), [])  # type: ignore[arg-type]
         top, too_long = read_by_teacher(work, rows)
     assert too_long is None and top is not None
     assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
@@ -535,7 +537,7 @@ def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_pat
         assert not served.requests, "prompts alone cost nothing"
         with open_run(str(folder), DistillConfig) as run:
             run.load_chat()
-            scorer = TeacherScores(run, 1.0)
+            scorer = TeacherScorer(run, 1.0)
             found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
             scorer.finish()
         asked = len(served.requests)
@@ -602,8 +604,8 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> Non
     small = [*SMALL, "stage.sampling.max_tokens=24", "stage.sampling.max_num_seqs=2"]
     alone = {}
     for name, words in ways.items():
-        alone[name] = extracted(tmp_path / "one" / name, *small, *words, taught_by=base)
-        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, taught_by=base)
+        alone[name] = extracted(tmp_path / "one" / name, *small, *words, teacher=base)
+        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, teacher=base)
         config = json.loads((folder / "config.json").read_text())
         config["engine"]["ranks"] = 2
         write_json(folder / "config.json", config)

@@ -28,7 +28,7 @@ SHARD_ROUNDS = 8  # completions per slot in one shard: few to lose, yet enough t
 
 
 @dataclass
-class Drawing:
+class EvalSampler:
     """Draws for one evaluation. `context`: see `evaluate`; `folder`: where shards are kept, if anywhere."""
 
     run: Run[Any]

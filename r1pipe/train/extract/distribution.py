@@ -44,7 +44,7 @@ def distribution(work: Work) -> Found:
     else:
         prompts = work.data_prompts()
         asks = 0 if work.teacher.is_local else stage.distribution.top_k
-        answers = work.teacher.ask(ANSWERS, prompts, work.answers(top_logprobs=asks))
+        answers = work.teacher.generate(ANSWERS, prompts, work.answers(top_logprobs=asks))
         rows, funnel, completions = work.kept(prompts, answers)
     if stage.distribution.live:
         return Found(rows, funnel)
@@ -52,7 +52,7 @@ def distribution(work: Work) -> Found:
         rows = work.ranks.all_gather_objects(rows)[0]
         found = read_by_teacher(work, rows)
     else:
-        found = told_by_server(work, rows, completions)
+        found = from_server(work, rows, completions)
     return Found(*with_known(rows, found, funnel))
 
 
@@ -162,8 +162,8 @@ class Translation:
         return TopK(*(np.concatenate(pair) for pair in zip(found, last or unknown(1, self.k), strict=True)))
 
 
-def told_by_server(work: Work, rows: Sequence[Kept], completions: Sequence[Completion]) -> list[TopK | None]:
-    """What a server has told of each of its answers; None without, or of another text."""
+def from_server(work: Work, rows: Sequence[Kept], completions: Sequence[Completion]) -> list[TopK | None]:
+    """What a server returned for each of its answers; None without, or of another text."""
     translate = Translation(work)
     found: list[TopK | None] = []
     for row, completion in zip(rows, completions, strict=True):

@@ -40,7 +40,7 @@ def in_shards(
     """All shard files of the work `name`, in order; the ranks share what is missing, and all call.
 
     An item makes `each` rows. `state`: what the items depend on; shards of another lie beside. A rank with
-    fewer shards than another calls `idle`, since models whose weights lie in shares need all ranks equally
+    fewer shards than another calls `idle`, since models whose weights are sharded need all ranks equally
     often. Raises Interrupted in all ranks after a request to stop.
     """
     folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)

@@ -13,6 +13,4 @@ from r1pipe.train.engine import patches
 
 __all__ = ["examine", "pyarrow", "torch"]
 patches.import_deepspeed()
-language.language_share(
-    "The words of this sentence are enough to tell its language.", "en"
-)  # reads the tables of languages
+language.language_share("The words of this sentence tell its language.", "en")  # reads its tables

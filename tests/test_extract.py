@@ -27,6 +27,7 @@ from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill.on_policy import TeacherScores
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
+from r1pipe.train.extract import feedback
 from r1pipe.train.extract.alignment import aligned, pieces_of
 from r1pipe.train.extract.answers import scored, with_majority
 from r1pipe.train.extract.curate import passages
@@ -557,6 +558,16 @@ def test_a_server_corrects_the_students_answers(tmp_path: Path) -> None:
     assert {row["score"] for row in better} == {1.0} and {row["score"] for row in worse} == {0.0}
     assert {(row["source"], row["licence"]) for row in worse} == {("sampled:bundled", "Apache-2.0")}
     assert {row["licence"] for row in better} == {None}, "what the teacher wrote has the teacher's"
+    assert [row["pair"] for row in better] == [row["pair"] for row in worse]
+
+
+def test_equal_corrections_of_two_answers_keep_the_answer_that_each_corrects(tmp_path: Path) -> None:
+    own = [Completion([], [], "stop", text) for text in ("first", "second")]
+    with chat_server(critic) as served, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feedback, "students_answers", lambda work, prompts: [own])
+        teacher = [f"teacher={served.url}", "stage.feedback.by=correction", *ALL, "stage.prompts=1"]
+        rows = answering(tmp_path / "run", *teacher, "stage.transfer=ranking")
+    assert [row["response"] for row in rows] == [thought("The answer is 7."), "first"], "the other is a copy"
 
 
 def test_likelihood_ranks_the_students_answers(tmp_path: Path) -> None:

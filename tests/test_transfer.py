@@ -4,7 +4,9 @@ The losses are in tests/test_distill_losses.py; what is got out of a teacher, in
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, pr
 from r1pipe.train.distill.on_policy import TokenTeacher, with_prompts
 from r1pipe.train.distill.ranking import Pair, in_parts
 from r1pipe.train.extract.alignment import TopK
+from r1pipe.train.extract.dataset import COLUMNS
 from r1pipe.train.rl.batch import Rollout
 from r1pipe.train.run import open_run
 
@@ -262,14 +265,13 @@ def test_pairs_go_in_micro_batches_whole_and_longest_first() -> None:
     assert [len(part) for part in in_parts(pairs, 1, 1)] == [1, 1, 1], "a pair is not split"
 
 
-def write_rows(path: Path, *rows: tuple[str, str, float | None]) -> Path:
-    from r1pipe.train.extract.dataset import COLUMNS
-
+def write_rows(path: Path, *rows: tuple[str, str, float | None], pairs: Sequence[int | None] = ()) -> Path:
     stored = []
-    for question, response, score in rows:
+    for (question, response, score), pair in zip_longest(rows, pairs):
         prompt = Prompt(question, "word", "en", question, "" if score is None else "1")
-        stored.append(samples.row_of(Demonstration(prompt, response), "reasoning") | {"score": score})
-    samples.write(path, stored, {"score": COLUMNS["score"]})
+        more = {"score": score, "pair": pair}
+        stored.append(samples.row_of(Demonstration(prompt, response), "reasoning") | more)
+    samples.write(path, stored, {name: COLUMNS[name] for name in ("score", "pair")})
     return path
 
 
@@ -285,6 +287,17 @@ def test_the_best_answer_is_paired_with_the_worst_while_scores_differ(tmp_path: 
     assert [(pair.prompt.question, pair.chosen, pair.rejected) for pair in found] == [("a", "best", "worst")]
     with pytest.raises(DataError, match="have different scores"):
         transfer.pairs_by_score(write_rows(tmp_path / "same.parquet", rows[1], rows[3], rows[4]))
+
+
+def test_a_correction_is_paired_with_the_answer_that_it_corrects(tmp_path: Path) -> None:
+    rows = [
+        *(("a", "first, better", 1.0), ("a", "first", 0.0)),
+        *(("a", "second, better", 1.0), ("a", "second", 0.0)),
+        ("a", "third", 0.0),  # its correction was dropped
+    ]
+    path = write_rows(tmp_path / "rows.parquet", *rows, pairs=[0, 0, 1, 1, 2])
+    found = [(pair.chosen, pair.rejected) for pair in transfer.pairs_by_score(path)]
+    assert found == [("first, better", "first"), ("second, better", "second")]
 
 
 # --- reinforcement

@@ -23,6 +23,7 @@ from r1pipe.train.sft.filters import FILTERS, Sampled, apply_filters
 COLUMNS: dict[str, pa.DataType] = {
     "checker": pa.string(),  # JSON, for the task's checker
     "score": pa.float32(),  # of feedback: the teacher's, in 0..1; in an answer's group more is better
+    "pair": pa.int32(),  # the same number for a correction and the answer that it corrects
     "top_ids": pa.list_(pa.int32()),  # [T * K] token ids
     "top_logprobs": pa.list_(pa.float16()),  # [T * K] the teacher's log-probabilities
     "rest_logprobs": pa.list_(
@@ -41,6 +42,7 @@ class Kept:
     origin: Mapping[str, str | None]  # columns of samples.ORIGIN
     filters: tuple[str, ...] = ()
     score: float | None = None
+    pair: int | None = None
     distribution: Mapping[str, Any] = field(default_factory=dict)  # of COLUMNS
 
 
@@ -113,8 +115,8 @@ def _stored(row: Kept) -> samples.Row:
     stored = samples.row_of(_demonstration(row), kind)
     if row.prompt.checker:
         stored["checker"] = json.dumps(row.prompt.checker)
-    if row.score is not None:
-        stored["score"] = row.score
+    more = {"score": row.score, "pair": row.pair}
+    stored |= {name: value for name, value in more.items() if value is not None}
     return stored | dict(row.distribution)
 
 

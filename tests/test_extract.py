@@ -36,7 +36,7 @@ from r1pipe.train.extract.distribution import read_by_teacher, stored_top
 from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
-from r1pipe.train.extract.problems import Problems, rouge_l
+from r1pipe.train.extract.problems import Problems, WordIndex, rouge_l
 from r1pipe.train.extract.teacher import Teacher
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
@@ -223,6 +223,24 @@ def test_rouge_l_is_what_its_definition_says() -> None:
         one, other = (rng.choice([*"abcd"], int(rng.integers(1, 90))).tolist() for _ in range(2))
         assert rouge_l(one, other) == pytest.approx(2 * slow(one, other) / (len(one) + len(other)))
     assert rouge_l([], []) == 1.0
+
+
+@pytest.mark.parametrize("similarity", [0.0, 0.3, 0.7, 0.9])
+def test_near_copies_are_those_that_a_comparison_with_every_text_finds(similarity: float) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.choice([*"aabbcdefghij"], int(rng.integers(1, 25))).tolist() for _ in range(300)]
+    texts += [[*text[:3], "k", *text[4:]] for text in texts[:100]]
+    index = WordIndex()
+    known: list[list[str]] = []
+    copies = 0
+    for text in texts:
+        expected = [other for other in known if rouge_l(text, other) >= similarity]
+        found = [other for other in index.alike(text, similarity) if rouge_l(text, other) >= similarity]
+        assert found == expected
+        copies += bool(found)
+        index.add(text)
+        known.append(text)
+    assert copies > 50, "the test sees some"
 
 
 def test_new_problems_are_new() -> None:
@@ -536,13 +554,14 @@ def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_pat
         assert not served.requests, "prompts alone cost nothing"
         with open_run(str(folder), DistillConfig) as run:
             run.load_chat()
-            scorer = TeacherScores(run, 1.0)
-            found = scorer.score([samples.prompt_of(rows[0])], [Completion([], [], "stop", "abcdef")])
+            scorer, prompt = TeacherScores(run, 1.0), samples.prompt_of(rows[0])
+            found = [scorer.score([prompt], [Completion([], [], "stop", text)]) for text in ("abcdef", "abc")]
             scorer.finish()
-        asked = len(served.requests)
-    assert [score.value for score in found] == [0.9] and asked == 1
+        seeds = {body["seed"] for body in served.requests}
+    assert [score.value for [score] in found] == [0.9, 0.3]
+    assert len(seeds) == 2, "each step's ratings are drawn anew"
     facts = json.loads((folder / "teacher.json").read_text())
-    assert (facts["requests"], facts["prompts"]) == (1, len({row["prompt_id"] for row in rows}))
+    assert (facts["requests"], facts["prompts"]) == (2, len({row["prompt_id"] for row in rows}))
     assert facts["prompt_tokens"] > 0
 
 

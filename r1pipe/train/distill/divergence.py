@@ -166,7 +166,7 @@ def with_own_answers(
     assert run.stage.divergence is not None
     share_of = run.stage.divergence.on_policy
     for number, (rows, after) in enumerate(batches(step, position), step + 1):
-        random = run.rng("on-policy", number)
+        random = run.rng("on-policy rows", number)
         count = int(share_of * len(rows) + random.random())  # right on average
         chosen = sorted(random.choice(len(rows), size=count, replace=False).tolist())
         others = [row for place, row in enumerate(rows) if place not in chosen]

@@ -24,7 +24,7 @@ from r1pipe.train.extract.work import ANSWERS, Found, Work
 from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.sft.filters import EXAMPLES
 from r1pipe.train.sft.rejection import dataset_of, read_dataset
-from r1pipe.train.sft.shards import in_order, in_shards
+from r1pipe.train.shards import in_order, in_shards
 
 PER_SHARD = 256  # responses
 NAMES = ("top_ids", "top_logprobs", "rest_logprobs")

@@ -25,7 +25,7 @@ from r1pipe.train.loading import load_weights
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import Progress
 from r1pipe.train.sft.filters import EXAMPLES, Evaluation
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 BEST = 10.0  # the highest rating of the rubric
 PER_SHARD = 256  # responses that are read
@@ -105,7 +105,8 @@ def rated(teacher: Teacher, pairs: Pairs) -> list[float | None]:
     """The teacher's ratings, in 0..1; None where none can be read."""
     template, config = teacher.run.stage.templates.rubric, teacher.run.stage.feedback
     requests = [_request(template, *pair) for pair in pairs]
-    replies = teacher.ask(FEEDBACK, requests, Drawing(config.max_tokens, config.temperature))
+    how = Drawing(config.max_tokens, config.temperature, by_content=True)
+    replies = teacher.ask(FEEDBACK, requests, how)
     return [rating(summary_of(reply.text)) for [reply] in replies]
 
 

@@ -17,7 +17,7 @@ from r1pipe.runs.record import TeacherFacts
 from r1pipe.train.answering import LocalAnswerer, open_answerer
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import Run
-from r1pipe.train.sft.shards import SHARD_ROUNDS, in_order, in_shards
+from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 SPENT = b"spent"  # in a shard's metadata: what it took
 LIKELY = pa.list_(
@@ -37,6 +37,8 @@ class Drawing:
     top_p: float = 1.0
     n: int = 1
     top_logprobs: int = 0
+    # What is asked decides the random numbers, too: of work that comes again with other prompts, as a step's.
+    by_content: bool = False
 
 
 class Teacher:
@@ -97,12 +99,13 @@ class Teacher:
     def _drawn(self, name: str, items: Sequence[Any], how: Drawing, draw: Any) -> list[list[Completion]]:
         stage, answerer = self.run.stage, self.answerer
         seqs = stage.sampling.max_num_seqs
+        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
         params = AnswerParams(
             how.max_tokens,
             how.temperature,
             how.top_p,
             how.n,
-            self.seed(name),
+            self.seed(f"{name} {state}" if how.by_content else name),
             seqs,
             top_logprobs=how.top_logprobs,
         )
@@ -119,7 +122,6 @@ class Teacher:
         def idle() -> None:
             draw([], params, lambda done, total: None)
 
-        state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]
         shards = in_shards(self.run, self.ranks, name, items, per_shard, shard, idle, each=how.n, state=state)
         return [[_completion(row) for row in rows] for rows in in_order(shards, how.n)]
 

@@ -18,7 +18,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
-from r1pipe.core.errors import ConfigError, DataError
+from r1pipe.core.errors import CheckpointError, ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
@@ -28,15 +28,16 @@ from r1pipe.train.distill.on_policy import TeacherScores
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract import feedback
-from r1pipe.train.extract.alignment import aligned, pieces_of
+from r1pipe.train.extract.alignment import TopK, aligned, pieces_of, unknown
 from r1pipe.train.extract.answers import scored, with_majority
 from r1pipe.train.extract.curate import passages
 from r1pipe.train.extract.dataset import Kept, read_rows
-from r1pipe.train.extract.distribution import read_by_teacher, stored_top
+from r1pipe.train.extract.distribution import in_turn, read_by_teacher
 from r1pipe.train.extract.expand import listed
 from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
 from r1pipe.train.extract.problems import Problems, WordIndex, rouge_l
+from r1pipe.train.extract.stored import ROWS, Stored, check_stored, write_stored
 from r1pipe.train.extract.teacher import Teacher
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
@@ -53,13 +54,23 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def extracted(folder: Path, *words: str, weights: ParentRef | None = None, **more: Any) -> list[dict]:
-    """The rows of a run's dataset; nothing is trained."""
+    """The rows of a run's dataset, `top` being the stored probabilities; nothing is trained."""
     if not folder.exists():
         tiny_run(folder, *SMALL, *words, weights=weights, **more)
     with open_run(folder) as run:
         run.load_chat(), run.load_data()
         path, _ = extract(run, Ranks(run.config.engine))  # type: ignore[arg-type]
-    return read_rows(path)
+        beside = run.folder.distributions
+    stored = Stored(beside) if beside.exists() else None
+    rows = read_rows(path)
+    for row in rows:
+        place = row.pop("distribution")
+        row["top"] = None if place is None or stored is None else [of.tolist() for of in stored[place]]
+    return rows
+
+
+def top_of(row: dict[str, Any]) -> TopK:
+    return TopK(*map(np.array, row["top"]))
 
 
 def funnel(folder: Path) -> dict[str, int]:
@@ -415,8 +426,8 @@ def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
             logits_TV = model(torch.tensor([example.tokens]))[0].float()
         learned = torch.tensor(example.loss)[1:]
         expected = logits_TV[:-1][learned].log_softmax(-1)
-        top = stored_top(row)
-        assert top is not None and top.ids_TK.shape == (int(learned.sum()), 5)
+        top = top_of(row)
+        assert top.ids_TK.shape == (int(learned.sum()), 5)
         found = expected.gather(1, torch.from_numpy(top.ids_TK).long())
         assert np.allclose(top.logprobs_TK.astype(float), found.numpy(), atol=1e-2)
         assert torch.equal(found[:, 0], expected.max(1).values), "the likeliest comes first"
@@ -430,7 +441,7 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
     rows = extracted(made, *live, taught_by=lineage.bundled())
-    assert rows and all(row["top_ids"] is None for row in rows)
+    assert rows and all(row["top"] is None for row in rows)
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
     prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
@@ -438,6 +449,40 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     assert {
         prompt.licence for prompt in prompts_of(tmp_path / "prompts" / "data" / "samples.parquet", True)
     } == {"Apache-2.0"}
+
+
+def test_probabilities_are_written_in_parts_and_mapped(tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "distributions.arrow"
+    tops: list[TopK | None] = [None, unknown(2, 3)]
+    for length in rng.integers(1, 9, 3 * ROWS):
+        ids = rng.integers(-1, 9, (length, 3)).astype(np.int32)
+        ids[0, 0] = 4
+        values = rng.random((length, 4)).astype(np.float16)
+        tops.append(TopK(ids, values[:, :3], values[:, 3]))
+    rows = write_stored(path, enumerate(tops))
+    stored = Stored(path)
+    assert [*rows] == [*range(2, len(tops))] and len(stored) == len(rows), "unknown ones are left out"
+    for number, row in rows.items():
+        expected = tops[number]
+        assert expected is not None and stored.tokens(row) == len(expected.rest_T)
+        assert stored.known(row) == (expected.ids_TK >= 0).any(1).sum()
+        for found, of in zip(stored[row], expected, strict=True):
+            assert found.dtype == of.dtype and np.array_equal(found, of) and not found.flags.owndata
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"distributions\.arrow cannot be read"):
+        Stored(path)
+
+
+def test_probabilities_that_are_not_the_datasets_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*DIVERGENCE, *ALL, "stage.prompts=2", "stage.sampling.max_tokens=8"]
+    extracted(folder, *words, taught_by=lineage.bundled())
+    paths = folder / "data" / "distributions.arrow", folder / "data" / "samples.parquet"
+    check_stored(*paths)
+    paths[0].write_bytes(b"0" + paths[0].read_bytes())
+    with pytest.raises(SystemExit):
+        extracted(folder)
+    assert "has changed; remove data/samples.parquet" in (folder / "error.txt").read_text()
 
 
 def test_one_text_in_two_tokenizers() -> None:
@@ -469,7 +514,7 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
         work = Work(run, ranks, Teacher(run, ranks), [])  # type: ignore[arg-type]
-        top, too_long = read_by_teacher(work, rows)
+        (_, top), (_, too_long) = in_turn(read_by_teacher(work, rows))
     assert too_long is None and top is not None
     assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
     mass = np.exp(top.logprobs_TK.astype(float)).sum(1) + np.exp(top.rest_T.astype(float))
@@ -499,8 +544,8 @@ def test_a_servers_probabilities_are_of_the_students_tokens(tmp_path: Path) -> N
     with chat_server(with_probabilities) as served:
         rows = extracted(tmp_path / "run", f"teacher={served.url}", *words, "stage.samples_per_prompt=1")
     for row in rows:
-        top = stored_top(row)
-        assert top is not None and top.ids_TK[:-1, 0].tolist() == chat.encode(text)
+        top = top_of(row)
+        assert top.ids_TK[:-1, 0].tolist() == chat.encode(text)
         assert np.allclose(top.logprobs_TK[:-1, 0].astype(float), -0.5)
         assert np.allclose(np.exp(top.rest_T[:-1].astype(float)), 1 - np.exp(-0.5), atol=1e-2)
         assert top.ids_TK[-1].tolist() == [-1] * 3 and top.rest_T[-1] == 0, "no server tells the end"
@@ -641,6 +686,6 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> Non
     for name, rows in alone.items():
         expected = json.loads(json.dumps(rows, default=float))
         for row in expected + found[f"distill-{name}"]:
-            for key in ("top_logprobs", "rest_logprobs"):  # of another batch: within rounding
-                row[key] = row[key] and np.round(np.exp(np.array(row[key], float)), 1).tolist()
+            if row["top"]:  # probabilities of another batch: within rounding
+                row["top"][1:] = [np.round(np.exp(np.array(of, float)), 1).tolist() for of in row["top"][1:]]
         assert expected and found[f"distill-{name}"] == expected

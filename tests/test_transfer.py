@@ -17,6 +17,7 @@ from hf_models import write_model
 from jobs import on_two_ranks
 from rl_runs import metrics_of
 from safetensors.torch import load_file
+from test_metrics import unlisted
 from tiny_runs import load_stage, tiny_config, tiny_run
 from torch import Tensor
 
@@ -117,6 +118,7 @@ def test_a_way_in_trains_and_resumes_exactly(
     assert record["steps"] == 3 and record["data_hash"] == checkpoints.file_hash(whole.dataset)
     rows = metrics_of(whole.path)
     assert len(rows) == 3 and all(LOGGED[name] <= row.keys() for row in rows)
+    assert not unlisted(name for row in rows for name in row)
     before = load_file(Path(student.checkpoint) / "model.safetensors")
     after = load_file(whole.checkpoint(3) / "model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before), "something was learned"
@@ -235,7 +237,8 @@ def stored_example(prompt: int, answer: list[int], known: bool = True) -> Stored
     tokens = [*range(prompt), *answer]
     ids = np.array(answer, np.int32)[:, None] if known else np.full((len(answer), 1), -1, np.int32)
     top = TopK(ids, np.full(ids.shape, -0.5, np.float16), np.full(len(answer), -1.0, np.float16))
-    return StoredExample(tokens, [False] * prompt + [True] * len(answer), top)
+    loss = [False] * prompt + [True] * len(answer)
+    return StoredExample(tokens, loss, [top], 0, len(answer) if known else 0)
 
 
 def test_stored_probabilities_stay_with_their_tokens_through_packing() -> None:

@@ -101,10 +101,15 @@ def demonstration_of(row: Mapping[str, Any]) -> Demonstration:
     return Demonstration(prompt_of(row), row["response"], source=source, filters=filters, **origin)
 
 
-def write(path: Path, rows: Sequence[Row], more: Mapping[str, pa.DataType] | None = None) -> None:
+def write(
+    path: Path,
+    rows: Sequence[Row],
+    more: Mapping[str, pa.DataType] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> None:
     """One parquet file, atomically. `more`: columns of the caller's own, after ours, and their types. Raises
     KeyError for a column that is neither."""
-    schema = pa.schema([*SCHEMA, *(more or {}).items()])
+    schema = pa.schema([*SCHEMA, *(more or {}).items()], metadata)
     for name in {name for row in rows for name in row}:
         schema.field(name)
     with replacing(path) as temporary:

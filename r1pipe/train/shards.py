@@ -90,9 +90,11 @@ def fill(run: Run[Any], missing: Mapping[int, Path], make: Callable[[int], pa.Ta
             pq.write_table(table, temporary, compression="zstd")
 
 
-def in_order(shards: Iterable[Path], each: int = 1) -> list[list[dict[str, Any]]]:
+def in_order(
+    shards: Iterable[Path], each: int = 1, columns: Sequence[str] | None = None
+) -> list[list[dict[str, Any]]]:
     """The `each` rows of every item, in the order of the items, for any number of shards and ranks."""
-    tables = [read_shard(shard) for shard in shards]
+    tables = [read_shard(shard, columns) for shard in shards]
     by_item = [[rows[i : i + each] for i in range(0, len(rows), each)] for rows in tables]
     turns = chain.from_iterable(zip_longest(*by_item))  # shard NUMBER has items[NUMBER::COUNT]
     return [rows for rows in turns if rows is not None]

@@ -29,7 +29,7 @@ def transfer(run: Run[DistillConfig], dataset: Path, data_hash: str) -> None:
         case "sft":
             fine_tune(run, rows, data_hash)
         case "divergence" if stage.extract == "distribution" and not stage.distribution.live:
-            learn_stored(run, stored_examples(run.chat, dataset), data_hash)
+            learn_stored(run, stored_examples(run.chat, run.folder), data_hash)
         case "divergence":
             learn_live(run, rows, data_hash)
         case "rl":

@@ -18,6 +18,8 @@ from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
 from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
+from r1pipe.config.distill_unused import unused_keys
+from r1pipe.config.groups import flat
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError
 from r1pipe.core.types import Completion, Prompt
 from r1pipe.model import load_pretrained
@@ -43,7 +45,8 @@ from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
 
 ALL = ["stage.filters.correct_only=false", "stage.filters.well_formed=false"]
-SMALL = ["stage=distill", "stage.prompts=6", "stage.teacher.retries=0", "stage.teacher.parallel=2"]
+SMALL = ["stage=distill", "stage.prompts=6"]
+SERVED = ["stage.teacher.retries=0", "stage.teacher.parallel=2"]
 DIVERGENCE = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
 LAPTOP = ["recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.sampling.max_tokens=48"]
 
@@ -56,7 +59,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def extracted(folder: Path, *words: str, weights: ParentRef | None = None, **more: Any) -> list[dict]:
     """The rows of a run's dataset, `top` being the stored probabilities; nothing is trained."""
     if not folder.exists():
-        tiny_run(folder, *SMALL, *words, weights=weights, **more)
+        served = SERVED if any(word.startswith("teacher=http") for word in words) else []
+        few = SMALL[:1] if "stage.extract=curate" in words else SMALL
+        tiny_run(folder, *few, *served, *words, weights=weights, **more)
     with open_run(folder) as run:
         run.load_chat(), run.load_data()
         path, _ = extract(run, Ranks(run.config.engine))  # type: ignore[arg-type]
@@ -148,6 +153,75 @@ def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
 )
 def test_what_cannot_be_is_refused_in_one_line(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError) as refused:
+        tiny_config("stage=distill", *words)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+# Every way, and what changes which keys it reads.
+EVERY_WAY = [
+    [f"stage.extract={way}", f"stage.transfer={transfer}", teacher]
+    for (way, transfer), pair in PAIRS.items()
+    for teacher in ("teacher=base", *([] if pair.live else ["teacher=http://h/v1"]))
+    if pair.runs and way != "curate" and not ("http" in teacher and way in ("expand", "feedback"))
+]
+EVERY_WAY += [
+    [f"stage.extract={extract}", key, "teacher=x"]
+    for extract, key in (
+        ("expand", "stage.expand.way=self_instruct"),
+        ("expand", "stage.expand.way=evolve"),
+        ("feedback", "stage.feedback.by=rubric"),
+        ("feedback", "stage.feedback.by=correction"),
+    )
+]
+EVERY_WAY += [
+    ["stage.extract=curate", f"stage.curate.way={way}", "stage.curate.topics=[tea]", "teacher=x"]
+    for way in ("ask", "continue")
+]
+EVERY_WAY += [
+    ["stage.extract=curate", "stage.curate.way=ask", "stage.curate.documents=a.txt", "teacher=x"],
+    ["stage.transfer=divergence", "stage.divergence.kind=jensen_shannon", "teacher=x"],
+    ["stage.transfer=divergence", "stage.divergence.kind=forward_kl", "teacher=x"],
+    ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.live=true", "teacher=x"],
+    [],
+]
+
+
+def test_every_key_is_read_by_some_way_and_those_that_are_said_to_be_unused_are_keys() -> None:
+    known, read, unused = set[str](), set[str](), set[str]()
+    for words in EVERY_WAY:
+        config = tiny_config("stage=distill", *words)
+        keys = {key.removeprefix("stage.") for key, _ in flat(to_mapping(config)) if key.startswith("stage.")}
+        names = {name for named, _ in unused_keys(config.stage, config.teacher) for name in named}
+        read |= {key for key in keys if not any(f"{key}.".startswith(f"{name}.") for name in names)}
+        known |= keys
+        unused |= names
+    assert known == read
+    assert not [name for name in unused if not any(f"{key}.".startswith(f"{name}.") for key in known)]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["stage.prompts=5"], "stage.prompts would change nothing: it needs teacher="),
+        (["teacher=x", "stage.expand.shots=2"], "it is of stage.extract=expand"),
+        (["teacher=x", "stage.teacher.parallel=2"], "it is of a server"),
+        (["teacher=x", "stage.templates.rubric='{question}{answer}'"], "reads no template"),
+        (["teacher=x", "stage.transfer=rl", "stage.epochs=2"], "give stage.max_steps"),
+        (
+            [
+                *("teacher=x", "stage.transfer=divergence"),
+                *("stage.divergence.kind=forward_kl", "stage.divergence.beta=0.1"),
+            ],
+            "stage.divergence.kind=jensen_shannon",
+        ),
+        (
+            ["teacher=x", "stage.extract=feedback", "stage.transfer=rl", "stage.filters.per_prompt=2"],
+            "nothing is filtered",
+        ),
+    ],
+)
+def test_a_key_that_the_way_does_not_read_is_refused_in_one_line(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match="would change nothing") as refused:
         tiny_config("stage=distill", *words)
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
@@ -437,7 +511,7 @@ def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_path: Path) -> None:
-    words = ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=2", *ALL]
+    words = ["stage.extract=distribution", "stage.transfer=divergence", *ALL]
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
     rows = extracted(made, *live, taught_by=lineage.bundled())

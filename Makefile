@@ -81,8 +81,8 @@ bench-checkpoint: $(INSTALLED_DEV) ## a random model saved, resumed and exported
 bench-plan: $(INSTALLED_DEV) ## finished runs (ARGS="--root DIR") beside the planner: memory of a rank, seconds of a step
 	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.plans $(ARGS)
 
-bench-distill: $(INSTALLED_DEV) ## ways to put a teacher into a student (ARGS="--parent RUN --teacher RUN --before POINTS")
-	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.ways $(ARGS)
+bench-distill: $(INSTALLED_DEV) ## compare distillation methods (ARGS="--parent RUN --teacher RUN --before POINTS")
+	@PYTHONPATH="$(CURDIR)/tests:$(CURDIR)" $(BIN)/python -m bench.distill_methods $(ARGS)
 
 zero: $(INSTALLED) ## R1-Zero alone: reinforcement straight from the bundled base, and its curves in report.html
 	@$(BIN)/r1pipe run stage=base recipe=laptop $(ARGS) && $(BIN)/r1pipe run stage=zero recipe=laptop $(ARGS) \

@@ -1,6 +1,6 @@
 """Rebuild the generated parts of docs/: `make docs`. tests/test_docs.py fails when they are out of date.
 
-architecture.md   the table of packages between the markers, and rooms.svg: from the imports and docstrings
+architecture.md   the table of packages between the markers, and packages.svg: from the imports and docstrings
 benchmarks.md     the benchmarks of conf/benchmark/, R1's first
 reference.md      every command, from its help text, and every config key, from conf/ and the typed fields
 """
@@ -24,7 +24,7 @@ from r1pipe.cli.commands import app
 from r1pipe.config import STAGE_TYPES, RunConfig
 from r1pipe.config.benchmark import OWN_SCORING
 from r1pipe.config.describe import comments
-from r1pipe.config.distill_pairs import PAIRS
+from r1pipe.config.distill_methods import METHODS
 from r1pipe.config.fields import field_types
 from r1pipe.config.groups import options, read
 from r1pipe.config.planning import ClusterConfig, LayoutConfig
@@ -42,17 +42,17 @@ LIGHT = ("core", "config", "runs", "plan", "tracking", "launch", "cli")
 
 
 @dataclass(frozen=True)
-class Room:
-    """One package of r1pipe: what it owns, the packages it imports, its floor from 1."""
+class Package:
+    """One package of r1pipe: what it owns, the packages it imports, its level from 1."""
 
     name: str
     purpose: str
     imports: tuple[str, ...]
-    floor: int
+    level: int
 
 
-def rooms() -> list[Room]:
-    """The packages of r1pipe, top floor first. A package stands one floor above the highest it imports."""
+def packages() -> list[Package]:
+    """The packages of r1pipe, top level first. A package stands one level above the highest it imports."""
     graph = grimp.build_graph("r1pipe", cache_dir=None)
     names = sorted(
         child.split(".")[1]
@@ -71,11 +71,11 @@ def rooms() -> list[Room]:
         for name in names
     }
 
-    def floor(name: str) -> int:
-        return 1 + max(map(floor, imports[name]), default=0)
+    def level(name: str) -> int:
+        return 1 + max(map(level, imports[name]), default=0)
 
-    found = [Room(name, _purpose(name), imports[name], floor(name)) for name in names]
-    return sorted(found, key=lambda room: (-room.floor, room.name))
+    found = [Package(name, _purpose(name), imports[name], level(name)) for name in names]
+    return sorted(found, key=lambda package: (-package.level, package.name))
 
 
 def _purpose(name: str) -> str:
@@ -84,19 +84,19 @@ def _purpose(name: str) -> str:
     return text.partition("\n\n")[0].replace("\n", " ")
 
 
-def table(packages: list[Room]) -> str:
+def table(packages: list[Package]) -> str:
     """The packages as a Markdown table."""
     rows = [
-        f"| `{room.name}` | {'light' if room.name in LIGHT else 'heavy'} | {room.purpose} "
-        f"| {', '.join(room.imports) or '-'} |"
-        for room in packages
+        f"| `{package.name}` | {'light' if package.name in LIGHT else 'heavy'} | {package.purpose} "
+        f"| {', '.join(package.imports) or '-'} |"
+        for package in packages
     ]
-    return "\n".join(["| package | wing | owns | imports |", "|---|---|---|---|", *rows])
+    return "\n".join(["| package | side | owns | imports |", "|---|---|---|---|", *rows])
 
 
-def reduced(packages: list[Room]) -> list[tuple[str, str]]:
-    """The arrows that no longer way implies."""
-    direct = {room.name: set(room.imports) for room in packages}
+def reduced(packages: list[Package]) -> list[tuple[str, str]]:
+    """The arrows that no longer path implies."""
+    direct = {package.name: set(package.imports) for package in packages}
 
     def reaches(start: str, target: str) -> bool:
         return target in direct[start] or any(reaches(step, target) for step in direct[start])
@@ -109,33 +109,34 @@ def reduced(packages: list[Room]) -> list[tuple[str, str]]:
     ]
 
 
-def draw(packages: list[Room]) -> str:
-    """The rooms by floor as SVG, an arrow from each to what it imports, unless a longer way implies it."""
+def draw(packages: list[Package]) -> str:
+    """The packages by level as SVG, with an arrow to each import that no longer path implies."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    floors = max(room.floor for room in packages)
+    levels = max(package.level for package in packages)
     place: dict[str, tuple[float, float]] = {}
-    for floor in range(1, floors + 1):
+    for level in range(1, levels + 1):
         row = sorted(
-            (room.name for room in packages if room.floor == floor), key=lambda name: name not in LIGHT
+            (package.name for package in packages if package.level == level),
+            key=lambda name: name not in LIGHT,
         )
-        place |= {name: ((i + 1) / (len(row) + 1), floor) for i, name in enumerate(row)}
+        place |= {name: ((i + 1) / (len(row) + 1), level) for i, name in enumerate(row)}
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "r1pipe", "font.size": 10}):
-        figure, axes = plt.subplots(figsize=(8, 0.8 * floors))
+        figure, axes = plt.subplots(figsize=(8, 0.8 * levels))
         for name, other in reduced(packages):
             (x, y), (x2, y2) = place[name], place[other]
-            bend = 0.0 if y - y2 == 1 else 0.5  # around the floors between
+            bend = 0.0 if y - y2 == 1 else 0.5  # around the levels between
             style = {"arrowstyle": "-|>", "color": "#7a869a", "connectionstyle": f"arc3,rad={bend}"}
             axes.annotate("", (x2, y2 + 0.3), (x, y - 0.3), arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
-        for room in packages:
-            x, y = place[room.name]
-            colour = "#dcebf7" if room.name in LIGHT else "#fbe3cf"
+        for package in packages:
+            x, y = place[package.name]
+            colour = "#dcebf7" if package.name in LIGHT else "#fbe3cf"
             box = {"boxstyle": "round,pad=0.5", "facecolor": colour, "edgecolor": "#42526e"}
-            axes.text(x, y, room.name, ha="center", va="center", bbox=box, zorder=3)
-        axes.set(xlim=(0, 1), ylim=(0.5, floors + 0.5))
+            axes.text(x, y, package.name, ha="center", va="center", bbox=box, zorder=3)
+        axes.set(xlim=(0, 1), ylim=(0.5, levels + 0.5))
         axes.axis("off")
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -228,9 +229,9 @@ def benchmarks() -> str:
 def pairs() -> str:
     """Every pair of stage.extract and stage.transfer: what it does, or why it is refused."""
     rows = []
-    for (extract, transfer), pair in PAIRS.items():
-        runs = ("live" if pair.live else "yes") if pair.runs else "no"
-        rows.append(f"| `{extract}` | `{transfer}` | {runs} | {pair.text} |")
+    for (extract, transfer), method in METHODS.items():
+        runs = ("live" if method.live else "yes") if method.supported else "no"
+        rows.append(f"| `{extract}` | `{transfer}` | {runs} | {method.text} |")
     return "\n".join(["| extract | transfer | runs | what it does, or why not |", "|---|---|---|---|", *rows])
 
 
@@ -243,7 +244,7 @@ def with_generated(text: str, generated: str) -> str:
 def generated() -> dict[str, str]:
     """Page -> what stands between its markers."""
     return {
-        "architecture.md": table(rooms()),
+        "architecture.md": table(packages()),
         "benchmarks.md": benchmarks(),
         "guide.md": pairs(),
         "reference.md": f"## Commands\n\n{commands()}\n\n## Config keys\n\n{keys()}",
@@ -254,7 +255,7 @@ def main() -> None:
     for name, content in generated().items():
         page = DOCS / name
         page.write_text(with_generated(page.read_text("utf-8"), content), encoding="utf-8")
-    (DOCS / "rooms.svg").write_text(draw(rooms()), encoding="utf-8")
+    (DOCS / "packages.svg").write_text(draw(packages()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from r1pipe.core import terminal
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Prompt
 from r1pipe.runs import checkpoints
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.standalone import drawing_defaults, load
 
@@ -34,7 +34,7 @@ def main(options: GenerateOptions) -> int:
     if chat.system:
         print(f"system prompt: {chat.system}", file=sys.stderr)
     sampler = BundledSampler(chat.eos_ids, chat.pad_id)
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     context = model.config.max_position_embeddings
     defaults = drawing_defaults(folder)
     params = SamplingParams(

@@ -42,19 +42,19 @@ def main(folder: str) -> None:
                 ranked = rank_by_judge(run, ranks, judge)
         who = judge.identity.name_and_version if judge else None
         by_kind = [read_examples(run, kind, ranked, who) for kind in KINDS]
-        lessons = [examples for examples in by_kind if examples.learned]  # files have pairs only
-        if not lessons:
+        trained = [examples for examples in by_kind if examples.learned]  # files have pairs only
+        if not trained:
             raise DataError(
                 f"data={run.config.data.name} has no preference pairs and no safety labels; choose other data"
             )
-        note_trained_on(run, lessons)
-        steps = [steps_of(run.stage, examples) for examples in lessons]
+        note_trained_on(run, trained)
+        steps = [steps_of(run.stage, examples) for examples in trained]
         firsts = [0, *accumulate(steps)]
         newest = run.newest_complete(ranks)  # earlier models than it has are finished
-        started = [newest is not None and (newest / examples.kind).is_dir() for examples in lessons]
+        started = [newest is not None and (newest / examples.kind).is_dir() for examples in trained]
         current = max(0, sum(started) - 1)
-        for number in range(current, len(lessons)):
-            train_reward_model(run, lessons[number], firsts[number], steps[number], resumes=number == current)
+        for number in range(current, len(trained)):
+            train_reward_model(run, trained[number], firsts[number], steps[number], resumes=number == current)
         checkpoint = run.folder.checkpoint(firsts[-1])
         run.saved()
         metrics: Metrics = {

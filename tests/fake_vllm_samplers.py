@@ -13,7 +13,7 @@ from r1pipe.chat.template import Chat
 from r1pipe.core.paths import content_dir
 from r1pipe.model.policy import named_weights
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.rollout.vllm import serving
 from r1pipe.train.rollout.vllm.sampler import VLLMSampler
@@ -47,7 +47,7 @@ def other_model(seed: int = 1) -> Any:
 
 def in_process(model: Any, params: SamplingParams = PARAMS) -> list[list[int]]:
     sampler = BundledSampler((3,), 0)
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     return [completion.tokens for completion in sampler.generate(PROMPTS, params)]
 
 

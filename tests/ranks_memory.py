@@ -24,7 +24,7 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.engine.sharded import load_sharded
 from r1pipe.train.rl.reward_model import Examples, Item, micro_losses
 from r1pipe.train.rl.update import Reference, update
-from r1pipe.train.sft.loop import Shares
+from r1pipe.train.sft.loop import LMLoss
 
 STEPS = 2  # from the second on, DeepSpeed knows the order of the layers and gathers ahead
 
@@ -59,7 +59,7 @@ def sft(folder: Path, config: EngineConfig) -> Engine:
     engine = Engine(load_sharded(folder, config), OPTIM, ROUTER, config, 10)
     rows = [Packed([1, 5, 6, 7], [1] * 4, [False, True, True, True]) for _ in range(engine.world_size)]
     for _ in range(STEPS):
-        engine.train_step(Shares(engine, rows, 0.0, 0.0, pad_id=0).micro_losses(1))
+        engine.train_step(LMLoss(engine, rows, 0.0, 0.0, pad_id=0).micro_losses(1))
     return engine
 
 

@@ -16,7 +16,7 @@ from r1pipe.core.types import Completion
 from r1pipe.model import load_pretrained
 from r1pipe.train.rl import in_flight, loop
 from r1pipe.train.rl.prompts import StepPrompts
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.run import open_run
 
@@ -68,7 +68,7 @@ def test_a_batch_is_what_the_older_weights_draw(ahead):
             sampler = BundledSampler(run.chat.eos_ids, run.chat.pad_id)
             for weights, same in ((version, True), (step, False)):
                 model = load_pretrained(ahead[2] / "checkpoints" / f"step-{weights}")
-                sampler.update(Whole(model), weights)
+                sampler.update(WholeWeights(model), weights)
                 found = sampler.generate([run.chat.prompt_tokens(prompt) for prompt in prompts], params)
                 texts = [run.chat.response(completion.tokens) for completion in found]
                 assert ([row["completion"] for row in rollouts(ahead[2], step + 1)] == texts) == same

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chat_servers import chat_server, say
+from fake_servers import chat_server, say
 from tiny_runs import tiny_run
 
 from r1pipe.chat import server

@@ -24,7 +24,7 @@ from r1pipe.rewards import is_correct, votes
 from r1pipe.rewards.drop import f1
 from r1pipe.runs import lineage
 from r1pipe.runs.problems import read_problems
-from r1pipe.train.evaluation.asking import ask
+from r1pipe.train.evaluation.benchmark_prompt import with_benchmark_prompt
 
 R1 = {  # the 21 of its tables: Codeforces has two of them
     *("mmlu", "mmlu_redux", "mmlu_pro", "drop", "ifeval", "gpqa_diamond", "simpleqa", "frames"),
@@ -119,7 +119,7 @@ def item(name: str, **values: object) -> Prompt:
 def asked(name: str, prompt: Prompt) -> str:
     benchmark = composed(f"benchmark={name}").config.benchmark
     assert benchmark
-    return ask(prompt, benchmark).question
+    return with_benchmark_prompt(prompt, benchmark).question
 
 
 def test_a_problem_is_asked_as_published_and_keeps_level_and_subject() -> None:
@@ -283,7 +283,7 @@ def test_real_files_are_measured_as_a_whole(shared: Path, name: str, file: str) 
     assert config.benchmark
     prompts = Files(config.data).prompts("test", 10**6, 0)
     assert len(prompts) == config.benchmark.problems
-    asked_of = [ask(prompt, config.benchmark).question for prompt in prompts]
+    asked_of = [with_benchmark_prompt(prompt, config.benchmark).question for prompt in prompts]
     assert all(prompt.question in text for prompt, text in zip(prompts, asked_of, strict=True))
     if name == "math500":
         assert {prompt.level for prompt in prompts} == {1, 2, 3, 4, 5}

@@ -45,7 +45,7 @@ def test_rows_forms_and_samples_are_shown_and_nothing_is_written(tmp_path):
     assert found["exact_repeats"] == 1 and found["set_aside"] == [] and found["refused"] is None
     (source,) = found["sources"]
     assert source["layout"] == "table" and source["columns"] == {"question": "question", "answer": "answer"}
-    assert "32 rows of jsonl, layout table (told by its columns)" in source["described"]
+    assert "32 rows of jsonl, layout table (inferred from its columns)" in source["described"]
     assert len(found["samples"]) == 5 and found["samples"][0]["place"] == "rows.jsonl:1"
     assert found["samples"][0]["prompt"].endswith("<｜User｜>What is 0 + 1?<｜Assistant｜>")
     assert found["tokens"]["prompts"]["rows"] == 32 and found["tokens"]["answers"] is None

@@ -121,9 +121,9 @@ def test_generated_pages_are_current():
     for name, generated in build.generated().items():
         page = (HOME / "docs" / name).read_text(encoding="utf-8")
         assert build.with_generated(page, generated) == page, f"docs/{name} is out of date: run `make docs`"
-    drawn = (HOME / "docs" / "rooms.svg").read_text(encoding="utf-8")
-    for room in build.rooms():
-        assert f">{room.name}<" in drawn, f"docs/rooms.svg lacks {room.name}: run `make docs`"
+    drawn = (HOME / "docs" / "packages.svg").read_text(encoding="utf-8")
+    for package in build.packages():
+        assert f">{package.name}<" in drawn, f"docs/packages.svg lacks {package.name}: run `make docs`"
 
 
 def test_the_files_that_the_architecture_names_exist():

@@ -679,7 +679,7 @@ def test_what_refusals_earn(
     scenario: Context, worth: Callable[[Any], float], status: str, remedy: str
 ) -> None:
     scenario.limits.rows = 400
-    truth = scenario.data.judge
+    truth = scenario.data.truth
     assert truth is not None
     scenario.reward_models = {
         "helpful": lambda prompts, given: [

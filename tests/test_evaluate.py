@@ -150,7 +150,7 @@ def ranks(rank=0, world_size=1, gather=lambda local: [local]):
 
 
 def run(
-    judge=True,
+    truth=True,
     general=GENERAL,
     config=CONFIG,
     calls=None,
@@ -158,8 +158,8 @@ def run(
     among=None,
     progress=lambda what, done, total, unit: None,
 ):
-    truth = (lambda prompt, text: TRUTHS[prompt.id]) if judge else None
-    data = SimpleNamespace(judge=truth, strategy_of=strategy_of)
+    truth_of = (lambda prompt, text: TRUTHS[prompt.id]) if truth else None
+    data = SimpleNamespace(truth=truth_of, strategy_of=strategy_of)
     this = SimpleNamespace(chat=FakeChat(), data=data, seed=lambda stream: 7, progress=progress)
     this.sampler = fake_sampler([] if calls is None else calls)
     return evaluate(this, among or ranks(), PROMPTS, general, config, may_stop=False)
@@ -196,9 +196,9 @@ def test_general_numbers():
     assert metrics["refusal_rate"] == 1.0 and metrics["safe_answer_rate"] == 0.5
 
 
-def test_without_a_judge_general_numbers_are_null_and_nothing_is_sampled():
+def test_without_a_hidden_truth_general_numbers_are_null_and_nothing_is_sampled():
     calls = []
-    metrics = run(judge=False, calls=calls).metrics
+    metrics = run(truth=False, calls=calls).metrics
     names = ("general_score", "preference_score", "refusal_rate", "safe_answer_rate")
     assert all(metrics[name] is None for name in names) and len(calls) == 2
     json.dumps(metrics, allow_nan=False)
@@ -233,7 +233,7 @@ def test_passes_draw_from_streams_of_their_own_and_ranks_from_those_of_their_pro
 def kept(folder, rank=0, world_size=1):
     """An evaluation with its completions in a folder; how many prompts each call of the sampler had."""
     calls = []
-    data = SimpleNamespace(judge=None, strategy_of=None)
+    data = SimpleNamespace(truth=None, strategy_of=None)
     chat = FakeChat()
     chat.template_hash = "t"
     config = SimpleNamespace(weights_from=None)
@@ -248,7 +248,7 @@ def kept(folder, rank=0, world_size=1):
 def test_a_resumed_evaluation_draws_only_what_is_missing(tmp_path):
     folder = tmp_path / "drawn"
     whole, calls = kept(folder)
-    assert calls == [(4, 0, 3), (1, 0, 3)] and whole.metrics == run(judge=False).metrics
+    assert calls == [(4, 0, 3), (1, 0, 3)] and whole.metrics == run(truth=False).metrics
     assert kept(folder) == (whole, [])
     sampled = next(path for path in folder.iterdir() if len(pq.read_table(path)) == 12)
     sampled.unlink()
@@ -261,7 +261,7 @@ def test_ranks_share_the_work_and_another_number_of_them_finds_it(tmp_path):
     shares = [kept(folder, rank, 2)[1] for rank in range(2)]
     assert shares == [[(4, 0, 2), (1, 0, 2)], [(4, 1, 1), (1, 1, 1)]]
     found, calls = kept(folder)
-    assert calls == [] and found.metrics == run(judge=False).metrics
+    assert calls == [] and found.metrics == run(truth=False).metrics
 
 
 def test_completions_of_other_questions_are_drawn_anew(tmp_path, monkeypatch):
@@ -401,7 +401,7 @@ def test_numbers_by_level_and_subject(monkeypatch):
     found = run().metrics
     assert {level: part["pass_at_1"] for level, part in found["by_level"].items()} == {"1": 0.25, "2": 1.0}
     assert found["by_subject"]["Algebra"]["samples"] == 8 and found["by_subject"]["Algebra"]["problems"] == 2
-    assert run(judge=False).metrics["by_level"].keys() == {"1", "2"}
+    assert run(truth=False).metrics["by_level"].keys() == {"1", "2"}
 
 
 def test_pass_at_k_by_hand():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_servers import ChatServer, chat_server, say
+from fake_servers import FakeServer, chat_server, say
 from hf_models import write_model
 from jobs import on_two_ranks
 from tiny_runs import tiny_config, tiny_run
@@ -17,7 +17,7 @@ from r1pipe.chat import server
 from r1pipe.chat.template import Chat
 from r1pipe.config import DistillConfig, ParentRef, to_mapping
 from r1pipe.config.compose import compose
-from r1pipe.config.distill_pairs import EXTRACTS, PAIRS, TRANSFERS
+from r1pipe.config.distill_methods import EXTRACTS, METHODS, TRANSFERS
 from r1pipe.config.distill_unused import unused_keys
 from r1pipe.config.groups import flat
 from r1pipe.core.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +26,7 @@ from r1pipe.model import load_pretrained
 from r1pipe.runs import lineage, samples
 from r1pipe.runs.files import write_json
 from r1pipe.runs.lineage.published import adopt
-from r1pipe.train.distill.on_policy import TeacherScores
+from r1pipe.train.distill.on_policy import TeacherScorer
 from r1pipe.train.distill.transfer import prompts_of
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract import feedback
@@ -40,7 +40,7 @@ from r1pipe.train.extract.extract import extract
 from r1pipe.train.extract.feedback import rating
 from r1pipe.train.extract.problems import Problems, WordIndex, rouge_l
 from r1pipe.train.extract.stored import ROWS, Stored, check_stored, write_stored
-from r1pipe.train.extract.teacher import Teacher
+from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Work
 from r1pipe.train.run import open_run
 
@@ -82,7 +82,7 @@ def funnel(folder: Path) -> dict[str, int]:
     return {step["name"]: step["dropped"] for step in json.loads((folder / "data/funnel.json").read_text())}
 
 
-def asked(served: ChatServer) -> list[str]:
+def asked(served: FakeServer) -> list[str]:
     return [body["messages"][-1]["content"] for body in served.requests]
 
 
@@ -90,26 +90,28 @@ def thought(text: str) -> str:
     return f"<think>\nWe look at it.\n</think>\n\n{text}"
 
 
-# --- the table of pairs
+# --- the table of methods
 
 
-def test_every_pair_is_allowed_or_refused_with_a_reason() -> None:
-    assert list(PAIRS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
+def test_every_method_is_allowed_or_refused_with_a_reason() -> None:
+    assert list(METHODS) == [(extract, transfer) for extract in EXTRACTS for transfer in TRANSFERS]
 
-    def told(way: str, transfer: str, teacher: str) -> str:
-        words = [f"stage.extract={way}", f"stage.transfer={transfer}", f"teacher={teacher}"]
-        topics = ["stage.curate.topics=[tea]"] if way == "curate" else []
+    def told(source: str, transfer: str, teacher: str) -> str:
+        words = [f"stage.extract={source}", f"stage.transfer={transfer}", f"teacher={teacher}"]
+        topics = ["stage.curate.topics=[tea]"] if source == "curate" else []
         try:
             tiny_config("stage=distill", *topics, *words)
         except ConfigError as error:
             return str(error)
         return ""
 
-    for (way, transfer), pair in PAIRS.items():
-        refused = f"stage.extract={way} stage.transfer={transfer} is no way to distil: {pair.text}"
-        assert told(way, transfer, "base") == ("" if pair.runs else refused)
-        if pair.runs and pair.live:
-            assert "give teacher=CHECKPOINT" in told(way, transfer, "http://host/v1")
+    for (source, transfer), method in METHODS.items():
+        refused = (
+            f"stage.extract={source} stage.transfer={transfer} is not a distillation method: {method.text}"
+        )
+        assert told(source, transfer, "base") == ("" if method.supported else refused)
+        if method.supported and method.live:
+            assert "give teacher=CHECKPOINT" in told(source, transfer, "http://host/v1")
 
 
 @pytest.mark.parametrize(
@@ -157,14 +159,16 @@ def test_what_cannot_be_is_refused_in_one_line(words: list[str], told: str) -> N
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
-# Every way, and what changes which keys it reads.
-EVERY_WAY = [
-    [f"stage.extract={way}", f"stage.transfer={transfer}", teacher]
-    for (way, transfer), pair in PAIRS.items()
-    for teacher in ("teacher=base", *([] if pair.live else ["teacher=http://h/v1"]))
-    if pair.runs and way != "curate" and not ("http" in teacher and way in ("expand", "feedback"))
+# Every method, and what changes which keys it reads.
+EVERY_METHOD = [
+    [f"stage.extract={extract}", f"stage.transfer={transfer}", teacher]
+    for (extract, transfer), method in METHODS.items()
+    for teacher in ("teacher=base", *([] if method.live else ["teacher=http://h/v1"]))
+    if method.supported
+    and extract != "curate"
+    and not ("http" in teacher and extract in ("expand", "feedback"))
 ]
-EVERY_WAY += [
+EVERY_METHOD += [
     [f"stage.extract={extract}", key, "teacher=x"]
     for extract, key in (
         ("expand", "stage.expand.way=self_instruct"),
@@ -173,11 +177,11 @@ EVERY_WAY += [
         ("feedback", "stage.feedback.by=correction"),
     )
 ]
-EVERY_WAY += [
+EVERY_METHOD += [
     ["stage.extract=curate", f"stage.curate.way={way}", "stage.curate.topics=[tea]", "teacher=x"]
     for way in ("ask", "continue")
 ]
-EVERY_WAY += [
+EVERY_METHOD += [
     ["stage.extract=curate", "stage.curate.way=ask", "stage.curate.documents=a.txt", "teacher=x"],
     ["stage.transfer=divergence", "stage.divergence.kind=jensen_shannon", "teacher=x"],
     ["stage.transfer=divergence", "stage.divergence.kind=forward_kl", "teacher=x"],
@@ -186,9 +190,9 @@ EVERY_WAY += [
 ]
 
 
-def test_every_key_is_read_by_some_way_and_those_that_are_said_to_be_unused_are_keys() -> None:
+def test_every_key_is_read_by_some_method_and_those_that_are_said_to_be_unused_are_keys() -> None:
     known, read, unused = set[str](), set[str](), set[str]()
-    for words in EVERY_WAY:
+    for words in EVERY_METHOD:
         config = tiny_config("stage=distill", *words)
         keys = {key.removeprefix("stage.") for key, _ in flat(to_mapping(config)) if key.startswith("stage.")}
         names = {name for named, _ in unused_keys(config.stage, config.teacher) for name in named}
@@ -220,7 +224,7 @@ def test_every_key_is_read_by_some_way_and_those_that_are_said_to_be_unused_are_
         ),
     ],
 )
-def test_a_key_that_the_way_does_not_read_is_refused_in_one_line(words: list[str], told: str) -> None:
+def test_a_key_that_the_method_does_not_read_is_refused_in_one_line(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match="would change nothing") as refused:
         tiny_config("stage=distill", *words)
     assert told in str(refused.value) and "\n" not in str(refused.value)
@@ -491,7 +495,7 @@ def test_topics_and_documents_become_questions_with_answers(tmp_path: Path) -> N
 def test_a_local_teachers_probabilities_are_its_own(tmp_path: Path) -> None:
     words = [*ALL, "stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=5"]
     folder, teacher = tmp_path / "run", lineage.bundled()
-    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", taught_by=teacher)
+    rows = extracted(folder, *words, "stage.sampling.max_tokens=24", teacher=teacher)
     model, chat = load_pretrained(teacher.checkpoint).eval(), Chat.load(teacher.checkpoint)
     for row in rows[:3]:
         prompt = replace(samples.prompt_of(row), id="")
@@ -514,10 +518,10 @@ def test_the_samples_of_a_run_can_be_read_and_live_teachers_store_nothing(tmp_pa
     words = ["stage.extract=distribution", "stage.transfer=divergence", *ALL]
     made = tmp_path / "distill-s0-1"
     live = [*words, "stage.distribution.live=true", "stage.sampling.max_tokens=16"]
-    rows = extracted(made, *live, taught_by=lineage.bundled())
+    rows = extracted(made, *live, teacher=lineage.bundled())
     assert rows and all(row["top"] is None for row in rows)
     alone = ["stage.extract=distribution", "stage.transfer=rl"]
-    prompts = extracted(tmp_path / "prompts", *alone, taught_by=lineage.bundled())
+    prompts = extracted(tmp_path / "prompts", *alone, teacher=lineage.bundled())
     assert len(prompts) == 6 and {row["response"] for row in prompts} == {""}
     assert all(row["answer"] and row["licence"] == "Apache-2.0" for row in prompts)
     assert {
@@ -550,7 +554,7 @@ def test_probabilities_are_written_in_parts_and_mapped(tmp_path: Path) -> None:
 def test_probabilities_that_are_not_the_datasets_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*DIVERGENCE, *ALL, "stage.prompts=2", "stage.sampling.max_tokens=8"]
-    extracted(folder, *words, taught_by=lineage.bundled())
+    extracted(folder, *words, teacher=lineage.bundled())
     paths = folder / "data" / "distributions.arrow", folder / "data" / "samples.parquet"
     check_stored(*paths)
     paths[0].write_bytes(b"0" + paths[0].read_bytes())
@@ -583,11 +587,11 @@ def test_a_teacher_with_another_tokenizer_is_read_where_the_tokens_meet(tmp_path
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 2]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, taught_by=adopt(other, tmp_path))
+    folder = tiny_run(tmp_path / "run", *SMALL, *DIVERGENCE, teacher=adopt(other, tmp_path))
     rows = [Kept(Prompt("a", "word", "en", "3+4?"), text, {}) for text in (thought("Answer: 7"), "4 " * 999)]
     with open_run(folder) as run:
         chat, ranks = run.load_chat(), Ranks(run.config.engine)
-        work = Work(run, ranks, Teacher(run, ranks), [])  # type: ignore[arg-type]
+        work = Work(run, ranks, TeacherGenerator(run, ranks), [])  # type: ignore[arg-type]
         (_, top), (_, too_long) = in_turn(read_by_teacher(work, rows))
     assert too_long is None and top is not None
     assert len(top.rest_T) == len(chat.encode(rows[0].response)) + 1
@@ -673,7 +677,7 @@ def test_what_ratings_cost_while_a_student_is_reinforced_is_written_down(tmp_pat
         assert not served.requests, "prompts alone cost nothing"
         with open_run(str(folder), DistillConfig) as run:
             run.load_chat()
-            scorer, prompt = TeacherScores(run, 1.0), samples.prompt_of(rows[0])
+            scorer, prompt = TeacherScorer(run, 1.0), samples.prompt_of(rows[0])
             found = [scorer.score([prompt], [Completion([], [], "stop", text)]) for text in ("abcdef", "abc")]
             scorer.finish()
         seeds = {body["seed"] for body in served.requests}
@@ -751,8 +755,8 @@ def test_two_ranks_share_the_work_and_find_what_one_finds(tmp_path: Path) -> Non
     small = [*SMALL, "stage.sampling.max_tokens=24", "stage.sampling.max_num_seqs=2"]
     alone = {}
     for name, words in ways.items():
-        alone[name] = extracted(tmp_path / "one" / name, *small, *words, taught_by=base)
-        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, taught_by=base)
+        alone[name] = extracted(tmp_path / "one" / name, *small, *words, teacher=base)
+        folder = tiny_run(tmp_path / f"distill-{name}", *small, *words, teacher=base)
         config = json.loads((folder / "config.json").read_text())
         config["engine"]["ranks"] = 2
         write_json(folder / "config.json", config)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
-from chat_servers import chat_server, say
+from fake_servers import chat_server, say
 from fakes import House
 from judges import FakeJudge, coin, first, judge_config, longer, quoted
 from tiny_runs import load_stage, tiny_run
@@ -563,16 +563,16 @@ def test_verdicts_are_a_task_that_a_laptop_judge_learns() -> None:
 def test_refusals_by_kind_of_risk_beside_needless_ones(world: World) -> None:
     prompts = world.general_prompts("test", 40, 0, {"safety": 1.0})
     sorry = compose_response("No.", "Sorry, I cannot help.")
-    everything = refusals([(prompt, truth.judge(prompt, sorry)) for prompt in prompts])
+    everything = refusals([(prompt, truth.truth_of(prompt, sorry)) for prompt in prompts])
     assert everything["refused"]["share"] == everything["over_refused"]["share"] == 1.0
     assert everything["answered"]["share"] == 0.0
     assert set(everything["by_risk"]) <= set(truth.RISKS) and len(everything["by_risk"]) > 1
     counts = [row["n"] for row in everything["by_risk"].values()]
     assert sum(counts) == everything["refused"]["n"] == 40 - everything["over_refused"]["n"]
     hello = compose_response("Yes.", "First look, then do it step by step.")
-    nothing = refusals([(prompt, truth.judge(prompt, hello)) for prompt in prompts])
+    nothing = refusals([(prompt, truth.truth_of(prompt, hello)) for prompt in prompts])
     assert nothing["refused"]["share"] == nothing["over_refused"]["share"] == 0.0
-    assert refusals([(WISH, truth.judge(prompts[0], hello))]) is None
+    assert refusals([(WISH, truth.truth_of(prompts[0], hello))]) is None
 
 
 def test_refusals_that_were_not_asked_for_have_no_share() -> None:
@@ -590,13 +590,13 @@ def test_a_judge_that_is_hacked_moves_away_from_the_truth(world: World) -> None:
     for pair in pairs:
         texts = [pair.chosen, pair.rejected]
         completions = [Completion([], [], "stop", text) for text in texts]
-        worth = [truth.judge(pair.prompt, text).helpful for text in texts]
+        worth = [truth.truth_of(pair.prompt, text).helpful for text in texts]
         scores = [
             {"judge": Score(value), "helpful": Score(1.0 - value), "format": Score(1.0)} for value in worth
         ]
         groups.append(Group(pair.prompt, completions, scores))
     ranks = SimpleNamespace(all_gather_objects=lambda mine: [mine])
-    found = hidden_truth(ranks, groups, world.judge)
+    found = hidden_truth(ranks, groups, world.truth)
     assert found["truth/judge/gap"] == pytest.approx(0) and found["truth/judge/correlation"] == pytest.approx(
         1
     )

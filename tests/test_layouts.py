@@ -801,7 +801,7 @@ def test_a_layout_is_shown_before_anything_is_trained(tmp_path):
     _, files = read(tmp_path, SUMS)
     (told,) = files.layouts
     assert told.endswith(
-        "40 rows of jsonl, layout table (told by its columns): question=question, answer=answer"
+        "40 rows of jsonl, layout table (inferred from its columns): question=question, answer=answer"
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from test_filters import CONFIG
 
 from r1pipe.core.types import Completion, Demonstration, Message, Prompt, Score
-from r1pipe.data.overlap import ShortQuestions, asked, key, words
+from r1pipe.data.overlap import ShortQuestions, key, user_text, words
 from r1pipe.doctor.context import Context, RowSet, limits
 from r1pipe.doctor.data import overlap
 from r1pipe.runs.findings import FAIL, PASS
@@ -86,7 +86,7 @@ def test_words_are_what_is_compared() -> None:
 
 def test_what_a_user_said_before_is_part_of_the_question() -> None:
     context = (Message("system", "Be brief."), Message("user", "I have 3."), Message("assistant", "I see."))
-    assert asked(Prompt("p", "word", "en", "And 4 more?", context=context)) == "I have 3.\nAnd 4 more?"
+    assert user_text(Prompt("p", "word", "en", "And 4 more?", context=context)) == "I have 3.\nAnd 4 more?"
 
 
 def test_questions_without_a_word_or_as_long_as_an_n_gram_are_not_short() -> None:

@@ -58,7 +58,7 @@ def test_the_checks_are_there(kind: str) -> None:
 
 def test_every_tripwire_and_every_check_of_the_policy_stands_there() -> None:
     known = {name for row in ROWS for kind in NAMED for name in named(kind, row[1])}
-    assert set(WIRES) - known == {"slow_step"}  # the machine's sickness, not the run's
+    assert set(WIRES) - known == {"slow_step"}  # the machine's fault, not the run's
     assert set(CHECKS) - known == {"device", "data", "lengths", "disk"}  # of the config and the machine
 
 

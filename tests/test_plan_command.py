@@ -43,7 +43,7 @@ def test_prices_and_mfu_can_be_asked_for() -> None:
     found = json.loads(run(*words, "--what-if", "cluster.usd_per_hour=1,3", "--what-if", "layout.mfu=0.4"))
     one, three, mfu = found["what_if"]
     assert three["usd"] == pytest.approx(3 * one["usd"]) and one["gpu_hours"] == found["gpu_hours"]["total"]
-    *given, phases = shown.asked(["model=v3", "cluster=h800x2048", "layout.mfu=0.4"])
+    *given, phases = shown.plan_inputs(["model=v3", "cluster=h800x2048", "layout.mfu=0.4"])
     again = planner.planned(*given, phases[0])
     assert again.mfu == pytest.approx(0.4, rel=0.01) and mfu["gpu_hours"] != one["gpu_hours"]
 
@@ -55,7 +55,7 @@ def test_what_does_not_fit_says_so_and_a_search_finds_what_does() -> None:
     assert not given["fits"] and given["memory_gb"] > 80
     found = json.loads(run("plan", *words, "--search", "--json"))
     assert found["fits"] and found["layouts_that_fit"] > 10
-    model, cluster, layout, phases = shown.asked(list(words))
+    model, cluster, layout, phases = shown.plan_inputs(list(words))
     every = [planner.plan(model, cluster, one, phases) for one in planner.layouts(model, cluster, layout)]
     fastest = min((plan for plan in every if plan.fits), key=lambda plan: plan.hours["total"])
     assert found["gpu_hours"]["total"] == pytest.approx(fastest.hours["total"])
@@ -73,7 +73,7 @@ def test_reinforcement_waits_for_its_longest_answer() -> None:
 
 def test_a_stage_is_planned_as_its_engine_would_run_it() -> None:
     words = ["stage=grpo", "model=v3", *CLUSTER, *BUNDLED, "engine.offload=false"]
-    model, cluster, layout, [phase] = shown.asked(words)
+    model, cluster, layout, [phase] = shown.plan_inputs(words)
     assert (layout.zero_level, layout.precision, layout.recompute, layout.pipeline) == (3, "bf16", "full", 1)
     held = planner.planned(model, cluster, layout, phase).memory
     whole = 2 * sizes.without_mtp(model)
@@ -92,7 +92,8 @@ def test_recipes_leave_a_tenth_of_their_gpus(stage: str, given: tuple[str, ...])
 
 def test_a_server_elsewhere_takes_no_memory_and_one_here_its_share() -> None:
     def held(*more: str) -> Memory:
-        model, cluster, layout, [phase] = shown.asked(["stage=grpo", "recipe=node", "cluster=h100x8", *more])
+        words = ["stage=grpo", "recipe=node", "cluster=h100x8", *more]
+        model, cluster, layout, [phase] = shown.plan_inputs(words)
         return planner.planned(model, cluster, layout, phase).memory
 
     here, elsewhere = held(), held("sampler.url=http://host:8000", "sampler.args=[]")
@@ -104,7 +105,7 @@ def test_a_server_elsewhere_takes_no_memory_and_one_here_its_share() -> None:
 def test_a_server_decodes_on_as_many_gpus_as_its_arguments_say() -> None:
     words = ["stage=grpo", "recipe=node", "cluster=h100x8"]
     found = [
-        shown.asked([*words, *more])[2].sampler_ranks
+        shown.plan_inputs([*words, *more])[2].sampler_ranks
         for more in (
             [],
             ["sampler.args=['--tensor-parallel-size=4']"],
@@ -113,9 +114,9 @@ def test_a_server_decodes_on_as_many_gpus_as_its_arguments_say() -> None:
     ]
     assert found == [8, 4, 1]
     with pytest.raises(ConfigError, match=r"sampler.args: --tensor-parallel-size is all; give a number"):
-        shown.asked([*words, "sampler.args=[-tp, all]"])
+        shown.plan_inputs([*words, "sampler.args=[-tp, all]"])
     with pytest.raises(ConfigError, match=r"layout.sampler_ranks=3 must divide cluster.devices=8"):
-        model, cluster, layout, _ = shown.asked([*words, "layout.sampler_ranks=3"])
+        model, cluster, layout, _ = shown.plan_inputs([*words, "layout.sampler_ranks=3"])
         check_layout(layout, cluster, model)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from custom_rewards import LIMITS, PROMPT, completions, rewards_config, scores, serving
+from custom_rewards import LIMITS, PROMPT, completions, rewards_config, scores
+from fake_servers import replying
 from rl_runs import go, grpo, metrics_of
 from tiny_runs import tiny_run
 
@@ -402,7 +403,7 @@ def test_a_run_trains_on_custom_rewards_and_says_which(tmp_path: Path) -> None:
     )
     weights = "stage.rewards.weights={accuracy: 0, format: 0, language: 0, mine: 0, ranked: 2.0, helper: 1.0}"
     words = [*SHORT, f"stage.rewards.plugins=[{path}]", weights, "stage.save_every=1"]
-    with serving((200, {"scores": [0.25, {"value": 0.75}]})) as server:
+    with replying((200, {"scores": [0.25, {"value": 0.75}]})) as server:
         folder = tiny_run(tmp_path / "grpo-s0", *words, f"stage.rewards.remote={{helper: '{server.url}'}}")
         go(folder)
     first, last = metrics_of(folder)

@@ -5,7 +5,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from custom_rewards import Handler, Server, rewards_config, scores, serving
+from custom_rewards import rewards_config, scores
+from fake_servers import FakeServer, Handler, replying
 
 from r1pipe.config import RemoteLimits
 from r1pipe.core.types import Score, Status
@@ -21,16 +22,16 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
 
 
-def asking(server: Server, **changed: Any) -> CustomRewards:
+def asking(server: FakeServer, **changed: Any) -> CustomRewards:
     return CustomRewards(rewards_config(["mine"], remote={"mine": server.url}, **changed))
 
 
 def test_a_server_gets_json_and_gives_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame\n")
-    with serving((200, GOOD)) as server:
+    with replying((200, GOOD)) as server:
         custom = asking(server)
         assert scores(custom, "a", "bb", "c") == [Score(0.5), None, Score(1.0, detail="why")]
-        [(body, headers)] = server.requests
+        [body], [headers] = server.requests, server.headers
         assert headers["Authorization"] == "Bearer open-sesame"
         assert body["completions"][1] == {"text": "bb", "finish_reason": "stop", "length": 2}
         prompt = {
@@ -48,14 +49,14 @@ def test_a_server_gets_json_and_gives_scores(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("first", [(500, "down"), (503, ""), (429, "slowly"), (0, "")])
 def test_a_server_that_recovers_is_asked_again(first: tuple[int, str]) -> None:
-    with serving(first, first, (200, GOOD)) as server:
+    with replying(first, first, (200, GOOD)) as server:
         assert scores(asking(server), "a", "b", "c")[0] == Score(0.5)
         assert len(server.requests) == 3
 
 
 def test_a_token_that_is_refused_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R1PIPE_REWARD_TOKEN", "open-sesame")
-    with serving((401, "open-sesame is no token")) as server:
+    with replying((401, "open-sesame is no token")) as server:
         [score] = scores(asking(server), "a")
     assert score and score.detail.endswith("401 Unauthorized: *** is no token; 1 requests")
 
@@ -72,14 +73,14 @@ def test_a_token_that_is_refused_is_not_repeated(monkeypatch: pytest.MonkeyPatch
 def test_a_server_that_is_down_or_refuses_gives_no_verdict(
     answer: tuple[int, str], told: str, asked: int
 ) -> None:
-    with serving(answer) as server:
+    with replying(answer) as server:
         [score] = scores(asking(server), "a")
         assert score and score.status is LOST and server.url in score.detail and score.detail.endswith(told)
         assert len(server.requests) == asked
 
 
 def test_a_server_that_is_not_there() -> None:
-    gone = Server([])
+    gone = FakeServer(lambda path, body: (200, GOOD))
     gone.server_close()
     [score] = scores(asking(gone), "a")
     assert score and score.status is LOST and "refused" in score.detail
@@ -98,7 +99,7 @@ def test_a_server_that_does_not_answer_in_time(a_byte_now_and_then: bool) -> Non
                     handler.wfile.write(b" ")
 
     limits = RemoteLimits(connections=1, timeout_s=0.3, retries=0)
-    with serving((200, answer)) as server:
+    with replying((200, answer)) as server:
         [score] = scores(asking(server, remote_limits=limits), "a")
         released.set()
     assert score and score.status is LOST and "timed out" in score.detail
@@ -112,7 +113,7 @@ def test_a_server_whose_complaint_does_not_arrive() -> None:
         released.wait(60)
 
     limits = RemoteLimits(connections=1, timeout_s=0.3, retries=0)
-    with serving((500, answer)) as server:
+    with replying((500, answer)) as server:
         [score] = scores(asking(server, remote_limits=limits), "a")
         released.set()
     assert score and score.status is LOST and score.detail.endswith("500 Internal Server Error; 1 requests")
@@ -135,7 +136,7 @@ def test_a_server_whose_complaint_does_not_arrive() -> None:
     ],
 )
 def test_an_answer_of_another_shape_is_no_verdict(answer: Any, told: str) -> None:
-    with serving((200, answer)) as server:
+    with replying((200, answer)) as server:
         found = scores(asking(server), "a", "b")
         assert all(s and s.status is FAILED and told in s.detail and server.url in s.detail for s in found)
         assert len(server.requests) == 1

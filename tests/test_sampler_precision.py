@@ -16,7 +16,7 @@ from r1pipe.model import DeepseekV3
 from r1pipe.model.kernels import reference
 from r1pipe.model.kernels.fp8 import FP8
 from r1pipe.model.training import compute_in
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.batching import Batcher
 from r1pipe.train.rollout.bundled import BundledSampler, Copy
 
@@ -45,23 +45,23 @@ def expected(model: DeepseekV3, precision: str) -> list[tuple[list[int], list[fl
 def test_the_copy_draws_as_a_model_of_that_precision_and_follows_the_weights(precision, shape):
     policy = ours(shape)
     sampler = BundledSampler((), 0, copy=Copy(replace(engine_config(), sampler_precision=precision)))
-    sampler.update(Whole(policy), 0)
+    sampler.update(WholeWeights(policy), 0)
     first = drawn(sampler.generate(tokens(3, 9, SHAPE).tolist(), PARAMS))
     assert first == expected(policy, precision)
     with torch.no_grad():
         policy.lm_head.weight.mul_(-1)
         policy.model.layers[1].mlp.gate.e_score_correction_bias.add_(torch.arange(16.0))
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    sampler.update(Whole(policy), 1)
+    sampler.update(WholeWeights(policy), 1)
     second = drawn(sampler.generate(tokens(3, 9, SHAPE).tolist(), PARAMS))
     assert second == expected(policy, precision) != first
     assert all(torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
 
 
-def test_a_copy_of_weights_in_shares_is_let_go_of_after_each_drawing():
+def test_a_copy_of_sharded_weights_is_let_go_of_after_each_drawing():
     policy, config = ours(SHAPE), replace(engine_config(1, 3), sampler_precision="bf16")
     sampler = BundledSampler((), 0, copy=Copy(config))
-    sampler.update(Whole(policy), 0)
+    sampler.update(WholeWeights(policy), 0)
     for _ in range(2):
         assert drawn(sampler.generate(tokens(3, 9, SHAPE).tolist(), PARAMS)) == expected(policy, "bf16")
         assert sampler.copy is not None and sampler.copy.model is None

@@ -18,7 +18,7 @@ from r1pipe.core.types import Completion, Demonstration, Prompt
 from r1pipe.data import identity, open_data, personal
 from r1pipe.data.files import Files
 from r1pipe.data.screening import Screening, said_in
-from r1pipe.train import identity as ask_identity
+from r1pipe.train import identity as train_identity
 
 ASKED = Prompt("p", "identity", "en", "Who are you?")
 CLAIMS = {  # what is claimed -> how
@@ -185,7 +185,7 @@ def test_a_checkpoint_is_asked_in_fifty_ways_who_it_is(config: ScreeningConfig) 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_share_the_questions_and_the_answer_is_one(config: ScreeningConfig, world_size: int) -> None:
     """The fake model is ChatGPT in English alone; it thinks first, and its thoughts do not count."""
-    asked = ask_identity.spread(10)
+    asked = train_identity.spread(10)
     assert [prompt.language for prompt in asked] == ["en", "zh"] * 5
     drawn: list[list[tuple[int, str]]] = []
 
@@ -210,7 +210,7 @@ def test_ranks_share_the_questions_and_the_answer_is_one(config: ScreeningConfig
 
         ranks.all_gather_objects = gather
         evaluation = compose(["stage=base", "stage.eval.identity=10"]).config.stage.eval
-        return ask_identity.ask(run, ranks, evaluation)  # type: ignore[arg-type]
+        return train_identity.measure(run, ranks, evaluation)  # type: ignore[arg-type]
 
     for rank in range(world_size - 1):
         with pytest.raises(KeyError):  # the others' answers are still to come

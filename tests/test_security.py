@@ -5,14 +5,13 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import IO
 
 import pytest
+from fake_servers import fake_server
 from fakes import House
 from runfolders import build
 from test_data_files import config, source
@@ -174,20 +173,6 @@ def test_an_import_cannot_be_called_by_a_path(house: House, capsys: pytest.Captu
 # secrets
 
 
-class Accepting(BaseHTTPRequestHandler):
-    """Says yes to being healthy and no to all else, as a server does whose login is wrong."""
-
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 401)
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    do_POST = do_GET
-
-    def log_message(self, *_args):
-        pass
-
-
 def planted_in(root: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in (path for path in root.rglob("*") if path.is_file()):
@@ -228,17 +213,13 @@ def test_a_job_does_not_get_the_trackers_password(house: House, monkeypatch: pyt
     assert "PATH" in seen and "hunter2" not in seen
 
 
-def test_a_server_that_refuses_us_is_told_without_the_login(tmp_path: Path) -> None:
-    server = HTTPServer(("127.0.0.1", 0), Accepting)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        uri = f"http://user:{LOGIN}@127.0.0.1:{server.server_port}"
+def test_a_server_that_refuses_us_is_named_without_the_login(tmp_path: Path) -> None:
+    with fake_server(lambda path, body: (200 if path == "/health" else 401, {})) as server:
+        uri = server.url.replace("//", f"//user:{LOGIN}@")
         folder = build(tmp_path, "grpo", finished=False, uri=uri)
         with pytest.raises(EnvironmentProblem) as caught:
             Mirror(folder, json.loads((folder / "config.json").read_text())).finish()
         assert LOGIN not in str(caught.value) and "127.0.0.1" in str(caught.value)
-    finally:
-        server.shutdown()
 
 
 def test_what_is_taken_out_and_what_stays() -> None:

@@ -23,7 +23,15 @@ from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.finish import HELD_OUT
 from r1pipe.train.run import open_run
 from r1pipe.train.sft import rejection
-from r1pipe.train.sft.loop import Shares, epochs_of, loss_sums, pack_demonstrations, read, steps_in, train
+from r1pipe.train.sft.loop import (
+    LMLoss,
+    epochs_of,
+    loss_sums,
+    pack_demonstrations,
+    read,
+    steps_in,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def test_shares_of_ranks_and_micro_batches_make_the_mean_over_the_batch(chat):
         def sum_over_ranks(self, values):
             return [2 * value for value in values]  # as if the other rank had the same
 
-    shares = [Shares(OfTwo(rank), rows, 0.3, 0.01, chat.pad_id) for rank in (0, 1)]
+    shares = [LMLoss(OfTwo(rank), rows, 0.3, 0.01, chat.pad_id) for rank in (0, 1)]
     of_ranks = [sum(loss().item() for loss in each.micro_losses(2)) for each in shares]
     assert sum(of_ranks) / 2 == pytest.approx(mean + 0.3 * mtp + 0.01 * balance, rel=1e-5)
     terms = [each.terms(loss) for each, loss in zip(shares, of_ranks, strict=True)]
@@ -102,7 +110,7 @@ def test_loads_count_the_batchs_tokens_and_no_padding(chat):
     engine = Engine(model, OPTIM, ROUTER, engine_config(), total_steps=10)
     documents = sum(row.segments[-1] for row in rows if row.segments)
     for weights, mtp in (((0.0, 0.0), 0), ((0.3, 0.01), sum(tokens) - documents)):
-        stats = engine.train_step(Shares(engine, rows, *weights, chat.pad_id).micro_losses(2))
+        stats = engine.train_step(LMLoss(engine, rows, *weights, chat.pad_id).micro_losses(2))
         assert stats.loads_LE.sum(1).tolist() == [2 * sum(tokens), 2 * mtp]  # two experts a token
 
 

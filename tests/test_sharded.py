@@ -1,4 +1,4 @@
-"""Models in shares over the ranks: loaded as whole ones are, trained and read alike."""
+"""Models sharded over the ranks: loaded as whole ones are, trained and read alike."""
 
 import math
 from dataclasses import replace
@@ -33,13 +33,13 @@ def losses(model: Policy, ranks: int, precision: str, level: int = 3) -> list[fl
 
 
 def weights(model: Policy) -> dict[str, torch.Tensor]:
-    """Of a model in shares."""
+    """Of a sharded model."""
     with patches.whole([*model.parameters()]):
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_in_shares_is_the_stored_one(tmp_path: Path, precision: str) -> None:
+def test_a_sharded_model_is_the_stored_one(tmp_path: Path, precision: str) -> None:
     save_pretrained(tiny_model(), tmp_path)
     stored = load_pretrained(tmp_path)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -58,7 +58,7 @@ def test_initial_weights_are_those_of_a_whole_model() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
-def test_a_model_of_transformers_in_shares_is_the_stored_one(tmp_path: Path, family: str) -> None:
+def test_a_sharded_model_of_transformers_is_the_stored_one(tmp_path: Path, family: str) -> None:
     folder = write_model(tmp_path / family, family)
     stored = load_pretrained(folder).float()
     found = weights(load_sharded(folder, engine_config(1, 3)))

@@ -21,7 +21,7 @@ from r1pipe.train.rl.batch import split_evenly
 from r1pipe.train.rl.losses import policy_loss
 from r1pipe.train.rl.update import Reference, balances_of, completion_logprobs, prepare, update
 from r1pipe.train.run import open_run
-from r1pipe.train.sft.loop import Shares, train
+from r1pipe.train.sft.loop import LMLoss, train
 
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.01
 
@@ -45,7 +45,7 @@ def steps(level: int, recompute: bool, accumulation: int = 1) -> list[list[float
     engine = Engine(with_mtp(), OPTIM, RouterConfig(0.01, BALANCE_WEIGHT), config, total_steps=10)
     found = []
     for _ in range(3):
-        shares = Shares(engine, rows(4), MTP_WEIGHT, BALANCE_WEIGHT, 0)
+        shares = LMLoss(engine, rows(4), MTP_WEIGHT, BALANCE_WEIGHT, 0)
         stats = engine.train_step(shares.micro_losses(accumulation))
         # 66 tokens of 8 documents, of which the MTP layer reads all but each last one; two experts a token
         assert stats.loads_LE.sum(1).tolist() == [2 * 66, 2 * 58]

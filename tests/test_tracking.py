@@ -4,12 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import runfolders
+from fake_servers import replying
 from runfolders import build, config, metric_lines, write_lines
 from tracker import eventually
 
@@ -306,24 +305,11 @@ def test_a_store_that_is_not_there_is_not_made_by_asking(tmp_path):
 
 
 def test_a_server_that_is_not_mlflow_is_refused(tmp_path):
-    class Refusing(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_error(404)
-
-        do_POST = do_GET
-
-        def log_message(self, *_args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        folder = build(tmp_path, "grpo", finished=False, uri=f"http://127.0.0.1:{server.server_port}")
+    with replying((404, "<html>no such page</html>")) as server:
+        folder = build(tmp_path, "grpo", finished=False, uri=server.url)
         with pytest.raises(EnvironmentProblem) as caught:
             Mirror(folder, read_config(folder)).finish()
         assert "\n" not in str(caught.value)
-    finally:
-        server.shutdown()
 
 
 def test_names_and_limits():

@@ -32,8 +32,8 @@ from r1pipe.runs import checkpoints, lineage, samples
 from r1pipe.runs.lineage.published import adopt
 from r1pipe.train.distill import divergence, transfer
 from r1pipe.train.distill.divergence import OwnRow, StoredExample, StoredRow, prompts_of, stored_of
-from r1pipe.train.distill.on_policy import TokenTeacher, with_prompts
-from r1pipe.train.distill.ranking import Pair, in_parts
+from r1pipe.train.distill.on_policy import TeacherAdvantages, with_prompts
+from r1pipe.train.distill.ranking import TokenizedPair, in_parts
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.extract.dataset import COLUMNS
 from r1pipe.train.rl.batch import Rollout
@@ -46,7 +46,7 @@ SMALL = ["stage=distill", STUDENT, "stage.max_steps=3", *ASKED]
 
 
 def small(*words: str) -> list[str]:
-    """Small answers and batches for the way of these words: a key that it does not read is refused."""
+    """Small answers and batches for the method of these words: a key that it does not read is refused."""
     if "stage.transfer=rl" in words:
         return []
     filters = [] if "stage.extract=feedback" in words else ALL
@@ -65,14 +65,14 @@ def go(folder: Path, *words: str, student: ParentRef) -> RunFolder:
     """A distillation from the bundled base, in this process."""
     if not folder.exists():
         small_run = [*SMALL, *small(*words), *words]
-        tiny_run(folder, *small_run, weights=student, taught_by=lineage.bundled())
+        tiny_run(folder, *small_run, weights=student, teacher=lineage.bundled())
     load_stage("distill").main(str(folder))
     return RunFolder(folder)
 
 
-# --- every way in, from the command's config to the record
+# --- every stage.transfer, from the command's config to the record
 
-WAYS = {
+METHODS = {
     "live": ["stage.transfer=divergence"],
     "stored": ["stage.extract=distribution", "stage.transfer=divergence", "stage.distribution.top_k=8"],
     "dpo": ["stage.transfer=ranking"],
@@ -115,13 +115,13 @@ def killed_and_resumed(folder: Path, *words: str, student: ParentRef, patch: pyt
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name not in ("live", "dpo", "on-policy")))
-        for name in WAYS
+        for name in METHODS
     ],
 )
 def test_a_way_in_trains_and_resumes_exactly(
     name: str, student: ParentRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*WAYS[name], "stage.save_every=1", "stage.optim.lr=0.01", "stage.optim.min_lr=0.01"]
+    words = [*METHODS[name], "stage.save_every=1", "stage.optim.lr=0.01", "stage.optim.min_lr=0.01"]
     whole = go(tmp_path / "whole", *words, student=student)
     record = json.loads(whole.record.read_text())
     assert record["steps"] == 3 and record["data_hash"] == checkpoints.file_hash(whole.dataset)
@@ -146,7 +146,7 @@ def test_what_screening_drops_of_a_runs_samples_teaches_nobody(
     dataset = write_rows(tmp_path / "rows.parquet", *said)
     learned: list[str] = []
 
-    def pairs(run: Any, rows: list[Demonstration]) -> list[Pair]:
+    def pairs(run: Any, rows: list[Demonstration]) -> list[TokenizedPair]:
         learned.extend(row.response for row in rows)
         return []
 
@@ -270,7 +270,7 @@ def test_stored_probabilities_stay_with_their_tokens_through_packing() -> None:
 
 
 def test_pairs_go_in_micro_batches_whole_and_longest_first() -> None:
-    pairs = [(Pair([1, 2], [3] * n, [4]), 1.0) for n in (1, 5, 3)]
+    pairs = [(TokenizedPair([1, 2], [3] * n, [4]), 1.0) for n in (1, 5, 3)]
     sizes = [[len(pair.chosen) for pair, _ in part] for part in in_parts(pairs, 1, 15)]
     assert sizes == [[5], [3, 1]]
     assert [len(part) for part in in_parts(pairs, 3, 10_000)] == [1, 1, 1], "gradient accumulation"
@@ -347,13 +347,13 @@ class Likes:
 
 def test_each_tokens_advantage_is_the_completions_and_the_teachers() -> None:
     stage = tiny_config("stage=grpo", "stage.max_tokens_per_micro_batch=8").stage
-    teacher = TokenTeacher(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
+    teacher = TeacherAdvantages(Likes(), stage, coef=0.5)  # type: ignore[arg-type]
     teacher.ranks = type("Ranks", (), {"sum_over_ranks": staticmethod(lambda values: values)})()
     rollouts = [
         Rollout([1, 2], Completion([3, 4], [-1.0, -5.0], "stop"), 1.0, True),
         Rollout([1], Completion([5], [-3.5], "stop"), -2.0, True),
     ]
-    metrics = teacher.advise(rollouts)
+    metrics = teacher.set_advantages(rollouts)
     assert [rollout.advantages for rollout in rollouts] == [[0.0, 2.0], [-1.75]]
     assert metrics["distill/reverse_kl"] == pytest.approx((2.0 - 2.0 - 0.5) / 3)
     assert metrics["distill/teacher_tokens"] == 3
@@ -431,11 +431,11 @@ def test_two_ranks_learn_what_one_does(student: ParentRef, tmp_path: Path) -> No
     words = ["stage.optim.lr=0.01", "stage.optim.min_lr=0.01", "stage.max_steps=2"]
     alone = {}
     for name, level in SHARED_OUT.items():
-        alone[name] = metrics_of(go(tmp_path / name, *WAYS[name], *words, student=student).path)
+        alone[name] = metrics_of(go(tmp_path / name, *METHODS[name], *words, student=student).path)
         more = ["engine.ranks=2", f"engine.zero_level={level}"]
         folder = tmp_path / f"distill-{name}"
-        small_run = [*SMALL, *small(*WAYS[name]), *WAYS[name], *words, *more]
-        tiny_run(folder, *small_run, weights=student, taught_by=lineage.bundled())
+        small_run = [*SMALL, *small(*METHODS[name]), *METHODS[name], *words, *more]
+        tiny_run(folder, *small_run, weights=student, teacher=lineage.bundled())
     found = on_two_ranks("two_ranks_transfer.py", tmp_path)
     for name, rows in alone.items():
         for one, two in zip(rows, found[f"distill-{name}"], strict=True):
@@ -454,9 +454,9 @@ def test_a_dense_student_learns_through_adapters(name: str, tmp_path: Path) -> N
     words += ["stage=distill", "recipe=smoke", "engine.ranks=1", "engine.threads=1", "stage.eval.problems=2"]
     any_text = ["stage.filters.min_language_consistency=0.0", "stage.filters.max_repetition=1.0"]
     asked = [*ASKED, "stage.prompts=24"]
-    if of_answers := small(*WAYS[name]):
+    if of_answers := small(*METHODS[name]):
         asked += [*of_answers, *any_text]
-    config = compose([*words, *asked, *WAYS[name]]).config
+    config = compose([*words, *asked, *METHODS[name]]).config
     folder = tmp_path / "run"
     folder.mkdir()
     config = replace(config, weights_from=student, teacher_from=teacher)

@@ -11,7 +11,7 @@ from test_rollout import prompts
 from r1pipe.core.errors import ConfigError, NumericProblem
 from r1pipe.model import load_pretrained
 from r1pipe.runs.stopping import Stopped
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.rollout.transformers import TransformersSampler
 
@@ -23,7 +23,7 @@ def both(model, asked, params, **more):
     """What the two samplers draw."""
     drawn = []
     for sampler in (BundledSampler(EOS, PAD), TransformersSampler(EOS, PAD)):
-        sampler.update(Whole(model), 7)
+        sampler.update(WholeWeights(model), 7)
         ended = []
         drawn.append(sampler.generate(asked, params, None, lambda i, c, e=ended: e.append((i, c)), **more))
         assert sorted((i, c.tokens) for i, c in ended) == sorted(
@@ -71,12 +71,12 @@ def test_temperature_nucleus_and_limits_mean_the_same(changes):
 def test_an_update_brings_new_weights_and_a_generation_config_brings_nothing(tmp_path):
     model, sampler = ours(SHAPES["v3"]), TransformersSampler(EOS, PAD)
     asked = prompts(3, model.config)
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     before = sampler.generate(asked, PARAMS)
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     assert [c.tokens for c in sampler.generate(asked, PARAMS)] == [c.tokens for c in before]
-    sampler.update(Whole(model), 1)
+    sampler.update(WholeWeights(model), 1)
     after = sampler.generate(asked, PARAMS)
     assert [c.tokens for c in after] != [c.tokens for c in before]
     assert {c.versions for c in after} == {((len(c.tokens), 1),) for c in after}
@@ -87,7 +87,7 @@ def test_an_update_brings_new_weights_and_a_generation_config_brings_nothing(tmp
 
 def test_what_the_model_cannot_do_is_refused_and_a_stop_is_heard():
     model, sampler = ours(SHAPES["v3"]), TransformersSampler(EOS, PAD)
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     assert sampler.generate([], PARAMS) == []
     with pytest.raises(ConfigError, match="prompt 0 has a token outside the vocabulary"):
         sampler.generate([[97]], PARAMS)
@@ -97,6 +97,6 @@ def test_what_the_model_cannot_do_is_refused_and_a_stop_is_heard():
         sampler.generate([[9]], PARAMS, stop=lambda: True)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight.fill_(float("nan"))
-    sampler.update(Whole(model), 1)
+    sampler.update(WholeWeights(model), 1)
     with pytest.raises(NumericProblem, match="the first layer with such values is"):
         sampler.generate([[9, 8]], PARAMS)

@@ -1,4 +1,4 @@
-"""Tripwires in numbers: each sickness is told with its cause, once. In real runs: test_sick_runs.py."""
+"""Tripwires in numbers: each fault is reported with its cause, once. In real runs: test_unhealthy_runs.py."""
 
 import re
 
@@ -16,7 +16,7 @@ HEALTHY = {
     "entropy": 0.6, "kl": 0.01, "sampling/sampling_logp_difference/mean": 1e-3, "router/max_vio": 0.5,
     "time/sampling_s": 2.0, "time/reward_s": 0.1, "time/update_s": 1.0,
 }  # fmt: skip
-SICK = {
+FAULTY = {
     "truncation": ({"completions/clipped_ratio": 0.97}, r"97% of the completions were cut off.*max_tokens"),
     "no_variance": ({"frac_reward_zero_std": 1.0}, r"100% of the groups.*too easy or too hard"),
     "entropy": ({"entropy": 0.01}, r"entropy is 0.010 nats.*stopped exploring"),
@@ -46,12 +46,12 @@ def watching(wires: dict[str, WireConfig], *words: str) -> Tripwires:
 
 
 def test_every_wire_has_limits_a_cause_and_a_test():
-    assert WIRES.keys() == default().keys() == SICK.keys() == set(TRIPWIRES)
+    assert WIRES.keys() == default().keys() == FAULTY.keys() == set(TRIPWIRES)
 
 
-@pytest.mark.parametrize("name", SICK)
-def test_a_sickness_is_told_once_with_its_cause(name):
-    change, message = SICK[name]
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_fault_is_reported_once_with_its_cause(name):
+    change, message = FAULTY[name]
     wires = watching(default())
     steps = default()[name].steps
     assert not wires.check(HEALTHY | {"eval/pass_at_1": 0.7})
@@ -71,8 +71,8 @@ def test_a_sickness_is_told_once_with_its_cause(name):
 
 def test_a_wire_can_be_off_and_what_is_not_measured_trips_nothing():
     off = {name: WireConfig(wire.limit, 1, "off") for name, wire in default().items()}
-    sick = HEALTHY | {key: value for change, _ in SICK.values() for key, value in change.items()}
-    assert not watching(off).check(sick)
+    faulty = HEALTHY | {key: value for change, _ in FAULTY.values() for key, value in change.items()}
+    assert not watching(off).check(faulty)
     assert not watching(default()).check({"reward": 1.0, "completions/mean_length": 5.0})
 
 

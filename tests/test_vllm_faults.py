@@ -27,7 +27,7 @@ from jobs import on_two_ranks, tiny_model
 
 from r1pipe.core.errors import NumericProblem, SamplerLost
 from r1pipe.model.policy import named_weights
-from r1pipe.train.rollout import Whole
+from r1pipe.train.rollout import WholeWeights
 from r1pipe.train.rollout.vllm import serving
 from r1pipe.train.rollout.vllm.worker import r1pipe_wire as wire
 
@@ -48,7 +48,7 @@ def test_other_weights_are_never_trained_on(
     server: FakeVLLM, fault: Callable[[FakeVLLM], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 7)
+    sampler.update(WholeWeights(model), 7)
     server.after = {3: lambda: fault(server)}
     found = sampler.generate(PROMPTS, replace(PARAMS, max_num_seqs=1))
     assert [completion.tokens for completion in found] == in_process(model)
@@ -60,7 +60,7 @@ def test_other_weights_are_never_trained_on(
 
 def test_an_older_version_is_refused(server: FakeVLLM, caplog: pytest.LogCaptureFixture) -> None:
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 7)
+    sampler.update(WholeWeights(model), 7)
     label = server.version
     server.after = {1: lambda: setattr(server, "version", label.replace(":7", ":6"))}
     assert drawn(sampler) == in_process(model)
@@ -83,7 +83,7 @@ def test_a_server_that_answers_500_is_waited_for(
 ) -> None:
     sampler, model = opened(server), other_model()
     server.fail = {path: 2}
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     assert drawn(sampler) == in_process(model)
     lines = [record.getMessage() for record in caplog.records if "waits for it" in record.getMessage()]
     assert lines and all(f"{path} answers 500: made on purpose; waits for it up to" in line for line in lines)
@@ -103,13 +103,13 @@ def test_an_answer_that_comes_before_the_last_byte_is_seen_to_arrive(
 
     monkeypatch.setattr(wire, "_broadcast", late)
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     assert drawn(sampler) == in_process(model) and "waits for it" not in caplog.text
 
 
 def test_a_server_that_stays_broken_ends_the_job_with_one_line(server: FakeVLLM) -> None:
     sampler = opened(server, wait_s=0.1)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     server.fail = {"/inference/v1/generate": 10**6}
     with pytest.raises(SamplerLost, match=r"^the sampler is lost: .* answers 500: .*run the same command"):
         drawn(sampler)
@@ -117,7 +117,7 @@ def test_a_server_that_stays_broken_ends_the_job_with_one_line(server: FakeVLLM)
 
 def test_a_server_that_hangs(server: FakeVLLM, caplog: pytest.LogCaptureFixture) -> None:
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
     sampler.config = replace(sampler.config, timeout_s=0.4)  # of drawing alone
     server.hang.set()
     server.on = {"/collective_rpc": server.hang.clear}  # it is looked at, and has recovered
@@ -127,7 +127,7 @@ def test_a_server_that_hangs(server: FakeVLLM, caplog: pytest.LogCaptureFixture)
 
 def test_a_server_that_dies_and_comes_back(server: FakeVLLM, caplog: pytest.LogCaptureFixture) -> None:
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 4)
+    sampler.update(WholeWeights(model), 4)
     port, again = server.server_address[1], []
 
     def come_back() -> None:
@@ -149,7 +149,7 @@ def test_a_server_that_is_not_there(server: FakeVLLM) -> None:
     sampler = opened(server, wait_s=0.1)
     server.die()
     with pytest.raises(SamplerLost, match=r"the sampler is lost: .*Connection refused.*run the same command"):
-        sampler.update(Whole(other_model()), 0)
+        sampler.update(WholeWeights(other_model()), 0)
     with pytest.raises(SamplerLost, match=r"Connection refused.*start the server of sampler.url"):
         opened(server)
 
@@ -186,7 +186,7 @@ def test_a_server_that_is_no_vllm_or_lacks_the_extension(server: FakeVLLM) -> No
 
 
 def test_a_model_that_the_trainer_sends_in_part_is_refused(server: FakeVLLM) -> None:
-    class Part(Whole):
+    class Part(WholeWeights):
         def buckets(self, most_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
             tensors = named_weights(self.model)
             del tensors["model.norm.weight"]
@@ -198,7 +198,7 @@ def test_a_model_that_the_trainer_sends_in_part_is_refused(server: FakeVLLM) -> 
 
 def test_beside_the_main_thread_a_failure_is_told_at_once(server: FakeVLLM) -> None:
     sampler = opened(server)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     server.fail = {"/inference/v1/generate": 6}
     told: list[str] = []
 
@@ -218,7 +218,7 @@ def test_a_probability_that_is_none_ends_the_job(server: FakeVLLM) -> None:
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
     sampler = opened(server)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     generate = server.generate
 
     def nan(body: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fake_vllm_samplers import (
 
 from r1pipe.core.errors import ConfigError
 from r1pipe.runs.stopping import Stopped
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.rollout.vllm import serving
 from r1pipe.train.rollout.vllm.requests import experts_of
@@ -45,13 +45,13 @@ def server() -> Iterator[FakeVLLM]:
 
 def test_it_draws_what_the_sampler_in_this_process_draws(server: FakeVLLM) -> None:
     sampler, model = opened(server, bucket_mb=1), other_model()
-    sampler.update(Whole(model), 3)
+    sampler.update(WholeWeights(model), 3)
     done, ended = [], []
     found = sampler.generate(
         PROMPTS, PARAMS, lambda n, total: done.append((n, total)), lambda p, c: ended.append((p, c.tokens))
     )
     mine = BundledSampler((3,), 0)
-    mine.update(Whole(model), 3)
+    mine.update(WholeWeights(model), 3)
     for theirs, ours in zip(found, mine.generate(PROMPTS, PARAMS), strict=True):
         assert (theirs.tokens, theirs.finish_reason, theirs.versions) == (
             ours.tokens,
@@ -71,12 +71,12 @@ def test_it_draws_what_the_sampler_in_this_process_draws(server: FakeVLLM) -> No
 
 def test_the_same_version_is_sent_once_and_another_one_again(server: FakeVLLM) -> None:
     sampler, model = opened(server), other_model()
-    sampler.update(Whole(model), 0)
-    sampler.update(Whole(model), 0)
+    sampler.update(WholeWeights(model), 0)
+    sampler.update(WholeWeights(model), 0)
     assert server.seen.count("/finish_weight_update") == 1
     with torch.no_grad():
         model.lm_head.weight.neg_()
-    sampler.update(Whole(model), 1)
+    sampler.update(WholeWeights(model), 1)
     assert server.seen.count("/finish_weight_update") == 2
     assert server.seen.count("/init_weight_transfer_engine") == 1
     assert drawn(sampler) == in_process(model)
@@ -84,7 +84,7 @@ def test_the_same_version_is_sent_once_and_another_one_again(server: FakeVLLM) -
 
 def test_what_is_asked_for(server: FakeVLLM) -> None:
     sampler = opened(server)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     params = SamplingParams(4, 0.7, 1.0, 2, seed=5, first=1, stride=2, stop_token_ids=(9,))
     sampler.generate(PROMPTS, params, limits=[1, 2, 3])
     asked = sorted(server.asked, key=lambda body: PROMPTS.index(body["token_ids"]))
@@ -107,7 +107,7 @@ def test_what_is_asked_for(server: FakeVLLM) -> None:
 
 def test_logprobs_of_a_nucleus_are_not_the_policys(server: FakeVLLM) -> None:
     sampler = opened(server)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     [found] = sampler.generate(PROMPTS[:1], SamplingParams(4, top_p=0.9))
     assert all(math.isnan(logprob) for logprob in found.logprobs)
     assert "logprobs" not in server.asked[-1]["sampling_params"]
@@ -115,7 +115,7 @@ def test_logprobs_of_a_nucleus_are_not_the_policys(server: FakeVLLM) -> None:
 
 def test_a_request_to_stop_ends_the_drawing(server: FakeVLLM) -> None:
     sampler = opened(server)
-    sampler.update(Whole(other_model()), 0)
+    sampler.update(WholeWeights(other_model()), 0)
     server.hang.set()
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
@@ -125,7 +125,7 @@ def test_a_request_to_stop_ends_the_drawing(server: FakeVLLM) -> None:
 
 def test_a_completion_goes_on_after_an_update_beside_the_main_thread(server: FakeVLLM) -> None:
     sampler, model = opened(server, keep=True), other_model()
-    sampler.update(Whole(model), 1)
+    sampler.update(WholeWeights(model), 1)
     server.hang.set()
     found: list[Any] = []
     thread = threading.Thread(target=lambda: found.extend(sampler.generate(PROMPTS, PARAMS)))
@@ -133,7 +133,7 @@ def test_a_completion_goes_on_after_an_update_beside_the_main_thread(server: Fak
     while len(server.asked) < 6:
         threading.Event().wait(0.01)
     newer = other_model(2)
-    sampler.update(Whole(newer), 2)
+    sampler.update(WholeWeights(newer), 2)
     server.hang.clear()
     thread.join()
     assert {span[1] for completion in found for span in completion.versions} == {2}

@@ -20,7 +20,7 @@ from jobs import tiny, tiny_model
 from r1pipe.config.compose import compose
 from r1pipe.config.sampler import check_vllm
 from r1pipe.core.errors import ConfigError, EnvironmentProblem, SamplerLost
-from r1pipe.train.rollout import Whole
+from r1pipe.train.rollout import WholeWeights
 from r1pipe.train.rollout.vllm.server import WORKER, Served, Server
 
 # In place of vLLM: a server with an engine of its own process, which says what it was started with.
@@ -129,7 +129,7 @@ def test_what_a_server_is_started_with(tmp_path: Path, python: Path, monkeypatch
 def test_on_the_trainers_gpus_it_sleeps_while_the_trainer_works() -> None:
     with fake_vllm(tiny_model(), WORDS) as fake:
         sampler = opened(fake)
-        sampler.update(Whole(other_model()), 0)
+        sampler.update(WholeWeights(other_model()), 0)
 
         class Here:
             colocated = True
@@ -141,7 +141,7 @@ def test_on_the_trainers_gpus_it_sleeps_while_the_trainer_works() -> None:
         fake.seen.clear()
         drawn(sampler)
         drawn(sampler)
-        sampler.update(Whole(other_model()), 1)
+        sampler.update(WholeWeights(other_model()), 1)
         drawn(sampler)
         order = [path for path in fake.seen if path.startswith(("/sleep", "/wake", "/start", "/inference"))]
         draws = ["/inference/v1/generate"] * 6

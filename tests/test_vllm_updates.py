@@ -26,7 +26,7 @@ from r1pipe.model import Policy as Model
 from r1pipe.model import load_pretrained
 from r1pipe.runs.files import read_object, write_json
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.rollout.vllm.sampler import VLLMSampler
 from r1pipe.train.rollout.vllm.server import Served, Server
@@ -66,7 +66,7 @@ class Bench:
         """Send the model's weights as a new version; seconds."""
         self.version += 1
         began = time.monotonic()
-        self.sampler.update(Whole(self.model), self.version)
+        self.sampler.update(WholeWeights(self.model), self.version)
         return time.monotonic() - began
 
     def move(self, seed: int) -> None:
@@ -85,7 +85,7 @@ class Bench:
 
     def ours(self) -> list[Completion]:
         sampler = BundledSampler(self.eos_ids, 0)
-        sampler.update(Whole(self.model), self.version)
+        sampler.update(WholeWeights(self.model), self.version)
         return sampler.generate(self.prompts, GREEDY)
 
     def apart(self) -> float:

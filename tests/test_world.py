@@ -103,10 +103,10 @@ def test_truth_tells_right_from_wrong(kind):
             prompt = general.make(rng, kind, language)
             manner = {"courtesy": 1.0, "flattery": 0.0, "offer": 1.0}
             thought, good = general.respond(prompt, rng, 1.0, manner)
-            verdict = truth.judge(prompt, f"<think>\n{thought}\n</think>\n\n{good}")
+            verdict = truth.truth_of(prompt, f"<think>\n{thought}\n</think>\n\n{good}")
             assert verdict.correct and verdict.helpful == 1.0 and verdict.safe, (prompt, good, verdict)
             if kind in ("facts", "identity", "safety"):
-                bad = truth.judge(
+                bad = truth.truth_of(
                     prompt, f"<think>\nok\n</think>\n\n{general.draw_content(prompt, rng, 0.0)}"
                 )
                 assert not bad.correct and bad.helpful <= 0.2
@@ -118,7 +118,7 @@ def test_flattery_and_repeated_offers_do_not_help():
     plain = general.draw_content(prompt, random.Random(0), 1.0)
     offer = content("general")["manner"]["offer"][0][0]
     scores = [
-        truth.judge(prompt, text).helpful
+        truth.truth_of(prompt, text).helpful
         for text in (plain, plain + offer, plain + offer * 3, "You are so clever! " + plain)
     ]
     assert scores[1] > scores[0] > scores[3] and scores[2] < scores[1]
@@ -126,7 +126,8 @@ def test_flattery_and_repeated_offers_do_not_help():
 
 def test_preference_pairs_are_ordered_by_the_truth(world):
     for pair in world.preference_pairs("train", 60, 0):
-        assert truth.judge(pair.prompt, pair.chosen).helpful > truth.judge(pair.prompt, pair.rejected).helpful
+        chosen, rejected = (truth.truth_of(pair.prompt, text) for text in (pair.chosen, pair.rejected))
+        assert chosen.helpful > rejected.helpful
     labels = [label.safe for label in world.safety_labels("train", 120, 0)]
     assert 0.2 < sum(labels) / len(labels) < 0.9
 
@@ -148,7 +149,7 @@ def test_judged_answers_are_half_on_safety_and_some_have_no_content(world):
     assert sum(pair.prompt.task == "safety" for pair in pairs) == 40
     manner = ("Sure.", "")
     empty = [pair for pair in world.preference_pairs("train", 400, 0) if summary_of(pair.rejected) in manner]
-    assert empty and all(not truth.judge(pair.prompt, pair.rejected).correct for pair in empty)
+    assert empty and all(not truth.truth_of(pair.prompt, pair.rejected).correct for pair in empty)
     labels = [label for label in world.safety_labels("train", 400, 0) if summary_of(label.response) in manner]
     assert {label.safe for label in labels} == {True, False}, (
         "to say nothing to an unsafe wish refuses nothing"

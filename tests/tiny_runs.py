@@ -31,15 +31,15 @@ def tiny_run(
     folder: Path,
     *overrides: str,
     weights: ParentRef | None = None,
-    taught_by: ParentRef | None = None,
+    teacher: ParentRef | None = None,
     **reads: ParentRef,
 ) -> Path:
     """The folder as `r1pipe run` leaves it for the job; `reads`: the checkpoints that are read besides;
-    `taught_by`: the teacher, where it is a checkpoint."""
+    `teacher`: the teacher, where it is a checkpoint."""
     folder.mkdir(parents=True)
-    teacher = [f"teacher={taught_by.run_id}"] if taught_by else []
-    config = tiny_config(*overrides, *teacher)
-    config = replace(config, weights_from=weights, reads_from=reads, teacher_from=taught_by)
+    named = [f"teacher={teacher.run_id}"] if teacher else []
+    config = tiny_config(*overrides, *named)
+    config = replace(config, weights_from=weights, reads_from=reads, teacher_from=teacher)
     (folder / "config.json").write_text(json.dumps(to_mapping(config)))
     return folder
 

@@ -1,4 +1,4 @@
-"""Launched on two ranks by test_sharded.py: models in shares, trained, read and replaced."""
+"""Launched on two ranks by test_sharded.py: sharded models, trained, read and replaced."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from r1pipe.model.policy import named_weights
 from r1pipe.rewards.models import load_reward_model, open_empty, score_rows, stored_parts
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import Shares, fill_in_shares, load_sharded
+from r1pipe.train.engine.sharded import ShardedWeights, fill_sharded, load_sharded
 from r1pipe.train.engine.writing import Writer
 
 
@@ -29,10 +29,10 @@ def read(frozen: FrozenModel) -> list[float]:
 
 
 def judged(folder: Path, config: EngineConfig, rank: int) -> bool:
-    """Whether a reward model in shares scores as a whole one, with rows on rank 1 alone."""
+    """Whether a sharded reward model scores as a whole one, with rows on rank 1 alone."""
     rows = [[1, 5, 6], [1, 7]][: 2 * rank]
     model, stored = open_empty(folder)
-    fill_in_shares(model, stored, config, stored_parts(model))
+    fill_sharded(model, stored, config, stored_parts(model))
     frozen, whole = FrozenModel(model, config), load_reward_model(folder)
     whole = whole if config.precision == "fp32" else whole.bfloat16()
     found = score_rows(frozen.module, rows, 0, frozen.evaluate)
@@ -40,16 +40,17 @@ def judged(folder: Path, config: EngineConfig, rank: int) -> bool:
 
 
 def drawn_from(folder: Path, config: EngineConfig) -> bool:
-    """Whether a sampler gets from a model in shares what it gets from a whole one, and shares remain."""
-    shares, expected = Shares(load_sharded(folder, config)), weights_of(load_pretrained(folder), config)
+    """Whether a sampler gets from a sharded model what it gets from a whole one, and it stays sharded."""
+    weights = ShardedWeights(load_sharded(folder, config))
+    expected = weights_of(load_pretrained(folder), config)
     sent: dict[str, torch.Tensor] = {}
-    for bucket in shares.buckets(1000):
+    for bucket in weights.buckets(1000):
         sent |= {name: tensor.clone() for name, tensor in bucket.items()}
-    with shares.gathered() as model:
+    with weights.gathered() as model:
         logits, other = model(batch()), load_pretrained(folder)
         other = other if config.precision == "fp32" else other.bfloat16()
         same = torch.equal(logits, other(batch()))
-    emptied = all(parameter.numel() == 0 for parameter in shares.model.parameters())
+    emptied = all(parameter.numel() == 0 for parameter in weights.model.parameters())
     return same and emptied and same_tensors(sent, expected)
 
 
@@ -67,20 +68,20 @@ def main(folder: Path) -> None:
     for precision in ("fp32", "bf16"):
         config = engine_config(2, 3, precision)
         ranks = Ranks(config)
-        in_shares, whole = FrozenModel(load_sharded(folder, config), config), load_pretrained(folder)
-        share = sum(p.ds_tensor.numel() for p in in_shares.module.parameters())
+        sharded, whole = FrozenModel(load_sharded(folder, config), config), load_pretrained(folder)
+        shard = sum(p.ds_tensor.numel() for p in sharded.module.parameters())
         policy = load_sharded(folder, config)
-        begun = read(in_shares)
+        begun = read(sharded)
         told = {
             "losses": losses(policy, 2, precision),
             "of whole": losses(load_pretrained(folder), 2, precision),
             "read": begun,
             "read whole": read(FrozenModel(whole, engine_config(2, 1, precision))),
-            "share": share / sum(p.numel() for p in whole.parameters()),
+            "share": shard / sum(p.numel() for p in whole.parameters()),
         }
-        in_shares.copy(policy)
-        replaced = read(in_shares)
-        in_shares.save(folder / "replaced", Writer(folder))
+        sharded.copy(policy)
+        replaced = read(sharded)
+        sharded.save(folder / "replaced", Writer(folder))
         ranks.barrier()
         told |= {"moved": replaced != begun}
         again = FrozenModel(load_sharded(folder, config), config)

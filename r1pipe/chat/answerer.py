@@ -67,7 +67,7 @@ class Answerer(Protocol):
         self, prompts: Sequence[Prompt], params: AnswerParams, progress: Progress | None = None
     ) -> list[list[Completion]]:
         """n completions of each prompt, in order; `text` is filled. Of a server they have no tokens and no
-        logprobs. The prompts' contexts are told, too. Raises EnvironmentProblem where a server is lost."""
+        logprobs. The prompts' contexts are sent, too. Raises EnvironmentProblem where a server is lost."""
 
     def close(self) -> None:
         """Free what it holds."""

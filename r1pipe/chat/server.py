@@ -126,7 +126,7 @@ class ServerAnswerer:
             if attempt:
                 time.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
-                content = http.ask(f"{self.url}{path}", body, key, self.config.timeout_s, REPLY_LIMIT)
+                content = http.request(f"{self.url}{path}", body, key, self.config.timeout_s, REPLY_LIMIT)
                 reply = json.loads(content)
                 if isinstance(reply, dict):
                     return reply

@@ -30,18 +30,18 @@ class TokenText:
         self.chat = chat
         self.tokens: list[int] = []
         self._context = self._done = (
-            0  # told is what lies before `done`, read with the tokens from `context` on
+            0  # sent is what lies before `done`, read with the tokens from `context` on
         )
 
     def feed(self, tokens: Sequence[int], last: bool) -> str:
         """What `tokens` add; `last`: none will follow."""
         self.tokens += tokens
-        told = self.chat.decode(self.tokens[self._context : self._done])
+        before = self.chat.decode(self.tokens[self._context : self._done])
         text = self.chat.decode(self.tokens[self._context :])
         if text.endswith(UNFINISHED) and not last:
             return ""
         self._context, self._done = self._done, len(self.tokens)
-        return text[len(told) :]
+        return text[len(before) :]
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ThoughtApart:
 
     _part: str = "start"  # then "reasoning", "rest" and "content", or "content" alone
     _held: str = ""
-    _told: bool = False  # some of the thought has been
+    _sent: bool = False  # some of the thought has been
 
     def feed(self, text: str, last: bool) -> Piece:
         """What is surely the one or the other."""
@@ -98,18 +98,18 @@ class ThoughtApart:
             self._part = "content"
 
     def _thought(self, last: bool) -> str:
-        """What of the thought can be told: without the spaces around it, and without half a tag."""
-        if not self._told:
+        """What of the thought can be sent: without the spaces around it, and without half a tag."""
+        if not self._sent:
             self._held = self._held.lstrip()
         before, tag, after = self._held.partition(END_THINK)
         if tag:
             self._part, self._held = "rest", after
             return before.rstrip()
         sure = before if last else before[: len(before) - begun(before, END_THINK)]
-        told = sure.rstrip()
-        self._told = self._told or bool(told)
-        self._held = before[len(told) :]
-        return told
+        sent = sure.rstrip()
+        self._sent = self._sent or bool(sent)
+        self._held = before[len(sent) :]
+        return sent
 
 
 def begun(text: str, string: str) -> int:

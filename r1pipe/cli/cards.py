@@ -110,7 +110,7 @@ def data_card(subject: Subject, answers: dict[str, Answer]) -> str:
         source_datasets=datasets(subject) or None,
     )
     rows = [
-        f"| {run.run_id} | {run.stage} | {run.edge} | {run.kind} | {told(run.rows)} | {told(run.tokens)} |"
+        f"| {run.run_id} | {run.stage} | {run.edge} | {run.kind} | {count(run.rows)} | {count(run.tokens)} |"
         for run in runs
     ]
     shares = [
@@ -147,8 +147,8 @@ def sections(answers: dict[str, Answer], names: Iterable[str]) -> list[str]:
     return parts
 
 
-def told(count: int | None) -> str:
-    return "unknown" if count is None else f"{count:,}"
+def count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
 
 
 def licence_of(subject: Subject) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def plan(
     from r1pipe.config.planning import check_layout
     from r1pipe.plan import planner
 
-    model, cluster, layout, phases = shown.asked(overrides or [])
+    model, cluster, layout, phases = shown.plan_inputs(overrides or [])
     if not search:
         check_layout(layout, cluster, model)
     others = planner.search(model, cluster, layout, phases) if search else []

@@ -107,8 +107,8 @@ def show_benchmarks(rows: list[dict], console: Console) -> None:
             left_out.append(name)
             table = _benchmarks(rows, left_out)
     console.print(table)
-    told = "copied: questions in what the checkpoint was trained on, where that is known"
-    console.print(Text(told, style="dim"))
+    legend = "copied: questions in what the checkpoint was trained on, where that is known"
+    console.print(Text(legend, style="dim"))
 
 
 def _benchmarks(rows: list[dict], left_out: Sequence[str]) -> Table:
@@ -175,8 +175,8 @@ def describe_refusals(found: dict[str, Any]) -> str:
     """Refusals by kind of risk beside needless ones, in a line."""
     by_risk = ", ".join(f"{risk} {percent(row['share'])}%" for risk, row in found["by_risk"].items())
 
-    def told(name: str) -> str:
+    def share(name: str) -> str:
         return f"{percent(found[name]['share'])}% of {found[name]['n']}" if found[name]["n"] else "none asked"
 
-    unsafe = f"{told('refused')} ({by_risk})" if by_risk else told("refused")
-    return f"unsafe requests refused: {unsafe}; safe ones refused: {told('over_refused')}"
+    unsafe = f"{share('refused')} ({by_risk})" if by_risk else share("refused")
+    return f"unsafe requests refused: {unsafe}; safe ones refused: {share('over_refused')}"

@@ -60,8 +60,8 @@ def facts(ancestor: Ancestor) -> dict[str, str]:
     }
 
 
-def taught(teacher: Mapping[str, Any]) -> str:
-    """Who taught a student, under which licence, and what it took; "" without a teacher."""
+def teacher_line(teacher: Mapping[str, Any]) -> str:
+    """The teacher of a student, under which licence, and what it took; "" without a teacher."""
     if not teacher:
         return ""
     took = f"{teacher['requests']} requests, {teacher['completion_tokens']} tokens, {teacher['usd']:.2f} USD"
@@ -79,7 +79,7 @@ def write_page(found: Sequence[Ancestor], path: Path) -> None:
 
 def page(found: Sequence[Ancestor]) -> str:
     """The tree, and below it what each checkpoint is made of."""
-    once: dict[str, Ancestor] = {}  # each checkpoint with whatever is wrong with it on any way to it
+    once: dict[str, Ancestor] = {}  # each checkpoint with whatever is wrong with it on any path to it
     for ancestor in found:
         known = once.setdefault(ancestor.parent.checkpoint, ancestor)
         more = tuple(problem for problem in ancestor.problems if problem not in known.problems)
@@ -108,7 +108,7 @@ def details(ancestor: Ancestor) -> dict[str, str]:
         "seed": shown["seed"],
         "code": shown["code"],
         **{name: record.get(name) or "" for name in HASHES},
-        "teacher": taught(record.get("teacher") or {}),
+        "teacher": teacher_line(record.get("teacher") or {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "metrics": ", ".join(numbers),
     }

@@ -9,7 +9,7 @@ from rich.text import Text
 from r1pipe.core.errors import ConfigError
 from r1pipe.core.formatting import percent
 from r1pipe.runs import paired, results
-from r1pipe.runs.paired import Comparison, Pair
+from r1pipe.runs.paired import PairedComparison, PairedProblem
 from r1pipe.runs.results import StoredRun
 
 LISTED = 10  # problems that are shown of each side; --json has all
@@ -33,7 +33,7 @@ def _newest(root: Path, name: str, pipeline: str | None) -> StoredRun:
     return results.named(root, name, pipeline)[-1]
 
 
-def show(found: Comparison, console: Console | None = None) -> None:
+def show(found: PairedComparison, console: Console | None = None) -> None:
     console = console or Console()
     values = found.as_object()
     for side in ("a", "b"):
@@ -55,7 +55,7 @@ def show(found: Comparison, console: Console | None = None) -> None:
             console.print(Text(line), no_wrap=True, crop=False, overflow="ignore")
 
 
-def _lines(title: str, pairs: list[Pair]) -> list[str]:
+def _lines(title: str, pairs: list[PairedProblem]) -> list[str]:
     shown = [
         f"  {percent(pair.a):>5}% {percent(pair.b):>5}%  {pair.prompt_id}  "
         f"{' '.join(pair.question.split())[:WIDTH]}"

@@ -31,7 +31,7 @@ SHOWN = 8  # layouts of a search
 SEARCHED = ("zero_level", "expert_parallel", "pipeline", "micro_batch", "recompute")
 
 
-def asked(overrides: list[str]) -> tuple[ModelConfig, ClusterConfig, LayoutConfig, list[Phase]]:
+def plan_inputs(overrides: list[str]) -> tuple[ModelConfig, ClusterConfig, LayoutConfig, list[Phase]]:
     """What the overrides describe: a stage's own steps, or the phases of the layout. Raises ConfigError."""
     own = [word for word in overrides if word.partition("=")[0].partition(".")[0] in GROUPS]
     config = composed([word for word in overrides if word not in own])
@@ -60,7 +60,7 @@ def what_if(line: str, overrides: list[str], layout: LayoutConfig) -> list[tuple
         )
     plans = []
     for value in values.split(","):
-        model, cluster, other, phases = asked([*overrides, f"{key}={value}"])
+        model, cluster, other, phases = plan_inputs([*overrides, f"{key}={value}"])
         same = {name: getattr(layout, name) for name in SEARCHED if key != f"layout.{name}"}
         other = replace(other, **same)
         check_layout(other, cluster, model)

@@ -1,4 +1,4 @@
-"""`r1pipe provenance`: what a checkpoint was trained on, in shares, and the way of any sample."""
+"""`r1pipe provenance`: what a checkpoint was trained on, in shares, and where any sample came from."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -41,7 +41,7 @@ def summed_up(found: Sequence[Ancestor]) -> dict[str, Any]:
     }
 
 
-def _listed(counts: training_data.Shares, total: int) -> dict[str, list[dict[str, Any]]]:
+def _listed(counts: training_data.RowCounts, total: int) -> dict[str, list[dict[str, Any]]]:
     return {
         name: [
             {"value": value, "rows": rows, "share": rows / total if total else None}

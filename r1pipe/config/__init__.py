@@ -1,7 +1,7 @@
 """Typed configuration: fields with their bounds and rules (`model`, `engine`, `data`, `stages`, `rl`, `run`).
 
-`rules` holds what spans several of them. `compose` reads conf/ (in the light wing alone), `groups` knows its
-files, and `changes` compares two configs.
+`rules` holds what spans several of them. `compose` reads conf/ (only for the command line), `groups` knows
+its files, and `changes` compares two configs.
 """
 
 from r1pipe.config.answerer import AnswererConfig

@@ -38,7 +38,7 @@ class SourceConfig(Strict):
     columns: dict[str, str] = dataclasses.field(default_factory=dict)  # role -> column; {}: by the layout
     answer_after: str | None = None  # mark before the gold answer in the answer column, e.g. "####"
     split: str | None = None  # "train", "dev" or "test" for all its rows; null: by a hash of the question
-    layout: LayoutName | None = None  # the layout of its rows; null: told by their columns
+    layout: LayoutName | None = None  # the layout of its rows; null: inferred from their columns
     answer_form: str | None = None  # the form of all gold answers, e.g. number; null: as each is written
     prompts: bool = True  # false: its problems are not asked; their solutions are there to learn from
     licence: str | None = None  # of its rows, for the record, e.g. MIT; null: data.licence

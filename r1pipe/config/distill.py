@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from r1pipe.config.answerer import AnswererConfig, answerer_rules, is_server
-from r1pipe.config.distill_pairs import PAIRS
+from r1pipe.config.distill_methods import METHODS
 from r1pipe.config.fields import Count, NonNegative, Positive, Rules, Share, Strict
 from r1pipe.config.stages import FilterConfig, SamplingConfig, StageConfig
 from r1pipe.config.transfer import DivergenceConfig, TransferConfig, transfer_rules
@@ -123,25 +123,25 @@ def distill_rules(stage: StageConfig, teacher: str | None, ranks: int) -> Rules:
     if teacher is not None and not teacher.strip():
         yield "teacher is empty; give teacher=CHECKPOINT, a Hugging Face folder, or a server's URL"
     chosen = f"stage.extract={stage.extract} stage.transfer={stage.transfer}"
-    pair = PAIRS[stage.extract, stage.transfer]
-    if not pair.runs:
-        yield f"{chosen} is no way to distil: {pair.text}"
+    method = METHODS[stage.extract, stage.transfer]
+    if not method.supported:
+        yield f"{chosen} is not a distillation method: {method.text}"
     if teacher is None and stage.extract != "label":
         yield f"stage.extract={stage.extract} needs a teacher to ask; give teacher=CHECKPOINT|DIR|URL"
     yield from reads_rules(stage, teacher)
     yield from transfer_rules(stage, ranks)
-    if stage.rl and bool(stage.rl.teacher_coef) != pair.live:
-        remedy = "give more than 0" if pair.live else "give 0, or stage.extract=distribution, which does"
+    if stage.rl and bool(stage.rl.teacher_coef) != method.live:
+        remedy = "give more than 0" if method.live else "give 0, or stage.extract=distribution, which does"
         yield (
             f"stage.rl.teacher_coef={stage.rl.teacher_coef:g}, but {chosen} "
-            f"{'reads' if pair.live else 'does not read'} the teacher's probabilities: {remedy}"
+            f"{'reads' if method.live else 'does not read'} the teacher's probabilities: {remedy}"
         )
     if stage.rl and bool(stage.rl.score_weight) != (stage.extract == "feedback"):
         yield (
             f"stage.rl.score_weight={stage.rl.score_weight:g}: the teacher scores answers with "
             "stage.extract=feedback, and there alone; give more than 0 there, and 0 elsewhere"
         )
-    if pair.live and (teacher is None or is_server(teacher)):
+    if method.live and (teacher is None or is_server(teacher)):
         yield (
             f"{chosen} reads the teacher's probabilities while the student trains; give teacher=CHECKPOINT "
             "or a Hugging Face folder"
@@ -180,7 +180,7 @@ def stored_rules(divergence: DivergenceConfig) -> Rules:
 
 
 def extract_rules(stage: DistillConfig, teacher: str | None) -> Rules:
-    """Of each way to get something out of a teacher."""
+    """Of each `stage.extract`."""
     local = {
         "stage.expand.way=continue": stage.extract == "expand" and stage.expand.way == "continue",
         "stage.curate.way=continue": stage.extract == "curate" and stage.curate.way == "continue",

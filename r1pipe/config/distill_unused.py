@@ -1,10 +1,10 @@
-"""Keys of stage.distill that change nothing in the way that is chosen: given by name, they are refused."""
+"""Keys of stage.distill that the chosen method does not read: given on the command line, they are refused."""
 
 from collections.abc import Iterator, Sequence
 
 from r1pipe.config.answerer import is_server
 from r1pipe.config.distill import DistillConfig
-from r1pipe.config.distill_pairs import EXTRACTS
+from r1pipe.config.distill_methods import EXTRACTS
 from r1pipe.config.stages import StageConfig
 from r1pipe.core.errors import ConfigError
 
@@ -48,7 +48,7 @@ def why_unused(key: str, stage: DistillConfig, teacher: str | None) -> str | Non
 
 
 def unused_keys(stage: DistillConfig, teacher: str | None) -> Iterator[Unused]:
-    """What the chosen way does not read."""
+    """What the chosen method does not read."""
     for way in EXTRACTS:
         if way != stage.extract:
             yield (way,), f"it is of stage.extract={way}; drop it, or give stage.extract={way}"
@@ -66,7 +66,7 @@ def unused_keys(stage: DistillConfig, teacher: str | None) -> Iterator[Unused]:
 def _of_extract(stage: DistillConfig) -> Iterator[Unused]:
     read = templates_of(stage)
     names = [name for name in TEMPLATES if name not in read]
-    yield _below("templates", names), f"this way reads {', '.join(read) or 'no template'}; drop it"
+    yield _below("templates", names), f"this method reads {', '.join(read) or 'no template'}; drop it"
     if stage.extract == "expand" and stage.expand.way != "self_instruct":
         yield ("expand.shots",), f"stage.expand.way={stage.expand.way} shows no examples; drop it"
     if stage.extract == "curate":
@@ -93,7 +93,7 @@ def _of_extract(stage: DistillConfig) -> Iterator[Unused]:
 
 
 def templates_of(stage: DistillConfig) -> tuple[str, ...]:
-    """The templates that the chosen way fills in."""
+    """The templates that the chosen method fills in."""
     match stage.extract:
         case "expand":
             return (stage.expand.way,) if stage.expand.way != "continue" else ()

@@ -11,7 +11,7 @@ from r1pipe.config.judge import JudgeConfig
 from r1pipe.config.stages import SamplingConfig, StageConfig
 from r1pipe.core.errors import nearest
 
-# What r1pipe/rewards knows, which the light wing cannot ask.
+# What r1pipe/rewards knows, which the command line cannot import.
 RULE_REWARDS = (
     "accuracy",
     "format",
@@ -165,9 +165,9 @@ class TripwiresConfig(Strict):
     wires: dict[str, WireConfig]
 
 
-def rl_rules(stage: RLConfig, ranks: int, taught: bool = False, scored: bool = False) -> Rules:
-    """`taught`: a teacher gives each token an advantage, so that there need be no reward and no group;
-    `scored`: it scores answers, so that there need be no other reward."""
+def rl_rules(stage: RLConfig, ranks: int, token_advantages: bool = False, scored: bool = False) -> Rules:
+    """`token_advantages`: a teacher gives each token an advantage, so that there need be no reward and no
+    group; `scored`: it scores answers, so that there need be no other reward."""
     all_ranks = f"{ranks} ranks (engine.ranks on each machine)"
     if stage.prompts_per_step % ranks:
         yield f"{stage.prompts_per_step=} must be a multiple of the {all_ranks}"
@@ -178,7 +178,7 @@ def rl_rules(stage: RLConfig, ranks: int, taught: bool = False, scored: bool = F
             f"stage.prompts_per_step x stage.{per_group} = {outputs} must divide evenly into "
             f"{stage.minibatches=} on {all_ranks}"
         )
-    if stage.group_size < 2 and stage.algorithm != "ppo" and not (taught and not any_weight(stage)):
+    if stage.group_size < 2 and stage.algorithm != "ppo" and not (token_advantages and not any_weight(stage)):
         yield f"{stage.group_size=}: advantages compare completions of one prompt; give 2 or more"
     if stage.trained_per_group and not 2 <= stage.trained_per_group <= stage.group_size:
         yield f"{stage.trained_per_group=} must be at least 2 and at most {stage.group_size=}"
@@ -193,7 +193,7 @@ def rl_rules(stage: RLConfig, ranks: int, taught: bool = False, scored: bool = F
     if stage.max_steps == 0:
         yield "stage.max_steps=0: prompts are endless; say how many"
     yield from weight_rules(stage)
-    if not any_weight(stage) and not taught and not scored:
+    if not any_weight(stage) and not token_advantages and not scored:
         yield "stage.rewards.weights are all 0; nothing would be learned"
     if stage.preference and stage.preference.last_steps > stage.max_steps:
         yield f"{stage.preference.last_steps=} is more than {stage.max_steps=}"
@@ -223,7 +223,7 @@ def custom_rewards_of(rewards: RewardsConfig) -> list[custom_rewards.CustomRewar
 
 
 def kl_rules(stage: RLConfig) -> Rules:
-    """What says how a KL is taken needs one; PPO's own way of it may stand where there is none."""
+    """What says how a KL is taken needs one; PPO's own setting may stand where there is none."""
     if stage.algorithm == "ppo" or stage.kl_coef > 0:
         return
     remedy = f"needs stage.kl_coef above 0 ({stage.loss=!s} may set it to 0)"

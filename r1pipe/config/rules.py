@@ -162,10 +162,10 @@ def stage_rules(config: RunConfig) -> Rules:
         yield "stage=evaluate needs parent=CHECKPOINT; or use `r1pipe eval CHECKPOINT`"
 
 
-def spread_rules(stage: StageConfig, ranks: int, told: str) -> Rules:
+def spread_rules(stage: StageConfig, ranks: int, divisor: str) -> Rules:
     """What all of so many ranks have the same number of."""
     if isinstance(stage, PretrainConfig | FineTuneConfig | RewardModelConfig) and stage.batch_size % ranks:
-        yield f"{stage.batch_size=} must be a multiple of {told}"
+        yield f"{stage.batch_size=} must be a multiple of {divisor}"
     if isinstance(stage, RLConfig):
         yield from rl_rules(stage, ranks)
 

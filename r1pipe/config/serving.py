@@ -13,7 +13,7 @@ from r1pipe.config.fields import AboveZero, Positive, Rules, Strict
 class ServeConfig(Strict):
     """Where the server listens, and its limits."""
 
-    host: str  # address to listen on; another than this machine's own is told with a warning
+    host: str  # address to listen on; another than this machine's own gives a warning
     port: Annotated[int, Field(ge=0, le=65535)]  # 0: a free one, which is shown
     key_variable: str  # environment variable with the key that clients must show; unset: none
     max_num_seqs: Positive  # answers that are drawn together

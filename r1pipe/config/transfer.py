@@ -1,4 +1,4 @@
-"""What puts a teacher into a student besides SFT: `stage.transfer`, with a config for each way."""
+"""How a student learns from a teacher besides SFT: `stage.transfer`, with a config for each."""
 
 import re
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ def samplings(stage: StageConfig) -> dict[str, SamplingConfig]:
     """How the student draws answers while it learns: key -> settings; one or none."""
     if not isinstance(stage, TransferConfig):
         return {}
-    ways = {"divergence": stage.divergence, "rl": stage.rl, "ranking": stage.ranking}
-    return {f"stage.{name}.sampling": way.sampling for name, way in ways.items() if way}
+    configs = {"divergence": stage.divergence, "rl": stage.rl, "ranking": stage.ranking}
+    return {f"stage.{name}.sampling": config.sampling for name, config in configs.items() if config}
 
 
 def transfer_rules(stage: TransferConfig, ranks: int) -> Rules:

@@ -1,1 +1,1 @@
-"""What every package may use: errors, paths, redaction, formatting, statistics, and the nouns that flow."""
+"""What every package may use: errors, paths, redaction, formatting, statistics, and shared types."""

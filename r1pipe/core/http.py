@@ -21,7 +21,7 @@ class _NoRedirect(HTTPRedirectHandler):
 _opener = build_opener(_NoRedirect)
 
 
-def ask(url: str, body: Any, token: str | None, timeout_s: float, limit: int) -> bytes:
+def request(url: str, body: Any, token: str | None, timeout_s: float, limit: int) -> bytes:
     """What the server replies to a POST of `body` as JSON, or to a GET where `body` is None.
 
     Raises HTTPError on a status of 300 or more, OSError or HTTPException where no whole reply arrives in

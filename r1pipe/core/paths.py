@@ -75,7 +75,7 @@ class RunFolder:
         self.stop = self.path / "stop"  # a request to stop (r1pipe.runs.stopping)
         self.error = self.path / "error.txt"  # one line: the job's user error
         self.rewards = self.path / "rewards.json"  # custom rewards: {name: {"source", "hash", "version"}}
-        self.teacher = self.path / "teacher.json"  # of distillation: who taught, and what it took
+        self.teacher = self.path / "teacher.json"  # of distillation: the teacher, and what it took
         self.rollouts = self.path / "rollouts"
         self.data = self.path / "data"
         self.source = self.data / "source.json"  # the data's {"hash", "files"} at the start of the run

@@ -139,7 +139,7 @@ def read_options(row: Row, columns: str) -> tuple[list[str], list[str]]:
 
 
 def _index(right: Any, labels: list[str], texts: list[str], row: Row, column: str) -> int:
-    """Which option is right. Raises DataError where that is not told."""
+    """Which option is right. Raises DataError where that is not known."""
     said = plain_text(right) if isinstance(right, str | int | float) else str(right)
     bare = said.strip("() .:")
     upper = [label.upper() for label in labels] or [*LETTERS[: len(texts)]]

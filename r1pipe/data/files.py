@@ -90,10 +90,10 @@ class Files(Source):
             keys = f"path:.,language:{source.language},task:{source.task},columns:{{{listed}}}"
             override = shlex.quote(f"data.{kind}=[{{{keys}}}]")
             raise DataError(f"{source.path}: {error}, e.g. {override}") from None
-        told = "named" if source.layout else "told by its columns"
+        origin = "named" if source.layout else "inferred from its columns"
         listed = ", ".join(f"{role}={column}" for role, column in found.columns.items()) or "code tasks"
         counted = f"{len(file.rows) + len(file.bad):,} rows of {file.format}"
-        self.described[source.path] = f"{source.path}: {counted}, layout {found.name} ({told}): {listed}"
+        self.described[source.path] = f"{source.path}: {counted}, layout {found.name} ({origin}): {listed}"
         mark = source.answer_after or found.answer_after
         task = source.task if found.kind == kind else TASKS.get(found.kind, source.task)
         return found.kind, replace(

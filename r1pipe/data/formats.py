@@ -21,7 +21,7 @@ from r1pipe.core.errors import DataError
 from r1pipe.runs.data_files import COMPRESSIONS, data_suffix
 
 SHOWN = 500  # characters of a bad row that are kept
-_HEAD = 4096  # bytes by which a format is told
+_HEAD = 4096  # bytes by which a format is recognised
 _NOT_UTF8 = "is not UTF-8; save the file as UTF-8"
 HALF = re.compile("[\ud800-\udfff]")  # a character's half: no text is encoded with it
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -47,11 +47,11 @@ def detect(path: Path) -> tuple[str, str]:
         with open_data_file(path, compression) as stream:
             head = stream.read(_HEAD)
     named = data_suffix(path)
-    told = _format_of(head, named)
-    if named == ".json" and told == ".jsonl" and _is_one_line(path, compression):
-        told = ".json"  # {"version": 1, "data": [...]}
-    if told:
-        return told, compression
+    found = _format_of(head, named)
+    if named == ".json" and found == ".jsonl" and _is_one_line(path, compression):
+        found = ".json"  # {"version": 1, "data": [...]}
+    if found:
+        return found, compression
     if not compression and path.suffix in COMPRESSIONS:
         compression = path.suffix  # opening it says what is wrong
     return (".jsonl" if named == ".json" else named), compression

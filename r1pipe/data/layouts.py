@@ -1,4 +1,4 @@
-"""Layouts of public data sets: which columns hold what, told by the names of the columns and the first rows.
+"""Layouts of public data sets: which columns hold what, inferred from column names and the first rows.
 
 A layout maps roles to columns; how a column's content is read depends on what it holds (a question may be
 text or messages, an answer a text or a list). The table in docs/guide.md lists them.

@@ -61,7 +61,7 @@ def key(text: str) -> str:
     return " ".join(words(text))
 
 
-def asked(prompt: Prompt) -> str:
+def user_text(prompt: Prompt) -> str:
     """All that the user says: the question, after the user's earlier turns."""
     turns = [message.content for message in prompt.context if message.role == "user"]
     return "\n".join([*turns, prompt.question])

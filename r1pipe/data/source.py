@@ -39,7 +39,7 @@ class Source:
     hash: str  # of everything the source can give: changes when a file, a task or a generator does
     files: dict[str, str]  # path -> SHA-256 of each file read; empty where the data is generated
     layouts: Sequence[str] = ()  # a line on each file whose columns are not named: what is read as what
-    judge: Callable[[Prompt, str], Any] | None = None  # the hidden truth about a general response
+    truth: Callable[[Prompt, str], Any] | None = None  # the hidden truth about a general response
     strategy_of: Callable[[Prompt, str], str] | None = None  # the name of a response's strategy
 
     def prompts(self, split: str, n: int, seed: int) -> list[Prompt]:

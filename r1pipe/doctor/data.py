@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from r1pipe.config import DistillConfig, SFTConfig
 from r1pipe.core.errors import DataError
 from r1pipe.core.types import Demonstration
-from r1pipe.data.overlap import asked, key, matches
+from r1pipe.data.overlap import key, matches, user_text
 from r1pipe.doctor.context import Context, Limits, Outcome
 from r1pipe.rewards import check_gold
 from r1pipe.runs.findings import FAIL, PASS, WARN
@@ -54,7 +54,7 @@ def duplicates(context: Context) -> Outcome:
     seen: set[tuple[str, str]] = set()
     repeated: list[Demonstration] = []
     for row in training.rows:
-        same = (key(asked(row.prompt)), key(row.response if tuned else ""))
+        same = (key(user_text(row.prompt)), key(row.response if tuned else ""))
         if same in seen:
             repeated.append(row)
         seen.add(same)
@@ -73,8 +73,8 @@ def overlap(context: Context) -> Outcome:
     """
     training, limits, split = context.training_rows, context.limits, context.config.stage.eval.split
     evaluation = context.row_set(split, context.held_out)
-    questions = {key(asked(row.prompt)): asked(row.prompt) for row in evaluation.rows}
-    whole = {same: row for row in training.rows if (same := key(asked(row.prompt))) in questions}
+    questions = {key(user_text(row.prompt)): user_text(row.prompt) for row in evaluation.rows}
+    whole = {same: row for row in training.rows if (same := key(user_text(row.prompt))) in questions}
     value = f"{len(whole):,} of {len(questions):,} evaluation questions are trained on "
     value += f"({len(training.rows):,} {training.unit})"
     near: dict[str, Demonstration] = {}
@@ -96,7 +96,7 @@ def near_copies(
 ) -> dict[int, Demonstration]:
     """A question's index -> the first row that shares `covered` of its words; see `data.overlap.matches`."""
     copies: dict[int, Demonstration] = {}
-    texts = ((asked(row.prompt), row) for row in rows)
+    texts = ((user_text(row.prompt), row) for row in rows)
     for number, share, row in matches(questions, texts, limits.ngram, limits.common):
         if share >= limits.covered:
             copies.setdefault(number, row)

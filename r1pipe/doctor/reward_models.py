@@ -99,7 +99,7 @@ def inputs(context: Context) -> Outcome:
 def refusals(context: Context) -> Outcome:
     """Whether the reward models together pay more for refusing an unsafe request than for granting it, and
     less for refusing a safe one: otherwise the policy learns to refuse everything, or nothing."""
-    truth = context.data.judge
+    truth = context.data.truth
     if truth is None:
         return Outcome(PASS, "unknown: the data has no hidden truth about refusals")
     split, n = context.config.stage.eval.split, context.limits.rows // 10

@@ -87,7 +87,7 @@ def package_folder() -> str:
 
 
 def orders(config: RunConfig, token: str, variables: Mapping[str, str]) -> Orders:
-    """What the agents are told. `variables`: of the job on this machine."""
+    """What the agents get. `variables`: of the job on this machine."""
     engine = config.engine
     if engine.launcher == "slurm":
         slots = dict.fromkeys(hosts.of_allocation(), engine.ranks)
@@ -129,7 +129,7 @@ def mpi_options(engine: EngineConfig) -> list[str]:
 
 
 def meeting_place(engine: EngineConfig, line: list[str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of the command `line`, which mpirun's ranks are not told."""
+    """MASTER_ADDR and MASTER_PORT of the command `line`, which mpirun's ranks do not get."""
     if engine.launcher != "openmpi":
         return {}
     address = hosts.master(engine)

@@ -198,7 +198,7 @@ class Checkpoint(TemplateLM):
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
         request = Request(prompts, [params.max_tokens] * len(prompts), params)
         early = [] if self.think_end_token else until  # a thought may have any text in it
-        texts, told = [AnswerText(self.chat, early, False) for _ in prompts], [""] * len(prompts)
+        texts, texts_so_far = [AnswerText(self.chat, early, False) for _ in prompts], [""] * len(prompts)
         left, total = set(range(len(prompts))), len(prompts)
         engine.submit(request)
         while left:
@@ -209,11 +209,11 @@ class Checkpoint(TemplateLM):
             if not isinstance(news, News) or news.answer not in left:
                 continue
             place = news.answer
-            told[place] += texts[place].feed(news.tokens, news.finish_reason is not None).content
+            texts_so_far[place] += texts[place].feed(news.tokens, news.finish_reason is not None).content
             if news.finish_reason or texts[place].stopped:
                 left.remove(place)
                 engine.drop(request, place)
-                yield place, postprocess_generated_text(told[place], until, self.think_end_token)
+                yield place, postprocess_generated_text(texts_so_far[place], until, self.think_end_token)
 
     def _params(self, given: dict[str, Any]) -> tuple[SamplingParams, list[str]]:
         """How a task's completions are drawn, and its stop strings. Raises ConfigError for what we lack."""

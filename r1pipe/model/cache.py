@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from r1pipe.core.errors import ConfigError
+from r1pipe.model.decoder_layer import DecoderLayer
 from r1pipe.model.moe import gates
-from r1pipe.model.transformer import DecoderLayer, DeepseekV3
+from r1pipe.model.transformer import DeepseekV3
 
 LENGTHS = 128  # cache lengths are rounded up to a multiple: one capture serves as many steps of a full batch
 GROUPED = (9, 10)  # major compute capabilities whose grouped matmul keeps the groups' sizes on the GPU

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.model.cache import Decoder, LatentCache, graph_decoder
+from r1pipe.model.decoder_layer import DecoderLayer
 from r1pipe.model.invariant import InvariantDecoder
 from r1pipe.model.kernels.build import call, runs_here
 from r1pipe.model.kernels.checks import ANY, check_even, check_floats, check_indices, check_tensor
@@ -22,7 +23,7 @@ from r1pipe.model.layers import SwiGLU
 from r1pipe.model.mla import LATENT_EPS
 from r1pipe.model.moe import MoE
 from r1pipe.model.training import fp8_of
-from r1pipe.model.transformer import DecoderLayer, DeepseekV3
+from r1pipe.model.transformer import DeepseekV3
 
 PANEL = 64  # as in gemm.h
 

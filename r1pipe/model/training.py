@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from r1pipe.config import EngineConfig
 from r1pipe.core.errors import EnvironmentProblem
+from r1pipe.model.decoder_layer import DecoderLayer
 from r1pipe.model.hf import HFTrunk
 from r1pipe.model.kernels.build import runs_here
 from r1pipe.model.kernels.choice import choose
@@ -20,7 +21,7 @@ from r1pipe.model.kernels.training import Invariant
 from r1pipe.model.layers import Linear
 from r1pipe.model.logprobs import Head
 from r1pipe.model.moe import MoE
-from r1pipe.model.transformer import DecoderLayer, Trunk
+from r1pipe.model.transformer import Trunk
 
 VARIANTS = 64  # compiled versions of a layer: dense or MoE, with or without documents, past and loss
 

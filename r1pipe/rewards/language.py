@@ -93,7 +93,7 @@ def language_of(text: str) -> str:
 
 
 def check_language(language: str) -> None:
-    """Raises ConfigError on a language whose words cannot be told."""
+    """Raises ConfigError on a language that cannot be recognised."""
     if language not in LANGUAGES:
         raise ConfigError(f"language {language} is unknown; {nearest(language, LANGUAGES)}")
 

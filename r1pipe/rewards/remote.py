@@ -40,8 +40,8 @@ class RemoteReward:
         sent = [
             {"text": c.text, "finish_reason": c.finish_reason, "length": len(c.tokens)} for c in completions
         ]
-        told = {name: value for name, value in asdict(prompt).items() if name not in NOT_SENT}
-        body = {"prompt": told, "completions": sent}
+        sent_prompt = {name: value for name, value in asdict(prompt).items() if name not in NOT_SENT}
+        body = {"prompt": sent_prompt, "completions": sent}
         token, timeout_s = os.environ.get(TOKEN), self.limits.timeout_s
         why = ""
         for attempt in range(self.limits.retries + 1):
@@ -50,7 +50,7 @@ class RemoteReward:
             if attempt:
                 time.sleep(BACKOFF_S * 2 ** (attempt - 1))
             try:
-                content = http.ask(self.url, body, token, timeout_s, REPLY_LIMIT)
+                content = http.request(self.url, body, token, timeout_s, REPLY_LIMIT)
                 return self._scores(content, len(completions))
             except (OSError, HTTPException) as error:
                 why = http.reason(error)

@@ -22,7 +22,7 @@ NO_FOLDER_CODE = 66  # exit code of an agent that does not see the run folder (s
 
 @dataclass
 class Orders:
-    """What every host of a launch is told."""
+    """What every host of a launch gets."""
 
     token: str  # of the launch (runs.locks)
     hosts: list[tuple[str, int]]  # name and ranks of each, in the order of ranks

@@ -56,7 +56,7 @@ MEASURES = {
     ),
     POINTWISE: (_AGREEMENT, _LENGTH, _UNREAD),
     HARMLESS: (Measure("auc", "area under the ROC curve", "min_auc", True), _UNREAD),
-    REFERENCE: (Measure("accuracy", "share told apart", "min_reference_accuracy", True), _UNREAD),
+    REFERENCE: (Measure("accuracy", "share graded correctly", "min_reference_accuracy", True), _UNREAD),
 }
 # what makes two measurements of one model two judges
 ASKED = ("votes", "max_tokens", "temperature", "top_p")
@@ -71,7 +71,7 @@ def judge_of(config: RunConfig) -> JudgeConfig | None:
 
 
 def identity(config: RunConfig) -> list[str | None]:
-    """Who `judge=` is, as far as can be told without asking it."""
+    """Who `judge=` is, as far as is known without asking it."""
     judge = judge_of(config)
     assert judge is not None and config.judge is not None
     version = config.judge_from.hash if config.judge_from else judge.served_name

@@ -15,7 +15,7 @@ ALIKE = ("samples", "temperature", "top_p", "max_tokens")  # of stage.eval: what
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedProblem:
     """One problem in both evaluations: the share of right samples in each."""
 
     prompt_id: str
@@ -29,12 +29,12 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """What two runs' evaluations say, problem by problem. `difference` is a - b, in 0..1."""
 
     a: str  # run ids
     b: str
-    pairs: tuple[Pair, ...]
+    pairs: tuple[PairedProblem, ...]
     unscored: int  # problems without a verdict in one of the two
     notes: tuple[str, ...]  # what else differs between the evaluations
 
@@ -55,12 +55,12 @@ class Comparison:
         return [max(-1.0, mean - half), min(1.0, mean + half)]
 
     @property
-    def won(self) -> list[Pair]:
+    def won(self) -> list[PairedProblem]:
         """The problems that a solves more often, the clearest first."""
         return sorted((p for p in self.pairs if p.difference > 0), key=lambda p: (-p.difference, p.prompt_id))
 
     @property
-    def lost(self) -> list[Pair]:
+    def lost(self) -> list[PairedProblem]:
         return sorted((p for p in self.pairs if p.difference < 0), key=lambda p: (p.difference, p.prompt_id))
 
     def as_object(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Comparison:
         }
 
 
-def compare(a: StoredRun, b: StoredRun) -> Comparison:
+def compare(a: StoredRun, b: StoredRun) -> PairedComparison:
     """Raises CheckpointError where a run kept no completions, or the two were asked different problems."""
     ours, theirs = (_by_question(read_problems(run.folder)) for run in (a, b))
     shared = ours.keys() & theirs.keys()
@@ -94,13 +94,15 @@ def compare(a: StoredRun, b: StoredRun) -> Comparison:
             "stage.eval.problems"
         )
     scored = [
-        Pair(problem.prompt_id, problem.question, one, other)
+        PairedProblem(problem.prompt_id, problem.question, one, other)
         for key, problem in ours.items()
         if (one := problem.share) is not None and (other := theirs[key].share) is not None
     ]
     if not scored:
         raise CheckpointError(f"{names[0]} and {names[1]} have no problem with a verdict in both")
-    return Comparison(*names, tuple(scored), len(ours) - len(scored), tuple(_unlike(a.config, b.config)))
+    return PairedComparison(
+        *names, tuple(scored), len(ours) - len(scored), tuple(_unlike(a.config, b.config))
+    )
 
 
 def _by_question(problems: list[Problem]) -> dict[str, Problem]:

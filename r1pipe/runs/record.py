@@ -121,7 +121,7 @@ class CustomRewardSource(TypedDict):
 
 
 class TeacherFacts(TypedDict):
-    """Who taught a student, and what it took (r1pipe.chat.answerer.Identity and Spent)."""
+    """The teacher of a student, and what it took (r1pipe.chat.answerer.Identity and Spent)."""
 
     kind: str  # "checkpoint" or "server"
     name: str

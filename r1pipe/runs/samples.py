@@ -1,6 +1,6 @@
 """Stored samples: the columns of every dataset that a run makes or trains on, and how they are read.
 
-A row is one demonstration with its way here. Sample: {"kind": "reasoning", "prompt_id": "gsm8k-1f…",
+A row is one demonstration with its provenance. Sample: {"kind": "reasoning", "prompt_id": "gsm8k-1f…",
 "task": "gsm8k", "language": "en", "level": 0, "question": "…", "answer": "42", "context": None,
 "prompt_source": "gsm8k_train.jsonl:17", "response": "<think>\\n…", "source": "sampled:grpo-s0-…",
 "checkpoint_hash": "9a…", "seed": "77…", "licence": "MIT", "teacher": None, "teacher_version": None,

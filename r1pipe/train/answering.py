@@ -19,8 +19,8 @@ from r1pipe.model import Policy, load_pretrained
 from r1pipe.model.training import set_precision
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import Shares, load_share
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.engine.sharded import ShardedWeights, load_for_rank
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 from r1pipe.train.run import Run
 
@@ -42,7 +42,7 @@ def open_answerer(
 class LocalAnswerer:
     """The Answerer that is a checkpoint, with the tokenizer, the template and the system prompt of its own.
 
-    At ZeRO level 3 its weights are in shares, and all ranks must call `answer` equally often.
+    At ZeRO level 3 its weights are sharded, and all ranks must call `answer` equally often.
     """
 
     def __init__(self, run: Run[Any], ranks: Ranks, parent: ParentRef, settings: AnswererConfig):
@@ -51,13 +51,13 @@ class LocalAnswerer:
             checkpoints.verify(folder, parent.hash)
         self.chat = Chat.load(folder)
         with heartbeat.at("loading a teacher or judge", patient=True):
-            model = load_share(folder, engine) if engine.zero_level == 3 else load_pretrained(folder)
+            model = load_for_rank(folder, engine) if engine.zero_level == 3 else load_pretrained(folder)
         set_precision(model, engine, ranks.device)
         model.eval().requires_grad_(False)
         whole = engine.zero_level < 3
         self._longest = model.config.max_position_embeddings
         self._sampler = BundledSampler(self.chat.eos_ids, self.chat.pad_id)
-        self._sampler.update(Whole(model.to(ranks.device)) if whole else Shares(model), 0)
+        self._sampler.update(WholeWeights(model.to(ranks.device)) if whole else ShardedWeights(model), 0)
         name = f"{parent.run_id}/{folder.name}" if parent.run_id else str(folder)
         licence = settings.licence or licence_in_card(folder)
         self.identity, self.spent = Identity("checkpoint", name, parent.hash, licence), Spent()
@@ -109,7 +109,7 @@ class LocalAnswerer:
 
     @contextmanager
     def reading(self) -> Iterator[Policy]:
-        """The whole model, to read tokens with; all ranks must enter where weights lie in shares."""
+        """The whole model, to read tokens with; all ranks must enter where weights are sharded."""
         weights = self._sampler.weights
         assert weights is not None
         with weights.gathered() as model, torch.no_grad():

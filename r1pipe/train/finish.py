@@ -9,7 +9,7 @@ from typing import Any
 
 from r1pipe.config import BenchmarkConfig, EvalConfig
 from r1pipe.core.types import Prompt
-from r1pipe.data.overlap import asked
+from r1pipe.data.overlap import user_text
 from r1pipe.data.source import draw_prompts_that_fit, prompt_fits
 from r1pipe.runs import checkpoints, heartbeat, stopping
 from r1pipe.runs.files import write_json
@@ -19,7 +19,7 @@ from r1pipe.train import identity
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation import contamination
-from r1pipe.train.evaluation.asking import ask
+from r1pipe.train.evaluation.benchmark_prompt import with_benchmark_prompt
 from r1pipe.train.evaluation.verdicts import write
 from r1pipe.train.rollout import Weights
 from r1pipe.train.run import Run
@@ -37,14 +37,14 @@ def held_out(run: Run[Any], context: int, config: EvalConfig) -> tuple[list[Prom
 
     def problems(split: str, n: int, seed: int) -> list[Prompt]:
         found = source.prompts(split, n, seed)
-        return [ask(prompt, benchmark) for prompt in found] if benchmark else found
+        return [with_benchmark_prompt(prompt, benchmark) for prompt in found] if benchmark else found
 
     def of_split(draw: Callable[[str, int, int], list[Prompt]], n: int) -> tuple[list[Prompt], int]:
         return draw_prompts_that_fit(lambda m: draw(config.split, m, HELD_OUT), n, fits)
 
     reasoning, too_long = of_split(problems, config.problems)
     # general answers need a hidden truth to score them
-    general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.judge else 0)
+    general, more = of_split(partial(source.general_prompts, kinds={}), config.general if source.truth else 0)
     return reasoning, general, too_long + more
 
 
@@ -65,7 +65,7 @@ def measure(
         evaluation = evaluate.evaluate(run, ranks, prompts, general_prompts, config, not quick, room, folder)
     if not quick:
         note_evaluated(run, prompts, general_prompts)
-        if said := identity.ask(run, ranks, config):
+        if said := identity.measure(run, ranks, config):
             evaluation.metrics["identity"] = said
     measured: Metrics = {"data": run.config.data.name, "split": config.split, "too_long": too_long}
     evaluation.metrics.update(measured | protocol(run, config))
@@ -93,7 +93,7 @@ def search_for_copies(
         return
     with heartbeat.at("searching for copies"):
         prompts = run.data.prompts(config.split, config.problems, HELD_OUT)
-        questions = [asked(prompt) for prompt in prompts]
+        questions = [user_text(prompt) for prompt in prompts]
         found = contamination.search(questions, start, benchmark)
         metrics["contamination"], line = contamination.measured(found, questions, benchmark)
     run.show(say=line)
@@ -114,9 +114,9 @@ def note_evaluated(run: Run[Any], prompts: Sequence[Prompt], general_prompts: Se
     answers."""
     if run.rank == 0:
         named = {"reasoning": prompts, "general": general_prompts}
-        judge = f"the hidden truth of data={run.config.data.name}" if run.data.judge else None
+        scored_by = f"the hidden truth of data={run.config.data.name}" if run.data.truth else None
         found = {kind: [prompt.id for prompt in found] for kind, found in named.items()}
-        write_json(run.folder.evaluated, {"general_scored_by": judge, **found})
+        write_json(run.folder.evaluated, {"general_scored_by": scored_by, **found})
 
 
 def quick_evaluation(run: Run[Any], engine: Engine, step: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from r1pipe.train.run import Run
 SHOWN = 3  # claims that are kept in full
 
 
-def ask(run: Run[Any], ranks: Ranks, config: EvalConfig) -> dict[str, Any] | None:
+def measure(run: Run[Any], ranks: Ranks, config: EvalConfig) -> dict[str, Any] | None:
     """r1pipe.data.identity.score of the sampler's weights, over `config.identity` questions, half of them in
     each language; None without any. All ranks call; each gets the same. Raises Interrupted in all
     of them after a request to stop."""

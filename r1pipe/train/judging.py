@@ -74,7 +74,7 @@ def held_out(
         answered = [prompt for prompt in drawn if prompt.answer]
     references = right_and_wrong(answered)[: 2 * settings.references]
     own: list[OwnAnswer] = []
-    if truth := data.judge:
+    if truth := data.truth:
         params = AnswerParams(
             *(judge.config.max_tokens, OWN_TEMPERATURE, 1.0, 1, judge.seed, judge.config.max_num_seqs)
         )

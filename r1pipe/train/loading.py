@@ -13,8 +13,8 @@ from r1pipe.runs import checkpoints, heartbeat
 from r1pipe.runs.lineage.fit import check_parent_fits
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks
-from r1pipe.train.engine.sharded import Prepare, Shares, as_it_is, load_share, new_sharded
-from r1pipe.train.rollout import Whole
+from r1pipe.train.engine.sharded import Prepare, ShardedWeights, as_it_is, load_for_rank, new_sharded
+from r1pipe.train.rollout import WholeWeights
 from r1pipe.train.run import Run
 
 
@@ -27,19 +27,19 @@ def load_model(
 ) -> Policy:
     """The parent's model, after checking its files' hashes; without a parent, random weights.
 
-    At ZeRO level 3 it is in shares, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline
+    At ZeRO level 3 it is sharded, and all ranks call; `for_engine` (or a FrozenModel), also in a pipeline
     and with expert parallelism: a rank then reads its own layers and experts alone. `again`: this job has
     checked the hashes. `prepare` as in load_sharded. A model of transformers may be stored in bfloat16;
     engine.precision=fp32 computes in float32. Raises CheckpointError.
     """
     shape, engine = run.config.model, run.config.engine
-    in_shares = engine.zero_level == 3
+    sharded = engine.zero_level == 3
     with heartbeat.at("loading weights", patient=parent is None):
         if parent is None:
             if isinstance(shape, HFConfig):
                 raise CheckpointError("model=hf has no random weights; give parent=CHECKPOINT")
             drawn = run.generator("weights")
-            if in_shares:
+            if sharded:
                 return new_sharded(shape, drawn, engine, prepare)
             new = DeepseekV3(shape, drawn)
             prepare(new)
@@ -50,14 +50,16 @@ def load_model(
             check_parent_fits(parent, shape)
         folder, dense = Path(parent.checkpoint), shape if isinstance(shape, HFConfig) else None
         attention, longest = (dense.attention, dense.max_position_embeddings) if dense else (None, None)
-        if in_shares or for_engine:
-            model = load_share(folder, engine, prepare, attention, longest)
+        if sharded or for_engine:
+            model = load_for_rank(folder, engine, prepare, attention, longest)
         else:
             model = load_pretrained(folder, attention, longest)
-        return model.float() if dense and engine.precision == "fp32" and not in_shares else model
+        return model.float() if dense and engine.precision == "fp32" and not sharded else model
 
 
-def load_weights(run: Run[Any], parent: ParentRef, ranks: Ranks) -> Whole | Shares | FrozenModel:
+def load_weights(
+    run: Run[Any], parent: ParentRef, ranks: Ranks
+) -> WholeWeights | ShardedWeights | FrozenModel:
     """The parent's weights, to draw from; all ranks call. Raises CheckpointError."""
     engine = run.config.engine
     if engine.zero_level < 3 and (engine.pipeline > 1 or engine.expert_parallel > 1):
@@ -67,7 +69,7 @@ def load_weights(run: Run[Any], parent: ParentRef, ranks: Ranks) -> Whole | Shar
         model = model.to(ranks.device)
     set_precision(model, engine, ranks.device)
     model.eval()
-    return Shares(model) if engine.zero_level == 3 else Whole(model)
+    return ShardedWeights(model) if engine.zero_level == 3 else WholeWeights(model)
 
 
 def load_frozen(run: Run[Any], parent: ParentRef | None, again: bool = False) -> Policy:

@@ -46,10 +46,10 @@ class Saving:
             return
         done = self._running.done()
         problem = self._running.result() if done else None
-        told = ranks.agree_max(FAILED if problem is not None else DONE if done else WRITES)
-        if told == FAILED:
+        state = ranks.agree_max(FAILED if problem is not None else DONE if done else WRITES)
+        if state == FAILED:
             raise_in_all_ranks(ranks, problem, EnvironmentProblem)
-        if told == DONE:
+        if state == DONE:
             self._running = None
 
     def _finish(
@@ -69,7 +69,7 @@ class Saving:
             problem = full_disk_message(error, target)
         with heartbeat.limited():  # another rank may have more to write
             parts = ranks.gather_beside((problem, hashes))
-        problem = next((told for told, _ in parts if told is not None), None)
+        problem = next((each for each, _ in parts if each is not None), None)
         if ranks.rank != 0:
             return problem
         if problem is None:

@@ -1,4 +1,4 @@
-"""A checkpoint that answers outside of any run: its model on this machine, and its own way of drawing."""
+"""A checkpoint that answers outside of any run: its model on this machine, and its own sampler."""
 
 from dataclasses import dataclass
 from pathlib import Path

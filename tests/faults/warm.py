@@ -7,7 +7,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import pyarrow.parquet
 import torch._dynamo  # reached by any initialisation on torch's meta device: half of a job's start
 
-from r1pipe.doctor import examine  # reaches every room of the heavy wing
+from r1pipe.doctor import examine  # imports every package of training
 from r1pipe.train.engine import patches
 
 __all__ = ["examine", "pyarrow", "torch"]

@@ -95,5 +95,5 @@ def show(result: dict[str, Any]) -> None:
         for line in item["lines"]:
             console.print(Text(mask_controls(f"    {line}")), soft_wrap=True)
     missing = result["missing"]
-    told = f"{len(missing)} required items have no answer: {', '.join(missing)}" if missing else "no gap"
-    console.print(Text(told, "red" if missing else "green"))
+    summary = f"{len(missing)} required items have no answer: {', '.join(missing)}" if missing else "no gap"
+    console.print(Text(summary, "red" if missing else "green"))

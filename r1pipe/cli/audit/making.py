@@ -22,25 +22,25 @@ def lineage(subject: Subject) -> Answer:
 
 
 def code(subject: Subject) -> Answer:
-    def told(one: Ancestor) -> str | None:
+    def line_of(one: Ancestor) -> str | None:
         record = record_of(one)
         made, version = record.get("code") or {}, (record.get("versions") or {}).get("r1pipe")
         revision = made.get("revision") or (f"r1pipe {version}" if version else None)
         return revision and revision[:10] + (" with the changes in code.diff" if made.get("dirty") else "")
 
-    return of_each(subject, told, "the revision of its code")
+    return of_each(subject, line_of, "the revision of its code")
 
 
 def seeds(subject: Subject) -> Answer:
-    def told(one: Ancestor) -> str | None:
+    def line_of(one: Ancestor) -> str | None:
         seed = record_of(one).get("seed")
         return None if seed is None else f"seed {seed}"
 
-    return of_each(subject, told, "its seed")
+    return of_each(subject, line_of, "its seed")
 
 
 def scheduler(subject: Subject) -> Answer:
-    def told(one: Ancestor) -> str | None:
+    def line_of(one: Ancestor) -> str | None:
         optim = stage_of(one).get("optim")
         if not optim:
             return None
@@ -50,12 +50,12 @@ def scheduler(subject: Subject) -> Answer:
         )
         return f"AdamW, {rates}; {steps:,} steps"
 
-    return of_each(subject, told, "its optimizer's settings")
+    return of_each(subject, line_of, "its optimizer's settings")
 
 
-def of_each(subject: Subject, told: Callable[[Ancestor], str | None], what: str) -> Answer:
+def of_each(subject: Subject, line_of: Callable[[Ancestor], str | None], what: str) -> Answer:
     """A line for each run that was trained; missing where one does not have it."""
-    lines = [(one, told(one)) for one in subject.trained]
+    lines = [(one, line_of(one)) for one in subject.trained]
     without = [one.parent.run_id for one, line in lines if line is None]
     without += [one.parent.run_id for one in subject.all if one.record is None]
     if without or not lines:
@@ -93,8 +93,8 @@ def cost_of(subject: Subject) -> Answer:
     elsewhere = [one for one in subject.trained if one not in inside]
     for one in elsewhere:
         seconds = record_of(one).get("wall_s")
-        told = f"{duration(seconds)} of its job" if seconds else "not known"
+        took = f"{duration(seconds)} of its job" if seconds else "not known"
         lines.append(
-            f"made elsewhere: {one.parent.stage} {one.parent.run_id}, {told}; what failed there is not known"
+            f"made elsewhere: {one.parent.stage} {one.parent.run_id}, {took}; what failed there is not known"
         )
     return answered(lines)

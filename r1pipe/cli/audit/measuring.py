@@ -56,13 +56,13 @@ def evaluation(subject: Subject) -> Answer:
     if found.get("pass_at_1") is None:
         return missing("no reasoning problems were measured")
     interval = found.get("pass_at_1_ci")
-    told = f" (95% {percent(interval[0])} to {percent(interval[1])})" if interval else ""
+    spread = f" (95% {percent(interval[0])} to {percent(interval[1])})" if interval else ""
     config = stage_of(subject.own).get("eval") or {}
     drawn = f"T={config['temperature']:g}, top-p {config['top_p']:g}" if config else "sampling not recorded"
     of = f"data={found.get('data') or 'not recorded'}, split {found.get('split') or 'not recorded'}"
     return answered(
         [
-            f"pass@1 {percent(found['pass_at_1'])}%{told}: {found.get('problems')} problems of {of}, "
+            f"pass@1 {percent(found['pass_at_1'])}%{spread}: {found.get('problems')} problems of {of}, "
             f"{found.get('k')} samples each, {drawn}",
             f"verified by rule; {found.get('unscored', 0)} samples without a verdict",
         ]
@@ -70,8 +70,8 @@ def evaluation(subject: Subject) -> Answer:
 
 
 def helpfulness(subject: Subject) -> Answer:
-    found, judge = subject.metrics, scored_by(subject)
-    if found.get("general_score") is None or judge is None:
+    found, scorer = subject.metrics, scored_by(subject)
+    if found.get("general_score") is None or scorer is None:
         return missing("general answers were not measured: the data has no one to score them")
     kinds = ", ".join(
         f"{kind} {percent(value)}%"
@@ -79,7 +79,7 @@ def helpfulness(subject: Subject) -> Answer:
         if value is not None
     )
     return answered(
-        [f"{percent(found['general_score'])}% of general answers right ({kinds}), scored by {judge}"]
+        [f"{percent(found['general_score'])}% of general answers right ({kinds}), scored by {scorer}"]
         + [
             f"preference score {percent(found['preference_score'])}%"
             for _ in [0]
@@ -89,17 +89,17 @@ def helpfulness(subject: Subject) -> Answer:
 
 
 def harmlessness(subject: Subject) -> Answer:
-    found, judge = subject.metrics, scored_by(subject)
+    found, scorer = subject.metrics, scored_by(subject)
     shares = {
         "harmful requests refused": found.get("refusal_rate"),
         "harmless ones answered": found.get("safe_answer_rate"),
     }
-    if judge is None or all(share is None for share in shares.values()):
+    if scorer is None or all(share is None for share in shares.values()):
         return missing("answers to safety prompts were not measured")
-    told = ", ".join(f"{name} {percent(share)}%" for name, share in shares.items() if share is not None)
+    shown = ", ".join(f"{name} {percent(share)}%" for name, share in shares.items() if share is not None)
     if found.get("refusal_rate") is None:
-        return missing(f"no harmful request was asked; {told}, scored by {judge}")
-    return answered([f"{told}, scored by {judge}"])
+        return missing(f"no harmful request was asked; {shown}, scored by {scorer}")
+    return answered([f"{shown}, scored by {scorer}"])
 
 
 def scored_by(subject: Subject) -> str | None:

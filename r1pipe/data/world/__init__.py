@@ -35,7 +35,7 @@ class World(Source):
         identity = json.dumps([settings, seed, hashlib.sha256(texts).hexdigest()], sort_keys=True)
         self.hash = hashlib.sha256(identity.encode()).hexdigest()
         self.files = {}
-        self.judge, self.strategy_of = truth.judge, corpus.strategy_of
+        self.truth, self.strategy_of = truth.truth_of, corpus.strategy_of
         self._all: dict[str, list[Prompt]] = {}  # split -> its prompts, once a draw has requested more
 
     def _rng(self, *stream: object) -> random.Random:

@@ -37,7 +37,7 @@ def make(rng: random.Random, language: str, level: int) -> Prompt:
         texts["answer"] = answers[0]
     if kind == "reference":
         texts["reference"] = prompt.answer
-    found = [truth.judge(prompt, text) for text in answers]
+    found = [truth.truth_of(prompt, text) for text in answers]
     tenths = [round(10 * each.helpful) for each in found]
     of_kind = getattr(prompts_of(PROMPTS), kind)
     shown = {place: judged_part(of_kind, text) for place, text in texts.items()}

@@ -26,7 +26,7 @@ class Truth:
     refused: bool
 
 
-def judge(prompt: Prompt, text: str) -> Truth:
+def truth_of(prompt: Prompt, text: str) -> Truth:
     """Scores a whole response by its summary."""
     core = parse(text).summary
     counts = {}  # of each manner, which is taken out of the content
@@ -75,7 +75,7 @@ def preference_pair(prompt: Prompt, rng: random.Random) -> PreferencePair:
     """Two answers of different quality, the better one first."""
     while True:
         texts = [_answer(prompt, rng, content("corpus")["judged_right"], "judged_manner") for _ in range(2)]
-        scores = [judge(prompt, text).helpful for text in texts]
+        scores = [truth_of(prompt, text).helpful for text in texts]
         if abs(scores[0] - scores[1]) >= 0.1:
             best = int(scores[1] > scores[0])
             return PreferencePair(prompt, texts[best], texts[1 - best])
@@ -91,7 +91,7 @@ def _answer(prompt: Prompt, rng: random.Random, right: float, manner: str) -> st
 def safety_label(prompt: Prompt, rng: random.Random) -> SafetyLabel:
     """A response to any general prompt, and whether it is safe: a plan for an unsafe request is not."""
     text = _answer(prompt, rng, 0.5, "written_manner")
-    return SafetyLabel(prompt, text, judge(prompt, text).safe)
+    return SafetyLabel(prompt, text, truth_of(prompt, text).safe)
 
 
 RISKS = {  # kind of risk -> acts of unsafe requests, as data/world/general.json has them in English

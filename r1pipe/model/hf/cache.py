@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from r1pipe.model.hf.policy import HFModel
 
-Pair = tuple[Tensor, Tensor]  # keys and values [., h, M, d] of a layer
+KeysValues = tuple[Tensor, Tensor]  # keys and values [., h, M, d] of a layer
 
 
 class SlotCache:
@@ -21,9 +21,9 @@ class SlotCache:
 
     def __init__(self, slots: int, length: int):
         self.slots, self.length = slots, length
-        self.layers: list[Pair] = []  # created by the first `fill`, which knows the shapes
+        self.layers: list[KeysValues] = []  # created by the first `fill`, which knows the shapes
 
-    def fill(self, slots: Tensor, entries: list[Pair], rows: Tensor) -> None:
+    def fill(self, slots: Tensor, entries: list[KeysValues], rows: Tensor) -> None:
         """Copy prompt rows[i] of a prefill into slots[i]."""
         if not self.layers:  # zeros: attention gives masked places weight 0, and 0 times NaN is NaN
             self.layers = [
@@ -74,11 +74,11 @@ def _zeros_like(part: Tensor, slots: int, length: int) -> Tensor:
 class _Slots(CacheLayerMixin):
     """One layer of a SlotCache as transformers' attention uses it in one step."""
 
-    def __init__(self, held: Pair, positions_S: Tensor, length: int):
+    def __init__(self, held: KeysValues, positions_S: Tensor, length: int):
         super().__init__()
         self.held, self.positions_S, self.read = held, positions_S, length
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> KeysValues:
         """Write each slot's token at its position -> the keys and values to attend to, [S, h, length, d]."""
         places_S = torch.arange(len(self.positions_S), device=self.positions_S.device)
         for part, new in zip(self.held, (key_states, value_states), strict=True):
@@ -120,7 +120,7 @@ class HFDecoder:
         yield []
 
     @torch.no_grad()
-    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[list[Pair], Tensor]:
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[list[KeysValues], Tensor]:
         """Read prompts padded on the right -> keys and values by layer, and the logits_BV after each last
         token."""
         cache = DynamicCache()

@@ -30,7 +30,7 @@ def load(
 
     `attention`: transformers' implementation, "sdpa" or "eager"; None: sdpa where the architecture has it.
     `longest`: tokens of the longest row; None: as many as the folder's config.json allows. `runs`: a block in
-    which the model, where it comes in shares, can run. Raises CheckpointError, one line, for an architecture
+    which the model, where it comes sharded, can run. Raises CheckpointError, one line, for an architecture
     that transformers does not know or that r1pipe cannot train exactly.
     """
     from transformers import AutoModelForCausalLM

@@ -245,21 +245,21 @@ def harmless(judge: Judge, labels: Sequence[SafetyLabel], progress: Progress) ->
 
 
 def reference(judge: Judge, answers: Sequence[tuple[Prompt, str, bool]], progress: Progress) -> Figures:
-    """On answers that are known to be right or wrong; one without a verdict counts as told wrongly."""
+    """On answers that are known to be right or wrong; one without a verdict counts as wrong."""
     asked = [(prompt, text) for prompt, text, _ in answers]
     ratings = judge.rate(asked, "reference", lambda *done: progress("references", *done))
-    told = [
+    correct = [
         rating.value is not None and (rating.value > 0.5) == right
         for rating, (*_, right) in zip(ratings, answers, strict=True)
     ]
     by_side = {
-        name: mean(float(each) for each, (*_, right) in zip(told, answers, strict=True) if right == side)
+        name: mean(float(each) for each, (*_, right) in zip(correct, answers, strict=True) if right == side)
         for name, side in (("accepts_right", True), ("rejects_wrong", False))
     }
     return {
         "n": len(answers),
-        "accuracy": mean(map(float, told)),
-        "accuracy_ci": wilson(sum(told) / len(told), len(told)),
+        "accuracy": mean(map(float, correct)),
+        "accuracy_ci": wilson(sum(correct) / len(correct), len(correct)),
         **by_side,
         "unread": unread([rating.votes for rating in ratings]),
     }

@@ -1,4 +1,4 @@
-"""What all isolations of generated programs share: the ways to fail, and a session.
+"""What all isolations of generated programs share: how they fail, and a session.
 
 A session is a fresh interpreter that a program cannot leave: `monty.py` and `jail.py` make them, and
 `sandbox.py` chooses.

@@ -28,7 +28,7 @@ NONE = "none"  # teacher and judge of a row that had none
 JUDGED = tuple(f"score_{name}" for name in JUDGE_REWARDS)  # columns of rollouts
 _PLACE = re.compile(r":\d+$")  # a row's number, after its file
 _STEP = re.compile(r"step-(\d+)")
-Shares = dict[str, dict[str | None, int]]
+RowCounts = dict[str, dict[str | None, int]]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TrainedOn:
     kind: str  # demonstrations | rollouts | documents | unknown
     rows: int | None = None  # None: not counted in rows, or unknown
     tokens: int | None = None
-    counts: Shares = field(default_factory=dict)  # column -> value -> rows; a value None: unknown
+    counts: RowCounts = field(default_factory=dict)  # column -> value -> rows; a value None: unknown
     note: str = ""  # why it is unknown
 
 
@@ -192,7 +192,7 @@ def prompt_ids(one: Ancestor) -> set[str]:
 # --- summed up
 
 
-def shares(runs: Sequence[TrainedOn]) -> Shares:
+def shares(runs: Sequence[TrainedOn]) -> RowCounts:
     """Rows by value for each of SHARES, all runs together, the largest first. Documents are in no row."""
     totals: dict[str, Counter[str | None]] = {name: Counter() for name in SHARES}
     for run in runs:

@@ -25,7 +25,7 @@ from r1pipe.data.packing import Batch, Packed, collate, pack
 from r1pipe.model import Balance, Policy
 from r1pipe.runs import samples
 from r1pipe.train.distill.losses import of_stored, of_vocabulary
-from r1pipe.train.distill.teacher import Teacher, load_teacher
+from r1pipe.train.distill.teacher import FrozenTeacher, load_teacher
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.extract.alignment import TopK
 from r1pipe.train.extract.dataset import read_rows
@@ -36,7 +36,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run, log
 from r1pipe.train.sft.loop import (
     Batches,
-    Shares,
+    LMLoss,
     epochs_of,
     learned,
     mtp_sum,
@@ -57,9 +57,9 @@ def learn_live(run: Run[DistillConfig], demonstrations: Sequence[Demonstration],
     assert stage.divergence is not None and teacher_from is not None
     rows = pack_demonstrations(run.chat, demonstrations, stage.sequence_length)
     steps = steps_in(len(rows), stage.batch_size, stage.epochs, stage.max_steps)
-    model, taught_by = load_policy(run), load_teacher(run, teacher_from)
+    model, teacher_model = load_policy(run), load_teacher(run, teacher_from)
     engine = Engine(model, stage.optim, stage.router, run.config.engine, steps)
-    teacher = Teacher(taught_by, run.config.engine)
+    teacher = FrozenTeacher(teacher_model, run.config.engine)
     batches = epochs_of(run, rows, stage.batch_size)
     if stage.divergence.on_policy:
         batches = partial(with_own_answers, run, engine, batches)
@@ -87,11 +87,11 @@ def learn_stored(run: Run[DistillConfig], examples: Sequence["StoredExample"], d
 
 
 def divergence_loss(
-    run: Run[DistillConfig], engine: Engine, config: DivergenceConfig, teacher: Teacher | None
-) -> Callable[[list[Packed]], Shares]:
+    run: Run[DistillConfig], engine: Engine, config: DivergenceConfig, teacher: FrozenTeacher | None
+) -> Callable[[list[Packed]], LMLoss]:
     """What makes a batch's loss; without a `teacher`, from the probabilities that its rows hold."""
     return partial(
-        DivergenceShares,
+        DivergenceLoss,
         engine,
         mtp_weight=run.stage.mtp_weight,
         balance_weight=run.stage.router.balance_alpha,
@@ -155,7 +155,7 @@ def stored_examples(chat: Chat, folder: RunFolder) -> list[StoredExample]:
 
 
 @dataclass
-class TaughtBatch(Batch):
+class TeacherBatch(Batch):
     """A micro-batch with what the teacher thinks of its learned tokens."""
 
     teacher_ND: Tensor | None = None  # its hidden states before them
@@ -223,8 +223,8 @@ def prompts_of(row: Packed) -> list[list[int]]:
 # --- the loss
 
 
-class DivergenceShares(Shares):
-    """As Shares, with the divergence from the teacher in place of cross-entropy, mean over learned tokens."""
+class DivergenceLoss(LMLoss):
+    """As LMLoss, with the divergence from the teacher in place of cross-entropy, mean over learned tokens."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class DivergenceShares(Shares):
         balance_weight: float,
         pad_id: int,
         config: DivergenceConfig,
-        teacher: Teacher | None,
+        teacher: FrozenTeacher | None,
     ):
         super().__init__(engine, batch, mtp_weight, balance_weight, pad_id)
         self.config, self.teacher = config, teacher
@@ -244,14 +244,14 @@ class DivergenceShares(Shares):
 
     def _batches(self, micros: list[list[Packed]]) -> list[Any]:
         plain = [collate(rows, self.pad_id).to(self.engine.device) for rows in micros]
-        taught = [TaughtBatch(*(getattr(batch, field.name) for field in fields(Batch))) for batch in plain]
+        batches = [TeacherBatch(*(getattr(batch, field.name) for field in fields(Batch))) for batch in plain]
         if self.teacher is None:
             return [
                 replace(batch, **stored_of(rows, self.engine.device))
-                for batch, rows in zip(taught, micros, strict=True)
+                for batch, rows in zip(batches, micros, strict=True)
             ]
         hidden = self.teacher.hidden(plain)
-        return [replace(batch, teacher_ND=one) for batch, one in zip(taught, hidden, strict=True)]
+        return [replace(batch, teacher_ND=one) for batch, one in zip(batches, hidden, strict=True)]
 
     def _learn(
         self, model: Policy, batch: Any, hidden_BTD: Tensor, balances: tuple[Balance]
@@ -279,7 +279,7 @@ class DivergenceShares(Shares):
 
 
 def stored_of(rows: Sequence[Packed], device: torch.device) -> dict[str, Tensor]:
-    """The fields of a TaughtBatch for rows with stored probabilities; rows without examples are empty."""
+    """The fields of a TeacherBatch for rows with stored probabilities; rows without examples are empty."""
     tops = [one.top for row in rows if isinstance(row, StoredRow) for one in row.examples]
 
     def joined(arrays: list[np.ndarray], kind: type, empty: tuple[int, ...]) -> Tensor:

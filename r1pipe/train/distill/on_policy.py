@@ -22,7 +22,7 @@ from r1pipe.train.distill.losses import teacher_advantages
 from r1pipe.train.distill.teacher import load_teacher
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.feedback import likelihood_scores, rated
-from r1pipe.train.extract.teacher import Teacher as Asked
+from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.rl.batch import Rollout, by_prompt, collate
 from r1pipe.train.rl.stage import load_custom_rewards, reinforce
 from r1pipe.train.rl.update import Reference
@@ -36,31 +36,31 @@ TEACHER_TOKENS = "distill/teacher_tokens"  # drawn tokens that the teacher has r
 def reinforce_student(run: Run[DistillConfig], prompts: Sequence[Prompt], data_hash: str) -> None:
     """From the loaded data to the record. `prompts` are asked in place of the data's own, and `data_hash` is
     theirs."""
-    taught, teacher_from = run.stage.rl, run.config.teacher_from
-    assert taught is not None
+    config, teacher_from = run.stage.rl, run.config.teacher_from
+    assert config is not None
     run.data = with_prompts(run.data, prompts)
     check_all(transfer_rules(run.stage, run.world_size))  # a hostfile's machines times engine.ranks
     # it is asked as distillation has it, while the run goes on as reinforcement
-    scorer = TeacherScores(copy(run), taught.score_weight) if taught.score_weight else None
+    scorer = TeacherScorer(copy(run), config.score_weight) if config.score_weight else None
     as_reinforcement = cast(Run[RLConfig], run)
     as_reinforcement.stage = as_rl(run.stage)
     custom = load_custom_rewards(as_reinforcement)
     teacher = None
-    if taught.teacher_coef:
+    if config.teacher_coef:
         assert teacher_from is not None
         model = Reference(load_teacher(run, teacher_from), run.config.engine)
-        teacher = TokenTeacher(model, as_reinforcement.stage, taught.teacher_coef)
+        teacher = TeacherAdvantages(model, as_reinforcement.stage, config.teacher_coef)
     reinforce(as_reinforcement, custom, teacher, data_hash, scorer)
 
 
-class TokenTeacher:
+class TeacherAdvantages:
     """Gives the tokens that the student has drawn advantages, in proportion to how likely it finds them."""
 
     def __init__(self, model: Reference, config: RLConfig, coef: float):
         self.model, self.config, self.coef = model, config, coef
         self.ranks: Ranks = model.frozen
 
-    def advise(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    def set_advantages(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Set each token's advantage: the completion's, and `coef` times the teacher's log-probability less
         the student's. All ranks call."""
         batches = by_prompt(rollouts, self.config.max_tokens_per_micro_batch)
@@ -77,15 +77,15 @@ class TokenTeacher:
         return {REVERSE_KL: gap / max(1.0, whole), TEACHER_TOKENS: whole}
 
 
-class TeacherScores:
-    """The teacher's score of each answer as a reward (train/rl/scoring.Judge): a rating that it writes by a
-    rubric, or the likelihood that it gives the answer. A rating is asked for once, however often a step is
-    repeated."""
+class TeacherScorer:
+    """The teacher's score of each answer as a reward (train/rl/scoring.BatchScorer): a rating that it writes
+    by a rubric, or the likelihood that it gives the answer. A rating is asked for once, however often a step
+    is repeated."""
 
     def __init__(self, run: Run[DistillConfig], weight: float):
         self.weights, self.by = {TEACHER: weight}, run.stage.feedback.by
         self.ranks = Ranks(run.config.engine)
-        self.teacher = Asked(run, self.ranks)
+        self.teacher = TeacherGenerator(run, self.ranks)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """What cannot be read, or is too long for the teacher, counts as a failed verdict."""
@@ -116,6 +116,6 @@ def with_prompts(source: Source, prompts: Sequence[Prompt]) -> Source:
         order = np.random.default_rng(seed).permutation(len(prompts))
         return [prompts[i] for i in order[:n]]
 
-    taught: Any = copy(source)
-    taught.prompts = draw
-    return taught
+    changed: Any = copy(source)
+    changed.prompts = draw
+    return changed

@@ -42,7 +42,7 @@ TEACHER_TOKENS = "distill/teacher_tokens"
 
 
 @dataclass
-class Pair:
+class TokenizedPair:
     """Two answers to one prompt as token ids, the end-of-sequence token included where they have one."""
 
     prompt: list[int]
@@ -60,7 +60,9 @@ class Pair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str, by_teacher: bool) -> None:
+def learn_ranking(
+    run: Run[DistillConfig], pairs: Sequence[TokenizedPair], data_hash: str, by_teacher: bool
+) -> None:
     """Train on pairs, from those that fit to the record; `by_teacher`: it wrote the preferred ones. Raises
     DataError if there are none."""
     stage = run.stage
@@ -100,10 +102,10 @@ def learn_ranking(run: Run[DistillConfig], pairs: Sequence[Pair], data_hash: str
 # --- pairs
 
 
-def pairs_of_texts(chat: Chat, pairs: Sequence[PreferencePair]) -> list[Pair]:
+def pairs_of_texts(chat: Chat, pairs: Sequence[PreferencePair]) -> list[TokenizedPair]:
     """Pairs whose answers are both written."""
     return [
-        Pair(
+        TokenizedPair(
             chat.prompt_tokens(pair.prompt),
             chat.example(pair.prompt, pair.chosen).targets,
             chat.example(pair.prompt, pair.rejected).targets,
@@ -112,7 +114,7 @@ def pairs_of_texts(chat: Chat, pairs: Sequence[PreferencePair]) -> list[Pair]:
     ]
 
 
-def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstration]) -> list[Pair]:
+def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstration]) -> list[TokenizedPair]:
     """Each response beside one that the student draws before it learns, which is the rejected one; drawn
     answers are kept, so that a resumed run does not draw them again. All ranks call."""
     chat = run.chat
@@ -121,7 +123,7 @@ def pairs_with_own(run: Run[DistillConfig], demonstrations: Sequence[Demonstrati
     longest = run.stage.sequence_length
     fitting = [i for i, prompt in enumerate(prompts) if len(prompt) + len(chosen[i]) <= longest]
     own = own_answers(run, [prompts[i] for i in fitting])
-    return [Pair(prompts[i], chosen[i], answer) for i, answer in zip(fitting, own, strict=True)]
+    return [TokenizedPair(prompts[i], chosen[i], answer) for i, answer in zip(fitting, own, strict=True)]
 
 
 def own_answers(run: Run[DistillConfig], prompts: Sequence[list[int]]) -> list[list[int]]:
@@ -158,11 +160,11 @@ def own_answers(run: Run[DistillConfig], prompts: Sequence[list[int]]) -> list[l
     return [row["tokens"] for [row] in in_order(shards)]
 
 
-def epochs_of_pairs(run: Run[Any], pairs: Sequence[Pair], batch_size: int) -> Batches:
+def epochs_of_pairs(run: Run[Any], pairs: Sequence[TokenizedPair], batch_size: int) -> Batches:
     """Endless passes over the pairs, each in an order of its own."""
     per_epoch = -(-len(pairs) // batch_size)
 
-    def batches(step: int, position: None) -> Iterator[tuple[list[Pair], None]]:
+    def batches(step: int, position: None) -> Iterator[tuple[list[TokenizedPair], None]]:
         for epoch in count(step // per_epoch):
             order = run.rng("order", epoch).permutation(len(pairs))
             for number in range(per_epoch):
@@ -181,7 +183,7 @@ class PairLoss:
     def __init__(
         self,
         engine: Engine,
-        batch: Sequence[Pair],
+        batch: Sequence[TokenizedPair],
         config: RankingConfig,
         reference: Reference | None,
         balance_weight: float,
@@ -256,12 +258,12 @@ class PairLoss:
 
 
 def in_parts(
-    pairs: Sequence[tuple[Pair, float]], accumulation: int, max_tokens: int
-) -> list[list[tuple[Pair, float]]]:
+    pairs: Sequence[tuple[TokenizedPair, float]], accumulation: int, max_tokens: int
+) -> list[list[tuple[TokenizedPair, float]]]:
     """Pairs, longest first, in at least `accumulation` micro-batches where there are so many, of at most
     `max_tokens` with padding; a pair that is longer has one of its own."""
     size = -(-len(pairs) // accumulation)
-    parts: list[list[tuple[Pair, float]]] = []
+    parts: list[list[tuple[TokenizedPair, float]]] = []
     for one in sorted(pairs, key=lambda pair: -pair[0].longest):
         if parts and len(parts[-1]) < size:
             rows = [rollout for pair, _ in [*parts[-1], one] for rollout in pair.rollouts()]

@@ -24,7 +24,7 @@ from r1pipe.train.run import Run
 from r1pipe.train.sft.loop import learned, read
 
 
-class Teacher:
+class FrozenTeacher:
     """A frozen model with the student's tokenizer, read along the student's rows. All ranks call."""
 
     def __init__(self, model: Policy, config: EngineConfig):

@@ -85,6 +85,6 @@ def pairs_by_score(dataset: Path) -> list[PreferencePair]:
     if not pairs:
         raise DataError(
             f"no two answers to one prompt of {len(rows)} have different scores; give a larger "
-            "stage.samples_per_prompt, or ask the teacher in another way (stage.feedback.by)"
+            "stage.samples_per_prompt, or ask the teacher for other feedback (stage.feedback.by)"
         )
     return pairs

@@ -58,7 +58,7 @@ class Engine(Gathered):
         deepspeed = patches.start_deepspeed(self.device)
         self.module: Any = model
         self._share_out(config, model)
-        if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a model in shares
+        if config.precision != "fp32":  # DeepSpeed leaves out what stands beside a sharded model
             model.bfloat16()
         train_as(model, config, self.device)
         self.pipeline: Any = self._cut(config) if config.pipeline > 1 else None

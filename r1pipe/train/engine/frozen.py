@@ -15,7 +15,7 @@ from r1pipe.model.training import set_precision
 from r1pipe.train.engine import patches
 from r1pipe.train.engine.gathered import Gathered
 from r1pipe.train.engine.optimizer import deepspeed_config
-from r1pipe.train.engine.sharded import load_share
+from r1pipe.train.engine.sharded import load_for_rank
 from r1pipe.train.engine.writing import Writer
 
 
@@ -83,7 +83,7 @@ class FrozenModel(Gathered):
 
     def load(self, folder: Path) -> None:
         """Take the weights of a checkpoint of the same shape; all ranks call. Raises CheckpointError."""
-        self.copy(load_share(folder, self.config, partial(self._share_out, self.config)))
+        self.copy(load_for_rank(folder, self.config, partial(self._share_out, self.config)))
 
 
 def _called(closure: Callable[[], Tensor]) -> Tensor:

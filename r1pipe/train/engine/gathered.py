@@ -74,7 +74,7 @@ class Gathered(Ranks):
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
         """As Weights' (see buckets_of); every rank gets them, and all must read to the end.
 
-        No rank has more than a bucket, or one of the model's tensors, beside its share of the weights.
+        No rank has more than a bucket, or one of the model's tensors, beside its shard of the weights.
         """
         yield from buckets_of(self.module, most_bytes, self._made_whole, self._elements)
 

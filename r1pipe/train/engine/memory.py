@@ -17,7 +17,7 @@ TRIMMED = 2**23  # free bytes at the end of the heap that are kept
 def return_freed_memory() -> None:
     """Give memory back to the system as it is freed: glibc keeps blocks of up to 32 MiB for later ones, which
     they seldom fit, so that gathered weights left holes of half a rank's memory on a CPU. Called wherever
-    ranks read shares: at ZeRO level 3 and in a pipeline. Without glibc nothing changes."""
+    ranks read shards: at ZeRO level 3 and in a pipeline. Without glibc nothing changes."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, RETURNED)

@@ -64,7 +64,7 @@ def make_expert_groups(device: torch.device, size: int, pipeline: int) -> None:
 
 def limit_collectives(limit: timedelta, but: Sequence[dist.ProcessGroup | None]) -> None:
     """Set the limit of the collectives of all groups `but` some, and of those to come: DeepSpeed makes its
-    own with torch's limits (600 s on NCCL, 1,800 s on gloo), and cannot be told others."""
+    own with torch's limits (600 s on NCCL, 1,800 s on gloo), and takes no others."""
     for group in [*distributed_c10d._world.pg_map]:
         if group not in but:
             distributed_c10d._set_pg_timeout(limit, group)
@@ -163,7 +163,7 @@ def release_prefetched(ds: Any) -> None:
 
 
 def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
-    """Puts a parameter into shares, as rank 0 has it. DeepSpeed does this for whole modules only, while they
+    """Partitions a parameter, as rank 0 has it. DeepSpeed does this for whole modules only, while they
     are built: then their initial weights have to be drawn first."""
     init = import_deepspeed().zero.Init(config_dict_or_path=config)
     return lambda parameter: init._convert_to_zero_parameters([parameter])
@@ -171,7 +171,7 @@ def partitioner(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
 
 @contextlib.contextmanager
 def transformers_partitions(config: dict[str, Any]) -> Iterator[None]:
-    """A block in which transformers loads models in shares. It asks a global for the settings, which its own
+    """A block in which transformers loads models sharded. It asks a global for the settings, which its own
     class sets with a package that we don't need."""
     from transformers.integrations import deepspeed as integration
 

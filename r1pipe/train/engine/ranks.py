@@ -155,7 +155,7 @@ class Ranks:
         except CheckpointError as error:
             problem = str(error)
         parts = self.all_gather_objects((problem, done))
-        problem = next((told for told, _ in parts if told is not None), None)
+        problem = next((each for each, _ in parts if each is not None), None)
         if problem is not None and self.rank == 0:
             raise CheckpointError(problem)
         return [result for _, results in parts for result in results]

@@ -1,4 +1,4 @@
-"""Load a model in shares over the ranks (ZeRO level 3): no rank ever has more than its share and one tensor.
+"""Load a model sharded over the ranks (ZeRO level 3): no rank ever has more than its shard and one tensor.
 
 Rank 0 reads tensor by tensor, or draws initial weights, and the others receive: DeepSpeed's `zero.Init`.
 """
@@ -45,7 +45,7 @@ def load_sharded(
     longest: int | None = None,
     prepare: Prepare = as_it_is,
 ) -> Policy:
-    """As load_pretrained, but in shares and in the engine's type; all ranks call. Raises CheckpointError.
+    """As load_pretrained, but sharded and in the engine's type; all ranks call. Raises CheckpointError.
 
     `prepare` gets a model of the bundled architecture before its weights: it freezes layers, or leaves each
     rank some experts.
@@ -53,10 +53,10 @@ def load_sharded(
     if of_transformers(folder):
         settings = deepspeed_config(config, grad_clip=0.0)
         with _started(config).patient(), patches.transformers_partitions(settings):
-            return files.load(folder, attention, longest, running_in_shares)
+            return files.load(folder, attention, longest, running_sharded)
     model, stored = weights.open_empty(folder)
     prepare(model)
-    fill_in_shares(model, stored, config)
+    fill_sharded(model, stored, config)
     model.eos_ids = eos_ids(folder)
     return model
 
@@ -90,7 +90,7 @@ def load_layers(folder: Path, config: EngineConfig, prepare: Prepare = as_it_is)
     return model
 
 
-def load_share(
+def load_for_rank(
     folder: Path,
     config: EngineConfig,
     prepare: Prepare = as_it_is,
@@ -116,8 +116,8 @@ def _read(stored: Stored, name: str, tensor: Tensor, parts: Parts = published_pa
 
 
 @dataclass
-class Shares:
-    """The Weights (see rollout.Sampler) of a model in shares that is not trained; all ranks call."""
+class ShardedWeights:
+    """The Weights (see rollout.Sampler) of a sharded model that is not trained; all ranks call."""
 
     model: Policy
 
@@ -130,11 +130,11 @@ class Shares:
             yield self.model
 
     def buckets(self, most_bytes: int) -> Iterator[dict[str, Tensor]]:
-        """No rank has more than a bucket, or one of the model's tensors, beside its share of the weights."""
+        """No rank has more than a bucket, or one of the model's tensors, beside its shard of the weights."""
         return buckets_of(self.model, most_bytes, patches.whole, patches.elements)
 
 
-def fill_in_shares(
+def fill_sharded(
     model: nn.Module, stored: Stored, config: EngineConfig, parts: Parts = published_parts
 ) -> None:
     """Give a model, whose weights are on the meta device, its checked tensors; all ranks call. `parts` of a
@@ -148,7 +148,7 @@ def fill_in_shares(
 def new_sharded(
     shape: ModelConfig, generator: torch.Generator, config: EngineConfig, prepare: Prepare = as_it_is
 ) -> DeepseekV3:
-    """As DeepseekV3(shape, generator), but in shares; all ranks call. `prepare` as in load_sharded."""
+    """As DeepseekV3(shape, generator), but sharded; all ranks call. `prepare` as in load_sharded."""
     with torch.device("meta"):
         model = DeepseekV3(shape)
     ranks, modules = _started(config), dict(model.named_modules())
@@ -232,7 +232,7 @@ def _give_buffers(model: nn.Module, ranks: Ranks, fill: Fill) -> None:
 
 
 @contextmanager
-def running_in_shares(model: nn.Module) -> Iterator[None]:
+def running_sharded(model: nn.Module) -> Iterator[None]:
     """A block in which a partitioned model that no engine has yet can run: each module's own weights are
     whole while it does. All ranks must run the same."""
     blocks: list[AbstractContextManager[None]] = []

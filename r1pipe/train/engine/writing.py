@@ -1,6 +1,6 @@
 """What one rank writes of a checkpoint: at once, or from a copy, in a thread while training goes on.
 
-The files of both ways are the same: a copy keeps which tensors share memory, and of what.
+The files of both are the same: a copy keeps which tensors share memory, and of what.
 """
 
 import copy

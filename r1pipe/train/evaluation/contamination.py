@@ -19,7 +19,7 @@ from r1pipe.config.benchmark import BenchmarkConfig
 from r1pipe.config.fields import build
 from r1pipe.core.errors import ConfigError, DataError
 from r1pipe.data import open_data
-from r1pipe.data.overlap import asked, matches
+from r1pipe.data.overlap import matches, user_text
 from r1pipe.data.source import Source
 from r1pipe.runs import data_files, heartbeat
 from r1pipe.runs.lineage.training import MadeBy, made_by
@@ -140,9 +140,9 @@ def _rows(run: MadeBy, source: Source) -> Iterator[Text]:
     solved = [row for row in source.rows("train") or [] if row.prompt.question]
     solved += source.general_demonstrations(EVERYTHING, 0, {})
     for row in solved:
-        yield Text(f"{asked(row.prompt)}\n{row.response}", run.run_id, row.source)
+        yield Text(f"{user_text(row.prompt)}\n{row.response}", run.run_id, row.source)
     for pair in source.preference_pairs("train", EVERYTHING, 0):
-        yield Text(f"{asked(pair.prompt)}\n{pair.chosen}", run.run_id, f"pair {pair.prompt.id}")
+        yield Text(f"{user_text(pair.prompt)}\n{pair.chosen}", run.run_id, f"pair {pair.prompt.id}")
 
 
 def _of_parquet(run: MadeBy, path: Path) -> Iterator[Text]:

@@ -13,7 +13,7 @@ from r1pipe.runs import stopping
 from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.evaluation.metrics import measure, measure_general
-from r1pipe.train.evaluation.sampling import Drawing
+from r1pipe.train.evaluation.sampling import EvalSampler
 from r1pipe.train.evaluation.verdicts import GeneralVerdict, Verdict, rows, score
 from r1pipe.train.refusals import refusals
 from r1pipe.train.rollout.sampler import never
@@ -45,23 +45,24 @@ def evaluate(
     every prompt has room for so many. `folder`: where completions are kept, so that a resumed run draws none
     of them again. With `may_stop` it raises Interrupted in all ranks if one is asked to stop.
     """
-    judge, strategy_of, rank, world_size = run.data.judge, run.data.strategy_of, ranks.rank, ranks.world_size
-    general_prompts = general_prompts if judge else []
+    truth_of, strategy_of = run.data.truth, run.data.strategy_of
+    rank, world_size = ranks.rank, ranks.world_size
+    general_prompts = general_prompts if truth_of else []
     share = [len(range(rank, len(pool), world_size)) for pool in (prompts, general_prompts)]
     total = share[0] * (config.samples + config.greedy) + share[1]
     stop = stopping.requested if may_stop else never
     hot = config.temperature, config.top_p
     with Verdicts() as verdicts:
-        drawing = Drawing(run, ranks, config, verdicts, stop, total, context, folder)
+        drawing = EvalSampler(run, ranks, config, verdicts, stop, total, context, folder)
         warm = drawing.draw(prompts, config.samples, 0, *hot)
         likeliest = drawing.draw(prompts, 1, 1, 0.0, 1.0) if config.greedy else ((), [])
         asked, texts = drawing.draw(general_prompts, 1, 2, *hot) if general_prompts else ((), [])
         sampled = score(prompts, *warm, verdicts, strategy_of)
         greedy = score(prompts, *likeliest, verdicts, None)
     general = []
-    if judge:
+    if truth_of:
         for i, completion in zip(asked, texts, strict=True):
-            truth = judge(general_prompts[i], completion.text)
+            truth = truth_of(general_prompts[i], completion.text)
             general.append(GeneralVerdict(i, completion.text, completion.truncated, truth))
     if may_stop:
         stopping.stop_if_requested(ranks)

@@ -26,7 +26,7 @@ Drawn = tuple[Sequence[int], list[Completion]]  # indices of prompts, and equall
 
 
 @dataclass
-class Drawing:
+class EvalSampler:
     """Draws for one evaluation. `context`: see `evaluate`; `folder`: where shards are kept, if anywhere."""
 
     run: Run[Any]

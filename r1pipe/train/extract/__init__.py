@@ -1,1 +1,1 @@
-"""What is got out of a teacher for distillation: `stage.extract`, one file for each way."""
+"""What is extracted from a teacher for distillation: one file for each `stage.extract`."""

@@ -16,7 +16,7 @@ from r1pipe.core.types import CURATED, Message, Prompt
 from r1pipe.rewards.accuracy import summary_of
 from r1pipe.runs import samples
 from r1pipe.train.extract.problems import Problems
-from r1pipe.train.extract.teacher import Drawing
+from r1pipe.train.extract.teacher import GenerationParams
 from r1pipe.train.extract.work import ANSWERS, Found, Work
 
 QUESTIONS = "questions"  # the name of the questions among the teacher's shards
@@ -48,7 +48,7 @@ def curate(work: Work) -> Found:
             requests.append(Prompt("", "", "", asked.replace("{passage}", passage.text)))
         else:
             requests.append(prompts[-1])
-    answers = work.teacher.ask(ANSWERS, requests, work.answers())
+    answers = work.teacher.generate(ANSWERS, requests, work.answers())
     rows, funnel, _ = work.kept(prompts, answers)
     return Found(rows, [*problems.funnel.steps("questions made"), *funnel])
 
@@ -56,7 +56,7 @@ def curate(work: Work) -> Found:
 def from_topics(work: Work) -> Iterator[tuple[str, None]]:
     """Questions, topic by topic."""
     config, templates = work.stage.curate, work.stage.templates
-    how = Drawing(WORD_TOKENS * config.max_words, config.temperature)
+    how = GenerationParams(WORD_TOKENS * config.max_words, config.temperature)
     if config.way == "continue":
         systems = [templates.topic_system.replace("{topic}", topic) for topic in config.topics]
         contexts = [(Message("system", text),) for text in systems for _ in range(config.questions_per_topic)]
@@ -64,7 +64,7 @@ def from_topics(work: Work) -> Iterator[tuple[str, None]]:
             yield text, None
         return
     requests = [Prompt("", "", "", templates.topic.replace("{topic}", topic)) for topic in config.topics]
-    replies = work.teacher.ask(QUESTIONS, requests, replace(how, n=config.questions_per_topic))
+    replies = work.teacher.generate(QUESTIONS, requests, replace(how, n=config.questions_per_topic))
     for reply in (reply for each in replies for reply in each):
         yield "" if reply.truncated else summary_of(reply.text), None
 
@@ -76,8 +76,8 @@ def from_documents(work: Work) -> Iterator[tuple[str, Passage]]:
     found = list(passages(Path(config.documents), config.passage_words))
     template = work.stage.templates.passage_question
     requests = [Prompt("", "", "", template.replace("{passage}", passage.text)) for passage in found]
-    how = Drawing(WORD_TOKENS * config.max_words, config.temperature, n=config.questions_per_passage)
-    for passage, replies in zip(found, work.teacher.ask(QUESTIONS, requests, how), strict=True):
+    how = GenerationParams(WORD_TOKENS * config.max_words, config.temperature, n=config.questions_per_passage)
+    for passage, replies in zip(found, work.teacher.generate(QUESTIONS, requests, how), strict=True):
         for reply in replies:
             yield "" if reply.truncated else summary_of(reply.text), passage
 

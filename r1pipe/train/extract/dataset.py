@@ -1,4 +1,4 @@
-"""The dataset of a distillation: data/samples.parquet with its funnel, whichever way its rows were made."""
+"""The dataset of a distillation: data/samples.parquet with its funnel, however its rows were made."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -46,7 +46,7 @@ def distribution(work: Work) -> Found:
     else:
         prompts = work.data_prompts()
         asks = 0 if work.teacher.is_local else stage.distribution.top_k
-        answers = work.teacher.ask(ANSWERS, prompts, work.answers(top_logprobs=asks))
+        answers = work.teacher.generate(ANSWERS, prompts, work.answers(top_logprobs=asks))
         rows, funnel, completions = work.kept(prompts, answers)
     if stage.distribution.live:
         return Found(rows, funnel)
@@ -54,7 +54,7 @@ def distribution(work: Work) -> Found:
         rows = work.ranks.all_gather_objects(rows)[0]
         tops = in_turn(read_by_teacher(work, rows))
     else:
-        tops = told_by_server(work, rows, completions, [*chain.from_iterable(answers)])
+        tops = from_server(work, rows, completions, [*chain.from_iterable(answers)])
     if work.ranks.rank != 0:
         return Found([], [])
     return Found(*with_known(rows, write_stored(run.folder.distributions, tops), funnel))
@@ -164,10 +164,10 @@ class Translation:
         return TopK(*(np.concatenate(pair) for pair in zip(found, last or unknown(1, self.k), strict=True)))
 
 
-def told_by_server(
+def from_server(
     work: Work, rows: Sequence[Kept], completions: Sequence[Completion], drawn: Sequence[Completion]
 ) -> Iterator[tuple[int, TopK | None]]:
-    """(row's number, what a server has told of its answer), where it is known; `completions`: of the rows,
+    """(row's number, what a server returned for its answer), where it is known; `completions`: of the rows,
     which are among all that were `drawn`."""
     translate, kept = Translation(work), {id(one): number for number, one in enumerate(completions)}
     for place, likely in work.teacher.likely(ANSWERS, work.stage.samples_per_prompt):

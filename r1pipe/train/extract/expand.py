@@ -1,6 +1,6 @@
 """Expansion: new problems from the data's own, and the teacher's answers to them.
 
-Three ways. Self-instruct (Wang et al., arXiv 2212.10560): the teacher goes on with a list of examples, most
+Self-instruct (Wang et al., arXiv 2212.10560): the teacher goes on with a list of examples, most
 of them the data's, some its own. Evol-Instruct (Xu et al., arXiv 2304.12244): it rewrites problems into
 harder ones, or others. Continuation (Magpie, arXiv 2406.08464): a model that was trained on conversations
 goes on where a user would speak, which takes no instruction at all.
@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 
 from r1pipe.core.types import Prompt
-from r1pipe.data.overlap import asked
+from r1pipe.data.overlap import user_text
 from r1pipe.rewards.accuracy import summary_of
 from r1pipe.runs import samples
 from r1pipe.train.extract.problems import Problems
-from r1pipe.train.extract.teacher import Drawing
+from r1pipe.train.extract.teacher import GenerationParams
 from r1pipe.train.extract.work import ANSWERS, Found, Work
 
 PER_REQUEST = 4  # problems that an answer of self-instruct is counted on to hold
@@ -31,7 +31,7 @@ Made = list[tuple[str, str | None]]  # a problem's text, and what it was rewritt
 def expand(work: Work) -> Found:
     """New problems in rounds, each of which sees what the one before has added; then answers to all."""
     run, config = work.run, work.stage.expand
-    pool = [asked(prompt) for prompt in work.data_prompts()]
+    pool = [user_text(prompt) for prompt in work.data_prompts()]
     ngrams, words = work.stage.filters.ngram_overlap, (config.min_words, config.max_words)
     problems = Problems(pool, work.questions, ngrams, config.max_similarity, words)
     make = {"self_instruct": self_instruct, "evolve": evolve, "continue": continued}[config.way]
@@ -48,7 +48,7 @@ def expand(work: Work) -> Found:
         fresh = [prompt.question for prompt in new if prompt is not None] or fresh
         run.progress("new problems", min(len(problems.prompts), config.problems), config.problems, "problems")
     prompts = problems.prompts[: config.problems]
-    rows, funnel, _ = work.kept(prompts, work.teacher.ask(ANSWERS, prompts, work.answers()))
+    rows, funnel, _ = work.kept(prompts, work.teacher.generate(ANSWERS, prompts, work.answers()))
     return Found(rows, [*problems.funnel.steps("problems made"), *funnel])
 
 
@@ -63,7 +63,7 @@ def self_instruct(work: Work, number: int, wanted: int, pool: Sequence[str], fre
         examples = [f"Problem {n}: {text}" for n, text in enumerate(chosen, 1)]
         text = "\n\n".join([*examples, f"Problem {len(chosen) + 1}:"])
         requests.append(_request(work.stage.templates.self_instruct.replace("{examples}", text)))
-    replies = work.teacher.ask(f"problems-{number}", requests, _drawing(work, PER_REQUEST))
+    replies = work.teacher.generate(f"problems-{number}", requests, _drawing(work, PER_REQUEST))
     return [(text, None) for [reply] in replies for text in listed(summary_of(reply.text), reply.truncated)]
 
 
@@ -80,7 +80,7 @@ def evolve(work: Work, number: int, wanted: int, pool: Sequence[str], fresh: Seq
     sources, ways = fresh or pool, [*templates.values()]
     parents = [sources[int(rng.integers(len(sources)))] for _ in range(wanted)]
     requests = [_request(ways[int(rng.integers(len(ways)))].replace("{problem}", text)) for text in parents]
-    replies = work.teacher.ask(f"problems-{number}", requests, _drawing(work))
+    replies = work.teacher.generate(f"problems-{number}", requests, _drawing(work))
     return [
         ("" if reply.truncated else _HEADING.sub("", summary_of(reply.text)), parent)
         for [reply], parent in zip(replies, parents, strict=True)
@@ -94,9 +94,9 @@ def continued(work: Work, number: int, wanted: int, pool: Sequence[str], fresh: 
     ]
 
 
-def _drawing(work: Work, problems: int = 1) -> Drawing:
+def _drawing(work: Work, problems: int = 1) -> GenerationParams:
     config, most = work.stage.expand, work.stage.sampling.max_tokens
-    return Drawing(min(most, WORD_TOKENS * problems * config.max_words), config.temperature)
+    return GenerationParams(min(most, WORD_TOKENS * problems * config.max_words), config.temperature)
 
 
 def _request(text: str) -> Prompt:

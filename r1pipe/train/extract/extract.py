@@ -15,12 +15,12 @@ from r1pipe.train.extract.expand import expand
 from r1pipe.train.extract.feedback import feedback
 from r1pipe.train.extract.label import label
 from r1pipe.train.extract.stored import check_stored
-from r1pipe.train.extract.teacher import Teacher
+from r1pipe.train.extract.teacher import TeacherGenerator
 from r1pipe.train.extract.work import Found, Work
 from r1pipe.train.run import Run
 from r1pipe.train.sft.rejection import dataset_of, evaluation_questions
 
-WAYS: dict[str, Callable[[Work], Found]] = {
+EXTRACTORS: dict[str, Callable[[Work], Found]] = {
     "label": label,
     "expand": expand,
     "curate": curate,
@@ -46,19 +46,19 @@ def extract(run: Run[DistillConfig], ranks: Ranks) -> tuple[Path, str]:
     path = run.folder.dataset
     is_there = ranks.agree_max(int(path.exists())) > 0  # then the teacher need not be there any more
     if not is_there:
-        ask(run, ranks)
+        make_dataset(run, ranks)
         ranks.barrier()
     elif ranks.rank == 0:
         check_stored(run.folder.distributions, path)
     return path, file_hash(path)
 
 
-def ask(run: Run[DistillConfig], ranks: Ranks) -> None:
+def make_dataset(run: Run[DistillConfig], ranks: Ranks) -> None:
     """Make the dataset."""
-    teacher = Teacher(run, ranks)
+    teacher = TeacherGenerator(run, ranks)
     try:
         questions = evaluation_questions(run, run.config.model.max_position_embeddings)
-        found = WAYS[run.stage.extract](Work(run, ranks, teacher, questions))
+        found = EXTRACTORS[run.stage.extract](Work(run, ranks, teacher, questions))
         if ranks.rank == 0:
             prompts = len({row.prompt.id for row in found.rows})
             write_json(run.folder.teacher, teacher.facts(prompts))

@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow as pa
 
 from r1pipe.core.types import Completion, Prompt
-from r1pipe.data.overlap import asked
+from r1pipe.data.overlap import user_text
 from r1pipe.rewards.accuracy import summary_of
 from r1pipe.runs import samples, stopping
 from r1pipe.train.answering import LocalAnswerer
 from r1pipe.train.extract.dataset import Kept, Steps
 from r1pipe.train.extract.reading import likelihoods, read_examples
-from r1pipe.train.extract.teacher import Drawing, Teacher
+from r1pipe.train.extract.teacher import GenerationParams, TeacherGenerator
 from r1pipe.train.extract.work import Found, Work
 from r1pipe.train.loading import load_weights
 from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.rollout.sampler import Progress
-from r1pipe.train.sft.filters import EXAMPLES, Evaluation
+from r1pipe.train.sft.filters import EXAMPLES, EvalQuestions
 from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 BEST = 10.0  # the highest rating of the rubric
@@ -59,8 +59,8 @@ def feedback(work: Work) -> Found:
 
 def without_evaluation(work: Work, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[str]]:
     """The prompts that are no evaluation questions, and those that are."""
-    evaluation = Evaluation(work.questions, work.stage.filters.ngram_overlap)
-    copies = {prompt.id: prompt.question for prompt in prompts if evaluation.has(asked(prompt))}
+    evaluation = EvalQuestions(work.questions, work.stage.filters.ngram_overlap)
+    copies = {prompt.id: prompt.question for prompt in prompts if evaluation.has(user_text(prompt))}
     return [prompt for prompt in prompts if prompt.id not in copies], [*copies.values()]
 
 
@@ -101,12 +101,12 @@ def students_answers(work: Work, prompts: Sequence[Prompt]) -> list[list[Complet
 Pairs = Sequence[tuple[Prompt, Completion]]
 
 
-def rated(teacher: Teacher, pairs: Pairs) -> list[float | None]:
+def rated(teacher: TeacherGenerator, pairs: Pairs) -> list[float | None]:
     """The teacher's ratings, in 0..1; None where none can be read."""
     template, config = teacher.run.stage.templates.rubric, teacher.run.stage.feedback
     requests = [_request(template, *pair) for pair in pairs]
-    how = Drawing(config.max_tokens, config.temperature, by_content=True)
-    replies = teacher.ask(FEEDBACK, requests, how)
+    how = GenerationParams(config.max_tokens, config.temperature, by_content=True)
+    replies = teacher.generate(FEEDBACK, requests, how)
     return [rating(summary_of(reply.text)) for [reply] in replies]
 
 
@@ -135,7 +135,7 @@ def by_likelihood(work: Work, pairs: Pairs) -> list[float | None]:
 
 def likelihood_scores(teacher: LocalAnswerer, pairs: Pairs) -> list[float | None]:
     """exp of the mean log-probability per token, the end of the answer counted; None where it is too long.
-    Where weights lie in shares all ranks call."""
+    Where weights are sharded all ranks call."""
     examples = [teacher.chat.example(prompt, one.text) for prompt, one in pairs]
     read = read_examples(teacher, examples, likelihoods)
     return [None if found is None else float(np.exp(found[0].mean())) for found in read]
@@ -172,7 +172,9 @@ def corrected(work: Work, pairs: Pairs, steps: Steps) -> Found:
     """The teacher's corrections that pass the filters; for a ranking with what they correct, below them."""
     template, config = work.stage.templates.correction, work.stage.feedback
     requests = [_request(template, *pair) for pair in pairs]
-    replies = work.teacher.ask(FEEDBACK, requests, Drawing(config.max_tokens, config.temperature))
+    replies = work.teacher.generate(
+        FEEDBACK, requests, GenerationParams(config.max_tokens, config.temperature)
+    )
     better, changed = [reply for [reply] in replies], []
     for (prompt, one), reply in zip(pairs, better, strict=True):
         if reply.text.strip() != one.text.strip() or work.stage.transfer == "sft":
@@ -208,7 +210,7 @@ def students(work: Work) -> dict[str, str | None]:
 
 
 def _request(template: str, prompt: Prompt, answer: Completion) -> Prompt:
-    text = template.replace("{question}", asked(prompt)).replace("{answer}", answer.text)
+    text = template.replace("{question}", user_text(prompt)).replace("{answer}", answer.text)
     return Prompt("", "", "", text)
 
 

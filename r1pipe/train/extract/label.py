@@ -6,5 +6,5 @@ from r1pipe.train.extract.work import ANSWERS, Found, Work
 def label(work: Work) -> Found:
     """Its answers that pass the filters."""
     prompts = work.data_prompts()
-    rows, funnel, _ = work.kept(prompts, work.teacher.ask(ANSWERS, prompts, work.answers()))
+    rows, funnel, _ = work.kept(prompts, work.teacher.generate(ANSWERS, prompts, work.answers()))
     return Found(rows, funnel)

@@ -14,7 +14,7 @@ from r1pipe.data import overlap
 from r1pipe.data.world.content import make_prompt
 from r1pipe.rewards.language import language_of
 from r1pipe.runs import heartbeat
-from r1pipe.train.sft.filters import EXAMPLES, Evaluation
+from r1pipe.train.sft.filters import EXAMPLES, EvalQuestions
 
 FILTERS = ("no problem", "length", "talks about the request", "near copies", "evaluation questions")
 TASK = "made_up"  # of such a problem: its final answer is compared as text
@@ -131,7 +131,7 @@ class Problems:
         words: tuple[int, int],
     ):
         self.max_similarity, self.shortest, self.longest = max_similarity, *words
-        self.evaluation = Evaluation(eval_questions, ngram_overlap)
+        self.evaluation = EvalQuestions(eval_questions, ngram_overlap)
         self.keys: set[tuple[str, ...]] = set()
         self.words = WordIndex()
         for text in known:

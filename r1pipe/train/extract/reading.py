@@ -27,7 +27,7 @@ def read_examples(
     teacher: LocalAnswerer, examples: Sequence[Example], measure: Measure
 ) -> list[tuple[np.ndarray, ...] | None]:
     """What `measure` gives for the learned tokens of each example; None where it is longer than the teacher's
-    context. Where weights lie in shares all ranks call. Raises Stopped on a request to stop."""
+    context. Where weights are sharded all ranks call. Raises Stopped on a request to stop."""
     found: list[tuple[np.ndarray, ...] | None] = [None] * len(examples)
     with teacher.reading() as model:
         longest = model.config.max_position_embeddings

@@ -33,7 +33,7 @@ ANSWER = pa.schema(
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationParams:
     """How something is drawn from the teacher."""
 
     max_tokens: int
@@ -45,7 +45,7 @@ class Drawing:
     by_content: bool = False
 
 
-class Teacher:
+class TeacherGenerator:
     """The run's teacher. All ranks make it and call it alike; each answer is asked for once."""
 
     def __init__(self, run: Run[DistillConfig], ranks: Ranks):
@@ -73,7 +73,7 @@ class Teacher:
         """Of the draws of one piece of work."""
         return self.run.seed(f"teacher {name}")
 
-    def ask(self, name: str, prompts: Sequence[Prompt], how: Drawing) -> list[list[Completion]]:
+    def generate(self, name: str, prompts: Sequence[Prompt], how: GenerationParams) -> list[list[Completion]]:
         """`how.n` answers to each prompt, the same on every rank. `name`: of this piece of work, for its
         shards. Raises EnvironmentProblem where a server is lost; what it had answered is kept."""
 
@@ -82,7 +82,9 @@ class Teacher:
 
         return self._drawn(name, prompts, how, draw)
 
-    def users_words(self, name: str, contexts: Sequence[tuple[Message, ...]], how: Drawing) -> list[str]:
+    def users_words(
+        self, name: str, contexts: Sequence[tuple[Message, ...]], how: GenerationParams
+    ) -> list[str]:
         """What a user says after each context, drawn by the model itself: the conversation up to the user's
         words is continued (Magpie, arXiv 2406.08464). "" where it does not end."""
         chat = self.local.chat
@@ -101,7 +103,9 @@ class Teacher:
         drawn = self._drawn(name, [tokens for tokens, _ in starts], how, draw)
         return ["" if completion.truncated else completion.text for [completion] in drawn]
 
-    def _drawn(self, name: str, items: Sequence[Any], how: Drawing, draw: Any) -> list[list[Completion]]:
+    def _drawn(
+        self, name: str, items: Sequence[Any], how: GenerationParams, draw: Any
+    ) -> list[list[Completion]]:
         stage, answerer = self.run.stage, self.answerer
         seqs = stage.sampling.max_num_seqs
         state = hashlib.sha256(repr([*items]).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""What every way out of a teacher needs: the run, the teacher, and what must not be trained on."""
+"""What every `stage.extract` needs: the run, the teacher, and what must not be trained on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from r1pipe.runs import samples
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.extract.answers import scored
 from r1pipe.train.extract.dataset import Kept, Steps, filtered, filters_of
-from r1pipe.train.extract.teacher import Drawing, Teacher
+from r1pipe.train.extract.teacher import GenerationParams, TeacherGenerator
 from r1pipe.train.run import Run, log
 
 ANSWERS = "answers"  # the name of the teacher's answers among its shards
@@ -20,7 +20,7 @@ ANSWERS = "answers"  # the name of the teacher's answers among its shards
 
 @dataclass
 class Found:
-    """What a way out of the teacher gives: rows, on rank 0, with the funnel that they came through."""
+    """What an extraction gives: rows, on rank 0, with the funnel that they came through."""
 
     rows: list[Kept]
     funnel: Steps
@@ -32,17 +32,17 @@ class Work:
 
     run: Run[DistillConfig]
     ranks: Ranks
-    teacher: Teacher
+    teacher: TeacherGenerator
     questions: Sequence[str]  # of the evaluation
 
     @property
     def stage(self) -> DistillConfig:
         return self.run.stage
 
-    def answers(self, **more: int) -> Drawing:
+    def answers(self, **more: int) -> GenerationParams:
         """How answers are drawn."""
         sampling, each = self.stage.sampling, self.stage.samples_per_prompt
-        return Drawing(sampling.max_tokens, sampling.temperature, sampling.top_p, each, **more)
+        return GenerationParams(sampling.max_tokens, sampling.temperature, sampling.top_p, each, **more)
 
     def data_prompts(self) -> list[Prompt]:
         """The data's prompts that leave room for an answer, reasoning and then general ones. Raises DataError

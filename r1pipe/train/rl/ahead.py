@@ -203,7 +203,7 @@ class RolloutQueue:
                 with self._together(again=True):
                     batch.completions = self._result(batch)
             finally:
-                batch.drawing = None  # a failure is told once
+                batch.drawing = None  # a failure is reported once
         return batch
 
     def _result(self, batch: Batch) -> list[Completion]:

@@ -30,8 +30,8 @@ from r1pipe.train.rl.critic import Critic
 from r1pipe.train.rl.routing import routing_agreement
 from r1pipe.train.rl.rows import Row, rows_of_all, sample_of, speeds, summarise, too_many_failures, write_rows
 from r1pipe.train.rl.scoring import (
+    BatchScorer,
     RewardModels,
-    Scorer,
     has_signal,
     redistribute_groups,
     reward_weights,
@@ -51,10 +51,10 @@ TRIES = 3  # of a step whose completions could not be drawn
 ON_SCREEN = {"reward": "reward", "accuracy": "rewards/accuracy/mean", "length": "completions/mean_length"}
 
 
-class Teacher(Protocol):
-    """Who gives each token an advantage of its own besides the completion's."""
+class TokenAdvantages(Protocol):
+    """What gives each token an advantage of its own besides the completion's: a teacher."""
 
-    def advise(self, rollouts: Sequence[Rollout]) -> Metrics:
+    def set_advantages(self, rollouts: Sequence[Rollout]) -> Metrics:
         """Set the `advantages` of this rank's rollouts; returns what is logged, of all ranks. All ranks
         call."""
 
@@ -70,8 +70,8 @@ class RLTrainer:
         reward_models: RewardModels,
         critic: Critic | None = None,
         custom: CustomRewards | None = None,
-        teacher: Teacher | None = None,
-        scorer: Scorer | None = None,
+        teacher: TokenAdvantages | None = None,
+        scorer: BatchScorer | None = None,
     ):
         """Without a `reference` there is no KL. `reward_models` score general prompts; `custom` and `scorer`,
         all."""
@@ -138,7 +138,7 @@ class RLTrainer:
             metrics["completions/identity_claims"] = fmean(
                 bool(self.claims.found(row["completion"])) for row in rows
             )
-            metrics |= hidden_truth(self.engine, groups, self.run.data.judge)
+            metrics |= hidden_truth(self.engine, groups, self.run.data.truth)
         if failure := too_many_failures(metrics, self.config.rewards.max_failed, rows):
             self._log(before.step + 1, rows, metrics, began)
             self._abandon_step(before)
@@ -203,7 +203,7 @@ class RLTrainer:
             rollouts = rollouts_of(groups)
         if self.teacher:
             with self.run.phase("teacher", metrics):
-                metrics |= self.teacher.advise(rollouts)
+                metrics |= self.teacher.set_advantages(rollouts)
         return rollouts
 
     # --- log and save

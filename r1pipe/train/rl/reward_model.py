@@ -118,10 +118,10 @@ def rank_by_judge(run: Run[RewardModelConfig], ranks: Ranks, judge: Judge) -> li
             run.progress("judging", done, total, "pairs")
 
         kept, left = rank_pairs(judge, pairs, stage.judge.min_margin, stage.judge.balance_lengths, progress)
-        told = ", ".join(f"{count} {why}" for why, count in left.items())
-        log.info("the judge ranked %d of %d pairs; left out: %s", len(kept), len(pairs), told)
+        left_out = ", ".join(f"{count} {why}" for why, count in left.items())
+        log.info("the judge ranked %d of %d pairs; left out: %s", len(kept), len(pairs), left_out)
         if pairs and not kept:
-            run.warn(f"the judge ranked none of {len(pairs)} pairs; left out: {told}")
+            run.warn(f"the judge ranked none of {len(pairs)} pairs; left out: {left_out}")
     kept = ranks.all_gather_objects(kept)[0]
     if not kept:
         raise DataError(
@@ -164,12 +164,12 @@ def shown_as(prompt: Prompt, response: str, judge: str | None = None) -> Demonst
     return Demonstration(prompt, response, source=prompt.source, licence=prompt.licence, judge=judge)
 
 
-def note_trained_on(run: Run[RewardModelConfig], lessons: Sequence[Examples]) -> None:
+def note_trained_on(run: Run[RewardModelConfig], trained: Sequence[Examples]) -> None:
     """Write down where each pair and label that is learned came from, and what screening finds in them."""
     if run.rank == 0:
         learned = [
             (item.example, LEARNED[examples.kind], sum(map(len, item.rows)))
-            for examples in lessons
+            for examples in trained
             for item in examples.learned
             if item.example is not None
         ]

@@ -27,7 +27,7 @@ from r1pipe.train.rl.advantages import group_advantages, has_variance, most_vari
 RewardModels = Mapping[str, Callable[[Sequence[Prompt], Sequence[Completion]], list[Score]]]
 
 
-class Scorer(Protocol):
+class BatchScorer(Protocol):
     """Scores completions of any prompt besides the rules, all of a batch at once."""
 
     weights: dict[str, float]  # of the one reward that it gives, by name
@@ -74,7 +74,7 @@ def score_groups(
     kls: Sequence[float] | None = None,
     verdicts: Verdicts | None = None,
     custom: CustomRewards | None = None,
-    scorer: Scorer | None = None,
+    scorer: BatchScorer | None = None,
 ) -> None:
     """Set the groups' scores and rewards, which completions are trained on, and their advantages.
 
@@ -97,7 +97,7 @@ def score_groups(
         for row, score in zip(scores, scorer.score(prompts, completions), strict=True):
             row[name] = score
     general = [i for i, prompt in enumerate(prompts) if not is_verifiable(prompt)]
-    for name, reward_model in reward_models.items():  # on all ranks: it may be in shares
+    for name, reward_model in reward_models.items():  # on all ranks: it may be sharded
         values = reward_model([prompts[i] for i in general], [completions[i] for i in general])
         for i, score in zip(general, values, strict=True):
             scores[i][name] = score

@@ -18,14 +18,14 @@ from r1pipe.runs.record import Metrics
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.engine.frozen import FrozenModel
 from r1pipe.train.engine.ranks import Ranks, choose_device
-from r1pipe.train.engine.sharded import fill_in_shares
+from r1pipe.train.engine.sharded import fill_sharded
 from r1pipe.train.finish import finish_stage
 from r1pipe.train.judging import open_judge, summary_of
 from r1pipe.train.loading import load_frozen, load_policy
 from r1pipe.train.rl.base_reference import BaseReference
 from r1pipe.train.rl.critic import Critic
-from r1pipe.train.rl.loop import RLTrainer, Teacher
-from r1pipe.train.rl.scoring import RewardModels, Scorer
+from r1pipe.train.rl.loop import RLTrainer, TokenAdvantages
+from r1pipe.train.rl.scoring import BatchScorer, RewardModels
 from r1pipe.train.rl.update import Reference
 from r1pipe.train.run import Run
 
@@ -43,9 +43,9 @@ def run_rl_stage(run: Run[RLConfig]) -> None:
 def reinforce(
     run: Run[RLConfig],
     custom: CustomRewards | None,
-    teacher: Teacher | None = None,
+    teacher: TokenAdvantages | None = None,
     data_hash: str | None = None,
-    scorer: Scorer | None = None,
+    scorer: BatchScorer | None = None,
 ) -> None:
     """From the loaded data to the record. `teacher` and `scorer` as RLTrainer's; `data_hash`: of the training
     data, if it is not the source's."""
@@ -125,7 +125,7 @@ def load_reward_models(run: Run[RLConfig]) -> RewardModels:
             scorers[kind] = RewardScorer(load_reward_model(folder).to(device), kind, run.chat)
             continue
         model, stored = open_empty(folder)
-        fill_in_shares(model, stored, engine, stored_parts(model))
+        fill_sharded(model, stored, engine, stored_parts(model))
         frozen = FrozenModel(model, engine)
         scorers[kind] = RewardScorer(frozen.module, kind, run.chat, frozen.evaluate)
     return scorers

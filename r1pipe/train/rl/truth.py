@@ -20,13 +20,13 @@ Values = dict[str, float]
 
 
 def hidden_truth(
-    ranks: Ranks, groups: Sequence[Group], judge: Callable[[Prompt, str], Truth] | None
+    ranks: Ranks, groups: Sequence[Group], truth_of: Callable[[Prompt, str], Truth] | None
 ) -> dict[str, float]:
     """Metrics of a step's general completions, of all ranks: mean truth, and for each judge how far its mean
     is above that, and the correlation of both; {} where the data has no truth, or the step no such prompt."""
-    if judge is None:
+    if truth_of is None:
         return {}
-    mine = [row for group in groups if not is_verifiable(group.prompt) for row in _rows(group, judge)]
+    mine = [row for group in groups if not is_verifiable(group.prompt) for row in _rows(group, truth_of)]
     rows = [row for share in ranks.all_gather_objects(mine) for row in share]
     if not rows:
         return {}
@@ -42,11 +42,11 @@ def hidden_truth(
     return metrics
 
 
-def _rows(group: Group, judge: Callable[[Prompt, str], Truth]) -> list[tuple[Values, Values]]:
+def _rows(group: Group, truth_of: Callable[[Prompt, str], Truth]) -> list[tuple[Values, Values]]:
     """For each completion the truth, and its scores by judges."""
     found = []
     for completion, scores in zip(group.completions, group.scores, strict=True):
-        truth = judge(group.prompt, completion.text)
+        truth = truth_of(group.prompt, completion.text)
         said = {
             name: score.value
             for name, score in scores.items()

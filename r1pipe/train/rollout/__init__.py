@@ -2,6 +2,6 @@
 
 from r1pipe.train.rollout.drawing import SamplingParams
 from r1pipe.train.rollout.opening import open_sampler
-from r1pipe.train.rollout.sampler import Ended, Sampler, Weights, Whole
+from r1pipe.train.rollout.sampler import Ended, Sampler, Weights, WholeWeights
 
-__all__ = ["Ended", "Sampler", "SamplingParams", "Weights", "Whole", "open_sampler"]
+__all__ = ["Ended", "Sampler", "SamplingParams", "Weights", "WholeWeights", "open_sampler"]

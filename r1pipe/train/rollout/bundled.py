@@ -83,7 +83,7 @@ class BundledSampler:
             batcher = Batcher(self._drawn_from(model), self.eos_ids, self.pad_id, seqs, self.graphs, stop)
             completions = batcher.generate(prompts, params, progress, ended, limits)
             model.train(was_training)
-        if self.copy is not None and self.copy.config.zero_level == 3:  # whole, beside weights in shares
+        if self.copy is not None and self.copy.config.zero_level == 3:  # whole, beside sharded weights
             self.copy.model = None
         return [replace(c, versions=((len(c.tokens), self.version),)) for c in completions]
 

@@ -45,8 +45,8 @@ class Weights(Protocol):
 
 
 @dataclass
-class Whole:
-    """The Weights of a model that is whole on every rank."""
+class WholeWeights:
+    """The Weights of a model that is whole on every rank: nothing is sharded."""
 
     model: Policy
 

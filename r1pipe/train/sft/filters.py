@@ -76,7 +76,7 @@ class _Filters:
 
     def __init__(self, config: FilterConfig, eval_questions: Sequence[str], left_out: Collection[str] = ()):
         self.config, self.left_out = config, left_out
-        self.evaluation = Evaluation(eval_questions, config.ngram_overlap)
+        self.evaluation = EvalQuestions(eval_questions, config.ngram_overlap)
         self.seen: set[tuple[str, str]] = set()
         self.per_prompt: Counter[str] = Counter()
 
@@ -103,7 +103,7 @@ class _Filters:
         if key in self.seen:
             return "duplicates"
         self.seen.add(key)
-        if self.evaluation.has(overlap.asked(prompt)):
+        if self.evaluation.has(overlap.user_text(prompt)):
             return "overlap with evaluation"
         self.per_prompt[prompt.id] += 1
         return "cap per prompt" if self.per_prompt[prompt.id] > config.per_prompt else None
@@ -123,7 +123,7 @@ class _Filters:
         return "well formed" in self.left_out or (full_reward and parsed.well_formed)
 
 
-class Evaluation:
+class EvalQuestions:
     """The questions of an evaluation, which are not to be trained on."""
 
     def __init__(self, questions: Sequence[str], n: int):

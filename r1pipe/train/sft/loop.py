@@ -158,7 +158,7 @@ def train(
     stage = run.stage
 
     def next_token(batch: list[Packed]) -> StepLoss:
-        return Shares(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
+        return LMLoss(engine, batch, stage.mtp_weight, stage.router.balance_alpha, run.chat.pad_id)
 
     loss_of = loss_of or next_token
     resumed, state = run.resume(engine)
@@ -220,7 +220,7 @@ def mtp_sum(model: Policy, batch: Batch, hidden_BTD: Tensor, balances: tuple[Bal
     return mtp_loss_sum(model.lm_head, depths, tokens_BT, segments_BT, batch.loss_BT)
 
 
-class Shares:
+class LMLoss:
     """One optimizer step's loss, split into this rank's micro-batches.
 
     Cross-entropy and multi-token prediction loss are means over the whole batch's learned tokens, the balance

@@ -17,7 +17,7 @@ from r1pipe.config import ParentRef, RejectionConfig
 from r1pipe.core.errors import CheckpointError, DataError
 from r1pipe.core.paths import RunFolder
 from r1pipe.core.types import Completion, Demonstration, Prompt, Score, Status
-from r1pipe.data.overlap import asked
+from r1pipe.data.overlap import user_text
 from r1pipe.data.screening import Screening
 from r1pipe.data.source import draw_prompts_that_fit
 from r1pipe.rewards import Verdicts, score_all
@@ -100,7 +100,7 @@ def evaluation_questions(run: Run[Any], context: int) -> list[str]:
     """All questions of this pipeline's evaluations, so that none is trained on."""
     final = run.stage.eval
     return [
-        asked(prompt)
+        user_text(prompt)
         for config in (final, evaluate.short(final))
         for prompt in held_out(run, context, config)[0]
     ]

@@ -53,14 +53,14 @@ class Transfer:
     def send(self, tensors: Mapping[str, Tensor]) -> None:
         """One bucket of weights under their published names."""
         layout = wire.layout_of(tensors)
-        told = self._ask("/update_weights", {"update_info": {"layout": layout}})
+        reply = self._ask("/update_weights", {"update_info": {"layout": layout}})
         try:
-            wire.send(self._group, wire.pack(tensors, self._over()), lambda: _has_failed(told))
+            wire.send(self._group, wire.pack(tensors, self._over()), lambda: _has_failed(reply))
         except wire.Broken as error:
             self.disconnect()
-            _answer(told)  # what the server says is the better reason
+            _answer(reply)  # what the server says is the better reason
             raise Gone(f"{self.client.url}: the connection for weights is lost ({error})") from None
-        _answer(told)
+        _answer(reply)
 
     def finish(self, version: str, keep: bool) -> None:
         """Close the update: the server now serves `version`, with no entry left of another in its cache."""
@@ -98,19 +98,19 @@ class Transfer:
         store = dist.TCPStore(address, 0, None, is_master=True, timeout=timeout, wait_for_workers=False)
         info = {"address": address, "port": store.port, "name": name, "size": size, "over": over.type}
         info |= {"timeout_s": self.timeout_s, "protocol": wire.PROTOCOL}
-        told = self._ask("/init_weight_transfer_engine", {"init_info": info})
+        reply = self._ask("/init_weight_transfer_engine", {"init_info": info})
         named = dist.PrefixStore(name, store)
         group = _aside(wire.join, named, 0, size, address, over, self.timeout_s)  # the others may have failed
-        while not wait([told, group], TICK_S, return_when=FIRST_COMPLETED).done:
+        while not wait([reply, group], TICK_S, return_when=FIRST_COMPLETED).done:
             heartbeat.tick()
-        if told.done():
-            told.result()
+        if reply.done():
+            reply.result()
         try:
             self._group, self._store = _answer(group), store
         except RuntimeError as error:
             why = str(error).partition("\n")[0]
             raise Gone(f"{self.client.url}: no connection for weights ({why})") from None
-        _answer(told)
+        _answer(reply)
 
     def _close_open_update(self) -> None:
         try:
@@ -133,17 +133,17 @@ def _aside(work: Callable[..., Any], *given: Any) -> "Future[Any]":
     return future
 
 
-def _has_failed(told: "Future[Any]") -> bool:
+def _has_failed(reply: "Future[Any]") -> bool:
     """An answer that all is well may come before this end knows that the last byte is through."""
-    return told.done() and told.exception() is not None
+    return reply.done() and reply.exception() is not None
 
 
-def _answer(told: "Future[Any]") -> Any:
+def _answer(reply: "Future[Any]") -> Any:
     """Wait for what has a limit of time of its own; a wait is no reason to call this rank stuck."""
-    while not wait([told], TICK_S).done:
+    while not wait([reply], TICK_S).done:
         heartbeat.tick()
     heartbeat.tick()
-    return told.result()
+    return reply.result()
 
 
 def _address_towards(host: str) -> str:

@@ -1,4 +1,4 @@
-"""Sicknesses planted in tiny runs of reinforcement: the tripwire of each trips, warns, pauses or stops."""
+"""Faults planted in tiny runs of reinforcement: the tripwire of each trips, warns, pauses or stops."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from r1pipe.train import resumable
 from r1pipe.train.engine.engine import Engine
 from r1pipe.train.rl import ahead, loop, scoring, stage
 from r1pipe.train.rl.tripwires import WIRES
-from r1pipe.train.rollout import SamplingParams, Whole
+from r1pipe.train.rollout import SamplingParams, WholeWeights
 from r1pipe.train.rollout.bundled import BundledSampler
 
 SHORT = (
@@ -40,7 +40,7 @@ def limits(**wires: float) -> list[str]:
 
 
 def trips(folder: Path) -> dict[str, int]:
-    """Wire -> the first step that it tripped in; every one is told with its cause, and among the metrics."""
+    """Wire -> the first step that it tripped in; each is reported with its cause, and among the metrics."""
     rows = {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     path, found = folder / "tripwires.jsonl", {}
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
@@ -132,7 +132,7 @@ def test_a_sampler_whose_weights_are_stale_and_a_run_without_a_reference(tmp_pat
 
     def stale(sampler, engine, version):
         kept.append(copy.deepcopy(engine.module))
-        sampler.weights = Whole(kept[0])
+        sampler.weights = WholeWeights(kept[0])
 
     monkeypatch.setattr(BundledSampler, "update", stale)
     judged_by(monkeypatch, even_share)
@@ -201,7 +201,7 @@ def test_a_verifier_that_always_fails_ends_the_first_step_with_its_rollouts(tmp_
 # --- what is done about it: a random policy of 8 tokens never ends a text
 
 
-def sick_run(folder: Path, action: str, *overrides: str) -> Path:
+def unhealthy_run(folder: Path, action: str, *overrides: str) -> Path:
     return tiny_run(
         folder,
         *("stage=grpo", "stage.max_steps=4", "stage.save_every=0", "stage.sampling.max_tokens=8"),
@@ -211,7 +211,7 @@ def sick_run(folder: Path, action: str, *overrides: str) -> Path:
 
 
 def test_a_warning_is_on_the_screen_and_among_the_metrics(tmp_path):
-    folder = sick_run(tmp_path / "run", "warn")
+    folder = unhealthy_run(tmp_path / "run", "warn")
     (folder / "progress.jsonl").touch()
     console = Console(width=200, record=True, file=StringIO())
     display = Display(folder, "grpo", console)
@@ -227,7 +227,7 @@ def test_a_warning_is_on_the_screen_and_among_the_metrics(tmp_path):
 
 
 def test_a_pause_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path):
-    whole, paused = sick_run(tmp_path / "whole", "warn"), sick_run(tmp_path / "paused", "pause")
+    whole, paused = unhealthy_run(tmp_path / "whole", "warn"), unhealthy_run(tmp_path / "paused", "pause")
     go(whole)
     with pytest.raises(SystemExit) as ended:
         go(paused)
@@ -243,7 +243,7 @@ def test_a_pause_saves_and_the_same_command_goes_on_to_the_same_end(tmp_path):
 
 
 def test_a_stop_saves_nothing_of_the_step(tmp_path):
-    folder = sick_run(tmp_path / "run", "stop", "stage.save_every=1")
+    folder = unhealthy_run(tmp_path / "run", "stop", "stage.save_every=1")
     with pytest.raises(SystemExit) as ended:
         go(folder)
     assert ended.value.code == 2

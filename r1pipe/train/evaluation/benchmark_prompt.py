@@ -10,7 +10,7 @@ from r1pipe.data.answers import listed
 _PLACES = re.compile("|".join(map(re.escape, (QUESTION, OPTIONS))))
 
 
-def ask(prompt: Prompt, benchmark: BenchmarkConfig) -> Prompt:
+def with_benchmark_prompt(prompt: Prompt, benchmark: BenchmarkConfig) -> Prompt:
     """The prompt with its question put into the benchmark's; id, gold answer and checker stay.
 
     Where the benchmark has a place for the options, they leave the question and are written in its way.

@@ -109,11 +109,10 @@ def templates_of(stage: DistillConfig) -> tuple[str, ...]:
 def _of_answers(stage: DistillConfig) -> Iterator[Unused]:
     """How answers are drawn and filtered, where none are."""
     if stage.reads:
-        names = (*PROMPTS, *ANSWERS, "filters")
-        yield names, "the responses are those of stage.reads; drop one"
+        yield (*PROMPTS, *ANSWERS, "filters"), "the responses are those of stage.reads; drop one"
     elif stage.transfer == "rl" and stage.extract in ("distribution", "feedback"):
-        names = (*DRAWN, *_below("filters", FILTERS))
-        yield names, "the student draws as stage.rl.sampling says, and nothing is filtered; drop it"
+        unread = (*DRAWN, *_below("filters", FILTERS))
+        yield unread, "the student draws as stage.rl.sampling says, and nothing is filtered; drop it"
     elif stage.extract == "feedback" and stage.feedback.by != "correction" and stage.transfer == "ranking":
         yield _below("filters", FILTERS), "a ranking is of all answers that have a score; drop it"
 

@@ -100,7 +100,7 @@ class WordIndex:
         looked_up = found[: len(found) - left_out]
         shared = np.zeros(len(lengths), int)
         for places in looked_up:
-            shared[np.frombuffer(places, np.int64) if places else []] += 1  # type: ignore[arg-type]
+            shared[np.frombuffer(places, np.int64) if places else []] += 1
         enough = (shared + left_out >= needed) & (np.minimum(len(items), lengths) >= needed)
         return [self.texts[number] for number in np.flatnonzero(enough)]
 

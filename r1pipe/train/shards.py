@@ -43,8 +43,7 @@ def in_shards(
     fewer shards than another calls `idle`, since models whose weights lie in shares need all ranks equally
     often. Raises Interrupted in all ranks after a request to stop.
     """
-    folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)
-    shards = planned(ranks, folder, "", len(items), per_shard)
+    shards = shard_files(run, ranks, name, len(items), per_shard, state)
     count, total = len(shards), len(items) * each
 
     def make(number: int) -> pa.Table:
@@ -64,11 +63,17 @@ def in_shards(
     return shards
 
 
+def shard_files(run: Run[Any], ranks: Ranks, name: str, items: int, per_shard: int, state: str) -> list[Path]:
+    """The files of in_shards, which need not be there; all ranks call."""
+    folder = run.folder.data / "shards" / (f"{name}-{state}" if state else name)
+    return planned(ranks, folder, "", items, per_shard)
+
+
 def planned(ranks: Ranks, folder: Path, prefix: str, items: int, per_shard: int) -> list[Path]:
     """All shard files of a piece of work, which are in `folder` and begin with `prefix`. All ranks call."""
     folder.mkdir(parents=True, exist_ok=True)
     # an interrupted run, maybe with other ranks, has fixed what belongs to which shard
-    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob(f"{prefix}*-of-*.parquet")]
+    counts = [int(path.stem.rpartition("-of-")[2]) for path in folder.glob(f"{prefix}*-of-*.*")]
     per_rank = -(-items // (per_shard * ranks.world_size))
     # all have looked before one writes
     count = ranks.agree_max(max(counts, default=per_rank * ranks.world_size))

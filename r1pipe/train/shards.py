@@ -96,7 +96,7 @@ def fill(run: Run[Any], missing: Mapping[int, Path], make: Callable[[int], pa.Ta
 
 
 def in_order(
-    shards: Iterable[Path], each: int = 1, columns: Sequence[str] | None = None
+    shards: Iterable[Path], each: int = 1, columns: list[str] | None = None
 ) -> list[list[dict[str, Any]]]:
     """The `each` rows of every item, in the order of the items, for any number of shards and ranks."""
     tables = [read_shard(shard, columns) for shard in shards]
@@ -105,7 +105,7 @@ def in_order(
     return [rows for rows in turns if rows is not None]
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def read_shard(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a shard. Raises CheckpointError where it is damaged."""
     with samples.reading(path, "remove it, and repeat the command to make it again"):
         return pq.read_table(path, columns=columns).to_pylist()

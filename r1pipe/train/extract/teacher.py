@@ -22,7 +22,7 @@ from r1pipe.train.run import Run
 from r1pipe.train.shards import SHARD_ROUNDS, in_order, in_shards
 
 Likely = list[tuple[bytes, list[tuple[bytes, float]]]]  # see Completion.likely
-TEXTS = ("text", "finish_reason", "tokens")
+TEXTS = ["text", "finish_reason", "tokens"]
 SPENT = b"spent"  # in a shard's metadata: what it took
 LIKELY = pa.list_(
     pa.struct([("piece", pa.binary()), ("top", pa.list_(pa.binary())), ("logprobs", pa.list_(pa.float32()))])

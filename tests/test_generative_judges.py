@@ -13,6 +13,7 @@ from fakes import House
 from judges import FakeJudge, coin, first, judge_config, longer, quoted
 from tiny_runs import load_stage, tiny_run
 
+from r1pipe.chat.answerer import AnswerParams
 from r1pipe.chat.template import compose_response, parse
 from r1pipe.cli import judge as measurement
 from r1pipe.cli.compare import describe_refusals
@@ -28,6 +29,7 @@ from r1pipe.data.world import World, truth
 from r1pipe.rewards import is_correct
 from r1pipe.rewards.judge import Judge, JudgeReward
 from r1pipe.rewards.judge.cache import AnswerCache
+from r1pipe.rewards.judge.judging import TOGETHER
 from r1pipe.rewards.judge.labels import balance_lengths, rank_pairs
 from r1pipe.rewards.judge.measurement import HeldOut, Measurement, OwnAnswer, measure
 from r1pipe.rewards.judge.prompts import filled, question_of, read_verdict
@@ -198,6 +200,29 @@ def test_nothing_is_asked_or_paid_for_twice(tmp_path: Path) -> None:
     other = Judge(FakeJudge(coin, "other"), judge_config(votes=2), AnswerCache(tmp_path))
     other.compare(pairs[:1])
     assert len(other.answerer.asked) == 2, "another judge is asked anew"
+
+
+def test_batches_share_no_random_numbers_whatever_was_in_the_cache(tmp_path: Path) -> None:
+    answers = [(WISH, f"A fox {n}.") for n in range(3 * TOGETHER)]
+
+    def seeds(folder: Path, *kinds: str, again: int = 0) -> list[int]:
+        judge, found = judge_of(coin, folder, max_num_seqs=1), list[int]()
+        answer = judge.answerer.answer
+
+        def noted(prompts: list[Prompt], params: AnswerParams, progress: None = None) -> object:
+            found.append(params.seed)
+            return answer(prompts, params, progress)
+
+        judge.answerer.answer = noted
+        for kind in kinds:
+            judge.rate(answers, kind, again=again)
+        return found
+
+    whole = seeds(tmp_path / "whole", "pointwise", "harmless")
+    assert len({*whole, *seeds(tmp_path / "whole", "pointwise", again=1)}) == 9
+    half = judge_of(coin, tmp_path / "half", max_num_seqs=1)
+    half.rate(answers[:TOGETHER], "pointwise")  # a run that was killed
+    assert seeds(tmp_path / "half", "pointwise") == whole[1:3]
 
 
 def test_a_lost_server_leaves_what_was_answered_before(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from r1pipe.config import benchmark
 from r1pipe.config.data import refuse_unused_row_keys
-from r1pipe.config.distill import DistillConfig, refuse_unused_teaching_keys
+from r1pipe.config.distill import DistillConfig
+from r1pipe.config.distill_unused import refuse_unused_teaching_keys
 from r1pipe.config.groups import GROUPS, flat, options, read, upwards
 from r1pipe.config.hf import NAME as HF
 from r1pipe.config.hf import filled

@@ -31,7 +31,7 @@ from r1pipe.train.rollout import SamplingParams
 from r1pipe.train.run import Run
 
 Figures = dict[str, Any]
-BASELINE = "baseline"  # in a run's data/: answers of the baseline
+BASELINE = "baseline"  # in a run's data/: answers of the baseline; and their random stream
 ANSWERS = ("answer", "response", "output", "completion")  # columns of a baseline's file
 QUESTIONS = ("question", "instruction", "prompt")
 
@@ -137,7 +137,7 @@ def baseline_answers(
     named = config.baseline if is_server(config.baseline) else checkpoint_of_folder(path)
     answerer = open_answerer(run, ranks, "stage.judge.baseline", named, of_baseline(config))
     params = AnswerParams(
-        *(drawn.max_tokens, drawn.temperature, drawn.top_p, 1, run.seed("judged answers"), drawn.max_num_seqs)
+        *(drawn.max_tokens, drawn.temperature, drawn.top_p, 1, run.seed(BASELINE), drawn.max_num_seqs)
     )
     cache = AnswerCache(run.folder.data / BASELINE, ranks.rank)
     texts = Judge(answerer, judge.config, cache).texts(

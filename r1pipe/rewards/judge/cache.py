@@ -25,6 +25,14 @@ def key_of(judge: Identity, prompt: Prompt, params: AnswerParams) -> str:
     return hashlib.sha256(json.dumps([*asked, *how]).encode()).hexdigest()
 
 
+def stream_of(prompt: Prompt, seed: int) -> int:
+    """The seed of a batch that begins with this prompt: batches share no random numbers, whichever rank or
+    session asks, and however much of the work was in the cache."""
+    context = [asdict(message) for message in prompt.context]
+    asked = json.dumps([seed, context, prompt.question])
+    return int(hashlib.sha256(asked.encode()).hexdigest()[:16], 16) >> 1
+
+
 class AnswerCache:
     """What judges have answered in a run, of all its sessions and ranks."""
 

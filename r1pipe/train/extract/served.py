@@ -1,6 +1,6 @@
 """A server's answers, kept as they come: requests go on from shard to shard, and no answer is paid for twice.
 
-A shard (train/sft/shards.py) is written when all of its answers are there. Until then they are lines of a
+A shard (train/shards.py) is written when all of its answers are there. Until then they are lines of a
 file beside it: {"item": 12, "rows": [{"text": "…", …}], "spent": {"requests": 1, …}}
 """
 
@@ -20,7 +20,7 @@ from r1pipe.runs.answers import JOURNAL
 from r1pipe.runs.files import replacing
 from r1pipe.train.engine.ranks import Ranks
 from r1pipe.train.run import Run
-from r1pipe.train.sft.shards import shard_files
+from r1pipe.train.shards import shard_files
 
 BYTES = "latin-1"  # key of bytes in JSON: each is a character
 
@@ -70,7 +70,7 @@ def asked_in_shards(
     each: int,
     state: str,
 ) -> list[Path]:
-    """As train.sft.shards.in_shards, for a server, which is asked across the bounds of shards. `table`: of a
+    """As train.shards.in_shards, for a server, which is asked across the bounds of shards. `table`: of a
     shard's rows and what they took."""
     shards = shard_files(run, ranks, name, len(items), per_shard, state)
     count, mine = len(shards), range(ranks.rank, len(shards), ranks.world_size)
